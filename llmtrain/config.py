@@ -1,0 +1,220 @@
+"""Plain mappings → frozen dataclasses, with every problem found in one pass.
+
+A config is a frozen dataclass that may have a method `problems() -> Iterator[Problem]` for rules
+between its own fields; `where` of such a problem is a key relative to the dataclass. This module
+knows no particular config and no YAML library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from llmtrain.errors import ConfigError, Problem, nearest
+
+T = TypeVar("T")
+Variants = Mapping[str, Callable[[Mapping[str, Any]], type]]
+
+
+def decode(cls: type[T], mapping: Mapping[str, Any], variants: Variants | None = None) -> T:
+    """Build `cls` from a nested mapping.
+
+    `variants` maps a dotted key to a function that picks the dataclass of that section from its
+    content (a model's family, say); it may raise ConfigError.
+
+    Raises ConfigError with all problems: unknown keys (with the nearest names), wrong types, missing
+    keys, and what the dataclasses' own `problems()` find.
+    """
+    problems: list[Problem] = []
+    value = _decode_dataclass(cls, mapping, "", variants or {}, problems)
+    if problems:
+        raise ConfigError(problems)
+    return typing.cast(T, value)
+
+
+def encode(value: Any) -> Any:
+    """The plain form of a config (dicts, lists, strings, numbers), fit for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): encode(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+class _Invalid:
+    """Stands for a value whose problem is already recorded."""
+
+
+_INVALID = _Invalid()
+
+
+@lru_cache(maxsize=None)
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _decode_dataclass(
+    cls: type, mapping: Any, prefix: str, variants: Variants, problems: list[Problem]
+) -> Any:
+    if not isinstance(mapping, Mapping):
+        problems.append(Problem(prefix or "config", _show(mapping), "a section of keys"))
+        return _INVALID
+    found_before = len(problems)
+    hints = _type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in mapping:
+        if key not in fields:
+            where = _join(prefix, str(key))
+            problems.append(Problem(where, "an unknown key", nearest(str(key), list(fields)), "check the name"))
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        where = _join(prefix, name)
+        if name not in mapping:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                problems.append(Problem(where, "nothing", _type_name(hints[name]), f"give {where}=…"))
+            continue
+        raw = mapping[name]
+        if isinstance(raw, str) and raw == "???":
+            problems.append(Problem(where, "nothing", _type_name(hints[name]), f"give {where}=…"))
+            continue
+        target = hints[name]
+        if where in variants and isinstance(raw, Mapping):
+            try:
+                target = variants[where](raw)
+            except ConfigError as error:
+                problems.extend(error.problems)
+                continue
+        values[name] = _decode_value(target, raw, where, variants, problems)
+    if len(problems) > found_before:
+        return _INVALID
+    instance = cls(**values)
+    own_problems: Callable[[], Iterator[Problem]] | None = getattr(instance, "problems", None)
+    if own_problems is not None:
+        problems.extend(problem.within(prefix) for problem in own_problems())
+    return instance
+
+
+def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems: list[Problem]) -> Any:
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if hint is Any:
+        return raw
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, raw, where, variants, problems)
+    if dataclasses.is_dataclass(hint):
+        return _decode_dataclass(typing.cast(type, hint), raw, where, variants, problems)
+    if origin is Literal:
+        # YAML reads `off`, `1` and the like as other types than the words that a user typed.
+        for allowed in arguments:
+            if raw == allowed and isinstance(raw, bool) == isinstance(allowed, bool):
+                return allowed
+        problems.append(Problem(where, _show(raw), ", ".join(map(str, arguments))))
+        return _INVALID
+    if origin in (tuple, list) or hint in (tuple, list):
+        items = raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]
+        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+            if len(items) != len(arguments):
+                problems.append(Problem(where, _show(raw), f"{len(arguments)} values"))
+                return _INVALID
+            return tuple(
+                _decode_value(a, item, f"{where}[{i}]", variants, problems)
+                for i, (a, item) in enumerate(zip(arguments, items, strict=True))
+            )
+        element = arguments[0] if arguments else Any
+        decoded = [
+            _decode_value(element, item, f"{where}[{i}]", variants, problems) for i, item in enumerate(items)
+        ]
+        return tuple(decoded) if origin is tuple or hint is tuple else decoded
+    if origin in (dict, Mapping) or hint is dict or origin is typing.get_origin(Mapping[str, int]):
+        if not isinstance(raw, Mapping):
+            problems.append(Problem(where, _show(raw), "a section of keys"))
+            return _INVALID
+        element = arguments[1] if arguments else Any
+        return {
+            str(k): _decode_value(element, v, _join(where, str(k)), variants, problems) for k, v in raw.items()
+        }
+    return _decode_scalar(hint, raw, where, problems)
+
+
+def _decode_union(
+    arguments: tuple[Any, ...], raw: Any, where: str, variants: Variants, problems: list[Problem]
+) -> Any:
+    if raw is None and type(None) in arguments:
+        return None
+    choices = [a for a in arguments if a is not type(None)]
+    attempts: list[list[Problem]] = []
+    for choice in choices:
+        attempt: list[Problem] = []
+        value = _decode_value(choice, raw, where, variants, attempt)
+        if not attempt:
+            return value
+        attempts.append(attempt)
+    if len(choices) == 1:
+        problems.extend(attempts[0])
+    else:
+        problems.append(Problem(where, _show(raw), " or ".join(map(_type_name, arguments))))
+    return _INVALID
+
+
+def _decode_scalar(hint: Any, raw: Any, where: str, problems: list[Problem]) -> Any:
+    is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
+    if hint is bool and isinstance(raw, bool):
+        return raw
+    if hint is int and is_number and float(raw) == int(raw) if is_number and abs(raw) < 1e18 else False:
+        return int(raw)
+    if hint is float and is_number:
+        return float(raw)
+    if hint is float and isinstance(raw, str):
+        # YAML 1.1 reads `1e-3` (no dot) as a string.
+        try:
+            return float(raw)
+        except ValueError:
+            pass
+    if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
+        return str(raw)
+    if hint is Path and isinstance(raw, (str, Path, int)):
+        return Path(str(raw)).expanduser()
+    problems.append(Problem(where, _show(raw), _type_name(hint)))
+    return _INVALID
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _show(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    if hint in names:
+        return names[hint]
+    if hint is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_type_name, arguments))
+    if origin in (tuple, list):
+        return "a list"
+    return "a section of keys"
+
+
+def require(
+    condition: bool, where: str, got: object, allowed: str, remedy: str = ""
+) -> Iterator[Problem]:
+    """One Problem unless `condition` holds; for `yield from` in a config's `problems()`."""
+    if not condition:
+        yield Problem(where, _show(got), allowed, remedy)

@@ -1,0 +1,71 @@
+"""Errors a user can cause: each says what was got, what is allowed and what to do, in one line.
+
+The command line prints them without a traceback and exits with code 2. Everything else that is
+raised is a defect of llmtrain and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+EXIT_CODE = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with what the user gave.
+
+    `where` names the config key, file or shard; `got` what was found there; `allowed` what may
+    stand there; `remedy` what to do next.
+    """
+
+    where: str
+    got: str
+    allowed: str = ""
+    remedy: str = ""
+
+    def within(self, prefix: str) -> Problem:
+        """The same problem with its config key placed under `prefix`."""
+        return replace(self, where=f"{prefix}.{self.where}") if prefix else self
+
+    def __str__(self) -> str:
+        parts = [f"{self.where}: got {self.got}"]
+        if self.allowed:
+            parts.append(f"allowed: {self.allowed}")
+        if self.remedy:
+            parts.append(self.remedy)
+        return "; ".join(" ".join(part.split()) for part in parts)
+
+
+class UserError(Exception):
+    """A mistake outside the program; carries every problem found, each printed as one line."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class ConfigError(UserError):
+    """A key, value or combination of values that cannot run."""
+
+
+class DataError(UserError):
+    """A source, corpus, shard or tokenizer that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run folder that cannot be used."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a loss that is not finite, a full disk."""
+
+
+def nearest(name: str, known: Sequence[str], limit: int = 3) -> str:
+    """The known names most like `name`, for a message; all of them when none is alike and they are few."""
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    if close:
+        return ", ".join(close)
+    return ", ".join(sorted(known)) if len(known) <= 24 else f"{len(known)} names"

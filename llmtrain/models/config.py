@@ -1,0 +1,186 @@
+"""What describes each model: frozen dataclasses with their arithmetic, free of torch.
+
+They stand in one file apart from the modules so that `llmtrain plan` and every refusal answer
+before torch is imported. Counts are exact: tests compare `parameter_count()` with the module built
+on the meta device, for every preset.
+
+Dim names: V vocabulary, D hidden_size, L num_layers, N num_heads, K num_kv_heads, H head_dim,
+F mlp_hidden_size, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of rotary wavelengths beyond the original context (arXiv:2407.21783)."""
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_sequence_length: int = 8192
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A causal decoder; covers GPT-2 (Radford et al. 2019) and Llama (arXiv:2302.13971, 2407.21783)."""
+
+    family: Literal["gpt"] = "gpt"
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary."""
+    max_sequence_length: int = 1024
+    """Longest sequence, in tokens; the number of learned positions."""
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    """Key and value heads of grouped-query attention (arXiv:2305.13245); null: as many as num_heads."""
+    head_dim: int | None = None
+    """Width of one head; null: hidden_size / num_heads."""
+    mlp_hidden_size: int | None = None
+    """Width of the MLP; null: 4 · hidden_size."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
+    gated_mlp: bool = False
+    """SwiGLU form (arXiv:2002.05202): down(act(gate(x)) · up(x)), three matrices."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    positions: Literal["learned", "rope"] = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    bias: bool = True
+    """Biases in all linear layers and LayerNorms."""
+    tie_embeddings: bool = True
+    """The head shares the token embedding's weight."""
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.hidden_size if self.mlp_hidden_size is None else self.mlp_hidden_size
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("max_sequence_length", "hidden_size", "num_layers", "num_heads"):
+            yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        if min(self.hidden_size, self.num_heads, self.kv_heads) < 1:
+            return
+        yield from require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", self.vocab_size, "2 or more")
+        if self.head_dim is None:
+            yield from require(
+                self.hidden_size % self.num_heads == 0,
+                "hidden_size",
+                self.hidden_size,
+                f"a multiple of num_heads={self.num_heads}",
+                f"the nearest is {max(1, round(self.hidden_size / self.num_heads)) * self.num_heads}",
+            )
+        yield from require(
+            self.num_heads % self.kv_heads == 0,
+            "num_kv_heads",
+            self.kv_heads,
+            f"a divisor of num_heads={self.num_heads}",
+        )
+        if self.positions == "rope":
+            yield from require(self.head_width % 2 == 0, "head_dim", self.head_width, "an even number with rope")
+        yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
+
+    def layer_parameter_count(self) -> int:
+        """Parameters of one block."""
+        D, F = self.hidden_size, self.mlp_width
+        qkv_width = (self.num_heads + 2 * self.kv_heads) * self.head_width
+        attention_width = self.num_heads * self.head_width
+        matrices = D * qkv_width + attention_width * D + (3 if self.gated_mlp else 2) * D * F
+        biases = (qkv_width + D + F * (2 if self.gated_mlp else 1) + D) if self.bias else 0
+        return matrices + biases + 2 * self._norm_parameter_count()
+
+    def parameter_count(self) -> int:
+        """All parameters, a tied head counted once. Needs vocab_size."""
+        V, D = self._vocab(), self.hidden_size
+        positions = self.max_sequence_length * D if self.positions == "learned" else 0
+        head = 0 if self.tie_embeddings else V * D
+        return V * D + positions + self.num_layers * self.layer_parameter_count() + self._norm_parameter_count() + head
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
+        12 · L · N · H · T, halved for the causal triangle (PaLM, arXiv:2204.02311, appendix B)."""
+        D, F = self.hidden_size, self.mlp_width
+        qkv_width = (self.num_heads + 2 * self.kv_heads) * self.head_width
+        attention_width = self.num_heads * self.head_width
+        per_layer = D * qkv_width + attention_width * D + (3 if self.gated_mlp else 2) * D * F
+        matrices = self.num_layers * per_layer + self._vocab() * D
+        return 6.0 * matrices + 6.0 * self.num_layers * attention_width * sequence_length
+
+    def _norm_parameter_count(self) -> int:
+        return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)
+
+    def _vocab(self) -> int:
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return self.vocab_size
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """An LSTM language model (Zaremba et al., arXiv:1409.2329)."""
+
+    family: Literal["lstm"] = "lstm"
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary."""
+    hidden_size: int = 256
+    num_layers: int = 2
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "1 or more")
+        yield from require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
+
+    def parameter_count(self) -> int:
+        """All parameters, a tied head counted once. Needs vocab_size."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        V, D = self.vocab_size, self.hidden_size
+        return V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token; does not depend on the sequence length."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self.vocab_size * self.hidden_size)
+
+
+@dataclass(frozen=True)
+class SimpleCNNConfig:
+    """Two convolutions and two linear layers for 28×28 digits (the LeNet line, LeCun et al. 1998)."""
+
+    family: Literal["simple_cnn"] = "simple_cnn"
+    num_classes: int = 10
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.num_classes >= 2, "num_classes", self.num_classes, "2 or more")
+        yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
+
+    def parameter_count(self) -> int:
+        """conv 1→32, conv 32→64 (both 3×3), fc 3136→128→classes, each with a bias."""
+        C = self.num_classes
+        return (9 * 32 + 32) + (9 * 32 * 64 + 64) + (3136 * 128 + 128) + (128 * C + C)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one image; an image is this family's token."""
+        convolutions = 28 * 28 * 9 * 32 + 14 * 14 * 9 * 32 * 64
+        return 6.0 * (convolutions + 3136 * 128 + 128 * self.num_classes)
