@@ -1,0 +1,107 @@
+"""What describes the optimizer and the learning-rate schedule, free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+
+OptimizerName = Literal["adamw", "adam", "sgd", "adagrad", "rmsprop"]
+ScheduleName = Literal["constant", "cosine", "linear", "wsd"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One of torch.optim's optimizers; each reads the fields that its own formula has."""
+
+    name: OptimizerName = "adamw"
+    lr: float = 3e-4
+    """Peak learning rate; the schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running mean and square (adamw, adam)."""
+    eps: float = 1e-8
+    """Added to the denominator (all but sgd)."""
+    weight_decay: float = 0.1
+    """On weights of two or more dims; adamw decouples it (arXiv:1711.05101), others add it to gradients."""
+    momentum: float = 0.0
+    """Momentum (sgd, rmsprop)."""
+    alpha: float = 0.99
+    """Decay of the running square (rmsprop)."""
+    fused: bool | None = None
+    """One kernel for the whole step; null: wherever torch has one."""
+    max_grad_norm: float = 1.0
+    """Longest gradient, as a Euclidean norm over all parameters, before it is scaled down; 0: never."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(0.0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        for i, beta in enumerate(self.betas):
+            yield from require(0.0 <= beta < 1.0, f"betas[{i}]", beta, "0 up to, not including, 1")
+        yield from require(self.eps > 0.0, "eps", self.eps, "a positive number")
+        yield from require(self.weight_decay >= 0.0, "weight_decay", self.weight_decay, "0 or more")
+        yield from require(0.0 <= self.momentum < 1.0, "momentum", self.momentum, "0 up to, not including, 1")
+        yield from require(0.0 <= self.alpha < 1.0, "alpha", self.alpha, "0 up to, not including, 1")
+        yield from require(
+            self.max_grad_norm >= 0.0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "0 or more",
+            "0 turns clipping off",
+        )
+        yield from require(
+            not (self.fused and self.name == "rmsprop"),
+            "fused",
+            True,
+            "null or false",
+            "torch has no fused rmsprop",
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over a run, as a multiple of optimizer.lr: warm-up, then the named shape."""
+
+    name: ScheduleName = "cosine"
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; null: a twentieth of the run, at most 2,000."""
+    min_ratio: float = 0.1
+    """Where the decay ends (all but constant)."""
+    decay_steps: int | None = None
+    """Steps of decay at the end of the run (wsd); null: a fifth of the run."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require((self.warmup_steps or 0) >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        yield from require(0.0 <= self.min_ratio <= 1.0, "min_ratio", self.min_ratio, "0 to 1")
+        yield from require((self.decay_steps or 0) >= 0, "decay_steps", self.decay_steps, "0 or more")
+
+    def warmup(self, total_steps: int) -> int:
+        """Warm-up steps of a run of `total_steps`."""
+        return min(2000, total_steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    def decay(self, total_steps: int) -> int:
+        """Decay steps of a run of `total_steps` under wsd."""
+        if self.decay_steps is None:
+            return min(total_steps // 5, total_steps - self.warmup(total_steps))
+        return self.decay_steps
+
+
+def schedule_problems(schedule: ScheduleConfig, total_steps: int) -> Iterator[Problem]:
+    """What of the schedule does not fit into a run of `total_steps`; keys relative to the schedule."""
+    warmup = schedule.warmup(total_steps)
+    yield from require(
+        warmup <= total_steps,
+        "warmup_steps",
+        warmup,
+        f"0 to {total_steps}, the steps of the run",
+        "null takes a twentieth of the run",
+    )
+    if schedule.name == "wsd" and warmup <= total_steps:
+        yield from require(
+            schedule.decay(total_steps) <= total_steps - warmup,
+            "decay_steps",
+            schedule.decay(total_steps),
+            f"0 to {total_steps - warmup}, the steps of the run after warm-up",
+            "null takes a fifth of the run",
+        )

@@ -1,0 +1,97 @@
+"""Parameter groups and optimizers: plain torch optimizers, which every engine takes as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adagrad import adagrad
+
+from llmtrain.optim.config import OptimizerConfig
+
+_FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch has one kernel for the whole step of every optimizer here but rmsprop."""
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Trainable parameters in one group with weight decay and one without.
+
+    Weights of two or more dims decay; norms and biases do not. A shared parameter counts once, under
+    the first of its names; an empty group is left out.
+    """
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for _, parameter in named_parameters:
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        (decayed if parameter.ndim >= 2 else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], device_type: str
+) -> torch.optim.Optimizer:
+    """The optimizer that `config` names over `named_parameters`, which live on a `device_type` device.
+
+    Its groups hold the peak learning rate; the caller multiplies it by the schedule's multiplier.
+    """
+    groups = parameter_groups(named_parameters, config.weight_decay)
+    fused = device_type in _FUSED_DEVICES if config.fused is None else config.fused
+    match config.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        case "adam":
+            return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+        case "adagrad":
+            return Adagrad(groups, lr=config.lr, eps=config.eps, fused=fused)
+        case "rmsprop":
+            return torch.optim.RMSprop(
+                groups, lr=config.lr, alpha=config.alpha, eps=config.eps, momentum=config.momentum
+            )
+
+
+class Adagrad(torch.optim.Optimizer):
+    """AdaGrad (Duchi et al. 2011) by torch's kernels, with its state made by the first step.
+
+    torch.optim.Adagrad makes its state when it is built, before ZeRO has cut the parameters up, for which
+    DeepSpeed replaces it by one with a single group, and the groups' weight decay is lost.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, eps: float, weight_decay: float = 0.0, fused: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    device = parameter.device if group["fused"] else "cpu"
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                    state["sum"] = torch.zeros_like(parameter)
+            if not parameters:
+                continue
+            adagrad(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [self.state[parameter]["sum"] for parameter in parameters],
+                [self.state[parameter]["step"] for parameter in parameters],
+                fused=group["fused"],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                lr_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )

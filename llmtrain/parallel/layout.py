@@ -1,0 +1,254 @@
+"""How a batch and the processes are divided: pure arithmetic, and every refusal with its reason.
+
+Ranks are ordered (pipeline, data, sequence, tensor), tensor innermost: tensor parallelism talks most
+often and so gets neighbouring ranks, pipeline least often and so gets the most distant ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from llmtrain.config import require
+from llmtrain.errors import ConfigError, Problem
+
+Precision = Literal["fp32", "bf16", "fp16"]
+EngineName = Literal["local", "deepspeed"]
+
+UNAVAILABLE = ("tensor", "pipeline", "sequence")
+"""Axes that this version cannot divide yet."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many processes each axis is divided."""
+
+    data: int | None = None
+    """Replicas that each see their own samples; null: every process that the other axes leave."""
+    tensor: int = 1
+    """Processes that share each matrix."""
+    pipeline: int = 1
+    """Stages that share the layers."""
+    sequence: int = 1
+    """Processes that share each sequence."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What replicas shard (arXiv:1910.02054): 1 optimizer state, 2 also gradients, 3 also weights."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.data is None or self.data >= 1, "data", self.data, "1 or more, or null")
+        for axis in ("tensor", "pipeline", "sequence"):
+            yield from require(getattr(self, axis) >= 1, axis, getattr(self, axis), "1 or more")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What one optimizer step sees."""
+
+    global_size: int
+    """Sequences of one optimizer step over all replicas."""
+    micro_size: int
+    """Sequences that one replica takes through the model at once; memory grows with it."""
+    sequence_length: int
+    """Tokens of one sequence."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("global_size", "micro_size", "sequence_length"):
+            yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+class Coordinates(NamedTuple):
+    """A rank's place on each axis."""
+
+    pipeline: int
+    data: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A division that adds up: data · tensor · pipeline · sequence == world_size and
+    accumulation · micro_size · data == global_size. Made by `plan_layout`."""
+
+    world_size: int
+    data: int
+    tensor: int
+    pipeline: int
+    sequence: int
+    zero: int
+    micro_size: int
+    accumulation: int
+    """Micro-batches of one optimizer step on each replica."""
+    global_size: int
+    sequence_length: int
+
+    @property
+    def model(self) -> int:
+        """Processes that hold one copy of the model between them."""
+        return self.tensor * self.pipeline
+
+    @property
+    def replica_size(self) -> int:
+        """Sequences of one optimizer step on each replica."""
+        return self.accumulation * self.micro_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all replicas."""
+        return self.global_size * self.sequence_length
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The place of `rank`, 0 ≤ rank < world_size."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside world_size {self.world_size}")
+        rank, tensor = divmod(rank, self.tensor)
+        rank, sequence = divmod(rank, self.sequence)
+        pipeline, data = divmod(rank, self.data)
+        return Coordinates(pipeline, data, sequence, tensor)
+
+    def rank(self, coordinates: Coordinates) -> int:
+        """The rank at `coordinates`; the inverse of `coordinates()`."""
+        pipeline, data, sequence, tensor = coordinates
+        return ((pipeline * self.data + data) * self.sequence + sequence) * self.tensor + tensor
+
+
+def plan_layout(
+    parallel: ParallelConfig,
+    batch: BatchConfig,
+    *,
+    engine: EngineName,
+    precision: Precision,
+    world_size: int,
+    device: str,
+) -> Layout:
+    """Divide `batch` over `world_size` processes on devices of type `device` ("cpu", "cuda").
+
+    Raises ConfigError with every rule that is broken and, for each, the nearest values that keep it.
+    """
+    problems = [problem.within("parallel") for problem in parallel.problems()]
+    problems += [problem.within("batch") for problem in batch.problems()]
+    if problems:
+        raise ConfigError(problems)
+    problems += _unavailable_axes(parallel)
+    problems += _engine_problems(parallel, engine, precision, device)
+    problems += _world_problems(parallel, world_size)
+    data = parallel.data or world_size // _others(parallel)
+    if data >= 1:
+        problems += _batch_problems(batch, data)
+    if problems:
+        raise ConfigError(problems)
+    return Layout(
+        world_size=world_size,
+        data=data,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence=parallel.sequence,
+        zero=parallel.zero,
+        micro_size=batch.micro_size,
+        accumulation=batch.global_size // (data * batch.micro_size),
+        global_size=batch.global_size,
+        sequence_length=batch.sequence_length,
+    )
+
+
+def _others(parallel: ParallelConfig) -> int:
+    """Processes of one replica."""
+    return parallel.tensor * parallel.pipeline * parallel.sequence
+
+
+def _unavailable_axes(parallel: ParallelConfig) -> Iterator[Problem]:
+    for axis in UNAVAILABLE:
+        size = getattr(parallel, axis)
+        yield from require(
+            size == 1, f"parallel.{axis}", size, "1", f"{axis} parallelism is not available in this version"
+        )
+
+
+def _engine_problems(
+    parallel: ParallelConfig, engine: EngineName, precision: Precision, device: str
+) -> Iterator[Problem]:
+    yield from require(
+        parallel.zero == 0 or engine == "deepspeed",
+        "parallel.zero",
+        parallel.zero,
+        f"0 with engine={engine}, which keeps whole copies",
+        "give engine=deepspeed, which shards",
+    )
+    yield from require(
+        not (precision == "fp16" and device == "cpu"),
+        "precision",
+        precision,
+        "fp32, bf16 on a cpu",
+        "a cpu has no fast fp16 arithmetic and fp16 gradients underflow; give precision=bf16",
+    )
+
+
+def _world_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:
+    others = _others(parallel)
+    if parallel.data is None:
+        yield from require(
+            world_size % others == 0,
+            "parallel",
+            f"tensor {parallel.tensor} · pipeline {parallel.pipeline} · sequence {parallel.sequence} "
+            f"= {others}",
+            f"a divisor of the {world_size} processes started",
+            f"start {_text(_nearest_multiples(world_size, others))} processes",
+        )
+        return
+    needed = parallel.data * others
+    remedy = f"start {needed} processes"
+    if world_size % others == 0:
+        remedy += f" or give parallel.data={world_size // others} (null finds it)"
+    yield from require(
+        needed == world_size,
+        "parallel",
+        f"data {parallel.data} · tensor {parallel.tensor} · pipeline {parallel.pipeline} · "
+        f"sequence {parallel.sequence} = {needed}",
+        f"a product of {world_size}, the processes started",
+        remedy,
+    )
+
+
+def _batch_problems(batch: BatchConfig, data: int) -> Iterator[Problem]:
+    if batch.global_size % (data * batch.micro_size) == 0:
+        return
+    micro_sizes = nearest_micro_sizes(batch, data)
+    remedies = [f"batch.micro_size {_text(micro_sizes)}"] if micro_sizes else []
+    remedies.append(f"batch.global_size {_text(nearest_global_sizes(batch, data))}")
+    yield Problem(
+        "batch.global_size",
+        f"{batch.global_size} with micro_size {batch.micro_size} on {data} data-parallel {_plural(data)}",
+        f"a multiple of micro_size · data = {batch.micro_size * data}, so that every replica takes whole "
+        "micro-batches",
+        "nearest: " + " or ".join(remedies),
+    )
+
+
+def nearest_micro_sizes(batch: BatchConfig, data: int, limit: int = 3) -> list[int]:
+    """Micro sizes nearest to the given one that divide global_size on `data` replicas; maybe none."""
+    if batch.global_size % data:
+        return []
+    per_replica = batch.global_size // data
+    divisors = {
+        d for i in range(1, int(per_replica**0.5) + 1) if per_replica % i == 0 for d in (i, per_replica // i)
+    }
+    return sorted(sorted(divisors, key=lambda d: (abs(d - batch.micro_size), d))[:limit])
+
+
+def nearest_global_sizes(batch: BatchConfig, data: int) -> list[int]:
+    """Global sizes next below and above the given one that keep micro_size on `data` replicas."""
+    return _nearest_multiples(batch.global_size, data * batch.micro_size)
+
+
+def _nearest_multiples(value: int, unit: int) -> list[int]:
+    below = value // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple >= 1]
+
+
+def _text(values: list[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _plural(count: int) -> str:
+    return "process" if count == 1 else "processes"
