@@ -78,7 +78,9 @@ class GPTConfig:
             yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         if min(self.hidden_size, self.num_heads, self.kv_heads) < 1:
             return
-        yield from require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", self.vocab_size, "2 or more")
+        yield from require(
+            self.vocab_size is None or self.vocab_size >= 2, "vocab_size", self.vocab_size, "2 or more"
+        )
         if self.head_dim is None:
             yield from require(
                 self.hidden_size % self.num_heads == 0,
@@ -94,7 +96,9 @@ class GPTConfig:
             f"a divisor of num_heads={self.num_heads}",
         )
         if self.positions == "rope":
-            yield from require(self.head_width % 2 == 0, "head_dim", self.head_width, "an even number with rope")
+            yield from require(
+                self.head_width % 2 == 0, "head_dim", self.head_width, "an even number with rope"
+            )
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
     def layer_parameter_count(self) -> int:
@@ -111,7 +115,13 @@ class GPTConfig:
         V, D = self._vocab(), self.hidden_size
         positions = self.max_sequence_length * D if self.positions == "learned" else 0
         head = 0 if self.tie_embeddings else V * D
-        return V * D + positions + self.num_layers * self.layer_parameter_count() + self._norm_parameter_count() + head
+        return (
+            V * D
+            + positions
+            + self.num_layers * self.layer_parameter_count()
+            + self._norm_parameter_count()
+            + head
+        )
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's

@@ -1,0 +1,177 @@
+"""GPT: one decoder for GPT-2 (Radford et al. 2019) and Llama (arXiv:2302.13971, 2407.21783).
+
+Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.models.config import GPTConfig
+from llmtrain.models.head import LanguageModelHead
+from llmtrain.models.initialize import Constant, Initializer, Normal
+from llmtrain.models.transformer import (
+    Block,
+    Context,
+    KVCache,
+    document_mask,
+    make_norm,
+    rotary_tables,
+)
+
+
+class Stage(NamedTuple):
+    """One step of a forward, with the modules that hold its parameters."""
+
+    modules: dict[str, nn.Module]
+    """Canonical name → module."""
+    run: Callable[[Tensor, Context], Tensor]
+
+
+class GPT(nn.Module):
+    """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        self.config = config
+        D = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.positions = (
+            nn.Embedding(config.max_sequence_length, D) if config.positions == "learned" else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config)
+        self.head = LanguageModelHead(D, config.vocab_size)
+        self._tie()
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
+
+        positions_BT: place of each token in its document; None counts from 0, or from what the cache
+            holds.
+        documents_BT: id of the document each token belongs to; a token sees no other document.
+            None: a row is one document.
+        labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
+        cache: keys and values of earlier tokens; forward adds these tokens to it.
+
+        Raises ValueError when documents and a cache are given together.
+        """
+        context = self.context(
+            tokens_BT,
+            positions_BT=positions_BT,
+            documents_BT=documents_BT,
+            labels_BT=labels_BT,
+            cache=cache,
+        )
+        x = tokens_BT
+        for stage in self.stages():
+            x = stage.run(x, context)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return x
+
+    def stages(self) -> list[Stage]:
+        """The steps that forward runs, in order: embedding, each block, head."""
+        embeddings: dict[str, nn.Module] = {"embedding": self.embedding}
+        if self.positions is not None:
+            embeddings["positions"] = self.positions
+        return [
+            Stage(embeddings, self._embed),
+            *(Stage({f"blocks.{i}": block}, block) for i, block in enumerate(self.blocks)),
+            Stage({"norm": self.norm, "head": self.head}, self._finish),
+        ]
+
+    def context(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Context:
+        """What all stages of one forward over these tokens share; arguments as forward's."""
+        T = tokens_BT.shape[1]
+        past = 0 if cache is None else cache.length
+        if positions_BT is None:
+            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)[None]
+        mask: Tensor | None = None
+        if documents_BT is not None:
+            if cache is not None:
+                raise ValueError("documents_BT and a cache cannot be given together")
+            mask = document_mask(documents_BT)
+        elif past > 0 and T > 1:
+            keys = torch.arange(past + T, device=tokens_BT.device)
+            mask = (keys[None, :] <= keys[past:, None])[None, None]
+        rotary = rotary_tables(self.config, positions_BT) if self.config.positions == "rope" else None
+        return Context(positions_BT, rotary, mask, labels_BT, cache)
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """An empty cache for `max_length` tokens a row."""
+        return KVCache(self.config.num_layers, max_length)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """GPT-2's initialization (Radford et al. 2019, section 2.3), for both forms.
+
+        | parameter                              | value                                   |
+        |----------------------------------------|-----------------------------------------|
+        | embedding, positions, head (if untied) | N(0, init_std)                          |
+        | qkv, gate, up                          | N(0, init_std)                          |
+        | attention output, mlp down             | N(0, init_std / sqrt(2 · num_layers))   |
+        | norm weights                           | 1                                       |
+        | all biases                             | 0                                       |
+        """
+        config = self.config
+        normal = Normal(config.init_std)
+        residual = Normal(config.init_std / (2 * config.num_layers) ** 0.5)
+        table: dict[str, Initializer] = {
+            "embedding.weight": normal,
+            "blocks.*.attention.qkv.weight": normal,
+            "blocks.*.attention.output.weight": residual,
+            "blocks.*.mlp.up.weight": normal,
+            "blocks.*.mlp.down.weight": residual,
+            "*norm.weight": Constant(1.0),
+        }
+        if config.positions == "learned":
+            table["positions.weight"] = normal
+        if config.gated_mlp:
+            table["blocks.*.mlp.gate.weight"] = normal
+        if not config.tie_embeddings:
+            table["head.weight"] = normal
+        if config.bias:
+            table["*.bias"] = Constant(0.0)
+        return table
+
+    def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(context.positions)
+        return self.dropout(x_BTD)
+
+    def _finish(self, x_BTD: Tensor, context: Context) -> Tensor:
+        return self.head(self.norm(x_BTD), context.labels)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = cast(nn.Parameter, self.embedding.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GPT:
+        # Leaving the meta device makes new Parameters, each module its own.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self

@@ -1,0 +1,138 @@
+"""The language-model head: hidden states → logits, or → the summed cross-entropy without ever
+holding all logits.
+
+Dim names: B batch, T sequence, M tokens that count, C tokens of one chunk, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+"""Label of a position that bears no loss; torch's own default."""
+
+LOGITS_PER_CHUNK = 2**23
+"""Logits held at once, fp32: 32 MiB. Measured on CPU: see tests/bench/head.py."""
+
+
+class LanguageModelHead(nn.Module):
+    """Linear map to the vocabulary, with the loss inside."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); with labels the SUM of cross-entropy in nats over labels other than
+        IGNORE_INDEX, a 0-d fp32 tensor."""
+        if labels_BT is None:
+            return F.linear(hidden_BTD, self.weight)
+        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.weight.shape[1]}, vocab_size={self.weight.shape[0]}"
+
+
+def summed_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """`F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")`, a chunk of tokens at a time.
+
+    Each chunk's gradients are taken while its logits are at hand (the method of Liger Kernel,
+    arXiv:2410.10989), so memory is C·V instead of B·T·V and no logits are computed twice.
+    Under autocast the matrix products run in the autocast type; the softmax and the weight's
+    gradient are fp32.
+    """
+    device = hidden_BTD.device.type
+    compute_dtype = hidden_BTD.dtype
+    if torch.is_autocast_enabled(device):
+        compute_dtype = torch.get_autocast_dtype(device)
+    with_gradients = torch.is_grad_enabled()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_BTD: Tensor,
+        weight_VD: Tensor,
+        labels_BT: Tensor,
+        compute_dtype: torch.dtype,
+        with_gradients: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            return _forward(ctx, hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * gradient).to(ctx.hidden_dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * gradient).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _forward(
+    ctx: Any,
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    compute_dtype: torch.dtype,
+    with_gradients: bool,
+) -> Tensor:
+    # The weight itself is not kept: ZeRO-3 releases it between forward and backward.
+    V, D = weight_VD.shape
+    hidden_gradient_wanted = with_gradients and ctx.needs_input_grad[0]
+    weight_gradient_wanted = with_gradients and ctx.needs_input_grad[1]
+    ctx.hidden_dtype, ctx.weight_dtype = hidden_BTD.dtype, weight_VD.dtype
+
+    labels = labels_BT.reshape(-1)
+    counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    all_counted = counted.numel() == labels.numel()
+    hidden_MD, labels_M = hidden_BTD.reshape(-1, D), labels
+    if not all_counted:
+        hidden_MD, labels_M = hidden_MD[counted], labels[counted]
+    hidden_MD, weight = hidden_MD.to(compute_dtype), weight_VD.to(compute_dtype)
+
+    loss = torch.zeros((), dtype=torch.float32, device=hidden_BTD.device)
+    grad_hidden_MD = torch.empty_like(hidden_MD) if hidden_gradient_wanted else None
+    grad_weight_VD = (
+        torch.zeros(V, D, dtype=torch.float32, device=weight.device) if weight_gradient_wanted else None
+    )
+    chunk = max(1, LOGITS_PER_CHUNK // V)
+    for start in range(0, labels_M.numel(), chunk):
+        hidden_CD = hidden_MD[start : start + chunk]
+        labels_C1 = labels_M[start : start + chunk, None]
+        log_probs_CV = torch.log_softmax(hidden_CD @ weight.T, dim=-1, dtype=torch.float32)
+        loss -= log_probs_CV.gather(1, labels_C1).sum()
+        if not (hidden_gradient_wanted or weight_gradient_wanted):
+            continue
+        # d loss / d logits = softmax − one-hot
+        grad_logits = log_probs_CV.exp_().scatter_add_(
+            1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32)
+        )
+        grad_logits_CV = grad_logits.to(compute_dtype)
+        if grad_hidden_MD is not None:
+            torch.mm(grad_logits_CV, weight, out=grad_hidden_MD[start : start + chunk])
+        if grad_weight_VD is not None:
+            if compute_dtype == torch.float32:
+                grad_weight_VD.addmm_(grad_logits_CV.T, hidden_CD)
+            else:
+                grad_weight_VD += grad_logits_CV.T @ hidden_CD
+
+    grad_hidden_BTD = grad_hidden_MD
+    if grad_hidden_MD is not None and not all_counted:
+        grad_hidden_BTD = torch.zeros(labels.numel(), D, dtype=compute_dtype, device=hidden_BTD.device)
+        grad_hidden_BTD[counted] = grad_hidden_MD
+    if grad_hidden_BTD is not None:
+        grad_hidden_BTD = grad_hidden_BTD.view(hidden_BTD.shape)
+    ctx.save_for_backward(grad_hidden_BTD, grad_weight_VD)
+    return loss
