@@ -1,0 +1,106 @@
+"""What `llmtrain prepare` can be told. Free of torch and of everything heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+"""Pieces of the ids 0, 1, 2 and 3 of a tokenizer trained here: unknown, begin, end, padding."""
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256 + 1
+"""Special tokens, one token a byte, and at least one piece."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes ids: a sentencepiece model (Kudo and Richardson, arXiv:1808.06226)."""
+
+    kind: Literal["unigram", "bpe"] = "unigram"
+    """Unigram language model (arXiv:1804.10959) or byte-pair merges (arXiv:1508.07909)."""
+    vocab_size: int = 8192
+    """Ids in all, special tokens and 256 bytes included."""
+    model: Path | None = None
+    """An existing sentencepiece .model, taken as it is; then nothing is trained."""
+    train_bytes: int = 16 << 20
+    """Most UTF-8 bytes of training documents the tokenizer is trained on; training takes about 22
+    times as much memory."""
+    character_coverage: float = 0.9995
+    """Share of the characters that get pieces of their own; the others become bytes."""
+    split_digits: bool = True
+    """Each digit is a piece of its own."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.model is None:
+            yield from require(
+                SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 24,
+                "vocab_size",
+                self.vocab_size,
+                f"{SMALLEST_VOCABULARY} (256 bytes, {len(SPECIAL_TOKENS)} special tokens and a piece) to {1 << 24}",
+            )
+        yield from require(self.train_bytes >= 1, "train_bytes", self.train_bytes, "1 or more")
+        yield from require(
+            0.9 <= self.character_coverage <= 1.0, "character_coverage", self.character_coverage, "0.9 to 1"
+        )
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Shares of the documents held out; a hash of the document alone decides where it goes."""
+
+    validation: float = 0.05
+    test: float = 0.05
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("validation", "test"):
+            share = getattr(self, name)
+            yield from require(0.0 <= share < 1.0, name, share, "0 up to, not including, 1")
+        yield from require(
+            self.validation + self.test < 1.0,
+            "validation",
+            self.validation,
+            f"less than 1 together with test={self.test}",
+            "leave something to train on",
+        )
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Raw text → tokenizer and sharded corpus."""
+
+    source: tuple[str, ...]
+    """Files, folders (with all below), globs and package:NAME/path (a file of an installed Python package)."""
+    output: Path
+    """The corpus' folder."""
+    text_field: str = "text"
+    """Column or key that holds the text, in .jsonl, .csv and .parquet."""
+    txt_document: Literal["auto", "file", "line", "paragraph"] = "auto"
+    """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
+    normalization: Literal["none", "nfc", "nfkc"] = "nfc"
+    """Unicode normalization form (Unicode Standard Annex 15)."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    sample_tokens: int = 1 << 18
+    """About as many tokens in one sample of a shard; a sample holds whole documents."""
+    shard_bytes: int = 64 << 20
+    """About as many bytes in one shard."""
+    workers: int | None = None
+    """Processes; null: one a core. The result does not depend on it."""
+    seed: int = 0
+    """Chooses the tokenizer's training documents."""
+    overwrite: bool = False
+    """Replace a corpus of other sources or settings that stands in the output folder."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(len(self.source) > 0, "source", "nothing", "a file, folder, glob or package:NAME/path")
+        yield from require(bool(self.text_field), "text_field", self.text_field, "a name")
+        yield from require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more, or null")
+        yield from require(
+            1 <= self.sample_tokens <= 1 << 30, "sample_tokens", self.sample_tokens, f"1 to {1 << 30}"
+        )
+        yield from require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 or more")
+        yield from require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 up to, not including, 2^63")

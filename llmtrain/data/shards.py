@@ -1,0 +1,113 @@
+"""Token shards: plain webdataset tars whose arrays a reader can memory-map.
+
+A sample is `KEY.tokens.npy`, the token ids of many whole documents, each followed by eos, and
+`KEY.ends.npy`, where each document ends. `index.npy` of a split holds one INDEX_DTYPE row a sample,
+so that a reader goes to any sample without reading the tar. The bytes depend on the tokens alone:
+times, owners and modes in the tar are fixed.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from llmtrain.data.files import atomic_writer
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # position in the manifest's list of shards
+        ("tokens_offset", "<u8"),  # byte of the tar where the token ids begin, after the npy header
+        ("ends_offset", "<u8"),  # byte of the tar where the document ends begin
+        ("num_tokens", "<u8"),
+        ("num_documents", "<u4"),
+    ]
+)
+ENDS_DTYPE = np.dtype("<u4")
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Sample:
+    """tokens: (num_tokens,) uint16 or uint32; ends: (num_documents,) uint32, the last == num_tokens."""
+
+    key: str
+    tokens: np.ndarray
+    ends: np.ndarray
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds every id."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Write one tar and return its manifest entry and its INDEX_DTYPE rows."""
+    rows: list[tuple[int, int, int, int, int]] = []
+    with atomic_writer(path) as file:
+        tar = _Tar(file)
+        for sample in samples:
+            tokens_offset = tar.add_array(f"{sample.key}.tokens.npy", sample.tokens)
+            ends_offset = tar.add_array(f"{sample.key}.ends.npy", sample.ends.astype(ENDS_DTYPE, copy=False))
+            rows.append((shard, tokens_offset, ends_offset, len(sample.tokens), len(sample.ends)))
+        tar.close()
+    index = np.array(rows, dtype=INDEX_DTYPE)
+    entry = {
+        "file": f"{path.parent.name}/{path.name}",
+        "bytes": tar.offset,
+        "xxh3_128": tar.checksum.hexdigest(),
+        "num_samples": len(rows),
+        "num_tokens": int(index["num_tokens"].sum()),
+        "num_documents": int(index["num_documents"].sum(dtype=np.uint64)),
+    }
+    return entry, index
+
+
+def write_index(path: Path, rows: np.ndarray) -> str:
+    """Write a split's index.npy; returns its xxh3_128."""
+    data = _npy_header(rows) + rows.tobytes()
+    with atomic_writer(path) as file:
+        file.write(data)
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+class _Tar:
+    """An append-only ustar stream that knows the offset of everything it wrote."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.offset = 0
+        self.checksum = xxhash.xxh3_128()
+
+    def add_array(self, name: str, array: np.ndarray) -> int:
+        """Append `array` as an npy member; returns the byte at which its data begin."""
+        header = _npy_header(array)
+        member = tarfile.TarInfo(name)
+        member.size = len(header) + array.nbytes
+        member.mode = 0o644
+        self._write(member.tobuf(tarfile.USTAR_FORMAT))
+        self._write(header)
+        data_offset = self.offset
+        self._write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        self._write(bytes(-self.offset % TAR_BLOCK))
+        return data_offset
+
+    def close(self) -> None:
+        self._write(bytes(2 * TAR_BLOCK))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.checksum.update(data)
+        self.offset += len(data)
+
+
+def _npy_header(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
+    return buffer.getvalue()
