@@ -1,0 +1,66 @@
+"""Next-token prediction over packed documents.
+
+Dim names: B rows, T sequence length, W = T + 1 tokens of a window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.objectives.base import Batch, Terms, count_targets
+
+_MODEL_INPUTS = {"positions": "positions_BT", "documents": "documents_BT", "labels": "labels_BT"}
+
+
+class CausalLM:
+    """Loss of each token given those before it in its own document.
+
+    A document's first token is never a target: its predecessor belongs to another document.
+    """
+
+    def __init__(self, document_mask: bool = True) -> None:
+        """document_mask: packed documents don't attend to each other, and positions count from 0 in
+        each. Without it a row reads as one text; the targets stay the same."""
+        self._document_mask = document_mask
+
+    def collate(self, raw: dict[str, np.ndarray]) -> Batch:
+        """{"tokens": (B, W), "documents": (B, W), negative where no token is} →
+        {"tokens": (B, T), "labels": (B, T), IGNORE_INDEX where no loss is borne}, int64; and, when some
+        row holds more than one document and they are masked, "positions": (B, T) int64 and
+        "documents": (B, T) int32."""
+        tokens_BW, documents_BW = raw["tokens"], raw["documents"]
+        inputs_BT, targets_BT = documents_BW[:, :-1], documents_BW[:, 1:]
+        is_target_BT = (inputs_BT == targets_BT) & (targets_BT >= 0)
+        batch = {
+            "tokens": torch.from_numpy(np.ascontiguousarray(tokens_BW[:, :-1])),
+            "labels": torch.from_numpy(np.where(is_target_BT, tokens_BW[:, 1:], IGNORE_INDEX)),
+        }
+        # Padding after the last token needs no mask of its own: attention is causal.
+        has_boundary = bool((documents_BW[:, :-1] > 0).any())
+        if self._document_mask and has_boundary:
+            batch["positions"] = torch.from_numpy(_positions(inputs_BT))
+            batch["documents"] = torch.from_numpy(np.ascontiguousarray(inputs_BT))
+        return batch
+
+    def target_count(self, batch: Batch) -> int:
+        return int(count_targets(batch["labels"], IGNORE_INDEX))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
+        arguments = {name: batch[key] for key, name in _MODEL_INPUTS.items() if key in batch}
+        loss_sum = model(batch["tokens"], **arguments)
+        return Terms(loss_sum, count_targets(batch["labels"], IGNORE_INDEX))
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
+        return self(model, batch)
+
+
+def _positions(documents_BT: np.ndarray) -> np.ndarray:
+    """Each token's place in its document's part of the row, int64 (B, T)."""
+    places_T = np.arange(documents_BT.shape[1])
+    starts_BT = np.zeros(documents_BT.shape, dtype=np.int64)
+    changes_BT = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts_BT[:, 1:] = np.where(changes_BT, places_T[1:], 0)
+    return places_T - np.maximum.accumulate(starts_BT, axis=1)
