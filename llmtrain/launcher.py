@@ -1,0 +1,356 @@
+"""torchrun for `llmtrain train`: one agent a host, processes and rendezvous found from the environment.
+
+`launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's own elastic agent, as `torchrun`
+does, and adds what that command lacks: the exit code of the rank that failed (torchrun always gives
+1), one log a global rank, and the network interface that the other hosts can reach.
+
+Environment:
+  NPROC_PER_NODE           processes on this host; default: its accelerators, or 1
+  NNODES                   hosts; default 1
+  MASTER_ADDR MASTER_PORT  host 0, as every host reaches it; needed with NNODES > 1; port 29500
+  NODE_RANK                this host's place, 0 … NNODES-1; needed with MASTER_ADDR and NNODES > 1
+  RDZV_ENDPOINT RDZV_ID    in place of MASTER_ADDR, MASTER_PORT and NODE_RANK: a c10d rendezvous at HOST:PORT,
+                           where the hosts number themselves
+  LOG_DIR                  where rankR.log of each rank goes; default: logs/ in the run folder
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtrain.errors import EXIT_CODE, ConfigError, Problem, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import LogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+DEFAULT_PORT = 29500
+SHOWN_LOG_LINES = 20
+
+# Codes that a rank also gets when another one failed: it was terminated, its peer's connection broke
+# (an exception), or its communication library aborted. Any other code tells of a cause of its own.
+_SIGTERM, _EXCEPTION, _SIGABRT = 128 + 15, 1, 128 + 6
+_LEAST_TELLING_FIRST = (_SIGTERM, _EXCEPTION, _SIGABRT)
+
+# torch's agent waits 30 s before it kills the peers of a failed rank; their codes are no cause.
+_SAME_FAILURE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """This host's part of a launch, as the environment tells it."""
+
+    num_processes: int | None = None
+    """Processes on this host; null: its accelerators, or 1."""
+    num_nodes: int = 1
+    node_rank: int | None = None
+    """This host's place among `num_nodes`; null: the rendezvous decides."""
+    address: str = "127.0.0.1"
+    """Where host 0 (or the c10d rendezvous) is reached."""
+    port: int = 0
+    """0: any free port, on a single host."""
+    backend: str = "c10d"
+    """torch's rendezvous: `static` (ranks known beforehand) or `c10d`."""
+    run_id: str = "llmtrain"
+
+
+def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
+    """Read the variables in this module's docstring.
+
+    Raises ConfigError with every problem found.
+    """
+    problems: list[Problem] = []
+
+    def whole_number(name: str, least: int, most: int | None = None) -> int | None:
+        text = environment.get(name, "").strip()
+        if not text:
+            return None
+        allowed = f"{least} or more" if most is None else f"{least} … {most}"
+        if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
+            return int(text)
+        problems.append(Problem(name, repr(text), allowed, "correct this environment variable"))
+        return None
+
+    num_processes = whole_number("NPROC_PER_NODE", 1)
+    num_nodes = whole_number("NNODES", 1) or 1
+    endpoint = environment.get("RDZV_ENDPOINT", "").strip()
+    address = environment.get("MASTER_ADDR", "").strip()
+    run_id = environment.get("RDZV_ID", "").strip() or Hosts.run_id
+    hosts = Hosts(num_processes, num_nodes)
+    if endpoint:
+        address, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", str(DEFAULT_PORT))
+        if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
+            problems.append(Problem("RDZV_ENDPOINT", repr(endpoint), "HOST:PORT", "such as node1:29500"))
+        else:
+            hosts = Hosts(num_processes, num_nodes, None, address.strip("[]"), int(port), "c10d", run_id)
+    elif num_nodes > 1:
+        port_number = whole_number("MASTER_PORT", 1, 2**16 - 1) or DEFAULT_PORT
+        node_rank = whole_number("NODE_RANK", 0, num_nodes - 1)
+        if not address:
+            problems.append(
+                Problem("MASTER_ADDR", "nothing", "host 0's name or address", "or set RDZV_ENDPOINT")
+            )
+        if not environment.get("NODE_RANK", "").strip():
+            remedy = f"give each of the {num_nodes} hosts its own"
+            problems.append(Problem("NODE_RANK", "nothing", f"0 … {num_nodes - 1}", remedy))
+        hosts = Hosts(num_processes, num_nodes, node_rank, address, port_number, "static", run_id)
+    if problems:
+        raise ConfigError(problems)
+    return hosts
+
+
+def interface_towards(address: str) -> tuple[str, str]:
+    """The (network interface, own address on it) by which this host speaks to `address`.
+
+    Debian names the machine itself 127.0.1.1, where no other host can reach it: a NAME that leads back
+    to the loopback takes the interface of the default route, if there is one; a literal 127.x stays.
+
+    Raises ConfigError when the address cannot be resolved or reached.
+    """
+    try:
+        found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        remedy = "name the host as this machine's resolver knows it, or give its address"
+        raise ConfigError(
+            Problem("MASTER_ADDR", repr(address), f"a resolvable host ({error})", remedy)
+        ) from None
+    own_address = next(filter(None, (_own_address(family, where[0]) for family, *_, where in found)), None)
+    if own_address is None:
+        raise ConfigError(
+            Problem("MASTER_ADDR", repr(address), "a host that a route leads to", "check the network")
+        )
+    if ipaddress.ip_address(own_address).is_loopback and not _is_literal(address):
+        # Connecting a datagram socket sends nothing; it only asks the routing table.
+        own_address = _own_address(socket.AF_INET, "192.0.2.1") or own_address
+    return _interface_of(own_address), own_address
+
+
+def _own_address(family: int, towards: str | int) -> str | None:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
+def _interface_of(own_address: str) -> str:
+    import psutil
+
+    addresses = {
+        entry.address.partition("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    if own_address not in addresses and ipaddress.ip_address(own_address).is_loopback:
+        own_address = "127.0.0.1"
+    return addresses[own_address]
+
+
+def _is_literal(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
+def root_cause(exit_codes: Sequence[int]) -> int:
+    """The index of the exit code that tells most of why a job failed; the first among equals.
+
+    When one rank fails, the others soon do, in any order and on other hosts with other clocks: what they
+    exit with says more than when. Negative codes are signals, as subprocess gives them.
+    """
+
+    def telling(index: int) -> int:
+        code = shell_code(exit_codes[index])
+        return _LEAST_TELLING_FIRST.index(code) if code in _LEAST_TELLING_FIRST else len(_LEAST_TELLING_FIRST)
+
+    return max((i for i, code in enumerate(exit_codes) if code), key=telling)
+
+
+def shell_code(exit_code: int) -> int:
+    """The code as a shell gives it: 128 + n for a process ended by signal n."""
+    return 128 - exit_code if exit_code < 0 else exit_code
+
+
+def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path:
+    """LOG_DIR, or logs/ in the run folder that the overrides name."""
+    if environment.get("LOG_DIR"):
+        return Path(environment["LOG_DIR"]).expanduser().absolute()
+    values = [o.partition("=")[2] for o in overrides if o.partition("=")[0].lstrip("+") == "run.dir"]
+    run_folder = Path(values[-1].strip("'\"")).expanduser() if values else Path("runs")
+    return run_folder.absolute() / "logs"
+
+
+def keep_previous(log: Path) -> None:
+    """Move an earlier launch's log aside (rank0.log → rank0.1.log, and so on up): a resumed run keeps it."""
+    if log.exists():
+        number = 1
+        while (kept := log.with_suffix(f".{number}{log.suffix}")).exists():
+            number += 1
+        log.rename(kept)
+
+
+def _tail(log: Path) -> Iterator[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 65536))
+            yield from file.read().decode(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
+    except OSError as error:
+        yield f"({error})"
+
+
+def _exit_report(node: object) -> str:
+    return f".exit-code-of-node-{node}"
+
+
+def job_exit_code(folder: Path) -> int:
+    """The exit code of a job of several hosts, as their launchers left it in `folder`; 0 if they left none."""
+    codes = [int(report.read_text()) for report in sorted(folder.glob(_exit_report("*")))]
+    return codes[root_cause(codes)] if any(codes) else 0
+
+
+def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `python -m llmtrain train OVERRIDES` on every rank of this host.
+
+    Returns 0, or the exit code of the rank that failed, as a shell gives it.
+
+    Raises ConfigError where the environment or the log folder cannot be used.
+    """
+    hosts = hosts_from_environment(environment)
+    interface, own_address = interface_towards(hosts.address)
+    folder = log_folder(environment, overrides)
+    exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        exit_report.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a folder to write in ({error})")) from None
+
+    # The backends would take the address that this host's own name resolves to.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if hosts.num_nodes > 1:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    code = _run_agent(hosts, own_address, folder, overrides)
+    if code and hosts.num_nodes > 1:
+        exit_report.write_text(f"{code}\n")
+    return code
+
+
+def _run_agent(hosts: Hosts, own_address: str, folder: Path, overrides: Sequence[str]) -> int:
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if "LOGLEVEL" not in os.environ:
+        # What the agent logs of a failed rank is said below, in two lines.
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+    num_processes = hosts.num_processes or max(1, torch.accelerator.device_count())
+    # Left alone, torch takes all cores in every process.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    endpoint = f"[{hosts.address}]:{hosts.port}" if ":" in hosts.address else f"{hosts.address}:{hosts.port}"
+    config = LaunchConfig(
+        min_nodes=hosts.num_nodes,
+        max_nodes=hosts.num_nodes,
+        nproc_per_node=num_processes,
+        run_id=hosts.run_id,
+        rdzv_backend=hosts.backend,
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"rank": hosts.node_rank} if hosts.backend == "static" else {},
+        local_addr=own_address,
+        max_restarts=0,
+        start_method="spawn",
+        logs_specs=_one_log_a_rank(folder),
+        # An empty role as the prefix: the console's lines stand as rank 0 wrote them.
+        role="",
+        log_line_prefix_template="${role_name}",
+    )
+    # Both streams of a rank go to one file, which the agent opens once.
+    merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
+    command = [sys.executable, "-u", "-m", "llmtrain", "train", *overrides]
+    try:
+        # The agent substitutes ${local_rank} in arguments; `$$` gives the overrides' own `$`.
+        elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
+    except ChildFailedError as error:
+        return _explain(error.failures, folder)
+    except SignalException as error:
+        print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
+    earliest = min(failure.timestamp for failure in failures.values())
+    causes = {
+        rank: failure.exitcode
+        for rank, failure in sorted(failures.items())
+        if failure.timestamp - earliest <= _SAME_FAILURE_SECONDS
+    }
+    rank = list(causes)[root_cause(list(causes.values()))]
+    code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
+    if rank:
+        print(*_tail(log), sep="\n", file=sys.stderr)
+    if rank or code != EXIT_CODE:
+        print(f"llmtrain: rank {rank} exited with {code}; its log: {log}", file=sys.stderr)
+    return code
+
+
+def _one_log_a_rank(folder: Path) -> LogsSpecs:
+    """Where the agent puts the ranks' output: FOLDER/rankR.log, rank 0's on the console too."""
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class OneLogARank(LogsSpecs):
+        @property
+        def root_log_dir(self) -> str:
+            return str(folder)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            logs = {local_rank: folder / f"rank{env['RANK']}.log" for local_rank, env in envs.items()}
+            for log in logs.values():
+                keep_previous(log)
+            paths = {local_rank: str(log) for local_rank, log in logs.items()}
+            console = {
+                local_rank: path for local_rank, path in paths.items() if envs[local_rank]["RANK"] == "0"
+            }
+            nowhere = dict.fromkeys(envs, os.devnull)
+            return LogsDest(
+                stdouts=paths,
+                stderrs=dict.fromkeys(envs, ""),
+                tee_stdouts=console,
+                error_files=nowhere,
+                filtered_stdout=os.devnull,
+                filtered_stderr=os.devnull,
+            )
+
+    return OneLogARank()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`OVERRIDES…` launches; `--job-exit-code FOLDER` exits with what the hosts' launchers left there."""
+    # The agent copies rank 0's log to this stream: let each line out at once.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if arguments[:1] == ["--job-exit-code"]:
+        return job_exit_code(Path(arguments[1]))
+    try:
+        return launch(arguments, os.environ)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
