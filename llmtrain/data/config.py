@@ -96,9 +96,13 @@ class PrepareConfig:
     """Replace a corpus of other sources or settings that stands in the output folder."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from require(len(self.source) > 0, "source", "nothing", "a file, folder, glob or package:NAME/path")
+        yield from require(
+            len(self.source) > 0, "source", "nothing", "a file, folder, glob or package:NAME/path"
+        )
         yield from require(bool(self.text_field), "text_field", self.text_field, "a name")
-        yield from require(self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more, or null")
+        yield from require(
+            self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more, or null"
+        )
         yield from require(
             1 <= self.sample_tokens <= 1 << 30, "sample_tokens", self.sample_tokens, f"1 to {1 << 30}"
         )

@@ -1,0 +1,119 @@
+"""Raw documents → clean UTF-8, at memory speed: documents are cleaned a joined batch at a time.
+
+Cleaning removes control characters (newline and tab stay, CRLF and CR become newline), writes
+U+2581, with which sentencepiece marks a space, as a space, normalizes Unicode, and drops documents
+that hold nothing but white space.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import xxhash
+
+# Record separator: a control character itself, so no clean document holds it, and Unicode composes
+# nothing across it.
+SEPARATOR = "\x1e"
+SEPARATOR_BYTE = SEPARATOR.encode()
+# C0 without tab, newline, the separator; and DEL.
+_CONTROLS = bytes(c for c in [*range(0x20), 0x7F] if chr(c) not in "\t\n" + SEPARATOR)
+_SEPARATOR_TOO = _CONTROLS + SEPARATOR_BYTE
+_CONTROLS_C1 = re.compile(rb"\xc2[\x80-\x9f]")  # U+0080 to U+009F in UTF-8
+_SENTENCEPIECE_SPACE = "▁".encode()
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass
+class CleanCounts:
+    """What cleaning met; added up over batches, units and processes."""
+
+    documents_read: int = 0
+    empty_dropped: int = 0
+    documents_normalized: int = 0
+    """Documents changed by Unicode normalization."""
+    controls_removed: int = 0
+    """Control characters removed."""
+    spaces_replaced: int = 0
+    """U+2581 replaced by a space."""
+
+    def add(self, other: CleanCounts) -> None:
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts: CleanCounts) -> list[bytes]:
+    """Clean UTF-8 documents in the given order, empty ones dropped; adds to `counts`.
+
+    Raises UnicodeDecodeError for bytes that are no UTF-8.
+    """
+    if not documents:
+        return []
+    counts.documents_read += len(documents)
+    joined = _join(documents)
+    if joined.count(SEPARATOR_BYTE) != len(documents) - 1:
+        joined = SEPARATOR_BYTE.join(
+            _remove_controls(_join([document]), _SEPARATOR_TOO, counts) for document in documents
+        )
+    else:
+        joined = _remove_controls(joined, _CONTROLS, counts)
+    if not joined.isascii():
+        joined = _clean_beyond_ascii(joined, normalization, counts)
+    cleaned = [text for text in (d.strip(b"\n") for d in joined.split(SEPARATOR_BYTE)) if text and not text.isspace()]
+    counts.empty_dropped += len(documents) - len(cleaned)
+    return cleaned
+
+
+def digests(documents: Sequence[bytes]) -> np.ndarray:
+    """(documents, 2) uint64: the high and low halves of each document's xxh3_128."""
+    packed = b"".join(map(xxhash.xxh3_128_digest, documents))
+    return np.frombuffer(packed, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def split_of(keys: np.ndarray, validation: float, test: float) -> np.ndarray:
+    """(documents,) uint8 of 0 train, 1 validation, 2 test, from the low half of each document's hash."""
+    position = keys.astype(np.float64) / 2.0**64
+    return np.where(position < validation, 1, np.where(position < validation + test, 2, 0)).astype(np.uint8)
+
+
+def _join(documents: Sequence[str] | Sequence[bytes]) -> bytes:
+    if isinstance(documents[0], bytes):
+        return SEPARATOR_BYTE.join(documents)  # type: ignore[arg-type]
+    text = SEPARATOR.join(documents)  # type: ignore[arg-type]
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # JSON may escape half of a surrogate pair, which no UTF-8 can hold.
+        return _SURROGATES.sub("\ufffd", text).encode()
+
+
+def _remove_controls(text: bytes, controls: bytes, counts: CleanCounts) -> bytes:
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    length = len(text)
+    text = text.translate(None, controls)
+    counts.controls_removed += length - len(text)
+    return text
+
+
+def _clean_beyond_ascii(joined: bytes, normalization: str, counts: CleanCounts) -> bytes:
+    text = joined.decode()
+    joined, removed = _CONTROLS_C1.subn(b"", joined)
+    replaced = joined.count(_SENTENCEPIECE_SPACE)
+    if replaced:
+        joined = joined.replace(_SENTENCEPIECE_SPACE, b" ")
+    counts.controls_removed += removed
+    counts.spaces_replaced += replaced
+    if normalization == "none":
+        return joined
+    form = normalization.upper()
+    text = joined.decode() if removed or replaced else text
+    if unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
+        return joined
+    documents = text.split(SEPARATOR)
+    normalized = [unicodedata.normalize(form, document) for document in documents]  # type: ignore[arg-type]
+    counts.documents_normalized += sum(a != b for a, b in zip(documents, normalized, strict=True))
+    return SEPARATOR.join(normalized).encode()
