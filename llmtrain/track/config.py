@@ -1,0 +1,49 @@
+"""What describes the trackers, free of torch. A tracker that has a section is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+
+
+@dataclass(frozen=True)
+class JsonlConfig:
+    """metrics.jsonl in the run folder."""
+
+
+@dataclass(frozen=True)
+class TensorBoardConfig:
+    """Event files in the run folder's tensorboard/."""
+
+    flush_seconds: int = 30
+    """Longest time that a metric waits in memory."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.flush_seconds >= 1, "flush_seconds", self.flush_seconds, "1 or more")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """A Weights & Biases run, named as the run is."""
+
+    project: str = "llmtrain"
+    entity: str | None = None
+    """User or team; null: the account's default."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """null: what WANDB_MODE says, else online."""
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    notes: str | None = None
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where metrics go, besides the progress line; any number of trackers, none included."""
+
+    jsonl: JsonlConfig | None = None
+    tensorboard: TensorBoardConfig | None = None
+    wandb: WandbConfig | None = None

@@ -1,0 +1,91 @@
+"""metrics.jsonl: one JSON object a line, each whole on disk before training goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import Problem, TrainingError
+from llmtrain.track.trackers import Metrics
+
+
+class JsonlTracker:
+    """Appends {"step": …, metric: value, …}; a value that is not finite is null.
+
+    A resumed run first drops, atomically, the lines past `resume_step` and a torn last line, which a
+    killed run leaves; a fresh run (None) drops all.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        self._path = path
+        try:
+            _keep_up_to(path, -1 if resume_step is None else resume_step)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _disk_error(path, error) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        values = {name: _finite(value) for name, value in metrics.items()}
+        line = (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _disk_error(self._path, error) from error
+            raise
+
+    def state(self) -> dict[str, Any]:
+        os.fsync(self._file)
+        return {}
+
+    def close(self, failed: bool) -> None:
+        os.fsync(self._file)
+        os.close(self._file)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file in order; a torn line is left out, a missing file is empty."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def _keep_up_to(path: Path, last_step: int) -> None:
+    """Rewrite `path` atomically with its records up to `last_step`."""
+    if not path.exists():
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as kept:
+        for record in read_metrics(path):
+            if record["step"] <= last_step:
+                kept.write(json.dumps(record) + "\n")
+        kept.flush()
+        os.fsync(kept.fileno())
+    os.replace(partial, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (str, bool, int)):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _disk_error(path: Path, error: OSError) -> TrainingError:
+    remedy = "free space, then resume from the last checkpoint" if error.errno != errno.EACCES else ""
+    return TrainingError(
+        Problem(str(path), error.strerror or str(error), "a file that can be written", remedy)
+    )

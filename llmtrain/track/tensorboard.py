@@ -1,0 +1,44 @@
+"""TensorBoard event files. TensorBoard hides what a killed run wrote past its checkpoint (purge_step)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmtrain.track.config import TensorBoardConfig
+from llmtrain.track.trackers import Metrics
+
+
+class TensorBoardTracker:
+    """Scalars under the metrics' own names, and the run's config as text."""
+
+    def __init__(
+        self,
+        config: TensorBoardConfig,
+        folder: Path,
+        resolved_config: dict[str, Any],
+        resume_step: int | None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=0 if resume_step is None else resume_step + 1,
+            flush_secs=config.flush_seconds,
+        )
+        if resume_step is None:
+            text = json.dumps(resolved_config, indent=2, default=str)
+            self._writer.add_text("config", "\n".join("    " + line for line in text.splitlines()), 0)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def state(self) -> dict[str, Any]:
+        # What a checkpoint covers must not be lost with the process.
+        self._writer.flush()
+        return {}
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()

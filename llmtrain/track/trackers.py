@@ -1,0 +1,110 @@
+"""Where metrics go: one interface, and the group of trackers that a config turns on.
+
+A step is the number of optimizer steps done. A resumed run drops or skips what the killed run had
+tracked past its checkpoint, so that every step stands once in every tracker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from llmtrain.errors import UserError
+from llmtrain.track.config import TrackConfig
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float]
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Takes the metrics of one run."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take what was measured at `step`; steps never fall, one step may come in several parts."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps so that a resumed run goes on with the same track; plain JSON values."""
+
+    def close(self, failed: bool) -> None:
+        """Write what waits in memory; `failed` marks the run as failed where the tracker knows such."""
+
+
+class Trackers:
+    """Several trackers as one. A tracker's failure is reported once and never stops training, except what
+    a tracker raises as a UserError: a full disk."""
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = trackers
+        self._failed: set[str] = set()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, tracker in self._trackers.items():
+            self._guard(name, partial(tracker.log, step, metrics), None)
+
+    def state(self) -> dict[str, Any]:
+        empty: dict[str, Any] = {}
+        return {name: self._guard(name, tracker.state, empty) for name, tracker in self._trackers.items()}
+
+    def close(self, failed: bool) -> None:
+        for name, tracker in self._trackers.items():
+            self._guard(name, partial(tracker.close, failed), None)
+
+    def _guard(self, name: str, call: Callable[[], T], otherwise: T) -> T:
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning("track.%s fails, training goes on: %s: %s", name, type(error).__name__, error)
+            return otherwise
+
+
+def open_trackers(
+    config: TrackConfig,
+    *,
+    run_dir: Path,
+    run_name: str,
+    resolved_config: dict[str, Any],
+    resume_step: int | None,
+    state: Mapping[str, Any] | None,
+) -> Trackers:
+    """Open what `config` turns on, under `run_dir`. Call it on one rank only.
+
+    `resume_step` and `state` are the step and `Trackers.state()` of the checkpoint that the run goes on
+    from, or None for a fresh run, which starts every track anew.
+    Raises ConfigError when Weights & Biases refuses the settings or the account, TrainingError when the
+    run folder cannot be written.
+    """
+    states = state or {}
+    trackers: dict[str, Tracker] = {}
+    if config.jsonl is not None:
+        from llmtrain.track.jsonl import JsonlTracker
+
+        trackers["jsonl"] = JsonlTracker(run_dir / METRICS_FILE, resume_step)
+    if config.tensorboard is not None:
+        from llmtrain.track.tensorboard import TensorBoardTracker
+
+        trackers["tensorboard"] = TensorBoardTracker(
+            config.tensorboard, run_dir / "tensorboard", resolved_config, resume_step
+        )
+    if config.wandb is not None:
+        from llmtrain.track.weights_and_biases import WandbTracker
+
+        trackers["wandb"] = WandbTracker(
+            config.wandb,
+            run_dir=run_dir,
+            run_name=run_name,
+            resolved_config=resolved_config,
+            resume_step=resume_step,
+            run_id=states.get("wandb", {}).get("run_id"),
+            history=run_dir / METRICS_FILE if config.jsonl is not None else None,
+        )
+    return Trackers(trackers)

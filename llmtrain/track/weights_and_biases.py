@@ -1,0 +1,141 @@
+"""A Weights & Biases run that goes on, under the same id and at the same step, after a kill.
+
+W&B drops whatever is logged for a step it already has. A killed run has usually logged past its
+checkpoint, and has lost what waited in memory (15 seconds of it by default). A resumed run therefore
+asks what arrived, the server when online and the local log when offline, skips those steps, and fills
+in the lost ones from metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.track.config import WandbConfig
+from llmtrain.track.jsonl import read_metrics
+from llmtrain.track.trackers import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class WandbTracker:
+    """Logs into the run `run_id`, or into a new one when None.
+
+    `history` is the metrics.jsonl from which a resumed run fills in what was lost; None: nothing is.
+    Without a network the run is kept offline, with a warning; `wandb sync` uploads it later.
+    Raises ConfigError when W&B refuses the settings or the account.
+    """
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        *,
+        run_dir: Path,
+        run_name: str,
+        resolved_config: dict[str, Any],
+        resume_step: int | None,
+        run_id: str | None,
+        history: Path | None,
+    ) -> None:
+        self._run = _init(config, run_dir, run_name, resolved_config, run_id)
+        self._run_id = run_id if self._run.disabled else self._run.id
+        self._first_step = 0
+        if run_id is None or self._run.disabled:
+            return
+        self._first_step = last_logged_step(run_dir, run_id) + 1 if self._run.offline else self._run.step
+        if resume_step is not None and history is not None:
+            for record in read_metrics(history):
+                if record["step"] <= resume_step:
+                    self.log(record.pop("step"), {k: math.nan if v is None else v for k, v in record.items()})
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if step >= self._first_step:
+            self._run.log(dict(metrics), step=step)
+
+    def state(self) -> dict[str, Any]:
+        return {"run_id": self._run_id}
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+def last_logged_step(run_dir: Path, run_id: str) -> int:
+    """The last step in the local logs of W&B run `run_id` under `run_dir`; -1 when there is none."""
+    from wandb.proto import wandb_internal_pb2
+
+    protocol: Any = wandb_internal_pb2  # its classes are made at run time
+    last = -1
+    for path in run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb"):
+        for content in _log_records(path):
+            record = protocol.Record.FromString(content)
+            if record.WhichOneof("record_type") == "history":
+                last = max(last, record.history.step.num)
+    return last
+
+
+def _init(
+    config: WandbConfig, run_dir: Path, run_name: str, resolved_config: dict[str, Any], run_id: str | None
+) -> Any:
+    import wandb
+
+    mode: Any = config.mode or os.environ.get("WANDB_MODE") or "online"
+
+    def init(mode: Any) -> Any:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run_name,
+            group=config.group,
+            tags=list(config.tags),
+            notes=config.notes,
+            config=resolved_config,
+            allow_val_change=True,
+            dir=str(run_dir),
+            id=run_id,
+            resume="allow" if run_id else None,
+            mode=mode,
+        )
+
+    try:
+        return init(mode)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        text = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            Problem("track.wandb", text, "", "run `wandb login`, or give track.wandb.mode=offline")
+        ) from error
+    except wandb.errors.CommError as error:
+        logger.warning(
+            "track.wandb cannot reach the server, the run is kept offline: %s", str(error).splitlines()[0]
+        )
+        return init("offline")
+
+
+_BLOCK_BYTES = 32768
+_HEADER = struct.Struct("<IHB")
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def _log_records(path: Path) -> Iterator[bytes]:
+    """The whole records of a .wandb file: LevelDB's log format after 7 bytes of W&B's own
+    (github.com/google/leveldb/blob/main/doc/log_format.md). Stops at a torn end."""
+    with path.open("rb") as file:
+        block = file.read(_BLOCK_BYTES)
+        position, parts = 7, b""
+        while block:
+            while position + _HEADER.size <= len(block):
+                _, length, kind = _HEADER.unpack_from(block, position)
+                position += _HEADER.size
+                content = block[position : position + length]
+                if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or len(content) < length:
+                    return
+                position += length
+                parts = content if kind in (_FULL, _FIRST) else parts + content
+                if kind in (_FULL, _LAST):
+                    yield parts
+            block, position = file.read(_BLOCK_BYTES), 0
