@@ -12,36 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 
+from llmtrain.data.shards import ENDS_DTYPE, INDEX_DTYPE
 from llmtrain.errors import DataError, Problem, nearest
+from llmtrain.files import checksum, write_json_atomically
 
 FORMAT = "llmtrain-corpus"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 STAMP_NAME = ".verified.json"
-INDEX_DTYPE = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("tokens_offset", "<u8"),
-        ("ends_offset", "<u8"),
-        ("num_tokens", "<u8"),
-        ("num_documents", "<u4"),
-    ]
-)
 _PREPARE_AGAIN = "prepare the corpus again with llmtrain prepare, or copy it again"
 _MOST_PROBLEMS = 5
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ class TokenSplit:
             shard = int(self._shard_numbers[sample])
             offset = int(self._tokens_offsets[sample]) + (position - sample_start) * self._dtype.itemsize
             self._files.read_into(piece, shard, offset)
-            sample_ends = np.empty(int(self._document_counts[sample]), dtype="<u4")
+            sample_ends = np.empty(int(self._document_counts[sample]), dtype=ENDS_DTYPE)
             self._files.read_into(sample_ends, shard, int(self._ends_offsets[sample]))
             first, last = np.searchsorted(
                 sample_ends, (position - sample_start, position - sample_start + len(piece)), side="right"
@@ -207,7 +198,7 @@ class Corpus:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             # The stamp is taken before reading, so that a change while reading is seen next time.
             new_stamps = {shard.file: _stamp(self.path, shard) for shard in unseen}
-            checksums = pool.map(lambda shard: _checksum(self.path / shard.file), unseen)
+            found = pool.map(lambda shard: _shard_checksum(self.path / shard.file), unseen)
             altered = [
                 Problem(
                     str(self.path / shard.file),
@@ -215,13 +206,15 @@ class Corpus:
                     f"xxh3_128 {shard.xxh3_128}",
                     _PREPARE_AGAIN,
                 )
-                for shard, checksum in zip(unseen, checksums, strict=True)
-                if checksum != shard.xxh3_128
+                for shard, xxh3_128 in zip(unseen, found, strict=True)
+                if xxh3_128 != shard.xxh3_128
             ]
         _refuse(iter(altered))
         known = {shard.file for shard in self._shards()}
         kept = {file: stamp for file, stamp in stamps.items() if file in known}
-        _write_stamps(stamp_path, kept | new_stamps)
+        # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
+        with suppress(OSError):
+            write_json_atomically(stamp_path, kept | new_stamps)
 
     def _shards(self) -> Iterator[ShardEntry]:
         for entry in self.manifest.splits.values():
@@ -310,7 +303,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise DataError(Problem(str(manifest_path), got, f"version {VERSION}", remedy))
     try:
         return _decode_manifest(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         got = f"an altered manifest ({type(error).__name__}: {error})"
         raise DataError(
             Problem(str(manifest_path), got, f"a manifest of version {VERSION}", _PREPARE_AGAIN)
@@ -362,7 +355,7 @@ def _check_tokenizer(path: Path, entry: TokenizerEntry) -> None:
 def _read_index(root: Path, entry: SplitEntry) -> np.ndarray:
     path = root / entry.index
     try:
-        if _checksum(path) != entry.index_xxh3_128:
+        if checksum(path) != entry.index_xxh3_128:
             got = "an altered index: its content does not match its checksum"
             raise DataError(Problem(str(path), got, f"xxh3_128 {entry.index_xxh3_128}", _PREPARE_AGAIN))
         index = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -372,14 +365,6 @@ def _read_index(root: Path, entry: SplitEntry) -> np.ndarray:
         got = f"{len(index)} rows of {index.dtype}"
         raise DataError(Problem(str(path), got, f"{entry.num_samples} rows of {INDEX_DTYPE}", _PREPARE_AGAIN))
     return index
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _size_problems(root: Path, shards: Iterator[ShardEntry]) -> Iterator[Problem]:
@@ -414,6 +399,13 @@ def _wrong_size(path: str, size: int, expected: int) -> Problem:
     return Problem(path, f"{kind} of {size} bytes", f"{expected} bytes", _PREPARE_AGAIN)
 
 
+def _shard_checksum(path: Path) -> str:
+    try:
+        return checksum(path)
+    except OSError as error:
+        raise DataError(_unreadable(str(path), error)) from error
+
+
 def _stamp(root: Path, shard: ShardEntry) -> list[Any]:
     """What tells a file that was found good from a changed one; ctime also moves when mtime is set back."""
     try:
@@ -429,20 +421,3 @@ def _read_stamps(path: Path) -> dict[str, list[Any]]:
     except (OSError, ValueError):
         return {}
     return stamps if isinstance(stamps, dict) else {}
-
-
-def _write_stamps(path: Path, stamps: Mapping[str, list[Any]]) -> None:
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f"{path.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            temporary = file.name
-            json.dump(stamps, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

@@ -138,15 +138,16 @@ def evaluation_batches(
     """One pass in the dataset's own order, each sample once over all ranks.
 
     Every rank gets equally many micro-batches of micro_size rows; where the samples run out, rows are
-    EMPTY. max_samples stops after the dataset's first so many.
+    EMPTY. max_samples takes so many samples, evenly spaced, since neighbours come from one source.
     """
     length = len(dataset) if max_samples is None else min(len(dataset), max_samples)
     global_size = micro_size * data_size
 
     def fetch(step: int) -> MicroBatch:
         samples = rank_slice(step, global_size, data_rank, data_size)
-        numbers = np.array(samples)
-        return _micro_batch(dataset, collate, samples, np.where(numbers < length, numbers, EMPTY), pin_memory)
+        places = np.array(samples)
+        indices = np.where(places < length, places * len(dataset) // length, EMPTY)
+        return _micro_batch(dataset, collate, samples, indices, pin_memory)
 
     yield from _in_order(fetch, iter(range(-(-length // global_size))), workers)
 

@@ -1,0 +1,169 @@
+"""A corpus that is damaged is refused in one line that names the file."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.data.corpus import Corpus
+from llmtrain.errors import DataError
+from tests.support.corpora import random_documents, write_corpus
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    documents = random_documents(40)
+    return write_corpus(tmp_path / "corpus", {"train": documents, "validation": documents[:5], "test": []})
+
+
+def refusal(path: Path, verify: Any = "size", split: str = "train") -> str:
+    with pytest.raises(DataError) as caught:
+        _open_split(path, verify, split)
+    return str(caught.value)
+
+
+def _open_split(path: Path, verify: Any, split: str) -> None:
+    Corpus.open(path, verify).split(split)
+
+
+def change_manifest(path: Path, **changes: Any) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def flip_byte(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_missing_folder(tmp_path: Path):
+    message = refusal(tmp_path / "nothing")
+    assert "nothing: got no such folder" in message
+    assert "llmtrain prepare" in message
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("hello")
+    assert "text.txt: got a file; allowed: the folder of a corpus" in refusal(tmp_path / "text.txt")
+
+
+def test_a_folder_that_is_no_corpus_says_what_it_holds(tmp_path: Path):
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").touch()
+    assert "holds a.txt, b.txt, c.txt, d.txt and 2 more" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\x00\x01"])
+def test_a_manifest_that_is_no_json(path: Path, content: str):
+    (path / "manifest.json").write_text(content)
+    assert "manifest.json: got text that is not JSON" in refusal(path)
+
+
+@pytest.mark.parametrize("content", ["3", "[]", "{}", '{"format": "parquet"}'])
+def test_a_manifest_of_something_else(path: Path, content: str):
+    (path / "manifest.json").write_text(content)
+    assert "allowed: llmtrain-corpus" in refusal(path)
+
+
+def test_a_version_of_the_future(path: Path):
+    change_manifest(path, version=9)
+    assert "got version 9; allowed: version 1" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"splits": {"train": {}}}, {"splits": 3}, {"dtype": "int8"}, {"eos_id": None}, {"tokenizer": {}}],
+)
+def test_a_manifest_without_its_parts(path: Path, change: dict[str, Any]):
+    change_manifest(path, **change)
+    assert "manifest.json: got an altered manifest" in refusal(path)
+
+
+def test_an_altered_tokenizer(path: Path):
+    flip_byte(path / "tokenizer.model", 3)
+    assert "tokenizer.model: got an altered tokenizer" in refusal(path)
+
+
+def test_a_missing_tokenizer(path: Path):
+    (path / "tokenizer.model").unlink()
+    assert "tokenizer.model: got no such file" in refusal(path)
+
+
+def test_a_missing_shard(path: Path):
+    (path / "train" / "train-000001.tar").unlink()
+    assert "train/train-000001.tar: got no such file" in refusal(path)
+
+
+def test_a_truncated_shard(path: Path):
+    shard = path / "train" / "train-000001.tar"
+    os.truncate(shard, shard.stat().st_size - 512)
+    message = refusal(path)
+    assert "train-000001.tar: got a truncated shard" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_shard_that_has_grown(path: Path):
+    with open(path / "train" / "train-000000.tar", "ab") as file:
+        file.write(b"x")
+    assert "train-000000.tar: got a shard that is too long" in refusal(path)
+
+
+@pytest.mark.parametrize("place", [0, 700, -1])
+def test_an_altered_shard_is_named(path: Path, place: int):
+    flip_byte(path / "train" / "train-000001.tar", place)
+    message = refusal(path, verify="checksum")
+    assert "train-000001.tar: got an altered shard" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_shard_altered_after_it_was_verified(path: Path):
+    """Even when its modification time is set back."""
+    shard = path / "train" / "train-000002.tar"
+    Corpus.open(path, "checksum")
+    before = shard.stat()
+    flip_byte(shard, 900)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "train-000002.tar: got an altered shard" in refusal(path, verify="checksum")
+    # Refused again: what was found bad is not remembered as good.
+    assert "train-000002.tar: got an altered shard" in refusal(path, verify="checksum")
+
+
+def test_an_altered_or_missing_index(path: Path):
+    flip_byte(path / "train" / "index.npy", -1)
+    assert "index.npy: got an altered index" in refusal(path)
+    (path / "train" / "index.npy").unlink()
+    assert "index.npy: got no such file" in refusal(path)
+
+
+def test_many_missing_shards_take_few_lines(tmp_path: Path):
+    path = write_corpus(
+        tmp_path, {"train": random_documents(40)}, documents_per_sample=1, samples_per_shard=1
+    )
+    for shard in path.glob("train/*.tar"):
+        shard.unlink()
+    lines = refusal(path).splitlines()
+    assert len(lines) == 6
+    assert "got 35 more files like these" in lines[-1]
+
+
+def test_an_unknown_split_names_the_nearest(path: Path):
+    assert "got no split 'valid'; allowed: validation" in refusal(path, split="valid")
+
+
+def test_an_empty_split(path: Path):
+    assert "got an empty split 'test'" in refusal(path, split="test")
+
+
+def test_a_shard_that_vanishes_or_shrinks_while_training(path: Path):
+    train = Corpus.open(path).split("train")
+    shard = path / "train" / "train-000000.tar"
+    train.read(0, 5)
+    os.truncate(shard, 600)
+    with pytest.raises(DataError, match=r"train-000000\.tar: got a shard that ends before byte"):
+        train.read(0, 5)
+    (path / "train" / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000002\.tar: got no such file"):
+        train.read(train.num_tokens - 5, train.num_tokens)
