@@ -215,7 +215,7 @@ def _exit_report(node: object) -> str:
 
 
 def job_exit_code(folder: Path) -> int:
-    """The exit code of a job of several hosts, as their launchers left it in `folder`; 0 if they left none."""
+    """The exit code of a job of several hosts, as their launchers left it in `folder`; 0 if none did."""
     codes = [int(report.read_text()) for report in sorted(folder.glob(_exit_report("*")))]
     return codes[root_cause(codes)] if any(codes) else 0
 
@@ -260,7 +260,7 @@ def _run_agent(hosts: Hosts, own_address: str, folder: Path, overrides: Sequence
                 logging.getLogger(name).setLevel(logging.CRITICAL)
     num_processes = hosts.num_processes or max(1, torch.accelerator.device_count())
     # Left alone, torch takes all cores in every process.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     endpoint = f"[{hosts.address}]:{hosts.port}" if ":" in hosts.address else f"{hosts.address}:{hosts.port}"
     config = LaunchConfig(
         min_nodes=hosts.num_nodes,
@@ -339,12 +339,13 @@ def _one_log_a_rank(folder: Path) -> LogsSpecs:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`OVERRIDES…` launches; `--job-exit-code FOLDER` exits with what the hosts' launchers left there."""
+    """`OVERRIDES…` launches; `--job-exit-code FOLDER` prints what the hosts' launchers left there."""
     # The agent copies rank 0's log to this stream: let each line out at once.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if arguments[:1] == ["--job-exit-code"]:
-        return job_exit_code(Path(arguments[1]))
+        print(job_exit_code(Path(arguments[1])))
+        return 0
     try:
         return launch(arguments, os.environ)
     except UserError as error:

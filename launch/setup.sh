@@ -1,0 +1,93 @@
+# Shared by the scripts in this folder, which source it: finds a Python that has llmtrain, or makes one.
+
+launch_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(dirname "$launch_folder")
+
+say() { echo "llmtrain: $1"; }
+
+fail() { # MESSAGE: one line, and the exit code of a user's mistake
+    echo "llmtrain: $1" >&2
+    exit 2
+}
+
+# Sets $python to the first Python that has llmtrain and torch: the active environment's, the one on PATH,
+# the .venv beside these scripts or the environment that they are installed in.
+find_python() {
+    local candidates=("${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" python python3) folder=$launch_folder
+    while [[ $folder != / ]]; do
+        [[ ! -x $folder/.venv/bin/python ]] || candidates+=("$folder/.venv/bin/python")
+        [[ ! -e $folder/pyvenv.cfg ]] || candidates+=("$folder/bin/python")
+        folder=$(dirname "$folder")
+    done
+    for python in "${candidates[@]}"; do
+        python=$(command -v "${python:-none}") || continue
+        "$python" - 2>/dev/null <<'PYTHON' && return
+import importlib.util, sys
+sys.exit(not all(map(importlib.util.find_spec, ("torch", "hydra", "llmtrain"))))
+PYTHON
+    done
+    fail "got no Python that has llmtrain; activate the environment that it is installed in, or pip install it"
+}
+
+# Sets $python to that of an environment with llmtrain[EXTRA] of this repository: the active one, or .venv,
+# made here if need be. Quick when nothing has changed since the last time.
+set_up() { # EXTRA
+    local extra=$1 environment wanted stamp log
+    if [[ -n ${VIRTUAL_ENV:-} ]]; then
+        environment=$VIRTUAL_ENV
+    elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]]; then
+        environment=$CONDA_PREFIX
+    else
+        environment=$repository/.venv
+        [[ -x $environment/bin/python ]] && "$environment/bin/python" -m pip --version >/dev/null 2>&1 ||
+            make_environment "$environment"
+    fi
+    python=$environment/bin/python
+    supported "$python" || fail "got $("$python" --version 2>&1) in $environment; allowed: Python 3.10 or later"
+
+    # What pip would read, and where: the same answer needs no pip.
+    wanted=$({ cat "$repository/pyproject.toml"; "$python" --version; echo "$repository"; } | cksum)
+    stamp=$environment/.llmtrain-$extra
+    if [[ ! -x $environment/bin/llmtrain || $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
+        log=$environment/llmtrain-setup.log
+        say "installing llmtrain[$extra] into $environment (some minutes at first; log: $log)"
+        install_editable "$extra" "$log" || {
+            tail -n 20 "$log" >&2
+            fail "pip could not install llmtrain[$extra]; the whole log is $log"
+        }
+        echo "$wanted" >"$stamp"
+    fi
+    say "using $("$python" --version 2>&1) of $environment"
+}
+
+supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+make_environment() { # FOLDER
+    local name base=
+    for name in python3 python python3.{10..20}; do
+        if base=$(command -v "$name") && supported "$base"; then break; fi
+        base=
+    done
+    [[ -n $base ]] || fail "got no Python 3.10 or later on PATH; install one (apt-get install python3 python3-pip)"
+    say "making $1 with $("$base" --version 2>&1)"
+    rm -rf "$1"
+    if ! "$base" -m venv "$1" >/dev/null 2>&1; then
+        # Debian's Python makes environments only with its package python3-venv, but its pip can fill one.
+        rm -rf "$1"
+        "$base" -m venv --without-pip "$1" &&
+            "$base" -m pip --quiet --python "$1/bin/python" install pip >/dev/null ||
+            fail "$base can make no environment; install its venv module (apt-get install python3-venv)"
+    fi
+}
+
+install_editable() { # EXTRA LOG
+    local -a pip=("$python" -m pip --disable-pip-version-check install --editable "$repository[$1]")
+    if [[ -t 1 ]]; then
+        # The newest line of pip's, always on the same line of the terminal.
+        "${pip[@]}" 2>&1 | tee "$2" | while read -r line; do printf '\r\e[K%.*s' "${COLUMNS:-80}" "$line"; done
+        local code=${PIPESTATUS[0]}
+        printf '\r\e[K'
+        return "$code"
+    fi
+    "${pip[@]}" >"$2" 2>&1
+}
