@@ -13,4 +13,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 find_python
-exec "$python" -m llmtrain.launcher "$@"
+exec "$python" -m llmtrain.torchrun "$@"

@@ -184,12 +184,12 @@ def shell_code(exit_code: int) -> int:
 
 
 def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path:
-    """LOG_DIR, or logs/ in the run folder that the overrides name."""
+    """LOG_DIR, or logs/ in the run folder that the overrides name (as conf/train.yaml does without them)."""
     if environment.get("LOG_DIR"):
         return Path(environment["LOG_DIR"]).expanduser().absolute()
-    values = [o.partition("=")[2] for o in overrides if o.partition("=")[0].lstrip("+") == "run.dir"]
-    run_folder = Path(values[-1].strip("'\"")).expanduser() if values else Path("runs")
-    return run_folder.absolute() / "logs"
+    given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
+    run_folder = given.get("run.dir") or f"runs/{given.get('run.name') or 'default'}"
+    return Path(run_folder).expanduser().absolute() / "logs"
 
 
 def keep_previous(log: Path) -> None:
@@ -215,7 +215,7 @@ def _exit_report(node: object) -> str:
 
 
 def job_exit_code(folder: Path) -> int:
-    """The exit code of a job of several hosts, as their launchers left it in `folder`; 0 if none did."""
+    """The exit code of a job of several hosts, as each left it in `folder`; 0 if none did."""
     codes = [int(report.read_text()) for report in sorted(folder.glob(_exit_report("*")))]
     return codes[root_cause(codes)] if any(codes) else 0
 
@@ -339,7 +339,7 @@ def _one_log_a_rank(folder: Path) -> LogsSpecs:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`OVERRIDES…` launches; `--job-exit-code FOLDER` prints what the hosts' launchers left there."""
+    """`OVERRIDES…` launches; `--job-exit-code FOLDER` prints what the hosts left there."""
     # The agent copies rank 0's log to this stream: let each line out at once.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# All set-up, then the tests: ./launch/test.sh [PYTEST ARGUMENTS…]; the exit code is pytest's.
+#
+#   ./launch/test.sh                      everything, the fast tests first
+#   ./launch/test.sh -m 'not slow'        the fast ones only
+#   ./launch/test.sh tests/unit/data -x   some of them
+#
+# Tests over two hosts and over Slurm need root, `ip netns` (iproute2), slurm-wlm and munge; where these
+# cannot be had they are skipped, and say so. With CI=1 they fail instead.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+set_up test
+cd "$repository"
+say "running the tests"
+exec "$python" -m pytest "$@"
