@@ -1,0 +1,235 @@
+"""launch/ and llmtrain.torchrun: what is found in the environment, and how a user's mistakes are told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain import torchrun
+from llmtrain.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
+SCRIPTS += ["launch/setup.sh", "cluster/slurm/two_nodes.sh", ".ci/run"]
+
+
+def mistakes(**environment: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        torchrun.hosts_from_environment(environment)
+    return [problem.where for problem in caught.value.problems]
+
+
+def test_one_host_by_default():
+    assert torchrun.hosts_from_environment({}) == torchrun.Hosts()
+    assert torchrun.hosts_from_environment({"NPROC_PER_NODE": "8"}).num_processes == 8
+    assert torchrun.hosts_from_environment({"NNODES": "1", "NODE_RANK": ""}).port == 0, "any free port"
+
+
+def test_one_host_ignores_what_names_a_cluster():
+    """Containers and job shells often carry MASTER_ADDR of something else."""
+    hosts = torchrun.hosts_from_environment({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"})
+    assert (hosts.num_nodes, hosts.address, hosts.port) == (1, "127.0.0.1", 0)
+
+
+def test_hosts_with_ranks_known_beforehand():
+    environment = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "2"}
+    expected = torchrun.Hosts(2, 4, 3, "node0", torchrun.DEFAULT_PORT, "static")
+    assert torchrun.hosts_from_environment(environment) == expected
+    assert torchrun.hosts_from_environment({**environment, "MASTER_PORT": "4321"}).port == 4321
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address", "port"),
+    [("node0:400", "node0", 400), ("node0", "node0", 29500), ("[fd00::2]:400", "fd00::2", 400)],
+)
+def test_hosts_that_number_themselves(endpoint: str, address: str, port: int):
+    hosts = torchrun.hosts_from_environment({"NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job7"})
+    assert hosts == torchrun.Hosts(None, 2, None, address, port, "c10d", "job7")
+
+
+def test_mistakes_in_the_environment_are_told_together():
+    assert mistakes(NNODES="2") == ["MASTER_ADDR", "NODE_RANK"]
+    assert mistakes(NNODES="2", MASTER_ADDR="a", NODE_RANK="2") == ["NODE_RANK"]
+    assert mistakes(NNODES="0", NPROC_PER_NODE="two") == ["NPROC_PER_NODE", "NNODES"]
+    assert mistakes(NNODES="2", MASTER_ADDR="a", NODE_RANK="0", MASTER_PORT="70000") == ["MASTER_PORT"]
+    assert mistakes(RDZV_ENDPOINT="host:port") == ["RDZV_ENDPOINT"]
+    assert mistakes(RDZV_ENDPOINT=":29500") == ["RDZV_ENDPOINT"]
+
+
+def test_interface_towards_this_host():
+    interface, address = torchrun.interface_towards("127.0.0.1")
+    assert address == "127.0.0.1"
+    assert interface in [name for _, name in socket.if_nameindex()]
+
+
+def test_a_host_that_cannot_be_resolved():
+    with pytest.raises(ConfigError, match="resolve"):
+        torchrun.interface_towards("no-such-host.invalid")
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ([0, 3], 3),
+        ([1, 3, 1], 3),  # a peer's broken connection is an exception
+        ([1, -9], -9),  # killed for its memory, say
+        ([-15, 1], 1),  # the agent terminates the others
+        ([143, 2], 2),
+        ([-6, 1], -6),
+        ([-6, -11, 1], -11),
+        ([1, 1], 1),
+    ],
+)
+def test_root_cause(codes: list[int], cause: int):
+    assert codes[torchrun.root_cause(codes)] == cause
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, -6, -9, -15, 134, 143]), min_size=1).filter(any), st.randoms())
+def test_root_cause_is_a_failure_and_knows_no_order(codes: list[int], random):
+    cause = codes[torchrun.root_cause(codes)]
+    assert cause
+    shuffled = random.sample(codes, len(codes))
+    own = {1, 134, 143}
+    if torchrun.shell_code(cause) in own:
+        found = shuffled[torchrun.root_cause(shuffled)]
+        assert torchrun.shell_code(found) == torchrun.shell_code(cause)
+    assert (torchrun.shell_code(cause) in own) == all(torchrun.shell_code(c) in own | {0} for c in codes)
+
+
+def test_job_exit_code_comes_from_all_hosts(tmp_path: Path):
+    assert torchrun.job_exit_code(tmp_path) == 0
+    for node, code in enumerate([143, 1, 2]):
+        (tmp_path / torchrun._exit_report(node)).write_text(f"{code}\n")
+    assert torchrun.job_exit_code(tmp_path) == 2
+
+
+def test_log_folder(tmp_path: Path):
+    assert torchrun.log_folder({"LOG_DIR": str(tmp_path)}, ["run.dir=x"]) == tmp_path
+    assert torchrun.log_folder({}, ["seed=1", f"run.dir={tmp_path}/a b"]) == tmp_path / "a b/logs"
+    assert torchrun.log_folder({}, [f"run.dir='{tmp_path}'"]) == tmp_path / "logs"
+    assert torchrun.log_folder({}, ["run.name=first"]) == Path("runs/first/logs").absolute()
+    assert torchrun.log_folder({}, []) == Path("runs/default/logs").absolute()
+
+
+def test_earlier_logs_are_kept(tmp_path: Path):
+    log = tmp_path / "rank0.log"
+    for launch in ("first", "second", "third"):
+        torchrun.keep_previous(log)
+        log.write_text(launch)
+    kept = [(tmp_path / name).read_text() for name in ("rank0.1.log", "rank0.2.log", "rank0.log")]
+    assert kept == ["first", "second", "third"]
+
+
+def test_mistakes_need_no_torch():
+    """They must answer at once, and importing torch takes seconds."""
+    code = "import sys, llmtrain.torchrun as t; code = t.main(['x=1']); assert 'torch' not in sys.modules; sys.exit(code)"
+    environment = {**os.environ, "NNODES": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_bash(script: str):
+    path = REPOSITORY / script
+    subprocess.run(["bash", "-n", path], check=True)
+    assert script.endswith("setup.sh") or os.access(path, os.X_OK)
+
+
+def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = f"set -euo pipefail; source '{REPOSITORY}/launch/setup.sh'; {script}"
+    clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    return subprocess.run(
+        ["bash", "-c", command], env={**clean, **environment}, capture_output=True, text=True, cwd="/"
+    )
+
+
+def test_the_active_environment_is_found():
+    active = Path(sys.executable).parent.parent
+    assert (
+        bash('find_python; echo "$python"', VIRTUAL_ENV=str(active)).stdout.strip() == f"{active}/bin/python"
+    )
+
+
+def test_no_python_with_llmtrain(tmp_path: Path):
+    for tool in ("bash", "dirname", "env"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
+    shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
+    done = subprocess.run(
+        [tmp_path / "launch/torchrun.sh"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 2
+    assert "no Python that has llmtrain" in done.stderr
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of what set-up reads, with an environment whose pip only notes that it was called."""
+    shutil.copytree(REPOSITORY / "launch", folder / "launch")
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    (folder / ".venv/bin").mkdir(parents=True)
+    python = folder / ".venv/bin/python"
+    python.write_text(
+        "#!/bin/bash\n"
+        f'case "$*" in *"pip --disable"*) echo "$@" >>"{folder}/pip-calls"; : >"{folder}/.venv/bin/llmtrain";'
+        f' chmod +x "{folder}/.venv/bin/llmtrain"; exit ${{PIP_CODE:-0}};;\n'
+        f'*) exec "{sys.executable}" "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    return folder
+
+
+def set_up(folder: Path, extra: str = "demo", **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    command = f"set -euo pipefail; source launch/setup.sh; set_up {extra}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env={**clean, **environment}, capture_output=True, text=True
+    )
+
+
+def test_set_up_installs_once_and_again_when_something_changed(tmp_path: Path):
+    folder = checkout(tmp_path / "a b")
+    calls = folder / "pip-calls"
+    for _ in range(2):
+        done = set_up(folder)
+        assert done.returncode == 0, done.stderr
+        assert len(calls.read_text().splitlines()) == 1
+    assert "installing" not in done.stdout
+    assert f"{folder}[demo]" in calls.read_text()
+    set_up(folder, "test")
+    assert f"{folder}[test]" in calls.read_text()
+    with (folder / "pyproject.toml").open("a") as file:
+        file.write("\n")
+    set_up(folder)
+    assert len(calls.read_text().splitlines()) == 3
+
+
+def test_set_up_that_fails_is_tried_again(tmp_path: Path):
+    folder = checkout(tmp_path / "repository")
+    done = set_up(folder, PIP_CODE="1")
+    assert done.returncode == 2
+    assert "could not install" in done.stderr
+    assert set_up(folder).returncode == 0
+    assert len((folder / "pip-calls").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["reboot"], "start, stop, status"), (["status", "/nonexistent"], "not run")]
+)
+def test_the_small_cluster_says_what_is_wrong(arguments: list[str], message: str):
+    script = REPOSITORY / "cluster/slurm/two_nodes.sh"
+    done = subprocess.run([script, *arguments], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
