@@ -11,7 +11,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -57,7 +57,7 @@ class _Invalid:
 _INVALID = _Invalid()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -74,7 +74,9 @@ def _decode_dataclass(
     for key in mapping:
         if key not in fields:
             where = _join(prefix, str(key))
-            problems.append(Problem(where, "an unknown key", nearest(str(key), list(fields)), "check the name"))
+            problems.append(
+                Problem(where, "an unknown key", nearest(str(key), list(fields)), "check the name")
+            )
     values: dict[str, Any] = {}
     for name, f in fields.items():
         where = _join(prefix, name)
@@ -140,7 +142,8 @@ def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems:
             return _INVALID
         element = arguments[1] if arguments else Any
         return {
-            str(k): _decode_value(element, v, _join(where, str(k)), variants, problems) for k, v in raw.items()
+            str(k): _decode_value(element, v, _join(where, str(k)), variants, problems)
+            for k, v in raw.items()
         }
     return _decode_scalar(hint, raw, where, problems)
 
@@ -212,9 +215,7 @@ def _type_name(hint: Any) -> str:
     return "a section of keys"
 
 
-def require(
-    condition: bool, where: str, got: object, allowed: str, remedy: str = ""
-) -> Iterator[Problem]:
+def require(condition: bool, where: str, got: object, allowed: str, remedy: str = "") -> Iterator[Problem]:
     """One Problem unless `condition` holds; for `yield from` in a config's `problems()`."""
     if not condition:
         yield Problem(where, _show(got), allowed, remedy)

@@ -40,11 +40,19 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake outside the program; carries every problem found, each printed as one line."""
+    """A mistake outside the program; carries every problem found, each printed as one line.
+
+    `everywhere` says that all ranks raise it alike, so that one of them prints it.
+    """
+
+    everywhere = False
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class ConfigError(UserError):

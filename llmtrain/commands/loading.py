@@ -1,0 +1,98 @@
+"""A trained model for use: from a run folder, a checkpoint, or an exported Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from llmtrain.checkpoint import huggingface, store
+from llmtrain.config import decode
+from llmtrain.errors import CheckpointError, Problem
+from llmtrain.families import family_of, model_config_type
+from llmtrain.train.config import ModelConfig
+
+if TYPE_CHECKING:
+    from llmtrain.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Weights with what is needed to use them."""
+
+    source: Path
+    """The folder that they came from."""
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]
+    """Canonical name → fp32."""
+    tokenizer_path: Path | None
+    step: int | None
+    """Optimizer steps done; None for an exported folder."""
+    sequence_length: int | None
+    """That it was trained on; None for an exported folder."""
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The module on `device`, fp32, in evaluation mode."""
+        module = build_module(self.config, device)
+        load_weights(module, self.weights)
+        return module.eval()
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError when there is none with the weights."""
+        from llmtrain.data.tokenizer import Tokenizer
+
+        if self.tokenizer_path is None:
+            raise CheckpointError(
+                Problem(str(self.source), "no tokenizer.model", "a language model's checkpoint or export")
+            )
+        return Tokenizer.load(self.tokenizer_path)
+
+
+def load_trained(path: Path) -> TrainedModel:
+    """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged."""
+    path = path.expanduser()
+    if (path / "config.json").exists():
+        config, weights = huggingface.import_folder(path)
+        tokenizer = path / store.TOKENIZER
+        return TrainedModel(path, config, weights, tokenizer if tokenizer.exists() else None, None, None)
+    checkpoint = store.find(path)
+    model = checkpoint.manifest["model"]
+    return TrainedModel(
+        source=checkpoint.path,
+        config=decode(model_config_type(model), model),
+        weights=checkpoint.weights(),
+        tokenizer_path=checkpoint.tokenizer,
+        step=checkpoint.step,
+        sequence_length=checkpoint.manifest["config"]["batch"]["sequence_length"],
+    )
+
+
+def build_module(config: ModelConfig, device: torch.device) -> nn.Module:
+    """The module with memory for its weights but no values in them."""
+    with torch.device("meta"):
+        module = family_of(config).build(config)
+    return module.to_empty(device=device)
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy `weights` into the module's parameters. Raises CheckpointError when names or shapes differ."""
+    parameters = dict(module.named_parameters())
+    if set(parameters) != set(weights):
+        missing, extra = sorted(set(parameters) - set(weights)), sorted(set(weights) - set(parameters))
+        raise CheckpointError(
+            Problem(
+                "weights",
+                f"{len(missing)} missing {missing[:3]}, {len(extra)} unknown {extra[:3]}",
+                "the model's",
+            )
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise CheckpointError(
+                Problem(name, f"shape {tuple(weights[name].shape)}", f"shape {tuple(parameter.shape)}")
+            )
+        parameter.copy_(weights[name])

@@ -1,0 +1,334 @@
+"""`llmtrain train`: from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.config import decode, encode
+from llmtrain.data.corpus import Corpus
+from llmtrain.data.train_config import data_config_type
+from llmtrain.errors import ConfigError, DataError, UserError
+from llmtrain.families import data_problems, model_config_type, open_corpus, open_dataset, resolve_vocabulary
+from llmtrain.optim.config import schedule_problems
+from llmtrain.optim.schedules import multiplier
+from llmtrain.parallel import launcher
+from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.plan.estimate import estimate
+from llmtrain.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.data.datasets import Dataset
+    from llmtrain.engine.base import Engine, Totals
+    from llmtrain.track.progress import Progress
+    from llmtrain.track.trackers import Trackers
+    from llmtrain.train.observer import RunObserver
+
+VARIANTS = {"model": model_config_type, "data": data_config_type}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run that may start: every check that needs neither torch nor a GPU is passed."""
+
+    config: TrainConfig
+    layout: Layout
+    corpus: Corpus | None
+
+
+def resolve(mapping: Mapping[str, Any], world_size: int | None = None) -> Resolved:
+    """Decode and check a composed configuration. Raises UserError with all problems found."""
+    config = decode(TrainConfig, mapping, VARIANTS)
+    world_size = launcher.world_size() if world_size is None else world_size
+    problems = list(data_problems(config.model, config.data))
+    problems += [
+        problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
+    ]
+    layout: Layout | None = None
+    corpus: Corpus | None = None
+    model = config.model
+    engine = config.engine
+    if engine == "auto":
+        engine = "deepspeed" if config.parallel.zero > 0 else "local"
+    try:
+        layout = plan_layout(
+            config.parallel,
+            config.batch,
+            engine=engine,
+            precision=config.precision,
+            world_size=world_size,
+            device=launcher.likely_device(config.device),
+        )
+    except ConfigError as error:
+        problems += error.problems
+    if not data_problems(config.model, config.data):
+        try:
+            corpus = open_corpus(config.data)
+            model = resolve_vocabulary(config.model, corpus)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    assert layout is not None
+    return Resolved(replace(config, model=model, engine=engine), layout, corpus)
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Train as `mapping` (conf/train.yaml, composed) says; all ranks call it alike.
+
+    Raises UserError for whatever a user can mend.
+    """
+    started = time.perf_counter()
+    resolved = resolve(mapping)
+    plan = estimate(resolved.config.model, resolved.layout, resolved.config)
+    if launcher.rank() == 0:
+        _say(plan.summary())
+    plan.refuse_if_too_large()
+
+    from llmtrain.parallel import distributed
+
+    device = distributed.pick_device(resolved.config.device)
+    distributed.start(device, single_process_group=resolved.config.engine == "deepspeed")
+    session = Session(resolved, device, started)
+    try:
+        session.train()
+    except BaseException:
+        session.close(failed=True)
+        raise
+    session.close(failed=False)
+
+
+class Session:
+    """One process' part in one start of a run: what the loop needs, opened in order."""
+
+    def __init__(self, resolved: Resolved, device: Any, started: float) -> None:
+        from llmtrain.parallel import distributed
+        from llmtrain.train.run_folder import RunFolder
+
+        self.config, self.layout, self.corpus = resolved.config, resolved.layout, resolved.corpus
+        self.device = device
+        self._started = started
+        self._folder: RunFolder | None = None
+        self._trackers: Trackers | None = None
+        self._progress: Progress | None = None
+        self.rank = self.layout.coordinates(distributed.rank()).data
+
+        def hold_folder() -> None:
+            self._folder = RunFolder(self.config.run.dir)
+
+        distributed.on_main(hold_folder)
+
+    @property
+    def root(self) -> Path:
+        return self.config.run.dir / "checkpoints"
+
+    def train(self) -> None:
+        from llmtrain.checkpoint import store
+        from llmtrain.data.loader import Loader
+        from llmtrain.families import family_of
+        from llmtrain.parallel import distributed
+        from llmtrain.train.loop import Hooks, train
+        from llmtrain.train.resume import find_resume
+
+        config, layout = self.config, self.layout
+        # Whatever may be refused is looked at before anything is built.
+        training = open_dataset(config.model, config.data, self.corpus, "train", config.batch.sequence_length)
+        validation = self._validation_dataset()
+        checkpoint = find_resume(config, self.root, self._data_facts(training), self._say)
+        start_step = checkpoint.step if checkpoint is not None else 0
+        if start_step >= config.train.steps:
+            self._say(f"already at step {start_step:,} of {config.train.steps:,}: nothing to train")
+            return
+
+        objective = family_of(config.model).objective(config.data)
+        engine = build_engine(config, layout, self.device, objective, checkpoint)
+        observer = self._open_observer(training, start_step, checkpoint)
+        loader = Loader(
+            training,
+            objective.collate,
+            seed=config.seed,
+            global_size=layout.global_size,
+            micro_size=layout.micro_size,
+            data_rank=self.rank,
+            data_size=layout.data,
+            workers=config.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        tokenizer = self.corpus.tokenizer_path if self.corpus is not None else None
+        description = {
+            "model": encode(config.model),
+            "config": encode(config),
+            "data": self._data_facts(training),
+        }
+        best_loss = checkpoint.manifest.get("best_validation_loss") if checkpoint is not None else None
+
+        def evaluate() -> Totals:
+            assert validation is not None
+            return evaluate_dataset(
+                engine, validation, layout, self.rank, config.data.workers, config.evaluation.max_samples
+            )
+
+        def save(step: int, validation_loss: float | None) -> None:
+            nonlocal best_loss
+            if validation_loss is not None:
+                best_loss = min(validation_loss, float("inf") if best_loss is None else best_loss)
+            state = distributed.from_main(self._trackers.state() if self._trackers is not None else None)
+            facts = {
+                "validation_loss": validation_loss,
+                "best_validation_loss": best_loss,
+                "trackers": state,
+            }
+            path = store.save(self.root, step, engine, {**description, **facts}, tokenizer)
+            if distributed.is_main():
+                retention = config.checkpoint
+                store.prune(
+                    self.root,
+                    keep_last=retention.keep_last,
+                    keep_best=retention.keep_best,
+                    keep_every=retention.keep_every,
+                )
+            self._say(f"step {step:,}: checkpoint {path}")
+
+        outcome = train(
+            engine,
+            loader,
+            Hooks(
+                lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
+                evaluate=evaluate if validation is not None else None,
+                save=save,
+            ),
+            observer,
+            start_step=start_step,
+            steps=config.train.steps,
+            evaluate_every=config.evaluation.every,
+            evaluate_at_start=config.evaluation.at_start,
+            save_every=config.checkpoint.every,
+        )
+        if outcome.interrupted:
+            self._say(f"stopped at step {outcome.step:,} as asked; the same command resumes")
+        else:
+            loss = (
+                "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+            )
+            seconds = time.perf_counter() - self._started
+            self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
+
+    def close(self, failed: bool) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._trackers is not None:
+            self._trackers.close(failed)
+        if self._folder is not None:
+            self._folder.close()
+
+    def _say(self, text: str) -> None:
+        if launcher.rank() == 0:
+            if self._progress is not None:
+                self._progress.message(text)
+            else:
+                _say(text)
+
+    def _validation_dataset(self) -> Dataset | None:
+        config = self.config
+        if config.evaluation.every is None and not config.evaluation.at_start:
+            return None
+        try:
+            return open_dataset(
+                config.model, config.data, self.corpus, "validation", config.batch.sequence_length
+            )
+        except DataError as error:
+            self._say(f"no evaluation: {error}")
+            return None
+
+    def _data_facts(self, training: Dataset) -> dict[str, Any]:
+        tokenizer = self.corpus.manifest.tokenizer.sha256 if self.corpus is not None else None
+        return {
+            "path": str(self.config.data.path),
+            "fingerprint": self.corpus.manifest.fingerprint if self.corpus else training.fingerprint,
+            "tokenizer_sha256": tokenizer,
+            "train": training.describe(),
+        }
+
+    def _open_observer(
+        self, training: Dataset, start_step: int, checkpoint: Checkpoint | None
+    ) -> RunObserver:
+        from llmtrain.parallel import distributed
+        from llmtrain.train.observer import RunObserver
+
+        config = self.config
+        if not distributed.is_main():
+            return RunObserver(config, self.layout, self.device, None, None)
+        from llmtrain.track.progress import Progress
+        from llmtrain.track.trackers import open_trackers
+
+        assert self._folder is not None
+        facts = {"device": str(self.device), "world_size": distributed.world_size()}
+        self._folder.describe(encode(config), self._data_facts(training), facts)
+        self._trackers = open_trackers(
+            config.track,
+            run_dir=config.run.dir,
+            run_name=config.run.name,
+            resolved_config=encode(config),
+            resume_step=start_step if checkpoint is not None else None,
+            state=checkpoint.manifest.get("trackers") if checkpoint is not None else None,
+        )
+        every = 1 if sys.stderr.isatty() else config.train.log_every
+        self._progress = Progress(config.train.steps, start_step=start_step, every=every)
+        self._say(f"{training.describe()}; {training.fingerprint[:12]}")
+        return RunObserver(config, self.layout, self.device, self._trackers, self._progress)
+
+
+def build_engine(
+    config: TrainConfig, layout: Layout, device: Any, objective: Any, checkpoint: Checkpoint | None
+) -> Engine:
+    """The engine that `config` names, at the checkpoint's state, or freshly initialized from the seed."""
+    from llmtrain.commands.loading import build_module, load_weights
+    from llmtrain.models.initialize import initialize
+
+    module = build_module(config.model, device)
+    if checkpoint is None:
+        initialize(module, config.seed)
+    else:
+        load_weights(module, checkpoint.weights())
+    module.train()
+    arguments = (module, objective, layout, device, config.seed, config.precision, config.optimizer)
+    engine: Engine
+    if config.engine == "deepspeed":
+        from llmtrain.engine.deepspeed import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(*arguments)
+    else:
+        from llmtrain.engine.local import LocalEngine
+
+        engine = LocalEngine(*arguments)
+    if checkpoint is not None:
+        checkpoint.restore(engine)
+    return engine
+
+
+def evaluate_dataset(
+    engine: Engine, dataset: Dataset, layout: Layout, data_rank: int, workers: int, max_samples: int | None
+) -> Totals:
+    """Loss and metric sums over the first `max_samples` of `dataset`."""
+    from llmtrain.data.loader import evaluation_batches
+
+    return engine.evaluate(
+        evaluation_batches(
+            dataset,
+            engine.objective.collate,
+            micro_size=layout.micro_size,
+            data_rank=data_rank,
+            data_size=layout.data,
+            workers=workers,
+            max_samples=max_samples,
+        )
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,281 @@
+"""The contract between the training loop and whatever computes: one optimizer step over a list of
+micro-batches.
+
+An engine owns sharding, the backward pass, gradient clipping and the optimizer step. It knows no
+model family: what a batch means is its objective's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain.data.loader import MicroBatch
+from llmtrain.objectives.base import Batch, Objective, Terms
+from llmtrain.parallel import distributed
+from llmtrain.parallel.layout import Layout, Precision
+
+AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step says of itself, the same on every rank.
+
+    `loss` is the mean over all targets of the global batch, in nats; `grad_norm` the Euclidean norm
+    of the gradient before clipping; `metrics` means over targets; `skipped` says that fp16 gradients
+    overflowed and the weights stayed; `stop` that some rank was asked to stop.
+    """
+
+    loss: float
+    num_targets: int
+    grad_norm: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    skipped: bool = False
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over many batches and all ranks: `loss_sum` in nats over `num_targets` targets."""
+
+    loss_sum: float
+    num_targets: int
+    metric_sums: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(1, self.num_targets)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: value / max(1, self.num_targets) for name, value in self.metric_sums.items()}
+
+
+class NonFiniteLossError(Exception):
+    """The loss is NaN or infinite; weights are untouched. `samples` are global sample numbers of the
+    micro-batches in which it happened (empty when each is finite and only their sum is not)."""
+
+    def __init__(self, loss: float, samples: Sequence[int]) -> None:
+        super().__init__(f"loss {loss}")
+        self.loss = loss
+        self.samples = tuple(samples)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of one flattened parameter, in the form in which this rank owns them.
+
+    `holder` is the fp32 tensor that the optimizer updates; the fragment lies in its flattened form
+    from `offset` on. Checkpoints read and write fragments, so that they know no layout.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    holder: torch.Tensor
+    offset: int
+
+    def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This fragment's part, 1-D, of a tensor shaped like `holder`."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+class ObjectiveModule(nn.Module):
+    """A model and its objective as one module, whose forward is the loss: the shape that DeepSpeed hooks
+    into. It returns a plain tuple, since DeepSpeed finds its outputs' tensors in no other container and
+    would silently leave out the work that it does before a backward pass."""
+
+    def __init__(self, model: nn.Module, objective: Objective, autocast: AbstractContextManager[Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+        self._autocast = autocast
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """→ (loss_sum, num_targets, metrics) of the objective's Terms."""
+        with self._autocast:
+            compute = self._objective if self.training else self._objective.evaluate
+            terms = compute(self.model, batch)
+        return terms.loss_sum, terms.num_targets, terms.metrics
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in the low precision, over fp32 weights; nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPE[precision])
+
+
+def dropout_seed(seed: int, first_sample: int) -> int:
+    """The seed of a micro-batch' dropout: a function of the run's seed and of the global number of its
+    first sample, so that neither ranks nor restarts change it."""
+    digest = hashlib.blake2b(f"dropout/{seed}/{first_sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Engine(ABC):
+    """Computes optimizer steps. Subclasses say how gradients are made, reduced and applied."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, layout: Layout, device: torch.device, seed: int
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.layout = layout
+        self.device = device
+        self.seed = seed
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, stop_requested: bool = False
+    ) -> StepResult:
+        """One optimizer step over this rank's share of the global batch.
+
+        The loss is divided once, by the number of targets in the whole global batch, so that padding,
+        accumulation and the number of ranks leave the gradient unchanged.
+
+        Raises NonFiniteLossError before any weight is changed.
+        """
+        assert len(micro_batches) == self.layout.accumulation
+        local_targets = sum(self.objective.target_count(micro.batch) for micro in micro_batches)
+        num_targets = int(distributed.all_sum(torch.tensor([local_targets], device=self.device)).item())
+        scale = self.layout.data / max(1, num_targets)
+
+        losses: list[torch.Tensor] = []
+        metrics: dict[str, torch.Tensor] = {}
+        for i, micro in enumerate(micro_batches):
+            torch.manual_seed(dropout_seed(self.seed, micro.first_sample))
+            terms = self._forward_backward(
+                to_device(micro.batch, self.device), scale, is_last=i == len(micro_batches) - 1
+            )
+            losses.append(terms.loss_sum.detach().double())
+            for name, value in terms.metrics.items():
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value
+
+        per_micro = torch.stack(losses)
+        totals = torch.stack(
+            [
+                per_micro.sum(),
+                torch.tensor(float(stop_requested), dtype=torch.float64, device=self.device),
+                *(metrics[name].double() for name in sorted(metrics)),
+            ]
+        )
+        sums = distributed.all_sum(totals).tolist()
+        loss = sums[0] / max(1, num_targets)
+        if not abs(loss) < float("inf"):
+            bad = [m for m, ok in zip(micro_batches, per_micro.isfinite().tolist(), strict=True) if not ok]
+            samples = distributed.gather([int(sample) for micro in bad for sample in micro.samples])
+            raise NonFiniteLossError(loss, [sample for of_rank in samples for sample in of_rank])
+        grad_norm, skipped = self._update(lr)
+        return StepResult(
+            loss=loss,
+            num_targets=num_targets,
+            grad_norm=grad_norm,
+            metrics={
+                name: value / max(1, num_targets)
+                for name, value in zip(sorted(metrics), sums[2:], strict=True)
+            },
+            skipped=skipped,
+            stop=sums[1] > 0,
+        )
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:
+        """Loss and metric sums over all ranks' batches; every rank must bring equally many."""
+        module = self._module()
+        was_training = module.training
+        module.eval()
+        sums: dict[str, float] = {}
+        with torch.no_grad():
+            for micro in micro_batches:
+                terms = Terms(*module(to_device(micro.batch, self.device)))
+                found = {"loss_sum": terms.loss_sum, "num_targets": terms.num_targets, **terms.metrics}
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        module.train(was_training)
+        names = sorted(distributed.gather(sorted(sums))[0])
+        totals = torch.tensor(
+            [sums.get(name, 0.0) for name in names], dtype=torch.float64, device=self.device
+        )
+        reduced = dict(zip(names, distributed.all_sum(totals).tolist(), strict=True))
+        return Totals(reduced.pop("loss_sum", 0.0), int(reduced.pop("num_targets", 0.0)), reduced)
+
+    @abstractmethod
+    def _module(self) -> nn.Module:
+        """The ObjectiveModule, wrapped or not."""
+
+    @abstractmethod
+    def _forward_backward(self, batch: Batch, scale: float, is_last: bool) -> Terms:
+        """Add to the gradients those of loss_sum · scale, averaged over replicas by the time that the
+        last micro-batch is done."""
+
+    @abstractmethod
+    def _update(self, lr: float) -> tuple[float, bool]:
+        """Clip, step the optimizer with `lr`, clear gradients; → (gradient norm, step was skipped)."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer whose state belongs to the fragments' holders."""
+
+    @abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """What this rank owns: over all ranks, each element of each parameter exactly once."""
+
+    def held_fragments(self) -> list[Fragment]:
+        """What this rank must be given on resume: its own fragments and its copies of others'."""
+        return self.fragments()
+
+    @abstractmethod
+    def refresh_weights(self) -> None:
+        """Make the weights that the forward pass uses agree with the fragments, after these changed."""
+
+    def scaler_state(self) -> dict[str, float]:
+        """The loss scaler's state, where there is one."""
+        return {}
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Take back what `scaler_state` gave."""
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, fragment: Fragment
+) -> Iterator[tuple[str, torch.Tensor | float]]:
+    """The fragment's optimizer state: (key, 1-D tensor) for state of the weight's size, (key, number)
+    for counters that all elements share."""
+    for key, value in optimizer.state.get(fragment.holder, {}).items():
+        if isinstance(value, torch.Tensor) and value.numel() == fragment.holder.numel() and value.ndim > 0:
+            yield key, fragment.view_of(value)
+        elif isinstance(value, (torch.Tensor, int, float)):
+            yield key, float(value)
+
+
+def optimizer_slot(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> torch.Tensor:
+    """Where the fragment's part of the optimizer's `key` lies, 1-D; made of zeros when there is none yet."""
+    state = optimizer.state[fragment.holder]
+    if not isinstance(state.get(key), torch.Tensor):
+        state[key] = torch.zeros_like(fragment.holder, requires_grad=False)
+    return fragment.view_of(state[key])
+
+
+def set_optimizer_counter(
+    optimizer: torch.optim.Optimizer, fragment: Fragment, key: str, value: float
+) -> None:
+    """Set a counter that all elements of the fragment's holder share (Adam's `step`)."""
+    fused = bool(optimizer.defaults.get("fused"))
+    device = fragment.holder.device if fused else torch.device("cpu")
+    optimizer.state[fragment.holder][key] = torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; copies from pinned memory do not block."""
+    if device.type == "cpu":
+        return batch
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,151 @@
+"""Plain torch: one process, or data-parallel replicas whose gradients are averaged.
+
+torch's own DistributedDataParallel regroups its buckets after the first step of each process, which
+reorders sums over three or more ranks: a resumed run would differ in the last bits. Here buckets are
+fixed by the order of parameters, and still overlap with the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llmtrain.engine.base import Engine, Fragment, ObjectiveModule, autocast
+from llmtrain.objectives.base import Batch, Objective, Terms
+from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.optimizers import build_optimizer
+from llmtrain.parallel import distributed
+from llmtrain.parallel.layout import Layout, Precision
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class GradientAverager:
+    """Averages gradients over all ranks in fixed buckets, each sent as soon as it is complete."""
+
+    def __init__(self, parameters: list[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.enabled = False
+        self._buckets: list[list[nn.Parameter]] = []
+        size = bucket_bytes + 1
+        for parameter in reversed(parameters):
+            if size + parameter.numel() * parameter.element_size() > bucket_bytes:
+                self._buckets.append([])
+                size = 0
+            self._buckets[-1].append(parameter)
+            size += parameter.numel() * parameter.element_size()
+        self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        self._ready = [0] * len(self._buckets)
+        self._next = 0
+        self._sent: list[tuple[torch.Tensor, dist.Work]] = []
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if not self.enabled:
+            return
+        self._ready[self._bucket_of[parameter]] += 1
+        # Buckets go out in one order on all ranks, whatever order autograd finishes them in.
+        while self._next < len(self._buckets) and self._ready[self._next] == len(self._buckets[self._next]):
+            self._send()
+
+    def _send(self) -> None:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._buckets[self._next]]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None
+        self._sent.append((flat, work))
+        self._next += 1
+
+    def finish(self) -> None:
+        """Wait for all buckets and put the averages into the gradients."""
+        while self._next < len(self._buckets):  # parameters that had no part in the loss
+            self._send()
+        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            work.wait()
+            flat.div_(dist.get_world_size())
+            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        self._ready = [0] * len(self._buckets)
+        self._next = 0
+        self._sent.clear()
+        self.enabled = False
+
+
+class LocalEngine(Engine):
+    """Whole weights and optimizer on each rank; autocast for bf16 and fp16."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        layout: Layout,
+        device: torch.device,
+        seed: int,
+        precision: Precision,
+        optimizer: OptimizerConfig,
+    ) -> None:
+        super().__init__(model, objective, layout, device, seed)
+        self._wrapped = ObjectiveModule(model, objective, autocast(precision, device))
+        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in self._named]
+        self._optimizer = build_optimizer(optimizer, self._named, device.type)
+        self._max_grad_norm = optimizer.max_grad_norm
+        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None  # type: ignore[attr-defined]
+        self._averager = GradientAverager(self._parameters) if distributed.world_size() > 1 else None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def _module(self) -> nn.Module:
+        return self._wrapped
+
+    def _forward_backward(self, batch: Batch, scale: float, is_last: bool) -> Terms:
+        terms = Terms(*self._wrapped(batch))
+        loss = terms.loss_sum * scale
+        if self._averager is not None:
+            self._averager.enabled = is_last
+        (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
+        if self._averager is not None and is_last:
+            self._averager.finish()
+        return terms
+
+    def _update(self, lr: float) -> tuple[float, bool]:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scale_before = 1.0
+        if self._scaler is not None:
+            scale_before = self._scaler.get_scale()
+            self._scaler.unscale_(self._optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+        if self._scaler is not None:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        skipped = self._scaler is not None and self._scaler.get_scale() < scale_before
+        return float(norm), skipped
+
+    def held_fragments(self) -> list[Fragment]:
+        return [Fragment(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in self._named]
+
+    def fragments(self) -> list[Fragment]:
+        # Replicas hold the same state: each writes every n-th parameter.
+        return self.held_fragments()[distributed.rank() :: distributed.world_size()]
+
+    def refresh_weights(self) -> None:
+        """The fragments are the weights."""
+
+    def scaler_state(self) -> dict[str, float]:
+        return dict(self._scaler.state_dict()) if self._scaler is not None else {}
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(dict(state))

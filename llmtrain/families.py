@@ -1,0 +1,137 @@
+"""The table of model families: name → config, module, objective, kind of data.
+
+To add a family: a config in models/config.py, a module in models/, one line here, presets in conf/model/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmtrain.data.corpus import Corpus
+from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.train.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.data.datasets import Dataset
+    from llmtrain.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class Family:
+    """What belongs together; modules are imported when built, so that the table needs no torch."""
+
+    config: type
+    data: Literal["tokens", "images"]
+    build: Callable[[Any], nn.Module]
+    objective: Callable[[Any], Objective]
+    """Data config → objective."""
+
+
+def _gpt(config: GPTConfig) -> nn.Module:
+    from llmtrain.models.gpt import GPT
+
+    return GPT(config)
+
+
+def _lstm(config: LSTMConfig) -> nn.Module:
+    from llmtrain.models.recurrent import LSTMLanguageModel
+
+    return LSTMLanguageModel(config)
+
+
+def _simple_cnn(config: SimpleCNNConfig) -> nn.Module:
+    from llmtrain.models.convolutional import SimpleCNN
+
+    return SimpleCNN(config)
+
+
+def _causal_lm(data: TokenDataConfig) -> Objective:
+    from llmtrain.objectives.causal_lm import CausalLM
+
+    return CausalLM(document_mask=data.document_mask)
+
+
+def _classification(data: ImageDataConfig) -> Objective:
+    from llmtrain.objectives.classification import Classification
+
+    return Classification()
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt": Family(GPTConfig, "tokens", _gpt, _causal_lm),
+    "lstm": Family(LSTMConfig, "tokens", _lstm, _causal_lm),
+    "simple_cnn": Family(SimpleCNNConfig, "images", _simple_cnn, _classification),
+}
+
+
+def model_config_type(section: Mapping[str, Any]) -> type:
+    """The dataclass of a `model` section, by its `family`; raises ConfigError for an unknown one."""
+    family = section.get("family", "gpt")
+    if family not in FAMILIES:
+        raise ConfigError(Problem("model.family", repr(family), nearest(str(family), list(FAMILIES))))
+    return FAMILIES[family].config
+
+
+def family_of(model: ModelConfig) -> Family:
+    return FAMILIES[model.family]
+
+
+def data_problems(model: ModelConfig, data: TokenDataConfig | ImageDataConfig) -> list[Problem]:
+    """What keeps `model` from learning from this kind of data."""
+    wanted = family_of(model).data
+    if data.kind == wanted:
+        return []
+    remedy = {"tokens": "add data=tokens data.path=…", "images": "add data=mnist"}[wanted]
+    return [Problem("data.kind", f"{data.kind!r} with model.family={model.family}", wanted, remedy)]
+
+
+def resolve_vocabulary(model: ModelConfig, corpus: Corpus | None) -> ModelConfig:
+    """The model with its vocabulary known: null takes the corpus'.
+
+    Raises ConfigError when the corpus has ids that the model's embedding lacks.
+    """
+    if corpus is None or isinstance(model, SimpleCNNConfig):
+        return model
+    needed = corpus.manifest.vocab_size
+    if model.vocab_size is None:
+        return replace(model, vocab_size=needed)
+    if model.vocab_size < needed:
+        raise ConfigError(
+            Problem(
+                "model.vocab_size",
+                str(model.vocab_size),
+                f"{needed} or more, the vocabulary of {corpus.path}",
+                "set model.vocab_size=null to take the corpus'",
+            )
+        )
+    return model
+
+
+def open_dataset(
+    model: ModelConfig,
+    data: TokenDataConfig | ImageDataConfig,
+    corpus: Corpus | None,
+    split: str,
+    sequence_length: int,
+) -> Dataset:
+    """The numbered samples of one split. Raises DataError when they cannot be had."""
+    from llmtrain.data.datasets import Images, TokenSequences
+
+    if isinstance(data, ImageDataConfig):
+        return Images.open(data.path, split, getattr(model, "num_classes", 10))
+    assert corpus is not None
+    return TokenSequences(corpus.split(split), sequence_length)
+
+
+def open_corpus(data: TokenDataConfig | ImageDataConfig) -> Corpus | None:
+    """The token corpus, or None for data that is none. Raises DataError when it cannot be used."""
+    if isinstance(data, ImageDataConfig):
+        return None
+    return Corpus.open(Path(data.path).expanduser(), verify=data.verify)

@@ -1,0 +1,132 @@
+"""The process group, and helpers that answer for a single process when nothing is distributed.
+
+Every collective that llmtrain itself issues goes through here; the engines' own libraries issue
+theirs over the same group.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.errors import ConfigError, Problem, UserError
+from llmtrain.parallel import launcher
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of this process: `auto` takes this rank's GPU where there is one, else the CPU.
+
+    Raises ConfigError when `cuda` is asked for and not to be had.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                Problem("device", "cuda, and torch sees no GPU here", "auto, cpu", "use device=auto")
+            )
+        device = torch.device("cuda", launcher.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(name)
+
+
+def start(device: torch.device, *, single_process_group: bool = False, timeout_minutes: float = 10.0) -> None:
+    """Join the process group that the launcher's environment describes (torchrun, Slurm).
+
+    A single process gets a group only with `single_process_group`, for engines that need one; it
+    opens no port.
+    """
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if launcher.world_size() > 1:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    elif single_process_group:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        return
+    atexit.register(_destroy)
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def finish(exit_code: int) -> NoReturn:
+    """Leave the process. With several ranks it skips interpreter shutdown, where gloo's threads
+    abort now and then (SIGABRT after all work is done)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        if exit_code == 0:
+            dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank. Small picklable values only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value on every rank. Small picklable values only."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(work: Callable[[], Any]) -> None:
+    """Do `work` on rank 0 alone; a UserError that it raises is raised on every rank."""
+    problem: UserError | None = None
+    if is_main():
+        try:
+            work()
+        except UserError as error:
+            problem = error
+    problem = from_main(problem)
+    if problem is not None:
+        problem.everywhere = True
+        raise problem

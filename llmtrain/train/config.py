@@ -1,0 +1,110 @@
+"""Everything one training run is told, free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.checkpoint.config import CheckpointConfig
+from llmtrain.config import require
+from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.errors import Problem
+from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
+from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
+from llmtrain.plan.config import ClusterConfig
+from llmtrain.track.config import TrackConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives."""
+
+    name: str
+    dir: Path
+    """Folder of checkpoints, metrics and the resolved config; made when missing."""
+
+
+@dataclass(frozen=True)
+class StepsConfig:
+    """How long the run is and how often it speaks."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run, those before a resume included."""
+    log_every: int = 10
+    """Steps between progress lines when the output is no terminal; metrics are recorded every step."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.steps >= 1, "steps", self.steps, "1 or more")
+        yield from require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out data during training."""
+
+    every: int | None = 500
+    """Steps between evaluations; null: never. One is always made after the last step."""
+    at_start: bool = True
+    """Also before the first step: an untrained model's loss should be near ln(vocabulary)."""
+    max_samples: int | None = 512
+    """Sequences of the validation split that count; null: all."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
+        yield from require(
+            self.max_samples is None or self.max_samples >= 1,
+            "max_samples",
+            self.max_samples,
+            "1 or more, or null",
+        )
+
+
+ModelConfig = GPTConfig | LSTMConfig | SimpleCNNConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The whole of `llmtrain train`, as composed by Hydra from conf/train.yaml."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: TokenDataConfig | ImageDataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: StepsConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    track: TrackConfig
+    cluster: ClusterConfig
+    precision: Precision = "fp32"
+    engine: Literal["auto", "local", "deepspeed"] = "auto"
+    """auto: deepspeed where ZeRO asks for it, else local."""
+    seed: int = 0
+    device: str = "auto"
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")
+        yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
+        positions = getattr(self.model, "max_sequence_length", None)
+        yield from require(
+            positions is None or self.batch.sequence_length <= positions,
+            "batch.sequence_length",
+            self.batch.sequence_length,
+            f"1 to model.max_sequence_length={positions}",
+            f"shorten it or set model.max_sequence_length={self.batch.sequence_length}",
+        )
+
+
+def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Keys in which two encoded model configs differ, dropout aside, each as `key: ours, theirs`."""
+    keys = sorted((set(ours) | set(theirs)) - {"dropout"})
+    return [
+        f"model.{key}={ours.get(key)} here, {theirs.get(key)} there"
+        for key in keys
+        if ours.get(key) != theirs.get(key)
+    ]

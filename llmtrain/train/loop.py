@@ -1,0 +1,134 @@
+"""The training loop: one for all models, engines and layouts."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmtrain.data.loader import Loader
+from llmtrain.engine.base import Engine, NonFiniteLossError, StepResult, Totals
+from llmtrain.errors import Problem, TrainingError
+
+
+class Observer(Protocol):
+    """What is told of each step and evaluation: metrics, progress."""
+
+    def on_step(self, step: int, result: StepResult, lr: float, data_wait: float) -> None: ...
+
+    def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls besides the engine; `step` is the number of steps done."""
+
+    lr: Callable[[int], float]
+    """Number of the step, from 0 → learning rate."""
+    evaluate: Callable[[], Totals] | None
+    """One pass over held-out data; None when there is none."""
+    save: Callable[[int, float | None], None]
+    """Write a checkpoint, given the steps done and the latest validation loss."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the loop ended: `step` steps are done; `interrupted` when it was told to stop earlier."""
+
+    step: int
+    validation_loss: float | None
+    interrupted: bool
+
+
+def train(
+    engine: Engine,
+    loader: Loader,
+    hooks: Hooks,
+    observer: Observer,
+    *,
+    start_step: int,
+    steps: int,
+    evaluate_every: int | None,
+    evaluate_at_start: bool,
+    save_every: int | None,
+) -> Outcome:
+    """Train from `start_step` to `steps`.
+
+    SIGTERM or SIGINT on any rank ends it after the current step, with a checkpoint.
+    Raises TrainingError for a loss that is not finite; the last checkpoint stays.
+    """
+    validation_loss: float | None = None
+    saved_step = start_step
+
+    def evaluate(step: int) -> float | None:
+        if hooks.evaluate is None:
+            return None
+        started = time.perf_counter()
+        totals = hooks.evaluate()
+        observer.on_evaluation(step, totals, time.perf_counter() - started)
+        return totals.loss
+
+    if evaluate_at_start and start_step == 0:
+        validation_loss = evaluate(0)
+    batches = loader.steps(start_step)
+    with stop_signals() as stop_requested:
+        for step in range(start_step, steps):
+            batch = next(batches)
+            lr = hooks.lr(step)
+            try:
+                result = engine.train_step(batch.micro_batches, lr=lr, stop_requested=stop_requested())
+            except NonFiniteLossError as error:
+                stopped = TrainingError(_non_finite(step + 1, error, saved_step))
+                stopped.everywhere = True
+                raise stopped from error
+            done = step + 1
+            observer.on_step(done, result, lr, batch.wait_seconds)
+            if is_due(done, evaluate_every, steps):
+                validation_loss = evaluate(done)
+            if result.stop or is_due(done, save_every, steps):
+                hooks.save(done, validation_loss)
+                saved_step = done
+            if result.stop and done < steps:
+                return Outcome(done, validation_loss, interrupted=True)
+    return Outcome(steps, validation_loss, interrupted=False)
+
+
+def is_due(done: int, every: int | None, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
+    return done == steps or (every is not None and done % every == 0)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT only ask to stop; a second SIGINT interrupts as usual."""
+    received: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _non_finite(step: int, error: NonFiniteLossError, saved_step: int) -> Problem:
+    if error.samples:
+        first, last = min(error.samples), max(error.samples)
+        samples = f"{len(error.samples)} samples, numbers {first} to {last} in global order"
+    else:
+        samples = "no single micro-batch: the sum overflowed"
+    kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was due yet"
+    return Problem(
+        f"step {step}",
+        f"loss {error.loss} in {samples}",
+        "a finite loss",
+        f"{kept}; lower optimizer.lr, set optimizer.max_grad_norm or precision=fp32, then resume",
+    )

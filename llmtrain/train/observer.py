@@ -1,0 +1,71 @@
+"""What a run says of itself while it trains: metrics to the trackers, lines to the progress report."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from llmtrain.engine.base import StepResult, Totals
+from llmtrain.parallel.layout import Layout
+from llmtrain.track import throughput
+from llmtrain.track.progress import Progress
+from llmtrain.track.trackers import Trackers
+from llmtrain.train.config import TrainConfig
+
+
+class RunObserver:
+    """Turns what the loop says into metrics and progress lines; on other ranks than 0 it is silent."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        layout: Layout,
+        device: torch.device,
+        trackers: Trackers | None,
+        progress: Progress | None,
+    ) -> None:
+        self._trackers, self._progress = trackers, progress
+        self._device_type = device.type
+        self._meter = throughput.ThroughputMeter()
+        # An image is one token of its family: one target a sample.
+        self._units = config.batch.sequence_length if config.data.kind == "tokens" else 1
+        self._flops = config.model.flops_per_token(config.batch.sequence_length)
+        self._global_size = layout.global_size
+        self._peak = 0.0
+        if trackers is not None:
+            self._peak = layout.world_size * throughput.peak_flops(device.type, config.precision)
+        self._last = time.perf_counter()
+
+    def on_step(self, step: int, result: StepResult, lr: float, data_wait: float) -> None:
+        now = time.perf_counter()
+        self._meter.add(self._global_size * self._units, now - self._last)
+        self._last = now
+        if self._trackers is None or self._progress is None:
+            return
+        rate = self._meter.tokens_per_second
+        metrics = {
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": rate,
+            "mfu": throughput.model_flops_utilization(rate, self._flops, self._peak),
+            "memory_bytes": throughput.memory_bytes(self._device_type),
+            "data_wait_seconds": data_wait,
+            "num_targets": result.num_targets,
+            **result.metrics,
+        }
+        if result.skipped:
+            metrics["skipped"] = 1
+        self._trackers.log(step, metrics)
+        self._progress.update(step, metrics)
+
+    def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None:
+        self._last = time.perf_counter()
+        if self._trackers is None or self._progress is None:
+            return
+        metrics = {"validation_loss": totals.loss}
+        metrics |= {f"validation_{name}": value for name, value in totals.metrics.items()}
+        self._trackers.log(step, {**metrics, "validation_seconds": seconds})
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+        self._progress.message(f"step {step:,}: {shown} ({totals.num_targets:,} targets, {seconds:.1f} s)")

@@ -1,0 +1,149 @@
+"""The run folder: who uses it, and the facts that make a run repeatable.
+
+RUN/
+  config.yaml        the resolved configuration
+  environment.json   versions, machine, command line of the latest start
+  git.json           commit of the working folder; git.diff: its uncommitted changes
+  data.json          fingerprint and size of what it trains on
+  metrics.jsonl      one object a step
+  checkpoints/       step-00000500/ …
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from llmtrain import files
+from llmtrain.errors import CheckpointError, Problem, TrainingError
+
+PACKAGES = (
+    *("llmtrain", "torch", "deepspeed", "fairscale", "webdataset", "sentencepiece", "numpy"),
+    *("safetensors", "wandb", "hydra-core"),
+)
+MAX_DIFF_BYTES = 2**20
+
+
+class RunFolder:
+    """An exclusive hold on a run folder, until close() or the end of the process, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Make the folder and lock it. Raises CheckpointError when another process trains there."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = open(path / ".lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise CheckpointError(
+                Problem(
+                    "run.dir", f"{path} ({error.strerror})", "a folder that can be written", "choose another"
+                )
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise CheckpointError(
+                Problem(
+                    "run.dir", f"{path}, in use by {holder}", "a folder no run uses", "wait for it or stop it"
+                )
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def describe(self, config: Mapping[str, Any], data: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write config.yaml, environment.json, git.json and data.json. `facts` join the environment.
+
+        Raises TrainingError when the disk is full.
+        """
+        try:
+            files.write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            files.write_json_atomically(self.path / "environment.json", {**environment(), **facts})
+            files.write_json_atomically(self.path / "data.json", dict(data))
+            git, diff = git_state()
+            files.write_json_atomically(self.path / "git.json", git)
+            if diff:
+                files.write_atomically(self.path / "git.diff", diff[:MAX_DIFF_BYTES])
+        except OSError as error:
+            if files.is_disk_full(error):
+                free = shutil.disk_usage(self.path).free
+                raise TrainingError(
+                    Problem(str(self.path), f"a full disk ({free / 2**20:.0f} MiB free)", remedy="make room")
+                ) from error
+            raise
+
+
+def read_config(run: Path) -> dict[str, Any] | None:
+    """The resolved configuration of the run at `run`, or None when it holds none."""
+    path = run / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as JSON."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    launcher = {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("SLURM_JOB", "OMP_", "NCCL_", "GLOO_", "CUDA_VISIBLE"))
+        or key in ("MASTER_ADDR", "WORLD_SIZE")
+    }
+    return {
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "processors": os.cpu_count(),
+        "packages": versions,
+        "variables": launcher,
+    }
+
+
+def git_state() -> tuple[dict[str, Any], str]:
+    """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "branch": None, "clean": None}, ""
+    diff = git("diff", "HEAD") or ""
+    branch = git("rev-parse", "--abbrev-ref", "HEAD") or ""
+    return {"commit": commit.strip(), "branch": branch.strip(), "clean": diff == ""}, diff
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; empty when there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
