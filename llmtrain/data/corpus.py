@@ -31,6 +31,8 @@ FORMAT = "llmtrain-corpus"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 STAMP_NAME = ".verified.json"
+UNFINISHED_NAME = ".prepare"
+"""Folder in which `llmtrain prepare` keeps its work until the corpus is whole."""
 _PREPARE_AGAIN = "prepare the corpus again with llmtrain prepare, or copy it again"
 _MOST_PROBLEMS = 5
 
@@ -336,10 +338,12 @@ def _not_a_corpus(path: Path) -> Problem:
         return Problem(str(path), "no such folder", "a corpus", remedy)
     if not path.is_dir():
         return Problem(str(path), "a file", "the folder of a corpus", remedy)
+    if (path / UNFINISHED_NAME).exists():
+        return Problem(str(path), "an unfinished corpus", "a whole one", "run its llmtrain prepare again")
     names = sorted(entry.name for entry in os.scandir(path))
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     got = f"a folder without {MANIFEST_NAME} (holds {shown or 'nothing'})"
-    return Problem(str(path), got, "a corpus", f"{remedy}; if that was interrupted, run it again")
+    return Problem(str(path), got, "a corpus", remedy)
 
 
 def _check_tokenizer(path: Path, entry: TokenizerEntry) -> None:

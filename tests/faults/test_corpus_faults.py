@@ -56,6 +56,13 @@ def test_a_folder_that_is_no_corpus_says_what_it_holds(tmp_path: Path):
     assert "holds a.txt, b.txt, c.txt, d.txt and 2 more" in refusal(tmp_path)
 
 
+def test_a_corpus_that_prepare_has_not_finished(tmp_path: Path):
+    (tmp_path / ".prepare").mkdir()
+    assert "got an unfinished corpus; allowed: a whole one; run its llmtrain prepare again" in refusal(
+        tmp_path
+    )
+
+
 @pytest.mark.parametrize("content", ["", "{", "\x00\x01"])
 def test_a_manifest_that_is_no_json(path: Path, content: str):
     (path / "manifest.json").write_text(content)
