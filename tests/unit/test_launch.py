@@ -130,7 +130,8 @@ def test_earlier_logs_are_kept(tmp_path: Path):
 
 def test_mistakes_need_no_torch():
     """They must answer at once, and importing torch takes seconds."""
-    code = "import sys, llmtrain.torchrun as t; code = t.main(['x=1']); assert 'torch' not in sys.modules; sys.exit(code)"
+    code = "import sys; from llmtrain.torchrun import main; code = main(['x=1'])\n"
+    code += "assert 'torch' not in sys.modules; sys.exit(code)"
     environment = {**os.environ, "NNODES": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
