@@ -9,6 +9,7 @@ is an error with a name instead of a bus error.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -189,34 +190,33 @@ class Corpus:
         """Compare every shard with its checksum.
 
         A stamp beside the manifest remembers what was found good (size and times of each file), so that
-        only the first start reads the shards; a folder that cannot be written is read at each start.
+        only the first start reads the shards, and of many processes that start together only one does;
+        a folder that cannot be written is read at each start by each.
         Raises DataError naming the altered shards.
         """
         stamp_path = self.path / STAMP_NAME
-        stamps = _read_stamps(stamp_path)
-        unseen = [shard for shard in self._shards() if stamps.get(shard.file) != _stamp(self.path, shard)]
-        if not unseen:
-            return
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        with _one_at_a_time(self.path / MANIFEST_NAME):
+            stamps = _read_stamps(stamp_path)
+            unseen = [shard for shard in self._shards() if stamps.get(shard.file) != _stamp(self.path, shard)]
+            if not unseen:
+                return
             # The stamp is taken before reading, so that a change while reading is seen next time.
             new_stamps = {shard.file: _stamp(self.path, shard) for shard in unseen}
-            found = pool.map(lambda shard: _shard_checksum(self.path / shard.file), unseen)
-            altered = [
-                Problem(
-                    str(self.path / shard.file),
-                    "an altered shard: its content does not match its checksum",
-                    f"xxh3_128 {shard.xxh3_128}",
-                    _PREPARE_AGAIN,
-                )
-                for shard, xxh3_128 in zip(unseen, found, strict=True)
-                if xxh3_128 != shard.xxh3_128
-            ]
-        _refuse(iter(altered))
-        known = {shard.file for shard in self._shards()}
-        kept = {file: stamp for file, stamp in stamps.items() if file in known}
-        # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
-        with suppress(OSError):
-            write_json_atomically(stamp_path, kept | new_stamps)
+            _refuse(self._altered(unseen))
+            known = {shard.file for shard in self._shards()}
+            kept = {file: stamp for file, stamp in stamps.items() if file in known}
+            # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
+            with suppress(OSError):
+                write_json_atomically(stamp_path, kept | new_stamps)
+
+    def _altered(self, shards: list[ShardEntry]) -> Iterator[Problem]:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            checksums = pool.map(lambda shard: _shard_checksum(self.path / shard.file), shards)
+            for shard, xxh3_128 in zip(shards, checksums, strict=True):
+                if xxh3_128 != shard.xxh3_128:
+                    got = "an altered shard: its content does not match its checksum"
+                    allowed = f"xxh3_128 {shard.xxh3_128}"
+                    yield Problem(str(self.path / shard.file), got, allowed, _PREPARE_AGAIN)
 
     def _shards(self) -> Iterator[ShardEntry]:
         for entry in self.manifest.splits.values():
@@ -417,6 +417,17 @@ def _stamp(root: Path, shard: ShardEntry) -> list[Any]:
     except OSError as error:
         raise DataError(_unreadable(str(root / shard.file), error)) from error
     return [shard.xxh3_128, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock on `path` against other processes; none where the stamp that they wait for can't be
+    written, or the file system has no locks."""
+    with open(path, "rb") as file:
+        if os.access(path.parent, os.W_OK):
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read_stamps(path: Path) -> dict[str, list[Any]]:

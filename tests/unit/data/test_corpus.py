@@ -1,5 +1,6 @@
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,26 @@ def test_checksums_are_taken_once(path: Path, monkeypatch: pytest.MonkeyPatch):
     os.utime(path / "train" / shards[0])
     Corpus.open(path, verify="checksum")
     assert read[len(shards) :] == [shards[0]]
+
+
+def test_of_many_that_start_together_one_takes_the_checksums(path: Path, monkeypatch: pytest.MonkeyPatch):
+    (path / STAMP_NAME).unlink(missing_ok=True)
+    read: list[str] = []
+    real = corpus_module.checksum
+
+    def slow(file: Path) -> str:
+        read.append(file.name)
+        time.sleep(0.02)
+        return real(file)
+
+    corpora = [Corpus.open(path) for _ in range(4)]
+    monkeypatch.setattr(corpus_module, "checksum", slow)
+    threads = [threading.Thread(target=corpus.verify) for corpus in corpora]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read) == sorted(file.name for file in path.glob("*/*.tar"))
 
 
 def test_a_stamp_that_is_not_ours_is_ignored(path: Path):
