@@ -1,0 +1,119 @@
+"""Bytes that a forward pass keeps for the backward pass, by model family.
+
+The way of counting is that of Korthikanti et al. (arXiv:2205.05198, section 4), over what these modules
+really keep: scaled_dot_product_attention keeps no T² term unless it must, and the head's loss works on a
+chunk of the logits. Tests compare with what torch keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+
+ModelConfig = GPTConfig | LSTMConfig | SimpleCNNConfig
+
+LOGITS_PER_CHUNK = 2**23
+"""As in models/head.py; a test compares."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes of one number: `compute` in matrix products, `residual` between blocks and in norms (autocast
+    keeps these in fp32)."""
+
+    compute: int
+    residual: int
+
+
+def activation_bytes(
+    model: ModelConfig,
+    numbers: Numbers,
+    *,
+    micro_size: int,
+    sequence_length: int,
+    device: str,
+    document_mask: bool = True,
+) -> int:
+    """Bytes kept by one micro-batch on one process, up to the head, its loss aside."""
+    tokens = micro_size * sequence_length
+    match model:
+        case GPTConfig():
+            per_token = _gpt_bytes(model, numbers, sequence_length, device, document_mask)
+        case LSTMConfig():
+            per_token = _lstm_bytes(model, numbers)
+        case SimpleCNNConfig():
+            return micro_size * _simple_cnn_bytes(model, numbers)
+    return tokens * per_token
+
+
+def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int) -> int:
+    """Bytes of a language model's head and loss at their peak: a chunk of logits with its gradient, the
+    gradients of the hidden states and of the head's weight, and in low precision the weight's copy."""
+    if isinstance(model, SimpleCNNConfig):
+        return 0
+    assert model.vocab_size is not None
+    V, D = model.vocab_size, model.hidden_size
+    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
+    low_precision_copies = 2 * numbers.compute if numbers.compute < 4 else 0
+    return (
+        chunk * V * (4 + numbers.compute) + tokens * D * numbers.compute + V * D * (4 + low_precision_copies)
+    )
+
+
+def matrix_parameter_count(model: ModelConfig) -> int:
+    """Weights that autocast copies into the low precision: all but embeddings, norms and the head."""
+    match model:
+        case GPTConfig():
+            norms = 2 * model.hidden_size * (2 if model.norm == "layernorm" and model.bias else 1)
+            return model.num_layers * (model.layer_parameter_count() - norms)
+        case LSTMConfig():
+            return model.num_layers * (8 * model.hidden_size**2 + 8 * model.hidden_size)
+        case SimpleCNNConfig():
+            return model.parameter_count()
+
+
+def _gpt_bytes(
+    model: GPTConfig, numbers: Numbers, sequence_length: int, device: str, document_mask: bool
+) -> int:
+    """Per token."""
+    D, F = model.hidden_size, model.mlp_width
+    queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    norm = numbers.residual * D + 8
+    if model.norm == "rmsnorm" and device == "cpu":
+        # Composed of single operations, in fp32: the input and the normalized input.
+        norm = 2 * 4 * D + 4
+
+    # Inputs of qkv, up and gate, and down; attention's q, k, v and output, which is the next one's input.
+    kept = D + queries + 2 * keys + queries + D + F
+    kept += 3 * F if model.gated_mlp else F
+    if model.positions == "rope":
+        kept += queries + keys
+    kept_bytes = kept * numbers.compute + 4 * model.num_heads
+    if model.dropout > 0 and device == "cpu":
+        # Flash attention has no dropout there: probabilities, mask and masked probabilities are kept.
+        kept_bytes += 3 * (model.num_heads * sequence_length + queries) * numbers.compute
+    elif document_mask:
+        # Attention turns the mask into numbers in each layer.
+        kept_bytes += sequence_length * numbers.compute
+    if model.dropout > 0:
+        kept_bytes += 2 * D * (numbers.compute if device == "cpu" else 1)
+
+    embedding = 8 + (D * numbers.residual if model.dropout > 0 else 0)
+    return embedding + model.num_layers * (2 * norm + kept_bytes) + norm
+
+
+def _lstm_bytes(model: LSTMConfig, numbers: Numbers) -> int:
+    """Per token: inputs, and oneDNN's workspace (measured: 61 bytes a unit in fp32, 43 in bf16)."""
+    D = model.hidden_size
+    workspace = 61 if numbers.compute == 4 else 43
+    dropouts = (model.num_layers + 1) * D * numbers.compute if model.dropout > 0 else 0
+    return 8 + (model.num_layers + 1) * D * numbers.compute + model.num_layers * workspace * D + dropouts
+
+
+def _simple_cnn_bytes(model: SimpleCNNConfig, numbers: Numbers) -> int:
+    """Per image: input, both convolutions' rectified outputs, both pools' outputs and int64 places, the
+    hidden layer, log-probabilities."""
+    kept = 784 + 32 * 784 + 32 * 196 + 64 * 196 + 64 * 49 + 128
+    hidden_dropout = 128 if model.dropout > 0 else 0
+    return (kept + hidden_dropout) * numbers.compute + 8 * (32 * 196 + 64 * 49) + 4 * model.num_classes + 8

@@ -1,0 +1,264 @@
+"""What a run will need, before torch is imported: parameters, FLOPs, memory, whether it fits.
+
+plan = estimate(model, layout, config)
+print(plan.table())
+plan.refuse_if_too_large()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.optim.config import OptimizerConfig
+from llmtrain.parallel import launcher
+from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.plan import machine
+from llmtrain.plan.activations import ModelConfig
+from llmtrain.plan.config import ClusterConfig
+from llmtrain.plan.memory import GIB, Memory, memory_per_process
+
+CLEARLY_OVER = 1.5
+"""On this machine, whose memory is shared and can be swapped, only what is this many times too large is
+refused; less is warned of."""
+
+ASSUMED_MFU = 0.4
+"""Share of the devices' peak that well-run training reaches (PaLM, arXiv:2204.02311: 0.46; Llama 3,
+arXiv:2407.21783: 0.38 to 0.43)."""
+
+
+class _Steps(Protocol):
+    @property
+    def steps(self) -> int: ...
+
+
+class RunSettings(Protocol):
+    """What the estimate reads of a run's config."""
+
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def train(self) -> _Steps: ...
+    @property
+    def data(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in figures."""
+
+    model: ModelConfig
+    layout: Layout
+    precision: Precision
+    optimizer: OptimizerConfig
+    cluster: ClusterConfig
+    device: str
+    steps: int
+    document_mask: bool
+    parameters: int
+    flops_per_token: float
+    """Forward and backward; an image counts as one token."""
+    memory: Memory
+    available_bytes: int | None
+    """For one process; None when it is not known."""
+
+    @property
+    def unit(self) -> str:
+        """What the model takes one at a time."""
+        return "image" if isinstance(self.model, SimpleCNNConfig) else "token"
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.layout.global_size if self.unit == "image" else self.layout.tokens_per_step
+
+    @property
+    def total_flops(self) -> float:
+        return self.flops_per_token * self.tokens_per_step * self.steps
+
+    @property
+    def seconds(self) -> float | None:
+        """The whole run at ASSUMED_MFU; None when the cluster's peak is not known."""
+        peak = self.cluster.peak_flops.get(self.precision)
+        return self.total_flops / (ASSUMED_MFU * peak * self.layout.world_size) if peak else None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the run needs more than there is."""
+        return self.available_bytes is not None and self.memory.total > self.available_bytes
+
+    def refuse_if_too_large(self) -> None:
+        """Raises ConfigError when the run cannot fit: on a cluster what is over, on this machine what is
+        CLEARLY_OVER; the message names settings that would fit."""
+        slack = CLEARLY_OVER if self.cluster.is_local else 1.0
+        if self.available_bytes is not None and self.memory.total > slack * self.available_bytes:
+            raise ConfigError(self._problem())
+
+    def warnings(self) -> list[str]:
+        """What should be known before the run starts; empty when all is well."""
+        return [str(self._problem())] if self.is_too_large else []
+
+    def summary(self) -> str:
+        """Two lines, and one more for each warning."""
+        layout = self.layout
+        lines = [
+            f"{self.parameters:,} parameters; {self.steps:,} steps of {layout.global_size:,} samples "
+            f"(data {layout.data} · micro_size {layout.micro_size} · accumulation {layout.accumulation}) = "
+            f"{quantity(self.tokens_per_step * self.steps)}{self.unit}s",
+            f"memory of one process: about {gib(self.memory.total)}"
+            + (f" of {gib(self.available_bytes)}" if self.available_bytes is not None else ""),
+        ]
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings()])
+
+    def table(self) -> str:
+        """Everything, as aligned lines."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        layout = self.layout
+
+        def row(name: str, text: str) -> str:
+            return f"{name:<17} {text}"
+
+        yield row("model", f"{self.model.family}, {self.parameters:,} parameters")
+        yield row("compute", f"{quantity(self.flops_per_token)}FLOP a {self.unit}, forward and backward")
+        yield row(
+            "layout",
+            f"{layout.world_size:,} processes = data {layout.data} · tensor {layout.tensor} · "
+            f"pipeline {layout.pipeline} · sequence {layout.sequence}; ZeRO {layout.zero}, {self.precision}",
+        )
+        yield row(
+            "batch",
+            f"{layout.global_size:,} samples = data {layout.data} · micro_size {layout.micro_size} · "
+            f"accumulation {layout.accumulation}; {self.tokens_per_step:,} {self.unit}s a step",
+        )
+        yield row(
+            "run",
+            f"{self.steps:,} steps, {quantity(self.tokens_per_step * self.steps)}{self.unit}s, "
+            f"{self.total_flops:.2e} FLOP",
+        )
+        if self.seconds is not None:
+            rate = self.tokens_per_step * self.steps / self.seconds
+            yield row(
+                "time",
+                f"{duration(self.seconds)} at {ASSUMED_MFU:.0%} of {self.cluster.name}'s peak, "
+                f"{quantity(rate)}{self.unit}s a second",
+            )
+        yield "memory of one process"
+        for name, size in self.memory.terms.items():
+            yield f"  {name:<15} {gib(size):>12}"
+        verdict = ""
+        if self.available_bytes is not None:
+            verdict = f" of {gib(self.available_bytes)}, {self.cluster.name}: "
+            verdict += "does not fit" if self.is_too_large else "fits"
+        yield f"  {'total':<15} {gib(self.memory.total):>12}{verdict}"
+        for text in self.warnings():
+            yield f"warning: {text}"
+
+    def _problem(self) -> Problem:
+        assert self.available_bytes is not None
+        term = self.memory.largest
+        return Problem(
+            "memory",
+            f"{gib(self.memory.total)} a process, {gib(self.memory.terms[term])} of it {term}",
+            f"{gib(self.available_bytes)}, what one process has on {self.cluster.name}",
+            self._remedy(),
+        )
+
+    def _remedy(self) -> str:
+        """The nearest change of ZeRO and micro-batch that fits: first one alone, then both."""
+        layout = self.layout
+        micro_sizes = [m for m in range(layout.micro_size, 0, -1) if layout.replica_size % m == 0]
+        stages = range(layout.zero, 4) if layout.data > 1 else [layout.zero]
+        changes = sorted(
+            ((zero, micro) for zero in stages for micro in micro_sizes),
+            key=lambda change: (
+                (change[0] != layout.zero) + (change[1] != layout.micro_size),
+                change[0],
+                -change[1],
+            ),
+        )
+        for zero, micro in changes:
+            other = replace(layout, zero=zero, micro_size=micro, accumulation=layout.replica_size // micro)
+            memory = memory_per_process(
+                self.model,
+                other,
+                precision=self.precision,
+                optimizer=self.optimizer,
+                device=self.device,
+                document_mask=self.document_mask,
+            )
+            if self.available_bytes is not None and memory.total <= self.available_bytes:
+                parts = [f"parallel.zero={zero} engine=deepspeed"] if zero != layout.zero else []
+                parts += [f"batch.micro_size={micro}"] if micro != layout.micro_size else []
+                return f"try {' '.join(parts)}, which needs {gib(memory.total)}"
+        if layout.data == 1:
+            return "start more processes with parallel.zero=3, or take a smaller model"
+        return "start more processes, shorten batch.sequence_length, or take a smaller model"
+
+
+def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
+    """The figures of training `model` on `layout`; needs neither torch nor a GPU.
+
+    Raises ConfigError when the vocabulary is not known yet.
+    """
+    if not isinstance(model, SimpleCNNConfig) and model.vocab_size is None:
+        raise ConfigError(
+            Problem("model.vocab_size", "nothing", "a whole number", "give it, or a corpus by data.path=…")
+        )
+    cluster = settings.cluster
+    device = cluster.device or launcher.likely_device(settings.device)
+    document_mask = bool(getattr(settings.data, "document_mask", False))
+    available = cluster.memory_bytes
+    if available is None and device == "cpu":
+        available = machine.memory_bytes() // machine.processes_here(layout.world_size)
+    return Plan(
+        model=model,
+        layout=layout,
+        precision=settings.precision,
+        optimizer=settings.optimizer,
+        cluster=cluster,
+        device=device,
+        steps=settings.train.steps,
+        document_mask=document_mask,
+        parameters=model.parameter_count(),
+        flops_per_token=model.flops_per_token(layout.sequence_length),
+        memory=memory_per_process(
+            model,
+            layout,
+            precision=settings.precision,
+            optimizer=settings.optimizer,
+            device=device,
+            document_mask=document_mask,
+        ),
+        available_bytes=available,
+    )
+
+
+def gib(size: float) -> str:
+    """1.23 GiB, or MiB below a tenth of one."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def quantity(number: float) -> str:
+    """12.3 M: with a letter for thousands, and a space that a unit may follow."""
+    for letter, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {letter}"
+    return f"{number:.4g} "
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what is worth knowing of an estimate."""
+    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {name}"
+    return f"{seconds:.3g} seconds"
