@@ -56,13 +56,16 @@ def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts
     joined = _join(documents)
     if joined.count(SEPARATOR_BYTE) != len(documents) - 1:
         joined = SEPARATOR_BYTE.join(
-            _remove_controls(_join([document]), _SEPARATOR_TOO, counts) for document in documents
+            _remove_controls(_join(documents[i : i + 1]), _SEPARATOR_TOO, counts)
+            for i in range(len(documents))
         )
     else:
         joined = _remove_controls(joined, _CONTROLS, counts)
     if not joined.isascii():
         joined = _clean_beyond_ascii(joined, normalization, counts)
-    cleaned = [text for text in (d.strip(b"\n") for d in joined.split(SEPARATOR_BYTE)) if text and not text.isspace()]
+    cleaned = [
+        text for text in (d.strip(b"\n") for d in joined.split(SEPARATOR_BYTE)) if text and not text.isspace()
+    ]
     counts.empty_dropped += len(documents) - len(cleaned)
     return cleaned
 

@@ -40,7 +40,7 @@ class TokenizerConfig:
                 SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 24,
                 "vocab_size",
                 self.vocab_size,
-                f"{SMALLEST_VOCABULARY} (256 bytes, {len(SPECIAL_TOKENS)} special tokens and a piece) to {1 << 24}",
+                f"{SMALLEST_VOCABULARY} (256 bytes, {len(SPECIAL_TOKENS)} specials, a piece) to {1 << 24}",
             )
         yield from require(self.train_bytes >= 1, "train_bytes", self.train_bytes, "1 or more")
         yield from require(
@@ -73,7 +73,7 @@ class PrepareConfig:
     """Raw text → tokenizer and sharded corpus."""
 
     source: tuple[str, ...]
-    """Files, folders (with all below), globs and package:NAME/path (a file of an installed Python package)."""
+    """Files, folders with all below, globs, package:NAME/path (a file of an installed Python package)."""
     output: Path
     """The corpus' folder."""
     text_field: str = "text"

@@ -10,7 +10,6 @@ import codecs
 import csv
 import glob
 import gzip
-import importlib.util
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from typing import IO, Any
 
 import xxhash
 
+from llmtrain.data.packages import PREFIX, package_root
 from llmtrain.errors import DataError, Problem, nearest
 
 KINDS = ("txt", "jsonl", "csv", "parquet")
@@ -93,7 +93,9 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
                 found += 1
                 if resolved not in files:
                     stat = path.stat()
-                    files[resolved] = SourceFile(resolved, name, kind, compression, stat.st_size, stat.st_mtime_ns)
+                    files[resolved] = SourceFile(
+                        resolved, name, kind, compression, stat.st_size, stat.st_mtime_ns
+                    )
             if not found:
                 raise DataError(Problem(source, "no file that can be read", _ALLOWED, "check the name"))
         except DataError as error:
@@ -107,9 +109,9 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
 
 def _expand(source: str) -> Iterator[tuple[Path, str, bool]]:
     """(path, name for the user, whether the user asked for this very file)."""
-    if source.startswith("package:"):
-        root, inside = _package_root(source)
-        base = f"package:{source[8:].partition('/')[0]}"
+    if source.startswith(PREFIX):
+        root, inside = package_root(source)
+        base = PREFIX + source.removeprefix(PREFIX).partition("/")[0]
         location = str(root / inside)
         named = lambda path: f"{base}/{path.relative_to(root).as_posix()}"  # noqa: E731
     else:
@@ -123,7 +125,9 @@ def _expand(source: str) -> Iterator[tuple[Path, str, bool]]:
     elif glob.has_magic(location):
         matches = sorted(glob.glob(location, recursive=True))
         if not matches:
-            raise DataError(Problem(source, "a pattern that matches no file", "", "check the name and the folder"))
+            raise DataError(
+                Problem(source, "a pattern that matches no file", "", "check the name and the folder")
+            )
         for match in map(Path, matches):
             if match.is_dir():
                 if "**" not in location:
@@ -142,26 +146,6 @@ def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _package_root(source: str) -> tuple[Path, str]:
-    name, _, inside = source.removeprefix("package:").partition("/")
-    if not name or not inside or "." in name:
-        raise DataError(Problem(source, "an incomplete name", "package:NAME/path/in/the/package"))
-    try:
-        # A top-level name is located without being imported.
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        raise DataError(
-            Problem(source, f"the package {name}, which is not installed", "", f"pip install {name.replace('_', '-')}")
-        )
-    locations = list(spec.submodule_search_locations or [])
-    if not locations:
-        raise DataError(Problem(source, f"{name}, a single module", "a package with files inside"))
-    roots = [Path(location) for location in locations]
-    return next((root for root in roots if (root / inside).exists()), roots[0]), inside
 
 
 def _kind_of(name: str) -> tuple[str | None, str]:
@@ -251,7 +235,7 @@ def read_part(part: Part, text_field: str, txt_document: str, scratch: Path) -> 
                 yield data.removesuffix(b"\n").split(b"\n")
         else:
             yield from _read_paragraphs(part, pack=txt_document == "auto")
-    except (EOFError, zlib.error, gzip.BadGzipFile, _BadZstd) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, _BadZstdError) as error:
         raise DataError(
             Problem(file.name, f"damaged .{file.compression} data ({error})", "", "copy or download it again")
         ) from error
@@ -281,7 +265,9 @@ def undecodable(part: Part) -> DataError:
                 offset += len(data)
         if file.compression:
             where += " of the uncompressed text"
-    return DataError(Problem(file.name, f"bytes that are no UTF-8: {where}", "UTF-8", "convert it, with iconv say"))
+    return DataError(
+        Problem(file.name, f"bytes that are no UTF-8: {where}", "UTF-8", "convert it, with iconv say")
+    )
 
 
 def _open(file: SourceFile) -> IO[bytes]:
@@ -292,7 +278,7 @@ def _open(file: SourceFile) -> IO[bytes]:
     return open(file.path, "rb")
 
 
-class _BadZstd(Exception):
+class _BadZstdError(Exception):
     pass
 
 
@@ -322,11 +308,11 @@ class _ZstdStream(io.RawIOBase):
             else:
                 data = self._file.read(1 << 14)
                 if not data:
-                    raise _BadZstd("it ends inside a frame")
+                    raise _BadZstdError("it ends inside a frame")
             try:
                 self._output = memoryview(self._frame.decompress(data))
             except self._zstandard.ZstdError as error:
-                raise _BadZstd(str(error)) from error
+                raise _BadZstdError(str(error)) from error
         count = min(len(buffer), len(self._output))
         buffer[:count] = self._output[:count]
         self._output = self._output[count:]
@@ -367,7 +353,12 @@ def _read_line(stream: IO[bytes], file: SourceFile) -> bytes:
     line = stream.readline(LONGEST_LINE + 1)
     if len(line) > LONGEST_LINE:
         raise DataError(
-            Problem(file.name, f"a line of more than {LONGEST_LINE >> 20} MiB", "shorter lines", "cut it into lines")
+            Problem(
+                file.name,
+                f"a line of more than {LONGEST_LINE >> 20} MiB",
+                "shorter lines",
+                "cut it into lines",
+            )
         )
     return line
 
@@ -377,7 +368,12 @@ def _read_whole(file: SourceFile) -> Iterator[list[bytes]]:
         text = stream.read(LONGEST_LINE + 1)
     if len(text) > LONGEST_LINE:
         raise DataError(
-            Problem(file.name, f"a file of more than {LONGEST_LINE >> 20} MiB as one document", "", "txt_document=auto")
+            Problem(
+                file.name,
+                f"a file of more than {LONGEST_LINE >> 20} MiB as one document",
+                "",
+                "txt_document=auto",
+            )
         )
     yield [text.removeprefix(codecs.BOM_UTF8)]
 
@@ -406,7 +402,9 @@ def _read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
             size += len(line)
         if not blank and size > LONGEST_LINE:
             raise DataError(
-                Problem(file.name, f"a paragraph of more than {LONGEST_LINE >> 20} MiB", "", "txt_document=auto")
+                Problem(
+                    file.name, f"a paragraph of more than {LONGEST_LINE >> 20} MiB", "", "txt_document=auto"
+                )
             )
         ends = not line or (
             (size >= AUTO_DOCUMENT_BYTES if blank else size >= 2 * AUTO_DOCUMENT_BYTES) if pack else blank
@@ -528,7 +526,9 @@ def _read_csv(file: SourceFile, text_field: str) -> Iterator[list[bytes]]:
         return
     if text_field not in header:
         raise _missing_field(f"{file.name} header", text_field, header)
-    convert = pyarrow.csv.ConvertOptions(include_columns=[text_field], column_types={text_field: pyarrow.binary()})
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=[text_field], column_types={text_field: pyarrow.binary()}
+    )
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     block_size, done = BATCH_BYTES, 0
     while True:
@@ -574,7 +574,9 @@ def _read_parquet(part: Part, text_field: str, scratch: Path) -> Iterator[Batch]
         if not re.match(r"(large_)?(string|binary)(_view)?$|null$", str(value)):
             raise DataError(Problem(file.name, f"field {text_field} of type {kind}", "text"))
         groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
-        for batch in parquet.iter_batches(512, row_groups=list(groups), columns=[text_field], use_threads=False):
+        for batch in parquet.iter_batches(
+            512, row_groups=list(groups), columns=[text_field], use_threads=False
+        ):
             values = batch.column(0).to_pylist()
             empty = b"" if any(isinstance(v, bytes) for v in values) else ""
             yield [empty if v is None else v for v in values]  # type: ignore[misc]
@@ -597,5 +599,7 @@ def _open_parquet(file: SourceFile, path: Path) -> Any:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(
-            Problem(file.name, f"no parquet file ({str(error).splitlines()[0]})", "", "copy or download it again")
+            Problem(
+                file.name, f"no parquet file ({str(error).splitlines()[0]})", "", "copy or download it again"
+            )
         ) from error

@@ -75,7 +75,7 @@ class Tokenizer:
 
     def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each text (str or UTF-8), int32 arrays; twice as fast as lists."""
-        return self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        return self._processor.encode([*texts], out_type="numpy", num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control ids stand for nothing, bytes that are no UTF-8 for U+FFFD."""
@@ -162,4 +162,6 @@ def _training_problem(message: str, config: TokenizerConfig) -> Problem:
             f"at least {int(least[1]) + 1} with this text (256 bytes, special tokens and its characters)",
             "raise it, or lower tokenizer.character_coverage",
         )
-    return Problem("tokenizer", f"a training failure of sentencepiece: {message}", "", "try tokenizer.kind=bpe")
+    return Problem(
+        "tokenizer", f"a training failure of sentencepiece: {message}", "", "try tokenizer.kind=bpe"
+    )

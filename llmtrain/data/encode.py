@@ -1,0 +1,221 @@
+"""Clean blocks → token ids on disk → samples and shards, whose borders depend on the tokens alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrain.data.blocks import Block, save_array, splits_of_block
+from llmtrain.data.config import SplitConfig
+from llmtrain.data.files import write_json
+from llmtrain.data.shards import Sample, token_dtype, write_shard
+from llmtrain.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation", "test")
+# Beyond this a text is cut, before a space, so that sentencepiece's lattice stays small.
+LONGEST_ENCODED_BYTES = 1 << 20
+# The tar headers, npy headers and padding of a sample.
+_SAMPLE_OVERHEAD = 3072
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """A block's ids: NAME.tokens holds the documents of train, validation and test one behind the
+    other, each followed by eos; NAME.lengths.npy their lengths in tokens. Lists have one value a split."""
+
+    path: str
+    num_documents: list[int]
+    num_tokens: list[int]
+    num_bytes: list[int]
+    num_unknown: int
+
+    @property
+    def tokens_path(self) -> Path:
+        return Path(self.path + ".tokens")
+
+    @property
+    def lengths_path(self) -> Path:
+        return Path(self.path + ".lengths.npy")
+
+
+def encode_block(
+    block: Block,
+    number: int,
+    dropped_paths: Sequence[Path],
+    split: SplitConfig,
+    tokenizer_path: Path,
+    path: Path,
+) -> EncodedBlock:
+    """Encode a block's kept documents to files named `path`; path.json, written last, tells them finished."""
+    tokenizer = _tokenizer(tokenizer_path)
+    dtype = token_dtype(tokenizer.vocab_size)
+    documents = block.documents()
+    encoded = EncodedBlock(str(path), [], [], [], 0)
+    lengths: list[np.ndarray] = []
+    num_unknown = 0
+    with open(encoded.tokens_path, "wb") as file:
+        for chosen in splits_of_block(documents, number, dropped_paths, split):
+            num_tokens = num_bytes = 0
+            for batch in block.read(documents, chosen):
+                ids = encode_documents(tokenizer, batch)
+                sizes = np.fromiter(map(len, ids), np.int64, len(ids)) + 1
+                joined = np.concatenate(
+                    [*chain.from_iterable(zip(ids, repeat(_eos(tokenizer)), strict=False))]
+                )
+                num_unknown += int(np.count_nonzero(joined == tokenizer.unk_id))
+                file.write(joined.astype(dtype).data.cast("B"))
+                lengths.append(sizes)
+                num_tokens += len(joined)
+                num_bytes += sum(map(len, batch))
+            encoded.num_documents.append(len(chosen))
+            encoded.num_tokens.append(num_tokens)
+            encoded.num_bytes.append(num_bytes)
+    save_array(encoded.lengths_path, np.concatenate([np.zeros(0, np.int64), *lengths]).astype("<u4"))
+    encoded = EncodedBlock(**{**asdict(encoded), "num_unknown": num_unknown})
+    write_json(Path(f"{path}.json"), asdict(encoded), durable=False)
+    block.text_path.unlink(missing_ok=True)
+    return encoded
+
+
+def finished_block(path: Path, dtype: np.dtype) -> EncodedBlock | None:
+    """The block at `path` if an earlier run finished it whole."""
+    try:
+        encoded = EncodedBlock(**json.loads(Path(f"{path}.json").read_text()))
+        whole = encoded.tokens_path.stat().st_size == sum(encoded.num_tokens) * dtype.itemsize
+        return encoded if whole and encoded.lengths_path.stat().st_size else None
+    except (OSError, ValueError):
+        return None
+
+
+def encode_documents(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
+    """Ids of UTF-8 documents, int32; a document longer than LONGEST_ENCODED_BYTES is encoded in parts."""
+    if max(map(len, documents)) <= LONGEST_ENCODED_BYTES:
+        return tokenizer.encode_arrays(documents)
+    return [np.concatenate(tokenizer.encode_arrays(_cut(document))) for document in documents]
+
+
+def _cut(document: bytes) -> list[bytes]:
+    parts, start = [], 0
+    while len(document) - start > LONGEST_ENCODED_BYTES:
+        limit = start + LONGEST_ENCODED_BYTES
+        stop = document.rfind(b" ", start + 1, limit)
+        if stop < 0:
+            # No space: cut between two characters, before a byte that does not continue one.
+            stop = next(i for i in range(limit, limit - 4, -1) if document[i] & 0xC0 != 0x80)
+        parts.append(document[start:stop])
+        start = stop
+    return [*parts, document[start:]]
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.load(path)
+
+
+def _eos(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array([tokenizer.eos_id], np.int32)
+
+
+# -------------------------------------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Documents [document_start, document_stop) and their tokens within one encoded block's files."""
+
+    block: EncodedBlock
+    token_start: int
+    token_stop: int
+    document_start: int
+    document_stop: int
+
+
+SamplePieces = list[Piece]
+
+
+def plan_samples(encoded: Sequence[EncodedBlock], split: int, sample_tokens: int) -> Iterator[SamplePieces]:
+    """Consecutive whole documents of a split, as few as make sample_tokens together."""
+    pieces: SamplePieces = []
+    filled = 0
+    for block in encoded:
+        token = sum(block.num_tokens[:split])
+        document = sum(block.num_documents[:split])
+        lengths = np.load(block.lengths_path)[document : document + block.num_documents[split]]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        done_documents, done_tokens = 0, 0
+        while done_documents < len(ends):
+            last = int(np.searchsorted(ends, done_tokens + sample_tokens - filled))
+            stop = min(last + 1, len(ends))
+            tokens_stop = int(ends[stop - 1])
+            pieces.append(
+                Piece(
+                    block,
+                    token + done_tokens,
+                    token + tokens_stop,
+                    document + done_documents,
+                    document + stop,
+                )
+            )
+            filled += tokens_stop - done_tokens
+            done_documents, done_tokens = stop, tokens_stop
+            if filled >= sample_tokens:
+                yield pieces
+                pieces, filled = [], 0
+    if pieces:
+        yield pieces
+
+
+def plan_shards(
+    samples: Iterator[SamplePieces], itemsize: int, shard_bytes: int
+) -> Iterator[list[SamplePieces]]:
+    """Consecutive samples, as few as make shard_bytes together."""
+    shard: list[SamplePieces] = []
+    size = 0
+    for sample in samples:
+        shard.append(sample)
+        size += _SAMPLE_OVERHEAD + sum(
+            (p.token_stop - p.token_start) * itemsize + (p.document_stop - p.document_start) * 4
+            for p in sample
+        )
+        if size >= shard_bytes:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def write_planned_shard(
+    path: Path, shard: int, first_sample: int, samples: list[SamplePieces], dtype: np.dtype, done_path: Path
+) -> dict[str, Any]:
+    """Write one shard; done_path, written last, holds the result for a run that goes on after a kill."""
+    split = path.parent.name
+    made = (
+        _read_sample(f"{split}-{number:09d}", pieces, dtype)
+        for number, pieces in enumerate(samples, first_sample)
+    )
+    entry, rows = write_shard(path, made, shard)
+    result = {"split": split, "shard": shard, "entry": entry, "rows": rows.tolist()}
+    write_json(done_path, result, durable=False)
+    return result
+
+
+def _read_sample(key: str, pieces: SamplePieces, dtype: np.dtype) -> Sample:
+    tokens = [
+        np.fromfile(
+            p.block.tokens_path, dtype, p.token_stop - p.token_start, offset=p.token_start * dtype.itemsize
+        )
+        for p in pieces
+    ]
+    lengths = [
+        np.load(p.block.lengths_path, mmap_mode="r")[p.document_start : p.document_stop] for p in pieces
+    ]
+    return Sample(
+        key, np.concatenate(tokens), np.cumsum(np.concatenate(lengths), dtype=np.int64).astype("<u4")
+    )
