@@ -1,0 +1,169 @@
+"""A sentencepiece model as the JSON that Hugging Face's fast tokenizers read.
+
+The JSON is written without their library. Ids are those of sentencepiece, but for
+- ties between equally likely segmentations, which sentencepiece breaks by the rounding of fp32 sums:
+  about one token in 80,000, in texts of that length;
+- a literal `<0x41>` in a text whose vocabulary has no `<`;
+- user-defined symbols of a foreign model that also puts a space before every text.
+"""
+
+from __future__ import annotations
+
+import base64
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import DataError, Problem
+
+SPACE = "▁"
+
+
+def tokenizer_files(model: bytes, max_length: int, where: str) -> dict[str, Any]:
+    """File name → JSON content: tokenizer.json, tokenizer_config.json.
+
+    max_length: the model's context in tokens. `where` names the model's file in a refusal.
+    Raises DataError for a kind of sentencepiece model that has no fast form.
+    """
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    spec = proto.ModelProto.FromString(model)
+    kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
+    kind = spec.trainer_spec.model_type
+    if kind not in kinds or spec.trainer_spec.treat_whitespace_as_suffix:
+        name = proto.TrainerSpec.ModelType.Name(kind).lower()
+        suffix = " with spaces as suffixes" if spec.trainer_spec.treat_whitespace_as_suffix else ""
+        raise DataError(
+            Problem(
+                where,
+                f"a sentencepiece model of kind {name}{suffix}",
+                "unigram or bpe, spaces before words",
+                "export without a tokenizer, or train with another",
+            )
+        )
+    types = proto.ModelProto.SentencePiece
+    added = [
+        _added_token(i, piece.piece, special=piece.type != types.USER_DEFINED)
+        for i, piece in enumerate(spec.pieces)
+        if piece.type in (types.CONTROL, types.UNKNOWN, types.USER_DEFINED)
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": _normalizer(spec.normalizer_spec),
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": _decoder(spec.normalizer_spec),
+        "model": kinds[kind](spec, types),
+    }
+    special = {
+        name: spec.pieces[i].piece
+        for name in ("unk", "bos", "eos", "pad")
+        if 0 <= (i := getattr(spec.trainer_spec, f"{name}_id")) < len(spec.pieces)
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        # As sentencepiece: `</s>` in a text is four characters, not the end of it.
+        "split_special_tokens": True,
+        **{f"{name}_token": piece for name, piece in special.items()},
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def special_ids(model: bytes) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that the model has."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = {f"{name}_token_id": getattr(processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
+    return {name: i for name, i in ids.items() if i >= 0}
+
+
+def read_model(path: Path, vocab_size: int) -> bytes:
+    """The bytes of a sentencepiece .model; raises DataError when it can't be read, is no model, or
+    has more pieces than the model's vocabulary of `vocab_size` rows."""
+    from llmtrain.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            Problem(
+                str(path),
+                f"a tokenizer of {tokenizer.vocab_size:,} pieces",
+                f"at most the model's vocab_size of {vocab_size:,}",
+                "give the tokenizer that the model was trained with",
+            )
+        )
+    return tokenizer.model
+
+
+def _unigram(spec: Any, types: Any) -> dict[str, Any]:
+    textual = (types.NORMAL, types.USER_DEFINED)
+    lowest = min((piece.score for piece in spec.pieces if piece.type in textual), default=0.0)
+    # Fast tokenizers match every vocabulary entry as text, sentencepiece only textual ones: control and
+    # byte pieces must lose against any other segmentation of what spells them, at most 6 characters.
+    never = 16 * lowest - 100.0
+    return {
+        "type": "Unigram",
+        "unk_id": max(spec.trainer_spec.unk_id, 0),
+        "vocab": [[piece.piece, piece.score if piece.type in textual else never] for piece in spec.pieces],
+        "byte_fallback": spec.trainer_spec.byte_fallback,
+    }
+
+
+def _bpe(spec: Any, types: Any) -> dict[str, Any]:
+    # sentencepiece merges the neighbours whose union scores highest; a merge list says so in order.
+    rank = {
+        piece.piece: (-piece.score, i) for i, piece in enumerate(spec.pieces) if piece.type == types.NORMAL
+    }
+    merges = [
+        (rank[whole], cut, [whole[:cut], whole[cut:]])
+        for whole in rank
+        for cut in range(1, len(whole))
+        if whole[:cut] in rank and whole[cut:] in rank
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": spec.pieces[max(spec.trainer_spec.unk_id, 0)].piece,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": spec.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.piece: i for i, piece in enumerate(spec.pieces)},
+        "merges": [pair for _, _, pair in sorted(merges)],
+    }
+
+
+def _normalizer(spec: Any) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        for extra, left in ((r"\A +", ""), (r" +\z", ""), (" {2,}", " ")):
+            steps.append({"type": "Replace", "pattern": {"Regex": extra}, "content": left})
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _decoder(spec: Any) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _added_token(i: int, content: str, *, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": content, **flags, "special": special}

@@ -1,0 +1,249 @@
+"""Export and import of Hugging Face folders, without transformers (tests/parity compares with it)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmtrain.checkpoint.huggingface import export_folder, import_folder
+from llmtrain.data.config import TokenizerConfig
+from llmtrain.data.tokenizer import train
+from llmtrain.errors import CheckpointError, ConfigError, DataError
+from llmtrain.models.config import GPTConfig, RopeScaling
+from llmtrain.models.gpt import GPT
+from llmtrain.models.initialize import initialize
+
+GPT2 = GPTConfig(
+    vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, max_sequence_length=16, dropout=0.1
+)
+LLAMA = replace(
+    GPT2,
+    num_kv_heads=2,
+    mlp_hidden_size=48,
+    positions="rope",
+    norm="rmsnorm",
+    gated_mlp=True,
+    activation="silu",
+    bias=False,
+    tie_embeddings=False,
+    rope_theta=500_000.0,
+)
+FORMS = {
+    "gpt2": GPT2,
+    "gpt2-untied": replace(GPT2, tie_embeddings=False, activation="gelu", mlp_hidden_size=40),
+    "llama": LLAMA,
+    "llama-tied-bias": replace(LLAMA, tie_embeddings=True, bias=True, num_kv_heads=None),
+    "llama-3.1": replace(LLAMA, rope_scaling=RopeScaling(original_max_sequence_length=4), head_dim=16),
+}
+BY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
+
+
+def weights(config: GPTConfig) -> dict[str, Tensor]:
+    model = GPT(config)
+    initialize(model, seed=0)
+    # Biases and norms start alike everywhere; a mix-up would not show.
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+
+
+@BY_FORM
+def test_import_of_export_is_bitwise_equal(config: GPTConfig, tmp_path: Path) -> None:
+    tensors = weights(config)
+    export_folder(config, tensors, None, tmp_path / "out")
+    config_back, tensors_back = import_folder(tmp_path / "out")
+    assert config_back == config
+    assert tensors_back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensors_back[name], tensor), name
+
+
+@BY_FORM
+def test_shards_hold_the_same(config: GPTConfig, tmp_path: Path) -> None:
+    tensors = weights(config)
+    export_folder(config, tensors, None, tmp_path / "out", shard_bytes=30_000)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert {name for shard in shards for name in load_file(shard)} == index["weight_map"].keys()
+    stored = sum(t.numel() * 4 for shard in shards for t in load_file(shard).values())
+    assert index["metadata"]["total_size"] == stored
+    _, back = import_folder(tmp_path / "out")
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_dtype(tmp_path: Path) -> None:
+    tensors = weights(GPT2)
+    export_folder(GPT2, tensors, None, tmp_path / "out", dtype=torch.bfloat16)
+    _, back = import_folder(tmp_path / "out")
+    assert all(torch.equal(back[name], tensors[name].bfloat16()) for name in tensors)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm": "layernorm"}, "norm=layernorm"),
+        ({"gated_mlp": False}, "gated_mlp=False"),
+        ({"positions": "learned", "norm": "layernorm"}, "positions=learned, norm=layernorm"),
+    ],
+)
+def test_forms_that_transformers_has_not(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    config = replace(LLAMA, **changes)
+    with pytest.raises(ConfigError) as error:
+        export_folder(config, weights(config), None, tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1
+    for key in named.split(", "):
+        assert key in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("norm.bias"), "no tensor norm.bias"),
+        (lambda t: t.update(nrom=torch.zeros(1)), "an unknown tensor nrom"),
+        (lambda t: t.update({"norm.bias": torch.zeros(3)}), r"norm\.bias: got shape \(3,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit(
+    damage: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    tensors = weights(GPT2)
+    damage(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        export_folder(GPT2, tensors, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    output, tensors = tmp_path / "out", weights(GPT2)
+    output.mkdir()
+    export_folder(GPT2, tensors, None, output)
+    export_folder(LLAMA, weights(LLAMA), None, output)
+    assert import_folder(output)[0] == LLAMA
+
+    (output / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match=r"another model's folder.*overwrite=true"):
+        export_folder(GPT2, tensors, None, output)
+    export_folder(GPT2, tensors, None, output, overwrite=True)
+    assert import_folder(output)[0] == GPT2
+
+    (output / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no model's folder"):
+        export_folder(GPT2, tensors, None, output, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="error on writing"):
+        export_folder(GPT2, weights(GPT2), None, tmp_path / "file" / "out")
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def escaping_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../x.safetensors"}}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_config(model_type="opt"), "model_type: got 'opt'; allowed: gpt2, llama"),
+        (edit_config(model_type=["a"]), "model_type: got"),
+        (edit_config(hidden_act="mish"), "hidden_act: got 'mish'"),
+        (edit_config(mlp_bias=True), "mlp_bias: got True; allowed: False"),
+        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type: got 'yarn'"),
+        (edit_config(hidden_size=...), "no key 'hidden_size'"),
+        (edit_config(vocab_size="many"), "vocab_size: got 'many'; allowed: a whole number"),
+        (edit_config(num_attention_heads=5), "num_kv_heads"),
+        (edit_config(vocab_size=321), r"embed_tokens\.weight: got shape \(320, 32\)"),
+        (edit_config(num_hidden_layers=3), r"no tensor model\.layers\.2\.\S+ and 8 more"),
+        (edit_weights(lambda t: t.pop("model.norm.weight")), r"no tensor model\.norm\.weight"),
+        (edit_weights(lambda t: t.update(odd=torch.zeros(1))), "an unknown tensor odd"),
+        (truncate, "damaged file"),
+        (pickle_only, "pickled weights only"),
+        (escaping_index, "bare file name"),
+        (lambda f: (f / "config.json").write_text("{"), "no JSON"),
+        (lambda f: (f / "config.json").unlink(), r"config\.json: got No such file"),
+    ],
+)
+def test_folders_that_cannot_be_imported(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    export_folder(LLAMA, weights(LLAMA), None, tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=message):
+        import_folder(tmp_path / "out")
+
+
+def test_spellings_of_older_folders(tmp_path: Path) -> None:
+    """GPT-2's own folder has bare names, buffers and a tied head's copy; Llama's had rope_theta on top."""
+    tensors = weights(GPT2)
+    export_folder(GPT2, tensors, None, tmp_path / "gpt2")
+
+    def older(stored: dict[str, Tensor]) -> None:
+        for name in list(stored):
+            stored[name.removeprefix("transformer.")] = stored.pop(name)
+        stored["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+        stored["lm_head.weight"] = stored["wte.weight"].clone()
+
+    edit_weights(older)(tmp_path / "gpt2")
+    _, back = import_folder(tmp_path / "gpt2")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+    export_folder(FORMS["llama-3.1"], weights(FORMS["llama-3.1"]), None, tmp_path / "llama")
+    edit_config(rope_parameters=...)(tmp_path / "llama")
+    assert import_folder(tmp_path / "llama")[0] == FORMS["llama-3.1"]
+
+
+def test_tokenizer_travels_along(tmp_path: Path) -> None:
+    text = "the quick brown fox jumps over the lazy dog, again and again and again. "
+    model = train([text * 20, text.upper() * 5], TokenizerConfig(vocab_size=319))
+    (tmp_path / "spm.model").write_bytes(model)
+    export_folder(GPT2, weights(GPT2), tmp_path / "spm.model", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+    small = replace(GPT2, vocab_size=300)
+    with pytest.raises(DataError, match="319 pieces; allowed: at most the model's vocab_size of 300"):
+        export_folder(small, weights(small), tmp_path / "spm.model", tmp_path / "out2")
+    with pytest.raises(DataError, match="No such file"):
+        export_folder(GPT2, weights(GPT2), tmp_path / "none.model", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
