@@ -78,29 +78,39 @@ def _gpt_bytes(
 ) -> int:
     """Per token."""
     D, F = model.hidden_size, model.mlp_width
-    queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    queries = model.num_heads * model.head_width
     norm = numbers.residual * D + 8
     if model.norm == "rmsnorm" and device == "cpu":
         # Composed of single operations, in fp32: the input and the normalized input.
         norm = 2 * 4 * D + 4
 
-    # Inputs of qkv, up and gate, and down; attention's q, k, v and output, which is the next one's input.
-    kept = D + queries + 2 * keys + queries + D + F
-    kept += 3 * F if model.gated_mlp else F
-    if model.positions == "rope":
-        kept += queries + keys
-    kept_bytes = kept * numbers.compute + 4 * model.num_heads
-    if model.dropout > 0 and device == "cpu":
-        # Flash attention has no dropout there: probabilities, mask and masked probabilities are kept.
-        kept_bytes += 3 * (model.num_heads * sequence_length + queries) * numbers.compute
-    elif document_mask:
-        # Attention turns the mask into numbers in each layer.
-        kept_bytes += sequence_length * numbers.compute
+    # Inputs of qkv, output, up (and gate) and down, and of the activation.
+    kept = D + queries + D + F + (3 * F if model.gated_mlp else F)
+    if model.gated_mlp and numbers.residual > numbers.compute:
+        kept += D  # autocast copies the norm's output for gate and for up
     if model.dropout > 0:
-        kept_bytes += 2 * D * (numbers.compute if device == "cpu" else 1)
+        kept += 2 * D  # the masks
+    block = kept * numbers.compute + _attention_bytes(model, numbers, sequence_length, device, document_mask)
 
     embedding = 8 + (D * numbers.residual if model.dropout > 0 else 0)
-    return embedding + model.num_layers * (2 * norm + kept_bytes) + norm
+    return embedding + model.num_layers * (2 * norm + block) + norm
+
+
+def _attention_bytes(
+    model: GPTConfig, numbers: Numbers, sequence_length: int, device: str, document_mask: bool
+) -> int:
+    """Per token, between qkv's output and attention's output."""
+    queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    if model.dropout > 0 and device == "cpu":
+        # Flash attention has no dropout there; what replaces it keeps, in fp32, copies of q, k and v,
+        # the probabilities, their mask and the masked probabilities.
+        return 4 * (3 * queries + 3 * model.num_heads * sequence_length)
+    kept = queries + 2 * keys
+    if model.positions == "rope":
+        kept += queries + keys
+    if document_mask:
+        kept += sequence_length  # each layer turns the mask into numbers
+    return kept * numbers.compute + 4 * model.num_heads
 
 
 def _lstm_bytes(model: LSTMConfig, numbers: Numbers) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from llmtrain.errors import ConfigError, Problem
@@ -64,12 +65,22 @@ class Plan:
     device: str
     steps: int
     document_mask: bool
-    parameters: int
-    flops_per_token: float
-    """Forward and backward; an image counts as one token."""
-    memory: Memory
     available_bytes: int | None
     """For one process; None when it is not known."""
+
+    @cached_property
+    def parameters(self) -> int:
+        return self.model.parameter_count()
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Forward and backward; an image counts as one token."""
+        return self.model.flops_per_token(self.layout.sequence_length)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Of one process."""
+        return self._memory(self.layout)
 
     @property
     def unit(self) -> str:
@@ -81,8 +92,14 @@ class Plan:
         return self.layout.global_size if self.unit == "image" else self.layout.tokens_per_step
 
     @property
+    def total_tokens(self) -> int:
+        """Of the whole run."""
+        return self.tokens_per_step * self.steps
+
+    @property
     def total_flops(self) -> float:
-        return self.flops_per_token * self.tokens_per_step * self.steps
+        """Of the whole run."""
+        return self.flops_per_token * self.total_tokens
 
     @property
     def seconds(self) -> float | None:
@@ -112,7 +129,7 @@ class Plan:
         lines = [
             f"{self.parameters:,} parameters; {self.steps:,} steps of {layout.global_size:,} samples "
             f"(data {layout.data} · micro_size {layout.micro_size} · accumulation {layout.accumulation}) = "
-            f"{quantity(self.tokens_per_step * self.steps)}{self.unit}s",
+            f"{self.total_tokens:,} {self.unit}s",
             f"memory of one process: about {gib(self.memory.total)}"
             + (f" of {gib(self.available_bytes)}" if self.available_bytes is not None else ""),
         ]
@@ -129,28 +146,29 @@ class Plan:
             return f"{name:<17} {text}"
 
         yield row("model", f"{self.model.family}, {self.parameters:,} parameters")
-        yield row("compute", f"{quantity(self.flops_per_token)}FLOP a {self.unit}, forward and backward")
+        yield row(
+            "compute", f"{quantity(self.flops_per_token, 'FLOP')} per {self.unit}, forward and backward"
+        )
         yield row(
             "layout",
-            f"{layout.world_size:,} processes = data {layout.data} · tensor {layout.tensor} · "
+            f"world_size {layout.world_size:,} = data {layout.data} · tensor {layout.tensor} · "
             f"pipeline {layout.pipeline} · sequence {layout.sequence}; ZeRO {layout.zero}, {self.precision}",
         )
         yield row(
             "batch",
             f"{layout.global_size:,} samples = data {layout.data} · micro_size {layout.micro_size} · "
-            f"accumulation {layout.accumulation}; {self.tokens_per_step:,} {self.unit}s a step",
+            f"accumulation {layout.accumulation}; {self.tokens_per_step:,} {self.unit}s per step",
         )
         yield row(
             "run",
-            f"{self.steps:,} steps, {quantity(self.tokens_per_step * self.steps)}{self.unit}s, "
-            f"{self.total_flops:.2e} FLOP",
+            f"{self.steps:,} steps, {self.total_tokens:,} {self.unit}s, {quantity(self.total_flops, 'FLOP')}",
         )
         if self.seconds is not None:
-            rate = self.tokens_per_step * self.steps / self.seconds
+            rate = self.total_tokens / self.seconds
             yield row(
                 "time",
                 f"{duration(self.seconds)} at {ASSUMED_MFU:.0%} of {self.cluster.name}'s peak, "
-                f"{quantity(rate)}{self.unit}s a second",
+                f"{rate:,.0f} {self.unit}s per second",
             )
         yield "memory of one process"
         for name, size in self.memory.terms.items():
@@ -166,43 +184,54 @@ class Plan:
     def _problem(self) -> Problem:
         assert self.available_bytes is not None
         term = self.memory.largest
+        place = "this machine" if self.cluster.is_local else self.cluster.name
         return Problem(
             "memory",
             f"{gib(self.memory.total)} a process, {gib(self.memory.terms[term])} of it {term}",
-            f"{gib(self.available_bytes)}, what one process has on {self.cluster.name}",
+            f"{gib(self.available_bytes)}, what one process has on {place}",
             self._remedy(),
         )
 
     def _remedy(self) -> str:
-        """The nearest change of ZeRO and micro-batch that fits: first one alone, then both."""
+        """The least change of ZeRO and micro-batch that fits; else of the number of processes too."""
         layout = self.layout
         micro_sizes = [m for m in range(layout.micro_size, 0, -1) if layout.replica_size % m == 0]
         stages = range(layout.zero, 4) if layout.data > 1 else [layout.zero]
-        changes = sorted(
-            ((zero, micro) for zero in stages for micro in micro_sizes),
-            key=lambda change: (
-                (change[0] != layout.zero) + (change[1] != layout.micro_size),
-                change[0],
-                -change[1],
-            ),
+        changes = [
+            replace(layout, zero=zero, micro_size=micro, accumulation=layout.replica_size // micro)
+            for zero in stages
+            for micro in micro_sizes
+        ]
+        # One changed key before two; sorting keeps the lower stage and the larger micro-batch first.
+        changes.sort(key=lambda to: (to.zero != layout.zero) + (to.micro_size != layout.micro_size))
+        if not self.cluster.is_local:
+            changes += [
+                replace(
+                    layout, world_size=n, data=n, zero=3, micro_size=1, accumulation=layout.global_size // n
+                )
+                for n in range(layout.data + 1, layout.global_size + 1)
+                if layout.global_size % n == 0
+            ]
+        for to in changes:
+            total = self._memory(to).total
+            if self.available_bytes is not None and total <= self.available_bytes:
+                parts = [f"{to.world_size} processes"] if to.world_size != layout.world_size else []
+                parts += [f"parallel.zero={to.zero} engine=deepspeed"] if to.zero != layout.zero else []
+                parts += [f"batch.micro_size={to.micro_size}"] if to.micro_size != layout.micro_size else []
+                return f"try {' '.join(parts)}, which needs {gib(total)}"
+        if self.cluster.is_local:
+            return "shorten batch.sequence_length, or take a smaller model or more machines"
+        return "shorten batch.sequence_length or take a smaller model"
+
+    def _memory(self, layout: Layout) -> Memory:
+        return memory_per_process(
+            self.model,
+            layout,
+            precision=self.precision,
+            optimizer=self.optimizer,
+            device=self.device,
+            document_mask=self.document_mask,
         )
-        for zero, micro in changes:
-            other = replace(layout, zero=zero, micro_size=micro, accumulation=layout.replica_size // micro)
-            memory = memory_per_process(
-                self.model,
-                other,
-                precision=self.precision,
-                optimizer=self.optimizer,
-                device=self.device,
-                document_mask=self.document_mask,
-            )
-            if self.available_bytes is not None and memory.total <= self.available_bytes:
-                parts = [f"parallel.zero={zero} engine=deepspeed"] if zero != layout.zero else []
-                parts += [f"batch.micro_size={micro}"] if micro != layout.micro_size else []
-                return f"try {' '.join(parts)}, which needs {gib(memory.total)}"
-        if layout.data == 1:
-            return "start more processes with parallel.zero=3, or take a smaller model"
-        return "start more processes, shorten batch.sequence_length, or take a smaller model"
 
 
 def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
@@ -229,16 +258,6 @@ def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
         device=device,
         steps=settings.train.steps,
         document_mask=document_mask,
-        parameters=model.parameter_count(),
-        flops_per_token=model.flops_per_token(layout.sequence_length),
-        memory=memory_per_process(
-            model,
-            layout,
-            precision=settings.precision,
-            optimizer=settings.optimizer,
-            device=device,
-            document_mask=document_mask,
-        ),
         available_bytes=available,
     )
 
@@ -248,12 +267,12 @@ def gib(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
-def quantity(number: float) -> str:
-    """12.3 M: with a letter for thousands, and a space that a unit may follow."""
-    for letter, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+def quantity(number: float, unit: str) -> str:
+    """12.3 MFLOP: a number with its unit and the letter of its size."""
+    for letter, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.4g} {letter}"
-    return f"{number:.4g} "
+            return f"{number / size:.4g} {letter}{unit}"
+    return f"{number:.4g} {unit}"
 
 
 def duration(seconds: float) -> str:

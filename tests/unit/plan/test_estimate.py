@@ -1,0 +1,184 @@
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmtrain.config import decode
+from llmtrain.errors import ConfigError
+from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.optim.config import OptimizerConfig
+from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision, plan_layout
+from llmtrain.plan import machine
+from llmtrain.plan.config import ClusterConfig
+from llmtrain.plan.estimate import Plan, duration, estimate, gib, quantity
+
+CONF = Path(__file__).parents[3] / "conf"
+LLAMA_8B = decode(GPTConfig, yaml.safe_load((CONF / "model/llama3_8b.yaml").read_text()))
+H100 = decode(ClusterConfig, yaml.safe_load((CONF / "cluster/h100_80g.yaml").read_text()))
+
+
+@dataclass(frozen=True)
+class Steps:
+    steps: int = 1000
+
+
+@dataclass(frozen=True)
+class Data:
+    document_mask: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    precision: Precision = "bf16"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    cluster: ClusterConfig = H100
+    device: str = "auto"
+    train: Steps = Steps()
+    data: Data = field(default_factory=Data)
+
+
+def planned(
+    model: GPTConfig | LSTMConfig | SimpleCNNConfig,
+    batch: BatchConfig,
+    *,
+    world_size: int = 1,
+    zero: int = 0,
+    settings: Settings | None = None,
+) -> Plan:
+    settings = settings or Settings()
+    layout = plan_layout(
+        ParallelConfig(zero=zero),  # type: ignore[arg-type]
+        batch,
+        engine="deepspeed",
+        precision=settings.precision,
+        world_size=world_size,
+        device="cuda",
+    )
+    return estimate(model, layout, settings)
+
+
+def test_what_fits() -> None:
+    plan = planned(LLAMA_8B, BatchConfig(64, 1, 8192), world_size=64, zero=3)
+    assert plan.parameters == 8_030_261_248
+    assert plan.tokens_per_step == 64 * 8192
+    assert plan.total_tokens == 64 * 8192 * 1000
+    assert not plan.is_too_large
+    assert not plan.warnings()
+    plan.refuse_if_too_large()
+    table = plan.table()
+    assert "8,030,261,248 parameters" in table
+    assert "h100_80g: fits" in table
+    assert plan.seconds == pytest.approx(plan.total_flops / (0.4 * 989e12 * 64))
+
+
+def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_fit() -> None:
+    plan = planned(LLAMA_8B, BatchConfig(128, 4, 4096), world_size=8)
+    with pytest.raises(ConfigError) as caught:
+        plan.refuse_if_too_large()
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    assert text.startswith("memory: got ")
+    assert (
+        " of it activations; allowed: 79.16 GiB, what one process has on h100_80g; try parallel.zero=2"
+        in text
+    )
+    assert "does not fit" in plan.table()
+    assert any("warning: memory" in line for line in plan.summary().splitlines())
+    follows = planned(LLAMA_8B, BatchConfig(128, 1, 4096), world_size=8, zero=2)
+    assert not follows.is_too_large
+    assert text.endswith(f"which needs {gib(follows.memory.total)}")
+
+
+def test_more_processes_are_named_when_nothing_less_helps() -> None:
+    plan = planned(LLAMA_8B, BatchConfig(128, 1, 4096), world_size=1)
+    with pytest.raises(ConfigError, match=r"try \d+ processes parallel.zero=3 engine=deepspeed") as caught:
+        plan.refuse_if_too_large()
+    count = int(str(caught.value).split("try ")[1].split()[0])
+    assert not planned(LLAMA_8B, BatchConfig(128, 1, 4096), world_size=count, zero=3).is_too_large
+
+
+def test_nothing_fits() -> None:
+    gpt3 = decode(GPTConfig, yaml.safe_load((CONF / "model/gpt3_175b.yaml").read_text()))
+    with pytest.raises(ConfigError, match=r"or take a smaller model$"):
+        planned(gpt3, BatchConfig(8, 1, 2048), world_size=8).refuse_if_too_large()
+
+
+LOCAL = Settings(cluster=ClusterConfig(), device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("share", "warned", "refused"), [(1.1, False, False), (0.8, True, False), (0.5, True, True)]
+)
+def test_this_machine_refuses_only_what_is_clearly_over(
+    share: float, warned: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    model, batch = GPTConfig(vocab_size=50257), BatchConfig(4, 2, 64)
+    needed = planned(model, batch, settings=LOCAL).memory.total
+    monkeypatch.setattr(machine, "memory_bytes", lambda: int(share * needed))
+    plan = planned(model, batch, settings=LOCAL)
+    assert bool(plan.warnings()) == warned
+    if refused:
+        with pytest.raises(ConfigError, match="what one process has on this machine"):
+            plan.refuse_if_too_large()
+    else:
+        plan.refuse_if_too_large()
+
+
+def test_processes_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = GPTConfig(vocab_size=512), BatchConfig(8, 1, 64)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert planned(model, batch, world_size=4, settings=LOCAL).available_bytes == machine.memory_bytes() // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert planned(model, batch, world_size=4, settings=LOCAL).available_bytes == machine.memory_bytes() // 2
+
+
+def test_memory_of_a_gpu_that_is_not_known_is_not_judged() -> None:
+    plan = planned(LLAMA_8B, BatchConfig(4, 4, 8192), settings=replace(LOCAL, device="cuda"))
+    assert plan.available_bytes is None
+    plan.refuse_if_too_large()
+    assert " GiB of " not in plan.summary()
+
+
+def test_other_families() -> None:
+    lstm = planned(LSTMConfig(vocab_size=8192), BatchConfig(8, 2, 64), settings=LOCAL)
+    assert "tokens per step" in lstm.table()
+    cnn = planned(SimpleCNNConfig(), BatchConfig(64, 32, 1), settings=LOCAL)
+    assert cnn.tokens_per_step == 64
+    assert "64 images per step" in cnn.table()
+    assert cnn.memory.logits == 0
+
+
+def test_an_unknown_vocabulary_is_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(GPTConfig(), BatchConfig(1, 1, 64))
+    assert [p.where for p in caught.value.problems] == ["model.vocab_size"]
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "cluster").glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_decode(path: Path) -> None:
+    config = decode(ClusterConfig, yaml.safe_load(path.read_text()))
+    assert config.name == path.stem
+    assert config.is_local == (path.stem == "local")
+
+
+def test_neither_torch_nor_deepspeed_is_imported_and_it_is_quick() -> None:
+    code = (
+        "import sys, llmtrain.plan.estimate, llmtrain.parallel.layout, llmtrain.optim.config, "
+        "llmtrain.track.config, llmtrain.optim.schedules\n"
+        "print([m for m in ('torch', 'deepspeed', 'transformers', 'wandb', 'numpy') if m in sys.modules])"
+    )
+    started = time.perf_counter()
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+    assert time.perf_counter() - started < 5
+
+
+def test_figures() -> None:
+    assert [gib(2**30), gib(2**20)] == ["1.00 GiB", "1.0 MiB"]
+    assert [quantity(5.229e16, "FLOP"), quantity(12, "FLOP")] == ["52.29 PFLOP", "12 FLOP"]
+    assert [duration(30), duration(600), duration(3 * 86400)] == ["30 seconds", "10 minutes", "3 days"]
