@@ -14,7 +14,7 @@ import numpy as np
 
 from llmtrain.data.blocks import Block, save_array, splits_of_block
 from llmtrain.data.config import SplitConfig
-from llmtrain.data.files import write_json
+from llmtrain.data.files import write_marker
 from llmtrain.data.shards import Sample, token_dtype, write_shard
 from llmtrain.data.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def encode_block(
             encoded.num_bytes.append(num_bytes)
     save_array(encoded.lengths_path, np.concatenate([np.zeros(0, np.int64), *lengths]).astype("<u4"))
     encoded = EncodedBlock(**{**asdict(encoded), "num_unknown": num_unknown})
-    write_json(Path(f"{path}.json"), asdict(encoded), durable=False)
+    write_marker(Path(f"{path}.json"), asdict(encoded))
     block.text_path.unlink(missing_ok=True)
     return encoded
 
@@ -202,7 +202,7 @@ def write_planned_shard(
     )
     entry, rows = write_shard(path, made, shard)
     result = {"split": split, "shard": shard, "entry": entry, "rows": rows.tolist()}
-    write_json(done_path, result, durable=False)
+    write_marker(done_path, result)
     return result
 
 

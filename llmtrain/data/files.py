@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and a full disk told as a user's error."""
+"""Large files written as a stream, whole or not at all, and a full disk told as a user's error."""
 
 from __future__ import annotations
 
@@ -11,47 +11,35 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.errors import DataError, Problem
-
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from llmtrain.files import is_disk_full, sync_folder
 
 
 @contextmanager
-def atomic_writer(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends without an error.
-
-    `durable` also forces it to the disk first, so that it survives a power failure.
-    """
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes its name, safe on the disk, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            if durable:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the names in `folder` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    with atomic_writer(path, durable) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def write_marker(path: Path, value: Any) -> None:
+    """JSON that marks a unit of work as finished; whole or not there, but not forced to the disk:
+    whoever reads it compares the sizes of the files it speaks of."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
 
 
 @contextmanager
-def disk_errors(folder: Path, bytes_needed: int | None = None) -> Iterator[None]:
+def disk_errors(folder: Path, bytes_needed: int) -> Iterator[None]:
     """Turn a full disk and an unwritable folder into a DataError that names the path.
 
     `bytes_needed` estimates what the whole work takes on that disk.
@@ -60,12 +48,12 @@ def disk_errors(folder: Path, bytes_needed: int | None = None) -> Iterator[None]
         yield
     except OSError as error:
         where = str(error.filename or folder)
-        if error.errno in NO_SPACE:
-            needed = "" if bytes_needed is None else f"about {bytes_needed:,} bytes in all"
+        if is_disk_full(error) or error.errno == errno.EFBIG:
+            needed = f"about {bytes_needed:,} bytes for the whole work"
             remedy = "free some space and run the same command again: finished work is kept"
             raise DataError(Problem(where, f"a full disk ({error.strerror})", needed, remedy)) from error
-        if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
-            raise DataError(
-                Problem(where, f"{error.strerror}", "a folder that can be written", "choose another output")
-            ) from error
+        not_writable = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        if error.errno in not_writable:
+            got = f"a place that cannot be written ({error.strerror})"
+            raise DataError(Problem(where, got, "a folder", "choose another output")) from error
         raise

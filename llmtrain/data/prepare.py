@@ -36,8 +36,9 @@ from llmtrain.data import encode as encoding
 from llmtrain.data.blocks import Block, BlockWriter
 from llmtrain.data.clean import CleanCounts, clean
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
+from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, STAMP_NAME, UNFINISHED_NAME, VERSION
 from llmtrain.data.encode import SPLITS, EncodedBlock
-from llmtrain.data.files import atomic_writer, disk_errors, sync_folder, write_json
+from llmtrain.data.files import disk_errors, write_marker
 from llmtrain.data.report import Progress, Report, SplitReport
 from llmtrain.data.shards import INDEX_DTYPE, token_dtype, write_index
 from llmtrain.data.sources import (
@@ -53,10 +54,8 @@ from llmtrain.data.sources import (
 from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.data.workers import Workers, count
 from llmtrain.errors import DataError, Problem
+from llmtrain.files import sync_folder, write_atomically, write_json_atomically
 
-FORMAT = "llmtrain-corpus"
-VERSION = 1
-WORK = ".prepare"
 NO_EFFECT = ("workers", "overwrite", "output", "source")
 """Settings on which the corpus does not depend; sources are compared by their contents."""
 
@@ -78,13 +77,13 @@ def prepare(config: PrepareConfig) -> Report:
             report = _finished(config, identity)
             if report is None:
                 work = _open_work(config, identity, files, progress)
-                if not (work / "manifest.json").exists():
+                if not (work / MANIFEST_NAME).exists():
                     workers = os.cpu_count() or 1 if config.workers is None else config.workers
                     with Workers(workers, config.output, needed) as pool:
                         run = _Run(config, files, work, pool, progress)
                         manifest = run.manifest(identity, skipped, source_bytes, given_model)
-                    write_json(work / "manifest.json", manifest)
-                manifest = json.loads((work / "manifest.json").read_text())
+                    write_json_atomically(work / MANIFEST_NAME, manifest)
+                manifest = json.loads((work / MANIFEST_NAME).read_text())
                 _commit(work, config.output)
                 report = Report.from_recorded(manifest["report"])
                 report.seconds, report.stages = time.monotonic() - started, progress.seconds
@@ -117,12 +116,13 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in dict.fromkeys([*theirs, *ours]):
-        a, b = theirs.get(key), ours.get(key)
+    # A given tokenizer has fewer settings than one to be trained: what both have tells them apart.
+    for key in (key for key in theirs if key in ours):
+        a, b = theirs[key], ours[key]
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            yield f"{prefix}{key} {_short(a)} there and {_short(b)} here"
+            yield f"{prefix.removeprefix('settings.')}{key} is {_short(a)} there and {_short(b)} here"
 
 
 def _short(value: Any) -> str:
@@ -154,10 +154,10 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
 
     Raises DataError when it is another one and may not be replaced, or when something else stands there.
     """
-    path = config.output / "manifest.json"
+    path = config.output / MANIFEST_NAME
     if not path.exists():
         taken = [name for name in (*SPLITS, "tokenizer.model") if (config.output / name).exists()]
-        if taken and not (config.output / WORK).exists():
+        if taken and not (config.output / UNFINISHED_NAME).exists():
             got = f"a folder that holds {', '.join(taken)} but no corpus"
             raise DataError(
                 Problem(str(config.output), got, "an empty or new folder", "choose another output")
@@ -174,8 +174,8 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
         ) from error
     if config.overwrite:
         return None
-    differences = list(_differences(theirs, identity))
-    if differences:
+    if theirs != identity:
+        differences = list(_differences(theirs, identity)) or ["made by another version"]
         raise DataError(
             Problem(
                 str(config.output),
@@ -205,26 +205,27 @@ def _open_work(
     config: PrepareConfig, identity: dict[str, Any], files: list[SourceFile], progress: Progress
 ) -> Path:
     """The folder of unfinished work, emptied when it belongs to other sources or settings."""
-    work = config.output / WORK
+    work = config.output / UNFINISHED_NAME
     stamps = xxhash.xxh3_128_hexdigest(json.dumps([[f.name, f.size, f.mtime_ns] for f in files]).encode())
     request = {"version": VERSION, "identity": identity, "stamps": stamps}
     path = work / "request.json"
     if work.exists():
         earlier = json.loads(path.read_text()) if path.exists() else None
-        committed = (work / "committing").exists() and not (work / "manifest.json").exists()
+        committed = (work / "committing").exists() and not (work / MANIFEST_NAME).exists()
         if earlier == request and not committed:
             progress.say(f"going on with the unfinished work in {work}")
             return work
         shutil.rmtree(work)
     work.mkdir()
-    write_json(path, request)
+    write_json_atomically(path, request)
     return work
 
 
 def _commit(work: Path, output: Path) -> None:
     """Put the whole corpus in its place, its manifest last; may be killed and called again at any moment."""
     (work / "committing").touch()
-    (output / "manifest.json").unlink(missing_ok=True)
+    for name in (MANIFEST_NAME, STAMP_NAME):
+        (output / name).unlink(missing_ok=True)
     for name in (*SPLITS, "tokenizer.model"):
         ready, place = work / "corpus" / name, output / name
         if not ready.exists():
@@ -233,7 +234,7 @@ def _commit(work: Path, output: Path) -> None:
             shutil.rmtree(place)
         os.replace(ready, place)
     sync_folder(output)
-    os.replace(work / "manifest.json", output / "manifest.json")
+    os.replace(work / MANIFEST_NAME, output / MANIFEST_NAME)
     sync_folder(output)
     shutil.rmtree(work)
 
@@ -349,7 +350,7 @@ class _Run:
         if path.exists():
             return path
         if given is not None:
-            _write(path, given.model)
+            write_atomically(path, given.model)
             return path
         with self.progress.stage("tokenizer", 1) as stage:
             task = (blocks, dropped_paths, self.config.split, self.config.tokenizer, self.config.seed, path)
@@ -462,11 +463,6 @@ def _fingerprint(splits: dict[str, Any], tokenizer: Tokenizer) -> str:
     return hashlib.sha256("\n".join([*checksums, tokenizer.sha256]).encode()).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
-    with atomic_writer(path) as file:
-        file.write(data)
-
-
 # ----------------------------------------------------------------------------- what a worker does
 
 
@@ -487,7 +483,7 @@ def _read_unit(
         except UnicodeDecodeError as error:
             raise undecodable(part) from error
     blocks = [[block.path.name, block.num_documents, block.num_bytes] for block in writer.close()]
-    write_json(temporary / "unit.json", {"blocks": blocks, "counts": asdict(counts)}, durable=False)
+    write_marker(temporary / "unit.json", {"blocks": blocks, "counts": asdict(counts)})
     final = folder / f"{number:06d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -535,7 +531,7 @@ def _train_tokenizer(
                 "add text or lower split.validation and split.test",
             )
         )
-    _write(path, train(documents, config))
+    write_atomically(path, train(documents, config))
 
 
 def _training_documents(

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.files import atomic_writer
+from llmtrain.files import write_atomically
 
 INDEX_DTYPE = np.dtype(
     [
@@ -72,8 +73,8 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
 def write_index(path: Path, rows: np.ndarray) -> str:
     """Write a split's index.npy; returns its xxh3_128."""
     data = _npy_header(rows) + rows.tobytes()
-    with atomic_writer(path) as file:
-        file.write(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)
     return xxhash.xxh3_128_hexdigest(data)
 
 

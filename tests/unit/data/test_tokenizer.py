@@ -1,0 +1,124 @@
+"""The tokenizer: lossless, reproducible, and clear about what it refuses."""
+
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llmtrain.data.clean import CleanCounts, clean
+from llmtrain.data.config import SMALLEST_VOCABULARY, TokenizerConfig
+from llmtrain.data.tokenizer import Tokenizer, train
+from llmtrain.errors import DataError
+
+
+
+def documents(count: int = 300) -> list[str]:
+    """Documents of 400 random words."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice([*"aeioubcdfglmnrstü"], rng.integers(2, 9))) for _ in range(400)]
+    return [" ".join(rng.choice(words, 30)) + " 123\n\tnext   line" for _ in range(count)]
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return Tokenizer(train(documents(), TokenizerConfig(kind=request.param, vocab_size=340)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@example(text="")
+@example(text="  two  spaces   and more    ")
+@example(text=" \n\n\t\t line\n")
+@example(text="emoji 👩‍👩‍👧🎬 and ꙮ 漢字")
+@example(text="<s> </s> <pad> <unk> <0x0A>")
+def test_decode_gives_back_every_clean_text(tokenizer: Tokenizer, text: str):
+    for clean_text in clean([text], "nfc", CleanCounts()):
+        text = clean_text.decode()
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_byte_lengths()[ids].sum() == len(clean_text)
+        assert tokenizer.unk_id not in ids
+        assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids)
+
+
+def test_batches_arrays_and_single_texts_agree(tokenizer: Tokenizer):
+    texts = documents(5)
+    single = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == single
+    assert [ids.tolist() for ids in tokenizer.encode_arrays([t.encode() for t in texts])] == single
+
+
+def test_ids_and_byte_lengths(tokenizer: Tokenizer):
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 3)
+    lengths = tokenizer.token_byte_lengths()
+    assert lengths.dtype == np.int32
+    assert lengths.shape == (tokenizer.vocab_size,) == (340,)
+    assert lengths[:4].tolist() == [0, 0, 0, 0]
+    assert lengths[4:260].tolist() == [1] * 256
+    assert lengths[260:].min() >= 1
+    assert tokenizer.is_lossless
+
+
+def test_training_depends_on_documents_and_config_alone():
+    config = TokenizerConfig(vocab_size=320)
+    assert train(documents(), config) == train(documents(), config)
+    assert train(documents(), config) != train(documents(200), config)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_vocabulary_larger_than_the_data_allow_names_the_largest(kind: str):
+    with pytest.raises(DataError) as caught:
+        train(documents(), TokenizerConfig(kind=kind, vocab_size=8192))
+    (problem,) = caught.value.problems
+    assert problem.where == "tokenizer.vocab_size"
+    largest = int(problem.allowed.split()[2])
+    assert Tokenizer(train(documents(), TokenizerConfig(kind=kind, vocab_size=largest))).vocab_size == largest
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_vocabulary_too_small_for_the_characters_names_the_smallest(kind: str):
+    text = ["".join(map(chr, range(0x4E00, 0x4E80)))] * 20
+    config = TokenizerConfig(kind=kind, vocab_size=SMALLEST_VOCABULARY, character_coverage=1.0)
+    with pytest.raises(DataError) as caught:
+        train(text, config)
+    smallest = int(caught.value.problems[0].allowed.split()[2])
+    config = TokenizerConfig(kind=kind, vocab_size=smallest, character_coverage=1.0)
+    assert Tokenizer(train(text, config)).vocab_size == smallest
+
+
+def test_config_refuses_less_than_the_bytes_and_special_tokens():
+    (problem,) = TokenizerConfig(vocab_size=SMALLEST_VOCABULARY - 1).problems()
+    assert "256 bytes" in problem.allowed
+    assert not [*TokenizerConfig(vocab_size=SMALLEST_VOCABULARY).problems()]
+
+
+def given_model(**options: object) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents()), model_writer=model, vocab_size=80, minloglevel=2, **options
+    )
+    return model.getvalue()
+
+
+def test_a_model_without_eos_separates_with_bos():
+    assert Tokenizer(given_model(eos_id=-1, bos_id=1)).eos_id == 1
+
+
+def test_a_model_without_eos_and_bos_is_refused():
+    with pytest.raises(DataError, match="neither an eos nor a bos"):
+        Tokenizer(given_model(eos_id=-1, bos_id=-1))
+
+
+def test_a_lossy_model_says_so():
+    assert not Tokenizer(given_model()).is_lossless
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    (tmp_path / "x.model").write_bytes(b"no model at all")
+    with pytest.raises(DataError, match=r"x\.model: got no sentencepiece model"):
+        Tokenizer.load(tmp_path / "x.model")
+    with pytest.raises(DataError, match="No such file"):
+        Tokenizer.load(tmp_path / "missing.model")
