@@ -26,8 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """Verb → module with `run(mapping)`, and what it does."""
 
-FREE_TEXT = ("prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name")
-FREE_TEXT += ("checkpoint.resume", "tokenizer.model")
+FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
+FREE_TEXT |= {"checkpoint.resume", "tokenizer.model"}
 """Keys whose values are a person's words or paths: quoted for Hydra's grammar where it would trip."""
 
 HYDRA_SETTINGS = (
@@ -66,7 +66,8 @@ def usage() -> str:
     lines += [
         "",
         "llmtrain VERB --help lists a verb's keys; --cfg job prints its configuration, --multirun sweeps.",
-        "Many processes: torchrun --nproc-per-node 8 -m llmtrain train …, launch/torchrun.sh, launch/slurm.sbatch",
+        "Many processes: torchrun --nproc-per-node 8 -m llmtrain train …",
+        "Many hosts: launch/torchrun.sh, launch/slurm.sbatch",
     ]
     return "\n".join(lines)
 
@@ -100,6 +101,8 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    failures: list[UserError] = []  # kept from Hydra, which would print lines of its own about them
+
     def job(config: DictConfig) -> None:
         mapping = OmegaConf.to_container(config, resolve=True)
         assert isinstance(mapping, dict)
@@ -109,7 +112,10 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
             # Jobs of a sweep must not share a run folder.
             composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
         run: Callable[[Mapping[str, Any]], None] = importlib.import_module(VERBS[verb][0]).run
-        run(composed)
+        try:
+            run(composed)
+        except UserError as error:
+            failures.append(error)
 
     # Hydra then raises what happened instead of printing its own summary of it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -119,6 +125,8 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
         app()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, verb)) from error
+    if failures:
+        raise failures[0]
 
 
 def conf_folder() -> Path:

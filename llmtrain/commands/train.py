@@ -5,77 +5,27 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config import decode, encode
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.train_config import data_config_type
-from llmtrain.errors import ConfigError, DataError, UserError
-from llmtrain.families import data_problems, model_config_type, open_corpus, open_dataset, resolve_vocabulary
-from llmtrain.optim.config import schedule_problems
+from llmtrain.commands.resolve import Resolved, resolve
+from llmtrain.config import encode
+from llmtrain.errors import DataError
+from llmtrain.families import open_dataset
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher
-from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.parallel.layout import Layout
 from llmtrain.plan.estimate import estimate
 from llmtrain.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.data.datasets import Dataset
-    from llmtrain.engine.base import Engine, Totals
+    from llmtrain.engine.base import Engine
+    from llmtrain.engine.evaluation import Totals
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
     from llmtrain.train.observer import RunObserver
-
-VARIANTS = {"model": model_config_type, "data": data_config_type}
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A run that may start: every check that needs neither torch nor a GPU is passed."""
-
-    config: TrainConfig
-    layout: Layout
-    corpus: Corpus | None
-
-
-def resolve(mapping: Mapping[str, Any], world_size: int | None = None) -> Resolved:
-    """Decode and check a composed configuration. Raises UserError with all problems found."""
-    config = decode(TrainConfig, mapping, VARIANTS)
-    world_size = launcher.world_size() if world_size is None else world_size
-    problems = list(data_problems(config.model, config.data))
-    problems += [
-        problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
-    ]
-    layout: Layout | None = None
-    corpus: Corpus | None = None
-    model = config.model
-    engine = config.engine
-    if engine == "auto":
-        engine = "deepspeed" if config.parallel.zero > 0 else "local"
-    try:
-        layout = plan_layout(
-            config.parallel,
-            config.batch,
-            engine=engine,
-            precision=config.precision,
-            world_size=world_size,
-            device=launcher.likely_device(config.device),
-        )
-    except ConfigError as error:
-        problems += error.problems
-    if not data_problems(config.model, config.data):
-        try:
-            corpus = open_corpus(config.data)
-            model = resolve_vocabulary(config.model, corpus)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    assert layout is not None
-    return Resolved(replace(config, model=model, engine=engine), layout, corpus)
 
 
 def run(mapping: Mapping[str, Any]) -> None:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
+from llmtrain.engine.evaluation import Totals, sum_over_batches
+from llmtrain.engine.modules import to_device
 from llmtrain.objectives.base import Batch, Objective, Terms
 from llmtrain.parallel import distributed
-from llmtrain.parallel.layout import Layout, Precision
-
-AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from llmtrain.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -40,23 +38,6 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
     stop: bool = False
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over many batches and all ranks: `loss_sum` in nats over `num_targets` targets."""
-
-    loss_sum: float
-    num_targets: int
-    metric_sums: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / max(1, self.num_targets)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {name: value / max(1, self.num_targets) for name, value in self.metric_sums.items()}
 
 
 class NonFiniteLossError(Exception):
@@ -87,32 +68,6 @@ class Fragment:
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This fragment's part, 1-D, of a tensor shaped like `holder`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
-
-
-class ObjectiveModule(nn.Module):
-    """A model and its objective as one module, whose forward is the loss: the shape that DeepSpeed hooks
-    into. It returns a plain tuple, since DeepSpeed finds its outputs' tensors in no other container and
-    would silently leave out the work that it does before a backward pass."""
-
-    def __init__(self, model: nn.Module, objective: Objective, autocast: AbstractContextManager[Any]) -> None:
-        super().__init__()
-        self.model = model
-        self._objective = objective
-        self._autocast = autocast
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """→ (loss_sum, num_targets, metrics) of the objective's Terms."""
-        with self._autocast:
-            compute = self._objective if self.training else self._objective.evaluate
-            terms = compute(self.model, batch)
-        return terms.loss_sum, terms.num_targets, terms.metrics
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Matrix products in the low precision, over fp32 weights; nothing for fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=AUTOCAST_DTYPE[precision])
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:
@@ -189,23 +144,7 @@ class Engine(ABC):
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:
         """Loss and metric sums over all ranks' batches; every rank must bring equally many."""
-        module = self._module()
-        was_training = module.training
-        module.eval()
-        sums: dict[str, float] = {}
-        with torch.no_grad():
-            for micro in micro_batches:
-                terms = Terms(*module(to_device(micro.batch, self.device)))
-                found = {"loss_sum": terms.loss_sum, "num_targets": terms.num_targets, **terms.metrics}
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-        module.train(was_training)
-        names = sorted(distributed.gather(sorted(sums))[0])
-        totals = torch.tensor(
-            [sums.get(name, 0.0) for name in names], dtype=torch.float64, device=self.device
-        )
-        reduced = dict(zip(names, distributed.all_sum(totals).tolist(), strict=True))
-        return Totals(reduced.pop("loss_sum", 0.0), int(reduced.pop("num_targets", 0.0)), reduced)
+        return sum_over_batches(self._module(), micro_batches, self.device)
 
     @abstractmethod
     def _module(self) -> nn.Module:
@@ -237,10 +176,11 @@ class Engine(ABC):
     def refresh_weights(self) -> None:
         """Make the weights that the forward pass uses agree with the fragments, after these changed."""
 
+    @abstractmethod
     def scaler_state(self) -> dict[str, float]:
-        """The loss scaler's state, where there is one."""
-        return {}
+        """The loss scaler's state; empty without one."""
 
+    @abstractmethod
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         """Take back what `scaler_state` gave."""
 
@@ -272,10 +212,3 @@ def set_optimizer_counter(
     fused = bool(optimizer.defaults.get("fused"))
     device = fragment.holder.device if fused else torch.device("cpu")
     optimizer.state[fragment.holder][key] = torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; copies from pinned memory do not block."""
-    if device.type == "cpu":
-        return batch
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

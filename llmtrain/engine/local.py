@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llmtrain.engine.base import Engine, Fragment, ObjectiveModule, autocast
+from llmtrain.engine.base import Engine, Fragment
+from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Objective, Terms
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmtrain.data.loader import Loader
-from llmtrain.engine.base import Engine, NonFiniteLossError, StepResult, Totals
+from llmtrain.engine.base import Engine, NonFiniteLossError, StepResult
+from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
 
 

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from llmtrain.engine.base import StepResult, Totals
+from llmtrain.engine.base import StepResult
+from llmtrain.engine.evaluation import Totals
 from llmtrain.parallel.layout import Layout
 from llmtrain.track import throughput
 from llmtrain.track.progress import Progress

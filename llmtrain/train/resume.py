@@ -103,11 +103,8 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
         raise error
     if theirs["fingerprint"] != data["fingerprint"]:
         say(f"note: the corpus has changed since {checkpoint.path.name}; the order of samples is a new one")
-    batch = encode(config.batch)
-    for key in ("global_size", "sequence_length"):
-        if before["batch"][key] != batch[key]:
-            say(
-                f"note: batch.{key} was {before['batch'][key]}, is {batch[key]}; the order of samples is a new one"
-            )
-    if before["seed"] != config.seed:
-        say(f"note: seed was {before['seed']}, is {config.seed}; the order of samples is a new one")
+    ours = encode(config)
+    for section, key in (("batch", "global_size"), ("batch", "sequence_length"), ("", "seed")):
+        was, now = (c[section][key] if section else c[key] for c in (before, ours))
+        if was != now:
+            say(f"note: {section}{'.' if section else ''}{key} was {was}, is {now}; samples come in a new order")

@@ -102,7 +102,7 @@ def read_config(run: Path) -> dict[str, Any] | None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, as JSON."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

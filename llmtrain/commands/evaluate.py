@@ -1,0 +1,133 @@
+"""`llmtrain evaluate`: loss, perplexity and bits per byte of a trained model on held-out data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmtrain.config import decode, require
+from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.families import data_problems, family_of, open_corpus, open_dataset
+
+if TYPE_CHECKING:
+    from llmtrain.commands.loading import TrainedModel
+    from llmtrain.data.corpus import Corpus
+    from llmtrain.data.loader import MicroBatch
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    checkpoint: Path
+    """A run folder, a checkpoint folder or an exported folder."""
+    data: TokenDataConfig | ImageDataConfig
+    split: str = "validation"
+    max_samples: int | None = None
+    micro_size: int = 8
+    sequence_length: int | None = None
+    """null: as in training, or the model's longest."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    output: Path | None = None
+    """A file for the figures, as JSON."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.micro_size >= 1, "micro_size", self.micro_size, "1 or more")
+        for name in ("max_samples", "sequence_length"):
+            value = getattr(self, name)
+            yield from require(value is None or value >= 1, name, value, "1 or more, or null")
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Print the figures. Raises UserError for whatever a user can mend."""
+    config = decode(EvaluateConfig, mapping, {"data": data_config_type})
+    corpus = None if isinstance(config.data, ImageDataConfig) else open_corpus(config.data)
+
+    from llmtrain import files
+    from llmtrain.commands.loading import load_trained
+    from llmtrain.data.loader import evaluation_batches
+    from llmtrain.engine.evaluation import evaluate_batches
+    from llmtrain.parallel import distributed
+
+    trained = load_trained(config.checkpoint)
+    _check(config, trained, corpus)
+    length = _sequence_length(config, trained)
+    dataset = open_dataset(trained.config, config.data, corpus, config.split, length)
+    objective = family_of(trained.config).objective(config.data)
+    device = distributed.pick_device(config.device)
+    batches = evaluation_batches(
+        dataset,
+        objective.collate,
+        micro_size=config.micro_size,
+        workers=config.data.workers,
+        max_samples=config.max_samples,
+    )
+    counter = None
+    if corpus is not None:
+        counter = ByteCounter(corpus.tokenizer_path)
+        batches = counter.watch(batches)
+    totals = evaluate_batches(trained.build(device), objective, batches, device, config.precision)
+    figures: dict[str, Any] = {
+        "checkpoint": str(trained.source),
+        "step": trained.step,
+        "split": config.split,
+        "targets": totals.num_targets,
+        "loss": totals.loss,
+        **totals.metrics,
+    }
+    if counter is not None:
+        figures["perplexity"] = math.exp(min(totals.loss, 700.0))
+        figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes)
+    for name, value in figures.items():
+        print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
+    if config.output is not None:
+        files.write_json_atomically(config.output.expanduser(), figures)
+
+
+class ByteCounter:
+    """Counts the UTF-8 bytes of text that the targets of passing batches stand for."""
+
+    def __init__(self, tokenizer: Path) -> None:
+        from llmtrain.data.tokenizer import Tokenizer
+
+        self._lengths = Tokenizer.load(tokenizer).token_byte_lengths()
+        self.num_bytes = 0
+
+    def watch(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        for micro in batches:
+            labels = micro.batch["labels"].numpy()
+            self.num_bytes += int(self._lengths[labels[labels >= 0]].sum())
+            yield micro
+
+
+def _check(config: EvaluateConfig, trained: TrainedModel, corpus: Corpus | None) -> None:
+    problems = data_problems(trained.config, config.data)
+    if corpus is not None and trained.tokenizer_path is not None:
+        import hashlib
+
+        ours = corpus.manifest.tokenizer.sha256
+        theirs = hashlib.sha256(trained.tokenizer_path.read_bytes()).hexdigest()
+        if ours != theirs:
+            problems.append(
+                Problem(
+                    "data.path",
+                    f"data prepared with another tokenizer ({ours[:12]}…)",
+                    f"the tokenizer of {trained.source} ({theirs[:12]}…)",
+                    f"prepare it with tokenizer.model={trained.tokenizer_path}",
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _sequence_length(config: EvaluateConfig, trained: TrainedModel) -> int:
+    longest = getattr(trained.config, "max_sequence_length", None)
+    length = config.sequence_length or trained.sequence_length or longest or 1024
+    if longest is not None and length > longest:
+        raise ConfigError(
+            Problem("sequence_length", str(length), f"1 to {longest}, the model's longest", "shorten it")
+        )
+    return length

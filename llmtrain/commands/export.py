@@ -1,0 +1,56 @@
+"""`llmtrain export`: a trained model → a Hugging Face folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.config import decode
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    checkpoint: Path
+    """A run folder or a checkpoint folder."""
+    output: Path
+    """A folder that does not exist yet or is empty."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    overwrite: bool = False
+    """Replace another model's folder."""
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Raises UserError for whatever a user can mend."""
+    config = decode(ExportConfig, mapping)
+
+    import torch
+
+    from llmtrain.checkpoint import huggingface
+    from llmtrain.commands.loading import load_trained
+    from llmtrain.errors import ConfigError, Problem
+    from llmtrain.models.config import GPTConfig
+
+    trained = load_trained(config.checkpoint)
+    if not isinstance(trained.config, GPTConfig):
+        raise ConfigError(
+            Problem(
+                "checkpoint",
+                f"a model of family {trained.config.family}",
+                "gpt",
+                "transformers has no such architecture; its weights are plain safetensors in the checkpoint",
+            )
+        )
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    output = config.output.expanduser()
+    huggingface.export_folder(
+        trained.config,
+        trained.weights,
+        trained.tokenizer_path,
+        output,
+        dtype=dtypes[config.dtype],
+        overwrite=config.overwrite,
+    )
+    print(f"exported {trained.source} to {output}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""`llmtrain generate`: text from a trained language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import decode
+from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.generation.config import GenerateConfig
+
+
+@dataclass(frozen=True)
+class GenerateCommandConfig:
+    checkpoint: Path
+    """A run folder, a checkpoint folder or an exported folder."""
+    generate: GenerateConfig
+    prompt: tuple[str, ...] = ("",)
+    prompt_file: Path | None = None
+    device: str = "auto"
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Print each prompt with its continuation. Raises UserError for whatever a user can mend."""
+    config = decode(GenerateCommandConfig, mapping)
+    prompts = list(config.prompt)
+    if config.prompt_file is not None:
+        try:
+            prompts = config.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                Problem("prompt_file", f"{config.prompt_file} ({error})", "a text file")
+            ) from error
+
+    from llmtrain.commands.loading import load_trained
+    from llmtrain.generation.generate import generate
+    from llmtrain.parallel import distributed
+
+    trained = load_trained(config.checkpoint)
+    if trained.config.family == "simple_cnn":
+        raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))
+    tokenizer = trained.tokenizer()
+    device = distributed.pick_device(config.device)
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    continuations = generate(trained.build(device), ids, config.generate, eos_id=tokenizer.eos_id)
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        print(prompt + tokenizer.decode(continuation), flush=True)
+        if len(prompts) > 1:
+            print("---", flush=True)

@@ -1,0 +1,22 @@
+"""`llmtrain plan`: what a run will need, before any of it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmtrain.commands.resolve import resolve
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.plan.estimate import estimate
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Print the plan. Raises ConfigError when the run would be refused or does not fit."""
+    settings = dict(mapping)
+    world_size = settings.pop("world_size", None)
+    if world_size is not None and (not isinstance(world_size, int) or world_size < 1):
+        raise ConfigError(Problem("world_size", repr(world_size), "1 or more, or null"))
+    resolved = resolve(settings, world_size, data_optional=True)
+    plan = estimate(resolved.config.model, resolved.layout, resolved.config)
+    print(plan.table())
+    plan.refuse_if_too_large()

@@ -1,0 +1,97 @@
+"""From a composed configuration to a run that may start: every check that needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmtrain.config import decode
+from llmtrain.data.corpus import Corpus
+from llmtrain.data.train_config import data_config_type
+from llmtrain.errors import ConfigError, Problem, UserError
+from llmtrain.families import data_problems, model_config_type, open_corpus, resolve_vocabulary
+from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.optim.config import schedule_problems
+from llmtrain.parallel import launcher
+from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.train.config import TrainConfig
+
+NO_PATH = "(none)"
+ASSUMED_VOCABULARY = 8192
+"""That of `llmtrain prepare`'s default tokenizer."""
+
+VARIANTS = {"model": model_config_type, "data": data_config_type}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run that may start: every check that needs neither torch nor a GPU is passed."""
+
+    config: TrainConfig
+    layout: Layout
+    corpus: Corpus | None
+
+
+def resolve(
+    mapping: Mapping[str, Any], world_size: int | None = None, *, data_optional: bool = False
+) -> Resolved:
+    """Decode and check a composed configuration for `world_size` processes (None: as many as were
+    launched). With `data_optional` no corpus need be named; a vocabulary that it would give is then
+    ASSUMED_VOCABULARY.
+
+    Raises UserError with all problems found.
+    """
+    without_data = data_optional and mapping.get("data", {}).get("path") in (None, "???")
+    if without_data:
+        mapping = {**mapping, "data": {**mapping.get("data", {}), "path": NO_PATH}}
+    config = decode(TrainConfig, mapping, VARIANTS)
+    world_size = launcher.world_size() if world_size is None else world_size
+    problems = list(data_problems(config.model, config.data))
+    problems += [
+        problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
+    ]
+    problems += _optimizer_problems(config)
+    layout: Layout | None = None
+    corpus: Corpus | None = None
+    model = config.model
+    engine = config.engine
+    if engine == "auto":
+        engine = "deepspeed" if config.parallel.zero > 0 else "local"
+    try:
+        layout = plan_layout(
+            config.parallel,
+            config.batch,
+            engine=engine,
+            precision=config.precision,
+            world_size=world_size,
+            device=launcher.likely_device(config.device),
+        )
+    except ConfigError as error:
+        problems += error.problems
+    if without_data:
+        if not isinstance(model, SimpleCNNConfig) and model.vocab_size is None:
+            model = replace(model, vocab_size=ASSUMED_VOCABULARY)
+    elif not data_problems(config.model, config.data):
+        try:
+            corpus = open_corpus(config.data)
+            model = resolve_vocabulary(config.model, corpus)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    assert layout is not None
+    return Resolved(replace(config, model=model, engine=engine), layout, corpus)
+
+
+def _optimizer_problems(config: TrainConfig) -> list[Problem]:
+    if config.optimizer.name == "adagrad" and config.parallel.zero > 0 and config.optimizer.weight_decay > 0:
+        return [
+            Problem(
+                "optimizer.weight_decay",
+                f"{config.optimizer.weight_decay} with adagrad and parallel.zero={config.parallel.zero}",
+                "0",
+                "DeepSpeed makes Adagrad anew and loses it; give parallel.zero=0, or another optimizer",
+            )
+        ]
+    return []

@@ -1,0 +1,63 @@
+"""Loss and metric sums of a module over batches: during training, and of a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from llmtrain.data.loader import MicroBatch
+from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
+from llmtrain.objectives.base import Objective, Terms
+from llmtrain.parallel import distributed
+from llmtrain.parallel.layout import Precision
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over many batches and all ranks: `loss_sum` in nats over `num_targets` targets."""
+
+    loss_sum: float
+    num_targets: int
+    metric_sums: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(1, self.num_targets)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: value / max(1, self.num_targets) for name, value in self.metric_sums.items()}
+
+
+def sum_over_batches(module: nn.Module, micro_batches: Iterable[MicroBatch], device: torch.device) -> Totals:
+    """`module` is an ObjectiveModule or a wrapper of one, on every rank; each rank must bring equally many
+    batches."""
+    was_training = module.training
+    module.eval()
+    sums: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for micro in micro_batches:
+            terms = Terms(*module(to_device(micro.batch, device)))
+            for name, value in {"": terms.loss_sum, "#": terms.num_targets, **terms.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+    module.train(was_training)
+    names = sorted(sums)
+    totals = torch.stack([sums[name] for name in names]) if names else torch.zeros(0)
+    reduced = dict(zip(names, distributed.all_sum(totals).tolist(), strict=True))
+    return Totals(reduced.pop("", 0.0), int(reduced.pop("#", 0.0)), reduced)
+
+
+def evaluate_batches(
+    model: nn.Module,
+    objective: Objective,
+    micro_batches: Iterable[MicroBatch],
+    device: torch.device,
+    precision: Precision,
+) -> Totals:
+    """The same for a bare model."""
+    return sum_over_batches(
+        ObjectiveModule(model, objective, autocast(precision, device)), micro_batches, device
+    )

@@ -1,0 +1,47 @@
+"""A model with its objective as one module, in the precision and on the device of the run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain.objectives.base import Batch, Objective
+from llmtrain.parallel.layout import Precision
+
+AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ObjectiveModule(nn.Module):
+    """A model and its objective as one module, whose forward is the loss: the shape that DeepSpeed hooks
+    into. It returns a plain tuple, since DeepSpeed finds its outputs' tensors in no other container and
+    would silently leave out the work that it does before a backward pass."""
+
+    def __init__(self, model: nn.Module, objective: Objective, autocast: AbstractContextManager[Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+        self._autocast = autocast
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """→ (loss_sum, num_targets, metrics) of the objective's Terms."""
+        with self._autocast:
+            compute = self._objective if self.training else self._objective.evaluate
+            terms = compute(self.model, batch)
+        return terms.loss_sum, terms.num_targets, terms.metrics
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in the low precision, over fp32 weights; nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPE[precision])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; copies from pinned memory do not block."""
+    if device.type == "cpu":
+        return batch
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,125 @@
+"""Real training in this process or in a pool's ranks, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+TINY_GPT = (
+    "model=gpt_tiny",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=4",
+    "batch.global_size=8",
+    "batch.micro_size=2",
+    "batch.sequence_length=32",
+)
+
+
+def compose(overrides: Sequence[str], verb: str = "train") -> dict[str, Any]:
+    """The verb's configuration as the command line would compose it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from llmtrain.cli import conf_folder, quote
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        config = hydra_compose(config_name=verb, overrides=[quote(override) for override in overrides])
+    mapping = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(mapping, dict)
+    mapping.pop("experiment", None)
+    return mapping  # type: ignore[return-value]
+
+
+@dataclass
+class Trace:
+    """What a stretch of training came to, comparable bit by bit."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Any]
+    """Canonical name → whole fp32 weight, as numpy."""
+    initial_weights: dict[str, Any]
+    """What the seed gives, before any step."""
+    validation_loss: float
+
+
+def train_steps(
+    overrides: Sequence[str], stop: int, save_to: str | None = None, resume_from: str | None = None
+) -> Trace:
+    """Train to step `stop` with the engine that `overrides` name, in this process' rank.
+
+    save_to: write a checkpoint under this folder at the end. resume_from: a checkpoint to go on from.
+    """
+    import tempfile
+
+    import torch
+
+    from llmtrain.checkpoint import store
+    from llmtrain.commands.loading import build_module
+    from llmtrain.commands.resolve import resolve
+    from llmtrain.commands.train import build_engine, evaluate_dataset
+    from llmtrain.config import encode
+    from llmtrain.data.loader import Loader
+    from llmtrain.families import family_of, open_dataset
+    from llmtrain.models.initialize import initialize
+    from llmtrain.optim.schedules import multiplier
+    from llmtrain.parallel import distributed
+
+    resolved = resolve(compose(overrides))
+    config, layout = resolved.config, resolved.layout
+    device = torch.device("cpu")
+    distributed.start(device, single_process_group=config.engine == "deepspeed")
+    objective = family_of(config.model).objective(config.data)
+    checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
+    fresh = build_module(config.model, device)
+    initialize(fresh, config.seed)
+    initial_weights = {name: p.detach().numpy() for name, p in fresh.named_parameters()}
+    engine = build_engine(config, layout, device, objective, checkpoint)
+    sequence_length = config.batch.sequence_length
+    dataset = open_dataset(config.model, config.data, resolved.corpus, "train", sequence_length)
+    validation = open_dataset(config.model, config.data, resolved.corpus, "validation", sequence_length)
+    data_rank = layout.coordinates(distributed.rank()).data
+    loader = Loader(
+        dataset,
+        objective.collate,
+        seed=config.seed,
+        global_size=layout.global_size,
+        micro_size=layout.micro_size,
+        data_rank=data_rank,
+        data_size=layout.data,
+    )
+    losses, grad_norms = [], []
+    start = checkpoint.step if checkpoint else 0
+    for step, batch in zip(range(start, stop), loader.steps(start), strict=False):
+        lr = config.optimizer.lr * multiplier(config.schedule, step, config.train.steps)
+        result = engine.train_step(batch.micro_batches, lr=lr)
+        losses.append(result.loss)
+        grad_norms.append(result.grad_norm)
+    validation_loss = evaluate_dataset(engine, validation, layout, data_rank, 0, 13).loss
+    description = {"model": encode(config.model), "config": encode(config)}
+    folder = save_to or distributed.from_main(tempfile.mkdtemp())
+    saved = store.save(Path(folder), stop, engine, description, None)
+    weights = {name: weight.numpy() for name, weight in store.Checkpoint.open(saved).weights().items()}
+    distributed.barrier()
+    return Trace(losses, grad_norms, weights, initial_weights, validation_loss)
+
+
+def llmtrain(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`llmtrain ARGUMENTS` in a process of its own, from the repository's folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "llmtrain", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=300,
+    )
