@@ -51,10 +51,11 @@ def encode_block(
     dropped_paths: Sequence[Path],
     split: SplitConfig,
     tokenizer_path: Path,
+    tokenizer_sha256: str,
     path: Path,
 ) -> EncodedBlock:
     """Encode a block's kept documents to files named `path`; path.json, written last, tells them finished."""
-    tokenizer = _tokenizer(tokenizer_path)
+    tokenizer = _tokenizer(tokenizer_path, tokenizer_sha256)
     dtype = token_dtype(tokenizer.vocab_size)
     documents = block.documents()
     encoded = EncodedBlock(str(path), [], [], [], 0)
@@ -115,7 +116,8 @@ def _cut(document: bytes) -> list[bytes]:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path, sha256: str) -> Tokenizer:
+    """Loaded once a process; the hash tells models apart that stood at one path in turn."""
     return Tokenizer.load(path)
 
 

@@ -374,7 +374,15 @@ class _Run:
                     stage.advance(block.num_bytes)
             tokenizer_path = self.work / "corpus" / "tokenizer.model"
             tasks = (
-                (blocks[number], number, dropped_paths, self.config.split, tokenizer_path, paths[number])
+                (
+                    blocks[number],
+                    number,
+                    dropped_paths,
+                    self.config.split,
+                    tokenizer_path,
+                    tokenizer.sha256,
+                    paths[number],
+                )
                 for number in unfinished
             )
             for done in self.pool.map(encoding.encode_block, tasks, stage.tick):

@@ -76,7 +76,7 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
     problems: list[Problem] = []
     files: dict[Path, SourceFile] = {}
     skipped: list[str] = []
-    excluded = None if exclude is None else exclude.resolve()
+    excluded = exclude.resolve() if exclude is not None and exclude.is_dir() else None
     for source in sources:
         found = 0
         try:
@@ -547,8 +547,8 @@ def _read_csv(file: SourceFile, text_field: str) -> Iterator[list[bytes]]:
             return
         except pyarrow.ArrowInvalid as error:
             message = str(error)
-            if "straddl" in message and block_size < LONGEST_LINE:
-                # A row is longer than the block: read on from the same row with a longer one.
+            if ("straddl" in message or "Empty CSV file or block" in message) and block_size < LONGEST_LINE:
+                # A row or the header is longer than the block: read on from there with a longer one.
                 block_size *= 16
                 continue
             raise DataError(

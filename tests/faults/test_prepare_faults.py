@@ -1,0 +1,212 @@
+"""`prepare` killed at every step, on a full disk, twice at once: it goes on, and the result is the same."""
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from llmtrain.data.config import PrepareConfig
+from llmtrain.data.files import disk_errors
+from llmtrain.data.prepare import prepare
+from llmtrain.errors import DataError
+
+# Small units make many steps of little text. Spawned workers run the part above `main` too. With
+# DIE_AT=n the process kills itself and its whole group at its n-th rename, before it (DIE=before) or
+# after: every step of the work ends with a rename.
+RUNNER = """
+import json, os, signal, sys
+from llmtrain.data import blocks, sources
+sources.UNIT_BYTES, blocks.BLOCK_BYTES = 6_000, 2_500
+
+renames, replace = 0, os.replace
+def replace_and_die(*names):
+    global renames
+    renames += 1
+    if os.environ["DIE"] == "after":
+        replace(*names)
+    if renames == int(os.environ["DIE_AT"]):
+        os.killpg(0, signal.SIGKILL)
+    if os.environ["DIE"] == "before":
+        replace(*names)
+if "DIE_AT" in os.environ:
+    os.replace = replace_and_die
+
+if __name__ == "__main__":
+    from llmtrain.config import decode
+    from llmtrain.data.config import PrepareConfig
+    from llmtrain.data.prepare import prepare
+    from llmtrain.errors import UserError
+    try:
+        prepare(decode(PrepareConfig, json.loads(sys.argv[1])))
+    except UserError as error:
+        sys.exit(str(error))
+"""
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Path:
+    path = tmp_path / "runner.py"
+    path.write_text(RUNNER)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice([*"aeioubcdfglmnrstü"], rng.integers(2, 9))) for _ in range(300)]
+    for name in ("a", "b"):
+        texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(3, 40))) for i in range(100)]
+        rows = [*texts, *texts[::7], ""]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    return path
+
+
+def start(runner: Path, output: str, workers: int = 1, **options: object) -> subprocess.Popen[str]:
+    """`options` are environment variables in capitals, and settings of prepare."""
+    environment = {key: str(value) for key, value in options.items() if key.isupper()}
+    config = {
+        "source": [str(runner.parent / "a.jsonl"), str(runner.parent / "b.jsonl")],
+        "output": str(runner.parent / output),
+        "tokenizer": {"vocab_size": 330},
+        "split": {"validation": 0.2, "test": 0.1},
+        "sample_tokens": 500,
+        "shard_bytes": 15_000,
+        "workers": workers,
+        **{key: value for key, value in options.items() if not key.isupper()},
+    }
+    return subprocess.Popen(
+        [sys.executable, str(runner), json.dumps(config)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and standard error."""
+    _, error = process.communicate(timeout=120)
+    return process.returncode, error
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("die", "die_at"), [("after", 3), ("before", 4)])
+def test_killed_at_every_step_it_goes_on_to_the_same_bytes(runner: Path, die: str, die_at: int):
+    assert finish(start(runner, "whole")) == (0, "")
+    kills = 0
+    while True:
+        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=die_at))
+        if code == 0:
+            break
+        assert (code, error) == (-signal.SIGKILL, "")
+        kills += 1
+        assert kills < 100
+    assert kills >= 10
+    assert tree(runner.parent / "killed") == tree(runner.parent / "whole")
+
+
+@pytest.mark.slow
+def test_replacing_a_corpus_and_killed_at_every_step(runner: Path):
+    """Before the new corpus is whole the old one stands; then the new one, or none that claims to be whole."""
+    output = runner.parent / "corpus"
+    assert finish(start(runner, "corpus", seed=1)) == (0, "")
+    old = tree(output)
+    assert finish(start(runner, "whole")) == (0, "")
+    new = tree(runner.parent / "whole")
+    for _ in range(100):
+        code, _ = finish(start(runner, "corpus", DIE="before", DIE_AT=6, overwrite=True))
+        if (output / "manifest.json").exists():
+            standing = {name: data for name, data in tree(output).items() if not name.startswith(".prepare")}
+            assert standing in (old, new)
+        if code == 0:
+            break
+    assert tree(output) == new
+
+
+@pytest.mark.slow
+def test_many_processes_killed_at_any_time_give_the_bytes_of_one(runner: Path):
+    assert finish(start(runner, "one")) == (0, "")
+    for seconds in (0.4, 0.8, 1.2):
+        process = start(runner, "many", workers=3)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert finish(start(runner, "many", workers=3)) == (0, "")
+    assert tree(runner.parent / "many") == tree(runner.parent / "one")
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(runner: Path):
+    process = start(runner, "corpus", workers=2)
+    parent = psutil.Process(process.pid)
+    deadline = time.monotonic() + 30
+    while len(children := parent.children(recursive=True)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
+    runner: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    assert finish(start(runner, "whole")) == (0, "")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond this, which is how a quota answers; processes inherit it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+    try:
+        process = start(runner, "full", workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    code, error = finish(process)
+    assert code == 1, error
+    (line,) = error.strip().splitlines()
+    assert str(runner.parent / "full") in line
+    assert "got a full disk" in line
+    assert "bytes for the whole work" in line
+    assert not (runner.parent / "full" / "manifest.json").exists()
+    assert finish(start(runner, "full", workers=workers)) == (0, "")
+    assert tree(runner.parent / "full") == tree(runner.parent / "whole")
+
+
+def test_a_device_without_space_is_told_with_the_path_and_the_bytes_needed(tmp_path: Path):
+    with (
+        pytest.raises(DataError, match=r"corpus: got a full disk \(No space left.*about 1,234 bytes"),
+        disk_errors(tmp_path / "corpus", 1234),
+        open("/dev/full", "wb") as device,
+    ):
+        device.write(b"x" * 100_000)
+
+
+def test_a_read_only_file_system_is_told(tmp_path: Path):
+    with (
+        pytest.raises(DataError, match="got a place that cannot be written"),
+        disk_errors(tmp_path, 1),
+    ):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+
+def test_two_at_once_in_one_folder(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "corpus").mkdir()
+    descriptor = os.open(tmp_path / "corpus", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(DataError, match="another prepare is at work"):
+            prepare(PrepareConfig(source=(str(tmp_path / "a.txt"),), output=tmp_path / "corpus", workers=1))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,288 @@
+"""Sources: every format gives the same documents, cut in parts or not; what is wrong is named."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain.data import sources
+from llmtrain.data.clean import CleanCounts, clean
+from llmtrain.data.sources import find_files, plan_units, read_part, undecodable
+from llmtrain.errors import DataError
+
+TEXTS = ["plain", 'quoted "words", commas', "two\nlines\n\nand a blank one", "über 🎬 漢字", "", "x" * 3000, "last"]
+
+
+def read(path: Path | str, text_field: str = "text", txt_document: str = "auto") -> list[str]:
+    """All documents of a source, cleaned, in order."""
+    files, _ = find_files([str(path)])
+    found: list[str] = []
+    for unit in plan_units(files, txt_document):
+        for part in unit:
+            try:
+                for batch in read_part(part, text_field, txt_document, files[0].path.parent):
+                    found += [text.decode() for text in clean(batch, "none", CleanCounts())]
+            except UnicodeDecodeError as error:
+                raise undecodable(part) from error
+    return found
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+
+
+def write_csv(path: Path, texts: list[str]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label", "text", "source"])
+        rows.writerows([i, text, "s"] for i, text in enumerate(texts))
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    table = pyarrow.table({"id": range(len(texts)), "text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+WRITERS: dict[str, Callable[[Path, list[str]], None]] = {
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "parquet": write_parquet,
+    "txt": lambda path, texts: path.write_text("\n\n".join(texts)),
+}
+COMPRESS = {"gz": gzip.compress, "zst": zstandard.compress}
+
+
+def compressed(path: Path, compression: str) -> Path:
+    packed = path.with_name(f"{path.name}.{compression}")
+    packed.write_bytes(COMPRESS[compression](path.read_bytes()))
+    return packed
+
+
+@pytest.fixture(params=sorted(WRITERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "zst"])
+def test_rows_of_every_format(tmp_path: Path, kind: str, compression: str):
+    path = tmp_path / f"texts.{kind}"
+    WRITERS[kind](path, TEXTS)
+    path = compressed(path, compression) if compression else path
+    expected = ["\n\n".join(TEXTS)] if kind == "txt" else [text for text in TEXTS if text]
+    assert read(path) == expected
+    assert sorted(tmp_path.glob("*.parquet")) == sorted(tmp_path.glob("texts.parquet"))
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 50, 3000])
+def test_parts_neither_share_nor_miss_a_document(
+    tmp_path: Path, kind: str, unit_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / f"texts.{kind}"
+    WRITERS[kind](path, TEXTS * 3)
+    whole = {mode: read(path, txt_document=mode) for mode in ("line", "paragraph", "file")}
+    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 16)
+    for mode, documents in whole.items():
+        assert read(path, txt_document=mode) == documents
+    if kind in ("txt", "jsonl"):
+        assert len(list(plan_units(find_files([str(path)])[0], "line"))) > 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lines=st.lists(st.sampled_from(["", " ", "a", "bc def", "x" * 40, "é" * 9]), max_size=40),
+    unit_bytes=st.integers(1, 60),
+    mode=st.sampled_from(["auto", "line", "paragraph"]),
+    ending=st.sampled_from(["\n", "\r\n"]),
+)
+def test_a_compressed_text_has_the_documents_of_the_plain_one(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], unit_bytes: int, mode: str, ending: str
+):
+    folder = tmp_path_factory.mktemp("text")
+    path = folder / "a.txt"
+    path.write_bytes(ending.join(lines).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT_BYTES", unit_bytes)
+        patch.setattr(sources, "BATCH_BYTES", 16)
+        patch.setattr(sources, "AUTO_DOCUMENT_BYTES", 20)
+        plain = read(path, txt_document=mode)
+        assert read(compressed(path, "zst"), txt_document=mode) == plain
+    words = [word for line in lines for word in line.split()]
+    assert [word for document in plain for word in document.split()] == words
+    if mode == "paragraph":
+        assert plain == read(path, txt_document="paragraph")
+
+
+def test_auto_packs_paragraphs_to_about_4_kib(tmp_path: Path):
+    paragraphs = [f"{i} " + "word " * 60 for i in range(100)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    documents = read(tmp_path / "a.txt")
+    assert all(4096 <= len(document) < 4096 + 400 for document in documents[:-1])
+    assert "\n\n".join(documents) == "\n\n".join(paragraphs)
+    (tmp_path / "lines.txt").write_text("\n".join(paragraphs))
+    documents = read(tmp_path / "lines.txt")
+    assert all(8192 <= len(document) < 8192 + 400 for document in documents[:-1])
+    assert "\n".join(documents) == "\n".join(paragraphs)
+
+
+def test_a_row_longer_than_the_csv_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    texts = ["a", "b" * 800, "c\n" * 5000, "d", "e" * 20_000, "f"]
+    write_csv(tmp_path / "long.csv", texts)
+    assert read(tmp_path / "long.csv") == [text.strip("\n") for text in texts]
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,b\nx,1\n")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\n')
+    assert read(tmp_path / "a.txt") == ["text"]
+    assert read(tmp_path / "a.txt", txt_document="file") == ["text"]
+    assert read(tmp_path / "a.csv") == ["x"]
+    assert read(tmp_path / "a.jsonl") == ["x"]
+
+
+def test_several_zstd_frames_and_gzip_members_are_one_file(tmp_path: Path):
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
+    assert read(tmp_path / "a.txt.zst") == read(tmp_path / "a.txt.gz") == ["one two"]
+
+
+def test_null_is_an_empty_text(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n\n{"text": "x"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, "x", None]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.parquet") == ["x"]
+
+
+# ---------------------------------------------------------------------------------------------- find
+
+
+def test_files_of_folders_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("b/two.txt", "a.txt", "b/one.jsonl.gz", "b/notes.md", "b/.hidden.txt", "corpus/out.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    def names(*given: str) -> list[str]:
+        return [file.name for file in find_files(given, exclude=Path("corpus"))[0]]
+
+    assert names(".") == ["a.txt", "b/one.jsonl.gz", "b/two.txt"]
+    assert find_files(["."], exclude=Path("corpus"))[1] == ["b/notes.md"]
+    assert names("b/t*.txt", ".") == ["b/two.txt", "a.txt", "b/one.jsonl.gz"]
+    assert names("**/*.txt") == ["a.txt", "b/two.txt"]
+    assert names("*") == names(".")
+    (tmp_path / "[odd].txt").touch()
+    assert names("[odd].txt") == ["[odd].txt"]
+
+
+def test_a_file_of_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "package_with_data"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "data" / "a.txt").write_text("x")
+    monkeypatch.syspath_prepend(tmp_path)
+    for source in ("package:package_with_data/data/a.txt", "package:package_with_data/data"):
+        (file,) = find_files([source])[0]
+        assert file.name == "package:package_with_data/data/a.txt"
+    with pytest.raises(DataError, match=r"package:package_with_data/data/b\.txt: got no such file"):
+        find_files(["package:package_with_data/data/b.txt"])
+
+
+# ------------------------------------------------------------------------------------------- refuse
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.txt", r"missing\.txt: got no such file or folder"),
+        ("*.jsonl", r"\*\.jsonl: got a pattern that matches no file"),
+        ("a.doc", r"a\.doc: got the extension \.doc; allowed: \.txt"),
+        ("empty_folder", "empty_folder: got no file that can be read"),
+        ("package:no_such_package/a.txt", "pip install no-such-package"),
+        ("package:", "incomplete name"),
+    ],
+)
+def test_sources_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str):
+    (tmp_path / "a.doc").touch()
+    (tmp_path / "empty_folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        find_files([source])
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path):
+    with pytest.raises(DataError) as caught:
+        find_files([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\n" * 10 + b"bad \xe9t\xe9", "0xe9 at byte 54"),
+        ("a.csv", b"text\ngood\nbad \xff\n", "0xff at byte 14"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "0xff at byte 24"),
+        ("a.txt.gz", gzip.compress(b"ab\xff"), "0xff at byte 2 of the uncompressed text"),
+        ("a.txt", "utf-16".encode("utf-16"), "0xff at byte 0"),
+        ("a.txt", "cut".encode() + "é".encode()[:1], "0xc3 at byte 3"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl line 3: got no JSON"),
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl line 2: got a JSON list"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', r"line 2: got no field text; allowed: body, id"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: got field text that is a int"),
+        ("a.csv", b"body,label\nx,1\n", r"a\.csv header: got no field text; allowed: body, label"),
+        ("a.csv", b"text,label\nx,1\ny,1,2\n", "Row #3: Expected 2 columns, got 3"),
+        ("a.parquet", b"no parquet", "got no parquet file"),
+        ("a.txt.gz", gzip.compress(b"long text " * 1000)[:-20], r"a\.txt\.gz: got damaged \.gz data"),
+        ("a.txt.gz", b"no gzip", r"damaged \.gz data"),
+        ("a.jsonl.zst", zstandard.compress(b"long text " * 1000)[:-2], r"damaged \.zst data"),
+        ("a.jsonl.zst", b"no zstd at all", r"damaged \.zst data"),
+        ("a.parquet.gz", gzip.compress(b"x" * 1000)[:-9], r"damaged \.gz data"),
+        ("a.csv.gz", gzip.compress(b"text\n" + b"some words\n" * 5000)[:-9], r"damaged \.gz data"),
+    ],
+)
+def test_contents_that_are_refused(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_parquet_that_is_refused(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, TEXTS * 200)
+    with pytest.raises(DataError, match=r"a\.parquet: got no field body; allowed: id, text"):
+        read(path, "body")
+    with pytest.raises(DataError, match="got field id of type int64; allowed: text"):
+        read(path, "id")
+    data = path.read_bytes()
+    path.write_bytes(data[:-50])
+    with pytest.raises(DataError, match="got no parquet file"):
+        read(path)
+    path.write_bytes(data[:100] + b"\0" * 3000 + data[3100:])
+    with pytest.raises(DataError, match="damaged parquet data"):
+        read(path)
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("x" * 10_000)
+    for mode in ("auto", "line", "paragraph", "file"):
+        with pytest.raises(DataError, match=r"a\.txt: got a (line|file) of more than"):
+            read(tmp_path / "a.txt", txt_document=mode)
+
+
+def test_line_numbers_count_from_the_file_s_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)
+    write_jsonl(tmp_path / "a.jsonl", ["some text"] * 50)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{oops\n")
+    with pytest.raises(DataError, match="line 51: got no JSON"):
+        read(tmp_path / "a.jsonl")
