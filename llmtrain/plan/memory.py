@@ -75,12 +75,12 @@ def memory_per_process(
     stored = 2 if is_low and layout.zero else 4
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
     state = optimizer_slots(optimizer) * 4 * P
-    # bf16 gradients are added up in fp32.
-    gradient = 2 if precision == "fp16" and layout.zero else 4
+    # bf16 gradients are added up in fp32; ZeRO 1 keeps both.
+    gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
         weights = 4 * P + (2 * matrix_parameter_count(model) if is_low else 0)
-        gradients, masters, buffers = 4 * P, 0, 4 * P if replicas > 1 else 0
+        gradients, masters, buffers = 4 * P, 0, (4 * P if replicas > 1 else 0)
     else:
         weights = stored * (_share(P, replicas) if layout.zero == 3 else P)
         gradients = gradient * (P if layout.zero == 1 else _share(P, replicas))
