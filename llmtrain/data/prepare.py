@@ -424,6 +424,9 @@ class _Run:
             index_path = self.work / "corpus" / name / "index.npy"
             index_checksum = write_index(index_path, np.array(rows, dtype=INDEX_DTYPE))
             entries = [shard["entry"] for shard in shards]
+            for leftover in index_path.parent.glob(".*.tmp"):
+                # From a worker of an earlier run that was killed.
+                leftover.unlink()
             splits[name] = {
                 "num_tokens": sum(block.num_tokens[split] for block in encoded),
                 "num_documents": sum(block.num_documents[split] for block in encoded),

@@ -100,18 +100,19 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("die", "die_at"), [("after", 3), ("before", 4)])
-def test_killed_at_every_step_it_goes_on_to_the_same_bytes(runner: Path, die: str, die_at: int):
+@pytest.mark.parametrize("die", ["before", "after"])
+def test_killed_again_and_again_it_goes_on_to_the_same_bytes(runner: Path, die: str):
     assert finish(start(runner, "whole")) == (0, "")
     kills = 0
     while True:
-        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=die_at))
+        # Indexes and manifest, four renames together, are cheap and made again by each run.
+        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=6 + kills % 4))
         if code == 0:
             break
         assert (code, error) == (-signal.SIGKILL, "")
         kills += 1
-        assert kills < 100
-    assert kills >= 10
+        assert kills < 30
+    assert kills >= 5
     assert tree(runner.parent / "killed") == tree(runner.parent / "whole")
 
 
@@ -130,6 +131,7 @@ def test_replacing_a_corpus_and_killed_at_every_step(runner: Path):
             assert standing in (old, new)
         if code == 0:
             break
+    assert code == 0
     assert tree(output) == new
 
 

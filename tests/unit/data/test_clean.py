@@ -42,7 +42,7 @@ def test_normalization_forms():
 def test_counts():
     counts = CleanCounts()
     documents = ["", " \n\t", "\x00", "a\x01\x02", "e\u0301", "x▁y▁z", "plain"]
-    assert clean(documents, "nfc", counts) == ["a".encode(), "é".encode(), b"x y z", b"plain"]
+    assert clean(documents, "nfc", counts) == [b"a", "é".encode(), b"x y z", b"plain"]
     assert counts == CleanCounts(
         documents_read=7, empty_dropped=3, documents_normalized=1, controls_removed=3, spaces_replaced=2
     )

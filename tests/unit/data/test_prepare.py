@@ -96,7 +96,9 @@ def test_the_manifest_counts_what_the_report_counts(tmp_path: Path, source: Path
         assert len(index) == split["num_samples"] == sum(s["num_samples"] for s in split["shards"])
         assert index["num_tokens"].sum() == split["num_tokens"] == report.splits[name].tokens
         assert index["num_documents"].sum() == split["num_documents"] == report.splits[name].documents
-        assert split["num_bytes"] == sum(len(text.encode()) for text in documents_of(tmp_path / "corpus")[name])
+        assert split["num_bytes"] == sum(
+            len(text.encode()) for text in documents_of(tmp_path / "corpus")[name]
+        )
         # A sample is as few whole documents as make sample_tokens together.
         assert (index["num_tokens"][:-1] >= 500).all()
         assert (index["num_tokens"] < 500 + 200).all()

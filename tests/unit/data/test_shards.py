@@ -56,7 +56,9 @@ def test_the_index_points_at_the_arrays(tmp_path: Path, dtype: str):
 def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path):
     for folder in ("a", "b"):
         write_shard(tmp_path / folder / "train-000000.tar", samples(), 0)
-    assert (tmp_path / "a" / "train-000000.tar").read_bytes() == (tmp_path / "b" / "train-000000.tar").read_bytes()
+    assert (tmp_path / "a" / "train-000000.tar").read_bytes() == (
+        tmp_path / "b" / "train-000000.tar"
+    ).read_bytes()
 
 
 def test_index_of_a_split_without_documents(tmp_path: Path):

@@ -18,7 +18,15 @@ from llmtrain.data.clean import CleanCounts, clean
 from llmtrain.data.sources import find_files, plan_units, read_part, undecodable
 from llmtrain.errors import DataError
 
-TEXTS = ["plain", 'quoted "words", commas', "two\nlines\n\nand a blank one", "über 🎬 漢字", "", "x" * 3000, "last"]
+TEXTS = [
+    "plain",
+    'quoted "words", commas',
+    "two\nlines\n\nand a blank one",
+    "über 🎬 漢字",
+    "",
+    "x" * 3000,
+    "last",
+]
 
 
 def read(path: Path | str, text_field: str = "text", txt_document: str = "auto") -> list[str]:
@@ -232,10 +240,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "0xff at byte 24"),
         ("a.txt.gz", gzip.compress(b"ab\xff"), "0xff at byte 2 of the uncompressed text"),
         ("a.txt", "utf-16".encode("utf-16"), "0xff at byte 0"),
-        ("a.txt", "cut".encode() + "é".encode()[:1], "0xc3 at byte 3"),
+        ("a.txt", b"cut" + "é".encode()[:1], "0xc3 at byte 3"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl line 3: got no JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl line 2: got a JSON list"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', r"line 2: got no field text; allowed: body, id"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "y", "id": 3}\n',
+            r"line 2: got no field text; allowed: body, id",
+        ),
         ("a.jsonl", b'{"text": 3}\n', "line 1: got field text that is a int"),
         ("a.csv", b"body,label\nx,1\n", r"a\.csv header: got no field text; allowed: body, label"),
         ("a.csv", b"text,label\nx,1\ny,1,2\n", "Row #3: Expected 2 columns, got 3"),
@@ -270,7 +282,9 @@ def test_parquet_that_is_refused(tmp_path: Path):
         read(path)
 
 
-def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sources, "LONGEST_LINE", 5000)
     monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
     (tmp_path / "a.txt").write_text("x" * 10_000)

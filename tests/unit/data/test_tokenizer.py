@@ -14,7 +14,6 @@ from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.errors import DataError
 
 
-
 def documents(count: int = 300) -> list[str]:
     """Documents of 400 random words."""
     rng = np.random.default_rng(0)
