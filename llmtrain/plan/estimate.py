@@ -112,16 +112,20 @@ class Plan:
         """Whether the run needs more than there is."""
         return self.available_bytes is not None and self.memory.total > self.available_bytes
 
-    def refuse_if_too_large(self) -> None:
-        """Raises ConfigError when the run cannot fit: on a cluster what is over, on this machine what is
-        CLEARLY_OVER; the message names settings that would fit."""
+    @property
+    def is_refused(self) -> bool:
+        """Whether the run cannot fit: on a cluster what is over, on this machine what is CLEARLY_OVER."""
         slack = CLEARLY_OVER if self.cluster.is_local else 1.0
-        if self.available_bytes is not None and self.memory.total > slack * self.available_bytes:
+        return self.available_bytes is not None and self.memory.total > slack * self.available_bytes
+
+    def refuse_if_too_large(self) -> None:
+        """Raises ConfigError when the run cannot fit; the message names settings that would fit."""
+        if self.is_refused:
             raise ConfigError(self._problem())
 
     def warnings(self) -> list[str]:
-        """What should be known before the run starts; empty when all is well."""
-        return [str(self._problem())] if self.is_too_large else []
+        """What should be known before the run starts, short of a refusal; empty when all is well."""
+        return [str(self._problem())] if self.is_too_large and not self.is_refused else []
 
     def summary(self) -> str:
         """Two lines, and one more for each warning."""
