@@ -118,7 +118,7 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(runner: Path, die: 
 
 @pytest.mark.slow
 def test_replacing_a_corpus_and_killed_at_every_step(runner: Path):
-    """Before the new corpus is whole the old one stands; then the new one, or none that claims to be whole."""
+    """Until the new corpus is whole the old one stands; whatever has a manifest is one of the two."""
     output = runner.parent / "corpus"
     assert finish(start(runner, "corpus", seed=1)) == (0, "")
     old = tree(output)

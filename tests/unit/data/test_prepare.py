@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_duplicates_and_empty_documents_go_and_the_first_stays(tmp_path: Path):
     assert report.duplicates_dropped == 4
     assert report.documents_kept == 60
     found = documents_of(tmp_path / "corpus")
-    assert sorted(sum(found.values(), [])) == sorted(unique)
+    assert sorted(chain.from_iterable(found.values())) == sorted(unique)
     places = [unique.index(text) for text in found["train"]]
     assert places == sorted(places)
 
@@ -157,7 +158,7 @@ def test_a_document_longer_than_a_sample_and_than_one_encode(tmp_path: Path, mon
     source = write(tmp_path / "long.jsonl", documents)
     prepare(config(tmp_path / "corpus", source))
     found = documents_of(tmp_path / "corpus")
-    assert sorted(sum(found.values(), [])) == sorted(documents)
+    assert sorted(chain.from_iterable(found.values())) == sorted(documents)
 
 
 @pytest.mark.parametrize("special", [{}, {"eos_id": -1}])
