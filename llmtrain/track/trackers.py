@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from llmtrain.errors import UserError
-from llmtrain.track.config import TrackConfig
+from llmtrain.track.config import TrackConfig, WandbConfig
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -37,19 +37,31 @@ class Tracker(Protocol):
 
 class Trackers:
     """Several trackers as one. A tracker's failure is reported once and never stops training, except what
-    a tracker raises as a UserError: a full disk."""
+    a tracker raises as a UserError: a full disk.
 
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
-        self._trackers = trackers
+    `earlier` is the state of the checkpoint that the run goes on from: a tracker that is off or fails for
+    a while finds its own again.
+    """
+
+    def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
+        self._earlier = dict(earlier or {})
+        self._trackers: dict[str, Tracker] = {}
         self._failed: set[str] = set()
+
+    def open(self, name: str, make: Callable[[], Tracker]) -> None:
+        """Add the tracker that `make` opens; it is left out when that fails."""
+        tracker = self._guard(name, make, None)
+        if tracker is not None:
+            self._trackers[name] = tracker
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, tracker in self._trackers.items():
             self._guard(name, partial(tracker.log, step, metrics), None)
 
     def state(self) -> dict[str, Any]:
-        empty: dict[str, Any] = {}
-        return {name: self._guard(name, tracker.state, empty) for name, tracker in self._trackers.items()}
+        for name, tracker in self._trackers.items():
+            self._earlier[name] = self._guard(name, tracker.state, self._earlier.get(name, {}))
+        return dict(self._earlier)
 
     def close(self, failed: bool) -> None:
         for name, tracker in self._trackers.items():
@@ -83,28 +95,43 @@ def open_trackers(
     Raises ConfigError when Weights & Biases refuses the settings or the account, TrainingError when the
     run folder cannot be written.
     """
-    states = state or {}
-    trackers: dict[str, Tracker] = {}
+    trackers = Trackers(state)
     if config.jsonl is not None:
-        from llmtrain.track.jsonl import JsonlTracker
-
-        trackers["jsonl"] = JsonlTracker(run_dir / METRICS_FILE, resume_step)
+        trackers.open("jsonl", lambda: _jsonl(run_dir / METRICS_FILE, resume_step))
     if config.tensorboard is not None:
-        from llmtrain.track.tensorboard import TensorBoardTracker
-
-        trackers["tensorboard"] = TensorBoardTracker(
-            config.tensorboard, run_dir / "tensorboard", resolved_config, resume_step
+        settings = config.tensorboard
+        trackers.open(
+            "tensorboard",
+            lambda: _tensorboard(settings, run_dir / "tensorboard", resolved_config, resume_step),
         )
     if config.wandb is not None:
-        from llmtrain.track.weights_and_biases import WandbTracker
-
-        trackers["wandb"] = WandbTracker(
+        wandb = partial(
+            _wandb,
             config.wandb,
             run_dir=run_dir,
             run_name=run_name,
             resolved_config=resolved_config,
             resume_step=resume_step,
-            run_id=states.get("wandb", {}).get("run_id"),
+            run_id=(state or {}).get("wandb", {}).get("run_id"),
             history=run_dir / METRICS_FILE if config.jsonl is not None else None,
         )
-    return Trackers(trackers)
+        trackers.open("wandb", wandb)
+    return trackers
+
+
+def _jsonl(*arguments: Any) -> Tracker:
+    from llmtrain.track.jsonl import JsonlTracker
+
+    return JsonlTracker(*arguments)
+
+
+def _tensorboard(*arguments: Any) -> Tracker:
+    from llmtrain.track.tensorboard import TensorBoardTracker
+
+    return TensorBoardTracker(*arguments)
+
+
+def _wandb(config: WandbConfig, **settings: Any) -> Tracker:
+    from llmtrain.track.weights_and_biases import WandbTracker
+
+    return WandbTracker(config, **settings)

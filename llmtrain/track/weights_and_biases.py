@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,8 +83,6 @@ def _init(
 ) -> Any:
     import wandb
 
-    mode: Any = config.mode or os.environ.get("WANDB_MODE") or "online"
-
     def init(mode: Any) -> Any:
         return wandb.init(
             project=config.project,
@@ -103,11 +100,11 @@ def _init(
         )
 
     try:
-        return init(mode)
+        return init(config.mode)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         text = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            Problem("track.wandb", text, "", "run `wandb login`, or give track.wandb.mode=offline")
+            Problem("track.wandb", text, "", "mend it, or give track.wandb.mode=offline")
         ) from error
     except wandb.errors.CommError as error:
         logger.warning(

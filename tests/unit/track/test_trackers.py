@@ -49,9 +49,16 @@ class Recorder:
         self._call(failed)
 
 
+def of(earlier: Mapping[str, Any] | None = None, **trackers: Recorder) -> Trackers:
+    group = Trackers(earlier)
+    for name, tracker in trackers.items():
+        group.open(name, lambda tracker=tracker: tracker)
+    return group
+
+
 def test_a_failing_tracker_warns_once_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
     broken, working = Recorder(ConnectionError("no route")), Recorder()
-    trackers = Trackers({"wandb": broken, "jsonl": working})
+    trackers = of(wandb=broken, jsonl=working)
     with caplog.at_level(logging.WARNING):
         trackers.log(1, {"loss": 1.0})
         trackers.log(2, {"loss": 0.5})
@@ -66,9 +73,26 @@ def test_a_failing_tracker_warns_once_and_stops_nobody(caplog: pytest.LogCapture
 
 
 def test_a_full_disk_passes() -> None:
-    trackers = Trackers({"jsonl": Recorder(TrainingError(Problem("metrics.jsonl", "no space")))})
+    trackers = of(jsonl=Recorder(TrainingError(Problem("metrics.jsonl", "no space"))))
     with pytest.raises(TrainingError):
         trackers.log(1, {})
+
+
+def test_a_tracker_that_is_off_or_fails_finds_its_state_again() -> None:
+    earlier = {"wandb": {"run_id": "abc"}, "other": {"x": 1}}
+    assert of(earlier, jsonl=Recorder()).state() == {**earlier, "jsonl": {"calls": 1}}
+    assert of(earlier, wandb=Recorder(OSError("gone"))).state() == earlier
+
+
+def test_a_tracker_that_cannot_open_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    config = TrackConfig(jsonl=JsonlConfig(), tensorboard=TensorBoardConfig())
+    trackers = opened(config, tmp_path)
+    trackers.log(1, {"loss": 1.0})
+    trackers.close(failed=False)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("track.tensorboard fails, training goes on: ")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
 def test_no_tracker_is_allowed(tmp_path: Path) -> None:
