@@ -53,7 +53,7 @@ from llmtrain.data.sources import (
 )
 from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.data.workers import Workers, count
-from llmtrain.errors import DataError, Problem
+from llmtrain.errors import DataError, Problem, UserError
 from llmtrain.files import sync_folder, write_atomically, write_json_atomically
 
 NO_EFFECT = ("workers", "overwrite", "output", "source")
@@ -72,24 +72,23 @@ def prepare(config: PrepareConfig) -> Report:
     identity = _identity(config, files, given_model)
     source_bytes = sum(file.size for file in files)
     needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in files)
-    with Progress() as progress:
-        with disk_errors(config.output, needed), _locked(config.output):
-            report = _finished(config, identity)
-            if report is None:
-                work = _open_work(config, identity, files, progress)
-                if not (work / MANIFEST_NAME).exists():
-                    workers = os.cpu_count() or 1 if config.workers is None else config.workers
-                    with Workers(workers, config.output, needed) as pool:
-                        run = _Run(config, files, work, pool, progress)
-                        manifest = run.manifest(identity, skipped, source_bytes, given_model)
-                    write_json_atomically(work / MANIFEST_NAME, manifest)
-                manifest = json.loads((work / MANIFEST_NAME).read_text())
-                _commit(work, config.output)
-                report = Report.from_recorded(manifest["report"])
-                report.seconds, report.stages = time.monotonic() - started, progress.seconds
-        report.output = str(config.output)
-        for line in report.lines():
-            progress.say(line)
+    with Progress() as progress, disk_errors(config.output, needed), _locked(config.output):
+        report = _finished(config, identity)
+        if report is None:
+            work = _open_work(config, identity, files, progress)
+            if not (work / MANIFEST_NAME).exists():
+                workers = os.cpu_count() or 1 if config.workers is None else config.workers
+                with _tidied(work), Workers(workers, config.output, needed) as pool:
+                    run = _Run(config, files, work, pool, progress)
+                    manifest = run.manifest(identity, skipped, source_bytes, given_model)
+                write_json_atomically(work / MANIFEST_NAME, manifest)
+            manifest = json.loads((work / MANIFEST_NAME).read_text())
+            _commit(work, config.output)
+            report = Report.from_recorded(manifest["report"])
+            report.seconds, report.stages = time.monotonic() - started, progress.seconds
+    report.output = str(config.output)
+    for line in report.lines():
+        progress.say(line)
     return report
 
 
@@ -133,7 +132,11 @@ def _short(value: Any) -> str:
 def _locked(output: Path) -> Iterator[None]:
     """Only one process at a time works in an output folder."""
     made = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"a place where no folder can be made ({error.strerror})"
+        raise DataError(Problem(str(output), got, "", "choose another output")) from error
     descriptor = os.open(output, os.O_RDONLY)
     try:
         try:
@@ -219,6 +222,17 @@ def _open_work(
     work.mkdir()
     write_json_atomically(path, request)
     return work
+
+
+@contextmanager
+def _tidied(work: Path) -> Iterator[None]:
+    """Remove work in which nothing is finished when a user's error ends it."""
+    try:
+        yield
+    except UserError:
+        if not any(work.glob("read/*/*.text")):
+            shutil.rmtree(work)
+        raise
 
 
 def _commit(work: Path, output: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import glob
 import gzip
 import io
@@ -24,7 +25,7 @@ from typing import IO, Any
 import xxhash
 
 from llmtrain.data.packages import PREFIX, package_root
-from llmtrain.errors import DataError, Problem, nearest
+from llmtrain.errors import DataError, Problem
 
 KINDS = ("txt", "jsonl", "csv", "parquet")
 COMPRESSIONS = ("gz", "zst")
@@ -136,9 +137,11 @@ def _expand(source: str) -> Iterator[tuple[Path, str, bool]]:
                 yield match, named(match), "**" not in location
     else:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = nearest(path.name, siblings) if siblings else ""
+        near = ", ".join(difflib.get_close_matches(path.name, siblings))
         raise DataError(
-            Problem(source, "no such file or folder", f"there are {near}" if near else "", "check the name")
+            Problem(
+                source, "no such file or folder", f"in that folder: {near}" if near else "", "check the name"
+            )
         )
 
 

@@ -50,9 +50,7 @@ def main() -> None:
         folder = Path(scratch)
         source = folder / f"source.{options.format}"
         text_bytes = _write_source(source, reviews, options.megabytes * 1_000_000)
-        print(
-            f"source: {source.stat().st_size / 1e6:,.0f} MB, {text_bytes / 1e6:,.0f} MB of text, {options.format}"
-        )
+        print(f"{options.format}: {source.stat().st_size / 1e6:,.0f} MB, {text_bytes / 1e6:,.0f} MB of text")
         script = folder / "prepare.py"
         script.write_text(PREPARE)
         model = _train(folder, script, reviews, options.workers)
@@ -62,19 +60,10 @@ def main() -> None:
             stages, seconds, peak, sizes = _prepare(folder, script, source, model, options.workers)
             encoding = text_bytes / 1e6 / (stages["encoding"] + stages["shards"])
             rows.append((reference, encoding, encoding / reference, text_bytes / 1e6 / seconds, peak, sizes))
-        head = (
-            "sentencepiece MB/s",
-            "encode+write MB/s",
-            "ratio",
-            "whole prepare MB/s",
-            "peak RSS MB",
-            "parent, workers",
-        )
-        print(" | ".join(head))
+        print("sentencepiece MB/s | encode+write MB/s | ratio | prepare MB/s | peak RSS MB | each process")
         for reference, encoding, ratio, whole, peak, sizes in rows:
-            print(
-                f"{reference:18.1f} | {encoding:17.1f} | {ratio:5.2f} | {whole:18.1f} | {peak:11,.0f} | {sizes}"
-            )
+            figures = f"{reference:18.1f} | {encoding:17.1f} | {ratio:5.2f} | {whole:12.1f} | {peak:11,.0f}"
+            print(f"{figures} | {sizes}")
 
 
 def _reviews() -> list[str]:

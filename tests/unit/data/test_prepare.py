@@ -270,7 +270,7 @@ def test_folders_with_other_things_are_left_alone(tmp_path: Path, source: Path):
 
 def test_an_output_that_cannot_be_a_folder(tmp_path: Path, source: Path):
     for output in (source, source / "below"):
-        with pytest.raises(DataError, match=r"texts\.jsonl.*: got a place that cannot be written"):
+        with pytest.raises(DataError, match=r"texts\.jsonl.*: got a place where no folder can be made"):
             prepare(config(output, source))
 
 
@@ -285,7 +285,7 @@ def test_sources_without_text(tmp_path: Path, content: str, message: str):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         prepare(config(tmp_path / "corpus", tmp_path / "a.jsonl"))
-    assert not (tmp_path / "corpus" / "manifest.json").exists()
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_undecodable_bytes_name_the_file_and_the_byte(tmp_path: Path):
