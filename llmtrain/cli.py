@@ -162,7 +162,7 @@ def explain(error: Exception, verb: str) -> Problem:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         return Problem(key, "an unknown key", nearest_keys(key, verb), "check the name, or see --help")
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = match[1], match[2]
         return Problem(group, repr(option), nearest(option, group_options(group)), f"see conf/{group}/")
     if match := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
@@ -184,7 +184,7 @@ def group_options(group: str) -> list[str]:
 
 def nearest_keys(key: str, verb: str) -> str:
     """The verb's keys most like `key`, looked for in its composed configuration."""
-    from hydra import compose
+    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     known: list[str] = []
@@ -196,7 +196,8 @@ def nearest_keys(key: str, verb: str) -> str:
             if isinstance(value, dict):
                 walk(value, path)
 
-    walk(OmegaConf.to_container(compose(config_name=verb), resolve=False), "")
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        walk(OmegaConf.to_container(compose(config_name=verb), resolve=False), "")
     known += group_options("")
     parent = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]

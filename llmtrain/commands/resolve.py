@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llmtrain.config import decode
@@ -52,6 +53,7 @@ def resolve(
         problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
     ]
     problems += _optimizer_problems(config)
+    problems += _resume_problems(config)
     layout: Layout | None = None
     corpus: Corpus | None = None
     model = config.model
@@ -95,3 +97,17 @@ def _optimizer_problems(config: TrainConfig) -> list[Problem]:
             )
         ]
     return []
+
+
+def _resume_problems(config: TrainConfig) -> list[Problem]:
+    resume = config.checkpoint.resume
+    if resume in ("auto", "never") or Path(resume).expanduser().exists():
+        return []
+    return [
+        Problem(
+            "checkpoint.resume",
+            f"{resume}, no such folder",
+            "auto, never, or a run folder or checkpoint",
+            "auto starts anew where there is nothing to resume",
+        )
+    ]

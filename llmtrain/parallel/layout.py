@@ -130,9 +130,9 @@ def plan_layout(
     problems += [problem.within("batch") for problem in batch.problems()]
     if problems:
         raise ConfigError(problems)
-    problems += _unavailable_axes(parallel)
+    unavailable = list(_unavailable_axes(parallel))
+    problems += unavailable or _world_problems(parallel, world_size)
     problems += _engine_problems(parallel, engine, precision, device)
-    problems += _world_problems(parallel, world_size)
     data = parallel.data or world_size // _others(parallel)
     if data >= 1:
         problems += _batch_problems(batch, data)

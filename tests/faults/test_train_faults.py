@@ -1,0 +1,234 @@
+"""What goes wrong around a training run: kills, damage, mistakes. Each mistake is one line and exit code
+2; each kill loses at most the steps since the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmtrain.checkpoint.store import Checkpoint, list_steps
+from tests.conftest import write_text
+from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+
+pytestmark = pytest.mark.slow
+
+
+def arguments(corpus: Path, run: Path, *overrides: str) -> list[str]:
+    settings = [*TINY_GPT, "train.steps=12", "checkpoint.every=3", "evaluation.every=6", "model.dropout=0.1"]
+    return ["train", *settings, f"data.path={corpus}", f"run.dir={run}", *overrides]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> dict[int, tuple]:
+    """Everything that training computes, by step; not what the clock says."""
+    return {
+        m["step"]: (m["loss"], m["grad_norm"], m["lr"], m["num_targets"]) for m in metrics(run) if "loss" in m
+    }
+
+
+def assert_mistake(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, one line that holds all `words`, no traceback."""
+    assert done.returncode == 2, f"{done.returncode}: {done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def kill_at(step: int, command: list[str], run: Path, sig: int = signal.SIGKILL) -> subprocess.Popen[str]:
+    """Start `llmtrain command` and signal it as soon as `step` is in its metrics."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain", *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            break
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.002)
+    process.send_signal(sig)
+    process.wait(60)
+    return process
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that nothing disturbed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    done = llmtrain(*arguments(corpus, run))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_kill_and_resume_is_bit_exact(corpus: Path, finished: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    step = random.SystemRandom().randint(1, 10)
+    kill_at(step, arguments(corpus, run), run)
+    assert llmtrain(*arguments(corpus, run)).returncode == 0
+    assert curve(run) == curve(finished), f"killed at step {step}"
+    ours, theirs = (Checkpoint.open(list_steps(path / "checkpoints")[-1]) for path in (run, finished))
+    assert ours.step == theirs.step == 12
+    for entry, expected in zip(ours.manifest["files"], theirs.manifest["files"], strict=True):
+        assert entry == expected  # weights and optimizer state, by checksum
+
+
+def test_termination_saves_and_resumes(corpus: Path, finished: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    command = arguments(corpus, run, "checkpoint.every=null")
+    process = kill_at(2, command, run, signal.SIGTERM)
+    assert process.returncode == 0
+    assert list_steps(run / "checkpoints"), "no checkpoint on SIGTERM"
+    assert llmtrain(*command).returncode == 0
+    assert curve(run) == curve(finished)
+
+
+def test_damaged_checkpoint_falls_back(corpus: Path, copy: Path):
+    newest = list_steps(copy / "checkpoints")[-1]
+    weights = newest / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    before = curve(copy)
+    done = llmtrain(*arguments(corpus, copy))
+    assert done.returncode == 0, done.stderr
+    assert f"damaged checkpoint passed over: {newest.name}" in done.stderr
+    assert "resuming from" in done.stderr
+    assert curve(copy) == before
+
+
+def test_only_damaged_checkpoints_are_refused(corpus: Path, copy: Path):
+    for path in list_steps(copy / "checkpoints"):
+        (path / "rank-00000.safetensors").write_bytes(b"cut")
+    assert_mistake(llmtrain(*arguments(corpus, copy)), "only damaged checkpoints")
+    assert_mistake(
+        llmtrain("evaluate", f"checkpoint={copy}", f"data.path={corpus}"), "rank-00000.safetensors"
+    )
+
+
+def test_loss_that_is_not_finite(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    overrides = ["optimizer=sgd", "optimizer.lr=1e20", "optimizer.max_grad_norm=0", "checkpoint.every=1"]
+    done = llmtrain(*arguments(corpus, run, *overrides, "schedule=constant", "schedule.warmup_steps=0"))
+    assert_mistake(done, "step ", "samples", "loss nan", "is kept")
+    assert list_steps(run / "checkpoints")
+
+
+def test_run_folder_in_use(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    command = arguments(corpus, run, "train.steps=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain", *command], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert_mistake(llmtrain(*command), "run.dir", "in use by process")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_resume_never_keeps_what_is_there(corpus: Path, copy: Path):
+    before = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    done = llmtrain(*arguments(corpus, copy, "checkpoint.resume=never"))
+    assert_mistake(done, "run.dir", "checkpoint.resume=auto")
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == before
+
+
+def test_resume_from_a_path(corpus: Path, finished: Path, copy: Path, tmp_path: Path):
+    """Another run's checkpoint starts a new run; a run's own earlier one takes it back there."""
+    elsewhere = tmp_path / "elsewhere"
+    source = list_steps(finished / "checkpoints")[0]
+    done = llmtrain(*arguments(corpus, elsewhere, f"checkpoint.resume={source}"))
+    assert done.returncode == 0, done.stderr
+    later = {step: values for step, values in curve(finished).items() if step > Checkpoint.open(source).step}
+    assert curve(elsewhere) == later
+
+    own = list_steps(copy / "checkpoints")[0]
+    done = llmtrain(*arguments(corpus, copy, f"checkpoint.resume={own}"))
+    assert done.returncode == 0, done.stderr
+    assert "set aside step-00000012" in done.stderr
+    assert curve(copy) == curve(finished)
+
+
+def test_other_tokenizer(copy: Path, tmp_path: Path):
+    source = write_text(tmp_path / "text.jsonl", 300)
+    output = tmp_path / "other"
+    prepared = llmtrain(
+        "prepare", f"source={source}", f"output={output}", "tokenizer.vocab_size=300", "workers=1"
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    vocabulary = "model.vocab_size=320"
+    assert_mistake(llmtrain(*arguments(output, copy, vocabulary)), "another tokenizer", "tokenizer.model=")
+    done = llmtrain("evaluate", f"checkpoint={copy}", f"data.path={output}")
+    assert_mistake(done, "another tokenizer")
+
+
+def test_altered_shard(corpus: Path, tmp_path: Path):
+    altered = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    (altered / ".verified.json").unlink(missing_ok=True)
+    shard = next(iter(sorted((altered / "train").glob("*.tar"))))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert_mistake(llmtrain(*arguments(altered, tmp_path / "run")), shard.name, "altered")
+    shard.write_bytes(content[:-512])
+    assert_mistake(llmtrain(*arguments(altered, tmp_path / "run")), shard.name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_models_run_folder(corpus: Path, copy: Path):
+    done = llmtrain(*arguments(corpus, copy, "model.hidden_size=64"))
+    assert_mistake(done, "another model", "hidden_size=64 here, 32 there")
+    done = llmtrain(*arguments(corpus, copy, "optimizer=sgd"))
+    assert_mistake(done, "optimizer", "'sgd'")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode != 0:
+        if os.environ.get("CI"):
+            pytest.fail(f"cannot mount a small disk: {mounted.stderr!r}")
+        pytest.skip("a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(corpus: Path, small_disk: Path):
+    """Checkpoints of some 500 kB on 1 MiB: the second does not fit beside the first."""
+    run = small_disk / "run"
+    done = llmtrain(*arguments(corpus, run))
+    assert_mistake(done, "a full disk", "MiB free", "resume")
+    kept = list_steps(run / "checkpoints")
+    assert [Checkpoint.open(path).damage() for path in kept] == [None] * len(kept)
+    assert kept
+    assert not list((run / "checkpoints").glob(".*partial"))
