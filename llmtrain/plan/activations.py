@@ -47,18 +47,22 @@ def activation_bytes(
     return tokens * per_token
 
 
-def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int) -> int:
-    """Bytes of a language model's head and loss at their peak: a chunk of logits with its gradient, the
-    gradients of the hidden states and of the head's weight, and in low precision the weight's copy."""
+def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str) -> int:
+    """Bytes of a language model's head and loss at their peak: chunks of logits, the gradients of the
+    hidden states and of the head's weight, and in low precision copies of both."""
     if isinstance(model, SimpleCNNConfig):
         return 0
     assert model.vocab_size is not None
     V, D = model.vocab_size, model.hidden_size
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
-    low_precision_copies = 2 * numbers.compute if numbers.compute < 4 else 0
-    return (
-        chunk * V * (4 + numbers.compute) + tokens * D * numbers.compute + V * D * (4 + low_precision_copies)
-    )
+    is_last = chunk == tokens
+    if numbers.compute == 4:
+        # Logits and log-probabilities, beside the chunk before.
+        return chunk * V * 4 * (2 if is_last else 3) + tokens * D * 4 + V * D * 4
+    softmax = chunk * V * (10 if is_last else 16)
+    # A chunk's weight gradient is made in low precision, and on a cpu added through an fp32 copy.
+    addition = chunk * V * 6 + V * D * (2 + (4 if device == "cpu" else 0))
+    return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
 
 
 def matrix_parameter_count(model: ModelConfig) -> int:

@@ -100,7 +100,7 @@ def memory_per_process(
             device=device,
             document_mask=document_mask,
         ),
-        logits=head_bytes(model, numbers, tokens=layout.micro_size * layout.sequence_length),
+        logits=head_bytes(model, numbers, tokens=layout.micro_size * layout.sequence_length, device=device),
         buffers=buffers,
         runtime=RUNTIME_BYTES[device],
     )

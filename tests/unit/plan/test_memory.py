@@ -118,6 +118,33 @@ def test_lstm_activations(hidden_size: int, num_layers: int, precision: str) -> 
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "vocab_size"), [(512, 64, 2000), (512, 256, 2000), (64, 64, 500)]
+)
+def test_peak_of_the_head(
+    tokens: int, hidden_size: int, vocab_size: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (head, activations):
+        monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 2**18)
+    model = head.LanguageModelHead(hidden_size, vocab_size)
+    torch.nn.init.normal_(model.weight, std=0.02)
+    hidden = torch.randn(1, tokens, hidden_size, requires_grad=True)
+    labels = torch.randint(vocab_size, (1, tokens))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        with autocast(precision):
+            loss = model(hidden, labels)
+        loss.backward()
+    now = peak = 0
+    for event in run.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    config = GPTConfig(vocab_size=vocab_size, hidden_size=hidden_size)
+    expected = activations.head_bytes(config, NUMBERS[precision], tokens=tokens, device="cpu")
+    assert peak == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_cnn_activations(dropout: float) -> None:
     config = SimpleCNNConfig(dropout=dropout)
