@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.models.attention import attend
 from llmtrain.models.config import GPTConfig, RopeScaling
 
 
@@ -139,16 +140,8 @@ class Attention(nn.Module):
         q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
-        y_BNTH = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            # One new token sees every key; is_causal would show it the first alone.
-            is_causal=context.mask is None and T > 1,
-            enable_gqa=self.queries_per_kv > 1,
-        )
+        dropout = self.dropout if self.training else 0.0
+        y_BNTH = attend(q, k, v, mask=context.mask, dropout=dropout)
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
 
