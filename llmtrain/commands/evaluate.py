@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from llmtrain.config import decode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.data.corpus import Corpus
     from llmtrain.data.loader import MicroBatch
+
+COUNT_WINDOW = 2**20
+"""Tokens read at once while counting."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class EvaluateConfig:
     """null: as in training, or the model's longest."""
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    unigram: bool = False
+    """Also what the training split's token frequencies alone would reach; reads the whole split."""
     output: Path | None = None
     """A file for the figures, as JSON."""
 
@@ -67,7 +74,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     )
     counter = None
     if corpus is not None:
-        counter = ByteCounter(corpus.tokenizer_path)
+        counter = TargetCounter(corpus.manifest.vocab_size)
         batches = counter.watch(batches)
     totals = evaluate_batches(trained.build(device), objective, batches, device, config.precision)
     figures: dict[str, Any] = {
@@ -78,29 +85,46 @@ def run(mapping: Mapping[str, Any]) -> None:
         "loss": totals.loss,
         **totals.metrics,
     }
-    if counter is not None:
+    if counter is not None and corpus is not None:
         figures["perplexity"] = math.exp(min(totals.loss, 700.0))
-        figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes)
+        figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpus))
+        if config.unigram:
+            figures["unigram_loss"] = counter.unigram_loss(corpus)
     for name, value in figures.items():
         print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
     if config.output is not None:
         files.write_json_atomically(config.output.expanduser(), figures)
 
 
-class ByteCounter:
-    """Counts the UTF-8 bytes of text that the targets of passing batches stand for."""
+class TargetCounter:
+    """Counts the targets of passing batches by token, for figures that compare models."""
 
-    def __init__(self, tokenizer: Path) -> None:
-        from llmtrain.data.tokenizer import Tokenizer
-
-        self._lengths = Tokenizer.load(tokenizer).token_byte_lengths()
-        self.num_bytes = 0
+    def __init__(self, vocab_size: int) -> None:
+        self._counts_V = np.zeros(vocab_size, dtype=np.int64)
 
     def watch(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         for micro in batches:
             labels = micro.batch["labels"].numpy()
-            self.num_bytes += int(self._lengths[labels[labels >= 0]].sum())
+            self._counts_V += np.bincount(labels[labels >= 0], minlength=len(self._counts_V))
             yield micro
+
+    def num_bytes(self, corpus: Corpus) -> int:
+        """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""
+        from llmtrain.data.tokenizer import Tokenizer
+
+        lengths_V = Tokenizer.load(corpus.tokenizer_path).token_byte_lengths()
+        return int(self._counts_V @ lengths_V)
+
+    def unigram_loss(self, corpus: Corpus) -> float:
+        """Mean loss, nats, of the targets under the training split's token frequencies (each one more
+        than counted): what a model that ignores the context would reach."""
+        train = corpus.split("train")
+        counts_V = np.ones(len(self._counts_V), dtype=np.int64)
+        for start in range(0, train.num_tokens, COUNT_WINDOW):
+            tokens, _ = train.read(start, min(train.num_tokens, start + COUNT_WINDOW))
+            counts_V += np.bincount(tokens, minlength=len(counts_V))
+        log_probs_V = np.log(counts_V / counts_V.sum())
+        return float(-(self._counts_V @ log_probs_V) / max(1, self._counts_V.sum()))
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpus: Corpus | None) -> None:

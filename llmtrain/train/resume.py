@@ -107,4 +107,6 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
     for section, key in (("batch", "global_size"), ("batch", "sequence_length"), ("", "seed")):
         was, now = (c[section][key] if section else c[key] for c in (before, ours))
         if was != now:
-            say(f"note: {section}{'.' if section else ''}{key} was {was}, is {now}; samples come in a new order")
+            say(
+                f"note: {section}{'.' if section else ''}{key} was {was}, is {now}; samples come in a new order"
+            )

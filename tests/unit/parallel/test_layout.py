@@ -104,7 +104,6 @@ def test_all_problems_come_together() -> None:
         "parallel.sequence",
         "parallel.zero",
         "precision",
-        "parallel",
         "batch.global_size",
     ]
 
