@@ -18,7 +18,8 @@ from llmtrain.errors import Problem, TrainingError
 class Observer(Protocol):
     """What is told of each step and evaluation: metrics, progress."""
 
-    def on_step(self, step: int, result: StepResult, lr: float, data_wait: float) -> None: ...
+    def on_step(self, step: int, result: StepResult, lr: float, seconds: float, data_wait: float) -> None:
+        """`seconds` of the whole step, `data_wait` of them spent waiting for its samples."""
 
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None: ...
 
@@ -77,6 +78,7 @@ def train(
     batches = loader.steps(start_step)
     with stop_signals() as stop_requested:
         for step in range(start_step, steps):
+            started = time.perf_counter()
             batch = next(batches)
             lr = hooks.lr(step)
             try:
@@ -86,7 +88,7 @@ def train(
                 stopped.everywhere = True
                 raise stopped from error
             done = step + 1
-            observer.on_step(done, result, lr, batch.wait_seconds)
+            observer.on_step(done, result, lr, time.perf_counter() - started, batch.wait_seconds)
             if is_due(done, evaluate_every, steps):
                 validation_loss = evaluate(done)
             if result.stop or is_due(done, save_every, steps):

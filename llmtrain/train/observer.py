@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from llmtrain.engine.base import StepResult
@@ -36,12 +34,10 @@ class RunObserver:
         self._peak = 0.0
         if trackers is not None:
             self._peak = layout.world_size * throughput.peak_flops(device.type, config.precision)
-        self._last = time.perf_counter()
 
-    def on_step(self, step: int, result: StepResult, lr: float, data_wait: float) -> None:
-        now = time.perf_counter()
-        self._meter.add(self._global_size * self._units, now - self._last)
-        self._last = now
+    def on_step(self, step: int, result: StepResult, lr: float, seconds: float, data_wait: float) -> None:
+        tokens = self._global_size * self._units
+        self._meter.add(tokens, seconds)
         if self._trackers is None or self._progress is None:
             return
         rate = self._meter.tokens_per_second
@@ -50,6 +46,7 @@ class RunObserver:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens_per_second": rate,
+            "step_tokens_per_second": tokens / seconds,
             "mfu": throughput.model_flops_utilization(rate, self._flops, self._peak),
             "memory_bytes": throughput.memory_bytes(self._device_type),
             "data_wait_seconds": data_wait,
@@ -62,7 +59,6 @@ class RunObserver:
         self._progress.update(step, metrics)
 
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None:
-        self._last = time.perf_counter()
         if self._trackers is None or self._progress is None:
             return
         metrics = {"validation_loss": totals.loss}

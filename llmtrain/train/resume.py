@@ -104,9 +104,8 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
     if theirs["fingerprint"] != data["fingerprint"]:
         say(f"note: the corpus has changed since {checkpoint.path.name}; the order of samples is a new one")
     ours = encode(config)
-    for section, key in (("batch", "global_size"), ("batch", "sequence_length"), ("", "seed")):
-        was, now = (c[section][key] if section else c[key] for c in (before, ours))
+    for section, key in (("batch", "global_size"), ("batch", "sequence_length"), (None, "seed")):
+        was, now = ((c[section] if section else c)[key] for c in (before, ours))
         if was != now:
-            say(
-                f"note: {section}{'.' if section else ''}{key} was {was}, is {now}; samples come in a new order"
-            )
+            name = f"{section}.{key}" if section else key
+            say(f"note: {name} was {was}, is {now}; samples come in a new order")

@@ -1,0 +1,83 @@
+"""Imports run one way through the rooms of llmtrain, and heavy libraries stay in theirs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import llmtrain
+
+PACKAGE = Path(llmtrain.__file__).parent
+ORDER = (
+    {"errors"},
+    {"config", "files"},
+    {"models", "optim", "track"},
+    {"objectives", "data"},
+    {"parallel"},
+    {"plan"},
+    {"engine"},
+    {"checkpoint", "generation"},
+    {"train"},
+    {"families"},
+    {"commands"},
+    {"cli", "torchrun"},
+    {"__main__"},
+)
+"""From the ground up: a room imports itself and rooms of earlier sets alone."""
+
+ONLY_IN = {
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+    "deepspeed": {"engine"},
+    "wandb": {"track"},
+    "sentencepiece": {"data", "checkpoint"},
+    "transformers": set(),
+}
+
+
+def imports() -> Iterator[tuple[Path, str]]:
+    """(file, imported module) over the whole package, imports inside functions included."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                module = node.module or ""
+                if module == "llmtrain":
+                    yield from ((path, f"llmtrain.{alias.name}") for alias in node.names)
+                else:
+                    yield path, module
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_run_one_way():
+    level = {name: i for i, names in enumerate(ORDER) for name in names}
+    wrong = []
+    for path, module in imports():
+        parts = module.split(".")
+        if parts[0] != "llmtrain" or len(parts) == 1 or parts[1] == "__version__" or room(path) == "__init__":
+            continue
+        if parts[1] != room(path) and level[parts[1]] >= level[room(path)]:
+            wrong.append(f"{path.relative_to(PACKAGE)} imports {module}")
+    assert not wrong
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {module}"
+        for path, module in imports()
+        if room(path) not in ONLY_IN.get(module.split(".")[0], {room(path)})
+    ]
+    assert not wrong
+
+
+def test_every_room_is_packaged():
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    for folder in PACKAGE.iterdir():
+        if (folder / "__init__.py").exists():
+            assert f'"llmtrain.{folder.name}"' in text, f"{folder.name} is missing from pyproject.toml"
