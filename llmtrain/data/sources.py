@@ -400,7 +400,7 @@ def _read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
     size = 0
     for line in lines:
         blank = not line or line.isspace()
-        if line:
+        if document or not blank:
             document.append(line)
             size += len(line)
         if not blank and size > LONGEST_LINE:
@@ -413,10 +413,8 @@ def _read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
             (size >= AUTO_DOCUMENT_BYTES if blank else size >= 2 * AUTO_DOCUMENT_BYTES) if pack else blank
         )
         if ends and document:
-            text = b"".join(document)
-            if not text.isspace():
-                documents.append(text)
-                batch_size += size
+            documents.append(b"".join(document))
+            batch_size += size
             document, size = [], 0
         if batch_size >= BATCH_BYTES:
             yield documents
@@ -524,7 +522,12 @@ def _read_csv(file: SourceFile, text_field: str) -> Iterator[list[bytes]]:
 
     with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         csv.field_size_limit(LONGEST_LINE)
-        header = next(csv.reader(text), None)
+        try:
+            header = next(csv.reader(text), None)
+        except csv.Error as error:
+            raise DataError(
+                Problem(f"{file.name} header", f"no CSV ({error})", "names of the columns")
+            ) from error
     if header is None:
         return
     if text_field not in header:

@@ -64,6 +64,8 @@ def main() -> None:
         for reference, encoding, ratio, whole, peak, sizes in rows:
             figures = f"{reference:18.1f} | {encoding:17.1f} | {ratio:5.2f} | {whole:12.1f} | {peak:11,.0f}"
             print(f"{figures} | {sizes}")
+        best = max(row[1] for row in rows) / max(row[0] for row in rows)
+        print(f"best against best: {best:.2f} (at least 0.5 is wanted)")
 
 
 def _reviews() -> list[str]:

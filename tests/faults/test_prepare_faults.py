@@ -162,6 +162,22 @@ def test_workers_end_with_their_parent(runner: Path):
 
 
 @pytest.mark.slow
+def test_a_worker_that_the_system_kills_is_told(runner: Path):
+    process = start(runner, "corpus", workers=2)
+    parent = psutil.Process(process.pid)
+    deadline = time.monotonic() + 30
+    while not (workers := [p for p in parent.children() if "spawn_main" in " ".join(p.cmdline())]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    workers[0].kill()
+    code, error = finish(process)
+    assert code == 1
+    assert "workers: got a worker process that was killed" in error
+    assert len(error.strip().splitlines()) == 1
+    assert finish(start(runner, "corpus", workers=2)) == (0, "")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
     runner: Path, workers: int, monkeypatch: pytest.MonkeyPatch

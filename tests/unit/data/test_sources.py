@@ -141,6 +141,16 @@ def test_auto_packs_paragraphs_to_about_4_kib(tmp_path: Path):
     assert "\n".join(documents) == "\n".join(paragraphs)
 
 
+@pytest.mark.parametrize("mode", ["auto", "paragraph"])
+def test_blank_lines_are_no_documents(tmp_path: Path, mode: str):
+    (tmp_path / "a.txt").write_text("\n \n\none\n\n\n\ntwo\n\n\n")
+    (part,) = next(plan_units(find_files([str(tmp_path / "a.txt")])[0], mode))
+    raw = [document for batch in read_part(part, "text", mode, tmp_path) for document in batch]
+    assert [bytes(document).split() for document in raw] == (
+        [[b"one", b"two"]] if mode == "auto" else [[b"one"], [b"two"]]
+    )
+
+
 def test_a_row_longer_than_the_csv_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
     texts = ["a", "b" * 800, "c\n" * 5000, "d", "e" * 20_000, "f"]
