@@ -17,7 +17,10 @@ IGNORE_INDEX = -100
 """Label of a position that bears no loss; torch's own default."""
 
 LOGITS_PER_CHUNK = 2**23
-"""Logits held at once, fp32: 32 MiB. Measured on CPU: see tests/bench/head.py."""
+"""Logits held at once."""
+
+CACHED_LOGITS = 2**18
+"""Logits whose softmax a CPU takes at once, to stay in its cache."""
 
 
 class LanguageModelHead(nn.Module):
@@ -111,15 +114,11 @@ def _forward(
     for start in range(0, labels_M.numel(), chunk):
         hidden_CD = hidden_MD[start : start + chunk]
         labels_C1 = labels_M[start : start + chunk, None]
-        log_probs_CV = torch.log_softmax(hidden_CD @ weight.T, dim=-1, dtype=torch.float32)
-        loss -= log_probs_CV.gather(1, labels_C1).sum()
+        logits_CV = hidden_CD @ weight.T
+        loss += _cross_entropy_(logits_CV, labels_C1)
         if not (hidden_gradient_wanted or weight_gradient_wanted):
             continue
-        # d loss / d logits = softmax − one-hot
-        grad_logits = log_probs_CV.exp_().scatter_add_(
-            1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32)
-        )
-        grad_logits_CV = grad_logits.to(compute_dtype)
+        grad_logits_CV = logits_CV
         if grad_hidden_MD is not None:
             torch.mm(grad_logits_CV, weight, out=grad_hidden_MD[start : start + chunk])
         if grad_weight_VD is not None:
@@ -135,4 +134,19 @@ def _forward(
     if grad_hidden_BTD is not None:
         grad_hidden_BTD = grad_hidden_BTD.view(hidden_BTD.shape)
     ctx.save_for_backward(grad_hidden_BTD, grad_weight_VD)
+    return loss
+
+
+def _cross_entropy_(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
+    """The summed loss, fp32; turns the logits into its gradient by them, softmax − one-hot, in place."""
+    loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
+    rows = logits_CV.shape[0]
+    if logits_CV.device.type == "cpu":
+        rows = max(1, CACHED_LOGITS // logits_CV.shape[1])
+    for logits, labels in zip(logits_CV.split(rows), labels_C1.split(rows), strict=True):
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        loss -= log_probs.gather(1, labels).sum()
+        grad = log_probs.exp_()
+        grad.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=torch.float32))
+        logits.copy_(grad)
     return loss
