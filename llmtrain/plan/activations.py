@@ -1,8 +1,8 @@
 """Bytes that a forward pass keeps for the backward pass, by model family.
 
 The way of counting is that of Korthikanti et al. (arXiv:2205.05198, section 4), over what these modules
-really keep: scaled_dot_product_attention keeps no T² term unless it must, and the head's loss works on a
-chunk of the logits. Tests compare with what torch keeps.
+really keep: attention keeps a T² term on the CPU alone, and the head's loss works on a chunk of the
+logits. Tests compare with what torch keeps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 ModelConfig = GPTConfig | LSTMConfig | SimpleCNNConfig
 
 LOGITS_PER_CHUNK = 2**23
-"""As in models/head.py; a test compares."""
+ATTENTION_BLOCK = 128
+LONGEST_BLOCKWISE = 2048
+"""As in models/head.py and models/attention.py; a test compares."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def activation_bytes(
 
 
 def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str) -> int:
-    """Bytes of a language model's head and loss at their peak: chunks of logits, the gradients of the
-    hidden states and of the head's weight, and in low precision copies of both."""
+    """Upper estimate of the bytes of a language model's head and loss at their peak: chunks of logits, the
+    gradients of the hidden states and of the head's weight, and in low precision copies of both."""
     if isinstance(model, SimpleCNNConfig):
         return 0
     assert model.vocab_size is not None
@@ -105,16 +107,28 @@ def _attention_bytes(
 ) -> int:
     """Per token, between qkv's output and attention's output."""
     queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
-    if model.dropout > 0 and device == "cpu":
-        # Flash attention has no dropout there; what replaces it keeps, in fp32, copies of q, k and v,
-        # the probabilities, their mask and the masked probabilities.
+    if device == "cpu" and model.dropout > 0:
+        # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
+        # mask and the masked probabilities.
         return 4 * (3 * queries + 3 * model.num_heads * sequence_length)
+    if device == "cpu" and 1 < sequence_length <= LONGEST_BLOCKWISE:
+        # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see.
+        return numbers.compute * (3 * queries + model.num_heads * _keys_in_view(sequence_length))
     kept = queries + 2 * keys
     if model.positions == "rope":
         kept += queries + keys
     if document_mask:
         kept += sequence_length  # each layer turns the mask into numbers
     return kept * numbers.compute + 4 * model.num_heads
+
+
+def _keys_in_view(sequence_length: int) -> int:
+    """Keys that blockwise attention multiplies a query with, on average."""
+    ends = range(ATTENTION_BLOCK, sequence_length + ATTENTION_BLOCK, ATTENTION_BLOCK)
+    pairs = sum(
+        (min(end, sequence_length) - (end - ATTENTION_BLOCK)) * min(end, sequence_length) for end in ends
+    )
+    return -(-pairs // sequence_length)
 
 
 def _lstm_bytes(model: LSTMConfig, numbers: Numbers) -> int:
