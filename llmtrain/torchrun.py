@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmtrain.errors import EXIT_CODE, ConfigError, Problem, UserError
 
@@ -107,8 +107,16 @@ def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
     return hosts
 
 
-def interface_towards(address: str) -> tuple[str, str]:
-    """The (network interface, own address on it) by which this host speaks to `address`.
+class Route(NamedTuple):
+    """How this host speaks to another, or to itself."""
+
+    interface: str
+    own_address: str
+    to_itself: bool
+
+
+def route_to(address: str) -> Route:
+    """The network interface, and this host's address on it, that lead to `address`.
 
     Debian names the machine itself 127.0.1.1, where no other host can reach it: a NAME that leads back
     to the loopback takes the interface of the default route, if there is one; a literal 127.x stays.
@@ -127,15 +135,17 @@ def interface_towards(address: str) -> tuple[str, str]:
         raise ConfigError(
             Problem("MASTER_ADDR", repr(address), "a host that a route leads to", "check the network")
         )
-    if ipaddress.ip_address(own_address).is_loopback and not _is_literal(address):
-        # Connecting a datagram socket sends nothing; it only asks the routing table.
+    is_loopback = ipaddress.ip_address(own_address).is_loopback
+    to_itself = is_loopback or own_address in {where[0] for *_, where in found}
+    if is_loopback and not _is_literal(address):
         own_address = _own_address(socket.AF_INET, "192.0.2.1") or own_address
-    return _interface_of(own_address), own_address
+    return Route(_interface_of(own_address), own_address, to_itself)
 
 
 def _own_address(family: int, towards: str | int) -> str | None:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
+            # This sends nothing: it only asks the routing table.
             probe.connect((towards, 9))
         except OSError:
             return None
@@ -228,7 +238,7 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     Raises ConfigError where the environment or the log folder cannot be used.
     """
     hosts = hosts_from_environment(environment)
-    interface, own_address = interface_towards(hosts.address)
+    route = route_to(hosts.address)
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
     try:
@@ -238,16 +248,16 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
         raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a folder to write in ({error})")) from None
 
     # The backends would take the address that this host's own name resolves to.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)
     if hosts.num_nodes > 1:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
-    code = _run_agent(hosts, own_address, folder, overrides)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={route.interface}")
+    code = _run_agent(hosts, route, folder, overrides)
     if code and hosts.num_nodes > 1:
         exit_report.write_text(f"{code}\n")
     return code
 
 
-def _run_agent(hosts: Hosts, own_address: str, folder: Path, overrides: Sequence[str]) -> int:
+def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str]) -> int:
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -269,8 +279,9 @@ def _run_agent(hosts: Hosts, own_address: str, folder: Path, overrides: Sequence
         run_id=hosts.run_id,
         rdzv_backend=hosts.backend,
         rdzv_endpoint=endpoint,
-        rdzv_configs={"rank": hosts.node_rank} if hosts.backend == "static" else {},
-        local_addr=own_address,
+        # torch finds out who hosts the rendezvous by the machine's name, which may lead to the loopback.
+        rdzv_configs={"rank": hosts.node_rank} if hosts.backend == "static" else {"is_host": route.to_itself},
+        local_addr=route.own_address,
         max_restarts=0,
         start_method="spawn",
         logs_specs=_one_log_a_rank(folder),

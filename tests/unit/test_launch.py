@@ -64,15 +64,15 @@ def test_mistakes_in_the_environment_are_told_together():
     assert mistakes(RDZV_ENDPOINT=":29500") == ["RDZV_ENDPOINT"]
 
 
-def test_interface_towards_this_host():
-    interface, address = torchrun.interface_towards("127.0.0.1")
-    assert address == "127.0.0.1"
+def test_route_to_this_host():
+    interface, address, to_itself = torchrun.route_to("127.0.0.1")
+    assert (address, to_itself) == ("127.0.0.1", True)
     assert interface in [name for _, name in socket.if_nameindex()]
 
 
 def test_a_host_that_cannot_be_resolved():
     with pytest.raises(ConfigError, match="resolve"):
-        torchrun.interface_towards("no-such-host.invalid")
+        torchrun.route_to("no-such-host.invalid")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""launch/slurm.sbatch on a real Slurm: cluster/slurm/two_nodes.sh brings up two nodes on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.faults.test_launch_torchrun import TRAINING, losses, one_process, unavailable, wait_for_first_step
+from tests.support.training import REPOSITORY
+
+__all__ = ["one_process"]
+pytestmark = pytest.mark.slow
+
+SBATCH = REPOSITORY / "launch/slurm.sbatch"
+TWO_NODES = REPOSITORY / "cluster/slurm/two_nodes.sh"
+
+
+def three_free_ports() -> int:
+    for first in range(17100, 18000, 3):
+        try:
+            for port in range(first, first + 3):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no three free ports")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Mapping[str, str]]:
+    """The environment of a user of a running cluster with node1 and node2."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [
+        program for program in ("slurmctld", "sbatch", "munged") if not shutil.which(program, path=path)
+    ]
+    if os.geteuid() != 0 or missing:
+        unavailable("a Slurm of one's own needs root, slurm-wlm and munge (apt-get install slurm-wlm munge)")
+    # A socket's path must be short.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        foreign = ("SLURM_", "SBATCH_", "MASTER_", "NPROC_PER_NODE", "NNODES", "LOG_DIR")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        environment = {**clean, "SLURM_PORT": str(three_free_ports()), "OMP_NUM_THREADS": "1"}
+        started = subprocess.run(
+            [TWO_NODES, "start", folder], env=environment, capture_output=True, text=True
+        )
+        assert started.returncode == 0, started.stderr
+        try:
+            yield {**environment, "SLURM_CONF": f"{folder}/slurm.conf"}
+        finally:
+            subprocess.run([TWO_NODES, "stop", folder], env=environment, check=True, capture_output=True)
+            assert not [p for p in psutil.process_iter() if folder in " ".join(p.cmdline())], (
+                "nothing is left"
+            )
+
+
+class Job:
+    """A job submitted from `folder`."""
+
+    def __init__(self, cluster: Mapping[str, str], folder: Path, *overrides: str, **environment: str) -> None:
+        self.environment, self.folder = {**cluster, **environment}, folder
+        command = ["sbatch", "--parsable", "--nodes", "2", str(SBATCH), *overrides]
+        done = subprocess.run(command, env=self.environment, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.strip()
+        self.logs = folder / f"llmtrain-{self.id}"
+
+    def output(self) -> str:
+        """What the job said."""
+        path = self.folder / f"llmtrain-{self.id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def exit_code(self) -> int:
+        """Its exit code, once it has ended."""
+        deadline = time.monotonic() + 150
+        while True:
+            command = ["scontrol", "show", "job", self.id]
+            shown = subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+            if not re.search(r"JobState=(PENDING|CONFIGURING|RUNNING|COMPLETING)", shown):
+                found = re.search(r"ExitCode=(\d+):(\d+)", shown)
+                assert found is not None, shown
+                assert found[2] == "0", shown
+                return int(found[1])
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize("overrides", [["engine=local"], ["parallel.zero=1"]], ids=["DDP", "ZeRO 1"])
+def test_two_nodes_train_as_one_process(
+    cluster: Mapping[str, str], one_process: list[float], corpus: Path, tmp_path: Path, overrides: list[str]
+):
+    folder = tmp_path / "a folder of the user's"
+    folder.mkdir()
+    arguments = [*TRAINING, f"data.path={corpus}", "run.dir=the run", "train.steps=4", *overrides]
+    job = Job(cluster, folder, *arguments)
+    assert job.exit_code() == 0, job.output()
+    np.testing.assert_allclose(losses(folder / "the run"), one_process, rtol=1e-5)
+    assert "step 4" in job.output()
+    assert "step 4" in (job.logs / "rank0.log").read_text()
+    assert (job.logs / "rank1.log").exists()
+
+
+def test_a_mistake_fails_the_job_with_code_2(cluster: Mapping[str, str], corpus: Path, tmp_path: Path):
+    arguments = [*TRAINING, f"data.path={corpus}", "run.dir=run", "model.num_leyers=2"]
+    job = Job(cluster, tmp_path, *arguments)
+    assert job.exit_code() == 2, job.output()
+    assert job.output().count("model.num_leyers") == 1, job.output()
+    assert "Traceback" not in job.output()
+
+
+def test_a_killed_rank_gives_the_job_its_exit_code(cluster: Mapping[str, str], corpus: Path, tmp_path: Path):
+    """Not that of node 0, whose rank only loses its peer, nor the highest one, which srun would give."""
+    endless = ["run.dir=run", "train.steps=100000", "evaluation.at_start=false"]
+    job = Job(cluster, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
+    wait_for_first_step(tmp_path / "run")
+    ours = {"RANK": "1", "SLURM_JOB_ID": job.id, "SLURM_CONF": cluster["SLURM_CONF"]}
+    ranks = [p for p in psutil.process_iter() if ours.items() <= _environment(p).items()]
+    assert len(ranks) == 1
+    ranks[0].kill()
+    assert job.exit_code() == 137, job.output()
+    assert "rank 1 exited with 137" in job.output()
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def test_the_cluster_starts_twice_and_tells_its_state(cluster: Mapping[str, str]):
+    folder = Path(cluster["SLURM_CONF"]).parent
+    for verb in ("start", "status"):
+        done = subprocess.run([TWO_NODES, verb, folder], env=cluster, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "node2" in done.stdout
+    others = {**cluster, "SLURM_CONF": ""}
+    refused = subprocess.run(
+        [TWO_NODES, "start", folder / "another"], env=others, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "is in use" in refused.stderr

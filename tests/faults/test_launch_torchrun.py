@@ -1,0 +1,175 @@
+"""launch/torchrun.sh on two hosts: two network namespaces with addresses of their own, joined by a cable.
+
+Both share this machine's name, which leads each of them to its own loopback: a rank that advertised it
+could not be reached, so these tests fail unless the launcher picks the interface between the hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = REPOSITORY / "launch/torchrun.sh"
+TRAINING = (*TINY_GPT, "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0")
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+
+
+def unavailable(reason: str) -> None:
+    """Skip on a user's machine; fail where CI promises to have everything."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must run this test: {reason}")
+    pytest.skip(f"NOT TESTED HERE: {reason}")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[str, str]]:
+    """The names of two network namespaces that reach each other at ADDRESSES."""
+    ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if os.geteuid() != 0 or ip is None:
+        unavailable("two hosts need root and `ip netns` (apt-get install iproute2)")
+    names = (f"llmtrain-{os.getpid()}-a", f"llmtrain-{os.getpid()}-b")
+    links = (f"lt{os.getpid()}a", f"lt{os.getpid()}b")
+    commands = [["netns", "add", name] for name in names]
+    commands.append(["link", "add", links[0], "type", "veth", "peer", "name", links[1]])
+    for name, link, address in zip(names, links, ADDRESSES, strict=True):
+        commands.append(["link", "set", link, "netns", name])
+        commands.append(["-n", name, "address", "add", f"{address}/24", "dev", link])
+        commands.append(["-n", name, "link", "set", link, "up"])
+        commands.append(["-n", name, "link", "set", "lo", "up"])
+    try:
+        for command in commands:
+            done = subprocess.run([ip, *command], capture_output=True, text=True)
+            if done.returncode:
+                unavailable(f"ip {' '.join(command)}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "delete", name], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same training in one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    done = llmtrain("train", *TRAINING, f"data.path={corpus}", f"run.dir={run}", "train.steps=4")
+    assert done.returncode == 0, done.stderr
+    return losses(run)
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def start(*overrides: str, host: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    prefix = ["ip", "netns", "exec", host] if host else []
+    inherited = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOG_DIR")}
+    return subprocess.Popen(
+        [*prefix, str(TORCHRUN), *overrides],
+        cwd="/",
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_on(hosts: tuple[str, str], *overrides: str, **environment: str) -> list[subprocess.Popen[str]]:
+    shared = {"NNODES": "2", "MASTER_ADDR": ADDRESSES[0], **environment}
+    return [start(*overrides, host=h, NODE_RANK=str(rank), **shared) for rank, h in enumerate(hosts)]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Each one's exit code and output."""
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.terminate()
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def wait_for_first_step(run: Path) -> None:
+    deadline = time.monotonic() + 90
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert time.monotonic() < deadline, "training does not start"
+        time.sleep(0.1)
+
+
+def kill_rank(rank: int, launcher: subprocess.Popen[str]) -> None:
+    """kill -9 the process of `rank` that `launcher` started."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    [process] = [child for child in children if child.environ().get("RANK") == str(rank)]
+    process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("rendezvous", "overrides"),
+    [
+        ({}, ["engine=local"]),
+        ({"MASTER_ADDR": "", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29600"}, ["parallel.zero=2"]),
+    ],
+    ids=["ranks known beforehand, DDP", "hosts number themselves, ZeRO 2"],
+)
+def test_two_hosts_train_as_one_process(
+    hosts: tuple[str, str],
+    one_process: list[float],
+    corpus: Path,
+    tmp_path: Path,
+    rendezvous: dict[str, str],
+    overrides: list[str],
+):
+    run = tmp_path / "a run's folder"
+    processes = start_on(
+        hosts, *TRAINING, f"data.path={corpus}", f"run.dir={run}", "train.steps=4", *overrides, **rendezvous
+    )
+    for code, output in finish(processes):
+        assert code == 0, output
+    np.testing.assert_allclose(losses(run), one_process, rtol=1e-5)
+    assert "step 4" in (run / "logs/rank0.log").read_text()
+    assert (run / "logs/rank1.log").exists()
+
+
+def test_a_killed_rank_gives_its_exit_code(hosts: tuple[str, str], corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    endless = ["train.steps=100000", "evaluation.at_start=false"]
+    processes = start_on(hosts, *TRAINING, f"data.path={corpus}", f"run.dir={run}", *endless)
+    try:
+        wait_for_first_step(run)
+        kill_rank(1, processes[1])
+    finally:
+        ended = finish(processes)
+    (code_0, output_0), (code_1, output_1) = ended
+    assert code_1 == 137, output_1
+    assert f"rank 1 exited with 137; its log: {run}/logs/rank1.log" in output_1
+    assert code_0 not in (0, 137), "its peer must not go on alone"
+    assert "parameters; 100000 steps" in output_0, "rank 0 speaks on its host's console"
+    assert "parameters; 100000 steps" not in output_1
+
+
+def test_a_mistake_is_told_once(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    overrides = [*TRAINING, f"data.path={corpus}", f"run.dir={run}", "model.num_leyers=2"]
+    [(code, output)] = finish([start(*overrides, NPROC_PER_NODE="2")])
+    assert code == 2, output
+    assert output.count("model.num_leyers") == 1, output
+    assert "num_layers" in output
+    assert "Traceback" not in output
+    assert {log.name for log in (run / "logs").iterdir()} == {"rank0.log", "rank1.log"}
+    assert not (run / "metrics.jsonl").exists()
