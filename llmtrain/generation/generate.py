@@ -63,12 +63,13 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
     """One token a row, (B,) int64. `draws`: a number in [0, 1) a row, its place in the distribution."""
     if config.temperature == 0:
         return logits_BV.argmax(-1)
-    sorted_BV, tokens_BV = (logits_BV.double() / config.temperature).sort(
-        dim=-1, descending=True, stable=True
-    )
+    scaled_BV = logits_BV.double() / config.temperature
+    tokens_BV: Tensor | None = None
     if config.top_k is not None:
-        sorted_BV = sorted_BV[:, : config.top_k]
-    probs_BV = sorted_BV.softmax(-1)
+        scaled_BV, tokens_BV = scaled_BV.topk(min(config.top_k, scaled_BV.shape[1]))
+    elif config.top_p is not None:
+        scaled_BV, tokens_BV = scaled_BV.sort(descending=True)
+    probs_BV = scaled_BV.softmax(-1)
     if config.top_p is not None:
         before_BV = probs_BV.cumsum(-1) - probs_BV
         # The likeliest token stays, whatever rounding does to its 0.
@@ -79,8 +80,7 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
     targets_B1 = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device)[:, None]
     targets_B1 = targets_B1 * cumulative_BV[:, -1:]
     places_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
-    last_B1 = (probs_BV > 0).sum(-1, keepdim=True) - 1
-    return tokens_BV.gather(1, torch.minimum(places_B1, last_B1)).squeeze(1)
+    return (places_B1 if tokens_BV is None else tokens_BV.gather(1, places_B1)).squeeze(1)
 
 
 def _run_group(
