@@ -60,9 +60,19 @@ def cluster() -> Iterator[Mapping[str, str]]:
             yield {**environment, "SLURM_CONF": f"{folder}/slurm.conf"}
         finally:
             subprocess.run([TWO_NODES, "stop", folder], env=environment, check=True, capture_output=True)
-            assert not [p for p in psutil.process_iter() if folder in " ".join(p.cmdline())], (
-                "nothing is left"
-            )
+            assert not processes_with({"SLURM_CONF": f"{folder}/slurm.conf"}), "something is left"
+
+
+def processes_with(variables: Mapping[str, str]) -> list[psutil.Process]:
+    """The processes that have these environment variables."""
+
+    def environment(process: psutil.Process) -> dict[str, str]:
+        try:
+            return process.environ()
+        except psutil.Error:
+            return {}
+
+    return [p for p in psutil.process_iter() if variables.items() <= environment(p).items()]
 
 
 class Job:
@@ -115,7 +125,7 @@ def test_a_mistake_fails_the_job_with_code_2(cluster: Mapping[str, str], corpus:
     arguments = [*TRAINING, f"data.path={corpus}", "run.dir=run", "model.num_leyers=2"]
     job = Job(cluster, tmp_path, *arguments)
     assert job.exit_code() == 2, job.output()
-    assert job.output().count("model.num_leyers") == 1, job.output()
+    assert 1 <= job.output().count("model.num_leyers") <= 2, "once a node at most"
     assert "Traceback" not in job.output()
 
 
@@ -124,19 +134,10 @@ def test_a_killed_rank_gives_the_job_its_exit_code(cluster: Mapping[str, str], c
     endless = ["run.dir=run", "train.steps=100000", "evaluation.at_start=false"]
     job = Job(cluster, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
     wait_for_first_step(tmp_path / "run")
-    ours = {"RANK": "1", "SLURM_JOB_ID": job.id, "SLURM_CONF": cluster["SLURM_CONF"]}
-    ranks = [p for p in psutil.process_iter() if ours.items() <= _environment(p).items()]
-    assert len(ranks) == 1
-    ranks[0].kill()
+    [rank] = processes_with({"RANK": "1", "SLURM_JOB_ID": job.id, "SLURM_CONF": cluster["SLURM_CONF"]})
+    rank.kill()
     assert job.exit_code() == 137, job.output()
     assert "rank 1 exited with 137" in job.output()
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
 
 
 def test_the_cluster_starts_twice_and_tells_its_state(cluster: Mapping[str, str]):

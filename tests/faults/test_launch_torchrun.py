@@ -159,8 +159,8 @@ def test_a_killed_rank_gives_its_exit_code(hosts: tuple[str, str], corpus: Path,
     assert code_1 == 137, output_1
     assert f"rank 1 exited with 137; its log: {run}/logs/rank1.log" in output_1
     assert code_0 not in (0, 137), "its peer must not go on alone"
-    assert "parameters; 100000 steps" in output_0, "rank 0 speaks on its host's console"
-    assert "parameters; 100000 steps" not in output_1
+    assert "parameters; 100,000 steps" in output_0, "rank 0 speaks on its host's console"
+    assert "parameters; 100,000 steps" not in output_1
 
 
 def test_a_mistake_is_told_once(corpus: Path, tmp_path: Path):
