@@ -23,14 +23,14 @@ fail() { echo "two_nodes.sh: $1" >&2; exit 2; }
 # Slurm and munge are daemons that Debian installs where only root's PATH looks.
 PATH=$PATH:/usr/sbin:/sbin
 
-runs() { # NAME: is the daemon of FOLDER/NAME.pid alive?
-    local pid process
+alive() { # PID NAME
     # Its own name, for numbers are used again; no zombie, for a container's first process may reap none.
-    pid=$(cat "$folder/$1.pid" 2>/dev/null) && process=$(cat "/proc/${pid:-none}/stat" 2>/dev/null) &&
-        [[ $process == "$pid (${1%%.*}) "[!Z]* ]]
+    [[ $(cat "/proc/${1:-none}/stat" 2>/dev/null) == "$1 ($2) "[!Z]* ]]
 }
 
-stopped() { ! runs "$1"; }
+runs() { alive "$(cat "$folder/$1.pid" 2>/dev/null)" "${1%%.*}"; } # NAME of a daemon, as in FOLDER/NAME.pid
+
+stopped() { ! alive "$@"; }
 
 ready() {
     # Without a controller sinfo would try for a minute.
@@ -50,7 +50,7 @@ wait_until() { # SECONDS COMMAND…
 }
 
 free_port() { # NAME PORT
-    if stopped "$1" && (: <"/dev/tcp/127.0.0.1/$2") 2>/dev/null; then
+    if ! runs "$1" && (: <"/dev/tcp/127.0.0.1/$2") 2>/dev/null; then
         fail "port $2 is in use by another program; set SLURM_PORT to the first of three free ports"
     fi
 }
@@ -98,7 +98,8 @@ stop() {
         if runs "$name"; then
             pid=$(cat "$folder/$name.pid")
             kill "$pid"
-            wait_until 15 stopped "$name" || kill -9 "$pid"
+            # Not by its pid file, which goes before it does.
+            wait_until 15 stopped "$pid" "${name%%.*}" || kill -9 "$pid"
         fi
     done
     echo "Slurm is stopped; its logs are in $folder"
