@@ -33,6 +33,7 @@ PYTHON
 # made here if need be. Quick when nothing has changed since the last time.
 set_up() { # EXTRA
     local extra=$1 environment wanted stamp log
+    [[ -e $repository/pyproject.toml ]] || fail "got scripts without their checkout; pip install 'llmtrain[$1]' instead"
     if [[ -n ${VIRTUAL_ENV:-} ]]; then
         environment=$VIRTUAL_ENV
     elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]]; then
