@@ -199,6 +199,9 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
                         "overwrite=true makes it again",
                     )
                 )
+    if (config.output / UNFINISHED_NAME).exists():
+        # Killed after the corpus was whole, or other settings were tried and left.
+        shutil.rmtree(config.output / UNFINISHED_NAME)
     report = Report.from_recorded(manifest["report"])
     report.reused = True
     return report
@@ -214,14 +217,20 @@ def _open_work(
     path = work / "request.json"
     if work.exists():
         earlier = json.loads(path.read_text()) if path.exists() else None
-        committed = (work / "committing").exists() and not (work / MANIFEST_NAME).exists()
-        if earlier == request and not committed:
+        if earlier == request:
             progress.say(f"going on with the unfinished work in {work}")
             return work
-        shutil.rmtree(work)
-    work.mkdir()
+        _empty(work)
+    work.mkdir(exist_ok=True)
     write_json_atomically(path, request)
     return work
+
+
+def _empty(work: Path) -> None:
+    """Remove what is in `work`, the request first, without which nobody goes on with the rest."""
+    (work / "request.json").unlink(missing_ok=True)
+    for entry in work.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 @contextmanager
@@ -230,14 +239,14 @@ def _tidied(work: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not any(work.glob("read/*/*.text")):
-            shutil.rmtree(work)
+        if not any(work.glob("read/*/*.hashes.npy")):
+            _empty(work)
+            work.rmdir()
         raise
 
 
 def _commit(work: Path, output: Path) -> None:
     """Put the whole corpus in its place, its manifest last; may be killed and called again at any moment."""
-    (work / "committing").touch()
     for name in (MANIFEST_NAME, STAMP_NAME):
         (output / name).unlink(missing_ok=True)
     for name in (*SPLITS, "tokenizer.model"):
@@ -250,7 +259,8 @@ def _commit(work: Path, output: Path) -> None:
     sync_folder(output)
     os.replace(work / MANIFEST_NAME, output / MANIFEST_NAME)
     sync_folder(output)
-    shutil.rmtree(work)
+    _empty(work)
+    work.rmdir()
 
 
 # ------------------------------------------------------------------------------------------- stages

@@ -197,6 +197,7 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
     assert "got a full disk" in line
     assert "bytes for the whole work" in line
     assert not (runner.parent / "full" / "manifest.json").exists()
+    assert list((runner.parent / "full" / ".prepare" / "read").glob("*/unit.json"))
     assert finish(start(runner, "full", workers=workers)) == (0, "")
     assert tree(runner.parent / "full") == tree(runner.parent / "whole")
 

@@ -215,10 +215,12 @@ def test_the_report_says_what_a_txt_document_is(tmp_path: Path, capsys: pytest.C
 def test_the_same_command_again_leaves_the_corpus(tmp_path: Path, source: Path):
     prepare(config(tmp_path / "corpus", source))
     before = tree(tmp_path / "corpus")
+    (tmp_path / "corpus" / ".prepare").mkdir()  # as after a kill in the last moment
     os.utime(source)  # as a fresh installation of the same data has it
     report = prepare(config(tmp_path / "corpus", source, workers=2))
     assert report.reused
     assert tree(tmp_path / "corpus") == before
+    assert not (tmp_path / "corpus" / ".prepare").exists()
 
 
 def test_another_corpus_is_refused_with_what_differs(tmp_path: Path, source: Path):
