@@ -100,9 +100,13 @@ def test_the_manifest_counts_what_the_report_counts(tmp_path: Path, source: Path
         assert split["num_bytes"] == sum(
             len(text.encode()) for text in documents_of(tmp_path / "corpus")[name]
         )
-        # A sample is as few whole documents as make sample_tokens together.
+        # A sample is as few whole documents as make sample_tokens together; a shard, of samples alike.
         assert (index["num_tokens"][:-1] >= 500).all()
-        assert (index["num_tokens"] < 500 + 200).all()
+        assert (index["num_tokens"] < 500 + 250).all()
+        sizes = np.array([shard["bytes"] for shard in split["shards"]])
+        assert (sizes[:-1] > 18_000).all()
+        assert (sizes < 25_000).all()
+    assert len(manifest["splits"]["train"]["shards"]) > 2
 
 
 def test_duplicates_and_empty_documents_go_and_the_first_stays(tmp_path: Path):
