@@ -52,7 +52,6 @@ def resolve(
     problems += [
         problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
     ]
-    problems += _optimizer_problems(config)
     problems += _resume_problems(config)
     layout: Layout | None = None
     corpus: Corpus | None = None
@@ -67,7 +66,7 @@ def resolve(
             engine=engine,
             precision=config.precision,
             world_size=world_size,
-            device=launcher.likely_device(config.device),
+            device=config.cluster.device or launcher.likely_device(config.device),
         )
     except ConfigError as error:
         problems += error.problems
@@ -84,19 +83,6 @@ def resolve(
         raise ConfigError(problems)
     assert layout is not None
     return Resolved(replace(config, model=model, engine=engine), layout, corpus)
-
-
-def _optimizer_problems(config: TrainConfig) -> list[Problem]:
-    if config.optimizer.name == "adagrad" and config.parallel.zero > 0 and config.optimizer.weight_decay > 0:
-        return [
-            Problem(
-                "optimizer.weight_decay",
-                f"{config.optimizer.weight_decay} with adagrad and parallel.zero={config.parallel.zero}",
-                "0",
-                "DeepSpeed makes Adagrad anew and loses it; give parallel.zero=0, or another optimizer",
-            )
-        ]
-    return []
 
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:

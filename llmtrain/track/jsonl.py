@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import Problem, TrainingError
-from llmtrain.track.trackers import Metrics
+from llmtrain.track.base import Metrics
 
 
 class JsonlTracker:

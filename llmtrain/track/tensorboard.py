@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmtrain.track.base import Metrics
 from llmtrain.track.config import TensorBoardConfig
-from llmtrain.track.trackers import Metrics
 
 
 class TensorBoardTracker:

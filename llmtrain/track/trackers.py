@@ -10,29 +10,16 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from llmtrain.errors import UserError
+from llmtrain.track.base import Metrics, Tracker
 from llmtrain.track.config import TrackConfig, WandbConfig
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-Metrics = Mapping[str, float]
 METRICS_FILE = "metrics.jsonl"
-
-
-class Tracker(Protocol):
-    """Takes the metrics of one run."""
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Take what was measured at `step`; steps never fall, one step may come in several parts."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps so that a resumed run goes on with the same track; plain JSON values."""
-
-    def close(self, failed: bool) -> None:
-        """Write what waits in memory; `failed` marks the run as failed where the tracker knows such."""
 
 
 class Trackers:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.track.base import Metrics
 from llmtrain.track.config import WandbConfig
 from llmtrain.track.jsonl import read_metrics
-from llmtrain.track.trackers import Metrics
 
 logger = logging.getLogger(__name__)
 
