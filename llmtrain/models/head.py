@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 LOGITS_PER_CHUNK = 2**23
 """Logits held at once."""
 
-CACHED_LOGITS = 2**18
+CACHED_LOGITS = 2**20
 """Logits whose softmax a CPU takes at once, to stay in its cache."""
 
 
