@@ -15,14 +15,12 @@ import numpy as np
 from llmtrain.data.blocks import Block, save_array, splits_of_block
 from llmtrain.data.config import SplitConfig
 from llmtrain.data.files import write_marker
-from llmtrain.data.shards import Sample, token_dtype, write_shard
+from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
 from llmtrain.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 # Beyond this a text is cut, before a space, so that sentencepiece's lattice stays small.
 LONGEST_ENCODED_BYTES = 1 << 20
-# The tar headers, npy headers and padding of a sample.
-_SAMPLE_OVERHEAD = 3072
 
 
 @dataclass(frozen=True)
@@ -175,16 +173,17 @@ def plan_samples(encoded: Sequence[EncodedBlock], split: int, sample_tokens: int
 
 
 def plan_shards(
-    samples: Iterator[SamplePieces], itemsize: int, shard_bytes: int
+    samples: Iterator[SamplePieces], dtype: np.dtype, shard_bytes: int
 ) -> Iterator[list[SamplePieces]]:
     """Consecutive samples, as few as make shard_bytes together."""
     shard: list[SamplePieces] = []
     size = 0
     for sample in samples:
         shard.append(sample)
-        size += _SAMPLE_OVERHEAD + sum(
-            (p.token_stop - p.token_start) * itemsize + (p.document_stop - p.document_start) * 4
-            for p in sample
+        size += sample_bytes(
+            sum(piece.token_stop - piece.token_start for piece in sample),
+            sum(piece.document_stop - piece.document_start for piece in sample),
+            dtype,
         )
         if size >= shard_bytes:
             yield shard

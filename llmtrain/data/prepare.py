@@ -425,7 +425,7 @@ class _Run:
                 first_sample = 0
                 samples = encoding.plan_samples(encoded, split, self.config.sample_tokens)
                 for shard, planned in enumerate(
-                    encoding.plan_shards(samples, dtype.itemsize, self.config.shard_bytes)
+                    encoding.plan_shards(samples, dtype, self.config.shard_bytes)
                 ):
                     path = self.work / "corpus" / name / f"{name}-{shard:06d}.tar"
                     done_path = done_folder / f"{name}-{shard:06d}.json"

@@ -32,6 +32,7 @@ INDEX_DTYPE = np.dtype(
 )
 ENDS_DTYPE = np.dtype("<u4")
 TAR_BLOCK = 512
+NPY_HEADER_BYTES = 128  # of an array of one dimension and a plain type
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Sample:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned type that holds every id."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def sample_bytes(num_tokens: int, num_documents: int, dtype: np.dtype) -> int:
+    """Bytes that a sample takes in a tar: two members, each with its tar and npy headers, padded."""
+    arrays = (num_tokens * dtype.itemsize, num_documents * ENDS_DTYPE.itemsize)
+    return sum(TAR_BLOCK + -(-(NPY_HEADER_BYTES + size) // TAR_BLOCK) * TAR_BLOCK for size in arrays)
 
 
 def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], np.ndarray]:
