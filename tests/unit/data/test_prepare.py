@@ -156,6 +156,23 @@ def test_the_seed_chooses_the_tokenizer_s_documents_alone(tmp_path: Path, source
     assert documents_of(tmp_path / "0") == documents_of(tmp_path / "1")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tokenizer_learns_from_at_most_train_bytes(
+    tmp_path: Path, source: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    learned: list[str] = []
+
+    def recording(documents: list[str], settings: TokenizerConfig) -> bytes:
+        learned.extend(documents)
+        return train(documents, settings)
+
+    monkeypatch.setattr("llmtrain.data.prepare.train", recording)
+    tokenizer = TokenizerConfig(vocab_size=300, train_bytes=4000)
+    prepare(config(tmp_path / "corpus", source, seed=seed, tokenizer=tokenizer))
+    assert 2000 < sum(len(text.encode()) for text in learned) <= 4000
+    assert set(learned) < set(documents_of(tmp_path / "corpus")["train"])
+
+
 def test_a_document_longer_than_a_sample_and_than_one_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("llmtrain.data.encode.LONGEST_ENCODED_BYTES", 300)
     documents = [*texts(50), " ".join(texts(100, seed=2)), "x" * 2000, "ü漢" * 700]
