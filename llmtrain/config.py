@@ -136,7 +136,7 @@ def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems:
             _decode_value(element, item, f"{where}[{i}]", variants, problems) for i, item in enumerate(items)
         ]
         return tuple(decoded) if origin is tuple or hint is tuple else decoded
-    if origin in (dict, Mapping) or hint is dict or origin is typing.get_origin(Mapping[str, int]):
+    if origin in (dict, Mapping):
         if not isinstance(raw, Mapping):
             problems.append(Problem(where, _show(raw), "a section of keys"))
             return _INVALID
@@ -172,7 +172,7 @@ def _decode_scalar(hint: Any, raw: Any, where: str, problems: list[Problem]) -> 
     is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
     if hint is bool and isinstance(raw, bool):
         return raw
-    if hint is int and is_number and float(raw) == int(raw) if is_number and abs(raw) < 1e18 else False:
+    if hint is int and is_number and abs(raw) < 2**63 and raw == int(raw):
         return int(raw)
     if hint is float and is_number:
         return float(raw)

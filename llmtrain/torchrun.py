@@ -270,17 +270,21 @@ def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str
                 logging.getLogger(name).setLevel(logging.CRITICAL)
     num_processes = hosts.num_processes or max(1, torch.accelerator.device_count())
     # Left alone, torch takes all cores in every process.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    endpoint = f"[{hosts.address}]:{hosts.port}" if ":" in hosts.address else f"{hosts.address}:{hosts.port}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    address, settings = hosts.address, {"rank": hosts.node_rank}
+    if hosts.backend == "c10d":
+        # torch asks the machine's name who hosts the rendezvous, which may lead to the loopback. Called
+        # localhost, it is hosted by the first launcher of this machine and joined by the others.
+        address, settings = ("localhost", {}) if route.to_itself else (address, {"is_host": False})
     config = LaunchConfig(
         min_nodes=hosts.num_nodes,
         max_nodes=hosts.num_nodes,
         nproc_per_node=num_processes,
         run_id=hosts.run_id,
         rdzv_backend=hosts.backend,
-        rdzv_endpoint=endpoint,
-        # torch finds out who hosts the rendezvous by the machine's name, which may lead to the loopback.
-        rdzv_configs={"rank": hosts.node_rank} if hosts.backend == "static" else {"is_host": route.to_itself},
+        rdzv_endpoint=f"[{address}]:{hosts.port}" if ":" in address else f"{address}:{hosts.port}",
+        rdzv_configs=settings,
         local_addr=route.own_address,
         max_restarts=0,
         start_method="spawn",

@@ -8,10 +8,9 @@ import pytest
 
 from tests.support.training import llmtrain
 
-WORDS = (
-    "the film was a quiet story about people who never say what they mean and the actors made every "
-    "scene feel honest while music kept slow time with rain on a window somewhere near the sea"
-).split()
+TEXT = """the film was a quiet story about people who never say what they mean and the actors made every
+scene feel honest while music kept slow time with rain on a window somewhere near the sea"""
+WORDS = TEXT.split()
 
 
 def write_text(path: Path, num_documents: int = 400) -> Path:

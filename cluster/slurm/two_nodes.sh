@@ -69,7 +69,7 @@ start() {
         mkdir -p "$folder"/state "$folder"/spool.node1 "$folder"/spool.node2
         # munged trusts no socket or key that others could have put there.
         chmod 755 "$folder"
-        sed -e "s|@FOLDER@|$folder|g" -e "s|@HOSTNAME@|$(hostname -s)|g" -e "s|@PORT@|$port|g" \
+        sed -e "s|@FOLDER@|$folder|g" -e "s|@HOSTNAME@|$(uname -n | cut -d. -f1)|g" -e "s|@PORT@|$port|g" \
             -e "s|@PORT1@|$((port + 1))|g" -e "s|@PORT2@|$((port + 2))|g" "$here/slurm.conf" >"$SLURM_CONF"
         if [[ ! -s $folder/munge.key ]]; then
             (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")

@@ -8,6 +8,7 @@ model family: what a batch means is its objective's business.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,13 +41,16 @@ class StepResult:
     stop: bool = False
 
 
-class NonFiniteLossError(Exception):
-    """The loss is NaN or infinite; weights are untouched. `samples` are global sample numbers of the
-    micro-batches in which it happened (empty when each is finite and only their sum is not)."""
+class NonFiniteError(Exception):
+    """The loss or the gradient's norm is NaN or infinite; this step's weights must not be kept.
 
-    def __init__(self, loss: float, samples: Sequence[int]) -> None:
-        super().__init__(f"loss {loss}")
-        self.loss = loss
+    `what` names which and its value; `samples` are global sample numbers of the micro-batches whose loss
+    it is, or of the whole step where no single one can be named.
+    """
+
+    def __init__(self, what: str, samples: Sequence[int]) -> None:
+        super().__init__(what)
+        self.what = what
         self.samples = tuple(samples)
 
 
@@ -97,7 +101,8 @@ class Engine(ABC):
         The loss is divided once, by the number of targets in the whole global batch, so that padding,
         accumulation and the number of ranks leave the gradient unchanged.
 
-        Raises NonFiniteLossError before any weight is changed.
+        Raises NonFiniteError: for the loss before any weight is changed, for the gradient's norm, unless
+        fp16's scaler skips the step, perhaps after; the same on all ranks.
         """
         assert len(micro_batches) == self.layout.accumulation
         local_targets = sum(self.objective.target_count(micro.batch) for micro in micro_batches)
@@ -125,11 +130,13 @@ class Engine(ABC):
         )
         sums = distributed.all_sum(totals).tolist()
         loss = sums[0] / max(1, num_targets)
-        if not abs(loss) < float("inf"):
-            bad = [m for m, ok in zip(micro_batches, per_micro.isfinite().tolist(), strict=True) if not ok]
-            samples = distributed.gather([int(sample) for micro in bad for sample in micro.samples])
-            raise NonFiniteLossError(loss, [sample for of_rank in samples for sample in of_rank])
+        if not math.isfinite(loss):
+            finite = per_micro.isfinite().tolist()
+            bad = [micro for micro, ok in zip(micro_batches, finite, strict=True) if not ok]
+            raise NonFiniteError(f"loss {loss}", _samples_of(bad) or _samples_of(micro_batches))
         grad_norm, skipped = self._update(lr)
+        if not math.isfinite(grad_norm) and not self.scaler_state():
+            raise NonFiniteError(f"gradient norm {grad_norm}", _samples_of(micro_batches))
         return StepResult(
             loss=loss,
             num_targets=num_targets,
@@ -183,6 +190,12 @@ class Engine(ABC):
     @abstractmethod
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         """Take back what `scaler_state` gave."""
+
+
+def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """Global sample numbers of all ranks' `micro_batches`."""
+    gathered = distributed.gather([int(sample) for micro in micro_batches for sample in micro.samples])
+    return sorted(sample for of_rank in gathered for sample in of_rank)
 
 
 def optimizer_tensors(

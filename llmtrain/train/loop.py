@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmtrain.data.loader import Loader
-from llmtrain.engine.base import Engine, NonFiniteLossError, StepResult
+from llmtrain.engine.base import Engine, NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
 
@@ -60,7 +60,7 @@ def train(
     """Train from `start_step` to `steps`.
 
     SIGTERM or SIGINT on any rank ends it after the current step, with a checkpoint.
-    Raises TrainingError for a loss that is not finite; the last checkpoint stays.
+    Raises TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
     """
     validation_loss: float | None = None
     saved_step = start_step
@@ -83,7 +83,7 @@ def train(
             lr = hooks.lr(step)
             try:
                 result = engine.train_step(batch.micro_batches, lr=lr, stop_requested=stop_requested())
-            except NonFiniteLossError as error:
+            except NonFiniteError as error:
                 stopped = TrainingError(_non_finite(step + 1, error, saved_step))
                 stopped.everywhere = True
                 raise stopped from error
@@ -122,16 +122,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _non_finite(step: int, error: NonFiniteLossError, saved_step: int) -> Problem:
-    if error.samples:
-        first, last = min(error.samples), max(error.samples)
-        samples = f"{len(error.samples)} samples, numbers {first} to {last} in global order"
-    else:
-        samples = "no single micro-batch: the sum overflowed"
+def _non_finite(step: int, error: NonFiniteError, saved_step: int) -> Problem:
+    first, last = min(error.samples), max(error.samples)
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was due yet"
     return Problem(
         f"step {step}",
-        f"loss {error.loss} in {samples}",
-        "a finite loss",
+        f"{error.what} in {len(error.samples)} samples, numbers {first} to {last} in global order",
+        "a finite number",
         f"{kept}; lower optimizer.lr, set optimizer.max_grad_norm or precision=fp32, then resume",
     )

@@ -73,7 +73,8 @@ def run_trainer(corpus: str, precision: str) -> float:
     transformers.set_seed(0)
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=opened.manifest.vocab_size, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
+            vocab_size=opened.manifest.vocab_size, n_positions=LENGTH,
+            n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         )
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 Both share this machine's name, which leads each of them to its own loopback: a rank that advertised it
 could not be reached, so these tests fail unless the launcher picks the interface between the hosts.
+Where the kernel lets nobody make namespaces, two launchers on the loopback take their place, with a warning.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +38,31 @@ def unavailable(reason: str) -> None:
     pytest.skip(f"NOT TESTED HERE: {reason}")
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Two hosts that reach the first at `address`."""
+
+    address: str
+    prefixes: tuple[tuple[str, ...], tuple[str, ...]]
+    """What starts a command on each."""
+
+
+def loopback_hosts(reason: str) -> Hosts:
+    warnings.warn(
+        f"NOT TESTED HERE: hosts with addresses of their own, only the loopback: {reason}", stacklevel=2
+    )
+    return Hosts("127.0.0.1", ((), ()))
+
+
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[tuple[str, str]]:
-    """The names of two network namespaces that reach each other at ADDRESSES."""
+def hosts() -> Iterator[Hosts]:
     ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if os.geteuid() != 0 or ip is None:
-        unavailable("two hosts need root and `ip netns` (apt-get install iproute2)")
+        reason = "it needs root and `ip netns` (apt-get install iproute2)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        yield loopback_hosts(reason)
+        return
     names = (f"llmtrain-{os.getpid()}-a", f"llmtrain-{os.getpid()}-b")
     links = (f"lt{os.getpid()}a", f"lt{os.getpid()}b")
     commands = [["netns", "add", name] for name in names]
@@ -54,8 +76,10 @@ def hosts() -> Iterator[tuple[str, str]]:
         for command in commands:
             done = subprocess.run([ip, *command], capture_output=True, text=True)
             if done.returncode:
-                unavailable(f"ip {' '.join(command)}: {done.stderr.strip()}")
-        yield names
+                yield loopback_hosts(f"ip {' '.join(command)}: {done.stderr.strip()}")
+                return
+        first, second = ((ip, "netns", "exec", name) for name in names)
+        yield Hosts(ADDRESSES[0], (first, second))
     finally:
         for name in names:
             subprocess.run([ip, "netns", "delete", name], capture_output=True)
@@ -75,8 +99,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def start(*overrides: str, host: str | None = None, **environment: str) -> subprocess.Popen[str]:
-    prefix = ["ip", "netns", "exec", host] if host else []
+def start(*overrides: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOG_DIR")}
     return subprocess.Popen(
         [*prefix, str(TORCHRUN), *overrides],
@@ -88,9 +111,21 @@ def start(*overrides: str, host: str | None = None, **environment: str) -> subpr
     )
 
 
-def start_on(hosts: tuple[str, str], *overrides: str, **environment: str) -> list[subprocess.Popen[str]]:
-    shared = {"NNODES": "2", "MASTER_ADDR": ADDRESSES[0], **environment}
-    return [start(*overrides, host=h, NODE_RANK=str(rank), **shared) for rank, h in enumerate(hosts)]
+def start_on(hosts: Hosts, *overrides: str, **environment: str) -> list[subprocess.Popen[str]]:
+    """A launcher on each host."""
+    shared = {"NNODES": "2", **environment}
+    return [
+        start(*overrides, prefix=prefix, NODE_RANK=str(rank), **shared)
+        for rank, prefix in enumerate(hosts.prefixes)
+    ]
+
+
+def static(hosts: Hosts) -> dict[str, str]:
+    return {"MASTER_ADDR": hosts.address, "MASTER_PORT": "29610"}
+
+
+def numbering_themselves(hosts: Hosts) -> dict[str, str]:
+    return {"RDZV_ENDPOINT": f"{hosts.address}:29611"}
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -121,24 +156,20 @@ def kill_rank(rank: int, launcher: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("rendezvous", "overrides"),
-    [
-        ({}, ["engine=local"]),
-        ({"MASTER_ADDR": "", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29600"}, ["parallel.zero=2"]),
-    ],
+    [(static, ["engine=local"]), (numbering_themselves, ["parallel.zero=2"])],
     ids=["ranks known beforehand, DDP", "hosts number themselves, ZeRO 2"],
 )
 def test_two_hosts_train_as_one_process(
-    hosts: tuple[str, str],
+    hosts: Hosts,
     one_process: list[float],
     corpus: Path,
     tmp_path: Path,
-    rendezvous: dict[str, str],
+    rendezvous: Callable[[Hosts], dict[str, str]],
     overrides: list[str],
 ):
     run = tmp_path / "a run's folder"
-    processes = start_on(
-        hosts, *TRAINING, f"data.path={corpus}", f"run.dir={run}", "train.steps=4", *overrides, **rendezvous
-    )
+    training = [*TRAINING, f"data.path={corpus}", f"run.dir={run}", "train.steps=4", *overrides]
+    processes = start_on(hosts, *training, **rendezvous(hosts))
     for code, output in finish(processes):
         assert code == 0, output
     np.testing.assert_allclose(losses(run), one_process, rtol=1e-5)
@@ -146,10 +177,10 @@ def test_two_hosts_train_as_one_process(
     assert (run / "logs/rank1.log").exists()
 
 
-def test_a_killed_rank_gives_its_exit_code(hosts: tuple[str, str], corpus: Path, tmp_path: Path):
+def test_a_killed_rank_gives_its_exit_code(hosts: Hosts, corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     endless = ["train.steps=100000", "evaluation.at_start=false"]
-    processes = start_on(hosts, *TRAINING, f"data.path={corpus}", f"run.dir={run}", *endless)
+    processes = start_on(hosts, *TRAINING, f"data.path={corpus}", f"run.dir={run}", *endless, **static(hosts))
     try:
         wait_for_first_step(run)
         kill_rank(1, processes[1])

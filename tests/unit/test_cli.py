@@ -123,8 +123,8 @@ def test_help_answers_without_torch():
 def test_plan_needs_no_torch():
     code = (
         "import sys; from llmtrain import cli;"
-        "code = cli.run_verb('plan', ['model=llama3_8b', 'world_size=64', 'parallel.zero=3', 'precision=bf16',"
-        "'cluster=h100_80g', 'batch.global_size=64', 'batch.micro_size=1']);"
+        "code = cli.run_verb('plan', ['model=llama3_8b', 'world_size=64', 'parallel.zero=3',"
+        "'precision=bf16', 'cluster=h100_80g', 'batch.global_size=64', 'batch.micro_size=1']);"
         "sys.exit(code or bool({'torch', 'deepspeed'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
