@@ -103,7 +103,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("die", ["before", "after"])
 def test_killed_again_and_again_it_goes_on_to_the_same_bytes(runner: Path, die: str):
     assert finish(start(runner, "whole")) == (0, "")
-    kills = 0
+    kills = planted = 0
     while True:
         # Indexes and manifest, four renames together, are cheap and made again by each run.
         code, error = finish(start(runner, "killed", DIE=die, DIE_AT=6 + kills % 4))
@@ -112,7 +112,12 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(runner: Path, die: 
         assert (code, error) == (-signal.SIGKILL, "")
         kills += 1
         assert kills < 30
+        half_written = runner.parent / "killed" / ".prepare" / "corpus" / "train"
+        if half_written.is_dir():
+            (half_written / ".train-000000.tar.1.tmp").write_text("half a shard")
+            planted += 1
     assert kills >= 5
+    assert planted
     assert tree(runner.parent / "killed") == tree(runner.parent / "whole")
 
 
