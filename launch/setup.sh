@@ -57,6 +57,8 @@ set_up() { # EXTRA
             fail "pip could not install llmtrain[$extra]; the whole log is $log"
         }
         echo "$wanted" >"$stamp"
+        # What the tests need holds what the demo needs.
+        [[ $extra != test ]] || echo "$wanted" >"$environment/.llmtrain-demo"
     fi
     say "using $("$python" --version 2>&1) of $environment"
 }

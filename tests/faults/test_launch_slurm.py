@@ -93,7 +93,7 @@ class Job:
 
     def exit_code(self) -> int:
         """Its exit code, once it has ended."""
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 240
         while True:
             command = ["scontrol", "show", "job", self.id]
             shown = subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout

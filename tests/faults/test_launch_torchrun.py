@@ -131,7 +131,8 @@ def numbering_themselves(hosts: Hosts) -> dict[str, str]:
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Each one's exit code and output."""
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        # DeepSpeed may compile at first use.
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
             process.terminate()
