@@ -18,6 +18,7 @@ B, T, D, V = 3, 17, 24, 50
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "LOGITS_PER_CHUNK", 7 * V)
+    monkeypatch.setattr(head_module, "CACHED_LOGITS", 3 * V)
 
 
 def inputs(ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
