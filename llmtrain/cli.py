@@ -40,6 +40,9 @@ HYDRA_SETTINGS = (
     "hydra/hydra_logging=none",
 )
 
+OVERRIDE = re.compile(r"\+{0,2}[\w./@-]+=|~[\w./@-]+", re.ASCII)
+"""key=value, +key=value, ++key=value, ~key."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the verb's exit code."""
@@ -119,7 +122,10 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
 
     # Hydra then raises what happened instead of printing its own summary of it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [f"llmtrain {verb}", *HYDRA_SETTINGS, *map(quote, arguments)]
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
+    # argparse takes one run of overrides only, after the flags.
+    sys.argv = [f"llmtrain {verb}", *flags, *HYDRA_SETTINGS, *map(quote, overrides)]
     app = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(job)
     try:
         app()
@@ -169,6 +175,8 @@ def explain(error: Exception, verb: str) -> Problem:
         return Problem(match[1], "an unknown group", nearest(match[1], group_options("")))
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return Problem(match[1].rstrip("."), "nothing", "a value", f"give {match[1].rstrip('.')}=…")
+    if match := re.search(r"[Ee]rror parsing override '(.*?)' (.*?)(?: See http|$)", text):
+        return Problem("override", f"{match[1]} ({match[2]})", "key=value", "quote values: 'key=\"a value\"'")
     return Problem("override", text[:300], "key=value in Hydra's grammar", "quote values: 'key=\"a value\"'")
 
 

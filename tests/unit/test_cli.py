@@ -137,5 +137,14 @@ def test_unknown_verb_and_hydras_own_options(capsys: pytest.CaptureFixture[str])
         cli.main(["trian"])
     assert ended.value.code == 2
     assert "train" in capsys.readouterr().err
-    assert cli.run_verb("plan", ["--cfg", "job"]) == 0
-    assert "global_size" in capsys.readouterr().out
+    assert cli.run_verb("plan", ["seed=7", "--cfg", "job", "train.steps=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "seed: 7" in shown
+    assert "steps: 3" in shown
+
+
+def test_multirun_makes_a_plan_for_each(capsys: pytest.CaptureFixture[str]):
+    assert cli.run_verb("plan", ["model=gpt_tiny,gpt2_124m", "--multirun", "model.vocab_size=50257"]) == 0
+    shown = capsys.readouterr().out
+    assert "124,439,808 parameters" in shown
+    assert shown.count("layout ") == 2
