@@ -163,7 +163,7 @@ def test_workers_end_with_their_parent(runner: Path):
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     process.kill()
-    process.communicate()
+    process.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
 
