@@ -42,7 +42,7 @@ if ! checkpointed; then
     step "Training a GPT, and killing it after its first checkpoint"
     "${train[@]}" &
     training=$!
-    trap 'kill $training 2>/dev/null' EXIT
+    trap 'kill $training 2>/dev/null || true' EXIT
     if kill_after_first_checkpoint "$training"; then
         wait "$training" 2>/dev/null || say "killed (kill -9)"
     else
