@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ FREE_TEXT |= {"checkpoint.resume", "tokenizer.model"}
 HYDRA_SETTINGS = (
     # llmtrain keeps its own run folder and logs.
     "hydra.run.dir=.",
-    "hydra.sweep.dir=.",
     "hydra.sweep.subdir=.",
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
@@ -124,13 +124,15 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
     flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
-    # argparse takes one run of overrides only, after the flags.
-    sys.argv = [f"llmtrain {verb}", *flags, *HYDRA_SETTINGS, *map(quote, overrides)]
     app = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(job)
-    try:
-        app()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, verb)) from error
+    with tempfile.TemporaryDirectory() as sweep:  # Hydra leaves a file there for each sweep
+        # argparse takes one run of overrides only, after the flags.
+        settings = [*HYDRA_SETTINGS, f"hydra.sweep.dir='{sweep}'"]
+        sys.argv = [f"llmtrain {verb}", *flags, *settings, *map(quote, overrides)]
+        try:
+            app()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error, verb)) from error
     if failures:
         raise failures[0]
 

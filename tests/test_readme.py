@@ -28,7 +28,9 @@ def blocks() -> Iterator[tuple[str, str, str]]:
             yield language, commands, following[1] if following[0] == "text" else ""
 
 
-def run(command: list[str], folder: Path, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], folder: Path, timeout: int = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         command,
