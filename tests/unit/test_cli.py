@@ -49,7 +49,7 @@ def mistakes(
         (["checkpoint.resume=/no/such/run"], ["/no/such/run", "no such folder"]),
         (["engine=megatron"], ["engine", "'megatron'", "deepspeed"]),
         (["device=cuda"], ["device", "no GPU"]),
-        (["seed=(1"], ["grammar"]),
+        (["seed=(1"], ["override", "key=value"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
