@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ HYDRA_SETTINGS = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
+
+SILENCE_SECONDS = 5.0
+"""How long a rank that leaves the message to another waits before it ends: a launcher ends all ranks as
+soon as one has, and could cut the message off."""
 
 OVERRIDE = re.compile(r"\+{0,2}[\w./@-]+=|~[\w./@-]+", re.ASCII)
 """key=value, +key=value, ++key=value, ~key."""
@@ -82,6 +87,8 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     except UserError as error:
         if _speaks(error):
             print_problems(error.problems)
+        else:
+            time.sleep(SILENCE_SECONDS)
         return EXIT_CODE
     except KeyboardInterrupt:
         print("llmtrain: interrupted", file=sys.stderr)

@@ -8,6 +8,12 @@ import pytest
 
 from tests.support.training import llmtrain
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 TEXT = """the film was a quiet story about people who never say what they mean and the actors made every
 scene feel honest while music kept slow time with rain on a window somewhere near the sea"""
 WORDS = TEXT.split()

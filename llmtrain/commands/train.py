@@ -40,9 +40,12 @@ def run(mapping: Mapping[str, Any]) -> None:
         _say(plan.summary())
     plan.refuse_if_too_large()
 
+    from llmtrain.engine.allocator import keep_freed_memory
     from llmtrain.parallel import distributed
 
     device = distributed.pick_device(resolved.config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     distributed.start(device, single_process_group=resolved.config.engine == "deepspeed")
     session = Session(resolved, device, started)
     try:

@@ -30,6 +30,9 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
+    # and its sums do not depend on which hosts the ranks are on.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
