@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -33,6 +34,7 @@ from llmtrain.parallel import distributed
 FORMAT = "llmtrain-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+DELETED = ".deleted-"
 TOKENIZER = "tokenizer.model"
 WEIGHT = "weight"
 OPTIMIZER = "optimizer."
@@ -142,11 +144,32 @@ def _commit(
         "counters": counters,
         "tensors": tensors,
     }
-    files.write_json_atomically(partial / MANIFEST, manifest)
-    if final.exists():  # the same step again, after a resume from an earlier one
-        shutil.rmtree(final)
+    files.write_json_atomically(partial / MANIFEST, {**manifest, "checksum": _checksum(manifest)})
+    if final.exists():  # the same step again
+        remove(final)
     os.replace(partial, final)
     files.sync_folder(final.parent)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """xxh3-128 of what the manifest says, in hex, its own checksum left out."""
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint. A kill on the way leaves no part of it under its name; `tidy` clears the rest."""
+    doomed = path.with_name(f"{DELETED}{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def tidy(root: Path) -> None:
+    """Delete what killed processes left half written or half deleted. For the owner of the run folder."""
+    for pattern in (f"{DELETED}*", ".*.partial"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -161,15 +184,28 @@ def _raise_first(messages: Iterable[str | None], partial: Path) -> None:
         if message is not None:
             if distributed.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
-            error = TrainingError(
-                Problem(
-                    str(partial.parent),
-                    message,
-                    remedy="earlier checkpoints are whole: make room, then run the same command to resume",
-                )
-            )
-            error.everywhere = True
-            raise error
+            kept = any(partial.parent.glob("step-*"))
+            remedy = "earlier checkpoints are whole: " if kept else "no checkpoint was written: "
+            remedy += "make room, then run the same command to resume"
+            raise distributed.everywhere(TrainingError(Problem(str(partial.parent), message, remedy=remedy)))
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Canonical name → whole fp32 weight; one is in memory at a time unless the caller keeps them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._entries = checkpoint.manifest["tensors"][WEIGHT]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = torch.Size(self._entries[name]["shape"])
+        return self._checkpoint.read(WEIGHT, name, 0, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 @dataclass(frozen=True)
@@ -198,6 +234,12 @@ class Checkpoint:
                 Problem(
                     str(path), f"version {version}", f"version {VERSION}", "use the llmtrain that wrote it"
                 )
+            )
+        renamed = path.name.startswith("step-") and path.name != step_folder(manifest.get("step", -1))
+        if renamed or manifest.get("checksum") != _checksum(manifest):
+            remedy = "name another step's folder"
+            raise CheckpointError(
+                Problem(str(path / MANIFEST), "an altered manifest", "what was written", remedy)
             )
         return cls(path, manifest)
 
@@ -237,19 +279,12 @@ class Checkpoint:
             raise CheckpointError(Problem(str(self.path), f"no elements {at}–{stop} of {kind} {name}"))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All weights, whole, fp32, by their canonical names."""
-        whole = {}
-        for name, entry in self.manifest["tensors"][WEIGHT].items():
-            shape = torch.Size(entry["shape"])
-            whole[name] = self.read(WEIGHT, name, 0, shape.numel()).view(shape)
-        return whole
+    def weights(self) -> Weights:
+        """All weights, fp32, by their canonical names, each read when asked for."""
+        return Weights(self)
 
     def restore(self, engine: Engine) -> None:
-        """Put weights, optimizer state and loss scaler into the engine, whatever its layout.
-
-        Optimizer state of another kind of optimizer is left out: `optimizer_kinds` tells before.
-        """
+        """Put weights, optimizer state and loss scaler into the engine, whatever its layout."""
         kinds = [kind for kind in self.manifest["tensors"] if kind.startswith(OPTIMIZER)]
         with torch.no_grad():
             for fragment in engine.held_fragments():
@@ -265,67 +300,3 @@ class Checkpoint:
                         set_optimizer_counter(engine.optimizer, fragment, key, values[fragment.name])
         engine.refresh_weights()
         engine.load_scaler_state(self.manifest["scaler"])
-
-
-def list_steps(root: Path) -> list[Path]:
-    """Committed checkpoint folders under `root`, oldest first."""
-    return sorted(path for path in root.glob("step-*") if (path / MANIFEST).exists())
-
-
-def newest_good(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint under `root` and what is wrong with newer ones; ranks share the
-    checking and agree on the answer."""
-    rejected: list[str] = []
-    for path in reversed(distributed.from_main(list_steps(root))):
-        try:
-            checkpoint = Checkpoint.open(path)
-            damage = checkpoint.damage(distributed.rank(), distributed.world_size())
-        except CheckpointError as error:
-            checkpoint, damage = None, str(error)
-        damages = [found for found in distributed.gather(damage) if found]
-        if checkpoint is not None and not damages:
-            return checkpoint, rejected
-        rejected.append(f"{path.name}: {damages[0]}")
-    return None, rejected
-
-
-def find(path: Path) -> Checkpoint:
-    """The checkpoint that a user means by `path`: a checkpoint folder, or the newest good one of a run
-    folder. Raises CheckpointError when there is none or it is damaged."""
-    if (path / MANIFEST).exists():
-        checkpoint = Checkpoint.open(path)
-        damage = checkpoint.damage()
-        if damage:
-            raise CheckpointError(
-                Problem(str(path), f"a damaged checkpoint ({damage})", remedy="name another step's folder")
-            )
-        return checkpoint
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found, rejected = newest_good(root)
-    if found is None:
-        got = "; ".join(rejected) if rejected else ("no checkpoint" if path.exists() else "no such folder")
-        raise CheckpointError(Problem(str(path), got, "a run folder or a checkpoint folder (step-…)"))
-    return found
-
-
-def prune(root: Path, *, keep_last: int, keep_best: int, keep_every: int | None) -> list[Path]:
-    """Delete the checkpoints that no rule keeps; → those deleted. For one rank only."""
-    steps = list_steps(root)
-    keep = set(steps[-keep_last:])
-    scored = []
-    for path in steps:
-        try:
-            manifest = Checkpoint.open(path).manifest
-        except CheckpointError:
-            continue
-        if keep_every and manifest["step"] % keep_every == 0:
-            keep.add(path)
-        if manifest.get("validation_loss") is not None:
-            scored.append((manifest["validation_loss"], path))
-    keep.update(path for _, path in sorted(scored)[:keep_best])
-    deleted = [path for path in steps if path not in keep]
-    for path in deleted:
-        # Without its manifest a folder is no checkpoint: a kill in mid-delete leaves nothing half-good.
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path, ignore_errors=True)
-    return deleted

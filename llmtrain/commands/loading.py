@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmtrain.checkpoint import huggingface, store
+from llmtrain.checkpoint import huggingface, retention, store
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.families import family_of, model_config_type
@@ -26,7 +28,7 @@ class TrainedModel:
     source: Path
     """The folder that they came from."""
     config: ModelConfig
-    weights: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
     """Canonical name → fp32."""
     tokenizer_path: Path | None
     step: int | None
@@ -58,7 +60,7 @@ def load_trained(path: Path) -> TrainedModel:
         config, weights = huggingface.import_folder(path)
         tokenizer = path / store.TOKENIZER
         return TrainedModel(path, config, weights, tokenizer if tokenizer.exists() else None, None, None)
-    checkpoint = store.find(path)
+    checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
     model = checkpoint.manifest["model"]
     return TrainedModel(
         source=checkpoint.path,
@@ -78,7 +80,7 @@ def build_module(config: ModelConfig, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the module's parameters. Raises CheckpointError when names or shapes differ."""
     parameters = dict(module.named_parameters())
     if set(parameters) != set(weights):
@@ -91,8 +93,9 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             )
         )
     for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
+        weight = weights[name]
+        if parameter.shape != weight.shape:
             raise CheckpointError(
-                Problem(name, f"shape {tuple(weights[name].shape)}", f"shape {tuple(parameter.shape)}")
+                Problem(name, f"shape {tuple(weight.shape)}", f"shape {tuple(parameter.shape)}")
             )
-        parameter.copy_(weights[name])
+        parameter.copy_(weight)

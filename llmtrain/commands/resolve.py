@@ -89,6 +89,8 @@ def _resume_problems(config: TrainConfig) -> list[Problem]:
     resume = config.checkpoint.resume
     if resume in ("auto", "never") or Path(resume).expanduser().exists():
         return []
+    if Path(resume).expanduser().resolve().is_relative_to(config.run.dir.expanduser().resolve()):
+        return []  # retention may have deleted what an earlier start went back to
     return [
         Problem(
             "checkpoint.resume",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
     from llmtrain.train.observer import RunObserver
+    from llmtrain.train.resume import Resume
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -90,9 +91,13 @@ class Session:
 
         config, layout = self.config, self.layout
         # Whatever may be refused is looked at before anything is built.
-        training = open_dataset(config.model, config.data, self.corpus, "train", config.batch.sequence_length)
-        validation = self._validation_dataset()
-        checkpoint = find_resume(config, self.root, self._data_facts(training), self._say)
+        length = config.batch.sequence_length
+        training = distributed.agree(
+            lambda: open_dataset(config.model, config.data, self.corpus, "train", length)
+        )
+        validation = distributed.agree(self._validation_dataset)
+        resume = find_resume(config, self._data_facts(training), self._say)
+        checkpoint = resume.checkpoint if resume is not None else None
         start_step = checkpoint.step if checkpoint is not None else 0
         if start_step >= config.train.steps:
             self._say(f"already at step {start_step:,} of {config.train.steps:,}: nothing to train")
@@ -100,7 +105,7 @@ class Session:
 
         objective = family_of(config.model).objective(config.data)
         engine = build_engine(config, layout, self.device, objective, checkpoint)
-        observer = self._open_observer(training, start_step, checkpoint)
+        observer = distributed.agree(lambda: self._open_observer(training, start_step, resume))
         loader = Loader(
             training,
             objective.collate,
@@ -117,8 +122,8 @@ class Session:
             "model": encode(config.model),
             "config": encode(config),
             "data": self._data_facts(training),
+            "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
         }
-        best_loss = checkpoint.manifest.get("best_validation_loss") if checkpoint is not None else None
 
         def evaluate() -> Totals:
             assert validation is not None
@@ -127,25 +132,12 @@ class Session:
             )
 
         def save(step: int, validation_loss: float | None) -> None:
-            nonlocal best_loss
-            if validation_loss is not None:
-                best_loss = min(validation_loss, float("inf") if best_loss is None else best_loss)
             state = distributed.from_main(self._trackers.state() if self._trackers is not None else None)
-            facts = {
-                "validation_loss": validation_loss,
-                "best_validation_loss": best_loss,
-                "trackers": state,
-            }
+            facts = {"validation_loss": validation_loss, "trackers": state}
             path = store.save(self.root, step, engine, {**description, **facts}, tokenizer)
-            if distributed.is_main():
-                retention = config.checkpoint
-                store.prune(
-                    self.root,
-                    keep_last=retention.keep_last,
-                    keep_best=retention.keep_best,
-                    keep_every=retention.keep_every,
-                )
             self._say(f"step {step:,}: checkpoint {path}")
+            if distributed.is_main():
+                self._prune(path)
 
         outcome = train(
             engine,
@@ -162,6 +154,7 @@ class Session:
             evaluate_at_start=config.evaluation.at_start,
             save_every=config.checkpoint.every,
         )
+        distributed.on_main(observer.raise_failure)
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; the same command resumes")
         else:
@@ -170,6 +163,21 @@ class Session:
             )
             seconds = time.perf_counter() - self._started
             self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
+
+    def _prune(self, current: Path) -> None:
+        from llmtrain.checkpoint.retention import prune
+
+        rules = self.config.checkpoint
+        try:
+            prune(
+                self.root,
+                current,
+                keep_last=rules.keep_last,
+                keep_best=rules.keep_best,
+                keep_every=rules.keep_every,
+            )
+        except OSError as error:  # nothing that training needs
+            self._say(f"warning: old checkpoints could not be deleted: {error}")
 
     def close(self, failed: bool) -> None:
         if self._progress is not None:
@@ -207,9 +215,7 @@ class Session:
             "train": training.describe(),
         }
 
-    def _open_observer(
-        self, training: Dataset, start_step: int, checkpoint: Checkpoint | None
-    ) -> RunObserver:
+    def _open_observer(self, training: Dataset, start_step: int, resume: Resume | None) -> RunObserver:
         from llmtrain.parallel import distributed
         from llmtrain.train.observer import RunObserver
 
@@ -227,8 +233,11 @@ class Session:
             run_dir=config.run.dir,
             run_name=config.run.name,
             resolved_config=encode(config),
-            resume_step=start_step if checkpoint is not None else None,
-            state=checkpoint.manifest.get("trackers") if checkpoint is not None else None,
+            # A fork of another run has tracks of its own.
+            resume_step=start_step if resume is not None and resume.is_own else None,
+            state=resume.checkpoint.manifest.get("trackers")
+            if resume is not None and resume.is_own
+            else None,
         )
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self._progress = Progress(config.train.steps, start_step=start_step, every=every)
@@ -261,7 +270,25 @@ def build_engine(
         engine = LocalEngine(*arguments)
     if checkpoint is not None:
         checkpoint.restore(engine)
+    elif layout.zero > 0 and config.precision != "fp32":
+        # DeepSpeed makes its fp32 masters from weights already rounded.
+        fill_masters(engine, config.seed)
     return engine
+
+
+def fill_masters(engine: Engine, seed: int) -> None:
+    """Put the seed's exact weights into the fragments that this rank owns."""
+    import torch
+
+    from llmtrain.models.initialize import fill_slice, match_initializers
+
+    fragments = engine.fragments()
+    names = [name for name, _ in engine.model.named_parameters()]
+    table = match_initializers(engine.model.initializers(), names)  # type: ignore[operator]
+    with torch.no_grad():
+        for fragment in fragments:
+            exact = fill_slice(fragment.name, table[fragment.name], seed, fragment.start, fragment.stop)
+            fragment.view_of(fragment.holder).copy_(exact)
 
 
 def evaluate_dataset(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # torch deprecates names that DeepSpeed still calls; and DeepSpeed prints memory at start.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
     # and its sums do not depend on which hosts the ranks are on.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -95,10 +98,6 @@ class DeepSpeedEngine(Engine):
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
         self._max_grad_norm = optimizer.max_grad_norm
-        masters = None
-        if layout.zero > 0 and precision != "fp32":
-            # DeepSpeed makes its fp32 masters from weights already rounded; the exact ones go in after.
-            masters = {name: p.detach().clone() for name, p in self._named}
         num_parameters = sum(p.numel() for _, p in self._named)
         self._engine, *_ = deepspeed.initialize(
             model=wrapped,
@@ -106,10 +105,6 @@ class DeepSpeedEngine(Engine):
             config=deepspeed_config(layout, precision, optimizer, num_parameters, device.type),
             dist_init_required=False,
         )
-        if masters is not None:
-            for fragment in self.fragments():
-                exact = masters[fragment.name].reshape(-1)[fragment.start : fragment.stop]
-                fragment.view_of(fragment.holder).copy_(exact)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

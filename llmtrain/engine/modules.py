@@ -27,6 +27,9 @@ class ObjectiveModule(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """→ (loss_sum, num_targets, metrics) of the objective's Terms."""
+        # Under ZeRO in low precision the weights themselves are low, and so must real-valued inputs be.
+        dtype = next(self.model.parameters()).dtype
+        batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
         with self._autocast:
             compute = self._objective if self.training else self._objective.evaluate
             terms = compute(self.model, batch)

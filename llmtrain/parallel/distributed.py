@@ -120,13 +120,25 @@ def from_main(value: T) -> T:
 
 def on_main(work: Callable[[], Any]) -> None:
     """Do `work` on rank 0 alone; a UserError that it raises is raised on every rank."""
+    agree(lambda: work() if is_main() else None)
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; a UserError that any rank raises, the first's if several do, is raised on
+    all of them, so that none waits for another. `work` must not use collectives of its own."""
+    result: Any = None
     problem: UserError | None = None
-    if is_main():
-        try:
-            work()
-        except UserError as error:
-            problem = error
-    problem = from_main(problem)
-    if problem is not None:
-        problem.everywhere = True
-        raise problem
+    try:
+        result = work()
+    except UserError as error:
+        problem = error
+    problems = [found for found in gather(problem) if found is not None]
+    if problems:
+        raise everywhere(problems[0])
+    return result
+
+
+def everywhere(error: UserError) -> UserError:
+    """Mark an error that every rank raises alike, so that one of them prints it."""
+    error.everywhere = True
+    return error

@@ -20,7 +20,7 @@ from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan import machine
 from llmtrain.plan.activations import ModelConfig
 from llmtrain.plan.config import ClusterConfig
-from llmtrain.plan.memory import GIB, Memory, memory_per_process
+from llmtrain.plan.memory import GIB, Memory, memory_per_process, start_bytes
 
 CLEARLY_OVER = 1.5
 """On this machine, whose memory is shared and can be swapped, only what is this many times too large is
@@ -82,6 +82,11 @@ class Plan:
         """Of one process."""
         return self._memory(self.layout)
 
+    @cached_property
+    def start_bytes(self) -> int:
+        """Most that a process holds while it starts: each builds the whole model before ZeRO shards it."""
+        return start_bytes(self.model, self.layout, self.device)
+
     @property
     def unit(self) -> str:
         """What the model takes one at a time."""
@@ -108,15 +113,20 @@ class Plan:
         return self.total_flops / (ASSUMED_MFU * peak * self.layout.world_size) if peak else None
 
     @property
+    def needed_bytes(self) -> int:
+        """Most that one process holds at any time."""
+        return max(self.memory.total, self.start_bytes)
+
+    @property
     def is_too_large(self) -> bool:
         """Whether the run needs more than there is."""
-        return self.available_bytes is not None and self.memory.total > self.available_bytes
+        return self.available_bytes is not None and self.needed_bytes > self.available_bytes
 
     @property
     def is_refused(self) -> bool:
         """Whether the run cannot fit: on a cluster what is over, on this machine what is CLEARLY_OVER."""
         slack = CLEARLY_OVER if self.cluster.is_local else 1.0
-        return self.available_bytes is not None and self.memory.total > slack * self.available_bytes
+        return self.available_bytes is not None and self.needed_bytes > slack * self.available_bytes
 
     def refuse_if_too_large(self) -> None:
         """Raises ConfigError when the run cannot fit; the message names settings that would fit."""
@@ -134,7 +144,7 @@ class Plan:
             f"{self.parameters:,} parameters; {self.steps:,} steps of {layout.global_size:,} samples "
             f"(data {layout.data} · micro_size {layout.micro_size} · accumulation {layout.accumulation}) = "
             f"{self.total_tokens:,} {self.unit}s",
-            f"memory of one process: about {gib(self.memory.total)}"
+            f"memory of one process: about {gib(self.needed_bytes)}"
             + (f" of {gib(self.available_bytes)}" if self.available_bytes is not None else ""),
         ]
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings()])
@@ -181,7 +191,11 @@ class Plan:
         if self.available_bytes is not None:
             verdict = f" of {gib(self.available_bytes)}, {self.cluster.name}: "
             verdict += "does not fit" if self.is_too_large else "fits"
-        yield f"  {'total':<15} {gib(self.memory.total):>12}{verdict}"
+        if self.start_bytes > self.memory.total:
+            yield f"  {'total':<15} {gib(self.memory.total):>12}"
+            yield f"  {'at start':<15} {gib(self.start_bytes):>12}{verdict}"
+        else:
+            yield f"  {'total':<15} {gib(self.memory.total):>12}{verdict}"
         for text in self.warnings():
             yield f"warning: {text}"
 
@@ -189,6 +203,13 @@ class Plan:
         assert self.available_bytes is not None
         term = self.memory.largest
         place = "this machine" if self.cluster.is_local else self.cluster.name
+        if self.memory.total <= self.available_bytes:
+            return Problem(
+                "memory",
+                f"{gib(self.start_bytes)} a process at start, where each builds the whole model in fp32",
+                f"{gib(self.available_bytes)}, what one process has on {place}",
+                "take a smaller model: this version shards it only once it is built",
+            )
         return Problem(
             "memory",
             f"{gib(self.memory.total)} a process, {gib(self.memory.terms[term])} of it {term}",

@@ -106,6 +106,14 @@ def memory_per_process(
     )
 
 
+def start_bytes(model: ModelConfig, layout: Layout, device: str) -> int:
+    """What one process holds while it starts: the whole model in fp32, and its share of the masters that
+    ZeRO then cuts from it."""
+    P = model.parameter_count()
+    masters = 4 * _share(P, layout.data) if layout.zero else 0
+    return 4 * P + masters + RUNTIME_BYTES[device]
+
+
 def optimizer_slots(config: OptimizerConfig) -> int:
     """Numbers that the optimizer keeps for each weight."""
     momentum = int(config.momentum > 0)

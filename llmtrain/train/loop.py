@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +14,17 @@ from llmtrain.data.loader import Loader
 from llmtrain.engine.base import Engine, NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
+from llmtrain.parallel import distributed, launcher
+
+STOPPING = "\nllmtrain: stopping after this step; press Ctrl-C again to quit without saving\n"
 
 
 class Observer(Protocol):
-    """What is told of each step and evaluation: metrics, progress."""
+    """What is told of each step and evaluation: metrics, progress. It raises nothing."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it can no longer record the run, which then ends as if asked to."""
 
     def on_step(self, step: int, result: StepResult, lr: float, seconds: float, data_wait: float) -> None:
         """`seconds` of the whole step, `data_wait` of them spent waiting for its samples."""
@@ -33,7 +41,7 @@ class Hooks:
     evaluate: Callable[[], Totals] | None
     """One pass over held-out data; None when there is none."""
     save: Callable[[int, float | None], None]
-    """Write a checkpoint, given the steps done and the latest validation loss."""
+    """Write a checkpoint, given the steps done and the validation loss where it was measured at that step."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def train(
         started = time.perf_counter()
         totals = hooks.evaluate()
         observer.on_evaluation(step, totals, time.perf_counter() - started)
-        return totals.loss
+        return totals.loss if totals.num_targets else None
 
     if evaluate_at_start and start_step == 0:
         validation_loss = evaluate(0)
@@ -82,17 +90,18 @@ def train(
             batch = next(batches)
             lr = hooks.lr(step)
             try:
-                result = engine.train_step(batch.micro_batches, lr=lr, stop_requested=stop_requested())
+                stop = stop_requested() or observer.failed
+                result = engine.train_step(batch.micro_batches, lr=lr, stop_requested=stop)
             except NonFiniteError as error:
                 stopped = TrainingError(_non_finite(step + 1, error, saved_step))
-                stopped.everywhere = True
-                raise stopped from error
+                raise distributed.everywhere(stopped) from error
             done = step + 1
             observer.on_step(done, result, lr, time.perf_counter() - started, batch.wait_seconds)
-            if is_due(done, evaluate_every, steps):
+            evaluated = is_due(done, evaluate_every, steps)
+            if evaluated:
                 validation_loss = evaluate(done)
             if result.stop or is_due(done, save_every, steps):
-                hooks.save(done, validation_loss)
+                hooks.save(done, validation_loss if evaluated else None)
                 saved_step = done
             if result.stop and done < steps:
                 return Outcome(done, validation_loss, interrupted=True)
@@ -106,12 +115,15 @@ def is_due(done: int, every: int | None, steps: int) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT only ask to stop; a second SIGINT interrupts as usual."""
+    """SIGTERM and SIGINT only ask to stop, and the first says so; a SIGINT after it interrupts as usual."""
     received: list[int] = []
 
     def on_signal(number: int, _frame: object) -> None:
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
+        if not received and launcher.rank() == 0:
+            # print() may not be called again while the step below is within one.
+            os.write(2, STOPPING.encode())
         received.append(number)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

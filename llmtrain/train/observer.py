@@ -6,8 +6,10 @@ import torch
 
 from llmtrain.engine.base import StepResult
 from llmtrain.engine.evaluation import Totals
+from llmtrain.errors import UserError
 from llmtrain.parallel.layout import Layout
 from llmtrain.track import throughput
+from llmtrain.track.base import Metrics
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers
 from llmtrain.train.config import TrainConfig
@@ -25,6 +27,7 @@ class RunObserver:
         progress: Progress | None,
     ) -> None:
         self._trackers, self._progress = trackers, progress
+        self._failure: UserError | None = None
         self._device_type = device.type
         self._meter = throughput.ThroughputMeter()
         # An image is one token of its family: one target a sample.
@@ -55,7 +58,7 @@ class RunObserver:
         }
         if result.skipped:
             metrics["skipped"] = 1
-        self._trackers.log(step, metrics)
+        self._log(step, metrics)
         self._progress.update(step, metrics)
 
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None:
@@ -63,6 +66,23 @@ class RunObserver:
             return
         metrics = {"validation_loss": totals.loss}
         metrics |= {f"validation_{name}": value for name, value in totals.metrics.items()}
-        self._trackers.log(step, {**metrics, "validation_seconds": seconds})
+        self._log(step, {**metrics, "validation_seconds": seconds})
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         self._progress.message(f"step {step:,}: {shown} ({totals.num_targets:,} targets, {seconds:.1f} s)")
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def raise_failure(self) -> None:
+        """Raise what kept metrics from being recorded, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        # An error here is rank 0's alone: it must not leave the others waiting in a collective.
+        assert self._trackers is not None
+        try:
+            self._trackers.log(step, metrics)
+        except UserError as error:
+            self._failure = error

@@ -2,72 +2,90 @@
 
 from __future__ import annotations
 
-import shutil
-import time
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint import store
+from llmtrain import files
+from llmtrain.checkpoint import retention, store
 from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.config import encode
-from llmtrain.errors import CheckpointError, Problem
+from llmtrain.errors import CheckpointError, Problem, UserError
 from llmtrain.parallel import distributed
 from llmtrain.train.config import TrainConfig, model_differences
 
 Say = Callable[[str], None]
+WENT_BACK = "went_back.json"
+"""In checkpoints/: which one the run was last sent back to."""
 
 
-def find_resume(config: TrainConfig, root: Path, data: Mapping[str, Any], say: Say) -> Checkpoint | None:
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on from."""
+
+    checkpoint: Checkpoint
+    is_own: bool
+    """It is this run's; otherwise the run begins as a fork of another."""
+
+
+def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:
     """The checkpoint that the run goes on from; None for a fresh start. The same on every rank.
 
     Raises CheckpointError when the one to resume from is damaged or belongs to another model, tokenizer
-    or optimizer, or when `never` meets a folder with checkpoints.
+    or optimizer, or when `never` meets a folder with checkpoints. Nothing is moved before all is checked.
     """
+    root = config.run.dir / "checkpoints"
+    distributed.on_main(lambda: store.tidy(root))
     resume = config.checkpoint.resume
-    held = distributed.from_main(store.list_steps(root))
+    held = distributed.from_main(retention.list_steps(root))
     if resume == "never":
         if held:
             remedy = "use checkpoint.resume=auto to go on, or another run.dir"
-            raise _everywhere(
+            raise _refusal(
                 Problem("run.dir", f"{root.parent}, which holds {held[-1].name}", "no run", remedy)
             )
         return None
-    outside = resume != "auto" and not Path(resume).expanduser().resolve().is_relative_to(
-        root.parent.resolve()
-    )
-    if resume == "auto" or (outside and held):
-        checkpoint, rejected = store.newest_good(root)
-        for problem in rejected:
-            say(f"damaged checkpoint passed over: {problem}")
-        if checkpoint is None:
-            if rejected:
-                remedy = "restore one from elsewhere, or give another run.dir to start anew"
-                raise _everywhere(Problem(str(root), f"only damaged checkpoints ({rejected[0]})", "", remedy))
-            return None
+    named = None if resume == "auto" else Path(resume).expanduser().resolve()
+    is_own = named is None or named.is_relative_to(root.parent.resolve())
+    went_back = named is not None and distributed.from_main(_went_back_to(root) == str(named))
+    if named is not None and (went_back or (held and not is_own)):
+        why = "the run went back to it before" if is_own else "it has checkpoints of its own"
+        say(f"checkpoint.resume={resume}: not taken again, {root.parent} goes on from its newest ({why})")
+        named, is_own = None, True
+    if named is not None:
+        checkpoint = retention.find(named, say)
     else:
-        checkpoint = store.find(Path(resume).expanduser())
-        if not outside:
-            distributed.on_main(lambda: _set_aside_after(root, checkpoint.step, say))
+        newest, rejected = retention.newest_good(root, say)
+        if newest is None and rejected:
+            remedy = "restore one from elsewhere, or give another run.dir to start anew"
+            raise _refusal(Problem(str(root), f"only damaged checkpoints ({rejected[0]})", "", remedy))
+        if newest is None:
+            return None
+        checkpoint = newest
     _check_same_model(config, checkpoint, data, say)
+    if is_own:
+        distributed.on_main(lambda: _go_back(root, checkpoint.step, named, say))
     say(f"resuming from {checkpoint.path} (step {checkpoint.step:,})")
-    return checkpoint
+    return Resume(checkpoint, is_own)
 
 
-def _everywhere(problem: Problem) -> CheckpointError:
-    error = CheckpointError(problem)
-    error.everywhere = True
-    return error
+def _went_back_to(root: Path) -> str | None:
+    """The checkpoint that this run was last sent back to by name."""
+    path = root / WENT_BACK
+    return json.loads(path.read_text())["to"] if path.exists() else None
 
 
-def _set_aside_after(root: Path, step: int, say: Say) -> None:
-    """Move checkpoints later than `step` out of the way of a run that goes back to it; none is deleted."""
-    for path in store.list_steps(root):
-        if path.name > store.step_folder(step):
-            aside = root / "superseded" / f"{path.name}-{int(time.time())}"
-            aside.parent.mkdir(exist_ok=True)
-            shutil.move(path, aside)
-            say(f"set aside {path.name} as {aside}")
+def _go_back(root: Path, step: int, named: Path | None, say: Say) -> None:
+    retention.set_aside_after(root, step, say)
+    if named is not None:
+        # The same command again, after a kill or a requeue, must go on and not go back again.
+        files.write_json_atomically(root / WENT_BACK, {"to": str(named)})
+
+
+def _refusal(problem: Problem) -> UserError:
+    return distributed.everywhere(CheckpointError(problem))
 
 
 def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any], say: Say) -> None:
@@ -98,9 +116,7 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
             )
         )
     if problems:
-        error = CheckpointError(problems)
-        error.everywhere = True
-        raise error
+        raise distributed.everywhere(CheckpointError(problems))
     if theirs["fingerprint"] != data["fingerprint"]:
         say(f"note: the corpus has changed since {checkpoint.path.name}; the order of samples is a new one")
     ours = encode(config)

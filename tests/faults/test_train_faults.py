@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint.store import Checkpoint, list_steps
+from llmtrain.checkpoint.retention import list_steps
+from llmtrain.checkpoint.store import Checkpoint
 from tests.conftest import write_text
 from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
 
@@ -120,6 +121,45 @@ def test_damaged_checkpoint_falls_back(corpus: Path, copy: Path):
     assert curve(copy) == before
 
 
+def test_retention_keeps_what_is_good(corpus: Path, copy: Path):
+    """A damaged newer checkpoint must not outrank the one that training just wrote."""
+    newest = list_steps(copy / "checkpoints")[-1]
+    (newest / "rank-00000.safetensors").write_bytes(b"cut")
+    overrides = ["train.steps=11", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=0"]
+    done = llmtrain(*arguments(corpus, copy, *overrides))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in list_steps(copy / "checkpoints")] == ["step-00000011"]
+    assert list_steps(copy / "checkpoints" / "superseded")
+
+
+def test_generate_says_what_it_passes_over(copy: Path):
+    newest = list_steps(copy / "checkpoints")[-1]
+    (newest / "rank-00000.safetensors").write_bytes(b"cut")
+    done = llmtrain("generate", f"checkpoint={copy}", "prompt=the film", "generate.max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    assert f"damaged checkpoint passed over: {newest.name}" in done.stderr
+
+
+def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    (run / "metrics.jsonl").mkdir(parents=True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("-m", "llmtrain", *arguments(corpus, run)),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    mistakes = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: error: ")]
+    assert len(mistakes) == 1, done.stderr
+    assert "metrics.jsonl" in mistakes[0]
+    assert "closed by peer" not in done.stderr
+
+
 def test_only_damaged_checkpoints_are_refused(corpus: Path, copy: Path):
     for path in list_steps(copy / "checkpoints"):
         (path / "rank-00000.safetensors").write_bytes(b"cut")
@@ -170,10 +210,17 @@ def test_resume_from_a_path(corpus: Path, finished: Path, copy: Path, tmp_path: 
     assert curve(elsewhere) == later
 
     own = list_steps(copy / "checkpoints")[0]
-    done = llmtrain(*arguments(corpus, copy, f"checkpoint.resume={own}"))
+    refused = llmtrain(*arguments(corpus, copy, f"checkpoint.resume={own}", "model.hidden_size=64"))
+    assert_mistake(refused, "another model")
+    assert (copy / "checkpoints/step-00000012").exists(), "moved before it was refused"
+    command = arguments(corpus, copy, f"checkpoint.resume={own}")
+    done = llmtrain(*command)
     assert done.returncode == 0, done.stderr
     assert "set aside step-00000012" in done.stderr
     assert curve(copy) == curve(finished)
+    again = llmtrain(*command)
+    assert again.returncode == 0, again.stderr
+    assert "already at step 12" in again.stderr
 
 
 def test_other_tokenizer(copy: Path, tmp_path: Path):

@@ -88,3 +88,18 @@ def test_other_families(corpus: Path, model: str):
     expected = ranks.run(1, train_steps, overrides, STEPS)[0]
     for trace in ranks.run(2, train_steps, [*overrides, "parallel.zero=3"], STEPS):
         assert_same(trace, expected, loss=1e-5, norm=1e-4)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_images_in_bf16(zero: int):
+    overrides = [
+        "model=simple_cnn",
+        "data=mnist",
+        "train.steps=20",
+        "batch.global_size=16",
+        "batch.micro_size=4",
+    ]
+    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
+    low = [*overrides, "precision=bf16", "engine=deepspeed", f"parallel.zero={zero}"]
+    for trace in ranks.run(2, train_steps, low, STEPS):
+        assert_same(trace, expected, loss=2e-2, norm=1e-1, update=0.5)

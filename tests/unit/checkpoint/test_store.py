@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.checkpoint import store
+from llmtrain.checkpoint import retention, store
 from llmtrain.engine.base import Fragment
 from llmtrain.errors import CheckpointError
 
@@ -74,7 +74,7 @@ def test_any_cut_takes_up_any_other(tmp_path: Path, cuts: list[tuple[int, int]])
 def test_a_gap_is_refused(tmp_path: Path):
     checkpoint = save(tmp_path, Owner([(0, 5), (9, 24)]))
     with pytest.raises(CheckpointError, match="no elements 5–24"):
-        checkpoint.weights()
+        dict(checkpoint.weights())
 
 
 def test_damage_is_found(tmp_path: Path):
@@ -97,10 +97,12 @@ def test_newest_good(tmp_path: Path):
     (tmp_path / "step-00000003" / "manifest.json").write_text("{")
     (tmp_path / "step-00000002" / "rank-00000.safetensors").write_bytes(b"")
     (tmp_path / ".step-00000004.partial").mkdir()
-    found, rejected = store.newest_good(tmp_path)
+    said: list[str] = []
+    found, rejected = retention.newest_good(tmp_path, said.append)
     assert found is not None
     assert found.step == 1
     assert [text.split(":")[0] for text in rejected] == ["step-00000003", "step-00000002"]
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(
@@ -116,9 +118,36 @@ def test_retention(tmp_path: Path):
     losses = {10: 5.0, 20: 3.0, 30: 4.0, 40: None, 50: 6.0, 60: 7.0}
     for step, loss in losses.items():
         save(tmp_path, Owner([(0, 24)]), step, validation_loss=loss)
-    store.prune(tmp_path, keep_last=2, keep_best=1, keep_every=30)
-    left = [json.loads((path / "manifest.json").read_text())["step"] for path in store.list_steps(tmp_path)]
+    retention.prune(tmp_path, tmp_path / "step-00000060", keep_last=2, keep_best=1, keep_every=30)
+    left = [
+        json.loads((path / "manifest.json").read_text())["step"] for path in retention.list_steps(tmp_path)
+    ]
     assert left == [20, 30, 50, 60]
+
+
+def test_an_altered_manifest_is_damage(tmp_path: Path):
+    path = save(tmp_path, Owner([(0, 24)]), 6).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    for altered in ({**manifest, "step": 5}, {k: v for k, v in manifest.items() if k != "files"}):
+        (path / "manifest.json").write_text(json.dumps(altered))
+        with pytest.raises(CheckpointError, match="an altered manifest"):
+            store.Checkpoint.open(path)
+
+
+def test_what_kills_leave_is_cleared(tmp_path: Path):
+    kept = save(tmp_path, Owner([(0, 24)]), 1).path
+    for name in (".step-00000002.partial", ".deleted-step-00000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000.safetensors").write_bytes(b"x")
+    store.tidy(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_losses_that_are_not_finite_are_not_best(tmp_path: Path):
+    for step, loss in {1: float("nan"), 2: 3.0, 3: None, 4: 5.0}.items():
+        save(tmp_path, Owner([(0, 24)]), step, validation_loss=loss)
+    retention.prune(tmp_path, tmp_path / "step-00000004", keep_last=1, keep_best=1, keep_every=None)
+    assert [path.name for path in retention.list_steps(tmp_path)] == ["step-00000002", "step-00000004"]
 
 
 def test_the_same_step_again_replaces(tmp_path: Path):

@@ -17,10 +17,10 @@ from llmtrain.models.initialize import initialize
 from llmtrain.models.recurrent import LSTMLanguageModel
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.layout import BatchConfig, Layout, ParallelConfig, plan_layout
 from llmtrain.plan import activations, memory
 from llmtrain.plan.activations import ModelConfig, Numbers, activation_bytes, matrix_parameter_count
-from llmtrain.plan.memory import Memory, memory_per_process, optimizer_slots
+from llmtrain.plan.memory import Memory, memory_per_process, optimizer_slots, start_bytes
 
 TOLERANCE = 0.03
 """The estimates' stated error where the arithmetic is this project's own; oneDNN's workspace is measured."""
@@ -256,3 +256,21 @@ def test_activations_grow_with_the_micro_batch_alone() -> None:
     one, two = planned(model, micro_size=1), planned(model, micro_size=2)
     assert two.activations == 2 * one.activations
     assert (one.weights, one.gradients, one.optimizer) == (two.weights, two.gradients, two.optimizer)
+
+
+def test_building_the_whole_model_counts() -> None:
+    """ZeRO 3 shards 70 billion weights over 512 processes, but each builds them all first."""
+    model = GPTConfig(
+        vocab_size=128256, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8,
+        mlp_hidden_size=28672, gated_mlp=True, norm="rmsnorm", positions="rope", bias=False,
+        tie_embeddings=False,
+    )  # fmt: skip
+    layout = plan_layout(
+        ParallelConfig(zero=3),
+        BatchConfig(512, 1, 128),
+        engine="deepspeed",
+        precision="bf16",
+        world_size=512,
+        device="cuda",
+    )
+    assert start_bytes(model, layout, "cuda") > 4 * model.parameter_count()

@@ -1,0 +1,88 @@
+"""Which checkpoints a run folder holds, which of them are good, and which stay."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.checkpoint.store import MANIFEST, Checkpoint, remove, step_folder
+from llmtrain.errors import CheckpointError, Problem
+from llmtrain.parallel import distributed
+
+Say = Callable[[str], None]
+
+
+def list_steps(root: Path) -> list[Path]:
+    """Committed checkpoint folders under `root`, oldest first."""
+    return sorted(path for path in root.glob("step-*") if (path / MANIFEST).exists())
+
+
+def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
+    """The newest undamaged checkpoint under `root`, and what is wrong with newer ones, which is also said;
+    ranks share the checking and agree on the answer."""
+    rejected: list[str] = []
+    for path in reversed(distributed.from_main(list_steps(root))):
+        try:
+            checkpoint = Checkpoint.open(path)
+            damage = checkpoint.damage(distributed.rank(), distributed.world_size())
+        except CheckpointError as error:
+            checkpoint, damage = None, str(error)
+        damages = [found for found in distributed.gather(damage) if found]
+        if checkpoint is not None and not damages:
+            return checkpoint, rejected
+        rejected.append(f"{path.name}: {damages[0]}")
+        say(f"damaged checkpoint passed over: {rejected[-1]}")
+    return None, rejected
+
+
+def find(path: Path, say: Say) -> Checkpoint:
+    """The checkpoint that a user means by `path`: a checkpoint folder, or the newest good one of a run
+    folder. Raises CheckpointError when there is none or it is damaged."""
+    if (path / MANIFEST).exists():
+        checkpoint = Checkpoint.open(path)
+        damage = checkpoint.damage()
+        if damage:
+            raise CheckpointError(
+                Problem(str(path), f"a damaged checkpoint ({damage})", remedy="name another step's folder")
+            )
+        return checkpoint
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found, rejected = newest_good(root, say)
+    if found is None:
+        got = "; ".join(rejected) if rejected else ("no checkpoint" if path.exists() else "no such folder")
+        raise CheckpointError(Problem(str(path), got, "a run folder or a checkpoint folder (step-…)"))
+    return found
+
+
+def prune(root: Path, current: Path, *, keep_last: int, keep_best: int, keep_every: int | None) -> None:
+    """Delete the checkpoints that no rule keeps, `current`, just written, never. For one rank only."""
+    steps = list_steps(root)
+    keep = {current, *steps[-keep_last:]}
+    scored = []
+    for path in steps:
+        try:
+            manifest = Checkpoint.open(path).manifest
+        except CheckpointError:
+            continue
+        if keep_every and manifest["step"] % keep_every == 0:
+            keep.add(path)
+        loss = manifest.get("validation_loss")
+        if loss is not None and math.isfinite(loss):
+            scored.append((loss, path))
+    keep.update(path for _, path in sorted(scored)[:keep_best])
+    for path in steps:
+        if path not in keep:
+            remove(path)
+
+
+def set_aside_after(root: Path, step: int, say: Say) -> None:
+    """Move checkpoints later than `step` out of the way of a run that goes on from it; none is deleted."""
+    for path in list_steps(root):
+        if path.name > step_folder(step):
+            aside = root / "superseded" / f"{path.name}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(path, aside)
+            say(f"set aside {path.name} as {aside}")
