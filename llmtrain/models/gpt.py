@@ -6,13 +6,13 @@ Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.models.config import GPTConfig
-from llmtrain.models.head import LanguageModelHead
+from llmtrain.models.head import LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Constant, Initializer, Normal
 from llmtrain.models.transformer import (
     Block,
@@ -32,7 +32,7 @@ class Stage(NamedTuple):
     run: Callable[[Tensor, Context], Tensor]
 
 
-class GPT(nn.Module):
+class GPT(TiedHeadModel):
     """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -165,13 +165,3 @@ class GPT(nn.Module):
 
     def _finish(self, x_BTD: Tensor, context: Context) -> Tensor:
         return self.head(self.norm(x_BTD), context.labels)
-
-    def _tie(self) -> None:
-        if self.config.tie_embeddings:
-            self.head.weight = cast(nn.Parameter, self.embedding.weight)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> GPT:
-        # Leaving the meta device makes new Parameters, each module its own.
-        super()._apply(fn, recurse)
-        self._tie()
-        return self

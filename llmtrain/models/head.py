@@ -6,12 +6,15 @@ Dim names: B batch, T sequence, M tokens that count, C tokens of one chunk, D hi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IGNORE_INDEX = -100
 """Label of a position that bears no loss; torch's own default."""
@@ -39,6 +42,27 @@ class LanguageModelHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.weight.shape[1]}, vocab_size={self.weight.shape[0]}"
+
+
+class TiedHeadModel(nn.Module):
+    """A language model whose head may share the embedding's weight, by `config.tie_embeddings`.
+
+    A subclass makes `config`, `embedding` and `head`, and then calls `_tie`.
+    """
+
+    config: Any
+    embedding: nn.Embedding
+    head: LanguageModelHead
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = cast(nn.Parameter, self.embedding.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Leaving the meta device makes new Parameters, each module its own.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
 
 def summed_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:

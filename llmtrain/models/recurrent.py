@@ -5,12 +5,10 @@ Dim names: B batch, T sequence, D hidden width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from torch import Tensor, nn
 
 from llmtrain.models.config import LSTMConfig
-from llmtrain.models.head import LanguageModelHead
+from llmtrain.models.head import LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Initializer, Uniform
 
 
@@ -23,7 +21,7 @@ class LSTMCache:
         """h and c, (L, B, D) each; None before the first token."""
 
 
-class LSTMLanguageModel(nn.Module):
+class LSTMLanguageModel(TiedHeadModel):
     """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: LSTMConfig) -> None:
@@ -74,13 +72,3 @@ class LSTMLanguageModel(nn.Module):
         if not self.config.tie_embeddings:
             table["head.weight"] = uniform
         return table
-
-    def _tie(self) -> None:
-        if self.config.tie_embeddings:
-            self.head.weight = cast(nn.Parameter, self.embedding.weight)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LSTMLanguageModel:
-        # Leaving the meta device makes new Parameters, each module its own.
-        super()._apply(fn, recurse)
-        self._tie()
-        return self
