@@ -8,6 +8,7 @@ knows no particular config and no YAML library.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from llmtrain.errors import ConfigError, Problem, nearest
+
+MISSING = "???"
+"""What YAML holds for a key that the user must give."""
+LARGEST_INT = 2**63 - 1
+"""Of what torch, numpy and parquet hold."""
 
 T = TypeVar("T")
 Variants = Mapping[str, Callable[[Mapping[str, Any]], type]]
@@ -74,18 +80,16 @@ def _decode_dataclass(
     for key in mapping:
         if key not in fields:
             where = _join(prefix, str(key))
-            problems.append(
-                Problem(where, "an unknown key", nearest(str(key), list(fields)), "check the name")
-            )
+            problems.append(Problem(where, "an unknown key", nearest(str(key), fields), "check the name"))
     values: dict[str, Any] = {}
     for name, f in fields.items():
         where = _join(prefix, name)
-        if name not in mapping:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                problems.append(Problem(where, "nothing", _type_name(hints[name]), f"give {where}=…"))
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in mapping and not needed:
             continue
-        raw = mapping[name]
-        if isinstance(raw, str) and raw == "???":
+        raw = mapping.get(name, MISSING)
+        # Elsewhere these are three question marks that a user typed.
+        if needed and isinstance(raw, str) and raw == MISSING:
             problems.append(Problem(where, "nothing", _type_name(hints[name]), f"give {where}=…"))
             continue
         target = hints[name]
@@ -170,23 +174,26 @@ def _decode_union(
 
 def _decode_scalar(hint: Any, raw: Any, where: str, problems: list[Problem]) -> Any:
     is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
+    allowed = _type_name(hint)
     if hint is bool and isinstance(raw, bool):
         return raw
-    if hint is int and is_number and abs(raw) < 2**63 and raw == int(raw):
-        return int(raw)
-    if hint is float and is_number:
-        return float(raw)
-    if hint is float and isinstance(raw, str):
+    if hint is int and is_number and math.isfinite(raw) and raw == int(raw):
+        if abs(raw) <= LARGEST_INT:
+            return int(raw)
+        allowed = "a whole number between -2^63 and 2^63"
+    if hint is float and (is_number or isinstance(raw, str)):
         # YAML 1.1 reads `1e-3` (no dot) as a string.
         try:
-            return float(raw)
-        except ValueError:
-            pass
+            number = float(raw)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
         return str(raw)
-    if hint is Path and isinstance(raw, (str, Path, int)):
-        return Path(str(raw)).expanduser()
-    problems.append(Problem(where, _show(raw), _type_name(hint)))
+    if hint is Path and isinstance(raw, (str, Path)) and str(raw) != "":
+        return Path(raw).expanduser()
+    problems.append(Problem(where, _show(raw), allowed))
     return _INVALID
 
 
@@ -200,7 +207,13 @@ def _show(value: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+        Path: "a path",
+    }
     if hint in names:
         return names[hint]
     if hint is type(None):

@@ -7,10 +7,15 @@ raised is a defect of llmtrain and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 EXIT_CODE = 2
+
+FEW = 8
+"""So many names are all shown, whatever was asked for."""
+MANY = 24
+"""More are never all shown."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,14 @@ class TrainingError(UserError):
     """Training cannot go on: a loss that is not finite, a full disk."""
 
 
-def nearest(name: str, known: Sequence[str], limit: int = 3) -> str:
-    """The known names most like `name`, for a message; all of them when none is alike and they are few."""
-    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
-    if close:
-        return ", ".join(close)
-    return ", ".join(sorted(known)) if len(known) <= 24 else f"{len(known)} names"
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """The known names most like `name`, likest first, for a message; where they are few, the others too."""
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    if len(names) <= FEW:
+        close += [other for other in names if other not in close]
+    elif not close and len(names) <= MANY:
+        close = sorted(names)
+    elif not close:
+        close = difflib.get_close_matches(name, names, n=limit, cutoff=0.0)
+    return ", ".join(close)

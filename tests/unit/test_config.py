@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.config import decode, encode, require
-from llmtrain.errors import ConfigError, Problem
+from llmtrain.errors import ConfigError, Problem, nearest
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def test_all_problems_come_together_with_their_keys():
         ("steps", None),
         ("steps", "???"),
         ("steps", 10**30),
+        ("pair", [float("nan"), 1.0]),
+        ("pair", [1.0, "inf"]),
+        ("shares", {"web": float("inf")}),
+        ("path", ""),
+        ("path", 2024),
         ("flag", 1),
         ("pair", [1]),
         ("inner", 3),
@@ -106,11 +111,35 @@ def test_wrong_types_are_named(key: str, value: object):
         st.text(),
         st.booleans(),
         st.none(),
-        st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
+        st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
     )
 )
 def test_encode_is_the_way_back(outer: Outer):
     assert decode(Outer, encode(outer)) == outer
+
+
+def test_question_marks_stand_for_nothing_only_where_something_is_needed():
+    assert decode(Outer, {"steps": 1, "inner": {}, "name": "???"}).name == "???"
+
+
+def test_whole_numbers_end_below_2_to_the_63():
+    assert decode(Outer, {"steps": 2**63 - 1, "inner": {}}).steps == 2**63 - 1
+    with pytest.raises(ConfigError, match=r"steps: got 9223372036854775808; allowed: .*2\^63"):
+        decode(Outer, {"steps": 2**63, "inner": {}})
+
+
+def test_unknown_keys_come_with_the_sections_own():
+    with pytest.raises(ConfigError, match=r"inner\.ratee: got an unknown key; allowed: rate, kind;"):
+        decode(Outer, {"steps": 1, "inner": {"ratee": 1}})
+
+
+def test_few_names_are_shown_whole_and_each_once():
+    assert nearest("no", ["fp32", "bf16", "fp16", "fp16"]) == "fp32, bf16, fp16"
+    assert nearest("valid", ["train", "validation", "test"]) == "validation, train, test"
+    many = [f"name{i}" for i in range(12)]
+    assert nearest("name3", many).startswith("name3, ")
+    assert nearest("zzz", many) == ", ".join(sorted(many))
+    assert len(nearest("zzz", [f"name{i}" for i in range(100)]).split(", ")) == 3
 
 
 def test_a_problem_is_one_line():
