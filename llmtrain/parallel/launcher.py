@@ -1,9 +1,25 @@
-"""What the launcher (torchrun, Slurm) says in the environment, known before torch is imported."""
+"""How this process was started: its command line, and what the launcher (torchrun, Slurm) says in the
+environment. Known before torch is imported."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+_command: list[str] | None = None
+
+
+def set_command(command: Sequence[str]) -> None:
+    """Remember the command line as typed; Hydra needs one of its own in sys.argv."""
+    global _command
+    _command = list(command)
+
+
+def command() -> list[str]:
+    """The command line as typed, the program first."""
+    return list(sys.argv if _command is None else _command)
 
 
 def rank() -> int:

@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +26,7 @@ import yaml
 
 from llmtrain import files
 from llmtrain.errors import CheckpointError, Problem, TrainingError
+from llmtrain.parallel import launcher
 
 PACKAGES = (
     *("llmtrain", "torch", "deepspeed", "fairscale", "webdataset", "sentencepiece", "numpy"),
@@ -108,21 +108,21 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    launcher = {
+    variables = {
         key: value
         for key, value in os.environ.items()
         if key.startswith(("SLURM_JOB", "OMP_", "NCCL_", "GLOO_", "CUDA_VISIBLE"))
         or key in ("MASTER_ADDR", "WORLD_SIZE")
     }
     return {
-        "command": sys.argv,
+        "command": launcher.command(),
         "folder": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
         "processors": os.cpu_count(),
         "packages": versions,
-        "variables": launcher,
+        "variables": variables,
     }
 
 
