@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ VERBS: dict[str, tuple[str, str]] = {
 
 FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
 FREE_TEXT |= {"checkpoint.resume", "tokenizer.model"}
-"""Keys whose values are a person's words or paths: quoted for Hydra's grammar where it would trip."""
+"""Keys whose values are a person's words or paths: they arrive as typed, whatever Hydra's grammar says."""
+MAY_BE_EMPTY = {"prompt"}
+MAY_BE_LIST = {"prompt", "source"}
+MAY_BE_NULL = {"prompt_file", "output", "tokenizer.model", "data.path"}
 
 HYDRA_SETTINGS = (
     # llmtrain keeps its own run folder and logs.
@@ -45,8 +49,17 @@ SILENCE_SECONDS = 5.0
 """How long a rank that leaves the message to another waits before it ends: a launcher ends all ranks as
 soon as one has, and could cut the message off."""
 
-OVERRIDE = re.compile(r"\+{0,2}[\w./@-]+=|~[\w./@-]+", re.ASCII)
+OVERRIDE = re.compile(r"\+{0,2}[\w./@:-]+=|~[\w./@:-]+", re.ASCII)
 """key=value, +key=value, ++key=value, ~key."""
+SECTION_KEY = re.compile(r"(?!hydra\.)[\w-]+(\.[\w-]+)+=", re.ASCII)
+"""section.key=value of llmtrain's own."""
+VALUED_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"}
+VALUED_FLAGS |= {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+"""Hydra's flags that a word may follow."""
+SWEEP_PIECE = re.compile(
+    r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\[[^\]]*\])\s*(?:,|$)|([^,]*)(?:,|$)""", re.DOTALL
+)
+"""One of the values between a sweep's commas: quoted or a list, or else plain."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(f"llmtrain {metadata.version('llmtrain')}")
         sys.exit(0)
+    launcher.set_command([sys.argv[0], *arguments])
     verb = arguments[0]
     if verb not in VERBS:
         print_problems([Problem("llmtrain", repr(verb), nearest(verb, list(VERBS)), "see llmtrain --help")])
@@ -112,36 +126,77 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     failures: list[UserError] = []  # kept from Hydra, which would print lines of its own about them
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
+    refuse_unusable(flags, overrides)
+    sweeps = "hydra.mode=MULTIRUN" in overrides or any(
+        flag == "-m" or (len(flag) > 3 and "--multirun".startswith(flag)) for flag in flags
+    )
+    quoted = [quote(override, sweeps=sweeps) for override in overrides]
 
     def job(config: DictConfig) -> None:
-        mapping = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(mapping, dict)
-        composed: dict[str, Any] = {str(key): value for key, value in mapping.items() if key != "experiment"}
         hydra_config = HydraConfig.get()
-        if str(hydra_config.mode).endswith("MULTIRUN") and "run" in composed:
-            # Jobs of a sweep must not share a run folder.
-            composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
-        run: Callable[[Mapping[str, Any]], None] = importlib.import_module(VERBS[verb][0]).run
+        multirun = str(hydra_config.mode).endswith("MULTIRUN")
         try:
+            try:
+                mapping = OmegaConf.to_container(config, resolve=True)
+            except OmegaConfBaseException as error:
+                raise ConfigError(explain(error, verb)) from error
+            assert isinstance(mapping, dict)
+            composed: dict[str, Any] = {str(key): value for key, value in mapping.items()}
+            composed.pop("experiment", None)
+            if multirun and "run" in composed and swept_keys(quoted) != {"run.dir"}:
+                # Jobs of a sweep must not share a run folder.
+                composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
+            run: Callable[[Mapping[str, Any]], None] = importlib.import_module(VERBS[verb][0]).run
             run(composed)
         except UserError as error:
+            if multirun:
+                prefix = f"job {hydra_config.job.num}: "
+                error.problems = tuple(replace(p, where=prefix + p.where) for p in error.problems)
             failures.append(error)
 
     # Hydra then raises what happened instead of printing its own summary of it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
-    flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
     app = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(job)
     with tempfile.TemporaryDirectory() as sweep:  # Hydra leaves a file there for each sweep
         # argparse takes one run of overrides only, after the flags.
         settings = [*HYDRA_SETTINGS, f"hydra.sweep.dir='{sweep}'"]
-        sys.argv = [f"llmtrain {verb}", *flags, *settings, *map(quote, overrides)]
+        sys.argv = [f"llmtrain {verb}", *flags, *settings, *quoted]
         try:
             app()
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, verb)) from error
-    if failures:
+    if len(failures) == 1:
         raise failures[0]
+    if failures:
+        together = type(failures[0])(problem for failure in failures for problem in failure.problems)
+        together.everywhere = all(failure.everywhere for failure in failures)
+        raise together
+
+
+def refuse_unusable(flags: list[str], overrides: list[str]) -> None:
+    """Raise ConfigError for words that are neither flag nor override, and for paths left empty."""
+    problems = [
+        Problem("override", repr(word), "key=value", "see --help for the keys")
+        for before, word in zip(["", *flags], flags, strict=False)
+        if not word.startswith("-") and before not in VALUED_FLAGS
+    ]
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        key = key.lstrip("+")
+        if separator and key in FREE_TEXT - MAY_BE_EMPTY and value in ("", "''", '""'):
+            problems.append(Problem(key, "nothing", "a path or name", f"give {key}=…"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def swept_keys(overrides: list[str]) -> set[str]:
+    """The keys that have several values in a sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
 
 
 def conf_folder() -> Path:
@@ -153,21 +208,54 @@ def conf_folder() -> Path:
     raise FileNotFoundError("llmtrain is installed without its conf/ folder")
 
 
-def quote(argument: str) -> str:
-    """`key=words` with the words quoted for Hydra's override grammar, for keys that hold free text.
+def quote(argument: str, *, sweeps: bool = False) -> str:
+    """An override as Hydra has to be given it for llmtrain to get it as typed.
 
-    Lists, quoted values and what Hydra reads as one plain word stay as they are.
+    Values of FREE_TEXT keys become quoted text, but for lists and null where a key may be one. Where
+    the command `sweeps`, commas part the values of a sweep, and quotes keep a value in one piece.
+    Keys of a section need no `+`: decoding knows which there are.
     """
     key, separator, value = argument.partition("=")
-    if not separator or key.lstrip("+") not in FREE_TEXT:
-        return argument
-    plain = re.fullmatch(r"[\w./:+@%-]*", value) is not None and value.strip() != ""
-    if plain or (value[:1], value[-1:]) in (("[", "]"), ("'", "'"), ('"', '"')):
-        return argument
-    # Within quotes the grammar unescapes only backslashes that stand before a quote.
-    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
-    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
-    return f"{key}='{escaped}'"
+    if SECTION_KEY.match(argument):
+        key = f"++{key}"
+    name = key.lstrip("+")
+    if not separator or name not in FREE_TEXT:
+        return f"{key}{separator}{value}"
+    if not sweeps or not re.search(r"""[,'"(]""", value):
+        return f"{key}={_quote_value(name, value)}"
+    if re.fullmatch(r"\s*(choice|glob|range|interval|shuffle|sort|tag)\(.*\)\s*", value, re.DOTALL):
+        return f"{key}={value}"
+    pieces = []
+    end = 0
+    while end <= len(value) and (piece := SWEEP_PIECE.match(value, end)):
+        whole, plain = piece.groups()
+        pieces.append(whole if whole is not None else _quote_value(name, plain.strip()))
+        end = piece.end() if piece[0].endswith(",") else len(value) + 1
+    return f"{key}={','.join(pieces)}"
+
+
+def _quote_value(key: str, text: str) -> str:
+    if key in MAY_BE_NULL and text == "null":
+        return text
+    if key in MAY_BE_LIST and text.startswith("[") and text.endswith("]") and _parses(f"key={text}"):
+        return text
+    # OmegaConf resolves ${…} unless a backslash stands before it; backslashes before that are doubled.
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    # Within quotes Hydra's grammar unescapes only backslashes that stand before a quote.
+    text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
+    text = re.sub(r"(\\+)$", lambda match: match[1] * 2, text)
+    return f"'{text}'"
+
+
+def _parses(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def explain(error: Exception, verb: str) -> Problem:
@@ -215,11 +303,9 @@ def nearest_keys(key: str, verb: str) -> str:
 
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         walk(OmegaConf.to_container(compose(config_name=verb), resolve=False), "")
-    known += group_options("")
     parent = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    found = nearest(key, known)
-    return found if not found.endswith(" names") else nearest(key, siblings)
+    siblings = [name for name in [*known, *group_options("")] if name.rpartition(".")[0] == parent]
+    return nearest(key, siblings or known)
 
 
 def print_problems(problems: tuple[Problem, ...] | list[Problem]) -> None:

@@ -10,6 +10,10 @@ import pytest
 
 from llmtrain import cli
 from llmtrain.commands.resolve import resolve
+from llmtrain.models.config import GPTConfig
+from llmtrain.parallel import launcher
+from llmtrain.track.config import TrackConfig
+from llmtrain.train.run_folder import environment
 from tests.support.training import compose
 
 
@@ -28,11 +32,11 @@ def mistakes(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer.lrr=1"], ["optimizer.lrr", "optimizer.lr"]),
+        (["optimizer.lrr=1"], ["optimizer.lrr", "allowed: lr;"]),
         (["modell=gpt_tiny"], ["modell", "model"]),
         (["model=gpt_tny"], ["model", "gpt_tiny"]),
         (["optimizer=adamm"], ["optimizer", "adamw"]),
-        (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "a number"]),
+        (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "a finite number"]),
         (["train.steps=1.5"], ["train.steps", "1.5", "a whole number"]),
         (["batch.micro_size=3"], ["batch.global_size", "nearest", "micro_size"]),
         (["model.num_heads=5"], ["model.hidden_size", "a multiple of num_heads=5"]),
@@ -50,6 +54,17 @@ def mistakes(
         (["engine=megatron"], ["engine", "'megatron'", "deepspeed"]),
         (["device=cuda"], ["device", "no GPU"]),
         (["seed=(1"], ["override", "key=value"]),
+        (["=3"], ["override", "'=3'", "key=value"]),
+        (["nokey=1"], ["nokey", "batch, checkpoint", "seed"]),
+        (["precision=fp8"], ["precision", "fp32", "bf16", "fp16"]),
+        (["track=[jsonl,tensorbord]"], ["track", "jsonl", "tensorboard", "wandb"]),
+        (["optimizer.eps=inf"], ["optimizer.eps", "inf", "finite"]),
+        ([f"seed={2**63}"], ["seed", "2^63"]),
+        (["modell.head_dim=8"], ["modell", "model"]),
+        (["run.dir="], ["run.dir", "nothing", "a path"]),
+        (["run.dir=''"], ["run.dir", "nothing", "a path"]),
+        (["data.path="], ["data.path", "nothing", "a path"]),
+        (["checkpoint.resume="], ["checkpoint.resume", "nothing", "a path"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -73,12 +88,20 @@ def test_several_mistakes_are_told_together(corpus: Path, tmp_path: Path, capsys
     ("given", "quoted"),
     [
         ("prompt=The film, was (not) good", "prompt='The film, was (not) good'"),
+        ("prompt='quoted'", r"prompt='\'quoted\''"),
+        ("prompt=[INST] hello [/INST]", "prompt='[INST] hello [/INST]'"),
+        ("output=2024_01", "output='2024_01'"),
+        ("output=null", "output=null"),
+        ("output=[a]", "output='[a]'"),
         ("prompt=it's", r"prompt='it\'s'"),
         ("prompt=", "prompt=''"),
         ("prompt=['one','two']", "prompt=['one','two']"),
         ("source=/data/*.txt", "source='/data/*.txt'"),
-        ("run.dir=/tmp/run-1", "run.dir=/tmp/run-1"),
-        ("optimizer.lr=1e-3", "optimizer.lr=1e-3"),
+        ("run.dir=/tmp/run-1", "++run.dir='/tmp/run-1'"),
+        ("optimizer.lr=1e-3", "++optimizer.lr=1e-3"),
+        ("+optimizer.lr=1e-3", "+optimizer.lr=1e-3"),
+        ("hydra.verbose=true", "hydra.verbose=true"),
+        ("~track", "~track"),
         ("--multirun", "--multirun"),
     ],
 )
@@ -87,13 +110,97 @@ def test_free_text_is_quoted(given: str, quoted: str):
 
 
 @pytest.mark.parametrize(
-    "text", ["a, b", "it's", 'say "so"', "back\\slash", "ends\\", "\\'", "${x}", "ü ★", "=", "{a: 1}"]
+    ("given", "quoted"),
+    [
+        ("run.dir=ma,mb", "++run.dir='ma','mb'"),
+        ("run.dir=2024_01, b c", "++run.dir='2024_01','b c'"),
+        ("prompt='a, b',it's", r"prompt='a, b','it\'s'"),
+        ('prompt="a, b"', 'prompt="a, b"'),
+        ("source=[a,b],[c]", "source=[a,b],[c]"),
+        ("run.name=choice(a,b)", "++run.name=choice(a,b)"),
+        ("seed=1,2", "seed=1,2"),
+    ],
 )
-def test_quoted_text_arrives_as_typed(text: str):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def test_sweeps_part_free_text_at_commas(given: str, quoted: str):
+    assert cli.quote(given, sweeps=True) == quoted
 
-    override = OverridesParser.create().parse_override(cli.quote(f"prompt={text}"))
-    assert override.value() == text
+
+@pytest.mark.parametrize("key", ["prompt", "checkpoint", "prompt_file"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2024_01", "1_000", "1.50", "1e3", "true", "???", "'quoted'", '"quoted"', "${oc.env:HOME}"),
+        *(
+            "cost ${x}",
+            r"\${x}",
+            r"\\${x}'\ ",
+            "${",
+            "a, b",
+            "it's",
+            'say "so"',
+            "back\\slash",
+            "ends\\",
+            "\\'",
+        ),
+        *("ü ★", "=", "{a: 1}", " spaces ", "two\nlines"),
+    ],
+)
+def test_free_text_arrives_as_typed(key: str, text: str):
+    assert compose([f"{key}={text}"], "generate")[key] == text
+
+
+def test_null_stays_null_only_where_it_is_the_default():
+    composed = compose(["prompt=null", "prompt_file=null", "checkpoint=null"], "generate")
+    assert (composed["prompt"], composed["prompt_file"], composed["checkpoint"]) == ("null", None, "null")
+    assert compose(["prompt=[one,two]"], "generate")["prompt"] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "key"),
+    [
+        ("prepare", ["source=", "output=x"], "source"),
+        ("prepare", ["source=x", "output="], "output"),
+        ("evaluate", ["checkpoint=", "data.path=x"], "checkpoint"),
+        ("generate", ["checkpoint=x", "prompt_file="], "prompt_file"),
+    ],
+)
+def test_empty_paths_are_refused(
+    verb: str, arguments: list[str], key: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run_verb(verb, arguments) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"llmtrain: error: {key}: got nothing; allowed: a path or name; give {key}=…"
+    ]
+
+
+def test_every_field_can_be_given_though_its_yaml_lacks_it():
+    overrides = [
+        *("model.head_dim=16", "model.rope_theta=5000", "model.rope_scaling.factor=4"),
+        *("schedule.decay_steps=3", "optimizer.momentum=0.5", "optimizer.alpha=0.5", "model.vocab_size=320"),
+    ]
+    mapping = compose(overrides, "plan")
+    mapping.pop("world_size")
+    config = resolve(mapping, 1, data_optional=True).config
+    assert isinstance(config.model, GPTConfig)
+    assert config.model.rope_scaling is not None
+    assert (config.model.head_dim, config.model.rope_theta, config.model.rope_scaling.factor) == (16, 5000, 4)
+    assert (config.schedule.decay_steps, config.optimizer.momentum, config.optimizer.alpha) == (3, 0.5, 0.5)
+
+
+def test_no_tracker_at_all():
+    mapping = compose(["track=[]"], "plan")
+    mapping.pop("world_size")
+    assert resolve(mapping, 1, data_optional=True).config.track == TrackConfig()
+    assert set(compose([], "plan")["track"]) == {"jsonl"}
+
+
+def test_the_command_is_remembered_as_typed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launcher, "_command", None)
+    monkeypatch.setattr(sys, "argv", ["llmtrain", "plan", "run.name=1_000", "--cfg", "job"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert sys.argv[1:] != ["plan", "run.name=1_000", "--cfg", "job"]
+    assert environment()["command"] == ["llmtrain", "plan", "run.name=1_000", "--cfg", "job"]
 
 
 def test_every_preset_composes_and_decodes():
@@ -148,3 +255,41 @@ def test_multirun_makes_a_plan_for_each(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     assert "124,439,808 parameters" in shown
     assert shown.count("layout ") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folders"),
+    [
+        (["run.dir=ma,mb"], ["ma", "mb"]),
+        (["run.dir=ma,mb", "seed=1,2"], ["ma/0", "ma/1", "mb/2", "mb/3"]),
+        (["run.name=x,y"], ["runs/x/0", "runs/y/1"]),
+        (["run.dir=${x}'\\,1_0"], ["${x}'\\", "1_0"]),
+    ],
+)
+def test_each_job_of_a_sweep_has_a_run_folder_of_its_own(
+    overrides: list[str], folders: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    from llmtrain.commands import plan
+
+    seen: list[str] = []
+    monkeypatch.setattr(plan, "run", lambda mapping: seen.append(mapping["run"]["dir"]))
+    assert cli.run_verb("plan", ["--multirun", *overrides]) == 0
+    assert seen == folders
+
+
+def test_every_failed_job_of_a_sweep_is_told(capsys: pytest.CaptureFixture[str]):
+    assert cli.run_verb("plan", ["--multirun", "optimizer.lr=-1,0.1,-2"]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("llmtrain: error: ")]
+    assert [line.split("; ")[0] for line in lines] == [
+        "llmtrain: error: job 0: optimizer.lr: got -1.0",
+        "llmtrain: error: job 2: optimizer.lr: got -2.0",
+    ]
+    assert captured.out.count("layout ") == 1
+
+
+@pytest.mark.parametrize("arguments", [["=3"], ["hello"], ["--multirun", "=3"], ["--cfg", "job", "a b=3"]])
+def test_words_that_are_no_override_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.run_verb("plan", arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"llmtrain: error: override: got {arguments[-1]!r}; allowed: key=value")
