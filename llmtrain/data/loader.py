@@ -72,7 +72,6 @@ class Loader:
         data_rank: int = 0,
         data_size: int = 1,
         workers: int = 0,
-        shuffle: bool = True,
         pin_memory: bool = False,
     ) -> None:
         """global_size counts the samples of a step over all ranks, micro_size those of one forward pass.
@@ -93,7 +92,6 @@ class Loader:
         self._data_rank = data_rank
         self._data_size = data_size
         self._workers = workers
-        self._shuffle = shuffle
         self._pin_memory = pin_memory
 
     def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
@@ -113,10 +111,7 @@ class Loader:
 
     def _fetch(self, step: int) -> list[MicroBatch]:
         share = rank_slice(step, self._global_size, self._data_rank, self._data_size)
-        if self._shuffle:
-            _, indices = sample_indices(np.array(share), len(self._dataset), self._seed)
-        else:
-            indices = np.array(share) % len(self._dataset)
+        _, indices = sample_indices(np.array(share), len(self._dataset), self._seed)
         M = self._micro_size
         return [
             _micro_batch(self._dataset, self._collate, share[i : i + M], indices[i : i + M], self._pin_memory)

@@ -23,11 +23,6 @@ class Terms:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Sums over the targets, 0-d."""
 
-    @property
-    def count(self) -> int:
-        """num_targets as a number; waits for the device."""
-        return int(self.num_targets)
-
 
 class Objective(Protocol):
     """How a kind of model learns from a kind of sample."""

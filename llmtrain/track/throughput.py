@@ -34,28 +34,15 @@ MI250X, None where the type is not built in. The first name found in the device'
 class ThroughputMeter:
     """Tokens per second over the last `window` steps.
 
-    The first step of a process allocates and compiles: it counts only until a second one is done. Time
-    between steps (evaluation, checkpoints) does not count.
+    The first step of a process allocates and compiles: it counts only until a second one is done.
     """
 
     def __init__(self, window: int = 20) -> None:
         self._steps: deque[tuple[int, float]] = deque(maxlen=window)
         self._is_warm = False
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """A step begins."""
-        self._started = time.perf_counter()
-
-    def stop(self, tokens: int) -> None:
-        """The step ended, having trained on `tokens` over all replicas."""
-        if self._started is None:
-            raise RuntimeError("stop() without start()")
-        self.add(tokens, time.perf_counter() - self._started)
-        self._started = None
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count a step that took `seconds`."""
+        """Count a step that trained on `tokens`, over all replicas, and took `seconds`."""
         if self._steps and not self._is_warm:
             self._steps.clear()
             self._is_warm = True
@@ -66,11 +53,6 @@ class ThroughputMeter:
         """0 before the first step has ended."""
         seconds = sum(s for _, s in self._steps)
         return sum(t for t, _ in self._steps) / seconds if seconds > 0 else 0.0
-
-    @property
-    def seconds_per_step(self) -> float:
-        """0 before the first step has ended."""
-        return sum(s for _, s in self._steps) / len(self._steps) if self._steps else 0.0
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:

@@ -103,11 +103,6 @@ def test_resuming_reads_nothing_of_what_went_before(workers: int):
     assert len(dataset.read) <= G * (workers + 2)
 
 
-def test_without_shuffling_the_order_is_the_dataset_s():
-    steps = loader(Numbers(10), shuffle=False).steps(1)
-    assert [micro.indices.tolist() for micro in next(steps).micro_batches] == [[8, 9], [0, 1], [2, 3], [4, 5]]
-
-
 @pytest.mark.parametrize(("global_size", "micro_size", "data_size"), [(8, 3, 1), (6, 2, 2), (8, 4, 4)])
 def test_sizes_that_do_not_divide(global_size: int, micro_size: int, data_size: int):
     with pytest.raises(ValueError, match="is no multiple of micro_size"):

@@ -86,7 +86,7 @@ def test_packed_documents_lose_what_they_lose_apart():
                 for text in texts
             ]
         )
-    assert terms.count == objective.target_count(batch) == sum(len(text) - 1 for text in texts)
+    assert terms.num_targets == objective.target_count(batch) == sum(len(text) - 1 for text in texts)
     torch.testing.assert_close(terms.loss_sum, apart.sum(), rtol=1e-5, atol=0)
     assert terms.metrics == {}
 
@@ -100,6 +100,6 @@ def test_padding_and_empty_rows_add_nothing():
         expected = objective.evaluate(model, alone)
         found = objective.evaluate(model, padded)
         nothing = objective.evaluate(model, empty)
-    assert (found.count, nothing.count) == (expected.count, 0)
+    assert (found.num_targets, nothing.num_targets) == (expected.num_targets, 0)
     torch.testing.assert_close(found.loss_sum, expected.loss_sum)
     assert float(nothing.loss_sum) == 0.0

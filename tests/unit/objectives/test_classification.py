@@ -25,7 +25,7 @@ def test_training_and_evaluation_agree_on_the_loss(model: SimpleCNN):
     batch = objective.collate(raw([3, 1, 4, 1, 5]))
     with torch.no_grad():
         trained, evaluated = objective(model, batch), objective.evaluate(model, batch)
-    assert trained.count == evaluated.count == objective.target_count(batch) == 5
+    assert trained.num_targets == evaluated.num_targets == objective.target_count(batch) == 5
     assert trained.loss_sum.dtype == torch.float32
     assert float(trained.loss_sum) > 0
     torch.testing.assert_close(trained.loss_sum, evaluated.loss_sum)
@@ -50,6 +50,6 @@ def test_empty_samples_add_nothing(model: SimpleCNN):
     with torch.no_grad():
         expected = objective.evaluate(model, alone)
         for found in (objective(model, filled), objective.evaluate(model, filled)):
-            assert found.count == 2
+            assert found.num_targets == 2
             torch.testing.assert_close(found.loss_sum, expected.loss_sum)
     assert objective.target_count(filled) == 2
