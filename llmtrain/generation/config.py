@@ -15,7 +15,7 @@ class GenerateConfig:
 
     max_new_tokens: int = 128
     """Most tokens after each prompt; the end-of-text token stops earlier."""
-    temperature: float = 0.0
+    temperature: float = 0.8
     """0 takes the likeliest token (greedy); 1 samples the model's own distribution."""
     top_k: int | None = None
     """Sample among the k likeliest tokens; null: among all."""

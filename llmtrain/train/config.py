@@ -101,8 +101,8 @@ class TrainConfig:
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Keys in which two encoded model configs differ, dropout aside, each as `key: ours, theirs`."""
-    keys = sorted((set(ours) | set(theirs)) - {"dropout"})
+    """Keys in which two encoded model configs describe different models, each as `model.key=…`."""
+    keys = sorted((set(ours) | set(theirs)) - {"dropout", "init_std"})
     return [
         f"model.{key}={ours.get(key)} here, {theirs.get(key)} there"
         for key in keys

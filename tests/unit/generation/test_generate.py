@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate, sample
@@ -15,6 +16,7 @@ from llmtrain.models.config import GPTConfig, LSTMConfig
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
 from llmtrain.models.recurrent import LSTMLanguageModel
+from tests.support.training import compose
 
 V, T = 64, 32
 GPT2 = GPTConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, max_sequence_length=T, init_std=0.3)
@@ -37,7 +39,7 @@ def lstm() -> LSTMLanguageModel:
 @pytest.mark.parametrize("build", [gpt, lstm])
 def test_greedy_equals_the_whole_forward(build: Any) -> None:
     model = build()
-    outputs = generate(model, PROMPTS, GenerateConfig(max_new_tokens=10))
+    outputs = generate(model, PROMPTS, GenerateConfig(max_new_tokens=10, temperature=0.0))
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         tokens = list(prompt)
         for _ in range(10):
@@ -119,7 +121,11 @@ def test_extreme_draws_stay_inside() -> None:
         ([[V]], {}, "token 64; allowed: 0 to 63"),
         ([[-1]], {}, "token -1"),
         ([[1]], {"temperature": -1.0}, r"generate\.temperature: got -1\.0"),
-        ([[1]], {"top_p": 0.5}, r"generate\.top_p: got 0\.5; allowed: null with temperature=0"),
+        (
+            [[1]],
+            {"temperature": 0.0, "top_p": 0.5},
+            r"generate\.top_p: got 0\.5; allowed: null with temperature=0",
+        ),
     ],
 )
 def test_refusals(prompts: list[list[int]], changes: dict[str, Any], message: str) -> None:
@@ -137,3 +143,7 @@ def test_diverged_model() -> None:
     torch.nn.init.constant_(model.norm.weight, float("nan"))
     with pytest.raises(CheckpointError, match="not finite"):
         generate(model, [[1]], GenerateConfig(max_new_tokens=1))
+
+
+def test_the_command_line_s_defaults_are_the_dataclass_s() -> None:
+    assert decode(GenerateConfig, compose(["checkpoint=any"], "generate")["generate"]) == GenerateConfig()
