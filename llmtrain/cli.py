@@ -56,10 +56,10 @@ SECTION_KEY = re.compile(r"(?!hydra\.)[\w-]+(\.[\w-]+)+=", re.ASCII)
 VALUED_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"}
 VALUED_FLAGS |= {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 """Hydra's flags that a word may follow."""
-SWEEP_PIECE = re.compile(
-    r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\[[^\]]*\])\s*(?:,|$)|([^,]*)(?:,|$)""", re.DOTALL
+PIECE = re.compile(
+    r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?:,|$)|(\s*\[[^\]]*\]\s*|[^,]*)(?:,|$)""", re.DOTALL
 )
-"""One of the values between a sweep's commas: quoted or a list, or else plain."""
+"""One of the values between the commas of a list or sweep: quoted, or else a list or plain."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,20 +225,24 @@ def quote(argument: str, *, sweeps: bool = False) -> str:
         return f"{key}={_quote_value(name, value)}"
     if re.fullmatch(r"\s*(choice|glob|range|interval|shuffle|sort|tag)\(.*\)\s*", value, re.DOTALL):
         return f"{key}={value}"
+    return f"{key}={_quote_pieces(name, value)}"
+
+
+def _quote_pieces(key: str, text: str) -> str:
     pieces = []
     end = 0
-    while end <= len(value) and (piece := SWEEP_PIECE.match(value, end)):
-        whole, plain = piece.groups()
-        pieces.append(whole if whole is not None else _quote_value(name, plain.strip()))
-        end = piece.end() if piece[0].endswith(",") else len(value) + 1
-    return f"{key}={','.join(pieces)}"
+    while end <= len(text) and (piece := PIECE.match(text, end)):
+        quoted, plain = piece.groups()
+        pieces.append(quoted if quoted is not None else _quote_value(key, plain.strip()))
+        end = piece.end() if piece[0].endswith(",") else len(text) + 1
+    return ",".join(pieces)
 
 
 def _quote_value(key: str, text: str) -> str:
     if key in MAY_BE_NULL and text == "null":
         return text
     if key in MAY_BE_LIST and text.startswith("[") and text.endswith("]") and _parses(f"key={text}"):
-        return text
+        return f"[{_quote_pieces(key, text[1:-1])}]" if text[1:-1].strip() else text
     # OmegaConf resolves ${…} unless a backslash stands before it; backslashes before that are doubled.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     # Within quotes Hydra's grammar unescapes only backslashes that stand before a quote.
@@ -261,7 +265,7 @@ def _parses(override: str) -> bool:
 def explain(error: Exception, verb: str) -> Problem:
     """Hydra's and OmegaConf's complaints about overrides as one problem."""
     cause = error.__cause__ or error
-    text = " ".join(f"{error}\n{cause}".split())
+    text = " ".join((str(error) if cause is error else f"{error}\n{cause}").split())
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         return Problem(key, "an unknown key", nearest_keys(key, verb), "check the name, or see --help")
