@@ -1,16 +1,34 @@
-"""Files that are whole or not there: temporary name, fsync, rename; and checksums."""
+"""Files that are whole or not there: temporary name, fsync, rename; checksums; and why a disk refuses."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
+from llmtrain.errors import Problem
+
 CHUNK_BYTES = 2**22
+logger = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = {
+    errno.EACCES: "permit writing there, or choose another place",
+    errno.EPERM: "permit writing there, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENOTDIR: "a file stands where its folder should be: choose another place",
+    errno.EEXIST: "a file stands where its folder should be: choose another place",
+    errno.EISDIR: "name a file",
+    errno.ENOENT: "make its folder first",
+}
+"""What to do about each way in which a place refuses to be written."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -48,6 +66,22 @@ def sync_folder(path: Path) -> None:
     sync(path)
 
 
+def lock(file: IO[str] | int, path: Path) -> None:
+    """Hold the open `file` alone until it is closed, or the process ends, however it ends.
+
+    Raises BlockingIOError when another process holds it. A file system without locks gets a warning, with
+    `path`, and no lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s): make sure that nothing else works there", path, error.strerror
+        )
+
+
 def checksum(path: Path) -> str:
     """xxh3-128 of the file's content, in hex."""
     digest = xxhash.xxh3_128()
@@ -58,8 +92,36 @@ def checksum(path: Path) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that no space or no quota is left; libraries in other languages report it
-    in their text only."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Whether `error` says that no space or no quota is left, or that a file may not grow so large;
+    libraries in other languages report it in their text only."""
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     return "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+def disk_problem(
+    error: Exception,
+    path: Path,
+    *,
+    key: str = "",
+    allowed: str = "",
+    if_full: str = "make room, then try again",
+) -> Problem:
+    """Why `path` could not be written, in one line: what happened, the space left on that disk, a remedy.
+
+    key: the config key that gave the path. allowed: what may stand there, or how much space it takes.
+    if_full: what to do about a full disk.
+    """
+    where = f"{key}={path}" if key else str(path)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if is_disk_full(error):
+        got = f"a full disk ({reason}, {_free_bytes(path) / 2**20:,.0f} MiB free)"
+        return Problem(where, got, allowed, if_full)
+    remedy = UNWRITABLE.get(getattr(error, "errno", None) or 0, "choose another place")
+    return Problem(where, f"a place that cannot be written ({reason})", allowed, remedy)
+
+
+def _free_bytes(path: Path) -> int:
+    """On the disk of `path`, which need not exist yet."""
+    existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    return shutil.disk_usage(existing).free

@@ -88,10 +88,8 @@ def export_folder(
             files.write_atomically(partial / TOKENIZER, model_bytes)
         _put_in_place(partial, output)
     except (OSError, SafetensorError) as error:
-        full = files.is_disk_full(error)
-        remedy = "free some space and export again" if full else "choose a folder that can be written"
-        got = "no space left on the disk" if full else f"an error on writing ({error})"
-        raise CheckpointError(Problem(str(output), got, remedy=remedy)) from error
+        remedy = "make room, then export again"
+        raise CheckpointError(files.disk_problem(error, output, if_full=remedy)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llmtrain.errors import DataError, Problem
-from llmtrain.files import is_disk_full, sync_folder
+from llmtrain.errors import DataError
+from llmtrain.files import disk_problem, is_disk_full, sync_folder
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextmanager
@@ -47,13 +49,9 @@ def disk_errors(folder: Path, bytes_needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = str(error.filename or folder)
-        if is_disk_full(error) or error.errno == errno.EFBIG:
-            needed = f"about {bytes_needed:,} bytes for the whole work"
-            remedy = "free some space and run the same command again: finished work is kept"
-            raise DataError(Problem(where, f"a full disk ({error.strerror})", needed, remedy)) from error
-        not_writable = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-        if error.errno in not_writable:
-            got = f"a place that cannot be written ({error.strerror})"
-            raise DataError(Problem(where, got, "a folder", "choose another output")) from error
-        raise
+        if not is_disk_full(error) and error.errno not in NOT_WRITABLE:
+            raise
+        needed = f"about {bytes_needed:,} bytes for the whole work" if is_disk_full(error) else "a folder"
+        remedy = "make room, then run the same command again: finished work is kept"
+        where = Path(error.filename or folder)
+        raise DataError(disk_problem(error, where, allowed=needed, if_full=remedy)) from error

@@ -15,7 +15,6 @@ The disk holds the clean text and about as much again while prepare works.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -54,7 +53,7 @@ from llmtrain.data.sources import (
 from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.data.workers import Workers, count
 from llmtrain.errors import DataError, Problem, UserError
-from llmtrain.files import sync_folder, write_atomically, write_json_atomically
+from llmtrain.files import lock, sync_folder, write_atomically, write_json_atomically
 
 NO_EFFECT = ("workers", "overwrite", "output", "source")
 """Settings on which the corpus does not depend; sources are compared by their contents."""
@@ -140,7 +139,7 @@ def _locked(output: Path) -> Iterator[None]:
     descriptor = os.open(output, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, output)
         except BlockingIOError as error:
             raise DataError(
                 Problem(str(output), "a folder in which another prepare is at work", "", "wait for it to end")

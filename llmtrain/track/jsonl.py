@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -10,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmtrain.errors import Problem, TrainingError
+from llmtrain import files
+from llmtrain.errors import TrainingError
 from llmtrain.track.base import Metrics
 
 
@@ -36,7 +36,7 @@ class JsonlTracker:
             while line:
                 line = line[os.write(self._file, line) :]
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if files.is_disk_full(error):
                 raise _disk_error(self._path, error) from error
             raise
 
@@ -85,7 +85,5 @@ def _finite(value: Any) -> Any:
 
 
 def _disk_error(path: Path, error: OSError) -> TrainingError:
-    remedy = "free space, then resume from the last checkpoint" if error.errno != errno.EACCES else ""
-    return TrainingError(
-        Problem(str(path), error.strerror or str(error), "a file that can be written", remedy)
-    )
+    remedy = "make room, then resume from the last checkpoint"
+    return TrainingError(files.disk_problem(error, path, if_full=remedy))

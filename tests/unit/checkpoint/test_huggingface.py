@@ -145,7 +145,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
 
 def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="error on writing"):
+    with pytest.raises(CheckpointError, match="cannot be written"):
         export_folder(GPT2, weights(GPT2), None, tmp_path / "file" / "out")
 
 
