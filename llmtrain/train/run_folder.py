@@ -11,11 +11,8 @@ RUN/
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -39,20 +36,17 @@ class RunFolder:
     """An exclusive hold on a run folder, until close() or the end of the process, however it ends."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder and lock it. Raises CheckpointError when another process trains there."""
+        """Make the folder and lock it. Raises CheckpointError when it cannot be written or another
+        process trains there; a file system without locks is taken without one."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = open(path / ".lock", "a+")  # noqa: SIM115
         except OSError as error:
-            raise CheckpointError(
-                Problem(
-                    "run.dir", f"{path} ({error.strerror})", "a folder that can be written", "choose another"
-                )
-            ) from error
+            raise CheckpointError(files.disk_problem(error, path, key="run.dir")) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            files.lock(self._lock, path)
+        except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -84,20 +78,13 @@ class RunFolder:
             git, diff = git_state()
             files.write_json_atomically(self.path / "git.json", git)
             if diff:
-                files.write_atomically(self.path / "git.diff", diff[:MAX_DIFF_BYTES])
+                files.write_atomically(self.path / "git.diff", _cut(diff))
+            else:
+                (self.path / "git.diff").unlink(missing_ok=True)
         except OSError as error:
-            if files.is_disk_full(error):
-                free = shutil.disk_usage(self.path).free
-                raise TrainingError(
-                    Problem(str(self.path), f"a full disk ({free / 2**20:.0f} MiB free)", remedy="make room")
-                ) from error
-            raise
-
-
-def read_config(run: Path) -> dict[str, Any] | None:
-    """The resolved configuration of the run at `run`, or None when it holds none."""
-    path = run / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.exists() else None
+            if not files.is_disk_full(error):
+                raise
+            raise TrainingError(files.disk_problem(error, self.path)) from error
 
 
 def environment() -> dict[str, Any]:
@@ -126,24 +113,32 @@ def environment() -> dict[str, Any]:
     }
 
 
-def git_state() -> tuple[dict[str, Any], str]:
+def git_state() -> tuple[dict[str, Any], bytes]:
     """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
 
-    def git(*arguments: str) -> str | None:
+    def git(*arguments: str) -> bytes | None:
         try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
+            done = subprocess.run(["git", *arguments], capture_output=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     if commit is None:
-        return {"commit": None, "branch": None, "clean": None}, ""
-    diff = git("diff", "HEAD") or ""
-    branch = git("rev-parse", "--abbrev-ref", "HEAD") or ""
-    return {"commit": commit.strip(), "branch": branch.strip(), "clean": diff == ""}, diff
+        return {"commit": None, "branch": None, "clean": None}, b""
+    branch = git("rev-parse", "--abbrev-ref", "HEAD") or b""
+    diff = git("diff", "HEAD")
+    state = {
+        "commit": commit.decode().strip(),
+        "branch": branch.decode(errors="replace").strip(),
+        "clean": None if diff is None else diff == b"",
+    }
+    return state, diff or b""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; empty when there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def _cut(diff: bytes) -> bytes:
+    """The diff, or its first MAX_DIFF_BYTES under a line that says so."""
+    if len(diff) <= MAX_DIFF_BYTES:
+        return diff
+    note = f"# cut: the first {MAX_DIFF_BYTES:,} of {len(diff):,} bytes\n"
+    return note.encode() + diff[:MAX_DIFF_BYTES]

@@ -1,0 +1,86 @@
+"""The run folder's hold and its record of the working folder's git checkout."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import CheckpointError
+from llmtrain.train import run_folder
+from llmtrain.train.run_folder import RunFolder
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout with one committed file, as the working folder."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "code.py").write_text("old\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], check=True)
+    return folder
+
+
+def describe(run: Path) -> dict:
+    folder = RunFolder(run)
+    folder.describe({"seed": 0}, {}, {})
+    folder.close()
+    return json.loads((run / "git.json").read_text())
+
+
+def test_the_diff_is_that_of_the_latest_start(checkout: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert describe(run)["clean"] is True
+    assert not (run / "git.diff").exists()
+    (checkout / "code.py").write_bytes(b"caf\xe9\n")  # no UTF-8
+    assert describe(run)["clean"] is False
+    assert b"+caf\xe9\n" in (run / "git.diff").read_bytes()
+    (checkout / "code.py").write_text("old\n")
+    assert describe(run)["clean"] is True
+    assert not (run / "git.diff").exists()
+
+
+def test_a_cut_diff_says_so(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (checkout / "code.py").write_text("new\n" * 100)
+    whole = subprocess.run(["git", "diff", "HEAD"], capture_output=True, check=True).stdout
+    describe(tmp_path / "run")
+    assert (tmp_path / "run" / "git.diff").read_bytes() == whole
+    monkeypatch.setattr(run_folder, "MAX_DIFF_BYTES", 100)
+    describe(tmp_path / "run")
+    note, _, rest = (tmp_path / "run" / "git.diff").read_bytes().partition(b"\n")
+    assert note.decode() == f"# cut: the first 100 of {len(whole)} bytes"
+    assert rest == whole[:100]
+
+
+def test_one_process_holds_it(tmp_path: Path):
+    first = RunFolder(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} on "):
+        RunFolder(tmp_path / "run")
+    first.close()
+    RunFolder(tmp_path / "run").close()
+
+
+def test_a_file_system_without_locks_is_taken_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    RunFolder(tmp_path / "run").close()
+    assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="run.dir=.*got a place that cannot be written") as caught:
+        RunFolder(tmp_path / "file" / "run")
+    assert len(str(caught.value).splitlines()) == 1
