@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from llmtrain import files
 from llmtrain.config import decode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
@@ -51,9 +55,11 @@ class EvaluateConfig:
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raises UserError for whatever a user can mend."""
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
+    output = None if config.output is None else config.output.expanduser()
+    if output is not None:
+        _check_output(output)
     corpus = None if isinstance(config.data, ImageDataConfig) else open_corpus(config.data)
 
-    from llmtrain import files
     from llmtrain.commands.loading import load_trained
     from llmtrain.data.loader import evaluation_batches
     from llmtrain.engine.evaluation import evaluate_batches
@@ -92,8 +98,11 @@ def run(mapping: Mapping[str, Any]) -> None:
             figures["unigram_loss"] = counter.unigram_loss(corpus)
     for name, value in figures.items():
         print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
-    if config.output is not None:
-        files.write_json_atomically(config.output.expanduser(), figures)
+    if output is not None:
+        try:
+            files.write_json_atomically(output, figures)
+        except OSError as error:
+            raise ConfigError(files.disk_problem(error, output, key="output")) from error
 
 
 class TargetCounter:
@@ -127,6 +136,18 @@ class TargetCounter:
         return float(-(self._counts_V @ log_probs_V) / max(1, self._counts_V.sum()))
 
 
+def _check_output(output: Path) -> None:
+    """Raise ConfigError unless a file can be written there: before the work whose figures it gets."""
+    try:
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        problem = files.disk_problem(error, output, key="output", allowed="a file in a folder that exists")
+        raise ConfigError(problem) from error
+
+
 def _check(config: EvaluateConfig, trained: TrainedModel, corpus: Corpus | None) -> None:
     problems = data_problems(trained.config, config.data)
     if corpus is not None and trained.tokenizer_path is not None:
@@ -141,6 +162,18 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpus: Corpus | None)
                     f"data prepared with another tokenizer ({ours[:12]}…)",
                     f"the tokenizer of {trained.source} ({theirs[:12]}…)",
                     f"prepare it with tokenizer.model={trained.tokenizer_path}",
+                )
+            )
+    vocab_size = getattr(trained.config, "vocab_size", None)
+    if not problems and corpus is not None and vocab_size is not None:
+        needed = corpus.manifest.vocab_size
+        if needed > vocab_size:
+            problems.append(
+                Problem(
+                    "data.path",
+                    f"data of {needed:,} tokens' vocabulary",
+                    f"at most {vocab_size:,}, the vocabulary of {trained.source}",
+                    "prepare it with that model's own tokenizer",
                 )
             )
     if problems:
