@@ -43,9 +43,8 @@ def test_a_refusal_is_one_line_with_its_remedy(
 
 
 def test_a_full_disk_is_told_with_what_is_left_of_it(tmp_path: Path):
-    with pytest.raises(OSError, match="No space") as caught, open("/dev/full", "w") as device:
-        device.write("x")
-        device.flush()
+    with pytest.raises(OSError, match="No space") as caught:
+        Path("/dev/full").write_text("x")
     line = str(files.disk_problem(caught.value, tmp_path / "not" / "yet", if_full="make room, then resume"))
     assert "got a full disk (No space left on device, " in line
     assert " MiB free)" in line
@@ -59,9 +58,7 @@ def test_a_library_s_own_error_of_a_full_disk(tmp_path: Path):
 
 def test_a_lock_keeps_another_process_out_until_it_is_closed(tmp_path: Path):
     path = tmp_path / "lock"
-    code = (
-        f"from llmtrain import files; from pathlib import Path; files.lock(open({str(path)!r}, 'a'), Path())"
-    )
+    code = f"import llmtrain.files as f, pathlib; f.lock(open({str(path)!r}, 'a'), pathlib.Path())"
     with path.open("a") as file:
         files.lock(file, path)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -81,6 +81,6 @@ def test_a_file_system_without_locks_is_taken_without(
 
 def test_a_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="run.dir=.*got a place that cannot be written") as caught:
+    with pytest.raises(CheckpointError, match=r"run\.dir=.*got a place that cannot be written") as caught:
         RunFolder(tmp_path / "file" / "run")
     assert len(str(caught.value).splitlines()) == 1
