@@ -29,6 +29,7 @@ from llmtrain.checkpoint.huggingface_forms import (
     common_config,
 )
 from llmtrain.checkpoint.huggingface_tokenizer import read_model, special_ids, tokenizer_files
+from llmtrain.checkpoint.store import TOKENIZER
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.config import GPTConfig
@@ -37,7 +38,6 @@ from llmtrain.models.gpt import GPT
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.model"
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, transformers' own default."""
 
