@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmtrain.checkpoint.retention import list_steps
@@ -59,15 +60,29 @@ def kill_at(step: int, command: list[str], run: Path, sig: int = signal.SIGKILL)
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
-            break
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.002)
+    wait_for_step(step, run, process)
     process.send_signal(sig)
     process.wait(60)
     return process
+
+
+def wait_for_step(step: int, run: Path, process: subprocess.Popen) -> None:
+    """Until `step` is in the run's metrics."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        assert process.poll() is None, process.stderr.read() if process.stderr else "it ended"
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} did not come")
+
+
+def wait_until_free(run: Path) -> None:
+    """Until no rank of a killed run holds its folder any more."""
+    import fcntl
+
+    with open(run / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +110,31 @@ def test_kill_and_resume_is_bit_exact(corpus: Path, finished: Path, tmp_path: Pa
     assert ours.step == theirs.step == 12
     for entry, expected in zip(ours.manifest["files"], theirs.manifest["files"], strict=True):
         assert entry == expected  # weights and optimizer state, by checksum
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_kill_of_all_ranks_and_resume_is_bit_exact(corpus: Path, tmp_path: Path, zero: int, precision: str):
+    overrides = [f"parallel.zero={zero}", f"precision={precision}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtrain"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    subprocess.run(
+        [*launcher, *arguments(corpus, whole, *overrides)], env=environment, cwd=REPOSITORY, check=True
+    )
+
+    command = [*launcher, *arguments(corpus, run, *overrides)]
+    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
+    wait_for_step(random.SystemRandom().randint(4, 8), run, process)
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        victim.kill()
+    process.wait(60)
+    wait_until_free(run)
+    assert max(curve(run)) < 12, "killed too late"
+    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True)
+
+    assert curve(run) == curve(whole)
+    ours, theirs = (Checkpoint.open(list_steps(path / "checkpoints")[-1]) for path in (run, whole))
+    assert ours.manifest["files"] == theirs.manifest["files"]  # checksums of weights and optimizer state
 
 
 def test_termination_saves_and_resumes(corpus: Path, finished: Path, tmp_path: Path):
