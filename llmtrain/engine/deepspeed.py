@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -31,7 +33,7 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # torch deprecates names that DeepSpeed still calls; and DeepSpeed prints memory at start.
+    # torch deprecates names that DeepSpeed still calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
     # and its sums do not depend on which hosts the ranks are on.
@@ -99,12 +101,13 @@ class DeepSpeedEngine(Engine):
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
         self._max_grad_norm = optimizer.max_grad_norm
         num_parameters = sum(p.numel() for _, p in self._named)
-        self._engine, *_ = deepspeed.initialize(
-            model=wrapped,
-            optimizer=build_optimizer(optimizer, self._named, device.type),
-            config=deepspeed_config(layout, precision, optimizer, num_parameters, device.type),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever the log level
+            self._engine, *_ = deepspeed.initialize(
+                model=wrapped,
+                optimizer=build_optimizer(optimizer, self._named, device.type),
+                config=deepspeed_config(layout, precision, optimizer, num_parameters, device.type),
+                dist_init_required=False,
+            )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
