@@ -73,7 +73,7 @@ def test_blocks(tmp_path: Path):
 
 def test_the_two_commands(tmp_path: Path):
     """The quickstart, shortened; the other command is the one that runs this test."""
-    (_, quickstart, shown), (_, test, _) = [block for block in blocks() if "./launch/" in block[1]]
+    (_, quickstart, _), (_, test, shown) = [block for block in blocks() if "./launch/" in block[1]]
     assert test.split()[0] == "./launch/test.sh"
     script = quickstart.split()[0]
     # The environment of this test is set up already; pip must not run in the middle of the tests.
