@@ -12,7 +12,7 @@ _GROW_BYTES = 2**28
 
 def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the process instead of giving each back to the kernel, which
-    would clear its pages anew at every step: 4 to 9 % of a CPU training step. → whether it could be set.
+    would clear its pages anew at every step. → whether it could be set.
 
     Call it before the large allocations; a process then stays at its peak resident size.
     """

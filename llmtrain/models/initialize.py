@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +39,6 @@ class Constant:
 
 
 Initializer = Normal | Uniform | Constant
-
-
-class Initializable(Protocol):
-    """A module that tabulates its own initialization."""
-
-    def initializers(self) -> dict[str, Initializer]: ...
 
 
 def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -> dict[str, Initializer]:
