@@ -77,7 +77,7 @@ class Workers:
             while True:
                 # A short queue: tasks may be many, and their arguments are made when they are due.
                 while len(pending) < 2 * self._count and (task := next(waiting, ())):
-                    pending.add(self._executor.submit(_guarded, self._disk, function, task))
+                    pending.add(self._submit(self._executor, function, task))
                 if not pending:
                     return
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -94,6 +94,16 @@ class Workers:
                 )
             ) from error
 
+    def _submit(
+        self, executor: ProcessPoolExecutor, function: Callable[..., Any], task: tuple[Any, ...]
+    ) -> Future[Any]:
+        try:
+            return executor.submit(_guarded, self._disk, function, task)
+        except OSError as error:
+            # The executor's own thread found a dead worker and closed the pipe that wakes it, in the
+            # moment between submit's look at the executor's state and its write to that pipe.
+            raise BrokenProcessPool(str(error)) from error
+
     def __enter__(self) -> Workers:
         return self
 
@@ -105,7 +115,12 @@ class Workers:
         if error is not None:
             for process in list((self._executor._processes or {}).values()):
                 process.kill()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        try:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        except OSError:
+            # The same closed pipe: a broken executor has ended by itself.
+            if error is None:
+                raise
 
 
 def _start_worker(counter: Any) -> None:

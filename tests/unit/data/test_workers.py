@@ -1,0 +1,36 @@
+"""Workers: results as they end, and a dead worker told as one."""
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.data.workers import Workers
+from llmtrain.errors import DataError
+
+
+def double(value: int) -> int:
+    return 2 * value
+
+
+def test_a_pipe_closed_by_the_dying_executor_is_a_killed_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with (
+        pytest.raises(DataError, match="a worker process that was killed"),
+        Workers(2, tmp_path, 0) as workers,
+    ):
+        executor = workers._executor
+
+        def closed(*_: object, **__: object) -> None:
+            raise OSError("handle is closed")
+
+        assert executor is not None
+        monkeypatch.setattr(executor, "submit", closed)
+        monkeypatch.setattr(executor, "shutdown", closed)
+        list(workers.map(double, [(1,), (2,)]))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_task_has_its_result(tmp_path: Path, count: int):
+    with Workers(count, tmp_path, 0) as workers:
+        assert sorted(workers.map(double, [(n,) for n in range(9)])) == [2 * n for n in range(9)]
