@@ -22,6 +22,7 @@ from llmtrain.engine.modules import to_device
 from llmtrain.objectives.base import Batch, Objective, Terms
 from llmtrain.parallel import distributed
 from llmtrain.parallel.layout import Layout
+from llmtrain.shards import Box, Shard
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ class NonFiniteError(Exception):
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of one flattened parameter, in the form in which this rank owns them.
+    """Elements [start, stop) of the flattened `shard` of one parameter, in the form in which this rank owns
+    them.
 
     `holder` is the fp32 tensor that the optimizer updates; the fragment lies in its flattened form
-    from `offset` on. Checkpoints read and write fragments, so that they know no layout.
+    from `offset` on. Checkpoints read and write fragments by their boxes in the whole parameter, so that
+    they know no layout.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shard: Shard
     start: int
     stop: int
     holder: torch.Tensor
@@ -72,6 +75,10 @@ class Fragment:
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This fragment's part, 1-D, of a tensor shaped like `holder`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+
+    def pieces(self) -> Iterator[tuple[Box, slice]]:
+        """Its boxes of the whole parameter, each with its place in `view_of`; padding has none."""
+        return self.shard.pieces(self.start, self.stop)
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:

@@ -135,7 +135,7 @@ class LocalEngine(Engine):
         return float(norm), skipped
 
     def held_fragments(self) -> list[Fragment]:
-        return [Fragment(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in self._named]
+        return whole_fragments(self._named, self.shards)
 
     def fragments(self) -> list[Fragment]:
         # Replicas hold the same state: each writes every n-th parameter.

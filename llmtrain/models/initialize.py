@@ -1,8 +1,9 @@
 """Weights from a seed, the same whatever the layout.
 
 A model says by a table what its parameters start from (`initializers()`: name pattern → initializer);
-a value is a function of (seed, parameter name, index in the flat full parameter) alone. A rank can so
-make its own shard, and no other, of the one model that every layout shares.
+a value is a function of (seed, parameter name, row and column in the whole parameter) alone. A rank can
+so make its own shard, and no more than the shard's edges of others, of the one model that every layout
+shares.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-CHUNK = 2**16
-"""Consecutive elements drawn from one generator. Part of the definition: another value, another model."""
+from llmtrain.shards import Box, Shard, matrix_shape
+
+TILE = 256
+"""Rows and columns drawn from one generator. Part of the definition: another value, another model."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +63,64 @@ def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -
     return matched
 
 
-def fill_slice(name: str, initializer: Initializer, seed: int, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the flat full parameter `name`: 1-D fp32, on the CPU."""
+def fill_box(name: str, initializer: Initializer, seed: int, shape: tuple[int, ...], box: Box) -> Tensor:
+    """The elements of `box` in the parameter `name` of `shape`: (rows, columns) fp32, on the CPU.
+
+    Costs what the tiles that the box touches cost."""
     if isinstance(initializer, Constant):
-        return torch.full((stop - start,), initializer.value)
-    values = torch.empty(stop - start)
-    draw = torch.empty(CHUNK)
-    for chunk in range(start // CHUNK, -(-stop // CHUNK)):
-        _draw(draw, initializer, _generator(seed, name, chunk))
-        first, last = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-        values[first - start : last - start] = draw[first - chunk * CHUNK : last - chunk * CHUNK]
+        return torch.full((box.rows, box.columns), initializer.value)
+    rows, columns = matrix_shape(shape)
+    values = torch.empty(box.rows, box.columns)
+    for top in range(box.row // TILE * TILE, box.row + box.rows, TILE):
+        for left in range(box.column // TILE * TILE, box.column + box.columns, TILE):
+            tile = Box(top, left, min(TILE, rows - top), min(TILE, columns - left))
+            drawn = torch.empty(tile.rows, tile.columns)
+            _draw(drawn, initializer, _generator(seed, name, top, left))
+            part = tile.intersection(box)
+            assert part is not None
+            _rows(values, box, part).copy_(_rows(drawn, tile, part))
     return values
 
 
+def _rows(values: Tensor, box: Box, part: Box) -> Tensor:
+    """The elements of `part` in the `values` of `box`."""
+    row, column = part.row - box.row, part.column - box.column
+    return values[row : row + part.rows, column : column + part.columns]
+
+
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` (any device but meta, any dtype) by its own table.
+def fill(out: Tensor, name: str, initializer: Initializer, seed: int, shard: Shard, start: int = 0) -> None:
+    """Put the elements of the flattened `shard` from `start` on into `out` (1-D, any device, any dtype);
+    padding becomes 0."""
+    if shard.is_padded:
+        out.zero_()
+    for box, place in shard.pieces(start, start + out.numel()):
+        # By bands, so that a large parameter is never held twice.
+        for top in range(0, box.rows, 16 * TILE):
+            band = box._replace(row=box.row + top, rows=min(16 * TILE, box.rows - top))
+            begin = place.start + top * box.columns
+            values = fill_box(name, initializer, seed, shard.shape, band)
+            out[begin : begin + band.numel] = values.view(-1).to(out.device, out.dtype)
+
+
+def initialize(model: nn.Module, seed: int, shards: Mapping[str, Shard] | None = None) -> None:
+    """Fill every parameter of `model` that is not on the meta device by the model's own table.
+
+    shards: what part of the whole a parameter is; those not named are whole.
 
     Raises ValueError for a table that doesn't fit the parameters.
     """
     parameters = dict(model.named_parameters())
     table = model.initializers()  # type: ignore[operator]
     for name, initializer in match_initializers(table, parameters).items():
-        flat = parameters[name].view(-1)
-        # By pieces, so that a large parameter is never held twice.
-        for start in range(0, flat.numel(), 64 * CHUNK):
-            stop = min(flat.numel(), start + 64 * CHUNK)
-            flat[start:stop] = fill_slice(name, initializer, seed, start, stop).to(flat.device, flat.dtype)
+        parameter = parameters[name]
+        if parameter.device.type != "meta":
+            shard = (shards or {}).get(name, Shard(tuple(parameter.shape)))
+            fill(parameter.detach().view(-1), name, initializer, seed, shard)
 
 
-def _generator(seed: int, name: str, chunk: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}\0{name}\0{chunk}".encode(), digest_size=8).digest()
+def _generator(seed: int, name: str, top: int, left: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{top}\0{left}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 

@@ -11,7 +11,7 @@ import llmtrain
 PACKAGE = Path(llmtrain.__file__).parent
 ORDER = (
     {"errors"},
-    {"config", "files"},
+    {"config", "files", "shards"},
     {"models", "optim", "track"},
     {"objectives", "data"},
     {"parallel"},
@@ -29,7 +29,7 @@ ORDER = (
 ONLY_IN = {
     "hydra": {"cli"},
     "omegaconf": {"cli"},
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "parallel"},
     "wandb": {"track"},
     "sentencepiece": {"data", "checkpoint"},
     "transformers": set(),

@@ -12,16 +12,18 @@ from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.convolutional import SimpleCNN
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import (
-    CHUNK,
+    TILE,
     Constant,
     Initializer,
     Normal,
     Uniform,
-    fill_slice,
+    fill,
+    fill_box,
     initialize,
     match_initializers,
 )
 from llmtrain.models.recurrent import LSTMLanguageModel
+from llmtrain.shards import Box, Shard
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_sequence_length": 16}
 GPT2 = GPTConfig(**SMALL)
@@ -38,34 +40,62 @@ LLAMA = GPTConfig(
 
 
 @pytest.mark.parametrize("initializer", [Normal(0.5), Uniform(0.5), Constant(3.0)])
-def test_slices_equal_the_whole(initializer: Initializer) -> None:
-    size = 2 * CHUNK + 1000
-    whole = fill_slice("w", initializer, 7, 0, size)
-    assert whole.shape == (size,)
-    for start, stop in [(0, 10), (CHUNK - 3, CHUNK + 5), (5, 2 * CHUNK + 1), (size - 1, size), (9, 9)]:
-        assert torch.equal(fill_slice("w", initializer, 7, start, stop), whole[start:stop])
+def test_boxes_equal_the_whole(initializer: Initializer) -> None:
+    rows, columns = TILE + 40, 2 * TILE + 7
+    everything = fill_box("w", initializer, 7, (rows, columns), Box(0, 0, rows, columns))
+    for box in [
+        Box(0, 0, 1, 1),
+        Box(TILE - 3, 5, 9, 2 * TILE),
+        Box(3, TILE, 2, 1),
+        Box(rows - 1, columns - 1, 1, 1),
+    ]:
+        expected = everything[box.row : box.row + box.rows, box.column : box.column + box.columns]
+        assert torch.equal(fill_box("w", initializer, 7, (rows, columns), box), expected)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((9, 700), 0), ((600, 10), 1), ((7,), 0), ((5, 2, 3), 0)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shards_and_flat_ranges_of_them_equal_the_whole(shape: tuple[int, ...], dim: int, count: int) -> None:
+    full = torch.empty(math.prod(shape))
+    fill(full, "w", Normal(1.0), 3, Shard(shape))
+    part = -(-shape[dim] // count)
+    padding = [0, 0] * (len(shape) - 1 - dim) + [0, part * count - shape[dim]]
+    padded = torch.nn.functional.pad(full.view(shape), padding)
+    for index in range(count):
+        shard = Shard(shape, dim, index, count)
+        expected = padded.narrow(dim, index * part, part).flatten()
+        for start, stop in [(0, shard.numel), (1, shard.numel - 1), (shard.numel // 2, shard.numel)]:
+            out = torch.full((max(0, stop - start),), float("nan"))
+            fill(out, "w", Normal(1.0), 3, shard, start)
+            assert torch.equal(out, expected[start:stop])
+
+
+def draw(name: str, initializer: Initializer, seed: int, count: int) -> torch.Tensor:
+    return fill_box(name, initializer, seed, (count,), Box(0, 0, 1, count))[0]
 
 
 def test_values_depend_on_seed_and_name() -> None:
-    values = {fill_slice(name, Normal(1.0), seed, 0, 1)[0].item() for name in "ab" for seed in (0, 1, -1)}
+    values = {draw(name, Normal(1.0), seed, 1)[0].item() for name in "ab" for seed in (0, 1, -1)}
     assert len(values) == 6
 
 
 def test_values_are_pinned() -> None:
     """Another torch, machine or refactoring must not change what a seed means."""
-    assert fill_slice("w", Normal(1.0), 0, 0, 3).tolist() == pytest.approx(PINNED_NORMAL, abs=1e-6)
-    assert fill_slice("w", Uniform(1.0), 0, CHUNK, CHUNK + 3).tolist() == pytest.approx(PINNED_UNIFORM)
+    normal = fill_box("w", Normal(1.0), 0, (500, 500), Box(0, 0, 1, 3))[0]
+    assert normal.tolist() == pytest.approx(PINNED_NORMAL, abs=1e-6)
+    uniform = fill_box("w", Uniform(1.0), 0, (500, 500), Box(TILE, TILE, 1, 3))[0]
+    assert uniform.tolist() == pytest.approx(PINNED_UNIFORM)
 
 
-PINNED_NORMAL = [-1.339020, 2.189647, 0.181930]
-PINNED_UNIFORM = [0.03323996067047119, -0.16192710399627686, -0.9409395456314087]
+PINNED_NORMAL = [-0.3891880214214325, 2.127816677093506, -1.912026286125183]
+PINNED_UNIFORM = [-0.671032190322876, 0.3382542133331299, -0.5577666759490967]
 
 
 def test_distributions() -> None:
-    normal = fill_slice("w", Normal(0.02), 0, 0, 4 * CHUNK)
+    normal = fill_box("w", Normal(0.02), 0, (512, 512), Box(0, 0, 512, 512))
     assert normal.std().item() == pytest.approx(0.02, rel=0.01)
     assert normal.mean().item() == pytest.approx(0.0, abs=2e-4)
-    uniform = fill_slice("w", Uniform(0.5), 0, 0, 4 * CHUNK)
+    uniform = fill_box("w", Uniform(0.5), 0, (512, 512), Box(0, 0, 512, 512))
     assert uniform.abs().max().item() <= 0.5
     assert uniform.std().item() == pytest.approx(0.5 / math.sqrt(3), rel=0.01)
 
@@ -89,7 +119,9 @@ def test_every_parameter_from_meta(model: type[nn.Module], config: object) -> No
     initialize(built, seed=1)
     table = match_initializers(built.initializers(), dict(built.named_parameters()))  # type: ignore[operator]
     for name, parameter in built.named_parameters():
-        assert torch.equal(parameter.flatten(), fill_slice(name, table[name], 1, 0, parameter.numel()))
+        expected = torch.empty(parameter.numel())
+        fill(expected, name, table[name], 1, Shard(tuple(parameter.shape)))
+        assert torch.equal(parameter.flatten(), expected)
 
 
 def test_gpt2_scales() -> None:
