@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmtrain.models.dropout import AttentionDropout
+
 BLOCK = 128
 """Queries of a block: of 64, 128 and 256 the fastest."""
 LONGEST = 2048
@@ -24,31 +26,56 @@ LONGEST = 2048
 
 
 def attend(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ / sqrt(H))·v, (B, N, T, H), laid out as (B, T, N, H).
 
     mask: (B or 1, 1, T, S), True where a query may see a key, and within the causal triangle when
         T = S. None: causal when T = S; one query alone sees every key.
-    dropout: probability with which a weight of the softmax is dropped.
+    dropout: of the softmax' weights. With keys the weights are held whole, (B, N, T, S), as no kernel
+        takes masks of one's own.
     """
     N, T = q_BNTH.shape[1:3]
     K, S = k_BKSH.shape[1:3]
-    if q_BNTH.device.type == "cpu" and 1 < T == S <= LONGEST and dropout == 0.0:
+    if q_BNTH.device.type == "cpu" and 1 < T == S <= LONGEST and dropout is None:
         if N != K:
             k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
         y_BNTH: Tensor = _BlockwiseAttention.apply(q_BNTH, k_BKSH, v_BKSH, mask, torch.is_grad_enabled())
         return y_BNTH
+    if dropout is not None and dropout.keys_B is not None:
+        return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout)
     return F.scaled_dot_product_attention(
         q_BNTH,
         k_BKSH,
         v_BKSH,
         attn_mask=mask,
-        dropout_p=dropout,
+        dropout_p=0.0 if dropout is None else dropout.p,
         # One new token sees every key; is_causal would show it the first alone.
         is_causal=mask is None and T > 1,
         enable_gqa=N != K,
     )
+
+
+def _attend_with_mask_of_dropout(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None, dropout: AttentionDropout
+) -> Tensor:
+    N, T, H = q_BNTH.shape[1:]
+    K, S = k_BKSH.shape[1:3]
+    if N != K:
+        k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
+    scores_BNTS = (q_BNTH * H**-0.5) @ k_BKSH.transpose(2, 3)
+    if mask is not None:
+        scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf)
+    probs_BNTS = scores_BNTS.softmax(-1).to(v_BKSH.dtype)
+    y_BNTH = (probs_BNTS * dropout.scaled_mask(N, T, S, probs_BNTS.dtype)) @ v_BKSH
+    return y_BNTH.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class _BlockwiseAttention(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.models.config import GPTConfig
+from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Constant, Initializer, Normal
 from llmtrain.models.transformer import (
@@ -45,7 +46,7 @@ class GPT(TiedHeadModel):
         self.positions = (
             nn.Embedding(config.max_sequence_length, D) if config.positions == "learned" else None
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
         self.head = LanguageModelHead(D, config.vocab_size)
@@ -59,6 +60,7 @@ class GPT(TiedHeadModel):
         documents_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        dropout_keys_B: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
 
@@ -68,6 +70,7 @@ class GPT(TiedHeadModel):
             None: a row is one document.
         labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
         cache: keys and values of earlier tokens; forward adds these tokens to it.
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
 
         Raises ValueError when documents and a cache are given together.
         """
@@ -77,6 +80,7 @@ class GPT(TiedHeadModel):
             documents_BT=documents_BT,
             labels_BT=labels_BT,
             cache=cache,
+            dropout_keys_B=dropout_keys_B,
         )
         x = tokens_BT
         for stage in self.stages():
@@ -104,6 +108,7 @@ class GPT(TiedHeadModel):
         documents_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        dropout_keys_B: Tensor | None = None,
     ) -> Context:
         """What all stages of one forward over these tokens share; arguments as forward's."""
         T = tokens_BT.shape[1]
@@ -119,7 +124,7 @@ class GPT(TiedHeadModel):
             keys = torch.arange(past + T, device=tokens_BT.device)
             mask = (keys[None, :] <= keys[past:, None])[None, None]
         rotary = rotary_tables(self.config, positions_BT) if self.config.positions == "rope" else None
-        return Context(positions_BT, rotary, mask, labels_BT, cache)
+        return Context(positions_BT, rotary, mask, labels_BT, cache, dropout_keys_B)
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens a row."""
@@ -161,7 +166,7 @@ class GPT(TiedHeadModel):
         x_BTD = self.embedding(tokens_BT)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(context.positions)
-        return self.dropout(x_BTD)
+        return self.dropout(x_BTD, context.dropout_keys)
 
     def _finish(self, x_BTD: Tensor, context: Context) -> Tensor:
         return self.head(self.norm(x_BTD), context.labels)

@@ -7,6 +7,7 @@ N query heads, K key-value heads, G = N/K query heads a key-value head, H head w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from llmtrain.models.attention import attend
 from llmtrain.models.config import GPTConfig, RopeScaling
+from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 
 
 class KVCache:
@@ -62,6 +64,8 @@ class Context:
     labels: Tensor | None = None
     """The token that should follow each, (B, T), -100 where none counts; None: logits are wanted."""
     cache: KVCache | None = None
+    dropout_keys: Tensor | None = None
+    """A key for each row, (B,), that dropout's masks are made from; None: torch's generator."""
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -120,12 +124,18 @@ class Attention(nn.Module):
     groups it holds.
     """
 
+    attend: Callable[..., Tensor]
+    """Attention itself; sequence parallelism puts its exchange around it."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_width
         self.queries_per_kv = config.num_heads // config.kv_heads
         self.dropout = config.dropout
+        self.first_head = 0
+        """Number in the whole layer of the first query head held here."""
+        self.attend = attend
         qkv_width = config.kv_heads * (self.queries_per_kv + 2) * self.head_dim
         self.qkv = nn.Linear(config.hidden_size, qkv_width, bias=config.bias)
         self.output = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
@@ -140,8 +150,10 @@ class Attention(nn.Module):
         q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y_BNTH = attend(q, k, v, mask=context.mask, dropout=dropout)
+        dropout = None
+        if self.training and self.dropout > 0.0:
+            dropout = AttentionDropout(self.dropout, self.layer, context.dropout_keys, self.first_head)
+        y_BNTH = self.attend(q, k, v, mask=context.mask, dropout=dropout)
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
 
@@ -180,8 +192,10 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.dropout, layer, HIDDEN)
+        self.mlp_dropout = Dropout(config.dropout, layer, HIDDEN + 1)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), context))
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        y_BTD = self.attention(self.attention_norm(x_BTD), context)
+        x_BTD = x_BTD + self.attention_dropout(y_BTD, context.dropout_keys)
+        return x_BTD + self.mlp_dropout(self.mlp(self.mlp_norm(x_BTD)), context.dropout_keys)

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 
+DROPOUT_KEYS = "dropout_keys"
+"""In a batch: a key for each row, (B,) int64, from which dropout's masks are made; absent: torch's generator
+makes them."""
+
 
 @dataclass(frozen=True)
 class Terms:

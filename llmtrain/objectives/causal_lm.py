@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.objectives.base import Batch, Terms, count_targets
+from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets
 
-_MODEL_INPUTS = {"positions": "positions_BT", "documents": "documents_BT", "labels": "labels_BT"}
+_ARGUMENTS = {
+    "tokens": "tokens_BT",
+    "positions": "positions_BT",
+    "documents": "documents_BT",
+    "labels": "labels_BT",
+    DROPOUT_KEYS: "dropout_keys_B",
+}
 
 
 class CausalLM:
@@ -48,9 +54,21 @@ class CausalLM:
     def target_count(self, batch: Batch) -> int:
         return int(count_targets(batch["labels"], IGNORE_INDEX))
 
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model's forward, or its `context` and stages, are given by name."""
+        return {name: batch[key] for key, name in _ARGUMENTS.items() if key in batch}
+
+    def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
+        """Every row's tokens from part · T / parts on, T / parts of them, each with the label that it
+        has in the whole row and its place there. Documents stay whole: attention is over all tokens."""
+        B, T = batch["tokens"].shape
+        here = slice(part * (T // parts), (part + 1) * (T // parts))
+        positions = batch.get("positions", torch.arange(T, device=batch["tokens"].device)[None])
+        sliced = {"tokens": batch["tokens"], "labels": batch["labels"], "positions": positions}
+        return {**batch, **{key: value[:, here] for key, value in sliced.items()}}
+
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        arguments = {name: batch[key] for key, name in _MODEL_INPUTS.items() if key in batch}
-        loss_sum = model(batch["tokens"], **arguments)
+        loss_sum = model(**self.arguments(batch))
         return Terms(loss_sum, count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:

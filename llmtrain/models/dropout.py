@@ -1,0 +1,100 @@
+"""Dropout whose mask is a function of (sample, layer, place), not of a generator's state.
+
+A mask drawn from a generator depends on what else is in the batch and on how a tensor is divided over
+processes. Here each element's fate is a hash of its sample's key, the layer's number and its own place
+in the whole activation, so that every layout, micro-batch and recomputation drops the same elements.
+
+Dim names: B batch, T sequence, D hidden width, N heads, S keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION, HIDDEN = 0, 1
+"""Kinds of masks of one layer; a layer's further hidden masks count on from HIDDEN."""
+
+
+def sample_keys(seed: int, samples: Sequence[int]) -> Tensor:
+    """The key of each sample, 31 bits in int64 (B,), by its number in the global order, which no two
+    samples of a run share."""
+    digests = (
+        hashlib.blake2b(f"dropout/{seed}/{sample}".encode(), digest_size=4).digest() for sample in samples
+    )
+    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=torch.int64)
+
+
+class Dropout(nn.Module):
+    """Drops elements of (B, T, D) with probability `p` and scales the others by 1 / (1 − p)."""
+
+    def __init__(self, p: float, layer: int, kind: int) -> None:
+        super().__init__()
+        self.p, self.layer, self.kind = p, layer, kind
+        self.sequence_part = 0
+        """Which of equal parts of the sequence the activations are, where processes share its tokens."""
+
+    def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        """Without keys the mask comes from torch's generator."""
+        if not self.training or self.p == 0.0:
+            return x_BTD
+        if keys_B is None:
+            return F.dropout(x_BTD, self.p)
+        T, D = x_BTD.shape[1:]
+        kept_BTD = keep(_mixed(keys_B, self.layer, self.kind), self.sequence_part * T, T, D, self.p)
+        return x_BTD * kept_BTD.to(x_BTD.dtype).mul_(1.0 / (1.0 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+@dataclass(frozen=True)
+class AttentionDropout:
+    """Drops weights of one layer's softmax, (B, N, T, S), with probability `p`."""
+
+    p: float
+    layer: int
+    keys_B: Tensor | None
+    first_head: int = 0
+    """Number in the whole layer of the first of the heads at hand."""
+
+    def scaled_mask(self, N: int, T: int, S: int, dtype: torch.dtype) -> Tensor:
+        """0 where a weight is dropped, 1 / (1 − p) elsewhere: (B, N, T, S). Needs keys."""
+        assert self.keys_B is not None
+        heads = torch.arange(self.first_head, self.first_head + N, device=self.keys_B.device)
+        keys_BN = _mix(_mixed(self.keys_B, self.layer, ATTENTION)[:, None] + heads * _STEP_ROW)
+        return keep(keys_BN, 0, T, S, self.p).to(dtype).mul_(1.0 / (1.0 - self.p))
+
+
+def keep(keys: Tensor, first_row: int, rows: int, columns: int, p: float) -> Tensor:
+    """True with probability 1 − p, a function of (key, row, column): (…, rows, columns) for keys (…)."""
+    device = keys.device
+    row = torch.arange(first_row, first_row + rows, device=device)
+    row_keys = _mix(keys[..., None] + row * _STEP_ROW).to(torch.int32)[..., None]
+    column = (torch.arange(columns, device=device) * _STEP_COLUMN).to(torch.int32)
+    # Over all elements, so in place and in 32 bits: a multiplication wraps.
+    x = row_keys ^ column
+    x.mul_(_FACTOR).bitwise_xor_((x >> 15) & 0x1FFFF).mul_(_SECOND_FACTOR)
+    x.bitwise_xor_((x >> 13) & 0x7FFFF).bitwise_and_(0x7FFFFFFF)
+    return x >= int(p * 2**31)
+
+
+_STEP_ROW, _STEP_COLUMN = 0x9E3779B1, 0x5EB5A7
+_FACTOR, _SECOND_FACTOR = 0x2C1B3C6D, 0x297A2D39
+
+
+def _mixed(keys_B: Tensor, layer: int, kind: int) -> Tensor:
+    return _mix(keys_B + (layer * 8 + kind + 1) * _STEP_ROW)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A hash of 32 bits to 31, in int64 arithmetic (Wellons' lowbias32)."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return (x ^ (x >> 16)) & 0x7FFFFFFF
