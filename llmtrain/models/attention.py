@@ -47,7 +47,7 @@ def attend(
             k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
         y_BNTH: Tensor = _BlockwiseAttention.apply(q_BNTH, k_BKSH, v_BKSH, mask, torch.is_grad_enabled())
         return y_BNTH
-    if dropout is not None and dropout.keys_B is not None:
+    if dropout is not None and dropout.keys is not None:
         return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout)
     return F.scaled_dot_product_attention(
         q_BNTH,

@@ -1,6 +1,6 @@
 """A small convolutional classifier of 28×28 digits (the LeNet line, LeCun et al. 1998).
 
-Dim names: B batch, C classes; image tensors carry channels, height and width.
+Dim names: B batch, C classes, D hidden width; image tensors carry channels, height and width.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.initialize import Initializer, Uniform
 
 
@@ -22,14 +23,20 @@ class SimpleCNN(nn.Module):
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
         self.fc1 = nn.Linear(64 * 7 * 7, 128)
         self.fc2 = nn.Linear(128, config.num_classes)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, 0, HIDDEN)
 
-    def forward(self, images_B1HW: Tensor, labels_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images_B1HW: Tensor, labels_B: Tensor | None = None, dropout_keys_B: Tensor | None = None
+    ) -> Tensor:
         """Images (B, 1, 28, 28) → logits (B, C); with labels the SUM of cross-entropy in nats over
-        labels other than -100, 0-d fp32."""
+        labels other than -100, 0-d fp32. Dropout's mask is made from dropout_keys_B; None: by torch's
+        generator."""
         x = F.max_pool2d(F.relu(self.conv1(images_B1HW)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        logits_BC = self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
+        x_BD = F.relu(self.fc1(x.flatten(1)))
+        # To dropout an image is a sequence of one.
+        x_BD = self.dropout(x_BD[:, None], dropout_keys_B)[:, 0]
+        logits_BC = self.fc2(x_BD)
         if labels_B is None:
             return logits_BC
         return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")

@@ -59,15 +59,16 @@ class AttentionDropout:
 
     p: float
     layer: int
-    keys_B: Tensor | None
+    keys: Tensor | None
+    """Of the samples, (B,)."""
     first_head: int = 0
     """Number in the whole layer of the first of the heads at hand."""
 
     def scaled_mask(self, N: int, T: int, S: int, dtype: torch.dtype) -> Tensor:
         """0 where a weight is dropped, 1 / (1 − p) elsewhere: (B, N, T, S). Needs keys."""
-        assert self.keys_B is not None
-        heads = torch.arange(self.first_head, self.first_head + N, device=self.keys_B.device)
-        keys_BN = _mix(_mixed(self.keys_B, self.layer, ATTENTION)[:, None] + heads * _STEP_ROW)
+        assert self.keys is not None
+        heads = torch.arange(self.first_head, self.first_head + N, device=self.keys.device)
+        keys_BN = _mix(_mixed(self.keys, self.layer, ATTENTION)[:, None] + heads * _STEP_ROW)
         return keep(keys_BN, 0, T, S, self.p).to(dtype).mul_(1.0 / (1.0 - self.p))
 
 

@@ -1,6 +1,6 @@
 """An LSTM language model (Zaremba et al., arXiv:1409.2329).
 
-Dim names: B batch, T sequence, D hidden width, V vocabulary, L layers.
+Dim names: B batch, T sequence, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llmtrain.models.config import LSTMConfig
+from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Initializer, Uniform
 
@@ -17,8 +18,8 @@ class LSTMCache:
 
     def __init__(self) -> None:
         self.length = 0
-        self.state: tuple[Tensor, Tensor] | None = None
-        """h and c, (L, B, D) each; None before the first token."""
+        self.states: list[tuple[Tensor, Tensor]] = []
+        """h and c of each layer, (1, B, D) each; none before the first token."""
 
 
 class LSTMLanguageModel(TiedHeadModel):
@@ -31,9 +32,11 @@ class LSTMLanguageModel(TiedHeadModel):
         self.config = config
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
-        between_layers = config.dropout if config.num_layers > 1 else 0.0
-        self.lstm = nn.LSTM(D, D, config.num_layers, batch_first=True, dropout=between_layers)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, -1, HIDDEN)
+        self.layers = nn.ModuleList(nn.LSTM(D, D, batch_first=True) for _ in range(config.num_layers))
+        self.layer_dropouts = nn.ModuleList(
+            Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
+        )
         self.head = LanguageModelHead(D, config.vocab_size)
         self._tie()
 
@@ -45,18 +48,25 @@ class LSTMLanguageModel(TiedHeadModel):
         documents_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
         cache: LSTMCache | None = None,
+        dropout_keys_B: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
 
         positions_BT and documents_BT are taken for the decoders' sake and not used: the state flows
-        over document boundaries, which the end-of-text token marks.
+        over document boundaries, which the end-of-text token marks. Dropout is of what flows from layer to
+        layer, never from token to token, by masks made from dropout_keys_B; None: from torch's generator.
         """
-        state = None if cache is None else cache.state
-        x_BTD, state = self.lstm(self.dropout(self.embedding(tokens_BT)), state)
+        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        after = []
+        x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
+        for layer, dropout, state in zip(self.layers, self.layer_dropouts, before, strict=True):
+            x_BTD, state = layer(x_BTD, state)
+            x_BTD = dropout(x_BTD, dropout_keys_B)
+            after.append(state)
         if cache is not None:
-            cache.state = state
+            cache.states = after
             cache.length += tokens_BT.shape[1]
-        return self.head(self.dropout(x_BTD), labels_BT)
+        return self.head(x_BTD, labels_BT)
 
     def new_cache(self, max_length: int) -> LSTMCache:
         """An empty state; it takes the same room at any length."""
@@ -68,7 +78,7 @@ class LSTMLanguageModel(TiedHeadModel):
         | embedding, head (if untied), LSTM | uniform ±1/sqrt(D)     |
         """
         uniform = Uniform(self.config.hidden_size**-0.5)
-        table: dict[str, Initializer] = {"embedding.weight": uniform, "lstm.*": uniform}
+        table: dict[str, Initializer] = {"embedding.weight": uniform, "layers.*": uniform}
         if not self.config.tie_embeddings:
             table["head.weight"] = uniform
         return table

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.objectives.base import Batch, Terms, count_targets
+from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets
 
 
 class Classification:
@@ -27,7 +27,7 @@ class Classification:
         return int(count_targets(batch["labels"], IGNORE_INDEX))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        loss_sum = model(batch["images"], labels_B=batch["labels"])
+        loss_sum = model(batch["images"], labels_B=batch["labels"], dropout_keys_B=batch.get(DROPOUT_KEYS))
         return Terms(loss_sum, count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:

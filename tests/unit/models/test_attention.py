@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.models import attention
-from llmtrain.models.dropout import AttentionDropout
 from llmtrain.models.attention import attend
+from llmtrain.models.dropout import AttentionDropout
 from llmtrain.models.transformer import document_mask
 
 B, K, G, H = 2, 2, 2, 8
@@ -77,6 +77,8 @@ def test_beyond_the_longest_torch_takes_over(monkeypatch: pytest.MonkeyPatch) ->
 def test_dropout() -> None:
     torch.manual_seed(0)
     q = torch.randn(B, K, 50, H)
-    with_dropout = torch.stack([attend(q, q, q, dropout=AttentionDropout(0.5, 0, None)) for _ in range(200)]).mean(0)
+    with_dropout = torch.stack(
+        [attend(q, q, q, dropout=AttentionDropout(0.5, 0, None)) for _ in range(200)]
+    ).mean(0)
     assert not torch.allclose(attend(q, q, q, dropout=AttentionDropout(0.5, 0, None)), attend(q, q, q))
     torch.testing.assert_close(with_dropout, attend(q, q, q), rtol=0, atol=0.8)
