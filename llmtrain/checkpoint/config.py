@@ -21,6 +21,8 @@ class CheckpointConfig:
     """How many of those with the lowest validation loss stay besides."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps stay for good."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy of the state in host memory; otherwise wait."""
     resume: str = "auto"
     """auto: from the newest good checkpoint of the run folder, if any; never: refuse a folder that has
     some; a path: from that run folder or checkpoint."""

@@ -1,48 +1,164 @@
-"""Checkpoints that know no layout: each rank writes the flat fragments of the parameters that it owns,
-and whoever reads asks for any range of any parameter.
+"""Checkpoints that know no layout: each rank writes the parts of parameters that it owns, as boxes of the
+whole parameter, and whoever reads asks for any box of any parameter.
 
     step-00000100/
-      rank-00000.safetensors   weights and optimizer state: `KIND/NAME@START`, 1-D fp32
+      rank-00000.safetensors   weights and optimizer state: `KIND/NAME@ROW,COLUMN`, (rows, columns) fp32
       rank-00001.safetensors
       tokenizer.model
       manifest.json            written last: what lies where, sizes, checksums, the run's config
 
 The folder has a temporary name until all of it is on the disk, so that a kill at any moment leaves
 earlier checkpoints and no half of this one. Nothing in it is unpickled.
+
+This module is the format: how a rank's share is written, how all become a checkpoint, how one is read.
+saver.py says when; llmtrain/shards.py what a box is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
 from llmtrain import files
+from llmtrain.checkpoint.cover import cover_problem
+from llmtrain.checkpoint.writer import write_safetensors
 from llmtrain.engine.base import Engine, optimizer_slot, optimizer_tensors, set_optimizer_counter
-from llmtrain.errors import CheckpointError, Problem, TrainingError
+from llmtrain.errors import CheckpointError, Problem, TrainingError, nearest
 from llmtrain.parallel import distributed
+from llmtrain.shards import Box, Shard, whole
 
 FORMAT = "llmtrain-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 DELETED = ".deleted-"
+REPLACED = ".replaced-"
 TOKENIZER = "tokenizer.model"
 WEIGHT = "weight"
 OPTIMIZER = "optimizer."
 """Prefix of the kinds that are optimizer state: `optimizer.exp_avg`."""
+MAX_OPEN_FILES = 256
+KEPT_TABLES = 16
 
 
 def step_folder(step: int) -> str:
     return f"step-{step:08d}"
+
+
+# Writing.
+
+
+class Part(NamedTuple):
+    """One kind of state of one fragment: elements [start, start + len(values)) of the flattened shard."""
+
+    kind: str
+    name: str
+    shard: Shard
+    start: int
+    values: torch.Tensor
+    """1-D, on any device."""
+
+    def pieces(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """(key in the file, box of the whole parameter, its values (rows, columns)); padding has none."""
+        for box, place in self.shard.pieces(self.start, self.start + self.values.numel()):
+            key = f"{self.kind}/{self.name}@{box.row},{box.column}"
+            yield key, box, self.values[place].view(box.rows, box.columns)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has to save."""
+
+    parts: list[Part]
+    counters: dict[str, dict[str, float]]
+    """Kind → parameter name → a number that all elements share (Adam's `step`)."""
+    scaler: dict[str, float]
+
+
+def collect(engine: Engine) -> Share:
+    """This rank's share: views of the engine's own memory, which its next step changes."""
+    parts: list[Part] = []
+    counters: dict[str, dict[str, float]] = {}
+    for fragment in engine.fragments():
+        place = fragment.name, fragment.shard, fragment.start
+        parts.append(Part(WEIGHT, *place, fragment.view_of(fragment.holder)))
+        for key, value in optimizer_tensors(engine.optimizer, fragment):
+            if isinstance(value, torch.Tensor):
+                parts.append(Part(OPTIMIZER + key, *place, value))
+            else:
+                counters.setdefault(OPTIMIZER + key, {})[fragment.name] = value
+    return Share(parts, counters, engine.scaler_state())
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the folder that the shares of `step` are written to; → its temporary path. All ranks call it."""
+    partial = root / f".{step_folder(step)}.partial"
+
+    def make() -> None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            raise _failure(*why(error, partial), partial) from error
+
+    distributed.on_main(make)
+    return partial
+
+
+def write_share(
+    folder: Path, rank: int, share: Share, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, Any]:
+    """Write the share of `rank`, in fp32; → what was written, for the manifest. No collective in it: a
+    thread may do it. For `go_on` and errors see write_safetensors."""
+    pieces = [(part, *piece) for part in share.parts for piece in part.pieces()]
+    path = folder / f"rank-{rank:05d}.safetensors"
+    written = write_safetensors(path, [(key, values.float()) for _, key, _, values in pieces], go_on)
+    files.sync_folder(folder)
+    return {
+        "file": {"file": path.name, "bytes": written.bytes, "xxh3_128": written.checksum},
+        "places": [(part.kind, part.name, part.shard.shape, key, tuple(box)) for part, key, box, _ in pieces],
+        "counters": share.counters,
+        "scaler": share.scaler,
+    }
+
+
+def commit(
+    partial: Path,
+    step: int,
+    written: dict[str, Any] | None,
+    problem: tuple[str, str] | None,
+    description: Mapping[str, Any],
+    tokenizer: Path | None,
+) -> Path:
+    """Make the ranks' files a checkpoint, whose path is returned; all ranks call it, each with what
+    write_share gave, or with the problem it met (see `why`).
+
+    Raises TrainingError on all ranks when any of them met one; what was written is removed then.
+    """
+    shares = distributed.gather((written, problem))
+    raise_if_any([problem for _, problem in shares], partial)
+    final = partial.parent / step_folder(step)
+    if distributed.is_main():
+        try:
+            told = [share for share, _ in shares if share is not None]
+            assemble(partial, final, step, told, description, tokenizer)
+        except Exception as error:  # every rank must reach the broadcast below
+            problem = why(error, partial)
+    raise_if_any([distributed.from_main(problem)], partial)
+    return final
 
 
 def save(
@@ -53,81 +169,47 @@ def save(
     `description` is JSON that goes into the manifest: model config, run config, tracker state, ….
     Raises TrainingError on all ranks when the disk is full; earlier checkpoints stay.
     """
-    final = root / step_folder(step)
-    partial = root / f".{final.name}.partial"
-    problem: Exception | None = None
-    if distributed.is_main():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        except OSError as error:
-            problem = error
-    distributed.barrier()
-    written: dict[str, Any] = {}
-    if problem is None:
-        try:
-            written = _write_share(partial, engine)
-        except Exception as error:  # every rank must reach the gather below
-            problem = error
-    shares = distributed.gather((written, None if problem is None else _explain(problem, partial)))
-    _raise_first([message for _, message in shares], partial)
-    if distributed.is_main():
-        try:
-            _commit(partial, final, step, [share for share, _ in shares], engine, description, tokenizer)
-        except Exception as error:
-            problem = error
-    _raise_first([distributed.from_main(None if problem is None else _explain(problem, partial))], partial)
-    return final
+    partial = begin(root, step)
+    written, problem = None, None
+    try:
+        written = write_share(partial, distributed.rank(), collect(engine))
+    except Exception as error:  # told to all ranks by commit
+        problem = why(error, partial)
+    return commit(partial, step, written, problem, describe(engine, step, description), tokenizer)
 
 
-def _write_share(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Write this rank's fragments; → what was written, for the manifest."""
-    tensors: dict[str, torch.Tensor] = {}
-    places: list[tuple[str, str, tuple[int, ...], int, int, str]] = []
-    counters: dict[str, dict[str, float]] = {}
-    for fragment in engine.fragments():
-        parts: list[tuple[str, torch.Tensor]] = [(WEIGHT, fragment.view_of(fragment.holder))]
-        for key, value in optimizer_tensors(engine.optimizer, fragment):
-            if isinstance(value, torch.Tensor):
-                parts.append((OPTIMIZER + key, value))
-            else:
-                counters.setdefault(OPTIMIZER + key, {})[fragment.name] = value
-        for kind, tensor in parts:
-            key = f"{kind}/{fragment.name}@{fragment.start}"
-            tensors[key] = tensor.cpu()
-            places.append((kind, fragment.name, fragment.shape, fragment.start, fragment.stop, key))
-    path = folder / f"rank-{distributed.rank():05d}.safetensors"
-    save_file(tensors, path)
-    files.sync(path)
+def describe(engine: Engine, step: int, description: Mapping[str, Any]) -> dict[str, Any]:
+    """`description` with what the manifest says besides: when, how far, under which layout."""
     return {
-        "file": {"file": path.name, "bytes": path.stat().st_size, "xxh3_128": files.checksum(path)},
-        "places": places,
-        "counters": counters,
-        "scaler": engine.scaler_state(),
+        "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "position": {"step": step, "samples": step * engine.layout.global_size},
+        "layout": dataclasses.asdict(engine.layout),
+        **description,
     }
 
 
-def _commit(
+def assemble(
     partial: Path,
     final: Path,
     step: int,
     shares: list[dict[str, Any]],
-    engine: Engine,
     description: Mapping[str, Any],
     tokenizer: Path | None,
 ) -> None:
+    """Write the manifest of all ranks' `shares`, in rank order, and give the folder its name."""
     tensors: dict[str, dict[str, Any]] = {}
     counters: dict[str, dict[str, float]] = {}
     for share in shares:
-        for kind, name, shape, start, stop, key in share["places"]:
-            entry = tensors.setdefault(kind, {}).setdefault(name, {"shape": list(shape), "fragments": []})
-            entry["fragments"].append([share["file"]["file"], key, start, stop])
+        for kind, name, shape, key, box in share["places"]:
+            entry = tensors.setdefault(kind, {}).setdefault(name, {"shape": list(shape), "boxes": []})
+            entry["boxes"].append([share["file"]["file"], key, list(box)])
         for kind, values in share["counters"].items():
             counters.setdefault(kind, {}).update(values)
-    for kind in tensors.values():
-        for entry in kind.values():
-            entry["fragments"].sort(key=lambda fragment: fragment[2])
+    for kind, entries in tensors.items():
+        for name, entry in entries.items():
+            entry["boxes"].sort(key=lambda found: found[2])
+            if flaw := _cover_problem(entry):  # better found now than on resume
+                raise ValueError(f"{kind} {name}: {flaw}")
     listed = [share["file"] for share in shares]
     if tokenizer is not None:
         copy = partial / TOKENIZER
@@ -145,10 +227,17 @@ def _commit(
         "tensors": tensors,
     }
     files.write_json_atomically(partial / MANIFEST, {**manifest, "checksum": _checksum(manifest)})
+    replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # the same step again
-        remove(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
     os.replace(partial, final)
     files.sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _cover_problem(entry: Mapping[str, Any]) -> str | None:
+    return cover_problem(whole(tuple(entry["shape"])), [Box(*box) for _, _, box in entry["boxes"]])
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -166,40 +255,146 @@ def remove(path: Path) -> None:
 
 
 def tidy(root: Path) -> None:
-    """Delete what killed processes left half written or half deleted. For the owner of the run folder."""
-    for pattern in (f"{DELETED}*", ".*.partial"):
+    """Clear what killed processes left half written, half deleted or half replaced. For the owner of the run
+    folder."""
+    for path in root.glob(f"{REPLACED}*"):
+        final = root / path.name.removeprefix(REPLACED)
+        if not final.exists():
+            os.replace(path, final)
+    for pattern in (f"{DELETED}*", f"{REPLACED}*", ".*.partial"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _explain(error: Exception, folder: Path) -> str:
+def why(error: Exception, partial: Path) -> tuple[str, str]:
+    """What kept this rank from writing, and what to do before the next attempt, to be told to all."""
+    share = f"while writing rank {distributed.rank()}'s share"
     if files.is_disk_full(error):
-        free = shutil.disk_usage(folder.parent if folder.parent.exists() else folder.parent.parent).free
-        return f"a full disk ({free / 2**20:.0f} MiB free) while writing rank {distributed.rank()}'s share"
-    return f"{type(error).__name__} while writing rank {distributed.rank()}'s share: {error}"
+        folder = next(folder for folder in partial.parents if folder.exists())
+        free = shutil.disk_usage(folder).free
+        return f"a full disk ({free / 2**20:.0f} MiB free) {share}", "make room, then "
+    return f"{type(error).__name__} {share}: {error}", ""
 
 
-def _raise_first(messages: Iterable[str | None], partial: Path) -> None:
-    for message in messages:
-        if message is not None:
-            if distributed.is_main():
-                shutil.rmtree(partial, ignore_errors=True)
-            kept = any(partial.parent.glob("step-*"))
-            remedy = "earlier checkpoints are whole: " if kept else "no checkpoint was written: "
-            remedy += "make room, then run the same command to resume"
-            raise distributed.everywhere(TrainingError(Problem(str(partial.parent), message, remedy=remedy)))
+def raise_if_any(reasons: Iterable[tuple[str, str] | None], partial: Path) -> None:
+    """Raise TrainingError, alike on all ranks, for the first rank's reason; what was written is removed."""
+    for reason in reasons:
+        if reason is not None:
+            raise distributed.everywhere(_failure(*reason, partial))
+
+
+def _failure(got: str, first: str, partial: Path) -> TrainingError:
+    if distributed.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+    kept = any(partial.parent.glob("step-*"))
+    remedy = "earlier checkpoints are whole: " if kept else "no checkpoint was written: "
+    return TrainingError(
+        Problem(str(partial.parent), got, remedy=f"{remedy}{first}run the same command to resume")
+    )
+
+
+# Reading.
+
+
+class Reader:
+    """Boxes of a checkpoint's tensors. It keeps files open, which many small reads share, and so belongs to
+    one piece of work; dropping it closes them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        path = checkpoint.path
+        # Functions of the module, since a method within its own object would keep that alive.
+        self._file = lru_cache(maxsize=MAX_OPEN_FILES)(lambda file: safe_open(path / file, framework="pt"))
+        self._boxes_N4 = lru_cache(maxsize=KEPT_TABLES)(lambda kind, name: _table(checkpoint, kind, name))
+
+    def read(self, kind: str, name: str, box: Box) -> torch.Tensor:
+        """(rows, columns) fp32 of the matrix that the parameter is looked at as.
+
+        Raises CheckpointError for a tensor that it lacks or that lacks elements, and for unreadable files.
+        """
+        out = torch.empty(box.rows, box.columns)
+        self._fill(out, kind, name, box)
+        return out
+
+    def read_into(self, out: torch.Tensor, kind: str, name: str, shard: Shard, start: int) -> None:
+        """Fill `out` (1-D, any device and dtype) with elements [start, start + len(out)) of the flattened
+        `shard`; padding becomes 0. Raises CheckpointError as `read`, and for a parameter of another shape."""
+        entry = self._checkpoint.entry(kind, name)
+        if tuple(entry["shape"]) != shard.shape:
+            path, theirs = self._checkpoint.path, tuple(entry["shape"])
+            raise CheckpointError(Problem(f"{path}: {name}", f"shape {theirs}", f"shape {shard.shape}"))
+        with torch.no_grad():
+            if shard.is_padded:
+                out.zero_()
+            for box, place in shard.pieces(start, start + out.numel()):
+                self._fill(out[place].view(box.rows, box.columns), kind, name, box)
+
+    def _fill(self, out: torch.Tensor, kind: str, name: str, box: Box) -> None:
+        """`out` (rows, columns) from all stored boxes that have a part of `box`."""
+        stored = self._checkpoint.entry(kind, name)["boxes"]
+        boxes_N4 = self._boxes_N4(kind, name)
+        begin_N2, end_N2 = boxes_N4[:, :2], boxes_N4[:, :2] + boxes_N4[:, 2:]
+        wanted_end = box.row + box.rows, box.column + box.columns
+        meets_N = ((begin_N2 < wanted_end) & (end_N2 > box[:2])).all(axis=1)
+        missing = box.numel
+        for i in np.flatnonzero(meets_N).tolist():
+            file, key, place = stored[i]
+            there = Box(*place)
+            common = there.intersection(box)
+            assert common is not None
+            out[_slices(common, box)] = self._get(file, key, _slices(common, there))
+            missing -= common.numel
+        if missing:
+            path = self._checkpoint.path
+            raise CheckpointError(
+                Problem(
+                    f"{path}: {kind} {name}",
+                    f"boxes that lack {missing:,} of {box.numel:,} elements or hold them twice",
+                    "every element once",
+                )
+            )
+
+    def _get(self, file: str, key: str, slices: tuple[slice, slice]) -> torch.Tensor:
+        try:
+            return self._file(file).get_slice(key)[slices]
+        except (OSError, SafetensorError) as error:
+            path = self._checkpoint.path / file
+            raise CheckpointError(Problem(str(path), f"a file that cannot be read ({error})")) from error
+
+    def header_problem(self, kind: str, name: str) -> str | None:
+        """Where the files hold other tensors than the manifest says: the first problem, or None."""
+        for file, key, box in self._checkpoint.entry(kind, name)["boxes"]:
+            try:
+                found = self._file(file).get_slice(key)
+            except (OSError, SafetensorError) as error:
+                return f"{file} does not hold {key} ({error})"
+            if (found.get_shape(), found.get_dtype()) != (box[2:], "F32"):
+                return f"{file} holds {key} as {found.get_dtype()} {found.get_shape()}, not F32 {box[2:]}"
+        return None
+
+
+def _table(checkpoint: Checkpoint, kind: str, name: str) -> np.ndarray:
+    """All boxes of one tensor: row, column, rows, columns."""
+    boxes = [box for _, _, box in checkpoint.entry(kind, name)["boxes"]]
+    return np.array(boxes, dtype=np.int64).reshape(-1, 4)
+
+
+def _slices(box: Box, within: Box) -> tuple[slice, slice]:
+    """Where `box` lies in the matrix that `within` is."""
+    row, column = box.row - within.row, box.column - within.column
+    return slice(row, row + box.rows), slice(column, column + box.columns)
 
 
 class Weights(Mapping[str, torch.Tensor]):
     """Canonical name → whole fp32 weight; one is in memory at a time unless the caller keeps them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
         self._entries = checkpoint.manifest["tensors"][WEIGHT]
+        self._reader = Reader(checkpoint)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        shape = torch.Size(self._entries[name]["shape"])
-        return self._checkpoint.read(WEIGHT, name, 0, shape.numel()).view(shape)
+        shape = tuple(self._entries[name]["shape"])
+        return self._reader.read(WEIGHT, name, whole(shape)).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -248,9 +443,22 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     @property
+    def bytes(self) -> int:
+        """Of its files, the manifest left out."""
+        return sum(entry["bytes"] for entry in self.manifest["files"])
+
+    @property
     def tokenizer(self) -> Path | None:
         path = self.path / TOKENIZER
         return path if path.exists() else None
+
+    def entry(self, kind: str, name: str) -> dict[str, Any]:
+        """Shape and boxes of one tensor. Raises CheckpointError when there is none."""
+        held = self.manifest["tensors"].get(kind, {})
+        if name not in held:
+            allowed = nearest(name, held) if held else nearest(kind, self.manifest["tensors"])
+            raise CheckpointError(Problem(str(self.path), f"no {kind} {name}", allowed))
+        return held[name]
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
         """What is wrong with its files, by size and checksum: the first problem, or None. `part` of
@@ -265,19 +473,23 @@ class Checkpoint:
                 return f"{entry['file']} has another checksum than when it was written"
         return None
 
-    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter `name`, 1-D fp32."""
-        pieces: list[torch.Tensor] = []
-        at = start
-        for file, key, begin, end in self.manifest["tensors"][kind][name]["fragments"]:
-            if begin <= at < min(end, stop):
-                with safe_open(self.path / file, framework="pt") as handle:
-                    piece = handle.get_slice(key)[at - begin : min(end, stop) - begin]
-                pieces.append(piece)
-                at += piece.numel()
-        if at != stop:
-            raise CheckpointError(Problem(str(self.path), f"no elements {at}–{stop} of {kind} {name}"))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def incompleteness(self) -> str | None:
+        """Which tensor its boxes don't cover exactly once, or its files don't hold as the manifest says:
+        the first problem, or None. Reads no values."""
+        reader = Reader(self)
+        for kind, entries in self.manifest["tensors"].items():
+            for name, entry in entries.items():
+                if flaw := _cover_problem(entry) or reader.header_problem(kind, name):
+                    return f"{kind} {name}: {flaw}"
+        return None
+
+    def read(self, kind: str, name: str, box: Box) -> torch.Tensor:
+        """One Reader.read."""
+        return Reader(self).read(kind, name, box)
+
+    def read_into(self, out: torch.Tensor, kind: str, name: str, shard: Shard, start: int) -> None:
+        """One Reader.read_into; for many of them make one Reader."""
+        Reader(self).read_into(out, kind, name, shard, start)
 
     def weights(self) -> Weights:
         """All weights, fp32, by their canonical names, each read when asked for."""
@@ -285,18 +497,18 @@ class Checkpoint:
 
     def restore(self, engine: Engine) -> None:
         """Put weights, optimizer state and loss scaler into the engine, whatever its layout."""
+        reader = Reader(self)
         kinds = [kind for kind in self.manifest["tensors"] if kind.startswith(OPTIMIZER)]
-        with torch.no_grad():
-            for fragment in engine.held_fragments():
-                span = fragment.name, fragment.start, fragment.stop
-                fragment.view_of(fragment.holder).copy_(self.read(WEIGHT, *span))
-                for kind in kinds:
-                    if fragment.name in self.manifest["tensors"][kind]:
-                        slot = optimizer_slot(engine.optimizer, fragment, kind.removeprefix(OPTIMIZER))
-                        slot.copy_(self.read(kind, *span))
-                for kind, values in self.manifest["counters"].items():
-                    if fragment.name in values:
-                        key = kind.removeprefix(OPTIMIZER)
-                        set_optimizer_counter(engine.optimizer, fragment, key, values[fragment.name])
+        for fragment in engine.held_fragments():
+            place = fragment.name, fragment.shard, fragment.start
+            reader.read_into(fragment.view_of(fragment.holder), WEIGHT, *place)
+            for kind in kinds:
+                if fragment.name in self.manifest["tensors"][kind]:
+                    slot = optimizer_slot(engine.optimizer, fragment, kind.removeprefix(OPTIMIZER))
+                    reader.read_into(slot, kind, *place)
+            for kind, values in self.manifest["counters"].items():
+                if fragment.name in values:
+                    key = kind.removeprefix(OPTIMIZER)
+                    set_optimizer_counter(engine.optimizer, fragment, key, values[fragment.name])
         engine.refresh_weights()
         engine.load_scaler_state(self.manifest["scaler"])
