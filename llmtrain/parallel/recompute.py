@@ -9,20 +9,23 @@ Dim names: B batch, T sequence, D hidden width.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from llmtrain.models.transformer import Context
 from llmtrain.parallel.config import RecomputeConfig
 
 Forward = Callable[[Tensor, Context], Tensor]
 
-LINEAR_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+LINEAR_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 """What linear layers call; attention's products are batched, `bmm`."""
 
 
@@ -54,8 +57,7 @@ def _full(block: nn.Module) -> Forward:
 
 
 def _selective(block: nn.Module) -> Forward:
-    contexts = functools.partial(create_selective_checkpoint_contexts, LINEAR_PRODUCTS)
-    return functools.partial(_checkpoint, block.forward, {"context_fn": contexts})
+    return functools.partial(_checkpoint, block.forward, {"context_fn": _keep_and_reuse})
 
 
 def _checkpoint(forward: Forward, settings: dict[str, Any], x_BTD: Tensor, context: Context) -> Tensor:
@@ -70,6 +72,59 @@ def _checkpoint(forward: Forward, settings: dict[str, Any], x_BTD: Tensor, conte
             **settings,
         )
     return y_BTD
+
+
+def _keep_and_reuse() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around a block's forward, and around its recomputation."""
+    outputs: deque[Tensor] = deque()
+    return _Keep(outputs), _Reuse(outputs)
+
+
+class _Keep(TorchDispatchMode):
+    """Puts the outputs of linear products into `outputs`, in order.
+
+    What changes one in place afterwards (the bias of DeepSpeed's linear layer, the sum over a tensor
+    group) finds the original kept aside: recomputation will make the change again. torch's own selective
+    checkpointing misses such changes when they go through an unsafe view, and computes on with the sum of
+    both.
+    """
+
+    def __init__(self, outputs: deque[Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
+        self._places: dict[int, int] = {}
+        """Address of an output's storage → its number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Collectives do not say in their schemas that they write.
+        if func._schema.is_mutable or func.namespace == "c10d":
+            for argument in tree_leaves((args, kwargs)):
+                if isinstance(argument, Tensor):
+                    self._set_aside(argument)
+        result = func(*args, **(kwargs or {}))
+        if func in LINEAR_PRODUCTS:
+            self._places[result.untyped_storage().data_ptr()] = len(self._outputs)
+            # Autograd will hang the graph, which holds this list, on the result itself.
+            self._outputs.append(result.detach())
+        return result
+
+    def _set_aside(self, tensor: Tensor) -> None:
+        place = self._places.pop(tensor.untyped_storage().data_ptr(), None) if self._places else None
+        if place is not None:
+            self._outputs[place] = self._outputs[place].clone()
+
+
+class _Reuse(TorchDispatchMode):
+    """Answers linear products from `outputs`, in order."""
+
+    def __init__(self, outputs: deque[Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in LINEAR_PRODUCTS:
+            return self._outputs.popleft()
+        return func(*args, **(kwargs or {}))
 
 
 def _offload(block: nn.Module) -> Forward:

@@ -13,6 +13,7 @@ from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
+from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
@@ -74,6 +75,7 @@ class TrainConfig:
     data: TokenDataConfig | ImageDataConfig
     batch: BatchConfig
     parallel: ParallelConfig
+    recompute: RecomputeConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: StepsConfig
