@@ -72,7 +72,7 @@ def _header(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
 
 
 def _content(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(

@@ -61,6 +61,7 @@ class Session:
     """One process' part in one start of a run: what the loop needs, opened in order."""
 
     def __init__(self, resolved: Resolved, device: Any, started: float) -> None:
+        from llmtrain.checkpoint.saver import Saver
         from llmtrain.parallel import distributed
         from llmtrain.train.run_folder import RunFolder
 
@@ -70,6 +71,7 @@ class Session:
         self._folder: RunFolder | None = None
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
+        self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
         self.rank = self.layout.coordinates(distributed.rank()).data
 
         def hold_folder() -> None:
@@ -82,7 +84,6 @@ class Session:
         return self.config.run.dir / "checkpoints"
 
     def train(self) -> None:
-        from llmtrain.checkpoint import store
         from llmtrain.data.loader import Loader
         from llmtrain.families import family_of
         from llmtrain.parallel import distributed
@@ -136,10 +137,9 @@ class Session:
         def save(step: int, validation_loss: float | None) -> None:
             state = distributed.from_main(self._trackers.state() if self._trackers is not None else None)
             facts = {"validation_loss": validation_loss, "trackers": state}
-            path = store.save(self.root, step, engine, {**description, **facts}, tokenizer)
-            self._say(f"step {step:,}: checkpoint {path}")
-            if distributed.is_main():
-                self._prune(path)
+            self._saver.save(
+                step, engine, {**description, **facts}, tokenizer, lambda path: self._on_saved(step, path)
+            )
 
         outcome = train(
             engine,
@@ -148,6 +148,8 @@ class Session:
                 lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
                 evaluate=evaluate if validation is not None else None,
                 save=save,
+                poll_save=self._saver.poll,
+                finish_save=self._saver.finish,
             ),
             observer,
             start_step=start_step,
@@ -166,6 +168,13 @@ class Session:
             seconds = time.perf_counter() - self._started
             self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
 
+    def _on_saved(self, step: int, path: Path) -> None:
+        from llmtrain.parallel import distributed
+
+        self._say(f"step {step:,}: checkpoint {path}")
+        if distributed.is_main():
+            self._prune(path)
+
     def _prune(self, current: Path) -> None:
         from llmtrain.checkpoint.retention import prune
 
@@ -182,6 +191,7 @@ class Session:
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 
     def close(self, failed: bool) -> None:
+        self._saver.abandon()
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:

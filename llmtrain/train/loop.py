@@ -41,7 +41,11 @@ class Hooks:
     evaluate: Callable[[], Totals] | None
     """One pass over held-out data; None when there is none."""
     save: Callable[[int, float | None], None]
-    """Write a checkpoint, given the steps done and the validation loss where it was measured at that step."""
+    """Begin a checkpoint, given the steps done and the validation loss where it was measured at that step."""
+    poll_save: Callable[[], None]
+    """Called after each step: what has to be done for a checkpoint on its way."""
+    finish_save: Callable[[], None]
+    """Wait until the last checkpoint is whole."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,12 @@ def train(
 ) -> Outcome:
     """Train from `start_step` to `steps`.
 
-    SIGTERM or SIGINT on any rank ends it after the current step, with a checkpoint.
-    Raises TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
+    SIGTERM or SIGINT on any rank ends it after the current step, with a checkpoint. Whatever was begun is
+    whole when it returns. Raises TrainingError for a loss or gradient that is not finite; the last checkpoint
+    stays.
     """
     validation_loss: float | None = None
-    saved_step = start_step
+    done = saved_step = start_step
 
     def evaluate(step: int) -> float | None:
         if hooks.evaluate is None:
@@ -93,19 +98,22 @@ def train(
                 stop = stop_requested() or observer.failed
                 result = engine.train_step(batch.micro_batches, lr=lr, stop_requested=stop)
             except NonFiniteError as error:
+                hooks.finish_save()
                 stopped = TrainingError(_non_finite(step + 1, error, saved_step))
                 raise distributed.everywhere(stopped) from error
             done = step + 1
             observer.on_step(done, result, lr, time.perf_counter() - started, batch.wait_seconds)
+            hooks.poll_save()
             evaluated = is_due(done, evaluate_every, steps)
             if evaluated:
                 validation_loss = evaluate(done)
             if result.stop or is_due(done, save_every, steps):
                 hooks.save(done, validation_loss if evaluated else None)
                 saved_step = done
-            if result.stop and done < steps:
-                return Outcome(done, validation_loss, interrupted=True)
-    return Outcome(steps, validation_loss, interrupted=False)
+            if result.stop:
+                break
+        hooks.finish_save()
+    return Outcome(done, validation_loss, interrupted=done < steps)
 
 
 def is_due(done: int, every: int | None, steps: int) -> bool:
