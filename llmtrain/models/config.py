@@ -70,6 +70,10 @@ class GPTConfig:
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def qkv_width(self) -> int:
+        return (self.num_heads + 2 * self.kv_heads) * self.head_width
+
+    @property
     def mlp_width(self) -> int:
         return 4 * self.hidden_size if self.mlp_hidden_size is None else self.mlp_hidden_size
 
@@ -101,36 +105,42 @@ class GPTConfig:
             )
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
-    def layer_parameter_count(self) -> int:
-        """Parameters of one block."""
+    def layer_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of one block's matrices, on one of `tensor` processes that divide them."""
+        D = self.hidden_size
+        attention = D * self.qkv_width + self.num_heads * self.head_width * D
+        return (attention + (3 if self.gated_mlp else 2) * D * self.mlp_width) // tensor
+
+    def layer_parameter_count(self, tensor: int = 1) -> int:
+        """Parameters of one block, on one of `tensor` processes that divide its matrices: biases of what
+        is divided by outputs are divided too, those of the others and norms are whole on each."""
         D, F = self.hidden_size, self.mlp_width
-        qkv_width = (self.num_heads + 2 * self.kv_heads) * self.head_width
-        attention_width = self.num_heads * self.head_width
-        matrices = D * qkv_width + attention_width * D + (3 if self.gated_mlp else 2) * D * F
-        biases = (qkv_width + D + F * (2 if self.gated_mlp else 1) + D) if self.bias else 0
-        return matrices + biases + 2 * self._norm_parameter_count()
+        divided_biases = (self.qkv_width + F * (2 if self.gated_mlp else 1)) if self.bias else 0
+        whole_biases = 2 * D if self.bias else 0
+        divided = self.layer_matrix_count() + divided_biases
+        return divided // tensor + whole_biases + 2 * self._norm_parameter_count()
+
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Parameters of each step of a forward - embedding, every block, norm with head - on one of
+        `tensor` processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        vocabulary = -(-self._vocab() // tensor) * self.hidden_size
+        positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
+        return [
+            vocabulary + positions,
+            *[self.layer_parameter_count(tensor)] * self.num_layers,
+            self._norm_parameter_count() + vocabulary,
+        ]
 
     def parameter_count(self) -> int:
         """All parameters, a tied head counted once. Needs vocab_size."""
-        V, D = self._vocab(), self.hidden_size
-        positions = self.max_sequence_length * D if self.positions == "learned" else 0
-        head = 0 if self.tie_embeddings else V * D
-        return (
-            V * D
-            + positions
-            + self.num_layers * self.layer_parameter_count()
-            + self._norm_parameter_count()
-            + head
-        )
+        tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
+        return sum(self.step_parameter_counts()) - tied
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
         12 · L · N · H · T, halved for the causal triangle (PaLM, arXiv:2204.02311, appendix B)."""
-        D, F = self.hidden_size, self.mlp_width
-        qkv_width = (self.num_heads + 2 * self.kv_heads) * self.head_width
         attention_width = self.num_heads * self.head_width
-        per_layer = D * qkv_width + attention_width * D + (3 if self.gated_mlp else 2) * D * F
-        matrices = self.num_layers * per_layer + self._vocab() * D
+        matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
         return 6.0 * matrices + 6.0 * self.num_layers * attention_width * sequence_length
 
     def _norm_parameter_count(self) -> int:

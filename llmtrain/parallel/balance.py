@@ -1,0 +1,32 @@
+"""Consecutive items divided into runs of about equal weight: pure arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+
+def balance(weights: Sequence[float], parts: int) -> list[range]:
+    """Divide consecutive items into `parts` runs, none empty, whose heaviest is as light as can be.
+
+    Raises ValueError for more parts than items.
+    """
+    count = len(weights)
+    if parts > count:
+        raise ValueError(f"{count} items cannot make {parts} runs")
+    sums = [0.0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    # best[n]: (heaviest run, cuts) of the first n items, one more run in each round.
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for part in range(1, parts + 1):
+        best = {
+            stop: min(
+                (max(heaviest, sums[stop] - sums[start]), [*cuts, stop])
+                for start, (heaviest, cuts) in best.items()
+                if start < stop
+            )
+            for stop in range(part, count - (parts - part) + 1)
+        }
+    bounds = [0, *best[count][1]]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
