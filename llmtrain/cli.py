@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,10 @@ SILENCE_SECONDS = 5.0
 """How long a rank that leaves the message to another waits before it ends: a launcher ends all ranks as
 soon as one has, and could cut the message off."""
 
+LOST_SECONDS = 3.0
+"""How long a rank that lost another waits before it says so: the one that ended tells the cause, and a
+launcher that noticed ends this rank meanwhile."""
+
 OVERRIDE = re.compile(r"\+{0,2}[\w./@:-]+=|~[\w./@:-]+", re.ASCII)
 """key=value, +key=value, ++key=value, ~key."""
 SECTION_KEY = re.compile(r"(?!hydra\.)[\w-]+(\.[\w-]+)+=", re.ASCII)
@@ -78,7 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
     if verb not in VERBS:
         print_problems([Problem("llmtrain", repr(verb), nearest(verb, list(VERBS)), "see llmtrain --help")])
         sys.exit(EXIT_CODE)
-    finish(run_verb(verb, arguments[1:]))
+    try:
+        code = run_verb(verb, arguments[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    finish(code)
 
 
 def usage() -> str:
@@ -103,6 +113,10 @@ def run_verb(verb: str, arguments: list[str]) -> int:
             print_problems(error.problems)
         else:
             time.sleep(SILENCE_SECONDS)
+            # Still here: the rank that would have spoken does well, so the mistake is this rank's own.
+            if not error.everywhere:
+                prefix = f"rank {launcher.rank()}: "
+                print_problems([replace(p, where=prefix + p.where) for p in error.problems])
         return EXIT_CODE
     except KeyboardInterrupt:
         print("llmtrain: interrupted", file=sys.stderr)
@@ -115,6 +129,12 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         where = str(error.filename or "the disk")
         print_problems([Problem(where, "a full disk", "", "make room, then run the same command again")])
         return EXIT_CODE
+    except RuntimeError as error:
+        said = _lost_rank(error)
+        if said is None:
+            raise
+        tell_lost_rank(said)
+        return 1
     return 0
 
 
@@ -171,7 +191,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
         raise failures[0]
     if failures:
         together = type(failures[0])(problem for failure in failures for problem in failure.problems)
-        together.everywhere = all(failure.everywhere for failure in failures)
+        together.everywhere = all(failure.everywhere for failure in failures) or None
         raise together
 
 
@@ -321,11 +341,30 @@ def _speaks(error: UserError) -> bool:
     """Whether this process prints the error: what all ranks find is told by one of them."""
     if launcher.world_size() == 1:
         return True
+    if error.everywhere is not None:
+        return launcher.rank() == 0 or not error.everywhere
     torch_distributed = sys.modules.get("torch.distributed")
     started = torch_distributed is not None and torch_distributed.is_initialized()
     if not started:
         return launcher.local_rank() == 0
-    return launcher.rank() == 0 or not error.everywhere
+    return True
+
+
+def _lost_rank(error: RuntimeError) -> str | None:
+    """What the connection to another rank died of, if that is what `error` tells."""
+    if "llmtrain.parallel.distributed" not in sys.modules:
+        return None
+    from llmtrain.parallel import distributed
+
+    return distributed.lost_rank(error)
+
+
+def tell_lost_rank(said: str) -> None:
+    """Say that another rank is gone, unless a launcher already ends this one for it."""
+    if not launcher.was_told_to_stop():
+        time.sleep(LOST_SECONDS)
+        where, got = f"rank {launcher.rank()}", f"a lost connection to another rank ({said})"
+        print_problems([Problem(where, got, remedy="that process ended; its own message tells why")])
 
 
 def finish(exit_code: int) -> None:
@@ -333,5 +372,12 @@ def finish(exit_code: int) -> None:
     if "llmtrain.parallel.distributed" in sys.modules:
         from llmtrain.parallel import distributed
 
-        distributed.finish(exit_code)
+        try:
+            distributed.finish(exit_code)
+        except RuntimeError as error:
+            said = _lost_rank(error)
+            if said is None:
+                raise
+            tell_lost_rank(said)
+            distributed.finish(1)
     sys.exit(exit_code)

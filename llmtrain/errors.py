@@ -47,10 +47,10 @@ class Problem:
 class UserError(Exception):
     """A mistake outside the program; carries every problem found, each printed as one line.
 
-    `everywhere` says that all ranks raise it alike, so that one of them prints it.
+    `everywhere` says that all ranks raise it alike, so that one of them prints it; None: not known.
     """
 
-    everywhere = False
+    everywhere: bool | None = None
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -62,6 +62,10 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A key, value or combination of values that cannot run."""
+
+
+class LaunchError(UserError):
+    """Ranks that are missing, or that were started with different things."""
 
 
 class DataError(UserError):

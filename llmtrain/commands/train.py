@@ -8,18 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from llmtrain.commands.resolve import Resolved, resolve
 from llmtrain.config import encode
+from llmtrain.data.packages import resolve_package_path
 from llmtrain.errors import DataError
 from llmtrain.families import open_dataset
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher
+from llmtrain.parallel.agreement import run_facts
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.estimate import estimate
-from llmtrain.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.data.datasets import Dataset
     from llmtrain.engine.base import Engine
     from llmtrain.engine.evaluation import Totals
@@ -47,7 +49,11 @@ def run(mapping: Mapping[str, Any]) -> None:
     device = distributed.pick_device(resolved.config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    distributed.start(device, single_process_group=resolved.config.engine == "deepspeed")
+    distributed.start(
+        device,
+        single_process_group=resolved.config.engine == "deepspeed",
+        facts=run_facts(encode(resolved.config), device.type, _fingerprint(resolved)),
+    )
     session = Session(resolved, device, started)
     try:
         session.train()
@@ -274,6 +280,16 @@ def evaluate_dataset(
             max_samples=max_samples,
         )
     )
+
+
+def _fingerprint(resolved: Resolved) -> str | None:
+    """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
+    if resolved.corpus is not None:
+        return resolved.corpus.manifest.fingerprint
+    try:
+        return xxhash.xxh3_128_hexdigest(resolve_package_path(resolved.config.data.path).read_bytes())
+    except (OSError, DataError):
+        return None
 
 
 def _say(text: str) -> None:

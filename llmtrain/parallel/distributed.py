@@ -9,15 +9,18 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llmtrain.errors import ConfigError, Problem, UserError
-from llmtrain.parallel import launcher
+from llmtrain.errors import ConfigError, LaunchError, Problem, UserError
+from llmtrain.parallel import agreement, launcher
+from llmtrain.parallel.agreement import Fact
 
 T = TypeVar("T")
 
@@ -52,23 +55,93 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def start(device: torch.device, *, single_process_group: bool = False, timeout_minutes: float = 10.0) -> None:
+def start(
+    device: torch.device,
+    *,
+    single_process_group: bool = False,
+    timeout_minutes: float = 10.0,
+    facts: Mapping[str, Fact] | None = None,
+) -> None:
     """Join the process group that the launcher's environment describes (torchrun, Slurm).
 
     A single process gets a group only with `single_process_group`, for engines that need one; it
     opens no port.
+
+    Raises LaunchError when ranks are missing, or differ in their `facts`.
     """
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launcher.world_size() > 1:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        rank, size, seconds = launcher.rank(), launcher.world_size(), launcher.start_seconds()
+        store = _open_store(rank, size, seconds)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        agreement.meet(dist.PrefixStore(f"meeting/{attempt}", store), rank, size, facts or {}, seconds)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
     elif single_process_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         return
     atexit.register(_destroy)
+
+
+def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
+    """The ranks' store, as the launcher's environment names it: torchrun's agent hosts it, or rank 0.
+
+    torch's own rendezvous would wait in here for all ranks, and could not say which is missing.
+    Raises LaunchError when nobody hosts it within `seconds`.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal():
+        names = "MASTER_ADDR and MASTER_PORT"
+        raise LaunchError(
+            Problem(names, f"{address!r} and {port!r}", "where rank 0 is reached", "or launch by torchrun")
+        )
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not is_host:
+        _await_host(address, int(port), seconds)
+    return dist.TCPStore(
+        address,
+        int(port),
+        size,
+        is_host,
+        datetime.timedelta(seconds=seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def _await_host(address: str, port: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                got = f"no answer from rank 0 at {address}:{port} within {seconds:g} s ({error})"
+                remedy = "see what rank 0 said, or wait longer by START_TIMEOUT=seconds"
+                failure = LaunchError(Problem("start", got, remedy=remedy))
+                failure.everywhere = False  # rank 0, which tells for all, isn't there
+                raise failure from None
+            time.sleep(0.2)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What a backend said of a broken connection to another rank; None for every other error."""
+    is_torch = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    if is_torch or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        return str(error).strip().partition("\n")[0]
+    return None
 
 
 def _destroy() -> None:

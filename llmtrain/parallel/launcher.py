@@ -3,12 +3,18 @@ environment. Known before torch is imported."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmtrain.errors import ConfigError, Problem
+
+START_SECONDS = 600.0
+
 _command: list[str] | None = None
+_told_to_stop = False
 
 
 def set_command(command: Sequence[str]) -> None:
@@ -20,6 +26,33 @@ def set_command(command: Sequence[str]) -> None:
 def command() -> list[str]:
     """The command line as typed, the program first."""
     return list(sys.argv if _command is None else _command)
+
+
+def note_stop() -> None:
+    """Remember that a signal asked this process to stop."""
+    global _told_to_stop
+    _told_to_stop = True
+
+
+def was_told_to_stop() -> bool:
+    return _told_to_stop
+
+
+def start_seconds() -> float:
+    """How long the ranks wait for each other at the start: START_TIMEOUT, or START_SECONDS.
+
+    Raises ConfigError for what is no such time.
+    """
+    text = os.environ.get("START_TIMEOUT", "").strip() or str(START_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            Problem("START_TIMEOUT", repr(text), "seconds", "correct this environment variable")
+        )
+    return seconds
 
 
 def rank() -> int:

@@ -133,6 +133,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             # print() may not be called again while the step below is within one.
             os.write(2, STOPPING.encode())
         received.append(number)
+        launcher.note_stop()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
