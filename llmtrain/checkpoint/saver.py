@@ -1,14 +1,16 @@
-"""When a checkpoint is written: beside training, which stops only while its state is copied."""
+"""When a checkpoint is written: beside training, which waits for it only where it would change the state
+before that is copied."""
 
 from __future__ import annotations
 
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmtrain.checkpoint import store
@@ -19,62 +21,121 @@ from llmtrain.parallel import distributed
 Then = Callable[[Path], None]
 
 
-@dataclass
+class Copier:
+    """Copies shares to host memory of its own, which is kept for the next one; pinned for a GPU's."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
+
+    def copy(self, share: Share) -> Share:
+        return Share([self._copy(part) for part in share.parts], share.counters, share.scaler)
+
+    def _copy(self, part: Part) -> Part:
+        place, size = (part.kind, part.name, part.start), part.values.numel()
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.numel() != size:
+            buffer = torch.empty(size, dtype=torch.float32, pin_memory=part.values.is_cuda)
+            self._buffers[place] = buffer
+        if part.values.is_cuda:
+            buffer.copy_(part.values, non_blocking=True)
+        else:
+            # torch would bring a pool of threads to this one, which take the processors from training.
+            np.copyto(buffer.numpy(), part.values.float().numpy())
+        return part._replace(values=buffer)
+
+
 class Pending:
-    """A checkpoint on its way, whose share of this rank a thread writes."""
+    """A checkpoint on its way: a thread copies and writes this rank's share, and calls no collective, since
+    two threads' would mix. The optimizer's next step, which changes the state, waits for the copy.
+    """
 
-    step: int
-    partial: Path
-    description: Mapping[str, Any]
-    tokenizer: Path | None
-    then: Then | None
-    device: torch.device
-    """For the collective that asks whether all ranks are done."""
-    written: dict[str, Any] | None = None
-    problem: tuple[str, str] | None = None
-    _called_off: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def write(self, share: Share) -> None:
-        """Start the thread. It calls no collective: two threads' would mix."""
-        self._thread = threading.Thread(target=self._write, args=(share,), name="checkpoint", daemon=True)
+    def __init__(
+        self,
+        step: int,
+        partial: Path,
+        engine: Engine,
+        copier: Copier,
+        description: Mapping[str, Any],
+        tokenizer: Path | None,
+        then: Then | None,
+    ) -> None:
+        self._step = step
+        self.partial = partial
+        self.device = engine.device
+        self._copier = copier
+        self._description = store.describe(engine, step, description)
+        self._tokenizer = tokenizer
+        self._then = then
+        self._written: dict[str, Any] | None = None
+        self._problem: tuple[str, str] | None = None
+        self._is_copied = threading.Event()
+        self._is_called_off = threading.Event()
+        self._stream = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._hook = engine.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
+        self._thread = threading.Thread(
+            target=self._work, args=(store.collect(engine),), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
-    def _write(self, share: Share) -> None:
+    def _work(self, share: Share) -> None:
         try:
-            self.written = store.write_share(
-                self.partial, distributed.rank(), share, go_on=lambda: not self._called_off.is_set()
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                copied = self._copier.copy(share)
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._is_copied.set()
+            self._written = store.write_share(
+                self.partial, distributed.rank(), copied, go_on=lambda: not self._is_called_off.is_set()
             )
         except Exception as error:  # told to all ranks by commit
-            self.problem = store.why(error, self.partial)
+            self._problem = store.why(error, self.partial)
+        finally:
+            self._is_copied.set()
+
+    def wait_for_copy(self) -> None:
+        """Until the engine's state may change."""
+        self._is_copied.wait()
 
     @property
     def is_busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread.is_alive()
+
+    def commit(self) -> None:
+        """Wait for this rank's file, then make all ranks' a checkpoint. Raises as store.commit."""
+        self.wait()
+        path = store.commit(
+            self.partial, self._step, self._written, self._problem, self._description, self._tokenizer
+        )
+        if self._then is not None:
+            self._then(path)
 
     def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        """Until this rank has written its file, or failed to."""
+        self._thread.join()
+        self._hook.remove()
 
     def call_off(self) -> None:
         """Stop writing at the next chunk, and wait until it has stopped."""
-        self._called_off.set()
+        self._is_called_off.set()
         self.wait()
 
 
 class Saver:
     """Saves an engine's checkpoints under `root`; all ranks call the same methods in the same order.
 
-    With `asynchronous`, `save` returns when the state is copied to host memory, which is kept for the next
-    save; a thread writes the copy, and `poll` or `finish` makes the files a checkpoint once all ranks' are on
-    the disk. Until then nothing has the checkpoint's name.
+    With `asynchronous`, `save` returns at once: a thread copies the state to host memory and writes that.
+    `poll` or `finish` makes the files a checkpoint when those of all ranks are on the disk; until then nothing
+    has its name.
     """
 
     def __init__(self, root: Path, *, asynchronous: bool = True) -> None:
         self._root = root
         self._asynchronous = asynchronous
         self._pending: Pending | None = None
-        self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
+        self._copier = Copier()
 
     def save(
         self,
@@ -84,11 +145,10 @@ class Saver:
         tokenizer: Path | None,
         then: Then | None = None,
     ) -> None:
-        """Save the engine's state as that after `step`; one save at a time, so the one before is finished
-        first. `then` is called on every rank with the path, once it is a checkpoint.
+        """Save the engine's state as it is now; the one before is finished first.
 
-        `description` is JSON that goes into the manifest. Raises TrainingError on all ranks when the folder
-        cannot be made, or as `finish`.
+        `then` is called on every rank with the path, once it is a checkpoint. `description` is JSON that goes
+        into the manifest. Raises TrainingError on all ranks when the folder cannot be made, or as `finish`.
         """
         self.finish()
         if not self._asynchronous:
@@ -97,12 +157,7 @@ class Saver:
                 then(path)
             return
         partial = store.begin(self._root, step)
-        facts = store.describe(engine, step, description)
-        pending = self._pending = Pending(step, partial, facts, tokenizer, then, engine.device)
-        try:
-            pending.write(self._copy(store.collect(engine)))
-        except Exception as error:  # no memory for the copy, say: told to all ranks by commit
-            pending.problem = store.why(error, partial)
+        self._pending = Pending(step, partial, engine, self._copier, description, tokenizer, then)
 
     def poll(self) -> None:
         """Commit the pending checkpoint if all ranks' files are on the disk. A collective while one is
@@ -121,19 +176,9 @@ class Saver:
         """
         if self._pending is None:
             return
-        pending = self._pending
-        pending.wait()
-        self._pending = None
-        path = store.commit(
-            pending.partial,
-            pending.step,
-            pending.written,
-            pending.problem,
-            pending.description,
-            pending.tokenizer,
-        )
-        if pending.then is not None:
-            pending.then(path)
+        self._pending.wait()
+        pending, self._pending = self._pending, None
+        pending.commit()
 
     def abandon(self) -> None:
         """Drop the pending checkpoint, for a rank that fails while others may not: no collective."""
@@ -142,19 +187,3 @@ class Saver:
             if distributed.is_main():
                 shutil.rmtree(self._pending.partial, ignore_errors=True)
             self._pending = None
-
-    def _copy(self, share: Share) -> Share:
-        """The share in host memory of our own, pinned where it comes from a GPU."""
-        parts: list[Part] = []
-        for part in share.parts:
-            place = part.kind, part.name, part.start
-            buffer = self._buffers.get(place)
-            if buffer is None or buffer.numel() != part.values.numel():
-                pinned = part.values.is_cuda
-                buffer = torch.empty(part.values.numel(), dtype=torch.float32, pin_memory=pinned)
-                self._buffers[place] = buffer
-            buffer.copy_(part.values, non_blocking=True)
-            parts.append(part._replace(values=buffer))
-        if any(part.values.is_cuda for part in share.parts):
-            torch.cuda.synchronize()
-        return Share(parts, share.counters, share.scaler)
