@@ -14,6 +14,8 @@ from llmtrain.data.corpus import Corpus
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.parallel.config import RecomputeConfig
+from llmtrain.parallel.layout import ModelShape
 from llmtrain.train.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from llmtrain.data.datasets import Dataset
     from llmtrain.objectives.base import Objective
+    from llmtrain.parallel.tensor import Role, Table
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,42 @@ class Family:
     build: Callable[[Any], nn.Module]
     objective: Callable[[Any], Objective]
     """Data config → objective."""
+    tensor_table: Callable[[Any], Table] | None = None
+    """Model config → what tensor parallelism divides, and how; None: it cannot be divided."""
+    has_stages: bool = False
+    """Its forward is `stages()`, which pipelines divide, and runs its `blocks`, which can be recomputed."""
+    has_attention: bool = False
+    """It mixes tokens in attention alone, so that processes can share a sequence."""
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Axes besides data that the family can be divided over."""
+        has = {
+            "tensor": self.tensor_table is not None,
+            "pipeline": self.has_stages,
+            "sequence": self.has_attention,
+        }
+        return frozenset(axis for axis, can in has.items() if can)
 
 
 def _gpt(config: GPTConfig) -> nn.Module:
     from llmtrain.models.gpt import GPT
 
     return GPT(config)
+
+
+def _gpt_table(config: GPTConfig) -> Table:
+    table: dict[str, Role] = {
+        "embedding": "embedding",
+        "blocks.*.attention.qkv": "column",
+        "blocks.*.attention.output": "row",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "head": "head",
+    }
+    if config.gated_mlp:
+        table["blocks.*.mlp.gate"] = "column"
+    return table
 
 
 def _lstm(config: LSTMConfig) -> nn.Module:
@@ -65,7 +98,9 @@ def _classification(data: ImageDataConfig) -> Objective:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt": Family(GPTConfig, "tokens", _gpt, _causal_lm),
+    "gpt": Family(
+        GPTConfig, "tokens", _gpt, _causal_lm, tensor_table=_gpt_table, has_stages=True, has_attention=True
+    ),
     "lstm": Family(LSTMConfig, "tokens", _lstm, _causal_lm),
     "simple_cnn": Family(SimpleCNNConfig, "images", _simple_cnn, _classification),
 }
@@ -83,6 +118,16 @@ def family_of(model: ModelConfig) -> Family:
     return FAMILIES[model.family]
 
 
+def model_shape(model: ModelConfig) -> ModelShape:
+    """What the layout asks of the model."""
+    family = family_of(model)
+    if not isinstance(model, GPTConfig):
+        return ModelShape(model.family, family.axes, dropout=model.dropout)
+    return ModelShape(
+        model.family, family.axes, model.num_layers, model.kv_heads, model.mlp_width, model.dropout
+    )
+
+
 def data_problems(model: ModelConfig, data: TokenDataConfig | ImageDataConfig) -> list[Problem]:
     """What keeps `model` from learning from this kind of data."""
     wanted = family_of(model).data
@@ -90,6 +135,14 @@ def data_problems(model: ModelConfig, data: TokenDataConfig | ImageDataConfig) -
         return []
     remedy = {"tokens": "add data=tokens data.path=…", "images": "add data=mnist"}[wanted]
     return [Problem("data.kind", f"{data.kind!r} with model.family={model.family}", wanted, remedy)]
+
+
+def recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[Problem]:
+    """What keeps `model` from recomputing its activations."""
+    if recompute.mode == "none" or family_of(model).has_stages:
+        return []
+    got = f"{recompute.mode} with model.family={model.family}, which has no blocks"
+    return [Problem("recompute.mode", got, "none", "give recompute=none")]
 
 
 def resolve_vocabulary(model: ModelConfig, corpus: Corpus | None) -> ModelConfig:

@@ -1,48 +1,167 @@
-"""From a resolved configuration to an engine with weights."""
+"""From a resolved configuration to an engine with weights.
+
+The order of things: an ordinary module on the meta device, divided by tables; memory for this process'
+part alone, with values from the seed or a checkpoint; what wraps forwards; the engine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.families import family_of
+from llmtrain.parallel.layout import Layout
+from llmtrain.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.engine.base import Engine
+    from llmtrain.parallel.materialize import Source
+    from llmtrain.parallel.mesh import Mesh
+    from llmtrain.shards import Shard
+
 
 def build_engine(
-    config: TrainConfig, layout: Layout, device: Any, objective: Any, checkpoint: Checkpoint | None
+    config: TrainConfig, layout: Layout, device: torch.device, objective: Any, checkpoint: Checkpoint | None
 ) -> Engine:
-    """The engine that `config` names, at the checkpoint's state, or freshly initialized from the seed."""
-    from llmtrain.commands.loading import build_module, load_weights
-    from llmtrain.models.initialize import initialize
+    """The engine that `config` names, at the checkpoint's state, or freshly initialized from the seed; made
+    by all ranks together."""
+    import torch
 
-    module = build_module(config.model, device)
-    if checkpoint is None:
-        initialize(module, config.seed)
-    else:
-        load_weights(module, checkpoint.weights())
-    module.train()
-    arguments = (module, objective, layout, device, config.seed, config.precision, config.optimizer)
+    from llmtrain.engine.base import Setup, fill_fragments
+    from llmtrain.engine.modules import weight_dtype
+    from llmtrain.parallel.materialize import materialize
+    from llmtrain.parallel.mesh import Mesh
+    from llmtrain.parallel.recompute import apply_recompute
+
+    mesh = Mesh(layout)
+    with torch.device("meta"):
+        model = family_of(config.model).build(config.model)
+    source = _checkpoint_source(checkpoint) if checkpoint is not None else seed_source(model, config.seed)
+    shards = _divide(model, config, mesh)
+    stage = None
+    held: list[nn.Module] = [model]
+    tied: dict[str, str] = {}
+    if layout.pipeline > 1:
+        from llmtrain.parallel.pipeline import PipelineStage
+
+        stage = PipelineStage(model, mesh)
+        held = [module for step in stage.steps for module in step.modules.values()]
+        tied = _tied_over_stages(model, mesh)
+
+    dtype = weight_dtype(config.precision, layout.zero)
+    partition = None
+    if layout.zero == 3:
+        from llmtrain.engine.deepspeed import config_of, zero_3_partitioner
+
+        sizes = {name: shards.get(name, _whole(p)) for name, p in model.named_parameters()}
+        settings = config_of(layout, config.precision, config.optimizer, sizes, device)
+        partition = zero_3_partitioner(settings, mesh, dtype)
+    parameters, shards = materialize(
+        model,
+        held,
+        shards,
+        device=device,
+        dtype=dtype,
+        source=None if layout.zero == 3 else source,
+        then=partition,
+    )
+    if layout.tensor > 1:
+        from llmtrain.parallel.tensor import mark_parameters
+
+        mark_parameters(parameters, shards, mesh)
+    apply_recompute(model, config.recompute)
+    model.train()
+    setup = Setup(
+        model=model,
+        objective=objective,
+        mesh=mesh,
+        parameters=parameters,
+        shards=shards,
+        device=device,
+        seed=config.seed,
+        precision=config.precision,
+        optimizer=config.optimizer,
+        exact_dropout=config.exact_dropout,
+    )
     engine: Engine
-    if config.engine == "deepspeed":
+    if stage is not None:
+        from llmtrain.engine.pipeline import PipelineEngine
+
+        engine = PipelineEngine(setup, stage, tied)
+    elif config.engine == "deepspeed":
         from llmtrain.engine.deepspeed import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(*arguments)
+        engine = DeepSpeedEngine(setup)
     else:
         from llmtrain.engine.local import LocalEngine
 
-        engine = LocalEngine(*arguments)
+        engine = LocalEngine(setup)
     if checkpoint is not None:
         checkpoint.restore(engine)
-    elif layout.zero > 0 and config.precision != "fp32":
-        # DeepSpeed makes its fp32 masters from weights already rounded.
-        fill_masters(engine, config.seed)
+    elif layout.zero == 3 or dtype != torch.float32:
+        # Below ZeRO 3, DeepSpeed makes its fp32 masters from weights already rounded.
+        fill_fragments(engine, source)
+        engine.refresh_weights()
     return engine
 
 
-def fill_masters(engine: Engine, seed: int) -> None:
-    """Put the seed's exact weights into the fragments that this rank owns."""
-    import torch
+def seed_source(model: nn.Module, seed: int) -> Source:
+    """The values that the model's own table and the seed give."""
+    from llmtrain.models.initialize import fill, match_initializers
 
-    from llmtrain.models.initialize import fill_slice, match_initializers
+    names = [name for name, _ in model.named_parameters()]
+    table = match_initializers(model.initializers(), names)  # type: ignore[operator]
 
-    fragments = engine.fragments()
-    names = [name for name, _ in engine.model.named_parameters()]
-    table = match_initializers(engine.model.initializers(), names)  # type: ignore[operator]
-    with torch.no_grad():
-        for fragment in fragments:
-            exact = fill_slice(fragment.name, table[fragment.name], seed, fragment.start, fragment.stop)
-            fragment.view_of(fragment.holder).copy_(exact)
+    def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
+        fill(out, name, table[name], seed, shard, start)
+
+    return source
 
 
+def _checkpoint_source(checkpoint: Checkpoint) -> Source:
+    from llmtrain.checkpoint.store import WEIGHT
+
+    def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
+        checkpoint.read_into(out, WEIGHT, name, shard, start)
+
+    return source
+
+
+def _divide(model: nn.Module, config: TrainConfig, mesh: Mesh) -> dict[str, Shard]:
+    """Reshape the model by tables for the axes that a process shares its layers on; → divided weights."""
+    shards: dict[str, Shard] = {}
+    if mesh.layout.tensor > 1:
+        from llmtrain.parallel.tensor import shard_tensors
+
+        table = family_of(config.model).tensor_table
+        assert table is not None
+        shards = shard_tensors(model, table(config.model), mesh)
+    if mesh.layout.sequence > 1:
+        from llmtrain.parallel.sequence import share_attention
+
+        share_attention(model, mesh)
+    if mesh.layout.sequence > 1 or mesh.layout.tensor_sequence:
+        from llmtrain.parallel.tensor import share_sequence
+
+        share_sequence(model, mesh)
+    return shards
+
+
+def _tied_over_stages(model: nn.Module, mesh: Mesh) -> dict[str, str]:
+    """Canonical name → module of a weight that the first and the last stage both hold, on these."""
+    if not (mesh.is_first_stage or mesh.is_last_stage):
+        return {}
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    tied = [places for places in names.values() if len(places) > 1]
+    return {places[0]: places[0 if mesh.is_first_stage else -1].removesuffix(".weight") for places in tied}
+
+
+def _whole(parameter: nn.Parameter) -> Shard:
+    from llmtrain.shards import Shard
+
+    return Shard(tuple(parameter.shape))

@@ -11,7 +11,14 @@ from llmtrain.config import decode
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.train_config import data_config_type
 from llmtrain.errors import ConfigError, Problem, UserError
-from llmtrain.families import data_problems, model_config_type, open_corpus, resolve_vocabulary
+from llmtrain.families import (
+    data_problems,
+    model_config_type,
+    model_shape,
+    open_corpus,
+    recompute_problems,
+    resolve_vocabulary,
+)
 from llmtrain.models.config import SimpleCNNConfig
 from llmtrain.optim.config import schedule_problems
 from llmtrain.parallel import launcher
@@ -52,13 +59,14 @@ def resolve(
     problems += [
         problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
     ]
+    problems += recompute_problems(config.model, config.recompute)
     problems += _resume_problems(config)
     layout: Layout | None = None
     corpus: Corpus | None = None
     model = config.model
     engine = config.engine
     if engine == "auto":
-        engine = "deepspeed" if config.parallel.zero > 0 else "local"
+        engine = "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
     try:
         layout = plan_layout(
             config.parallel,
@@ -67,6 +75,9 @@ def resolve(
             precision=config.precision,
             world_size=world_size,
             device=config.cluster.device or launcher.likely_device(config.device),
+            model=model_shape(config.model),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            exact_dropout=config.exact_dropout,
         )
     except ConfigError as error:
         problems += error.problems

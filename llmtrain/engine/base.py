@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,14 @@ from torch import nn
 from llmtrain.data.loader import MicroBatch
 from llmtrain.engine.evaluation import Totals, sum_over_batches
 from llmtrain.engine.modules import to_device
-from llmtrain.objectives.base import Batch, Objective, Terms
+from llmtrain.models.dropout import sample_keys
+from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
+from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel import distributed
-from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.materialize import Source
+from llmtrain.parallel.mesh import Mesh
 from llmtrain.shards import Box, Shard
 
 
@@ -82,23 +87,46 @@ class Fragment:
 
 
 def dropout_seed(seed: int, first_sample: int) -> int:
-    """The seed of a micro-batch' dropout: a function of the run's seed and of the global number of its
-    first sample, so that neither ranks nor restarts change it."""
+    """The seed of a micro-batch' dropout where torch's generator makes it: a function of the run's seed and
+    of the global number of its first sample, so that neither ranks nor restarts change it."""
     digest = hashlib.blake2b(f"dropout/{seed}/{first_sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is made of: a model already divided by tables, and its place among the processes."""
+
+    model: nn.Module
+    """This process' part; what other pipeline stages hold is on the meta device."""
+    objective: Objective
+    mesh: Mesh
+    parameters: Mapping[str, nn.Parameter]
+    """What this process holds, by canonical name: the same as that of the whole model's parameter."""
+    shards: Mapping[str, Shard]
+    """What part of the whole each of them is."""
+    device: torch.device
+    seed: int
+    precision: Precision
+    optimizer: OptimizerConfig
+    exact_dropout: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        return self.mesh.layout
 
 
 class Engine(ABC):
     """Computes optimizer steps. Subclasses say how gradients are made, reduced and applied."""
 
-    def __init__(
-        self, model: nn.Module, objective: Objective, layout: Layout, device: torch.device, seed: int
-    ) -> None:
-        self.model = model
-        self.objective = objective
-        self.layout = layout
-        self.device = device
-        self.seed = seed
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.model = setup.model
+        self.objective = setup.objective
+        self.mesh = setup.mesh
+        self.layout = setup.mesh.layout
+        self.device = setup.device
+        self.named = [(name, p) for name, p in setup.parameters.items() if p.requires_grad]
 
     def train_step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, stop_requested: bool = False
@@ -112,20 +140,22 @@ class Engine(ABC):
         fp16's scaler skips the step, perhaps after; the same on all ranks.
         """
         assert len(micro_batches) == self.layout.accumulation
-        local_targets = sum(self.objective.target_count(micro.batch) for micro in micro_batches)
+        batches = [self._prepared(micro) for micro in micro_batches]
+        counted = self.mesh.tells_the_loss
+        local_targets = sum(self.objective.target_count(batch) for batch in batches) if counted else 0
         num_targets = int(distributed.all_sum(torch.tensor([local_targets], device=self.device)).item())
-        scale = self.layout.data / max(1, num_targets)
+        scale = self.mesh.replicas / max(1, num_targets)
+
+        def run(i: int) -> Batch:
+            torch.manual_seed(dropout_seed(self.setup.seed, micro_batches[i].first_sample))
+            return to_device(batches[i], self.device)
 
         losses: list[torch.Tensor] = []
         metrics: dict[str, torch.Tensor] = {}
-        for i, micro in enumerate(micro_batches):
-            torch.manual_seed(dropout_seed(self.seed, micro.first_sample))
-            terms = self._forward_backward(
-                to_device(micro.batch, self.device), scale, is_last=i == len(micro_batches) - 1
-            )
-            losses.append(terms.loss_sum.detach().double())
+        for terms in self._accumulate(len(batches), run, scale):
+            losses.append(terms.loss_sum.detach().double() * counted)
             for name, value in terms.metrics.items():
-                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value * counted
 
         per_micro = torch.stack(losses)
         totals = torch.stack(
@@ -158,20 +188,75 @@ class Engine(ABC):
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:
         """Loss and metric sums over all ranks' batches; every rank must bring equally many."""
-        return sum_over_batches(self._module(), micro_batches, self.device)
+        module = self._module()
+        # A pipeline's stage lacks what has no parameters, such as the dropout of embeddings.
+        for part in (module, self.model):
+            part.eval()
+        batches = (to_device(self._part_of(micro.batch), self.device) for micro in micro_batches)
+        totals = sum_over_batches(lambda batch: Terms(*module(batch)), batches, self.mesh.tells_the_loss)
+        for part in (module, self.model):
+            part.train()
+        return totals
+
+    def _prepared(self, micro: MicroBatch) -> Batch:
+        """What of a micro-batch this process computes, with the keys of its dropout."""
+        batch = micro.batch
+        if self.setup.exact_dropout:
+            batch = {**batch, DROPOUT_KEYS: sample_keys(self.setup.seed, list(micro.samples))}
+        return self._part_of(batch)
+
+    def _part_of(self, batch: Batch) -> Batch:
+        """This process' tokens of the batch, where processes share sequences."""
+        parts = self.layout.sequence
+        if parts == 1:
+            return batch
+        assert isinstance(self.objective, SharesSequences)
+        return self.objective.part_of_sequences(batch, self.mesh.coordinates.sequence, parts)
 
     @abstractmethod
     def _module(self) -> nn.Module:
-        """The ObjectiveModule, wrapped or not."""
+        """The ObjectiveModule, wrapped or not; in a pipeline what runs all of it."""
 
     @abstractmethod
-    def _forward_backward(self, batch: Batch, scale: float, is_last: bool) -> Terms:
-        """Add to the gradients those of loss_sum · scale, averaged over replicas by the time that the
-        last micro-batch is done."""
+    def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
+        """Add to the gradients those of loss_sum · scale over `count` micro-batches, averaged over replicas
+        at the end. `batch(i)` is called right before the forward pass of the i-th."""
 
     @abstractmethod
     def _update(self, lr: float) -> tuple[float, bool]:
         """Clip, step the optimizer with `lr`, clear gradients; → (gradient norm, step was skipped)."""
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        shapes = {name: shard.shape for name, shard in self.setup.shards.items()}
+        return build_optimizer(self.setup.optimizer, self.named, self.device.type, shapes)
+
+    def _owned(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that this process alone, of those with one replica's model, answers for."""
+        return [(name, p) for name, p in self.named if self._answers_for(name)]
+
+    def _answers_for(self, name: str) -> bool:
+        return self.setup.shards[name].count > 1 or self.mesh.coordinates.tensor == 0
+
+    def _clip(self, max_grad_norm: float) -> float:
+        """Scale the gradients, summed over replicas already, down to `max_grad_norm` (0: leave them);
+        → their norm over the whole model."""
+        gradients = [p.grad for _, p in self._owned() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
+        if self.layout.model > 1:
+            square = norm.double().square() * (self.mesh.replica == 0)
+            norm = distributed.all_sum(square).sqrt().float()
+        if max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], max_grad_norm, norm)
+        return float(norm)
+
+    def _whole_fragments(self) -> list[Fragment]:
+        """All that this process holds, where nothing is sharded over replicas."""
+        return [Fragment(name, self.setup.shards[name], 0, p.numel(), p, 0) for name, p in self.named]
+
+    def _each_replicas_share(self, fragments: list[Fragment]) -> list[Fragment]:
+        """Of fragments that all replicas hold, every n-th, so that each is written once."""
+        owned = [fragment for fragment in fragments if self._answers_for(fragment.name)]
+        return owned[self.mesh.replica :: self.mesh.replicas]
 
     @property
     @abstractmethod
@@ -203,6 +288,14 @@ def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Global sample numbers of all ranks' `micro_batches`."""
     gathered = distributed.gather([int(sample) for micro in micro_batches for sample in micro.samples])
     return sorted(sample for of_rank in gathered for sample in of_rank)
+
+
+def fill_fragments(engine: Engine, source: Source) -> None:
+    """Put values into what this process' optimizer updates."""
+    with torch.no_grad():
+        for fragment in engine.held_fragments():
+            out = fragment.view_of(fragment.holder)
+            source(out, fragment.name, fragment.shard, fragment.start)
 
 
 def optimizer_tensors(

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from llmtrain.engine.base import Engine, Fragment
+from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
-from llmtrain.objectives.base import Batch, Objective, Terms
+from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel import distributed, launcher
 from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.upstream import import_deepspeed
+from llmtrain.shards import Shard
 
 MAX_BUCKET_ELEMENTS = 200_000_000
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, with its banner and per-rank logs turned down; takes seconds the first time."""
-    os.environ.setdefault("LOCAL_RANK", str(launcher.local_rank()))  # DeepSpeed insists on it
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    # torch deprecates names that DeepSpeed still calls.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
-    # and its sums do not depend on which hosts the ranks are on.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def deepspeed_config(
@@ -52,7 +33,8 @@ def deepspeed_config(
     low_precision = precision if layout.zero > 0 else "fp32"
     bucket = min(MAX_BUCKET_ELEMENTS, max(num_parameters, 2**16))
     config: dict[str, Any] = {
-        "train_batch_size": layout.global_size,
+        # Processes that share a sequence are replicas to DeepSpeed.
+        "train_batch_size": layout.global_size * layout.sequence,
         "train_micro_batch_size_per_gpu": layout.micro_size,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": optimizer.max_grad_norm if layout.zero > 0 else 0.0,
@@ -80,34 +62,62 @@ def deepspeed_config(
     return config
 
 
+def config_of(
+    layout: Layout,
+    precision: Precision,
+    optimizer: OptimizerConfig,
+    shards: Mapping[str, Shard],
+    device: torch.device,
+) -> dict[str, Any]:
+    """`deepspeed_config` for a process that holds these shards."""
+    num_parameters = sum(shard.numel for shard in shards.values())
+    return deepspeed_config(layout, precision, optimizer, num_parameters, device.type)
+
+
+def zero_3_partitioner(
+    config: dict[str, Any], mesh: Mesh, dtype: torch.dtype
+) -> Callable[[nn.Parameter], None]:
+    """What turns a whole parameter into this rank's share of it, as DeepSpeed's `zero.Init` does: memory
+    grows by shares while a model is built."""
+    deepspeed = import_deepspeed()
+    init = deepspeed.zero.Init(
+        module=nn.Module(),
+        data_parallel_group=mesh.replica_group,
+        dtype=dtype,
+        config_dict_or_path=config,
+        mpu=mesh,
+    )
+
+    def partition(parameter: nn.Parameter) -> None:
+        # Init's own way broadcasts the whole parameter first; values are made later, share by share.
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+
+    return partition
+
+
 class DeepSpeedEngine(Engine):
     """DeepSpeed's engine behind the house contract."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        layout: Layout,
-        device: torch.device,
-        seed: int,
-        precision: Precision,
-        optimizer: OptimizerConfig,
-    ) -> None:
-        super().__init__(model, objective, layout, device, seed)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        autocast_precision = setup.precision if self.layout.zero == 0 else "fp32"
+        wrapped = ObjectiveModule(self.model, self.objective, autocast(autocast_precision, self.device))
+        self._engine = self._initialize(wrapped, self.mesh)
+
+    def _initialize(self, module: nn.Module, mpu: Any) -> Any:
+        setup = self.setup
+        config = config_of(setup.layout, setup.precision, setup.optimizer, setup.shards, self.device)
         deepspeed = import_deepspeed()
-        autocast_precision = precision if layout.zero == 0 else "fp32"
-        wrapped = ObjectiveModule(model, objective, autocast(autocast_precision, device))
-        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._shapes = {name: tuple(p.shape) for name, p in self._named}
-        self._max_grad_norm = optimizer.max_grad_norm
-        num_parameters = sum(p.numel() for _, p in self._named)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever the log level
-            self._engine, *_ = deepspeed.initialize(
-                model=wrapped,
-                optimizer=build_optimizer(optimizer, self._named, device.type),
-                config=deepspeed_config(layout, precision, optimizer, num_parameters, device.type),
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._make_optimizer(),
+                config=config,
+                mpu=mpu,
                 dist_init_required=False,
             )
+        return engine
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -116,50 +126,53 @@ class DeepSpeedEngine(Engine):
     def _module(self) -> nn.Module:
         return self._engine
 
-    def _forward_backward(self, batch: Batch, scale: float, is_last: bool) -> Terms:
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        terms = Terms(*self._engine(batch))
-        self._engine.backward(terms.loss_sum * scale, scale_wrt_gas=False)
-        if not is_last:
-            self._engine.step()  # counts the micro-batch; updates nothing before the boundary
-        return terms
+    def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
+        all_terms = []
+        for i in range(count):
+            is_last = i == count - 1
+            self._engine.set_gradient_accumulation_boundary(is_last)
+            terms = Terms(*self._engine(batch(i)))
+            self._engine.backward(terms.loss_sum * scale, scale_wrt_gas=False)
+            if not is_last:
+                self._engine.step()  # counts the micro-batch; updates nothing before the boundary
+            all_terms.append(terms)
+        return all_terms
 
     def _update(self, lr: float) -> tuple[float, bool]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self.layout.zero == 0:
-            parameters = [p for _, p in self._named]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if self._max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
-        self._engine.step()
+        # DeepSpeed reports no norm without ZeRO, and so does not clip there either.
+        norm = self._clip(self.setup.optimizer.max_grad_norm) if self.layout.zero == 0 else None
+        self._step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return float(norm), not self._engine.was_step_applied()
 
-    def fragments(self) -> list[Fragment]:
-        if self.layout.zero == 0:
-            return self.held_fragments()[distributed.rank() :: distributed.world_size()]
-        return list(self._zero_3_fragments() if self.layout.zero == 3 else self._zero_1_2_fragments())
+    def _step(self) -> None:
+        self._engine.step()
 
     def held_fragments(self) -> list[Fragment]:
         if self.layout.zero == 0:
-            return [Fragment(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in self._named]
-        return self.fragments()
+            return self._whole_fragments()
+        return list(self._zero_3_fragments() if self.layout.zero == 3 else self._zero_1_2_fragments())
+
+    def fragments(self) -> list[Fragment]:
+        if self.layout.zero == 0:
+            return self._each_replicas_share(self._whole_fragments())
+        return [fragment for fragment in self.held_fragments() if self._answers_for(fragment.name)]
 
     def _zero_1_2_fragments(self) -> Iterator[Fragment]:
         zero = self._engine.optimizer
         # ZeRO 1 in bf16 runs under another DeepSpeed class than the rest, with other names inside.
         flats = getattr(zero, "fp32_groups_flat_partition", None) or zero.single_partition_of_fp32_groups
-        for name, parameter in self._named:
+        for name, parameter in self.named:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
                 continue
             start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
             yield Fragment(
                 name,
-                self._shapes[name],
+                self.setup.shards[name],
                 start,
                 start + length,
                 flats[mapping.param_group_index],
@@ -168,14 +181,14 @@ class DeepSpeedEngine(Engine):
 
     def _zero_3_fragments(self) -> Iterator[Fragment]:
         zero = self._engine.optimizer
-        for name, parameter in self._named:
+        for name, parameter in self.named:
             group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
             numel, share = parameter.ds_numel, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            start = distributed.rank() * share
+            start = self.mesh.replica * share
             stop = min(numel, start + share)
             if start < stop:
                 holder = zero.fp32_partitioned_groups_flat[group]
-                yield Fragment(name, self._shapes[name], start, stop, holder, offset)
+                yield Fragment(name, self.setup.shards[name], start, stop, holder, offset)
 
     def refresh_weights(self) -> None:
         zero = self._engine.optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from llmtrain.data.loader import MicroBatch
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
-from llmtrain.objectives.base import Objective, Terms
+from llmtrain.objectives.base import Batch, Objective, Terms
 from llmtrain.parallel import distributed
 from llmtrain.parallel.layout import Precision
 
@@ -32,18 +32,17 @@ class Totals:
         return {name: value / max(1, self.num_targets) for name, value in self.metric_sums.items()}
 
 
-def sum_over_batches(module: nn.Module, micro_batches: Iterable[MicroBatch], device: torch.device) -> Totals:
-    """`module` is an ObjectiveModule or a wrapper of one, on every rank; each rank must bring equally many
-    batches."""
-    was_training = module.training
-    module.eval()
+def sum_over_batches(
+    compute: Callable[[Batch], Terms], batches: Iterable[Batch], counted: bool = True
+) -> Totals:
+    """The terms of all batches of all ranks; each rank must bring equally many, and those not `counted`
+    have the same as others that are."""
     sums: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for micro in micro_batches:
-            terms = Terms(*module(to_device(micro.batch, device)))
+        for batch in batches:
+            terms = compute(batch)
             for name, value in {"": terms.loss_sum, "#": terms.num_targets, **terms.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-    module.train(was_training)
+                sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
     names = sorted(sums)
     totals = torch.stack([sums[name] for name in names]) if names else torch.zeros(0)
     reduced = dict(zip(names, distributed.all_sum(totals).tolist(), strict=True))
@@ -57,7 +56,7 @@ def evaluate_batches(
     device: torch.device,
     precision: Precision,
 ) -> Totals:
-    """The same for a bare model."""
-    return sum_over_batches(
-        ObjectiveModule(model, objective, autocast(precision, device)), micro_batches, device
-    )
+    """The same for a bare model, in evaluation mode."""
+    module = ObjectiveModule(model, objective, autocast(precision, device)).eval()
+    batches = (to_device(micro.batch, device) for micro in micro_batches)
+    return sum_over_batches(lambda batch: Terms(*module(batch)), batches)

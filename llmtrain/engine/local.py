@@ -7,28 +7,28 @@ fixed by the order of parameters, and still overlap with the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from llmtrain.engine.base import Engine, Fragment
+from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
-from llmtrain.objectives.base import Batch, Objective, Terms
-from llmtrain.optim.config import OptimizerConfig
-from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel import distributed
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.objectives.base import Batch, Terms
 
 BUCKET_BYTES = 25 * 2**20
 
 
 class GradientAverager:
-    """Averages gradients over all ranks in fixed buckets, each sent as soon as it is complete."""
+    """Averages gradients over the ranks of `group` in fixed buckets, each sent as soon as it is complete."""
 
-    def __init__(self, parameters: list[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], group: Any = None, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
         self.enabled = False
+        self._group = group
         self._buckets: list[list[nn.Parameter]] = []
         size = bucket_bytes + 1
         for parameter in reversed(parameters):
@@ -55,7 +55,7 @@ class GradientAverager:
     def _send(self) -> None:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._buckets[self._next]]
         flat = torch.cat([g.reshape(-1) for g in gradients])
-        work = dist.all_reduce(flat, async_op=True)
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
         assert work is not None
         self._sent.append((flat, work))
         self._next += 1
@@ -66,7 +66,7 @@ class GradientAverager:
             self._send()
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
             work.wait()
-            flat.div_(dist.get_world_size())
+            flat.div_(dist.get_world_size(self._group))
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = part.view_as(parameter)
         self._ready = [0] * len(self._buckets)
@@ -78,24 +78,15 @@ class GradientAverager:
 class LocalEngine(Engine):
     """Whole weights and optimizer on each rank; autocast for bf16 and fp16."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        layout: Layout,
-        device: torch.device,
-        seed: int,
-        precision: Precision,
-        optimizer: OptimizerConfig,
-    ) -> None:
-        super().__init__(model, objective, layout, device, seed)
-        self._wrapped = ObjectiveModule(model, objective, autocast(precision, device))
-        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._parameters = [p for _, p in self._named]
-        self._optimizer = build_optimizer(optimizer, self._named, device.type)
-        self._max_grad_norm = optimizer.max_grad_norm
-        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None  # type: ignore[attr-defined]
-        self._averager = GradientAverager(self._parameters) if distributed.world_size() > 1 else None
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        device = self.device.type
+        self._wrapped = ObjectiveModule(self.model, self.objective, autocast(setup.precision, self.device))
+        self._optimizer = self._make_optimizer()
+        self._scaler = torch.amp.GradScaler(device) if setup.precision == "fp16" else None  # type: ignore[attr-defined]
+        self._averager: GradientAverager | None = None
+        if self.mesh.replicas > 1:
+            self._averager = GradientAverager([p for _, p in self.named], self.mesh.replica_group)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -104,15 +95,18 @@ class LocalEngine(Engine):
     def _module(self) -> nn.Module:
         return self._wrapped
 
-    def _forward_backward(self, batch: Batch, scale: float, is_last: bool) -> Terms:
-        terms = Terms(*self._wrapped(batch))
-        loss = terms.loss_sum * scale
+    def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
+        all_terms = []
+        for i in range(count):
+            terms = Terms(*self._wrapped(batch(i)))
+            loss = terms.loss_sum * scale
+            if self._averager is not None:
+                self._averager.enabled = i == count - 1
+            (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
+            all_terms.append(terms)
         if self._averager is not None:
-            self._averager.enabled = is_last
-        (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
-        if self._averager is not None and is_last:
             self._averager.finish()
-        return terms
+        return all_terms
 
     def _update(self, lr: float) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:
@@ -121,10 +115,7 @@ class LocalEngine(Engine):
         if self._scaler is not None:
             scale_before = self._scaler.get_scale()
             self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self._max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+        norm = self._clip(self.setup.optimizer.max_grad_norm)
         if self._scaler is not None:
             self._scaler.step(self._optimizer)
             self._scaler.update()
@@ -132,14 +123,13 @@ class LocalEngine(Engine):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         skipped = self._scaler is not None and self._scaler.get_scale() < scale_before
-        return float(norm), skipped
+        return norm, skipped
 
     def held_fragments(self) -> list[Fragment]:
-        return whole_fragments(self._named, self.shards)
+        return self._whole_fragments()
 
     def fragments(self) -> list[Fragment]:
-        # Replicas hold the same state: each writes every n-th parameter.
-        return self.held_fragments()[distributed.rank() :: distributed.world_size()]
+        return self._each_replicas_share(self._whole_fragments())
 
     def refresh_weights(self) -> None:
         """The fragments are the weights."""

@@ -36,6 +36,11 @@ class ObjectiveModule(nn.Module):
         return terms.loss_sum, terms.num_targets, terms.metrics
 
 
+def weight_dtype(precision: Precision, zero: int) -> torch.dtype:
+    """What weights are held in: ZeRO keeps fp32 masters of low ones, autocast needs fp32."""
+    return AUTOCAST_DTYPE[precision] if zero > 0 and precision != "fp32" else torch.float32
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """Matrix products in the low precision, over fp32 weights; nothing for fp32."""
     if precision == "fp32":

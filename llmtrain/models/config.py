@@ -131,6 +131,13 @@ class GPTConfig:
             self._norm_parameter_count() + vocabulary,
         ]
 
+    def largest_parameter_count(self, tensor: int = 1) -> int:
+        """Elements of the largest single parameter, on one of `tensor` processes."""
+        D = self.hidden_size
+        divided = max(self.qkv_width, self.num_heads * self.head_width, self.mlp_width) * D // tensor
+        positions = self.max_sequence_length * D if self.positions == "learned" else 0
+        return max(divided, -(-self._vocab() // tensor) * D, positions)
+
     def parameter_count(self) -> int:
         """All parameters, a tied head counted once. Needs vocab_size."""
         tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
@@ -176,6 +183,12 @@ class LSTMConfig:
         V, D = self.vocab_size, self.hidden_size
         return V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)
 
+    def largest_parameter_count(self) -> int:
+        """Elements of the largest single parameter."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return max(self.vocab_size, 4 * self.hidden_size) * self.hidden_size
+
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token; does not depend on the sequence length."""
         if self.vocab_size is None:
@@ -199,6 +212,10 @@ class SimpleCNNConfig:
         """conv 1→32, conv 32→64 (both 3×3), fc 3136→128→classes, each with a bias."""
         C = self.num_classes
         return (9 * 32 + 32) + (9 * 32 * 64 + 64) + (3136 * 128 + 128) + (128 * C + C)
+
+    def largest_parameter_count(self) -> int:
+        """Elements of the largest single parameter."""
+        return 128 * max(3136, self.num_classes)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one image; an image is this family's token."""

@@ -6,6 +6,7 @@ Dim names: B batch, T sequence, M tokens that count, C tokens of one chunk, D hi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,7 @@ class LanguageModelHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
@@ -41,7 +43,7 @@ class LanguageModelHead(nn.Module):
         return summed_cross_entropy(hidden_BTD, self.weight, labels_BT)
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.weight.shape[1]}, vocab_size={self.weight.shape[0]}"
+        return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}"
 
 
 class TiedHeadModel(nn.Module):
@@ -65,20 +67,34 @@ class TiedHeadModel(nn.Module):
         return self
 
 
-def summed_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+"""(logits_CV, labels_C1) → the summed loss, fp32; turns the logits into its gradient by them, in place."""
+
+
+def summed_cross_entropy(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    cross_entropy_: CrossEntropy | None = None,
+) -> Tensor:
     """`F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")`, a chunk of tokens at a time.
 
     Each chunk's gradients are taken while its logits are at hand (the method of Liger Kernel,
     arXiv:2410.10989), so memory is C·V instead of B·T·V and no logits are computed twice.
     Under autocast the matrix products run in the autocast type; the softmax and the weight's
     gradient are fp32.
+
+    cross_entropy_: of one chunk; None: over the logits at hand. Where the weight is a part of the
+        vocabulary, one that asks the other parts.
     """
     device = hidden_BTD.device.type
     compute_dtype = hidden_BTD.dtype
     if torch.is_autocast_enabled(device):
         compute_dtype = torch.get_autocast_dtype(device)
     with_gradients = torch.is_grad_enabled()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients, cross_entropy_ or _cross_entropy_
+    )
     return loss
 
 
@@ -91,9 +107,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_BT: Tensor,
         compute_dtype: torch.dtype,
         with_gradients: bool,
+        cross_entropy_: CrossEntropy,
     ) -> Tensor:
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            return _forward(ctx, hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients)
+            return _forward(
+                ctx, hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients, cross_entropy_
+            )
 
     @staticmethod
     @once_differentiable
@@ -104,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * gradient).to(ctx.hidden_dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * gradient).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _forward(
@@ -114,6 +133,7 @@ def _forward(
     labels_BT: Tensor,
     compute_dtype: torch.dtype,
     with_gradients: bool,
+    cross_entropy_: CrossEntropy,
 ) -> Tensor:
     # The weight itself is not kept: ZeRO-3 releases it between forward and backward.
     V, D = weight_VD.shape
@@ -139,7 +159,7 @@ def _forward(
         hidden_CD = hidden_MD[start : start + chunk]
         labels_C1 = labels_M[start : start + chunk, None]
         logits_CV = hidden_CD @ weight.T
-        loss += _cross_entropy_(logits_CV, labels_C1)
+        loss += cross_entropy_(logits_CV, labels_C1)
         if not (hidden_gradient_wanted or weight_gradient_wanted):
             continue
         grad_logits_CV = logits_CV

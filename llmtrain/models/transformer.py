@@ -130,6 +130,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.num_heads = config.num_heads
         self.head_dim = config.head_width
         self.queries_per_kv = config.num_heads // config.kv_heads
         self.dropout = config.dropout
@@ -141,8 +142,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        B, T, _ = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(B, T, -1, self.queries_per_kv + 2, self.head_dim)
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
         q_BTKGH, k_BTKH, v_BTKH = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q_BTNH = q_BTKGH.flatten(2, 3)
         if context.rotary is not None:

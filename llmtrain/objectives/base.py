@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,22 @@ class Objective(Protocol):
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """The loss and all metrics; the caller turns gradients and dropout off."""
+
+
+@runtime_checkable
+class SharesSequences(Protocol):
+    """An objective whose batches several processes can share token by token."""
+
+    def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
+        """What process `part` of `parts` takes of each sequence."""
+
+
+@runtime_checkable
+class NamesArguments(Protocol):
+    """An objective whose loss is what the model's forward gives: pipelines run that in stages."""
+
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
+        """What forward is given, by name."""
 
 
 def count_targets(labels: Tensor, ignore_index: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ _FUSED_DEVICES = ("cpu", "cuda")
 """Where torch has one kernel for the whole step of every optimizer here but rmsprop."""
 
 
+Shapes = Mapping[str, Sequence[int]]
+"""Name → shape of the whole parameter, where what is at hand is a part in another form."""
+
+
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, shapes: Shapes | None = None
 ) -> list[dict[str, Any]]:
     """Trainable parameters in one group with weight decay and one without.
 
@@ -26,23 +30,27 @@ def parameter_groups(
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     seen: set[int] = set()
-    for _, parameter in named_parameters:
+    for name, parameter in named_parameters:
         if not parameter.requires_grad or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        (decayed if parameter.ndim >= 2 else undecayed).append(parameter)
+        shape = parameter.shape if shapes is None else shapes[name]
+        (decayed if len(shape) >= 2 else undecayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], device_type: str
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    device_type: str,
+    shapes: Shapes | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names over `named_parameters`, which live on a `device_type` device.
 
     Its groups hold the peak learning rate; the caller multiplies it by the schedule's multiplier.
     """
-    groups = parameter_groups(named_parameters, config.weight_decay)
+    groups = parameter_groups(named_parameters, config.weight_decay, shapes)
     fused = device_type in _FUSED_DEVICES if config.fused is None else config.fused
     match config.name:
         case "adamw":

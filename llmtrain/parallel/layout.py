@@ -16,9 +16,6 @@ from llmtrain.errors import ConfigError, Problem
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["local", "deepspeed"]
 
-UNAVAILABLE = ("tensor", "pipeline", "sequence")
-"""Axes that this version cannot divide yet."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -34,6 +31,11 @@ class ParallelConfig:
     """Processes that share each sequence."""
     zero: Literal[0, 1, 2, 3] = 0
     """What replicas shard (arXiv:1910.02054): 1 optimizer state, 2 also gradients, 3 also weights."""
+    tensor_sequence: bool = False
+    """The tensor group's processes also share the tokens between their matrices, in norms and dropout
+    (arXiv:2205.05198)."""
+    balance: Literal["parameters", "time"] = "parameters"
+    """What pipeline stages get equal shares of; `time` goes by the FLOPs of each layer."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.data is None or self.data >= 1, "data", self.data, "1 or more, or null")
@@ -55,6 +57,20 @@ class BatchConfig:
     def problems(self) -> Iterator[Problem]:
         for name in ("global_size", "micro_size", "sequence_length"):
             yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model's config decides over which axes it can be divided, and by what."""
+
+    family: str
+    axes: frozenset[str]
+    """Of tensor, pipeline and sequence, those that the family can be divided over."""
+    num_layers: int = 1
+    kv_heads: int = 1
+    """Key-value heads: each stays whole, with the query heads that share it."""
+    mlp_width: int = 1
+    dropout: float = 0.0
 
 
 class Coordinates(NamedTuple):
@@ -82,6 +98,8 @@ class Layout:
     """Micro-batches of one optimizer step on each replica."""
     global_size: int
     sequence_length: int
+    tensor_sequence: bool = False
+    balance: Literal["parameters", "time"] = "parameters"
 
     @property
     def model(self) -> int:
@@ -121,8 +139,11 @@ def plan_layout(
     precision: Precision,
     world_size: int,
     device: str,
+    model: ModelShape | None = None,
+    max_grad_norm: float = 0.0,
+    exact_dropout: bool = True,
 ) -> Layout:
-    """Divide `batch` over `world_size` processes on devices of type `device` ("cpu", "cuda").
+    """Divide `batch`, and `model`, over `world_size` processes on devices of type `device` ("cpu", "cuda").
 
     Raises ConfigError with every rule that is broken and, for each, the nearest values that keep it.
     """
@@ -130,9 +151,12 @@ def plan_layout(
     problems += [problem.within("batch") for problem in batch.problems()]
     if problems:
         raise ConfigError(problems)
-    unavailable = list(_unavailable_axes(parallel))
-    problems += unavailable or _world_problems(parallel, world_size)
+    problems += _world_problems(parallel, world_size)
     problems += _engine_problems(parallel, engine, precision, device)
+    problems += _pipeline_problems(parallel, engine, max_grad_norm)
+    problems += _sequence_problems(parallel, batch)
+    if model is not None:
+        problems += _model_problems(parallel, model, exact_dropout)
     data = parallel.data or world_size // _others(parallel)
     if data >= 1:
         problems += _batch_problems(batch, data)
@@ -149,6 +173,8 @@ def plan_layout(
         accumulation=batch.global_size // (data * batch.micro_size),
         global_size=batch.global_size,
         sequence_length=batch.sequence_length,
+        tensor_sequence=parallel.tensor_sequence,
+        balance=parallel.balance,
     )
 
 
@@ -157,12 +183,110 @@ def _others(parallel: ParallelConfig) -> int:
     return parallel.tensor * parallel.pipeline * parallel.sequence
 
 
-def _unavailable_axes(parallel: ParallelConfig) -> Iterator[Problem]:
-    for axis in UNAVAILABLE:
+def _pipeline_problems(
+    parallel: ParallelConfig, engine: EngineName, max_grad_norm: float
+) -> Iterator[Problem]:
+    if parallel.pipeline == 1:
+        return
+    yield from require(
+        engine == "deepspeed",
+        "parallel.pipeline",
+        parallel.pipeline,
+        f"1 with engine={engine}",
+        "give engine=deepspeed, whose schedule runs pipelines",
+    )
+    yield from require(
+        parallel.zero < 2,
+        "parallel.zero",
+        parallel.zero,
+        f"1 with pipeline {parallel.pipeline}: a stage adds up the gradients of all its micro-batches before "
+        "they are reduced, which sharded gradients (ZeRO 2 and 3) do not survive",
+        f"give parallel.zero=1, or parallel.pipeline=1 with parallel.zero={parallel.zero}",
+    )
+    yield from require(
+        parallel.zero != 0 or max_grad_norm == 0,
+        "parallel.zero",
+        f"0 with pipeline {parallel.pipeline} and optimizer.max_grad_norm {max_grad_norm:g}",
+        "1: without ZeRO the norm to clip by counts each stage's own gradients alone",
+        "give parallel.zero=1, or optimizer.max_grad_norm=0",
+    )
+    yield from require(
+        parallel.sequence == 1,
+        "parallel.sequence",
+        f"{parallel.sequence} with pipeline {parallel.pipeline}",
+        "1 in a pipeline, whose schedule knows data and tensor alone",
+        f"give parallel.tensor={parallel.sequence} parallel.tensor_sequence=true, or parallel.pipeline=1",
+    )
+
+
+def _sequence_problems(parallel: ParallelConfig, batch: BatchConfig) -> Iterator[Problem]:
+    yield from require(
+        not parallel.tensor_sequence or parallel.tensor > 1,
+        "parallel.tensor_sequence",
+        "true with tensor 1",
+        "false: it shares tokens within the tensor group",
+        "give parallel.tensor=2 or more, or parallel.tensor_sequence=false",
+    )
+    parts = parallel.sequence * (parallel.tensor if parallel.tensor_sequence else 1)
+    what = f"sequence {parallel.sequence}" + (
+        f" · tensor {parallel.tensor}" if parallel.tensor_sequence else ""
+    )
+    yield from require(
+        batch.sequence_length % parts == 0,
+        "batch.sequence_length",
+        batch.sequence_length,
+        f"a multiple of {what} = {parts}, so that each process has as many tokens",
+        f"nearest: {_text(_nearest_multiples(batch.sequence_length, parts))}",
+    )
+
+
+def _model_problems(parallel: ParallelConfig, model: ModelShape, exact_dropout: bool) -> Iterator[Problem]:
+    for axis in ("tensor", "pipeline", "sequence"):
         size = getattr(parallel, axis)
+        if size == 1:
+            continue
+        if axis not in model.axes:
+            yield Problem(
+                f"parallel.{axis}",
+                f"{size} with model.family={model.family}",
+                f"1: {model.family} runs data-parallel, with ZeRO 0 to 3",
+                f"give parallel.{axis}=1 and the processes to parallel.data",
+            )
+        elif axis == "pipeline":
+            yield from require(
+                size <= model.num_layers,
+                "parallel.pipeline",
+                size,
+                f"1 to model.num_layers={model.num_layers}: each stage runs one layer at least",
+                f"give parallel.pipeline={model.num_layers}",
+            )
+    if "tensor" in model.axes and parallel.tensor > 1:
+        for name, size in (("key-value heads", model.kv_heads), ("model.mlp_hidden_size", model.mlp_width)):
+            yield from require(
+                size % parallel.tensor == 0,
+                "parallel.tensor",
+                parallel.tensor,
+                f"a divisor of the {size} {name}",
+                f"nearest: {_text(_nearest_divisors(size, parallel.tensor))}",
+            )
+    if "sequence" in model.axes and parallel.sequence > 1 and model.kv_heads % parallel.tensor == 0:
+        heads = model.kv_heads // parallel.tensor
         yield from require(
-            size == 1, f"parallel.{axis}", size, "1", f"{axis} parallelism is not available in this version"
+            heads % parallel.sequence == 0,
+            "parallel.sequence",
+            parallel.sequence,
+            f"a divisor of the {heads} key-value heads"
+            + (f" that tensor {parallel.tensor} leaves each process" if parallel.tensor > 1 else "")
+            + ", which the exchange around attention divides",
+            f"nearest: {_text(_nearest_divisors(heads, parallel.sequence))}",
         )
+    yield from require(
+        exact_dropout or model.dropout == 0 or parallel.tensor * parallel.sequence == 1,
+        "exact_dropout",
+        f"false with tensor {parallel.tensor}, sequence {parallel.sequence} and dropout {model.dropout}",
+        "true: processes that share a sequence must drop the same elements of it",
+        "give exact_dropout=true or model.dropout=0",
+    )
 
 
 def _engine_problems(
@@ -174,6 +298,13 @@ def _engine_problems(
         parallel.zero,
         f"0 with engine={engine}, which keeps whole copies",
         "give engine=deepspeed, which shards",
+    )
+    yield from require(
+        not (precision == "fp16" and engine == "local" and parallel.tensor > 1),
+        "precision",
+        "fp16 with tensor parallelism in engine=local",
+        "bf16, fp32: its loss scaler looks for overflow in each process' own gradients alone",
+        "give precision=bf16 or engine=deepspeed",
     )
     yield from require(
         not (precision == "fp16" and device == "cpu"),
@@ -244,6 +375,13 @@ def nearest_global_sizes(batch: BatchConfig, data: int) -> list[int]:
 def _nearest_multiples(value: int, unit: int) -> list[int]:
     below = value // unit * unit
     return [multiple for multiple in (below, below + unit) if multiple >= 1]
+
+
+def _nearest_divisors(value: int, wanted: int) -> list[int]:
+    """Divisors of `value` next below and above `wanted`."""
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    below = [d for d in divisors if d <= wanted][-1:]
+    return below + [d for d in divisors if d > wanted][:1]
 
 
 def _text(values: list[int]) -> str:

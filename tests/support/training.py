@@ -64,15 +64,16 @@ def train_steps(
     import torch
 
     from llmtrain.checkpoint import store
+    from llmtrain.commands.build import build_engine
     from llmtrain.commands.loading import build_module
     from llmtrain.commands.resolve import resolve
-    from llmtrain.commands.train import build_engine, evaluate_dataset
     from llmtrain.config import encode
     from llmtrain.data.loader import Loader
     from llmtrain.families import family_of, open_dataset
     from llmtrain.models.initialize import initialize
     from llmtrain.optim.schedules import multiplier
     from llmtrain.parallel import distributed
+    from llmtrain.train.evaluation import evaluate_dataset
 
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout

@@ -1,0 +1,132 @@
+"""Pipelines: DeepSpeed's 1F1B schedule (arXiv:2104.04473) over data- and tensor-parallel stages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.engine.base import Setup
+from llmtrain.engine.deepspeed import DeepSpeedEngine
+from llmtrain.engine.modules import ObjectiveModule, autocast
+from llmtrain.objectives.base import Batch, NamesArguments, Terms
+from llmtrain.parallel.pipeline import PipelineStage
+from llmtrain.parallel.upstream import import_deepspeed
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """One stage of a pipeline, with ZeRO 0 or 1 over its replicas.
+
+    DeepSpeed moves hidden states and gradients between stages, in its schedule's order, sums a tied
+    embedding's gradients, and steps; micro-batches don't travel (see parallel/pipeline.py).
+    """
+
+    def __init__(self, setup: Setup, stage: PipelineStage, tied: dict[str, str]) -> None:
+        """tied: canonical name of a weight that stands on the first and the last stage → attribute path of
+        the module that has it here; empty on stages between."""
+        assert isinstance(setup.objective, NamesArguments)
+        self._stage = stage
+        self._tied = tied
+        self._replay = _Replay(stage, setup)
+        super().__init__(setup)
+        precision = setup.precision if self.layout.zero == 0 else "fp32"
+        self._whole = ObjectiveModule(stage, setup.objective, autocast(precision, setup.device))
+
+    def _initialize(self, module: nn.Module, mpu: Any) -> Any:
+        deepspeed = import_deepspeed()
+        from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+        layout, mesh = self.layout, self.mesh
+        with contextlib.redirect_stdout(io.StringIO()):
+            pipeline = deepspeed.PipelineModule(
+                layers=[self._replay] * layout.pipeline,  # each process builds its own alone
+                topology=PipeModelDataParallelTopology(
+                    num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
+                ),
+                partition_method="uniform",
+            )
+        first_and_last = mesh.group_of_stages(0, layout.pipeline - 1)
+        for name, path in self._tied.items():
+            holder: Any = self.model.get_submodule(path)
+            pipeline.tied_modules[path] = holder
+            pipeline.tied_comms[path] = {
+                "ranks": [mesh.stage_rank(0), mesh.stage_rank(layout.pipeline - 1)],
+                "group": first_and_last,
+                "weight_attr": ["weight"],
+                "module": holder,
+            }
+            # Counted in the norm where it is owned.
+            holder.weight.ds_pipe_replicated = not self._answers_for(name)
+        engine = super()._initialize(pipeline, None)
+        engine._train_schedule = lambda: _without_step(engine)
+        engine.steps_per_print = lambda: None  # or it prints before its first step is counted
+        return engine
+
+    def _module(self) -> nn.Module:
+        return self._whole
+
+    def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
+        # DeepSpeed divides by the number of micro-batches.
+        self._replay.begin(batch, scale * count)
+        dummy = torch.zeros(1, device=self.device)
+        self._engine.train_batch(repeat((dummy, dummy)))
+        return self._replay.terms(count)
+
+    def _step(self) -> None:
+        self._engine._exec_optimizer_step()
+
+    def _answers_for(self, name: str) -> bool:
+        return super()._answers_for(name) and (name not in self._tied or self.mesh.is_first_stage)
+
+
+class _Replay(nn.Module):
+    """A stage as DeepSpeed calls it: micro-batch after micro-batch, with a hidden state and no more."""
+
+    def __init__(self, stage: PipelineStage, setup: Setup) -> None:
+        super().__init__()
+        self.stage = stage
+        self._objective: Any = setup.objective
+        self._mesh = setup.mesh
+        self._autocast = autocast(setup.precision if setup.layout.zero == 0 else "fp32", setup.device)
+        self._losses: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def begin(self, batch: Callable[[int], Batch], scale: float) -> None:
+        """The next forwards are those of micro-batches 0, 1, …; the loss is given out times `scale`."""
+        self._batch, self._scale = batch, scale
+        self._losses, self._targets = [], []
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self._batch(len(self._targets))
+        self._targets.append(torch.tensor(self._objective.target_count(batch), device=x.device))
+        with self._autocast:
+            y = self.stage.run(None if self._mesh.is_first_stage else x, **self._objective.arguments(batch))
+        if not self._mesh.is_last_stage:
+            return y
+        self._losses.append(y.detach())
+        return y * self._scale
+
+    def terms(self, count: int) -> list[Terms]:
+        """Of each micro-batch since `begin`; losses are 0 before the last stage."""
+        zero = torch.zeros((), device=self._targets[0].device)
+        losses = self._losses or [zero] * count
+        return [Terms(loss, targets) for loss, targets in zip(losses, self._targets, strict=True)]
+
+
+def _without_step(engine: Any) -> Any:
+    """The schedule of one batch up to the reduced gradients: the loss is looked at before weights change."""
+    from deepspeed.runtime.pipe import schedule
+
+    class UpToGradients(schedule.TrainSchedule):
+        def steps(self) -> Any:
+            for commands in super().steps():
+                yield [c for c in commands if not isinstance(c, schedule.OptimizerStep)]
+
+    return UpToGradients(
+        micro_batches=engine.micro_batches, stages=engine.num_stages, stage_id=engine.stage_id
+    )

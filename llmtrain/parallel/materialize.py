@@ -1,0 +1,52 @@
+"""From a model on the meta device to memory for this process' part of it, a parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.shards import Shard
+
+Source = Callable[[Tensor, str, Shard, int], None]
+"""(out, name, shard, start): puts elements of the flattened shard, from `start` on, into `out` (1-D)."""
+
+
+def materialize(
+    model: nn.Module,
+    held: Iterable[nn.Module],
+    shards: Mapping[str, Shard],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    source: Source | None,
+    then: Callable[[nn.Parameter], None] | None = None,
+) -> tuple[dict[str, nn.Parameter], dict[str, Shard]]:
+    """Give the parameters of the modules `held`, parts of `model`, memory and values.
+
+    shards: of the divided ones; others are whole. source: None leaves the values to be made later.
+    then: called with each parameter as soon as it is made, to give up what others hold.
+    → the parameters held and the shard of each, by canonical name: a tied weight's is its first.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    made: dict[nn.Parameter, nn.Parameter] = {}  # by the parameter on the meta device
+    parameters: dict[str, nn.Parameter] = {}
+    all_shards: dict[str, Shard] = {}
+    for module in held:
+        for part in module.modules():
+            for key, parameter in part.named_parameters(recurse=False):
+                if parameter.device.type != "meta":
+                    continue
+                if parameter not in made:
+                    name = names[parameter]
+                    shard = shards.get(name, Shard(tuple(parameter.shape)))
+                    values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                    if source is not None:
+                        source(values.view(-1), name, shard, 0)
+                    made[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                    if then is not None:
+                        then(made[parameter])
+                    parameters[name], all_shards[name] = made[parameter], shard
+                part.register_parameter(key, made[parameter])
+    return parameters, all_shards

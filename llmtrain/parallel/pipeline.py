@@ -1,0 +1,123 @@
+"""Pipeline parallelism: which stages of a model's forward a process runs, and how hidden states travel.
+
+A model names the steps of its forward by `stages()`. Contiguous runs of them, balanced by parameters or by
+time, go to the processes of a pipeline; what one lacks stays on the meta device. Every process reads the
+same batches, so that hidden states alone travel: positions, masks and labels are made where needed.
+
+Dim names: B batch, T sequence, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmtrain.models.gpt import Stage
+from llmtrain.models.transformer import Context
+from llmtrain.parallel.balance import balance
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.tensor import VocabParallelEmbedding
+
+
+def runs_with_blocks(weights: Sequence[float], parts: int) -> list[range]:
+    """`balance` over the steps embedding, blocks, head, with a block in each run: DeepSpeed asks that every
+    stage has parameters of the same optimizer groups, and embeddings have no norms."""
+    first, *between, last = weights
+    between[0] += first
+    between[-1] += last
+    end = len(weights)
+    runs = balance(between, parts)
+    return [
+        range(run.start + 1 if run.start else 0, end if run.stop == len(between) else run.stop + 1)
+        for run in runs
+    ]
+
+
+def stage_weights(
+    stages: Sequence[Stage], by: Literal["parameters", "time"], sequence_length: int
+) -> list[float]:
+    """What `balance` goes by, for each step: parameters, or the multiplications of a token."""
+    if by == "parameters":
+        return [
+            float(sum(p.numel() for module in stage.modules.values() for p in module.parameters()))
+            for stage in stages
+        ]
+    weights = []
+    for stage in stages:
+        modules = [sub for module in stage.modules.values() for sub in module.modules()]
+        matrices = [
+            p
+            for sub in modules
+            for p in sub.parameters(recurse=False)
+            # A look-up multiplies nothing.
+            if p.ndim == 2 and not isinstance(sub, nn.Embedding | VocabParallelEmbedding)
+        ]
+        # Scores and mixing of values: each head's width times half the sequence, twice.
+        attention = [sub.num_heads * sub.head_dim for sub in modules if hasattr(sub, "attend")]  # type: ignore[operator]
+        weights.append(float(sum(p.numel() for p in matrices) + sequence_length * sum(attention)))
+    return weights
+
+
+class PipelineStage(nn.Module):
+    """The steps of one model's forward that this process runs."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        super().__init__()
+        layout = mesh.layout
+        stages: list[Stage] = model.stages()  # type: ignore[operator]
+        weights = stage_weights(stages, layout.balance, layout.sequence_length)
+        place = runs_with_blocks(weights, layout.pipeline)[mesh.coordinates.pipeline]
+        self.steps = [stages[i] for i in place]
+        for step in self.steps:
+            for name, module in step.modules.items():
+                self.add_module(name.replace(".", "_"), module)
+        self._make_context: Callable[..., Context] = model.context  # type: ignore[assignment]
+        self._hidden_size: int = model.config.hidden_size  # type: ignore[assignment,union-attr]
+        self._mesh = mesh
+        # Hidden states behind the first block are of a part of the tokens.
+        self._token_parts = layout.tensor if layout.tensor_sequence else 1
+
+    def run(self, x: Tensor | None, *, tokens_BT: Tensor, **arguments: Any) -> Tensor:
+        """These steps over one batch; `x` is the previous stage's output (B, T, D), None on the first.
+        → (B, T, D), on the last stage logits, or with labels the summed loss."""
+        context = self._make_context(tokens_BT, **arguments)
+        if x is None:
+            x = tokens_BT
+        for step in self.steps:
+            x = step.run(x, context)
+        return x
+
+    @torch.no_grad()
+    def forward(self, *, tokens_BT: Tensor, **arguments: Any) -> Tensor:
+        """The whole model's forward, by all processes of the pipeline together, for evaluation and
+        generation: the summed loss on the last stage and 0 on others; without labels all get the logits.
+
+        A stage is at its next batch while later ones are at this."""
+        mesh, stage = self._mesh, self._mesh.coordinates.pipeline
+        B, T = tokens_BT.shape
+        weight = next(self.parameters())
+        x: Tensor | None = None
+        if not mesh.is_first_stage:
+            x = weight.new_empty(B, T // self._token_parts, self._hidden_size)
+            dist.recv(x, mesh.stage_rank(stage - 1))
+        y = self.run(x, tokens_BT=tokens_BT, **arguments)
+        if not mesh.is_last_stage:
+            dist.send(y.contiguous(), mesh.stage_rank(stage + 1))
+        if arguments.get("labels_BT") is not None:
+            return y if mesh.is_last_stage else torch.zeros((), device=y.device)
+        return self._from_last_stage(y)
+
+    def _from_last_stage(self, y: Tensor) -> Tensor:
+        mesh = self._mesh
+        last = mesh.stage_rank(mesh.layout.pipeline - 1)
+        shape = torch.tensor(y.shape, device=y.device)
+        dist.broadcast(shape, last, group=mesh.pipeline_group)
+        if not mesh.is_last_stage:
+            y = y.new_empty(shape.tolist())
+        y = y.contiguous()
+        dist.broadcast(y, last, group=mesh.pipeline_group)
+        return y

@@ -1,0 +1,73 @@
+"""Sequence parallelism: processes share every sequence's tokens, and exchange tokens for heads around
+attention (DeepSpeed-Ulysses, arXiv:2309.14509).
+
+Dim names: B batch, T all tokens, N query heads and K key-value heads at hand, H head width, P processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmtrain.models.dropout import AttentionDropout
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.upstream import import_deepspeed
+
+
+def share_attention(model: nn.Module, mesh: Mesh) -> None:
+    """Put the exchange around the attention of each module that has an `attend`.
+
+    Raises ValueError for a model without one.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "attend")]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no attention to share")
+    for module in modules:
+        module.attend = SharedAttention(module.attend, mesh)  # type: ignore[arg-type,assignment]
+
+
+class SharedAttention:
+    """`attend` over a part of the tokens with all heads: (B, N, T/P, H) → the same.
+
+    Each process gets all tokens of N/P heads, attends, and gives the tokens back. A mask is over all
+    tokens."""
+
+    def __init__(self, attend: Callable[..., Tensor], mesh: Mesh) -> None:
+        import_deepspeed()
+        from deepspeed.sequence.layer import DistributedAttention
+
+        self._attend = attend
+        self._part = mesh.coordinates.sequence
+        self._exchange: Any = DistributedAttention(
+            self._attend_to_all_tokens, mesh.sequence_group, scatter_idx=2, gather_idx=1
+        )
+
+    def __call__(
+        self,
+        q_BNTH: Tensor,
+        k_BKTH: Tensor,
+        v_BKTH: Tensor,
+        *,
+        mask: Tensor | None = None,
+        dropout: AttentionDropout | None = None,
+    ) -> Tensor:
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BNTH, k_BKTH, v_BKTH))
+        y_BTNH: Tensor = self._exchange(q, k, v, 0, mask=mask, dropout=dropout)
+        return y_BTNH.transpose(1, 2)
+
+    def _attend_to_all_tokens(
+        self,
+        q_BTNH: Tensor,
+        k_BTKH: Tensor,
+        v_BTKH: Tensor,
+        *,
+        mask: Tensor | None,
+        dropout: AttentionDropout | None,
+    ) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        if dropout is not None:
+            dropout = replace(dropout, first_head=dropout.first_head + self._part * q.shape[1])
+        return self._attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2).contiguous()

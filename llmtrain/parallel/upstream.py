@@ -1,0 +1,35 @@
+"""DeepSpeed as llmtrain needs it: quiet, and with nothing compiled at first use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.parallel import launcher
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed over the process group that is up, its banner and per-rank logs turned down; takes seconds
+    the first time."""
+    os.environ.setdefault("LOCAL_RANK", str(launcher.local_rank()))  # DeepSpeed insists on it
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # torch deprecates names that DeepSpeed still calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
+    # and its sums do not depend on which hosts the ranks are on.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
+    return deepspeed
+
+

@@ -1,0 +1,36 @@
+"""Evaluation of what an engine holds, during training."""
+
+from __future__ import annotations
+
+from llmtrain.data.datasets import Dataset
+from llmtrain.data.loader import evaluation_batches
+from llmtrain.engine.base import Engine
+from llmtrain.engine.evaluation import Totals
+from llmtrain.parallel.layout import Layout
+
+
+def evaluate_dataset(
+    engine: Engine, dataset: Dataset, layout: Layout, data_rank: int, workers: int, max_samples: int | None
+) -> Totals:
+    """Loss and metric sums over the first `max_samples` of `dataset`."""
+    return engine.evaluate(
+        evaluation_batches(
+            dataset,
+            engine.objective.collate,
+            micro_size=layout.micro_size,
+            data_rank=data_rank,
+            data_size=layout.data,
+            workers=workers,
+            max_samples=max_samples,
+        )
+    )
+
+
+def _fingerprint(resolved: Resolved) -> str | None:
+    """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
+    if resolved.corpus is not None:
+        return resolved.corpus.manifest.fingerprint
+    try:
+        return xxhash.xxh3_128_hexdigest(resolve_package_path(resolved.config.data.path).read_bytes())
+    except (OSError, DataError):
+        return None
