@@ -7,9 +7,12 @@ logits. Tests compare with what torch keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.parallel.config import RecomputeConfig
+from llmtrain.parallel.layout import Layout
 
 ModelConfig = GPTConfig | LSTMConfig | SimpleCNNConfig
 
@@ -28,98 +31,182 @@ class Numbers:
     residual: int
 
 
-def activation_bytes(
-    model: ModelConfig,
-    numbers: Numbers,
-    *,
-    micro_size: int,
-    sequence_length: int,
-    device: str,
-    document_mask: bool = True,
-) -> int:
-    """Bytes kept by one micro-batch on one process, up to the head, its loss aside."""
-    tokens = micro_size * sequence_length
+@dataclass(frozen=True)
+class Conditions:
+    """What, besides sizes, decides what a forward pass keeps."""
+
+    device: str
+    document_mask: bool = True
+    exact_dropout: bool = True
+    """Dropout by keys; else by torch's generator, which fused kernels of attention take."""
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+
+
+class Activations(NamedTuple):
+    """Bytes on one process."""
+
+    kept: int
+    """By one micro-batch from its forward to its backward pass, up to the head, its loss aside."""
+    working: int
+    """While a block is recomputed, besides."""
+
+
+def activations(
+    model: ModelConfig, numbers: Numbers, layout: Layout, conditions: Conditions, steps: range | None = None
+) -> Activations:
+    """Of one process that runs `steps` of the model's forward: 0 the embedding, 1 to num_layers the blocks,
+    then the head; None: all."""
+    tokens = layout.micro_size * layout.sequence_length // layout.sequence
     match model:
         case GPTConfig():
-            per_token = _gpt_bytes(model, numbers, sequence_length, device, document_mask)
+            per_token = _GPTToken(model, numbers, layout, conditions).activations(
+                range(model.num_layers + 2) if steps is None else steps
+            )
+            return Activations(tokens * per_token.kept, tokens * per_token.working)
         case LSTMConfig():
-            per_token = _lstm_bytes(model, numbers)
+            return Activations(tokens * _lstm_bytes(model, numbers), 0)
         case SimpleCNNConfig():
-            return micro_size * _simple_cnn_bytes(model, numbers)
-    return tokens * per_token
+            return Activations(layout.micro_size * _simple_cnn_bytes(model, numbers), 0)
 
 
-def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str) -> int:
-    """Upper estimate of the bytes of a language model's head and loss at their peak: chunks of logits, the
-    gradients of the hidden states and of the head's weight, and in low precision copies of both."""
+def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str, tensor: int = 1) -> int:
+    """Upper estimate of the bytes of a language model's head and loss at their peak, on one of `tensor`
+    processes: chunks of logits, the gradients of the hidden states and of the head's weight, and in low
+    precision copies of both."""
     if isinstance(model, SimpleCNNConfig):
         return 0
     assert model.vocab_size is not None
-    V, D = model.vocab_size, model.hidden_size
+    V, D = -(-model.vocab_size // tensor), model.hidden_size
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
     is_last = chunk == tokens
+    # Over several processes the softmax is fairscale's: copies, exponentials and a gradient, in fp32.
+    shared_softmax = 16 if tensor > 1 else 0
     if numbers.compute == 4:
         # Logits and log-probabilities, beside the chunk before.
-        return chunk * V * 4 * (2 if is_last else 3) + tokens * D * 4 + V * D * 4
-    softmax = chunk * V * (10 if is_last else 16)
+        softmax = chunk * V * (4 * (2 if is_last else 3) + shared_softmax)
+        return softmax + tokens * D * 4 + V * D * 4
+    softmax = chunk * V * ((10 if is_last else 16) + shared_softmax)
     # A chunk's weight gradient is made in low precision, and on a cpu added through an fp32 copy.
     addition = chunk * V * 6 + V * D * (2 + (4 if device == "cpu" else 0))
     return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
 
 
-def matrix_parameter_count(model: ModelConfig) -> int:
-    """Weights that autocast copies into the low precision: all but embeddings, norms and the head."""
+def low_precision_copies(
+    model: ModelConfig, steps: range | None, tensor: int, recompute: RecomputeConfig
+) -> int:
+    """Weights of which autocast holds copies in the low precision at once, on one process: those of linear
+    layers, of recomputed blocks one at a time; the head's are counted with it."""
     match model:
         case GPTConfig():
             norms = 2 * model.hidden_size * (2 if model.norm == "layernorm" and model.bias else 1)
-            return model.num_layers * (model.layer_parameter_count() - norms)
+            block = model.layer_parameter_count(tensor) - norms
+            recomputed, kept = _divided(
+                model, range(model.num_layers + 2) if steps is None else steps, recompute
+            )
+            return block * (kept + min(1, recomputed))
         case LSTMConfig():
             return model.num_layers * (8 * model.hidden_size**2 + 8 * model.hidden_size)
         case SimpleCNNConfig():
             return model.parameter_count()
 
 
-def _gpt_bytes(
-    model: GPTConfig, numbers: Numbers, sequence_length: int, device: str, document_mask: bool
-) -> int:
-    """Per token."""
-    D, F = model.hidden_size, model.mlp_width
-    queries = model.num_heads * model.head_width
-    norm = numbers.residual * D + 8
-    if model.norm == "rmsnorm" and device == "cpu":
-        # Composed of single operations, in fp32: the input and the normalized input.
-        norm = 2 * 4 * D + 4
-
-    # Inputs of qkv, output, up (and gate) and down, and of the activation.
-    kept = D + queries + D + F + (3 * F if model.gated_mlp else F)
-    if model.gated_mlp and numbers.residual > numbers.compute:
-        kept += D  # autocast copies the norm's output for gate and for up
-    if model.dropout > 0:
-        kept += 2 * D  # the masks
-    block = kept * numbers.compute + _attention_bytes(model, numbers, sequence_length, device, document_mask)
-
-    embedding = 8 + (D * numbers.residual if model.dropout > 0 else 0)
-    return embedding + model.num_layers * (2 * norm + block) + norm
+def _divided(model: GPTConfig, steps: range, recompute: RecomputeConfig) -> tuple[int, int]:
+    """How many blocks among `steps` are recomputed, and how many are not."""
+    blocks = [step - 1 for step in steps if 1 <= step <= model.num_layers]
+    recomputed = sum(recompute.covers(block) for block in blocks)
+    return recomputed, len(blocks) - recomputed
 
 
-def _attention_bytes(
-    model: GPTConfig, numbers: Numbers, sequence_length: int, device: str, document_mask: bool
-) -> int:
-    """Per token, between qkv's output and attention's output."""
-    queries, keys = model.num_heads * model.head_width, model.kv_heads * model.head_width
-    if device == "cpu" and model.dropout > 0:
-        # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
-        # mask and the masked probabilities.
-        return 4 * (3 * queries + 3 * model.num_heads * sequence_length)
-    if device == "cpu" and 1 < sequence_length <= LONGEST_BLOCKWISE:
-        # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see.
-        return numbers.compute * (3 * queries + model.num_heads * _keys_in_view(sequence_length))
-    kept = queries + 2 * keys
-    if model.positions == "rope":
-        kept += queries + keys
-    if document_mask:
-        kept += sequence_length  # each layer turns the mask into numbers
-    return kept * numbers.compute + 4 * model.num_heads
+@dataclass(frozen=True)
+class _GPTToken:
+    """Bytes a token at hand, which is one of `layout.sequence` processes' tokens."""
+
+    model: GPTConfig
+    numbers: Numbers
+    layout: Layout
+    conditions: Conditions
+
+    def activations(self, steps: range) -> Activations:
+        model, mode = self.model, self.conditions.recompute.mode
+        recomputed, plain = _divided(model, steps, self.conditions.recompute)
+        kept = plain * self._block()
+        if recomputed:
+            # Offloaded inputs lie in host memory: that of the process itself on a cpu.
+            away = mode == "offload" and self.conditions.device != "cpu"
+            kept += recomputed * (0 if away else self._between(model.hidden_size * self.numbers.residual))
+            kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
+            kept += self._context()
+        if 0 in steps:
+            kept += 8 + (model.hidden_size * self.numbers.residual if model.dropout > 0 else 0)
+        if model.num_layers + 1 in steps:
+            kept += self._norm()
+        return Activations(kept, self._block() if recomputed else 0)
+
+    def _between(self, size: int) -> int:
+        """What lies between the matrices: Megatron's sequence parallelism divides it."""
+        return -(-size // self.layout.tensor) if self.layout.tensor_sequence else size
+
+    def _norm(self) -> int:
+        D = self.model.hidden_size
+        if self.model.norm == "rmsnorm" and self.conditions.device == "cpu":
+            # Composed of single operations, in fp32: the input and the normalized input.
+            return self._between(2 * 4 * D + 4)
+        return self._between(self.numbers.residual * D + 8)
+
+    def _block(self) -> int:
+        model, numbers, layout = self.model, self.numbers, self.layout
+        D, F = model.hidden_size, model.mlp_width // layout.tensor
+        queries = model.num_heads * model.head_width // layout.tensor
+
+        # Inputs of qkv, output, up (and gate) and down, and of the activation. Those of qkv, up and gate are
+        # of all tokens, also where the tensor group's processes have shared them before.
+        kept = D + queries + D + F + (3 * F if model.gated_mlp else F)
+        if model.gated_mlp and (numbers.residual > numbers.compute or layout.tensor_sequence):
+            kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
+        if model.dropout > 0:
+            kept += self._between(2 * D)  # the masks
+        return 2 * self._norm() + kept * numbers.compute + self._attention()
+
+    def _attention(self) -> int:
+        """Between qkv's output and attention's output."""
+        model, compute, T = self.model, self.numbers.compute, self.layout.sequence_length
+        N, tensor, on_cpu = (
+            model.num_heads // self.layout.tensor,
+            self.layout.tensor,
+            self.conditions.device == "cpu",
+        )
+        queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
+        if model.dropout > 0 and self.conditions.exact_dropout:
+            # q, k and v, what the mask hides, the softmax, dropout's mask and what it leaves.
+            return compute * (3 * queries + 2 * N * T) + self.numbers.residual * N * T + self._mask()
+        if model.dropout > 0 and on_cpu:
+            # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
+            # mask and the masked probabilities.
+            return 4 * (3 * queries + 3 * N * T)
+        if on_cpu and 1 < T <= LONGEST_BLOCKWISE:
+            # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see.
+            return compute * (3 * queries + N * _keys_in_view(T))
+        kept = queries + 2 * keys
+        if model.positions == "rope":
+            kept += queries + keys
+        if self.conditions.document_mask:
+            kept += self._mask()  # each layer turns the mask into numbers
+        return kept * compute + 4 * N
+
+    def _linear_outputs(self) -> int:
+        """What selective recomputation keeps: a row-divided layer's output is a whole summand."""
+        model, tensor = self.model, self.layout.tensor
+        divided = model.qkv_width + model.mlp_width * (2 if model.gated_mlp else 1)
+        return (divided // tensor + 2 * model.hidden_size) * self.numbers.compute
+
+    def _context(self) -> int:
+        """What recomputed blocks share: rotary tables and the mask."""
+        rotary = 4 * self.model.head_width if self.model.positions == "rope" else 0
+        return rotary + (self._mask() if self.conditions.document_mask else 0)
+
+    def _mask(self) -> int:
+        """Elements of the mask, which is over all tokens, for a token at hand."""
+        return self.layout.sequence_length * self.layout.sequence
 
 
 def _keys_in_view(sequence_length: int) -> int:

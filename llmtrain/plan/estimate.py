@@ -7,18 +7,20 @@ plan.refuse_if_too_large()
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.models.config import GPTConfig, SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel import launcher
+from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan import machine
-from llmtrain.plan.activations import ModelConfig
+from llmtrain.plan.activations import Conditions, ModelConfig
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.memory import GIB, Memory, memory_per_process, start_bytes
 
@@ -36,6 +38,11 @@ class _Steps(Protocol):
     def steps(self) -> int: ...
 
 
+class _Checkpoints(Protocol):
+    @property
+    def asynchronous(self) -> bool: ...
+
+
 class RunSettings(Protocol):
     """What the estimate reads of a run's config."""
 
@@ -51,6 +58,12 @@ class RunSettings(Protocol):
     def train(self) -> _Steps: ...
     @property
     def data(self) -> object: ...
+    @property
+    def recompute(self) -> RecomputeConfig: ...
+    @property
+    def exact_dropout(self) -> bool: ...
+    @property
+    def checkpoint(self) -> _Checkpoints: ...
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,9 @@ class Plan:
     precision: Precision
     optimizer: OptimizerConfig
     cluster: ClusterConfig
-    device: str
+    conditions: Conditions
+    asynchronous_checkpoints: bool
     steps: int
-    document_mask: bool
     available_bytes: int | None
     """For one process; None when it is not known."""
 
@@ -80,12 +93,18 @@ class Plan:
     @cached_property
     def memory(self) -> Memory:
         """Of one process."""
-        return self._memory(self.layout)
+        return self._memory(self.layout, self.conditions.recompute)
 
     @cached_property
     def start_bytes(self) -> int:
-        """Most that a process holds while it starts: each builds the whole model before ZeRO shards it."""
-        return start_bytes(self.model, self.layout, self.device)
+        """What a process holds when its weights are made; never more than later."""
+        return start_bytes(self.model, self.layout, self.precision, self.conditions.device)
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step that a pipeline's stages idle in the 1F1B schedule (arXiv:2104.04473)."""
+        idle = self.layout.pipeline - 1
+        return idle / (self.layout.accumulation + idle)
 
     @property
     def unit(self) -> str:
@@ -113,20 +132,15 @@ class Plan:
         return self.total_flops / (ASSUMED_MFU * peak * self.layout.world_size) if peak else None
 
     @property
-    def needed_bytes(self) -> int:
-        """Most that one process holds at any time."""
-        return max(self.memory.total, self.start_bytes)
-
-    @property
     def is_too_large(self) -> bool:
         """Whether the run needs more than there is."""
-        return self.available_bytes is not None and self.needed_bytes > self.available_bytes
+        return self.available_bytes is not None and self.memory.total > self.available_bytes
 
     @property
     def is_refused(self) -> bool:
         """Whether the run cannot fit: on a cluster what is over, on this machine what is CLEARLY_OVER."""
         slack = CLEARLY_OVER if self.cluster.is_local else 1.0
-        return self.available_bytes is not None and self.needed_bytes > slack * self.available_bytes
+        return self.available_bytes is not None and self.memory.total > slack * self.available_bytes
 
     def refuse_if_too_large(self) -> None:
         """Raises ConfigError when the run cannot fit; the message names settings that would fit."""
@@ -144,7 +158,7 @@ class Plan:
             f"{self.parameters:,} parameters; {self.steps:,} steps of {layout.global_size:,} samples "
             f"(data {layout.data} · micro_size {layout.micro_size} · accumulation {layout.accumulation}) = "
             f"{self.total_tokens:,} {self.unit}s",
-            f"memory of one process: about {gib(self.needed_bytes)}"
+            f"memory of one process: about {gib(self.memory.total)}"
             + (f" of {gib(self.available_bytes)}" if self.available_bytes is not None else ""),
         ]
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings()])
@@ -166,8 +180,16 @@ class Plan:
         yield row(
             "layout",
             f"world_size {layout.world_size:,} = data {layout.data} · tensor {layout.tensor} · "
-            f"pipeline {layout.pipeline} · sequence {layout.sequence}; ZeRO {layout.zero}, {self.precision}",
+            f"pipeline {layout.pipeline} · sequence {layout.sequence}; ZeRO {layout.zero}, {self.precision}"
+            + ("; tokens shared in the tensor group" if layout.tensor_sequence else ""),
         )
+        yield row("recompute", self._recompute_text())
+        if layout.pipeline > 1:
+            yield row(
+                "pipeline",
+                f"{layout.pipeline} stages, {layout.accumulation} micro-batches a step: "
+                f"{self.bubble:.1%} of it idle (1F1B)",
+            )
         yield row(
             "batch",
             f"{layout.global_size:,} samples = data {layout.data} · micro_size {layout.micro_size} · "
@@ -191,25 +213,21 @@ class Plan:
         if self.available_bytes is not None:
             verdict = f" of {gib(self.available_bytes)}, {self.cluster.name}: "
             verdict += "does not fit" if self.is_too_large else "fits"
-        if self.start_bytes > self.memory.total:
-            yield f"  {'total':<15} {gib(self.memory.total):>12}"
-            yield f"  {'at start':<15} {gib(self.start_bytes):>12}{verdict}"
-        else:
-            yield f"  {'total':<15} {gib(self.memory.total):>12}{verdict}"
+        yield f"  {'total':<15} {gib(self.memory.total):>12}{verdict}"
+        yield f"  {'at start':<15} {gib(self.start_bytes):>12}"
         for text in self.warnings():
             yield f"warning: {text}"
+
+    def _recompute_text(self) -> str:
+        recompute = self.conditions.recompute
+        if recompute.mode == "none" or recompute.every == 1:
+            return recompute.mode
+        return f"{recompute.mode}, one block in {recompute.every}"
 
     def _problem(self) -> Problem:
         assert self.available_bytes is not None
         term = self.memory.largest
         place = "this machine" if self.cluster.is_local else self.cluster.name
-        if self.memory.total <= self.available_bytes:
-            return Problem(
-                "memory",
-                f"{gib(self.start_bytes)} a process at start, where each builds the whole model in fp32",
-                f"{gib(self.available_bytes)}, what one process has on {place}",
-                "take a smaller model: this version shards it only once it is built",
-            )
         return Problem(
             "memory",
             f"{gib(self.memory.total)} a process, {gib(self.memory.terms[term])} of it {term}",
@@ -218,45 +236,118 @@ class Plan:
         )
 
     def _remedy(self) -> str:
-        """The least change of ZeRO and micro-batch that fits; else of the number of processes too."""
-        layout = self.layout
-        micro_sizes = [m for m in range(layout.micro_size, 0, -1) if layout.replica_size % m == 0]
-        stages = range(layout.zero, 4) if layout.data > 1 else [layout.zero]
-        changes = [
-            replace(layout, zero=zero, micro_size=micro, accumulation=layout.replica_size // micro)
-            for zero in stages
-            for micro in micro_sizes
-        ]
-        # One changed key before two; sorting keeps the lower stage and the larger micro-batch first.
-        changes.sort(key=lambda to: (to.zero != layout.zero) + (to.micro_size != layout.micro_size))
-        if not self.cluster.is_local:
-            changes += [
-                replace(
-                    layout, world_size=n, data=n, zero=3, micro_size=1, accumulation=layout.global_size // n
-                )
-                for n in range(layout.data + 1, layout.global_size + 1)
-                if layout.global_size % n == 0
-            ]
-        for to in changes:
-            total = self._memory(to).total
+        """The least change that fits: of ZeRO and micro-batch, of recomputation, of tensor parallelism, and
+        last of the number of processes."""
+        for to, recompute in self._changes():
+            total = self._memory(to, recompute).total
             if self.available_bytes is not None and total <= self.available_bytes:
-                parts = [f"{to.world_size} processes"] if to.world_size != layout.world_size else []
-                parts += [f"parallel.zero={to.zero} engine=deepspeed"] if to.zero != layout.zero else []
-                parts += [f"batch.micro_size={to.micro_size}"] if to.micro_size != layout.micro_size else []
-                return f"try {' '.join(parts)}, which needs {gib(total)}"
+                return f"try {' '.join(self._differences(to, recompute))}, which needs {gib(total)}"
         if self.cluster.is_local:
             return "shorten batch.sequence_length, or take a smaller model or more machines"
         return "shorten batch.sequence_length or take a smaller model"
 
-    def _memory(self, layout: Layout) -> Memory:
+    def _changes(self) -> Iterator[tuple[Layout, RecomputeConfig]]:
+        layout, now = self.layout, self.conditions.recompute
+        recomputes = [now]
+        if isinstance(self.model, GPTConfig) and now.mode in ("none", "selective"):
+            recomputes.append(RecomputeConfig("full"))
+        changes = [
+            (to, recompute)
+            for tensor, recompute in itertools.product(self._tensor_sizes(), recomputes)
+            for to in _with_tensor(layout, tensor)
+        ]
+
+        def cost(change: tuple[Layout, RecomputeConfig]) -> int:
+            to, recompute = change
+            return (
+                (to.zero != layout.zero)
+                + (to.micro_size != layout.micro_size)
+                + 2 * (recompute != now)
+                + 3 * (to.tensor != layout.tensor)
+            )
+
+        # Sorting keeps the lower stage and the larger micro-batch first.
+        yield from sorted(changes, key=cost)
+        if not self.cluster.is_local:
+            for tensor, recompute in itertools.product(self._tensor_sizes(), recomputes):
+                yield from ((to, recompute) for to in _with_more_processes(layout, tensor))
+
+    def _tensor_sizes(self) -> list[int]:
+        """Those of the tensor axis that the model and one host allow, today's first."""
+        now = self.layout.tensor
+        if not isinstance(self.model, GPTConfig):
+            return [now]
+        host = self.cluster.devices_per_node or self.layout.world_size
+        larger = [
+            size
+            for size in range(now + 1, host + 1)
+            if host % size == 0
+            and self.model.kv_heads % (size * self.layout.sequence) == 0
+            and self.model.mlp_width % size == 0
+            and self.layout.sequence_length % (size * self.layout.sequence) == 0
+        ]
+        return [now, *larger]
+
+    def _differences(self, to: Layout, recompute: RecomputeConfig) -> Iterator[str]:
+        layout = self.layout
+        if to.world_size != layout.world_size:
+            yield f"{to.world_size} processes"
+        if to.tensor != layout.tensor:
+            yield f"parallel.tensor={to.tensor}"
+        if to.zero != layout.zero:
+            yield f"parallel.zero={to.zero} engine=deepspeed"
+        if recompute != self.conditions.recompute:
+            yield f"recompute={recompute.mode}"
+        if to.micro_size != layout.micro_size:
+            yield f"batch.micro_size={to.micro_size}"
+
+    def _memory(self, layout: Layout, recompute: RecomputeConfig) -> Memory:
         return memory_per_process(
             self.model,
             layout,
             precision=self.precision,
             optimizer=self.optimizer,
-            device=self.device,
-            document_mask=self.document_mask,
+            conditions=replace(self.conditions, recompute=recompute),
+            asynchronous_checkpoints=self.asynchronous_checkpoints,
         )
+
+
+def _with_tensor(layout: Layout, tensor: int) -> Iterator[Layout]:
+    """Layouts of as many processes with `tensor` of them to a matrix, by ZeRO stage and micro-batch."""
+    data, rest = divmod(layout.world_size, tensor * layout.pipeline * layout.sequence)
+    if rest or layout.global_size % data:
+        return
+    highest = 1 if layout.pipeline > 1 else 3
+    stages = (
+        range(layout.zero, max(highest, layout.zero) + 1) if data * layout.sequence > 1 else [layout.zero]
+    )
+    replica_size = layout.global_size // data
+    micro_sizes = [size for size in range(layout.micro_size, 0, -1) if replica_size % size == 0]
+    for zero, micro in itertools.product(stages, micro_sizes):
+        yield replace(
+            layout,
+            tensor=tensor,
+            data=data,
+            zero=zero,
+            micro_size=micro,
+            accumulation=replica_size // micro,
+        )
+
+
+def _with_more_processes(layout: Layout, tensor: int) -> Iterator[Layout]:
+    """Layouts of more replicas, by the highest ZeRO stage and single samples."""
+    others = tensor * layout.pipeline * layout.sequence
+    for data in range(1, layout.global_size + 1):
+        if layout.global_size % data == 0 and data * others > layout.world_size:
+            yield replace(
+                layout,
+                world_size=data * others,
+                tensor=tensor,
+                data=data,
+                zero=1 if layout.pipeline > 1 else 3,
+                micro_size=1,
+                accumulation=layout.global_size // data,
+            )
 
 
 def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
@@ -280,9 +371,9 @@ def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
         precision=settings.precision,
         optimizer=settings.optimizer,
         cluster=cluster,
-        device=device,
+        conditions=Conditions(device, document_mask, settings.exact_dropout, settings.recompute),
+        asynchronous_checkpoints=settings.checkpoint.asynchronous,
         steps=settings.train.steps,
-        document_mask=document_mask,
         available_bytes=available,
     )
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from llmtrain.models.config import GPTConfig
 from llmtrain.optim.config import OptimizerConfig
+from llmtrain.parallel.balance import balance
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan.activations import (
+    Conditions,
     ModelConfig,
     Numbers,
-    activation_bytes,
+    activations,
     head_bytes,
-    matrix_parameter_count,
+    low_precision_copies,
 )
 
 GIB = 2**30
@@ -34,17 +38,19 @@ class Memory:
     optimizer: int
     """Optimizer state, and the fp32 master weights where they stand apart from the weights."""
     activations: int
-    """What one micro-batch keeps for its backward pass."""
+    """What micro-batches keep for their backward pass, and what recomputing one block takes."""
     logits: int
     """The head with its loss."""
     buffers: int
     """Gradients and weights on their way between processes."""
+    checkpoint_copy: int
+    """What an asynchronous checkpoint is written from, where the device's memory is the host's."""
     runtime: int
 
     @property
     def terms(self) -> dict[str, int]:
         """In the order of a table, the largest nowhere in particular."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name.replace("_", " "): getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def total(self) -> int:
@@ -62,56 +68,127 @@ def memory_per_process(
     *,
     precision: Precision,
     optimizer: OptimizerConfig,
-    device: str,
-    document_mask: bool = True,
+    conditions: Conditions,
+    asynchronous_checkpoints: bool = False,
 ) -> Memory:
-    """What one process of `layout` holds in training `model`.
+    """What one process of `layout` holds in training `model`: of the pipeline's stages the one that holds
+    most.
 
     Below ZeRO 1 weights are fp32 and low precision is autocast's; from ZeRO 1 on weights and activations
     are in the low precision over sharded fp32 masters (arXiv:1910.02054).
     """
-    P, replicas = model.parameter_count(), layout.data
+    stages = [
+        _of_stage(model, layout, stage, steps, precision, optimizer, conditions, asynchronous_checkpoints)
+        for stage, steps in enumerate(stage_steps(model, layout))
+    ]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _of_stage(
+    model: ModelConfig,
+    layout: Layout,
+    stage: int,
+    steps: range,
+    precision: Precision,
+    optimizer: OptimizerConfig,
+    conditions: Conditions,
+    asynchronous_checkpoints: bool,
+) -> Memory:
+    P, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
     is_low = precision != "fp32"
-    stored = 2 if is_low and layout.zero else 4
+    stored = weight_bytes(precision, layout)
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
     state = optimizer_slots(optimizer) * 4 * P
     # bf16 gradients are added up in fp32; ZeRO 1 keeps both.
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
-        weights = 4 * P + (2 * matrix_parameter_count(model) if is_low else 0)
+        copies = low_precision_copies(model, steps, layout.tensor, conditions.recompute) if is_low else 0
+        weights = 4 * P + 2 * copies
         gradients, masters, buffers = 4 * P, 0, (4 * P if replicas > 1 else 0)
+        owned = _share(P, replicas)
+        if replicas > 1:  # whole parameters are dealt out
+            owned = min(P, max(owned, largest_parameter_count(model, layout)))
     else:
         weights = stored * (_share(P, replicas) if layout.zero == 3 else P)
         gradients = gradient * (P if layout.zero == 1 else _share(P, replicas))
-        masters, state = 4 * _share(P, replicas), _share(state, replicas)
-        buffers = stored * min(P, DEEPSPEED_BUCKET_ELEMENTS) * (2 if device == "cuda" else 1)
+        owned = _share(P, replicas)
+        masters, state = 4 * owned, _share(state, replicas)
+        buffers = stored * min(P, DEEPSPEED_BUCKET_ELEMENTS) * (2 if conditions.device == "cuda" else 1)
         if layout.zero == 3:
-            buffers += stored * min(P, DEEPSPEED_LIVE_ELEMENTS)
+            buffers += stored * min(P, max(DEEPSPEED_LIVE_ELEMENTS, largest_parameter_count(model, layout)))
+
+    of_micro_batch = activations(model, numbers, layout, conditions, steps)
+    in_flight = min(layout.pipeline - stage, layout.accumulation)
+    tokens = layout.micro_size * layout.sequence_length // layout.sequence
+    has_head = stage == layout.pipeline - 1
+    handed_on = 0
+    if isinstance(model, GPTConfig) and not has_head:
+        handed_on = tokens * model.hidden_size * numbers.residual
+    is_copied = asynchronous_checkpoints and conditions.device == "cpu"
+    logits = head_bytes(model, numbers, tokens=tokens, device=conditions.device, tensor=layout.tensor)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=masters + state,
-        activations=activation_bytes(
-            model,
-            numbers,
-            micro_size=layout.micro_size,
-            sequence_length=layout.sequence_length,
-            device=device,
-            document_mask=document_mask,
-        ),
-        logits=head_bytes(model, numbers, tokens=layout.micro_size * layout.sequence_length, device=device),
+        activations=in_flight * (of_micro_batch.kept + handed_on) + of_micro_batch.working,
+        logits=logits if has_head else 0,
         buffers=buffers,
-        runtime=RUNTIME_BYTES[device],
+        checkpoint_copy=4 * (1 + optimizer_slots(optimizer)) * owned if is_copied else 0,
+        runtime=RUNTIME_BYTES[conditions.device],
     )
 
 
-def start_bytes(model: ModelConfig, layout: Layout, device: str) -> int:
-    """What one process holds while it starts: the whole model in fp32, and its share of the masters that
-    ZeRO then cuts from it."""
-    P = model.parameter_count()
-    masters = 4 * _share(P, layout.data) if layout.zero else 0
-    return 4 * P + masters + RUNTIME_BYTES[device]
+def start_bytes(model: ModelConfig, layout: Layout, precision: Precision, device: str) -> int:
+    """What one process holds when its weights are made, before gradients and optimizer: its own part, made
+    a parameter at a time."""
+    held = max(held_parameter_count(model, layout, steps) for steps in stage_steps(model, layout))
+    if layout.zero == 3:
+        held = _share(held, layout.data * layout.sequence) + largest_parameter_count(model, layout)
+    return weight_bytes(precision, layout) * held + RUNTIME_BYTES[device]
+
+
+def weight_bytes(precision: Precision, layout: Layout) -> int:
+    """Of one weight as it is held: ZeRO keeps fp32 masters of low ones, autocast needs fp32."""
+    return 2 if precision != "fp32" and layout.zero > 0 else 4
+
+
+def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
+    """The steps of the model's forward that each pipeline stage runs: embedding, blocks, head."""
+    if not isinstance(model, GPTConfig):
+        return [range(1)]
+    by_time = layout.balance == "time"
+    return _balanced(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
+
+
+@lru_cache(maxsize=64)
+def _balanced(model: GPTConfig, pipeline: int, tensor: int, sequence_length: int | None) -> list[range]:
+    """By parameters, or by the multiplications of a token of so long a sequence."""
+    counts = model.step_parameter_counts(tensor)
+    if sequence_length is not None:
+        assert model.vocab_size is not None
+        block = model.layer_matrix_count(tensor) + sequence_length * model.num_heads * model.head_width
+        counts = [0, *[block] * model.num_layers, -(-model.vocab_size // tensor) * model.hidden_size]
+    return balance([float(count) for count in counts], pipeline)
+
+
+def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> int:
+    """Parameters of one process that runs `steps`, before ZeRO divides them among replicas."""
+    if not isinstance(model, GPTConfig):
+        return model.parameter_count()
+    counts = model.step_parameter_counts(layout.tensor)
+    count = sum(counts[step] for step in steps)
+    if model.tie_embeddings and len(steps) == len(counts):
+        assert model.vocab_size is not None
+        count -= -(-model.vocab_size // layout.tensor) * model.hidden_size
+    return count
+
+
+def largest_parameter_count(model: ModelConfig, layout: Layout) -> int:
+    """Elements of the largest single parameter of one process, before ZeRO divides it."""
+    if isinstance(model, GPTConfig):
+        return model.largest_parameter_count(layout.tensor)
+    return model.largest_parameter_count()
 
 
 def optimizer_slots(config: OptimizerConfig) -> int:
