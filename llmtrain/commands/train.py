@@ -8,16 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from llmtrain.commands.resolve import Resolved, resolve
+from llmtrain.commands.start import start_ranks
 from llmtrain.config import encode
-from llmtrain.data.packages import resolve_package_path
 from llmtrain.errors import DataError
 from llmtrain.families import open_dataset
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher
-from llmtrain.parallel.agreement import run_facts
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.estimate import estimate
 
@@ -49,11 +46,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     device = distributed.pick_device(resolved.config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    distributed.start(
-        device,
-        single_process_group=resolved.config.engine == "deepspeed",
-        facts=run_facts(encode(resolved.config), device.type, _fingerprint(resolved)),
-    )
+    start_ranks(resolved, device)
     session = Session(resolved, device, started)
     try:
         session.train()
@@ -280,16 +273,6 @@ def evaluate_dataset(
             max_samples=max_samples,
         )
     )
-
-
-def _fingerprint(resolved: Resolved) -> str | None:
-    """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
-    if resolved.corpus is not None:
-        return resolved.corpus.manifest.fingerprint
-    try:
-        return xxhash.xxh3_128_hexdigest(resolve_package_path(resolved.config.data.path).read_bytes())
-    except (OSError, DataError):
-        return None
 
 
 def _say(text: str) -> None:

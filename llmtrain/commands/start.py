@@ -1,0 +1,37 @@
+"""A run's ranks come together, each with a configuration and data of its own finding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from llmtrain.commands.resolve import Resolved
+from llmtrain.config import encode
+from llmtrain.data.packages import resolve_package_path
+from llmtrain.errors import DataError
+from llmtrain.parallel.agreement import run_facts
+
+if TYPE_CHECKING:
+    import torch
+
+
+def start_ranks(resolved: Resolved, device: torch.device) -> None:
+    """Join the process group, where there is one, with ranks that were all started alike.
+
+    Raises LaunchError when ranks are missing or differ.
+    """
+    from llmtrain.parallel import distributed
+
+    facts = run_facts(encode(resolved.config), device.type, _fingerprint(resolved))
+    distributed.start(device, single_process_group=resolved.config.engine == "deepspeed", facts=facts)
+
+
+def _fingerprint(resolved: Resolved) -> str | None:
+    """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
+    if resolved.corpus is not None:
+        return resolved.corpus.manifest.fingerprint
+    try:
+        return xxhash.xxh3_128_hexdigest(resolve_package_path(resolved.config.data.path).read_bytes())
+    except (OSError, DataError):
+        return None
