@@ -127,8 +127,8 @@ class Saver:
     """Saves an engine's checkpoints under `root`; all ranks call the same methods in the same order.
 
     With `asynchronous`, `save` returns at once: a thread copies the state to host memory and writes that.
-    `poll` or `finish` makes the files a checkpoint when those of all ranks are on the disk; until then nothing
-    has its name.
+    `poll` or `finish` makes the files a checkpoint when those of all ranks are on the disk; nothing has its
+    name before.
     """
 
     def __init__(self, root: Path, *, asynchronous: bool = True) -> None:

@@ -4,9 +4,9 @@
 
 Each round, in turn and to the same folder: `dd conv=fsync` of as many random bytes from memory; a save that
 waits; one that does not, nothing else under way. That one's copy runs beside the next forward and backward
-pass, and only an optimizer that would step before its end waits for it. The state is that of the model after a step of AdamW:
-weights and two moments. The first save touches its host memory for the first time; the rest are medians of
-later rounds, whose buffers are there.
+pass, and only an optimizer that would step before its end waits for it. The state is that of the model after
+a step of AdamW: weights and two moments. The first save touches its host memory for the first time; the rest
+are medians of later rounds, whose buffers are there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saving beside training: the state at the call is what is written, and a checkpoint is whole or not there."""
+"""Saving beside training: what is written is the state at the call, and what has a name is whole."""
 
 from __future__ import annotations
 
