@@ -48,6 +48,9 @@ def deepspeed_config(
             "overlap_comm": device_type == "cuda",
         },
     }
+    if layout.tensor_sequence:
+        # Hidden states between stages are parts already; DeepSpeed would divide what it takes for copies.
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if layout.zero == 3:
         config["zero_optimization"] |= {
             "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
