@@ -177,8 +177,11 @@ class _GPTToken:
         )
         queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
         if model.dropout > 0 and self.conditions.exact_dropout:
-            # q, k and v, what the mask hides, the softmax, dropout's mask and what it leaves.
-            return compute * (3 * queries + 2 * N * T) + self.numbers.residual * N * T + self._mask()
+            # q, k and v, the softmax (in fp32 by a GPU's autocast), dropout's mask and what it leaves, and
+            # what the mask of documents hides.
+            softmax = compute if on_cpu else self.numbers.residual
+            hidden = self._mask() if self.conditions.document_mask else 0
+            return compute * (3 * queries + 2 * N * T) + softmax * N * T + hidden
         if model.dropout > 0 and on_cpu:
             # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
             # mask and the masked probabilities.

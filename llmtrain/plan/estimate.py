@@ -206,7 +206,7 @@ class Plan:
                 f"{duration(self.seconds)} at {ASSUMED_MFU:.0%} of {self.cluster.name}'s peak, "
                 f"{rate:,.0f} {self.unit}s per second",
             )
-        yield "memory of one process"
+        yield "memory of one process" + (" of the stage that holds most" if layout.pipeline > 1 else "")
         for name, size in self.memory.terms.items():
             yield f"  {name:<15} {gib(size):>12}"
         verdict = ""

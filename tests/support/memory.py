@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ def allocated(loss: Callable[[], torch.Tensor]) -> Allocated:
         nonlocal result
         result = loss()
 
+    gc.collect()  # what is freed meanwhile would be counted
     for work in (forward, lambda: result.backward()):
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -3,6 +3,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from llmtrain.config import decode
 from llmtrain.errors import ConfigError
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig
+from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision, plan_layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
@@ -32,6 +34,11 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True)
 class Settings:
     precision: Precision = "bf16"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -39,6 +46,9 @@ class Settings:
     device: str = "auto"
     train: Steps = Steps()
     data: Data = field(default_factory=Data)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    exact_dropout: bool = True
+    checkpoint: Checkpoints = field(default_factory=Checkpoints)
 
 
 def planned(
@@ -46,12 +56,12 @@ def planned(
     batch: BatchConfig,
     *,
     world_size: int = 1,
-    zero: int = 0,
     settings: Settings | None = None,
+    **parallel: Any,
 ) -> Plan:
     settings = settings or Settings()
     layout = plan_layout(
-        ParallelConfig(zero=zero),  # type: ignore[arg-type]
+        ParallelConfig(**parallel),
         batch,
         engine="deepspeed",
         precision=settings.precision,
@@ -102,9 +112,62 @@ def test_more_processes_are_named_when_nothing_less_helps() -> None:
 
 
 def test_nothing_fits() -> None:
+    small = replace(H100, memory_bytes=4_000_000_000)
     gpt3 = decode(GPTConfig, yaml.safe_load((CONF / "model/gpt3_175b.yaml").read_text()))
     with pytest.raises(ConfigError, match=r"or take a smaller model$"):
-        planned(gpt3, BatchConfig(8, 1, 2048), world_size=8).refuse_if_too_large()
+        planned(
+            gpt3, BatchConfig(8, 1, 2048), world_size=8, settings=Settings(cluster=small)
+        ).refuse_if_too_large()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "batch", "memory_gb", "remedy"),
+    [
+        # Blocks of one sequence take more than all else: only recomputing them helps.
+        ({"zero": 3}, BatchConfig(8, 1, 8192), 66, "recompute=full"),
+        ({"zero": 3}, BatchConfig(8, 1, 8192), 30, "parallel.tensor=2 recompute=full"),
+        (
+            {"pipeline": 2},
+            BatchConfig(32, 2, 4096),
+            90,
+            "parallel.zero=1 engine=deepspeed batch.micro_size=1",
+        ),
+    ],
+)
+def test_remedies_from_the_least_change_on(
+    parallel: dict[str, Any], batch: BatchConfig, memory_gb: int, remedy: str
+) -> None:
+    settings = Settings(cluster=replace(H100, memory_bytes=memory_gb * 10**9))
+    with pytest.raises(ConfigError) as caught:
+        planned(LLAMA_8B, batch, world_size=8, settings=settings, **parallel).refuse_if_too_large()
+    assert f"; try {remedy}, which needs " in str(caught.value), str(caught.value)
+
+
+def test_a_pipeline_is_told_with_its_bubble() -> None:
+    settings = Settings(recompute=RecomputeConfig("full", 2))
+    plan = planned(
+        LLAMA_8B,
+        BatchConfig(64, 1, 8192),
+        world_size=64,
+        settings=settings,
+        tensor=4,
+        pipeline=4,
+        zero=1,
+        tensor_sequence=True,
+    )
+    assert plan.bubble == 3 / (16 + 3)
+    table = plan.table()
+    assert "data 4 · tensor 4 · pipeline 4 · sequence 1; ZeRO 1, bf16; tokens shared in the tensor" in table
+    assert "recompute         full, one block in 2" in table
+    assert "4 stages, 16 micro-batches a step: 15.8% of it idle" in table
+    assert "memory of one process of the stage that holds most" in table
+
+
+def test_searching_a_large_space_is_quick() -> None:
+    """Counted in calls, not in seconds."""
+    gpt3 = decode(GPTConfig, yaml.safe_load((CONF / "model/gpt3_175b.yaml").read_text()))
+    plan = planned(gpt3, BatchConfig(1536, 6, 2048), world_size=64, tensor=2, pipeline=8, zero=1)
+    assert sum(1 for _ in plan._changes()) < 2000
 
 
 LOCAL = Settings(cluster=ClusterConfig(), device="cpu", precision="fp32")

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from llmtrain.config import decode
 from llmtrain.engine import deepspeed as deepspeed_engine
+from llmtrain.families import family_of
 from llmtrain.models import attention, head
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.convolutional import SimpleCNN
@@ -17,11 +23,25 @@ from llmtrain.models.initialize import initialize
 from llmtrain.models.recurrent import LSTMLanguageModel
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel.layout import BatchConfig, Layout, ParallelConfig, plan_layout
+from llmtrain.parallel.balance import balance
+from llmtrain.parallel.config import RecomputeConfig
+from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.pipeline import stage_weights
+from llmtrain.parallel.recompute import apply_recompute
+from llmtrain.parallel.tensor import shard_tensors
 from llmtrain.plan import activations, memory
-from llmtrain.plan.activations import ModelConfig, Numbers, activation_bytes, matrix_parameter_count
-from llmtrain.plan.memory import Memory, memory_per_process, optimizer_slots, start_bytes
+from llmtrain.plan.activations import Conditions, ModelConfig, Numbers, low_precision_copies
+from llmtrain.plan.memory import (
+    Memory,
+    held_parameter_count,
+    memory_per_process,
+    optimizer_slots,
+    stage_steps,
+    start_bytes,
+)
+from tests.support.memory import allocated
 
+CONF = Path(__file__).parents[3] / "conf"
 TOLERANCE = 0.03
 """The estimates' stated error where the arithmetic is this project's own; oneDNN's workspace is measured."""
 
@@ -38,6 +58,9 @@ LLAMA_FORM = {
     "bias": False,
     "tie_embeddings": False,
 }
+
+
+NOTHING = RecomputeConfig()
 
 
 def kept_bytes(model: nn.Module, loss: Callable[[], torch.Tensor]) -> int:
@@ -62,6 +85,16 @@ def built(model: nn.Module, precision: str) -> nn.Module:
 
 def autocast(precision: str) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+
+
+def kept_by(model: ModelConfig, numbers: Numbers, B: int, T: int, **conditions: Any) -> int:
+    """As estimated, on one process on the CPU."""
+    layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
+    return activations.activations(model, numbers, layout, Conditions("cpu", **conditions)).kept
+
+
+def copies(model: ModelConfig, recompute: RecomputeConfig = NOTHING) -> int:
+    return low_precision_copies(model, None, 1, recompute)
 
 
 NUMBERS = {"fp32": Numbers(4, 4), "autocast": Numbers(2, 4), "bf16": Numbers(2, 2)}
@@ -90,12 +123,10 @@ def test_gpt_activations(case: str, precision: str) -> None:
             return model(tokens_BT, labels_BT=tokens_BT, documents_BT=documents_BT)
 
     numbers = NUMBERS[precision]
-    expected = activation_bytes(
-        config, numbers, micro_size=B, sequence_length=T, device="cpu", document_mask=with_documents
-    )
+    expected = kept_by(config, numbers, B, T, document_mask=with_documents, exact_dropout=False)
     expected += B * T * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast":
-        expected += 2 * matrix_parameter_count(config)
+        expected += 2 * copies(config)
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
@@ -112,14 +143,7 @@ def test_gpt_activations_of_longer_sequences(
     model = built(GPT(config), "fp32")
     tokens_BT = torch.randint(V, (2, 200))
     documents_BT = (torch.arange(200) // 30).expand(2, 200) if with_documents else None
-    expected = activation_bytes(
-        config,
-        NUMBERS["fp32"],
-        micro_size=2,
-        sequence_length=200,
-        device="cpu",
-        document_mask=with_documents,
-    )
+    expected = kept_by(config, NUMBERS["fp32"], 2, 200, document_mask=with_documents)
     expected += 400 * config.hidden_size * 4 + 4 * V * config.hidden_size
     found = kept_bytes(model, lambda: model(tokens_BT, labels_BT=tokens_BT, documents_BT=documents_BT))
     assert found == pytest.approx(expected, rel=TOLERANCE)
@@ -137,10 +161,10 @@ def test_lstm_activations(hidden_size: int, num_layers: int, precision: str) -> 
             return model(tokens_BT, labels_BT=tokens_BT)
 
     numbers = NUMBERS[precision]
-    expected = activation_bytes(config, numbers, micro_size=B, sequence_length=T, device="cpu")
+    expected = kept_by(config, numbers, B, T)
     expected += B * T * hidden_size * numbers.compute + 4 * V * hidden_size
     if precision == "autocast":
-        expected += 2 * matrix_parameter_count(config)
+        expected += 2 * copies(config)
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
@@ -176,7 +200,7 @@ def test_cnn_activations(dropout: float) -> None:
     config = SimpleCNNConfig(dropout=dropout)
     model = built(SimpleCNN(config), "fp32")
     images, labels = torch.randn(16, 1, 28, 28), torch.zeros(16, dtype=torch.long)
-    expected = activation_bytes(config, NUMBERS["fp32"], micro_size=16, sequence_length=1, device="cpu")
+    expected = kept_by(config, NUMBERS["fp32"], 16, 1)
     assert kept_bytes(model, lambda: model(images, labels)) == pytest.approx(expected, rel=TOLERANCE)
 
 
@@ -219,7 +243,7 @@ def planned(model: ModelConfig, precision: str = "bf16", **settings: int) -> Mem
         layout(**settings),
         precision=precision,  # type: ignore[arg-type]
         optimizer=OptimizerConfig(),
-        device="cuda",
+        conditions=Conditions("cuda"),
     )
 
 
@@ -228,7 +252,7 @@ def test_zero_shards_term_by_term() -> None:
     P = model.parameter_count()
     plans = [planned(model, zero=zero, data=8) for zero in range(4)]
     terms = [(m.weights, m.gradients, m.optimizer) for m in plans]
-    assert terms[0] == (4 * P + 2 * matrix_parameter_count(model), 4 * P, 8 * P)
+    assert terms[0] == (4 * P + 2 * copies(model), 4 * P, 8 * P)
     assert terms[1] == (2 * P, 6 * P, 12 * P // 8)
     assert terms[2] == (2 * P, 4 * P // 8, 12 * P // 8)
     assert terms[3] == (2 * P // 8, 4 * P // 8, 12 * P // 8)
@@ -243,11 +267,13 @@ def test_fp32_and_fp16() -> None:
 
 
 def test_total_is_the_sum_and_largest_its_greatest() -> None:
-    m = Memory(weights=1, gradients=2, optimizer=9, activations=3, logits=4, buffers=5, runtime=6)
+    m = Memory(
+        weights=1, gradients=2, optimizer=9, activations=3, logits=4, buffers=5, checkpoint_copy=0, runtime=6
+    )
     assert m.total == 30
     assert m.largest == "optimizer"
     assert list(m.terms) == [
-        "weights", "gradients", "optimizer", "activations", "logits", "buffers", "runtime",
+        "weights", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint copy", "runtime",
     ]  # fmt: skip
 
 
@@ -258,19 +284,188 @@ def test_activations_grow_with_the_micro_batch_alone() -> None:
     assert (one.weights, one.gradients, one.optimizer) == (two.weights, two.gradients, two.optimizer)
 
 
-def test_building_the_whole_model_counts() -> None:
-    """ZeRO 3 shards 70 billion weights over 512 processes, but each builds them all first."""
-    model = GPTConfig(
-        vocab_size=128256, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8,
-        mlp_hidden_size=28672, gated_mlp=True, norm="rmsnorm", positions="rope", bias=False,
-        tie_embeddings=False,
-    )  # fmt: skip
-    layout = plan_layout(
-        ParallelConfig(zero=3),
-        BatchConfig(512, 1, 128),
-        engine="deepspeed",
+FORMS = {"gpt2": GPT2_FORM, "llama": LLAMA_FORM}
+
+
+@pytest.mark.parametrize(("mode", "every"), [("none", 1), ("selective", 1), ("full", 1), ("full", 2)])
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+@pytest.mark.parametrize(("dropout", "with_documents"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_recomputation_keeps(
+    form: str, dropout: float, with_documents: bool, precision: str, every: int, mode: str
+) -> None:
+    config = GPTConfig(**{**FORMS[form], "num_layers": 5, "dropout": dropout})
+    recompute = RecomputeConfig(mode, every)  # type: ignore[arg-type]
+    model = built(GPT(config), precision)
+    apply_recompute(model, recompute)
+    tokens_BT = torch.randint(V, (B, T))
+    arguments = {"tokens_BT": tokens_BT, "labels_BT": tokens_BT, "dropout_keys_B": torch.arange(B)}
+    if with_documents:
+        arguments["documents_BT"] = (torch.arange(T) // 20).expand(B, T)
+
+    def loss() -> torch.Tensor:
+        with autocast(precision):
+            return model(**arguments)
+
+    numbers = NUMBERS[precision]
+    expected = kept_by(config, numbers, B, T, document_mask=with_documents, recompute=recompute)
+    expected += B * T * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
+    if precision == "autocast":
+        expected += 2 * copies(config, recompute)
+        if mode != "none":  # no block is at work between the passes
+            expected -= 2 * copies(replace(config, num_layers=1))
+    assert allocated(loss).kept == pytest.approx(expected, rel=0.05)
+
+
+PRESETS = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem.startswith(("gpt", "llama")))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_parameters_of_each_step_and_stage(path: Path, tensor: int) -> None:
+    """Against real modules on the meta device, divided by the family's table; every preset, so that heads,
+    vocabularies and biases of all kinds are met."""
+    config = replace(decode(GPTConfig, yaml.safe_load(path.read_text())), num_layers=3)
+    if config.vocab_size is None:
+        config = replace(config, vocab_size=8191)
+    if config.kv_heads % tensor:
+        pytest.skip("heads do not divide")
+    with torch.device("meta"):
+        model = GPT(config)
+    shape = Layout(tensor, 1, tensor, 1, 1, 0, 1, 1, 1, 16)
+    mesh: Any = SimpleNamespace(layout=shape, coordinates=shape.coordinates(tensor - 1))
+    table = family_of(config).tensor_table
+    assert table is not None
+    shard_tensors(model, table(config), mesh)
+    counts = [
+        sum(p.numel() for module in stage.modules.values() for p in module.parameters())
+        for stage in model.stages()
+    ]
+    assert config.step_parameter_counts(tensor) == counts
+    assert config.largest_parameter_count(tensor) == max(p.numel() for p in model.parameters())
+    assert held_parameter_count(config, shape, range(5)) == sum(p.numel() for p in model.parameters())
+    for by in ("parameters", "time"):
+        weights = stage_weights(model.stages(), by, 16)  # type: ignore[arg-type]
+        pipelined = replace(shape, pipeline=3, balance=by)
+        assert stage_steps(config, pipelined) == balance(weights, 3)
+        for steps in stage_steps(config, pipelined):
+            assert held_parameter_count(config, pipelined, steps) == sum(counts[step] for step in steps)
+
+
+@pytest.mark.parametrize("config", [LSTMConfig(vocab_size=300, hidden_size=32), SimpleCNNConfig()])
+def test_largest_parameter_of_other_families(config: Any) -> None:
+    with torch.device("meta"):
+        model = family_of(config).build(config)
+    assert config.largest_parameter_count() == max(p.numel() for p in model.parameters())
+
+
+GPT_1B = GPTConfig(vocab_size=50257, hidden_size=2048, num_layers=24, num_heads=16)
+
+
+def of_layout(recompute: str = "none", every: int = 1, model: GPTConfig = GPT_1B, **sizes: Any) -> Memory:
+    whole = {
+        "data": 1,
+        "tensor": 1,
+        "pipeline": 1,
+        "sequence": 1,
+        "zero": 0,
+        "micro_size": 1,
+        "accumulation": 8,
+    }
+    at = {**whole, **sizes}
+    world = at["data"] * at["tensor"] * at["pipeline"] * at["sequence"]
+    batch = at["data"] * at["micro_size"] * at["accumulation"]
+    return memory_per_process(
+        model,
+        Layout(world_size=world, global_size=batch, sequence_length=1024, **at),
         precision="bf16",
-        world_size=512,
-        device="cuda",
+        optimizer=OptimizerConfig(),
+        conditions=Conditions("cuda", recompute=RecomputeConfig(recompute, every)),  # type: ignore[arg-type]
     )
-    assert start_bytes(model, layout, "cuda") > 4 * model.parameter_count()
+
+
+def test_tensor_parallelism_divides_matrices_and_what_they_make() -> None:
+    one, four = of_layout(), of_layout(tensor=4)
+    assert one.optimizer / 4 < four.optimizer < 1.01 * one.optimizer / 4
+    assert one.activations / 4 < four.activations < 0.55 * one.activations
+    shared = of_layout(tensor=4, tensor_sequence=True)
+    assert shared.activations < four.activations
+    assert shared.optimizer == four.optimizer
+
+
+def test_sequence_parallelism_divides_tokens_and_zero_shards_over_it() -> None:
+    one, four = of_layout(zero=3, data=2), of_layout(zero=3, data=2, sequence=4)
+    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-6)
+    assert of_layout(zero=3, data=8).optimizer == four.optimizer
+    mask_of_all_tokens = 24 * 1024 * 1024 * 2
+    assert four.activations - mask_of_all_tokens == (one.activations - mask_of_all_tokens) / 4
+
+
+def test_the_stage_that_holds_most_is_planned() -> None:
+    """The first has most micro-batches in flight; where activations are few, the last has the head."""
+    one, four = of_layout(zero=1), of_layout(zero=1, pipeline=4)
+    assert 0.7 * one.activations < four.activations < one.activations, (
+        "4 micro-batches of 5 or 6 blocks of 24"
+    )
+    assert four.logits == 0
+    fewer = of_layout(zero=1, pipeline=4, accumulation=2)
+    assert fewer.activations < 0.6 * four.activations
+    recomputing = of_layout("full", zero=1, pipeline=4, accumulation=1)
+    assert recomputing.logits > 0
+
+
+def test_recomputation_modes_in_order() -> None:
+    none, selective, full, offload = (
+        of_layout(mode).activations for mode in ("none", "selective", "full", "offload")
+    )
+    assert none > selective > full > offload
+    assert full < of_layout("full", every=4).activations < none
+    inputs = 24 * 1024 * 2048 * 4
+    assert full - offload == inputs, "on a GPU the inputs of blocks are elsewhere"
+    assert of_layout("full").weights < of_layout().weights, "weights in the low precision, block by block"
+
+
+def test_copy_of_an_asynchronous_checkpoint() -> None:
+    def copied(device: str, zero: int, asynchronous: bool = True) -> int:
+        return memory_per_process(
+            GPT_1B,
+            layout(zero=zero, data=4),
+            precision="bf16",
+            optimizer=OptimizerConfig(),
+            conditions=Conditions(device),
+            asynchronous_checkpoints=asynchronous,
+        ).checkpoint_copy
+
+    assert copied("cpu", 1) == 12 * GPT_1B.parameter_count() // 4
+    assert copied("cpu", 0) == 12 * GPT_1B.parameter_count() // 4
+    assert copied("cuda", 1) == copied("cpu", 1, asynchronous=False) == 0
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_process_starts_with_its_own_part(path: Path) -> None:
+    """Never more than it holds later, so that a plan need not ask for the start."""
+    config = decode(GPTConfig, yaml.safe_load(path.read_text()))
+    if config.vocab_size is None:
+        config = replace(config, vocab_size=8192)
+    for zero, data, tensor, pipeline in (
+        (0, 2, 1, 1),
+        (1, 2, 2, 2),
+        (2, 4, 1, 1),
+        (3, 512, 1, 1),
+        (3, 64, 4, 1),
+    ):
+        shape = Layout(data * tensor * pipeline, data, tensor, pipeline, 1, zero, 1, 1, data, 16)
+        for precision in ("fp32", "bf16"):
+            start = start_bytes(config, shape, precision, "cuda")  # type: ignore[arg-type]
+            later = memory_per_process(
+                config,
+                shape,
+                precision=precision,  # type: ignore[arg-type]
+                optimizer=OptimizerConfig(),
+                conditions=Conditions("cuda"),
+            )
+            assert memory.RUNTIME_BYTES["cuda"] < start <= later.total
+    sharded = Layout(512, 512, 1, 1, 1, 3, 1, 1, 512, 16)
+    mine = start_bytes(config, sharded, "bf16", "cuda") - memory.RUNTIME_BYTES["cuda"]
+    share = 2 * config.parameter_count() / 512
+    assert mine == pytest.approx(share + 2 * config.largest_parameter_count(), abs=4)

@@ -27,6 +27,7 @@ def live_and_planned(zero: int, precision: str) -> tuple[int, int, int]:
     from llmtrain.optim.config import OptimizerConfig
     from llmtrain.parallel import distributed
     from llmtrain.parallel.layout import Layout
+    from llmtrain.plan.activations import Conditions
     from llmtrain.plan.memory import memory_per_process
 
     def live_tensors() -> list[torch.Tensor]:
@@ -70,7 +71,7 @@ def live_and_planned(zero: int, precision: str) -> tuple[int, int, int]:
         layout,
         precision=precision,  # type: ignore[arg-type]
         optimizer=OptimizerConfig(),
-        device="cpu",
+        conditions=Conditions("cpu"),
     )
     held = plan.weights + plan.gradients + plan.optimizer
     return found, held, held + plan.buffers
