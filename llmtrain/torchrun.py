@@ -19,6 +19,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -316,11 +317,20 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
     }
     rank = list(causes)[root_cause(list(causes.values()))]
     code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
+    if rank or code != EXIT_CODE:
+        print(f"llmtrain: rank {rank} exited with {code}{_meaning(code)}; its log: {log}", file=sys.stderr)
     if rank:
         print(*_tail(log), sep="\n", file=sys.stderr)
-    if rank or code != EXIT_CODE:
-        print(f"llmtrain: rank {rank} exited with {code}; its log: {log}", file=sys.stderr)
     return code
+
+
+def _meaning(code: int) -> str:
+    """What a shell's exit code tells of a signal; nothing of any other code."""
+    try:
+        name = signal.Signals(code - 128).name
+    except ValueError:
+        return ""
+    return f" (killed by {name}{', as when memory runs out' if name == 'SIGKILL' else ''})"
 
 
 def _one_log_a_rank(folder: Path) -> LogsSpecs:

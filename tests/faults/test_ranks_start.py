@@ -14,10 +14,18 @@ from pathlib import Path
 import pytest
 
 from llmtrain.data.corpus import Corpus
-from tests.conftest import write_text
+from tests.support.corpora import write_text
 from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
 
 pytestmark = pytest.mark.slow
+
+
+def rank_environment(size: int) -> dict[str, str]:
+    """What a launcher tells `size` ranks alike, with a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def start_ranks(
@@ -28,22 +36,15 @@ def start_ranks(
     environments: Mapping[int, Mapping[str, str]] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
     """`llmtrain train COMMAND` on each rank, without any launcher; → how each ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     numbers = list(range(len(commands))) if ranks is None else ranks
-    shared = {
-        "WORLD_SIZE": str(size or len(commands)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    shared = rank_environment(size or len(commands))
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "llmtrain", "train", *command],
             cwd=REPOSITORY,
             env={
                 **os.environ,
+                "OMP_NUM_THREADS": "1",
                 **shared,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),

@@ -1,0 +1,198 @@
+"""A rank that dies takes the others with it, soon and quietly: its own end is told first, nothing is left
+behind, and the same command goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmtrain.checkpoint.retention import list_steps
+from llmtrain.checkpoint.store import Checkpoint
+from tests.faults.test_ranks_start import rank_environment
+from tests.faults.test_train_faults import curve, wait_for_step
+from tests.support.training import REPOSITORY, TINY_GPT
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_SECONDS = 25
+"""Less than the 30 s after which torch's agent would kill the ranks that do not end by themselves."""
+
+DEATHS = {
+    "os._exit": "os._exit(7)",
+    "an exception": "raise MemoryError('no room for another tensor')",
+    "a mistake in its data": "raise DataError(Problem('shard 7', 'a damaged file', remedy='copy it again'))",
+}
+DYING = """
+import os, signal
+from llmtrain.errors import DataError, Problem
+
+def die(number, frame):
+    {death}
+
+signal.signal(signal.SIGUSR1, die)
+"""
+"""What a rank runs before all else; it then dies of a signal, wherever it is."""
+
+
+def command(corpus: Path, run: Path, steps: int) -> list[str]:
+    settings = [
+        *TINY_GPT,
+        "device=cpu",
+        "data.workers=1",
+        "evaluation.at_start=false",
+        "evaluation.every=null",
+    ]
+    settings += ["checkpoint.every=3", "checkpoint.keep_last=2", f"train.steps={steps}"]
+    return [*settings, f"data.path={corpus}", f"run.dir={run}"]
+
+
+class Launch:
+    """Ranks under one launcher, from its start to the end of all of them."""
+
+    def __init__(self, words: list[str], run: Path, **environment: str) -> None:
+        self.run = run
+        self.processes: list[psutil.Process] = []
+        inherited = {name: value for name, value in os.environ.items() if name not in ("LOG_DIR", "NNODES")}
+        self.launcher = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=REPOSITORY,
+            env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def rank_at(self, rank: int, step: int) -> psutil.Process:
+        """The process of `rank`, once `step` is done."""
+        wait_for_step(step, self.run, self.launcher)
+        self.processes = psutil.Process(self.launcher.pid).children(recursive=True)
+        [found] = [p for p in self.processes if p.environ().get("RANK") == str(rank) and not is_shell(p)]
+        return found
+
+    def finish(self) -> tuple[int, str]:
+        """The launcher's exit code and what it printed; nothing of it may be left."""
+        output, _ = self.launcher.communicate(timeout=PATIENCE_SECONDS)
+        left = [process for process in self.processes if process.is_running()]
+        assert not left, left
+        return self.launcher.returncode, output
+
+
+def is_shell(process: psutil.Process) -> bool:
+    return process.name() in ("sh", "dash", "bash")
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launch]]:
+    started: list[Launch] = []
+    yield started
+    for launch in started:
+        launch.launcher.kill()
+        for process in launch.processes:
+            if process.is_running():
+                process.kill()
+
+
+def test_a_killed_rank_is_named_and_the_same_command_resumes(
+    corpus: Path, tmp_path: Path, launches: list[Launch]
+):
+    run, victim, step = tmp_path / "run", random.randrange(4), random.randrange(5, 15)
+    words = ["llmtrain.torchrun", *command(corpus, run, steps=40)]
+    launches.append(Launch(words, run, NPROC_PER_NODE="4"))
+    launches[0].rank_at(victim, step).send_signal(signal.SIGKILL)
+    code, output = launches[0].finish()
+    assert code == 137, output
+    told = [line for line in output.splitlines() if line.startswith("llmtrain: ") and "rank" in line]
+    assert told[0].startswith(f"llmtrain: rank {victim} exited with 137 (killed by SIGKILL"), output
+    assert "Traceback" not in output
+    kept = list_steps(run / "checkpoints")
+    assert kept
+    for path in kept:
+        Checkpoint.open(path).weights()
+
+    launches.append(Launch(words, run, NPROC_PER_NODE="4"))
+    output = launches[1].launcher.communicate(timeout=120)[0]
+    assert launches[1].launcher.returncode == 0, output
+    assert sorted(curve(run)) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS.keys())
+def test_under_plain_torchrun_the_survivors_are_quiet(
+    corpus: Path, tmp_path: Path, launches: list[Launch], death: str
+):
+    run, logs = tmp_path / "run", tmp_path / "logs"
+    (tmp_path / "sitecustomize.py").write_text(DYING.format(death=death))
+    launcher = ["torch.distributed.run", "--nproc-per-node", "4", "--redirects", "3", "--log-dir", str(logs)]
+    words = [*launcher, "-m", "llmtrain", "train", *command(corpus, run, steps=100_000)]
+    launches.append(Launch(words, run, PYTHONPATH=str(tmp_path)))
+    launches[0].rank_at(2, random.randrange(3, 10)).send_signal(signal.SIGUSR1)
+    code, output = launches[0].finish()
+    assert code != 0
+    said = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
+    assert set(said) == {0, 1, 2, 3}
+    for rank in (0, 1, 3):
+        assert "Traceback" not in said[rank], said[rank]
+    assert ("MemoryError: no room" in said[2]) == ("MemoryError" in death)
+    assert ("llmtrain: error: shard 7: got a damaged file; copy it again" in said[2]) == (
+        "DataError" in death
+    )
+    assert f"exitcode  : {dict(zip(DEATHS.values(), (7, 1, 2), strict=True))[death]}" in output
+
+
+def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    words = ["llmtrain", "train", *command(corpus, run, steps=100_000), "batch.micro_size=1"]
+    shared = rank_environment(4)
+    ranks = [Launch(words, run, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(4)]
+    try:
+        wait_for_step(3, run, ranks[0].launcher)
+        ranks[1].launcher.kill()
+        for rank in (0, 2, 3):
+            code, output = ranks[rank].finish()
+            assert code == 1, output
+            assert "Traceback" not in output
+            [told] = [line for line in output.splitlines() if line.startswith("llmtrain: error: ")]
+            assert told.startswith(f"llmtrain: error: rank {rank}: got a lost connection to another rank (")
+            assert told.endswith("; that process ended; its own message tells why")
+    finally:
+        for rank in ranks:
+            rank.launcher.kill()
+
+
+LEAVING = """
+import os, sys, time
+import torch
+from llmtrain import cli
+from llmtrain.parallel import distributed
+
+sys.stdout.flush()
+for turn, port in enumerate(map(int, sys.argv[1:])):
+    children = []
+    for rank in range(4):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            distributed.start(torch.device("cpu"))
+            for _ in range(5):
+                distributed.all_sum(torch.ones(1000))
+            distributed.gather({"rank": rank})
+            cli.finish(0 if turn % 2 else 2)
+        children.append(child)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+"""
+
+
+def test_ranks_leave_with_the_code_they_mean(tmp_path: Path):
+    """Interpreter shutdown among gloo's threads aborts now and then, so ranks do without it."""
+    ports = [rank_environment(4)["MASTER_PORT"] for _ in range(20)]
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING, *ports], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.splitlines() == ["2 2 2 2", "0 0 0 0"] * 10, done.stderr
