@@ -19,7 +19,7 @@ import pytest
 
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.store import Checkpoint
-from tests.conftest import write_text
+from tests.support.corpora import write_text
 from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
 
 pytestmark = pytest.mark.slow

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
+from tests.support.training import llmtrain
 
 INDEX_DTYPE = [
     ("shard", "<u4"),
@@ -126,3 +129,35 @@ def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:
     start = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(buffer.getvalue()))
     return start + member.size - array.nbytes
+
+
+TEXT = """the film was a quiet story about people who never say what they mean and the actors made every
+scene feel honest while music kept slow time with rain on a window somewhere near the sea"""
+WORDS = TEXT.split()
+
+
+def write_text(path: Path, num_documents: int = 400) -> Path:
+    """A .jsonl file of small documents with some structure to learn; the same at every call."""
+    source = random.Random(0)
+    with path.open("w") as file:
+        for number in range(num_documents):
+            words = source.choices(WORDS, k=source.randint(20, 60))
+            file.write(json.dumps({"text": f"{number}: " + " ".join(words) + "."}) + "\n")
+    return path
+
+
+def prepare_small_corpus(folder: Path) -> Path:
+    """What `llmtrain prepare` makes of `write_text`, in `folder`."""
+    source = write_text(folder / "text.jsonl")
+    output = folder / "prepared"
+    done = llmtrain(
+        "prepare",
+        f"source={source}",
+        f"output={output}",
+        "tokenizer.vocab_size=320",
+        "split.validation=0.1",
+        "split.test=0.05",
+        "workers=1",
+    )
+    assert done.returncode == 0, done.stderr
+    return output

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.parallel import layout as layout_module
 from llmtrain.parallel.layout import (
     BatchConfig,
     Coordinates,
@@ -93,27 +92,19 @@ def test_nearest_sizes_are_named() -> None:
 
 def test_all_problems_come_together() -> None:
     problems = refusals(
-        ParallelConfig(tensor=2, sequence=3, zero=2),
+        ParallelConfig(tensor=2, pipeline=3, zero=2),
         BatchConfig(9, 2, 8),
         engine="local",
         precision="fp16",
         world_size=7,
     )
-    assert [p.where for p in problems] == [
-        "parallel.tensor",
-        "parallel.sequence",
+    assert {p.where for p in problems} == {
+        "parallel",
+        "parallel.pipeline",
         "parallel.zero",
         "precision",
         "batch.global_size",
-    ]
-
-
-@pytest.mark.parametrize("axis", ["tensor", "pipeline", "sequence"])
-def test_axes_of_later_versions_are_refused(axis: str) -> None:
-    (problem,) = refusals(ParallelConfig(**{axis: 2}), world_size=2)
-    assert str(problem) == (
-        f"parallel.{axis}: got 2; allowed: 1; {axis} parallelism is not available in this version"
-    )
+    }
 
 
 def test_world_size_must_be_the_product() -> None:
@@ -168,7 +159,6 @@ def test_presets_decode(path: Path) -> None:
     assert path.stem == (f"zero{config.zero}" if config.zero else "data")
 
 
-def test_the_table_of_unavailable_axes_alone_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout_module, "UNAVAILABLE", ())
-    layout = plan(ParallelConfig(tensor=2, pipeline=2), world_size=8)
+def test_all_axes_together() -> None:
+    layout = plan(ParallelConfig(tensor=2, pipeline=2, zero=1), world_size=8)
     assert (layout.data, layout.model) == (2, 4)

@@ -1,0 +1,309 @@
+"""The parity matrix: what is run, and what it is held to; the README's support table is written from it.
+
+    python -m tests.parity.matrix           # run every cell and print the table
+    python -m tests.parity.matrix --write   # and put it into the README
+
+Each cell trains the same tiny model on the same samples as one plain fp32 process does, and compares the
+losses and gradient norms of every step, the validation loss, and the weights after the last one.
+
+Tolerances. In fp32 the same numbers are added in another order: a loss near 6 moves by some 1e-7 relative,
+and a few steps let that drift. 1e-5 for losses and 1e-4 for gradient norms leave a hundredfold room, and yet
+show small mistakes: weight decay left out of matrices moved the losses by 2e-5, dropout left on in
+evaluation by 2e-4, parts of a sequence taken for copies by 4e-3. Weights are held to 1 % of the way that
+training moved them, as a whole: single parameters whose gradient is zero but for rounding (a key's bias) go
+where rounding leads
+them. bf16 keeps three digits, so only nearness is asked of it there.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.support import ranks
+from tests.support.corpora import prepare_small_corpus
+from tests.support.training import REPOSITORY, TINY_GPT, Trace, train_steps
+
+STEPS = 4
+BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+
+FAMILIES = {
+    "GPT-2 form": TINY_GPT,
+    "Llama form": (
+        "model=llama_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "model.mlp_hidden_size=48",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
+    "LSTM": (
+        "model=lstm",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    loss: float
+    """Relative, of each step's loss and of the validation loss."""
+    norm: float
+    """Relative, of each step's gradient norm."""
+    update: float
+    """Distance of the weights, as a share of the way that training moved them."""
+
+
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4, 0.01), "bf16": Tolerance(5e-3, 5e-2, 0.25)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination; every process that other axes leave is data-parallel."""
+
+    ranks: int
+    family: str = "GPT-2 form"
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: int = 1
+    zero: int = 0
+    engine: str = "auto"
+    tensor_sequence: bool = False
+    recompute: str = "none"
+    precision: str = "fp32"
+    micro: int = 2
+    clip: float = 1.0
+    dropout: float = 0.1
+    model: tuple[str, ...] = ()
+    """Changes of the model, which the plain process makes too."""
+    balance: str = "parameters"
+
+    @property
+    def data(self) -> int:
+        return self.ranks // (self.tensor * self.pipeline * self.sequence)
+
+    def plain(self, corpus: Path) -> tuple[str, ...]:
+        """What one plain process is told."""
+        return (
+            *FAMILIES[self.family],
+            f"data.path={corpus}",
+            "train.steps=20",
+            "optimizer.lr=3e-3",
+            "seed=7",
+            f"optimizer.max_grad_norm={self.clip}",
+            f"model.dropout={self.dropout}",
+            *self.model,
+        )
+
+    def overrides(self, corpus: Path) -> tuple[str, ...]:
+        """What the cell's processes are told."""
+        return (
+            *self.plain(corpus),
+            f"parallel.tensor={self.tensor}",
+            f"parallel.pipeline={self.pipeline}",
+            f"parallel.sequence={self.sequence}",
+            f"parallel.zero={self.zero}",
+            f"parallel.tensor_sequence={str(self.tensor_sequence).lower()}",
+            f"parallel.balance={self.balance}",
+            f"recompute={self.recompute}",
+            f"precision={self.precision}",
+            f"engine={self.engine}",
+            f"batch.micro_size={self.micro}",
+        )
+
+    @property
+    def id(self) -> str:
+        return "-".join(str(part) for part in self.row()).replace(" ", "")
+
+    def row(self) -> tuple[str, ...]:
+        """Its line of the table."""
+        others = [change.removeprefix("model.") for change in self.model]
+        others += ["tensor_sequence"] if self.tensor_sequence else []
+        others += [f"balance={self.balance}"] if self.balance != "parameters" else []
+        others += [f"engine={self.engine}"] if self.engine != "auto" else []
+        others += ["no clipping"] if self.clip == 0 else []
+        others += ["no dropout"] if self.dropout == 0 else []
+        return (
+            self.family,
+            str(self.ranks),
+            f"{self.data} · {self.tensor} · {self.pipeline} · {self.sequence}",
+            str(self.zero),
+            self.recompute,
+            str(8 // (self.data * self.micro)),
+            self.precision,
+            ", ".join(others),
+        )
+
+
+LLAMA, LSTM = "Llama form", "LSTM"
+UNEVEN, UNTIED = ("model.vocab_size=323",), ("model.tie_embeddings=false",)
+CELLS = (
+    *[Cell(1, zero=zero, engine="deepspeed") for zero in (0, 1, 2, 3)],
+    *[Cell(1, recompute=mode) for mode in ("selective", "full", "offload")],
+    Cell(1, LLAMA, recompute="selective"),
+    Cell(1, LSTM, micro=4),
+    # two ranks
+    Cell(2),
+    *[Cell(2, zero=zero) for zero in (1, 2, 3)],
+    Cell(2, zero=3, recompute="full"),
+    Cell(2, zero=2, clip=0.0, micro=4),
+    Cell(2, tensor=2),
+    Cell(2, tensor=2, model=UNEVEN),
+    Cell(2, tensor=2, model=UNTIED, clip=0.0),
+    Cell(2, tensor=2, tensor_sequence=True, model=UNEVEN),
+    Cell(2, tensor=2, zero=1),
+    Cell(2, tensor=2, recompute="selective"),
+    Cell(2, pipeline=2, zero=1),
+    Cell(2, pipeline=2, clip=0.0),
+    Cell(2, pipeline=2, zero=1, model=UNTIED, balance="time"),
+    Cell(2, pipeline=2, zero=1, recompute="offload", micro=1),
+    Cell(2, sequence=2),
+    *[Cell(2, sequence=2, zero=zero) for zero in (1, 2, 3)],
+    Cell(2, sequence=2, recompute="full"),
+    Cell(2, LLAMA, zero=3),
+    Cell(2, LLAMA, tensor=2, model=UNEVEN),
+    Cell(2, LLAMA, tensor=2, tensor_sequence=True, recompute="full"),
+    Cell(2, LLAMA, pipeline=2, zero=1),
+    Cell(2, LLAMA, sequence=2, zero=2),
+    *[Cell(2, LSTM, zero=zero) for zero in (0, 1, 2, 3)],
+    *[Cell(2, zero=zero, precision="bf16") for zero in (0, 1, 2, 3)],
+    Cell(2, tensor=2, zero=1, precision="bf16"),
+    Cell(2, pipeline=2, zero=1, precision="bf16"),
+    Cell(2, sequence=2, zero=2, precision="bf16"),
+    # four ranks
+    Cell(4, micro=1),
+    Cell(4, zero=3, micro=1, dropout=0.0),
+    *[Cell(4, tensor=2, zero=zero) for zero in (0, 1, 2, 3)],
+    Cell(4, tensor=4, model=UNEVEN),
+    Cell(4, tensor=2, pipeline=2, zero=1),
+    Cell(4, tensor=2, pipeline=2, zero=1, tensor_sequence=True, recompute="selective"),
+    Cell(4, tensor=2, pipeline=2, clip=0.0, model=UNTIED),
+    Cell(4, pipeline=2, zero=1, micro=1),
+    Cell(4, pipeline=4, zero=1, micro=1, model=("model.num_layers=4",)),
+    Cell(4, sequence=2, zero=3),
+    Cell(4, sequence=4, zero=1),
+    Cell(4, tensor=2, sequence=2, zero=2),
+    Cell(4, tensor=2, sequence=2, tensor_sequence=True, zero=3, recompute="full"),
+    Cell(4, LLAMA, tensor=2, pipeline=2, zero=1, model=UNEVEN),
+    Cell(4, LLAMA, sequence=2, zero=3),
+    Cell(4, LSTM, zero=3),
+    # eight ranks
+    Cell(8, tensor=2, pipeline=2, zero=1, recompute="full"),
+    Cell(8, tensor=2, pipeline=2, zero=1, tensor_sequence=True, model=UNEVEN),
+    Cell(8, tensor=2, pipeline=2, zero=1, precision="bf16"),
+    Cell(8, LLAMA, tensor=2, pipeline=2, zero=1),
+    Cell(8, tensor=2, sequence=2, zero=3),
+    Cell(8, zero=3, micro=1),
+)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest of all ranks."""
+
+    loss: float
+    norm: float
+    update: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        return self.loss <= tolerance.loss and self.norm <= tolerance.norm and self.update <= tolerance.update
+
+
+def deviation(trace: Trace, reference: Trace) -> Deviation:
+    """How far a run is from the reference; raises AssertionError for other names or shapes of weights."""
+
+    def relative(ours: list[float], theirs: list[float]) -> float:
+        assert len(ours) == len(theirs)
+        return float(np.max(np.abs(np.array(ours) / np.array(theirs) - 1)))
+
+    assert set(trace.weights) == set(reference.weights)
+    distance, moved = 0.0, 0.0
+    for name, expected in reference.weights.items():
+        assert trace.weights[name].shape == expected.shape
+        distance += float(np.square(trace.weights[name] - expected).sum())
+        moved += float(np.square(expected - reference.initial_weights[name]).sum())
+    assert moved > 0
+    return Deviation(
+        loss=relative([*trace.losses, trace.validation_loss], [*reference.losses, reference.validation_loss]),
+        norm=relative(trace.grad_norms, reference.grad_norms),
+        update=(distance / moved) ** 0.5,
+    )
+
+
+class Matrix:
+    """Cells run on demand, each once; references first, since pools of other sizes end each other."""
+
+    def __init__(self, corpus: Path) -> None:
+        self._corpus = corpus
+        self._references: dict[tuple[str, ...], Trace] = {}
+        self._results: dict[Cell, Deviation] = {}
+
+    def result(self, cell: Cell) -> Deviation:
+        if not self._references:
+            for plain in dict.fromkeys(other.plain(self._corpus) for other in CELLS):
+                self._references[plain] = ranks.run(1, train_steps, plain, STEPS)[0]
+        if cell not in self._results:
+            reference = self._references[cell.plain(self._corpus)]
+            traces = ranks.run(cell.ranks, train_steps, cell.overrides(self._corpus), STEPS)
+            found = [deviation(trace, reference) for trace in traces]
+            self._results[cell] = Deviation(
+                max(d.loss for d in found), max(d.norm for d in found), max(d.update for d in found)
+            )
+        return self._results[cell]
+
+    def table(self) -> str:
+        """The support table as Markdown, from what was found."""
+        header = (
+            "model",
+            "processes",
+            "data · tensor · pipeline · sequence",
+            "ZeRO",
+            "recompute",
+            "micro-batches",
+            "precision",
+            "besides",
+            "equals one process",
+        )
+        lines = [header, tuple("---" for _ in header)]
+        for cell in CELLS:
+            good = self.result(cell).within(TOLERANCES[cell.precision])
+            lines.append((*cell.row(), "yes" if good else "NO"))
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def readme_table() -> str:
+    """The table that the README shows."""
+    text = (REPOSITORY / "README.md").read_text()
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def _main(arguments: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = prepare_small_corpus(Path(folder))
+        matrix = Matrix(corpus)
+        for cell in CELLS:
+            found = matrix.result(cell)
+            figures = f"loss {found.loss:.1e}  norm {found.norm:.1e}  update {found.update:.1e}"
+            print(f"{' | '.join(cell.row()):<90} {figures}", flush=True)
+        table = matrix.table()
+    print(table)
+    if "--write" in arguments:
+        readme = REPOSITORY / "README.md"
+        before, _, rest = readme.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""A checkpoint written at any layout goes on at any other: the curve of a run that was never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.matrix import STEPS, Cell
+from tests.support import ranks
+from tests.support.training import Trace, train_steps
+
+pytestmark = pytest.mark.slow
+
+END = STEPS + 3
+UNEVEN = ("model.vocab_size=323",)
+LAYOUTS = {
+    "one process": Cell(1, model=UNEVEN),
+    "zero 3 of 1": Cell(1, zero=3, model=UNEVEN),
+    "data 2": Cell(2, model=UNEVEN),
+    "zero 1 of 2": Cell(2, zero=1, model=UNEVEN),
+    "zero 3 of 2": Cell(2, zero=3, model=UNEVEN),
+    "tensor 2": Cell(2, tensor=2, model=UNEVEN),
+    "pipeline 2": Cell(2, pipeline=2, zero=1, model=UNEVEN),
+    "sequence 2, zero 2": Cell(2, sequence=2, zero=2, model=UNEVEN),
+    "zero 3 of 4": Cell(4, zero=3, micro=1, model=UNEVEN),
+    "tensor 4": Cell(4, tensor=4, model=UNEVEN),
+    "tensor 2, zero 3 of 2": Cell(4, tensor=2, zero=3, model=UNEVEN),
+    "tensor 2, pipeline 2": Cell(4, tensor=2, pipeline=2, zero=1, model=UNEVEN),
+    "3D of 8": Cell(8, tensor=2, pipeline=2, zero=1, model=UNEVEN),
+}
+PAIRS = [
+    ("3D of 8", "zero 3 of 4"),
+    ("3D of 8", "one process"),
+    ("tensor 2, pipeline 2", "3D of 8"),
+    ("tensor 2, pipeline 2", "tensor 4"),
+    ("tensor 4", "sequence 2, zero 2"),
+    ("tensor 2, zero 3 of 2", "pipeline 2"),
+    ("tensor 2, zero 3 of 2", "zero 3 of 4"),
+    ("zero 3 of 4", "tensor 2, zero 3 of 2"),
+    ("zero 3 of 4", "zero 1 of 2"),
+    ("zero 3 of 2", "tensor 2"),
+    ("zero 3 of 2", "zero 3 of 1"),
+    ("pipeline 2", "tensor 4"),
+    ("pipeline 2", "data 2"),
+    ("sequence 2, zero 2", "pipeline 2"),
+    ("tensor 2", "zero 3 of 2"),
+    ("one process", "3D of 8"),
+    ("one process", "tensor 2, pipeline 2"),
+    ("data 2", "tensor 2"),
+]
+"""(saved at, resumed at)."""
+
+
+def run(corpus: Path, layout: str, stop: int, save_to: Path | None, resume_from: Path | None) -> Trace:
+    cell = LAYOUTS[layout]
+    arguments = [None if path is None else str(path) for path in (save_to, resume_from)]
+    return ranks.run(cell.ranks, train_steps, cell.overrides(corpus), stop, *arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Layout → a checkpoint after STEPS steps of it; by number of ranks, so that pools start once."""
+    root = tmp_path_factory.mktemp("saved")
+    names = sorted({origin for origin, _ in PAIRS}, key=lambda name: LAYOUTS[name].ranks)
+    for name in names:
+        run(corpus, name, STEPS, root / name, None)
+    return {name: root / name / f"step-{STEPS:08d}" for name in names}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, saved: dict[str, Path]) -> Trace:
+    return run(corpus, "one process", END, None, None)
+
+
+@pytest.mark.parametrize(("origin", "target"), sorted(PAIRS, key=lambda pair: LAYOUTS[pair[1]].ranks))
+def test_goes_on_elsewhere(corpus: Path, saved: dict[str, Path], whole: Trace, origin: str, target: str):
+    resumed = run(corpus, target, END, None, saved[origin])
+    np.testing.assert_allclose(resumed.losses, whole.losses[STEPS:], rtol=1e-5)
+    np.testing.assert_allclose(resumed.grad_norms, whole.grad_norms[STEPS:], rtol=1e-4)
+    np.testing.assert_allclose(resumed.validation_loss, whole.validation_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout", sorted(set(LAYOUTS) - {"one process"}, key=lambda name: LAYOUTS[name].ranks)
+)
+def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], tmp_path: Path, layout: str):
+    never_stopped = run(corpus, layout, END, None, None)
+    if layout not in saved:
+        run(corpus, layout, STEPS, tmp_path, None)
+    checkpoint = saved.get(layout, tmp_path / f"step-{STEPS:08d}")
+    resumed = run(corpus, layout, END, None, checkpoint)
+    assert resumed.losses == never_stopped.losses[STEPS:]
+    assert resumed.grad_norms == never_stopped.grad_norms[STEPS:]
+    for name, expected in never_stopped.weights.items():
+        np.testing.assert_array_equal(resumed.weights[name], expected, err_msg=name)
