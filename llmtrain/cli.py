@@ -27,11 +27,22 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("llmtrain.commands.evaluate", "loss, perplexity and bits per byte of a trained model"),
     "generate": ("llmtrain.commands.generate", "text from a trained language model"),
     "export": ("llmtrain.commands.export", "trained model → Hugging Face folder"),
+    "checkpoint": ("llmtrain.commands.checkpoint", "verify, show, compare, export or prune checkpoints"),
 }
 """Verb → module with `run(mapping)`, and what it does."""
 
+CHECKPOINT_VERBS: dict[str, tuple[str, str]] = {
+    "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
+    "show": ("PATH", "step, model, layout it was saved under, files, tensors"),
+    "diff": ("PATH OTHER", "how far two are apart, tensor by tensor; exits with 1 when they differ"),
+    "export": ("PATH", "→ Hugging Face folder output=…"),
+    "prune": ("PATH", "delete what keep_last, keep_best and keep_every do not keep"),
+}
+"""Verb after `checkpoint` → the keys whose values stand before the overrides, and what it does. Each has a
+function in the module and conf/checkpoint_VERB.yaml."""
+
 FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
-FREE_TEXT |= {"checkpoint.resume", "tokenizer.model"}
+FREE_TEXT |= {"checkpoint.resume", "tokenizer.model", "path", "other"}
 """Keys whose values are a person's words or paths: they arrive as typed, whatever Hydra's grammar says."""
 MAY_BE_EMPTY = {"prompt"}
 MAY_BE_LIST = {"prompt", "source"}
@@ -106,8 +117,13 @@ def usage() -> str:
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Compose the verb's configuration and run it; → exit code, its problems printed."""
+    if verb == "checkpoint" and (not arguments or arguments[0] in ("-h", "--help", "help")):
+        print(checkpoint_usage())
+        return 0
     try:
-        _run_hydra(verb, arguments)
+        if verb == "checkpoint":
+            verb, arguments = checkpoint_verb(arguments)
+        return _run_hydra(verb, arguments)
     except UserError as error:
         if _speaks(error):
             print_problems(error.problems)
@@ -135,16 +151,60 @@ def run_verb(verb: str, arguments: list[str]) -> int:
             raise
         tell_lost_rank(said)
         return 1
-    return 0
 
 
-def _run_hydra(verb: str, arguments: list[str]) -> None:
+def checkpoint_usage() -> str:
+    """What `llmtrain checkpoint --help` prints."""
+    lines = ["usage: llmtrain checkpoint VERB PATH [key=value …]", ""]
+    lines += [f"  {verb + ' ' + keys:<18}{purpose}" for verb, (keys, purpose) in CHECKPOINT_VERBS.items()]
+    lines += ["", "PATH is a run folder or a checkpoint folder (step-…).", "VERB --help lists a verb's keys."]
+    return "\n".join(lines)
+
+
+def checkpoint_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    """`VERB PATH …` → the name of its configuration, and arguments with keys before the paths.
+
+    Raises ConfigError for an unknown verb and for a path left out.
+    """
+    verb, *rest = arguments
+    if verb not in CHECKPOINT_VERBS:
+        known = nearest(verb, list(CHECKPOINT_VERBS))
+        raise ConfigError(Problem("llmtrain checkpoint", repr(verb), known, "see llmtrain checkpoint --help"))
+    keys = CHECKPOINT_VERBS[verb][0].lower().split()
+    for key in keys:
+        # A path may hold a `=`, a key no `/`.
+        is_path = (
+            rest and not rest[0].startswith("-") and ("/" in rest[0].partition("=")[0] or "=" not in rest[0])
+        )
+        if is_path:
+            rest = [*rest[1:], f"{key}={rest[0]}"]
+        elif not any(word.startswith((f"{key}=", "-")) for word in rest):
+            usage = f"llmtrain checkpoint {verb} {CHECKPOINT_VERBS[verb][0]}"
+            raise ConfigError(Problem(key, "nothing", "a run folder or a checkpoint folder", usage))
+    return f"checkpoint_{verb}", rest
+
+
+def _help(verb: str) -> str:
+    """What `llmtrain checkpoint VERB --help` prints: no group of conf/ belongs to it."""
+    keys = CHECKPOINT_VERBS[verb.removeprefix("checkpoint_")][0]
+    usage = f"usage: llmtrain {verb.replace('_', ' ')} {keys} [key=value …]"
+    return f"{usage}\n\n{(conf_folder() / f'{verb}.yaml').read_text()}"
+
+
+def _runner(verb: str) -> Callable[[Mapping[str, Any]], int | None]:
+    """What a verb does with its composed configuration; it may return an exit code."""
+    name, _, function = verb.partition("_")
+    return getattr(importlib.import_module(VERBS[name][0]), function or "run")
+
+
+def _run_hydra(verb: str, arguments: list[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    codes = [0]
     failures: list[UserError] = []  # kept from Hydra, which would print lines of its own about them
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
     flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
@@ -168,8 +228,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
             if multirun and "run" in composed and swept_keys(quoted) != {"run.dir"}:
                 # Jobs of a sweep must not share a run folder.
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
-            run: Callable[[Mapping[str, Any]], None] = importlib.import_module(VERBS[verb][0]).run
-            run(composed)
+            codes.append(_runner(verb)(composed) or 0)
         except UserError as error:
             if multirun:
                 prefix = f"job {hydra_config.job.num}: "
@@ -182,7 +241,9 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as sweep:  # Hydra leaves a file there for each sweep
         # argparse takes one run of overrides only, after the flags.
         settings = [*HYDRA_SETTINGS, f"hydra.sweep.dir='{sweep}'"]
-        sys.argv = [f"llmtrain {verb}", *flags, *settings, *quoted]
+        if verb.startswith("checkpoint_"):
+            settings.append(f"hydra.help.template={_quote_value('', _help(verb))}")
+        sys.argv = [f"llmtrain {verb.replace('_', ' ')}", *flags, *settings, *quoted]
         try:
             app()
         except (HydraException, OmegaConfBaseException) as error:
@@ -193,6 +254,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> None:
         together = type(failures[0])(problem for failure in failures for problem in failure.problems)
         together.everywhere = all(failure.everywhere for failure in failures) or None
         raise together
+    return max(codes)
 
 
 def refuse_unusable(flags: list[str], overrides: list[str]) -> None:

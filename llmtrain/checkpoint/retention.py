@@ -59,6 +59,14 @@ def find(path: Path, say: Say) -> Checkpoint:
 
 def prune(root: Path, current: Path, *, keep_last: int, keep_best: int, keep_every: int | None) -> None:
     """Delete the checkpoints that no rule keeps, `current`, just written, never. For one rank only."""
+    for path in unkept(root, current, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every):
+        remove(path)
+
+
+def unkept(
+    root: Path, current: Path, *, keep_last: int, keep_best: int, keep_every: int | None
+) -> list[Path]:
+    """The checkpoints that no rule keeps, oldest first, `current` never among them."""
     steps = list_steps(root)
     keep = {current, *steps[-keep_last:]}
     scored = []
@@ -73,9 +81,7 @@ def prune(root: Path, current: Path, *, keep_last: int, keep_best: int, keep_eve
         if loss is not None and math.isfinite(loss):
             scored.append((loss, path))
     keep.update(path for _, path in sorted(scored)[:keep_best])
-    for path in steps:
-        if path not in keep:
-            remove(path)
+    return [path for path in steps if path not in keep]
 
 
 def set_aside_after(root: Path, step: int, say: Say) -> None:

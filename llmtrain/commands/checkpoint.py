@@ -1,0 +1,321 @@
+"""`llmtrain checkpoint VERB PATH`: look at checkpoints and clear them up, in one process and without a GPU.
+
+PATH is a step's folder, or a run folder or its checkpoints/, which stands for the newest good checkpoint, or
+for all of them where that makes sense. Memory is bounded by a tensor, or by a band of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.config import decode, require
+from llmtrain.errors import CheckpointError, Problem
+from llmtrain.shards import Box, matrix_shape
+
+if TYPE_CHECKING:
+    from llmtrain.checkpoint.store import Checkpoint, Reader
+
+DIFFERENT = 1
+"""Exit code of `diff`, as that of the command of this name."""
+BAND_ELEMENTS = 2**24
+"""Of a tensor that `diff` compares at once."""
+
+
+# verify
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    path: Path
+
+
+def verify(mapping: Mapping[str, Any]) -> None:
+    """A line for each checkpoint. Raises CheckpointError with what is wrong with any of them."""
+    from llmtrain.checkpoint.store import Checkpoint
+
+    config = decode(VerifyConfig, mapping)
+    problems: list[Problem] = []
+    for path in _step_folders(config.path):
+        try:
+            checkpoint = Checkpoint.open(path)
+            flaw = checkpoint.damage() or checkpoint.incompleteness()
+            found = [Problem(str(path), f"a damaged checkpoint ({flaw})")] if flaw else []
+        except CheckpointError as error:
+            found = list(error.problems)
+        problems += found
+        print(
+            f"{path.name}  {'damaged' if found else 'good'}{_size(checkpoint) if not found else ''}",
+            flush=True,
+        )
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _size(checkpoint: Checkpoint) -> str:
+    num_files = len(checkpoint.manifest["files"])
+    num_tensors = sum(map(len, checkpoint.manifest["tensors"].values()))
+    return f"  {num_tensors} tensors in {num_files} files, {checkpoint.bytes:,} bytes"
+
+
+# show
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    path: Path
+    tensors: bool = True
+    """Also a line for each tensor."""
+
+
+def show(mapping: Mapping[str, Any]) -> None:
+    """What a checkpoint is, as its manifest says."""
+    from llmtrain.checkpoint.retention import find
+    from llmtrain.checkpoint.store import MANIFEST, WEIGHT, Checkpoint
+
+    config = decode(ShowConfig, mapping)
+    is_one = (config.path / MANIFEST).exists()
+    checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, _warn)
+    manifest = checkpoint.manifest
+    entries: dict[str, dict[str, Any]] = manifest["tensors"]
+    run, layout, position = manifest["config"], manifest["layout"], manifest["position"]
+    axes = ("data", "tensor", "pipeline", "sequence")
+    loss = manifest["validation_loss"]
+    num_parameters = sum(math.prod(entry["shape"]) for entry in entries[WEIGHT].values())
+    facts = {
+        "checkpoint": checkpoint.path,
+        "step": f"{position['step']:,} of {run['train']['steps']:,}, {position['samples']:,} samples",
+        "saved": manifest["saved_at"],
+        "model": f"{manifest['model']['family']}, {num_parameters:,} parameters",
+        "optimizer": run["optimizer"]["name"],
+        "layout": f"world_size {layout['world_size']} = "
+        + " · ".join(f"{axis} {layout[axis]}" for axis in axes)
+        + f"; ZeRO {layout['zero']}",
+        "precision": run["precision"],
+        "validation": "not evaluated at this step" if loss is None else f"loss {loss:.4f}",
+        "files": f"{len(manifest['files'])}, {checkpoint.bytes:,} bytes",
+    }
+    for name, fact in facts.items():
+        print(f"{name:<12}{fact}")
+    if config.tensors:
+        _print_tensors(entries)
+
+
+def _print_tensors(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Names, shapes, and which kinds of state there are of each."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for kind, of_kind in entries.items():
+        for name, entry in of_kind.items():
+            kinds.setdefault((name, tuple(entry["shape"])), []).append(kind)
+    width = max((len(name) for name, _ in kinds), default=0)
+    print()
+    print(f"{'tensor':<{width}}  {'shape':<16}kinds")
+    for (name, shape), found in kinds.items():
+        print(f"{name:<{width}}  {' × '.join(map(str, shape)):<16}{', '.join(found)}")
+
+
+# diff
+
+
+@dataclass(frozen=True)
+class DiffConfig:
+    path: Path
+    other: Path
+    tensors: bool = True
+    """Also a line for each tensor that differs."""
+
+
+@dataclass
+class Distance:
+    """How far two tensors are apart."""
+
+    num_different: int = 0
+    largest: float = 0.0
+    """max |a − b|"""
+    squares: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
+    """Of a − b, of a, of b."""
+
+    @property
+    def relative(self) -> float:
+        """|a − b| over the larger of |a| and |b|, Euclidean norms."""
+        apart, a, b = self.squares
+        return math.sqrt(apart / max(a, b)) if self.num_different else 0.0
+
+    def add(self, other: Distance) -> None:
+        self.num_different += other.num_different
+        # NaN is the largest of all.
+        self.largest = max(self.largest, other.largest, key=lambda x: (math.isnan(x), x))
+        self.squares = tuple(x + y for x, y in zip(self.squares, other.squares, strict=True))  # type: ignore[assignment]
+
+
+def diff(mapping: Mapping[str, Any]) -> int:
+    """How far two checkpoints are apart; → 0, or DIFFERENT."""
+    from llmtrain.checkpoint.retention import find
+    from llmtrain.checkpoint.store import Reader
+
+    config = decode(DiffConfig, mapping)
+    a, b = (find(path, _warn) for path in (config.path, config.other))
+    print(f"a  {a.path}\nb  {b.path}")
+    told = list(_differences_of_manifests(a, b))
+    for line in told:
+        print(line)
+    readers = Reader(a), Reader(b)
+    totals: dict[str, Distance] = {}
+    num_compared = num_different = 0
+    theirs = _shapes(b)
+    for (kind, name), shape in _shapes(a).items():
+        if theirs.get((kind, name)) != shape:
+            continue
+        distance = _distance(readers, kind, name, tuple(shape))
+        totals.setdefault(kind, Distance()).add(distance)
+        num_compared += 1
+        if distance.num_different:
+            num_different += 1
+            if config.tensors:
+                print(f"{kind} {name}: {_describe(distance, math.prod(shape))}", flush=True)
+    for kind, total in totals.items():
+        print(f"all {kind}: {_describe(total)}")
+    print(f"{num_compared} tensors compared, {num_different} differ; {len(told)} other differences")
+    return DIFFERENT if told or num_different else 0
+
+
+def _describe(distance: Distance, num_elements: int | None = None) -> str:
+    if not distance.num_different:
+        return "equal"
+    of = "" if num_elements is None else f" of {num_elements:,}"
+    return (
+        f"max |a-b| {distance.largest:.3e}, relative {distance.relative:.3e}, "
+        f"{distance.num_different:,}{of} elements differ"
+    )
+
+
+def _differences_of_manifests(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """A line for each tensor that one of them lacks or that has another shape, and for other state."""
+    tensors = _shapes(a), _shapes(b)
+    for label, ours, theirs in (("a", tensors[0], tensors[1]), ("b", tensors[1], tensors[0])):
+        for kind, name in sorted(ours.keys() - theirs.keys()):
+            yield f"only in {label}: {kind} {name}"
+    for kind, name in sorted(tensors[0].keys() & tensors[1].keys()):
+        shapes = [found[kind, name] for found in tensors]
+        if shapes[0] != shapes[1]:
+            yield f"another shape: {kind} {name} is {shapes[0]} in a, {shapes[1]} in b"
+    counters = [
+        {kind: set(of_kind.values()) for kind, of_kind in c.manifest["counters"].items()} for c in (a, b)
+    ]
+    for kind in sorted(counters[0].keys() | counters[1].keys()):
+        values = [sorted(found.get(kind, ())) for found in counters]
+        if values[0] != values[1]:
+            yield f"another counter: {kind} is {values[0]} in a, {values[1]} in b"
+    if a.manifest["scaler"] != b.manifest["scaler"]:
+        yield f"another loss scaler: {a.manifest['scaler']} in a, {b.manifest['scaler']} in b"
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[tuple[str, str], list[int]]:
+    """(kind, name) → shape."""
+    kinds = checkpoint.manifest["tensors"].items()
+    return {(kind, name): entry["shape"] for kind, entries in kinds for name, entry in entries.items()}
+
+
+def _distance(readers: tuple[Reader, Reader], kind: str, name: str, shape: tuple[int, ...]) -> Distance:
+    """Band by band."""
+    rows, columns = matrix_shape(shape)
+    height = max(1, BAND_ELEMENTS // columns)
+    distance = Distance()
+    for row in range(0, rows, height):
+        box = Box(row, 0, min(height, rows - row), columns)
+        a_RC, b_RC = (reader.read(kind, name, box).double() for reader in readers)
+        differs_RC = (a_RC != b_RC) & ~(a_RC.isnan() & b_RC.isnan())
+        apart_RC = (a_RC - b_RC).abs().where(differs_RC, 0.0)
+        squares = tuple(float(x_RC.square().sum()) for x_RC in (apart_RC, a_RC, b_RC))
+        distance.add(Distance(int(differs_RC.sum()), float(apart_RC.max()), squares))  # type: ignore[arg-type]
+    return distance
+
+
+# export
+
+
+def export(mapping: Mapping[str, Any]) -> None:
+    """As `llmtrain export`, whose key `checkpoint` is the path here."""
+    from llmtrain.commands import export as whole
+
+    whole.run({"checkpoint" if key == "path" else key: value for key, value in mapping.items()})
+
+
+# prune
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    path: Path
+    keep_last: int = 2
+    keep_best: int = 1
+    keep_every: int | None = None
+    dry_run: bool = False
+    """Only say what would go."""
+
+    def problems(self) -> Iterator[Problem]:
+        from llmtrain.checkpoint.config import CheckpointConfig
+
+        rules = {"keep_last": self.keep_last, "keep_best": self.keep_best, "keep_every": self.keep_every}
+        yield from CheckpointConfig(**rules).problems()  # type: ignore[arg-type]
+        yield from require(
+            not self.path.name.startswith("step-"), "path", str(self.path), "a run folder or its checkpoints"
+        )
+
+
+def prune(mapping: Mapping[str, Any]) -> None:
+    """Delete the checkpoints of a run that no rule keeps; the newest good one always stays.
+
+    Raises CheckpointError when there is none, or while a process trains there.
+    """
+    from llmtrain.checkpoint import retention, store
+    from llmtrain.train.run_folder import RunFolder
+
+    config = decode(PruneConfig, mapping)
+    root = config.path / "checkpoints" if (config.path / "checkpoints").is_dir() else config.path
+    # A run that trains there decides itself what stays.
+    held = RunFolder(root.parent) if (root.parent / ".lock").exists() else None
+    try:
+        current = retention.find(root, _warn)
+        doomed = retention.unkept(
+            root,
+            current.path,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            keep_every=config.keep_every,
+        )
+        num_held, num_bytes = len(retention.list_steps(root)), 0
+        for path in doomed:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            num_bytes += size
+            if not config.dry_run:
+                store.remove(path)
+            print(
+                f"{'would delete' if config.dry_run else 'deleted'} {path.name}, {size:,} bytes", flush=True
+            )
+    finally:
+        if held is not None:
+            held.close()
+    verb = "would go" if config.dry_run else "gone"
+    print(f"{len(doomed)} of {num_held} checkpoints {verb}, {num_bytes:,} bytes")
+
+
+def _step_folders(path: Path) -> list[Path]:
+    """The step's folder that `path` is, or all of a run. Raises CheckpointError when there is none."""
+    from llmtrain.checkpoint.store import MANIFEST
+
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        return [path]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if found := sorted(root.glob("step-*")):
+        return found
+    got = "no checkpoint" if path.exists() else "no such folder"
+    raise CheckpointError(Problem(str(path), got, "a run folder or a checkpoint folder (step-…)"))
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
