@@ -115,7 +115,7 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes(
     kept = list_steps(run / "checkpoints")
     assert kept
     for path in kept:
-        Checkpoint.open(path).weights()
+        assert Checkpoint.open(path).damage() is None
 
     launches.append(Launch(words, run, NPROC_PER_NODE="4"))
     output = launches[1].launcher.communicate(timeout=120)[0]
