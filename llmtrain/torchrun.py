@@ -11,6 +11,7 @@ Environment:
   NODE_RANK                this host's place, 0 … NNODES-1; needed with MASTER_ADDR and NNODES > 1
   RDZV_ENDPOINT RDZV_ID    in place of MASTER_ADDR, MASTER_PORT and NODE_RANK: a c10d rendezvous at HOST:PORT,
                            where the hosts number themselves
+  START_TIMEOUT            seconds in which all hosts and ranks must have come; 600
   LOG_DIR                  where rankR.log of each rank goes; default: logs/ in the run folder
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -27,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmtrain.errors import EXIT_CODE, ConfigError, Problem, UserError
+from llmtrain.errors import EXIT_CODE, ConfigError, LaunchError, Problem, UserError
+from llmtrain.parallel.launcher import await_host, start_seconds
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
@@ -236,9 +239,11 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
 
     Returns 0, or the exit code of the rank that failed, as a shell gives it.
 
-    Raises ConfigError where the environment or the log folder cannot be used.
+    Raises ConfigError where the environment or the log folder cannot be used, LaunchError when hosts are
+    missing.
     """
     hosts = hosts_from_environment(environment)
+    patience = math.ceil(start_seconds())
     route = route_to(hosts.address)
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
@@ -252,18 +257,22 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)
     if hosts.num_nodes > 1:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={route.interface}")
-    code = _run_agent(hosts, route, folder, overrides)
+    code = _run_agent(hosts, route, folder, overrides, patience)
     if code and hosts.num_nodes > 1:
         exit_report.write_text(f"{code}\n")
     return code
 
 
-def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str]) -> int:
+def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str], patience: int) -> int:
     import torch
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if hosts.node_rank:
+        await_host(hosts.address, hosts.port, patience)
     if "LOGLEVEL" not in os.environ:
         # What the agent logs of a failed rank is said below, in two lines.
         for name in list(logging.root.manager.loggerDict):
@@ -273,11 +282,12 @@ def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str
     # Left alone, torch takes all cores in every process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    address, settings = hosts.address, {"rank": hosts.node_rank}
+    address, settings = hosts.address, {"rank": hosts.node_rank, "timeout": patience}
     if hosts.backend == "c10d":
         # torch asks the machine's name who hosts the rendezvous, which may lead to the loopback. Called
         # localhost, it is hosted by the first launcher of this machine and joined by the others.
         address, settings = ("localhost", {}) if route.to_itself else (address, {"is_host": False})
+        settings["join_timeout"] = patience
     config = LaunchConfig(
         min_nodes=hosts.num_nodes,
         max_nodes=hosts.num_nodes,
@@ -302,6 +312,11 @@ def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str
         elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
     except ChildFailedError as error:
         return _explain(error.failures, folder)
+    except (RendezvousError, DistError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        got = f"not all {hosts.num_nodes} hosts within {patience} s ({reason})"
+        remedy = "see what the others said, or wait longer by START_TIMEOUT=seconds"
+        raise LaunchError(Problem("start", got, remedy=remedy)) from error
     except SignalException as error:
         print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + int(error.sigval)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
-import socket
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -108,7 +106,7 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
         )
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not is_host:
-        _await_host(address, int(port), seconds)
+        launcher.await_host(address, int(port), seconds)
     return dist.TCPStore(
         address,
         int(port),
@@ -118,22 +116,6 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
         wait_for_workers=False,
         multi_tenant=True,
     )
-
-
-def _await_host(address: str, port: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                got = f"no answer from rank 0 at {address}:{port} within {seconds:g} s ({error})"
-                remedy = "see what rank 0 said, or wait longer by START_TIMEOUT=seconds"
-                failure = LaunchError(Problem("start", got, remedy=remedy))
-                failure.everywhere = False  # rank 0, which tells for all, isn't there
-                raise failure from None
-            time.sleep(0.2)
 
 
 def lost_rank(error: BaseException) -> str | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtrain.errors import ConfigError, Problem
+from llmtrain.errors import ConfigError, LaunchError, Problem
 
 START_SECONDS = 600.0
 
@@ -53,6 +55,26 @@ def start_seconds() -> float:
             Problem("START_TIMEOUT", repr(text), "seconds", "correct this environment variable")
         )
     return seconds
+
+
+def await_host(address: str, port: int, seconds: float) -> None:
+    """Wait until something listens there, as quietly as torch does not.
+
+    Raises LaunchError when nothing does within `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                got = f"no answer from rank 0 at {address}:{port} within {seconds:g} s ({error})"
+                remedy = "see what rank 0 said, or wait longer by START_TIMEOUT=seconds"
+                failure = LaunchError(Problem("start", got, remedy=remedy))
+                failure.everywhere = False  # rank 0, which tells for all, isn't there
+                raise failure from None
+            time.sleep(0.2)
 
 
 def rank() -> int:

@@ -198,6 +198,20 @@ def test_a_killed_rank_gives_its_exit_code(hosts: Hosts, corpus: Path, tmp_path:
     assert "parameters; 100,000 steps" not in output_1
 
 
+@pytest.mark.parametrize("place", ["NODE_RANK=0", "NODE_RANK=1", "RDZV_ENDPOINT=127.0.0.1:29613"])
+def test_a_host_that_never_comes(tmp_path: Path, place: str):
+    environment = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29612", "START_TIMEOUT": "2"}
+    [(code, output)] = finish([start(**environment, LOG_DIR=str(tmp_path), **dict([place.split("=")]))])
+    assert code == 2, output
+    told = [line for line in output.splitlines() if line.startswith("start: got ")]
+    assert len(told) == 1, output
+    assert "within 2 s" in told[0]
+    assert told[0].endswith("; see what the others said, or wait longer by START_TIMEOUT=seconds") or (
+        told[0].startswith("start: got no answer from rank 0 at 127.0.0.1:29612") and place == "NODE_RANK=1"
+    )
+    assert "Traceback" not in output
+
+
 def test_a_mistake_is_told_once(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     overrides = [*TRAINING, f"data.path={corpus}", f"run.dir={run}", "model.num_leyers=2"]
