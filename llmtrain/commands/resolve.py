@@ -78,6 +78,8 @@ def resolve(
             model=model_shape(config.model),
             max_grad_norm=config.optimizer.max_grad_norm,
             exact_dropout=config.exact_dropout,
+            implementation=config.optimizer.implementation,
+            on_this_machine=config.cluster.is_local or not data_optional,
         )
     except ConfigError as error:
         problems += error.problems

@@ -39,6 +39,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": optimizer.max_grad_norm if layout.zero > 0 else 0.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's optimizers step in host memory too
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": layout.zero,
@@ -57,12 +58,29 @@ def deepspeed_config(
             "stage3_max_live_parameters": 10**9,
             "stage3_param_persistence_threshold": 10**5,
         }
+    config["zero_optimization"] |= _offload_config(layout, device_type)
     if low_precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif low_precision == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 16}
     return config
+
+
+def _offload_config(layout: Layout, device_type: str) -> dict[str, Any]:
+    """What of ZeRO's settings says where things lie, and in how many bits they travel."""
+    places = {"offload_optimizer": layout.offload_optimizer, "offload_param": layout.offload_parameters}
+    settings: dict[str, Any] = {}
+    for name, place in places.items():
+        if place != "none":
+            settings[name] = {"device": place, "pin_memory": device_type == "cuda"}
+    if layout.zero == 3:
+        settings |= {
+            "zero_quantized_weights": layout.quantized_weights,
+            "zero_quantized_gradients": layout.quantized_gradients,
+            "zero_hpz_partition_size": layout.hierarchical_partition,
+        }
+    return settings
 
 
 def config_of(
@@ -83,6 +101,9 @@ def zero_3_partitioner(
     """What turns a whole parameter into this rank's share of it, as DeepSpeed's `zero.Init` does: memory
     grows by shares while a model is built."""
     deepspeed = import_deepspeed()
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, of an engine that this process had before
     init = deepspeed.zero.Init(
         module=nn.Module(),
         data_parallel_group=mesh.replica_group,
@@ -121,6 +142,14 @@ class DeepSpeedEngine(Engine):
                 dist_init_required=False,
             )
         return engine
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        if self.setup.optimizer.implementation == "torch":
+            return super()._make_optimizer()
+        from llmtrain.engine.cpu_adam import build_cpu_adam
+
+        shapes = {name: shard.shape for name, shard in self.setup.shards.items()}
+        return build_cpu_adam(self.setup.optimizer, self.named, shapes)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -201,6 +230,7 @@ class DeepSpeedEngine(Engine):
                     zero.fp32_partitioned_groups_flat[group].data
                 )
                 zero._unflatten_partitioned_parameters(group)
+            zero.invalidate_secondary_tensor()
         # Below ZeRO 3 the module got its whole weights before this engine was built.
 
     def scaler_state(self) -> dict[str, float]:

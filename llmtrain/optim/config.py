@@ -10,12 +10,13 @@ from llmtrain.config import require
 from llmtrain.errors import Problem
 
 OptimizerName = Literal["adamw", "adam", "sgd", "adagrad", "rmsprop"]
+Implementation = Literal["torch", "deepspeed"]
 ScheduleName = Literal["constant", "cosine", "linear", "wsd"]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One of torch.optim's optimizers; each reads the fields that its own formula has."""
+    """One of torch.optim's optimizers, or DeepSpeed's form of one; each reads the fields that its own formula has."""
 
     name: OptimizerName = "adamw"
     lr: float = 3e-4
@@ -32,6 +33,9 @@ class OptimizerConfig:
     """Decay of the running square (rmsprop)."""
     fused: bool | None = None
     """One kernel for the whole step; null: wherever torch has one."""
+    implementation: Implementation = "torch"
+    """Whose kernel steps (adamw, adam): `deepspeed` is its CPUAdam, for state in host memory
+    (parallel.offload_optimizer), compiled at first use."""
     max_grad_norm: float = 1.0
     """Longest gradient, as a Euclidean norm over all parameters, before it is scaled down; 0: never."""
 
@@ -57,6 +61,20 @@ class OptimizerConfig:
             "null or false",
             "torch has no fused rmsprop",
         )
+        if self.implementation == "deepspeed":
+            yield from require(
+                self.name in ("adamw", "adam"),
+                "implementation",
+                f"deepspeed with name={self.name}",
+                "torch: DeepSpeed's kernel is Adam's",
+                "give optimizer=adamw or optimizer=adam",
+            )
+            yield from require(
+                self.fused is None,
+                "fused",
+                f"{str(self.fused).lower()} with implementation=deepspeed",
+                "null: torch's kernels are fused or not, DeepSpeed's is one",
+            )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from llmtrain.config import require
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.optim.config import Implementation
+from llmtrain.parallel import toolchain
 
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["local", "deepspeed"]
+Offload = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,27 @@ class ParallelConfig:
     (arXiv:2205.05198)."""
     balance: Literal["parameters", "time"] = "parameters"
     """What pipeline stages get equal shares of; `time` goes by the FLOPs of each layer."""
+    offload_optimizer: Offload = "none"
+    """Where fp32 weights, their gradients and the optimizer's state lie instead of on the device: in host
+    memory, whose processor then does the step (arXiv:2101.06840), or in files (arXiv:2104.07857)."""
+    offload_parameters: Offload = "none"
+    """Where a process' share of the weights lies until it is gathered (ZeRO 3)."""
+    offload_folder: Path | None = None
+    """For the files of nvme: on a local disk, and for one run at a time."""
+    quantized_weights: bool = False
+    """Weights are gathered in 8 bits (ZeRO++ qwZ, arXiv:2306.10209)."""
+    quantized_gradients: bool = False
+    """Gradients are reduced in 4 bits where they go from node to node (ZeRO++ qgZ)."""
+    hierarchical_partition: int = 1
+    """So many neighbours, one node's processes, hold a copy of the weights between them from the forward
+    pass to the backward pass, which then gathers within the node (ZeRO++ hpZ); 1: none do."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.data is None or self.data >= 1, "data", self.data, "1 or more, or null")
         for axis in ("tensor", "pipeline", "sequence"):
             yield from require(getattr(self, axis) >= 1, axis, getattr(self, axis), "1 or more")
+        size = self.hierarchical_partition
+        yield from require(size >= 1, "hierarchical_partition", size, "1 or more", "1 turns it off")
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,12 @@ class Layout:
     sequence_length: int
     tensor_sequence: bool = False
     balance: Literal["parameters", "time"] = "parameters"
+    offload_optimizer: Offload = "none"
+    offload_parameters: Offload = "none"
+    offload_folder: str | None = None
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+    hierarchical_partition: int = 1
 
     @property
     def model(self) -> int:
@@ -142,9 +168,13 @@ def plan_layout(
     model: ModelShape | None = None,
     max_grad_norm: float = 0.0,
     exact_dropout: bool = True,
+    implementation: Implementation = "torch",
+    on_this_machine: bool = True,
 ) -> Layout:
     """Divide `batch`, and `model`, over `world_size` processes on devices of type `device` ("cpu", "cuda").
 
+    implementation: of the optimizer. on_this_machine: whether what it lacks, a compiler or a library, keeps
+    the run from starting.
     Raises ConfigError with every rule that is broken and, for each, the nearest values that keep it.
     """
     problems = [problem.within("parallel") for problem in parallel.problems()]
@@ -155,11 +185,14 @@ def plan_layout(
     problems += _engine_problems(parallel, engine, precision, device)
     problems += _pipeline_problems(parallel, engine, max_grad_norm)
     problems += _sequence_problems(parallel, batch)
+    problems += _offload_problems(parallel, implementation, on_this_machine)
+    problems += _quantization_problems(parallel, precision, device, on_this_machine)
     if model is not None:
         problems += _model_problems(parallel, model, exact_dropout)
     data = parallel.data or world_size // _others(parallel)
     if data >= 1:
         problems += _batch_problems(batch, data)
+        problems += _hierarchy_problems(parallel, data)
     if problems:
         raise ConfigError(problems)
     return Layout(
@@ -175,6 +208,12 @@ def plan_layout(
         sequence_length=batch.sequence_length,
         tensor_sequence=parallel.tensor_sequence,
         balance=parallel.balance,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+        offload_folder=None if parallel.offload_folder is None else str(parallel.offload_folder),
+        quantized_weights=parallel.quantized_weights,
+        quantized_gradients=parallel.quantized_gradients,
+        hierarchical_partition=parallel.hierarchical_partition,
     )
 
 
@@ -237,6 +276,121 @@ def _sequence_problems(parallel: ParallelConfig, batch: BatchConfig) -> Iterator
         batch.sequence_length,
         f"a multiple of {what} = {parts}, so that each process has as many tokens",
         f"nearest: {_text(_nearest_multiples(batch.sequence_length, parts))}",
+    )
+
+
+def _offload_problems(
+    parallel: ParallelConfig, implementation: Implementation, on_this_machine: bool
+) -> Iterator[Problem]:
+    optimizer, parameters = parallel.offload_optimizer, parallel.offload_parameters
+    yield from require(
+        optimizer == "none" or parallel.zero >= 1,
+        "parallel.offload_optimizer",
+        f"{optimizer} with parallel.zero=0",
+        "none: without ZeRO there is no optimizer state apart from the weights",
+        "give parallel.zero=1 or more",
+    )
+    yield from require(
+        optimizer == "none" or parallel.pipeline == 1,
+        "parallel.offload_optimizer",
+        f"{optimizer} with pipeline {parallel.pipeline}",
+        "none in a pipeline, whose schedule reduces gradients where the weights are",
+        "give parallel.pipeline=1, or parallel.offload_optimizer=none",
+    )
+    yield from require(
+        parameters == "none" or parallel.zero == 3,
+        "parallel.offload_parameters",
+        f"{parameters} with parallel.zero={parallel.zero}",
+        "none: below ZeRO 3 every process keeps whole weights at hand",
+        "give parallel.zero=3",
+    )
+    if implementation == "deepspeed":
+        yield from require(
+            optimizer != "none",
+            "optimizer.implementation",
+            "deepspeed with parallel.offload_optimizer=none",
+            "torch: DeepSpeed's kernel steps weights in host memory",
+            "give parallel.offload_optimizer=cpu, or optimizer.implementation=torch",
+        )
+        if on_this_machine and (flaw := toolchain.compiler_flaw()) is not None:
+            yield Problem(
+                "optimizer.implementation",
+                f"deepspeed, compiled at first use, and {flaw.what}",
+                "torch",
+                f"{flaw.remedy}, or give optimizer.implementation=torch",
+            )
+
+
+def _quantization_problems(
+    parallel: ParallelConfig, precision: Precision, device: str, on_this_machine: bool
+) -> Iterator[Problem]:
+    """Of ZeRO++."""
+    given = [name for name in ("quantized_weights", "quantized_gradients") if getattr(parallel, name)]
+    for name in given:
+        key = f"parallel.{name}"
+        yield from require(
+            parallel.zero == 3,
+            key,
+            f"true with parallel.zero={parallel.zero}",
+            "false: ZeRO 3 alone gathers weights and reduces gradients by shares",
+            "give parallel.zero=3",
+        )
+        yield from require(
+            device == "cuda",
+            key,
+            f"true on a {device}",
+            f"false: its kernels are CUDA's, and a {device} has none",
+            f"give {key}=false",
+        )
+        if device == "cuda" and on_this_machine and (flaw := toolchain.cuda_compiler_flaw()) is not None:
+            yield Problem(
+                key,
+                f"true, whose kernels are compiled at first use, and {flaw.what}",
+                "false",
+                f"{flaw.remedy}, or give {key}=false",
+            )
+    if parallel.quantized_gradients:
+        yield from require(
+            precision == "fp16",
+            "parallel.quantized_gradients",
+            f"true with precision={precision}",
+            "false: DeepSpeed's kernel reads gradients as fp16, whatever they are",
+            "give precision=fp16, or parallel.quantized_gradients=false",
+        )
+        yield from require(
+            parallel.tensor * parallel.pipeline == 1,
+            "parallel.quantized_gradients",
+            f"true with tensor {parallel.tensor} · pipeline {parallel.pipeline}",
+            "false: DeepSpeed reduces them over all processes, as if each were a replica",
+            "give parallel.tensor=1 parallel.pipeline=1, or parallel.quantized_gradients=false",
+        )
+
+
+def _hierarchy_problems(parallel: ParallelConfig, data: int) -> Iterator[Problem]:
+    size, replicas = parallel.hierarchical_partition, data * parallel.sequence
+    if size == 1:
+        return
+    key = "parallel.hierarchical_partition"
+    yield from require(
+        parallel.zero == 3,
+        key,
+        f"{size} with parallel.zero={parallel.zero}",
+        "1: below ZeRO 3 no weights are gathered",
+        "give parallel.zero=3",
+    )
+    yield from require(
+        parallel.tensor * parallel.pipeline == 1,
+        key,
+        f"{size} with tensor {parallel.tensor} · pipeline {parallel.pipeline}",
+        "1: DeepSpeed takes neighbours for replicas of each other",
+        f"give parallel.tensor=1 parallel.pipeline=1, or {key}=1",
+    )
+    yield from require(
+        replicas % size == 0,
+        key,
+        size,
+        f"a divisor of the {replicas} replicas",
+        f"nearest: {_text(_nearest_divisors(replicas, size))}",
     )
 
 

@@ -1,0 +1,77 @@
+"""DeepSpeed's CPUAdam, with a checkpoint's bits and torch's names of its state: any layout resumes it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain.errors import Problem, TrainingError
+from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.optimizers import Shapes, parameter_groups
+from llmtrain.parallel import distributed, launcher, toolchain
+from llmtrain.parallel.upstream import import_deepspeed
+
+
+def build_cpu_adam(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], shapes: Shapes
+) -> torch.optim.Optimizer:
+    """Adam or AdamW, as `config` names, for weights in host memory; compiled first where it is not yet.
+
+    Its state is that of torch's: exp_avg, exp_avg_sq, step. Raises TrainingError when it cannot be compiled.
+    """
+    import_deepspeed()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    os.environ["PATH"] = toolchain.executables()
+    folder = _build_folder()
+    if launcher.local_rank() == 0 and not (folder / "cpu_adam.so").exists():
+        print(f"compiling DeepSpeed's CPU Adam in {folder}, some minutes, once", file=sys.stderr, flush=True)
+
+    def build() -> torch.optim.Optimizer:
+        try:
+            return DeepSpeedCPUAdam(
+                parameter_groups(named_parameters, config.weight_decay, shapes),
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                adamw_mode=config.name == "adamw",
+            )
+        except RuntimeError as error:
+            raise TrainingError(
+                Problem(
+                    "optimizer.implementation",
+                    f"deepspeed, which failed to build: {error.__cause__ or error}",
+                    remedy=f"delete {folder} and try again, or give optimizer.implementation=torch",
+                )
+            ) from error
+
+    optimizer = distributed.agree(build)
+    optimizer.register_step_pre_hook(_start_from_state)
+    return optimizer
+
+
+def _build_folder() -> Path:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("cpu_adam", verbose=False))
+
+
+def _start_from_state(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    """Make the next step a function of the state alone.
+
+    The kernel keeps a step counter and running powers of the betas, product by product, which a resumed
+    process would not have; after a step number 0, of nothing, it takes the powers of the number it gets.
+    """
+    nothing = torch.empty(0)
+    group = optimizer.param_groups[0]
+    optimizer.ds_opt_adam.adam_update(
+        optimizer.opt_id, 0, group["lr"], *group["betas"], group["eps"], 0.0, True, *[nothing] * 4
+    )
+    for state in optimizer.state.values():
+        state["step"] = int(state["step"])  # a checkpoint gives a tensor, as torch's optimizers keep it
