@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.families import family_of
 from llmtrain.parallel.layout import Layout
-from llmtrain.train.config import TrainConfig
+from llmtrain.train.config import ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def build_engine(
     with torch.device("meta"):
         model = family_of(config.model).build(config.model)
     source = _checkpoint_source(checkpoint) if checkpoint is not None else seed_source(model, config.seed)
-    shards = _divide(model, config, mesh)
+    shards = _divide(model, config.model, mesh)
     stage = None
     held: list[nn.Module] = [model]
     tied: dict[str, str] = {}
@@ -108,6 +108,26 @@ def build_engine(
     return engine
 
 
+def build_for_use(config: ModelConfig, mesh: Mesh, device: torch.device, source: Source) -> nn.Module:
+    """What evaluates and generates on this process, fp32, with the others of the mesh: called as the whole
+    model is, by all ranks together."""
+    import torch
+
+    from llmtrain.parallel.materialize import materialize
+
+    with torch.device("meta"):
+        model = family_of(config).build(config)
+    shards = _divide(model, config, mesh)
+    used: nn.Module = model
+    if mesh.layout.pipeline > 1:
+        from llmtrain.parallel.pipeline import PipelineStage
+
+        used = PipelineStage(model, mesh)
+    model.eval()
+    materialize(model, [used], shards, device=device, dtype=torch.float32, source=source)
+    return used.eval()
+
+
 def seed_source(model: nn.Module, seed: int) -> Source:
     """The values that the model's own table and the seed give."""
     from llmtrain.models.initialize import fill, match_initializers
@@ -130,15 +150,15 @@ def _checkpoint_source(checkpoint: Checkpoint) -> Source:
     return source
 
 
-def _divide(model: nn.Module, config: TrainConfig, mesh: Mesh) -> dict[str, Shard]:
+def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shard]:
     """Reshape the model by tables for the axes that a process shares its layers on; → divided weights."""
     shards: dict[str, Shard] = {}
     if mesh.layout.tensor > 1:
         from llmtrain.parallel.tensor import shard_tensors
 
-        table = family_of(config.model).tensor_table
+        table = family_of(config).tensor_table
         assert table is not None
-        shards = shard_tensors(model, table(config.model), mesh)
+        shards = shard_tensors(model, table(config), mesh)
     if mesh.layout.sequence > 1:
         from llmtrain.parallel.sequence import share_attention
 

@@ -7,19 +7,22 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llmtrain import files
+from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import data_problems, family_of, open_corpus, open_dataset
 
 if TYPE_CHECKING:
+    import torch
+
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.data.corpus import Corpus
     from llmtrain.data.loader import MicroBatch
@@ -33,6 +36,7 @@ class EvaluateConfig:
     checkpoint: Path
     """A run folder, a checkpoint folder or an exported folder."""
     data: TokenDataConfig | ImageDataConfig
+    parallel: SharingConfig = field(default_factory=SharingConfig)
     split: str = "validation"
     max_samples: int | None = None
     micro_size: int = 8
@@ -71,10 +75,19 @@ def run(mapping: Mapping[str, Any]) -> None:
     dataset = open_dataset(trained.config, config.data, corpus, config.split, length)
     objective = family_of(trained.config).objective(config.data)
     device = distributed.pick_device(config.device)
+    mesh = start_sharing(
+        config.parallel,
+        trained.config,
+        device,
+        micro_size=config.micro_size,
+        sequence_length=length,
+    )
     batches = evaluation_batches(
         dataset,
         objective.collate,
         micro_size=config.micro_size,
+        data_rank=mesh.coordinates.data,
+        data_size=mesh.layout.data,
         workers=config.data.workers,
         max_samples=config.max_samples,
     )
@@ -82,7 +95,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     if corpus is not None:
         counter = TargetCounter(corpus.manifest.vocab_size)
         batches = counter.watch(batches)
-    totals = evaluate_batches(trained.build(device), objective, batches, device, config.precision)
+    model = trained.build_over(mesh, device)
+    counted = mesh.tells_the_loss
+    totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
+    if counter is not None:
+        counter.sum_over_ranks(counted, device)
+    if not distributed.is_main():
+        return
     figures: dict[str, Any] = {
         "checkpoint": str(trained.source),
         "step": trained.step,
@@ -116,6 +135,15 @@ class TargetCounter:
             labels = micro.batch["labels"].numpy()
             self._counts_V += np.bincount(labels[labels >= 0], minlength=len(self._counts_V))
             yield micro
+
+    def sum_over_ranks(self, counted: bool, device: torch.device) -> None:
+        """Take in what the other ranks counted, of those that are `counted`."""
+        import torch
+
+        from llmtrain.parallel import distributed
+
+        counts_V = torch.from_numpy(self._counts_V).to(device) * counted
+        self._counts_V = distributed.all_sum(counts_V).cpu().numpy()
 
     def num_bytes(self, corpus: Corpus) -> int:
         """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.generation.config import GenerateConfig
@@ -17,6 +18,7 @@ class GenerateCommandConfig:
     checkpoint: Path
     """A run folder, a checkpoint folder or an exported folder."""
     generate: GenerateConfig
+    parallel: SharingConfig = field(default_factory=SharingConfig)
     prompt: tuple[str, ...] = ("",)
     prompt_file: Path | None = None
     device: str = "auto"
@@ -44,7 +46,14 @@ def run(mapping: Mapping[str, Any]) -> None:
     tokenizer = trained.tokenizer()
     device = distributed.pick_device(config.device)
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    continuations = generate(trained.build(device), ids, config.generate, eos_id=tokenizer.eos_id)
+    longest = max(map(len, ids)) + config.generate.max_new_tokens
+    mesh = start_sharing(
+        config.parallel, trained.config, device, micro_size=1, sequence_length=longest, data=1
+    )
+    model = trained.build_over(mesh, device)
+    continuations = generate(model, ids, config.generate, eos_id=tokenizer.eos_id)
+    if not distributed.is_main():
+        return
     for prompt, continuation in zip(prompts, continuations, strict=True):
         print(prompt + tokenizer.decode(continuation), flush=True)
         if len(prompts) > 1:

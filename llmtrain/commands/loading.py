@@ -15,10 +15,12 @@ from llmtrain.checkpoint import huggingface, retention, store
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.families import family_of, model_config_type
+from llmtrain.shards import Shard, matrix_shape
 from llmtrain.train.config import ModelConfig
 
 if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer
+    from llmtrain.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,26 @@ class TrainedModel:
         module = build_module(self.config, device)
         load_weights(module, self.weights)
         return module.eval()
+
+    def build_over(self, mesh: Mesh, device: torch.device) -> nn.Module:
+        """The part of it that this process of `mesh` holds, which is called as the whole is, by all
+        processes together."""
+        from llmtrain.commands.build import build_for_use
+
+        if mesh.layout.world_size == 1:
+            return self.build(device)
+        weights = self.weights
+
+        def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
+            whole = weights[name]
+            rows, columns = matrix_shape(tuple(whole.shape))
+            out.zero_()
+            for box, place in shard.pieces(start, start + out.numel()):
+                matrix = whole.reshape(rows, columns)
+                part = matrix[box.row : box.row + box.rows, box.column : box.column + box.columns]
+                out[place] = part.reshape(-1).to(out.device, out.dtype)
+
+        return build_for_use(self.config, mesh, device, source)
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""

@@ -55,8 +55,9 @@ def evaluate_batches(
     micro_batches: Iterable[MicroBatch],
     device: torch.device,
     precision: Precision,
+    counted: bool = True,
 ) -> Totals:
     """The same for a bare model, in evaluation mode."""
     module = ObjectiveModule(model, objective, autocast(precision, device)).eval()
     batches = (to_device(micro.batch, device) for micro in micro_batches)
-    return sum_over_batches(lambda batch: Terms(*module(batch)), batches)
+    return sum_over_batches(lambda batch: Terms(*module(batch)), batches, counted)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.models.gpt import Stage
-from llmtrain.models.transformer import Context
+from llmtrain.models.transformer import Context, KVCache
 from llmtrain.parallel.balance import balance
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.tensor import VocabParallelEmbedding
@@ -75,8 +75,9 @@ class PipelineStage(nn.Module):
         for step in self.steps:
             for name, module in step.modules.items():
                 self.add_module(name.replace(".", "_"), module)
+        self.config: Any = model.config
+        self.new_cache: Callable[[int], KVCache] = model.new_cache  # type: ignore[assignment]
         self._make_context: Callable[..., Context] = model.context  # type: ignore[assignment]
-        self._hidden_size: int = model.config.hidden_size  # type: ignore[assignment,union-attr]
         self._mesh = mesh
         # Hidden states behind the first block are of a part of the tokens.
         self._token_parts = layout.tensor if layout.tensor_sequence else 1
@@ -92,7 +93,7 @@ class PipelineStage(nn.Module):
         return x
 
     @torch.no_grad()
-    def forward(self, *, tokens_BT: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, tokens_BT: Tensor, *, cache: KVCache | None = None, **arguments: Any) -> Tensor:
         """The whole model's forward, by all processes of the pipeline together, for evaluation and
         generation: the summed loss on the last stage and 0 on others; without labels all get the logits.
 
@@ -102,9 +103,11 @@ class PipelineStage(nn.Module):
         weight = next(self.parameters())
         x: Tensor | None = None
         if not mesh.is_first_stage:
-            x = weight.new_empty(B, T // self._token_parts, self._hidden_size)
+            x = weight.new_empty(B, T // self._token_parts, self.config.hidden_size)
             dist.recv(x, mesh.stage_rank(stage - 1))
-        y = self.run(x, tokens_BT=tokens_BT, **arguments)
+        y = self.run(x, tokens_BT=tokens_BT, cache=cache, **arguments)
+        if cache is not None:
+            cache.length += T
         if not mesh.is_last_stage:
             dist.send(y.contiguous(), mesh.stage_rank(stage + 1))
         if arguments.get("labels_BT") is not None:

@@ -1,0 +1,167 @@
+"""One run through several layouts by the command line: trained in three dimensions, killed, taken up by
+other numbers of processes, exported, evaluated and sampled from, also on a pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+
+pytestmark = pytest.mark.slow
+
+STEPS = 48
+SETTINGS = (*TINY_GPT, "model.dropout=0.1", "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0")
+ALL = (*SETTINGS, f"train.steps={STEPS}", "evaluation.every=null", "evaluation.at_start=false")
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*runner, f"--nproc-per-node={processes}", "-m", "llmtrain", *arguments]
+
+
+def run(processes: int, *arguments: str, fails: bool = False) -> str:
+    done = subprocess.run(
+        torchrun(processes, *arguments),
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stdout
+
+
+def start(log: Path, processes: int, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        torchrun(processes, *arguments),
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=log.open("wb"),
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step → training loss, the last told of it."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines if line.endswith("}")]
+    return {record["step"]: record["loss"] for record in told if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = llmtrain("train", *ALL, f"data.path={corpus}", f"run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run: killed at pipeline 2 · tensor 2 · data 2, then ZeRO 3 over 4, then one process."""
+    folder = tmp_path_factory.mktemp("moved")
+    common = ("train", *SETTINGS, f"data.path={corpus}", f"run.dir={folder}", "checkpoint.every=4")
+    common = (*common, "evaluation.every=null", "evaluation.at_start=false")
+    three_d = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "recompute=full")
+    log = tmp_path_factory.mktemp("logs") / "stderr"
+    process = start(log, 8, *common, *three_d, f"train.steps={STEPS}")
+    deadline = time.monotonic() + 240
+    # Behind step 9 and before the end: the checkpoint of step 8 is there, or soon will be.
+    while not (folder / "checkpoints" / "step-00000008" / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, log.read_text()[-9000:]
+        time.sleep(0.02)
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        child.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+    assert 8 <= newest < STEPS
+    middle = folder / "checkpoints" / f"step-{newest + 4:08d}" / "manifest.json"
+    # The second start ends as a job does whose time is over: told to stop, it saves and leaves.
+    second = start(log, 4, *common, "parallel.zero=3", "batch.micro_size=1", f"train.steps={STEPS}")
+    while not middle.exists():
+        assert second.poll() is None, log.read_text()[-9000:]
+        time.sleep(0.01)
+    for rank in psutil.Process(second.pid).children():
+        rank.send_signal(signal.SIGTERM)
+    assert second.wait() == 0, log.read_text()[-9000:]
+    assert "stopped at step" in log.read_text()
+    done = llmtrain(*common, f"train.steps={STEPS}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_curve_is_that_of_one_process(plain: Path, moved: Path):
+    expected, found = losses(plain), losses(moved)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5)
+
+
+def test_eight_ranks_equal_one_process(corpus: Path, plain: Path, tmp_path: Path):
+    run(
+        8,
+        "train",
+        *ALL,
+        f"data.path={corpus}",
+        f"run.dir={tmp_path}",
+        "parallel.pipeline=2",
+        "parallel.tensor=2",
+        "parallel.zero=1",
+        "recompute=full",
+    )
+    expected, found = losses(plain), losses(tmp_path)
+    np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5)
+    final = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    manifest = json.loads((final / "manifest.json").read_text())
+    written = [entry["file"] for entry in manifest["files"] if entry["file"].startswith("rank-")]
+    assert len(written) == 8  # every rank its own
+    check_export(final, corpus, tmp_path / "export")
+
+
+def check_export(checkpoint: Path, corpus: Path, output: Path) -> None:
+    """A checkpoint of many ranks exports to Hugging Face with equal logits."""
+    from transformers import AutoModelForCausalLM
+
+    from llmtrain.commands.loading import load_trained
+
+    done = llmtrain("export", f"checkpoint={checkpoint}", f"output={output}")
+    assert done.returncode == 0, done.stderr
+    ours = load_trained(checkpoint).build(torch.device("cpu"))
+    theirs = AutoModelForCausalLM.from_pretrained(output).eval()
+    tokens_BT = torch.arange(2 * 24).view(2, 24) % 300
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("division", [("pipeline", 2), ("tensor", 2)])
+def test_generation_and_evaluation_on_many_processes(
+    corpus: Path, moved: Path, tmp_path: Path, division: tuple[str, int]
+):
+    axis, size = division
+    prompts = ("generate", f"checkpoint={moved}", 'prompt=["1: the film","9: slow rain on"]')
+    prompts = (*prompts, "generate.max_new_tokens=24", "device=cpu")
+    alone = llmtrain(*prompts)
+    assert alone.returncode == 0, alone.stderr
+    assert run(size, *prompts, f"parallel.{axis}={size}") == alone.stdout
+
+    figures = ("evaluate", f"checkpoint={moved}", f"data.path={corpus}", "device=cpu", "data.workers=0")
+    done = llmtrain(*figures, f"output={tmp_path / 'alone.json'}")
+    assert done.returncode == 0, done.stderr
+    run(4, *figures, f"parallel.{axis}={size}", f"output={tmp_path / 'many.json'}")
+    expected, found = (json.loads((tmp_path / name).read_text()) for name in ("alone.json", "many.json"))
+    assert found["targets"] == expected["targets"]
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
