@@ -24,7 +24,7 @@ from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.recompute import apply_recompute
 from tests.support import ranks
 from tests.support.memory import Allocated, allocated
-from tests.support.training import compose
+from tests.support.training import TINY_GPT, compose
 
 B, T, V = 3, 160, 61
 """160 tokens are two blocks of attention."""
@@ -311,6 +311,48 @@ def test_under_zero_3() -> None:
     expected = ranks.run(2, zero_3_losses, "none")
     for mode in MODES:
         assert ranks.run(2, zero_3_losses, mode) == expected, mode
+
+
+LAYOUTS = (
+    "parallel.tensor=2",
+    "parallel.tensor=2 parallel.tensor_sequence=true precision=bf16",
+    "parallel.sequence=2",
+    "parallel.pipeline=2 parallel.zero=1",
+    "parallel.zero=3 precision=bf16",
+)
+
+
+def steps_of_layout(layout: str, mode: str) -> list[tuple[float, float]]:
+    """Loss and gradient norm of steps, made as `llmtrain train` makes them."""
+    import numpy as np
+
+    from llmtrain.commands.build import build_engine
+    from llmtrain.data.loader import MicroBatch
+    from llmtrain.objectives.causal_lm import CausalLM
+    from llmtrain.parallel import distributed
+
+    overrides = [*TINY_GPT, "model.vocab_size=60", "model.dropout=0.1", f"recompute={mode}", *layout.split()]
+    resolved = resolve(compose(overrides), distributed.world_size(), data_optional=True)
+    engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), CausalLM(), None)
+    generator = torch.Generator().manual_seed(engine.mesh.coordinates.data)
+    found = []
+    for step in range(2):
+        micro_batches = []
+        for i in range(resolved.layout.accumulation):
+            tokens = torch.randint(60, (2, 32), generator=generator)
+            samples = np.array([20 * step + 2 * i, 20 * step + 2 * i + 1])
+            micro_batches.append(MicroBatch({"tokens": tokens, "labels": tokens}, range(2), samples))
+        result = engine.train_step(micro_batches, lr=1e-3)
+        found.append((result.loss, result.grad_norm))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_every_layout(layout: str) -> None:
+    expected = ranks.run(2, steps_of_layout, layout, "none")
+    for mode in MODES:
+        assert ranks.run(2, steps_of_layout, layout, mode) == expected, mode
 
 
 def test_config() -> None:
