@@ -118,6 +118,14 @@ def _of_stage(
         if layout.zero == 3:
             buffers += stored * min(P, max(DEEPSPEED_LIVE_ELEMENTS, largest_parameter_count(model, layout)))
 
+        if layout.hierarchical_partition > 1:
+            weights += stored * _share(P, layout.hierarchical_partition)
+        if _is_away(layout.offload_optimizer, conditions.device):
+            masters, state = 0, 0
+            gradients = gradients if layout.zero == 1 else 0  # on their way alone, in buckets
+        if _is_away(layout.offload_parameters, conditions.device):
+            weights -= stored * _share(P, replicas)
+
     of_micro_batch = activations(model, numbers, layout, conditions, steps)
     in_flight = min(layout.pipeline - stage, layout.accumulation)
     tokens = layout.micro_size * layout.sequence_length // layout.sequence
@@ -137,6 +145,11 @@ def _of_stage(
         checkpoint_copy=4 * (1 + optimizer_slots(optimizer)) * owned if is_copied else 0,
         runtime=RUNTIME_BYTES[conditions.device],
     )
+
+
+def _is_away(offload: str, device: str) -> bool:
+    """Whether what is offloaded takes no memory of the device: a cpu's is the host's."""
+    return offload == "nvme" or (offload == "cpu" and device != "cpu")
 
 
 def start_bytes(model: ModelConfig, layout: Layout, precision: Precision, device: str) -> int:

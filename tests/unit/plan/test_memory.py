@@ -425,6 +425,23 @@ def test_recomputation_modes_in_order() -> None:
     assert of_layout("full").weights < of_layout().weights, "weights in the low precision, block by block"
 
 
+def test_what_is_offloaded_takes_no_memory_of_a_gpu() -> None:
+    at_hand = of_layout(zero=3, data=4)
+    optimizer = of_layout(zero=3, data=4, offload_optimizer="cpu")
+    assert (optimizer.optimizer, optimizer.gradients, optimizer.weights) == (0, 0, at_hand.weights)
+    assert of_layout(zero=3, data=4, offload_parameters="cpu").weights == 0
+    on_cpu = memory_per_process(
+        GPT_1B,
+        replace(layout(zero=3, data=4), offload_optimizer="cpu"),
+        precision="bf16",
+        optimizer=OptimizerConfig(),
+        conditions=Conditions("cpu"),
+    )
+    assert on_cpu.optimizer == at_hand.optimizer, "a cpu's memory is the host's"
+    copied = of_layout(zero=3, data=4, hierarchical_partition=2)
+    assert copied.weights == at_hand.weights + GPT_1B.parameter_count()
+
+
 def test_copy_of_an_asynchronous_checkpoint() -> None:
     def copied(device: str, zero: int, asynchronous: bool = True) -> int:
         return memory_per_process(
