@@ -96,8 +96,8 @@ def fill(out: Tensor, name: str, initializer: Initializer, seed: int, shard: Sha
         out.zero_()
     for box, place in shard.pieces(start, start + out.numel()):
         # By bands, so that a large parameter is never held twice.
-        for top in range(0, box.rows, 16 * TILE):
-            band = box._replace(row=box.row + top, rows=min(16 * TILE, box.rows - top))
+        for top in range(0, box.rows, 4 * TILE):
+            band = box._replace(row=box.row + top, rows=min(4 * TILE, box.rows - top))
             begin = place.start + top * box.columns
             values = fill_box(name, initializer, seed, shard.shape, band)
             out[begin : begin + band.numel] = values.view(-1).to(out.device, out.dtype)

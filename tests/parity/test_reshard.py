@@ -17,9 +17,7 @@ END = STEPS + 3
 UNEVEN = ("model.vocab_size=323",)
 LAYOUTS = {
     "one process": Cell(1, model=UNEVEN),
-    "zero 3 of 1": Cell(1, zero=3, model=UNEVEN),
     "data 2": Cell(2, model=UNEVEN),
-    "zero 1 of 2": Cell(2, zero=1, model=UNEVEN),
     "zero 3 of 2": Cell(2, zero=3, model=UNEVEN),
     "tensor 2": Cell(2, tensor=2, model=UNEVEN),
     "pipeline 2": Cell(2, pipeline=2, zero=1, model=UNEVEN),
@@ -34,21 +32,16 @@ PAIRS = [
     ("3D of 8", "zero 3 of 4"),
     ("3D of 8", "one process"),
     ("tensor 2, pipeline 2", "3D of 8"),
-    ("tensor 2, pipeline 2", "tensor 4"),
     ("tensor 4", "sequence 2, zero 2"),
     ("tensor 2, zero 3 of 2", "pipeline 2"),
     ("tensor 2, zero 3 of 2", "zero 3 of 4"),
     ("zero 3 of 4", "tensor 2, zero 3 of 2"),
-    ("zero 3 of 4", "zero 1 of 2"),
     ("zero 3 of 2", "tensor 2"),
-    ("zero 3 of 2", "zero 3 of 1"),
     ("pipeline 2", "tensor 4"),
     ("pipeline 2", "data 2"),
     ("sequence 2, zero 2", "pipeline 2"),
     ("tensor 2", "zero 3 of 2"),
     ("one process", "3D of 8"),
-    ("one process", "tensor 2, pipeline 2"),
-    ("data 2", "tensor 2"),
 ]
 """(saved at, resumed at)."""
 
@@ -83,14 +76,12 @@ def test_goes_on_elsewhere(corpus: Path, saved: dict[str, Path], whole: Trace, o
 
 
 @pytest.mark.parametrize(
-    "layout", sorted(set(LAYOUTS) - {"one process"}, key=lambda name: LAYOUTS[name].ranks)
+    "layout", ["tensor 2", "pipeline 2", "sequence 2, zero 2", "tensor 2, zero 3 of 2", "3D of 8"]
 )
-def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], tmp_path: Path, layout: str):
+def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], layout: str):
+    """Data parallelism and ZeRO: see test_resume.py."""
     never_stopped = run(corpus, layout, END, None, None)
-    if layout not in saved:
-        run(corpus, layout, STEPS, tmp_path, None)
-    checkpoint = saved.get(layout, tmp_path / f"step-{STEPS:08d}")
-    resumed = run(corpus, layout, END, None, checkpoint)
+    resumed = run(corpus, layout, END, None, saved[layout])
     assert resumed.losses == never_stopped.losses[STEPS:]
     assert resumed.grad_norms == never_stopped.grad_norms[STEPS:]
     for name, expected in never_stopped.weights.items():

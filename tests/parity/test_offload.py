@@ -1,0 +1,129 @@
+"""Offload, hierarchical partitions and DeepSpeed's CPU Adam compute what one plain process computes, and what
+they save is taken up by any layout.
+
+On a CPU's ranks nothing changes its place, but DeepSpeed's code is that of offload: gradients go to a
+buffer of their own, norms are taken there, and the step runs over it. Tolerances are test_engines.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.test_engines import STEPS, assert_same, settings
+from tests.parity.test_resume import assert_bitwise_resume
+from tests.support import ranks
+from tests.support.training import Trace, train_steps
+
+pytestmark = pytest.mark.slow
+
+OPTIMIZER = "parallel.offload_optimizer=cpu"
+PARAMETERS = "parallel.offload_parameters=cpu"
+HIERARCHY = "parallel.hierarchical_partition=2"
+ZERO_1, ZERO_2, ZERO_3 = (f"parallel.zero={stage}" for stage in (1, 2, 3))
+KERNEL = "optimizer.implementation=deepspeed"
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path) -> Trace:
+    return ranks.run(1, train_steps, settings(corpus, "model.dropout=0.1"), STEPS)[0]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> None:
+    """DeepSpeed's CPU Adam compiled: minutes, once on a machine, which no rank's answer may take."""
+    code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (2, (ZERO_1, OPTIMIZER)),
+        (2, (ZERO_2, OPTIMIZER)),
+        (2, (ZERO_3, OPTIMIZER)),
+        (2, (ZERO_3, PARAMETERS)),
+        (2, (ZERO_3, HIERARCHY)),
+        (4, (ZERO_1, OPTIMIZER)),
+        (4, (ZERO_2, OPTIMIZER)),
+        (4, (ZERO_3, OPTIMIZER, PARAMETERS, HIERARCHY)),
+        (4, (ZERO_2, OPTIMIZER, "parallel.tensor=2")),
+        (4, (ZERO_3, OPTIMIZER, PARAMETERS, "parallel.tensor=2")),
+        (4, (ZERO_3, OPTIMIZER, HIERARCHY, "parallel.sequence=2")),
+    ],
+)
+def test_equals_one_plain_process(corpus: Path, reference: Trace, size: int, overrides: tuple[str, ...]):
+    for trace in ranks.run(size, train_steps, settings(corpus, "model.dropout=0.1", *overrides), STEPS):
+        assert_same(trace, reference, loss=1e-5, norm=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [(ZERO_1, OPTIMIZER), (ZERO_3, OPTIMIZER, PARAMETERS)])
+def test_bf16_stays_near_fp32(corpus: Path, reference: Trace, overrides: tuple[str, ...]):
+    low = settings(corpus, "model.dropout=0.1", "precision=bf16", *overrides)
+    for trace in ranks.run(2, train_steps, low, STEPS):
+        assert_same(trace, reference, loss=5e-3, norm=5e-2, update=0.25)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+@pytest.mark.parametrize("zero", [ZERO_1, ZERO_3])
+def test_deepspeeds_kernel_steps_as_torch_does(corpus: Path, zero: str, name: str):
+    overrides = settings(corpus, f"optimizer={name}", "optimizer.weight_decay=0.1")
+    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
+    for trace in ranks.run(2, train_steps, [*overrides, zero, OPTIMIZER, KERNEL], STEPS):
+        assert_same(trace, expected, loss=1e-5, norm=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("zero", [ZERO_2, ZERO_3])
+def test_other_optimizers(corpus: Path, zero: str, name: str):
+    overrides = settings(corpus, f"optimizer={name}", "optimizer.weight_decay=0", "optimizer.lr=1e-3")
+    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
+    for trace in ranks.run(2, train_steps, [*overrides, zero, OPTIMIZER], STEPS):
+        assert_same(trace, expected, loss=1e-5, norm=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (ZERO_1, OPTIMIZER),
+        (ZERO_2, OPTIMIZER),
+        (ZERO_3, OPTIMIZER, PARAMETERS),
+        (ZERO_3, HIERARCHY),
+        (ZERO_1, OPTIMIZER, "precision=bf16"),
+        (ZERO_3, OPTIMIZER, PARAMETERS, "precision=bf16"),
+    ],
+)
+def test_resume_is_bit_exact(corpus: Path, tmp_path: Path, overrides: tuple[str, ...]):
+    assert_bitwise_resume(2, settings(corpus, "model.dropout=0.1", *overrides), tmp_path)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("zero", [ZERO_1, ZERO_3])
+def test_resume_is_bit_exact_in_deepspeeds_kernel(corpus: Path, tmp_path: Path, zero: str):
+    assert_bitwise_resume(2, settings(corpus, zero, OPTIMIZER, KERNEL), tmp_path)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
+    """From offload to none and back, between kernels and stages: the same curve."""
+    overrides = settings(corpus)
+    whole = ranks.run(1, train_steps, overrides, 7)[0]
+    saved_by = {
+        "plain": (1, ()),
+        "kernel": (2, (ZERO_1, OPTIMIZER, KERNEL)),
+        "parameters": (2, (ZERO_3, OPTIMIZER, PARAMETERS)),
+    }
+    for name, (size, layout) in saved_by.items():
+        ranks.run(size, train_steps, [*overrides, *layout], 4, str(tmp_path / name))
+    for name in saved_by:
+        for size, layout in ((1, ()), (2, (ZERO_2, OPTIMIZER)), (2, (ZERO_3, OPTIMIZER, PARAMETERS, KERNEL))):
+            saved = str(tmp_path / name / "step-00000004")
+            trace = ranks.run(size, train_steps, [*overrides, *layout], 7, None, saved)[0]
+            np.testing.assert_allclose(trace.losses, whole.losses[4:], rtol=1e-5, err_msg=f"{name} {layout}")
