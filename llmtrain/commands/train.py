@@ -15,12 +15,10 @@ from llmtrain.errors import DataError
 from llmtrain.families import open_dataset
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher
-from llmtrain.parallel.layout import Layout
 from llmtrain.plan.estimate import estimate
 
 if TYPE_CHECKING:
     from llmtrain.data.datasets import Dataset
-    from llmtrain.engine.base import Engine
     from llmtrain.engine.evaluation import Totals
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
@@ -129,6 +127,8 @@ class Session:
 
         def evaluate() -> Totals:
             assert validation is not None
+            from llmtrain.train.evaluation import evaluate_dataset
+
             return evaluate_dataset(
                 engine, validation, layout, self.rank, config.data.workers, config.evaluation.max_samples
             )
@@ -254,25 +254,6 @@ class Session:
         self._progress = Progress(config.train.steps, start_step=start_step, every=every)
         self._say(f"{training.describe()}; {training.fingerprint[:12]}")
         return RunObserver(config, self.layout, self.device, self._trackers, self._progress)
-
-
-def evaluate_dataset(
-    engine: Engine, dataset: Dataset, layout: Layout, data_rank: int, workers: int, max_samples: int | None
-) -> Totals:
-    """Loss and metric sums over the first `max_samples` of `dataset`."""
-    from llmtrain.data.loader import evaluation_batches
-
-    return engine.evaluate(
-        evaluation_batches(
-            dataset,
-            engine.objective.collate,
-            micro_size=layout.micro_size,
-            data_rank=data_rank,
-            data_size=layout.data,
-            workers=workers,
-            max_samples=max_samples,
-        )
-    )
 
 
 def _say(text: str) -> None:

@@ -87,6 +87,9 @@ class TrainConfig:
     engine: Literal["auto", "local", "deepspeed"] = "auto"
     """auto: deepspeed where ZeRO asks for it, else local."""
     seed: int = 0
+    exact_dropout: bool = True
+    """Dropout's masks are functions of (seed, sample, layer, place), the same at every layout; false: of a
+    generator, which lets fused attention kernels make them."""
     device: str = "auto"
 
     def problems(self) -> Iterator[Problem]:

@@ -24,13 +24,3 @@ def evaluate_dataset(
             max_samples=max_samples,
         )
     )
-
-
-def _fingerprint(resolved: Resolved) -> str | None:
-    """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
-    if resolved.corpus is not None:
-        return resolved.corpus.manifest.fingerprint
-    try:
-        return xxhash.xxh3_128_hexdigest(resolve_package_path(resolved.config.data.path).read_bytes())
-    except (OSError, DataError):
-        return None
