@@ -74,4 +74,5 @@ def _start_from_state(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         optimizer.opt_id, 0, group["lr"], *group["betas"], group["eps"], 0.0, True, *[nothing] * 4
     )
     for state in optimizer.state.values():
-        state["step"] = int(state["step"])  # a checkpoint gives a tensor, as torch's optimizers keep it
+        if "step" in state:
+            state["step"] = int(state["step"])  # a checkpoint gives a tensor, as torch's optimizers keep it

@@ -16,7 +16,7 @@ ScheduleName = Literal["constant", "cosine", "linear", "wsd"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One of torch.optim's optimizers, or DeepSpeed's form of one; each reads the fields that its own formula has."""
+    """One of torch.optim's optimizers; each reads the fields that its own formula has."""
 
     name: OptimizerName = "adamw"
     lr: float = 3e-4

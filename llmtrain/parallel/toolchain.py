@@ -1,4 +1,4 @@
-"""What this machine needs in order to compile DeepSpeed's kernels at first use; asked before torch is there."""
+"""What this machine needs in order to compile DeepSpeed's kernels at first use; asked without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
+
+USUAL_CUDA_HOME = "/usr/local/cuda"
 
 
 class Flaw(NamedTuple):
@@ -37,7 +39,7 @@ def compiler_flaw() -> Flaw | None:
 def cuda_compiler_flaw() -> Flaw | None:
     """What keeps CUDA kernels from being compiled."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    places = [os.path.join(home, "bin") for home in (*homes, "/usr/local/cuda")]
+    places = [os.path.join(home, "bin") for home in (*homes, USUAL_CUDA_HOME)]
     if shutil.which("nvcc", path=os.pathsep.join([*places, executables()])) is None:
         return Flaw("there is no nvcc", "install the CUDA toolkit or set CUDA_HOME to where it lies")
     return compiler_flaw()
