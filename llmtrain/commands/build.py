@@ -142,10 +142,12 @@ def seed_source(model: nn.Module, seed: int) -> Source:
 
 
 def _checkpoint_source(checkpoint: Checkpoint) -> Source:
-    from llmtrain.checkpoint.store import WEIGHT
+    from llmtrain.checkpoint.store import WEIGHT, Reader
+
+    reader = Reader(checkpoint)
 
     def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
-        checkpoint.read_into(out, WEIGHT, name, shard, start)
+        reader.read_into(out, WEIGHT, name, shard, start)
 
     return source
 

@@ -61,7 +61,7 @@ class CausalLM:
     def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
         """Every row's tokens from part · T / parts on, T / parts of them, each with the label that it
         has in the whole row and its place there. Documents stay whole: attention is over all tokens."""
-        B, T = batch["tokens"].shape
+        T = batch["tokens"].shape[1]
         here = slice(part * (T // parts), (part + 1) * (T // parts))
         positions = batch.get("positions", torch.arange(T, device=batch["tokens"].device)[None])
         sliced = {"tokens": batch["tokens"], "labels": batch["labels"], "positions": positions}

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 
+from llmtrain.commands.build import build_engine
 from llmtrain.commands.loading import build_module
 from llmtrain.commands.resolve import resolve
-from llmtrain.commands.train import build_engine
 from llmtrain.data.loader import Loader, MicroBatch
 from llmtrain.families import family_of, open_dataset
 from llmtrain.models.initialize import initialize

@@ -40,7 +40,7 @@ def mistakes(
         (["train.steps=1.5"], ["train.steps", "1.5", "a whole number"]),
         (["batch.micro_size=3"], ["batch.global_size", "nearest", "micro_size"]),
         (["model.num_heads=5"], ["model.hidden_size", "a multiple of num_heads=5"]),
-        (["parallel.tensor=2"], ["parallel: got tensor 2", "start 2 processes"]),
+        (["parallel.tensor=2"], ["parallel: got", "tensor 2 · pipeline 1", "start 2 processes"]),
         (["parallel.zero=4"], ["parallel.zero", "4", "0, 1, 2, 3"]),
         (["precision=fp16"], ["precision", "bf16"]),
         (["precision=int8"], ["precision", "bf16"]),

@@ -15,19 +15,17 @@ def double(value: int) -> int:
 def test_a_pipe_closed_by_the_dying_executor_is_a_killed_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with (
-        pytest.raises(DataError, match="a worker process that was killed"),
-        Workers(2, tmp_path, 0) as workers,
-    ):
-        executor = workers._executor
+    def closed(*_: object, **__: object) -> None:
+        raise OSError("handle is closed")
 
-        def closed(*_: object, **__: object) -> None:
-            raise OSError("handle is closed")
+    def run() -> None:
+        with Workers(2, tmp_path, 0) as workers:
+            monkeypatch.setattr(workers._executor, "submit", closed)
+            monkeypatch.setattr(workers._executor, "shutdown", closed)
+            list(workers.map(double, [(1,), (2,)]))
 
-        assert executor is not None
-        monkeypatch.setattr(executor, "submit", closed)
-        monkeypatch.setattr(executor, "shutdown", closed)
-        list(workers.map(double, [(1,), (2,)]))
+    with pytest.raises(DataError, match="a worker process that was killed"):
+        run()
 
 
 @pytest.mark.parametrize("count", [1, 2])
