@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from llmtrain.config import require
@@ -42,11 +41,9 @@ class ParallelConfig:
     """What pipeline stages get equal shares of; `time` goes by the FLOPs of each layer."""
     offload_optimizer: Offload = "none"
     """Where fp32 weights, their gradients and the optimizer's state lie instead of on the device: in host
-    memory, whose processor then does the step (arXiv:2101.06840), or in files (arXiv:2104.07857)."""
+    memory, whose processor then does the step (arXiv:2101.06840). nvme is refused, with the reason."""
     offload_parameters: Offload = "none"
     """Where a process' share of the weights lies until it is gathered (ZeRO 3)."""
-    offload_folder: Path | None = None
-    """For the files of nvme: on a local disk, and for one run at a time."""
     quantized_weights: bool = False
     """Weights are gathered in 8 bits (ZeRO++ qwZ, arXiv:2306.10209)."""
     quantized_gradients: bool = False
@@ -122,7 +119,6 @@ class Layout:
     balance: Literal["parameters", "time"] = "parameters"
     offload_optimizer: Offload = "none"
     offload_parameters: Offload = "none"
-    offload_folder: str | None = None
     quantized_weights: bool = False
     quantized_gradients: bool = False
     hierarchical_partition: int = 1
@@ -210,7 +206,6 @@ def plan_layout(
         balance=parallel.balance,
         offload_optimizer=parallel.offload_optimizer,
         offload_parameters=parallel.offload_parameters,
-        offload_folder=None if parallel.offload_folder is None else str(parallel.offload_folder),
         quantized_weights=parallel.quantized_weights,
         quantized_gradients=parallel.quantized_gradients,
         hierarchical_partition=parallel.hierarchical_partition,
@@ -283,6 +278,14 @@ def _offload_problems(
     parallel: ParallelConfig, implementation: Implementation, on_this_machine: bool
 ) -> Iterator[Problem]:
     optimizer, parameters = parallel.offload_optimizer, parallel.offload_parameters
+    for key, place in (("offload_optimizer", optimizer), ("offload_parameters", parameters)):
+        yield from require(
+            place != "nvme",
+            f"parallel.{key}",
+            place,
+            "none, cpu: checkpoints cannot read what DeepSpeed has put into files of its own",
+            f"give parallel.{key}=cpu",
+        )
     yield from require(
         optimizer == "none" or parallel.zero >= 1,
         "parallel.offload_optimizer",

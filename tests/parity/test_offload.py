@@ -29,9 +29,24 @@ ZERO_1, ZERO_2, ZERO_3 = (f"parallel.zero={stage}" for stage in (1, 2, 3))
 KERNEL = "optimizer.implementation=deepspeed"
 
 
+DROPOUT = "model.dropout=0.1"
+OTHER_OPTIMIZERS = {
+    "adam": ("optimizer=adam", "optimizer.weight_decay=0.1"),
+    **{
+        name: (f"optimizer={name}", "optimizer.weight_decay=0", "optimizer.lr=1e-3")
+        for name in ("sgd", "adagrad", "rmsprop")
+    },
+}
+
+
 @pytest.fixture(scope="module")
-def reference(corpus: Path) -> Trace:
-    return ranks.run(1, train_steps, settings(corpus, "model.dropout=0.1"), STEPS)[0]
+def references(corpus: Path) -> dict[str, Trace]:
+    """By optimizer: what one plain process computes; all at once, since pools of ranks take turns."""
+    cases = {"adamw": (DROPOUT,), **OTHER_OPTIMIZERS}
+    return {
+        name: ranks.run(1, train_steps, settings(corpus, *overrides), STEPS)[0]
+        for name, overrides in cases.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,50 +58,45 @@ def kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "overrides"),
+    "overrides",
     [
-        (2, (ZERO_1, OPTIMIZER)),
-        (2, (ZERO_2, OPTIMIZER)),
-        (2, (ZERO_3, OPTIMIZER)),
-        (2, (ZERO_3, PARAMETERS)),
-        (2, (ZERO_3, HIERARCHY)),
-        (4, (ZERO_1, OPTIMIZER)),
-        (4, (ZERO_2, OPTIMIZER)),
-        (4, (ZERO_3, OPTIMIZER, PARAMETERS, HIERARCHY)),
-        (4, (ZERO_2, OPTIMIZER, "parallel.tensor=2")),
-        (4, (ZERO_3, OPTIMIZER, PARAMETERS, "parallel.tensor=2")),
-        (4, (ZERO_3, OPTIMIZER, HIERARCHY, "parallel.sequence=2")),
+        (ZERO_1, OPTIMIZER),
+        (ZERO_2, OPTIMIZER),
+        (ZERO_3, OPTIMIZER),
+        (ZERO_3, PARAMETERS),
+        (ZERO_3, HIERARCHY),
     ],
 )
-def test_equals_one_plain_process(corpus: Path, reference: Trace, size: int, overrides: tuple[str, ...]):
-    for trace in ranks.run(size, train_steps, settings(corpus, "model.dropout=0.1", *overrides), STEPS):
-        assert_same(trace, reference, loss=1e-5, norm=1e-4)
+def test_two_ranks_equal_one_plain_process(
+    corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]
+):
+    for trace in ranks.run(2, train_steps, settings(corpus, DROPOUT, *overrides), STEPS):
+        assert_same(trace, references["adamw"], loss=1e-5, norm=1e-4)
 
 
 @pytest.mark.parametrize("overrides", [(ZERO_1, OPTIMIZER), (ZERO_3, OPTIMIZER, PARAMETERS)])
-def test_bf16_stays_near_fp32(corpus: Path, reference: Trace, overrides: tuple[str, ...]):
-    low = settings(corpus, "model.dropout=0.1", "precision=bf16", *overrides)
+def test_bf16_stays_near_fp32(corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]):
+    low = settings(corpus, DROPOUT, "precision=bf16", *overrides)
     for trace in ranks.run(2, train_steps, low, STEPS):
-        assert_same(trace, reference, loss=5e-3, norm=5e-2, update=0.25)
+        assert_same(trace, references["adamw"], loss=5e-3, norm=5e-2, update=0.25)
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("name", ["adamw", "adam"])
-@pytest.mark.parametrize("zero", [ZERO_1, ZERO_3])
-def test_deepspeeds_kernel_steps_as_torch_does(corpus: Path, zero: str, name: str):
-    overrides = settings(corpus, f"optimizer={name}", "optimizer.weight_decay=0.1")
-    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
-    for trace in ranks.run(2, train_steps, [*overrides, zero, OPTIMIZER, KERNEL], STEPS):
-        assert_same(trace, expected, loss=1e-5, norm=1e-4)
+@pytest.mark.parametrize(("name", "zero"), [("adamw", ZERO_1), ("adamw", ZERO_3), ("adam", ZERO_2)])
+def test_deepspeeds_kernel_steps_as_torch_does(
+    corpus: Path, references: dict[str, Trace], zero: str, name: str
+):
+    optimizer = OTHER_OPTIMIZERS.get(name, (DROPOUT,))
+    for trace in ranks.run(2, train_steps, settings(corpus, *optimizer, zero, OPTIMIZER, KERNEL), STEPS):
+        assert_same(trace, references[name], loss=1e-5, norm=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop"])
 @pytest.mark.parametrize("zero", [ZERO_2, ZERO_3])
-def test_other_optimizers(corpus: Path, zero: str, name: str):
-    overrides = settings(corpus, f"optimizer={name}", "optimizer.weight_decay=0", "optimizer.lr=1e-3")
-    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
-    for trace in ranks.run(2, train_steps, [*overrides, zero, OPTIMIZER], STEPS):
-        assert_same(trace, expected, loss=1e-5, norm=1e-3)
+def test_other_optimizers(corpus: Path, references: dict[str, Trace], zero: str, name: str):
+    overrides = settings(corpus, *OTHER_OPTIMIZERS[name], zero, OPTIMIZER)
+    for trace in ranks.run(2, train_steps, overrides, STEPS):
+        assert_same(trace, references[name], loss=1e-5, norm=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_other_optimizers(corpus: Path, zero: str, name: str):
     ],
 )
 def test_resume_is_bit_exact(corpus: Path, tmp_path: Path, overrides: tuple[str, ...]):
-    assert_bitwise_resume(2, settings(corpus, "model.dropout=0.1", *overrides), tmp_path)
+    assert_bitwise_resume(2, settings(corpus, DROPOUT, *overrides), tmp_path)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -114,16 +124,35 @@ def test_resume_is_bit_exact_in_deepspeeds_kernel(corpus: Path, tmp_path: Path, 
 def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
     """From offload to none and back, between kernels and stages: the same curve."""
     overrides = settings(corpus)
-    whole = ranks.run(1, train_steps, overrides, 7)[0]
-    saved_by = {
-        "plain": (1, ()),
+    runs = {
         "kernel": (2, (ZERO_1, OPTIMIZER, KERNEL)),
         "parameters": (2, (ZERO_3, OPTIMIZER, PARAMETERS)),
+        "plain": (1, ()),
     }
-    for name, (size, layout) in saved_by.items():
+    for name, (size, layout) in runs.items():
         ranks.run(size, train_steps, [*overrides, *layout], 4, str(tmp_path / name))
-    for name in saved_by:
-        for size, layout in ((1, ()), (2, (ZERO_2, OPTIMIZER)), (2, (ZERO_3, OPTIMIZER, PARAMETERS, KERNEL))):
+    whole = ranks.run(1, train_steps, overrides, 7)[0]
+    for taken_up_by, (size, layout) in reversed(runs.items()):
+        for name in runs:
             saved = str(tmp_path / name / "step-00000004")
             trace = ranks.run(size, train_steps, [*overrides, *layout], 7, None, saved)[0]
-            np.testing.assert_allclose(trace.losses, whole.losses[4:], rtol=1e-5, err_msg=f"{name} {layout}")
+            message = f"{name} taken up by {taken_up_by}"
+            np.testing.assert_allclose(trace.losses, whole.losses[4:], rtol=1e-5, err_msg=message)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (ZERO_1, OPTIMIZER),
+        (ZERO_2, OPTIMIZER),
+        (ZERO_3, OPTIMIZER, PARAMETERS, HIERARCHY),
+        (ZERO_2, OPTIMIZER, "parallel.tensor=2"),
+        (ZERO_3, OPTIMIZER, PARAMETERS, "parallel.tensor=2"),
+        (ZERO_3, OPTIMIZER, HIERARCHY, "parallel.sequence=2"),
+    ],
+)
+def test_four_ranks_equal_one_plain_process(
+    corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]
+):
+    for trace in ranks.run(4, train_steps, settings(corpus, DROPOUT, *overrides), STEPS):
+        assert_same(trace, references["adamw"], loss=1e-5, norm=1e-4)

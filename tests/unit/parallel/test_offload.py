@@ -42,6 +42,10 @@ CASES = [
         "none in a pipeline",
         "parallel.pipeline=1",
     ),
+    *[
+        ((f"parallel.{key}=nvme", "parallel.zero=3"), 2, f"parallel.{key}:", "cannot read", f"{key}=cpu")
+        for key in ("offload_optimizer", "offload_parameters")
+    ],
     (
         ("parallel.offload_parameters=cpu", "parallel.zero=2"),
         2,
