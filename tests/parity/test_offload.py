@@ -125,6 +125,38 @@ def test_resume_is_bit_exact_in_deepspeeds_kernel(corpus: Path, tmp_path: Path, 
     assert_bitwise_resume(2, settings(corpus, zero, OPTIMIZER, KERNEL), tmp_path)
 
 
+def steps_with_a_restart_before(restart: int | None) -> list[float]:
+    """A parameter after 40 steps of DeepSpeed's kernel; before step `restart` a new optimizer takes over."""
+    import torch
+
+    from llmtrain.engine.cpu_adam import build_cpu_adam
+    from llmtrain.optim.config import OptimizerConfig
+
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(100, generator=generator))
+
+    def build() -> torch.optim.Optimizer:
+        return build_cpu_adam(OptimizerConfig(implementation="deepspeed"), [("w", parameter)], {"w": (100,)})
+
+    optimizer = build()
+    for step in range(40):
+        if step == restart:
+            state = optimizer.state[parameter]
+            state["step"] = torch.tensor(float(state["step"]))  # as a checkpoint gives it
+            optimizer = build()
+            optimizer.state[parameter] = state
+        parameter.grad = torch.randn(100, generator=generator)
+        optimizer.step()
+    return parameter.tolist()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_deepspeeds_kernel_remembers_nothing_but_its_state():
+    whole = ranks.run(2, steps_with_a_restart_before, None)[0]
+    for restart in (1, 17, 30):
+        assert ranks.run(2, steps_with_a_restart_before, restart)[0] == whole
+
+
 @pytest.mark.usefixtures("kernel")
 def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
     """From offload to none and back, between kernels and stages: the same curve."""
