@@ -31,5 +31,3 @@ def import_deepspeed() -> Any:
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
     return deepspeed
-
-
