@@ -297,7 +297,7 @@ def _offload_problems(
         optimizer == "none" or parallel.pipeline == 1,
         "parallel.offload_optimizer",
         f"{optimizer} with pipeline {parallel.pipeline}",
-        "none in a pipeline, whose schedule reduces gradients where the weights are",
+        "none in a pipeline, where DeepSpeed adds micro-batches' gradients up wrongly in bf16",
         "give parallel.pipeline=1, or parallel.offload_optimizer=none",
     )
     yield from require(
