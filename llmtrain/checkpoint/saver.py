@@ -68,6 +68,7 @@ class Pending:
         self._then = then
         self._written: dict[str, Any] | None = None
         self._problem: tuple[str, str] | None = None
+        self._is_handed_in = False
         self._is_copied = threading.Event()
         self._is_called_off = threading.Event()
         self._stream = None
@@ -90,7 +91,7 @@ class Pending:
             self._written = store.write_share(
                 self.partial, distributed.rank(), copied, go_on=lambda: not self._is_called_off.is_set()
             )
-        except Exception as error:  # told to all ranks by commit
+        except Exception as error:  # told to all ranks by hand_in
             self._problem = store.why(error, self.partial)
         finally:
             self._is_copied.set()
@@ -103,17 +104,33 @@ class Pending:
     def is_busy(self) -> bool:
         return self._thread.is_alive()
 
-    def commit(self) -> None:
-        """Wait for this rank's file, then make all ranks' a checkpoint. Raises as store.commit."""
+    def advance(self) -> bool:
+        """Take the next step, which all ranks do together when none is busy: hand in the files, which rank
+        0's thread then makes a checkpoint of; or, when that is done, tell. → whether it was the last.
+
+        Raises as store.hand_in.
+        """
         self.wait()
-        path = store.commit(
-            self.partial, self._step, self._written, self._problem, self._description, self._tokenizer
-        )
+        if not self._is_handed_in:
+            shares = store.hand_in(self.partial, self._written, self._problem)
+            self._is_handed_in = True
+            if distributed.is_main():
+                self._thread = threading.Thread(target=self._assemble, args=(shares,), daemon=True)
+                self._thread.start()
+            return False
+        path = store.conclude(self.partial, self._step, self._problem)
         if self._then is not None:
             self._then(path)
+        return True
+
+    def _assemble(self, shares: list[dict[str, Any]]) -> None:
+        try:
+            store.assemble(self.partial, self._step, shares, self._description, self._tokenizer)
+        except Exception as error:
+            self._problem = store.why(error, self.partial)
 
     def wait(self) -> None:
-        """Until this rank has written its file, or failed to."""
+        """Until this rank's thread is done with its work."""
         self._thread.join()
         self._hook.remove()
 
@@ -160,13 +177,13 @@ class Saver:
         self._pending = Pending(step, partial, engine, self._copier, description, tokenizer, then)
 
     def poll(self) -> None:
-        """Commit the pending checkpoint if all ranks' files are on the disk. A collective while one is
-        pending, else nothing. Raises as `finish`."""
+        """Take the pending checkpoint a step further if no rank's thread is busy with it. A collective while
+        one is pending, else nothing. Raises as `finish`."""
         if self._pending is None:
             return
         busy = torch.tensor([float(self._pending.is_busy)], device=self._pending.device)
         if distributed.all_sum(busy).item() == 0:
-            self.finish()
+            self._advance()
 
     def finish(self) -> None:
         """Wait for the pending checkpoint and commit it.
@@ -174,11 +191,14 @@ class Saver:
         Raises TrainingError on all ranks when any could not write, its disk being full, say; the half
         written checkpoint is removed, earlier ones stay.
         """
-        if self._pending is None:
-            return
-        self._pending.wait()
-        pending, self._pending = self._pending, None
-        pending.commit()
+        while self._pending is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        assert self._pending is not None
+        pending, self._pending = self._pending, None  # a failure ends it
+        if not pending.advance():
+            self._pending = pending
 
     def abandon(self) -> None:
         """Drop the pending checkpoint, for a rank that fails while others may not: no collective."""

@@ -135,30 +135,23 @@ def write_share(
     }
 
 
-def commit(
-    partial: Path,
-    step: int,
-    written: dict[str, Any] | None,
-    problem: tuple[str, str] | None,
-    description: Mapping[str, Any],
-    tokenizer: Path | None,
-) -> Path:
-    """Make the ranks' files a checkpoint, whose path is returned; all ranks call it, each with what
-    write_share gave, or with the problem it met (see `why`).
+def hand_in(
+    partial: Path, written: dict[str, Any] | None, problem: tuple[str, str] | None
+) -> list[dict[str, Any]]:
+    """What each rank gives when its file is on the disk: what write_share gave, or the problem it met (see
+    `why`). → all of it, in rank order, on rank 0, and nothing on others.
 
-    Raises TrainingError on all ranks when any of them met one; what was written is removed then.
+    Raises TrainingError on all ranks when any of them met a problem; what was written is removed then.
     """
-    shares = distributed.gather((written, problem))
-    raise_if_any([problem for _, problem in shares], partial)
-    final = partial.parent / step_folder(step)
-    if distributed.is_main():
-        try:
-            told = [share for share, _ in shares if share is not None]
-            assemble(partial, final, step, told, description, tokenizer)
-        except Exception as error:  # every rank must reach the broadcast below
-            problem = why(error, partial)
+    raise_if_any(distributed.gather(problem), partial)
+    return [share for share in distributed.gather_to_main(written) if share is not None]
+
+
+def conclude(partial: Path, step: int, problem: tuple[str, str] | None) -> Path:
+    """After rank 0 has assembled the shares or met a `problem`: → the checkpoint's path, on all ranks.
+    Raises as `hand_in`."""
     raise_if_any([distributed.from_main(problem)], partial)
-    return final
+    return partial.parent / step_folder(step)
 
 
 def save(
@@ -173,9 +166,15 @@ def save(
     written, problem = None, None
     try:
         written = write_share(partial, distributed.rank(), collect(engine))
-    except Exception as error:  # told to all ranks by commit
+    except Exception as error:  # told to all ranks by hand_in
         problem = why(error, partial)
-    return commit(partial, step, written, problem, describe(engine, step, description), tokenizer)
+    shares = hand_in(partial, written, problem)
+    if distributed.is_main():
+        try:
+            assemble(partial, step, shares, describe(engine, step, description), tokenizer)
+        except Exception as error:
+            problem = why(error, partial)
+    return conclude(partial, step, problem)
 
 
 def describe(engine: Engine, step: int, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,13 +189,13 @@ def describe(engine: Engine, step: int, description: Mapping[str, Any]) -> dict[
 
 def assemble(
     partial: Path,
-    final: Path,
     step: int,
     shares: list[dict[str, Any]],
     description: Mapping[str, Any],
     tokenizer: Path | None,
 ) -> None:
-    """Write the manifest of all ranks' `shares`, in rank order, and give the folder its name."""
+    """Write the manifest of all ranks' `shares`, in rank order, and give the folder its name; for rank 0."""
+    final = partial.parent / step_folder(step)
     tensors: dict[str, dict[str, Any]] = {}
     counters: dict[str, dict[str, float]] = {}
     for share in shares:
@@ -226,7 +225,9 @@ def assemble(
         "counters": counters,
         "tensors": tensors,
     }
-    files.write_json_atomically(partial / MANIFEST, {**manifest, "checksum": _checksum(manifest)})
+    # A line: with thousands of ranks it is tens of megabytes, and json indents in Python.
+    checked = {**manifest, "checksum": _checksum(manifest)}
+    files.write_json_atomically(partial / MANIFEST, checked, indent=None)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # the same step again
         shutil.rmtree(replaced, ignore_errors=True)
@@ -430,8 +431,8 @@ class Checkpoint:
                     str(path), f"version {version}", f"version {VERSION}", "use the llmtrain that wrote it"
                 )
             )
-        renamed = path.name.startswith("step-") and path.name != step_folder(manifest.get("step", -1))
-        if renamed or manifest.get("checksum") != _checksum(manifest):
+        altered = manifest.get("checksum") != _checksum(manifest)
+        if altered or (path.name.startswith("step-") and path.name != step_folder(manifest["step"])):
             remedy = "name another step's folder"
             raise CheckpointError(
                 Problem(str(path / MANIFEST), "an altered manifest", "what was written", remedy)

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmtrain import files
 from llmtrain.commands.sharing import SharingConfig, start_sharing
-from llmtrain.config import decode, require
+from llmtrain.config import decode, encode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import data_problems, family_of, open_corpus, open_dataset
@@ -77,10 +77,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     device = distributed.pick_device(config.device)
     mesh = start_sharing(
         config.parallel,
-        trained.config,
+        trained,
+        encode(config),
         device,
         micro_size=config.micro_size,
         sequence_length=length,
+        corpus=corpus,
+        shares_samples=True,
     )
     batches = evaluation_batches(
         dataset,

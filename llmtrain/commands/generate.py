@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.commands.sharing import SharingConfig, start_sharing
-from llmtrain.config import decode
-from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.config import decode, encode
+from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.generation.config import GenerateConfig
 
 
@@ -48,10 +48,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     longest = max(map(len, ids)) + config.generate.max_new_tokens
     mesh = start_sharing(
-        config.parallel, trained.config, device, micro_size=1, sequence_length=longest, data=1
+        config.parallel, trained, encode(config), device, micro_size=1, sequence_length=longest
     )
     model = trained.build_over(mesh, device)
-    continuations = generate(model, ids, config.generate, eos_id=tokenizer.eos_id)
+    try:
+        continuations = generate(model, ids, config.generate, eos_id=tokenizer.eos_id)
+    except UserError as error:  # all ranks look at the same prompts
+        raise distributed.everywhere(error) from None
     if not distributed.is_main():
         return
     for prompt, continuation in zip(prompts, continuations, strict=True):

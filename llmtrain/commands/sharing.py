@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import model_shape
 from llmtrain.parallel import launcher
+from llmtrain.parallel.agreement import Fact, run_facts
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
-from llmtrain.train.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
+    from llmtrain.commands.loading import TrainedModel
+    from llmtrain.data.corpus import Corpus
     from llmtrain.parallel.mesh import Mesh
 
 
@@ -28,31 +32,47 @@ class SharingConfig:
 
 def start_sharing(
     sharing: SharingConfig,
-    model: ModelConfig,
+    trained: TrainedModel,
+    config: Mapping[str, Any],
     device: torch.device,
     *,
     micro_size: int,
     sequence_length: int,
-    data: int | None = None,
+    corpus: Corpus | None = None,
+    shares_samples: bool = False,
 ) -> Mesh:
-    """Join the other processes and take a place among them.
+    """Join the other processes, which must have found the same weights and have the same encoded `config`,
+    and take a place among them.
 
-    data: processes that each see samples of their own; None: all that are left. Raises ConfigError for
-    a division that does not add up.
+    shares_samples: processes that the model leaves see samples of their own; otherwise there may be none.
+    Raises ConfigError for a division that does not add up, LaunchError for ranks that differ.
     """
     from llmtrain.parallel import distributed
     from llmtrain.parallel.mesh import Mesh
 
-    world_size = launcher.world_size()
-    replicas = data or max(1, world_size // (sharing.tensor * sharing.pipeline))
+    world_size, model_size = launcher.world_size(), sharing.tensor * sharing.pipeline
+    if not shares_samples and model_size > 0 and world_size != model_size:
+        raise ConfigError(
+            Problem(
+                "parallel",
+                f"tensor {sharing.tensor} · pipeline {sharing.pipeline} = {model_size}",
+                f"a product of {world_size}, the processes started: each holds a part of the model",
+                f"start {model_size} processes, or give parallel.tensor={world_size} parallel.pipeline=1",
+            )
+        )
+    replicas = max(1, world_size // max(1, model_size))
     layout = plan_layout(
-        ParallelConfig(data=data, tensor=sharing.tensor, pipeline=sharing.pipeline),
+        ParallelConfig(tensor=sharing.tensor, pipeline=sharing.pipeline),
         BatchConfig(micro_size * replicas, micro_size, sequence_length),
         engine="deepspeed",
         precision="fp32",
         world_size=world_size,
         device=device.type,
-        model=model_shape(model),
+        model=model_shape(trained.config),
     )
-    distributed.start(device)
+    facts = run_facts(config, device.type, None if corpus is None else corpus.manifest.fingerprint)
+    remedy = "name one checkpoint's folder, the same on all ranks"
+    facts["checkpoint found"] = Fact(trained.source.name, remedy)
+    facts["step of the checkpoint"] = Fact(trained.step, remedy)
+    distributed.start(device, facts=facts)
     return Mesh(layout)

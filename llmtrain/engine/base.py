@@ -86,10 +86,12 @@ class Fragment:
         return self.shard.pieces(self.start, self.stop)
 
 
-def dropout_seed(seed: int, first_sample: int) -> int:
-    """The seed of a micro-batch' dropout where torch's generator makes it: a function of the run's seed and
-    of the global number of its first sample, so that neither ranks nor restarts change it."""
-    digest = hashlib.blake2b(f"dropout/{seed}/{first_sample}".encode(), digest_size=8).digest()
+def dropout_seed(seed: int, first_sample: int, stage: int = 0) -> int:
+    """The seed of a micro-batch' dropout where torch's generator makes it: a function of the run's seed, of
+    the global number of its first sample, so that neither ranks nor restarts change it, and of the pipeline
+    stage, whose layers are not another's."""
+    place = f"{first_sample}" if stage == 0 else f"{first_sample}/{stage}"
+    digest = hashlib.blake2b(f"dropout/{seed}/{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -147,7 +149,8 @@ class Engine(ABC):
         scale = self.mesh.replicas / max(1, num_targets)
 
         def run(i: int) -> Batch:
-            torch.manual_seed(dropout_seed(self.setup.seed, micro_batches[i].first_sample))
+            stage = self.mesh.coordinates.pipeline
+            torch.manual_seed(dropout_seed(self.setup.seed, micro_batches[i].first_sample, stage))
             return to_device(batches[i], self.device)
 
         losses: list[torch.Tensor] = []
@@ -243,7 +246,7 @@ class Engine(ABC):
         gradients = [p.grad for _, p in self._owned() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         if self.layout.model > 1:
-            square = norm.double().square() * (self.mesh.replica == 0)
+            square = norm.double().square() if self.mesh.replica == 0 else torch.zeros_like(norm).double()
             norm = distributed.all_sum(square).sqrt().float()
         if max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], max_grad_norm, norm)
@@ -287,7 +290,7 @@ class Engine(ABC):
 def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Global sample numbers of all ranks' `micro_batches`."""
     gathered = distributed.gather([int(sample) for micro in micro_batches for sample in micro.samples])
-    return sorted(sample for of_rank in gathered for sample in of_rank)
+    return sorted({sample for of_rank in gathered for sample in of_rank})
 
 
 def fill_fragments(engine: Engine, source: Source) -> None:

@@ -44,7 +44,9 @@ def sum_over_batches(
             for name, value in {"": terms.loss_sum, "#": terms.num_targets, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
     names = sorted(sums)
-    totals = torch.stack([sums[name] for name in names]) if names else torch.zeros(0)
+    if not names:  # on no rank then, since all bring equally many
+        return Totals(0.0, 0)
+    totals = torch.stack([sums[name] for name in names])
     reduced = dict(zip(names, distributed.all_sum(totals).tolist(), strict=True))
     return Totals(reduced.pop("", 0.0), int(reduced.pop("#", 0.0)), reduced)
 

@@ -99,7 +99,7 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
     Raises LaunchError when nobody hosts it within `seconds`.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not address or not port.isdecimal():
+    if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
         names = "MASTER_ADDR and MASTER_PORT"
         raise LaunchError(
             Problem(names, f"{address!r} and {port!r}", "where rank 0 is reached", "or launch by torchrun")
@@ -107,15 +107,21 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not is_host:
         launcher.await_host(address, int(port), seconds)
-    return dist.TCPStore(
-        address,
-        int(port),
-        size,
-        is_host,
-        datetime.timedelta(seconds=seconds),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    try:
+        return dist.TCPStore(
+            address,
+            int(port),
+            size,
+            is_host,
+            datetime.timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        got = f"{address}:{port}, which rank {rank} cannot use ({str(error).strip().splitlines()[0]})"
+        raise LaunchError(
+            Problem("MASTER_ADDR and MASTER_PORT", got, "rank 0's own address and a free port")
+        ) from error
 
 
 def lost_rank(error: BaseException) -> str | None:
@@ -162,6 +168,15 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_to_main(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on rank 0, and nothing on others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 def from_main(value: T) -> T:

@@ -78,16 +78,30 @@ def await_host(address: str, port: int, seconds: float) -> None:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """Raises LaunchError for what is no rank of the world."""
+    number, size = _whole("RANK", 0), world_size()
+    if number >= size:
+        got = f"{number} with WORLD_SIZE={size}"
+        raise LaunchError(Problem("RANK", got, f"0 to {size - 1}", "correct what launches the ranks"))
+    return number
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Raises LaunchError for what is no number of processes."""
+    return _whole("WORLD_SIZE", 1, least=1)
 
 
 def local_rank() -> int:
-    """This process' number on its host."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """This process' number on its host. Raises LaunchError for what is no such number."""
+    return _whole("LOCAL_RANK", 0)
+
+
+def _whole(name: str, default: int, least: int = 0) -> int:
+    text = os.environ.get(name, "").strip() or str(default)
+    if not text.isdecimal() or int(text) < least:
+        remedy = "correct this environment variable, or launch by torchrun"
+        raise LaunchError(Problem(name, repr(text), f"a whole number, {least} or more", remedy))
+    return int(text)
 
 
 def likely_device(name: str) -> str:

@@ -184,7 +184,7 @@ def plan_layout(
     problems += _offload_problems(parallel, implementation, on_this_machine)
     problems += _quantization_problems(parallel, precision, device, on_this_machine)
     if model is not None:
-        problems += _model_problems(parallel, model, exact_dropout)
+        problems += _model_problems(parallel, model, exact_dropout, world_size)
     data = parallel.data or world_size // _others(parallel)
     if data >= 1:
         problems += _batch_problems(batch, data)
@@ -249,7 +249,8 @@ def _pipeline_problems(
         "parallel.sequence",
         f"{parallel.sequence} with pipeline {parallel.pipeline}",
         "1 in a pipeline, whose schedule knows data and tensor alone",
-        f"give parallel.tensor={parallel.sequence} parallel.tensor_sequence=true, or parallel.pipeline=1",
+        f"give parallel.sequence=1 parallel.tensor={parallel.sequence * parallel.tensor} "
+        "parallel.tensor_sequence=true, or parallel.pipeline=1",
     )
 
 
@@ -393,11 +394,19 @@ def _hierarchy_problems(parallel: ParallelConfig, data: int) -> Iterator[Problem
         key,
         size,
         f"a divisor of the {replicas} replicas",
-        f"nearest: {_text(_nearest_divisors(replicas, size))}",
+        f"nearest: {_text(_around([d for d in range(1, replicas + 1) if replicas % d == 0], size))}",
     )
 
 
-def _model_problems(parallel: ParallelConfig, model: ModelShape, exact_dropout: bool) -> Iterator[Problem]:
+def _model_problems(
+    parallel: ParallelConfig, model: ModelShape, exact_dropout: bool, world_size: int
+) -> Iterator[Problem]:
+    def fitting(size: int, axis: str) -> str:
+        """Divisors of `size` next to what was given that the processes started allow for."""
+        others = _others(parallel) // getattr(parallel, axis)
+        legal = [d for d in range(1, size + 1) if size % d == 0 and world_size % (d * others) == 0]
+        return _text(_around(legal or [1], getattr(parallel, axis)))
+
     for axis in ("tensor", "pipeline", "sequence"):
         size = getattr(parallel, axis)
         if size == 1:
@@ -415,7 +424,7 @@ def _model_problems(parallel: ParallelConfig, model: ModelShape, exact_dropout: 
                 "parallel.pipeline",
                 size,
                 f"1 to model.num_layers={model.num_layers}: each stage runs one layer at least",
-                f"give parallel.pipeline={model.num_layers}",
+                f"give parallel.pipeline={_most_stages(parallel, model.num_layers, world_size)}",
             )
     if "tensor" in model.axes and parallel.tensor > 1:
         for name, size in (("key-value heads", model.kv_heads), ("model.mlp_hidden_size", model.mlp_width)):
@@ -424,7 +433,7 @@ def _model_problems(parallel: ParallelConfig, model: ModelShape, exact_dropout: 
                 "parallel.tensor",
                 parallel.tensor,
                 f"a divisor of the {size} {name}",
-                f"nearest: {_text(_nearest_divisors(size, parallel.tensor))}",
+                f"nearest: {fitting(size, 'tensor')}",
             )
     if "sequence" in model.axes and parallel.sequence > 1 and model.kv_heads % parallel.tensor == 0:
         heads = model.kv_heads // parallel.tensor
@@ -435,7 +444,7 @@ def _model_problems(parallel: ParallelConfig, model: ModelShape, exact_dropout: 
             f"a divisor of the {heads} key-value heads"
             + (f" that tensor {parallel.tensor} leaves each process" if parallel.tensor > 1 else "")
             + ", which the exchange around attention divides",
-            f"nearest: {_text(_nearest_divisors(heads, parallel.sequence))}",
+            f"nearest: {fitting(heads, 'sequence')}",
         )
     yield from require(
         exact_dropout or model.dropout == 0 or parallel.tensor * parallel.sequence == 1,
@@ -461,7 +470,14 @@ def _engine_problems(
         "precision",
         "fp16 with tensor parallelism in engine=local",
         "bf16, fp32: its loss scaler looks for overflow in each process' own gradients alone",
-        "give precision=bf16 or engine=deepspeed",
+        "give precision=bf16, or engine=deepspeed with parallel.zero=1",
+    )
+    yield from require(
+        not (precision == "fp16" and engine == "deepspeed" and parallel.zero == 0),
+        "precision",
+        "fp16 with parallel.zero=0 in engine=deepspeed",
+        "bf16, fp32: the loss scaler that fp16 needs comes with ZeRO there",
+        "give parallel.zero=1, or precision=bf16",
     )
     yield from require(
         not (precision == "fp16" and device == "cpu"),
@@ -534,11 +550,17 @@ def _nearest_multiples(value: int, unit: int) -> list[int]:
     return [multiple for multiple in (below, below + unit) if multiple >= 1]
 
 
-def _nearest_divisors(value: int, wanted: int) -> list[int]:
-    """Divisors of `value` next below and above `wanted`."""
-    divisors = [d for d in range(1, value + 1) if value % d == 0]
-    below = [d for d in divisors if d <= wanted][-1:]
-    return below + [d for d in divisors if d > wanted][:1]
+def _most_stages(parallel: ParallelConfig, num_layers: int, world_size: int) -> int:
+    """The longest pipeline that has a layer for each stage and divides the processes started."""
+    others = parallel.tensor * parallel.sequence
+    legal = (p for p in range(num_layers, 0, -1) if world_size % (p * others) == 0)
+    return next(legal, 1)
+
+
+def _around(values: list[int], wanted: int) -> list[int]:
+    """Of ascending `values` those next below and above `wanted`."""
+    below = [value for value in values if value <= wanted][-1:]
+    return below + [value for value in values if value > wanted][:1]
 
 
 def _text(values: list[int]) -> str:

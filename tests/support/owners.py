@@ -98,7 +98,6 @@ def save(root: Path, owners: Sequence[Owner], step: int = 1, **description: Any)
     """A checkpoint of several ranks, written by one process."""
     partial = store.begin(root, step)
     shares = [store.write_share(partial, rank, store.collect(owner)) for rank, owner in enumerate(owners)]  # type: ignore[arg-type]
-    final = root / store.step_folder(step)
     facts = store.describe(owners[0], step, description)  # type: ignore[arg-type]
-    store.assemble(partial, final, step, shares, facts, None)
-    return store.Checkpoint.open(final)
+    store.assemble(partial, step, shares, facts, None)
+    return store.Checkpoint.open(root / store.step_folder(step))

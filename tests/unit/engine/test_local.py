@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
-from llmtrain.engine.base import NonFiniteError, dropout_seed
+from llmtrain.engine.base import NonFiniteError, Setup, dropout_seed
 from llmtrain.engine.local import LocalEngine
 from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.shards import Shard
 
 VOCAB = 11
 
@@ -25,7 +27,7 @@ class Bigram(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Parameter(torch.randn(VOCAB, VOCAB, generator=generator))
 
-    def forward(self, tokens_BT, *, positions_BT=None, documents_BT=None, labels_BT=None, cache=None):
+    def forward(self, tokens_BT, *, labels_BT=None, **_):
         logits = self.table[tokens_BT]
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
 
@@ -52,7 +54,20 @@ def engine(model: nn.Module, micro_size: int, total: int, **settings: object) ->
         device="cpu",
     )
     optimizer = OptimizerConfig(name="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.0, **settings)  # type: ignore[arg-type]
-    return LocalEngine(model, CausalLM(), layout, torch.device("cpu"), 0, "fp32", optimizer)
+    parameters = dict(model.named_parameters())
+    return LocalEngine(
+        Setup(
+            model=model,
+            objective=CausalLM(),
+            mesh=Mesh(layout),
+            parameters=parameters,
+            shards={name: Shard(tuple(p.shape)) for name, p in parameters.items()},
+            device=torch.device("cpu"),
+            seed=0,
+            precision="fp32",
+            optimizer=optimizer,
+        )
+    )
 
 
 @pytest.fixture

@@ -114,9 +114,9 @@ def test_world_size_must_be_the_product() -> None:
 
 
 def test_fp16_needs_a_device_that_has_it() -> None:
-    (problem,) = refusals(precision="fp16")
+    (problem,) = refusals(ParallelConfig(zero=1), precision="fp16")
     assert problem.where == "precision"
-    assert plan(precision="fp16", device="cuda").world_size == 1
+    assert plan(ParallelConfig(zero=1), precision="fp16", device="cuda").world_size == 1
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -16,7 +16,7 @@ CASES = [
     (("parallel.tensor=3",), 4, "parallel:", "a divisor of the 4 processes", "start 3, 6 processes"),
     (("parallel.data=3",), 4, "parallel:", "a product of 4", "parallel.data=4"),
     (("parallel.tensor=0",), 1, "parallel.tensor:", "1 or more", ""),
-    (("parallel.tensor=6",), 6, "parallel.tensor:", "a divisor of the 8 key-value heads", "nearest: 4, 8"),
+    (("parallel.tensor=6",), 6, "parallel.tensor:", "a divisor of the 8 key-value heads", "nearest: 2"),
     (("parallel.tensor=16",), 16, "parallel.tensor:", "a divisor of the 8 key-value heads", "nearest: 8"),
     ((*LLAMA, "parallel.tensor=8"), 8, "parallel.tensor:", "4 key-value heads", "nearest: 4"),
     (
@@ -24,7 +24,7 @@ CASES = [
         2,
         "parallel.tensor:",
         "a divisor of the 705 model.mlp_hidden_size",
-        "nearest: 1, 3",
+        "nearest: 1",
     ),
     (
         ("model=lstm", "parallel.tensor=2"),
@@ -82,7 +82,7 @@ CASES = [
         16,
         "parallel.pipeline:",
         "1 to model.num_layers=6",
-        "parallel.pipeline=6",
+        "parallel.pipeline=4",
     ),
     (
         ("parallel.pipeline=2", "parallel.sequence=2", "parallel.zero=1"),
@@ -103,7 +103,7 @@ CASES = [
         3,
         "parallel.sequence:",
         "a divisor of the 8 key-value heads",
-        "nearest: 2, 4",
+        "nearest: 1",
     ),
     (
         ("parallel.tensor=4", "parallel.sequence=4"),
@@ -115,6 +115,27 @@ CASES = [
     (("parallel.zero=1", "engine=local"), 2, "parallel.zero:", "keeps whole copies", "engine=deepspeed"),
     (("parallel.zero=4",), 1, "parallel.zero:", "0, 1, 2, 3", ""),
     (("precision=fp16",), 1, "precision:", "fp32, bf16 on a cpu", "precision=bf16"),
+    (
+        ("precision=fp16", "device=cuda", "engine=deepspeed"),
+        1,
+        "precision:",
+        "the loss scaler that fp16 needs comes with ZeRO",
+        "parallel.zero=1",
+    ),
+    (
+        ("precision=fp16", "device=cuda", "parallel.tensor=2"),
+        2,
+        "precision:",
+        "in each process' own gradients alone",
+        "engine=deepspeed with parallel.zero=1",
+    ),
+    (
+        ("parallel.pipeline=2", "parallel.sequence=2", "parallel.tensor=2", "parallel.zero=1"),
+        8,
+        "parallel.sequence:",
+        "1 in a pipeline",
+        "give parallel.sequence=1 parallel.tensor=4 parallel.tensor_sequence=true",
+    ),
     (("batch.micro_size=5",), 2, "batch.global_size:", "a multiple of micro_size · data = 10", "nearest"),
     (
         ("exact_dropout=false", "model.dropout=0.1", "parallel.tensor=2"),
