@@ -34,13 +34,14 @@ def start_ranks(
     ranks: Sequence[int] | None = None,
     size: int | None = None,
     environments: Mapping[int, Mapping[str, str]] | None = None,
+    verb: str = "train",
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`llmtrain train COMMAND` on each rank, without any launcher; → how each ended."""
+    """`llmtrain VERB COMMAND` on each rank, without any launcher; → how each ended."""
     numbers = list(range(len(commands))) if ranks is None else ranks
     shared = rank_environment(size or len(commands))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "llmtrain", "train", *command],
+            [sys.executable, "-m", "llmtrain", verb, *command],
             cwd=REPOSITORY,
             env={
                 **os.environ,
@@ -171,3 +172,16 @@ def test_rank_0_never_comes(corpus: Path, tmp_path: Path):
     told = errors(start_ranks([command], ranks=[1], size=2, environments={1: {"START_TIMEOUT": "1"}}))
     assert len(told) == 1
     assert told[0].startswith("start: got no answer from rank 0 at 127.0.0.1:")
+
+
+def test_evaluation_of_different_checkpoints(corpus: Path, tmp_path: Path):
+    """A run that still trains may have a newer checkpoint for the rank that looks last."""
+    done = llmtrain("train", *training(corpus, tmp_path, "checkpoint.every=1", "checkpoint.keep_last=2"))
+    assert done.returncode == 0, done.stderr
+    common = [f"data.path={corpus}", "parallel.tensor=2", "device=cpu", "data.workers=0"]
+    steps = [tmp_path / "checkpoints" / f"step-0000000{step}" for step in (1, 2)]
+    found = errors(start_ranks([[f"checkpoint={step}", *common] for step in steps], verb="evaluate"))
+    assert any("step of the checkpoint: got 2" in line for line in found), found
+    (line,) = errors(start_ranks([["checkpoint=" + str(tmp_path)]] * 2, verb="generate"))[:1]
+    assert "parallel: got 'tensor 1 · pipeline 1 = 1'" in line or "parallel: got tensor 1" in line
+    assert "parallel.tensor=2" in line

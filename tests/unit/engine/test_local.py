@@ -113,7 +113,9 @@ def test_a_loss_that_is_not_finite_names_its_samples(batch):
 
 
 def test_dropout_seeds_differ_and_stay():
-    seeds = {dropout_seed(seed, sample) for seed in range(8) for sample in range(64)}
-    assert len(seeds) == 8 * 64
+    seeds = {
+        dropout_seed(seed, sample, stage) for seed in range(8) for sample in range(64) for stage in range(3)
+    }
+    assert len(seeds) == 8 * 64 * 3
     assert dropout_seed(0, 0) == dropout_seed(0, 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
