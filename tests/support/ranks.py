@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _POOLS: dict[int, Pool] = {}
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 900
+"""DeepSpeed compiles its CPU optimizer at first use: minutes on a busy machine."""
 
 
 class Pool:
