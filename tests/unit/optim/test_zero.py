@@ -17,6 +17,7 @@ def losses(name: str, zero: int | None) -> list[float]:
     import torch
 
     from llmtrain.data.loader import MicroBatch
+    from llmtrain.engine.base import Setup
     from llmtrain.engine.deepspeed import DeepSpeedEngine
     from llmtrain.engine.local import LocalEngine
     from llmtrain.models.config import GPTConfig
@@ -26,14 +27,27 @@ def losses(name: str, zero: int | None) -> list[float]:
     from llmtrain.optim.config import OptimizerConfig
     from llmtrain.parallel import distributed
     from llmtrain.parallel.layout import Layout
+    from llmtrain.parallel.mesh import Mesh
+    from llmtrain.shards import Shard
 
     size, rank = distributed.world_size(), distributed.rank()
     model = GPT(GPTConfig(vocab_size=100, max_sequence_length=16, hidden_size=32, num_layers=2, num_heads=4))
     initialize(model, 0)
     layout = Layout(size, size, 1, 1, 1, zero or 0, 1, 2, 2 * size, 16)
     config = OptimizerConfig(name, lr=0.02, weight_decay=0.3, momentum=0.5)  # type: ignore[arg-type]
-    engine_type = LocalEngine if zero is None else DeepSpeedEngine
-    engine = engine_type(model, CausalLM(), layout, torch.device("cpu"), 0, "fp32", config)
+    parameters = dict(model.named_parameters())
+    setup = Setup(
+        model=model,
+        objective=CausalLM(),
+        mesh=Mesh(layout),
+        parameters=parameters,
+        shards={name: Shard(tuple(p.shape)) for name, p in parameters.items()},
+        device=torch.device("cpu"),
+        seed=0,
+        precision="fp32",
+        optimizer=config,
+    )
+    engine = LocalEngine(setup) if zero is None else DeepSpeedEngine(setup)
 
     def micro_batch(sample: int) -> MicroBatch:
         tokens = torch.randint(100, (1, 17), generator=torch.Generator().manual_seed(sample))

@@ -27,6 +27,7 @@ def test_the_first_signal_is_answered_once_and_ctrl_c_after_it_interrupts(
 
 
 def test_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with stop_signals() as stop_requested:
         os.kill(os.getpid(), signal.SIGTERM)
