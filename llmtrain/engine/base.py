@@ -244,7 +244,7 @@ class Engine(ABC):
         """Scale the gradients, summed over replicas already, down to `max_grad_norm` (0: leave them);
         → their norm over the whole model."""
         gradients = [p.grad for _, p in self._owned() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
+        norm = total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         if self.layout.model > 1:
             square = norm.double().square() if self.mesh.replica == 0 else torch.zeros_like(norm).double()
             norm = distributed.all_sum(square).sqrt().float()
@@ -285,6 +285,20 @@ class Engine(ABC):
     @abstractmethod
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         """Take back what `scaler_state` gave."""
+
+
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm over all of them, 0-d fp32.
+
+    On a CPU torch adds the squares of a whole tensor up in a few fp32 sums, which loses 2e-4 of the norm
+    over 4 million elements; so it gets them piece by piece.
+    """
+    pieces = [
+        piece
+        for gradient in gradients
+        for piece in (gradient.reshape(-1).split(2**14) if gradient.device.type == "cpu" else (gradient,))
+    ]
+    return torch.nn.utils.get_total_norm(pieces)
 
 
 def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:

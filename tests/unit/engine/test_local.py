@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
-from llmtrain.engine.base import NonFiniteError, Setup, dropout_seed
+from llmtrain.engine.base import NonFiniteError, Setup, dropout_seed, total_norm
 from llmtrain.engine.local import LocalEngine
 from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
@@ -110,6 +110,13 @@ def test_a_loss_that_is_not_finite_names_its_samples(batch):
     assert set(caught.value.samples) <= set(with_nan)
     assert 2 in caught.value.samples
     torch.testing.assert_close(model.table, before, equal_nan=True)
+
+
+def test_the_norm_of_large_gradients_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=generator) for size in ((2**22,), (33, 70_001), (5,))]
+    expected = torch.cat([g.flatten().double() for g in gradients]).norm().item()
+    assert total_norm(gradients).item() == pytest.approx(expected, rel=2e-6)
 
 
 def test_dropout_seeds_differ_and_stay():
