@@ -55,10 +55,9 @@ class TrainedModel:
 
         def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
             whole = weights[name]
-            rows, columns = matrix_shape(tuple(whole.shape))
+            matrix = whole.reshape(matrix_shape(tuple(whole.shape)))
             out.zero_()
             for box, place in shard.pieces(start, start + out.numel()):
-                matrix = whole.reshape(rows, columns)
                 part = matrix[box.row : box.row + box.rows, box.column : box.column + box.columns]
                 out[place] = part.reshape(-1).to(out.device, out.dtype)
 

@@ -117,6 +117,11 @@ class Setup:
     def layout(self) -> Layout:
         return self.mesh.layout
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the whole parameters, by name."""
+        return {name: shard.shape for name, shard in self.shards.items()}
+
 
 class Engine(ABC):
     """Computes optimizer steps. Subclasses say how gradients are made, reduced and applied."""
@@ -230,20 +235,17 @@ class Engine(ABC):
         """Clip, step the optimizer with `lr`, clear gradients; → (gradient norm, step was skipped)."""
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        shapes = {name: shard.shape for name, shard in self.setup.shards.items()}
-        return build_optimizer(self.setup.optimizer, self.named, self.device.type, shapes)
-
-    def _owned(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters that this process alone, of those with one replica's model, answers for."""
-        return [(name, p) for name, p in self.named if self._answers_for(name)]
+        return build_optimizer(self.setup.optimizer, self.named, self.device.type, self.setup.shapes)
 
     def _answers_for(self, name: str) -> bool:
+        """Whether this process, of those with one replica's model, is the one that counts the parameter."""
         return self.setup.shards[name].count > 1 or self.mesh.coordinates.tensor == 0
 
     def _clip(self, max_grad_norm: float) -> float:
         """Scale the gradients, summed over replicas already, down to `max_grad_norm` (0: leave them);
         → their norm over the whole model."""
-        gradients = [p.grad for _, p in self._owned() if p.grad is not None]
+        counted = [p for name, p in self.named if self._answers_for(name)]
+        gradients = [p.grad for p in counted if p.grad is not None]
         norm = total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         if self.layout.model > 1:
             square = norm.double().square() if self.mesh.replica == 0 else torch.zeros_like(norm).double()

@@ -148,8 +148,7 @@ class DeepSpeedEngine(Engine):
             return super()._make_optimizer()
         from llmtrain.engine.cpu_adam import build_cpu_adam
 
-        shapes = {name: shard.shape for name, shard in self.setup.shards.items()}
-        return build_cpu_adam(self.setup.optimizer, self.named, shapes)
+        return build_cpu_adam(self.setup.optimizer, self.named, self.setup.shapes)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -31,13 +31,15 @@ class Mesh:
         """Processes that hold the same weights."""
         self.replica = self.coordinates.data * layout.sequence + self.coordinates.sequence
         """Number of this process among them."""
-        self.is_distributed = dist.is_initialized()
-        if not self.is_distributed:
+        if not dist.is_initialized():
             return
         self.replica_ranks = self._ranks("data", "sequence")
         self.replica_group = self._group("data", "sequence")
-        self.sequence_group = self._group("sequence")
-        self.pipeline_group = self._group("pipeline")
+        # Groups of one are as many as there are processes, and each takes time to make.
+        if layout.sequence > 1:
+            self.sequence_group = self._group("sequence")
+        if layout.pipeline > 1:
+            self.pipeline_group = self._group("pipeline")
         self.tensor_group = _fairscale_group(layout.tensor)
 
     @property

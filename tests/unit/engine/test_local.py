@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
-from llmtrain.engine.base import NonFiniteError, Setup, dropout_seed, total_norm
+from llmtrain.engine.base import NonFiniteError, dropout_seed, total_norm
 from llmtrain.engine.local import LocalEngine
 from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
-from llmtrain.parallel.mesh import Mesh
-from llmtrain.shards import Shard
+from tests.support.engines import whole_setup
 
 VOCAB = 11
 
@@ -54,20 +53,7 @@ def engine(model: nn.Module, micro_size: int, total: int, **settings: object) ->
         device="cpu",
     )
     optimizer = OptimizerConfig(name="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.0, **settings)  # type: ignore[arg-type]
-    parameters = dict(model.named_parameters())
-    return LocalEngine(
-        Setup(
-            model=model,
-            objective=CausalLM(),
-            mesh=Mesh(layout),
-            parameters=parameters,
-            shards={name: Shard(tuple(p.shape)) for name, p in parameters.items()},
-            device=torch.device("cpu"),
-            seed=0,
-            precision="fp32",
-            optimizer=optimizer,
-        )
-    )
+    return LocalEngine(whole_setup(model, layout, optimizer))
 
 
 @pytest.fixture

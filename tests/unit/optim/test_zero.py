@@ -17,36 +17,22 @@ def losses(name: str, zero: int | None) -> list[float]:
     import torch
 
     from llmtrain.data.loader import MicroBatch
-    from llmtrain.engine.base import Setup
     from llmtrain.engine.deepspeed import DeepSpeedEngine
     from llmtrain.engine.local import LocalEngine
     from llmtrain.models.config import GPTConfig
     from llmtrain.models.gpt import GPT
     from llmtrain.models.initialize import initialize
-    from llmtrain.objectives.causal_lm import CausalLM
     from llmtrain.optim.config import OptimizerConfig
     from llmtrain.parallel import distributed
     from llmtrain.parallel.layout import Layout
-    from llmtrain.parallel.mesh import Mesh
-    from llmtrain.shards import Shard
+    from tests.support.engines import whole_setup
 
     size, rank = distributed.world_size(), distributed.rank()
     model = GPT(GPTConfig(vocab_size=100, max_sequence_length=16, hidden_size=32, num_layers=2, num_heads=4))
     initialize(model, 0)
     layout = Layout(size, size, 1, 1, 1, zero or 0, 1, 2, 2 * size, 16)
     config = OptimizerConfig(name, lr=0.02, weight_decay=0.3, momentum=0.5)  # type: ignore[arg-type]
-    parameters = dict(model.named_parameters())
-    setup = Setup(
-        model=model,
-        objective=CausalLM(),
-        mesh=Mesh(layout),
-        parameters=parameters,
-        shards={name: Shard(tuple(p.shape)) for name, p in parameters.items()},
-        device=torch.device("cpu"),
-        seed=0,
-        precision="fp32",
-        optimizer=config,
-    )
+    setup = whole_setup(model, layout, config)
     engine = LocalEngine(setup) if zero is None else DeepSpeedEngine(setup)
 
     def micro_batch(sample: int) -> MicroBatch:
