@@ -2,7 +2,8 @@
 
 A sample is `KEY.tokens.npy`, the token ids of many whole documents, each followed by eos, and
 `KEY.ends.npy`, where each document ends. `index.npy` of a split holds one INDEX_DTYPE row a sample,
-so that a reader goes to any sample without reading the tar. The bytes depend on the tokens alone:
+so that a reader goes to any sample without reading the tar; `lengths.npy` holds the tokens of each of
+its documents with their end, in stream order, so that rows are planned without reading a tar. The bytes depend on the tokens alone:
 times, owners and modes in the tar are fixed.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.files import atomic_writer
+from llmtrain.errors import DataError
 from llmtrain.files import write_atomically
 
 INDEX_DTYPE = np.dtype(
@@ -31,8 +33,13 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 ENDS_DTYPE = np.dtype("<u4")
+LENGTHS_DTYPE = np.dtype("<u4")
 TAR_BLOCK = 512
 NPY_HEADER_BYTES = 128  # of an array of one dimension and a plain type
+
+
+class ShardError(DataError):
+    """One shard that cannot be had or is not what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,19 @@ def write_index(path: Path, rows: np.ndarray) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def write_lengths(path: Path, num_documents: int, pieces: Iterable[np.ndarray]) -> str:
+    """Write a split's lengths.npy from its documents' lengths in stream order, piece by piece; returns its
+    xxh3_128."""
+    checksum = xxhash.xxh3_128()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(path) as file:
+        header = _npy_header(np.lib.stride_tricks.as_strided(np.zeros(1, LENGTHS_DTYPE), (num_documents,), (0,)))
+        for data in chain([header], (piece.astype(LENGTHS_DTYPE).tobytes() for piece in pieces)):
+            file.write(data)
+            checksum.update(data)
+    return checksum.hexdigest()
 
 
 class _Tar:
