@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, repeat
@@ -140,14 +140,20 @@ class Piece:
 SamplePieces = list[Piece]
 
 
+def split_lengths(encoded: Iterable[EncodedBlock], split: int) -> Iterator[np.ndarray]:
+    """Tokens of each of a split's documents with their eos, block by block."""
+    for block in encoded:
+        first = sum(block.num_documents[:split])
+        yield np.load(block.lengths_path, mmap_mode="r")[first : first + block.num_documents[split]]
+
+
 def plan_samples(encoded: Sequence[EncodedBlock], split: int, sample_tokens: int) -> Iterator[SamplePieces]:
     """Consecutive whole documents of a split, as few as make sample_tokens together."""
     pieces: SamplePieces = []
     filled = 0
-    for block in encoded:
+    for block, lengths in zip(encoded, split_lengths(encoded, split), strict=True):
         token = sum(block.num_tokens[:split])
         document = sum(block.num_documents[:split])
-        lengths = np.load(block.lengths_path)[document : document + block.num_documents[split]]
         ends = np.cumsum(lengths, dtype=np.int64)
         done_documents, done_tokens = 0, 0
         while done_documents < len(ends):

@@ -39,7 +39,7 @@ from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, STAMP_NAME, UNFINISHED_N
 from llmtrain.data.encode import SPLITS, EncodedBlock
 from llmtrain.data.files import disk_errors, write_marker
 from llmtrain.data.report import Progress, Report, SplitReport
-from llmtrain.data.shards import INDEX_DTYPE, token_dtype, write_index
+from llmtrain.data.shards import INDEX_DTYPE, token_dtype, write_index, write_lengths
 from llmtrain.data.sources import (
     AUTO_DOCUMENT_BYTES,
     SourceFile,
@@ -446,17 +446,23 @@ class _Run:
             rows = [tuple(row) for shard in shards for row in shard["rows"]]
             index_path = self.work / "corpus" / name / "index.npy"
             index_checksum = write_index(index_path, np.array(rows, dtype=INDEX_DTYPE))
+            num_documents = sum(block.num_documents[split] for block in encoded)
+            lengths = encoding.split_lengths(encoded, split)
+            lengths_path = index_path.with_name("lengths.npy")
+            lengths_checksum = write_lengths(lengths_path, num_documents, lengths)
             entries = [shard["entry"] for shard in shards]
             for leftover in index_path.parent.glob(".*.tmp"):
                 # From a worker of an earlier run that was killed.
                 leftover.unlink()
             splits[name] = {
                 "num_tokens": sum(block.num_tokens[split] for block in encoded),
-                "num_documents": sum(block.num_documents[split] for block in encoded),
+                "num_documents": num_documents,
                 "num_bytes": sum(block.num_bytes[split] for block in encoded),
                 "num_samples": len(rows),
                 "index": f"{name}/index.npy",
                 "index_xxh3_128": index_checksum,
+                "lengths": f"{name}/lengths.npy",
+                "lengths_xxh3_128": lengths_checksum,
                 "shards": entries,
             }
         return splits

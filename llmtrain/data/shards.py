@@ -2,9 +2,9 @@
 
 A sample is `KEY.tokens.npy`, the token ids of many whole documents, each followed by eos, and
 `KEY.ends.npy`, where each document ends. `index.npy` of a split holds one INDEX_DTYPE row a sample,
-so that a reader goes to any sample without reading the tar; `lengths.npy` holds the tokens of each of
-its documents with their end, in stream order, so that rows are planned without reading a tar. The bytes depend on the tokens alone:
-times, owners and modes in the tar are fixed.
+so that a reader goes to any sample without reading the tar; `lengths.npy` holds the tokens of each
+document with its eos, in stream order, so that rows are planned without reading a tar. The bytes
+depend on the tokens alone: times, owners and modes in the tar are fixed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,7 +87,7 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
 
 def write_index(path: Path, rows: np.ndarray) -> str:
     """Write a split's index.npy; returns its xxh3_128."""
-    data = _npy_header(rows) + rows.tobytes()
+    data = _npy_header(rows.dtype, rows.shape) + rows.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
     return xxhash.xxh3_128_hexdigest(data)
@@ -98,7 +99,7 @@ def write_lengths(path: Path, num_documents: int, pieces: Iterable[np.ndarray]) 
     checksum = xxhash.xxh3_128()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as file:
-        header = _npy_header(np.lib.stride_tricks.as_strided(np.zeros(1, LENGTHS_DTYPE), (num_documents,), (0,)))
+        header = _npy_header(LENGTHS_DTYPE, (num_documents,))
         for data in chain([header], (piece.astype(LENGTHS_DTYPE).tobytes() for piece in pieces)):
             file.write(data)
             checksum.update(data)
@@ -115,7 +116,7 @@ class _Tar:
 
     def add_array(self, name: str, array: np.ndarray) -> int:
         """Append `array` as an npy member; returns the byte at which its data begin."""
-        header = _npy_header(array)
+        header = _npy_header(array.dtype, array.shape)
         member = tarfile.TarInfo(name)
         member.size = len(header) + array.nbytes
         member.mode = 0o644
@@ -135,7 +136,12 @@ class _Tar:
         self.offset += len(data)
 
 
-def _npy_header(array: np.ndarray) -> bytes:
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
+    description = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(buffer, description)
     return buffer.getvalue()

@@ -1,7 +1,10 @@
 """`prepare` from files to corpus, in one process: what is kept, where it goes, what is refused."""
 
+import io
 import json
 import os
+import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -17,6 +20,7 @@ from llmtrain.data.corpus import Corpus
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import checksum
 
 SPLITS = ("train", "validation", "test")
 
@@ -64,6 +68,18 @@ def documents_of(output: Path) -> dict[str, list[str]]:
     return found
 
 
+def lengths_of(output: Path, name: str) -> Iterator[int]:
+    """Lengths of a split's documents as the shards' members give them."""
+    manifest = json.loads((output / "manifest.json").read_text())
+    for shard in manifest["splits"][name]["shards"]:
+        with tarfile.open(output / shard["file"]) as tar:
+            for member in tar.getmembers():
+                if member.name.endswith(".ends.npy"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield from np.diff(np.load(io.BytesIO(file.read())), prepend=np.uint32(0)).tolist()
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -97,6 +113,10 @@ def test_the_manifest_counts_what_the_report_counts(tmp_path: Path, source: Path
         assert len(index) == split["num_samples"] == sum(s["num_samples"] for s in split["shards"])
         assert index["num_tokens"].sum() == split["num_tokens"] == report.splits[name].tokens
         assert index["num_documents"].sum() == split["num_documents"] == report.splits[name].documents
+        lengths = np.load(tmp_path / "corpus" / split["lengths"])
+        assert lengths.dtype == "<u4"
+        assert lengths.tolist() == list(lengths_of(tmp_path / "corpus", name))
+        assert checksum(tmp_path / "corpus" / split["lengths"]) == split["lengths_xxh3_128"]
         assert split["num_bytes"] == sum(
             len(text.encode()) for text in documents_of(tmp_path / "corpus")[name]
         )
