@@ -1,0 +1,472 @@
+"""Files of remote corpora on this machine's disk, in bounded room, shared by all its processes.
+
+A file's name is its checksum and size, so that corpora that share shards share files. `NAME.partial` is a
+file that is still arriving; whoever holds its lock is the one that downloads it, and a killed process'
+partial file is gone on with by the next. What is read again and again stays: the file that has not been
+used for the longest time makes room for a new one.
+
+A file's time of access says when it was used last. Its time of change is never touched, and tells a file
+that this process has verified from one that something has altered since.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from llmtrain.config import require
+from llmtrain.data.shards import ShardError
+from llmtrain.data.transport import UPLOAD_AGAIN, Transport, without_credentials
+from llmtrain.errors import DataError, Problem
+from llmtrain.files import checksum, disk_problem, is_disk_full, write_atomically
+
+PARTIAL = ".partial"
+LOCK_NAME = ".lock"
+_NAME = re.compile(r"[0-9a-f]{32}-\d+(\.partial)?")
+_POLL = 0.05
+"""Seconds between looks whether other downloads have made room."""
+_FULL_DISK_POLLS = 200
+_PATIENCE = 1.0
+"""Seconds between such looks of the threads that read ahead."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the shards of a remote corpus (a URL) lie while they are used."""
+
+    dir: Path = Path("~/.cache/llmtrain/shards")
+    """A folder on a disk of this machine, which all of a user's runs and ranks there may share."""
+    bytes: int = 64 << 30
+    """Most bytes of files in it; those not used for the longest time go first. Files that a process holds
+    open take their room until it closes them."""
+    retries: int = 8
+    """Attempts after the first that may fail in a row without a new byte."""
+    timeout: float = 30.0
+    """Seconds without a byte after which an attempt has failed."""
+    downloads: int = 4
+    """Files that each rank reads ahead at a time."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.bytes >= 1, "bytes", self.bytes, "1 or more")
+        yield from require(self.retries >= 0, "retries", self.retries, "0 or more")
+        yield from require(0 < self.timeout <= 86400, "timeout", self.timeout, "more than 0, up to 86400")
+        yield from require(1 <= self.downloads <= 64, "downloads", self.downloads, "1 to 64")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    url: str
+    size: int
+    """Bytes."""
+    xxh3_128: str
+    """Checksum of its content, in hex."""
+
+    @property
+    def name(self) -> str:
+        """Of its file in a cache."""
+        return f"{self.xxh3_128}-{self.size}"
+
+    @property
+    def needs(self) -> str:
+        """For messages about the disk."""
+        return f"{self.size:,} bytes for {without_credentials(self.url)}"
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a cache has done so far, in this process."""
+
+    bytes: int = 0
+    """Downloaded, what was thrown away included."""
+    files: int = 0
+    """Downloaded and verified."""
+    retries: int = 0
+    evictions: int = 0
+    """Files removed to make room."""
+
+
+class Cache:
+    """Verified local files of remote ones. Safe from many threads, and from many processes at once."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self._config = config
+        self._folder = config.dir.expanduser()
+        self._counts = dict.fromkeys(Counters.__dataclass_fields__, 0)
+        self._counts_lock = threading.Lock()
+        self._transport = Transport(
+            config.retries,
+            config.timeout,
+            on_bytes=lambda count: self._count("bytes", count),
+            on_retry=lambda: self._count("retries"),
+        )
+        self._verified: dict[str, tuple[int, int]] = {}
+        """Name → inode and time of change of the file that this process has verified."""
+        self._queue: deque[RemoteFile] = deque()
+        self._wanted: set[str] = set()
+        """Names that `want` asked for and `get` has not taken yet: no read-ahead evicts them."""
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def get(self, url: str, size: int, xxh3_128: str) -> Path:
+        """A local file with the content of `url`, downloaded if need be.
+
+        Another process may evict it at any time; what is open stays readable. `open` is safe from that.
+
+        Raises ShardError if the file can't be had or is not what its checksum says; DataError if the cache
+        can't hold it or access is refused.
+        """
+        file = RemoteFile(url, size, xxh3_128)
+        with self._changed:
+            self._wanted.discard(file.name)
+            with suppress(ValueError):
+                self._queue.remove(file)
+            self._changed.notify_all()
+        path = self._have(file)
+        assert path is not None, "only read-ahead gives up for want of room"
+        return path
+
+    def open(self, url: str, size: int, xxh3_128: str) -> int:
+        """`get`, opened for reading: a file descriptor, which the caller closes."""
+        while True:
+            path = self.get(url, size, xxh3_128)
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+
+    def want(self, files: Sequence[RemoteFile]) -> None:
+        """Read ahead: get `files` in this order in the background, in place of what is still queued.
+
+        It never evicts one of them that is still to be used, and waits instead. What fails stays quiet
+        until `get` asks for it.
+        """
+        with self._changed:
+            self._queue = deque(dict.fromkeys(files))
+            self._wanted = {file.name for file in self._queue}
+            self._changed.notify_all()
+            while not self._closed and len(self._threads) < min(self._config.downloads, len(self._queue)):
+                thread = threading.Thread(target=self._read_ahead, name="shard download", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def read_small(self, url: str, xxh3_128: str | None = None) -> bytes:
+        """The content of a small file (manifest, index, tokenizer), which is not kept.
+
+        Raises DataError if it can't be had, or twice was not what the checksum says.
+        """
+        content = self._transport.read(url)
+        if xxh3_128 is None or xxhash.xxh3_128_hexdigest(content) == xxh3_128:
+            return content
+        content = self._transport.read(url)
+        if (found := xxhash.xxh3_128_hexdigest(content)) != xxh3_128:
+            raise DataError(_altered(url, found, xxh3_128))
+        return content
+
+    def keep(self, content: bytes, suffix: str = "") -> Path:
+        """A local file with this content, which is never evicted: for libraries that want a path.
+
+        Raises DataError if the cache can't be written.
+        """
+        path = self._folder / f"kept-{xxhash.xxh3_128_hexdigest(content)}{suffix}"
+        try:
+            if not path.is_file() or path.read_bytes() != content:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, content)
+        except OSError as error:
+            raise DataError(self._disk_problem(error, f"{len(content):,} bytes")) from error
+        return path
+
+    @property
+    def counters(self) -> Counters:
+        with self._counts_lock:
+            return Counters(**self._counts)
+
+    def close(self) -> None:
+        """End what runs in the background; what has arrived of a file stays, to be gone on from."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+        self._transport.close()
+        for thread in self._threads:
+            thread.join(1.0)
+
+    def _read_ahead(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                file = self._queue.popleft()
+            try:
+                if self._have(file, ahead=True) is None:
+                    with self._changed:
+                        # `get` or a new `want` may have come meanwhile, and this file may no longer be due.
+                        if file.name in self._wanted and file not in self._queue:
+                            self._queue.appendleft(file)
+                        self._changed.wait(_PATIENCE)
+            except DataError as error:
+                logger.debug("read-ahead: %s", error)
+
+    def _have(self, file: RemoteFile, ahead: bool = False) -> Path | None:
+        """The verified local file. None, for read-ahead alone: there is no room for it now."""
+        path = self._folder / file.name
+        where = without_credentials(file.url)
+        if not _NAME.fullmatch(file.name):
+            # It comes from a manifest that anybody may have written, and becomes part of a path.
+            raise ShardError(Problem(where, f"xxh3_128 {file.xxh3_128!r}", "32 hex digits", UPLOAD_AGAIN))
+        if file.size > self._config.bytes:
+            allowed = f"at most data.cache.bytes={self._config.bytes:,} bytes"
+            got = f"a file of {file.size:,} bytes"
+            raise DataError(Problem(where, got, allowed, "raise data.cache.bytes"))
+        while not self._is_good(path, file):
+            with self._disk_errors(file):
+                descriptor = self._begin(file, ahead)
+            if descriptor is None:
+                if ahead:
+                    return None
+                time.sleep(_POLL)
+                continue
+            try:
+                # What was opened may have got its name, or been evicted, in the moment before the lock.
+                if _is_same(descriptor, _partial(path)) and not self._arrive(file, path, ahead):
+                    return None
+            finally:
+                os.close(descriptor)
+        return path
+
+    def _is_good(self, path: Path, file: RemoteFile) -> bool:
+        """Whether the file is there and as it should be; an altered one is removed.
+
+        A process reads each file once: a disk, too, may flip a byte.
+        """
+        try:
+            status = os.stat(path)
+            state = (status.st_ino, status.st_mtime_ns)
+            if self._verified.get(file.name) != state:
+                found = checksum(path) if status.st_size == file.size else f"{status.st_size} bytes"
+                if found != file.xxh3_128:
+                    logger.warning("%s was altered in the cache: it is downloaded again", path)
+                    path.unlink(missing_ok=True)
+                    return False
+                self._verified[file.name] = state
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
+            return True
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
+
+    def _begin(self, file: RemoteFile, ahead: bool) -> int | None:
+        """The partial file, open and locked for this thread, with room made for the whole of it.
+
+        Waits where another thread or process downloads the same. None: there is no room now, since other
+        downloads take it or, for read-ahead, files that this process will use.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = _partial(self._folder / file.name)
+        descriptor = -1
+        try:
+            with self._folder_lock():
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+                if _try_lock(descriptor):
+                    if self._make_room(file.size, partial.name, self._spared() if ahead else ()):
+                        mine, descriptor = descriptor, -1
+                        return mine
+                    if os.fstat(descriptor).st_size == 0:
+                        partial.unlink()
+                    return None
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            return None
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _arrive(self, file: RemoteFile, path: Path, ahead: bool) -> bool:
+        """Download into the partial file, whose lock this thread holds, and give it its name.
+
+        False, for read-ahead alone: the disk is full. The file is not forced to the disk: whoever finds
+        it after a crash of the machine verifies it.
+        """
+        partial = _partial(path)
+        found = ""
+        for _ in range(2):
+            patience = _FULL_DISK_POLLS
+            while True:
+                try:
+                    self._transport.download(file.url, partial, file.size)
+                    break
+                except OSError as error:
+                    if is_disk_full(error):
+                        freed, others = self._free(file, ahead)
+                        if freed:
+                            continue
+                        if ahead:
+                            return False
+                        if others and patience:
+                            patience -= 1
+                            time.sleep(_POLL)
+                            continue
+                    with suppress(OSError):
+                        partial.unlink()
+                    raise DataError(self._disk_problem(error, file.needs)) from error
+            with self._disk_errors(file):
+                found = checksum(partial)
+                if found == file.xxh3_128:
+                    with self._folder_lock():
+                        os.replace(partial, path)
+                    status = os.stat(path)
+                    self._verified[file.name] = (status.st_ino, status.st_mtime_ns)
+                    self._count("files")
+                    return True
+                os.truncate(partial, 0)
+        with suppress(OSError):
+            partial.unlink()
+        raise ShardError(_altered(file.url, found, file.xxh3_128))
+
+    def _spared(self) -> Collection[str]:
+        with self._changed:
+            return set(self._wanted)
+
+    def _free(self, file: RemoteFile, ahead: bool) -> tuple[int, bool]:
+        """Evict about as much as `file` needs from a disk that is full.
+
+        Returns the bytes of what went, and whether other downloads run: one that ends may leave room.
+        """
+        with self._disk_errors(file), self._folder_lock():
+            spared = self._spared() if ahead else ()
+            entries = self._entries(_partial(self._folder / file.name).name)
+            freed = 0
+            for entry in entries:
+                if freed < file.size and entry.evictable and entry.name not in spared:
+                    freed += self._evict(entry)
+            return freed, not all(entry.evictable for entry in entries)
+
+    def _make_room(self, size: int, own: str, spared: Collection[str]) -> bool:
+        """Under the folder's lock: evict until `size` bytes fit within the bound; False if they can't,
+        and then nothing is evicted.
+
+        own: the partial file that the bytes are for. spared: names that stay.
+        """
+        entries = self._entries(own)
+        excess = sum(entry.size for entry in entries) + size - self._config.bytes
+        victims = [entry for entry in entries if entry.evictable and entry.name not in spared]
+        if sum(entry.size for entry in victims) < excess:
+            return False
+        for entry in victims:
+            if excess <= 0:
+                break
+            excess -= self._evict(entry)
+        return True
+
+    def _entries(self, own: str) -> list[_Entry]:
+        """Files of the cache except `own`, those first that go first: what this process still wants last,
+        and otherwise in the order of their last use."""
+        entries = []
+        wanted = self._spared()
+        for found in os.scandir(self._folder):
+            if found.name == own or not _NAME.fullmatch(found.name):
+                continue
+            with suppress(FileNotFoundError):
+                status = found.stat()
+                name, is_partial = found.name.removesuffix(PARTIAL), found.name.endswith(PARTIAL)
+                active = is_partial and _is_locked(found.path)
+                # A running download will take the room of the whole file.
+                size = int(name.rpartition("-")[2]) if active else status.st_size
+                entries.append(_Entry(found.name, size, not active, (name in wanted, status.st_atime_ns)))
+        return sorted(entries, key=lambda entry: entry.order)
+
+    def _evict(self, entry: _Entry) -> int:
+        with suppress(FileNotFoundError):
+            os.unlink(self._folder / entry.name)
+            self._count("evictions")
+        return entry.size
+
+    @contextmanager
+    def _folder_lock(self) -> Iterator[None]:
+        """Alone among all threads and processes: what is there is counted and evicted, downloads begin."""
+        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _disk_errors(self, file: RemoteFile) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(self._disk_problem(error, file.needs)) from error
+
+    def _disk_problem(self, error: OSError, needed: str) -> Problem:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            got = f"a file system without locks ({error.strerror})"
+            where = f"data.cache.dir={self._folder}"
+            return Problem(where, got, "a disk of this machine", "choose another data.cache.dir")
+        remedy = "make room, or choose another data.cache.dir or a smaller data.cache.bytes"
+        return disk_problem(error, self._folder, key="data.cache.dir", allowed=needed, if_full=remedy)
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        with self._counts_lock:
+            self._counts[name] += amount
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file of the cache."""
+
+    name: str
+    size: int
+    evictable: bool
+    order: tuple[bool, int]
+    """What has the smallest is evicted first."""
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock the open file unless another thread or process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_locked(path: str) -> bool:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _altered(url: str, found: str, expected: str) -> Problem:
+    got = f"an altered file: its content has the checksum {found}"
+    return Problem(without_credentials(url), got, f"xxh3_128 {expected}", UPLOAD_AGAIN)

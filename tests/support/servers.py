@@ -1,0 +1,255 @@
+"""Servers on this machine: a web server whose faults a test turns on, and one of the S3 protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+
+class Request(NamedTuple):
+    path: str
+    """Without the leading slash."""
+    range: str | None
+    if_range: str | None
+    authorization: str | None
+    status: int
+    """What was answered."""
+
+
+@dataclass
+class Faults:
+    """What goes wrong; a path is that of a file below the server's folder."""
+
+    cut_every: int = 0
+    """The connection breaks in the middle of the body of every n-th answer."""
+    cuts: list[int] = field(default_factory=list)
+    """Bytes of the body after which the next answers break, one each."""
+    unavailable: int = 0
+    """So many of the next answers are `status`."""
+    status: int = 503
+    retry_after: str | None = None
+    stall: float = 0.0
+    """Seconds of silence in the middle of the body of the next `stalls` answers."""
+    stalls: int = 0
+    slow: float = 0.0
+    """Seconds before each 64 KiB of a body."""
+    truncated: dict[str, int] = field(default_factory=dict)
+    """Path → bytes that the file has."""
+    flipped: dict[str, int] = field(default_factory=dict)
+    """Path → byte that is wrong."""
+    replaced: dict[str, bytes] = field(default_factory=dict)
+    """Path → another content."""
+    missing: set[str] = field(default_factory=set)
+    ignore_range: bool = False
+    etag: bool = True
+    length: bool = True
+    """Whether an answer says how long it is; without, it ends with the connection."""
+    password: str | None = None
+    """`user:password` that each request must show."""
+
+
+class FileServer:
+    """Serves the files of a folder over HTTP with ranges. `log` holds every request with its answer."""
+
+    def __init__(self, folder: Path, faults: Faults | None = None) -> None:
+        self.folder = folder
+        self.faults = faults or Faults()
+        self.log: list[Request] = []
+        self.lock = threading.Lock()
+        self.answers = 0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def content(self, path: str) -> bytes | None:
+        faults = self.faults
+        if path in faults.missing:
+            return None
+        if path in faults.replaced:
+            return faults.replaced[path]
+        file = self.folder / path
+        if not file.is_file():
+            return None
+        content = bytearray(file.read_bytes())
+        if path in faults.flipped:
+            content[faults.flipped[path]] ^= 1
+        return bytes(content[: faults.truncated.get(path)])
+
+    def ranges(self, path: str) -> list[str | None]:
+        return [request.range for request in self.log if request.path == path]
+
+    def __enter__(self) -> FileServer:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            path = re.sub(r"^(http://[^/]*)?/", "", self.path).partition("?")[0]
+            faults = server.faults
+            with server.lock:
+                busy = faults.unavailable > 0
+                faults.unavailable -= busy
+            if busy:
+                headers = {"Retry-After": faults.retry_after} if faults.retry_after else {}
+                return self.answer(path, faults.status, b"busy", headers)
+            if faults.password is not None and self.authorization() != faults.password:
+                return self.answer(path, 401, b"who are you", {})
+            content = server.content(path)
+            if content is None:
+                return self.answer(path, 404, b"not here", {})
+            etag = f'"{hashlib.md5(content).hexdigest()}"'
+            headers = {"ETag": etag} if faults.etag else {}
+            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            condition = self.headers.get("If-Range")
+            if wanted and not faults.ignore_range and condition in (None, etag):
+                start = int(wanted[1])
+                if start >= len(content):
+                    headers["Content-Range"] = f"bytes */{len(content)}"
+                    return self.answer(path, 416, b"", headers)
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                return self.answer(path, 206, content[start:], headers)
+            return self.answer(path, 200, content, headers)
+
+        def authorization(self) -> str | None:
+            import base64
+
+            given = self.headers.get("Authorization", "")
+            return base64.b64decode(given[6:]).decode() if given.startswith("Basic ") else None
+
+        def answer(self, path: str, status: int, body: bytes, headers: dict[str, str]) -> None:
+            faults = server.faults
+            cut, stall = None, False
+            with server.lock:
+                server.log.append(
+                    Request(
+                        path,
+                        self.headers.get("Range"),
+                        self.headers.get("If-Range"),
+                        self.headers.get("Authorization"),
+                        status,
+                    )
+                )
+                if status in (200, 206):
+                    server.answers += 1
+                    if faults.cuts:
+                        cut = min(faults.cuts.pop(0), len(body))
+                    elif faults.cut_every and server.answers % faults.cut_every == 0:
+                        cut = len(body) // 2
+                    stall = faults.stalls > 0
+                    faults.stalls -= stall
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if faults.length or status >= 400:
+                self.send_header("Content-Length", str(len(body)))
+            else:
+                self.send_header("Connection", "close")
+                self.close_connection = True
+            self.end_headers()
+            try:
+                self.send_body(body if cut is None else body[:cut], stall)
+                if cut is not None:
+                    self.wfile.flush()
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                self.close_connection = True
+
+        def send_body(self, body: bytes, stall: bool) -> None:
+            for start in range(0, len(body), 1 << 16):
+                if server.faults.slow:
+                    time.sleep(server.faults.slow)
+                piece = body[start : start + (1 << 16)]
+                if stall and start + len(piece) >= len(body) / 2:
+                    stall = False
+                    half = len(piece) // 2
+                    self.wfile.write(piece[:half])
+                    self.wfile.flush()
+                    time.sleep(server.faults.stall)
+                    piece = piece[half:]
+                self.wfile.write(piece)
+
+    return Handler
+
+
+S3_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """A server of the S3 protocol in a process of its own; yields the environment that leads to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **S3_CREDENTIALS}
+    finally:
+        process.kill()
+        process.wait()
+
+
+def upload(folder: Path, environment: dict[str, str], bucket: str, prefix: str) -> None:
+    """Put the files of `folder` into a bucket, which is made if need be."""
+    client = s3_client(environment)
+    client.create_bucket(Bucket=bucket)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client.put_object(
+                Bucket=bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes()
+            )
+
+
+def s3_client(environment: dict[str, str]):  # type: ignore[no-untyped-def]
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+    )
