@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmtrain.data.corpus import Corpus
+from llmtrain.data.corpora import Corpora, open_corpora
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
@@ -145,14 +144,14 @@ def recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[P
     return [Problem("recompute.mode", got, "none", "give recompute=none")]
 
 
-def resolve_vocabulary(model: ModelConfig, corpus: Corpus | None) -> ModelConfig:
+def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConfig:
     """The model with its vocabulary known: null takes the corpus'.
 
     Raises ConfigError when the corpus has ids that the model's embedding lacks.
     """
-    if corpus is None or isinstance(model, SimpleCNNConfig):
+    if corpora is None or isinstance(model, SimpleCNNConfig):
         return model
-    needed = corpus.manifest.vocab_size
+    needed = corpora.vocab_size
     if model.vocab_size is None:
         return replace(model, vocab_size=needed)
     if model.vocab_size < needed:
@@ -160,31 +159,54 @@ def resolve_vocabulary(model: ModelConfig, corpus: Corpus | None) -> ModelConfig
             Problem(
                 "model.vocab_size",
                 str(model.vocab_size),
-                f"{needed} or more, the vocabulary of {corpus.path}",
+                f"{needed} or more, the vocabulary of {corpora.where}",
                 "set model.vocab_size=null to take the corpus'",
             )
         )
     return model
 
 
+def open_sources(
+    model: ModelConfig,
+    data: TokenDataConfig | ImageDataConfig,
+    corpora: Corpora | None,
+    split: str,
+    sequence_length: int,
+) -> dict[str, Dataset]:
+    """Corpus → the numbered samples of its split; "" where there is one alone. Raises DataError when they
+    cannot be had."""
+    from llmtrain.data.datasets import TokenSequences
+    from llmtrain.data.images import Images
+
+    if isinstance(data, ImageDataConfig):
+        return {"": Images.open(data.path, split, getattr(model, "num_classes", 10))}
+    assert corpora is not None
+    return {
+        name: TokenSequences(
+            tokens,
+            sequence_length,
+            packing=data.packing,
+            overlap=data.overlap,
+            cache=data.cache.dir.expanduser(),
+        )
+        for name, tokens in corpora.splits(split).items()
+    }
+
+
 def open_dataset(
     model: ModelConfig,
     data: TokenDataConfig | ImageDataConfig,
-    corpus: Corpus | None,
+    corpora: Corpora | None,
     split: str,
     sequence_length: int,
 ) -> Dataset:
-    """The numbered samples of one split. Raises DataError when they cannot be had."""
-    from llmtrain.data.datasets import Images, TokenSequences
+    """The samples of one split of all corpora, for evaluation. Raises DataError when they cannot be had."""
+    from llmtrain.data.datasets import Concatenation
 
-    if isinstance(data, ImageDataConfig):
-        return Images.open(data.path, split, getattr(model, "num_classes", 10))
-    assert corpus is not None
-    return TokenSequences(corpus.split(split), sequence_length)
+    sources = list(open_sources(model, data, corpora, split, sequence_length).values())
+    return sources[0] if len(sources) == 1 else Concatenation(sources)
 
 
-def open_corpus(data: TokenDataConfig | ImageDataConfig) -> Corpus | None:
-    """The token corpus, or None for data that is none. Raises DataError when it cannot be used."""
-    if isinstance(data, ImageDataConfig):
-        return None
-    return Corpus.open(Path(data.path).expanduser(), verify=data.verify)
+def open_data(data: TokenDataConfig | ImageDataConfig) -> Corpora | None:
+    """The token corpora, or None for data that is none. Raises DataError when they cannot be used."""
+    return None if isinstance(data, ImageDataConfig) else open_corpora(data)

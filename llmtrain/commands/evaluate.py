@@ -18,13 +18,13 @@ from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.families import data_problems, family_of, open_corpus, open_dataset
+from llmtrain.families import data_problems, family_of, open_data, open_dataset
 
 if TYPE_CHECKING:
     import torch
 
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.corpus import Corpus
+    from llmtrain.data.corpora import Corpora
     from llmtrain.data.loader import MicroBatch
 
 COUNT_WINDOW = 2**20
@@ -62,7 +62,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     output = None if config.output is None else config.output.expanduser()
     if output is not None:
         _check_output(output)
-    corpus = None if isinstance(config.data, ImageDataConfig) else open_corpus(config.data)
+    corpora = open_data(config.data)
 
     from llmtrain.commands.loading import load_trained
     from llmtrain.data.loader import evaluation_batches
@@ -70,9 +70,9 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.parallel import distributed
 
     trained = load_trained(config.checkpoint)
-    _check(config, trained, corpus)
+    _check(config, trained, corpora)
     length = _sequence_length(config, trained)
-    dataset = open_dataset(trained.config, config.data, corpus, config.split, length)
+    dataset = open_dataset(trained.config, config.data, corpora, config.split, length)
     objective = family_of(trained.config).objective(config.data)
     device = distributed.pick_device(config.device)
     mesh = start_sharing(
@@ -82,7 +82,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         device,
         micro_size=config.micro_size,
         sequence_length=length,
-        corpus=corpus,
+        corpora=corpora,
         shares_samples=True,
     )
     batches = evaluation_batches(
@@ -95,8 +95,8 @@ def run(mapping: Mapping[str, Any]) -> None:
         max_samples=config.max_samples,
     )
     counter = None
-    if corpus is not None:
-        counter = TargetCounter(corpus.manifest.vocab_size)
+    if corpora is not None:
+        counter = TargetCounter(corpora.vocab_size)
         batches = counter.watch(batches)
     model = trained.build_over(mesh, device)
     counted = mesh.tells_the_loss
@@ -113,11 +113,11 @@ def run(mapping: Mapping[str, Any]) -> None:
         "loss": totals.loss,
         **totals.metrics,
     }
-    if counter is not None and corpus is not None:
+    if counter is not None and corpora is not None:
         figures["perplexity"] = math.exp(min(totals.loss, 700.0))
-        figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpus))
+        figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpora))
         if config.unigram:
-            figures["unigram_loss"] = counter.unigram_loss(corpus)
+            figures["unigram_loss"] = counter.unigram_loss(corpora)
     for name, value in figures.items():
         print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
     if output is not None:
@@ -148,21 +148,21 @@ class TargetCounter:
         counts_V = torch.from_numpy(self._counts_V).to(device) * counted
         self._counts_V = distributed.all_sum(counts_V).cpu().numpy()
 
-    def num_bytes(self, corpus: Corpus) -> int:
+    def num_bytes(self, corpora: Corpora) -> int:
         """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""
         from llmtrain.data.tokenizer import Tokenizer
 
-        lengths_V = Tokenizer.load(corpus.tokenizer_path).token_byte_lengths()
+        lengths_V = Tokenizer.load(corpora.tokenizer_path).token_byte_lengths()
         return int(self._counts_V @ lengths_V)
 
-    def unigram_loss(self, corpus: Corpus) -> float:
+    def unigram_loss(self, corpora: Corpora) -> float:
         """Mean loss, nats, of the targets under the training split's token frequencies (each one more
         than counted): what a model that ignores the context would reach."""
-        train = corpus.split("train")
         counts_V = np.ones(len(self._counts_V), dtype=np.int64)
-        for start in range(0, train.num_tokens, COUNT_WINDOW):
-            tokens, _ = train.read(start, min(train.num_tokens, start + COUNT_WINDOW))
-            counts_V += np.bincount(tokens, minlength=len(counts_V))
+        for train in corpora.splits("train").values():
+            for start in range(0, train.num_tokens, COUNT_WINDOW):
+                tokens, _ = train.read(start, min(train.num_tokens, start + COUNT_WINDOW))
+                counts_V += np.bincount(tokens, minlength=len(counts_V))
         log_probs_V = np.log(counts_V / counts_V.sum())
         return float(-(self._counts_V @ log_probs_V) / max(1, self._counts_V.sum()))
 
@@ -179,12 +179,12 @@ def _check_output(output: Path) -> None:
         raise ConfigError(problem) from error
 
 
-def _check(config: EvaluateConfig, trained: TrainedModel, corpus: Corpus | None) -> None:
+def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:
     problems = data_problems(trained.config, config.data)
-    if corpus is not None and trained.tokenizer_path is not None:
+    if corpora is not None and trained.tokenizer_path is not None:
         import hashlib
 
-        ours = corpus.manifest.tokenizer.sha256
+        ours = corpora.tokenizer_sha256
         theirs = hashlib.sha256(trained.tokenizer_path.read_bytes()).hexdigest()
         if ours != theirs:
             problems.append(
@@ -196,8 +196,8 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpus: Corpus | None)
                 )
             )
     vocab_size = getattr(trained.config, "vocab_size", None)
-    if not problems and corpus is not None and vocab_size is not None:
-        needed = corpus.manifest.vocab_size
+    if not problems and corpora is not None and vocab_size is not None:
+        needed = corpora.vocab_size
         if needed > vocab_size:
             problems.append(
                 Problem(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import decode
-from llmtrain.data.corpus import Corpus
+from llmtrain.data.corpora import Corpora
 from llmtrain.data.train_config import data_config_type
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.families import (
     data_problems,
     model_config_type,
     model_shape,
-    open_corpus,
+    open_data,
     recompute_problems,
     resolve_vocabulary,
 )
@@ -38,7 +38,7 @@ class Resolved:
 
     config: TrainConfig
     layout: Layout
-    corpus: Corpus | None
+    corpora: Corpora | None
 
 
 def resolve(
@@ -50,9 +50,10 @@ def resolve(
 
     Raises UserError with all problems found.
     """
-    without_data = data_optional and mapping.get("data", {}).get("path") in (None, "???")
+    section = mapping.get("data", {})
+    without_data = data_optional and not section.get("path") and not section.get("mixture")
     if without_data:
-        mapping = {**mapping, "data": {**mapping.get("data", {}), "path": NO_PATH}}
+        mapping = {**mapping, "data": {**section, "path": NO_PATH}}
     config = decode(TrainConfig, mapping, VARIANTS)
     world_size = launcher.world_size() if world_size is None else world_size
     problems = list(data_problems(config.model, config.data))
@@ -62,7 +63,7 @@ def resolve(
     problems += recompute_problems(config.model, config.recompute)
     problems += _resume_problems(config)
     layout: Layout | None = None
-    corpus: Corpus | None = None
+    corpora: Corpora | None = None
     model = config.model
     engine = config.engine
     if engine == "auto":
@@ -88,14 +89,14 @@ def resolve(
             model = replace(model, vocab_size=ASSUMED_VOCABULARY)
     elif not data_problems(config.model, config.data):
         try:
-            corpus = open_corpus(config.data)
-            model = resolve_vocabulary(config.model, corpus)
+            corpora = open_data(config.data)
+            model = resolve_vocabulary(config.model, corpora)
         except UserError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    return Resolved(replace(config, model=model, engine=engine), layout, corpus)
+    return Resolved(replace(config, model=model, engine=engine), layout, corpora)
 
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.corpus import Corpus
+    from llmtrain.data.corpora import Corpora
     from llmtrain.parallel.mesh import Mesh
 
 
@@ -38,7 +38,7 @@ def start_sharing(
     *,
     micro_size: int,
     sequence_length: int,
-    corpus: Corpus | None = None,
+    corpora: Corpora | None = None,
     shares_samples: bool = False,
 ) -> Mesh:
     """Join the other processes, which must have found the same weights and have the same encoded `config`,
@@ -70,7 +70,7 @@ def start_sharing(
         device=device.type,
         model=model_shape(trained.config),
     )
-    facts = run_facts(config, device.type, None if corpus is None else corpus.manifest.fingerprint)
+    facts = run_facts(config, device.type, None if corpora is None else corpora.fingerprint)
     remedy = "name one checkpoint's folder, the same on all ranks"
     facts["checkpoint found"] = Fact(trained.source.name, remedy)
     facts["step of the checkpoint"] = Fact(trained.step, remedy)

@@ -29,9 +29,11 @@ def start_ranks(resolved: Resolved, device: torch.device) -> None:
 
 def _fingerprint(resolved: Resolved) -> str | None:
     """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
-    if resolved.corpus is not None:
-        return resolved.corpus.manifest.fingerprint
+    if resolved.corpora is not None:
+        return resolved.corpora.fingerprint
+    path = resolved.config.data.path
+    assert path is not None, "data without corpora is one file"
     try:
-        return xxhash.xxh3_128_hexdigest(resolve_package_path(resolved.config.data.path).read_bytes())
+        return xxhash.xxh3_128_hexdigest(resolve_package_path(path).read_bytes())
     except (OSError, DataError):
         return None

@@ -12,13 +12,14 @@ from llmtrain.commands.resolve import Resolved, resolve
 from llmtrain.commands.start import start_ranks
 from llmtrain.config import encode
 from llmtrain.errors import DataError
-from llmtrain.families import open_dataset
+from llmtrain.families import open_dataset, open_sources
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher
 from llmtrain.plan.estimate import estimate
 
 if TYPE_CHECKING:
     from llmtrain.data.datasets import Dataset
+    from llmtrain.data.stream import Stream
     from llmtrain.engine.evaluation import Totals
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
@@ -62,7 +63,7 @@ class Session:
         from llmtrain.parallel import distributed
         from llmtrain.train.run_folder import RunFolder
 
-        self.config, self.layout, self.corpus = resolved.config, resolved.layout, resolved.corpus
+        self.config, self.layout, self.corpora = resolved.config, resolved.layout, resolved.corpora
         self.device = device
         self._started = started
         self._folder: RunFolder | None = None
@@ -83,45 +84,58 @@ class Session:
     def train(self) -> None:
         from llmtrain.data.loader import Loader
         from llmtrain.families import family_of
-        from llmtrain.parallel import distributed
+        from llmtrain.parallel import distributed, union
         from llmtrain.train.loop import Hooks, train
         from llmtrain.train.resume import find_resume
+        from llmtrain.train.streaming import open_stream, plan_timeline
 
         config, layout = self.config, self.layout
         # Whatever may be refused is looked at before anything is built.
         length = config.batch.sequence_length
         training = distributed.agree(
-            lambda: open_dataset(config.model, config.data, self.corpus, "train", length)
+            lambda: open_sources(config.model, config.data, self.corpora, "train", length)
         )
         validation = distributed.agree(self._validation_dataset)
-        resume = find_resume(config, self._data_facts(training), self._say)
+        resume = find_resume(config, self._data_facts(), self._say)
         checkpoint = resume.checkpoint if resume is not None else None
         start_step = checkpoint.step if checkpoint is not None else 0
         if start_step >= config.train.steps:
             self._say(f"already at step {start_step:,} of {config.train.steps:,}: nothing to train")
             return
 
+        timeline = plan_timeline(
+            config, training, resume.timeline if resume is not None else None, start_step, self._say
+        )
+        stream = distributed.agree(
+            lambda: open_stream(
+                config.data,
+                training,
+                timeline,
+                seed=config.seed,
+                agree=union.of_all_ranks(),
+                on_skip=self._on_skip,
+            )
+        )
         objective = family_of(config.model).objective(config.data)
         from llmtrain.commands.build import build_engine
 
         engine = build_engine(config, layout, self.device, objective, checkpoint)
-        observer = distributed.agree(lambda: self._open_observer(training, start_step, resume))
+        observer = distributed.agree(lambda: self._open_observer(stream, start_step, resume))
         loader = Loader(
-            training,
+            stream,
             objective.collate,
-            seed=config.seed,
-            global_size=layout.global_size,
             micro_size=layout.micro_size,
             data_rank=self.rank,
             data_size=layout.data,
             workers=config.data.workers,
             pin_memory=self.device.type == "cuda",
         )
-        tokenizer = self.corpus.tokenizer_path if self.corpus is not None else None
+        tokenizer = self.corpora.tokenizer_path if self.corpora is not None else None
         description = {
             "model": encode(config.model),
             "config": encode(config),
-            "data": self._data_facts(training),
+            "data": {**self._data_facts(), "train": stream.describe()},
+            "timeline": timeline.encode(),
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
         }
 
@@ -211,22 +225,24 @@ class Session:
             return None
         try:
             return open_dataset(
-                config.model, config.data, self.corpus, "validation", config.batch.sequence_length
+                config.model, config.data, self.corpora, "validation", config.batch.sequence_length
             )
         except DataError as error:
             self._say(f"no evaluation: {error}")
             return None
 
-    def _data_facts(self, training: Dataset) -> dict[str, Any]:
-        tokenizer = self.corpus.manifest.tokenizer.sha256 if self.corpus is not None else None
+    def _on_skip(self, shard: str, samples: int) -> None:
+        self._say(f"warning: {shard} is bad: its {samples:,} sequences are left empty in this epoch")
+
+    def _data_facts(self) -> dict[str, Any]:
+        data = self.config.data
         return {
-            "path": str(self.config.data.path),
-            "fingerprint": self.corpus.manifest.fingerprint if self.corpus else training.fingerprint,
-            "tokenizer_sha256": tokenizer,
-            "train": training.describe(),
+            "kind": data.kind,
+            "paths": {"": data.path} if data.kind == "images" else data.paths,
+            "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
         }
 
-    def _open_observer(self, training: Dataset, start_step: int, resume: Resume | None) -> RunObserver:
+    def _open_observer(self, stream: Stream, start_step: int, resume: Resume | None) -> RunObserver:
         from llmtrain.parallel import distributed
         from llmtrain.train.observer import RunObserver
 
@@ -238,7 +254,11 @@ class Session:
 
         assert self._folder is not None
         facts = {"device": str(self.device), "world_size": distributed.world_size()}
-        self._folder.describe(encode(config), self._data_facts(training), facts)
+        self._folder.describe(
+            encode(config),
+            {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()},
+            facts,
+        )
         self._trackers = open_trackers(
             config.track,
             run_dir=config.run.dir,
@@ -252,7 +272,7 @@ class Session:
         )
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self._progress = Progress(config.train.steps, start_step=start_step, every=every)
-        self._say(f"{training.describe()}; {training.fingerprint[:12]}")
+        self._say(stream.describe())
         return RunObserver(config, self.layout, self.device, self._trackers, self._progress)
 
 

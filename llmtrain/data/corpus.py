@@ -2,102 +2,148 @@
 
 A split is one long stream of token ids, documents in order, each closed by the end-of-document id.
 The stream lies in tar shards as arrays of whole documents ("samples"); `index.npy` gives each array's
-byte offset, so that any window of the stream is a few positioned reads. Positioned reads rather than
+byte offset, so that any span of the stream is a few positioned reads. Positioned reads rather than
 memory maps: they release the interpreter while the disk works, and a file that shrinks during a run
 is an error with a name instead of a bus error.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
+import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from llmtrain.data.shards import ENDS_DTYPE, INDEX_DTYPE
+from llmtrain.data.cache import Cache
+from llmtrain.data.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    PREPARE_AGAIN,
+    STAMP_NAME,
+    UNFINISHED_NAME,
+    VERSION,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    parse_manifest,
+)
+from llmtrain.data.places import Elsewhere, Folder, Place, Problems, not_a_corpus, stamp_of
+from llmtrain.data.shards import ENDS_DTYPE, INDEX_DTYPE, LENGTHS_DTYPE, NPY_HEADER_BYTES, ShardError
 from llmtrain.errors import DataError, Problem, nearest
-from llmtrain.files import checksum, write_json_atomically
 
-FORMAT = "llmtrain-corpus"
-VERSION = 1
-MANIFEST_NAME = "manifest.json"
-STAMP_NAME = ".verified.json"
-UNFINISHED_NAME = ".prepare"
-"""Folder in which `llmtrain prepare` keeps its work until the corpus is whole."""
-_PREPARE_AGAIN = "prepare the corpus again with llmtrain prepare, or copy it again"
+__all__ = ["FORMAT", "MANIFEST_NAME", "STAMP_NAME", "UNFINISHED_NAME", "VERSION", "Corpus", "TokenSplit"]
+
 _MOST_PROBLEMS = 5
+OPEN_SHARDS = 64
+"""Kept open at most; a corpus has more shards than a process has files."""
 
 
-@dataclass(frozen=True)
-class TokenizerEntry:
-    file: str
-    sha256: str
+class Corpus:
+    """A prepared corpus; `Corpus.open` makes one."""
 
+    def __init__(self, place: Place, manifest: Manifest, tokenizer_path: Path) -> None:
+        self.place = place
+        self.manifest = manifest
+        self.tokenizer_path = tokenizer_path
+        """The sentencepiece model."""
+        self.bad_shards: Problems = {}
+        """Files of shards found bad when it was opened with on_bad_shard="skip"."""
 
-@dataclass(frozen=True)
-class ShardEntry:
-    file: str
-    """Path from the corpus' folder."""
-    bytes: int
-    xxh3_128: str
-    num_samples: int
-    num_tokens: int
-    num_documents: int
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        verify: Literal["size", "checksum"] = "size",
+        *,
+        on_bad_shard: Literal["error", "skip"] = "error",
+        cache: Cache | None = None,
+    ) -> Corpus:
+        """Open the corpus in a folder or, given a cache, behind a URL, and check that it is whole.
 
+        Always: the manifest, the tokenizer's hash, and in a folder the size of every shard. `checksum` also
+        reads the shards that have changed since they were last read whole. What comes from elsewhere is
+        compared with its checksum when it arrives.
+        Raises DataError with the files that are missing, truncated or altered.
+        """
+        place: Place
+        if cache is not None:
+            place = Elsewhere(str(path), cache)
+        else:
+            place = Folder(Path(path))
+            if not (Path(path) / MANIFEST_NAME).is_file():
+                raise DataError(not_a_corpus(Path(path)))
+        manifest = parse_manifest(place.read(MANIFEST_NAME), place.name(MANIFEST_NAME))
+        corpus = cls(place, manifest, _tokenizer(place, manifest))
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        found = place.find_problems(shards, checksums=verify == "checksum")
+        if on_bad_shard == "error":
+            _refuse(list(found.values()))
+        corpus.bad_shards = found
+        return corpus
 
-@dataclass(frozen=True)
-class SplitEntry:
-    num_tokens: int
-    """Token ids, the end-of-document ids included."""
-    num_documents: int
-    num_bytes: int
-    """UTF-8 bytes of the documents' text."""
-    num_samples: int
-    index: str
-    index_xxh3_128: str
-    shards: tuple[ShardEntry, ...]
+    @property
+    def where(self) -> str:
+        """As messages call it."""
+        return self.place.name("").rstrip("/")
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """manifest.json, as far as a reader needs it."""
-
-    vocab_size: int
-    eos_id: int
-    """Closes each document."""
-    dtype: Literal["uint16", "uint32"]
-    tokenizer: TokenizerEntry
-    fingerprint: str
-    """Hex; changes with any token and with the tokenizer."""
-    splits: Mapping[str, SplitEntry]
+    def split(self, name: str) -> TokenSplit:
+        """Raises DataError for a split that does not exist or holds no token, and for an altered index."""
+        entry = self.manifest.splits.get(name)
+        if entry is None:
+            known = list(self.manifest.splits)
+            raise DataError(Problem(self.where, f"no split {name!r}", nearest(name, known)))
+        if entry.num_tokens == 0:
+            remedy = "prepare more text, or a larger share for this split"
+            raise DataError(Problem(self.where, f"an empty split {name!r}", "one token or more", remedy))
+        bad = [number for number, shard in enumerate(entry.shards) if shard.file in self.bad_shards]
+        return TokenSplit(self.place, name, self.manifest, bad_shards=bad)
 
 
 class TokenSplit:
-    """One split's token stream. Safe to read from several threads."""
+    """One split's token stream. Safe to read from several threads.
 
-    def __init__(self, root: Path, name: str, manifest: Manifest, max_open_files: int = 128) -> None:
+    Places in the stream count over the whole split; shard s holds those from shard_starts[s] up to
+    shard_starts[s + 1].
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        manifest: Manifest,
+        *,
+        bad_shards: Sequence[int] = (),
+        open_shards: int = OPEN_SHARDS,
+    ) -> None:
         self.name = name
-        self._entry = manifest.splits[name]
+        self._place = place
+        self._entry = entry = manifest.splits[name]
         self._fingerprint = manifest.fingerprint
+        self._vocab_size = manifest.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        index = _read_index(root, self._entry)
-        self._shard_numbers = index["shard"]
-        self._tokens_offsets = index["tokens_offset"]
-        self._ends_offsets = index["ends_offset"]
-        self._document_counts = index["num_documents"]
+        index = _read_index(place, entry)
+        self._shard_numbers = index["shard"].astype(np.int64)
+        self._tokens_offsets = index["tokens_offset"].astype(np.int64)
         self._sample_starts = np.zeros(len(index) + 1, dtype=np.int64)
         np.cumsum(index["num_tokens"], out=self._sample_starts[1:])
-        self._files = _OpenFiles(root, self._entry.shards, max_open_files)
+        tokens = np.array([shard.num_tokens for shard in entry.shards], dtype=np.int64)
+        self.shard_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
+        self._samples_of = np.searchsorted(self._shard_numbers, np.arange(len(tokens) + 1))
+        _check_index(place, entry, self._sample_starts[self._samples_of], self.shard_starts)
+        self._index = index
+        self._open = _OpenShards(self._open_shard, open_shards)
+        self._bad = frozenset(bad_shards)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of token ids: uint16 or uint32."""
+        return self._dtype
 
     @property
     def num_tokens(self) -> int:
@@ -117,322 +163,310 @@ class TokenSplit:
         """The whole corpus' fingerprint, hex."""
         return self._fingerprint
 
+    @property
+    def shard_names(self) -> list[str]:
+        """As messages call them."""
+        return [self._place.name(shard.file) for shard in self._entry.shards]
+
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of the stream, and the document ends inside.
 
         Returns (tokens, uint16 or uint32 [stop − start]; ends, int64, ascending, relative to start: a
         document closes just before each, 0 < end ≤ stop − start).
-        Raises IndexError for a window outside the stream, DataError for a shard that cannot be read.
+        Raises IndexError for a window outside the stream, ShardError for a shard that cannot be read.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"window [{start}, {stop}) outside the {self.num_tokens} tokens of {self.name}")
+        first = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.shard_starts, stop, side="left"))
+        borders = np.clip(self.shard_starts[first : last + 1], start, stop)
         tokens = np.empty(stop - start, dtype=self._dtype)
-        ends: list[np.ndarray] = []
-        position = start
+        self.read_spans(borders[:-1], np.diff(borders), tokens, borders[:-1] - start)
+        spans, ends = self.document_ends(borders[:-1], np.diff(borders))
+        return tokens, ends + (borders[:-1] - start)[spans]
+
+    def read_spans(
+        self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray, places: np.ndarray
+    ) -> None:
+        """Tokens [starts[i], starts[i] + lengths[i]) of the stream → out[places[i]:…].
+
+        out: 1-D, contiguous, of `dtype`; each span lies within one shard.
+        Raises ShardError for a shard that cannot be read, or that holds ids outside the vocabulary.
+        """
+        samples = np.searchsorted(self._sample_starts, starts, side="right") - 1
+        itemsize = self._dtype.itemsize
+        shards = self._shard_numbers[samples]
+        opened = self._open.get(np.unique(shards).tolist())
+        offsets = self._tokens_offsets[samples] + (starts - self._sample_starts[samples]) * itemsize
+        fits = starts + lengths <= self._sample_starts[samples + 1]
+        view = out.view(np.uint8).data
+        begins = places * itemsize
+        for shard, offset, begin, size, fit, start, length in zip(
+            shards.tolist(),
+            offsets.tolist(),
+            begins.tolist(),
+            (lengths * itemsize).tolist(),
+            fits.tolist(),
+            starts.tolist(),
+            lengths.tolist(),
+            strict=True,
+        ):
+            part = view[begin : begin + size]
+            if not fit:
+                self._read_over_samples(opened[shard], start, length, part)
+            elif opened[shard].readv(part, offset) != size:
+                self._read_again(opened[shard], part, offset)
+        if out.size and int(out.max()) >= self._vocab_size:
+            self._refuse_ids(starts, lengths, out, places, shards)
+
+    def document_ends(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where documents close in spans of the stream → (span, end) pairs, int64, ascending, with
+        0 < end ≤ length: a document closes just before `end`. Each span lies within one shard."""
+        shards = np.searchsorted(self.shard_starts, starts, side="right") - 1
+        asked = np.unique(shards).tolist()
+        opened = self._open.get(asked)
+        together = self._open.all_ends(asked)
+        if together is not None:
+            return _ends_in_spans(together, starts, lengths)
+        found = [
+            (chosen, _ends_in_spans(opened[shard].ends, starts[chosen], lengths[chosen]))
+            for shard in asked
+            for chosen in [np.flatnonzero(shards == shard)]
+        ]
+        spans = np.concatenate([np.empty(0, np.int64), *(chosen[inner] for chosen, (inner, _) in found)])
+        ends = np.concatenate([np.empty(0, np.int64), *(ends for _, (_, ends) in found)])
+        order = np.argsort(spans, kind="stable")
+        return spans[order], ends[order]
+
+    def document_lengths(self) -> list[np.ndarray]:
+        """Tokens of each document with its end, per shard. Raises DataError for a corpus without them."""
+        if self._entry.lengths is None:
+            remedy = "prepare the corpus again, or give data.packing=concat"
+            where = self._place.name(MANIFEST_NAME)
+            raise DataError(Problem(where, "a corpus of version 1, without lengths.npy", "", remedy))
+        content = self._place.read(self._entry.lengths, self._entry.lengths_xxh3_128)
+        lengths = np.load(io.BytesIO(content), allow_pickle=False)
+        if lengths.dtype != LENGTHS_DTYPE or lengths.sum(dtype=np.int64) != self.num_tokens:
+            where = self._place.name(self._entry.lengths)
+            got = "lengths that are not those of the shards' documents"
+            raise DataError(Problem(where, got, f"{self.num_tokens:,} tokens together", PREPARE_AGAIN))
+        counts = np.cumsum([shard.num_documents for shard in self._entry.shards])
+        return np.split(lengths, counts[:-1])
+
+    def lengths_of(self, shard: int) -> np.ndarray:
+        """Tokens of each document of one shard with its end, int64; from the shard itself."""
+        ends = self._open.get([shard])[shard].ends
+        return np.diff(ends, prepend=self.shard_starts[shard])
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These will be read soon, in this order."""
+        self._place.want([self._entry.shards[shard] for shard in shards])
+
+    def find_bad(self, shards: Iterable[int]) -> list[int]:
+        """Which of these cannot be read, each looked at as if it were read now."""
+        bad = []
+        for shard in shards:
+            try:
+                if shard in self._bad:
+                    raise ShardError(Problem(self.shard_names[shard], "a bad shard"))
+                self._open_shard(shard)
+            except ShardError:
+                bad.append(shard)
+        return bad
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        entry = self._entry.shards[shard]
+        rows = slice(*self._samples_of[shard : shard + 2].tolist())
+        descriptor = self._place.open_shard(entry)
+        opened = _OpenShard(descriptor, self._place.name(entry.file), entry, self._place.may_change)
+        opened.load_ends(self._index[rows], int(self.shard_starts[shard]), self._dtype)
+        return opened
+
+    def _read_over_samples(self, opened: _OpenShard, start: int, length: int, part: memoryview) -> None:
+        """A span that reaches over arrays of a shard, which headers part."""
         sample = int(np.searchsorted(self._sample_starts, start, side="right")) - 1
-        while position < stop:
-            sample_start, sample_stop = map(int, self._sample_starts[sample : sample + 2])
-            piece = tokens[position - start : min(stop, sample_stop) - start]
-            shard = int(self._shard_numbers[sample])
-            offset = int(self._tokens_offsets[sample]) + (position - sample_start) * self._dtype.itemsize
-            self._files.read_into(piece, shard, offset)
-            sample_ends = np.empty(int(self._document_counts[sample]), dtype=ENDS_DTYPE)
-            self._files.read_into(sample_ends, shard, int(self._ends_offsets[sample]))
-            first, last = np.searchsorted(
-                sample_ends, (position - sample_start, position - sample_start + len(piece)), side="right"
-            )
-            ends.append(sample_ends[first:last].astype(np.int64) + (sample_start - start))
-            position += len(piece)
-            sample += 1
-        return tokens, np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
+        itemsize = self._dtype.itemsize
+        while length > 0:
+            sample_start, sample_stop = self._sample_starts[sample : sample + 2].tolist()
+            taken = min(length, sample_stop - start)
+            offset = int(self._tokens_offsets[sample]) + (start - sample_start) * itemsize
+            self._read_again(opened, part[: taken * itemsize], offset)
+            part, start, length, sample = part[taken * itemsize :], start + taken, length - taken, sample + 1
+
+    def _read_again(self, opened: _OpenShard, part: memoryview, offset: int) -> None:
+        while part:
+            count = opened.readv(part, offset)
+            if count == 0:
+                got = f"a shard that ends before byte {offset + len(part)}"
+                raise ShardError(Problem(opened.name, got, f"{opened.entry.bytes} bytes", PREPARE_AGAIN))
+            part, offset = part[count:], offset + count
+
+    def _refuse_ids(
+        self,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray,
+        shards: np.ndarray,
+    ) -> None:
+        for start, length, place, shard in zip(starts, lengths, places, shards, strict=True):
+            span = out[place : place + length]
+            for at in np.flatnonzero(span >= self._vocab_size)[:1]:
+                name = self.shard_names[shard]
+                token = int(start + at - self.shard_starts[shard])
+                allowed = f"0 to {self._vocab_size - 1}, the vocabulary of its corpus"
+                got = f"the token id {span[at]} at token {token:,}"
+                raise ShardError(Problem(name, got, allowed, PREPARE_AGAIN))
 
 
-class Corpus:
-    """A prepared corpus; `Corpus.open` makes one."""
+class _OpenShard:
+    """An open shard that closes when its last reader lets go of it."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
+    __slots__ = ("descriptor", "ends", "entry", "name", "stamp")
 
-    @classmethod
-    def open(cls, path: str | Path, verify: Literal["size", "checksum"] = "size") -> Corpus:
-        """Open a corpus and check that it is whole.
-
-        Always: the manifest, the tokenizer's hash, and the size of every shard. `checksum` also reads
-        the shards that have changed since they were last read whole (see `verify`).
-        Raises DataError with the files that are missing, truncated or altered.
-        """
-        path = Path(path)
-        corpus = cls(path, _read_manifest(path))
-        _check_tokenizer(corpus.tokenizer_path, corpus.manifest.tokenizer)
-        _refuse(_size_problems(path, corpus._shards()))
-        if verify == "checksum":
-            corpus.verify()
-        return corpus
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The sentencepiece model."""
-        return self.path / self.manifest.tokenizer.file
-
-    def split(self, name: str) -> TokenSplit:
-        """Raises DataError for a split that does not exist or holds no token, and for an altered index."""
-        entry = self.manifest.splits.get(name)
-        if entry is None:
-            known = list(self.manifest.splits)
-            raise DataError(Problem(str(self.path), f"no split {name!r}", nearest(name, known)))
-        if entry.num_tokens == 0:
-            remedy = "prepare more text, or a larger share for this split"
-            raise DataError(Problem(str(self.path), f"an empty split {name!r}", "one token or more", remedy))
-        return TokenSplit(self.path, name, self.manifest)
-
-    def verify(self) -> None:
-        """Compare every shard with its checksum.
-
-        A stamp beside the manifest remembers what was found good (size and times of each file), so that
-        only the first start reads the shards, and of many processes that start together only one does;
-        a folder that cannot be written is read at each start by each.
-        Raises DataError naming the altered shards.
-        """
-        stamp_path = self.path / STAMP_NAME
-        with _one_at_a_time(self.path / MANIFEST_NAME):
-            stamps = _read_stamps(stamp_path)
-            unseen = [shard for shard in self._shards() if stamps.get(shard.file) != _stamp(self.path, shard)]
-            if not unseen:
-                return
-            # The stamp is taken before reading, so that a change while reading is seen next time.
-            new_stamps = {shard.file: _stamp(self.path, shard) for shard in unseen}
-            _refuse(self._altered(unseen))
-            known = {shard.file for shard in self._shards()}
-            kept = {file: stamp for file, stamp in stamps.items() if file in known}
-            # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
-            with suppress(OSError):
-                write_json_atomically(stamp_path, kept | new_stamps)
-
-    def _altered(self, shards: list[ShardEntry]) -> Iterator[Problem]:
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            checksums = pool.map(lambda shard: _shard_checksum(self.path / shard.file), shards)
-            for shard, xxh3_128 in zip(shards, checksums, strict=True):
-                if xxh3_128 != shard.xxh3_128:
-                    got = "an altered shard: its content does not match its checksum"
-                    allowed = f"xxh3_128 {shard.xxh3_128}"
-                    yield Problem(str(self.path / shard.file), got, allowed, _PREPARE_AGAIN)
-
-    def _shards(self) -> Iterator[ShardEntry]:
-        for entry in self.manifest.splits.values():
-            yield from entry.shards
-
-
-class _File:
-    """An open file that closes when its last reader lets go of it."""
-
-    __slots__ = ("descriptor",)
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, descriptor: int, name: str, entry: ShardEntry, may_change: bool) -> None:
+        self.descriptor = descriptor
+        self.name = name
+        self.entry = entry
+        self.ends = np.empty(0, np.int64)
+        """Where its documents close in the split's stream, ascending."""
+        self.stamp = stamp_of(os.fstat(descriptor)) if may_change else None
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        os.close(self.descriptor)
+
+    @property
+    def has_changed(self) -> bool:
+        return self.stamp is not None and stamp_of(os.fstat(self.descriptor)) != self.stamp
+
+    def readv(self, part: memoryview, offset: int) -> int:
+        """Bytes read at `offset`; 0 at the end of the file."""
+        try:
+            return os.preadv(self.descriptor, [part], offset)
+        except OSError as error:
+            raise ShardError(Problem(self.name, f"{error.strerror} while reading")) from error
+
+    def load_ends(self, rows: np.ndarray, start: int, dtype: np.dtype) -> None:
+        """Read where documents close in its arrays, whose INDEX_DTYPE rows these are; `start` is its first
+        token's place in the stream. Raises ShardError where the arrays are not what the index says."""
+        found = []
+        for row in rows:
+            tokens, documents = int(row["num_tokens"]), int(row["num_documents"])
+            self._check_array(int(row["tokens_offset"]), tokens, dtype)
+            self._check_array(int(row["ends_offset"]), documents, ENDS_DTYPE)
+            ends = np.empty(documents, ENDS_DTYPE)
+            self.readv(ends.view(np.uint8).data, int(row["ends_offset"]))
+            if documents and int(ends[-1]) != tokens:
+                self._disagree(f"documents that end at token {int(ends[-1])} of {tokens}")
+            found.append(ends.astype(np.int64) + start)
+            start += tokens
+        self.ends = np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _check_array(self, offset: int, length: int, dtype: np.dtype) -> None:
+        header = bytearray(NPY_HEADER_BYTES)
+        self.readv(memoryview(header), offset - NPY_HEADER_BYTES)
+        expected = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}".encode()
+        if not header.startswith(b"\x93NUMPY") or expected not in header:
+            self._disagree(f"no array of {length} {dtype} at byte {offset}")
+
+    def _disagree(self, got: str) -> None:
+        raise ShardError(Problem(self.name, got, "what the split's index.npy says", PREPARE_AGAIN))
 
 
-class _OpenFiles:
-    """The shards read last, kept open; bounded, since a corpus has more shards than a process has files."""
+class _OpenShards:
+    """The shards read last, kept open."""
 
-    def __init__(self, root: Path, shards: tuple[ShardEntry, ...], capacity: int) -> None:
-        self._root = root
-        self._shards = shards
+    def __init__(self, make: Callable[[int], _OpenShard], capacity: int) -> None:
+        self._make = make
         self._capacity = capacity
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._ends: np.ndarray | None = None
+        self._fresh = False
         self._lock = threading.Lock()
 
-    def read_into(self, array: np.ndarray, shard: int, offset: int) -> None:
-        """Fill `array` with the bytes at `offset` of a shard; raises DataError if they can't be had."""
-        file = self._get(shard)
-        view = array.view(np.uint8).data
-        try:
-            while view:
-                count = os.preadv(file.descriptor, [view], offset)
-                if count == 0:
-                    got = f"a shard that ends before byte {offset + len(view)}"
-                    allowed = f"{self._shards[shard].bytes} bytes"
-                    raise DataError(Problem(self._path(shard), got, allowed, _PREPARE_AGAIN))
-                view, offset = view[count:], offset + count
-        except OSError as error:
-            raise DataError(Problem(self._path(shard), f"{error.strerror} while reading")) from error
-
-    def _get(self, shard: int) -> _File:
+    def get(self, shards: Sequence[int]) -> dict[int, _OpenShard]:
+        """These, open. Raises ShardError for one that cannot be had or was changed since it was opened."""
+        found: dict[int, _OpenShard] = {}
         with self._lock:
-            if file := self._files.get(shard):
-                self._files.move_to_end(shard)
-                return file
-        try:
-            file = _File(self._root / self._shards[shard].file)
-            size = os.fstat(file.descriptor).st_size
-        except OSError as error:
-            raise DataError(_unreadable(self._path(shard), error)) from error
-        if size != self._shards[shard].bytes:
-            raise DataError(_wrong_size(self._path(shard), size, self._shards[shard].bytes))
+            for shard in shards:
+                opened = self._shards.get(shard)
+                if opened is not None:
+                    self._shards.move_to_end(shard)
+                    found[shard] = opened
+        for shard in shards:
+            if shard in found and not found[shard].has_changed:
+                continue
+            opened = found[shard] = self._make(shard)
+            with self._lock:
+                self._shards[shard] = opened
+                self._ends = None
+                self._fresh = True
+                if len(self._shards) > self._capacity:
+                    self._shards.popitem(last=False)
+        return found
+
+    def all_ends(self, shards: Sequence[int]) -> np.ndarray | None:
+        """Where the documents of all open shards close, ascending, when they have been open since the last
+        call and `shards` are among them; None while shards come and go, when it would be made in vain."""
         with self._lock:
-            self._files[shard] = file
-            if len(self._files) > self._capacity:
-                self._files.popitem(last=False)
-        return file
-
-    def _path(self, shard: int) -> str:
-        return str(self._root / self._shards[shard].file)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    manifest_path = path / MANIFEST_NAME
-    try:
-        raw = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(_not_a_corpus(path)) from None
-    except OSError as error:
-        raise DataError(_unreadable(str(manifest_path), error)) from error
-    except ValueError:
-        raise DataError(
-            Problem(str(manifest_path), "text that is not JSON", "a corpus manifest", _PREPARE_AGAIN)
-        ) from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        got = repr(raw.get("format")) if isinstance(raw, dict) else "no mapping"
-        raise DataError(Problem(str(manifest_path), f"format {got}", FORMAT, "give the folder of a corpus"))
-    if raw.get("version") != VERSION:
-        remedy = "prepare the corpus again with this llmtrain, or use the llmtrain that wrote it"
-        got = f"version {raw.get('version')!r}"
-        raise DataError(Problem(str(manifest_path), got, f"version {VERSION}", remedy))
-    try:
-        return _decode_manifest(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        got = f"an altered manifest ({type(error).__name__}: {error})"
-        raise DataError(
-            Problem(str(manifest_path), got, f"a manifest of version {VERSION}", _PREPARE_AGAIN)
-        ) from error
+            if self._fresh:
+                self._fresh = False
+                return None
+            if not all(shard in self._shards for shard in shards):
+                return None
+            if self._ends is None:
+                held = sorted(self._shards)
+                self._ends = np.concatenate([self._shards[shard].ends for shard in held])
+            return self._ends
 
 
-def _decode_manifest(raw: Mapping[str, Any]) -> Manifest:
-    if raw["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"dtype {raw['dtype']!r}")
-    splits = {}
-    for name, split in raw["splits"].items():
-        shards = tuple(
-            ShardEntry(**{f: shard[f] for f in ShardEntry.__dataclass_fields__}) for shard in split["shards"]
-        )
-        totals = {f: split[f] for f in SplitEntry.__dataclass_fields__ if f != "shards"}
-        splits[name] = SplitEntry(**totals, shards=shards)
-    return Manifest(
-        vocab_size=int(raw["vocab_size"]),
-        eos_id=int(raw["eos_id"]),
-        dtype=raw["dtype"],
-        tokenizer=TokenizerEntry(raw["tokenizer"]["file"], raw["tokenizer"]["sha256"]),
-        fingerprint=str(raw["fingerprint"]),
-        splits=splits,
-    )
+def _ends_in_spans(
+    ends: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(span, end within it) of each of the ascending `ends` in (starts[i], starts[i] + lengths[i]]."""
+    first = np.searchsorted(ends, starts, side="right")
+    counts = np.searchsorted(ends, starts + lengths, side="right") - first
+    spans = np.repeat(np.arange(len(starts)), counts)
+    places = np.arange(len(spans)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    return spans, ends[places] - starts[spans]
 
 
-def _not_a_corpus(path: Path) -> Problem:
-    remedy = "make one with: llmtrain prepare source=… output=…"
-    if not path.exists():
-        return Problem(str(path), "no such folder", "a corpus", remedy)
-    if not path.is_dir():
-        return Problem(str(path), "a file", "the folder of a corpus", remedy)
-    if (path / UNFINISHED_NAME).exists():
-        return Problem(str(path), "an unfinished corpus", "a whole one", "run its llmtrain prepare again")
-    names = sorted(entry.name for entry in os.scandir(path))
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    got = f"a folder without {MANIFEST_NAME} (holds {shown or 'nothing'})"
-    return Problem(str(path), got, "a corpus", remedy)
-
-
-def _check_tokenizer(path: Path, entry: TokenizerEntry) -> None:
-    try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(_unreadable(str(path), error)) from error
+def _tokenizer(place: Place, manifest: Manifest) -> Path:
+    """The tokenizer as a local file."""
+    entry = manifest.tokenizer
+    content = place.read(entry.file)
+    sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != entry.sha256:
         got = f"an altered tokenizer (sha256 {sha256})"
-        raise DataError(Problem(str(path), got, f"sha256 {entry.sha256}", _PREPARE_AGAIN))
+        raise DataError(Problem(place.name(entry.file), got, f"sha256 {entry.sha256}", PREPARE_AGAIN))
+    return place.local(entry.file, content)
 
 
-def _read_index(root: Path, entry: SplitEntry) -> np.ndarray:
-    path = root / entry.index
+def _read_index(place: Place, entry: SplitEntry) -> np.ndarray:
+    where = place.name(entry.index)
+    content = place.read(entry.index, entry.index_xxh3_128)
     try:
-        if checksum(path) != entry.index_xxh3_128:
-            got = "an altered index: its content does not match its checksum"
-            raise DataError(Problem(str(path), got, f"xxh3_128 {entry.index_xxh3_128}", _PREPARE_AGAIN))
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise DataError(_unreadable(str(path), error)) from error
+        index = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise DataError(Problem(where, f"no array ({error})", "an index", PREPARE_AGAIN)) from error
     if index.dtype != INDEX_DTYPE or len(index) != entry.num_samples:
         got = f"{len(index)} rows of {index.dtype}"
-        raise DataError(Problem(str(path), got, f"{entry.num_samples} rows of {INDEX_DTYPE}", _PREPARE_AGAIN))
+        raise DataError(Problem(where, got, f"{entry.num_samples} rows of {INDEX_DTYPE}", PREPARE_AGAIN))
     return index
 
 
-def _size_problems(root: Path, shards: Iterator[ShardEntry]) -> Iterator[Problem]:
-    for shard in shards:
-        path = os.path.join(root, shard.file)
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            yield _unreadable(path, error)
-            continue
-        if size != shard.bytes:
-            yield _wrong_size(path, size, shard.bytes)
+def _check_index(place: Place, entry: SplitEntry, found: np.ndarray, expected: np.ndarray) -> None:
+    """Raise DataError unless the index gives each shard as many tokens as the manifest does."""
+    wrong = np.flatnonzero(found != expected)
+    if len(wrong):
+        shard = entry.shards[max(0, int(wrong[0]) - 1)]
+        got = f"another number of tokens in {shard.file} than the manifest's"
+        raise DataError(Problem(place.name(entry.index), got, f"{shard.num_tokens:,}", PREPARE_AGAIN))
 
 
-def _refuse(problems: Iterator[Problem]) -> None:
-    found = list(problems)
+def _refuse(found: list[Problem]) -> None:
     if len(found) > _MOST_PROBLEMS:
-        more = Problem("corpus", f"{len(found) - _MOST_PROBLEMS} more files like these", "", _PREPARE_AGAIN)
+        more = Problem("corpus", f"{len(found) - _MOST_PROBLEMS} more files like these", "", PREPARE_AGAIN)
         found = [*found[:_MOST_PROBLEMS], more]
     if found:
         raise DataError(found)
-
-
-def _unreadable(path: str, error: OSError) -> Problem:
-    if isinstance(error, FileNotFoundError):
-        return Problem(path, "no such file", "a file of the corpus", _PREPARE_AGAIN)
-    return Problem(path, str(error.strerror), "a readable file", "check its permissions and its disk")
-
-
-def _wrong_size(path: str, size: int, expected: int) -> Problem:
-    kind = "a truncated shard" if size < expected else "a shard that is too long"
-    return Problem(path, f"{kind} of {size} bytes", f"{expected} bytes", _PREPARE_AGAIN)
-
-
-def _shard_checksum(path: Path) -> str:
-    try:
-        return checksum(path)
-    except OSError as error:
-        raise DataError(_unreadable(str(path), error)) from error
-
-
-def _stamp(root: Path, shard: ShardEntry) -> list[Any]:
-    """What tells a file that was found good from a changed one; ctime also moves when mtime is set back."""
-    try:
-        status = os.stat(root / shard.file)
-    except OSError as error:
-        raise DataError(_unreadable(str(root / shard.file), error)) from error
-    return [shard.xxh3_128, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock on `path` against other processes; none where the stamp that they wait for can't be
-    written, or the file system has no locks."""
-    with open(path, "rb") as file:
-        if os.access(path.parent, os.W_OK):
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _read_stamps(path: Path) -> dict[str, list[Any]]:
-    try:
-        stamps = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stamps if isinstance(stamps, dict) else {}

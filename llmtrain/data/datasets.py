@@ -1,21 +1,20 @@
 """Datasets: numbered samples, read a micro-batch at a time.
 
-Dim names: M samples of a micro-batch, W tokens of a window (sequence length + 1).
+Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), P pieces, S shards.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 
 from llmtrain.data.corpus import TokenSplit
-from llmtrain.data.packages import resolve_package_path
-from llmtrain.errors import DataError, Problem, nearest
+from llmtrain.data.rows import BestFit, Packing, Pieces, Windows
+from llmtrain.errors import DataError, Problem
 
 EMPTY = -1
 """The index of a sample without targets; fills micro-batches so that all ranks make equally many."""
@@ -25,11 +24,15 @@ PADDING_DOCUMENT = -1
 
 
 class Dataset(Protocol):
-    """Numbered samples."""
+    """Numbered samples, in shards: those of a shard follow one another."""
 
     @property
     def fingerprint(self) -> str:
         """Hex; changes with the content and the number of samples."""
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard, int64 (S,)."""
 
     def __len__(self) -> int: ...
 
@@ -42,141 +45,179 @@ class Dataset(Protocol):
         """One line for a person."""
 
 
-class TokenSequences:
-    """A token stream cut into windows of T + 1 tokens, one token shared by neighbours.
+@runtime_checkable
+class ReadsShards(Protocol):
+    """A dataset that reads its shards when it needs them."""
 
-    Sample i holds tokens [i·T, i·T + T + 1) of the stream: T inputs and, shifted by one, their T
-    targets. So every token but the stream's first is a target in exactly one sample; an objective
-    leaves out those whose predecessor belongs to another document. The last window is padded.
+    @property
+    def shard_names(self) -> list[str]:
+        """As messages call them."""
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These will be read soon, in this order."""
+
+    def find_bad(self, shards: Sequence[int]) -> list[int]:
+        """Which of these cannot be read."""
+
+
+class TokenSequences:
+    """A token stream cut into rows of W = T + 1 tokens: T inputs and, shifted by one, their T targets.
+
+    A row's tokens are of one shard. Packed by `concat` a shard's row i holds its tokens [i·T, i·T + T + 1),
+    so that neighbours share one token; the last is padded. By `best_fit` rows hold whole documents. Either
+    way every token but the first of its document is a target in exactly one row; an objective leaves out
+    those whose predecessor belongs to another document. (With `concat` a shard's first token is no
+    target, nor is it otherwise: a shard begins with a document.)
     """
 
-    def __init__(self, split: TokenSplit, sequence_length: int) -> None:
-        """Raises DataError for a split of fewer than two tokens, which holds no target."""
-        if split.num_tokens < 2:
-            remedy = "prepare more text, or a larger share for this split"
-            raise DataError(Problem(f"split {split.name}", f"{split.num_tokens} tokens", "2 or more", remedy))
+    def __init__(
+        self,
+        split: TokenSplit,
+        sequence_length: int,
+        *,
+        packing: Literal["concat", "best_fit"] = "concat",
+        overlap: int = 0,
+        cache: Path | None = None,
+    ) -> None:
+        """overlap: tokens that a part of a document longer than a row repeats of the part before it, as
+        context; best_fit alone has such parts. cache: a folder that remembers how many rows best_fit makes.
+
+        Raises DataError for a split whose shards hold no target.
+        """
         self._split = split
         self.sequence_length = sequence_length
+        self._packing: Packing
+        if packing == "concat":
+            self._packing = Windows(split, sequence_length)
+        else:
+            self._packing = BestFit(split, sequence_length, overlap, cache)
+        self.shard_sizes = self._packing.shard_sizes
+        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+        if len(self) == 0:
+            remedy = "prepare more text, or a larger share for this split"
+            raise DataError(Problem(f"split {split.name}", f"{split.num_tokens} tokens", "2 or more", remedy))
+        self._key = f"{sequence_length}" if packing == "concat" else f"{sequence_length}/best_fit/{overlap}"
+        self._has_contexts = packing == "best_fit" and overlap > 0
 
     @property
     def fingerprint(self) -> str:
-        key = f"{self._split.fingerprint}/{self._split.name}/{self.sequence_length}"
+        key = f"{self._split.fingerprint}/{self._split.name}/{self._key}"
         return xxhash.xxh3_128_hexdigest(key.encode())
 
     def __len__(self) -> int:
-        return -(-(self._split.num_tokens - 1) // self.sequence_length)
+        return int(self._firsts[-1])
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Mean tokens of a row that are of the corpus."""
+        return self._split.num_tokens / len(self)
+
+    @property
+    def padding(self) -> float:
+        """Share of the rows' places for targets that hold no token."""
+        return max(0.0, 1.0 - self._packing.num_places / (len(self) * self.sequence_length))
+
+    @property
+    def shard_names(self) -> list[str]:
+        return self._split.shard_names
+
+    def want(self, shards: Sequence[int]) -> None:
+        self._split.want(shards)
+
+    def find_bad(self, shards: Sequence[int]) -> list[int]:
+        return self._split.find_bad(shards)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"tokens": int64 (M, W); "documents": int32 (M, W), the document's number within the row,
-        from 0, PADDING_DOCUMENT where the stream has ended or the sample is EMPTY}."""
-        width = self.sequence_length + 1
-        tokens_MW = np.zeros((len(indices), width), dtype=np.int64)
-        documents_MW = np.full((len(indices), width), PADDING_DOCUMENT, dtype=np.int32)
-        for row, index in enumerate(indices.tolist()):
-            if index == EMPTY:
-                continue
-            start = index * self.sequence_length
-            length = min(width, self._split.num_tokens - start)
-            tokens, ends = self._split.read(start, start + length)
-            tokens_MW[row, :length] = tokens
-            starts_document = np.zeros(length, dtype=np.int32)
-            starts_document[ends[ends < length]] = 1
-            np.cumsum(starts_document, out=documents_MW[row, :length])
-        return {"tokens": tokens_MW, "documents": documents_MW}
+        from 0, PADDING_DOCUMENT where no token is}; and, when parts of documents overlap, "contexts":
+        bool (M, W), True where a token is seen but not predicted."""
+        M, W = len(indices), self.sequence_length + 1
+        pieces = self.pieces(indices)
+        ids = np.zeros(M * W, dtype=self._split.dtype)
+        places = pieces.rows * W + pieces.columns
+        self._split.read_spans(pieces.starts, pieces.lengths, ids, places)
+        begins = self._packing.document_begins(pieces)
+        documents_MW = np.zeros((M, W), dtype=np.int32)
+        documents_MW.reshape(-1)[places[begins[0]] + begins[1]] = 1
+        np.cumsum(documents_MW, axis=1, out=documents_MW)
+        filled_M = np.bincount(pieces.rows, weights=pieces.lengths, minlength=M)
+        for row in np.flatnonzero(filled_M < W).tolist():
+            documents_MW[row, int(filled_M[row]) :] = PADDING_DOCUMENT
+        raw: dict[str, np.ndarray] = {"tokens": ids.astype(np.int64).reshape(M, W), "documents": documents_MW}
+        if self._has_contexts:
+            assert pieces.contexts is not None
+            offsets = np.arange(int(pieces.contexts.sum()))
+            offsets -= np.repeat(np.cumsum(pieces.contexts) - pieces.contexts, pieces.contexts)
+            contexts = np.zeros(M * W, dtype=bool)
+            contexts[np.repeat(places, pieces.contexts) + offsets] = True
+            raw["contexts"] = contexts.reshape(M, W)
+        return raw
+
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        """What spans of the stream the samples of these numbers hold; an EMPTY one has none."""
+        rows = np.flatnonzero(indices != EMPTY)
+        shards = np.searchsorted(self._firsts, indices[rows], side="right") - 1
+        return self._packing.pieces(rows, shards, indices[rows] - self._firsts[shards])
+
+    def where(self, index: int) -> list[tuple[str, int, int]]:
+        """(shard, document, tokens) of each document in a sample: the shard's name, the document's number
+        within the shard, and how many of the sample's tokens are its."""
+        pieces = self.pieces(np.array([index]))
+        found = []
+        for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+            shard = int(np.searchsorted(self._split.shard_starts, start, side="right")) - 1
+            ends = self._split.shard_starts[shard] + np.cumsum(self._split.lengths_of(shard))
+            first = int(np.searchsorted(ends, start, side="right"))
+            while length > 0:
+                taken = min(length, int(ends[first]) - start)
+                found.append((self._split.shard_names[shard], first, taken))
+                first, start, length = first + 1, start + taken, length - taken
+        return found
 
     def describe(self) -> str:
         split = self._split
+        padding = f", {100 * self.padding:.2f} % padding" if isinstance(self._packing, BestFit) else ""
         return (
             f"{split.name}: {split.num_tokens:,} tokens of {split.num_documents:,} documents "
-            f"in {len(self):,} sequences of {self.sequence_length}"
+            f"in {len(self):,} sequences of {self.sequence_length}{padding}"
         )
 
 
-class Images:
-    """Labelled 28×28 grey images, held in memory as bytes."""
+class Concatenation:
+    """Several datasets one behind the other, for evaluation."""
 
-    SIDE = 28
-    MEAN, STD = 0.1307, 0.3081
-    """Of MNIST's training pixels, scaled to [0, 1]."""
-
-    SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}  # noqa: RUF012
-    """Each row's place in [0, 1) comes from a hash of the row alone."""
-
-    def __init__(self, name: str, images_NHW: np.ndarray, labels_N: np.ndarray) -> None:
-        """images: uint8 (N, 28, 28), labels: uint8 (N)."""
-        self.name = name
-        self._images_NHW = images_NHW
-        self._labels_N = labels_N
-
-    @classmethod
-    def open(cls, path: str, split: str, num_classes: int = 10) -> Images:
-        """One split of a .csv or .csv.gz file: 784 pixels (0 to 255) and the label a row, no header.
-
-        `package:NAME/path` is a file inside an installed Python package.
-        Raises DataError: file missing or undecodable, malformed row (named), unknown or empty split.
-        """
-        if split not in cls.SPLITS:
-            raise DataError(Problem(path, f"no split {split!r}", nearest(split, list(cls.SPLITS))))
-        rows = _read_rows(resolve_package_path(path), cls.SIDE**2, num_classes)
-        low, high = cls.SPLITS[split]
-        places = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) / 2**64 for row in rows])
-        chosen = rows[(low <= places) & (places < high)]
-        if len(chosen) == 0:
-            raise DataError(Problem(path, f"an empty split {split!r}", "1 row or more", "give more rows"))
-        return cls(split, chosen[:, :-1].reshape(-1, cls.SIDE, cls.SIDE), chosen[:, -1])
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(d) for d in datasets])])
+        self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in datasets])
 
     @property
     def fingerprint(self) -> str:
-        digest = xxhash.xxh3_128(self._images_NHW.tobytes())
-        digest.update(self._labels_N.tobytes())
-        return digest.hexdigest()
+        together = "/".join(dataset.fingerprint for dataset in self._datasets)
+        return xxhash.xxh3_128_hexdigest(together.encode())
 
     def __len__(self) -> int:
-        return len(self._labels_N)
+        return int(self._firsts[-1])
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"images": float32 (M, 1, 28, 28), mean 0 and deviation 1 over MNIST; "labels": int64 (M),
-        −1 for an EMPTY sample}."""
-        # EMPTY is −1 too: it reads the last image, whose label is then taken away.
-        images_MHW = (self._images_NHW[indices].astype(np.float32) / 255.0 - self.MEAN) / self.STD
-        labels_M = np.where(indices == EMPTY, -1, self._labels_N[indices].astype(np.int64))
-        return {"images": images_MHW[:, None].astype(np.float32), "labels": labels_M}
+        sources = np.clip(np.searchsorted(self._firsts, indices, side="right") - 1, 0, None)
+        inner = np.where(indices == EMPTY, EMPTY, indices - self._firsts[sources])
+        return gather(self._datasets, sources, inner)
 
     def describe(self) -> str:
-        return f"{self.name}: {len(self):,} images of {self.SIDE}×{self.SIDE}"
+        return "; ".join(dataset.describe() for dataset in self._datasets)
 
 
-def _read_rows(path: Path, num_pixels: int, num_classes: int) -> np.ndarray:
-    """All rows, uint8 (N, num_pixels + 1)."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        lines = content.decode("ascii").splitlines()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
-        raise DataError(
-            Problem(str(path), what, ".csv or .csv.gz", "check data.path, or download it again")
-        ) from error
-    if not lines:
-        raise DataError(Problem(str(path), "an empty file", f"rows of {num_pixels} pixels and a label"))
-    rows = np.empty((len(lines), num_pixels + 1), dtype=np.uint8)
-    for number, line in enumerate(lines, start=1):
-        rows[number - 1] = _parse_row(line, f"{path}, row {number}", num_pixels, num_classes)
-    return rows
-
-
-def _parse_row(line: str, where: str, num_pixels: int, num_classes: int) -> list[int]:
-    try:
-        values = [int(value) for value in line.split(",")]
-    except ValueError as error:
-        allowed = "whole numbers between commas, and no header"
-        raise DataError(Problem(where, f"a value that is no whole number ({error})", allowed)) from None
-    if len(values) != num_pixels + 1:
-        raise DataError(Problem(where, f"{len(values)} values", f"{num_pixels} pixels and a label"))
-    if min(values) < 0 or max(values) > 255:
-        wrong = next(value for value in values if not 0 <= value <= 255)
-        raise DataError(Problem(where, f"the value {wrong}", "0 to 255"))
-    if values[-1] >= num_classes:
-        raise DataError(Problem(where, f"the label {values[-1]}", f"0 to {num_classes - 1}"))
-    return values
+def gather(datasets: Sequence[Dataset], sources: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Samples `indices` (M,) of the datasets `sources` (M,), stacked in that order."""
+    used = np.unique(sources).tolist()
+    if len(used) == 1:
+        return datasets[used[0]].get(indices)
+    raw: dict[str, np.ndarray] = {}
+    for source in used:
+        chosen = np.flatnonzero(sources == source)
+        for key, values in datasets[source].get(indices[chosen]).items():
+            if key not in raw:
+                raw[key] = np.empty((len(indices), *values.shape[1:]), dtype=values.dtype)
+            raw[key][chosen] = values
+    return raw

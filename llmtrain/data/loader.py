@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llmtrain.data.datasets import EMPTY, Dataset
-from llmtrain.data.order import rank_slice, sample_indices
+from llmtrain.data.order import rank_slice
+from llmtrain.data.stream import Stream, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,11 @@ class MicroBatch:
     samples: range
     """Global sample numbers, one a row: over the whole run in training, over the pass in evaluation."""
     indices: np.ndarray
-    """The dataset's own numbers of these samples, int64; EMPTY in rows that only fill up."""
+    """Their numbers within their source, int64; EMPTY in rows that only fill up."""
+    digest: int = 0
+    """Of the samples' content and numbers, in training."""
+    num_skipped: int = 0
+    """Rows left empty in training, since their shard cannot be read."""
 
     @property
     def first_sample(self) -> int:
@@ -49,6 +54,8 @@ class StepBatches:
 
     step: int
     micro_batches: list[MicroBatch]
+    progress: dict[str, float]
+    """After how many epochs each source stands behind this step."""
     wait_seconds: float
     """How long the consumer stood still for this step."""
 
@@ -56,38 +63,35 @@ class StepBatches:
 class Loader:
     """Training steps for one data-parallel rank.
 
-    Step k takes global samples [k·G, (k+1)·G); rank r the r-th contiguous share of them, in micro-batches
-    of M. What a step holds depends on (dataset, seed, G, M, rank, size) alone, never on `workers` or on
-    where the run began.
+    A step takes G global samples; rank r the r-th contiguous share of them, in micro-batches of M. What a
+    step holds depends on (stream, M, rank, size) alone, never on `workers` or on where the run began.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        stream: Stream,
         collate: Collate,
         *,
-        seed: int,
-        global_size: int,
         micro_size: int,
         data_rank: int = 0,
         data_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """global_size counts the samples of a step over all ranks, micro_size those of one forward pass.
+        """micro_size counts the samples of one forward pass.
 
         workers: threads that read ahead; 0 reads when asked. pin_memory: page-locked batches, which a
         GPU copies without blocking.
-        Raises ValueError unless global_size is a multiple of micro_size · data_size.
+        Raises ValueError unless the stream's steps are multiples of micro_size · data_size.
         """
+        # Earlier segments of a timeline may have had steps of other sizes.
+        global_size = stream.timeline.segments[-1].global_size
         if global_size % (micro_size * data_size):
             raise ValueError(
                 f"global_size={global_size} is no multiple of micro_size={micro_size} · data_size={data_size}"
             )
-        self._dataset = dataset
+        self.stream = stream
         self._collate = collate
-        self._seed = seed
-        self._global_size = global_size
         self._micro_size = micro_size
         self._data_rank = data_rank
         self._data_size = data_size
@@ -105,18 +109,28 @@ class Loader:
             for step in itertools.count(start_step):
                 started = time.perf_counter()
                 micro_batches = next(fetched)
-                yield StepBatches(step, micro_batches, time.perf_counter() - started)
+                waited = time.perf_counter() - started
+                yield StepBatches(step, micro_batches, self.stream.progress(step + 1), waited)
         finally:
             fetched.close()
 
     def _fetch(self, step: int) -> list[MicroBatch]:
-        share = rank_slice(step, self._global_size, self._data_rank, self._data_size)
-        _, indices = sample_indices(np.array(share), len(self._dataset), self._seed)
+        self.stream.enter(step)
+        samples = self.stream.samples(step)
+        share = rank_slice(samples, self._data_rank, self._data_size)
         M = self._micro_size
-        return [
-            _micro_batch(self._dataset, self._collate, share[i : i + M], indices[i : i + M], self._pin_memory)
-            for i in range(0, len(share), M)
-        ]
+        return [self._read(share[i : i + M], step) for i in range(0, len(share), M)]
+
+    def _read(self, samples: range, step: int) -> MicroBatch:
+        places = self.stream.places(samples, step)
+        raw = self.stream.get(places)
+        return MicroBatch(
+            _tensors(raw, self._collate, self._pin_memory),
+            samples,
+            places.indices,
+            digest(raw, samples),
+            int((places.indices == EMPTY).sum()),
+        )
 
 
 def evaluation_batches(
@@ -139,21 +153,17 @@ def evaluation_batches(
     global_size = micro_size * data_size
 
     def fetch(step: int) -> MicroBatch:
-        samples = rank_slice(step, global_size, data_rank, data_size)
+        samples = rank_slice(range(step * global_size, (step + 1) * global_size), data_rank, data_size)
         places = np.array(samples)
         indices = np.where(places < length, places * len(dataset) // length, EMPTY)
-        return _micro_batch(dataset, collate, samples, indices, pin_memory)
+        return MicroBatch(_tensors(dataset.get(indices), collate, pin_memory), samples, indices)
 
     yield from _in_order(fetch, iter(range(-(-length // global_size))), workers)
 
 
-def _micro_batch(
-    dataset: Dataset, collate: Collate, samples: range, indices: np.ndarray, pin_memory: bool
-) -> MicroBatch:
-    batch = collate(dataset.get(indices))
-    if pin_memory:
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return MicroBatch(batch, samples, indices)
+def _tensors(raw: dict[str, np.ndarray], collate: Collate, pin_memory: bool) -> Batch:
+    batch = collate(raw)
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
 
 
 def _in_order(fetch: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:

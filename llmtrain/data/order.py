@@ -1,17 +1,24 @@
 """Which sample comes when: pure functions of (seed, position), free of world size, workers and time.
 
-Training sample number n (counted from 0 over the whole run) is sample `permute(n % length)` of epoch
-n // length. Any position is found in constant time and memory, so that a run resumes at once and
-each rank computes its own slice alone.
+A dataset's samples lie in shards. In each epoch its shards are permuted, `block_shards` of them after
+another make a block, and samples are permuted within their block: so a reader needs one block's shards
+at a time, however large the dataset. Any position is found in constant time and memory, so that a run
+resumes at once and each rank computes its own slice alone.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+
 import numpy as np
 
+_EPOCHS_KEPT = 4
 _ROUNDS = 8
 _WORD = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_SHARDS = 0x5368617264730000
+"""Keeps the order of shards apart from that within a block."""
 
 
 def permute(indices: np.ndarray, length: int, key: int) -> np.ndarray:
@@ -40,31 +47,109 @@ def epoch_key(seed: int, epoch: int) -> int:
     return _mix(_mix(seed) + epoch * _GOLDEN_GAMMA)
 
 
-def sample_indices(numbers: np.ndarray, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Global sample numbers → (epochs, indices into the dataset), both int64 of the same shape."""
-    epochs, places = np.divmod(np.asarray(numbers, dtype=np.int64), length)
-    indices = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = permute(places[chosen], length, epoch_key(seed, int(epoch)))
-    return epochs, indices
+class BlockOrder:
+    """The order of one dataset's samples over epochs without end. Safe to use from several threads."""
+
+    def __init__(
+        self, shard_sizes: np.ndarray, *, seed: int, block_shards: int, epoch_length: int | None = None
+    ) -> None:
+        """shard_sizes: samples in each shard, (S,), not all 0. epoch_length: samples of an epoch, where the
+        last of its order are left out."""
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._sizes)])
+        self._seed = seed
+        self._block_shards = block_shards
+        self.epoch_length = int(self._firsts[-1]) if epoch_length is None else epoch_length
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions from 0 over all epochs → (epochs, indices into the dataset), int64 of the same shape."""
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.epoch_length)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            indices[chosen] = self._epoch(epoch).indices(places[chosen])
+        return epochs, indices
+
+    def blocks(self, first: int, last: int) -> list[tuple[int, int]]:
+        """(epoch, block) of each block that positions [first, last) touch, in their order."""
+        found = []
+        position = first
+        while position < last:
+            epoch, place = divmod(position, self.epoch_length)
+            block, end = self._epoch(epoch).block_at(place)
+            found.append((epoch, block))
+            position = min(epoch * self.epoch_length + end, (epoch + 1) * self.epoch_length)
+        return found
+
+    def shards_of(self, epoch: int, block: int) -> list[int]:
+        """The shards of a block, in the epoch's order; none behind its last block."""
+        shards = self._epoch(epoch).shards[block * self._block_shards : (block + 1) * self._block_shards]
+        return shards.tolist()
+
+    def shard_of(self, index: int) -> int:
+        """The shard that holds a sample."""
+        return int(np.searchsorted(self._firsts, index, side="right")) - 1
+
+    def block_of(self, epoch: int, shard: int) -> int:
+        """The block in which a shard comes."""
+        return int(np.flatnonzero(self._epoch(epoch).shards == shard)[0]) // self._block_shards
+
+    def after(self, epoch: int, block: int) -> tuple[int, int]:
+        """The block that follows."""
+        blocks = -(-len(self._sizes) // self._block_shards)
+        return (epoch, block + 1) if block + 1 < blocks else (epoch + 1, 0)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        with self._lock:
+            found = self._epochs.get(epoch)
+            if found is None:
+                key = epoch_key(self._seed, epoch)
+                found = self._epochs[epoch] = _Epoch(self._sizes, self._firsts, key, self._block_shards)
+                if len(self._epochs) > _EPOCHS_KEPT:
+                    self._epochs.popitem(last=False)
+        return found
 
 
-def global_samples(step: int, global_size: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(epochs, indices) of the `global_size` samples that optimizer step `step` takes, over all ranks."""
-    return sample_indices(np.arange(step * global_size, (step + 1) * global_size), length, seed)
+class _Epoch:
+    """One epoch's order."""
+
+    def __init__(self, sizes: np.ndarray, firsts: np.ndarray, key: int, block_shards: int) -> None:
+        S = len(sizes)
+        self.shards = permute(np.arange(S), S, _mix(key ^ _SHARDS))
+        self._key = key
+        self._block_shards = block_shards
+        self._firsts = firsts[self.shards]
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.shards])])
+        self._block_starts = np.append(self._starts[:-1:block_shards], self._starts[-1])
+
+    def block_at(self, place: int) -> tuple[int, int]:
+        """(block, place behind its last sample)."""
+        block = int(np.searchsorted(self._block_starts, place, side="right")) - 1
+        return block, int(self._block_starts[block + 1])
+
+    def indices(self, places: np.ndarray) -> np.ndarray:
+        blocks = np.searchsorted(self._block_starts, places, side="right") - 1
+        shuffled = np.empty_like(places)
+        for block in np.unique(blocks).tolist():
+            chosen = blocks == block
+            start, end = self._block_starts[block : block + 2].tolist()
+            key = _mix(self._key + (block + 1) * _GOLDEN_GAMMA)
+            shuffled[chosen] = start + permute(places[chosen] - start, end - start, key)
+        slots = np.searchsorted(self._starts, shuffled, side="right") - 1
+        return self._firsts[slots] + shuffled - self._starts[slots]
 
 
-def rank_slice(step: int, global_size: int, data_rank: int, data_size: int) -> range:
-    """The global sample numbers that one data-parallel rank takes in a step: a contiguous share.
+def rank_slice(samples: range, data_rank: int, data_size: int) -> range:
+    """The samples of a step that one data-parallel rank takes: a contiguous share.
 
-    Raises ValueError unless data_size divides global_size.
+    Raises ValueError unless data_size divides their number.
     """
-    share, rest = divmod(global_size, data_size)
+    share, rest = divmod(len(samples), data_size)
     if rest:
-        raise ValueError(f"global_size={global_size} is no multiple of data_size={data_size}")
-    start = step * global_size + data_rank * share
-    return range(start, start + share)
+        raise ValueError(f"global_size={len(samples)} is no multiple of data_size={data_size}")
+    return samples[data_rank * share : (data_rank + 1) * share]
 
 
 def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.ndarray:

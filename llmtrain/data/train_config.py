@@ -3,30 +3,136 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmtrain.config import require
+from llmtrain.data.cache import CacheConfig
 from llmtrain.errors import ConfigError, Problem, nearest
 
 
 @dataclass(frozen=True)
-class TokenDataConfig:
-    """A corpus that `llmtrain prepare` wrote."""
+class Stage:
+    """A part of a curriculum."""
 
-    path: str
-    """The corpus' folder."""
+    step: int
+    """The first optimizer step that draws so."""
+    mixture: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TokenDataConfig:
+    """Corpora that `llmtrain prepare` wrote."""
+
+    path: str | None = None
+    """The corpus: a folder, http(s)://…, s3://… or what else fsspec speaks; of a mixture, the folder or URL
+    that holds its corpora."""
+    mixture: Mapping[str, float] | None = None
+    """Corpus → weight by tokens; null: `path` is the only one."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Corpus of the mixture → its path, where that is not `path`/NAME."""
+    curriculum: tuple[Stage, ...] = ()
+    """Other mixtures from later steps on."""
     kind: Literal["tokens"] = "tokens"
-    workers: int = 2
-    """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """`concat` cuts the token stream into rows; `best_fit` lays whole documents into them."""
+    overlap: int = 0
+    """Tokens that a part of a document longer than a row repeats of the part before, as context; with
+    `best_fit`."""
     document_mask: bool = True
     """Documents packed into one sequence don't attend to each other."""
+    shuffle_shards: int = 16
+    """Shards among which sequences are shuffled; as many are in use at a time."""
+    drop_last: bool = False
+    """An epoch ends with its last whole step; what is left over is not used in it."""
+    workers: int = 2
+    """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
     verify: Literal["size", "checksum"] = "checksum"
     """`checksum` reads each shard once and remembers it beside the corpus; `size` compares sizes alone."""
+    on_bad_shard: Literal["error", "skip"] = "error"
+    """A shard that stays bad ends the run, or its sequences are left empty on all ranks."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where shards that come from elsewhere are kept."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from require(self.path != "", "path", self.path, "the folder of a corpus")
         yield from require(self.workers >= 0, "workers", self.workers, "0 or more")
+        yield from require(self.shuffle_shards >= 1, "shuffle_shards", self.shuffle_shards, "1 or more")
+        yield from require(self.overlap >= 0, "overlap", self.overlap, "0 or more")
+        yield from require(
+            self.overlap == 0 or self.packing == "best_fit",
+            "overlap",
+            self.overlap,
+            "0 with packing=concat, whose rows cut documents where they end",
+            "give data.packing=best_fit",
+        )
+        if self.mixture is None:
+            yield from require(bool(self.path), "path", self.path, "a corpus", "give data.path=…")
+            for key in ("sources", "curriculum"):
+                got = getattr(self, key)
+                yield from require(not got, key, got, "nothing without a mixture", "give data.mixture={…}")
+            return
+        yield from _mixture_problems("mixture", self.mixture)
+        steps = [0]
+        for number, stage in enumerate(self.curriculum):
+            where = f"curriculum[{number}]"
+            yield from require(
+                stage.step > steps[-1],
+                f"{where}.step",
+                stage.step,
+                f"more than {steps[-1]}: stages in the order of their steps, the first at 1 or later",
+            )
+            steps.append(stage.step)
+            yield from _mixture_problems(f"{where}.mixture", stage.mixture)
+        for name in self.sources:
+            if name not in self.names:
+                yield Problem(f"sources.{name}", "no corpus of the mixture", nearest(name, self.names))
+        nowhere = [name for name in self.names if name not in self.sources]
+        if not self.path and nowhere:
+            remedy = f"give data.sources.{nowhere[0]}=…, or data.path, the folder of all"
+            yield Problem("sources", f"no place for {', '.join(nowhere)}", "one for each corpus", remedy)
+        yield from require(
+            not self.drop_last or len(self.names) == 1,
+            "drop_last",
+            self.drop_last,
+            "false with a mixture, whose corpora end their epochs at different steps",
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Of the corpora, sorted; "" of a single one without a mixture."""
+        if self.mixture is None:
+            return [""]
+        mixtures = [self.mixture, *(stage.mixture for stage in self.curriculum)]
+        return sorted({name for mixture in mixtures for name in mixture})
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Corpus → where it is."""
+        if self.mixture is None:
+            return {"": self.path or ""}
+        root = (self.path or "").rstrip("/")
+        return {name: self.sources.get(name, f"{root}/{name}") for name in self.names}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Corpus → weight by tokens from `step` on, until the curriculum changes it."""
+        if self.mixture is None:
+            return {"": 1.0}
+        mixture = self.mixture
+        for stage in self.curriculum:
+            if stage.step <= step:
+                mixture = stage.mixture
+        return {name: mixture.get(name, 0.0) for name in self.names}
+
+
+def _mixture_problems(where: str, mixture: Mapping[str, float]) -> Iterator[Problem]:
+    yield from require(bool(mixture), where, dict(mixture), "one corpus or more")
+    for name, weight in mixture.items():
+        yield from require(
+            bool(name) and "/" not in name, where, name, "a plain name", "give its path in data.sources"
+        )
+        yield from require(weight >= 0, f"{where}.{name}", weight, "0 or more")
+    if mixture:
+        yield from require(any(w > 0 for w in mixture.values()), where, dict(mixture), "a weight above 0")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
+from llmtrain.data.stream import combine_digests
 from llmtrain.engine.evaluation import Totals, sum_over_batches
 from llmtrain.engine.modules import to_device
 from llmtrain.models.dropout import sample_keys
@@ -36,7 +38,8 @@ class StepResult:
 
     `loss` is the mean over all targets of the global batch, in nats; `grad_norm` the Euclidean norm
     of the gradient before clipping; `metrics` means over targets; `skipped` says that fp16 gradients
-    overflowed and the weights stayed; `stop` that some rank was asked to stop.
+    overflowed and the weights stayed; `stop` that some rank was asked to stop. `data_digest` stands for the
+    content and the order of all samples of the step, `num_skipped` of which were left empty.
     """
 
     loss: float
@@ -45,6 +48,8 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
     stop: bool = False
+    data_digest: int = 0
+    num_skipped: int = 0
 
 
 class NonFiniteError(Exception):
@@ -149,8 +154,14 @@ class Engine(ABC):
         assert len(micro_batches) == self.layout.accumulation
         batches = [self._prepared(micro) for micro in micro_batches]
         counted = self.mesh.tells_the_loss
-        local_targets = sum(self.objective.target_count(batch) for batch in batches) if counted else 0
-        num_targets = int(distributed.all_sum(torch.tensor([local_targets], device=self.device)).item())
+        counts = np.zeros(3, dtype=np.int64)
+        if counted:
+            counts[0] = sum(self.objective.target_count(batch) for batch in batches)
+        if counted and self.mesh.coordinates.sequence == 0:
+            counts[1] = sum(micro.digest for micro in micro_batches)
+            counts[2] = sum(micro.num_skipped for micro in micro_batches)
+        summed = distributed.all_sum(torch.from_numpy(counts).to(self.device)).tolist()
+        num_targets, data_digest, num_skipped = summed[0], combine_digests(summed[1]), summed[2]
         scale = self.mesh.replicas / max(1, num_targets)
 
         def run(i: int) -> Batch:
@@ -192,6 +203,8 @@ class Engine(ABC):
             },
             skipped=skipped,
             stop=sums[1] > 0,
+            data_digest=data_digest,
+            num_skipped=num_skipped,
         )
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:

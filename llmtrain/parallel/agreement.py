@@ -22,7 +22,7 @@ from llmtrain.errors import LaunchError, Problem
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-NOT_COMPARED = {"data.path"}
+NOT_COMPARED = ("data.path", "data.sources.", "data.cache.")
 """A corpus may lie elsewhere on each host: its content is compared. Not so run.dir, where all ranks
 write their parts of one checkpoint."""
 
@@ -51,7 +51,9 @@ def run_facts(config: Mapping[str, Any], device_type: str, data: str | None) -> 
     """Of a training run: every key of its encoded config, the device, what `data` holds (a fingerprint),
     and the versions of what computes."""
     command, versions = "start all ranks with the same command", "install the same version on all hosts"
-    facts = {key: Fact(value, command) for key, value in _flat(config).items() if key not in NOT_COMPARED}
+    facts = {
+        key: Fact(value, command) for key, value in _flat(config).items() if not key.startswith(NOT_COMPARED)
+    }
     facts["device type"] = Fact(device_type, "give device=cpu, or a GPU to each rank")
     facts["content of data.path"] = Fact(data, "copy the same corpus to all hosts")
     facts["version of python"] = Fact(platform.python_version(), versions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,8 +26,10 @@ class Observer(Protocol):
     def failed(self) -> bool:
         """Whether it can no longer record the run, which then ends as if asked to."""
 
-    def on_step(self, step: int, result: StepResult, lr: float, seconds: float, data_wait: float) -> None:
-        """`seconds` of the whole step, `data_wait` of them spent waiting for its samples."""
+    def on_step(
+        self, step: int, result: StepResult, lr: float, seconds: float, data: Mapping[str, float]
+    ) -> None:
+        """`seconds` of the whole step; `data`: metrics of what it read."""
 
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None: ...
 
@@ -102,7 +104,8 @@ def train(
                 stopped = TrainingError(_non_finite(step + 1, error, saved_step))
                 raise distributed.everywhere(stopped) from error
             done = step + 1
-            observer.on_step(done, result, lr, time.perf_counter() - started, batch.wait_seconds)
+            data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
+            observer.on_step(done, result, lr, time.perf_counter() - started, data)
             hooks.poll_save()
             evaluated = is_due(done, evaluate_every, steps)
             if evaluated:

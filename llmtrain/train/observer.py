@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from llmtrain.engine.base import StepResult
@@ -38,7 +40,9 @@ class RunObserver:
         if trackers is not None:
             self._peak = layout.world_size * throughput.peak_flops(device.type, config.precision)
 
-    def on_step(self, step: int, result: StepResult, lr: float, seconds: float, data_wait: float) -> None:
+    def on_step(
+        self, step: int, result: StepResult, lr: float, seconds: float, data: Mapping[str, float]
+    ) -> None:
         tokens = self._global_size * self._units
         self._meter.add(tokens, seconds)
         if self._trackers is None or self._progress is None:
@@ -52,12 +56,15 @@ class RunObserver:
             "step_tokens_per_second": tokens / seconds,
             "mfu": throughput.model_flops_utilization(rate, self._flops, self._peak),
             "memory_bytes": throughput.memory_bytes(self._device_type),
-            "data_wait_seconds": data_wait,
+            **data,
+            "data_digest": result.data_digest,
             "num_targets": result.num_targets,
             **result.metrics,
         }
         if result.skipped:
             metrics["skipped"] = 1
+        if result.num_skipped:
+            metrics["skipped_samples"] = result.num_skipped
         self._log(step, metrics)
         self._progress.update(step, metrics)
 

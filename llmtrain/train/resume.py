@@ -29,6 +29,11 @@ class Resume:
     is_own: bool
     """It is this run's; otherwise the run begins as a fork of another."""
 
+    @property
+    def timeline(self) -> list[dict[str, Any]] | None:
+        """How the run drew its samples until then; None in checkpoints of before it was kept."""
+        return self.checkpoint.manifest.get("timeline")
+
 
 def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:
     """The checkpoint that the run goes on from; None for a fresh start. The same on every rank.
@@ -64,7 +69,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
         if newest is None:
             return None
         checkpoint = newest
-    _check_same_model(config, checkpoint, data, say)
+    _check_same_model(config, checkpoint, data)
     if is_own:
         distributed.on_main(lambda: _go_back(root, checkpoint.step, named, say))
     say(f"resuming from {checkpoint.path} (step {checkpoint.step:,})")
@@ -88,7 +93,7 @@ def _refusal(problem: Problem) -> UserError:
     return distributed.everywhere(CheckpointError(problem))
 
 
-def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any], say: Say) -> None:
+def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
     manifest = checkpoint.manifest
     problems = []
     different = model_differences(encode(config.model), manifest["model"])
@@ -117,11 +122,3 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
         )
     if problems:
         raise distributed.everywhere(CheckpointError(problems))
-    if theirs["fingerprint"] != data["fingerprint"]:
-        say(f"note: the corpus has changed since {checkpoint.path.name}; the order of samples is a new one")
-    ours = encode(config)
-    for section, key in (("batch", "global_size"), ("batch", "sequence_length"), (None, "seed")):
-        was, now = ((c[section] if section else c)[key] for c in (before, ours))
-        if was != now:
-            name = f"{section}.{key}" if section else key
-            say(f"note: {name} was {was}, is {now}; samples come in a new order")

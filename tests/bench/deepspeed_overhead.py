@@ -18,12 +18,12 @@ import torch
 from llmtrain.commands.build import build_engine
 from llmtrain.commands.loading import build_module
 from llmtrain.commands.resolve import resolve
-from llmtrain.data.loader import Loader, MicroBatch
-from llmtrain.families import family_of, open_dataset
+from llmtrain.data.loader import MicroBatch
+from llmtrain.families import family_of
 from llmtrain.models.initialize import initialize
 from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel import distributed
-from tests.support.training import compose
+from tests.support.training import compose, open_loader
 
 STEPS_A_ROUND = 2
 
@@ -56,9 +56,7 @@ def prepare(
     config, layout = resolved.config, resolved.layout
     objective = family_of(config.model).objective(config.data)
     engine = build_engine(config, layout, device, objective, None)
-    dataset = open_dataset(config.model, config.data, resolved.corpus, "train", config.batch.sequence_length)
-    loader = Loader(dataset, objective.collate, seed=0, global_size=8, micro_size=8)
-    steps = loader.steps()
+    steps = open_loader(resolved).steps()
     batches: list[list[MicroBatch]] = [next(steps).micro_batches for _ in range(4)]
 
     module = build_module(config.model, device)

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from tests.support.ranks import Pool
-from tests.support.training import compose
+from tests.support.training import compose, open_loader
 
 MODEL = ("model=gpt_tiny", "batch.global_size=16", "batch.sequence_length=256", "data.workers=0")
 SIDES: dict[str, tuple[tuple[str, ...], float]] = {
@@ -43,10 +43,8 @@ def prepare(overrides: list[str], threads: int) -> int:
 
     from llmtrain.commands.build import build_engine
     from llmtrain.commands.resolve import resolve
-    from llmtrain.data.loader import Loader
     from llmtrain.engine.allocator import keep_freed_memory
-    from llmtrain.families import family_of, open_dataset
-    from llmtrain.parallel import distributed
+    from llmtrain.families import family_of
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -55,16 +53,7 @@ def prepare(overrides: list[str], threads: int) -> int:
     objective = family_of(config.model).objective(config.data)
     _ready.clear()
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
-    dataset = open_dataset(config.model, config.data, resolved.corpus, "train", config.batch.sequence_length)
-    loader = Loader(
-        dataset,
-        objective.collate,
-        seed=0,
-        global_size=layout.global_size,
-        micro_size=layout.micro_size,
-        data_rank=layout.coordinates(distributed.rank()).data,
-        data_size=layout.data,
-    )
+    loader = open_loader(resolved)
     _ready.update(engine=engine, steps=loader.steps())
     clock(2)
     return layout.tokens_per_step

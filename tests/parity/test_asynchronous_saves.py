@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support import ranks
-from tests.support.training import TINY_GPT, compose
+from tests.support.training import TINY_GPT, compose, open_loader
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +22,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     from llmtrain.checkpoint import store
     from llmtrain.commands.build import build_engine
     from llmtrain.commands.resolve import resolve
-    from llmtrain.data.loader import Loader
-    from llmtrain.families import family_of, open_dataset
+    from llmtrain.families import family_of
     from llmtrain.parallel import distributed
 
     class SlowCopier(saver_module.Copier):
@@ -35,16 +34,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     config, layout = resolved.config, resolved.layout
     objective = family_of(config.model).objective(config.data)
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
-    dataset = open_dataset(config.model, config.data, resolved.corpus, "train", config.batch.sequence_length)
-    loader = Loader(
-        dataset,
-        objective.collate,
-        seed=0,
-        global_size=layout.global_size,
-        micro_size=layout.micro_size,
-        data_rank=layout.coordinates(distributed.rank()).data,
-        data_size=layout.data,
-    )
+    loader = open_loader(resolved)
     batches = loader.steps(0)
     for _ in range(2):
         engine.train_step(next(batches).micro_batches, lr=1e-2)

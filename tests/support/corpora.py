@@ -62,7 +62,7 @@ def write_corpus(
     sha256 = hashlib.sha256(tokenizer).hexdigest()
     manifest = {
         "format": "llmtrain-corpus",
-        "version": 1,
+        "version": 2,
         "vocab_size": vocab_size,
         "eos_id": EOS,
         "dtype": dtype,
@@ -107,8 +107,9 @@ def _write_split(
                 "num_documents": sum(map(len, group)),
             }
         )
-    index_path = path / name / "index.npy"
+    index_path, lengths_path = path / name / "index.npy", path / name / "lengths.npy"
     np.save(index_path, np.array(rows, dtype=INDEX_DTYPE))
+    np.save(lengths_path, np.array([len(document) + 1 for document in documents], dtype="<u4"))
     return {
         "num_tokens": sum(shard["num_tokens"] for shard in shards),
         "num_documents": len(documents),
@@ -116,6 +117,8 @@ def _write_split(
         "num_samples": len(samples),
         "index": f"{name}/index.npy",
         "index_xxh3_128": xxhash.xxh3_128_hexdigest(index_path.read_bytes()),
+        "lengths": f"{name}/lengths.npy",
+        "lengths_xxh3_128": xxhash.xxh3_128_hexdigest(lengths_path.read_bytes()),
         "shards": shards,
     }
 

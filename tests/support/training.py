@@ -52,6 +52,27 @@ class Trace:
     validation_loss: float
 
 
+def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
+    """What this process' rank reads of a run's training data; `before`: the encoded timeline of a checkpoint
+    at `start_step`."""
+    from llmtrain.data.loader import Loader
+    from llmtrain.families import family_of, open_sources
+    from llmtrain.parallel import distributed
+    from llmtrain.train.streaming import open_stream, plan_timeline
+
+    config, layout = resolved.config, resolved.layout
+    length = config.batch.sequence_length
+    sources = open_sources(config.model, config.data, resolved.corpora, "train", length)
+    timeline = plan_timeline(config, sources, before, start_step, print)
+    return Loader(
+        open_stream(config.data, sources, timeline, seed=config.seed),
+        family_of(config.model).objective(config.data).collate,
+        micro_size=layout.micro_size,
+        data_rank=layout.coordinates(distributed.rank()).data,
+        data_size=layout.data,
+    )
+
+
 def train_steps(
     overrides: Sequence[str], stop: int, save_to: str | None = None, resume_from: str | None = None
 ) -> Trace:
@@ -68,7 +89,6 @@ def train_steps(
     from llmtrain.commands.loading import build_module
     from llmtrain.commands.resolve import resolve
     from llmtrain.config import encode
-    from llmtrain.data.loader import Loader
     from llmtrain.families import family_of, open_dataset
     from llmtrain.models.initialize import initialize
     from llmtrain.optim.schedules import multiplier
@@ -85,28 +105,24 @@ def train_steps(
     initialize(fresh, config.seed)
     initial_weights = {name: p.detach().numpy() for name, p in fresh.named_parameters()}
     engine = build_engine(config, layout, device, objective, checkpoint)
-    sequence_length = config.batch.sequence_length
-    dataset = open_dataset(config.model, config.data, resolved.corpus, "train", sequence_length)
-    validation = open_dataset(config.model, config.data, resolved.corpus, "validation", sequence_length)
+    length = config.batch.sequence_length
+    validation = open_dataset(config.model, config.data, resolved.corpora, "validation", length)
     data_rank = layout.coordinates(distributed.rank()).data
-    loader = Loader(
-        dataset,
-        objective.collate,
-        seed=config.seed,
-        global_size=layout.global_size,
-        micro_size=layout.micro_size,
-        data_rank=data_rank,
-        data_size=layout.data,
-    )
-    losses, grad_norms = [], []
     start = checkpoint.step if checkpoint else 0
+    before = checkpoint.manifest["timeline"] if checkpoint else None
+    loader = open_loader(resolved, before, start)
+    losses, grad_norms = [], []
     for step, batch in zip(range(start, stop), loader.steps(start), strict=False):
         lr = config.optimizer.lr * multiplier(config.schedule, step, config.train.steps)
         result = engine.train_step(batch.micro_batches, lr=lr)
         losses.append(result.loss)
         grad_norms.append(result.grad_norm)
     validation_loss = evaluate_dataset(engine, validation, layout, data_rank, 0, 13).loss
-    description = {"model": encode(config.model), "config": encode(config)}
+    description = {
+        "model": encode(config.model),
+        "config": encode(config),
+        "timeline": loader.stream.timeline.encode(),
+    }
     folder = save_to or distributed.from_main(tempfile.mkdtemp())
     saved = store.save(Path(folder), stop, engine, description, None)
     weights = {name: weight.numpy() for name, weight in store.Checkpoint.open(saved).weights().items()}

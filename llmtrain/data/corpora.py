@@ -1,0 +1,83 @@
+"""The corpora that one run reads: one, or those of a mixture, all of one tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import xxhash
+
+from llmtrain.data.cache import Cache
+from llmtrain.data.corpus import Corpus, TokenSplit
+from llmtrain.data.train_config import TokenDataConfig
+from llmtrain.data.transport import is_remote
+from llmtrain.errors import DataError, Problem
+
+
+class Corpora:
+    """Name → corpus; `open_corpora` makes them."""
+
+    def __init__(self, corpora: Mapping[str, Corpus]) -> None:
+        self.by_name = dict(corpora)
+        self._first = next(iter(corpora.values()))
+
+    @property
+    def where(self) -> str:
+        """As messages call them."""
+        return ", ".join(corpus.where for corpus in self.by_name.values())
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The sentencepiece model."""
+        return self._first.tokenizer_path
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self._first.manifest.tokenizer.sha256
+
+    @property
+    def vocab_size(self) -> int:
+        return self._first.manifest.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex; changes with any token and with the tokenizer."""
+        if len(self.by_name) == 1:
+            return self._first.manifest.fingerprint
+        named = sorted(f"{name}={corpus.manifest.fingerprint}" for name, corpus in self.by_name.items())
+        return xxhash.xxh3_128_hexdigest("/".join(named).encode())
+
+    def splits(self, name: str) -> dict[str, TokenSplit]:
+        """Corpus → its split. Raises DataError for one that has no such split, or an empty one."""
+        return {key: corpus.split(name) for key, corpus in self.by_name.items()}
+
+
+def open_corpora(data: TokenDataConfig) -> Corpora:
+    """Raises DataError with what is wrong with each, and for corpora of different tokenizers."""
+    problems: list[Problem] = []
+    opened: dict[str, Corpus] = {}
+    for name, path in data.paths.items():
+        remote = is_remote(path)
+        try:
+            opened[name] = Corpus.open(
+                path if remote else Path(path).expanduser(),
+                data.verify,
+                on_bad_shard=data.on_bad_shard,
+                cache=Cache(data.cache) if remote else None,
+            )
+        except DataError as error:
+            problems += error.problems
+    if not problems:
+        first, *others = opened.items()
+        ours = first[1].manifest.tokenizer.sha256
+        for name, corpus in others:
+            theirs = corpus.manifest.tokenizer.sha256
+            if theirs != ours:
+                remedy = f"prepare it with tokenizer.model={first[1].tokenizer_path}"
+                got = f"{corpus.where}, prepared with another tokenizer ({theirs[:12]}…)"
+                problems.append(
+                    Problem(f"data.mixture.{name}", got, f"that of {first[0]} ({ours[:12]}…)", remedy)
+                )
+    if problems:
+        raise DataError(problems)
+    return Corpora(opened)

@@ -1,0 +1,153 @@
+"""Which spans of a split's token stream make which row: the two ways of packing.
+
+A row holds tokens of one shard. Dim names: M rows asked for, P pieces in them, S shards.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+from llmtrain.data import packing
+from llmtrain.data.corpus import OPEN_SHARDS, TokenSplit
+from llmtrain.errors import DataError
+from llmtrain.files import disk_problem, write_atomically
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Spans of a token stream laid into the M rows of a micro-batch, P of them, all (P,)."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    """Where in its row each begins."""
+    starts: np.ndarray
+    """Where in the stream each begins."""
+    lengths: np.ndarray
+    contexts: np.ndarray | None = None
+    """So many first tokens of each are seen and not predicted; None: none."""
+
+
+class Packing(Protocol):
+    """A way of filling rows."""
+
+    shard_sizes: np.ndarray
+    """Rows that each shard makes, int64 (S,)."""
+    num_places: int
+    """Places for a target, over all rows, that hold a token."""
+
+    def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
+        """Row `numbers[i]` of shard `shards[i]` as row `rows[i]` of a micro-batch, row by row."""
+
+    def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        """(piece, place within it) of each token, not the first of its row, that begins a document."""
+
+
+class Windows(Packing):
+    """Rows that are windows of a shard's tokens."""
+
+    def __init__(self, split: TokenSplit, sequence_length: int) -> None:
+        self._split = split
+        self._length = sequence_length
+        tokens = np.diff(split.shard_starts)
+        self.shard_sizes = np.maximum(0, -(-(tokens - 1) // sequence_length))
+        self.num_places = int(np.maximum(0, tokens - 1).sum())
+
+    def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
+        starts = self._split.shard_starts[shards] + numbers * self._length
+        lengths = np.minimum(self._length + 1, self._split.shard_starts[shards + 1] - starts)
+        return Pieces(rows, np.zeros_like(rows), starts, lengths)
+
+    def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        found, ends = self._split.document_ends(pieces.starts, pieces.lengths)
+        inside = ends < pieces.lengths[found]
+        return found[inside], ends[inside]
+
+
+class BestFit(Packing):
+    """Rows that hold whole documents, or parts of those longer than a row."""
+
+    def __init__(self, split: TokenSplit, sequence_length: int, overlap: int, cache: Path | None) -> None:
+        self._split = split
+        self._width = sequence_length + 1
+        # A part's first token is the last target of the part before it, whatever else they share.
+        self._overlap = overlap + 1
+        counts = self._counts(cache)
+        self.shard_sizes = counts[:, 0]
+        self.num_places = int(counts[:, 1].sum())
+        self._rows: OrderedDict[int, packing.Rows] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
+        parts = []
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            plan = self._plan(shard)
+            first, last = (plan.first_piece[numbers[chosen] + i] for i in (0, 1))
+            counts = last - first
+            inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts - first, counts)
+            lengths = plan.lengths[inside].astype(np.int64)
+            ends = np.cumsum(lengths)
+            row_begins = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts)
+            columns = ends - lengths - row_begins
+            starts = plan.starts[inside] + self._split.shard_starts[shard]
+            parts.append((np.repeat(rows[chosen], counts), columns, starts, lengths, plan.contexts[inside]))
+        if not parts:
+            return Pieces(*[np.empty(0, np.int64) for _ in range(5)])
+        return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+        found = np.flatnonzero(pieces.columns)
+        return found, np.zeros_like(found)
+
+    def _counts(self, cache: Path | None) -> np.ndarray:
+        """(rows, places for targets that hold one) of each shard, int64 (S, 2).
+
+        Counting takes some 20 ms a shard, so it is done once a host: the processes that start together wait
+        for the first, and the next find its result.
+        """
+        if cache is None:
+            return self._count()
+        key = f"{self._split.fingerprint}/{self._split.name}/{self._width}/{self._overlap}"
+        path = cache / "rows" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.npy"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "w") as file:
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not path.exists():
+                    content = io.BytesIO()
+                    np.save(content, self._count())
+                    write_atomically(path, content.getvalue())
+                return np.load(path, allow_pickle=False)
+        except OSError as error:
+            raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
+
+    def _count(self) -> np.ndarray:
+        plans = (
+            packing.best_fit(lengths, self._width, self._overlap)
+            for lengths in self._split.document_lengths()
+        )
+        counts = [(len(plan), int(plan.lengths.sum(dtype=np.int64)) - len(plan)) for plan in plans]
+        return np.array(counts, dtype=np.int64)
+
+    def _plan(self, shard: int) -> packing.Rows:
+        with self._lock:
+            if plan := self._rows.get(shard):
+                self._rows.move_to_end(shard)
+                return plan
+        plan = packing.best_fit(self._split.lengths_of(shard), self._width, self._overlap)
+        with self._lock:
+            self._rows[shard] = plan
+            if len(self._rows) > OPEN_SHARDS:
+                self._rows.popitem(last=False)
+        return plan

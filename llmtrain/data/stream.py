@@ -1,0 +1,210 @@
+"""The training stream: which samples make a step, over sources, epochs and shards, and their content.
+
+Everything about order is arithmetic on (timeline, seed, step); ranks, threads and restarts only ask for
+other slices of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import xxhash
+
+from llmtrain.data.datasets import EMPTY, Dataset, ReadsShards, gather
+from llmtrain.data.mixture import Timeline
+from llmtrain.data.order import BlockOrder
+from llmtrain.errors import DataError, Problem
+
+Agree = Callable[[str, Sequence[int]], list[int]]
+"""(key, numbers that this rank brings) → the numbers that any rank brought for the key; called by all ranks,
+from any thread."""
+
+_BLOCKS_KEPT = 64
+_DIGEST_BITS = 48
+"""Such sums are exact wherever numbers are kept as doubles."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where M samples of a step come from, all int64 (M,)."""
+
+    sources: np.ndarray
+    """Which of the stream's sources."""
+    epochs: np.ndarray
+    """How often their source was read through before."""
+    indices: np.ndarray
+    """Numbers within their source; EMPTY for those of a shard that is skipped."""
+
+
+class Stream:
+    """Samples of a training run in their order. Safe to read from several threads."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Dataset],
+        timeline: Timeline,
+        *,
+        seed: int,
+        shuffle_shards: int,
+        drop_last: bool = False,
+        on_bad_shard: Literal["error", "skip"] = "error",
+        agree: Agree | None = None,
+        on_skip: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """sources: what the timeline draws from. shuffle_shards: shards among which samples are shuffled.
+        drop_last: an epoch ends with its last whole step. agree: needed by on_bad_shard="skip" where there
+        are several ranks. on_skip: told (shard, samples) of each that is left out.
+
+        Raises DataError for a source smaller than a step whose last one would be dropped.
+        """
+        self.timeline = timeline
+        self.names = list(sources)
+        self._datasets = list(sources.values())
+        self._skips = on_bad_shard == "skip"
+        self._agree = agree
+        self._on_skip = on_skip
+        self._orders: list[BlockOrder] = []
+        for name, dataset in sources.items():
+            epoch_length = len(dataset)
+            if drop_last:
+                global_size = timeline.segments[-1].global_size
+                epoch_length -= epoch_length % global_size
+                if epoch_length == 0:
+                    got = f"true with {len(dataset):,} samples and steps of {global_size:,}"
+                    raise DataError(Problem("data.drop_last", got, "a whole step or more", "give false"))
+            self._orders.append(
+                BlockOrder(
+                    dataset.shard_sizes,
+                    seed=_source_seed(seed, name),
+                    block_shards=shuffle_shards,
+                    epoch_length=epoch_length,
+                )
+            )
+        self._blocks: OrderedDict[tuple[int, int, int], Future[frozenset[int]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def samples(self, step: int) -> range:
+        """Global numbers of the samples of `step`, over all ranks."""
+        return self.timeline.samples(step)
+
+    def enter(self, step: int) -> None:
+        """Ask for the shards that `step` and what follows it need, and, where bad ones are skipped, learn
+        which are: all ranks call it for every step that they read."""
+        samples = self.samples(step)
+        segment = self.timeline.at(step)
+        before, after = segment.positions_at(samples.start), segment.positions_at(samples.stop)
+        for source, name in enumerate(self.names):
+            first, last = before.get(name, 0), after.get(name, 0)
+            for epoch, block in self._orders[source].blocks(first, last):
+                self._enter_block(source, epoch, block).result()
+
+    def places(self, numbers: range, step: int) -> Places:
+        """Where samples `numbers` of `step`, which was entered, come from."""
+        segment = self.timeline.at(step)
+        drawn, positions = segment.draw(numbers.start, numbers.stop)
+        drawn_from = np.array([self.names.index(name) for name in segment.shares])
+        sources = drawn_from[drawn]
+        epochs, indices = np.empty_like(positions), np.empty_like(positions)
+        for source in np.unique(sources).tolist():
+            chosen = sources == source
+            epochs[chosen], indices[chosen] = self._orders[source](positions[chosen])
+        if self._skips:
+            for row, (source, epoch, index) in enumerate(zip(sources, epochs, indices, strict=True)):
+                if self._is_skipped(int(source), int(epoch), int(index)):
+                    indices[row] = EMPTY
+        return Places(sources, epochs, indices)
+
+    def get(self, places: Places) -> dict[str, np.ndarray]:
+        """The samples' content, stacked: see Dataset.get."""
+        return gather(self._datasets, places.sources, places.indices)
+
+    def progress(self, step: int) -> dict[str, float]:
+        """After how many epochs each source stands before `step`: "epoch" of a single source, else
+        "epoch_NAME"."""
+        segment = self.timeline.at(step)
+        positions = segment.positions_at(segment.first_sample(step))
+        many = len(self.names) > 1
+        return {
+            f"epoch_{name}" if many else "epoch": positions.get(name, 0) / order.epoch_length
+            for name, order in zip(self.names, self._orders, strict=True)
+        }
+
+    def describe(self) -> str:
+        """One line for a person."""
+        described = (dataset.describe() for dataset in self._datasets)
+        many = len(self.names) > 1
+        named = (f"{n}: {text}" if many else text for n, text in zip(self.names, described, strict=True))
+        return "; ".join(named)
+
+    def _enter_block(self, source: int, epoch: int, block: int) -> Future[frozenset[int]]:
+        key = (source, epoch, block)
+        with self._lock:
+            found = self._blocks.get(key)
+            if found is not None:
+                return found
+            entered = self._blocks[key] = Future()
+            if len(self._blocks) > _BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        try:
+            entered.set_result(self._prepare_block(source, epoch, block))
+        except BaseException as error:
+            entered.set_exception(error)
+            with self._lock:
+                self._blocks.pop(key, None)
+            raise
+        return entered
+
+    def _prepare_block(self, source: int, epoch: int, block: int) -> frozenset[int]:
+        """Ask for its shards and the next block's; → those to skip."""
+        dataset, order = self._datasets[source], self._orders[source]
+        if not isinstance(dataset, ReadsShards):
+            return frozenset()
+        shards = order.shards_of(epoch, block)
+        dataset.want([*shards, *order.shards_of(*order.after(epoch, block))])
+        if not self._skips:
+            return frozenset()
+        bad = dataset.find_bad(shards)
+        if self._agree is not None:
+            bad = self._agree(f"{source}/{epoch}/{block}", bad)
+        sizes = dataset.shard_sizes
+        if len(bad) == int(np.count_nonzero(sizes)):
+            got = f"none that can be read of {len(bad)} shards"
+            raise DataError(Problem(f"data.path ({dataset.shard_names[bad[0]]})", got, "one or more"))
+        if self._on_skip is not None:
+            for shard in bad:
+                self._on_skip(dataset.shard_names[shard], int(sizes[shard]))
+        return frozenset(bad)
+
+    def _is_skipped(self, source: int, epoch: int, index: int) -> bool:
+        order = self._orders[source]
+        shard = order.shard_of(index)
+        with self._lock:
+            entered = self._blocks.get((source, epoch, order.block_of(epoch, shard)))
+        return entered is not None and shard in entered.result()
+
+
+def digest(raw: Mapping[str, np.ndarray], numbers: range) -> int:
+    """What samples hold and which global numbers they have, as one number below 2^48. Digests of parts of a
+    step add up, modulo 2^48, to that of the whole, however it was parted."""
+    total = 0
+    arrays = [np.ascontiguousarray(raw[key]) for key in sorted(raw)]
+    for row, number in enumerate(numbers):
+        for array in arrays:
+            total += xxhash.xxh3_64_intdigest(array[row].data, number)
+    return total % (1 << _DIGEST_BITS)
+
+
+def combine_digests(total: int) -> int:
+    """A sum of digests → the digest of all."""
+    return total % (1 << _DIGEST_BITS)
+
+
+def _source_seed(seed: int, name: str) -> int:
+    """Sources of one size must not be read in one order."""
+    return seed ^ xxhash.xxh3_64_intdigest(name.encode()) if name else seed

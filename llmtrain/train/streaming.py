@@ -1,0 +1,120 @@
+"""What a run reads, from where it is: the timeline that a fresh or resumed run draws samples by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llmtrain.data.datasets import Dataset, TokenSequences
+from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
+from llmtrain.data.stream import Agree, Stream
+from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.train.config import TrainConfig
+
+Say = Callable[[str], None]
+
+
+def plan_timeline(
+    config: TrainConfig,
+    sources: Mapping[str, Dataset],
+    before: Sequence[Mapping[str, Any]] | None,
+    start_step: int,
+    say: Say,
+) -> Timeline:
+    """How samples are drawn from `start_step` on, as `config` wants it, behind what `before`, the encoded
+    timeline of the checkpoint that the run goes on from, says of the steps up to there. What has changed
+    since is told to `say`."""
+    settings = order_settings(config, sources)
+    size = config.batch.global_size
+    if before is None:
+        timeline = begin(size, _shares(config, sources, 0), settings)
+    else:
+        timeline = Timeline.decode(before)
+        last = timeline.at(start_step)
+        for line in _changes(last, size, _shares(config, sources, start_step), settings):
+            say(f"note: {line}")
+        was = last.settings["samples"]
+        # An epoch of other rows: each source stays at the same share of it.
+        factors = {n: len(d) / was[n] for n, d in sources.items() if was.get(n, len(d)) != len(d)}
+        if factors:
+            timeline = timeline.rescaled(start_step, factors)
+        timeline = timeline.changed(start_step, size, _shares(config, sources, start_step), settings)
+    for stage in getattr(config.data, "curriculum", ()):
+        if stage.step > start_step:
+            shares = _shares(config, sources, stage.step)
+            timeline = timeline.changed(stage.step, size, shares, settings)
+    return timeline
+
+
+def open_stream(
+    data: TokenDataConfig | ImageDataConfig,
+    sources: Mapping[str, Dataset],
+    timeline: Timeline,
+    *,
+    seed: int,
+    agree: Agree | None = None,
+    on_skip: Callable[[str, int], None] | None = None,
+) -> Stream:
+    """The stream of a run's training samples."""
+    if isinstance(data, ImageDataConfig):
+        return Stream(sources, timeline, seed=seed, shuffle_shards=1)
+    return Stream(
+        sources,
+        timeline,
+        seed=seed,
+        shuffle_shards=data.shuffle_shards,
+        drop_last=data.drop_last,
+        on_bad_shard=data.on_bad_shard,
+        agree=agree,
+        on_skip=on_skip,
+    )
+
+
+def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[str, Any]:
+    """On what, besides shares and steps, the samples and their order depend."""
+    data = config.data
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "samples": {name: len(dataset) for name, dataset in sources.items()},
+        "fingerprints": {name: dataset.fingerprint for name, dataset in sources.items()},
+    }
+    if isinstance(data, TokenDataConfig):
+        settings["sequence_length"] = config.batch.sequence_length
+        names = ("packing", "overlap", "shuffle_shards", "drop_last")
+        settings |= {name: getattr(data, name) for name in names}
+    return settings
+
+
+def _shares(config: TrainConfig, sources: Mapping[str, Dataset], step: int) -> dict[str, float]:
+    if isinstance(config.data, ImageDataConfig):
+        return {"": 1.0}
+    tokens = {
+        name: dataset.tokens_per_sample if isinstance(dataset, TokenSequences) else 1.0
+        for name, dataset in sources.items()
+    }
+    return sample_shares(config.data.weights(step), tokens)
+
+
+def _changes(
+    last: Segment, global_size: int, shares: Mapping[str, float], settings: Mapping[str, Any]
+) -> list[str]:
+    """What a person should know of the difference to the samples drawn before."""
+    lines = []
+    if last.global_size != global_size:
+        lines.append(f"batch.global_size was {last.global_size}, is {global_size}; no sample is lost by that")
+    were, now = last.settings["fingerprints"], settings["fingerprints"]
+    if added := sorted(set(now) - set(were)):
+        lines.append(f"{', '.join(added)} joins the mixture at its beginning; the others go on")
+    if removed := sorted(set(were) - set(now)):
+        lines.append(f"{', '.join(removed)} leaves the mixture")
+    kept = set(now) & set(were)
+    if not added and not removed and dict(last.shares) != dict(shares):
+        lines.append("the mixture's weights have changed; each corpus goes on from where it was")
+    keys = [key for key in settings if key not in ("samples", "fingerprints")]
+    if other := [key for key in keys if settings[key] != last.settings.get(key)]:
+        which = ", ".join(f"{key} (was {last.settings.get(key)}, is {settings[key]})" for key in other)
+        lines.append(f"{which}; samples come in a new order from the same share of each epoch on")
+    elif changed := sorted(name for name in kept if now[name] != were[name]):
+        named = ", ".join(changed).strip() or "the corpus"
+        lines.append(f"{named} has changed; its samples come in a new order")
+    return lines
