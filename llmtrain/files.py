@@ -66,14 +66,15 @@ def sync_folder(path: Path) -> None:
     sync(path)
 
 
-def lock(file: IO[str] | int, path: Path) -> None:
-    """Hold the open `file` alone until it is closed, or the process ends, however it ends.
+def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
+    """Hold the open `file` alone, or with others that hold it `shared`, until it is closed, or the process
+    ends, however it ends. Held already, it changes from the one to the other.
 
-    Raises BlockingIOError when another process holds it. A file system without locks gets a warning, with
-    `path`, and no lock.
+    Raises BlockingIOError when another process holds it otherwise. A file system without locks gets a
+    warning, with `path`, and no lock.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llmtrain.config import decode
 from llmtrain.data.config import PrepareConfig
 from llmtrain.data.prepare import prepare
+from llmtrain.parallel import launcher
 
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Raises UserError for whatever a user can mend."""
-    prepare(decode(PrepareConfig, mapping))
+    _take_slurm_task()
+    config = decode(PrepareConfig, mapping)
+    if config.workers is None:
+        # Processes of one host share the cores, unless the launcher bound each to its own.
+        cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // _local_size())
+        config = replace(config, workers=max(1, cores))
+    prepare(config, launcher.rank(), launcher.world_size(), _job())
+
+
+def _take_slurm_task() -> None:
+    """A task of `srun` is a process of the job as one of torchrun is. The variable that tells it from a
+    batch script, of which there is one however many tasks the job has, is the step's own."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        os.environ["WORLD_SIZE"] = tasks
+        os.environ["RANK"] = os.environ.get("SLURM_PROCID", "")
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "")
+
+
+def _local_size() -> int:
+    """Processes of the job on this host."""
+    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    # Slurm says 4(x2) for two hosts of four; hosts that differ bind their tasks to cores anyway.
+    count = re.match(r"\d+", text)
+    return max(1, int(count[0])) if count else 1
+
+
+def _job() -> str:
+    """What tells this job's processes from another's that has the same output folder."""
+    slurm = ["SLURM_JOB_ID", "SLURM_STEP_ID"]
+    torchrun = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"]
+    return " ".join(os.environ.get(name, "") for name in slurm + torchrun)

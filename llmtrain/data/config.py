@@ -89,7 +89,9 @@ class PrepareConfig:
     shard_bytes: int = 64 << 20
     """About as many bytes in one shard."""
     workers: int | None = None
-    """Processes; null: one a core. The result does not depend on it."""
+    """Workers of each process that is launched; null: one a core. The result does not depend on it."""
+    peer_timeout: float = 600.0
+    """Seconds that the processes of one job wait for a sign of life of each other."""
     seed: int = 0
     """Chooses the tokenizer's training documents."""
     overwrite: bool = False
@@ -103,6 +105,7 @@ class PrepareConfig:
         yield from require(
             self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more, or null"
         )
+        yield from require(self.peer_timeout > 0, "peer_timeout", self.peer_timeout, "over 0 seconds")
         yield from require(
             1 <= self.sample_tokens <= 1 << 30, "sample_tokens", self.sample_tokens, f"1 to {1 << 30}"
         )

@@ -22,19 +22,20 @@ from llmtrain.errors import DataError
 
 # Small units make many steps of little text. Spawned workers run the part above `main` too. With
 # DIE_AT=n the process kills itself and its whole group at its n-th rename, before it (DIE=before) or
-# after: every step of the work ends with a rename.
+# after: every step of the work ends with a rename. With DIE_IN=name only renames to paths with that
+# name count.
 RUNNER = """
 import json, os, signal, sys
-from llmtrain.data import blocks, sources
-sources.UNIT_BYTES, blocks.BLOCK_BYTES = 6_000, 2_500
+from llmtrain.data.preparation import blocks, streams
+streams.UNIT_BYTES, blocks.BLOCK_BYTES = 6_000, 2_500
 
 renames, replace = 0, os.replace
 def replace_and_die(*names):
     global renames
-    renames += 1
+    renames += os.environ.get("DIE_IN", "") in str(names[1])
     if os.environ["DIE"] == "after":
         replace(*names)
-    if renames == int(os.environ["DIE_AT"]):
+    if renames == int(os.environ["DIE_AT"]) and os.environ.get("DIE_IN", "") in str(names[1]):
         os.killpg(0, signal.SIGKILL)
     if os.environ["DIE"] == "before":
         replace(*names)
@@ -46,11 +47,27 @@ if __name__ == "__main__":
     from llmtrain.data.config import PrepareConfig
     from llmtrain.data.prepare import prepare
     from llmtrain.errors import UserError
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("SIZE", 1))
     try:
-        prepare(decode(PrepareConfig, json.loads(sys.argv[1])))
+        prepare(decode(PrepareConfig, json.loads(sys.argv[1])), rank, size, "job")
     except UserError as error:
         sys.exit(str(error))
 """
+
+
+KILLS = [
+    ("/read/", 3, 0),
+    ("/read/", 2, 1),
+    ("/duplicates/", 2, 0),
+    ("/tokenizer.model", 3, 0),
+    ("/encoded/", 2, 1),
+    ("/encoded/", 3, 2),
+    ("/shards/", 2, 0),
+    ("/corpus/train/", 3, 1),
+    ("/index.npy", 2, 0),
+    ("/manifest.json", 3, 0),
+]
+"""(what a process of the job dies at, how many there are, which dies)"""
 
 
 @pytest.fixture
@@ -89,6 +106,16 @@ def start(runner: Path, output: str, workers: int = 1, **options: object) -> sub
     )
 
 
+def start_job(runner: Path, output: str, size: int, **options: object) -> list[subprocess.Popen[str]]:
+    """Processes of one job; options of one rank's environment are named NAME_RANK."""
+    ranks = []
+    for rank in range(size):
+        own = {key: value for key, value in options.items() if key[-2:-1] != "_"}
+        own |= {key[:-2]: value for key, value in options.items() if key.endswith(f"_{rank}")}
+        ranks.append(start(runner, output, RANK=rank, SIZE=size, **own))
+    return ranks
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and standard error."""
     _, error = process.communicate(timeout=120)
@@ -105,15 +132,16 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(runner: Path, die: 
     assert finish(start(runner, "whole")) == (0, "")
     kills = planted = 0
     while True:
-        # Indexes and manifest, four renames together, are cheap and made again by each run.
-        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=6 + kills % 4))
+        # Indexes, lengths and manifest, seven renames together, are cheap and made again by each run.
+        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=8 + kills % 3))
         if code == 0:
             break
         assert (code, error) == (-signal.SIGKILL, "")
         kills += 1
         assert kills < 30
-        half_written = runner.parent / "killed" / ".prepare" / "corpus" / "train"
-        if half_written.is_dir():
+        work = runner.parent / "killed" / ".prepare"
+        half_written = work / "corpus" / "train"
+        if half_written.is_dir() and not (work / "manifest.json").exists():
             (half_written / ".train-000000.tar.1.tmp").write_text("half a shard")
             planted += 1
     assert kills >= 5
@@ -130,7 +158,7 @@ def test_replacing_a_corpus_and_killed_at_every_step(runner: Path):
     assert finish(start(runner, "whole")) == (0, "")
     new = tree(runner.parent / "whole")
     for _ in range(100):
-        code, _ = finish(start(runner, "corpus", DIE="before", DIE_AT=6, overwrite=True))
+        code, _ = finish(start(runner, "corpus", DIE="before", DIE_AT=9, overwrite=True))
         if (output / "manifest.json").exists():
             standing = {name: data for name, data in tree(output).items() if not name.startswith(".prepare")}
             assert standing in (old, new)
@@ -149,6 +177,29 @@ def test_many_processes_killed_at_any_time_give_the_bytes_of_one(runner: Path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert finish(start(runner, "many", workers=3)) == (0, "")
+    assert tree(runner.parent / "many") == tree(runner.parent / "one")
+
+
+@pytest.mark.slow
+def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(runner: Path):
+    """One process dies as it ends a piece of a stage; the others end by themselves with a line that names
+    it."""
+    assert finish(start(runner, "one")) == (0, "")
+    for number, (stage, size, victim) in enumerate(KILLS):
+        kill = {
+            f"DIE_{victim}": ("before", "after")[number % 2],
+            f"DIE_AT_{victim}": 1,
+            f"DIE_IN_{victim}": stage,
+        }
+        results = [finish(process) for process in start_job(runner, "many", size, **kill)]
+        assert results[victim] == (-signal.SIGKILL, ""), stage
+        for rank, (code, error) in enumerate(results):
+            if rank != victim:
+                assert code == 1, stage
+                (line,) = error.strip().splitlines()
+                assert line.startswith(f"rank {victim} on ")
+                assert "a process that ended before its work was done" in line
+    assert [finish(process) for process in start_job(runner, "many", 2)] == [(0, "")] * 2
     assert tree(runner.parent / "many") == tree(runner.parent / "one")
 
 

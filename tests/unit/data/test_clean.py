@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmtrain.data.clean import CleanCounts, clean, digests, split_of
+from llmtrain.data.preparation.clean import CleanCounts, clean, digests, split_of
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=8)
 

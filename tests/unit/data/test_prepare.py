@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from llmtrain.config import decode
-from llmtrain.data import blocks, sources
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
+from llmtrain.data.preparation import blocks, streams
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.errors import ConfigError, DataError
@@ -151,7 +151,7 @@ def test_many_hash_ranges_find_the_duplicates_of_one(
     prepare(config(tmp_path / "one", source, again))
     monkeypatch.setattr(blocks, "RANGE_DOCUMENTS", 11)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 900)
-    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(streams, "UNIT_BYTES", 2000)
     prepare(config(tmp_path / "many", source, again))
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
 
@@ -186,7 +186,7 @@ def test_the_tokenizer_learns_from_at_most_train_bytes(
         learned.extend(documents)
         return train(documents, settings)
 
-    monkeypatch.setattr("llmtrain.data.prepare.train", recording)
+    monkeypatch.setattr("llmtrain.data.preparation.tasks.train", recording)
     tokenizer = TokenizerConfig(vocab_size=300, train_bytes=4000)
     prepare(config(tmp_path / "corpus", source, seed=seed, tokenizer=tokenizer))
     assert 2000 < sum(len(text.encode()) for text in learned) <= 4000
@@ -194,7 +194,7 @@ def test_the_tokenizer_learns_from_at_most_train_bytes(
 
 
 def test_a_document_longer_than_a_sample_and_than_one_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llmtrain.data.encode.LONGEST_ENCODED_BYTES", 300)
+    monkeypatch.setattr("llmtrain.data.preparation.encode.LONGEST_ENCODED_BYTES", 300)
     documents = [*texts(50), " ".join(texts(100, seed=2)), "x" * 2000, "ü漢" * 700]
     source = write(tmp_path / "long.jsonl", documents)
     prepare(config(tmp_path / "corpus", source))
@@ -228,8 +228,8 @@ def test_a_given_model_is_taken_as_it_is(tmp_path: Path, source: Path, special: 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
     prepare(config(tmp_path / "two", source))
-    monkeypatch.setattr("llmtrain.data.prepare.token_dtype", lambda vocab_size: np.dtype("<u4"))
-    monkeypatch.setattr("llmtrain.data.encode.token_dtype", lambda vocab_size: np.dtype("<u4"))
+    for module in ("prepare", "preparation.stages", "preparation.encode"):
+        monkeypatch.setattr(f"llmtrain.data.{module}.token_dtype", lambda vocab_size: np.dtype("<u4"))
     prepare(config(tmp_path / "four", source))
     assert json.loads((tmp_path / "four" / "manifest.json").read_text())["dtype"] == "uint32"
     assert documents_of(tmp_path / "four") == documents_of(tmp_path / "two")

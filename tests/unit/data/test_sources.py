@@ -13,9 +13,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data import sources
-from llmtrain.data.clean import CleanCounts, clean
-from llmtrain.data.sources import find_files, plan_units, read_part, undecodable
+from llmtrain.data.preparation import streams, texts
+from llmtrain.data.preparation.clean import CleanCounts, clean
+from llmtrain.data.preparation.read import read_part, undecodable
+from llmtrain.data.preparation.sources import find_files, plan_units
 from llmtrain.errors import DataError
 
 TEXTS = [
@@ -96,8 +97,8 @@ def test_parts_neither_share_nor_miss_a_document(
     path = tmp_path / f"texts.{kind}"
     WRITERS[kind](path, TEXTS * 3)
     whole = {mode: read(path, txt_document=mode) for mode in ("line", "paragraph", "file")}
-    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(sources, "BATCH_BYTES", 16)
+    monkeypatch.setattr(streams, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(streams, "BATCH_BYTES", 16)
     for mode, documents in whole.items():
         assert read(path, txt_document=mode) == documents
     if kind in ("txt", "jsonl"):
@@ -118,9 +119,9 @@ def test_a_compressed_text_has_the_documents_of_the_plain_one(
     path = folder / "a.txt"
     path.write_bytes(ending.join(lines).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "UNIT_BYTES", unit_bytes)
-        patch.setattr(sources, "BATCH_BYTES", 16)
-        patch.setattr(sources, "AUTO_DOCUMENT_BYTES", 20)
+        patch.setattr(streams, "UNIT_BYTES", unit_bytes)
+        patch.setattr(streams, "BATCH_BYTES", 16)
+        patch.setattr(texts, "AUTO_DOCUMENT_BYTES", 20)
         plain = read(path, txt_document=mode)
         assert read(compressed(path, "zst"), txt_document=mode) == plain
     words = [word for line in lines for word in line.split()]
@@ -152,7 +153,7 @@ def test_blank_lines_are_no_documents(tmp_path: Path, mode: str):
 
 
 def test_a_row_longer_than_the_csv_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
     texts = ["a", "b" * 800, "c\n" * 5000, "d", "e" * 20_000, "f"]
     write_csv(tmp_path / "long.csv", texts)
     assert read(tmp_path / "long.csv") == [text.strip("\n") for text in texts]
@@ -295,8 +296,8 @@ def test_parquet_that_is_refused(tmp_path: Path):
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sources, "LONGEST_LINE", 5000)
-    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(streams, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
     (tmp_path / "a.txt").write_text("x" * 10_000)
     for mode in ("auto", "line", "paragraph", "file"):
         with pytest.raises(DataError, match=r"a\.txt: got a (line|file) of more than"):
@@ -304,7 +305,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
 
 
 def test_line_numbers_count_from_the_file_s_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 100)
+    monkeypatch.setattr(streams, "UNIT_BYTES", 100)
     write_jsonl(tmp_path / "a.jsonl", ["some text"] * 50)
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{oops\n")

@@ -8,8 +8,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.clean import CleanCounts, clean
 from llmtrain.data.config import SMALLEST_VOCABULARY, TokenizerConfig
+from llmtrain.data.preparation.clean import CleanCounts, clean
 from llmtrain.data.tokenizer import Tokenizer, train
 from llmtrain.errors import DataError
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.data.workers import Workers
+from llmtrain.data.preparation.workers import Workers
 from llmtrain.errors import DataError
 
 

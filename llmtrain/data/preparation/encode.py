@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.data.blocks import Block, save_array, splits_of_block
 from llmtrain.data.config import SplitConfig
 from llmtrain.data.files import write_marker
+from llmtrain.data.preparation.blocks import Block, save_array, splits_of_block
 from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
 from llmtrain.data.tokenizer import Tokenizer
 
@@ -51,8 +51,9 @@ def encode_block(
     tokenizer_path: Path,
     tokenizer_sha256: str,
     path: Path,
-) -> EncodedBlock:
-    """Encode a block's kept documents to files named `path`; path.json, written last, tells them finished."""
+) -> int:
+    """Encode a block's kept documents to files named `path`; path.json, written last, tells them finished.
+    Returns the block's number."""
     tokenizer = _tokenizer(tokenizer_path, tokenizer_sha256)
     dtype = token_dtype(tokenizer.vocab_size)
     documents = block.documents()
@@ -80,7 +81,7 @@ def encode_block(
     encoded = EncodedBlock(**{**asdict(encoded), "num_unknown": num_unknown})
     write_marker(Path(f"{path}.json"), asdict(encoded))
     block.text_path.unlink(missing_ok=True)
-    return encoded
+    return number
 
 
 def finished_block(path: Path, dtype: np.dtype) -> EncodedBlock | None:
@@ -226,3 +227,12 @@ def _read_sample(key: str, pieces: SamplePieces, dtype: np.dtype) -> Sample:
     return Sample(
         key, np.concatenate(tokens), np.cumsum(np.concatenate(lengths), dtype=np.int64).astype("<u4")
     )
+
+
+def finished_shard(path: Path, done_path: Path) -> dict[str, Any] | None:
+    """What the shard at `path` was finished with, if it was."""
+    try:
+        done = json.loads(done_path.read_text())
+        return done if path.stat().st_size == done["entry"]["bytes"] else None
+    except (OSError, ValueError):
+        return None

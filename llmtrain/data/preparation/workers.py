@@ -35,19 +35,19 @@ def count(amount: int) -> None:
 
 
 class Workers:
-    """`count` spawned processes; with one, everything runs in this process.
+    """`count` spawned processes; with one, everything runs in this process, unless `spawn`.
 
     `folder` and `bytes_needed` stand in the message of a full disk.
     """
 
-    def __init__(self, count: int, folder: Path, bytes_needed: int) -> None:
+    def __init__(self, count: int, folder: Path, bytes_needed: int, spawn: bool = False) -> None:
         global _counter
         self._count = count
         self._disk = (folder, bytes_needed)
         self._executor: ProcessPoolExecutor | None = None
         context = multiprocessing.get_context("spawn")
         self._counter = _counter = context.Value("q", 0)
-        if count > 1:
+        if count > 1 or spawn:
             self._executor = ProcessPoolExecutor(
                 count, context, initializer=_start_worker, initargs=(self._counter,)
             )

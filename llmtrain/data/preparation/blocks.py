@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from llmtrain.data.clean import digests, split_of
 from llmtrain.data.config import SplitConfig
+from llmtrain.data.preparation.clean import digests, split_of
 
 BLOCK_BYTES = 16 << 20
 # One range of hashes is sorted in memory at a time: about 100 MB at this many.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmtrain.data.clean import CleanCounts
+from llmtrain.data.preparation.clean import CleanCounts
 
 
 @dataclass
@@ -86,11 +86,13 @@ class Progress:
 
     PLAIN_INTERVAL_S = 30.0
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        """Say nothing: another process tells for this one."""
         self.seconds: dict[str, float] = {}
         """Seconds each ended stage took."""
         self.bars: Any = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not quiet:
             from rich import progress
 
             self.bars = progress.Progress(
@@ -108,7 +110,7 @@ class Progress:
     def say(self, line: str) -> None:
         if self.bars is not None:
             self.bars.console.print(line, highlight=False, soft_wrap=True)
-        else:
+        elif not self.quiet:
             print(line, flush=True)
 
     def __enter__(self) -> Progress:
@@ -132,7 +134,7 @@ class Stage:
         if bars is not None:
             self._task = bars.add_task(name, total=self._total, detail="")
         else:
-            print(f"{name} …", flush=True)
+            progress.say(f"{name} …")
 
     def advance(self, amount: int) -> None:
         self._done += amount
@@ -143,7 +145,7 @@ class Stage:
             self._bars.update(self._task, completed=self._done, detail=self._detail())
         elif time.monotonic() - self._said >= Progress.PLAIN_INTERVAL_S:
             self._said = time.monotonic()
-            print(f"{self._name} {100 * self._done / self._total:.0f}% {self._detail()}", flush=True)
+            self._progress.say(f"{self._name} {100 * self._done / self._total:.0f}% {self._detail()}")
 
     def __enter__(self) -> Stage:
         return self
@@ -151,6 +153,6 @@ class Stage:
     def __exit__(self, kind: object, *_: object) -> None:
         seconds = self._progress.seconds[self._name] = time.monotonic() - self._started
         if kind is None and self._bars is None:
-            print(f"{self._name} {seconds:.1f} s {self._detail()}", flush=True)
+            self._progress.say(f"{self._name} {seconds:.1f} s {self._detail()}")
         elif kind is None:
             self._bars.update(self._task, completed=self._total, detail=self._detail())

@@ -1,0 +1,167 @@
+"""Documents of .txt and .jsonl files."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from llmtrain.data.preparation import streams
+from llmtrain.data.preparation.streams import (
+    Part,
+    SourceFile,
+    line_chunks,
+    missing_field,
+    open_source,
+)
+from llmtrain.errors import DataError, Problem
+
+AUTO_DOCUMENT_BYTES = 4096
+
+
+def read_whole(file: SourceFile) -> Iterator[list[bytes]]:
+    with open_source(file) as stream:
+        text = stream.read(streams.LONGEST_LINE + 1)
+    if len(text) > streams.LONGEST_LINE:
+        raise DataError(
+            Problem(
+                file.name,
+                f"a file of more than {streams.LONGEST_LINE >> 20} MiB as one document",
+                "",
+                "txt_document=auto",
+            )
+        )
+    yield [text.removeprefix(codecs.BOM_UTF8)]
+
+
+def read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
+    """Paragraphs as documents or, with `pack`, consecutive ones of AUTO_DOCUMENT_BYTES together; a
+    paragraph of twice that is cut at a line end.
+
+    Without `pack` no paragraph may be cut by a part's border: the part begins and ends behind the
+    first blank line after the border.
+    """
+    file = part.file
+    if pack:
+        # A compressed file is read as one part; the same borders make its documents those of the plain file.
+        lines = _marked_lines(part, streams.UNIT_BYTES if part.stop is None else None)
+    else:
+        lines = _whole_paragraph_lines(part)
+    documents: list[bytes] = []
+    batch_size = 0
+    document: list[bytes] = []
+    size = 0
+    for line in lines:
+        blank = not line or line.isspace()
+        if document or not blank:
+            document.append(line)
+            size += len(line)
+        if not blank and size > streams.LONGEST_LINE:
+            raise DataError(
+                Problem(
+                    file.name,
+                    f"a paragraph of more than {streams.LONGEST_LINE >> 20} MiB",
+                    "",
+                    "txt_document=auto",
+                )
+            )
+        ends = not line or (
+            (size >= AUTO_DOCUMENT_BYTES if blank else size >= 2 * AUTO_DOCUMENT_BYTES) if pack else blank
+        )
+        if ends and document:
+            documents.append(b"".join(document))
+            batch_size += size
+            document, size = [], 0
+        if batch_size >= streams.BATCH_BYTES:
+            yield documents
+            documents, batch_size = [], 0
+    if document:
+        documents.append(b"".join(document))
+    if documents:
+        yield documents
+
+
+def _marked_lines(part: Part, border: int | None) -> Iterator[bytes]:
+    """Lines with their newline; an empty one at each multiple of `border`."""
+    next_border = border
+    for offset, data in line_chunks(part):
+        if next_border is None:
+            yield from data.splitlines(keepends=True) if b"\r" not in data else _split_lines(data)
+            continue
+        for line in _split_lines(data):
+            if offset >= next_border:
+                yield b""
+                next_border += -(-(offset - next_border + 1) // border) * border  # type: ignore[operator]
+            yield line
+            offset += len(line)
+
+
+def _whole_paragraph_lines(part: Part) -> Iterator[bytes]:
+    reading = part.start == 0
+    for offset, data in line_chunks(Part(part.file, part.start, part.file.size if part.stop else None)):
+        for line in _split_lines(data):
+            past_stop = part.stop is not None and offset >= part.stop
+            if reading:
+                yield line
+                if past_stop and line.isspace():
+                    return
+            elif line.isspace():
+                reading = True
+                if past_stop:
+                    return
+            offset += len(line)
+
+
+def _split_lines(data: bytes) -> list[bytes]:
+    """Lines with their newline; bytes.splitlines would also cut at a lone carriage return."""
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    last = lines.pop()[:-1]
+    return [*lines, last] if last else lines
+
+
+def read_jsonl(part: Part, text_field: str) -> Iterator[list[str]]:
+    file = part.file
+    for offset, data in line_chunks(part):
+        lines = data.decode().split("\n")
+        try:
+            rows = [json.loads(line) for line in lines if line and not line.isspace()]
+            texts = [row[text_field] for row in rows]
+            if not all(type(text) is str for text in texts):
+                texts = [_text_or_empty(text) for text in texts]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise _jsonl_error(file, offset, lines, text_field) from error
+        yield texts
+
+
+def _text_or_empty(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(type(value).__name__)
+    return value
+
+
+def _jsonl_error(file: SourceFile, offset: int, lines: list[str], text_field: str) -> DataError:
+    before = 0
+    with open_source(file) as stream:
+        remaining = offset
+        while remaining and (data := stream.read(min(streams.BATCH_BYTES, remaining))):
+            before += data.count(b"\n")
+            remaining -= len(data)
+    for number, line in enumerate(lines, before + 1):
+        if not line or line.isspace():
+            continue
+        where = f"{file.name} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return DataError(Problem(where, f"no JSON ({error})", "one JSON object a line"))
+        if not isinstance(row, dict):
+            return DataError(Problem(where, f"a JSON {type(row).__name__}", "one JSON object a line"))
+        if text_field not in row:
+            return missing_field(where, text_field, list(row))
+        if not isinstance(row[text_field], str | None):
+            got = f"field {text_field} that is a {type(row[text_field]).__name__}"
+            return DataError(Problem(where, got, "text or null"))
+    raise AssertionError(f"{file.name}: no faulty line found")
