@@ -1,21 +1,25 @@
-"""Scaled dot-product attention: torch's kernel, and on the CPU a faster one for causal training.
+"""Scaled dot-product attention: torch's kernels, and on the CPU a faster one for causal training.
 
 torch's CPU kernel computes the masked upper triangle and multiplies in fp32. Blocks of queries, each
 with the keys that it can see, are exact too and take plain matrix products of the inputs' type: over
-forward and backward at T = 512, H = 64 they take 0.75 of its time in fp32 and 0.38 in bf16.
+forward and backward at T = 512, H = 64 they take 0.75 of its time in fp32 and 0.38 in bf16. Packed documents
+of 250 tokens on average, at T = 1024, take half of what whole rows take.
 
-Dim names: B batch, N query heads, K key-value heads, T queries, S keys, H head width, C queries of a
-block, P = B·N.
+Dim names: B batch, N query heads, K key-value heads, T queries, S keys, H head width; of a block, R rows,
+C queries, P = R·N.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from llmtrain.models.dropout import AttentionDropout
 
@@ -25,28 +29,74 @@ LONGEST = 2048
 """Beyond it the probabilities, which are kept for backward, take too much room: B·N·T²/2 elements."""
 
 
+class Documents:
+    """Documents packed into rows: a query sees the keys of its own, up to itself.
+
+    A document is a run of one id. What a kernel asks for is made once, and serves all layers.
+    """
+
+    def __init__(self, ids_BT: Tensor) -> None:
+        self._begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        self._begins_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Place in its row of the first token of each token's document, (B, T)."""
+        places_T = torch.arange(self._begins_BT.shape[1], device=self._begins_BT.device)
+        return (self._begins_BT * places_T).cummax(1).values
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, T, T), True where a query may see a key."""
+        T = self.starts.shape[1]
+        return ~_hidden(self.starts, range(T), range(T))
+
+    @cached_property
+    def borders(self) -> tuple[Tensor, int]:
+        """Where each document begins among all B·T tokens, and the end, int32 (documents + 1,); and the
+        tokens of the longest. The CPU waits for a GPU here, once a forward."""
+        starts = self._begins_BT.flatten().nonzero().flatten()
+        borders = F.pad(starts, (0, 1), value=self._begins_BT.numel())
+        return borders.to(torch.int32), int(borders.diff().max())
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        """All queries of all rows, with the keys from the first that some query sees."""
+        return list(_blocks_of_documents(self.starts))
+
+
 def attend(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     v_BKSH: Tensor,
     *,
-    mask: Tensor | None = None,
+    documents: Documents | None = None,
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ / sqrt(H))·v, (B, N, T, H), laid out as (B, T, N, H).
 
-    mask: (B or 1, 1, T, S), True where a query may see a key, and within the causal triangle when
-        T = S. None: causal when T = S; one query alone sees every key.
+    Causal: the queries are the last T of the S tokens.
+    documents: those of all tokens, T = S; None: a row is one.
     dropout: of the softmax' weights. With keys the weights are held whole, (B, N, T, S), as no kernel
         takes masks of one's own.
     """
     N, T = q_BNTH.shape[1:3]
     K, S = k_BKSH.shape[1:3]
+    if documents is not None and dropout is None:
+        kernel = _varlen_kernel(q_BNTH, k_BKSH, v_BKSH)
+        if kernel is not None:
+            return _attend_by_document(kernel, q_BNTH, k_BKSH, v_BKSH, documents)
     if q_BNTH.device.type == "cpu" and 1 < T == S <= LONGEST and dropout is None:
         if N != K:
             k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
-        y_BNTH: Tensor = _BlockwiseAttention.apply(q_BNTH, k_BKSH, v_BKSH, mask, torch.is_grad_enabled())
+        blocks = list(_causal_blocks(q_BNTH.shape[0], T)) if documents is None else documents.blocks
+        y_BNTH: Tensor = _BlockwiseAttention.apply(q_BNTH, k_BKSH, v_BKSH, blocks, torch.is_grad_enabled())
         return y_BNTH
+    mask = None
+    if documents is not None:
+        mask = documents.mask
+    elif 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     if dropout is not None and dropout.keys is not None:
         return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout)
     return F.scaled_dot_product_attention(
@@ -69,7 +119,7 @@ def _attend_with_mask_of_dropout(
     if N != K:
         k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
     if mask is None and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril()
     scores_BNTS = (q_BNTH * H**-0.5) @ k_BKSH.transpose(2, 3)
     if mask is not None:
         scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf)
@@ -78,61 +128,139 @@ def _attend_with_mask_of_dropout(
     return y_BNTH.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+# ------------------------------------------------------------------------------ documents on a GPU
+
+
+def _varlen_kernel(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Callable[..., Any] | None:
+    """torch's flash attention over documents that stand one behind the other, where it runs: on a GPU of
+    compute capability 8.0 or more, in fp16 and bf16, for head widths that eight divides."""
+    if q_BNTH.device.type != "cuda" or q_BNTH.shape[-1] % 8:
+        return None
+    different_heads = q_BNTH.shape[1] != k_BKTH.shape[1]
+    if not can_use_flash_attention(SDPAParams(q_BNTH, k_BKTH, v_BKTH, None, 0.0, True, different_heads)):
+        return None
+    # Imported late: it brings torch's compiler along, which takes seconds.
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+def _attend_by_document(
+    kernel: Callable[..., Any], q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, documents: Documents
+) -> Tensor:
+    """`kernel`, which is varlen_attn or has its signature, over all rows' tokens in one line, at the cost of
+    each document alone.
+
+    This has not run on a GPU: the tests put a plain loop in the kernel's place, and give the kernel itself
+    tensors without data.
+    """
+    B, N, T = q_BNTH.shape[:3]
+    borders, longest = documents.borders
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
+    causal = (-1, 0)
+    gqa = k_BKTH.shape[1] != N
+    y: Tensor = kernel(q, k, v, borders, borders, longest, longest, window_size=causal, enable_gqa=gqa)
+    return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------- blocks on the CPU
+
+
+class _Block(NamedTuple):
+    rows: slice
+    queries: slice
+    keys: slice
+    hidden: Tensor
+    """(R or 1, 1, C, up to S), True where a query does not see a key, for the last of the keys: all before
+    are seen."""
+
+
+def _hidden(starts_RT: Tensor, queries: range, keys: range) -> Tensor:
+    """(R, 1, C, S), True where a key is after the query or before its document."""
+    place_C, place_S = (torch.arange(r.start, r.stop, device=starts_RT.device) for r in (queries, keys))
+    starts_RC = starts_RT[:, queries.start : queries.stop]
+    return ((place_S > place_C[:, None]) | (place_S < starts_RC[:, :, None]))[:, None]
+
+
+def _causal_blocks(B: int, T: int) -> Iterator[_Block]:
+    future_CC = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
+    for start in range(0, T, BLOCK):
+        C = min(BLOCK, T - start)
+        yield _Block(slice(0, B), slice(start, start + C), slice(0, start + C), future_CC[None, None, :C, :C])
+
+
+def _blocks_of_documents(starts_BT: Tensor) -> Iterator[_Block]:
+    """Each row by itself, where one has keys to leave out: what another sees says nothing of them."""
+    B, T = starts_BT.shape
+    for causal in _causal_blocks(B, T):
+        queries = causal.queries
+        firsts, lasts = starts_BT[:, queries.start].tolist(), starts_BT[:, queries.stop - 1].tolist()
+        apart = [slice(b, b + 1) for b in range(B)] if any(firsts) else [causal.rows]
+        for rows in apart:
+            first = firsts[rows.start]
+            hidden = causal.hidden
+            if any(last != first for last in lasts[rows]):
+                hidden = _hidden(
+                    starts_BT[rows], range(queries.start, queries.stop), range(first, queries.stop)
+                )
+            yield _Block(rows, queries, slice(first, queries.stop), hidden)
+
+
 class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, mask: Tensor | None, with_gradients: bool
+        ctx: Any,
+        q_BNTH: Tensor,
+        k_BNTH: Tensor,
+        v_BNTH: Tensor,
+        blocks: list[_Block],
+        with_gradients: bool,
     ) -> Tensor:
         B, N, T, H = q_BNTH.shape
-        q_PTH = (q_BNTH * H**-0.5).reshape(B * N, T, H)
-        k_PTH, v_PTH = k_BNTH.reshape(B * N, T, H), v_BNTH.reshape(B * N, T, H)
+        q_BNTH = (q_BNTH * H**-0.5).contiguous()
+        k_BNTH, v_BNTH = k_BNTH.contiguous(), v_BNTH.contiguous()
         y_BNTH = q_BNTH.new_empty(B, T, N, H).transpose(1, 2)
-        future_CC = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
         probs = []
         with torch.autocast("cpu", enabled=False):
-            for start in range(0, T, BLOCK):
-                end = min(T, start + BLOCK)
-                C = end - start
-                scores_PCS = torch.bmm(q_PTH[:, start:end], k_PTH[:, :end].transpose(1, 2))
-                if mask is None:
-                    scores_PCS[:, :, start:].masked_fill_(future_CC[:C, :C], -torch.inf)
-                else:
-                    hidden = ~mask[:, :, start:end, :end]
-                    scores_PCS.view(B, N, C, end).masked_fill_(hidden, -torch.inf)
+            for rows, queries, keys, hidden in blocks:
+                q_PCH = q_BNTH[rows].flatten(0, 1)[:, queries]
+                k_PSH, v_PSH = (x_BNTH[rows].flatten(0, 1)[:, keys] for x_BNTH in (k_BNTH, v_BNTH))
+                scores_PCS = torch.bmm(q_PCH, k_PSH.transpose(1, 2))
+                scores_RNCS = scores_PCS.unflatten(0, (-1, N))
+                scores_RNCS[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
                 probs_PCS = scores_PCS.softmax(-1)
-                y_BNTH[:, :, start:end] = torch.bmm(probs_PCS, v_PTH[:, :end]).view(B, N, C, H)
+                y_BNTH[rows, :, queries] = torch.bmm(probs_PCS, v_PSH).unflatten(0, (-1, N))
                 if with_gradients:
                     probs.append(probs_PCS)
         if with_gradients:
-            ctx.save_for_backward(q_PTH, k_PTH, v_PTH, *probs)
+            ctx.save_for_backward(q_BNTH, k_BNTH, v_BNTH, *probs)
+            ctx.places = [block[:3] for block in blocks]
         return y_BNTH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BNTH,) = gradients
-        q_PTH, k_PTH, v_PTH, *probs = ctx.saved_tensors
-        shape, dtype = grad_BNTH.shape, q_PTH.dtype
-        T, H = shape[2:]
-        grad_PTH = grad_BNTH.reshape(q_PTH.shape).to(dtype)
-        grad_q_PTH = torch.empty_like(q_PTH)
+        q_BNTH, k_BNTH, v_BNTH, *probs = ctx.saved_tensors
+        dtype, H = q_BNTH.dtype, q_BNTH.shape[-1]
+        grad_BNTH = grad_BNTH.to(dtype).contiguous()
+        grad_q_BNTH = torch.empty_like(q_BNTH)
         # fp32: a key gathers from as many blocks as see it.
-        grad_k_PTH = torch.zeros(k_PTH.shape, dtype=torch.float32)
-        grad_v_PTH = torch.zeros_like(grad_k_PTH)
+        grad_k_BNTH = torch.zeros(k_BNTH.shape, dtype=torch.float32)
+        grad_v_BNTH = torch.zeros_like(grad_k_BNTH)
         with torch.autocast("cpu", enabled=False):
-            for probs_PCS, start in zip(probs, range(0, T, BLOCK), strict=True):
-                end = min(T, start + BLOCK)
-                grad_PCH = grad_PTH[:, start:end]
-                grad_v_PTH[:, :end] += torch.bmm(probs_PCS.transpose(1, 2), grad_PCH)
-                grad_probs_PCS = torch.bmm(grad_PCH, v_PTH[:, :end].transpose(1, 2))
+            for probs_PCS, (rows, queries, keys) in zip(probs, ctx.places, strict=True):
+                q_PCH, grad_PCH, grad_q_PCH = (
+                    x_BNTH[rows].flatten(0, 1)[:, queries] for x_BNTH in (q_BNTH, grad_BNTH, grad_q_BNTH)
+                )
+                k_PSH, v_PSH, grad_k_PSH, grad_v_PSH = (
+                    x_BNTH[rows].flatten(0, 1)[:, keys]
+                    for x_BNTH in (k_BNTH, v_BNTH, grad_k_BNTH, grad_v_BNTH)
+                )
+                grad_v_PSH += torch.bmm(probs_PCS.transpose(1, 2), grad_PCH)
+                grad_probs_PCS = torch.bmm(grad_PCH, v_PSH.transpose(1, 2))
                 grad_scores_PCS = torch._softmax_backward_data(grad_probs_PCS, probs_PCS, -1, dtype)
-                grad_q_PTH[:, start:end] = torch.bmm(grad_scores_PCS, k_PTH[:, :end])
-                grad_k_PTH[:, :end] += torch.bmm(grad_scores_PCS.transpose(1, 2), q_PTH[:, start:end])
-        grad_q_PTH *= H**-0.5
-        return (
-            grad_q_PTH.view(shape),
-            grad_k_PTH.to(dtype).view(shape),
-            grad_v_PTH.to(dtype).view(shape),
-            None,
-            None,
-        )
+                grad_q_PCH.copy_(torch.bmm(grad_scores_PCS, k_PSH))
+                grad_k_PSH += torch.bmm(grad_scores_PCS.transpose(1, 2), q_PCH)
+        grad_q_BNTH *= H**-0.5
+        return grad_q_BNTH, grad_k_BNTH.to(dtype), grad_v_BNTH.to(dtype), None, None

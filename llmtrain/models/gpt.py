@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmtrain.models.attention import Documents
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import LanguageModelHead, TiedHeadModel
@@ -19,7 +20,6 @@ from llmtrain.models.transformer import (
     Block,
     Context,
     KVCache,
-    document_mask,
     make_norm,
     rotary_tables,
 )
@@ -66,8 +66,8 @@ class GPT(TiedHeadModel):
 
         positions_BT: place of each token in its document; None counts from 0, or from what the cache
             holds.
-        documents_BT: id of the document each token belongs to; a token sees no other document.
-            None: a row is one document.
+        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
+            document. None: a row is one document.
         labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
         cache: keys and values of earlier tokens; forward adds these tokens to it.
         dropout_keys_B: what dropout's masks are made from; None: torch's generator.
@@ -115,16 +115,11 @@ class GPT(TiedHeadModel):
         past = 0 if cache is None else cache.length
         if positions_BT is None:
             positions_BT = torch.arange(past, past + T, device=tokens_BT.device)[None]
-        mask: Tensor | None = None
-        if documents_BT is not None:
-            if cache is not None:
-                raise ValueError("documents_BT and a cache cannot be given together")
-            mask = document_mask(documents_BT)
-        elif past > 0 and T > 1:
-            keys = torch.arange(past + T, device=tokens_BT.device)
-            mask = (keys[None, :] <= keys[past:, None])[None, None]
+        if documents_BT is not None and cache is not None:
+            raise ValueError("documents_BT and a cache cannot be given together")
+        documents = None if documents_BT is None else Documents(documents_BT)
         rotary = rotary_tables(self.config, positions_BT) if self.config.positions == "rope" else None
-        return Context(positions_BT, rotary, mask, labels_BT, cache, dropout_keys_B)
+        return Context(positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B)
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens a row."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.models.attention import attend
+from llmtrain.models.attention import Documents, attend
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 
@@ -59,8 +59,8 @@ class Context:
     """Place of each token in its document, (B, T), or (1, T) when all rows are alike."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosine and sine, (B or 1, T, 1, H/2) fp32; None with learned positions."""
-    mask: Tensor | None = None
-    """True where a query may see a key, (B or 1, 1, T, S); None: causal, nothing else."""
+    documents: Documents | None = None
+    """Those that the rows hold; None: a row is one."""
     labels: Tensor | None = None
     """The token that should follow each, (B, T), -100 where none counts; None: logits are wanted."""
     cache: KVCache | None = None
@@ -108,14 +108,6 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """(B, 1, T, T), True where the key is of the query's document and not after it."""
-    T = documents_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return (same_BTT & causal_TT)[:, None]
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
 
@@ -153,7 +145,7 @@ class Attention(nn.Module):
         dropout = None
         if self.training and self.dropout > 0.0:
             dropout = AttentionDropout(self.dropout, self.layer, context.dropout_keys, self.first_head)
-        y_BNTH = self.attend(q, k, v, mask=context.mask, dropout=dropout)
+        y_BNTH = self.attend(q, k, v, documents=context.documents, dropout=dropout)
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
 

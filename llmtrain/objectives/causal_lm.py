@@ -33,13 +33,16 @@ class CausalLM:
         self._document_mask = document_mask
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """{"tokens": (B, W), "documents": (B, W), negative where no token is} →
+        """{"tokens": (B, W), "documents": (B, W), negative where no token is; and, where tokens are seen that
+        are no targets, "contexts": (B, W) bool, True there} →
         {"tokens": (B, T), "labels": (B, T), IGNORE_INDEX where no loss is borne}, int64; and, when some
         row holds more than one document and they are masked, "positions": (B, T) int64 and
         "documents": (B, T) int32."""
         tokens_BW, documents_BW = raw["tokens"], raw["documents"]
         inputs_BT, targets_BT = documents_BW[:, :-1], documents_BW[:, 1:]
         is_target_BT = (inputs_BT == targets_BT) & (targets_BT >= 0)
+        if "contexts" in raw:
+            is_target_BT &= ~raw["contexts"][:, 1:]
         batch = {
             "tokens": torch.from_numpy(np.ascontiguousarray(tokens_BW[:, :-1])),
             "labels": torch.from_numpy(np.where(is_target_BT, tokens_BW[:, 1:], IGNORE_INDEX)),

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmtrain.models.attention import Documents
 from llmtrain.models.dropout import AttentionDropout
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.upstream import import_deepspeed
@@ -32,8 +33,8 @@ def share_attention(model: nn.Module, mesh: Mesh) -> None:
 class SharedAttention:
     """`attend` over a part of the tokens with all heads: (B, N, T/P, H) → the same.
 
-    Each process gets all tokens of N/P heads, attends, and gives the tokens back. A mask is over all
-    tokens."""
+    Each process gets all tokens of N/P heads, attends, and gives the tokens back. Documents are those of
+    all tokens."""
 
     def __init__(self, attend: Callable[..., Tensor], mesh: Mesh) -> None:
         import_deepspeed()
@@ -51,11 +52,11 @@ class SharedAttention:
         k_BKTH: Tensor,
         v_BKTH: Tensor,
         *,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         dropout: AttentionDropout | None = None,
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BNTH, k_BKTH, v_BKTH))
-        y_BTNH: Tensor = self._exchange(q, k, v, 0, mask=mask, dropout=dropout)
+        y_BTNH: Tensor = self._exchange(q, k, v, 0, documents=documents, dropout=dropout)
         return y_BTNH.transpose(1, 2)
 
     def _attend_to_all_tokens(
@@ -64,10 +65,10 @@ class SharedAttention:
         k_BTKH: Tensor,
         v_BTKH: Tensor,
         *,
-        mask: Tensor | None,
+        documents: Documents | None,
         dropout: AttentionDropout | None,
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         if dropout is not None:
             dropout = replace(dropout, first_head=dropout.first_head + self._part * q.shape[1])
-        return self._attend(q, k, v, mask=mask, dropout=dropout).transpose(1, 2).contiguous()
+        return self._attend(q, k, v, documents=documents, dropout=dropout).transpose(1, 2).contiguous()

@@ -187,7 +187,8 @@ class _GPTToken:
             # mask and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)
         if on_cpu and 1 < T <= LONGEST_BLOCKWISE:
-            # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see.
+            # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see;
+            # short documents see fewer.
             return compute * (3 * queries + N * _keys_in_view(T))
         kept = queries + 2 * keys
         if model.positions == "rope":

@@ -1,6 +1,10 @@
-"""Blockwise attention on the CPU against torch's kernel."""
+"""Attention as the model calls it against torch's kernel: blocks on the CPU, and documents in one line."""
 
 from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.models import attention
-from llmtrain.models.attention import attend
+from llmtrain.models.attention import Documents, attend
+from llmtrain.models.config import GPTConfig
 from llmtrain.models.dropout import AttentionDropout
-from llmtrain.models.transformer import document_mask
+from llmtrain.models.gpt import GPT
+from llmtrain.models.initialize import initialize
 
 B, K, G, H = 2, 2, 2, 8
 
@@ -20,35 +26,104 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 16)
 
 
-def run(blockwise: bool, T: int, mask: Tensor | None, dtype: torch.dtype, groups: int) -> list[Tensor]:
+def ids_of(*rows: list[int]) -> Tensor:
+    """Document ids (B, T) of rows whose documents have these lengths."""
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
+
+
+def random_ids(T: int) -> Tensor:
+    return torch.randint(0, 4, (B, T), generator=torch.Generator().manual_seed(0)).sort(-1).values
+
+
+def seen(ids_BT: Tensor) -> Tensor:
+    """(B, 1, T, T), True where the key is of the query's document and not after it."""
+    T = ids_BT.shape[1]
+    return ((ids_BT[:, :, None] == ids_BT[:, None]) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
+
+
+def run(
+    ours: bool, T: int, ids_BT: Tensor | None, dtype: torch.dtype = torch.float32, groups: int = 1
+) -> list[Tensor]:
+    """Attention's output and gradients, by our function or by torch's."""
     generator = torch.Generator().manual_seed(T)
     q, k, v = (
         torch.randn(B, T, heads, H, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
         for heads in (K * groups, K, K)
     )
-    if blockwise:
-        y = attend(q, k, v, mask=mask)
+    if ours:
+        y = attend(q, k, v, documents=None if ids_BT is None else Documents(ids_BT))
     else:
+        mask = None if ids_BT is None else seen(ids_BT)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=groups > 1)
     weights = torch.randn(y.shape, generator=generator).to(dtype)
     return [y.detach(), *torch.autograd.grad(y, (q, k, v), weights)]
 
 
-@pytest.mark.parametrize("T", [2, 16, 17, 50])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("groups", [1, G])
-def test_equals_torch(T: int, masked: bool, groups: int) -> None:
-    documents = torch.randint(0, 4, (B, T), generator=torch.Generator().manual_seed(0)).sort(-1).values
-    mask = document_mask(documents) if masked else None
-    ours = run(True, T, mask, torch.float32, groups)
-    theirs = run(False, T, mask, torch.float32, groups)
+def assert_equals_torch(T: int, ids_BT: Tensor | None, groups: int = 1) -> None:
+    ours, theirs = (run(which, T, ids_BT, groups=groups) for which in (True, False))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [2, 16, 17, 50])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("groups", [1, G])
+def test_equals_torch(T: int, packed: bool, groups: int) -> None:
+    assert_equals_torch(T, random_ids(T) if packed else None, groups)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ([50], [50]),  # nothing to leave out
+        ([16, 32, 2], [16, 16, 18]),  # documents begin where blocks do
+        ([1] * 50, [49, 1]),
+        ([40, 10], [50]),
+        ([20, 30], [15, 17, 18]),
+    ],
+)
+def test_documents_of_any_lengths_equal_torch(rows: tuple[list[int], ...]) -> None:
+    assert_equals_torch(50, ids_of(*rows))
+
+
+def test_the_mask_shows_a_query_its_own_document() -> None:
+    ids_BT = random_ids(50)
+    assert torch.equal(Documents(ids_BT).mask, seen(ids_BT))
+
+
+def test_a_document_is_a_run_of_one_id() -> None:
+    again, apart = torch.tensor([[3, 3, 0, 0, 3, 3]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    assert torch.equal(Documents(again).mask, Documents(apart).mask)
+
+
+def test_blocks_take_no_keys_before_their_first_document() -> None:
+    def places(*rows: list[int]) -> list[tuple[int, int, int, int]]:
+        """(first row, last row, first key, last query) of each block."""
+        blocks = Documents(ids_of(*rows)).blocks
+        assert all(block.queries.stop == block.keys.stop for block in blocks)
+        return [(b.rows.start, b.rows.stop - 1, b.keys.start, b.queries.stop - 1) for b in blocks]
+
+    assert places([10, 30, 10], [16, 34]) == [
+        (0, 1, 0, 15),  # in the first block all rows begin at 0
+        (0, 0, 10, 31),
+        (1, 1, 16, 31),
+        (0, 0, 10, 47),
+        (1, 1, 16, 47),
+        (0, 0, 40, 49),
+        (1, 1, 16, 49),
+    ]
+    assert places([40, 10], [50]) == [
+        (0, 1, 0, 15),
+        (0, 1, 0, 31),
+        (0, 1, 0, 47),
+        (0, 0, 40, 49),
+        (1, 1, 0, 49),
+    ]
+
+
 def test_bf16_is_as_near_to_fp32_as_torchs() -> None:
-    exact = run(False, 50, None, torch.float32, 1)
-    ours, theirs = (run(blockwise, 50, None, torch.bfloat16, 1) for blockwise in (True, False))
+    exact = run(False, 50, None)
+    ours, theirs = (run(which, 50, None, torch.bfloat16) for which in (True, False))
     for a, b, reference in zip(ours, theirs, exact, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - reference).norm() < 1.5 * (b - reference).norm()
@@ -82,3 +157,115 @@ def test_dropout() -> None:
     ).mean(0)
     assert not torch.allclose(attend(q, q, q, dropout=AttentionDropout(0.5, 0, None)), attend(q, q, q))
     torch.testing.assert_close(with_dropout, attend(q, q, q), rtol=0, atol=0.8)
+
+
+def test_the_last_queries_of_more_keys() -> None:
+    """As generation has them, with a cache."""
+    q, k = torch.randn(B, K, 50, H), torch.randn(B, K, 50, H)
+    whole = F.scaled_dot_product_attention(q, k, k, is_causal=True)
+    for T in (1, 7, 49):
+        torch.testing.assert_close(attend(q[:, :, -T:], k, k), whole[:, :, -T:], rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- documents in one line
+
+
+class OneByOne:
+    """What varlen_attn computes, a document at a time, on any device; keeps the borders it was given."""
+
+    def __init__(self) -> None:
+        self.borders: list[Tensor] = []
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        given = inspect.signature(varlen_attn).bind(*arguments, **settings).arguments
+        borders, heads = given["cu_seq_q"], given["query"].shape[1]
+        assert borders.dtype == torch.int32
+        assert given["window_size"] == (-1, 0)  # causal
+        assert given["max_q"] == given["max_k"] == borders.diff().max()
+        assert given["cu_seq_k"] is borders
+        assert given["enable_gqa"] == (heads != given["key"].shape[1])
+        self.borders.append(borders)
+        outputs = []
+        for start, end in pairwise(borders.tolist()):
+            q, k, v = (given[name][start:end].transpose(0, 1) for name in ("query", "key", "value"))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=given["enable_gqa"])
+            outputs.append(y.transpose(0, 1))
+        return torch.cat(outputs)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> OneByOne:
+    """A kernel in the place of the GPU's, which no test can run."""
+    one_by_one = OneByOne()
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda q, k, v: one_by_one)
+    return one_by_one
+
+
+@pytest.mark.parametrize("groups", [1, G])
+@pytest.mark.parametrize("T", [2, 17, 50])
+def test_documents_in_one_line_equal_torch(T: int, groups: int, kernel: OneByOne) -> None:
+    ids_BT = random_ids(T)
+    ids_BT[1, -1] = -1
+    assert_equals_torch(T, ids_BT, groups)
+    assert len(kernel.borders) == 1
+
+
+def test_borders_by_hand() -> None:
+    borders, longest = Documents(ids_of([3, 4], [7], [1, 1, 5])).borders
+    assert borders.tolist() == [0, 3, 7, 14, 15, 16, 21]
+    assert longest == 7
+
+
+def test_only_packed_rows_without_dropout_are_put_in_one_line(kernel: OneByOne) -> None:
+    q, documents = torch.randn(B, K, 50, H), Documents(random_ids(50))
+    attend(q, q, q)
+    attend(q, q, q, documents=documents, dropout=AttentionDropout(0.5, 0, None))
+    attend(q, q, q, documents=documents, dropout=AttentionDropout(0.5, 0, torch.arange(B)))
+    assert not kernel.borders
+    attend(q, q, q, documents=documents)
+    assert len(kernel.borders) == 1
+
+
+def test_all_layers_of_a_forward_share_the_borders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a model whose layers attend by document computes what it computes with masks."""
+    config = GPTConfig(
+        vocab_size=23,
+        hidden_size=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        positions="rope",
+        max_sequence_length=50,
+        init_std=0.3,
+    )
+    model = GPT(config)
+    initialize(model, seed=1)
+    tokens_BT = torch.randint(0, 23, (B, 50), generator=torch.Generator().manual_seed(1))
+
+    def loss_and_gradients() -> list[Tensor]:
+        loss = model(tokens_BT, documents_BT=random_ids(50), labels_BT=tokens_BT)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    expected, kernel = loss_and_gradients(), OneByOne()
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda q, k, v: kernel)
+    for a, b in zip(loss_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(kernel.borders) == 3
+    assert all(borders is kernel.borders[0] for borders in kernel.borders)
+
+
+def test_torchs_kernel_takes_what_it_is_given() -> None:
+    """On tensors without data: its checks, shapes and types, and those of its backward pass."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (
+        torch.empty(B, 50, heads, H, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
+        for heads in (K * G, K, K)
+    )
+    y = attention._attend_by_document(varlen_attn, q, k, v, Documents(random_ids(50)))
+    assert (y.shape, y.dtype) == (q.shape, q.dtype)
+    assert y.transpose(1, 2).is_contiguous()
+    gradients = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
+    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]

@@ -38,6 +38,17 @@ def test_collate_by_hand():
     assert CausalLM().target_count(batch) == 6
 
 
+def test_context_is_seen_and_no_target():
+    sample = raw([[5, 6, 7, 8, 1, 9, 1, 0]], [[0, 0, 0, 0, 0, 1, 1, -1]])
+    contexts = np.array([[True, True, True, False, False, True, False, False]])
+    plain, batch = CausalLM().collate(sample), CausalLM().collate(sample | {"contexts": contexts})
+    assert plain["labels"].tolist() == [[6, 7, 8, 1, X, 1, X]]
+    assert batch["labels"].tolist() == [[X, X, 8, 1, X, 1, X]]
+    assert {key: value.tolist() for key, value in (batch | {"labels": plain["labels"]}).items()} == {
+        key: value.tolist() for key, value in plain.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("document_mask", "documents"),
     [(True, [[0, 0, 0, 0]]), (True, [[0, 0, 0, 1]]), (True, [[0, 0, -1, -1]]), (False, [[0, 0, 1, 1]])],
