@@ -118,35 +118,34 @@ class Cache:
         self._wanted: set[str] = set()
         """Names that `want` asked for and `get` has not taken yet: no read-ahead evicts them."""
         self._changed = threading.Condition()
+        self._changes = 0
+        self._turn = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
     def get(self, url: str, size: int, xxh3_128: str) -> Path:
         """A local file with the content of `url`, downloaded if need be.
 
-        Another process may evict it at any time; what is open stays readable. `open` is safe from that.
+        It may be evicted at any time, by this process' read-ahead as by others; what is open stays
+        readable, and `open` gives it so.
 
         Raises ShardError if the file can't be had or is not what its checksum says; DataError if the cache
         can't hold it or access is refused.
         """
         file = RemoteFile(url, size, xxh3_128)
-        with self._changed:
-            self._wanted.discard(file.name)
-            with suppress(ValueError):
-                self._queue.remove(file)
-            self._changed.notify_all()
-        path = self._have(file)
-        assert path is not None, "only read-ahead gives up for want of room"
-        return path
+        with self._taking(file):
+            return self._have(file)
 
     def open(self, url: str, size: int, xxh3_128: str) -> int:
         """`get`, opened for reading: a file descriptor, which the caller closes."""
-        while True:
-            path = self.get(url, size, xxh3_128)
-            try:
-                return os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue
+        file = RemoteFile(url, size, xxh3_128)
+        with self._taking(file):
+            while True:
+                path = self._have(file)
+                try:
+                    return os.open(path, os.O_RDONLY)
+                except FileNotFoundError:
+                    continue
 
     def want(self, files: Sequence[RemoteFile]) -> None:
         """Read ahead: get `files` in this order in the background, in place of what is still queued.
@@ -157,7 +156,7 @@ class Cache:
         with self._changed:
             self._queue = deque(dict.fromkeys(files))
             self._wanted = {file.name for file in self._queue}
-            self._changed.notify_all()
+            self._notify()
             while not self._closed and len(self._threads) < min(self._config.downloads, len(self._queue)):
                 thread = threading.Thread(target=self._read_ahead, name="shard download", daemon=True)
                 self._threads.append(thread)
@@ -200,32 +199,89 @@ class Cache:
         with self._changed:
             self._closed = True
             self._queue.clear()
-            self._changed.notify_all()
+            self._notify()
         self._transport.close()
         for thread in self._threads:
             thread.join(1.0)
 
-    def _read_ahead(self) -> None:
-        while True:
+    @contextmanager
+    def _taking(self, file: RemoteFile) -> Iterator[None]:
+        """The file is used now: read-ahead leaves it alone, and may evict it afterwards."""
+        with self._changed, suppress(ValueError):
+            self._queue.remove(file)
+        try:
+            yield
+        finally:
             with self._changed:
-                while not self._queue and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                file = self._queue.popleft()
+                self._wanted.discard(file.name)
+                self._notify()
+
+    def _notify(self) -> None:
+        self._changes += 1
+        self._changed.notify_all()
+
+    def _read_ahead(self) -> None:
+        while not self._closed:
             try:
-                if self._have(file, ahead=True) is None:
-                    with self._changed:
-                        # `get` or a new `want` may have come meanwhile, and this file may no longer be due.
-                        if file.name in self._wanted and file not in self._queue:
-                            self._queue.appendleft(file)
-                        self._changed.wait(_PATIENCE)
+                # One after the other, so that room that comes free goes to the file that is due first.
+                with self._turn:
+                    claimed = self._claim_next()
+                if claimed is not None:
+                    file, descriptor = claimed
+                    if not self._arrive(file, descriptor, ahead=True):
+                        self._put_back(file)
             except DataError as error:
                 logger.debug("read-ahead: %s", error)
 
-    def _have(self, file: RemoteFile, ahead: bool = False) -> Path | None:
-        """The verified local file. None, for read-ahead alone: there is no room for it now."""
-        path = self._folder / file.name
+    def _claim_next(self) -> tuple[RemoteFile, int] | None:
+        """Wait for the next file of the queue and for its room: the file and its partial file, open and
+        locked. None: nothing has to be downloaded."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                return None
+            file, changes = self._queue[0], self._changes
+        descriptor = None
+        try:
+            descriptor = self._claim(file, ahead=True)
+        except _NoRoomError:
+            with self._changed:
+                self._changed.wait_for(lambda: self._changes != changes, _PATIENCE)
+            return None
+        except BaseException:
+            self._drop(file)
+            raise
+        self._drop(file)
+        return None if descriptor is None else (file, descriptor)
+
+    def _drop(self, file: RemoteFile) -> None:
+        with self._changed, suppress(ValueError):
+            self._queue.remove(file)
+
+    def _put_back(self, file: RemoteFile) -> None:
+        """To the queue of what is to be read ahead, after a while, if it is still wanted."""
+        with self._changed:
+            self._changed.wait(_PATIENCE)
+            if file.name in self._wanted and file not in self._queue:
+                self._queue.appendleft(file)
+
+    def _have(self, file: RemoteFile) -> Path:
+        """The verified local file."""
+        while True:
+            try:
+                descriptor = self._claim(file)
+            except _NoRoomError:
+                time.sleep(_POLL)
+                continue
+            if descriptor is None:
+                return self._folder / file.name
+            self._arrive(file, descriptor)
+
+    def _claim(self, file: RemoteFile, ahead: bool = False) -> int | None:
+        """What is to be downloaded into, open and locked, with its room made; None: the file is here.
+
+        Raises _NoRoomError, ShardError, DataError.
+        """
         where = without_credentials(file.url)
         if not _NAME.fullmatch(file.name):
             # It comes from a manifest that anybody may have written, and becomes part of a path.
@@ -234,27 +290,18 @@ class Cache:
             allowed = f"at most data.cache.bytes={self._config.bytes:,} bytes"
             got = f"a file of {file.size:,} bytes"
             raise DataError(Problem(where, got, allowed, "raise data.cache.bytes"))
-        while not self._is_good(path, file):
-            with self._disk_errors(file):
-                descriptor = self._begin(file, ahead)
-            if descriptor is None:
-                if ahead:
-                    return None
-                time.sleep(_POLL)
-                continue
-            try:
-                # What was opened may have got its name, or been evicted, in the moment before the lock.
-                if _is_same(descriptor, _partial(path)) and not self._arrive(file, path, ahead):
-                    return None
-            finally:
-                os.close(descriptor)
-        return path
+        with self._disk_errors(file):
+            while not self._is_good(file):
+                if (descriptor := self._begin(file, ahead)) is not None:
+                    return descriptor
+        return None
 
-    def _is_good(self, path: Path, file: RemoteFile) -> bool:
+    def _is_good(self, file: RemoteFile) -> bool:
         """Whether the file is there and as it should be; an altered one is removed.
 
         A process reads each file once: a disk, too, may flip a byte.
         """
+        path = self._folder / file.name
         try:
             status = os.stat(path)
             state = (status.st_ino, status.st_mtime_ns)
@@ -269,20 +316,21 @@ class Cache:
             return True
         except FileNotFoundError:
             return False
-        except OSError as error:
-            raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
 
     def _begin(self, file: RemoteFile, ahead: bool) -> int | None:
         """The partial file, open and locked for this thread, with room made for the whole of it.
 
-        Waits where another thread or process downloads the same. None: there is no room now, since other
-        downloads take it or, for read-ahead, files that this process will use.
+        None: another thread or process has downloaded the same, or has ended before it had. Raises
+        _NoRoomError if other downloads take the room now or, for read-ahead, files that this process will
+        use.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = _partial(self._folder / file.name)
         descriptor = -1
         try:
             with self._folder_lock():
+                if os.path.exists(self._folder / file.name):
+                    return None
                 descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
                 if _try_lock(descriptor):
                     if self._make_room(file.size, partial.name, self._spared() if ahead else ()):
@@ -290,58 +338,72 @@ class Cache:
                         return mine
                     if os.fstat(descriptor).st_size == 0:
                         partial.unlink()
-                    return None
+                    raise _NoRoomError
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             return None
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _arrive(self, file: RemoteFile, path: Path, ahead: bool) -> bool:
-        """Download into the partial file, whose lock this thread holds, and give it its name.
+    def _arrive(self, file: RemoteFile, descriptor: int, ahead: bool = False) -> bool:
+        """Download into the partial file that `_claim` gave, give it its name and close the descriptor.
 
         False, for read-ahead alone: the disk is full. The file is not forced to the disk: whoever finds
         it after a crash of the machine verifies it.
         """
+        path = self._folder / file.name
         partial = _partial(path)
-        found = ""
-        for _ in range(2):
-            patience = _FULL_DISK_POLLS
-            while True:
-                try:
-                    self._transport.download(file.url, partial, file.size)
+        try:
+            for _ in range(2):
+                if not self._download(file, partial, ahead):
+                    return False
+                with self._disk_errors(file):
+                    found = checksum(partial)
+                    if found == file.xxh3_128:
+                        with self._folder_lock():
+                            os.replace(partial, path)
+                        status = os.fstat(descriptor)
+                        self._verified[file.name] = (status.st_ino, status.st_mtime_ns)
+                        self._count("files")
+                        return True
+                    os.truncate(partial, 0)
+            raise ShardError(_altered(file.url, found, file.xxh3_128))
+        except DataError:
+            if os.fstat(descriptor).st_size == 0:
+                self._discard(file, partial)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def _download(self, file: RemoteFile, partial: Path, ahead: bool) -> bool:
+        """Complete the partial file. A full disk makes other files go, and is an error when none is left;
+        False, for read-ahead alone, when none is left that this process doesn't want."""
+        for _ in range(_FULL_DISK_POLLS):
+            try:
+                self._transport.download(file.url, partial, file.size)
+                return True
+            except OSError as error:
+                full = error
+            if not is_disk_full(full):
+                break
+            freed, others = self._free(file, ahead)
+            if not freed:
+                if ahead:
+                    return False
+                if not others:
                     break
-                except OSError as error:
-                    if is_disk_full(error):
-                        freed, others = self._free(file, ahead)
-                        if freed:
-                            continue
-                        if ahead:
-                            return False
-                        if others and patience:
-                            patience -= 1
-                            time.sleep(_POLL)
-                            continue
-                    with suppress(OSError):
-                        partial.unlink()
-                    raise DataError(self._disk_problem(error, file.needs)) from error
-            with self._disk_errors(file):
-                found = checksum(partial)
-                if found == file.xxh3_128:
-                    with self._folder_lock():
-                        os.replace(partial, path)
-                    status = os.stat(path)
-                    self._verified[file.name] = (status.st_ino, status.st_mtime_ns)
-                    self._count("files")
-                    return True
-                os.truncate(partial, 0)
-        with suppress(OSError):
-            partial.unlink()
-        raise ShardError(_altered(file.url, found, file.xxh3_128))
+                time.sleep(_POLL)
+        self._discard(file, partial)
+        raise DataError(self._disk_problem(full, file.needs)) from full
 
     def _spared(self) -> Collection[str]:
         with self._changed:
             return set(self._wanted)
+
+    def _discard(self, file: RemoteFile, partial: Path) -> None:
+        # Under the lock, so that nobody opens it before and locks it after.
+        with self._disk_errors(file), self._folder_lock():
+            partial.unlink(missing_ok=True)
 
     def _free(self, file: RemoteFile, ahead: bool) -> tuple[int, bool]:
         """Evict about as much as `file` needs from a disk that is full.
@@ -353,7 +415,7 @@ class Cache:
             entries = self._entries(_partial(self._folder / file.name).name)
             freed = 0
             for entry in entries:
-                if freed < file.size and entry.evictable and entry.name not in spared:
+                if freed < file.size and entry.evictable and entry.content not in spared:
                     freed += self._evict(entry)
             return freed, not all(entry.evictable for entry in entries)
 
@@ -365,7 +427,7 @@ class Cache:
         """
         entries = self._entries(own)
         excess = sum(entry.size for entry in entries) + size - self._config.bytes
-        victims = [entry for entry in entries if entry.evictable and entry.name not in spared]
+        victims = [entry for entry in entries if entry.evictable and entry.content not in spared]
         if sum(entry.size for entry in victims) < excess:
             return False
         for entry in victims:
@@ -384,11 +446,12 @@ class Cache:
                 continue
             with suppress(FileNotFoundError):
                 status = found.stat()
-                name, is_partial = found.name.removesuffix(PARTIAL), found.name.endswith(PARTIAL)
-                active = is_partial and _is_locked(found.path)
+                content = found.name.removesuffix(PARTIAL)
+                active = content != found.name and _is_locked(found.path)
                 # A running download will take the room of the whole file.
-                size = int(name.rpartition("-")[2]) if active else status.st_size
-                entries.append(_Entry(found.name, size, not active, (name in wanted, status.st_atime_ns)))
+                size = int(content.rpartition("-")[2]) if active else status.st_size
+                order = (content in wanted, status.st_atime_ns)
+                entries.append(_Entry(found.name, content, size, not active, order))
         return sorted(entries, key=lambda entry: entry.order)
 
     def _evict(self, entry: _Entry) -> int:
@@ -427,11 +490,17 @@ class Cache:
             self._counts[name] += amount
 
 
+class _NoRoomError(Exception):
+    pass
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A file of the cache."""
 
     name: str
+    content: str
+    """The name without that it is partial."""
     size: int
     evictable: bool
     order: tuple[bool, int]
@@ -440,14 +509,6 @@ class _Entry:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -212,10 +212,14 @@ class _HttpFile:
         if at:
             self._headers |= make_headers(basic_auth=unquote(user))
         self._seconds = timeout
+        # Waiting and trying again is done above.
+        retries = Retry(
+            connect=0, read=0, status=0, other=0, redirect=MOST_REDIRECTS, respect_retry_after_header=False
+        )
         self._options = {
             "preload_content": False,
             "timeout": Timeout(connect=timeout, read=timeout),
-            "retries": Retry(connect=0, read=0, status=0, other=0, redirect=MOST_REDIRECTS),
+            "retries": retries,
         }
         self.version = ""
 
@@ -281,19 +285,19 @@ class _HttpFile:
 
         cause = getattr(error, "reason", None)
         cause = cause if isinstance(cause, Exception) else error
-        if isinstance(cause, exceptions.TimeoutError):
+        where, text = without_credentials(self._url), _scrubbed(str(cause), self._url)
+        is_refused = isinstance(cause, exceptions.NewConnectionError)  # which is a TimeoutError by descent
+        if isinstance(cause, exceptions.TimeoutError) and not is_refused:
             return _PassingError(f"no byte for {self._seconds:g} s")
         if isinstance(cause, exceptions.SSLError):
             remedy = "check the server's certificate (SSL_CERT_FILE names the authorities that are trusted)"
-            return DataError(
-                Problem(without_credentials(self._url), _scrubbed(str(cause), self._url), "", remedy)
-            )
+            return DataError(Problem(where, text, "", remedy))
         if isinstance(cause, (exceptions.LocationValueError, exceptions.ResponseError)):
             got = _scrubbed(str(cause), self._url)
             return DataError(
                 Problem(without_credentials(self._url), got, "the URL of a file", "check the URL")
             )
-        return _PassingError(_scrubbed(f"{type(cause).__name__}: {cause}", self._url))
+        return _PassingError(f"{type(cause).__name__}: {text}")
 
 
 class _FilesystemFile:
@@ -321,10 +325,8 @@ class _FilesystemFile:
                 file.seek(place)
                 while end is None or place < end:
                     # No further than the end: a store refuses a range behind it.
-                    wanted = (
-                        FILESYSTEM_CHUNK_BYTES if end is None else min(FILESYSTEM_CHUNK_BYTES, end - place)
-                    )
-                    chunk = file.read(wanted)
+                    left = FILESYSTEM_CHUNK_BYTES if end is None else end - place
+                    chunk = file.read(min(FILESYSTEM_CHUNK_BYTES, left))
                     if not chunk:
                         break
                     yield place, chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import socket
@@ -52,6 +53,8 @@ class Faults:
     replaced: dict[str, bytes] = field(default_factory=dict)
     """Path → another content."""
     missing: set[str] = field(default_factory=set)
+    redirects: dict[str, str] = field(default_factory=dict)
+    """Path → where it is said to be."""
     ignore_range: bool = False
     etag: bool = True
     length: bool = True
@@ -69,8 +72,7 @@ class FileServer:
         self.log: list[Request] = []
         self.lock = threading.Lock()
         self.answers = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
@@ -105,6 +107,13 @@ class FileServer:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are part of the tests."""
+
+
 def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -123,6 +132,8 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
                 return self.answer(path, faults.status, b"busy", headers)
             if faults.password is not None and self.authorization() != faults.password:
                 return self.answer(path, 401, b"who are you", {})
+            if path in faults.redirects:
+                return self.answer(path, 302, b"", {"Location": faults.redirects[path]})
             content = server.content(path)
             if content is None:
                 return self.answer(path, 404, b"not here", {})
@@ -140,8 +151,6 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             return self.answer(path, 200, content, headers)
 
         def authorization(self) -> str | None:
-            import base64
-
             given = self.headers.get("Authorization", "")
             return base64.b64decode(given[6:]).decode() if given.startswith("Basic ") else None
 
