@@ -14,7 +14,7 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -134,10 +134,9 @@ class TokenSplit:
         np.cumsum(index["num_tokens"], out=self._sample_starts[1:])
         tokens = np.array([shard.num_tokens for shard in entry.shards], dtype=np.int64)
         self.shard_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
-        self._samples_of = np.searchsorted(self._shard_numbers, np.arange(len(tokens) + 1))
-        _check_index(place, entry, self._sample_starts[self._samples_of], self.shard_starts)
-        self._index = index
-        self._open = _OpenShards(self._open_shard, open_shards)
+        firsts = np.searchsorted(self._shard_numbers, np.arange(len(tokens) + 1))
+        _check_index(place, entry, self._sample_starts[firsts], self.shard_starts)
+        self._open = _OpenShards(place, entry.shards, index, self.shard_starts, self._dtype, open_shards)
         self._bad = frozenset(bad_shards)
 
     @property
@@ -269,18 +268,10 @@ class TokenSplit:
             try:
                 if shard in self._bad:
                     raise ShardError(Problem(self.shard_names[shard], "a bad shard"))
-                self._open_shard(shard)
+                self._open.open_anew(shard)
             except ShardError:
                 bad.append(shard)
         return bad
-
-    def _open_shard(self, shard: int) -> _OpenShard:
-        entry = self._entry.shards[shard]
-        rows = slice(*self._samples_of[shard : shard + 2].tolist())
-        descriptor = self._place.open_shard(entry)
-        opened = _OpenShard(descriptor, self._place.name(entry.file), entry, self._place.may_change)
-        opened.load_ends(self._index[rows], int(self.shard_starts[shard]), self._dtype)
-        return opened
 
     def _read_over_samples(self, opened: _OpenShard, start: int, length: int, part: memoryview) -> None:
         """A span that reaches over arrays of a shard, which headers part."""
@@ -376,13 +367,35 @@ class _OpenShard:
 class _OpenShards:
     """The shards read last, kept open."""
 
-    def __init__(self, make: Callable[[int], _OpenShard], capacity: int) -> None:
-        self._make = make
+    def __init__(
+        self,
+        place: Place,
+        entries: Sequence[ShardEntry],
+        index: np.ndarray,
+        shard_starts: np.ndarray,
+        dtype: np.dtype,
+        capacity: int,
+    ) -> None:
+        self._place = place
+        self._entries = entries
+        self._index = index
+        self._rows = np.searchsorted(index["shard"], np.arange(len(entries) + 1))
+        self._starts = shard_starts
+        self._dtype = dtype
         self._capacity = capacity
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._ends: np.ndarray | None = None
         self._fresh = False
         self._lock = threading.Lock()
+
+    def open_anew(self, shard: int) -> _OpenShard:
+        """Raises ShardError for one that cannot be had or is not what the index says."""
+        entry = self._entries[shard]
+        descriptor = self._place.open_shard(entry)
+        opened = _OpenShard(descriptor, self._place.name(entry.file), entry, self._place.may_change)
+        rows = self._index[self._rows[shard] : self._rows[shard + 1]]
+        opened.load_ends(rows, int(self._starts[shard]), self._dtype)
+        return opened
 
     def get(self, shards: Sequence[int]) -> dict[int, _OpenShard]:
         """These, open. Raises ShardError for one that cannot be had or was changed since it was opened."""
@@ -396,7 +409,7 @@ class _OpenShards:
         for shard in shards:
             if shard in found and not found[shard].has_changed:
                 continue
-            opened = found[shard] = self._make(shard)
+            opened = found[shard] = self.open_anew(shard)
             with self._lock:
                 self._shards[shard] = opened
                 self._ends = None
@@ -412,7 +425,7 @@ class _OpenShards:
             if self._fresh:
                 self._fresh = False
                 return None
-            if not all(shard in self._shards for shard in shards):
+            if not shards or not all(shard in self._shards for shard in shards):
                 return None
             if self._ends is None:
                 held = sorted(self._shards)

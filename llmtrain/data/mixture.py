@@ -120,23 +120,22 @@ class Timeline:
     ) -> Timeline:
         """This one up to `step`, from where samples are drawn so; itself up to there where that is no
         change."""
-        kept = [segment for segment in self.segments if segment.step <= step]
-        last = kept[-1]
-        first = last.first_sample(step)
-        segment = Segment(step, first, global_size, shares, last.positions_at(first), settings)
-        if segment.draws_alike(last):
+        now = self.at(step)
+        first = now.first_sample(step)
+        segment = Segment(step, first, global_size, shares, now.positions_at(first), settings)
+        kept = [earlier for earlier in self.segments if earlier.step < step]
+        if kept and segment.draws_alike(kept[-1]) and segment.positions == kept[-1].positions_at(first):
             return Timeline(kept)
-        return Timeline([*(s for s in kept if s.step < step), segment])
+        return Timeline([*kept, segment])
 
     def rescaled(self, step: int, factors: Mapping[str, float]) -> Timeline:
         """This one up to `step`, where each source's position is multiplied: its samples have other sizes
         from there on."""
-        kept = [segment for segment in self.segments if segment.step <= step]
-        last = kept[-1]
+        last = self.at(step)
         first = last.first_sample(step)
         positions = {n: int(p * factors.get(n, 1.0)) for n, p in last.positions_at(first).items()}
         segment = Segment(step, first, last.global_size, last.shares, positions, last.settings)
-        return Timeline([*(s for s in kept if s.step < step), segment])
+        return Timeline([*(earlier for earlier in self.segments if earlier.step < step), segment])
 
     def encode(self) -> list[dict[str, Any]]:
         """For JSON."""

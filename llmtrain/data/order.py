@@ -135,7 +135,8 @@ class _Epoch:
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
             start, end = self._block_starts[block : block + 2].tolist()
-            key = _mix(self._key + (block + 1) * _GOLDEN_GAMMA)
+            # The first block's key is the epoch's: the order of a single shard is that of earlier versions.
+            key = _mix(self._key + block * _GOLDEN_GAMMA) if block else self._key
             shuffled[chosen] = start + permute(places[chosen] - start, end - start, key)
         slots = np.searchsorted(self._starts, shuffled, side="right") - 1
         return self._firsts[slots] + shuffled - self._starts[slots]

@@ -2,12 +2,17 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import xxhash
 
 from llmtrain.data.corpus import Corpus
+from llmtrain.data.datasets import TokenSequences
+from llmtrain.data.shards import ShardError
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus
 
@@ -140,7 +145,7 @@ def test_a_shard_altered_after_it_was_verified(path: Path):
 
 def test_an_altered_or_missing_index(path: Path):
     flip_byte(path / "train" / "index.npy", -1)
-    assert "index.npy: got an altered index" in refusal(path)
+    assert "index.npy: got an altered file" in refusal(path)
     (path / "train" / "index.npy").unlink()
     assert "index.npy: got no such file" in refusal(path)
 
@@ -169,8 +174,90 @@ def test_a_shard_that_vanishes_or_shrinks_while_training(path: Path):
     shard = path / "train" / "train-000000.tar"
     train.read(0, 5)
     os.truncate(shard, 600)
-    with pytest.raises(DataError, match=r"train-000000\.tar: got a shard that ends before byte"):
+    with pytest.raises(DataError, match=r"train-000000\.tar: got a truncated shard of 600 bytes"):
         train.read(0, 5)
     (path / "train" / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train-000002\.tar: got no such file"):
         train.read(train.num_tokens - 5, train.num_tokens)
+
+
+def test_a_shard_changed_in_place_while_training(path: Path):
+    train = Corpus.open(path).split("train")
+    shard = path / "train" / "train-000000.tar"
+    before, _ = train.read(0, 5)
+    os.utime(shard)  # touched, not changed: looked at again, and read on
+    assert train.read(0, 5)[0].tolist() == before.tolist()
+    flip_byte(shard, 900)
+    with pytest.raises(
+        ShardError, match=r"train-000000\.tar: got a shard that was changed while the job runs"
+    ):
+        train.read(0, 5)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the train split's entry of the manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest["splits"]["train"])
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def replace_array(path: Path, name: str, array: np.ndarray) -> None:
+    """Another index.npy or lengths.npy, with a manifest that vouches for it."""
+    np.save(path / "train" / name, array)
+    content = (path / "train" / name).read_bytes()
+    key = f"{name.removesuffix('.npy')}_xxh3_128"
+    rewrite(path, lambda entry: entry.update({key: xxhash.xxh3_128_hexdigest(content)}))
+
+
+@pytest.mark.parametrize("field", ["num_tokens", "tokens_offset", "ends_offset", "num_documents"])
+def test_an_index_that_disagrees_with_its_shards(path: Path, field: str):
+    """Even where its checksum is that of the manifest."""
+    index = np.load(path / "train" / "index.npy")
+    if field == "num_documents":  # alike in all
+        index[field][0] -= 1
+    else:
+        index[field][0], index[field][1] = index[field][1], index[field][0]
+    replace_array(path, "index.npy", index)
+    with pytest.raises(
+        ShardError, match=r"train-000000\.tar: got .*; allowed: what the split's index\.npy says"
+    ):
+        Corpus.open(path).split("train").read(0, 5)
+
+
+def test_an_index_that_disagrees_with_the_manifest(path: Path):
+    rewrite(path, lambda entry: entry["shards"][1].update(num_tokens=entry["shards"][1]["num_tokens"] + 1))
+    assert "index.npy: got another number of tokens in train/train-000001.tar" in refusal(path)
+
+
+def test_lengths_that_disagree_with_the_shards(path: Path):
+    replace_array(path, "lengths.npy", np.load(path / "train" / "lengths.npy")[1:])
+    split = Corpus.open(path).split("train")
+    with pytest.raises(DataError, match=r"lengths\.npy: got lengths that are not those"):
+        TokenSequences(split, 16, packing="best_fit")
+
+
+def test_token_ids_outside_the_vocabulary(tmp_path: Path):
+    path = write_corpus(tmp_path, {"train": [[5, 6], [7, 99, 8], [9]]}, vocab_size=50)
+    train = Corpus.open(path).split("train")
+    assert train.read(0, 3)[0].tolist() == [5, 6, 1]
+    with pytest.raises(
+        ShardError, match=r"train-000000\.tar: got the token id 99 at token 4; allowed: 0 to 49"
+    ):
+        train.read(0, 7)
+
+
+def test_bad_shards_may_be_left_to_the_reader(path: Path):
+    (path / "train" / "train-000001.tar").unlink()
+    flip_byte(path / "train" / "train-000002.tar", 700)
+    corpus = Corpus.open(path, "checksum", on_bad_shard="skip")
+    assert sorted(corpus.bad_shards) == ["train/train-000001.tar", "train/train-000002.tar"]
+    assert corpus.split("train").find_bad([0, 1, 2]) == [1, 2]
+
+
+def test_a_corpus_of_version_1_is_read_but_not_packed(path: Path):
+    change_manifest(path, version=1)
+    rewrite(path, lambda entry: [entry.pop(key) for key in ("lengths", "lengths_xxh3_128")])
+    split = Corpus.open(path).split("train")
+    assert len(TokenSequences(split, 16)) > 0
+    with pytest.raises(DataError, match=r"version 1, without lengths\.npy; prepare the corpus again"):
+        TokenSequences(split, 16, packing="best_fit")

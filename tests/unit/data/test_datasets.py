@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import EMPTY, PADDING_DOCUMENT, Images, TokenSequences
+from llmtrain.data.corpus import Corpus, TokenSplit
+from llmtrain.data.datasets import EMPTY, PADDING_DOCUMENT, Concatenation, TokenSequences
+from llmtrain.data.images import Images
 from llmtrain.errors import DataError
 from tests.support.corpora import EOS, random_documents, stream_of, write_corpus
 
@@ -37,6 +38,79 @@ def test_windows_cover_every_target_once(corpus: Corpus, sequence_length: int):
     stream = stream_of(TRAIN)
     inside = stream[:-1] != EOS
     np.testing.assert_array_equal(pairs, np.stack([stream[:-1][inside], stream[1:][inside]], axis=1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequence_length=st.integers(2, 60), overlap=st.integers(0, 20), seed=st.integers(0, 7))
+def test_best_fit_rows_hold_every_target_once(corpus: Corpus, sequence_length: int, overlap: int, seed: int):
+    """Whatever parts of long documents share; and no row sees two documents as one."""
+    overlap = min(overlap, sequence_length - 1)
+    dataset = TokenSequences(corpus.split("train"), sequence_length, packing="best_fit", overlap=overlap)
+    sample = dataset.get(np.random.default_rng(seed).permutation(len(dataset)))
+    tokens_MW, documents_MW = sample["tokens"], sample["documents"]
+    is_target = (documents_MW[:, 1:] == documents_MW[:, :-1]) & (documents_MW[:, 1:] >= 0)
+    assert ("contexts" in sample) == (overlap > 0)
+    if overlap:
+        is_target &= ~sample["contexts"][:, 1:]
+    pairs = np.stack([tokens_MW[:, :-1][is_target], tokens_MW[:, 1:][is_target]], axis=1).tolist()
+    stream = stream_of(TRAIN)
+    inside = stream[:-1] != EOS
+    assert sorted(pairs) == sorted(np.stack([stream[:-1][inside], stream[1:][inside]], axis=1).tolist())
+
+
+def test_best_fit_keeps_short_documents_whole(corpus: Corpus):
+    dataset = TokenSequences(corpus.split("train"), 80, packing="best_fit")
+    sample = dataset.get(np.arange(len(dataset)))
+    found = []
+    for tokens, documents in zip(sample["tokens"], sample["documents"], strict=True):
+        found += [tuple(tokens[documents == d]) for d in range(documents.max() + 1)]
+    assert sorted(found) == sorted((*document, EOS) for document in TRAIN)
+    concat = TokenSequences(corpus.split("train"), 80)
+    assert len(dataset) <= len(concat) * 1.3
+    assert dataset.fingerprint != concat.fingerprint
+
+
+def test_rows_are_counted_once_a_host(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = TokenSequences(corpus.split("train"), 33, packing="best_fit", cache=tmp_path)
+    (kept,) = (tmp_path / "rows").glob("*.npy")
+    monkeypatch.setattr(TokenSplit, "document_lengths", lambda split: pytest.fail("counted again"))
+    again = TokenSequences(corpus.split("train"), 33, packing="best_fit", cache=tmp_path)
+    assert again.shard_sizes.tolist() == first.shard_sizes.tolist()
+    assert again.padding == first.padding
+    kept.unlink()
+
+
+def test_where_names_the_documents_of_a_sample(corpus: Corpus):
+    split = corpus.split("train")
+    for packing in ("concat", "best_fit"):
+        dataset = TokenSequences(split, 32, packing=packing)
+        for index in range(len(dataset)):
+            row = dataset.get(np.array([index]))
+            documents = dataset.where(index)
+            sizes = np.bincount(row["documents"][0][row["documents"][0] >= 0])
+            assert [tokens for _, _, tokens in documents] == sizes.tolist()
+            first = 0
+            for shard, number, tokens in documents:
+                place = split.shard_names.index(shard)
+                lengths = split.lengths_of(place)
+                begin = int(split.shard_starts[place] + lengths[:number].sum())
+                document = split.read(begin, begin + int(lengths[number]))[0].tolist()
+                found = row["tokens"][0][first : first + tokens].tolist()
+                assert any(document[i : i + tokens] == found for i in range(len(document) - tokens + 1))
+                first += tokens
+
+
+def test_datasets_one_behind_the_other(corpus: Corpus):
+    parts = [TokenSequences(corpus.split(name), 16) for name in ("validation", "train")]
+    both = Concatenation(parts)
+    assert len(both) == sum(map(len, parts))
+    assert int(both.shard_sizes.sum()) == len(both)
+    order = np.random.default_rng(0).permutation(len(both))
+    found = both.get(np.append(order, EMPTY))
+    expected = np.concatenate([part.get(np.arange(len(part)))["tokens"] for part in parts])
+    np.testing.assert_array_equal(found["tokens"], np.concatenate([expected[order], np.zeros((1, 17), int)]))
+    assert (found["documents"][-1] == PADDING_DOCUMENT).all()
+    assert both.fingerprint not in [part.fingerprint for part in parts]
 
 
 def test_documents_count_from_zero_in_each_row(tmp_path: Path):

@@ -10,6 +10,8 @@ import torch
 
 from llmtrain.data.datasets import EMPTY
 from llmtrain.data.loader import Loader, evaluation_batches
+from llmtrain.data.mixture import begin
+from llmtrain.data.stream import Stream
 
 G, M = 8, 2
 
@@ -27,6 +29,10 @@ class Numbers:
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        return np.array([self.length])
+
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         self.read += indices.tolist()
         if self.broken in indices:
@@ -43,8 +49,9 @@ def collate(raw: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {"numbers": torch.from_numpy(raw["numbers"])}
 
 
-def loader(dataset: Numbers, **options) -> Loader:
-    return Loader(dataset, collate, **({"seed": 5, "global_size": G, "micro_size": M} | options))
+def loader(dataset: Numbers, global_size: int = G, **options) -> Loader:
+    stream = Stream({"": dataset}, begin(global_size, {"": 1.0}, {}), seed=5, shuffle_shards=4)
+    return Loader(stream, collate, **({"micro_size": M} | options))
 
 
 def consumed(num_steps: int, start_step: int = 0, data_size: int = 1, workers: int = 0) -> list[list[int]]:
@@ -60,6 +67,7 @@ def consumed(num_steps: int, start_step: int = 0, data_size: int = 1, workers: i
         micro_batches = [micro for part in parts for micro in part.micro_batches]
         assert all(len(micro.samples) == M for micro in micro_batches)
         assert [n for micro in micro_batches for n in micro.samples] == list(range(step * G, (step + 1) * G))
+        assert {part.progress["epoch"] for part in parts} == {(step + 1) * G / 27}
         for micro in micro_batches:
             assert micro.first_sample == micro.samples[0]
             assert micro.batch["numbers"].tolist() == micro.indices.tolist()

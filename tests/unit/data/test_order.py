@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.order import epoch_key, global_samples, permute, rank_slice, sample_indices
+from llmtrain.data.order import BlockOrder, epoch_key, permute, rank_slice
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -59,22 +59,78 @@ def test_neighbours_do_not_stay_neighbours():
     assert abs(np.corrcoef(np.arange(10_000), permuted)[0, 1]) < 0.03
 
 
-def test_the_order_is_the_one_of_earlier_versions():
+def test_the_order_of_one_shard_is_that_of_earlier_versions():
     """A run that an earlier version began must go on in the same order."""
-    epochs, indices = global_samples(step=2, global_size=4, length=10, seed=7)
+    epochs, indices = BlockOrder(np.array([10]), seed=7, block_shards=16)(np.arange(8, 12))
     assert epochs.tolist() == [0, 0, 1, 1]
     assert indices.tolist() == [8, 3, 7, 4]
     assert epoch_key(7, 1) == 9672475392221035855
 
 
-@settings(max_examples=50)
-@given(length=st.integers(1, 50), global_size=st.integers(1, 70), seed=st.integers(0, 2**31))
-def test_every_epoch_covers_everything_once(length, global_size, seed):
-    num_steps = -(-3 * length // global_size)
-    steps = [global_samples(step, global_size, length, seed) for step in range(num_steps)]
-    epochs, indices = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
+
+
+@settings(max_examples=80)
+@given(sizes=SIZES, seed=st.integers(0, 2**31), block_shards=st.integers(1, 15))
+def test_every_epoch_covers_everything_once(sizes: list[int], seed: int, block_shards: int):
+    length = sum(sizes)
+    order = BlockOrder(np.array(sizes), seed=seed, block_shards=block_shards)
+    epochs, indices = order(np.arange(3 * length))
     for epoch in range(3):
         assert sorted(indices[epochs == epoch]) == list(range(length))
+
+
+@settings(max_examples=80)
+@given(sizes=SIZES, seed=st.integers(0, 2**31), block_shards=st.integers(1, 15))
+def test_a_block_s_samples_are_of_its_shards(sizes: list[int], seed: int, block_shards: int):
+    """And `blocks` names, in order, the blocks in which positions fall."""
+    length, firsts = sum(sizes), np.cumsum([0, *sizes])
+    order = BlockOrder(np.array(sizes), seed=seed, block_shards=block_shards)
+    epochs, indices = order(np.arange(2 * length))
+    met = []
+    for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
+        shard = int(np.searchsorted(firsts, index, side="right")) - 1
+        assert order.shard_of(index) == shard
+        place = (epoch, order.block_of(epoch, shard))
+        assert shard in order.shards_of(*place)
+        if not met or met[-1] != place:
+            met.append(place)
+    assert order.blocks(0, 2 * length) == met
+    assert len(set(met)) == len(met)
+    for place in met:
+        assert len(order.shards_of(*place)) <= block_shards
+
+
+@settings(max_examples=40)
+@given(sizes=SIZES, seed=st.integers(0, 2**31), data=st.data())
+def test_any_position_is_found_alone(sizes: list[int], seed: int, data: st.DataObject):
+    make = lambda: BlockOrder(np.array(sizes), seed=seed, block_shards=2)  # noqa: E731
+    length = sum(sizes)
+    _, expected = make()(np.arange(5 * length))
+    at = data.draw(st.integers(0, 5 * length - 1))
+    assert make()(np.array([at]))[1].tolist() == [expected[at]]
+
+
+def test_far_positions_of_many_shards_are_found_at_once():
+    order = BlockOrder(np.full(10_000, 64_000), seed=1, block_shards=16)
+    epochs, indices = order(np.arange(10**12, 10**12 + 32))
+    assert set(epochs.tolist()) == {10**12 // 640_000_000}
+    assert len(set(indices.tolist())) == 32
+
+
+def test_blocks_follow_one_another():
+    order = BlockOrder(np.full(5, 3), seed=0, block_shards=2)
+    assert [order.after(0, 0), order.after(0, 1), order.after(0, 2)] == [(0, 1), (0, 2), (1, 0)]
+
+
+def test_an_epoch_may_end_early():
+    order = BlockOrder(np.array([4, 3]), seed=0, block_shards=1, epoch_length=6)
+    epochs, indices = order(np.arange(12))
+    assert epochs.tolist() == [0] * 6 + [1] * 6
+    assert [len(set(indices[epochs == epoch].tolist())) for epoch in (0, 1)] == [6, 6]
+    # What is left out is not the same in all epochs.
+    left_out = [set(range(7)) - set(order(np.arange(6 * e, 6 * e + 6))[1].tolist()) for e in range(20)]
+    assert len(set(map(frozenset, left_out))) > 1
 
 
 def test_epochs_and_seeds_differ_in_order():
@@ -84,22 +140,13 @@ def test_epochs_and_seeds_differ_in_order():
     assert len(orders) == 16
 
 
-@given(
-    step=st.integers(0, 10**9),
-    share=st.integers(1, 16),
-    data_size=st.sampled_from([1, 2, 4, 8]),
-    length=st.integers(1, 10**9),
-    seed=st.integers(0, 2**31),
-)
-def test_ranks_share_a_step_whatever_their_number(step, share, data_size, length, seed):
-    global_size = share * data_size
-    slices = [rank_slice(step, global_size, rank, data_size) for rank in range(data_size)]
-    assert [n for part in slices for n in part] == list(range(step * global_size, (step + 1) * global_size))
-    _, expected = global_samples(step, global_size, length, seed)
-    found = [sample_indices(np.array(part), length, seed)[1] for part in slices]
-    np.testing.assert_array_equal(np.concatenate(found), expected)
+@given(first=st.integers(0, 10**12), share=st.integers(1, 16), data_size=st.sampled_from([1, 2, 3, 4, 8]))
+def test_ranks_share_a_step_whatever_their_number(first: int, share: int, data_size: int):
+    samples = range(first, first + share * data_size)
+    slices = [rank_slice(samples, rank, data_size) for rank in range(data_size)]
+    assert [n for part in slices for n in part] == list(samples)
 
 
 def test_rank_slice_refuses_a_size_that_does_not_divide():
     with pytest.raises(ValueError, match="no multiple"):
-        rank_slice(0, 6, 0, 4)
+        rank_slice(range(6), 0, 4)
