@@ -63,9 +63,10 @@ def best_fit(document_lengths: np.ndarray, width: int, overlap: int = 1) -> Rows
     return Rows(first_piece, starts[order], lengths[order], contexts[order])
 
 
-def count_rows(document_lengths: np.ndarray, width: int, overlap: int = 1) -> int:
-    """len(best_fit(...)) without the rows."""
-    return _place(_pieces(document_lengths, width, overlap)[1], width)[1]
+def count_rows(document_lengths: np.ndarray, width: int, overlap: int = 1) -> tuple[int, int]:
+    """How many rows best_fit makes, and the tokens in them, without saying which; arguments as there."""
+    lengths = _pieces(document_lengths, width, overlap)[1]
+    return _place(lengths, width)[1], int(lengths.sum(dtype=np.int64))
 
 
 def _pieces(

@@ -36,7 +36,7 @@ def main() -> None:
     print(f"{'T':>7}{'rows':>9}{'best_fit ms':>13}{'count_rows ms':>15}")
     for T in (512, 1024, 4096, 8192, 131_072):
         fit, count = (cpu_ms(function, SHARD_LENGTHS, T + 1) for function in (best_fit, count_rows))
-        print(f"{T:>7}{count_rows(SHARD_LENGTHS, T + 1):>9,}{fit:>13.1f}{count:>15.1f}")
+        print(f"{T:>7}{count_rows(SHARD_LENGTHS, T + 1)[0]:>9,}{fit:>13.1f}{count:>15.1f}")
 
 
 def document_lengths(shard: Path) -> np.ndarray:
