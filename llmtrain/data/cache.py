@@ -26,8 +26,8 @@ from pathlib import Path
 
 import xxhash
 
-from llmtrain.config import require
 from llmtrain.data.shards import ShardError
+from llmtrain.data.train_config import CacheConfig
 from llmtrain.data.transport import UPLOAD_AGAIN, Transport, without_credentials
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import checksum, disk_problem, is_disk_full, write_atomically
@@ -41,29 +41,6 @@ _FULL_DISK_POLLS = 200
 _PATIENCE = 1.0
 """Seconds between such looks of the threads that read ahead."""
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Where the shards of a remote corpus (a URL) lie while they are used."""
-
-    dir: Path = Path("~/.cache/llmtrain/shards")
-    """A folder on a disk of this machine, which all of a user's runs and ranks there may share."""
-    bytes: int = 64 << 30
-    """Most bytes of files in it; those not used for the longest time go first. Files that a process holds
-    open take their room until it closes them."""
-    retries: int = 8
-    """Attempts after the first that may fail in a row without a new byte."""
-    timeout: float = 30.0
-    """Seconds without a byte after which an attempt has failed."""
-    downloads: int = 4
-    """Files that each rank reads ahead at a time."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from require(self.bytes >= 1, "bytes", self.bytes, "1 or more")
-        yield from require(self.retries >= 0, "retries", self.retries, "0 or more")
-        yield from require(0 < self.timeout <= 86400, "timeout", self.timeout, "more than 0, up to 86400")
-        yield from require(1 <= self.downloads <= 64, "downloads", self.downloads, "1 to 64")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,25 @@
-"""Labelled images in one CSV file."""
+"""Labelled images: one CSV file, or webdataset tars as others make them."""
 
 from __future__ import annotations
 
 import gzip
+import io
+import tarfile
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from llmtrain.data.cache import Cache
 from llmtrain.data.datasets import EMPTY
 from llmtrain.data.packages import resolve_package_path
+from llmtrain.data.train_config import CacheConfig
+from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem, nearest
+
+PICTURES = ("jpg", "jpeg", "png")
 
 
 class Images:
@@ -22,7 +30,7 @@ class Images:
     """Of MNIST's training pixels, scaled to [0, 1]."""
 
     SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}  # noqa: RUF012
-    """Each row's place in [0, 1) comes from a hash of the row alone."""
+    """Each image's place in [0, 1) comes from a hash of its pixels and label alone."""
 
     def __init__(self, name: str, images_NHW: np.ndarray, labels_N: np.ndarray) -> None:
         """images: uint8 (N, 28, 28), labels: uint8 (N)."""
@@ -32,14 +40,19 @@ class Images:
 
     @classmethod
     def open(cls, path: str, split: str, num_classes: int = 10) -> Images:
-        """One split of a .csv or .csv.gz file: 784 pixels (0 to 255) and the label a row, no header.
+        """One split of the images at `path`.
 
-        `package:NAME/path` is a file inside an installed Python package.
-        Raises DataError: file missing or undecodable, malformed row (named), unknown or empty split.
+        A .csv or .csv.gz file: 784 pixels (0 to 255) and the label a row, no header. Or webdataset tars,
+        `…/{000..009}.tar` for ten: samples of a picture (.jpg, .png, or .npy of uint8) and a label (.cls);
+        pictures become grey and 28×28. `package:NAME/path` is a file inside an installed Python package,
+        and a tar may be a URL.
+
+        Raises DataError: file missing or undecodable, malformed row or sample (named), unknown or empty
+        split.
         """
         if split not in cls.SPLITS:
             raise DataError(Problem(path, f"no split {split!r}", nearest(split, list(cls.SPLITS))))
-        rows = _read_rows(resolve_package_path(path), cls.SIDE**2, num_classes)
+        rows = _read_tars(path, num_classes) if ".tar" in path else _read_csv(path, num_classes)
         low, high = cls.SPLITS[split]
         places = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) / 2**64 for row in rows])
         chosen = rows[(low <= places) & (places < high)]
@@ -53,12 +66,12 @@ class Images:
         digest.update(self._labels_N.tobytes())
         return digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._labels_N)
-
     @property
     def shard_sizes(self) -> np.ndarray:
         return np.array([len(self)])
+
+    def __len__(self) -> int:
+        return len(self._labels_N)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"images": float32 (M, 1, 28, 28), mean 0 and deviation 1 over MNIST; "labels": int64 (M),
@@ -72,8 +85,12 @@ class Images:
         return f"{self.name}: {len(self):,} images of {self.SIDE}×{self.SIDE}"
 
 
-def _read_rows(path: Path, num_pixels: int, num_classes: int) -> np.ndarray:
-    """All rows, uint8 (N, num_pixels + 1)."""
+# -------------------------------------------------------------------------------------------- one CSV
+
+
+def _read_csv(name: str, num_classes: int) -> np.ndarray:
+    """All rows, uint8 (N, pixels + 1)."""
+    path, num_pixels = resolve_package_path(name), Images.SIDE**2
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -82,7 +99,7 @@ def _read_rows(path: Path, num_pixels: int, num_classes: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
         raise DataError(
-            Problem(str(path), what, ".csv or .csv.gz", "check data.path, or download it again")
+            Problem(str(path), what, ".csv, .csv.gz or .tar", "check data.path, or download it again")
         ) from error
     if not lines:
         raise DataError(Problem(str(path), "an empty file", f"rows of {num_pixels} pixels and a label"))
@@ -106,3 +123,73 @@ def _parse_row(line: str, where: str, num_pixels: int, num_classes: int) -> list
     if values[-1] >= num_classes:
         raise DataError(Problem(where, f"the label {values[-1]}", f"0 to {num_classes - 1}"))
     return values
+
+
+# --------------------------------------------------------------------------------------- webdataset
+
+
+def _read_tars(pattern: str, num_classes: int) -> np.ndarray:
+    """All samples that have a picture and a label, uint8 (N, pixels + 1)."""
+    from webdataset.shardlists import expand_urls
+
+    rows = []
+    for name in expand_urls(pattern):
+        rows += [_row_of(sample, name, num_classes) for sample in _samples(name)]
+    if not rows:
+        allowed = f"samples of .{', .'.join(PICTURES)} or .npy, each with its .cls"
+        raise DataError(Problem(pattern, "no labelled picture", allowed))
+    return np.stack(rows)
+
+
+def _samples(name: str) -> Iterator[dict[str, Any]]:
+    """Extension → bytes of each sample of one tar, with its key as `__key__`."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    try:
+        if is_remote(name):
+            stream: Any = io.BytesIO(Cache(CacheConfig()).read_small(name))
+        else:
+            stream = open(resolve_package_path(name), "rb")  # noqa: SIM115
+        with stream:
+            yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+    except FileNotFoundError as error:
+        remedy = "check data.path; {000..009} stands for ten"
+        raise DataError(Problem(name, "no such file", "a webdataset tar", remedy)) from error
+    except (OSError, tarfile.TarError, ValueError) as error:
+        got = f"a truncated or damaged tar ({str(error) or type(error).__name__})"
+        raise DataError(Problem(name, got, "", "copy or download it again")) from error
+
+
+def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
+    """Pixels and label, uint8 (pixels + 1,)."""
+    where = f"{name}, sample {sample['__key__']}"
+    extension = next((e for e in (*PICTURES, "npy") if e in sample), None)
+    if extension is None or "cls" not in sample:
+        found = ", ".join(f".{key}" for key in sample if not key.startswith("__"))
+        allowed = f"a picture (.{', .'.join(PICTURES)}, .npy) and its label (.cls)"
+        raise DataError(Problem(where, f"members {found}", allowed))
+    try:
+        label = int(sample["cls"])
+    except ValueError:
+        raise DataError(Problem(where, f"the label {sample['cls'][:20]!r}", "a whole number")) from None
+    if not 0 <= label < num_classes:
+        raise DataError(Problem(where, f"the label {label}", f"0 to {num_classes - 1}"))
+    return np.append(_pixels(sample[extension], extension, where), np.uint8(label))
+
+
+def _pixels(content: bytes, extension: str, where: str) -> np.ndarray:
+    """Grey values, uint8 (pixels,)."""
+    from PIL import Image
+
+    try:
+        if extension == "npy":
+            array = np.load(io.BytesIO(content), allow_pickle=False).squeeze()
+            if array.dtype != np.uint8 or array.ndim not in (2, 3):
+                raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (H, W) or (H, W, 3)")
+            picture = Image.fromarray(array)
+        else:
+            picture = Image.open(io.BytesIO(content))
+        grey = picture.convert("L").resize((Images.SIDE, Images.SIDE))
+    except (OSError, ValueError, TypeError, SyntaxError) as error:
+        raise DataError(Problem(where, f"no picture ({error})", f"a .{extension} file")) from error
+    return np.asarray(grey, dtype=np.uint8).reshape(-1)

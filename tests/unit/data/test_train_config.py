@@ -35,8 +35,33 @@ def test_shipped_files_hold_every_default():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"kind": "tokens", "path": "???"}, "data.path: got nothing"),
+        ({"kind": "tokens", "path": None}, "data.path: got nothing; allowed: a corpus; give data.path=…"),
         ({"kind": "tokens", "path": ""}, "data.path: got ''"),
+        ({"path": "a", "overlap": 3}, "data.overlap: got 3; allowed: 0 with packing=concat"),
+        ({"path": "a", "shuffle_shards": 0}, "data.shuffle_shards: got 0"),
+        ({"path": "a", "sources": {"web": "b"}}, "data.sources: got {'web': 'b'}; allowed: nothing without"),
+        ({"path": "a", "mixture": {}}, "data.mixture: got {}; allowed: one corpus or more"),
+        ({"path": "a", "mixture": {"web": -1}}, "data.mixture.web: got -1.0; allowed: 0 or more"),
+        ({"path": "a", "mixture": {"web": 0}}, "data.mixture: got {'web': 0.0}; allowed: a weight above 0"),
+        ({"path": "a", "mixture": {"b/web": 1}}, "data.mixture: got 'b/web'; allowed: a plain name"),
+        ({"mixture": {"web": 1}}, "data.sources: got no place for web"),
+        (
+            {"path": "a", "mixture": {"web": 1}, "sources": {"wbe": "b"}},
+            "data.sources.wbe: got no corpus of the mixture; allowed: web",
+        ),
+        (
+            {"path": "a", "mixture": {"web": 1, "books": 1}, "drop_last": True},
+            "data.drop_last: got True; allowed: false with a mixture",
+        ),
+        (
+            {"path": "a", "mixture": {"web": 1}, "curriculum": [{"step": 0, "mixture": {"web": 1}}]},
+            "data.curriculum[0].step: got 0; allowed: more than 0",
+        ),
+        (
+            {"path": "a", "mixture": {"web": 1}, "curriculum": [{"step": 5, "mixture": {"web": 0}}]},
+            "data.curriculum[0].mixture: got {'web': 0.0}; allowed: a weight above 0",
+        ),
+        ({"path": "a", "cache": {"downloads": 0}}, "data.cache.downloads: got 0"),
         ({"kind": "tokens", "path": "a", "workers": -1}, "data.workers: got -1; allowed: 0 or more"),
         (
             {"kind": "tokens", "path": "a", "verify": "never"},
@@ -51,6 +76,26 @@ def test_refusals(section: dict[str, Any], message: str):
     with pytest.raises(ConfigError) as caught:
         whole(section)
     assert message in str(caught.value)
+
+
+def test_a_mixture_s_corpora_have_paths_and_weights():
+    section = {
+        "path": "s3://bucket/corpora/",
+        "mixture": {"web": 3, "books": 1},
+        "sources": {"books": "/local/books"},
+        "curriculum": [{"step": 10, "mixture": {"code": 1, "web": 1}}],
+    }
+    data = whole(section)
+    assert isinstance(data, TokenDataConfig)
+    assert data.paths == {
+        "books": "/local/books",
+        "code": "s3://bucket/corpora/code",
+        "web": "s3://bucket/corpora/web",
+    }
+    assert data.weights(9) == {"books": 1.0, "code": 0.0, "web": 3.0}
+    assert data.weights(10) == {"books": 0.0, "code": 1.0, "web": 1.0}
+    assert TokenDataConfig("corpus").paths == {"": "corpus"}
+    assert TokenDataConfig("corpus").weights(3) == {"": 1.0}
 
 
 def test_configs_come_without_torch_and_numpy():
