@@ -1,0 +1,139 @@
+"""The training stream over a corpus of very many shards: start, resume, memory, and how well it mixes.
+
+    OMP_NUM_THREADS=1 python -m tests.bench.stream_scale CORPUS [--shards 10000]
+
+The shards are those of CORPUS, linked over and over: of real size and content, without their room on disk.
+Memory is that of a fresh process, and what its shards take in the page cache is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import xxhash
+
+from llmtrain.data.corpus import Corpus
+from llmtrain.data.datasets import TokenSequences
+from llmtrain.data.loader import Loader
+from llmtrain.data.mixture import begin
+from llmtrain.data.order import BlockOrder
+from llmtrain.data.stream import Stream
+from llmtrain.objectives.causal_lm import CausalLM
+
+GLOBAL_SIZE, MICRO_SIZE = 64, 8
+SEQUENCE_LENGTH = 512
+SHUFFLE_SHARDS = 4
+NEAR_ROWS = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--buffers", type=int, default=100, help="shuffle buffers to stream for the memory")
+    options = parser.parse_args()
+    print(f"load {os.getloadavg()[0]:.2f}")
+    with tempfile.TemporaryDirectory(dir=options.corpus.parent) as folder:
+        corpus = link_corpus(options.corpus, Path(folder), options.shards)
+        bench_start(corpus)
+        bench_memory(corpus, options.buffers)
+        bench_mixing(corpus)
+
+
+def link_corpus(corpus: Path, folder: Path, num_shards: int) -> Path:
+    """A corpus whose training split has so many shards."""
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    split = manifest["splits"]["train"]
+    shards, index = split["shards"], np.load(corpus / split["index"])
+    rows = [index[index["shard"] == shard] for shard in range(len(shards))]
+    (folder / "train").mkdir()
+    linked, indices = [], []
+    for shard in range(num_shards):
+        source = shard % len(shards)
+        file = f"train/train-{shard:06d}.tar"
+        os.link(corpus / shards[source]["file"], folder / file)
+        linked.append({**shards[source], "file": file})
+        indices.append(rows[source].copy())
+        indices[-1]["shard"] = shard
+    np.save(folder / "train/index.npy", np.concatenate(indices))
+    for key in ("num_tokens", "num_documents", "num_samples"):
+        split[key] = sum(shard[key] for shard in linked)
+    content = (folder / "train/index.npy").read_bytes()
+    manifest["version"] = 1  # document lengths are needed by best_fit alone
+    manifest["splits"] = {
+        "train": {**split, "shards": linked, "index_xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    }
+    for key in ("lengths", "lengths_xxh3_128"):
+        manifest["splits"]["train"].pop(key, None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / manifest["tokenizer"]["file"]).write_bytes(
+        (corpus / manifest["tokenizer"]["file"]).read_bytes()
+    )
+    return folder
+
+
+def open_loader(corpus: Path, workers: int = 0) -> tuple[TokenSequences, Loader]:
+    dataset = TokenSequences(Corpus.open(corpus).split("train"), SEQUENCE_LENGTH)
+    timeline = begin(GLOBAL_SIZE, {"corpus": 1.0}, {})
+    stream = Stream({"corpus": dataset}, timeline, seed=0, shuffle_shards=SHUFFLE_SHARDS)
+    return dataset, Loader(stream, CausalLM().collate, micro_size=MICRO_SIZE, workers=workers)
+
+
+def bench_start(corpus: Path) -> None:
+    for name, share in (("first step", 0.0), ("resume at 99 % of an epoch", 0.99)):
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            dataset, loader = open_loader(corpus)
+            opened = time.perf_counter() - started
+            next(loader.steps(int(share * len(dataset) / GLOBAL_SIZE)))
+            times.append((time.perf_counter() - started, opened))
+        shown = ", ".join(f"{total:.3f} s ({opened:.3f} to open)" for total, opened in times)
+        print(f"{name}: {shown}")
+    print(dataset.describe())
+
+
+def bench_memory(corpus: Path, buffers: int) -> None:
+    process = psutil.Process()
+    dataset, loader = open_loader(corpus)
+    buffer_rows = int(dataset.shard_sizes[:SHUFFLE_SHARDS].sum())
+    num_steps = buffers * buffer_rows // GLOBAL_SIZE
+    assert num_steps < len(dataset) // GLOBAL_SIZE
+    print(f"memory while {buffers} shuffle buffers of {buffer_rows:,} rows are streamed:")
+    marks = {max(1, int(share * num_steps)): share for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)}
+    for step, _ in zip(range(1, num_steps + 1), loader.steps(), strict=False):
+        if step in marks:
+            print(f"  {marks[step]:>4.0%}: {process.memory_info().rss / 1e6:,.0f} MB", flush=True)
+
+
+def bench_mixing(corpus: Path) -> None:
+    """How often samples that follow each other are of one shard, or near each other in it."""
+    sizes = TokenSequences(Corpus.open(corpus).split("train"), SEQUENCE_LENGTH).shard_sizes
+    firsts = np.cumsum(sizes) - sizes
+    print(
+        f"of neighbours in the order (in a step of {GLOBAL_SIZE}: shards that a step has samples of)\n"
+        f"{'shuffle_shards':>16}{'same shard':>12}{f'within {NEAR_ROWS} rows':>17}{'shards a step':>15}"
+    )
+    for block_shards in (1, 4, 16, 64, len(sizes)):
+        order = BlockOrder(sizes, seed=0, block_shards=block_shards)
+        _, indices = order(np.arange(GLOBAL_SIZE * 10_000))
+        shards = np.searchsorted(firsts, indices, side="right") - 1
+        same = shards[1:] == shards[:-1]
+        near = same & (np.abs(np.diff(indices)) <= NEAR_ROWS)
+        by_step = np.sort(shards.reshape(-1, GLOBAL_SIZE), axis=1)
+        a_step = (np.diff(by_step, axis=1) != 0).sum(axis=1).mean() + 1
+        name = "all" if block_shards == len(sizes) else block_shards
+        print(f"{name:>16}{same.mean():>12.4%}{near.mean():>17.4%}{a_step:>15.1f}")
+
+
+if __name__ == "__main__":
+    main()
