@@ -77,7 +77,7 @@ class PrepareConfig:
     output: Path
     """The corpus' folder."""
     text_field: str = "text"
-    """Column or key that holds the text, in .jsonl, .csv and .parquet."""
+    """Column or key that holds the text, in .jsonl, .csv, .parquet and the .json members of a .tar."""
     txt_document: Literal["auto", "file", "line", "paragraph"] = "auto"
     """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
     normalization: Literal["none", "nfc", "nfkc"] = "nfc"

@@ -1,6 +1,6 @@
 """Clean documents on disk between the stages of prepare: blocks of about BLOCK_BYTES in source order.
 
-A block is three files: NAME.text (the documents' UTF-8, one behind the other), NAME.documents.npy
+A block is three files: NAME.text (the documents' bytes, one behind the other), NAME.documents.npy
 (where each ends, and its key) and NAME.hashes.npy (their hashes, sorted, so that the search for
 duplicates reads any range of hashes from any block without holding the rest).
 """
@@ -34,6 +34,8 @@ class Block:
     path: Path
     num_documents: int
     num_bytes: int
+    is_tokenized: bool = False
+    """The documents are token ids, little-endian uint32, instead of UTF-8."""
 
     @property
     def text_path(self) -> Path:
@@ -54,7 +56,7 @@ class Block:
     def read(
         self, documents: np.ndarray, chosen: np.ndarray, batch_bytes: int = 1 << 20
     ) -> Iterator[list[bytes]]:
-        """UTF-8 of the documents at the ascending positions `chosen`, in batches of about batch_bytes."""
+        """Bytes of the documents at the ascending positions `chosen`, in batches of about batch_bytes."""
         if not len(chosen):
             return
         ends = documents["end"]
@@ -81,10 +83,15 @@ class BlockWriter:
         self._digests: list[np.ndarray] = []
         self._num_bytes = 0
         self._file: IO[bytes] | None = None
+        self._is_tokenized = False
 
-    def add(self, documents: Sequence[bytes]) -> None:
+    def add(self, documents: Sequence[bytes], is_tokenized: bool = False) -> None:
+        """Append documents; a block holds either texts or token ids."""
         if not documents:
             return
+        if self._file is not None and self._is_tokenized != is_tokenized:
+            self._end_block()
+        self._is_tokenized = is_tokenized
         path = self._folder / f"{len(self._blocks):06d}"
         if self._file is None:
             self._file = open(path.with_name(path.name + ".text"), "wb")  # noqa: SIM115
@@ -102,7 +109,8 @@ class BlockWriter:
     def _end_block(self) -> None:
         assert self._file is not None
         self._file.close()
-        block = Block(self._folder / f"{len(self._blocks):06d}", len(self._sizes), self._num_bytes)
+        path = self._folder / f"{len(self._blocks):06d}"
+        block = Block(path, len(self._sizes), self._num_bytes, self._is_tokenized)
         high, low = np.concatenate(self._digests).T
         documents = np.empty(block.num_documents, DOCUMENT_DTYPE)
         documents["end"] = np.cumsum(self._sizes, dtype=np.uint64)
@@ -110,8 +118,8 @@ class BlockWriter:
         order = np.lexsort((low, high))
         hashes = np.empty(block.num_documents, HASH_DTYPE)
         hashes["high"], hashes["low"], hashes["document"] = high[order], low[order], order
-        for path, array in ((block.documents_path, documents), (block.hashes_path, hashes)):
-            save_array(path, array)
+        save_array(block.documents_path, documents)
+        save_array(block.hashes_path, hashes)
         self._blocks.append(block)
         self._sizes, self._digests, self._num_bytes, self._file = [], [], 0, None
 

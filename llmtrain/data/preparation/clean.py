@@ -39,6 +39,10 @@ class CleanCounts:
     """Control characters removed."""
     spaces_replaced: int = 0
     """U+2581 replaced by a space."""
+    tokenized: int = 0
+    """Documents that came as token ids."""
+    members_ignored: int = 0
+    """Members of tars that hold no document."""
 
     def add(self, other: CleanCounts) -> None:
         for f in fields(self):
@@ -68,6 +72,15 @@ def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts
     ]
     counts.empty_dropped += len(documents) - len(cleaned)
     return cleaned
+
+
+def take_tokenized(documents: Sequence[np.ndarray], counts: CleanCounts) -> list[bytes]:
+    """Bytes of documents that came as token ids, empty ones dropped; adds to `counts`."""
+    kept = [ids.tobytes() for ids in documents if len(ids)]
+    counts.documents_read += len(documents)
+    counts.empty_dropped += len(documents) - len(kept)
+    counts.tokenized += len(kept)
+    return kept
 
 
 def digests(documents: Sequence[bytes]) -> np.ndarray:

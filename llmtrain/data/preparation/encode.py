@@ -15,6 +15,7 @@ import numpy as np
 from llmtrain.data.config import SplitConfig
 from llmtrain.data.files import write_marker
 from llmtrain.data.preparation.blocks import Block, save_array, splits_of_block
+from llmtrain.data.preparation.streams import TOKEN_DTYPE
 from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
 from llmtrain.data.tokenizer import Tokenizer
 
@@ -60,11 +61,17 @@ def encode_block(
     encoded = EncodedBlock(str(path), [], [], [], 0)
     lengths: list[np.ndarray] = []
     num_unknown = 0
+    byte_lengths = tokenizer.token_byte_lengths() if block.is_tokenized else np.zeros(0, np.int32)
     with open(encoded.tokens_path, "wb") as file:
         for chosen in splits_of_block(documents, number, dropped_paths, split):
             num_tokens = num_bytes = 0
             for batch in block.read(documents, chosen):
-                ids = encode_documents(tokenizer, batch)
+                if block.is_tokenized:
+                    ids = [np.frombuffer(document, TOKEN_DTYPE).astype(np.int32) for document in batch]
+                    num_bytes += int(sum(byte_lengths[document].sum() for document in ids))
+                else:
+                    ids = encode_documents(tokenizer, batch)
+                    num_bytes += sum(map(len, batch))
                 sizes = np.fromiter(map(len, ids), np.int64, len(ids)) + 1
                 joined = np.concatenate(
                     [*chain.from_iterable(zip(ids, repeat(_eos(tokenizer)), strict=False))]
@@ -73,7 +80,6 @@ def encode_block(
                 file.write(joined.astype(dtype).data.cast("B"))
                 lengths.append(sizes)
                 num_tokens += len(joined)
-                num_bytes += sum(map(len, batch))
             encoded.num_documents.append(len(chosen))
             encoded.num_tokens.append(num_tokens)
             encoded.num_bytes.append(num_bytes)

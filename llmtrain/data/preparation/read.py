@@ -9,15 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmtrain.data.preparation import streams
+from llmtrain.data.preparation.clean import CleanCounts
 from llmtrain.data.preparation.streams import BadZstdError, Batch, Part, line_chunks, open_source
 from llmtrain.data.preparation.tables import read_csv, read_parquet
+from llmtrain.data.preparation.tars import Vocabulary, read_tar
 from llmtrain.data.preparation.texts import read_jsonl, read_paragraphs, read_whole
 from llmtrain.errors import DataError, Problem
 
 
-def read_part(part: Part, text_field: str, txt_document: str, scratch: Path) -> Iterator[Batch]:
+def read_part(
+    part: Part,
+    text_field: str,
+    txt_document: str,
+    scratch: Path,
+    vocabulary: Vocabulary | None,
+    counts: CleanCounts,
+) -> Iterator[Batch]:
     """Raw documents of a part in order, in batches of about BATCH_BYTES. `scratch` takes a compressed
-    parquet while it is read.
+    parquet while it is read. With a vocabulary, documents may be token ids of it. Adds to `counts` what
+    is no document.
 
     Raises DataError that names file and place for anything that cannot be read, and
     UnicodeDecodeError, which `undecodable` turns into one.
@@ -30,6 +40,8 @@ def read_part(part: Part, text_field: str, txt_document: str, scratch: Path) -> 
             yield from read_csv(file, text_field)
         elif file.kind == "jsonl":
             yield from read_jsonl(part, text_field)
+        elif file.kind == "tar":
+            yield from read_tar(file, text_field, vocabulary, counts)
         elif txt_document == "file":
             yield from read_whole(file)
         elif txt_document == "line":

@@ -61,6 +61,10 @@ class Report:
             f"{clean.spaces_replaced:,} U+2581 made a space",
             f"dropped    {clean.empty_dropped:,} empty and {self.duplicates_dropped:,} duplicate documents",
         ]
+        if clean.tokenized:
+            text.append(f"tokenized  {clean.tokenized:,} documents came as token ids")
+        if clean.members_ignored:
+            text.append(f"ignored    {clean.members_ignored:,} members of tars that hold no document")
         for name, split in self.splits.items():
             ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
             text.append(

@@ -1,7 +1,7 @@
 """Which files are read, in which order, in which shares.
 
 A source is a file, a folder, a glob, or `package:NAME/path`, a file of an installed Python package.
-Kinds are known by their extension: .txt .jsonl .csv .parquet, each also with .gz or .zst behind it.
+Kinds are known by their extension: .txt .jsonl .csv .parquet .tar, each also with .gz or .zst behind it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmtrain.data.preparation.streams import Part, SourceFile, Unit
 from llmtrain.data.preparation.tables import open_parquet
 from llmtrain.errors import DataError, Problem
 
-KINDS = ("txt", "jsonl", "csv", "parquet")
+KINDS = ("txt", "jsonl", "csv", "parquet", "tar")
 COMPRESSIONS = ("gz", "zst")
 _SAMPLE_PIECES, _SAMPLE_BYTES = 64, 1 << 16
 _ALLOWED = "." + " .".join(KINDS) + ", each also with ." + " or .".join(COMPRESSIONS)

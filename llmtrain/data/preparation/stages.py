@@ -30,6 +30,7 @@ from llmtrain.data.preparation.peers import Peers
 from llmtrain.data.preparation.report import Progress, Stage
 from llmtrain.data.preparation.sources import plan_units
 from llmtrain.data.preparation.streams import SourceFile
+from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import INDEX_DTYPE, token_dtype, write_index, write_lengths
 from llmtrain.data.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ class Stages:
 
     def run(self, given: Tokenizer | None) -> Prepared | None:
         """Run all stages; what they made, on rank 0 alone, once work/corpus holds it whole."""
-        blocks, counts = self.read()
+        blocks, counts = self.read(None if given is None else Vocabulary(given.vocab_size, given.eos_id))
         kept = sum(block.num_documents for block in blocks)
         if not kept:
             names = ", ".join(file.name for file in self.files[:3])
@@ -90,11 +91,12 @@ class Stages:
 
     # ------------------------------------------------------------------------------------- each stage
 
-    def read(self) -> tuple[list[Block], CleanCounts]:
+    def read(self, vocabulary: Vocabulary | None) -> tuple[list[Block], CleanCounts]:
         folder = self._folder("read")
         units = list(plan_units(self.files, self.config.txt_document))
         sizes = [sum(part.size for part in unit) for unit in units]
-        settings = (self.config.text_field, self.config.txt_document, self.config.normalization)
+        config = self.config
+        settings = (config.text_field, config.txt_document, config.normalization, vocabulary)
         self._run(
             "reading",
             sizes,

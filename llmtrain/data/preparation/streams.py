@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from llmtrain.errors import DataError, Problem
 
 # Fixed, because .txt documents of `auto` are packed anew at each border: a file's documents then
@@ -18,7 +20,13 @@ UNIT_BYTES = 16 << 20
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 256 << 20
 
-Batch = Sequence[str] | Sequence[bytes]
+
+class Tokens(list[np.ndarray]):
+    """A batch of documents as token ids, TOKEN_DTYPE, without eos."""
+
+
+TOKEN_DTYPE = np.dtype("<u4")
+Batch = Sequence[str] | Sequence[bytes] | Tokens
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from llmtrain.data.config import SplitConfig, TokenizerConfig
 from llmtrain.data.files import write_marker
 from llmtrain.data.preparation import blocks as block_files
 from llmtrain.data.preparation.blocks import Block, BlockWriter
-from llmtrain.data.preparation.clean import CleanCounts, clean
+from llmtrain.data.preparation.clean import CleanCounts, clean, take_tokenized
 from llmtrain.data.preparation.read import read_part, undecodable
-from llmtrain.data.preparation.streams import Unit
+from llmtrain.data.preparation.streams import Tokens, Unit
+from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import count
 from llmtrain.data.tokenizer import train
 from llmtrain.errors import DataError, Problem
@@ -25,7 +26,13 @@ from llmtrain.files import write_atomically
 
 
 def read_unit(
-    number: int, unit: Unit, folder: Path, text_field: str, txt_document: str, normalization: str
+    number: int,
+    unit: Unit,
+    folder: Path,
+    text_field: str,
+    txt_document: str,
+    normalization: str,
+    vocabulary: Vocabulary | None,
 ) -> int:
     """Read and clean a unit into blocks; its folder takes its name when it is whole."""
     temporary = folder / f".{number:06d}.tmp"
@@ -35,12 +42,18 @@ def read_unit(
     counts = CleanCounts()
     for part in unit:
         try:
-            for batch in read_part(part, text_field, txt_document, temporary):
-                writer.add(clean(batch, normalization, counts))
+            for batch in read_part(part, text_field, txt_document, temporary, vocabulary, counts):
+                if isinstance(batch, Tokens):
+                    writer.add(take_tokenized(batch, counts), is_tokenized=True)
+                else:
+                    writer.add(clean(batch, normalization, counts))
                 count(len(batch))
         except UnicodeDecodeError as error:
             raise undecodable(part) from error
-    blocks = [[block.path.name, block.num_documents, block.num_bytes] for block in writer.close()]
+    blocks = [
+        [block.path.name, block.num_documents, block.num_bytes, block.is_tokenized]
+        for block in writer.close()
+    ]
     write_marker(temporary / "unit.json", {"blocks": blocks, "counts": asdict(counts)})
     final = folder / f"{number:06d}"
     shutil.rmtree(final, ignore_errors=True)
@@ -52,7 +65,7 @@ def finished_unit(folder: Path) -> tuple[list[Block], CleanCounts] | None:
     """The blocks and counts of a unit that an earlier run finished whole."""
     try:
         unit = json.loads((folder / "unit.json").read_text())
-        blocks = [Block(folder / name, documents, size) for name, documents, size in unit["blocks"]]
+        blocks = [Block(folder / name, *numbers) for name, *numbers in unit["blocks"]]
         for block in blocks:
             # Text goes when a block is encoded; a power failure may leave files empty.
             if block.text_path.exists() and block.text_path.stat().st_size != block.num_bytes:
