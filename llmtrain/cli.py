@@ -28,25 +28,40 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("llmtrain.commands.generate", "text from a trained language model"),
     "export": ("llmtrain.commands.export", "trained model → Hugging Face folder"),
     "checkpoint": ("llmtrain.commands.checkpoint", "verify, show, compare, export or prune checkpoints"),
+    "data": ("llmtrain.commands.data", "which documents made a step, what they say, one hash over a run's"),
 }
 """Verb → module with `run(mapping)`, and what it does."""
 
-CHECKPOINT_VERBS: dict[str, tuple[str, str]] = {
-    "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
-    "show": ("PATH", "step, model, layout it was saved under, files, tensors"),
-    "diff": ("PATH OTHER", "how far two are apart, tensor by tensor; exits with 1 when they differ"),
-    "export": ("PATH", "→ Hugging Face folder output=…"),
-    "prune": ("PATH", "delete what keep_last, keep_best and keep_every do not keep"),
+SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "checkpoint": {
+        "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
+        "show": ("PATH", "step, model, layout it was saved under, files, tensors"),
+        "diff": ("PATH OTHER", "how far two are apart, tensor by tensor; exits with 1 when they differ"),
+        "export": ("PATH", "→ Hugging Face folder output=…"),
+        "prune": ("PATH", "delete what keep_last, keep_best and keep_every do not keep"),
+    },
+    "data": {
+        "trace": ("RUN", "the documents of step=…; exits with 1 when the data have changed since"),
+        "show": ("[RUN]", "samples of step=…, or the first of data.path=…, as text"),
+        "digest": ("RUN", "one hash over what the first steps=… consumed"),
+    },
 }
-"""Verb after `checkpoint` → the keys whose values stand before the overrides, and what it does. Each has a
-function in the module and conf/checkpoint_VERB.yaml."""
+"""Verb → verb after it → the keys whose values stand before the overrides (in brackets: or nowhere), and
+what it does. Each has a function in the module and conf/VERB_VERB.yaml."""
+
+FOLDERS = {
+    "path": "a run folder or a checkpoint folder",
+    "other": "a run folder or a checkpoint folder",
+    "run": "a run folder",
+}
+"""Key of a value that stands before the overrides → what it may be."""
 
 FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
-FREE_TEXT |= {"checkpoint.resume", "tokenizer.model", "path", "other"}
+FREE_TEXT |= {"checkpoint.resume", "tokenizer.model", "path", "other", "run", "step"}
 """Keys whose values are a person's words or paths: they arrive as typed, whatever Hydra's grammar says."""
 MAY_BE_EMPTY = {"prompt"}
 MAY_BE_LIST = {"prompt", "source"}
-MAY_BE_NULL = {"prompt_file", "output", "tokenizer.model", "data.path"}
+MAY_BE_NULL = {"prompt_file", "output", "tokenizer.model", "data.path", "run", "step"}
 
 HYDRA_SETTINGS = (
     # llmtrain keeps its own run folder and logs.
@@ -117,12 +132,12 @@ def usage() -> str:
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Compose the verb's configuration and run it; → exit code, its problems printed."""
-    if verb == "checkpoint" and (not arguments or arguments[0] in ("-h", "--help", "help")):
-        print(checkpoint_usage())
+    if verb in SECOND_VERBS and (not arguments or arguments[0] in ("-h", "--help", "help")):
+        print(second_usage(verb))
         return 0
     try:
-        if verb == "checkpoint":
-            verb, arguments = checkpoint_verb(arguments)
+        if verb in SECOND_VERBS:
+            verb, arguments = second_verb(verb, arguments)
         return _run_hydra(verb, arguments)
     except UserError as error:
         if _speaks(error):
@@ -153,41 +168,49 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         return 1
 
 
-def checkpoint_usage() -> str:
-    """What `llmtrain checkpoint --help` prints."""
-    lines = ["usage: llmtrain checkpoint VERB PATH [key=value …]", ""]
-    lines += [f"  {verb + ' ' + keys:<18}{purpose}" for verb, (keys, purpose) in CHECKPOINT_VERBS.items()]
-    lines += ["", "PATH is a run folder or a checkpoint folder (step-…).", "VERB --help lists a verb's keys."]
+def second_usage(verb: str) -> str:
+    """What `llmtrain checkpoint --help` prints, and its like."""
+    described = {f"{second} {keys}": purpose for second, (keys, purpose) in SECOND_VERBS[verb].items()}
+    width = max(map(len, described)) + 2
+    named = dict.fromkeys(key for keys, _ in SECOND_VERBS[verb].values() for key in _keys(keys))
+    first = next(iter(named))
+    lines = [f"usage: llmtrain {verb} VERB {first.upper()} [key=value …]", ""]
+    lines += [f"  {words:<{width}}{purpose}" for words, purpose in described.items()]
+    lines += ["", f"{first.upper()} is {FOLDERS[first]}. VERB --help lists a verb's keys."]
     return "\n".join(lines)
 
 
-def checkpoint_verb(arguments: list[str]) -> tuple[str, list[str]]:
+def second_verb(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
     """`VERB PATH …` → the name of its configuration, and arguments with keys before the paths.
 
     Raises ConfigError for an unknown verb and for a path left out.
     """
-    verb, *rest = arguments
-    if verb not in CHECKPOINT_VERBS:
-        known = nearest(verb, list(CHECKPOINT_VERBS))
-        raise ConfigError(Problem("llmtrain checkpoint", repr(verb), known, "see llmtrain checkpoint --help"))
-    keys = CHECKPOINT_VERBS[verb][0].lower().split()
-    for key in keys:
+    second, *rest = arguments
+    if second not in SECOND_VERBS[verb]:
+        known = nearest(second, list(SECOND_VERBS[verb]))
+        raise ConfigError(Problem(f"llmtrain {verb}", repr(second), known, f"see llmtrain {verb} --help"))
+    words = SECOND_VERBS[verb][second][0]
+    for key, is_needed in _keys(words).items():
         # A path may hold a `=`, a key no `/`.
         is_path = (
             rest and not rest[0].startswith("-") and ("/" in rest[0].partition("=")[0] or "=" not in rest[0])
         )
         if is_path:
             rest = [*rest[1:], f"{key}={rest[0]}"]
-        elif not any(word.startswith((f"{key}=", "-")) for word in rest):
-            usage = f"llmtrain checkpoint {verb} {CHECKPOINT_VERBS[verb][0]}"
-            raise ConfigError(Problem(key, "nothing", "a run folder or a checkpoint folder", usage))
-    return f"checkpoint_{verb}", rest
+        elif is_needed and not any(word.startswith((f"{key}=", "-")) for word in rest):
+            raise ConfigError(Problem(key, "nothing", FOLDERS[key], f"llmtrain {verb} {second} {words}"))
+    return f"{verb}_{second}", rest
+
+
+def _keys(words: str) -> dict[str, bool]:
+    """ "PATH [OTHER]" → {"path": True, "other": False}: whether each must be given."""
+    return {word.strip("[]").lower(): not word.startswith("[") for word in words.split()}
 
 
 def _help(verb: str) -> str:
-    """What `llmtrain checkpoint VERB --help` prints: no group of conf/ belongs to it."""
-    keys = CHECKPOINT_VERBS[verb.removeprefix("checkpoint_")][0]
-    usage = f"usage: llmtrain {verb.replace('_', ' ')} {keys} [key=value …]"
+    """What `llmtrain checkpoint VERB --help` prints, and its like."""
+    first, _, second = verb.partition("_")
+    usage = f"usage: llmtrain {first} {second} {SECOND_VERBS[first][second][0]} [key=value …]"
     return f"{usage}\n\n{(conf_folder() / f'{verb}.yaml').read_text()}"
 
 
@@ -225,7 +248,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
             assert isinstance(mapping, dict)
             composed: dict[str, Any] = {str(key): value for key, value in mapping.items()}
             composed.pop("experiment", None)
-            if multirun and "run" in composed and swept_keys(quoted) != {"run.dir"}:
+            if multirun and isinstance(composed.get("run"), dict) and swept_keys(quoted) != {"run.dir"}:
                 # Jobs of a sweep must not share a run folder.
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
             codes.append(_runner(verb)(composed) or 0)
@@ -241,7 +264,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as sweep:  # Hydra leaves a file there for each sweep
         # argparse takes one run of overrides only, after the flags.
         settings = [*HYDRA_SETTINGS, f"hydra.sweep.dir='{sweep}'"]
-        if verb.startswith("checkpoint_"):
+        if verb.partition("_")[0] in SECOND_VERBS:
             settings.append(f"hydra.help.template={_quote_value('', _help(verb))}")
         sys.argv = [f"llmtrain {verb.replace('_', ' ')}", *flags, *settings, *quoted]
         try:

@@ -163,10 +163,10 @@ class TokenSequences:
         """(shard, document, tokens) of each document in a sample: the shard's name, the document's number
         within the shard, and how many of the sample's tokens are its."""
         pieces = self.pieces(np.array([index]))
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        ends = self._split.shard_starts[shard] + np.cumsum(self._split.lengths_of(shard))
         found = []
         for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
-            shard = int(np.searchsorted(self._split.shard_starts, start, side="right")) - 1
-            ends = self._split.shard_starts[shard] + np.cumsum(self._split.lengths_of(shard))
             first = int(np.searchsorted(ends, start, side="right"))
             while length > 0:
                 taken = min(length, int(ends[first]) - start)

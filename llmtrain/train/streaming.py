@@ -27,21 +27,23 @@ def plan_timeline(
     settings = order_settings(config, sources)
     size = config.batch.global_size
     if before is None:
-        timeline = begin(size, _shares(config, sources, 0), settings)
+        timeline = begin(size, source_shares(config.data, sources, 0), settings)
     else:
         timeline = Timeline.decode(before)
         last = timeline.at(start_step)
-        for line in _changes(last, size, _shares(config, sources, start_step), settings):
+        for line in _changes(last, size, source_shares(config.data, sources, start_step), settings):
             say(f"note: {line}")
         was = last.settings["samples"]
         # An epoch of other rows: each source stays at the same share of it.
         factors = {n: len(d) / was[n] for n, d in sources.items() if was.get(n, len(d)) != len(d)}
         if factors:
             timeline = timeline.rescaled(start_step, factors)
-        timeline = timeline.changed(start_step, size, _shares(config, sources, start_step), settings)
+        timeline = timeline.changed(
+            start_step, size, source_shares(config.data, sources, start_step), settings
+        )
     for stage in getattr(config.data, "curriculum", ()):
         if stage.step > start_step:
-            shares = _shares(config, sources, stage.step)
+            shares = source_shares(config.data, sources, stage.step)
             timeline = timeline.changed(stage.step, size, shares, settings)
     return timeline
 
@@ -85,14 +87,17 @@ def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[
     return settings
 
 
-def _shares(config: TrainConfig, sources: Mapping[str, Dataset], step: int) -> dict[str, float]:
-    if isinstance(config.data, ImageDataConfig):
+def source_shares(
+    data: TokenDataConfig | ImageDataConfig, sources: Mapping[str, Dataset], step: int
+) -> dict[str, float]:
+    """Source → share of the samples from `step` on, together 1."""
+    if isinstance(data, ImageDataConfig):
         return {"": 1.0}
     tokens = {
         name: dataset.tokens_per_sample if isinstance(dataset, TokenSequences) else 1.0
         for name, dataset in sources.items()
     }
-    return sample_shares(config.data.weights(step), tokens)
+    return sample_shares(data.weights(step), tokens)
 
 
 def _changes(

@@ -228,8 +228,8 @@ def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_help(capsys: pytest.CaptureFixture[str]):
     assert cli.run_verb("checkpoint", ["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {verb} PATH" in shown for verb in cli.CHECKPOINT_VERBS)
-    for verb, (keys, _) in cli.CHECKPOINT_VERBS.items():
+    assert all(f"\n  {verb} PATH" in shown for verb in cli.SECOND_VERBS["checkpoint"])
+    for verb, (keys, _) in cli.SECOND_VERBS["checkpoint"].items():
         with pytest.raises(SystemExit):  # Hydra's own
             cli.run_verb("checkpoint", [verb, "--help"])
         shown = capsys.readouterr().out
