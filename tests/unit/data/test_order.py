@@ -111,6 +111,20 @@ def test_any_position_is_found_alone(sizes: list[int], seed: int, data: st.DataO
     assert make()(np.array([at]))[1].tolist() == [expected[at]]
 
 
+def test_positions_are_found_alike_together_and_far_apart():
+    """Neighbours come out of kept stretches of the order, others one by one."""
+    make = lambda: BlockOrder(np.array([30_000, 25_000]), seed=3, block_shards=1)  # noqa: E731
+    together = np.stack(make()(np.arange(120_000)))
+    shuffled = np.random.default_rng(0).permutation(120_000).reshape(6, 20_000)
+    order = make()
+    assert (np.stack(order(shuffled)) == together[:, shuffled]).all()
+    few = np.array([[119_999, 5], [54_999, 55_000]])
+    assert (np.stack(order(few)) == together[:, few]).all()
+    for first in (4090, 54_990, 55_000):
+        assert (np.stack(order(np.arange(first, first + 20))) == together[:, first : first + 20]).all()
+    assert [found.shape for found in order(np.empty((0, 3), np.int64))] == [(0, 3), (0, 3)]
+
+
 def test_far_positions_of_many_shards_are_found_at_once():
     order = BlockOrder(np.full(10_000, 64_000), seed=1, block_shards=16)
     epochs, indices = order(np.arange(10**12, 10**12 + 32))
