@@ -7,6 +7,7 @@ interpreter, and nothing is copied between processes (measured in tests/bench/lo
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 
 from llmtrain.data.datasets import EMPTY, Dataset
 from llmtrain.data.order import rank_slice
-from llmtrain.data.stream import Stream, digest
+from llmtrain.data.stream import Skipped, Stream, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,8 @@ class Loader:
         Close the iterator (or drop it) to stop its threads. An error while reading is raised here as
         itself, at the step where it happened.
         """
-        fetched = _in_order(self._fetch, itertools.count(start_step), self._workers)
+        ended = threading.Event()
+        fetched = _in_order(lambda step: self._fetch(step, ended), itertools.count(start_step), self._workers)
         try:
             for step in itertools.count(start_step):
                 started = time.perf_counter()
@@ -112,17 +114,19 @@ class Loader:
                 waited = time.perf_counter() - started
                 yield StepBatches(step, micro_batches, self.stream.progress(step + 1), waited)
         finally:
+            # A thread that reads ahead may wait for other ranks, which read no further.
+            ended.set()
             fetched.close()
 
-    def _fetch(self, step: int) -> list[MicroBatch]:
-        self.stream.enter(step)
+    def _fetch(self, step: int, ended: threading.Event) -> list[MicroBatch]:
+        skipped = self.stream.enter(step, ended.is_set)
         samples = self.stream.samples(step)
         share = rank_slice(samples, self._data_rank, self._data_size)
         M = self._micro_size
-        return [self._read(share[i : i + M], step) for i in range(0, len(share), M)]
+        return [self._read(share[i : i + M], step, skipped) for i in range(0, len(share), M)]
 
-    def _read(self, samples: range, step: int) -> MicroBatch:
-        places = self.stream.places(samples, step)
+    def _read(self, samples: range, step: int, skipped: Skipped) -> MicroBatch:
+        places = self.stream.places(samples, step, skipped)
         raw = self.stream.get(places)
         return MicroBatch(
             _tensors(raw, self._collate, self._pin_memory),

@@ -122,10 +122,6 @@ class BlockOrder:
         """The shard that holds a sample."""
         return int(np.searchsorted(self._firsts, index, side="right")) - 1
 
-    def block_of(self, epoch: int, shard: int) -> int:
-        """The block in which a shard comes."""
-        return int(np.flatnonzero(self._epoch(epoch).shards == shard)[0]) // self._block_shards
-
     def after(self, epoch: int, block: int) -> tuple[int, int]:
         """The block that follows."""
         blocks = -(-len(self._sizes) // self._block_shards)

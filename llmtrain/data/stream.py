@@ -21,9 +21,13 @@ from llmtrain.data.mixture import Timeline
 from llmtrain.data.order import BlockOrder
 from llmtrain.errors import DataError, Problem
 
-Agree = Callable[[str, Sequence[int]], list[int]]
-"""(key, numbers that this rank brings) → the numbers that any rank brought for the key; called by all ranks,
-from any thread."""
+GaveUp = Callable[[], bool]
+"""Whether nobody waits any more for what a thread reads ahead."""
+Agree = Callable[[str, Sequence[int], GaveUp], list[int]]
+"""(key, numbers that this rank brings, whether to stop waiting) → the numbers that any rank brought for the
+key; called by all ranks, from any thread."""
+Skipped = frozenset[tuple[int, int, int]]
+"""(source, epoch, shard) of shards that are left out."""
 
 _BLOCKS_KEPT = 64
 _DIGEST_BITS = 48
@@ -93,19 +97,22 @@ class Stream:
         """Global numbers of the samples of `step`, over all ranks."""
         return self.timeline.samples(step)
 
-    def enter(self, step: int) -> None:
-        """Ask for the shards that `step` and what follows it need, and, where bad ones are skipped, learn
-        which are: all ranks call it for every step that they read."""
+    def enter(self, step: int, gave_up: GaveUp = lambda: False) -> Skipped:
+        """Ask for the shards that `step` and what follows it need; → those of them to skip, where bad ones
+        are skipped, as all ranks agree: they all call it for every step that they read."""
         samples = self.samples(step)
         segment = self.timeline.at(step)
         before, after = segment.positions_at(samples.start), segment.positions_at(samples.stop)
+        skipped: set[tuple[int, int, int]] = set()
         for source, name in enumerate(self.names):
             first, last = before.get(name, 0), after.get(name, 0)
             for epoch, block in self._orders[source].blocks(first, last):
-                self._enter_block(source, epoch, block).result()
+                bad = self._enter_block(source, epoch, block, gave_up).result()
+                skipped.update((source, epoch, shard) for shard in bad)
+        return frozenset(skipped)
 
-    def places(self, numbers: range, step: int) -> Places:
-        """Where samples `numbers` of `step`, which was entered, come from."""
+    def places(self, numbers: range, step: int, skipped: Skipped = frozenset()) -> Places:
+        """Where samples `numbers` of `step` come from; `skipped`: what `enter` gave for it."""
         segment = self.timeline.at(step)
         drawn, positions = segment.draw(numbers.start, numbers.stop)
         drawn_from = np.array([self.names.index(name) for name in segment.shares])
@@ -114,9 +121,9 @@ class Stream:
         for source in np.unique(sources).tolist():
             chosen = sources == source
             epochs[chosen], indices[chosen] = self._orders[source](positions[chosen])
-        if self._skips:
+        if skipped:
             for row, (source, epoch, index) in enumerate(zip(sources, epochs, indices, strict=True)):
-                if self._is_skipped(int(source), int(epoch), int(index)):
+                if (source, epoch, self._orders[source].shard_of(index)) in skipped:
                     indices[row] = EMPTY
         return Places(sources, epochs, indices)
 
@@ -142,7 +149,7 @@ class Stream:
         named = (f"{n}: {text}" if many else text for n, text in zip(self.names, described, strict=True))
         return "; ".join(named)
 
-    def _enter_block(self, source: int, epoch: int, block: int) -> Future[frozenset[int]]:
+    def _enter_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> Future[frozenset[int]]:
         key = (source, epoch, block)
         with self._lock:
             found = self._blocks.get(key)
@@ -152,7 +159,7 @@ class Stream:
             if len(self._blocks) > _BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
         try:
-            entered.set_result(self._prepare_block(source, epoch, block))
+            entered.set_result(self._prepare_block(source, epoch, block, gave_up))
         except BaseException as error:
             entered.set_exception(error)
             with self._lock:
@@ -160,7 +167,7 @@ class Stream:
             raise
         return entered
 
-    def _prepare_block(self, source: int, epoch: int, block: int) -> frozenset[int]:
+    def _prepare_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> frozenset[int]:
         """Ask for its shards and the next block's; → those to skip."""
         dataset, order = self._datasets[source], self._orders[source]
         if not isinstance(dataset, ReadsShards):
@@ -171,7 +178,7 @@ class Stream:
             return frozenset()
         bad = dataset.find_bad(shards)
         if self._agree is not None:
-            bad = self._agree(f"{source}/{epoch}/{block}", bad)
+            bad = self._agree(f"{source}/{epoch}/{block}", bad, gave_up)
         sizes = dataset.shard_sizes
         if len(bad) == int(np.count_nonzero(sizes)):
             got = f"none that can be read of {len(bad)} shards"
@@ -180,13 +187,6 @@ class Stream:
             for shard in bad:
                 self._on_skip(dataset.shard_names[shard], int(sizes[shard]))
         return frozenset(bad)
-
-    def _is_skipped(self, source: int, epoch: int, index: int) -> bool:
-        order = self._orders[source]
-        shard = order.shard_of(index)
-        with self._lock:
-            entered = self._blocks.get((source, epoch, order.block_of(epoch, shard)))
-        return entered is not None and shard in entered.result()
 
 
 def digest(raw: Mapping[str, np.ndarray], numbers: range) -> int:

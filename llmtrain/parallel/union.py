@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -27,10 +27,12 @@ class Union:
         self._store = dist.PrefixStore(f"union/{attempt}", store)
         self._size = size
 
-    def __call__(self, key: str, numbers: Sequence[int]) -> list[int]:
-        """All ranks call it with the same `key`, once each, and get the numbers of all, ascending.
+    def __call__(
+        self, key: str, numbers: Sequence[int], gave_up: Callable[[], bool] = lambda: False
+    ) -> list[int]:
+        """All ranks call it with the same `key` and get the numbers of all, ascending.
 
-        Raises LaunchError when not all have called it in an hour.
+        Raises LaunchError when not all have called it in an hour, or once nobody waits for the answer.
         """
         if numbers:
             place = self._store.add(f"{key}/lists", 1)
@@ -39,8 +41,8 @@ class Union:
         pause, longest = POLL_SECONDS
         deadline = time.monotonic() + PATIENCE_SECONDS
         while told < self._size:
-            if time.monotonic() > deadline:
-                got = f"{told} of {self._size} ranks after {PATIENCE_SECONDS:.0f} s"
+            if gave_up() or time.monotonic() > deadline:
+                got = f"{told} of {self._size} ranks"
                 raise LaunchError(
                     Problem("data.on_bad_shard=skip", got, "all ranks", "look for one that hangs")
                 )

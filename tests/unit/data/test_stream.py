@@ -8,6 +8,7 @@ from torch.distributed import HashStore
 
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.datasets import EMPTY, TokenSequences
+from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, combine_digests, digest
 from llmtrain.errors import DataError
@@ -39,8 +40,7 @@ def read(stream: Stream, step: int, data_size: int = 1) -> tuple[int, list[tuple
     share = len(samples) // data_size
     for rank in range(data_size):
         part = samples[rank * share : (rank + 1) * share]
-        stream.enter(step)
-        places = stream.places(part, step)
+        places = stream.places(part, step, stream.enter(step))
         total += digest(stream.get(places), part)
         found += list(
             zip(*(a.tolist() for a in (places.sources, places.epochs, places.indices)), strict=True)
@@ -187,3 +187,23 @@ def test_ranks_skip_alike_what_one_cannot_read(tmp_path: Path, workers: int):
     assert [found[0, step] for step in range(num_steps)] == [found[1, step] for step in range(num_steps)]
     skipped = sum(index == EMPTY for step in range(num_steps) for _, _, index in found[0, step][1])
     assert skipped > 0
+
+
+def test_a_thread_that_waits_for_other_ranks_ends_with_its_loader(tmp_path: Path):
+    """Read-ahead comes to a block that the other rank, which has ended, will never ask for."""
+    path = tmp_path / "a"
+    source = open_source(path, 0, on_bad_shard="skip")
+    store = HashStore()
+    streams = [
+        make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1, agree=Union(store, 2))
+        for _ in range(2)
+    ]
+    loaders = [Loader(stream, lambda raw: {}, micro_size=G, workers=2) for stream in streams]
+    first_block = int(source.shard_sizes[0]) // G
+    other = threading.Thread(target=lambda: [streams[1].enter(step) for step in range(max(1, first_block))])
+    other.start()
+    steps = loaders[0].steps()
+    next(steps)
+    other.join(30)
+    steps.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
