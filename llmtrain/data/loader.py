@@ -19,7 +19,7 @@ import numpy as np
 
 from llmtrain.data.datasets import EMPTY, Dataset
 from llmtrain.data.order import rank_slice
-from llmtrain.data.stream import Skipped, Stream, digest
+from llmtrain.data.stream import Stream, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,18 +122,26 @@ class Loader:
         skipped = self.stream.enter(step, ended.is_set)
         samples = self.stream.samples(step)
         share = rank_slice(samples, self._data_rank, self._data_size)
-        M = self._micro_size
-        return [self._read(share[i : i + M], step, skipped) for i in range(0, len(share), M)]
-
-    def _read(self, samples: range, step: int, skipped: Skipped) -> MicroBatch:
-        places = self.stream.places(samples, step, skipped)
+        # Read together: what a call costs is shared by more rows.
+        places = self.stream.places(share, step, skipped)
         raw = self.stream.get(places)
+        M = self._micro_size
+        return [
+            self._micro_batch(
+                share[i : i + M],
+                places.indices[i : i + M],
+                {key: values[i : i + M] for key, values in raw.items()},
+            )
+            for i in range(0, len(share), M)
+        ]
+
+    def _micro_batch(self, samples: range, indices: np.ndarray, raw: dict[str, np.ndarray]) -> MicroBatch:
         return MicroBatch(
             _tensors(raw, self._collate, self._pin_memory),
             samples,
-            places.indices,
+            indices,
             digest(raw, samples),
-            int((places.indices == EMPTY).sum()),
+            int((indices == EMPTY).sum()),
         )
 
 

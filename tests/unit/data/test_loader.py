@@ -165,7 +165,7 @@ def test_reading_ahead_is_bounded():
 def test_waiting_is_measured():
     class Slow(Numbers):
         def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-            time.sleep(0.02)
+            time.sleep(0.1)
             return super().get(indices)
 
     direct = loader(Slow(100)).steps()
