@@ -177,8 +177,9 @@ class Cache:
             self._closed = True
             self._queue.clear()
             self._notify()
+            threads = list(self._threads)
         self._transport.close()
-        for thread in self._threads:
+        for thread in threads:
             thread.join(1.0)
 
     @contextmanager
@@ -198,10 +199,15 @@ class Cache:
         self._changed.notify_all()
 
     def _read_ahead(self) -> None:
-        while not self._closed:
+        """What a thread does until nothing is left to read ahead."""
+        while True:
             try:
                 # One after the other, so that room that comes free goes to the file that is due first.
                 with self._turn:
+                    with self._changed:
+                        if self._closed or not self._queue:
+                            self._threads.remove(threading.current_thread())
+                            return
                     claimed = self._claim_next()
                 if claimed is not None:
                     file, descriptor = claimed
@@ -211,11 +217,10 @@ class Cache:
                 logger.debug("read-ahead: %s", error)
 
     def _claim_next(self) -> tuple[RemoteFile, int] | None:
-        """Wait for the next file of the queue and for its room: the file and its partial file, open and
-        locked. None: nothing has to be downloaded."""
+        """The next file of the queue and its partial file, open and locked. None: it is here, or there is
+        no room, for which this has waited."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if self._closed:
+            if not self._queue:
                 return None
             file, changes = self._queue[0], self._changes
         descriptor = None
@@ -225,7 +230,7 @@ class Cache:
             with self._changed:
                 self._changed.wait_for(lambda: self._changes != changes, _PATIENCE)
             return None
-        except BaseException:
+        except DataError:
             self._drop(file)
             raise
         self._drop(file)

@@ -120,12 +120,12 @@ class Transport:
             try:
                 for place, chunk in source.chunks(offset, size):
                     self._check_open(url)
+                    self._on_bytes(len(chunk))
                     if place != offset:
                         file.truncate(place)
                         file.seek(place)
                     file.write(chunk)
                     offset = place + len(chunk)
-                    self._on_bytes(len(chunk))
                 return
             except _PassingError as again:
                 failures = 1 if offset > furthest else failures + 1

@@ -53,6 +53,8 @@ class Faults:
     replaced: dict[str, bytes] = field(default_factory=dict)
     """Path → another content."""
     missing: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
+    """Paths that are always answered with `status`."""
     redirects: dict[str, str] = field(default_factory=dict)
     """Path → where it is said to be."""
     ignore_range: bool = False
@@ -127,7 +129,7 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             with server.lock:
                 busy = faults.unavailable > 0
                 faults.unavailable -= busy
-            if busy:
+            if busy or path in faults.broken:
                 headers = {"Retry-After": faults.retry_after} if faults.retry_after else {}
                 return self.answer(path, faults.status, b"busy", headers)
             if faults.password is not None and self.authorization() != faults.password:
