@@ -199,22 +199,28 @@ class TokenSplit:
         offsets = self._tokens_offsets[samples] + (starts - self._sample_starts[samples]) * itemsize
         fits = starts + lengths <= self._sample_starts[samples + 1]
         view = out.view(np.uint8).data
-        begins = places * itemsize
-        for shard, offset, begin, size, fit, start, length in zip(
-            shards.tolist(),
-            offsets.tolist(),
-            begins.tolist(),
-            (lengths * itemsize).tolist(),
-            fits.tolist(),
-            starts.tolist(),
-            lengths.tolist(),
-            strict=True,
-        ):
-            part = view[begin : begin + size]
-            if not fit:
-                self._read_over_samples(opened[shard], start, length, part)
-            elif opened[shard].readv(part, offset) != size:
-                self._read_again(opened[shard], part, offset)
+        sizes = lengths * itemsize
+        # A loop of a microsecond a span: nothing but the read stands in it.
+        missing = []
+        span, preadv = 0, os.preadv
+        try:
+            for span, (descriptor, offset, begin, size) in enumerate(
+                zip(
+                    [opened[shard].descriptor for shard in shards.tolist()],
+                    offsets.tolist(),
+                    (places * itemsize).tolist(),
+                    np.where(fits, sizes, 0).tolist(),
+                    strict=True,
+                )
+            ):
+                if preadv(descriptor, (view[begin : begin + size],), offset) != size:
+                    missing.append(span)
+        except OSError as error:
+            raise opened[int(shards[span])].unreadable(error) from error
+        for span in [*missing, *np.flatnonzero(~fits).tolist()]:
+            begin = int(places[span]) * itemsize
+            part = view[begin : begin + int(sizes[span])]
+            self._read_over_samples(opened[int(shards[span])], int(starts[span]), int(lengths[span]), part)
         if out.size and int(out.max()) >= self._vocab_size:
             self._refuse_ids(starts, lengths, out, places, shards)
 
@@ -335,7 +341,10 @@ class _OpenShard:
         try:
             return os.preadv(self.descriptor, [part], offset)
         except OSError as error:
-            raise ShardError(Problem(self.name, f"{error.strerror} while reading")) from error
+            raise self.unreadable(error) from error
+
+    def unreadable(self, error: OSError) -> ShardError:
+        return ShardError(Problem(self.name, f"{error.strerror} while reading"))
 
     def load_ends(self, rows: np.ndarray, start: int, dtype: np.dtype) -> None:
         """Read where documents close in its arrays, whose INDEX_DTYPE rows these are; `start` is its first

@@ -133,9 +133,8 @@ class TokenSequences:
         bool (M, W), True where a token is seen but not predicted."""
         M, W = len(indices), self.sequence_length + 1
         pieces = self.pieces(indices)
-        ids = np.zeros(M * W, dtype=self._split.dtype)
         places = pieces.rows * W + pieces.columns
-        self._split.read_spans(pieces.starts, pieces.lengths, ids, places)
+        ids_MW = self._read(pieces, M)
         begins = self._packing.document_begins(pieces)
         documents_MW = np.zeros((M, W), dtype=np.int32)
         documents_MW.reshape(-1)[places[begins[0]] + begins[1]] = 1
@@ -143,7 +142,7 @@ class TokenSequences:
         filled_M = np.bincount(pieces.rows, weights=pieces.lengths, minlength=M)
         for row in np.flatnonzero(filled_M < W).tolist():
             documents_MW[row, int(filled_M[row]) :] = PADDING_DOCUMENT
-        raw: dict[str, np.ndarray] = {"tokens": ids.astype(np.int64).reshape(M, W), "documents": documents_MW}
+        raw: dict[str, np.ndarray] = {"tokens": ids_MW.astype(np.int64), "documents": documents_MW}
         if self._has_contexts:
             assert pieces.contexts is not None
             offsets = np.arange(int(pieces.contexts.sum()))
@@ -153,11 +152,22 @@ class TokenSequences:
             raw["contexts"] = contexts.reshape(M, W)
         return raw
 
+    def tokens(self, indices: np.ndarray) -> np.ndarray:
+        """The samples' token ids alone, (M, W) of the corpus' type, 0 where no token is."""
+        return self._read(self.pieces(indices), len(indices))
+
     def pieces(self, indices: np.ndarray) -> Pieces:
         """What spans of the stream the samples of these numbers hold; an EMPTY one has none."""
         rows = np.flatnonzero(indices != EMPTY)
         shards = np.searchsorted(self._firsts, indices[rows], side="right") - 1
         return self._packing.pieces(rows, shards, indices[rows] - self._firsts[shards])
+
+    def _read(self, pieces: Pieces, num_rows: int) -> np.ndarray:
+        W = self.sequence_length + 1
+        ids_MW = np.zeros((num_rows, W), dtype=self._split.dtype)
+        places = pieces.rows * W + pieces.columns
+        self._split.read_spans(pieces.starts, pieces.lengths, ids_MW.reshape(-1), places)
+        return ids_MW
 
     def where(self, index: int) -> list[tuple[str, int, int]]:
         """(shard, document, tokens) of each document in a sample: the shard's name, the document's number

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -46,12 +47,14 @@ class Segment:
         """Samples [first, last) of the run → (source: its place in `shares`, int64; position within the
         source, int64), (last − first,) each."""
         names = list(self.shares)
-        bounds = self._bounds()
         start = first - self.sample
+        if len(names) == 1:
+            position = self.positions.get(names[0], 0) + start
+            return np.zeros(last - first, np.int64), np.arange(position, position + last - first)
         before = self._drawn(start)
         i = np.arange(start, last - self.sample, dtype=np.uint64)
         words = i * np.uint64(_STEP)  # modulo 2^64
-        upper = np.array([bound - 1 for bound in bounds], dtype=np.uint64)
+        upper = np.array([bound - 1 for bound in self._bounds], dtype=np.uint64)
         sources = np.searchsorted(upper, words, side="left")
         positions = np.empty(len(i), dtype=np.int64)
         for source, name in enumerate(names):
@@ -82,6 +85,7 @@ class Segment:
             **{name: dict(getattr(self, name)) for name in ("shares", "positions", "settings")},
         }
 
+    @cached_property
     def _bounds(self) -> list[int]:
         """The end of each source's interval in units of 2^-64; the last is 2^64."""
         total, bounds = 0.0, []
@@ -92,7 +96,7 @@ class Segment:
 
     def _drawn(self, count: int) -> list[int]:
         """Of the segment's first `count` samples, how many come from each source."""
-        below = [0, *(_below(count, bound) for bound in self._bounds())]
+        below = [0, *(_below(count, bound) for bound in self._bounds)]
         return [after - before for before, after in pairwise(below)]
 
 

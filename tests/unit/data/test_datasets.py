@@ -119,6 +119,16 @@ def test_documents_count_from_zero_in_each_row(tmp_path: Path):
     assert sample["documents"].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, p], [p, p, p, p]]
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_token_ids_alone_are_those_of_whole_samples(tmp_path: Path, packing: str):
+    split = Corpus.open(write_corpus(tmp_path, {"train": TRAIN})).split("train")
+    dataset = TokenSequences(split, 7, packing=packing)
+    order = np.append(np.random.default_rng(0).permutation(len(dataset)), EMPTY)
+    ids = dataset.tokens(order)
+    assert ids.dtype == split.dtype
+    np.testing.assert_array_equal(ids, dataset.get(order)["tokens"])
+
+
 def test_a_split_without_any_target_is_refused(corpus: Corpus):
     with pytest.raises(DataError, match="split test: got 1 tokens; allowed: 2 or more"):
         TokenSequences(corpus.split("test"), 8)
