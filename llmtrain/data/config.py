@@ -69,6 +69,46 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class NearDuplicatesConfig:
+    """Documents nearly the same as an earlier one go (MinHash; needs the extra `filters`)."""
+
+    threshold: float | None = None
+    """Share of its runs of words that a document shares with an earlier one (Jaccard's measure, estimated);
+    null: only exact duplicates go."""
+    shingle_words: int = 5
+    """Words in a run."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(
+            self.threshold is None or 0.1 <= self.threshold <= 1.0,
+            "threshold",
+            self.threshold,
+            "0.1 to 1, or null",
+        )
+        yield from require(1 <= self.shingle_words <= 64, "shingle_words", self.shingle_words, "1 to 64")
+
+
+@dataclass(frozen=True)
+class FiltersConfig:
+    """Which documents are kept for their contents (needs the extra `filters`)."""
+
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes of the languages that stay; none: all."""
+    language_confidence: float = 0.5
+    """Least probability of the language that is found."""
+    quality: Literal["gopher"] | None = None
+    """Rules for web text in English (Rae et al. 2021, arXiv:2112.11446, section A.1)."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(
+            0.0 <= self.language_confidence <= 1.0,
+            "language_confidence",
+            self.language_confidence,
+            "0 to 1",
+        )
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """Raw text → tokenizer and sharded corpus."""
 
@@ -82,6 +122,8 @@ class PrepareConfig:
     """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
     normalization: Literal["none", "nfc", "nfkc"] = "nfc"
     """Unicode normalization form (Unicode Standard Annex 15)."""
+    near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
+    filters: FiltersConfig = field(default_factory=FiltersConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     sample_tokens: int = 1 << 18

@@ -25,6 +25,7 @@ from llmtrain.config import encode as encode_config
 from llmtrain.data.config import PrepareConfig
 from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, STAMP_NAME, UNFINISHED_NAME, VERSION
 from llmtrain.data.files import disk_errors
+from llmtrain.data.preparation import near
 from llmtrain.data.preparation import peers as peer_files
 from llmtrain.data.preparation.encode import SPLITS
 from llmtrain.data.preparation.peers import Peers
@@ -146,6 +147,7 @@ class _Run:
             source_bytes=sum(file.size for file in self.files),
             cleaning=made.cleaning,
             duplicates_dropped=made.duplicates_dropped,
+            near_duplicates_dropped=made.near_duplicates_dropped,
             documents_kept=made.documents_kept,
             vocab_size=made.tokenizer.vocab_size,
             unknown_tokens=made.unknown_tokens,
@@ -221,6 +223,9 @@ def _identity(config: PrepareConfig, files: list[SourceFile], model: Tokenizer |
 def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
     """Settings on which the corpus depends; a given tokenizer is one by its contents."""
     settings = {key: value for key, value in encode_config(config).items() if key not in NO_EFFECT}
+    if config.near_duplicates.threshold is not None:
+        # Its signatures change with the library's algorithm.
+        settings["near_duplicates"]["rensa"] = near.require_library()
     if model is not None:
         settings["tokenizer"] = {"model": model.sha256}
     return settings

@@ -26,6 +26,7 @@ class Report:
     source_bytes: int = 0
     cleaning: CleanCounts = field(default_factory=CleanCounts)
     duplicates_dropped: int = 0
+    near_duplicates_dropped: int = 0
     documents_kept: int = 0
     vocab_size: int = 0
     unknown_tokens: int = 0
@@ -61,6 +62,8 @@ class Report:
             f"{clean.spaces_replaced:,} U+2581 made a space",
             f"dropped    {clean.empty_dropped:,} empty and {self.duplicates_dropped:,} duplicate documents",
         ]
+        if self.near_duplicates_dropped:
+            text.append(f"dropped    {self.near_duplicates_dropped:,} near-duplicates")
         if clean.tokenized:
             text.append(f"tokenized  {clean.tokenized:,} documents came as token ids")
         if clean.members_ignored:

@@ -2,9 +2,10 @@
 
 1. read        sources → clean documents in blocks, with their hashes
 2. duplicates  the hashes, one range at a time → documents to drop
-3. tokenizer   a sample of the training documents → a sentencepiece model
-4. encode      blocks → token ids
-5. shards      token ids → webdataset tars and their index
+3. near        if asked for: signatures, their bands, pairs, clusters → documents to drop
+4. tokenizer   a sample of the training documents → a sentencepiece model
+5. encode      blocks → token ids
+6. shards      token ids → webdataset tars and their index
 
 Each takes what is finished from an earlier run, makes this process' part of the rest, and waits for the
 other processes. A piece of work has a number, and its number says whose it is.
@@ -22,7 +23,7 @@ import numpy as np
 from llmtrain.data.config import PrepareConfig
 from llmtrain.data.preparation import blocks as block_files
 from llmtrain.data.preparation import encode as encoding
-from llmtrain.data.preparation import tasks
+from llmtrain.data.preparation import near, tasks
 from llmtrain.data.preparation.blocks import Block
 from llmtrain.data.preparation.clean import CleanCounts
 from llmtrain.data.preparation.encode import SPLITS, EncodedBlock, SamplePieces
@@ -47,6 +48,7 @@ class Prepared:
     cleaning: CleanCounts
     documents_kept: int
     duplicates_dropped: int
+    near_duplicates_dropped: int
     tokenizer: Tokenizer
     unknown_tokens: int
     splits: dict[str, Any]
@@ -74,16 +76,21 @@ class Stages:
             error.everywhere = True
             raise error
         dropped_paths = self.find_duplicates(blocks)
+        near_paths = self.find_near_duplicates(blocks, dropped_paths)
+        num_exact, num_near = (
+            sum(len(np.load(path, mmap_mode="r")) for path in paths) for paths in (dropped_paths, near_paths)
+        )
+        dropped_paths += near_paths
         tokenizer = self.make_tokenizer(blocks, dropped_paths, given)
         encoded = self.encode(blocks, dropped_paths, tokenizer)
         shards = self.write_shards(encoded, tokenizer)
         if self.peers.rank:
             return None
-        num_dropped = sum(len(np.load(path, mmap_mode="r")) for path in dropped_paths)
         return Prepared(
             cleaning=counts,
-            documents_kept=kept - num_dropped,
-            duplicates_dropped=num_dropped,
+            documents_kept=kept - num_exact - num_near,
+            duplicates_dropped=num_exact,
+            near_duplicates_dropped=num_near,
             tokenizer=tokenizer,
             unknown_tokens=sum(block.num_unknown for block in encoded),
             splits=self.write_indexes(encoded, shards),
@@ -125,6 +132,41 @@ class Stages:
             lambda number: paths[number].exists(),
         )
         return self._visible(paths)
+
+    def find_near_duplicates(self, blocks: list[Block], dropped_paths: list[Path]) -> list[Path]:
+        """Files of the documents to drop, none where near-duplicates stay."""
+        config = self.config.near_duplicates
+        if config.threshold is None:
+            return []
+        folder = self._folder("near")
+        signed = [near.Signed(folder / f"{number:06d}") for number in range(len(blocks))]
+        dropped_path = folder / "dropped.npy"
+        self._run(
+            "signing",
+            [block.num_bytes for block in blocks],
+            near.sign_block,
+            lambda number: (blocks[number], number, dropped_paths, config, signed[number].path),
+            # Text goes when a block is encoded; its signatures are no longer needed then.
+            lambda number: dropped_path.exists() or signed[number].is_finished,
+        )
+        ranges = near.num_ranges(sum(block.num_documents for block in blocks))
+        pieces = ranges * near.bands_of(config.threshold)[0]
+        paths = [folder / f"pairs-{number:06d}.npy" for number in range(pieces)]
+        self._run(
+            "comparing",
+            [1] * pieces,
+            near.find_pairs,
+            lambda number: (number, signed, ranges, config, paths[number]),
+            lambda number: paths[number].exists(),
+        )
+        self._run(
+            "joining",
+            [1],
+            near.join_pairs,
+            lambda _: (self._visible(paths), dropped_path),
+            lambda _: dropped_path.exists(),
+        )
+        return self._visible([dropped_path])
 
     def make_tokenizer(
         self, blocks: list[Block], dropped_paths: list[Path], given: Tokenizer | None
