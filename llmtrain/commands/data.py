@@ -33,7 +33,7 @@ from llmtrain.train.streaming import open_stream, source_shares
 if TYPE_CHECKING:
     from llmtrain.data.corpora import Corpora
     from llmtrain.data.datasets import Dataset
-    from llmtrain.data.stream import Stream
+    from llmtrain.data.stream import Skipped, Stream
     from llmtrain.data.trace import Sample
 
 DIFFERENT = 1
@@ -79,11 +79,12 @@ def trace(mapping: Mapping[str, Any]) -> int:
     code = 0
     for step in steps:
         opened = run.open(step)
-        for sample in samples_of(opened.stream, step):
+        skipped = opened.skipped(step)
+        for sample in samples_of(opened.stream, step, skipped):
             facts = dataclasses.asdict(sample)
             parts = parts_of(opened.sources, sample)
             records += [{**facts, **dataclasses.asdict(part)} for part in parts] or [facts]
-        found, recorded = digest_of(opened.stream, step), run.digests.get(step)
+        found, recorded = digest_of(opened.stream, step, skipped), run.digests.get(step)
         verdict = f"step {step}: data_digest {found}, "
         if recorded is None:
             verdict += "none was recorded"
@@ -171,7 +172,7 @@ def show(mapping: Mapping[str, Any]) -> None:
         for step in steps:
             opened = run.open(step)
             printer = _Printer(opened)
-            for sample in samples_of(opened.stream, step):
+            for sample in samples_of(opened.stream, step, opened.skipped(step)):
                 if shown == 0:
                     return
                 printer.print(f"step {step}, sample {sample.sample}", sample)
@@ -187,7 +188,7 @@ def show(mapping: Mapping[str, Any]) -> None:
     assert not isinstance(config.data, MovedConfig)
     opened = _open_fresh(config.data, config.sequence_length, config.seed, config.max_samples)
     printer = _Printer(opened)
-    for sample in samples_of(opened.stream, 1):
+    for sample in samples_of(opened.stream, 1, opened.skipped(1)):
         printer.print(f"sample {sample.sample}", sample)
 
 
@@ -324,6 +325,12 @@ class Opened:
     data: TokenDataConfig | ImageDataConfig
     model: ModelConfig
 
+    def skipped(self, step: int) -> Skipped:
+        """The shards that `step` leaves out, as they are now."""
+        # Nothing else needs more of a corpus than the step's own rows.
+        is_asked = getattr(self.data, "on_bad_shard", "error") == "skip"
+        return self.stream.enter(step - 1) if is_asked else frozenset()
+
 
 class Run:
     """What a run's folder tells of its data."""
@@ -368,10 +375,7 @@ class Run:
             seed = segment.settings["seed"]
             stream = open_stream(data, sources, timeline, seed=seed)
             self._opened = segment, Opened(stream, sources, corpora, data, model)
-        opened = self._opened[1]
-        if getattr(opened.data, "on_bad_shard", "error") == "skip":
-            opened.stream.enter(step - 1)
-        return opened
+        return self._opened[1]
 
     def _data_config(self, segment: Segment) -> TokenDataConfig | ImageDataConfig:
         """The run's own, as it was in `segment`."""
@@ -444,7 +448,6 @@ def _open_fresh(
         # What an epoch's end leaves out depends on the samples of a step, of which there are none here.
         data = dataclasses.replace(data, drop_last=False)
     stream = open_stream(data, sources, timeline, seed=seed)
-    stream.enter(0)
     return Opened(stream, sources, corpora, data, model)
 
 

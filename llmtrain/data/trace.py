@@ -13,7 +13,7 @@ import xxhash
 
 from llmtrain.data.datasets import EMPTY, Dataset, TokenSequences
 from llmtrain.data.mixture import Timeline
-from llmtrain.data.stream import Stream, combine_digests, digest
+from llmtrain.data.stream import Skipped, Stream, combine_digests, digest
 
 _ROWS = 64
 """Samples read at once."""
@@ -51,11 +51,11 @@ def until(timeline: Timeline, step: int) -> Timeline:
     return Timeline([segment for segment in timeline.segments if segment.step <= last.step])
 
 
-def samples_of(stream: Stream, step: int) -> Iterator[Sample]:
-    """The samples of `step` in their order. Where bad shards are skipped, the step was entered before."""
+def samples_of(stream: Stream, step: int, skipped: Skipped = frozenset()) -> Iterator[Sample]:
+    """The samples of `step` in their order. skipped: as Stream.enter gives it for the stream's step."""
     segment = stream.timeline.at(step - 1)
     numbers = stream.samples(step - 1)
-    places = stream.places(numbers, step - 1)
+    places = stream.places(numbers, step - 1, skipped)
     _, positions = segment.draw(numbers.start, numbers.stop)
     for i, number in enumerate(numbers):
         yield Sample(
@@ -76,13 +76,13 @@ def parts_of(sources: Mapping[str, Dataset], sample: Sample) -> list[Part]:
     return [Part(*found) for found in dataset.where(sample.row)]
 
 
-def digest_of(stream: Stream, step: int) -> int:
-    """The data_digest of `step`, from the data as they are now."""
+def digest_of(stream: Stream, step: int, skipped: Skipped = frozenset()) -> int:
+    """The data_digest of `step`, from the data as they are now. skipped: as with `samples_of`."""
     numbers = stream.samples(step - 1)
     total = 0
     for first in range(numbers.start, numbers.stop, _ROWS):
         rows = range(first, min(first + _ROWS, numbers.stop))
-        total += digest(stream.get(stream.places(rows, step - 1)), rows)
+        total += digest(stream.get(stream.places(rows, step - 1, skipped)), rows)
     return combine_digests(total)
 
 
