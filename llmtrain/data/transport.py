@@ -8,10 +8,12 @@ file, no access) is an error at once. Messages show a URL without its credential
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import threading
 from collections.abc import Callable, Iterator
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -204,13 +206,14 @@ class _HttpFile:
         from urllib3.util import make_headers
 
         parts = urlsplit(url)
-        user, at, host = parts.netloc.rpartition("@")
+        user, _, host = parts.netloc.rpartition("@")
+        credentials = unquote(user) or _netrc_credentials(parts.hostname or "")
         self._url = url
         self._address = urlunsplit(parts._replace(netloc=host))
         self._pool = pool
         self._headers = {"Accept-Encoding": "identity"}
-        if at:
-            self._headers |= make_headers(basic_auth=unquote(user))
+        if credentials:
+            self._headers |= make_headers(basic_auth=credentials)
         self._seconds = timeout
         # Waiting and trying again is done above.
         retries = Retry(
@@ -273,7 +276,7 @@ class _HttpFile:
                 Problem(where, f"no such file (HTTP {status})", "a file of the corpus", UPLOAD_AGAIN)
             )
         if status in (401, 403, 407):
-            remedy = "give credentials that may read it (https://USER:PASSWORD@… or a signed URL)"
+            remedy = "give credentials that may read it, in ~/.netrc (or the file that NETRC names)"
             raise DataError(Problem(where, f"access refused (HTTP {status})", "", remedy))
         if status in _PASSING_STATUSES or status >= 500:
             raise _PassingError(f"HTTP {status}", wait=_retry_after(response.headers.get("Retry-After")))
@@ -303,10 +306,9 @@ class _HttpFile:
 class _FilesystemFile:
     """A file of a store that fsspec knows."""
 
-    version = ""
-
     def __init__(self, url: str, timeout: float) -> None:
         self._url = url
+        self.version = ""
         self._options: dict[str, Any] = {}
         if url.startswith(("s3://", "s3a://")):
             # Waiting and trying again is done above, alike for every store.
@@ -316,12 +318,16 @@ class _FilesystemFile:
     def chunks(self, offset: int, size: int | None) -> Iterator[tuple[int, bytes]]:
         place = offset
         try:
-            file = self._open()
-            try:
-                total = file.size if hasattr(file, "size") else None
+            system, path = self._find()
+            info = system.info(path)
+            total, version = info.get("size"), str(info)
+            changed, self.version = self.version not in ("", version), version
+            with system.open(path, "rb", cache_type="none") as file:
                 if size is not None and total is not None and total != size:
                     raise ShardError(_wrong_size(self._url, total, size))
                 end = total if size is None else size
+                if changed and offset:
+                    raise _PassingError("another state of the file than before", restart=True)
                 file.seek(place)
                 while end is None or place < end:
                     # No further than the end: a store refuses a range behind it.
@@ -331,8 +337,6 @@ class _FilesystemFile:
                         break
                     yield place, chunk
                     place += len(chunk)
-            finally:
-                file.close()
         except (_PassingError, DataError):
             raise
         except Exception as error:
@@ -341,7 +345,8 @@ class _FilesystemFile:
         if end is not None and place < end:
             raise _PassingError(f"the file ended after {place:,} of {end:,} bytes")
 
-    def _open(self) -> Any:
+    def _find(self) -> tuple[Any, str]:
+        """The store, and the file's path in it."""
         import fsspec
 
         system, path = fsspec.url_to_fs(self._url, **self._options)
@@ -349,7 +354,7 @@ class _FilesystemFile:
             system.retries = 1
         # A listing from before a file came, or changed, would hide that it did.
         system.invalidate_cache()
-        return system.open(path, "rb", cache_type="none")
+        return system, path
 
     def _failure(self, error: Exception) -> Exception:
         where, text = without_credentials(self._url), _scrubbed(str(error), self._url)
@@ -372,6 +377,15 @@ class _FilesystemFile:
 
 def _is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
+
+
+def _netrc_credentials(host: str) -> str:
+    """`user:password` of the user's netrc file, where secrets are kept out of a run's config; or nothing."""
+    try:
+        found = netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).authenticators(host)
+    except (OSError, NetrcParseError):
+        return ""
+    return f"{found[0]}:{found[2]}" if found else ""
 
 
 def _version(headers: Any) -> str:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -68,18 +69,25 @@ class Faults:
 class FileServer:
     """Serves the files of a folder over HTTP with ranges. `log` holds every request with its answer."""
 
-    def __init__(self, folder: Path, faults: Faults | None = None) -> None:
+    def __init__(self, folder: Path, faults: Faults | None = None, certificate: Path | None = None) -> None:
+        """certificate: a PEM file with certificate and key, for https."""
         self.folder = folder
         self.faults = faults or Faults()
         self.log: list[Request] = []
         self.lock = threading.Lock()
         self.answers = 0
         self._server = _Server(("127.0.0.1", 0), _handler(self))
+        self._scheme = "http"
+        if certificate is not None:
+            self._scheme = "https"
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def content(self, path: str) -> bytes | None:
         faults = self.faults
@@ -210,6 +218,93 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(piece)
 
     return Handler
+
+
+def write_certificate(path: Path) -> Path:
+    """A PEM file with a key and a certificate for 127.0.0.1, signed by itself."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(pem + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+class CuttingProxy:
+    """Passes TCP on to a port of this machine and breaks every `cut_every`-th connection after `cut_after`
+    bytes of answers; the first too."""
+
+    def __init__(self, port: int, cut_every: int, cut_after: int) -> None:
+        self._target = port
+        self._cut_every, self._cut_after = cut_every, cut_after
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.connections = 0
+        self.cuts = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> CuttingProxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            limit = self._cut_after if self.connections % self._cut_every == 0 else None
+            self.connections += 1
+            threading.Thread(target=self._pass, args=(client, server, None), daemon=True).start()
+            threading.Thread(target=self._pass, args=(server, client, limit), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
+        passed = 0
+        try:
+            while data := source.recv(1 << 14):
+                if limit is not None and passed + len(data) > limit:
+                    target.sendall(data[: limit - passed])
+                    self.cuts += 1
+                    break
+                target.sendall(data)
+                passed += len(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
 
 
 S3_CREDENTIALS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -401,3 +402,15 @@ def test_a_folder_that_cannot_be_written(files: Sequence[RemoteFile], make: Make
         get(cache, files[0])
     with pytest.raises(DataError, match=r"data.cache.dir="):
         cache.keep(b"a")
+
+
+def test_a_file_system_without_locks(
+    files: Sequence[RemoteFile], make: Make, monkeypatch: pytest.MonkeyPatch
+):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(DataError, match=r"data.cache.dir=.*: got a file system without locks") as caught:
+        get(make(), files[0])
+    assert "allowed: a disk of this machine" in str(caught.value)

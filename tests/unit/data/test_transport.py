@@ -18,7 +18,7 @@ from llmtrain.data import transport
 from llmtrain.data.shards import ShardError
 from llmtrain.data.transport import Transport, is_remote, join, without_credentials
 from llmtrain.errors import DataError
-from tests.support.servers import Faults, FileServer, s3_client, s3_server
+from tests.support.servers import CuttingProxy, Faults, FileServer, s3_client, s3_server, write_certificate
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SIZE = len(CONTENT)
@@ -288,6 +288,33 @@ def test_credentials_are_sent_and_never_shown(server: FileServer, partial: Path)
     assert "s3cret" not in str(caught.value)
 
 
+def test_credentials_of_the_netrc_file(
+    server: FileServer, partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server.faults.password = "user:s3cret"
+    with pytest.raises(DataError, match=r"HTTP 401.*netrc"):
+        download(server, partial)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password s3cret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert download(server, partial) == CONTENT
+    (tmp_path / "netrc").write_text("no such word")
+    partial.unlink()
+    with pytest.raises(DataError, match="HTTP 401"):
+        download(server, partial)
+
+
+def test_https(server: FileServer, partial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    certificate = write_certificate(tmp_path / "server.pem")
+    with FileServer(server.folder, certificate=certificate) as secure:
+        with pytest.raises(DataError, match=r"a.tar: got .*certificate.*SSL_CERT_FILE") as caught:
+            download(secure, partial)
+        assert not isinstance(caught.value, ShardError)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        secure.faults.cuts = [70_000]
+        assert download(secure, partial) == CONTENT
+        assert secure.ranges("train/a.tar") == [None, "bytes=70000-"]
+
+
 def test_a_signature_is_sent_and_never_shown(server: FileServer, partial: Path):
     url = f"{server.url}/train/a.tar?sig=s3cret"
     Transport().download(url, partial, SIZE)
@@ -351,6 +378,27 @@ def test_local_files_by_url(tmp_path: Path, partial: Path, monkeypatch: pytest.M
         reader.download(f"file://{tmp_path}/a.tar", partial, SIZE + 1)
 
 
+def test_a_local_file_that_changes_between_two_attempts(
+    tmp_path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(transport, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
+    file = tmp_path / "a.tar"
+    file.write_bytes(CONTENT)
+    retries: list[None] = []
+
+    def shrink(count: int) -> None:
+        if not retries:
+            file.write_bytes(CONTENT[::-1][: 1 << 16])
+
+    def grow() -> None:
+        retries.append(None)
+        file.write_bytes(CONTENT[::-1])
+
+    Transport(on_bytes=shrink, on_retry=grow).download(f"file://{tmp_path}/a.tar", partial, SIZE)
+    assert partial.read_bytes() == CONTENT[::-1]
+    assert len(retries) == 2
+
+
 def test_an_unknown_scheme(partial: Path):
     with pytest.raises(DataError, match="nowhere://a/b: got an unknown scheme; allowed: http, https, s3"):
         Transport().download("nowhere://a/b", partial, SIZE)
@@ -401,6 +449,20 @@ def test_s3(partial: Path):
             reader.download(missing, partial.with_name("b"), SIZE)
     with pytest.raises(ShardError, match="a truncated file of 300000 bytes"):
         reader.download("s3://bucket/corpus/train/a.tar", partial, SIZE + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_s3")
+def test_s3_by_a_way_that_is_cut(partial: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    retries: list[None] = []
+    with CuttingProxy(int(s3["AWS_ENDPOINT_URL"].rpartition(":")[2]), cut_every=4, cut_after=30_000) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        reader = Transport(retries=4, timeout=7, on_retry=lambda: retries.append(None))
+        reader.download("s3://bucket/corpus/train/a.tar", partial, SIZE)
+        assert partial.read_bytes() == CONTENT
+        assert reader.read("s3://bucket/corpus/train/a.tar") == CONTENT
+        assert way.cuts >= 1
+        assert retries
 
 
 @pytest.mark.slow
