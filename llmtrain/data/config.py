@@ -90,7 +90,8 @@ class NearDuplicatesConfig:
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """Which documents are kept for their contents (needs the extra `filters`)."""
+    """Which documents are kept for their contents; those that come as token ids all are. Languages need the
+    extra `filters`."""
 
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes of the languages that stay; none: all."""

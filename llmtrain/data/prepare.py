@@ -25,7 +25,7 @@ from llmtrain.config import encode as encode_config
 from llmtrain.data.config import PrepareConfig
 from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, STAMP_NAME, UNFINISHED_NAME, VERSION
 from llmtrain.data.files import disk_errors
-from llmtrain.data.preparation import near
+from llmtrain.data.preparation import filters, near
 from llmtrain.data.preparation import peers as peer_files
 from llmtrain.data.preparation.encode import SPLITS
 from llmtrain.data.preparation.peers import Peers
@@ -55,6 +55,9 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
     the job that failed or is gone.
     """
     started = time.monotonic()
+    filters.require(config.filters)
+    if config.near_duplicates.threshold is not None:
+        near.require_library()
     files, skipped = find_files(config.source, exclude=config.output)
     given = None if config.tokenizer.model is None else Tokenizer.load(config.tokenizer.model)
     needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in files)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import xxhash
@@ -44,9 +44,19 @@ class CleanCounts:
     members_ignored: int = 0
     """Members of tars that hold no document."""
 
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Documents dropped by each rule of the filters."""
+
+    @property
+    def filtered_text(self) -> str:
+        return ", ".join(f"{rule} {count:,}" for rule, count in sorted(self.filtered.items()))
+
     def add(self, other: CleanCounts) -> None:
         for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+            if f.name != "filtered":
+                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        for rule, count in other.filtered.items():
+            self.filtered[rule] = self.filtered.get(rule, 0) + count
 
 
 def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts: CleanCounts) -> list[bytes]:

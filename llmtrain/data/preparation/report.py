@@ -64,6 +64,8 @@ class Report:
         ]
         if self.near_duplicates_dropped:
             text.append(f"dropped    {self.near_duplicates_dropped:,} near-duplicates")
+        if clean.filtered:
+            text.append(f"filtered   {sum(clean.filtered.values()):,} documents: {clean.filtered_text}")
         if clean.tokenized:
             text.append(f"tokenized  {clean.tokenized:,} documents came as token ids")
         if clean.members_ignored:

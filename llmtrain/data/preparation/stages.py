@@ -70,9 +70,10 @@ class Stages:
         kept = sum(block.num_documents for block in blocks)
         if not kept:
             names = ", ".join(file.name for file in self.files[:3])
-            error = DataError(
-                Problem("source", f"no text at all in {len(self.files)} files ({names})", "some text")
-            )
+            problem = Problem("source", f"no text at all in {len(self.files)} files ({names})", "some text")
+            if counts.filtered:
+                problem = Problem("filters", f"no document that keeps all rules: {counts.filtered_text}")
+            error = DataError(problem)
             error.everywhere = True
             raise error
         dropped_paths = self.find_duplicates(blocks)
@@ -103,7 +104,7 @@ class Stages:
         units = list(plan_units(self.files, self.config.txt_document))
         sizes = [sum(part.size for part in unit) for unit in units]
         config = self.config
-        settings = (config.text_field, config.txt_document, config.normalization, vocabulary)
+        settings = (config.text_field, config.txt_document, config.normalization, vocabulary, config.filters)
         self._run(
             "reading",
             sizes,

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llmtrain.data.config import SplitConfig, TokenizerConfig
+from llmtrain.data.config import FiltersConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.files import write_marker
 from llmtrain.data.preparation import blocks as block_files
 from llmtrain.data.preparation.blocks import Block, BlockWriter
 from llmtrain.data.preparation.clean import CleanCounts, clean, take_tokenized
+from llmtrain.data.preparation.filters import keep
 from llmtrain.data.preparation.read import read_part, undecodable
 from llmtrain.data.preparation.streams import Tokens, Unit
 from llmtrain.data.preparation.tars import Vocabulary
@@ -33,6 +34,7 @@ def read_unit(
     txt_document: str,
     normalization: str,
     vocabulary: Vocabulary | None,
+    filters: FiltersConfig,
 ) -> int:
     """Read and clean a unit into blocks; its folder takes its name when it is whole."""
     temporary = folder / f".{number:06d}.tmp"
@@ -46,7 +48,7 @@ def read_unit(
                 if isinstance(batch, Tokens):
                     writer.add(take_tokenized(batch, counts), is_tokenized=True)
                 else:
-                    writer.add(clean(batch, normalization, counts))
+                    writer.add(keep(clean(batch, normalization, counts), filters, counts.filtered))
                 count(len(batch))
         except UnicodeDecodeError as error:
             raise undecodable(part) from error
