@@ -1,0 +1,319 @@
+"""`llmtrain data VERB`, on runs of the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain import cli
+from tests.support.corpora import random_documents, write_corpus
+from tests.support.training import TINY_GPT, llmtrain
+
+SETTINGS = (*TINY_GPT, "device=cpu", "data.workers=0", "evaluation.every=null", "evaluation.at_start=false")
+TEXT = re.compile(r"^    (.*)$", re.MULTILINE)
+
+
+def train(*arguments: str) -> None:
+    done = llmtrain("train", *SETTINGS, *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a mixture of two corpora in data/ and in run/ a run of six steps over it: four, and two
+    more with rows and steps of other sizes."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for seed, name in enumerate(("books", "web")):
+        write_corpus(folder / "data" / name, {"train": random_documents(60, seed)}, samples_per_shard=2)
+    fixed = (f"data.path={folder / 'data'}", f"run.dir={folder / 'run'}", "data.shuffle_shards=2")
+    mixture = "data.mixture={books: 1, web: 2}"
+    train(*fixed, mixture, "train.steps=4")
+    train(*fixed, mixture, "data.packing=best_fit", "batch.global_size=4", "train.steps=6")
+    return folder
+
+
+@pytest.fixture
+def copy(mixed: Path, tmp_path: Path) -> Path:
+    """The run in a folder of its own, to spoil; its data stay where they are."""
+    return Path(shutil.copytree(mixed / "run", tmp_path / "run"))
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str], list[str]]:
+    """Exit code, lines on standard output, problems."""
+    code = cli.run_verb("data", [str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    problems = [line for line in captured.err.splitlines() if line.startswith("llmtrain: error: ")]
+    return code, captured.out.splitlines(), problems
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def spoil_metrics(run: Path, *, drop: tuple[int, ...] = (), add: tuple[dict[str, Any], ...] = ()) -> None:
+    """Rewrite the run's metrics without the lines of some steps and with other lines at the end."""
+    kept = [record for record in read_lines(run / "metrics.jsonl") if record["step"] not in drop]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*kept, *add]))
+
+
+def test_trace_of_a_step_is_a_table(mixed: Path, capsys: pytest.CaptureFixture[str]):
+    code, lines, problems = call(capsys, "trace", mixed / "run", "step=2")
+    assert (code, problems) == (0, [])
+    header, *rows, verdict = lines
+    assert header.split() == ["sample", "corpus", "epoch", "row", "shard", "document", "tokens"]
+    assert {int(row.split()[0]) for row in rows} == set(range(8, 16))
+    assert {row.split()[1] for row in rows} <= {"books", "web"}
+    assert all(re.fullmatch(r"train-00000\d\.tar", row.split()[4]) for row in rows)
+    recorded = read_lines(mixed / "run" / "metrics.jsonl")[1]
+    assert (recorded["step"], verdict) == (2, f"step 2: data_digest {recorded['data_digest']}, as recorded")
+
+
+def test_trace_follows_a_run_over_its_changes(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "trace.jsonl"
+    code, lines, _ = call(capsys, "trace", f"run={mixed / 'run'}", "step=1:6", f"output={output}")
+    assert code == 0
+    assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in range(1, 7)]
+    assert all(line.endswith("as recorded") for line in lines)
+    records = read_lines(output)
+    assert list(dict.fromkeys(r["sample"] for r in records)) == list(range(4 * 8 + 2 * 4))
+    assert {r["sample"] for r in records if r["step"] > 4} == set(range(32, 40))
+    tokens = dict.fromkeys(range(40), 0)
+    for record in records:
+        tokens[record["sample"]] += record["tokens"]
+        assert record["shard"].startswith(f"{mixed / 'data' / record['corpus'] / 'train'}/")
+    assert max(tokens.values()) == 33
+    assert min(tokens.values()) > 0
+    # Twice as many tokens are asked of one corpus as of the other.
+    web = len({r["sample"] for r in records if r["corpus"] == "web"})
+    assert 24 <= web <= 30
+
+
+def test_trace_says_when_the_digest_is_another(copy: Path, capsys: pytest.CaptureFixture[str]):
+    spoil_metrics(copy, drop=(5,), add=({"step": 3, "data_digest": 17}, {"step": 3, "validation_loss": 1.0}))
+    code, lines, _ = call(capsys, "trace", copy, "step=3")
+    assert code == 1
+    assert lines[-1].endswith("recorded was 17: these are not the data that the run read")
+    code, lines, _ = call(capsys, "trace", copy, "step=5")
+    assert code == 0
+    assert lines[-1].endswith("none was recorded")
+
+
+def test_a_corpus_that_moved_or_changed(
+    mixed: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moved = shutil.copytree(mixed / "data", tmp_path / "moved")
+    facts = json.loads((copy / "data.json").read_text())
+    facts["paths"] = {name: f"gone/{name}" for name in facts["paths"]}
+    (copy / "data.json").write_text(json.dumps(facts))
+    code, _, problems = call(capsys, "trace", copy, "step=6")
+    assert code == 2
+    assert all(" no such folder" in problem for problem in problems)
+    assert len(problems) == 2
+    assert call(capsys, "trace", copy, "step=6", f"data.path={moved}")[0] == 0
+    places = f"data.sources={{books: {moved}/books, web: {mixed}/data/web}}"
+    assert call(capsys, "trace", copy, "step=6", places)[0] == 0
+
+    write_corpus(moved / "web", {"train": random_documents(60, seed=9)}, samples_per_shard=2)
+    code, _, (problem,) = call(capsys, "trace", copy, "step=6", f"data.path={moved}")
+    assert code == 2
+    assert f"{moved}/web: got other data than those of the step" in problem
+    assert "data.sources.web=…" in problem
+
+
+def test_a_path_is_looked_for_where_the_run_was_started(
+    mixed: Path,
+    copy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name, key, value in [
+        ("data.json", "paths", {"books": "data/books", "web": "data/web"}),
+        ("environment.json", "folder", str(mixed)),
+    ]:
+        facts = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**facts, key: value}))
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "trace", copy, "step=6")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps over text."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(f"data.path={corpus}", f"run.dir={folder}", "train.steps=2")
+    return folder
+
+
+def texts(corpus: Path) -> dict[int, str]:
+    source = corpus.parent / "text.jsonl"
+    return dict(enumerate(json.loads(line)["text"] for line in source.read_text().splitlines()))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("data.packing=best_fit",),
+        ("data.packing=best_fit", "data.overlap=6"),
+        ("data.mixture={a: 1, b: 1}",),
+    ],
+    ids=" ".join,
+)
+def test_show_without_a_run(corpus: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...]):
+    place = [f"data.path={corpus}"]
+    if "mixture" in str(overrides):
+        place = [f"data.sources={{a: {corpus}, b: {corpus}}}"]
+    settings = ("sequence_length=48", "max_samples=6", "data.cache.dir=/no/such", *place, *overrides)
+    if overrides and "best_fit" in overrides[0]:
+        settings = (*settings, f"data.cache.dir={corpus.parent / 'rows'}")
+    code, lines, problems = call(capsys, "show", *settings)
+    assert (code, problems) == (0, [])
+    titles = [line for line in lines if line.startswith("sample ")]
+    assert [title.split(":")[0] for title in titles] == [f"sample {i}" for i in range(6)]
+    known = texts(corpus)
+    shown = TEXT.findall("\n".join(lines))
+    assert len(shown) >= 6
+    for text in shown:
+        plain = text.replace("⟦", "").replace("⟧", "")
+        assert any(plain.strip() in whole for whole in known.values()), text
+        # What comes first in a row or a document has nothing to be predicted from.
+        assert text.startswith("⟦")
+
+
+def test_contexts_are_marked(corpus: Path, capsys: pytest.CaptureFixture[str]):
+    """Documents longer than a row: with overlap=9, parts but the first begin with 10 tokens without loss."""
+    settings = (f"data.path={corpus}", "sequence_length=16", "max_samples=40")
+    settings = (*settings, f"data.cache.dir={corpus.parent / 'rows'}", "data.packing=best_fit")
+    _, lines, _ = call(capsys, "show", *settings, "data.overlap=9")
+    told = [int(line.split()[-4]) for line in lines if line.startswith("sample ")]
+    assert min(told) <= 7 < max(told) <= 16
+    marked = [text.index("⟧") for text in TEXT.findall("\n".join(lines)) if "⟧" in text]
+    assert max(marked) > 10
+    assert min(marked) <= 10
+
+
+def test_show_of_a_run(run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):
+    code, lines, _ = call(capsys, "show", run, "step=2", "max_samples=3")
+    assert code == 0
+    titles = [line for line in lines if line.startswith("step ")]
+    assert [title.split(":")[0] for title in titles] == [f"step 2, sample {i}" for i in (8, 9, 10)]
+    traced = call(capsys, "trace", run, "step=2")[1]
+    documents = [line.split()[-2:] for line in traced if line.split()[0] in ("8", "9", "10")]
+    shown = [line.split() for line in lines if line.startswith("  document ")]
+    assert [[words[1], words[-2]] for words in shown] == documents
+    known = texts(corpus)
+    for text in TEXT.findall("\n".join(lines)):
+        assert any(text.replace("⟦", "").replace("⟧", "").strip() in whole for whole in known.values())
+
+
+def test_digest(mixed: Path, copy: Path, capsys: pytest.CaptureFixture[str]):
+    code, (line,), _ = call(capsys, "digest", mixed / "run")
+    assert code == 0
+    assert re.fullmatch(r"[0-9a-f]{32}  steps 1 to 6", line)
+    _, (shorter,), _ = call(capsys, "digest", mixed / "run", "steps=4")
+    assert shorter[:32] != line[:32]
+    assert shorter.endswith("steps 1 to 4")
+
+    # Of several lines of a step the last counts, as after a resume.
+    again = read_lines(copy / "metrics.jsonl")[2]
+    spoil_metrics(copy, add=({"step": 3, "data_digest": 1}, again))
+    assert call(capsys, "digest", copy)[1] == [line]
+    spoil_metrics(copy, add=({"step": 3, "data_digest": 1},))
+    assert call(capsys, "digest", copy)[1] != [line]
+
+    spoil_metrics(copy, drop=(2, 4, 5))
+    code, _, (problem,) = call(capsys, "digest", copy, "steps=7")
+    assert code == 2
+    assert "metrics.jsonl: got no data_digest of steps 2, 4 to 5, 7; allowed: one of each step" in problem
+    (copy / "metrics.jsonl").unlink()
+    assert "got no step with a data_digest" in call(capsys, "digest", copy)[2][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trce", "RUN"], ["llmtrain data: got 'trce'", "trace"]),
+        (["trace"], ["run: got nothing", "llmtrain data trace RUN"]),
+        (["trace", "step=2"], ["run: got nothing", "a run folder"]),
+        (["trace", "RUN"], ["step: got nothing", "give step=…"]),
+        (["trace", "RUN", "step=7"], ["step: got 7; allowed: 1 to 6"]),
+        (["trace", "RUN", "step=5:9"], ["step: got 9; allowed: 1 to 6"]),
+        (["trace", "RUN", "step=0"], ["step: got '0'; allowed: N, or FIRST:LAST"]),
+        (["trace", "RUN", "step=3:2"], ["step: got '3:2'"]),
+        (["trace", "RUN", "step=last"], ["step: got 'last'"]),
+        (["trace", "RUN", "step=1", "data.sources={wbe: x}"], ["data.sources.wbe", "books, web"]),
+        (["trace", "RUN", "step=1", "output=/no/such/file"], ["output=/no/such/file"]),
+        (["trace", "RUN", "stp=1"], ["stp", "an unknown key", "step"]),
+        (["trace", "/no/such", "step=1"], ["/no/such: got no such folder", "the folder of a run"]),
+        (["trace", "RUN/checkpoints", "step=1"], ["got a folder without config.yaml"]),
+        (["show"], ["run: got nothing", "give run=… or data.path=…"]),
+        (["show", "RUN", "seed=3"], ["seed: got 3", "what the run had"]),
+        (["show", "RUN", "data.packing=best_fit"], ["data.packing: got best_fit", "what the run had"]),
+        (["show", "data.path=x", "step=3"], ["step: got 3", "nothing without a run"]),
+        (["show", "data.path=/no/such"], ["/no/such", "llmtrain prepare"]),
+        (["show", "data=mnist"], ["data.kind: got images"]),
+        (["digest", "/no/such"], ["/no/such: got no such folder"]),
+        (["digest", "RUN", "steps=0"], ["steps: got 0"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_mistakes(mixed: Path, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]):
+    code, _, (problem,) = call(capsys, *(word.replace("RUN", str(mixed / "run")) for word in arguments))
+    assert code == 2
+    for word in words:
+        assert word in problem
+
+
+def test_files_that_tell_too_little(copy: Path, capsys: pytest.CaptureFixture[str]):
+    facts = json.loads((copy / "data.json").read_text())
+    del facts["timeline"]
+    (copy / "data.json").write_text(json.dumps(facts))
+    assert "a run of before streams were recorded" in call(capsys, "trace", copy, "step=1")[2][0]
+    (copy / "data.json").write_text("{")
+    assert "data.json: got an unreadable file" in call(capsys, "trace", copy, "step=1")[2][0]
+    (copy / "data.json").write_text("[]")
+    assert "data.json: got no section of keys" in call(capsys, "trace", copy, "step=1")[2][0]
+
+
+def test_a_source_that_left_is_asked_for(mixed: Path, copy: Path, capsys: pytest.CaptureFixture[str]):
+    """data.json names the places of the last start alone."""
+    facts = json.loads((copy / "data.json").read_text())
+    del facts["paths"]["books"]
+    (copy / "data.json").write_text(json.dumps(facts))
+    code, _, (problem,) = call(capsys, "trace", copy, "step=1")
+    assert code == 2
+    assert "the place of a corpus that left the run; give data.sources.books=…" in problem
+    assert call(capsys, "trace", copy, "step=1", f"data.sources.books={mixed / 'data/books'}")[0] == 0
+
+
+def test_images_have_rows_and_no_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    settings = ("train.steps=2", "device=cpu", "evaluation.every=null", "evaluation.at_start=false")
+    done = llmtrain("train", "experiment=mnist_cnn", f"run.dir={run}", *settings)
+    assert done.returncode == 0, done.stderr
+    code, lines, _ = call(capsys, "trace", run, "step=1:2")
+    assert code == 0
+    assert lines[0].split() == ["step", "sample", "epoch", "row"]
+    assert all(line.endswith("as recorded") for line in lines[-2:])
+    code, _, (problem,) = call(capsys, "show", run)
+    assert code == 2
+    assert "data.kind: got images, which have no text" in problem
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    assert cli.run_verb("data", ["--help"]) == 0
+    shown = capsys.readouterr().out
+    for verb, (keys, purpose) in cli.SECOND_VERBS["data"].items():
+        assert re.search(rf"^  {verb} {re.escape(keys)} +{re.escape(purpose)}$", shown, re.MULTILINE)
+        with pytest.raises(SystemExit):  # Hydra's own
+            cli.run_verb("data", [verb, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: llmtrain data {verb} {keys} [key=value …]\n")
