@@ -196,27 +196,50 @@ def read_arrow(iterable: bool) -> Reader:
 
 
 def read_stream_rows(corpus: Path, width: int) -> Iterator[int]:
-    stream = _stream(corpus, width)
+    dataset, stream = _stream(corpus, width, BATCH_ROWS)
     for step in itertools.count():
         stream.enter(step)
-        yield stream.get(stream.places(stream.samples(step), step))["tokens"].size
+        yield dataset.tokens(stream.places(stream.samples(step), step).indices).size
 
 
-def _stream(corpus: Path, width: int) -> Any:
+def read_batches(micro_size: int, workers: int) -> Reader:
+    def read(corpus: Path, width: int) -> Iterator[int]:
+        from llmtrain.data.loader import Loader
+        from llmtrain.engine.allocator import keep_freed_memory
+        from llmtrain.objectives.causal_lm import CausalLM
+
+        keep_freed_memory()  # as `llmtrain train` does
+        _, stream = _stream(corpus, width, BATCH_ROWS)
+        loader = Loader(stream, CausalLM().collate, micro_size=micro_size, workers=workers)
+        for step in loader.steps():
+            yield sum(micro_batch.batch["labels"].numel() for micro_batch in step.micro_batches)
+
+    return read
+
+
+def _stream(corpus: Path, width: int, global_size: int) -> Any:
     from llmtrain.data.corpus import Corpus
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.mixture import begin
     from llmtrain.data.stream import Stream
 
     dataset = TokenSequences(Corpus.open(corpus).split("train"), width - 1)
-    timeline = begin(BATCH_ROWS, {"corpus": 1.0}, {})
-    return Stream({"corpus": dataset}, timeline, seed=SEED, shuffle_shards=4)
+    timeline = begin(global_size, {"corpus": 1.0}, {})
+    return dataset, Stream({"corpus": dataset}, timeline, seed=SEED, shuffle_shards=4)
 
 
 OURS, ROWS = "llmtrain", "rows"
 
 FORMATS = {
-    OURS: Format(lambda corpus, folder, width: None, {ROWS: read_stream_rows}),
+    OURS: Format(
+        lambda corpus, folder, width: None,
+        {
+            ROWS: read_stream_rows,
+            f"training batches of {BATCH_ROWS}": read_batches(BATCH_ROWS, 0),
+            f"training batches of {BATCH_ROWS}, 2 threads": read_batches(BATCH_ROWS, 2),
+            "training batches of 8": read_batches(8, 0),
+        },
+    ),
     "mosaicml-streaming": Format(
         write_mds,
         {
@@ -254,18 +277,30 @@ _OPEN: dict[tuple[str, str], Iterator[int]] = {}
 """Readers that go on where they were, in this process."""
 
 
-def tokens_per_second(library: str, reader: str, folder: Path, width: int, seconds: float) -> float:
-    """What a reader brings from where it was at the last call; endless, so that epochs count as they come."""
+@dataclass(frozen=True)
+class Turn:
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    """Of all threads of the process."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def cpu_rate(self) -> float:
+        return self.tokens / self.cpu_seconds
+
+
+def take_turn(library: str, reader: str, folder: Path, width: int, seconds: float) -> Turn:
+    """Read on from where the last turn ended; epochs come as they come."""
     key = (library, reader)
     if key not in _OPEN:
         _OPEN[key] = FORMATS[library].readers[reader](folder, width)
         next(_OPEN[key])
-    return rate(_OPEN[key], seconds)
-
-
-def rate(items: Iterator[int], seconds: float) -> float:
-    started, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds:
-        for tokens in itertools.islice(items, 16):
-            count += tokens
-    return count / elapsed
+    started, cpu_started, tokens = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - started < seconds:
+        tokens += sum(itertools.islice(_OPEN[key], 16))
+    return Turn(tokens, time.perf_counter() - started, time.process_time() - cpu_started)

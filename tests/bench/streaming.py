@@ -6,8 +6,8 @@
 FOLDER keeps the corpus' training split in each library's format, made at the first run. Each reader has a
 process of its own; one runs at a time, and each of theirs is followed at once by ours. Files are in the page
 cache, rows are shuffled everywhere, and a reader's first turn is not counted. Ratios are medians over the
-rounds, against ours that ran next to it. Rows are what all deliver; training batches, with labels, document
-numbers and positions, only ours.
+rounds, against ours that ran next to it; those by CPU time hold where other jobs share the machine. Rows are
+what all deliver; training batches, with labels, document numbers and positions, only ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench.stream_formats import FORMATS, OURS, ROWS, tokens_per_second, write_once
+from tests.bench.stream_formats import FORMATS, OURS, ROWS, Turn, take_turn, write_once
 
 
 def main() -> None:
@@ -54,31 +54,33 @@ def main() -> None:
             for reader in FORMATS[library].readers
         }
 
-        def measure(library: str, reader: str, seconds: float = options.seconds) -> float:
-            asked = pools[library, reader].submit(
-                tokens_per_second, library, reader, folders[library], width, seconds
-            )
-            return asked.result()
+        def measure(library: str, reader: str) -> Turn:
+            asked = (library, reader, folders[library], width, options.seconds)
+            return pools[library, reader].submit(take_turn, *asked).result()
 
         folders[OURS] = options.corpus
         for library, reader in pools:
             measure(library, reader)
         print(f"rows of {width} tokens, load {os.getloadavg()[0]:.2f}\n")
-        rates: dict[tuple[str, str], list[float]] = {key: [] for key in pools}
-        ratios: dict[tuple[str, str], list[float]] = {key: [] for key in pools}
+        turns: dict[tuple[str, str], list[Turn]] = {key: [] for key in pools}
+        ratios: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in pools}
         for _ in range(options.rounds):
             for key in pools:
                 if key == (OURS, ROWS):
                     continue
-                rates[key].append(measure(*key))
-                rates[OURS, ROWS].append(measure(OURS, ROWS))
-                ratios[key].append(rates[OURS, ROWS][-1] / rates[key][-1])
-        print(f"{'':<44}{'M tokens/s':>11}{'lowest':>9}{'highest':>9}{'our rows ×':>12}")
-        for key, values in rates.items():
-            times = f"{statistics.median(ratios[key]):>12.2f}" if ratios[key] else ""
-            figures = (statistics.median(values), min(values), max(values))
-            shown = f"{figures[0] / 1e6:>11.1f}{figures[1] / 1e6:>9.1f}{figures[2] / 1e6:>9.1f}"
-            print(f"{f'{key[0]}: {key[1]}':<44}{shown}{times}")
+                theirs, ours = measure(*key), measure(OURS, ROWS)
+                turns[key].append(theirs)
+                turns[OURS, ROWS].append(ours)
+                ratios[key].append((ours.rate / theirs.rate, ours.cpu_rate / theirs.cpu_rate))
+        print(f"{'M tokens/s':>55}{'least':>8}{'most':>8}{'a CPU s':>9}{'our rows ×':>12}{'by CPU ×':>10}")
+        for key, taken in turns.items():
+            rates = [turn.rate / 1e6 for turn in taken]
+            cpu_rate = statistics.median(turn.cpu_rate / 1e6 for turn in taken)
+            shown = f"{statistics.median(rates):>11.1f}{min(rates):>8.1f}{max(rates):>8.1f}{cpu_rate:>9.1f}"
+            if ratios[key]:
+                wall, cpu = (statistics.median(column) for column in zip(*ratios[key], strict=True))
+                shown += f"{wall:>12.2f}{cpu:>10.2f}"
+            print(f"{f'{key[0]}: {key[1]}':<44}{shown}")
         print(f"\nload {os.getloadavg()[0]:.2f}")
 
 
