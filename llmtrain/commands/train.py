@@ -273,7 +273,8 @@ class Session:
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self._progress = Progress(config.train.steps, start_step=start_step, every=every)
         self._say(stream.describe())
-        return RunObserver(config, self.layout, self.device, self._trackers, self._progress)
+        counters = self.corpora.counters if self.corpora is not None else dict
+        return RunObserver(config, self.layout, self.device, self._trackers, self._progress, counters)
 
 
 def _say(text: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import xxhash
 
-from llmtrain.data.cache import Cache
+from llmtrain.data.cache import Cache, Counters
 from llmtrain.data.corpus import Corpus, TokenSplit
+from llmtrain.data.places import Elsewhere
 from llmtrain.data.train_config import TokenDataConfig
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
@@ -46,6 +47,15 @@ class Corpora:
             return self._first.manifest.fingerprint
         named = sorted(f"{name}={corpus.manifest.fingerprint}" for name, corpus in self.by_name.items())
         return xxhash.xxh3_128_hexdigest("/".join(named).encode())
+
+    def counters(self) -> dict[str, float]:
+        """What was done to have remote corpora here, as metrics of this process; {} if all are local."""
+        places = [corpus.place for corpus in self.by_name.values()]
+        caches = [place.cache for place in places if isinstance(place, Elsewhere)]
+        return {
+            f"cache_{name}": float(sum(getattr(cache.counters, name) for cache in caches))
+            for name in (Counters.__dataclass_fields__ if caches else ())
+        }
 
     def splits(self, name: str) -> dict[str, TokenSplit]:
         """Corpus → its split. Raises DataError for one that has no such split, or an empty one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -27,8 +27,10 @@ class RunObserver:
         device: torch.device,
         trackers: Trackers | None,
         progress: Progress | None,
+        counters: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        self._trackers, self._progress = trackers, progress
+        """counters: further metrics of what was read, asked for at each step."""
+        self._trackers, self._progress, self._counters = trackers, progress, counters
         self._failure: UserError | None = None
         self._device_type = device.type
         self._meter = throughput.ThroughputMeter()
@@ -57,6 +59,7 @@ class RunObserver:
             "mfu": throughput.model_flops_utilization(rate, self._flops, self._peak),
             "memory_bytes": throughput.memory_bytes(self._device_type),
             **data,
+            **self._counters(),
             "data_digest": result.data_digest,
             "num_targets": result.num_targets,
             **result.metrics,

@@ -395,9 +395,14 @@ def train(path: str, run: Path, *overrides: str, **environment: str) -> subproce
     return llmtrain("train", *settings, *options, **environment)
 
 
-def curve(run: Path) -> list[tuple[float, ...]]:
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Of each step."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(m["step"], m["data_digest"], m["loss"]) for m in lines if "data_digest" in m]
+    return [line for line in lines if "data_digest" in line]
+
+
+def curve(run: Path) -> list[tuple[float, ...]]:
+    return [(m["step"], m["data_digest"], m["loss"]) for m in metrics(run)]
 
 
 @pytest.fixture(scope="module")
@@ -416,6 +421,11 @@ def test_training_over_http(served: FileServer, tmp_path: Path, local_curve: lis
     done = train(f"{served.url}/corpus", tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr
     assert curve(tmp_path / "run") == local_curve
+    last = metrics(tmp_path / "run")[-1]
+    assert last["cache_retries"] >= 2
+    assert last["cache_files"] <= len([request for request in served.log if request.status < 300])
+    assert last["cache_bytes"] > 7168 * last["cache_files"] > 0
+    assert last["cache_evictions"] > 0
 
 
 @pytest.mark.slow
