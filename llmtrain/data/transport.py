@@ -91,6 +91,21 @@ class Transport:
             raise DataError(error.problems) from error
         return content.getvalue()
 
+    def describe(self, url: str) -> tuple[int | None, str]:
+        """Bytes of the file, if they are told, and what tells its state from a later one; empty: not known.
+
+        Raises as `download`.
+        """
+        source = self._open(url)
+        failures = 0
+        while True:
+            self._check_open(url)
+            try:
+                return source.describe()
+            except _PassingError as again:
+                failures += 1
+                self._wait(url, failures, again)
+
     def download(self, url: str, partial: Path, size: int) -> None:
         """Append to `partial` from where it ends until it holds the `size` bytes of the file at `url`.
 
@@ -132,19 +147,23 @@ class Transport:
             except _PassingError as again:
                 failures = 1 if offset > furthest else failures + 1
                 furthest = max(furthest, offset)
-                if failures > self._retries:
-                    attempts = f"{self._retries + 1} attempts" if self._retries else "one attempt"
-                    got = f"no answer that can be used in {attempts} ({again.reason})"
-                    remedy = "see that the server is well, or raise data.cache.retries and data.cache.timeout"
-                    raise ShardError(Problem(without_credentials(url), got, "", remedy)) from again
+                self._wait(url, failures, again)
                 # Without a size and a version, bytes of two states of a file could be joined.
                 if again.restart or (size is None and not source.version):
                     file.truncate(0)
                     file.seek(0)
                     offset = 0
-                self._on_retry()
-                wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
-                self._closed.wait(max(wait, min(again.wait, 5 * LONGEST_WAIT)))
+
+    def _wait(self, url: str, failures: int, again: _PassingError) -> None:
+        """Wait before the next attempt. Raises ShardError after too many failures in a row."""
+        if failures > self._retries:
+            attempts = f"{self._retries + 1} attempts" if self._retries else "one attempt"
+            got = f"no answer that can be used in {attempts} ({again.reason})"
+            remedy = "see that the server is well, or raise data.cache.retries and data.cache.timeout"
+            raise ShardError(Problem(without_credentials(url), got, "", remedy)) from again
+        self._on_retry()
+        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        self._closed.wait(max(wait, min(again.wait, 5 * LONGEST_WAIT)))
 
     def _check_open(self, url: str) -> None:
         if self._closed.is_set():
@@ -193,6 +212,9 @@ class _Source(Protocol):
     version: str
     """What tells a changed file from the one that was first seen; empty: not known."""
 
+    def describe(self) -> tuple[int | None, str]:
+        """Size and version. Raises as `chunks`."""
+
     def chunks(self, offset: int, size: int | None) -> Iterator[tuple[int, bytes]]:
         """Bytes with their place in the file, from `offset` or an earlier place to the file's end.
 
@@ -226,7 +248,15 @@ class _HttpFile:
         }
         self.version = ""
 
-    def chunks(self, offset: int, size: int | None) -> Iterator[tuple[int, bytes]]:
+    def describe(self) -> tuple[int | None, str]:
+        # GET, because a signed URL is signed for it; the body stays unread.
+        response = self._request(0)
+        try:
+            return self._answer(response, 0)[1], self.version
+        finally:
+            response.close()
+
+    def _request(self, offset: int) -> Any:
         from urllib3.exceptions import HTTPError
 
         headers = dict(self._headers)
@@ -235,9 +265,14 @@ class _HttpFile:
             if self.version:
                 headers["If-Range"] = self.version
         try:
-            response = self._pool.request("GET", self._address, headers=headers, **self._options)
+            return self._pool.request("GET", self._address, headers=headers, **self._options)
         except HTTPError as error:
             raise self._failure(error) from error
+
+    def chunks(self, offset: int, size: int | None) -> Iterator[tuple[int, bytes]]:
+        from urllib3.exceptions import HTTPError
+
+        response = self._request(offset)
         try:
             place, total = self._answer(response, offset)
             if size is not None and total is not None and total != size:
@@ -314,6 +349,16 @@ class _FilesystemFile:
             # Waiting and trying again is done above, alike for every store.
             limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
             self._options = {"config_kwargs": limits}
+
+    def describe(self) -> tuple[int | None, str]:
+        try:
+            system, path = self._find()
+            info = system.info(path)
+        except Exception as error:
+            raise self._failure(error) from error
+        if info.get("type") == "directory":
+            raise self._failure(IsADirectoryError("a folder"))
+        return info.get("size"), str(info)
 
     def chunks(self, offset: int, size: int | None) -> Iterator[tuple[int, bytes]]:
         place = offset
