@@ -114,7 +114,8 @@ class PrepareConfig:
     """Raw text → tokenizer and sharded corpus."""
 
     source: tuple[str, ...]
-    """Files, folders with all below, globs, package:NAME/path (a file of an installed Python package)."""
+    """Files, folders with all below, globs, package:NAME/path (a file of an installed Python package),
+    URLs of files."""
     output: Path
     """The corpus' folder."""
     text_field: str = "text"

@@ -37,6 +37,7 @@ from llmtrain.data.preparation.texts import AUTO_DOCUMENT_BYTES
 from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import token_dtype
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.transport import without_credentials
 from llmtrain.errors import DataError, Problem, UserError
 from llmtrain.files import lock, sync_folder, write_json_atomically
 
@@ -172,7 +173,7 @@ class _Run:
             "report": report.recorded(),
             "config": {
                 **_settings(self.config, None),
-                "source": list(self.config.source),
+                "source": [*map(without_credentials, self.config.source)],
                 "identity": identity,
             },
         }
@@ -357,7 +358,7 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
 
 def _open_work(work: Path, identity: dict[str, Any], files: list[SourceFile], progress: Progress) -> None:
     """Make the folder of unfinished work, or empty it when it belongs to other sources or settings."""
-    stamps = _hash([[file.name, file.size, file.mtime_ns] for file in files])
+    stamps = _hash([[file.name, file.size, file.mtime_ns, file.version] for file in files])
     request = {"version": VERSION, "identity": identity, "stamps": stamps}
     path = work / "request.json"
     if path.exists() and json.loads(path.read_text()) == request:

@@ -1,6 +1,7 @@
 """Which files are read, in which order, in which shares.
 
-A source is a file, a folder, a glob, or `package:NAME/path`, a file of an installed Python package.
+A source is a file, a folder, a glob, `package:NAME/path` (a file of an installed Python package), or the
+URL of a file (http, https, s3 and what else fsspec knows).
 Kinds are known by their extension: .txt .jsonl .csv .parquet .tar, each also with .gz or .zst behind it.
 """
 
@@ -15,9 +16,10 @@ from pathlib import Path
 import xxhash
 
 from llmtrain.data.packages import PREFIX, package_root
-from llmtrain.data.preparation import streams
+from llmtrain.data.preparation import remote, streams
 from llmtrain.data.preparation.streams import Part, SourceFile, Unit
 from llmtrain.data.preparation.tables import open_parquet
+from llmtrain.data.transport import is_remote, without_credentials
 from llmtrain.errors import DataError, Problem
 
 KINDS = ("txt", "jsonl", "csv", "parquet", "tar")
@@ -33,12 +35,18 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
     Raises DataError with a problem for each source that gives nothing.
     """
     problems: list[Problem] = []
-    files: dict[Path, SourceFile] = {}
+    files: dict[Path | str, SourceFile] = {}
     skipped: list[str] = []
     excluded = exclude.resolve() if exclude is not None and exclude.is_dir() else None
     for source in sources:
         found = 0
         try:
+            if is_remote(source):
+                kind, compression = _kind_of(remote.file_name(source))
+                if kind is None:
+                    raise DataError(Problem(without_credentials(source), "another extension", _ALLOWED))
+                files.setdefault(source, remote.find(source, kind, compression))
+                continue
             for path, name, explicit in _expand(source):
                 resolved = path.resolve()
                 if excluded is not None and resolved.is_relative_to(excluded):
@@ -121,6 +129,9 @@ def contents_fingerprint(files: Iterable[SourceFile]) -> str:
     whole = xxhash.xxh3_128()
     for file in files:
         whole.update(f"{file.path.name}\0{file.size}\0".encode())
+        if file.url:
+            whole.update(file.version.encode())
+            continue
         with open(file.path, "rb") as stream:
             if file.size <= _SAMPLE_PIECES * _SAMPLE_BYTES:
                 whole.update(stream.read())
@@ -151,7 +162,9 @@ def plan_units(files: Iterable[SourceFile], txt_document: str) -> Iterator[Unit]
 def _parts(files: Iterable[SourceFile], txt_document: str) -> Iterator[tuple[Part, int]]:
     for file in files:
         by_lines = file.kind == "jsonl" or (file.kind == "txt" and txt_document != "file")
-        if file.size > streams.UNIT_BYTES and by_lines and not file.compression:
+        if file.url:
+            yield Part(file), file.size
+        elif file.size > streams.UNIT_BYTES and by_lines and not file.compression:
             for start in range(0, file.size, streams.UNIT_BYTES):
                 stop = min(start + streams.UNIT_BYTES, file.size)
                 yield Part(file, start, stop), stop - start

@@ -38,6 +38,10 @@ class SourceFile:
     compression: str
     size: int
     mtime_ns: int
+    url: str = ""
+    """Where the file is, if not on this machine; then `path` is its bare name."""
+    version: str = ""
+    """What tells the state of a file elsewhere from a later one."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from llmtrain.data.preparation.blocks import Block, BlockWriter
 from llmtrain.data.preparation.clean import CleanCounts, clean, take_tokenized
 from llmtrain.data.preparation.filters import keep
 from llmtrain.data.preparation.read import read_part, undecodable
+from llmtrain.data.preparation.remote import at_hand
 from llmtrain.data.preparation.streams import Tokens, Unit
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import count
@@ -42,16 +43,17 @@ def read_unit(
     temporary.mkdir()
     writer = BlockWriter(temporary)
     counts = CleanCounts()
-    for part in unit:
-        try:
-            for batch in read_part(part, text_field, txt_document, temporary, vocabulary, counts):
-                if isinstance(batch, Tokens):
-                    writer.add(take_tokenized(batch, counts), is_tokenized=True)
-                else:
-                    writer.add(keep(clean(batch, normalization, counts), filters, counts.filtered))
-                count(len(batch))
-        except UnicodeDecodeError as error:
-            raise undecodable(part) from error
+    for wanted in unit:
+        with at_hand(wanted, temporary) as part:
+            try:
+                for batch in read_part(part, text_field, txt_document, temporary, vocabulary, counts):
+                    if isinstance(batch, Tokens):
+                        writer.add(take_tokenized(batch, counts), is_tokenized=True)
+                    else:
+                        writer.add(keep(clean(batch, normalization, counts), filters, counts.filtered))
+                    count(len(batch))
+            except UnicodeDecodeError as error:
+                raise undecodable(part) from error
     blocks = [
         [block.path.name, block.num_documents, block.num_bytes, block.is_tokenized]
         for block in writer.close()
