@@ -193,9 +193,15 @@ class _GPTToken:
         kept = queries + 2 * keys
         if model.positions == "rope":
             kept += queries + keys
-        if self.conditions.document_mask:
+        if self.conditions.document_mask and not self._by_document():
             kept += self._mask()  # each layer turns the mask into numbers
         return kept * compute + 4 * N
+
+    def _by_document(self) -> bool:
+        """Whether a GPU (an A100 or later) has a kernel that attends to each document alone, without a mask."""
+        model, low_precision = self.model, self.numbers.compute == 2
+        on_gpu = self.conditions.device != "cpu"
+        return on_gpu and low_precision and model.dropout == 0.0 and model.head_width % 8 == 0
 
     def _linear_outputs(self) -> int:
         """What selective recomputation keeps: a row-divided layer's output is a whole summand."""
@@ -206,7 +212,8 @@ class _GPTToken:
     def _context(self) -> int:
         """What recomputed blocks share: rotary tables and the mask."""
         rotary = 4 * self.model.head_width if self.model.positions == "rope" else 0
-        return rotary + (self._mask() if self.conditions.document_mask else 0)
+        has_mask = self.conditions.document_mask and not self._by_document()
+        return rotary + (self._mask() if has_mask else 0)
 
     def _mask(self) -> int:
         """Elements of the mask, which is over all tokens, for a token at hand."""

@@ -403,8 +403,26 @@ def test_sequence_parallelism_divides_tokens_and_zero_shards_over_it() -> None:
     one, four = of_layout(zero=3, data=2), of_layout(zero=3, data=2, sequence=4)
     assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-6)
     assert of_layout(zero=3, data=8).optimizer == four.optimizer
-    mask_of_all_tokens = 24 * 1024 * 1024 * 2
-    assert four.activations - mask_of_all_tokens == (one.activations - mask_of_all_tokens) / 4
+    assert four.activations == one.activations / 4
+
+
+def test_only_documents_that_no_kernel_takes_one_by_one_have_a_mask() -> None:
+    """On a GPU, where the kernel is: each layer keeps the mask in its own type, T numbers a token."""
+
+    def kept(compute: int, document_mask: bool, **settings: Any) -> int:
+        model = GPTConfig(**{**GPT2_FORM, "hidden_size": 96, "num_heads": 4, **settings})
+        layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
+        conditions = Conditions("cuda", document_mask, exact_dropout=False)
+        return activations.activations(model, Numbers(compute, 4), layout, conditions).kept
+
+    def mask(compute: int, **settings: Any) -> int:
+        return kept(compute, True, **settings) - kept(compute, False, **settings)
+
+    layers = GPT2_FORM["num_layers"] * B * T * T
+    assert mask(2) == 0
+    assert mask(4) == layers * 4
+    assert mask(2, dropout=0.1) == layers * 2
+    assert mask(2, num_heads=8) == layers * 2  # heads of 12
 
 
 def test_the_stage_that_holds_most_is_planned() -> None:
