@@ -198,7 +198,7 @@ class _GPTToken:
         return kept * compute + 4 * N
 
     def _by_document(self) -> bool:
-        """Whether a GPU (an A100 or later) has a kernel that attends to each document alone, without a mask."""
+        """Whether a GPU, an A100 or later, attends to each document alone, without a mask."""
         model, low_precision = self.model, self.numbers.compute == 2
         on_gpu = self.conditions.device != "cpu"
         return on_gpu and low_precision and model.dropout == 0.0 and model.head_width % 8 == 0
