@@ -195,11 +195,14 @@ def read_arrow(iterable: bool) -> Reader:
     return read
 
 
-def read_stream_rows(corpus: Path, width: int) -> Iterator[int]:
-    dataset, stream = _stream(corpus, width, BATCH_ROWS)
-    for step in itertools.count():
-        stream.enter(step)
-        yield dataset.tokens(stream.places(stream.samples(step), step).indices).size
+def read_stream_rows(packing: str) -> Reader:
+    def read(corpus: Path, width: int) -> Iterator[int]:
+        dataset, stream = _stream(corpus, width, packing)
+        for step in itertools.count():
+            stream.enter(step)
+            yield dataset.tokens(stream.places(stream.samples(step), step).indices).size
+
+    return read
 
 
 def read_batches(micro_size: int, workers: int) -> Reader:
@@ -209,7 +212,7 @@ def read_batches(micro_size: int, workers: int) -> Reader:
         from llmtrain.objectives.causal_lm import CausalLM
 
         keep_freed_memory()  # as `llmtrain train` does
-        _, stream = _stream(corpus, width, BATCH_ROWS)
+        _, stream = _stream(corpus, width, "concat")
         loader = Loader(stream, CausalLM().collate, micro_size=micro_size, workers=workers)
         for step in loader.steps():
             yield sum(micro_batch.batch["labels"].numel() for micro_batch in step.micro_batches)
@@ -217,14 +220,14 @@ def read_batches(micro_size: int, workers: int) -> Reader:
     return read
 
 
-def _stream(corpus: Path, width: int, global_size: int) -> Any:
+def _stream(corpus: Path, width: int, packing: str) -> tuple[Any, Any]:
     from llmtrain.data.corpus import Corpus
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.mixture import begin
     from llmtrain.data.stream import Stream
 
-    dataset = TokenSequences(Corpus.open(corpus).split("train"), width - 1)
-    timeline = begin(global_size, {"corpus": 1.0}, {})
+    dataset = TokenSequences(Corpus.open(corpus).split("train"), width - 1, packing=packing)  # type: ignore[arg-type]
+    timeline = begin(BATCH_ROWS, {"corpus": 1.0}, {})
     return dataset, Stream({"corpus": dataset}, timeline, seed=SEED, shuffle_shards=4)
 
 
@@ -234,7 +237,8 @@ FORMATS = {
     OURS: Format(
         lambda corpus, folder, width: None,
         {
-            ROWS: read_stream_rows,
+            ROWS: read_stream_rows("concat"),
+            "rows, best_fit": read_stream_rows("best_fit"),
             f"training batches of {BATCH_ROWS}": read_batches(BATCH_ROWS, 0),
             f"training batches of {BATCH_ROWS}, 2 threads": read_batches(BATCH_ROWS, 2),
             "training batches of 8": read_batches(8, 0),

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.bench.stream_scale CORPUS [--shards 10000]
 
 The shards are those of CORPUS, linked over and over: of real size and content, without their room on disk.
-Memory is that of a fresh process, and what its shards take in the page cache is not counted.
+Memory does not count what the shards take in the page cache. With best_fit the first start on a host
+counts the rows of every shard.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import xxhash
 
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.datasets import TokenSequences
@@ -25,6 +25,7 @@ from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin
 from llmtrain.data.order import BlockOrder
 from llmtrain.data.stream import Stream
+from llmtrain.files import checksum
 from llmtrain.objectives.causal_lm import CausalLM
 
 GLOBAL_SIZE, MICRO_SIZE = 64, 8
@@ -45,7 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.corpus.parent) as folder:
         corpus = link_corpus(options.corpus, Path(folder), options.shards)
         bench_start(corpus)
-        bench_memory(corpus, options.buffers)
+        for packing in ("concat", "best_fit"):
+            bench_memory(corpus, options.buffers, packing)
         bench_mixing(corpus)
 
 
@@ -53,27 +55,31 @@ def link_corpus(corpus: Path, folder: Path, num_shards: int) -> Path:
     """A corpus whose training split has so many shards."""
     manifest = json.loads((corpus / "manifest.json").read_text())
     split = manifest["splits"]["train"]
-    shards, index = split["shards"], np.load(corpus / split["index"])
+    shards, index, lengths = (
+        split["shards"],
+        np.load(corpus / split["index"]),
+        np.load(corpus / split["lengths"]),
+    )
     rows = [index[index["shard"] == shard] for shard in range(len(shards))]
+    documents = np.split(lengths, np.cumsum([shard["num_documents"] for shard in shards])[:-1])
     (folder / "train").mkdir()
     linked, indices = [], []
-    for shard in range(num_shards):
-        source = shard % len(shards)
+    sources = [shard % len(shards) for shard in range(num_shards)]
+    for shard, source in enumerate(sources):
         file = f"train/train-{shard:06d}.tar"
         os.link(corpus / shards[source]["file"], folder / file)
         linked.append({**shards[source], "file": file})
         indices.append(rows[source].copy())
         indices[-1]["shard"] = shard
-    np.save(folder / "train/index.npy", np.concatenate(indices))
+    for key, array in (
+        ("index", np.concatenate(indices)),
+        ("lengths", np.concatenate([documents[source] for source in sources])),
+    ):
+        np.save(folder / split[key], array)
+        split[f"{key}_xxh3_128"] = checksum(folder / split[key])
     for key in ("num_tokens", "num_documents", "num_samples"):
         split[key] = sum(shard[key] for shard in linked)
-    content = (folder / "train/index.npy").read_bytes()
-    manifest["version"] = 1  # document lengths are needed by best_fit alone
-    manifest["splits"] = {
-        "train": {**split, "shards": linked, "index_xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-    }
-    for key in ("lengths", "lengths_xxh3_128"):
-        manifest["splits"]["train"].pop(key, None)
+    manifest["splits"] = {"train": {**split, "shards": linked}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / manifest["tokenizer"]["file"]).write_bytes(
         (corpus / manifest["tokenizer"]["file"]).read_bytes()
@@ -81,34 +87,36 @@ def link_corpus(corpus: Path, folder: Path, num_shards: int) -> Path:
     return folder
 
 
-def open_loader(corpus: Path, workers: int = 0) -> tuple[TokenSequences, Loader]:
-    dataset = TokenSequences(Corpus.open(corpus).split("train"), SEQUENCE_LENGTH)
+def open_loader(corpus: Path, packing: str = "concat") -> tuple[TokenSequences, Loader]:
+    split = Corpus.open(corpus).split("train")
+    dataset = TokenSequences(split, SEQUENCE_LENGTH, packing=packing, cache=corpus / "cache")  # type: ignore[arg-type]
     timeline = begin(GLOBAL_SIZE, {"corpus": 1.0}, {})
     stream = Stream({"corpus": dataset}, timeline, seed=0, shuffle_shards=SHUFFLE_SHARDS)
-    return dataset, Loader(stream, CausalLM().collate, micro_size=MICRO_SIZE, workers=workers)
+    return dataset, Loader(stream, CausalLM().collate, micro_size=MICRO_SIZE)
 
 
 def bench_start(corpus: Path) -> None:
-    for name, share in (("first step", 0.0), ("resume at 99 % of an epoch", 0.99)):
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            dataset, loader = open_loader(corpus)
-            opened = time.perf_counter() - started
-            next(loader.steps(int(share * len(dataset) / GLOBAL_SIZE)))
-            times.append((time.perf_counter() - started, opened))
-        shown = ", ".join(f"{total:.3f} s ({opened:.3f} to open)" for total, opened in times)
-        print(f"{name}: {shown}")
-    print(dataset.describe())
+    for packing in ("concat", "best_fit"):
+        for name, share in (("first step", 0.0), ("resume at 99 % of an epoch", 0.99)):
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                dataset, loader = open_loader(corpus, packing)
+                opened = time.perf_counter() - started
+                next(loader.steps(int(share * len(dataset) / GLOBAL_SIZE)))
+                times.append((time.perf_counter() - started, opened))
+            shown = ", ".join(f"{total:.3f} s ({opened:.3f} to open)" for total, opened in times)
+            print(f"{packing}, {name}: {shown}", flush=True)
+        print(dataset.describe())
 
 
-def bench_memory(corpus: Path, buffers: int) -> None:
+def bench_memory(corpus: Path, buffers: int, packing: str) -> None:
     process = psutil.Process()
-    dataset, loader = open_loader(corpus)
+    dataset, loader = open_loader(corpus, packing)
     buffer_rows = int(dataset.shard_sizes[:SHUFFLE_SHARDS].sum())
     num_steps = buffers * buffer_rows // GLOBAL_SIZE
     assert num_steps < len(dataset) // GLOBAL_SIZE
-    print(f"memory while {buffers} shuffle buffers of {buffer_rows:,} rows are streamed:")
+    print(f"{packing}, memory while {buffers} shuffle buffers of {buffer_rows:,} rows are streamed:")
     marks = {max(1, int(share * num_steps)): share for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)}
     for step, _ in zip(range(1, num_steps + 1), loader.steps(), strict=False):
         if step in marks:
