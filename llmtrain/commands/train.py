@@ -205,6 +205,8 @@ class Session:
 
     def close(self, failed: bool) -> None:
         self._saver.abandon()
+        if self.corpora is not None:
+            self.corpora.close()
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:

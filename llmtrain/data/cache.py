@@ -38,8 +38,6 @@ _NAME = re.compile(r"[0-9a-f]{32}-\d+(\.partial)?")
 _POLL = 0.05
 """Seconds between looks whether other downloads have made room."""
 _FULL_DISK_POLLS = 200
-_PATIENCE = 1.0
-"""Seconds between such looks of the threads that read ahead."""
 logger = logging.getLogger(__name__)
 
 
@@ -93,51 +91,44 @@ class Cache:
         """Name → inode and time of change of the file that this process has verified."""
         self._queue: deque[RemoteFile] = deque()
         self._wanted: set[str] = set()
-        """Names that `want` asked for and `get` has not taken yet: no read-ahead evicts them."""
-        self._changed = threading.Condition()
+        """Names that `want` asked for and `open` has not taken yet: no read-ahead evicts them."""
+        self._lock = threading.Lock()
         self._changes = 0
         self._turn = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def get(self, url: str, size: int, xxh3_128: str) -> Path:
-        """A local file with the content of `url`, downloaded if need be.
-
-        It may be evicted at any time, by this process' read-ahead as by others; what is open stays
-        readable, and `open` gives it so.
+    def open(self, url: str, size: int, xxh3_128: str) -> int:
+        """A local file with the content of `url`, downloaded if need be: open for reading, as a file
+        descriptor, which the caller closes. It stays readable when it is evicted.
 
         Raises ShardError if the file can't be had or is not what its checksum says; DataError if the cache
         can't hold it or access is refused.
         """
         file = RemoteFile(url, size, xxh3_128)
         with self._taking(file):
-            return self._have(file)
-
-    def open(self, url: str, size: int, xxh3_128: str) -> int:
-        """`get`, opened for reading: a file descriptor, which the caller closes."""
-        file = RemoteFile(url, size, xxh3_128)
-        with self._taking(file):
             while True:
-                path = self._have(file)
                 try:
-                    return os.open(path, os.O_RDONLY)
-                except FileNotFoundError:
+                    descriptor = self._claim(file)
+                except _NoRoomError:
+                    time.sleep(_POLL)
                     continue
+                if descriptor is not None:
+                    self._arrive(file, descriptor)
+                    continue
+                with suppress(FileNotFoundError):  # evicted in this moment
+                    return os.open(self._folder / file.name, os.O_RDONLY)
 
     def want(self, files: Sequence[RemoteFile]) -> None:
         """Read ahead: get `files` in this order in the background, in place of what is still queued.
 
         It never evicts one of them that is still to be used, and waits instead. What fails stays quiet
-        until `get` asks for it.
+        until `open` asks for it.
         """
-        with self._changed:
+        with self._lock:
             self._queue = deque(dict.fromkeys(files))
             self._wanted = {file.name for file in self._queue}
-            self._notify()
-            while not self._closed and len(self._threads) < min(self._config.downloads, len(self._queue)):
-                thread = threading.Thread(target=self._read_ahead, name="shard download", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._go_on()
 
     def read_small(self, url: str, xxh3_128: str | None = None) -> bytes:
         """The content of a small file (manifest, index, tokenizer), which is not kept.
@@ -173,91 +164,78 @@ class Cache:
 
     def close(self) -> None:
         """End what runs in the background; what has arrived of a file stays, to be gone on from."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._queue.clear()
-            self._notify()
             threads = list(self._threads)
         self._transport.close()
+        # One that waits for a byte is not waited for.
+        deadline = time.monotonic() + 1.0
         for thread in threads:
-            thread.join(1.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     @contextmanager
     def _taking(self, file: RemoteFile) -> Iterator[None]:
         """The file is used now: read-ahead leaves it alone, and may evict it afterwards."""
-        with self._changed, suppress(ValueError):
+        with self._lock, suppress(ValueError):
             self._queue.remove(file)
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._wanted.discard(file.name)
-                self._notify()
+                self._go_on()
 
-    def _notify(self) -> None:
+    def _go_on(self) -> None:
+        """Under the lock, after what may let read-ahead go on: see that its threads do."""
         self._changes += 1
-        self._changed.notify_all()
+        while not self._closed and len(self._threads) < min(self._config.downloads, len(self._queue)):
+            thread = threading.Thread(target=self._read_ahead, name="shard download", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _read_ahead(self) -> None:
-        """What a thread does until nothing is left to read ahead."""
+        """What a thread does until nothing is left to read ahead, or no room for it."""
         while True:
+            # One after the other, so that room that comes free goes to the file that is due first.
+            with self._turn:
+                with self._lock:
+                    if self._closed or not self._queue:
+                        self._threads.remove(threading.current_thread())
+                        return
+                    file, changes = self._queue[0], self._changes
+                descriptor = None
+                try:
+                    descriptor = self._claim(file, ahead=True)
+                except _NoRoomError:
+                    if self._ends_after(changes):
+                        return
+                    continue
+                except DataError as error:
+                    logger.debug("read-ahead: %s", error)
+                with self._lock, suppress(ValueError):
+                    self._queue.remove(file)
+            if descriptor is None:
+                continue
             try:
-                # One after the other, so that room that comes free goes to the file that is due first.
-                with self._turn:
-                    with self._changed:
-                        if self._closed or not self._queue:
-                            self._threads.remove(threading.current_thread())
-                            return
-                    claimed = self._claim_next()
-                if claimed is not None:
-                    file, descriptor = claimed
-                    if not self._arrive(file, descriptor, ahead=True):
-                        self._put_back(file)
+                arrived = self._arrive(file, descriptor, ahead=True)
             except DataError as error:
                 logger.debug("read-ahead: %s", error)
-
-    def _claim_next(self) -> tuple[RemoteFile, int] | None:
-        """The next file of the queue and its partial file, open and locked. None: it is here, or there is
-        no room, for which this has waited."""
-        with self._changed:
-            if not self._queue:
-                return None
-            file, changes = self._queue[0], self._changes
-        descriptor = None
-        try:
-            descriptor = self._claim(file, ahead=True)
-        except _NoRoomError:
-            with self._changed:
-                self._changed.wait_for(lambda: self._changes != changes, _PATIENCE)
-            return None
-        except DataError:
-            self._drop(file)
-            raise
-        self._drop(file)
-        return None if descriptor is None else (file, descriptor)
-
-    def _drop(self, file: RemoteFile) -> None:
-        with self._changed, suppress(ValueError):
-            self._queue.remove(file)
-
-    def _put_back(self, file: RemoteFile) -> None:
-        """To the queue of what is to be read ahead, after a while, if it is still wanted."""
-        with self._changed:
-            self._changed.wait(_PATIENCE)
-            if file.name in self._wanted and file not in self._queue:
-                self._queue.appendleft(file)
-
-    def _have(self, file: RemoteFile) -> Path:
-        """The verified local file."""
-        while True:
-            try:
-                descriptor = self._claim(file)
-            except _NoRoomError:
-                time.sleep(_POLL)
                 continue
-            if descriptor is None:
-                return self._folder / file.name
-            self._arrive(file, descriptor)
+            if not arrived:
+                with self._lock:
+                    if file.name in self._wanted and file not in self._queue:
+                        self._queue.appendleft(file)
+                if self._ends_after(changes):
+                    return
+
+    def _ends_after(self, changes: int) -> bool:
+        """Whether this thread ends for want of room: unless something has changed meanwhile. It does not
+        look again by itself; `open` and `want` start another."""
+        with self._lock:
+            if self._changes != changes:
+                return False
+            self._threads.remove(threading.current_thread())
+            return True
 
     def _claim(self, file: RemoteFile, ahead: bool = False) -> int | None:
         """What is to be downloaded into, open and locked, with its room made; None: the file is here.
@@ -379,7 +357,7 @@ class Cache:
         raise DataError(self._disk_problem(full, file.needs)) from full
 
     def _spared(self) -> Collection[str]:
-        with self._changed:
+        with self._lock:
             return set(self._wanted)
 
     def _discard(self, file: RemoteFile, partial: Path) -> None:

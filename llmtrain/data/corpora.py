@@ -57,6 +57,12 @@ class Corpora:
             for name in (Counters.__dataclass_fields__ if caches else ())
         }
 
+    def close(self) -> None:
+        """End what is still read ahead of remote corpora."""
+        for corpus in self.by_name.values():
+            if isinstance(corpus.place, Elsewhere):
+                corpus.place.cache.close()
+
     def splits(self, name: str) -> dict[str, TokenSplit]:
         """Corpus → its split. Raises DataError for one that has no such split, or an empty one."""
         return {key: corpus.split(name) for key, corpus in self.by_name.items()}

@@ -162,6 +162,7 @@ def test_a_process_that_waits_goes_on_from_where_a_killed_one_was(
     # It has come to the file's lock, or will soon; both end alike.
     time.sleep(0.5)
     killed.send_signal(signal.SIGKILL)
+    server.faults.slow = 0.0
     killed.communicate()
     assert finish_reader(waiting) == [(0, expected(server, 0))]
     first, second = server.ranges("0.tar")

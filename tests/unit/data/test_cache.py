@@ -202,9 +202,10 @@ def test_a_wrong_partial_file_is_thrown_away(
 
 
 def test_a_flipped_byte_in_the_cache_is_downloaded_again(
-    server: FileServer, files: Sequence[RemoteFile], make: Make
+    server: FileServer, files: Sequence[RemoteFile], make: Make, tmp_path: Path
 ):
-    path = make().get(files[0].url, SIZE, files[0].xxh3_128)
+    get(make(), files[0])
+    path = tmp_path / "cache" / files[0].name
     times = path.stat()
     damaged = bytearray(path.read_bytes())
     damaged[777] ^= 1
