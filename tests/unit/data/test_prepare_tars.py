@@ -13,7 +13,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
+from llmtrain.data.config import NearDuplicatesConfig, PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.clean import CleanCounts
@@ -188,6 +188,12 @@ def test_a_corpus_of_texts_and_of_their_ids_have_the_same_tokens(tmp_path: Path)
     assert "tokenized  81 documents came as token ids" in report.lines()
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(replace(base, source=(str(tmp_path / "texts.jsonl"),), output=tmp_path / "texts"))
+    again = replace(base, near_duplicates=NearDuplicatesConfig(threshold=0.6), output=tmp_path / "near")
+    changed = [[*document[:-1], 5] for document in ids[::4]]
+    arrays = [(f"{i}.npy", npy(document)) for i, document in enumerate([*ids, *changed])]
+    report = prepare(replace(again, source=(str(write(tmp_path / "near.tar", arrays)),)))
+    assert report is not None
+    assert report.near_duplicates_dropped >= len(changed)
     # A corpus' own shards are a source too.
     prepare(replace(base, source=(str(tmp_path / "ids" / "train"),), output=tmp_path / "again"))
     for name in ("ids", "texts", "again"):
