@@ -173,8 +173,8 @@ def open_sources(
     split: str,
     sequence_length: int,
 ) -> dict[str, Dataset]:
-    """Corpus → the numbered samples of its split; "" where there is one alone. Raises DataError when they
-    cannot be had."""
+    """Corpus → the numbered samples of its split; "" where there is one alone. Corpora without held-out
+    text are left out. Raises DataError when they cannot be had."""
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.images import Images
 
@@ -189,7 +189,7 @@ def open_sources(
             overlap=data.overlap,
             cache=data.cache.dir.expanduser(),
         )
-        for name, tokens in corpora.splits(split).items()
+        for name, tokens in corpora.splits(split, only_filled=split != "train").items()
     }
 
 
