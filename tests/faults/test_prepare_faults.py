@@ -33,10 +33,12 @@ peers.HEARTBEAT_SECONDS, peers.LONGEST_LOOK = 0.1, 0.1
 renames, replace = 0, os.replace
 def replace_and_die(*names):
     global renames
-    renames += os.environ.get("DIE_IN", "") in str(names[1])
+    # Signs of life come by the clock, not by the work.
+    counts = os.environ.get("DIE_IN", "") in str(names[1]) and "/peers/" not in str(names[1])
+    renames += counts
     if os.environ["DIE"] == "after":
         replace(*names)
-    if renames == int(os.environ["DIE_AT"]) and os.environ.get("DIE_IN", "") in str(names[1]):
+    if counts and renames == int(os.environ["DIE_AT"]):
         os.killpg(0, signal.SIGKILL)
     if os.environ["DIE"] == "before":
         replace(*names)

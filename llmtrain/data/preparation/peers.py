@@ -51,6 +51,9 @@ class _State:
     stage: int = 0
     """How many times it came to `wait`."""
     said: str = ""
+    """Its word there."""
+    said_before: str = ""
+    """Its word the time before: who looks late finds it one stage ahead."""
     left: bool = False
     """It writes no more."""
     failed: list[dict[str, str]] | None = None
@@ -113,9 +116,11 @@ class Peers:
         if self.size == 1:
             return say
         stage = self._state.stage + 1
-        self._write(stage=stage, said=say)
+        self._write(stage=stage, said=say, said_before=self._state.said)
         self._await(lambda state: state.stage >= stage)
-        return self._state.said if self.rank == 0 else self._seen[0][0].said
+        leader = self._state if self.rank == 0 else self._seen[0][0]
+        # It cannot be two stages ahead: it waits for this process at the next.
+        return leader.said if leader.stage == stage else leader.said_before
 
     def check(self) -> None:
         """Raise DataError if another process is known to have failed or died; looks now and then only."""
@@ -262,7 +267,12 @@ class Peers:
         self._seen = {rank: (state, now) for rank, (state, _) in self._seen.items()}
         waiting, pause = list(self._others() if ranks is None else ranks), SHORTEST_LOOK
         while not until():
-            waiting = [rank for rank in waiting if not ((state := self._look(rank)) and ready(state))]
+            states = {rank: self._look(rank) for rank in waiting}
+            waiting = [rank for rank, state in states.items() if state is None or not ready(state)]
+            for rank in waiting:
+                state = states[rank]
+                if state is not None and state.left:
+                    raise self._lost(rank, state, "a process that left")
             if not waiting:
                 return
             time.sleep(pause)
@@ -287,14 +297,13 @@ class Peers:
             return state
         if state.is_gone or now - since > self._seconds:
             what = "a process that ended" if state.is_gone else f"no sign of life for {self._seconds:g} s"
-            raise LostPeerError(
-                Problem(
-                    f"rank {rank} on {state.host}",
-                    f"{what} before its work was done",
-                    remedy="see what it said, then run the same command again: finished work is kept",
-                )
-            )
+            raise self._lost(rank, state, what)
         return state
+
+    def _lost(self, rank: int, state: _State, what: str) -> LostPeerError:
+        remedy = "see what it said, then run the same command again: finished work is kept"
+        got = f"{what} before its work was done"
+        return LostPeerError(Problem(f"rank {rank} on {state.host}", got, remedy=remedy))
 
 
 def _place() -> str:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,41 @@ def test_the_word_of_rank_0_reaches_all_and_each_piece_is_one_process_own(tmp_pa
         return word, [n for n in range(7) if peers.mine(n)]
 
     assert together(3, run) == [("word 4", [0, 3, 6]), ("word 4", [1, 4]), ("word 4", [2, 5])]
+
+
+def test_a_word_that_is_read_late_is_the_word_of_its_stage(tmp_path: Path):
+    """Rank 0 may be one stage ahead when another, slow, looks for what it said."""
+
+    def run(rank: int) -> list[str]:
+        peers = Peers(tmp_path, rank, 2, "job", seconds=30)
+        peers.meet()
+        if rank == 1:
+            real = peers._read
+
+            def late(other: int) -> Any:
+                while (state := real(other)) is None or state.stage <= peers._state.stage < 3:
+                    time.sleep(0.01)
+                return state
+
+            peers._read = late  # type: ignore[method-assign]
+        words = [peers.wait(word if rank == 0 else "") for word in ("first", "", "third", "")]
+        peers.leave()
+        peers.await_end()
+        return words
+
+    assert together(2, run) == [["first", "", "third", ""]] * 2
+
+
+def test_one_that_leaves_too_early_is_named(tmp_path: Path):
+    def run(rank: int) -> None:
+        peers = Peers(tmp_path, rank, 2, "job", seconds=30)
+        peers.meet()
+        peers.wait()
+        if rank == 0:
+            peers.wait()
+        peers.leave()
+
+    assert "a process that left before its work was done" in str(together(2, run)[0])
 
 
 def test_what_a_killed_job_left_is_not_taken_for_this_one(tmp_path: Path):
