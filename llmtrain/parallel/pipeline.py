@@ -76,7 +76,7 @@ class PipelineStage(nn.Module):
             for name, module in step.modules.items():
                 self.add_module(name.replace(".", "_"), module)
         self.config: Any = model.config
-        self.new_cache: Callable[[int], KVCache] = model.new_cache  # type: ignore[assignment]
+        self.new_cache: Callable[[int], KVCache] | None = getattr(model, "new_cache", None)
         self._make_context: Callable[..., Context] = model.context  # type: ignore[assignment]
         self._mesh = mesh
         # Hidden states behind the first block are of a part of the tokens.
