@@ -227,7 +227,7 @@ class _Printer:
             raise ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))
         self._opened = opened
         self._tokenizer = Tokenizer.load(opened.corpora.tokenizer_path)
-        self._objective = family_of(opened.model).objective(opened.data)
+        self._objective = family_of(opened.model).objective(opened.model, opened.data)
 
     def print(self, title: str, sample: Sample) -> None:
         from llmtrain.data.datasets import EMPTY

@@ -73,7 +73,8 @@ class Documents:
         """All queries of all rows, with the keys from the first that some query sees."""
         if self.causal:
             return list(_blocks_of_documents(self.starts))
-        return list(_bidirectional_blocks(*self.starts.shape, self))
+        B, T = self.starts.shape
+        return list(_bidirectional_blocks(B, T, self))
 
 
 def attend(

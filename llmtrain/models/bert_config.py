@@ -111,6 +111,13 @@ class BertConfig:
             raise ValueError("the special ids are not resolved yet")
         return self.mask_id, self.cls_id, self.sep_id
 
+    @property
+    def num_text_ids(self) -> int:
+        """Ids that texts' tokens have are below it: the special ones stand behind them, where they were not
+        given otherwise."""
+        mask_id, cls_id, sep_id = self.special_ids
+        return mask_id if (cls_id, sep_id) == (mask_id + 1, mask_id + 2) else self._vocab()
+
     def problems(self) -> Iterator[Problem]:
         yield from self.blocks.problems()
         for name in ("mask_id", "cls_id", "sep_id", "position_offset", "num_segments"):

@@ -80,7 +80,8 @@ def summed_cross_entropy(
     *,
     bias_V: Tensor | None = None,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`, a chunk of tokens at a time.
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`, a chunk of tokens at a
+    time.
 
     Each chunk's gradients are taken while its logits are at hand (the method of Liger Kernel,
     arXiv:2410.10989), so memory is C·V instead of B·T·V and no logits are computed twice.

@@ -94,17 +94,17 @@ def make(config: BertConfig) -> Bert:
 
 
 def settings(config: BertConfig) -> dict[str, Any]:
-    return dict(
-        vocab_size=V,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.mlp_width,
-        max_position_embeddings=config.max_sequence_length + config.position_offset,
-        layer_norm_eps=config.norm_eps,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    return {
+        "vocab_size": V,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_sequence_length + config.position_offset,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
 
 
 @pytest.fixture
