@@ -248,11 +248,15 @@ def open_dataset(
     corpora: Corpora | None,
     split: str,
     sequence_length: int,
+    on_skip: Callable[[str, int], None] = lambda shard, samples: None,
 ) -> Dataset:
-    """The samples of one split of all corpora, for evaluation. Raises DataError when they cannot be had."""
-    from llmtrain.data.datasets import Concatenation
+    """The samples of one split of all corpora, for evaluation. on_skip: told (shard, samples) of each bad
+    shard that is left out as data.on_bad_shard says. Raises DataError when they cannot be had."""
+    from llmtrain.data.datasets import Concatenation, WithoutBadShards
 
-    sources = list(open_sources(model, data, corpora, split, sequence_length).values())
+    sources: list[Dataset] = list(open_sources(model, data, corpora, split, sequence_length).values())
+    if isinstance(data, TokenDataConfig) and data.on_bad_shard == "skip":
+        sources = [WithoutBadShards(dataset, on_skip) for dataset in sources]
     return sources[0] if len(sources) == 1 else Concatenation(sources)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
     length = _sequence_length(config, trained)
-    dataset = open_dataset(trained.config, config.data, corpora, config.split, length)
+    dataset = open_dataset(trained.config, config.data, corpora, config.split, length, _say_skipped)
     objective = family_of(trained.config).objective(trained.config, config.data)
     device = distributed.pick_device(config.device)
     mesh = start_sharing(
@@ -168,6 +169,11 @@ class TargetCounter:
                 counts_V += np.bincount(tokens, minlength=len(counts_V))
         log_probs_V = np.log(counts_V / counts_V.sum())
         return float(-(self._counts_V @ log_probs_V) / max(1, self._counts_V.sum()))
+
+
+def _say_skipped(shard: str, samples: int) -> None:
+    text = f"warning: {shard} is bad: its {samples:,} sequences are left out"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check_output(output: Path) -> None:

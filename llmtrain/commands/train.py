@@ -227,14 +227,19 @@ class Session:
             return None
         try:
             return open_dataset(
-                config.model, config.data, self.corpora, "validation", config.batch.sequence_length
+                config.model,
+                config.data,
+                self.corpora,
+                "validation",
+                config.batch.sequence_length,
+                lambda shard, samples: self._say(_left_out(shard, samples)),
             )
         except DataError as error:
             self._say(f"no evaluation: {error}")
             return None
 
     def _on_skip(self, shard: str, samples: int) -> None:
-        self._say(f"warning: {shard} is bad: its {samples:,} sequences are left empty in this epoch")
+        self._say(f"{_left_out(shard, samples)} in this epoch")
 
     def _data_facts(self) -> dict[str, Any]:
         data = self.config.data
@@ -277,6 +282,10 @@ class Session:
         self._say(stream.describe())
         counters = self.corpora.counters if self.corpora is not None else dict
         return RunObserver(config, self.layout, self.device, self._trackers, self._progress, counters)
+
+
+def _left_out(shard: str, samples: int) -> str:
+    return f"warning: {shard} is bad: its {samples:,} sequences are left empty"
 
 
 def _say(text: str) -> None:

@@ -5,7 +5,8 @@ Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -191,6 +192,50 @@ class TokenSequences:
             f"{split.name}: {split.num_tokens:,} tokens of {split.num_documents:,} documents "
             f"in {len(self):,} sequences of {self.sequence_length}{padding}"
         )
+
+
+class WithoutBadShards:
+    """A dataset whose shards that cannot be read hold EMPTY samples, for evaluation."""
+
+    def __init__(self, dataset: Dataset, on_skip: Callable[[str, int], None]) -> None:
+        """on_skip: told (shard, samples) of each that is left out."""
+        self._dataset = dataset
+        self._on_skip = on_skip
+        self.shard_sizes = dataset.shard_sizes
+        self._ends = np.cumsum(self.shard_sizes)
+        self._is_bad: dict[int, bool] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._dataset.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Raises DataError when no shard is left."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        bad = [shard for shard in np.unique(shards[indices != EMPTY]).tolist() if self._find_bad(shard)]
+        return self._dataset.get(np.where(np.isin(shards, bad), EMPTY, indices))
+
+    def describe(self) -> str:
+        return self._dataset.describe()
+
+    def _find_bad(self, shard: int) -> bool:
+        dataset = self._dataset
+        if not isinstance(dataset, ReadsShards):
+            return False
+        with self._lock:
+            if shard not in self._is_bad:
+                self._is_bad[shard] = bool(dataset.find_bad([shard]))
+                if self._is_bad[shard]:
+                    self._on_skip(dataset.shard_names[shard], int(self.shard_sizes[shard]))
+            num_bad = sum(self._is_bad.values())
+        if num_bad == np.count_nonzero(self.shard_sizes):
+            got = f"none that can be read of {num_bad} shards"
+            raise DataError(Problem(f"data.path ({dataset.shard_names[shard]})", got, "one or more"))
+        return self._is_bad[shard]
 
 
 class Concatenation:

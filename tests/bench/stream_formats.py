@@ -34,6 +34,8 @@ class Format:
     """(corpus, folder, W): writes the training split's tokens into the folder."""
     readers: dict[str, Reader]
     """By what a user would write."""
+    forget: Callable[[], None] = lambda: None
+    """Clear away what earlier runs, ended by force, left in the system."""
 
 
 def samples_of(corpus: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -81,15 +83,24 @@ def write_mds(corpus: Path, folder: Path, width: int) -> None:
                 out.write({"tokens": row if name == "ndarray" else row.tobytes()})
 
 
+def forget_mds() -> None:
+    _allow_any_torchvision()
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+
+
 def read_mds(column: str, algorithm: str) -> Reader:
     def read(folder: Path, width: int) -> Iterator[int]:
         _allow_any_torchvision()
         from streaming import StreamingDataset
-        from streaming.base.util import clean_stale_shared_memory
 
-        clean_stale_shared_memory()
+        # Processes that read one folder share memory by its name: each reader has a name of its own.
+        own = folder / f"{column}-{algorithm}"
+        if not own.exists():
+            own.symlink_to(folder / column)
         dataset = StreamingDataset(
-            local=str(folder / column),
+            local=str(own),
             shuffle=True,
             shuffle_algo=algorithm,
             shuffle_seed=SEED,
@@ -251,6 +262,7 @@ FORMATS = {
             for column in ("ndarray", "bytes")
             for algorithm in ("py1e", "py1s")
         },
+        forget_mds,
     ),
     "webdataset": Format(write_webdataset, {column: read_webdataset(column) for column in ("npy", "bytes")}),
     "litdata": Format(
@@ -266,7 +278,9 @@ FORMATS = {
 
 
 def write_once(library: str, corpus: Path, folder: Path, width: int) -> Path:
-    """The library's copy of the corpus in `folder`, made unless it stands there whole."""
+    """The library's copy of the corpus in `folder`, made unless it stands there whole; no reader may be open
+    yet."""
+    FORMATS[library].forget()
     target = folder / f"{library}-{width}"
     if not target.exists():
         partial = target.with_suffix(".partial")

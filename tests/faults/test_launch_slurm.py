@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from tests.faults.test_launch_torchrun import TRAINING, losses, one_process, unavailable, wait_for_first_step
+from tests.support.corpora import write_text
 from tests.support.training import REPOSITORY
 
 __all__ = ["one_process"]
@@ -138,6 +140,31 @@ def test_a_killed_rank_gives_the_job_its_exit_code(cluster: Mapping[str, str], c
     rank.kill()
     assert job.exit_code() == 137, job.output()
     assert "rank 1 exited with 137" in job.output()
+
+
+def test_tasks_of_srun_prepare_one_corpus(cluster: Mapping[str, str], tmp_path: Path):
+    """Three tasks on two nodes; and a mistake, which one of them tells."""
+    source = write_text(tmp_path / "text.jsonl")
+
+    def prepare(command: list[str], source: Path, output: str) -> subprocess.CompletedProcess[str]:
+        arguments = [f"source={source}", f"output={output}", "tokenizer.vocab_size=320", "shard_bytes=20000"]
+        run = [*command, sys.executable, "-m", "llmtrain", "prepare", *arguments, "workers=1"]
+        return subprocess.run(run, env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    srun = ["srun", "--nodes=2", "--ntasks=3", "--overcommit", "--kill-on-bad-exit=0"]
+    done = prepare(srun, source, "many")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("encoding …") == 1, "rank 0 alone tells how far it is"
+    assert prepare([], source, "one").returncode == 0
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert files == sorted(
+        p.relative_to(tmp_path / "many") for p in (tmp_path / "many").rglob("*") if p.is_file()
+    )
+    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "many" / f).read_bytes() for f in files)
+    source.write_bytes(b'{"text": "\xfc"}')
+    failed = prepare(srun, source, "failed")
+    assert failed.returncode == 2, failed.stderr
+    assert failed.stderr.count("got bytes that are no UTF-8") == 1
 
 
 def test_the_cluster_starts_twice_and_tells_its_state(cluster: Mapping[str, str]):

@@ -26,8 +26,9 @@ from llmtrain.errors import DataError
 # name count.
 RUNNER = """
 import json, os, signal, sys
-from llmtrain.data.preparation import blocks, streams
-streams.UNIT_BYTES, blocks.BLOCK_BYTES = 6_000, 2_500
+from llmtrain.data.preparation import blocks, near, peers, streams
+streams.UNIT_BYTES, blocks.BLOCK_BYTES, near.RANGE_DOCUMENTS = 6_000, 2_500, 90
+peers.HEARTBEAT_SECONDS, peers.LONGEST_LOOK = 0.1, 0.1
 
 renames, replace = 0, os.replace
 def replace_and_die(*names):
@@ -41,6 +42,11 @@ def replace_and_die(*names):
         replace(*names)
 if "DIE_AT" in os.environ:
     os.replace = replace_and_die
+if "SLOW" in os.environ:
+    import time
+    from llmtrain.data.preparation import tasks
+    real = tasks.clean
+    tasks.clean = lambda *arguments: time.sleep(0.5) or real(*arguments)
 
 if __name__ == "__main__":
     from llmtrain.config import decode
@@ -57,17 +63,17 @@ if __name__ == "__main__":
 
 KILLS = [
     ("/read/", 3, 0),
-    ("/read/", 2, 1),
-    ("/duplicates/", 2, 0),
+    ("/near/000001", 3, 1),
+    ("/near/pairs-", 2, 1),
     ("/tokenizer.model", 3, 0),
     ("/encoded/", 2, 1),
-    ("/encoded/", 3, 2),
-    ("/shards/", 2, 0),
     ("/corpus/train/", 3, 1),
-    ("/index.npy", 2, 0),
-    ("/manifest.json", 3, 0),
+    ("/manifest.json", 2, 0),
 ]
 """(what a process of the job dies at, how many there are, which dies)"""
+
+
+NEAR: dict[str, object] = {"near_duplicates": {"threshold": 0.8}}
 
 
 @pytest.fixture
@@ -184,14 +190,14 @@ def test_many_processes_killed_at_any_time_give_the_bytes_of_one(runner: Path):
 def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(runner: Path):
     """One process dies as it ends a piece of a stage; the others end by themselves with a line that names
     it."""
-    assert finish(start(runner, "one")) == (0, "")
+    assert finish(start(runner, "one", **NEAR)) == (0, "")
     for number, (stage, size, victim) in enumerate(KILLS):
         kill = {
             f"DIE_{victim}": ("before", "after")[number % 2],
             f"DIE_AT_{victim}": 1,
             f"DIE_IN_{victim}": stage,
         }
-        results = [finish(process) for process in start_job(runner, "many", size, **kill)]
+        results = [finish(process) for process in start_job(runner, "many", size, **kill, **NEAR)]
         assert results[victim] == (-signal.SIGKILL, ""), stage
         for rank, (code, error) in enumerate(results):
             if rank != victim:
@@ -199,8 +205,54 @@ def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(run
                 (line,) = error.strip().splitlines()
                 assert line.startswith(f"rank {victim} on ")
                 assert "a process that ended before its work was done" in line
-    assert [finish(process) for process in start_job(runner, "many", 2)] == [(0, "")] * 2
+    assert [finish(process) for process in start_job(runner, "many", 2, **NEAR)] == [(0, "")] * 2
     assert tree(runner.parent / "many") == tree(runner.parent / "one")
+
+
+@pytest.mark.slow
+def test_a_job_refuses_another_and_processes_of_other_settings(runner: Path):
+    slow = start_job(runner, "corpus", 2, SLOW=1)
+    read = runner.parent / "corpus" / ".prepare" / "read"
+    deadline = time.monotonic() + 30
+    while not read.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    code, error = finish(start(runner, "corpus"))
+    assert code == 1
+    assert "got a folder in which another prepare is at work; wait for it to end" in error
+    assert [finish(process) for process in slow] == [(0, "")] * 2
+    first, second = start_job(runner, "mixed", 2, seed_1=5)
+    for code, error in (finish(first), finish(second)):
+        assert code == 1
+        assert error.startswith("rank 1: got other settings or sources than rank 0 has; start all processes")
+    assert finish(start(runner, "corpus")) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_finished_corpus_is_left_by_a_job_too(runner: Path):
+    assert finish(start(runner, "corpus")) == (0, "")
+    before = tree(runner.parent / "corpus")
+    assert [finish(process) for process in start_job(runner, "corpus", 3)] == [(0, "")] * 3
+    assert tree(runner.parent / "corpus") == before
+    again = [finish(process) for process in start_job(runner, "corpus", 2, seed=4)]
+    for code, error in again:
+        assert code == 1
+        assert "a corpus of other sources or settings: seed is 0 there and 4 here" in error
+    assert [finish(process) for process in start_job(runner, "corpus", 2)] == [(0, "")] * 2
+    assert tree(runner.parent / "corpus") == before
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_prepare_one_corpus(runner: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [f"source={runner.parent}/a.jsonl", "tokenizer.vocab_size=330", "shard_bytes=15000"]
+    for launcher, output in (([*torchrun, "-m"], "two"), ([sys.executable, "-m"], "one")):
+        command = [*launcher, "llmtrain", "prepare", *arguments, f"output={runner.parent / output}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("encoding …") == 1
+    assert tree(runner.parent / "one") == tree(runner.parent / "two")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy as np
 from llmtrain.data.config import FiltersConfig
 from llmtrain.errors import ConfigError, Problem, nearest
 
-LANGUAGE_CHARACTERS = 1000
+LANGUAGE_CHARACTERS = 500
 """So many of a document's first characters tell its language."""
 
 WORDS = (50, 100_000)
@@ -111,10 +111,10 @@ def _quality_rule(text: str, words: list[str]) -> str:
         return "bullet_lines"
     if sum(line.endswith(_ELLIPSES) for line in lines) > MOST_ELLIPSIS_LINES * len(lines):
         return "ellipsis_lines"
-    if sum(any(map(str.isalpha, word)) for word in words) < LEAST_ALPHABETIC_WORDS * count:
+    if sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) < LEAST_ALPHABETIC_WORDS * count:
         return "alphabetic_words"
     # A word of the text may have a mark behind it.
-    bare = {word.strip(".,;:!?\"'()[]").lower() for word in words}
+    bare = {word.strip(".,;:!?\"'()[]").lower() for word in set(words)}
     return "stop_words" if len(STOP_WORDS & bare) < LEAST_STOP_WORDS else ""
 
 

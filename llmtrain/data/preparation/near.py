@@ -164,7 +164,7 @@ def _shingles(batch: list[bytes], is_tokenized: bool, length: int) -> tuple[np.n
         words, counts = _words(batch)
     hashes = np.zeros(len(words), np.uint64)
     starts = np.cumsum(counts) - counts
-    for place in range(length):
+    for place in range(min(length, len(words))):
         hashes[: len(words) - place] = _mix(hashes[: len(words) - place]) + words[place:]
     short = np.flatnonzero((counts > 0) & (counts < length))
     for document in short:

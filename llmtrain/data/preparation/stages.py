@@ -150,6 +150,8 @@ class Stages:
             # Text goes when a block is encoded; its signatures are no longer needed then.
             lambda number: dropped_path.exists() or signed[number].is_finished,
         )
+        if not dropped_path.exists():
+            self._visible(block.path for block in signed)
         ranges = near.num_ranges(sum(block.num_documents for block in blocks))
         pieces = ranges * near.bands_of(config.threshold)[0]
         paths = [folder / f"pairs-{number:06d}.npy" for number in range(pieces)]

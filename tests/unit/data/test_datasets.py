@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.corpus import Corpus, TokenSplit
-from llmtrain.data.datasets import EMPTY, PADDING_DOCUMENT, Concatenation, TokenSequences
+from llmtrain.data.datasets import EMPTY, PADDING_DOCUMENT, Concatenation, TokenSequences, WithoutBadShards
 from llmtrain.errors import DataError
 from tests.support.corpora import EOS, random_documents, stream_of, write_corpus
 
@@ -150,3 +150,34 @@ def test_sequences_describe_themselves(corpus: Corpus):
     assert text == (
         f"validation: {num_tokens} tokens of 3 documents in {-(-(num_tokens - 1) // 16)} sequences of 16"
     )
+
+
+def test_an_evaluation_may_leave_out_what_is_bad(tmp_path: Path):
+    documents = random_documents(60, seed=3)
+    folder = write_corpus(tmp_path / "corpus", {"validation": documents}, samples_per_shard=2)
+    whole = TokenSequences(Corpus.open(folder).split("validation"), 16)
+    altered, missing = (folder / "validation" / f"validation-{shard:06d}.tar" for shard in (1, 3))
+    content = bytearray(altered.read_bytes())
+    content[700] ^= 1
+    altered.write_bytes(content)
+    everything = whole.get(np.arange(len(whole)))
+    missing.unlink()
+
+    told: list[tuple[str, int]] = []
+    split = Corpus.open(folder, "checksum", on_bad_shard="skip").split("validation")
+    left = WithoutBadShards(TokenSequences(split, 16), lambda *facts: told.append(facts))
+    found = left.get(np.array([*range(len(left)), EMPTY]))
+    shards = np.repeat(np.arange(len(left.shard_sizes)), left.shard_sizes)
+    is_bad = np.isin(shards, [1, 3])
+    assert (found["documents"][:-1][is_bad] == PADDING_DOCUMENT).all()
+    for key, values in everything.items():
+        np.testing.assert_array_equal(found[key][:-1][~is_bad], values[~is_bad])
+    assert told == [(str(path), int(left.shard_sizes[shard])) for shard, path in [(1, altered), (3, missing)]]
+
+
+def test_an_evaluation_of_nothing_that_can_be_read(tmp_path: Path):
+    folder = write_corpus(tmp_path / "corpus", {"validation": TRAIN[:3]})
+    (folder / "validation" / "validation-000000.tar").unlink()
+    split = Corpus.open(folder, on_bad_shard="skip").split("validation")
+    with pytest.raises(DataError, match="none that can be read of 1 shards"):
+        WithoutBadShards(TokenSequences(split, 16), lambda shard, samples: None).get(np.arange(1))

@@ -170,6 +170,30 @@ def test_minima_estimate_what_sets_share(shared: int, own: tuple[int, int], seed
     assert abs((signed[0] == signed[1]).mean() - shared / len(numbers)) < 0.22
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    documents=st.lists(st.lists(st.sampled_from("abc"), max_size=9), min_size=1, max_size=6),
+    length=st.integers(1, 5),
+    is_tokenized=st.booleans(),
+)
+def test_shingles_are_the_runs_of_words_of_each_document(
+    documents: list[list[str]], length: int, is_tokenized: bool
+):
+    batch = [
+        np.array([ord(word) for word in words], "<u4").tobytes() if is_tokenized else " ".join(words).encode()
+        for words in documents
+    ]
+    hashes, ends = near._shingles(batch, is_tokenized, length)
+    runs = [
+        [tuple(words[i : i + length]) for i in range(max(1, len(words) - length + 1))] if words else []
+        for words in documents
+    ]
+    assert ends.tolist() == np.cumsum([*map(len, runs)]).tolist()
+    flat = [run for document in runs for run in document]
+    # Equal runs have equal hashes, others have others.
+    assert len(set(zip(flat, hashes.tolist(), strict=True))) == len({*flat}) == len({*hashes.tolist()})
+
+
 @settings(deadline=None, max_examples=60)
 @given(pairs=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40))
 def test_all_but_the_first_of_each_cluster_go(

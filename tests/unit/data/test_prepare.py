@@ -359,6 +359,8 @@ def test_the_config_reads_a_single_source_and_names_wrong_values():
     with pytest.raises(ConfigError) as caught:
         decode(PrepareConfig, {**mapping, "workers": 0, "split": {"validation": 0.6, "test": 0.4}})
     assert [problem.where for problem in caught.value.problems] == ["split.validation"]
+    with pytest.raises(ConfigError, match=r"peer_timeout: got 0\.0; allowed: over 0 seconds"):
+        decode(PrepareConfig, {**mapping, "tokenizer": {}, "peer_timeout": 0.0})
 
 
 def test_training_documents_leave_out_duplicates_and_held_out_ones(tmp_path: Path, source: Path):

@@ -13,7 +13,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
+from llmtrain.data.config import NearDuplicatesConfig, PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.clean import CleanCounts
@@ -188,6 +188,12 @@ def test_a_corpus_of_texts_and_of_their_ids_have_the_same_tokens(tmp_path: Path)
     assert "tokenized  81 documents came as token ids" in report.lines()
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(replace(base, source=(str(tmp_path / "texts.jsonl"),), output=tmp_path / "texts"))
+    again = replace(base, near_duplicates=NearDuplicatesConfig(threshold=0.6), output=tmp_path / "near")
+    changed = [[*document[:-1], 5] for document in ids[::4]]
+    arrays = [(f"{i}.npy", npy(document)) for i, document in enumerate([*ids, *changed])]
+    report = prepare(replace(again, source=(str(write(tmp_path / "near.tar", arrays)),)))
+    assert report is not None
+    assert report.near_duplicates_dropped >= len(changed)
     # A corpus' own shards are a source too.
     prepare(replace(base, source=(str(tmp_path / "ids" / "train"),), output=tmp_path / "again"))
     for name in ("ids", "texts", "again"):
@@ -195,3 +201,18 @@ def test_a_corpus_of_texts_and_of_their_ids_have_the_same_tokens(tmp_path: Path)
         tokens, _ = split.read(0, split.num_tokens)
         assert tokens.tolist() == [i for document in ids for i in [*document, tokenizer.eos_id]]
         assert split.num_bytes == sum(map(len, texts))
+
+
+def test_members_too_large_and_damaged_extensions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "a.tar", [("0.jpg", b"x" * 3000), ("1.txt", b"y" * 3000)])
+    monkeypatch.setattr(streams, "LONGEST_LINE", 2000)
+    with pytest.raises(DataError, match=r"a\.tar: got member 1\.txt of more than 0 MiB; cut it into smaller"):
+        read(path)
+    monkeypatch.setattr(streams, "LONGEST_LINE", 1 << 20)
+    pax = tarfile.TarInfo("pax")
+    pax.type = tarfile.XHDTYPE
+    for record, message in ((b"99 path=x\n", "an extended header"), (b"14 size=12345\n", "more than 8 GiB")):
+        pax.size = len(record)
+        path.write_bytes(pax.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + bytes(1024))
+        with pytest.raises(DataError, match=rf"a\.tar: got a .*{message}"):
+            read(path)
