@@ -189,7 +189,6 @@ CELLS = (
     Cell(2, LLAMA, sequence=2, zero=2),
     *[Cell(2, BERT, zero=zero) for zero in (0, 1, 2, 3)],
     Cell(2, BERT, tensor=2),
-    Cell(2, BERT, tensor=2, model=UNEVEN),
     Cell(2, BERT, tensor=2, model=PACKED, recompute="selective"),
     Cell(2, BERT, pipeline=2, zero=1),
     Cell(2, BERT, pipeline=2, zero=1, model=PACKED, micro=1),
