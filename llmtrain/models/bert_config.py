@@ -141,6 +141,12 @@ class BertConfig:
         """Weights of one block's matrices, on one of `tensor` processes that divide them."""
         return self.blocks.layer_matrix_count(tensor)
 
+    def head_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of the heads' matrices, on one of `tensor` processes that divide the vocabulary."""
+        D = self.hidden_size
+        pairs = D * D + 2 * D if self.has_pairs else 0
+        return -(-self._vocab() // tensor) * D + D * D + pairs
+
     def layer_parameter_count(self, tensor: int = 1) -> int:
         """Parameters of one block, on one of `tensor` processes that divide its matrices."""
         return self.blocks.layer_parameter_count(tensor)
@@ -150,8 +156,8 @@ class BertConfig:
         processes, the vocabulary padded to divide. A tied head is in the first and the last."""
         D, V = self.hidden_size, -(-self._vocab() // tensor)
         positions = self.max_sequence_length + self.position_offset
-        dense = D * D + D
-        heads = dense + 2 * D + V * D + V + (dense + 2 * D + 2 if self.has_pairs else 0)
+        # Biases and a norm.
+        heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.has_pairs else 0)
         return [
             (V + positions + self.num_segments + 2) * D,
             *[self.layer_parameter_count(tensor)] * self.num_layers,

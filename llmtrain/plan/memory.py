@@ -182,9 +182,8 @@ def _balanced(
     """By parameters, or by the multiplications of a token of so long a sequence."""
     counts = model.step_parameter_counts(tensor)
     if sequence_length is not None:
-        assert model.vocab_size is not None
         block = model.layer_matrix_count(tensor) + sequence_length * model.num_heads * model.head_width
-        counts = [0, *[block] * model.num_layers, -(-model.vocab_size // tensor) * model.hidden_size]
+        counts = [0, *[block] * model.num_layers, model.head_matrix_count(tensor)]
     return balance([float(count) for count in counts], pipeline)
 
 
