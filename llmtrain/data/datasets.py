@@ -83,8 +83,11 @@ class TokenSequences:
         """overlap: tokens that a part of a document longer than a row repeats of the part before it, as
         context; best_fit alone has such parts. cache: a folder that remembers how many rows best_fit makes.
 
-        Raises DataError for a split whose shards hold no target.
+        Raises DataError for a split whose shards hold no target, and for an overlap of a whole row.
         """
+        if overlap >= sequence_length:
+            got = f"{overlap} with sequences of {sequence_length}"
+            raise DataError(Problem("data.overlap", got, f"0 to {sequence_length - 1}, which leave a target"))
         self._split = split
         self.sequence_length = sequence_length
         self._packing: Packing

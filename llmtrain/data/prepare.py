@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,10 @@ import xxhash
 
 from llmtrain.config import encode as encode_config
 from llmtrain.data.config import PrepareConfig
-from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, STAMP_NAME, UNFINISHED_NAME, VERSION
+from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, UNFINISHED_NAME, VERSION
 from llmtrain.data.files import disk_errors
 from llmtrain.data.preparation import filters, near
-from llmtrain.data.preparation import peers as peer_files
-from llmtrain.data.preparation.encode import SPLITS
+from llmtrain.data.preparation.folder import commit, locked_output, open_work, remove_work, tidied
 from llmtrain.data.preparation.peers import Peers
 from llmtrain.data.preparation.report import Progress, Report, SplitReport
 from llmtrain.data.preparation.sources import contents_fingerprint, find_files
@@ -38,8 +35,8 @@ from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import token_dtype
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.transport import without_credentials
-from llmtrain.errors import DataError, Problem, UserError
-from llmtrain.files import lock, sync_folder, write_json_atomically
+from llmtrain.errors import DataError, Problem
+from llmtrain.files import write_json_atomically
 
 NO_EFFECT = ("workers", "overwrite", "output", "source", "peer_timeout")
 """Settings on which the corpus does not depend; sources are compared by their contents."""
@@ -64,7 +61,7 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
     needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in files)
     peers = Peers(config.output / UNFINISHED_NAME, rank, size, job, config.peer_timeout)
     with Progress(quiet=rank > 0) as progress, disk_errors(config.output, needed):
-        with _output_folder(config.output, peers), disk_errors(config.output, needed):
+        with locked_output(config.output, peers), disk_errors(config.output, needed):
             run = _Run(config, files, skipped, given, needed, peers, progress)
             if rank:
                 run.follow()
@@ -98,23 +95,25 @@ class _Run:
         identity = _identity(self.config, self.files, self.given)
         report = _finished(self.config, identity)
         if report is None:
-            _open_work(self.work, identity, self.files, self.progress)
+            stamps = _hash([[f.name, f.size, f.mtime_ns, f.version] for f in self.files])
+            request = {"version": VERSION, "identity": identity, "stamps": stamps}
+            open_work(self.work, request, self.progress)
         is_made = report is not None or (self.work / MANIFEST_NAME).exists()
         self.peers.wait("" if is_made else self._request())
         if not is_made:
-            with _tidied(self.work, self.peers):
+            with tidied(self.work, self.peers):
                 manifest = self._manifest(identity)
             write_json_atomically(self.work / MANIFEST_NAME, manifest)
         self.peers.await_end()
         if report is None:
             manifest = json.loads((self.work / MANIFEST_NAME).read_text())
-            _commit(self.work, self.config.output)
+            commit(self.work, self.config.output)
             report = Report.from_recorded(manifest["report"])
             report.stages = self.progress.seconds
         self.peers.leave()
         if self.work.exists():
             # Or killed after the corpus was whole, or other settings were tried and left.
-            _remove(self.work)
+            remove_work(self.work)
         return report
 
     def follow(self) -> None:
@@ -209,7 +208,7 @@ def _fingerprint(splits: dict[str, Any], tokenizer: Tokenizer) -> str:
     return hashlib.sha256("\n".join([*checksums, tokenizer.sha256]).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------ output folder
+# ---------------------------------------------------------------------------------- what is there
 
 
 def _identity(config: PrepareConfig, files: list[SourceFile], model: Tokenizer | None) -> dict[str, Any]:
@@ -251,63 +250,6 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "")
 
 def _short(value: Any) -> str:
     return json.dumps(value) if len(json.dumps(value)) < 40 else json.dumps(value)[:37] + "…"
-
-
-@contextmanager
-def _output_folder(output: Path, peers: Peers) -> Iterator[None]:
-    """Only one job at a time works in an output folder: its single process holds the folder's lock alone,
-    several hold it shared once they have met."""
-    made = not output.exists()
-    descriptor = None
-    try:
-        if peers.rank == 0:
-            descriptor = _open_output(output)
-            _lock(descriptor, output)
-            _refuse_taken(output)
-        if peers.size > 1:
-            if descriptor is not None:
-                (output / UNFINISHED_NAME).mkdir(exist_ok=True)
-                _lock(descriptor, output, shared=True)
-            peers.meet()
-            if descriptor is None:
-                descriptor = _open_output(output)
-                _lock(descriptor, output, shared=True)
-        yield
-    except BaseException as error:
-        unexpected = DataError(Problem(f"rank {peers.rank}", f"an unexpected end ({type(error).__name__})"))
-        peers.leave(error if isinstance(error, UserError) else unexpected)
-        raise
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if made and peers.rank == 0:
-            with suppress(OSError):
-                output.rmdir()  # where nothing is in it
-
-
-def _open_output(output: Path) -> int:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        got = f"a place where no folder can be made ({error.strerror})"
-        raise DataError(Problem(str(output), got, "", "choose another output")) from error
-    return os.open(output, os.O_RDONLY)
-
-
-def _lock(descriptor: int, output: Path, shared: bool = False) -> None:
-    try:
-        lock(descriptor, output, shared)
-    except BlockingIOError as error:
-        got = "a folder in which another prepare is at work"
-        raise DataError(Problem(str(output), got, "", "wait for it to end")) from error
-
-
-def _refuse_taken(output: Path) -> None:
-    """Raise DataError when something else than a corpus or unfinished work stands there."""
-    taken = [name for name in (*SPLITS, "tokenizer.model") if (output / name).exists()]
-    if taken and not (output / MANIFEST_NAME).exists() and not (output / UNFINISHED_NAME).exists():
-        got = f"a folder that holds {', '.join(taken)} but no corpus"
-        raise DataError(Problem(str(output), got, "an empty or new folder", "choose another output"))
 
 
 def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
@@ -354,57 +296,3 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
     report = Report.from_recorded(manifest["report"])
     report.reused = True
     return report
-
-
-def _open_work(work: Path, identity: dict[str, Any], files: list[SourceFile], progress: Progress) -> None:
-    """Make the folder of unfinished work, or empty it when it belongs to other sources or settings."""
-    stamps = _hash([[file.name, file.size, file.mtime_ns, file.version] for file in files])
-    request = {"version": VERSION, "identity": identity, "stamps": stamps}
-    path = work / "request.json"
-    if path.exists() and json.loads(path.read_text()) == request:
-        progress.say(f"going on with the unfinished work in {work}")
-        return
-    work.mkdir(exist_ok=True)
-    _empty(work)
-    write_json_atomically(path, request)
-
-
-def _empty(work: Path) -> None:
-    """Remove what is in `work` but for the peers' files, the request first, without which nobody goes on
-    with the rest."""
-    (work / "request.json").unlink(missing_ok=True)
-    for entry in work.iterdir():
-        if entry.name != peer_files.FOLDER:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _remove(work: Path) -> None:
-    _empty(work)
-    shutil.rmtree(work)
-
-
-@contextmanager
-def _tidied(work: Path, peers: Peers) -> Iterator[None]:
-    """Remove work in which nothing is finished when a user's error ends a process that works alone."""
-    try:
-        yield
-    except UserError:
-        if peers.size == 1 and not any(work.glob("read/*/*.hashes.npy")):
-            _remove(work)
-        raise
-
-
-def _commit(work: Path, output: Path) -> None:
-    """Put the whole corpus in its place, its manifest last; may be killed and called again at any moment."""
-    for name in (MANIFEST_NAME, STAMP_NAME):
-        (output / name).unlink(missing_ok=True)
-    for name in (*SPLITS, "tokenizer.model"):
-        ready, place = work / "corpus" / name, output / name
-        if not ready.exists():
-            continue
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(ready, place)
-    sync_folder(output)
-    os.replace(work / MANIFEST_NAME, output / MANIFEST_NAME)
-    sync_folder(output)

@@ -124,11 +124,15 @@ class BestFit(Packing):
             with open(path.with_suffix(".lock"), "w") as file:
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
-                if not path.exists():
-                    content = io.BytesIO()
-                    np.save(content, self._count())
-                    write_atomically(path, content.getvalue())
-                return np.load(path, allow_pickle=False)
+                # A file that a disk has damaged is made anew.
+                with suppress(FileNotFoundError, ValueError, EOFError):
+                    found: np.ndarray = np.load(path, allow_pickle=False)
+                    if found.shape == (len(self._split.shard_names), 2):
+                        return found
+                counts, content = self._count(), io.BytesIO()
+                np.save(content, counts)
+                write_atomically(path, content.getvalue())
+                return counts
         except OSError as error:
             raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
 

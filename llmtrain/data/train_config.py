@@ -78,7 +78,7 @@ class TokenDataConfig:
     """Where shards that come from elsewhere are kept."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from require(self.workers >= 0, "workers", self.workers, "0 or more")
+        yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
         yield from require(self.shuffle_shards >= 1, "shuffle_shards", self.shuffle_shards, "1 or more")
         yield from require(self.overlap >= 0, "overlap", self.overlap, "0 or more")
         yield from require(
@@ -172,7 +172,7 @@ class ImageDataConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file, or tars")
-        yield from require(self.workers >= 0, "workers", self.workers, "0 or more")
+        yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
 
 
 DataConfig = TokenDataConfig | ImageDataConfig

@@ -110,7 +110,10 @@ def _changes(
         lines.append(f"batch.global_size was {last.global_size}, is {global_size}; no sample is lost by that")
     were, now = last.settings["fingerprints"], settings["fingerprints"]
     if added := sorted(set(now) - set(were)):
-        lines.append(f"{', '.join(added)} joins the mixture at its beginning; the others go on")
+        if new := [name for name in added if not last.positions.get(name)]:
+            lines.append(f"{', '.join(new)} joins the mixture at its beginning; the others go on")
+        if back := [name for name in added if last.positions.get(name)]:
+            lines.append(f"{', '.join(back)} joins the mixture again, from where it was; the others go on")
     if removed := sorted(set(were) - set(now)):
         lines.append(f"{', '.join(removed)} leaves the mixture")
     kept = set(now) & set(were)

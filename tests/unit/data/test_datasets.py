@@ -181,3 +181,22 @@ def test_an_evaluation_of_nothing_that_can_be_read(tmp_path: Path):
     split = Corpus.open(folder, on_bad_shard="skip").split("validation")
     with pytest.raises(DataError, match="none that can be read of 1 shards"):
         WithoutBadShards(TokenSequences(split, 16), lambda shard, samples: None).get(np.arange(1))
+
+
+def test_an_overlap_of_a_whole_row(corpus: Corpus):
+    with pytest.raises(DataError, match=r"data\.overlap: got 16 with sequences of 16; allowed: 0 to 15"):
+        TokenSequences(corpus.split("train"), 16, packing="best_fit", overlap=16)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_damaged_counts_of_rows_are_made_anew(corpus: Corpus, tmp_path: Path, content: bytes):
+    def sizes() -> list[int]:
+        dataset = TokenSequences(corpus.split("train"), 16, packing="best_fit", cache=tmp_path)
+        return dataset.shard_sizes.tolist()
+
+    expected = sizes()
+    (remembered,) = (tmp_path / "rows").glob("*.npy")
+    whole = remembered.read_bytes()
+    remembered.write_bytes(content)
+    assert sizes() == expected
+    assert remembered.read_bytes() == whole

@@ -138,7 +138,8 @@ def test_closing_or_dropping_stops_the_threads():
     for stop in ("close", "drop"):
         steps = loader(Numbers(27), workers=3).steps()
         next(steps)
-        assert len(loader_threads()) == 3
+        # A pool starts no new thread while one is idle.
+        assert 1 <= len(loader_threads()) <= 3
         if stop == "close":
             steps.close()
         del steps

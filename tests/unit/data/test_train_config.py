@@ -62,7 +62,8 @@ def test_shipped_files_hold_every_default():
             "data.curriculum[0].mixture: got {'web': 0.0}; allowed: a weight above 0",
         ),
         ({"path": "a", "cache": {"downloads": 0}}, "data.cache.downloads: got 0"),
-        ({"kind": "tokens", "path": "a", "workers": -1}, "data.workers: got -1; allowed: 0 or more"),
+        ({"kind": "tokens", "path": "a", "workers": -1}, "data.workers: got -1; allowed: 0 to 256"),
+        ({"kind": "tokens", "path": "a", "workers": 257}, "data.workers: got 257; allowed: 0 to 256"),
         (
             {"kind": "tokens", "path": "a", "verify": "never"},
             "data.verify: got 'never'; allowed: size, checksum",

@@ -93,6 +93,9 @@ def test_a_source_joins_and_leaves():
     reweighted, said = plan(config(mixture={"b": 1.0, "c": 3.0}), left, 20, b=B, c=C)
     assert said == "note: the mixture's weights have changed; each corpus goes on from where it was"
     assert positions(reweighted, 20) == positions(left, 20)
+    back, said = plan(config(mixture={"a": 1.0, "b": 1.0, "c": 1.0}), left, 30, a=A, b=B, c=C)
+    assert said == "note: a joins the mixture again, from where it was; the others go on"
+    assert positions(back, 30) == positions(left, 30)
 
 
 def test_another_global_batch_goes_on_with_the_next_sample():
