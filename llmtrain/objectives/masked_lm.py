@@ -128,15 +128,18 @@ class MaskedLM:
     def _paired(
         self, raw: dict[str, np.ndarray], keys_B: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """[CLS] A [SEP] B [SEP] a row. A passage is cut somewhere in its middle half; B is what is behind
-        the cut, or for half the rows the end of the other passage, as long if it has as much; or, for the
-        order of sentences, both stand the other way round."""
+        """[CLS] A [SEP] B [SEP] a row. A passage is cut somewhere in its middle half, or further behind,
+        where the other passage is shorter than what would follow; B is what is behind the cut, or for half
+        the rows the end of the other passage, as long; or, for the order of sentences, both stand the other
+        way round. Lengths so tell nothing."""
         n_B, others_B = raw["passage_lengths"], raw["other_lengths"]
         L = raw["passages"].shape[1]
         T = L + 3
         quarter_B = n_B // 4
         cut_B = np.floor(_uniform(keys_B, _CUT, np.zeros(1))[:, 0] * (n_B // 2 + 1)).astype(np.int64)
         cut_B = np.clip(quarter_B + cut_B, np.minimum(1, n_B), np.maximum(0, n_B - 1))
+        if self._config.pairs == "next_sentence":
+            cut_B = np.where(others_B > 0, np.maximum(cut_B, n_B - others_B), cut_B)
         changed_B = _uniform(keys_B, _IS_PAIR, np.zeros(1))[:, 0] < 0.5
         # Spans of the passage and the other, laid one behind the other.
         first_start_B, first_length_B = np.zeros_like(n_B), cut_B
@@ -148,9 +151,7 @@ class MaskedLM:
             )
         else:
             changed_B &= others_B > 0
-            taken_B = np.minimum(second_length_B, others_B)
-            second_start_B = np.where(changed_B, L + others_B - taken_B, second_start_B)
-            second_length_B = np.where(changed_B, taken_B, second_length_B)
+            second_start_B = np.where(changed_B, L + others_B - second_length_B, second_start_B)
         places_T = np.arange(T)
         begin_B1 = (first_length_B + 2)[:, None]
         end_B1 = begin_B1 + second_length_B[:, None]
