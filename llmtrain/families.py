@@ -219,8 +219,8 @@ def open_sources(
     split: str,
     sequence_length: int,
 ) -> dict[str, Dataset]:
-    """Corpus → the numbered samples of its split; "" where there is one alone. Raises DataError when they
-    cannot be had."""
+    """Corpus → the numbered samples of its split; "" where there is one alone. Corpora without held-out
+    text are left out. Raises DataError when they cannot be had."""
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.images import Images
     from llmtrain.data.pairs import Passages
@@ -229,7 +229,8 @@ def open_sources(
         return {"": Images.open(data.path, split, getattr(model, "num_classes", 10))}
     assert corpora is not None
     if isinstance(model, BertConfig) and model.has_pairs:
-        return {name: Passages(tokens, sequence_length) for name, tokens in corpora.splits(split).items()}
+        splits = corpora.splits(split, only_filled=split != "train")
+        return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
     return {
         name: TokenSequences(
             tokens,
@@ -238,7 +239,7 @@ def open_sources(
             overlap=data.overlap,
             cache=data.cache.dir.expanduser(),
         )
-        for name, tokens in corpora.splits(split).items()
+        for name, tokens in corpora.splits(split, only_filled=split != "train").items()
     }
 
 

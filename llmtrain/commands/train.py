@@ -226,6 +226,7 @@ class Session:
         if config.evaluation.every is None and not config.evaluation.at_start:
             return None
         try:
+            self._say_what_is_not_evaluated()
             return open_dataset(
                 config.model,
                 config.data,
@@ -237,6 +238,11 @@ class Session:
         except DataError as error:
             self._say(f"no evaluation: {error}")
             return None
+
+    def _say_what_is_not_evaluated(self) -> None:
+        without = [] if self.corpora is None else self.corpora.without("validation")
+        if without and self.corpora is not None and len(without) < len(self.corpora.by_name):
+            self._say(f"note: {', '.join(without)} has no validation split; the others are evaluated")
 
     def _on_skip(self, shard: str, samples: int) -> None:
         self._say(f"{_left_out(shard, samples)} in this epoch")

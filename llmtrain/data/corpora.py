@@ -63,9 +63,17 @@ class Corpora:
             if isinstance(corpus.place, Elsewhere):
                 corpus.place.cache.close()
 
-    def splits(self, name: str) -> dict[str, TokenSplit]:
-        """Corpus → its split. Raises DataError for one that has no such split, or an empty one."""
-        return {key: corpus.split(name) for key, corpus in self.by_name.items()}
+    def splits(self, name: str, only_filled: bool = False) -> dict[str, TokenSplit]:
+        """Corpus → its split. Raises DataError for one that has no such split, or an empty one; with
+        `only_filled` those are left out, and only if all are so it raises."""
+        empty = self.without(name) if only_filled else []
+        chosen = [key for key in self.by_name if key not in empty] or list(self.by_name)
+        return {key: self.by_name[key].split(name) for key in chosen}
+
+    def without(self, split: str) -> list[str]:
+        """Corpora whose split is empty."""
+        splits = {key: corpus.manifest.splits.get(split) for key, corpus in self.by_name.items()}
+        return [key for key, entry in splits.items() if entry is not None and entry.num_tokens < 2]
 
 
 def open_corpora(data: TokenDataConfig) -> Corpora:

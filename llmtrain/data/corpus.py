@@ -14,8 +14,9 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -101,7 +102,8 @@ class Corpus:
         if entry.num_tokens == 0:
             remedy = "prepare more text, or a larger share for this split"
             raise DataError(Problem(self.where, f"an empty split {name!r}", "one token or more", remedy))
-        bad = [number for number, shard in enumerate(entry.shards) if shard.file in self.bad_shards]
+        found = self.bad_shards
+        bad = {i: found[shard.file] for i, shard in enumerate(entry.shards) if shard.file in found}
         return TokenSplit(self.place, name, self.manifest, bad_shards=bad)
 
 
@@ -118,7 +120,7 @@ class TokenSplit:
         name: str,
         manifest: Manifest,
         *,
-        bad_shards: Sequence[int] = (),
+        bad_shards: Mapping[int, Problem] = MappingProxyType({}),
         open_shards: int = OPEN_SHARDS,
     ) -> None:
         self.name = name
@@ -136,8 +138,9 @@ class TokenSplit:
         self.shard_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
         firsts = np.searchsorted(self._shard_numbers, np.arange(len(tokens) + 1))
         _check_index(place, entry, self._sample_starts[firsts], self.shard_starts)
-        self._open = _OpenShards(place, entry.shards, index, self.shard_starts, self._dtype, open_shards)
-        self._bad = frozenset(bad_shards)
+        self._open = _OpenShards(
+            place, entry.shards, index, self.shard_starts, self._dtype, bad_shards, open_shards
+        )
 
     @property
     def dtype(self) -> np.dtype:
@@ -272,8 +275,6 @@ class TokenSplit:
         bad = []
         for shard in shards:
             try:
-                if shard in self._bad:
-                    raise ShardError(Problem(self.shard_names[shard], "a bad shard"))
                 self._open.open_anew(shard)
             except ShardError:
                 bad.append(shard)
@@ -383,6 +384,7 @@ class _OpenShards:
         index: np.ndarray,
         shard_starts: np.ndarray,
         dtype: np.dtype,
+        bad: Mapping[int, Problem],
         capacity: int,
     ) -> None:
         self._place = place
@@ -391,6 +393,7 @@ class _OpenShards:
         self._rows = np.searchsorted(index["shard"], np.arange(len(entries) + 1))
         self._starts = shard_starts
         self._dtype = dtype
+        self._bad = bad
         self._capacity = capacity
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._ends: np.ndarray | None = None
@@ -398,7 +401,9 @@ class _OpenShards:
         self._lock = threading.Lock()
 
     def open_anew(self, shard: int) -> _OpenShard:
-        """Raises ShardError for one that cannot be had or is not what the index says."""
+        """Raises ShardError for one that cannot be had, is not what the index says, or was found bad."""
+        if shard in self._bad:
+            raise ShardError(self._bad[shard])
         entry = self._entries[shard]
         descriptor = self._place.open_shard(entry)
         opened = _OpenShard(descriptor, self._place.name(entry.file), entry, self._place.may_change)

@@ -59,7 +59,7 @@ class Stream:
         drop_last: bool = False,
         on_bad_shard: Literal["error", "skip"] = "error",
         agree: Agree | None = None,
-        on_skip: Callable[[str, int], None] | None = None,
+        on_skip: Callable[[str, int], None] = lambda shard, samples: None,
     ) -> None:
         """sources: what the timeline draws from. shuffle_shards: shards among which samples are shuffled.
         drop_last: an epoch ends with its last whole step. agree: needed by on_bad_shard="skip" where there
@@ -76,13 +76,11 @@ class Stream:
         self._on_skip = on_skip
         self._orders: list[BlockOrder] = []
         for name, dataset in sources.items():
-            epoch_length = len(dataset)
-            if drop_last:
-                global_size = timeline.segments[-1].global_size
-                epoch_length -= epoch_length % global_size
-                if epoch_length == 0:
-                    got = f"true with {len(dataset):,} samples and steps of {global_size:,}"
-                    raise DataError(Problem("data.drop_last", got, "a whole step or more", "give false"))
+            global_size = timeline.segments[-1].global_size
+            epoch_length = samples_of_epoch(len(dataset), global_size, drop_last)
+            if epoch_length == 0:
+                got = f"true with {len(dataset):,} samples and steps of {global_size:,}"
+                raise DataError(Problem("data.drop_last", got, "a whole step or more", "give false"))
             self._orders.append(
                 BlockOrder(
                     dataset.shard_sizes,
@@ -91,7 +89,10 @@ class Stream:
                     epoch_length=epoch_length,
                 )
             )
-        self._blocks: OrderedDict[tuple[int, int, int], Future[frozenset[int]]] = OrderedDict()
+        self._blocks: list[OrderedDict[tuple[int, int], Future[frozenset[int]]]]
+        self._blocks = [OrderedDict() for _ in sources]
+        self._bad: dict[tuple[int, int], set[int]] = {}
+        """(source, epoch) → shards found bad in it."""
         self._lock = threading.Lock()
 
     def samples(self, step: int) -> range:
@@ -160,20 +161,21 @@ class Stream:
         return "; ".join(named)
 
     def _enter_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> Future[frozenset[int]]:
-        key = (source, epoch, block)
+        key, blocks = (epoch, block), self._blocks[source]
         with self._lock:
-            found = self._blocks.get(key)
+            found = blocks.get(key)
             if found is not None:
+                blocks.move_to_end(key)
                 return found
-            entered = self._blocks[key] = Future()
-            if len(self._blocks) > _BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
+            entered = blocks[key] = Future()
+            if len(blocks) > _BLOCKS_KEPT:
+                blocks.popitem(last=False)
         try:
             entered.set_result(self._prepare_block(source, epoch, block, gave_up))
         except BaseException as error:
             entered.set_exception(error)
             with self._lock:
-                self._blocks.pop(key, None)
+                blocks.pop(key, None)
             raise
         return entered
 
@@ -190,13 +192,22 @@ class Stream:
         if self._agree is not None:
             bad = self._agree(f"{source}/{epoch}/{block}", bad, gave_up)
         sizes = dataset.shard_sizes
-        if len(bad) == int(np.count_nonzero(sizes)):
-            got = f"none that can be read of {len(bad)} shards"
+        bad = [shard for shard in bad if sizes[shard]]
+        with self._lock:
+            in_epoch = self._bad.setdefault((source, epoch), set())
+            in_epoch.update(bad)
+            num_bad = len(in_epoch)
+        if num_bad == int(np.count_nonzero(sizes)):
+            got = f"none that can be read of {num_bad} shards"
             raise DataError(Problem(f"data.path ({dataset.shard_names[bad[0]]})", got, "one or more"))
-        if self._on_skip is not None:
-            for shard in bad:
-                self._on_skip(dataset.shard_names[shard], int(sizes[shard]))
+        for shard in bad:
+            self._on_skip(dataset.shard_names[shard], int(sizes[shard]))
         return frozenset(bad)
+
+
+def samples_of_epoch(num_samples: int, global_size: int, drop_last: bool) -> int:
+    """How many of a source's samples an epoch takes."""
+    return num_samples - num_samples % global_size if drop_last else num_samples
 
 
 def digest(raw: Mapping[str, np.ndarray], numbers: range) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.config import require
+from llmtrain.config import encode, require
 from llmtrain.errors import ConfigError, Problem, nearest
 
 
@@ -91,7 +91,7 @@ class TokenDataConfig:
         if self.mixture is None:
             yield from require(bool(self.path), "path", self.path, "a corpus", "give data.path=…")
             for key in ("sources", "curriculum"):
-                got = getattr(self, key)
+                got = encode(getattr(self, key))
                 yield from require(not got, key, got, "nothing without a mixture", "give data.mixture={…}")
             return
         yield from _mixture_problems("mixture", self.mixture)

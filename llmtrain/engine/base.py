@@ -37,9 +37,10 @@ class StepResult:
     """What one optimizer step says of itself, the same on every rank.
 
     `loss` is the mean over all targets of the global batch, in nats; `grad_norm` the Euclidean norm
-    of the gradient before clipping; `metrics` means; `skipped` says that fp16 gradients
-    overflowed and the weights stayed; `stop` that some rank was asked to stop. `data_digest` stands for the
-    content and the order of all samples of the step, `num_skipped` of which were left empty.
+    of the gradient before clipping; `metrics` means; `skipped` says that the weights stayed,
+    since fp16 gradients overflowed or no sample had a target; `stop` that some rank was asked to stop.
+    `data_digest` stands for the content and the order of all samples of the step, `num_skipped` of which
+    were left empty.
     """
 
     loss: float
@@ -162,7 +163,12 @@ class Engine(ABC):
             counts[2] = sum(micro.num_skipped for micro in micro_batches)
         summed = distributed.all_sum(torch.from_numpy(counts).to(self.device)).tolist()
         num_targets, data_digest, num_skipped = summed[0], combine_digests(summed[1]), summed[2]
-        scale = self.mesh.replicas / max(1, num_targets)
+        if num_targets == 0:
+            # Weight decay and momentum would move weights that no sample asked to move.
+            asked = torch.tensor(int(stop_requested), device=self.device)
+            stop = bool(distributed.all_sum(asked).item())
+            return StepResult(0.0, 0, 0.0, {}, True, stop, data_digest, num_skipped)
+        scale = self.mesh.replicas / num_targets
 
         def run(i: int) -> Batch:
             stage = self.mesh.coordinates.pipeline
@@ -185,7 +191,7 @@ class Engine(ABC):
             ]
         )
         sums = distributed.all_sum(totals).tolist()
-        loss = sums[0] / max(1, num_targets)
+        loss = sums[0] / num_targets
         if not math.isfinite(loss):
             finite = per_micro.isfinite().tolist()
             bad = [micro for micro, ok in zip(micro_batches, finite, strict=True) if not ok]

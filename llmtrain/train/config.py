@@ -96,6 +96,13 @@ class TrainConfig:
     def problems(self) -> Iterator[Problem]:
         yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")
         yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if isinstance(self.data, TokenDataConfig):
+            yield from require(
+                self.data.overlap < self.batch.sequence_length,
+                "data.overlap",
+                self.data.overlap,
+                f"less than batch.sequence_length={self.batch.sequence_length}",
+            )
         positions = getattr(self.model, "max_sequence_length", None)
         yield from require(
             positions is None or self.batch.sequence_length <= positions,

@@ -66,6 +66,9 @@ class RunObserver:
         }
         if result.skipped:
             metrics["skipped"] = 1
+        if result.num_targets == 0:
+            # Nothing was computed: these would be false zeros in a curve.
+            del metrics["loss"], metrics["grad_norm"]
         if result.num_skipped:
             metrics["skipped_samples"] = result.num_skipped
         self._log(step, metrics)

@@ -8,7 +8,7 @@ from typing import Any
 from llmtrain.data.datasets import Dataset, TokenSequences
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
 from llmtrain.data.pairs import Passages
-from llmtrain.data.stream import Agree, Stream
+from llmtrain.data.stream import Agree, Stream, samples_of_epoch
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.train.config import TrainConfig
 
@@ -34,9 +34,9 @@ def plan_timeline(
         last = timeline.at(start_step)
         for line in _changes(last, size, source_shares(config.data, sources, start_step), settings):
             say(f"note: {line}")
-        was = last.settings["samples"]
         # An epoch of other rows: each source stays at the same share of it.
-        factors = {n: len(d) / was[n] for n, d in sources.items() if was.get(n, len(d)) != len(d)}
+        were, now = (_epoch_lengths(s, g) for s, g in ((last.settings, last.global_size), (settings, size)))
+        factors = {n: now[n] / were[n] for n in now if were.get(n, now[n]) != now[n]}
         if factors:
             timeline = timeline.rescaled(start_step, factors)
         timeline = timeline.changed(
@@ -56,7 +56,7 @@ def open_stream(
     *,
     seed: int,
     agree: Agree | None = None,
-    on_skip: Callable[[str, int], None] | None = None,
+    on_skip: Callable[[str, int], None] = lambda shard, samples: None,
 ) -> Stream:
     """The stream of a run's training samples."""
     if isinstance(data, ImageDataConfig):
@@ -88,6 +88,13 @@ def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[
     return settings
 
 
+def _epoch_lengths(settings: Mapping[str, Any], global_size: int) -> dict[str, int]:
+    drop_last = settings.get("drop_last", False)
+    return {
+        name: samples_of_epoch(count, global_size, drop_last) for name, count in settings["samples"].items()
+    }
+
+
 def source_shares(
     data: TokenDataConfig | ImageDataConfig, sources: Mapping[str, Dataset], step: int
 ) -> dict[str, float]:
@@ -107,7 +114,9 @@ def _changes(
     """What a person should know of the difference to the samples drawn before."""
     lines = []
     if last.global_size != global_size:
-        lines.append(f"batch.global_size was {last.global_size}, is {global_size}; no sample is lost by that")
+        change = f"batch.global_size was {last.global_size}, is {global_size}"
+        epochs = "epochs end elsewhere, with data.drop_last"
+        lines.append(f"{change}; {epochs if settings.get('drop_last') else 'no sample is lost by that'}")
     were, now = last.settings["fingerprints"], settings["fingerprints"]
     if added := sorted(set(now) - set(were)):
         if new := [name for name in added if not last.positions.get(name)]:

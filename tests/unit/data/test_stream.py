@@ -156,6 +156,38 @@ def test_no_shard_that_can_be_read(tmp_path: Path):
         stream.enter(0)
 
 
+def test_an_epoch_of_bad_shards_alone_is_refused(tmp_path: Path):
+    """Even where a block has one shard."""
+    path = tmp_path / "a"
+    source = open_source(path, 0, num_documents=40)
+    for shard in range(len(source.shard_sizes)):
+        damage(path, shard)
+    source = open_source(path, 0, on_bad_shard="skip")
+    stream = make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1)
+    with pytest.raises(DataError, match=f"none that can be read of {len(source.shard_sizes)} shards"):
+        _ = [stream.enter(step) for step in range(len(source))]
+
+
+def test_a_source_read_fast_does_not_make_another_forget_its_blocks(tmp_path: Path):
+    """A tiny source enters block after block; what was said of the large one is not said again."""
+    large, tiny = open_source(tmp_path / "a", 0), open_source(tmp_path / "b", 1, num_documents=2)
+    damage(tmp_path / "a", 0)
+    told: list[str] = []
+    source = open_source(tmp_path / "a", 0, on_bad_shard="skip")
+    timeline = begin(100, {"a": 0.01, "b": 0.99}, {})
+    stream = Stream(
+        {"a": source, "b": tiny},
+        timeline,
+        seed=3,
+        shuffle_shards=len(large.shard_sizes),
+        on_bad_shard="skip",
+        on_skip=lambda shard, _: told.append(shard),
+    )
+    for step in range(4):
+        stream.enter(step)
+    assert told == [source.shard_names[0]]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_ranks_skip_alike_what_one_cannot_read(tmp_path: Path, workers: int):
     """Each rank reads a copy of its own, with several threads that come to blocks in any order."""

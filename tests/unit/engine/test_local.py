@@ -112,3 +112,19 @@ def test_dropout_seeds_differ_and_stay():
     assert len(seeds) == 8 * 64 * 3
     assert dropout_seed(0, 0) == dropout_seed(0, 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_step_without_any_target_leaves_the_weights(batch):
+    """Neither momentum nor weight decay moves them."""
+    rows, documents = batch
+    model = Bigram()
+    optimizer = OptimizerConfig(name="adamw", lr=0.1, weight_decay=0.5)
+    layout = engine(model, 4, 4).layout
+    trained = LocalEngine(whole_setup(model, layout, optimizer))
+    trained.train_step(micro_batches(rows, documents, 4), lr=0.1)
+    before = model.table.detach().clone()
+    result = trained.train_step(
+        micro_batches(rows, np.full_like(documents, -1), 4), lr=0.1, stop_requested=True
+    )
+    assert (result.num_targets, result.skipped, result.stop) == (0, True, True)
+    assert torch.equal(model.table, before)

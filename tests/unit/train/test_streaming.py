@@ -120,3 +120,11 @@ def test_the_stream_follows_the_data_s_settings():
     timeline, _ = plan(settings, None, 0)
     stream = open_stream(settings.data, {"": A}, timeline, seed=0)
     assert stream.progress(14)["epoch"] == pytest.approx(1.0)
+
+
+def test_another_global_batch_with_dropped_ends_stays_at_its_share():
+    """Epochs of 100 samples hold 96 in steps of 8 and 98 in steps of 7."""
+    timeline, _ = plan(config(drop_last=True), None, 0)
+    changed, said = plan(config(drop_last=True, global_size=7), timeline, 12)
+    assert "epochs end elsewhere, with data.drop_last" in said
+    assert positions(changed, 12) == {"": 98}
