@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmtrain.data.corpora import Corpora, open_corpora
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import ModelShape
@@ -32,14 +33,15 @@ class Family:
     config: type
     data: Literal["tokens", "images"]
     build: Callable[[Any], nn.Module]
-    objective: Callable[[Any], Objective]
-    """Data config → objective."""
+    objective: Callable[[Any, Any], Objective]
+    """(model config, data config) → objective."""
     tensor_table: Callable[[Any], Table] | None = None
     """Model config → what tensor parallelism divides, and how; None: it cannot be divided."""
     has_stages: bool = False
     """Its forward is `stages()`, which pipelines divide, and runs its `blocks`, which can be recomputed."""
     has_attention: bool = False
-    """It mixes tokens in attention alone, so that processes can share a sequence."""
+    """It mixes tokens in attention alone, and its head takes each by itself, so that processes can share a
+    sequence."""
 
     @property
     def axes(self) -> frozenset[str]:
@@ -72,6 +74,23 @@ def _gpt_table(config: GPTConfig) -> Table:
     return table
 
 
+def _bert(config: BertConfig) -> nn.Module:
+    from llmtrain.models.bert import Bert
+
+    return Bert(config)
+
+
+def _bert_table(config: BertConfig) -> Table:
+    return {
+        "embedding": "embedding",
+        "blocks.*.attention.qkv": "column",
+        "blocks.*.attention.output": "row",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "head": "head",
+    }
+
+
 def _lstm(config: LSTMConfig) -> nn.Module:
     from llmtrain.models.recurrent import LSTMLanguageModel
 
@@ -84,13 +103,24 @@ def _simple_cnn(config: SimpleCNNConfig) -> nn.Module:
     return SimpleCNN(config)
 
 
-def _causal_lm(data: TokenDataConfig) -> Objective:
+def _causal_lm(model: ModelConfig, data: TokenDataConfig) -> Objective:
     from llmtrain.objectives.causal_lm import CausalLM
 
     return CausalLM(document_mask=data.document_mask)
 
 
-def _classification(data: ImageDataConfig) -> Objective:
+def _masked_lm(model: BertConfig, data: TokenDataConfig) -> Objective:
+    from llmtrain.objectives.masked_lm import MaskedLM
+
+    word_starts = None
+    if model.objective.whole_words:
+        from llmtrain.data.tokenizer import Tokenizer
+
+        word_starts = Tokenizer.load(open_corpora(data).tokenizer_path).word_starts()
+    return MaskedLM(model, document_mask=data.document_mask, word_starts_V=word_starts)
+
+
+def _classification(model: ModelConfig, data: ImageDataConfig) -> Objective:
     from llmtrain.objectives.classification import Classification
 
     return Classification()
@@ -100,6 +130,7 @@ FAMILIES: dict[str, Family] = {
     "gpt": Family(
         GPTConfig, "tokens", _gpt, _causal_lm, tensor_table=_gpt_table, has_stages=True, has_attention=True
     ),
+    "bert": Family(BertConfig, "tokens", _bert, _masked_lm, tensor_table=_bert_table, has_stages=True),
     "lstm": Family(LSTMConfig, "tokens", _lstm, _causal_lm),
     "simple_cnn": Family(SimpleCNNConfig, "images", _simple_cnn, _classification),
 }
@@ -120,10 +151,16 @@ def family_of(model: ModelConfig) -> Family:
 def model_shape(model: ModelConfig) -> ModelShape:
     """What the layout asks of the model."""
     family = family_of(model)
-    if not isinstance(model, GPTConfig):
+    if not isinstance(model, GPTConfig | BertConfig):
         return ModelShape(model.family, family.axes, dropout=model.dropout)
     return ModelShape(
-        model.family, family.axes, model.num_layers, model.kv_heads, model.mlp_width, model.dropout
+        model.family,
+        family.axes,
+        model.num_layers,
+        model.kv_heads,
+        model.mlp_width,
+        model.dropout,
+        shares_tokens=family.has_attention,
     )
 
 
@@ -131,6 +168,10 @@ def data_problems(model: ModelConfig, data: TokenDataConfig | ImageDataConfig) -
     """What keeps `model` from learning from this kind of data."""
     wanted = family_of(model).data
     if data.kind == wanted:
+        paired = isinstance(model, BertConfig) and model.has_pairs
+        if paired and isinstance(data, TokenDataConfig) and data.packing != "concat":
+            allowed = "concat with model.objective.pairs: a row holds one pair of texts"
+            return [Problem("data.packing", data.packing, allowed, "give data.packing=concat")]
         return []
     remedy = {"tokens": "add data=tokens data.path=…", "images": "add data=mnist"}[wanted]
     return [Problem("data.kind", f"{data.kind!r} with model.family={model.family}", wanted, remedy)]
@@ -145,13 +186,18 @@ def recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[P
 
 
 def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConfig:
-    """The model with its vocabulary known: null takes the corpus'.
+    """The model with its vocabulary known: null takes the corpus' and what special tokens BERT needs.
 
     Raises ConfigError when the corpus has ids that the model's embedding lacks.
     """
     if corpora is None or isinstance(model, SimpleCNNConfig):
         return model
-    needed = corpora.vocab_size
+    needed, special = corpora.vocab_size, ""
+    if isinstance(model, BertConfig):
+        if model.mask_id is None:
+            model = replace(model, mask_id=needed, cls_id=needed + 1, sep_id=needed + 2)
+        needed = max(needed, *(i + 1 for i in model.special_ids))
+        special = " with [MASK], [CLS] and [SEP]"
     if model.vocab_size is None:
         return replace(model, vocab_size=needed)
     if model.vocab_size < needed:
@@ -159,7 +205,7 @@ def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConf
             Problem(
                 "model.vocab_size",
                 str(model.vocab_size),
-                f"{needed} or more, the vocabulary of {corpora.where}",
+                f"{needed} or more, the vocabulary of {corpora.where}{special}",
                 "set model.vocab_size=null to take the corpus'",
             )
         )
@@ -177,10 +223,14 @@ def open_sources(
     text are left out. Raises DataError when they cannot be had."""
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.images import Images
+    from llmtrain.data.pairs import Passages
 
     if isinstance(data, ImageDataConfig):
         return {"": Images.open(data.path, split, getattr(model, "num_classes", 10))}
     assert corpora is not None
+    if isinstance(model, BertConfig) and model.has_pairs:
+        splits = corpora.splits(split, only_filled=split != "train")
+        return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
     return {
         name: TokenSequences(
             tokens,

@@ -68,7 +68,7 @@ def test_blocks(tmp_path: Path):
         done = run([*program, commands], tmp_path)
         expected = 2 if "exits with 2" in commands else 0
         assert done.returncode == expected, f"{commands}\n{done.stdout}"
-        assert_shown(shown, done.stdout, free=("The film was",))
+        assert_shown(shown, done.stdout, free=("The film was", "  [MASK]"))
 
 
 def test_the_two_commands(tmp_path: Path):

@@ -25,6 +25,7 @@ from llmtrain.data.transport import is_remote
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.families import family_of, model_config_type, open_data, open_sources
 from llmtrain.files import disk_problem, write_atomically
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig
 from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.config import ModelConfig
@@ -227,7 +228,7 @@ class _Printer:
             raise ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))
         self._opened = opened
         self._tokenizer = Tokenizer.load(opened.corpora.tokenizer_path)
-        self._objective = family_of(opened.model).objective(opened.data)
+        self._objective = family_of(opened.model).objective(opened.model, opened.data)
 
     def print(self, title: str, sample: Sample) -> None:
         from llmtrain.data.datasets import EMPTY
@@ -239,6 +240,9 @@ class _Printer:
             print(f"{title}: {corpus}epoch {sample.epoch}, left empty, since its shard cannot be read\n")
             return
         raw = self._opened.sources[sample.corpus].get(np.array([sample.row]))
+        if isinstance(self._opened.model, BertConfig):
+            self._print_masked(f"{title}: {corpus}epoch {sample.epoch}, row {sample.row}", sample, raw)
+            return
         labels_T = self._objective.collate(raw)["labels"][0].numpy()
         tokens_W = raw["tokens"][0]
         # The first token of a row has nothing before it in the row.
@@ -255,6 +259,41 @@ class _Printer:
                 print(f"    {line}".rstrip())
         if place < len(tokens_W):
             print(f"  padding, {len(tokens_W) - place} tokens without loss")
+        print(flush=True)
+
+    def _print_masked(self, title: str, sample: Sample, raw: dict[str, np.ndarray]) -> None:
+        """The row as the model sees it, with what it is asked for."""
+        from llmtrain.data.loader import KEYS
+        from llmtrain.data.stream import Places
+        from llmtrain.models.head import IGNORE_INDEX
+
+        stream, model = self._opened.stream, self._opened.model
+        assert isinstance(model, BertConfig)
+        source = stream.names.index(sample.corpus)
+        places = Places(*(np.array([number]) for number in (source, sample.epoch, sample.row)))
+        batch = self._objective.collate({**raw, KEYS: stream.keys(places)})
+        tokens_T, labels_T = batch["tokens"][0].numpy(), batch["labels"][0].numpy()
+        length = len(tokens_T)
+        if "documents" in batch:
+            length = int((batch["documents"][0] >= 0).sum())
+        asked = int((labels_T != IGNORE_INDEX).sum())
+        pair = f", pair {int(batch['pair_labels'][0])}" if "pair_labels" in batch else ""
+        print(f"{title}, {length} tokens, {asked} of them asked for{pair}")
+        special = dict(zip(model.special_ids, ("[MASK]", "[CLS]", "[SEP]"), strict=True))
+        is_text_T = (labels_T == IGNORE_INDEX) & ~np.isin(tokens_T, list(special))
+        text, place = "", 0
+        while place < length:
+            run = place
+            while run < length and is_text_T[run]:
+                run += 1
+            text += self._tokenizer.decode(tokens_T[place:run].tolist())
+            if run < length:
+                shown = special.get(int(tokens_T[run])) or self._tokenizer.decode([int(tokens_T[run])])
+                asked_for = labels_T[run] != IGNORE_INDEX
+                text += f"⟦{shown}→{self._tokenizer.decode([int(labels_T[run])])}⟧" if asked_for else shown
+            place = run + 1
+        for line in text.split("\n"):
+            print(f"    {line}".rstrip())
         print(flush=True)
 
     def _text(self, tokens: np.ndarray, bears_loss: np.ndarray) -> str:

@@ -20,6 +20,7 @@ from llmtrain.config import decode, encode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import data_problems, family_of, open_data, open_dataset
+from llmtrain.models.bert_config import BertConfig
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     _check(config, trained, corpora)
     length = _sequence_length(config, trained)
     dataset = open_dataset(trained.config, config.data, corpora, config.split, length, _say_skipped)
-    objective = family_of(trained.config).objective(config.data)
+    objective = family_of(trained.config).objective(trained.config, config.data)
     device = distributed.pick_device(config.device)
     mesh = start_sharing(
         config.parallel,
@@ -115,10 +116,12 @@ def run(mapping: Mapping[str, Any]) -> None:
         **totals.metrics,
     }
     if counter is not None and corpora is not None:
-        figures["perplexity"] = math.exp(min(totals.loss, 700.0))
+        # Of the tokens alone, where the loss has more in it.
+        figures["perplexity"] = math.exp(min(totals.metrics.get("masked_loss", totals.loss), 700.0))
+    if counter is not None and corpora is not None and not isinstance(trained.config, BertConfig):
         figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpora))
-        if config.unigram:
-            figures["unigram_loss"] = counter.unigram_loss(corpora)
+    if counter is not None and corpora is not None and config.unigram:
+        figures["unigram_loss"] = counter.unigram_loss(corpora)
     for name, value in figures.items():
         print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
     if output is not None:

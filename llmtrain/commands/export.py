@@ -40,7 +40,7 @@ def run(mapping: Mapping[str, Any]) -> None:
                 "checkpoint",
                 f"a model of family {trained.config.family}",
                 "gpt",
-                "transformers has no such architecture; its weights are plain safetensors in the checkpoint",
+                "no folder for transformers is made of it; its weights are safetensors in the checkpoint",
             )
         )
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,4 +1,4 @@
-"""`llmtrain generate`: text from a trained language model."""
+"""`llmtrain generate`: text from a trained language model, or what a BERT puts for [MASK]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.generation.config import GenerateConfig
+from llmtrain.models.bert_config import BertConfig
+
+TOP_K = 5
+"""Pieces shown for each [MASK] unless generate.top_k says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,10 @@ class GenerateCommandConfig:
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Print each prompt with its continuation. Raises UserError for whatever a user can mend."""
+    """Print each prompt with its continuation, or with its [MASK]s filled.
+
+    Raises UserError for whatever a user can mend.
+    """
     config = decode(GenerateCommandConfig, mapping)
     prompts = list(config.prompt)
     if config.prompt_file is not None:
@@ -43,6 +50,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     trained = load_trained(config.checkpoint)
     if trained.config.family == "simple_cnn":
         raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))
+    if isinstance(trained.config, BertConfig):
+        from llmtrain.commands.fill import fill_prompts
+
+        fill_prompts(
+            trained, prompts, config.generate.top_k or TOP_K, config.parallel, encode(config), config.device
+        )
+        return
     tokenizer = trained.tokenizer()
     device = distributed.pick_device(config.device)
     ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]

@@ -116,7 +116,7 @@ class Session:
                 on_skip=self._on_skip,
             )
         )
-        objective = family_of(config.model).objective(config.data)
+        objective = family_of(config.model).objective(config.model, config.data)
         from llmtrain.commands.build import build_engine
 
         engine = build_engine(config, layout, self.device, objective, checkpoint)

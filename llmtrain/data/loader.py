@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llmtrain.data.datasets import EMPTY, Dataset
-from llmtrain.data.order import rank_slice
+from llmtrain.data.order import epoch_key, rank_slice, sample_keys
 from llmtrain.data.stream import Stream, digest
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "Tensor"]
 Collate = Callable[[dict[str, np.ndarray]], Batch]
+KEYS = "keys"
+"""In what is collated: a number for each sample, int64 (M,), the same wherever and whenever it is read in
+this epoch; objectives make their choices by it."""
+_EVALUATION_KEY = epoch_key(0, 0)
+"""An evaluation asks the same of every model."""
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -125,19 +130,23 @@ class Loader:
         # Read together: what a call costs is shared by more rows.
         places = self.stream.places(share, step, skipped)
         raw = self.stream.get(places)
+        keys = self.stream.keys(places)
         M = self._micro_size
         return [
             self._micro_batch(
                 share[i : i + M],
                 places.indices[i : i + M],
                 {key: values[i : i + M] for key, values in raw.items()},
+                keys[i : i + M],
             )
             for i in range(0, len(share), M)
         ]
 
-    def _micro_batch(self, samples: range, indices: np.ndarray, raw: dict[str, np.ndarray]) -> MicroBatch:
+    def _micro_batch(
+        self, samples: range, indices: np.ndarray, raw: dict[str, np.ndarray], keys: np.ndarray
+    ) -> MicroBatch:
         return MicroBatch(
-            _tensors(raw, self._collate, self._pin_memory),
+            _tensors({**raw, KEYS: keys}, self._collate, self._pin_memory),
             samples,
             indices,
             digest(raw, samples),
@@ -168,7 +177,8 @@ def evaluation_batches(
         samples = rank_slice(range(step * global_size, (step + 1) * global_size), data_rank, data_size)
         places = np.array(samples)
         indices = np.where(places < length, places * len(dataset) // length, EMPTY)
-        return MicroBatch(_tensors(dataset.get(indices), collate, pin_memory), samples, indices)
+        raw = {**dataset.get(indices), KEYS: sample_keys(indices, _EVALUATION_KEY)}
+        return MicroBatch(_tensors(raw, collate, pin_memory), samples, indices)
 
     yield from _in_order(fetch, iter(range(-(-length // global_size))), workers)
 

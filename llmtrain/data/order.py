@@ -22,6 +22,8 @@ _WORD = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _SHARDS = 0x5368617264730000
 """Keeps the order of shards apart from that within a block."""
+_SAMPLES = 0x53616D706C650000
+"""Keeps samples' keys apart from the order of samples."""
 
 
 def permute(indices: np.ndarray, length: int, key: int) -> np.ndarray:
@@ -48,6 +50,14 @@ def permute(indices: np.ndarray, length: int, key: int) -> np.ndarray:
 def epoch_key(seed: int, epoch: int) -> int:
     """The 64-bit key of one epoch's permutation."""
     return _mix(_mix(seed) + epoch * _GOLDEN_GAMMA)
+
+
+def sample_keys(indices: np.ndarray, key: int) -> np.ndarray:
+    """A number of 63 bits for each sample, by which an objective makes its choices: int64 of the shape of
+    `indices`, the samples' numbers within their source. key: as epoch_key gives it."""
+    values = np.asarray(indices, dtype=np.int64).astype(np.uint64) + np.uint64(1)
+    hashed = _mix_array(np.uint64(_mix(key ^ _SAMPLES)) + values * np.uint64(_GOLDEN_GAMMA))
+    return (hashed >> np.uint64(1)).astype(np.int64)
 
 
 class BlockOrder:

@@ -18,7 +18,7 @@ import xxhash
 
 from llmtrain.data.datasets import EMPTY, Dataset, ReadsShards, gather
 from llmtrain.data.mixture import Timeline
-from llmtrain.data.order import BlockOrder
+from llmtrain.data.order import BlockOrder, epoch_key, sample_keys
 from llmtrain.errors import DataError, Problem
 
 GaveUp = Callable[[], bool]
@@ -70,6 +70,7 @@ class Stream:
         self.timeline = timeline
         self.names = list(sources)
         self._datasets = list(sources.values())
+        self._seed = seed
         self._skips = on_bad_shard == "skip"
         self._agree = agree
         self._on_skip = on_skip
@@ -127,6 +128,15 @@ class Stream:
                 if (source, epoch, self._orders[source].shard_of(index)) in skipped:
                     indices[row] = EMPTY
         return Places(sources, epochs, indices)
+
+    def keys(self, places: Places) -> np.ndarray:
+        """A number for each sample, int64 (M,): a function of (seed, source, epoch, sample)."""
+        keys = np.empty_like(places.indices)
+        for source, epoch in np.unique(np.stack([places.sources, places.epochs]), axis=1).T.tolist():
+            chosen = (places.sources == source) & (places.epochs == epoch)
+            key = epoch_key(_source_seed(self._seed, self.names[source]), epoch)
+            keys[chosen] = sample_keys(places.indices[chosen], key)
+        return keys
 
     def get(self, places: Places) -> dict[str, np.ndarray]:
         """The samples' content, stacked: see Dataset.get."""

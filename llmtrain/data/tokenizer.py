@@ -87,6 +87,16 @@ class Tokenizer:
         probe = " a  b\n\tÅ ﬁ １ 😀 ꙮ "
         return self.decode(self.encode(probe)) == probe
 
+    def word_starts(self) -> np.ndarray:
+        """(vocab_size,) bool: whether each id begins a word, with a space or as a control id."""
+        processor = self._processor
+        return np.array(
+            [
+                processor.is_control(i) or processor.id_to_piece(i).startswith(SPACE)
+                for i in range(self.vocab_size)
+            ]
+        )
+
     def token_byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int32: UTF-8 bytes of text each id stands for; 0 for control and unknown ids."""
         processor = self._processor

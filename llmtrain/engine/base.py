@@ -37,7 +37,7 @@ class StepResult:
     """What one optimizer step says of itself, the same on every rank.
 
     `loss` is the mean over all targets of the global batch, in nats; `grad_norm` the Euclidean norm
-    of the gradient before clipping; `metrics` means over targets; `skipped` says that the weights stayed,
+    of the gradient before clipping; `metrics` means; `skipped` says that the weights stayed,
     since fp16 gradients overflowed or no sample had a target; `stop` that some rank was asked to stop.
     `data_digest` stands for the content and the order of all samples of the step, `num_skipped` of which
     were left empty.
@@ -187,7 +187,7 @@ class Engine(ABC):
             [
                 per_micro.sum(),
                 torch.tensor(float(stop_requested), dtype=torch.float64, device=self.device),
-                *(metrics[name].double() for name in sorted(metrics)),
+                *(number for name in sorted(metrics) for number in metrics[name].double()),
             ]
         )
         sums = distributed.all_sum(totals).tolist()
@@ -204,7 +204,8 @@ class Engine(ABC):
             num_targets=num_targets,
             grad_norm=grad_norm,
             metrics={
-                name: value / num_targets for name, value in zip(sorted(metrics), sums[2:], strict=True)
+                name: total / max(1.0, count)
+                for name, total, count in zip(sorted(metrics), sums[2::2], sums[3::2], strict=True)
             },
             skipped=skipped,
             stop=sums[1] > 0,

@@ -32,6 +32,7 @@ def deepspeed_config(
     """
     low_precision = precision if layout.zero > 0 else "fp32"
     bucket = min(MAX_BUCKET_ELEMENTS, max(num_parameters, 2**16))
+    bucket += bucket % 2  # DeepSpeed asserts it
     config: dict[str, Any] = {
         # Processes that share a sequence are replicas to DeepSpeed.
         "train_batch_size": layout.global_size * layout.sequence,

@@ -21,7 +21,8 @@ class Totals:
 
     loss_sum: float
     num_targets: int
-    metric_sums: dict[str, float] = field(default_factory=dict)
+    metric_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Each with the count that it is divided by."""
 
     @property
     def loss(self) -> float:
@@ -29,7 +30,7 @@ class Totals:
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {name: value / max(1, self.num_targets) for name, value in self.metric_sums.items()}
+        return {name: total / max(1.0, count) for name, (total, count) in self.metric_sums.items()}
 
 
 def sum_over_batches(
@@ -41,14 +42,19 @@ def sum_over_batches(
     with torch.no_grad():
         for batch in batches:
             terms = compute(batch)
-            for name, value in {"": terms.loss_sum, "#": terms.num_targets, **terms.metrics}.items():
+            whole = torch.stack([terms.loss_sum.double(), terms.num_targets.double()])
+            for name, value in {"": whole, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
     names = sorted(sums)
     if not names:  # on no rank then, since all bring equally many
         return Totals(0.0, 0)
     totals = torch.stack([sums[name] for name in names])
-    reduced = dict(zip(names, distributed.all_sum(totals).tolist(), strict=True))
-    return Totals(reduced.pop("", 0.0), int(reduced.pop("#", 0.0)), reduced)
+    reduced = {
+        name: (total, count)
+        for name, (total, count) in zip(names, distributed.all_sum(totals).tolist(), strict=True)
+    }
+    loss_sum, num_targets = reduced.pop("")
+    return Totals(loss_sum, int(num_targets), reduced)
 
 
 def evaluate_batches(

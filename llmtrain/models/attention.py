@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: torch's kernels, and on the CPU a faster one for causal training.
+"""Scaled dot-product attention: torch's kernels, and on the CPU a faster one for training.
 
 torch's CPU kernel computes the masked upper triangle and multiplies in fp32. Blocks of queries, each
 with the keys that it can see, are exact too and take plain matrix products of the inputs' type: over
@@ -30,12 +30,13 @@ LONGEST = 2048
 
 
 class Documents:
-    """Documents packed into rows: a query sees the keys of its own, up to itself.
+    """Documents packed into rows: a query sees the keys of its own, if `causal` up to itself.
 
     A document is a run of one id. What a kernel asks for is made once, and serves all layers.
     """
 
-    def __init__(self, ids_BT: Tensor) -> None:
+    def __init__(self, ids_BT: Tensor, *, causal: bool = True) -> None:
+        self.causal = causal
         self._begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         self._begins_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
 
@@ -46,10 +47,18 @@ class Documents:
         return (self._begins_BT * places_T).cummax(1).values
 
     @cached_property
+    def ends(self) -> Tensor:
+        """Place in its row behind the last token of each token's document, (B, T)."""
+        T = self._begins_BT.shape[1]
+        is_last_BT = F.pad(self._begins_BT[:, 1:], (0, 1), value=True)
+        places_T = torch.arange(T, device=is_last_BT.device)
+        return T - (is_last_BT.flip(1) * places_T).cummax(1).values.flip(1)
+
+    @cached_property
     def mask(self) -> Tensor:
         """(B, 1, T, T), True where a query may see a key."""
         T = self.starts.shape[1]
-        return ~_hidden(self.starts, range(T), range(T))
+        return ~_hidden(self.starts, None if self.causal else self.ends, range(T), range(T))
 
     @cached_property
     def borders(self) -> tuple[Tensor, int]:
@@ -62,7 +71,10 @@ class Documents:
     @cached_property
     def blocks(self) -> list[_Block]:
         """All queries of all rows, with the keys from the first that some query sees."""
-        return list(_blocks_of_documents(self.starts))
+        if self.causal:
+            return list(_blocks_of_documents(self.starts))
+        B, T = self.starts.shape
+        return list(_bidirectional_blocks(B, T, self))
 
 
 def attend(
@@ -72,11 +84,12 @@ def attend(
     *,
     documents: Documents | None = None,
     dropout: AttentionDropout | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """softmax(q·kᵀ / sqrt(H))·v, (B, N, T, H), laid out as (B, T, N, H).
 
-    Causal: the queries are the last T of the S tokens.
-    documents: those of all tokens, T = S; None: a row is one.
+    causal: a query sees the keys up to its own; the queries are the last T of the S tokens.
+    documents: those of all tokens, T = S, as causal as attention is; None: a row is one.
     dropout: of the softmax' weights. With keys the weights are held whole, (B, N, T, S), as no kernel
         takes masks of one's own.
     """
@@ -89,16 +102,21 @@ def attend(
     if q_BNTH.device.type == "cpu" and 1 < T == S <= LONGEST and dropout is None:
         if N != K:
             k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
-        blocks = list(_causal_blocks(q_BNTH.shape[0], T)) if documents is None else documents.blocks
+        if documents is not None:
+            blocks = documents.blocks
+        elif causal:
+            blocks = list(_causal_blocks(q_BNTH.shape[0], T))
+        else:
+            blocks = list(_bidirectional_blocks(q_BNTH.shape[0], T))
         y_BNTH: Tensor = _BlockwiseAttention.apply(q_BNTH, k_BKSH, v_BKSH, blocks, torch.is_grad_enabled())
         return y_BNTH
     mask = None
     if documents is not None:
         mask = documents.mask
-    elif 1 < T < S:
+    elif causal and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     if dropout is not None and dropout.keys is not None:
-        return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout)
+        return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal)
     return F.scaled_dot_product_attention(
         q_BNTH,
         k_BKSH,
@@ -106,19 +124,24 @@ def attend(
         attn_mask=mask,
         dropout_p=0.0 if dropout is None else dropout.p,
         # One new token sees every key; is_causal would show it the first alone.
-        is_causal=mask is None and T > 1,
+        is_causal=causal and mask is None and T > 1,
         enable_gqa=N != K,
     )
 
 
 def _attend_with_mask_of_dropout(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None, dropout: AttentionDropout
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: Tensor | None,
+    dropout: AttentionDropout,
+    causal: bool,
 ) -> Tensor:
     N, T, H = q_BNTH.shape[1:]
     K, S = k_BKSH.shape[1:3]
     if N != K:
         k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
-    if mask is None and T > 1:
+    if causal and mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril()
     scores_BNTS = (q_BNTH * H**-0.5) @ k_BKSH.transpose(2, 3)
     if mask is not None:
@@ -157,9 +180,9 @@ def _attend_by_document(
     B, N, T = q_BNTH.shape[:3]
     borders, longest = documents.borders
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
-    causal = (-1, 0)
+    window = (-1, 0) if documents.causal else (-1, -1)
     gqa = k_BKTH.shape[1] != N
-    y: Tensor = kernel(q, k, v, borders, borders, longest, longest, window_size=causal, enable_gqa=gqa)
+    y: Tensor = kernel(q, k, v, borders, borders, longest, longest, window_size=window, enable_gqa=gqa)
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
@@ -170,16 +193,21 @@ class _Block(NamedTuple):
     rows: slice
     queries: slice
     keys: slice
-    hidden: Tensor
+    hidden: Tensor | None
     """(R or 1, 1, C, up to S), True where a query does not see a key, for the last of the keys: all before
-    are seen."""
+    are seen. None: all are."""
 
 
-def _hidden(starts_RT: Tensor, queries: range, keys: range) -> Tensor:
-    """(R, 1, C, S), True where a key is after the query or before its document."""
+def _hidden(starts_RT: Tensor, ends_RT: Tensor | None, queries: range, keys: range) -> Tensor:
+    """(R, 1, C, S), True where a key is before the query's document, or after it; without `ends_RT`, after
+    the query itself."""
     place_C, place_S = (torch.arange(r.start, r.stop, device=starts_RT.device) for r in (queries, keys))
     starts_RC = starts_RT[:, queries.start : queries.stop]
-    return ((place_S > place_C[:, None]) | (place_S < starts_RC[:, :, None]))[:, None]
+    if ends_RT is None:
+        after = place_S > place_C[:, None]
+    else:
+        after = place_S >= ends_RT[:, queries.start : queries.stop, None]
+    return (after | (place_S < starts_RC[:, :, None]))[:, None]
 
 
 def _causal_blocks(B: int, T: int) -> Iterator[_Block]:
@@ -201,9 +229,27 @@ def _blocks_of_documents(starts_BT: Tensor) -> Iterator[_Block]:
             hidden = causal.hidden
             if any(last != first for last in lasts[rows]):
                 hidden = _hidden(
-                    starts_BT[rows], range(queries.start, queries.stop), range(first, queries.stop)
+                    starts_BT[rows], None, range(queries.start, queries.stop), range(first, queries.stop)
                 )
             yield _Block(rows, queries, slice(first, queries.stop), hidden)
+
+
+def _bidirectional_blocks(B: int, T: int, documents: Documents | None = None) -> Iterator[_Block]:
+    """Each row by itself where documents leave out keys: another's say nothing of them."""
+    for start in range(0, T, BLOCK):
+        queries = slice(start, min(start + BLOCK, T))
+        if documents is None:
+            yield _Block(slice(0, B), queries, slice(0, T), None)
+            continue
+        starts_BT, ends_BT = documents.starts, documents.ends
+        firsts, stops = starts_BT[:, start].tolist(), ends_BT[:, queries.stop - 1].tolist()
+        lasts = starts_BT[:, queries.stop - 1].tolist()
+        for b in range(B):
+            rows, hidden = slice(b, b + 1), None
+            if lasts[b] != firsts[b]:
+                places, keys = range(start, queries.stop), range(firsts[b], stops[b])
+                hidden = _hidden(starts_BT[rows], ends_BT[rows], places, keys)
+            yield _Block(rows, queries, slice(firsts[b], stops[b]), hidden)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -227,7 +273,8 @@ class _BlockwiseAttention(torch.autograd.Function):
                 k_PSH, v_PSH = (x_BNTH[rows].flatten(0, 1)[:, keys] for x_BNTH in (k_BNTH, v_BNTH))
                 scores_PCS = torch.bmm(q_PCH, k_PSH.transpose(1, 2))
                 scores_RNCS = scores_PCS.unflatten(0, (-1, N))
-                scores_RNCS[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
+                if hidden is not None:
+                    scores_RNCS[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
                 probs_PCS = scores_PCS.softmax(-1)
                 y_BNTH[rows, :, queries] = torch.bmm(probs_PCS, v_PSH).unflatten(0, (-1, N))
                 if with_gradients:

@@ -111,6 +111,10 @@ class GPTConfig:
         attention = D * self.qkv_width + self.num_heads * self.head_width * D
         return (attention + (3 if self.gated_mlp else 2) * D * self.mlp_width) // tensor
 
+    def head_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of the head, on one of `tensor` processes that divide the vocabulary."""
+        return -(-self._vocab() // tensor) * self.hidden_size
+
     def layer_parameter_count(self, tensor: int = 1) -> int:
         """Parameters of one block, on one of `tensor` processes that divide its matrices: biases of what
         is divided by outputs are divided too, those of the others and norms are whole on each."""

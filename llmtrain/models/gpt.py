@@ -6,7 +6,7 @@ Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class Stage(NamedTuple):
 
     modules: dict[str, nn.Module]
     """Canonical name → module."""
-    run: Callable[[Tensor, Context], Tensor]
+    run: Callable[[Tensor, Any], Tensor]
+    """(what the step before gave, the model's context) → what the next takes."""
 
 
 class GPT(TiedHeadModel):

@@ -30,17 +30,18 @@ CACHED_LOGITS = 2**20
 class LanguageModelHead(nn.Module):
     """Linear map to the vocabulary, with the loss inside."""
 
-    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+    def __init__(self, hidden_size: int, vocab_size: int, bias: bool = False) -> None:
         super().__init__()
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); with labels the SUM of cross-entropy in nats over labels other than
         IGNORE_INDEX, a 0-d fp32 tensor."""
         if labels_BT is None:
-            return F.linear(hidden_BTD, self.weight)
-        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT)
+            return F.linear(hidden_BTD, self.weight, self.bias)
+        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, bias_V=self.bias)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}"
@@ -76,13 +77,16 @@ def summed_cross_entropy(
     weight_VD: Tensor,
     labels_BT: Tensor,
     cross_entropy_: CrossEntropy | None = None,
+    *,
+    bias_V: Tensor | None = None,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")`, a chunk of tokens at a time.
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`, a chunk of tokens at a
+    time.
 
     Each chunk's gradients are taken while its logits are at hand (the method of Liger Kernel,
     arXiv:2410.10989), so memory is C·V instead of B·T·V and no logits are computed twice.
-    Under autocast the matrix products run in the autocast type; the softmax and the weight's
-    gradient are fp32.
+    Under autocast the matrix products run in the autocast type; the softmax and the gradients
+    of weight and bias are fp32.
 
     cross_entropy_: of one chunk; None: over the logits at hand. Where the weight is a part of the
         vocabulary, one that asks the other parts.
@@ -93,7 +97,13 @@ def summed_cross_entropy(
         compute_dtype = torch.get_autocast_dtype(device)
     with_gradients = torch.is_grad_enabled()
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients, cross_entropy_ or _cross_entropy_
+        hidden_BTD,
+        weight_VD,
+        bias_V,
+        labels_BT,
+        compute_dtype,
+        with_gradients,
+        cross_entropy_ or _cross_entropy_,
     )
     return loss
 
@@ -104,6 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_BTD: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         labels_BT: Tensor,
         compute_dtype: torch.dtype,
         with_gradients: bool,
@@ -111,25 +122,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             return _forward(
-                ctx, hidden_BTD, weight_VD, labels_BT, compute_dtype, with_gradients, cross_entropy_
+                ctx, hidden_BTD, weight_VD, bias_V, labels_BT, compute_dtype, with_gradients, cross_entropy_
             )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * gradient).to(ctx.hidden_dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * gradient).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = (grad_bias * gradient).to(ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _forward(
     ctx: Any,
     hidden_BTD: Tensor,
     weight_VD: Tensor,
+    bias_V: Tensor | None,
     labels_BT: Tensor,
     compute_dtype: torch.dtype,
     with_gradients: bool,
@@ -140,6 +154,7 @@ def _forward(
     hidden_gradient_wanted = with_gradients and ctx.needs_input_grad[0]
     weight_gradient_wanted = with_gradients and ctx.needs_input_grad[1]
     ctx.hidden_dtype, ctx.weight_dtype = hidden_BTD.dtype, weight_VD.dtype
+    ctx.bias_dtype = None if bias_V is None else bias_V.dtype
 
     labels = labels_BT.reshape(-1)
     counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
@@ -154,15 +169,23 @@ def _forward(
     grad_weight_VD = (
         torch.zeros(V, D, dtype=torch.float32, device=weight.device) if weight_gradient_wanted else None
     )
+    bias = None if bias_V is None else bias_V.to(compute_dtype)
+    grad_bias_V = None
+    if bias is not None and with_gradients and ctx.needs_input_grad[2]:
+        grad_bias_V = torch.zeros(V, dtype=torch.float32, device=weight.device)
     chunk = max(1, LOGITS_PER_CHUNK // V)
     for start in range(0, labels_M.numel(), chunk):
         hidden_CD = hidden_MD[start : start + chunk]
         labels_C1 = labels_M[start : start + chunk, None]
         logits_CV = hidden_CD @ weight.T
+        if bias is not None:
+            logits_CV += bias
         loss += cross_entropy_(logits_CV, labels_C1)
-        if not (hidden_gradient_wanted or weight_gradient_wanted):
+        if not (hidden_gradient_wanted or weight_gradient_wanted or grad_bias_V is not None):
             continue
         grad_logits_CV = logits_CV
+        if grad_bias_V is not None:
+            grad_bias_V += grad_logits_CV.sum(0, dtype=torch.float32)
         if grad_hidden_MD is not None:
             torch.mm(grad_logits_CV, weight, out=grad_hidden_MD[start : start + chunk])
         if grad_weight_VD is not None:
@@ -177,7 +200,7 @@ def _forward(
         grad_hidden_BTD[counted] = grad_hidden_MD
     if grad_hidden_BTD is not None:
         grad_hidden_BTD = grad_hidden_BTD.view(hidden_BTD.shape)
-    ctx.save_for_backward(grad_hidden_BTD, grad_weight_VD)
+    ctx.save_for_backward(grad_hidden_BTD, grad_weight_VD, grad_bias_V)
     return loss
 
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder: norms, positions, attention, MLP, block, key-value cache.
+"""The parts of a transformer: norms, positions, attention, MLP, block, key-value cache.
 
 Dim names: B batch, T sequence, S keys (T, or what the cache holds with it), D hidden width,
 N query heads, K key-value heads, G = N/K query heads a key-value head, H head width, F MLP width.
@@ -109,7 +109,7 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
+    """Self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
 
     Rows of `qkv.weight` stand by key-value head: its G query heads, its key, its value. A slice of
     whole groups is a tensor-parallel shard, and forward asks the weight, not the config, how many
@@ -119,9 +119,11 @@ class Attention(nn.Module):
     attend: Callable[..., Tensor]
     """Attention itself; sequence parallelism puts its exchange around it."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, *, causal: bool = True) -> None:
+        """causal: a token sees itself and those before it; else all of its document."""
         super().__init__()
         self.layer = layer
+        self.causal = causal
         self.num_heads = config.num_heads
         self.head_dim = config.head_width
         self.queries_per_kv = config.num_heads // config.kv_heads
@@ -145,11 +147,11 @@ class Attention(nn.Module):
         dropout = None
         if self.training and self.dropout > 0.0:
             dropout = AttentionDropout(self.dropout, self.layer, context.dropout_keys, self.first_head)
-        y_BNTH = self.attend(q, k, v, documents=context.documents, dropout=dropout)
+        y_BNTH = self.attend(q, k, v, documents=context.documents, dropout=dropout, causal=self.causal)
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
@@ -169,7 +171,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(F_, D, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        act = _ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(act(self.up(x_BTD)))
         return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))

@@ -25,14 +25,15 @@ class Terms:
     num_targets: Tensor
     """0-d int64, on the batch's device."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over the targets, 0-d."""
+    """Each a sum and the count that it is divided by, (2,)."""
 
 
 class Objective(Protocol):
     """How a kind of model learns from a kind of sample."""
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """A dataset's samples, stacked → the tensors that the model takes and their labels."""
+        """A dataset's samples, stacked, and "keys", a random number of each sample, int64 (B,) → the tensors
+        that the model takes and their labels. A pure function."""
 
     def target_count(self, batch: Batch) -> int:
         """How many predictions the batch' loss sums; known before the forward pass."""
@@ -58,6 +59,15 @@ class NamesArguments(Protocol):
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         """What forward is given, by name."""
+
+
+def positions_in_documents(documents_BT: np.ndarray) -> np.ndarray:
+    """Each token's place in its document's part of the row, int64 (B, T)."""
+    places_T = np.arange(documents_BT.shape[1])
+    starts_BT = np.zeros(documents_BT.shape, dtype=np.int64)
+    changes_BT = documents_BT[:, 1:] != documents_BT[:, :-1]
+    starts_BT[:, 1:] = np.where(changes_BT, places_T[1:], 0)
+    return places_T - np.maximum.accumulate(starts_BT, axis=1)
 
 
 def count_targets(labels: Tensor, ignore_index: int) -> Tensor:

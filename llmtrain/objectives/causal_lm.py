@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets
+from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets, positions_in_documents
 
 _ARGUMENTS = {
     "tokens": "tokens_BT",
@@ -50,7 +50,7 @@ class CausalLM:
         # Padding after the last token needs no mask of its own: attention is causal.
         has_boundary = bool((documents_BW[:, :-1] > 0).any())
         if self._document_mask and has_boundary:
-            batch["positions"] = torch.from_numpy(_positions(inputs_BT))
+            batch["positions"] = torch.from_numpy(positions_in_documents(inputs_BT))
             batch["documents"] = torch.from_numpy(np.ascontiguousarray(inputs_BT))
         return batch
 
@@ -76,12 +76,3 @@ class CausalLM:
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         return self(model, batch)
-
-
-def _positions(documents_BT: np.ndarray) -> np.ndarray:
-    """Each token's place in its document's part of the row, int64 (B, T)."""
-    places_T = np.arange(documents_BT.shape[1])
-    starts_BT = np.zeros(documents_BT.shape, dtype=np.int64)
-    changes_BT = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts_BT[:, 1:] = np.where(changes_BT, places_T[1:], 0)
-    return places_T - np.maximum.accumulate(starts_BT, axis=1)

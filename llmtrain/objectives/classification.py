@@ -31,10 +31,11 @@ class Classification:
         return Terms(loss_sum, count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Adds the metric "accuracy": the sum of correct predictions."""
+        """Adds the metric "accuracy": correct predictions and all."""
         labels_B = batch["labels"]
         logits_BC = model(batch["images"]).float()
         loss_sum = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
         # No class is IGNORE_INDEX, so an empty sample is never correct.
         correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
-        return Terms(loss_sum, count_targets(labels_B, IGNORE_INDEX), {"accuracy": correct})
+        num_targets = count_targets(labels_B, IGNORE_INDEX)
+        return Terms(loss_sum, num_targets, {"accuracy": torch.stack([correct, num_targets])})

@@ -88,6 +88,8 @@ class ModelShape:
     """Key-value heads: each stays whole, with the query heads that share it."""
     mlp_width: int = 1
     dropout: float = 0.0
+    shares_tokens: bool = True
+    """Whether the tensor group's processes can share the tokens between its matrices."""
 
 
 class Coordinates(NamedTuple):
@@ -398,6 +400,12 @@ def _hierarchy_problems(parallel: ParallelConfig, data: int) -> Iterator[Problem
     )
 
 
+def _axes_text(model: ModelShape) -> str:
+    if not model.axes:
+        return "runs data-parallel, with ZeRO 0 to 3"
+    return f"can be divided over {', '.join(sorted(model.axes))} and replicas"
+
+
 def _model_problems(
     parallel: ParallelConfig, model: ModelShape, exact_dropout: bool, world_size: int
 ) -> Iterator[Problem]:
@@ -415,7 +423,7 @@ def _model_problems(
             yield Problem(
                 f"parallel.{axis}",
                 f"{size} with model.family={model.family}",
-                f"1: {model.family} runs data-parallel, with ZeRO 0 to 3",
+                f"1: {model.family} {_axes_text(model)}",
                 f"give parallel.{axis}=1 and the processes to parallel.data",
             )
         elif axis == "pipeline":
@@ -426,6 +434,13 @@ def _model_problems(
                 f"1 to model.num_layers={model.num_layers}: each stage runs one layer at least",
                 f"give parallel.pipeline={_most_stages(parallel, model.num_layers, world_size)}",
             )
+    yield from require(
+        model.shares_tokens or not parallel.tensor_sequence,
+        "parallel.tensor_sequence",
+        f"true with model.family={model.family}",
+        "false: its heads need all tokens",
+        "give parallel.tensor_sequence=false",
+    )
     if "tensor" in model.axes and parallel.tensor > 1:
         for name, size in (("key-value heads", model.kv_heads), ("model.mlp_hidden_size", model.mlp_width)):
             yield from require(

@@ -76,7 +76,7 @@ class PipelineStage(nn.Module):
             for name, module in step.modules.items():
                 self.add_module(name.replace(".", "_"), module)
         self.config: Any = model.config
-        self.new_cache: Callable[[int], KVCache] = model.new_cache  # type: ignore[assignment]
+        self.new_cache: Callable[[int], KVCache] | None = getattr(model, "new_cache", None)
         self._make_context: Callable[..., Context] = model.context  # type: ignore[assignment]
         self._mesh = mesh
         # Hidden states behind the first block are of a part of the tokens.
@@ -93,7 +93,7 @@ class PipelineStage(nn.Module):
         return x
 
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, *, cache: KVCache | None = None, **arguments: Any) -> Tensor:
+    def forward(self, tokens_BT: Tensor, **arguments: Any) -> Tensor:
         """The whole model's forward, by all processes of the pipeline together, for evaluation and
         generation: the summed loss on the last stage and 0 on others; without labels all get the logits.
 
@@ -105,7 +105,8 @@ class PipelineStage(nn.Module):
         if not mesh.is_first_stage:
             x = weight.new_empty(B, T // self._token_parts, self.config.hidden_size)
             dist.recv(x, mesh.stage_rank(stage - 1))
-        y = self.run(x, tokens_BT=tokens_BT, cache=cache, **arguments)
+        y = self.run(x, tokens_BT=tokens_BT, **arguments)
+        cache: KVCache | None = arguments.get("cache")
         if cache is not None:
             cache.length += T
         if not mesh.is_last_stage:

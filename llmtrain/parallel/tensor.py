@@ -46,7 +46,7 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "column": {"weight": 0, "bias": 0},
     "row": {"weight": 1},
     "embedding": {"weight": 0},
-    "head": {"weight": 0},
+    "head": {"weight": 0, "bias": 0},
 }
 """Role → parameter → the dim that is divided; parameters left out stay whole."""
 
@@ -181,6 +181,7 @@ class VocabParallelHead(_TensorParallel):
     """A LanguageModelHead for some of the vocabulary, with the softmax over all of it."""
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, module: LanguageModelHead, shares_sequence: bool) -> None:
         super().__init__(module, shares_sequence)
@@ -189,9 +190,11 @@ class VocabParallelHead(_TensorParallel):
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         hidden_BTD = self._enter(hidden_BTD)
         if labels_BT is None:
-            logits: Tensor = gather_from_model_parallel_region(F.linear(hidden_BTD, self.weight))
+            logits: Tensor = gather_from_model_parallel_region(F.linear(hidden_BTD, self.weight, self.bias))
             return logits[..., : self.vocab_size]
-        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, self._cross_entropy_)
+        return summed_cross_entropy(
+            hidden_BTD, self.weight, labels_BT, self._cross_entropy_, bias_V=self.bias
+        )
 
     def _cross_entropy_(self, logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
         """The summed loss over all processes' logits; turns these here into its gradient by them."""

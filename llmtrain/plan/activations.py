@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 
-ModelConfig = GPTConfig | LSTMConfig | SimpleCNNConfig
+ModelConfig = GPTConfig | BertConfig | LSTMConfig | SimpleCNNConfig
 
 LOGITS_PER_CHUNK = 2**23
 ATTENTION_BLOCK = 128
@@ -58,8 +59,9 @@ def activations(
     then the head; None: all."""
     tokens = layout.micro_size * layout.sequence_length // layout.sequence
     match model:
-        case GPTConfig():
-            per_token = _GPTToken(model, numbers, layout, conditions).activations(
+        case GPTConfig() | BertConfig():
+            blocks, causal = (model, True) if isinstance(model, GPTConfig) else (model.blocks, False)
+            per_token = _TransformerToken(blocks, numbers, layout, conditions, causal).activations(
                 range(model.num_layers + 2) if steps is None else steps
             )
             return Activations(tokens * per_token.kept, tokens * per_token.working)
@@ -97,11 +99,12 @@ def low_precision_copies(
     """Weights of which autocast holds copies in the low precision at once, on one process: those of linear
     layers, of recomputed blocks one at a time; the head's are counted with it."""
     match model:
-        case GPTConfig():
-            norms = 2 * model.hidden_size * (2 if model.norm == "layernorm" and model.bias else 1)
-            block = model.layer_parameter_count(tensor) - norms
+        case GPTConfig() | BertConfig():
+            blocks = model if isinstance(model, GPTConfig) else model.blocks
+            norms = 2 * blocks.hidden_size * (2 if blocks.norm == "layernorm" and blocks.bias else 1)
+            block = blocks.layer_parameter_count(tensor) - norms
             recomputed, kept = _divided(
-                model, range(model.num_layers + 2) if steps is None else steps, recompute
+                blocks, range(model.num_layers + 2) if steps is None else steps, recompute
             )
             return block * (kept + min(1, recomputed))
         case LSTMConfig():
@@ -118,13 +121,14 @@ def _divided(model: GPTConfig, steps: range, recompute: RecomputeConfig) -> tupl
 
 
 @dataclass(frozen=True)
-class _GPTToken:
+class _TransformerToken:
     """Bytes a token at hand, which is one of `layout.sequence` processes' tokens."""
 
     model: GPTConfig
     numbers: Numbers
     layout: Layout
     conditions: Conditions
+    causal: bool = True
 
     def activations(self, steps: range) -> Activations:
         model, mode = self.model, self.conditions.recompute.mode
@@ -189,7 +193,7 @@ class _GPTToken:
         if on_cpu and 1 < T <= LONGEST_BLOCKWISE:
             # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see;
             # short documents see fewer.
-            return compute * (3 * queries + N * _keys_in_view(T))
+            return compute * (3 * queries + N * (_keys_in_view(T) if self.causal else T))
         kept = queries + 2 * keys
         if model.positions == "rope":
             kept += queries + keys

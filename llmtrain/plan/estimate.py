@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Protocol
 
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel import launcher
@@ -249,7 +250,7 @@ class Plan:
     def _changes(self) -> Iterator[tuple[Layout, RecomputeConfig]]:
         layout, now = self.layout, self.conditions.recompute
         recomputes = [now]
-        if isinstance(self.model, GPTConfig) and now.mode in ("none", "selective"):
+        if isinstance(self.model, GPTConfig | BertConfig) and now.mode in ("none", "selective"):
             recomputes.append(RecomputeConfig("full"))
         changes = [
             (to, recompute)
@@ -275,7 +276,7 @@ class Plan:
     def _tensor_sizes(self) -> list[int]:
         """Those of the tensor axis that the model and one host allow, today's first."""
         now = self.layout.tensor
-        if not isinstance(self.model, GPTConfig):
+        if not isinstance(self.model, GPTConfig | BertConfig):
             return [now]
         host = self.cluster.devices_per_node or self.layout.world_size
         larger = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import balance
@@ -131,7 +132,7 @@ def _of_stage(
     tokens = layout.micro_size * layout.sequence_length // layout.sequence
     has_head = stage == layout.pipeline - 1
     handed_on = 0
-    if isinstance(model, GPTConfig) and not has_head:
+    if isinstance(model, GPTConfig | BertConfig) and not has_head:
         handed_on = tokens * model.hidden_size * numbers.residual
     is_copied = asynchronous_checkpoints and conditions.device == "cpu"
     logits = head_bytes(model, numbers, tokens=tokens, device=conditions.device, tensor=layout.tensor)
@@ -168,26 +169,27 @@ def weight_bytes(precision: Precision, layout: Layout) -> int:
 
 def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
     """The steps of the model's forward that each pipeline stage runs: embedding, blocks, head."""
-    if not isinstance(model, GPTConfig):
+    if not isinstance(model, GPTConfig | BertConfig):
         return [range(1)]
     by_time = layout.balance == "time"
     return _balanced(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
 
 
 @lru_cache(maxsize=64)
-def _balanced(model: GPTConfig, pipeline: int, tensor: int, sequence_length: int | None) -> list[range]:
+def _balanced(
+    model: GPTConfig | BertConfig, pipeline: int, tensor: int, sequence_length: int | None
+) -> list[range]:
     """By parameters, or by the multiplications of a token of so long a sequence."""
     counts = model.step_parameter_counts(tensor)
     if sequence_length is not None:
-        assert model.vocab_size is not None
         block = model.layer_matrix_count(tensor) + sequence_length * model.num_heads * model.head_width
-        counts = [0, *[block] * model.num_layers, -(-model.vocab_size // tensor) * model.hidden_size]
+        counts = [0, *[block] * model.num_layers, model.head_matrix_count(tensor)]
     return balance([float(count) for count in counts], pipeline)
 
 
 def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> int:
     """Parameters of one process that runs `steps`, before ZeRO divides them among replicas."""
-    if not isinstance(model, GPTConfig):
+    if not isinstance(model, GPTConfig | BertConfig):
         return model.parameter_count()
     counts = model.step_parameter_counts(layout.tensor)
     count = sum(counts[step] for step in steps)
@@ -199,7 +201,7 @@ def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> in
 
 def largest_parameter_count(model: ModelConfig, layout: Layout) -> int:
     """Elements of the largest single parameter of one process, before ZeRO divides it."""
-    if isinstance(model, GPTConfig):
+    if isinstance(model, GPTConfig | BertConfig):
         return model.largest_parameter_count(layout.tensor)
     return model.largest_parameter_count()
 

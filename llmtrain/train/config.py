@@ -11,6 +11,7 @@ from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.config import RecomputeConfig
@@ -63,7 +64,7 @@ class EvaluationConfig:
         )
 
 
-ModelConfig = GPTConfig | LSTMConfig | SimpleCNNConfig
+ModelConfig = GPTConfig | BertConfig | LSTMConfig | SimpleCNNConfig
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def trained(model: str) -> Engine:
     mapping["data"].pop("path")
     resolved = resolve(mapping, data_optional=True)
     config = resolved.config
-    objective = family_of(config.model).objective(config.data)
+    objective = family_of(config.model).objective(config.model, config.data)
     engine = build_engine(config, resolved.layout, torch.device("cpu"), objective, None)
     for parameter in engine.model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -54,7 +54,7 @@ def prepare(
     overrides += ["batch.sequence_length=256", "engine=deepspeed", f"parallel.zero={zero}"]
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    objective = family_of(config.model).objective(config.data)
+    objective = family_of(config.model).objective(config.model, config.data)
     engine = build_engine(config, layout, device, objective, None)
     steps = open_loader(resolved).steps()
     batches: list[list[MicroBatch]] = [next(steps).micro_batches for _ in range(4)]

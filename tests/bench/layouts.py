@@ -50,7 +50,7 @@ def prepare(overrides: list[str], threads: int) -> int:
     keep_freed_memory()
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    objective = family_of(config.model).objective(config.data)
+    objective = family_of(config.model).objective(config.model, config.data)
     _ready.clear()
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
     loader = open_loader(resolved)

@@ -96,7 +96,7 @@ def bench_waiting(path: Path, sequence_length: int, micro_size: int) -> None:
     overrides = ["model=gpt_tiny", f"data.path={path}", f"batch.sequence_length={sequence_length}"]
     overrides += [f"batch.global_size={micro_size}", f"batch.micro_size={micro_size}"]
     resolved = resolve(compose(overrides))
-    objective = family_of(resolved.config.model).objective(resolved.config.data)
+    objective = family_of(resolved.config.model).objective(resolved.config.model, resolved.config.data)
     engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), objective, None)
     print(f"\nsteps of gpt_tiny, {micro_size} sequences each: how long they stand still for data")
     for workers in (0, 1, 2):

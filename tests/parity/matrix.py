@@ -44,6 +44,15 @@ FAMILIES = {
         "batch.micro_size=2",
         "batch.sequence_length=32",
     ),
+    "BERT": (
+        "model=bert_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
     "LSTM": (
         "model=lstm",
         "model.num_layers=2",
@@ -146,12 +155,14 @@ class Cell:
         )
 
 
-LLAMA, LSTM = "Llama form", "LSTM"
+LLAMA, BERT, LSTM = "Llama form", "BERT", "LSTM"
+PACKED = ("objective=mlm",)
 UNEVEN, UNTIED = ("model.vocab_size=323",), ("model.tie_embeddings=false",)
 CELLS = (
     *[Cell(1, zero=zero, engine="deepspeed") for zero in (0, 1, 2, 3)],
     *[Cell(1, recompute=mode) for mode in ("selective", "full", "offload")],
     Cell(1, LLAMA, recompute="selective"),
+    *[Cell(1, BERT, recompute=mode) for mode in ("selective", "full", "offload")],
     Cell(1, LSTM, micro=4),
     # two ranks
     Cell(2),
@@ -176,6 +187,12 @@ CELLS = (
     Cell(2, LLAMA, tensor=2, tensor_sequence=True, recompute="full"),
     Cell(2, LLAMA, pipeline=2, zero=1),
     Cell(2, LLAMA, sequence=2, zero=2),
+    *[Cell(2, BERT, zero=zero) for zero in (0, 1, 2, 3)],
+    Cell(2, BERT, tensor=2),
+    Cell(2, BERT, tensor=2, model=PACKED, recompute="selective"),
+    Cell(2, BERT, pipeline=2, zero=1),
+    Cell(2, BERT, pipeline=2, zero=1, model=PACKED, micro=1),
+    Cell(2, BERT, zero=3, model=PACKED, recompute="full"),
     *[Cell(2, LSTM, zero=zero) for zero in (0, 1, 2, 3)],
     *[Cell(2, zero=zero, precision="bf16") for zero in (0, 1, 2, 3)],
     Cell(2, tensor=2, zero=1, precision="bf16"),
@@ -197,6 +214,8 @@ CELLS = (
     Cell(4, tensor=2, sequence=2, tensor_sequence=True, zero=3, recompute="full"),
     Cell(4, LLAMA, tensor=2, pipeline=2, zero=1, model=UNEVEN),
     Cell(4, LLAMA, sequence=2, zero=3),
+    Cell(4, BERT, tensor=2, pipeline=2, zero=1),
+    Cell(4, BERT, tensor=2, zero=3),
     Cell(4, LSTM, zero=3),
     # eight ranks
     Cell(8, tensor=2, pipeline=2, zero=1, recompute="full"),

@@ -32,7 +32,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
 
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    objective = family_of(config.model).objective(config.data)
+    objective = family_of(config.model).objective(config.model, config.data)
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
     loader = open_loader(resolved)
     batches = loader.steps(0)

@@ -36,7 +36,7 @@ def start_peak(overrides: list[str]) -> tuple[int, int]:
 
     resolved = resolve(compose([*overrides, "batch.global_size=8"]), data_optional=True)
     config = resolved.config
-    objective = family_of(config.model).objective(config.data)
+    objective = family_of(config.model).objective(config.model, config.data)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew

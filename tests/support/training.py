@@ -66,7 +66,7 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
     timeline = plan_timeline(config, sources, before, start_step, print)
     return Loader(
         open_stream(config.data, sources, timeline, seed=config.seed),
-        family_of(config.model).objective(config.data).collate,
+        family_of(config.model).objective(config.model, config.data).collate,
         micro_size=layout.micro_size,
         data_rank=layout.coordinates(distributed.rank()).data,
         data_size=layout.data,
@@ -99,7 +99,7 @@ def train_steps(
     config, layout = resolved.config, resolved.layout
     device = torch.device("cpu")
     distributed.start(device, single_process_group=config.engine == "deepspeed")
-    objective = family_of(config.model).objective(config.data)
+    objective = family_of(config.model).objective(config.model, config.data)
     checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, device)
     initialize(fresh, config.seed)

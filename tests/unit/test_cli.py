@@ -213,6 +213,11 @@ def test_every_preset_composes_and_decodes():
         mapping = compose([f"model={model}", *data, "batch.sequence_length=128"], "plan")
         mapping.pop("world_size")
         assert resolve(mapping, 1, data_optional=True).config.model.parameter_count() > 0
+    for objective in cli.group_options("objective"):
+        mapping = compose(["model=bert_tiny", f"objective={objective}", "batch.sequence_length=128"], "plan")
+        mapping.pop("world_size")
+        pairs = resolve(mapping, 1, data_optional=True).config.model.objective.pairs
+        assert (pairs == "none") == (objective == "mlm")
     for group in ("optimizer", "schedule", "precision", "cluster"):
         for option in cli.group_options(group):
             device = "cuda" if option == "fp16" else "cpu"

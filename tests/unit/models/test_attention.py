@@ -35,14 +35,20 @@ def random_ids(T: int) -> Tensor:
     return torch.randint(0, 4, (B, T), generator=torch.Generator().manual_seed(0)).sort(-1).values
 
 
-def seen(ids_BT: Tensor) -> Tensor:
-    """(B, 1, T, T), True where the key is of the query's document and not after it."""
+def seen(ids_BT: Tensor, causal: bool = True) -> Tensor:
+    """(B, 1, T, T), True where the key is of the query's document and, if causal, not after it."""
     T = ids_BT.shape[1]
-    return ((ids_BT[:, :, None] == ids_BT[:, None]) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
+    not_after = torch.ones(T, T, dtype=torch.bool)
+    return ((ids_BT[:, :, None] == ids_BT[:, None]) & (not_after.tril() if causal else not_after))[:, None]
 
 
 def run(
-    ours: bool, T: int, ids_BT: Tensor | None, dtype: torch.dtype = torch.float32, groups: int = 1
+    ours: bool,
+    T: int,
+    ids_BT: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    groups: int = 1,
+    causal: bool = True,
 ) -> list[Tensor]:
     """Attention's output and gradients, by our function or by torch's."""
     generator = torch.Generator().manual_seed(T)
@@ -51,16 +57,18 @@ def run(
         for heads in (K * groups, K, K)
     )
     if ours:
-        y = attend(q, k, v, documents=None if ids_BT is None else Documents(ids_BT))
+        documents = None if ids_BT is None else Documents(ids_BT, causal=causal)
+        y = attend(q, k, v, documents=documents, causal=causal)
     else:
-        mask = None if ids_BT is None else seen(ids_BT)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=groups > 1)
+        mask = None if ids_BT is None else seen(ids_BT, causal)
+        is_causal = causal and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=groups > 1)
     weights = torch.randn(y.shape, generator=generator).to(dtype)
     return [y.detach(), *torch.autograd.grad(y, (q, k, v), weights)]
 
 
-def assert_equals_torch(T: int, ids_BT: Tensor | None, groups: int = 1) -> None:
-    ours, theirs = (run(which, T, ids_BT, groups=groups) for which in (True, False))
+def assert_equals_torch(T: int, ids_BT: Tensor | None, groups: int = 1, causal: bool = True) -> None:
+    ours, theirs = (run(which, T, ids_BT, groups=groups, causal=causal) for which in (True, False))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -68,8 +76,9 @@ def assert_equals_torch(T: int, ids_BT: Tensor | None, groups: int = 1) -> None:
 @pytest.mark.parametrize("T", [2, 16, 17, 50])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("groups", [1, G])
-def test_equals_torch(T: int, packed: bool, groups: int) -> None:
-    assert_equals_torch(T, random_ids(T) if packed else None, groups)
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_torch(T: int, packed: bool, groups: int, causal: bool) -> None:
+    assert_equals_torch(T, random_ids(T) if packed else None, groups, causal)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +91,27 @@ def test_equals_torch(T: int, packed: bool, groups: int) -> None:
         ([20, 30], [15, 17, 18]),
     ],
 )
-def test_documents_of_any_lengths_equal_torch(rows: tuple[list[int], ...]) -> None:
-    assert_equals_torch(50, ids_of(*rows))
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_of_any_lengths_equal_torch(rows: tuple[list[int], ...], causal: bool) -> None:
+    assert_equals_torch(50, ids_of(*rows), causal=causal)
 
 
-def test_the_mask_shows_a_query_its_own_document() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_mask_shows_a_query_its_own_document(causal: bool) -> None:
     ids_BT = random_ids(50)
-    assert torch.equal(Documents(ids_BT).mask, seen(ids_BT))
+    assert torch.equal(Documents(ids_BT, causal=causal).mask, seen(ids_BT, causal))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bidirectional_dropout_hides_nothing_else(packed: bool) -> None:
+    """Weights that are dropped with a probability of almost 0 are all there."""
+    q, k, v = (torch.randn(B, K, 50, H) for _ in range(3))
+    documents = Documents(random_ids(50), causal=False) if packed else None
+    mask = seen(random_ids(50), causal=False) if packed else None
+    for keys in (None, torch.arange(B)):
+        dropout = AttentionDropout(1e-9, 0, keys)
+        y = attend(q, k, v, documents=documents, dropout=dropout, causal=False)
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_a_document_is_a_run_of_one_id() -> None:
@@ -182,7 +205,7 @@ class OneByOne:
         given = inspect.signature(varlen_attn).bind(*arguments, **settings).arguments
         borders, heads = given["cu_seq_q"], given["query"].shape[1]
         assert borders.dtype == torch.int32
-        assert given["window_size"] == (-1, 0)  # causal
+        causal = {(-1, 0): True, (-1, -1): False}[given["window_size"]]
         assert given["max_q"] == given["max_k"] == borders.diff().max()
         assert given["cu_seq_k"] is borders
         assert given["enable_gqa"] == (heads != given["key"].shape[1])
@@ -190,7 +213,7 @@ class OneByOne:
         outputs = []
         for start, end in pairwise(borders.tolist()):
             q, k, v = (given[name][start:end].transpose(0, 1) for name in ("query", "key", "value"))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=given["enable_gqa"])
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=given["enable_gqa"])
             outputs.append(y.transpose(0, 1))
         return torch.cat(outputs)
 
@@ -205,10 +228,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> OneByOne:
 
 @pytest.mark.parametrize("groups", [1, G])
 @pytest.mark.parametrize("T", [2, 17, 50])
-def test_documents_in_one_line_equal_torch(T: int, groups: int, kernel: OneByOne) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_in_one_line_equal_torch(T: int, groups: int, causal: bool, kernel: OneByOne) -> None:
     ids_BT = random_ids(T)
     ids_BT[1, -1] = -1
-    assert_equals_torch(T, ids_BT, groups)
+    assert_equals_torch(T, ids_BT, groups, causal)
     assert len(kernel.borders) == 1
 
 

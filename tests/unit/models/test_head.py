@@ -126,3 +126,23 @@ def test_whole_logits_never_exist() -> None:
         head(hidden, labels).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 512 * 4096 * 4 / 8
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bias_and_its_gradient(autocast: bool) -> None:
+    torch.manual_seed(0)
+    found = []
+    for chunked in (True, False):
+        hidden, weight, labels = inputs()
+        bias_V = torch.linspace(-2, 2, V).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if chunked:
+                loss = summed_cross_entropy(hidden, weight, labels, bias_V=bias_V)
+            else:
+                logits = F.linear(hidden, weight, bias_V).float().flatten(0, 1)
+                loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+        found.append([loss.detach(), *torch.autograd.grad(loss / 7, (hidden, weight, bias_V))])
+    tolerance = 2e-2 if autocast else 1e-5
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()

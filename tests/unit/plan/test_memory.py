@@ -14,8 +14,10 @@ from torch import nn
 
 from llmtrain.config import decode
 from llmtrain.engine import deepspeed as deepspeed_engine
-from llmtrain.families import family_of
+from llmtrain.families import family_of, model_config_type
 from llmtrain.models import attention, head
+from llmtrain.models.bert import Bert
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.convolutional import SimpleCNN
 from llmtrain.models.gpt import GPT
@@ -127,6 +129,34 @@ def test_gpt_activations(case: str, precision: str) -> None:
     expected += B * T * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast":
         expected += 2 * copies(config)
+    assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", NUMBERS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_bert_activations(precision: str, dropout: float) -> None:
+    """Up to its heads, which work on the asked tokens alone."""
+    settings = {
+        "vocab_size": V,
+        "max_sequence_length": 160,
+        "hidden_size": 96,
+        "num_layers": 3,
+        "num_heads": 6,
+    }
+    config = BertConfig(**settings, dropout=dropout)  # type: ignore[arg-type]
+    model = built(Bert(config), precision)
+    tokens_BT = torch.randint(V, (B, 160))
+    labels_BT = torch.full_like(tokens_BT, -100)
+
+    def loss() -> torch.Tensor:
+        with autocast(precision):
+            return model(tokens_BT, labels_BT=labels_BT)
+
+    expected = kept_by(config, NUMBERS[precision], B, 160, document_mask=False, exact_dropout=False)
+    if precision == "autocast":
+        expected += 2 * copies(config)
+    # The head's gradients lie there already.
+    expected += 4 * V * config.hidden_size
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
@@ -318,26 +348,31 @@ def test_what_recomputation_keeps(
     assert allocated(loss).kept == pytest.approx(expected, rel=0.05)
 
 
-PRESETS = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem.startswith(("gpt", "llama")))
+PRESETS = sorted(
+    path
+    for path in (CONF / "model").glob("*.yaml")
+    if path.stem.startswith(("gpt", "llama", "bert", "roberta"))
+)
 
 
-def heads(path: Path) -> int:
-    return decode(GPTConfig, yaml.safe_load(path.read_text())).kv_heads
+def preset(path: Path) -> Any:
+    mapping = yaml.safe_load(path.read_text())
+    return decode(model_config_type(mapping), mapping)
 
 
 @pytest.mark.parametrize(
     ("path", "tensor"),
-    [(path, tensor) for path in PRESETS for tensor in (1, 2, 4) if heads(path) % tensor == 0],
+    [(path, tensor) for path in PRESETS for tensor in (1, 2, 4) if preset(path).kv_heads % tensor == 0],
     ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
 def test_parameters_of_each_step_and_stage(path: Path, tensor: int) -> None:
     """Against real modules on the meta device, divided by the family's table; every preset, so that heads,
     vocabularies and biases of all kinds are met."""
-    config = replace(decode(GPTConfig, yaml.safe_load(path.read_text())), num_layers=3)
+    config = replace(preset(path), num_layers=3)
     if config.vocab_size is None:
         config = replace(config, vocab_size=8191)
     with torch.device("meta"):
-        model = GPT(config)
+        model: Any = family_of(config).build(config)
     shape = Layout(tensor, 1, tensor, 1, 1, 0, 1, 1, 1, 16)
     mesh: Any = SimpleNamespace(layout=shape, coordinates=shape.coordinates(tensor - 1))
     table = family_of(config).tensor_table
@@ -485,7 +520,7 @@ def test_copy_of_an_asynchronous_checkpoint() -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_process_starts_with_its_own_part(path: Path) -> None:
     """Never more than it holds later, so that a plan need not ask for the start."""
-    config = decode(GPTConfig, yaml.safe_load(path.read_text()))
+    config = preset(path)
     if config.vocab_size is None:
         config = replace(config, vocab_size=8192)
     for zero, data, tensor, pipeline in (

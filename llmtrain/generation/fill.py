@@ -1,0 +1,39 @@
+"""What a masked language model puts for [MASK].
+
+Dim names: T tokens of a prompt, K candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from llmtrain.errors import CheckpointError, Problem
+
+Candidates = list[tuple[int, float]]
+"""(token, probability), the likeliest first."""
+
+
+@torch.inference_mode()
+def fill_masks(
+    model: nn.Module, tokens: Sequence[int], mask_id: int, top_k: int, num_text_ids: int
+) -> list[Candidates]:
+    """The `top_k` likeliest tokens of each place where `tokens` have mask_id, each given all the others as
+    they are.
+
+    model: forward(tokens_BT) → logits (B, T, V). num_text_ids: candidates are below it.
+    Raises CheckpointError for a model whose logits are not finite.
+    """
+    device = next(model.parameters()).device
+    tokens_1T = torch.tensor([list(tokens)], device=device)
+    logits_MV = model(tokens_1T)[0].float()[tokens_1T[0] == mask_id]
+    if not logits_MV.isfinite().all():
+        remedy = "the run diverged; take an earlier checkpoint"
+        raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))
+    probs_MK, ids_MK = logits_MV.softmax(-1)[:, :num_text_ids].topk(min(top_k, num_text_ids))
+    return [
+        list(zip(ids_K, probs_K, strict=True))
+        for ids_K, probs_K in zip(ids_MK.tolist(), probs_MK.tolist(), strict=True)
+    ]

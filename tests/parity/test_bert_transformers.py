@@ -1,0 +1,180 @@
+"""BERT and RoBERTa against transformers' own, with the same random weights and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmtrain.models.bert import Bert
+from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
+from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.models.initialize import initialize
+
+pytestmark = pytest.mark.slow
+
+V, T = 211, 24
+BERT = BertConfig(
+    vocab_size=V,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=4,
+    mlp_hidden_size=80,
+    max_sequence_length=T,
+    dropout=0.0,
+    init_std=0.2,
+    objective=MaskedLMConfig(pairs="next_sentence"),
+)
+ROBERTA = replace(BERT, position_offset=2, num_segments=0, norm_eps=1e-5, objective=MaskedLMConfig())
+
+
+def weights_for(model: Bert, prefix: str) -> dict[str, Tensor]:
+    """Our weights under the names of transformers."""
+    ours = {name: p.detach() for name, p in model.named_parameters()}
+    N, H = model.config.num_heads, model.config.head_width
+    theirs = {
+        f"{prefix}.embeddings.word_embeddings.weight": ours["embedding.weight"],
+        f"{prefix}.embeddings.position_embeddings.weight": ours["positions.weight"],
+    }
+
+    def add(name: str, mine: str) -> None:
+        theirs[f"{name}.weight"], theirs[f"{name}.bias"] = ours[f"{mine}.weight"], ours[f"{mine}.bias"]
+
+    add(f"{prefix}.embeddings.LayerNorm", "embedding_norm")
+    for i in range(model.config.num_layers):
+        layer, block = f"{prefix}.encoder.layer.{i}", f"blocks.{i}"
+        for kind in ("weight", "bias"):
+            qkv = ours[f"{block}.attention.qkv.{kind}"]
+            for j, name in enumerate(("query", "key", "value")):
+                theirs[f"{layer}.attention.self.{name}.{kind}"] = qkv.unflatten(0, (N, 3, H))[:, j].flatten(
+                    0, 1
+                )
+        add(f"{layer}.attention.output.dense", f"{block}.attention.output")
+        add(f"{layer}.attention.output.LayerNorm", f"{block}.attention_norm")
+        add(f"{layer}.intermediate.dense", f"{block}.mlp.up")
+        add(f"{layer}.output.dense", f"{block}.mlp.down")
+        add(f"{layer}.output.LayerNorm", f"{block}.mlp_norm")
+    if prefix == "bert":
+        theirs["bert.embeddings.token_type_embeddings.weight"] = ours["segments.weight"]
+        add("bert.pooler.dense", "pooler")
+        add("cls.predictions.transform.dense", "transform")
+        add("cls.predictions.transform.LayerNorm", "transform_norm")
+        theirs["cls.predictions.bias"] = theirs["cls.predictions.decoder.bias"] = ours["head.bias"]
+        theirs["cls.predictions.decoder.weight"] = ours["embedding.weight"]
+        add("cls.seq_relationship", "pair_head")
+    else:
+        theirs["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, model.config.hidden_size)
+        add("lm_head.dense", "transform")
+        add("lm_head.layer_norm", "transform_norm")
+        theirs["lm_head.bias"] = theirs["lm_head.decoder.bias"] = ours["head.bias"]
+        theirs["lm_head.decoder.weight"] = ours["embedding.weight"]
+    return theirs
+
+
+def load(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all("position_ids" in name or "token_type_ids" in name for name in missing)
+    return model.eval()
+
+
+def make(config: BertConfig) -> Bert:
+    """Weights that differ everywhere, biases and norms too."""
+    model = Bert(config)
+    initialize(model, seed=3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def settings(config: BertConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": V,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_sequence_length + config.position_offset,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Rows with 24, 17 and 5 tokens."""
+    torch.manual_seed(1)
+    lengths_B = torch.tensor([T, 17, 5])
+    places_T = torch.arange(T)
+    is_token_BT = places_T < lengths_B[:, None]
+    tokens_BT = torch.randint(4, V, (3, T)).where(is_token_BT, torch.tensor(1))
+    asked_BT = is_token_BT & (torch.rand(3, T) < 0.3)
+    return {
+        "tokens": tokens_BT,
+        "is_token": is_token_BT,
+        "segments": (places_T >= lengths_B[:, None] // 2).long() * is_token_BT,
+        "labels": torch.where(asked_BT, torch.randint(0, V, (3, T)), IGNORE_INDEX),
+        "pair_labels": torch.tensor([0, 1, 1]),
+    }
+
+
+def test_bert_for_pre_training(batch: dict[str, Tensor]) -> None:
+    from transformers import BertConfig as TheirConfig
+    from transformers import BertForPreTraining
+
+    model = make(BERT)
+    theirs = load(BertForPreTraining(TheirConfig(**settings(BERT))), weights_for(model, "bert"))
+    documents_BT = batch["is_token"].int() - 1
+    for row in range(3):  # one by one, since our loss weighs a row's pair by its tokens
+        ours = {key: value[row : row + 1] for key, value in batch.items()}
+        expected = theirs(
+            input_ids=ours["tokens"],
+            attention_mask=ours["is_token"].long(),
+            token_type_ids=ours["segments"],
+            labels=ours["labels"],
+            next_sentence_label=ours["pair_labels"],
+        )
+        given = {"documents_BT": documents_BT[row : row + 1], "segments_BT": ours["segments"]}
+        logits = model(ours["tokens"], **given)
+        kept = ours["is_token"]
+        torch.testing.assert_close(logits[kept], expected.prediction_logits[kept], atol=1e-4, rtol=1e-4)
+        loss = model(ours["tokens"], labels_BT=ours["labels"], pair_labels_B=ours["pair_labels"], **given)
+        asked = (ours["labels"] != IGNORE_INDEX).sum()
+        torch.testing.assert_close(loss / asked, expected.loss, atol=1e-4, rtol=1e-4)
+        # Gradients too, where the two name a weight alike.
+        model.zero_grad()
+        theirs.zero_grad()
+        (loss / asked).backward()
+        expected.loss.backward()
+        pairs = [
+            (model.embedding.weight, theirs.bert.embeddings.word_embeddings.weight),
+            (model.segments.weight, theirs.bert.embeddings.token_type_embeddings.weight),
+            (model.head.bias, theirs.cls.predictions.bias),
+            (model.pooler.weight, theirs.bert.pooler.dense.weight),
+            (model.blocks[0].mlp.up.weight, theirs.bert.encoder.layer[0].intermediate.dense.weight),
+        ]
+        for mine, other in pairs:
+            torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_roberta_for_masked_lm(batch: dict[str, Tensor]) -> None:
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    model = make(ROBERTA)
+    theirs = RobertaForMaskedLM(RobertaConfig(**settings(ROBERTA), type_vocab_size=1, pad_token_id=1))
+    theirs = load(theirs, weights_for(model, "roberta"))
+    kept = batch["is_token"]
+    expected = theirs(batch["tokens"], attention_mask=kept.long(), labels=batch["labels"])
+    documents_BT = kept.int() - 1
+    logits = model(batch["tokens"], documents_BT=documents_BT)
+    torch.testing.assert_close(logits[kept], expected.logits[kept], atol=1e-4, rtol=1e-4)
+    loss = model(batch["tokens"], documents_BT=documents_BT, labels_BT=batch["labels"])
+    mean = loss / (batch["labels"] != IGNORE_INDEX).sum()
+    torch.testing.assert_close(mean, expected.loss, atol=1e-4, rtol=1e-4)

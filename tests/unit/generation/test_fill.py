@@ -1,0 +1,64 @@
+"""What is put for [MASK], and how prompts become rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.commands.fill import encode_prompt
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.errors import CheckpointError
+from llmtrain.generation.fill import fill_masks
+from llmtrain.models.bert import Bert
+from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
+from llmtrain.models.initialize import initialize
+
+V, MASK = 30, 30
+
+
+@pytest.fixture
+def model() -> Bert:
+    config = BertConfig(
+        vocab_size=V + 3, hidden_size=16, num_layers=2, num_heads=2, max_sequence_length=16, init_std=0.4
+    )
+    model = Bert(config)
+    initialize(model, seed=2)
+    return model.eval()
+
+
+def test_candidates_are_the_models_likeliest(model: Bert) -> None:
+    tokens = [5, MASK, 7, 8, MASK, 9]
+    found = fill_masks(model, tokens, MASK, 4, V)
+    with torch.no_grad():
+        probs = model(torch.tensor([tokens]))[0].softmax(-1)
+    assert len(found) == 2
+    for place, candidates in zip((1, 4), found, strict=True):
+        ids, shown = [token for token, _ in candidates], [p for _, p in candidates]
+        assert ids == probs[place, :V].argsort(descending=True)[:4].tolist()
+        assert shown == pytest.approx(probs[place, ids].tolist(), rel=1e-4)
+    assert fill_masks(model, [1, 2], MASK, 4, V) == []
+    assert len(fill_masks(model, tokens, MASK, 1000, V)[0]) == V
+
+
+def test_a_diverged_model_is_named(model: Bert) -> None:
+    with torch.no_grad():
+        model.transform.weight.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="diverged"):
+        fill_masks(model, [MASK], MASK, 1, V)
+
+
+def test_prompts_become_rows_as_in_training(corpus: Path) -> None:
+    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    n = tokenizer.vocab_size
+    ids = {"vocab_size": n + 3, "mask_id": n, "cls_id": n + 1, "sep_id": n + 2}
+    config = BertConfig(**ids, objective=MaskedLMConfig(pairs="next_sentence"))  # type: ignore[arg-type]
+    row = encode_prompt("the film was a [MASK] story[MASK].", tokenizer, config)
+    assert (row[0], row[-1], row.count(n)) == (n + 1, n + 2, 2)
+    first, second = (place for place, token in enumerate(row) if token == n)
+    assert tokenizer.decode(row[1:first]) == "the film was a"
+    assert tokenizer.decode(row[first + 1 : second]) == " story"
+    assert tokenizer.decode(row[second + 1 : -1]) == "."
+    plain = encode_prompt("the [MASK]", tokenizer, BertConfig(**ids))  # type: ignore[arg-type]
+    assert plain == [*tokenizer.encode("the"), n, tokenizer.eos_id]
