@@ -13,6 +13,8 @@ from collections import OrderedDict
 
 import numpy as np
 
+from llmtrain.hashing import mix
+
 _EPOCHS_KEPT = 4
 _ROUNDS = 8
 _RUN = 4096
@@ -56,7 +58,7 @@ def sample_keys(indices: np.ndarray, key: int) -> np.ndarray:
     """A number of 63 bits for each sample, by which an objective makes its choices: int64 of the shape of
     `indices`, the samples' numbers within their source. key: as epoch_key gives it."""
     values = np.asarray(indices, dtype=np.int64).astype(np.uint64) + np.uint64(1)
-    hashed = _mix_array(np.uint64(_mix(key ^ _SAMPLES)) + values * np.uint64(_GOLDEN_GAMMA))
+    hashed = mix(np.uint64(_mix(key ^ _SAMPLES)) + values * np.uint64(_GOLDEN_GAMMA))
     return (hashed >> np.uint64(1)).astype(np.int64)
 
 
@@ -193,7 +195,7 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.nd
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for round_key in round_keys:
-        left, right = right, left ^ (_mix_array(right + np.uint64(round_key)) & mask)
+        left, right = right, left ^ (mix(right + np.uint64(round_key)) & mask)
     return (left << shift) | right
 
 
@@ -203,9 +205,3 @@ def _mix(value: int) -> int:
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _WORD
     return value ^ (value >> 31)
-
-
-def _mix_array(values: np.ndarray) -> np.ndarray:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -218,7 +218,7 @@ def digest(raw: Mapping[str, np.ndarray], numbers: range) -> int:
     for row, number in enumerate(numbers):
         for array in arrays:
             total += xxhash.xxh3_64_intdigest(array[row].data, number)
-    return total % (1 << _DIGEST_BITS)
+    return combine_digests(total)
 
 
 def combine_digests(total: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmtrain.hashing import mix
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.head import IGNORE_INDEX
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets, positions_in_documents
@@ -182,15 +183,8 @@ def _document_arrays(documents_BT: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _uniform(keys_B: np.ndarray, what: int, places: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) for places (T,) or (B, T): float64 (B, T), by splitmix64 (Steele, Lea and Flood
-    2014)."""
-    values = keys_B.astype(np.uint64)[:, None] + _mixed(
+    """Numbers in [0, 1) for places (T,) or (B, T): float64 (B, T)."""
+    values = keys_B.astype(np.uint64)[:, None] + mix(
         (places.astype(np.uint64) + np.uint64(what << 40)) * np.uint64(0x9E3779B97F4A7C15)
     )
-    return (_mixed(values) >> np.uint64(11)) * 2.0**-53
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return (mix(values) >> np.uint64(11)) * 2.0**-53

@@ -27,6 +27,7 @@ from llmtrain.data.config import NearDuplicatesConfig, SplitConfig
 from llmtrain.data.preparation.blocks import DROPPED_DTYPE, Block, save_array, splits_of_block
 from llmtrain.data.preparation.streams import TOKEN_DTYPE
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.hashing import mix
 
 PERMUTATIONS = 128
 SEED = 0
@@ -147,7 +148,7 @@ def _band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
         columns = signatures[:, band * rows : (band + 1) * rows].astype(np.uint64)
         key = np.full(len(signatures), band, np.uint64)
         for column in columns.T:
-            key = _mix(key ^ column)
+            key = mix(key ^ column)
         order = np.argsort(key, kind="stable")
         keys[band]["key"], keys[band]["row"] = key[order], order
     return keys
@@ -158,24 +159,24 @@ def _shingles(batch: list[bytes], is_tokenized: bool, length: int) -> tuple[np.n
     `length` has one shingle, of all of them; one without words has none."""
     if is_tokenized:
         ids = [np.frombuffer(document, TOKEN_DTYPE) for document in batch]
-        words = _mix(np.concatenate(ids).astype(np.uint64))
+        words = mix(np.concatenate(ids).astype(np.uint64))
         counts = np.array([len(document) for document in ids])
     else:
         words, counts = _words(batch)
     hashes = np.zeros(len(words), np.uint64)
     starts = np.cumsum(counts) - counts
     for place in range(min(length, len(words))):
-        hashes[: len(words) - place] = _mix(hashes[: len(words) - place]) + words[place:]
+        hashes[: len(words) - place] = mix(hashes[: len(words) - place]) + words[place:]
     short = np.flatnonzero((counts > 0) & (counts < length))
     for document in short:
         whole = np.zeros(1, np.uint64)
         for word in words[starts[document] : starts[document] + counts[document]]:
-            whole = _mix(whole) + word
+            whole = mix(whole) + word
         hashes[starts[document]] = whole[0]
     sizes = np.where(counts == 0, 0, np.maximum(counts - length + 1, 1))
     ends = np.cumsum(sizes)
     places = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
-    return _mix(hashes[places]), ends
+    return mix(hashes[places]), ends
 
 
 def _words(batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -192,13 +193,6 @@ def _words(batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
                 value = known[word] = xxhash.xxh3_64_intdigest(word.encode())
             hashes.append(value)
     return np.array(hashes, np.uint64), np.array(counts)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers that leaves no pattern (the finalizer of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 # -------------------------------------------------------------------------------------------- pairs

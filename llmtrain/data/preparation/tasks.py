@@ -25,6 +25,7 @@ from llmtrain.data.preparation.workers import count
 from llmtrain.data.tokenizer import train
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_atomically
+from llmtrain.hashing import mix
 
 
 def read_unit(
@@ -134,8 +135,5 @@ def _training_documents(
 
 
 def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Keys → other uniform 64-bit numbers, by seed (splitmix64, Steele et al. 2014)."""
-    z = keys ^ np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """Keys → other uniform 64-bit numbers, by seed."""
+    return mix(keys ^ np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64))
