@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -167,21 +166,6 @@ def test_a_process_that_waits_goes_on_from_where_a_killed_one_was(
     assert finish_reader(waiting) == [(0, expected(server, 0))]
     first, second = server.ranges("0.tar")
     assert (first, str(second)[:6]) == (None, "bytes=")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB: three files and a little."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode != 0:
-        if os.environ.get("CI"):
-            pytest.fail(f"cannot mount a small disk: {mounted.stderr!r}")
-        pytest.skip("a small disk needs root")
-    yield folder
-    # Lazily: threads that read ahead may have files open still.
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def read(cache: Cache, file: RemoteFile) -> str:

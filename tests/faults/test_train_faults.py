@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -294,20 +293,6 @@ def test_another_models_run_folder(corpus: Path, copy: Path):
     assert_mistake(done, "another model", "hidden_size=64 here, 32 there")
     done = llmtrain(*arguments(corpus, copy, "optimizer=sgd"))
     assert_mistake(done, "optimizer", "'sgd'")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode != 0:
-        if os.environ.get("CI"):
-            pytest.fail(f"cannot mount a small disk: {mounted.stderr!r}")
-        pytest.skip("a small disk needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_full_disk(corpus: Path, small_disk: Path):
