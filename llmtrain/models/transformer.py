@@ -108,6 +108,20 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+class PerHead(nn.Module):
+    """Learned numbers of each head, (N, width): positions' biases, vectors added to queries.
+
+    Their rows are divided as heads are; forward asks the weight how many are here."""
+
+    def __init__(self, num_heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, width))
+
+    def forward(self) -> Tensor:
+        """(N, width)."""
+        return self.weight
+
+
 class Attention(nn.Module):
     """Self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
 

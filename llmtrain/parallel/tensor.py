@@ -9,6 +9,7 @@
 | row       | Linear               | inputs                   | sum outputs, then the bias | as it is    |
 | embedding | Embedding            | vocabulary               | sum of what each has       | as it is    |
 | head      | LanguageModelHead    | vocabulary               | softmax over all parts     | sum inputs' |
+| heads     | PerHead              | heads                    | what these heads have      | as it is    |
 
 The layers are thin and ours, over fairscale's groups, mappings and cross-entropy: fairscale's own make
 each full weight first. A vocabulary that does not divide is padded; the padding never wins a softmax and
@@ -39,7 +40,7 @@ from llmtrain.models.head import LanguageModelHead, summed_cross_entropy
 from llmtrain.parallel.mesh import Mesh, all_sum_over
 from llmtrain.shards import Shard
 
-Role = Literal["column", "row", "embedding", "head"]
+Role = Literal["column", "row", "embedding", "head", "heads"]
 Table = Mapping[str, Role]
 
 _DIVIDED_DIM: dict[Role, dict[str, int]] = {
@@ -47,6 +48,7 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "row": {"weight": 1},
     "embedding": {"weight": 0},
     "head": {"weight": 0, "bias": 0},
+    "heads": {"weight": 0},
 }
 """Role → parameter → the dim that is divided; parameters left out stay whole."""
 
@@ -211,11 +213,21 @@ class VocabParallelHead(_TensorParallel):
         return loss.detach()
 
 
+class PartOfHeads(_TensorParallel):
+    """What a PerHead has for some of the heads."""
+
+    weight: Tensor
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
 _LAYERS: dict[Role, Callable[[Any, bool], nn.Module]] = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
     "embedding": VocabParallelEmbedding,
     "head": VocabParallelHead,
+    "heads": PartOfHeads,
 }
 
 

@@ -1,0 +1,37 @@
+"""What describes an encoder–decoder and what it learns by: frozen dataclasses with their arithmetic, free of
+torch.
+
+Dim names: V vocabulary, D hidden_size, S source tokens, T target tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Seq2SeqObjectiveConfig:
+    """How sources and targets are made of what a corpus holds."""
+
+    kind: Literal["pairs", "span_corruption", "denoising"] = "pairs"
+    """`pairs`: of a corpus of paired texts; `span_corruption`: a text with gaps → what was in them (T5,
+    arXiv:1910.10683); `denoising`: a text with noise → the text (BART, arXiv:1910.13461)."""
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig:
+    """An encoder–decoder; covers the Transformer (arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
+    (arXiv:1910.13461)."""
+
+    family: Literal["seq2seq"] = "seq2seq"
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary and the special tokens that are missing."""
+    start_id: int | None = None
+    """Id that begins the decoder's input; null: the first behind the corpus' vocabulary."""
+    mask_id: int | None = None
+    """Id of [MASK] for denoising; null: the second."""
+    sentinel_id: int | None = None
+    """Id of the first gap's sentinel for span corruption, those of further gaps count DOWN from it (T5's
+    order); null: the last row of the embedding."""
+    objective: Seq2SeqObjectiveConfig = field(default_factory=Seq2SeqObjectiveConfig)
