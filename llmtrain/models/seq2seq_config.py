@@ -9,14 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class Seq2SeqObjectiveConfig:
-    """How sources and targets are made of what a corpus holds."""
-
-    kind: Literal["pairs", "span_corruption", "denoising"] = "pairs"
-    """`pairs`: of a corpus of paired texts; `span_corruption`: a text with gaps → what was in them (T5,
-    arXiv:1910.10683); `denoising`: a text with noise → the text (BART, arXiv:1910.13461)."""
+from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
 
 
 @dataclass(frozen=True)
