@@ -1,7 +1,8 @@
-"""Folders that transformers loads, out and back: GPT-2's form as `gpt2`, Llama's as `llama`.
+"""Folders that transformers loads, out and back.
 
-huggingface_forms.py says which of their tensors make up each of ours, huggingface_tokenizer.py writes
-the tokenizer. Weights are safetensors alone: nothing is unpickled, nor written to be.
+forms/ says which of their tensors make up each of ours, and how configs correspond; huggingface_weights.py
+reads theirs, and huggingface_tokenizer.py writes the tokenizer. Weights are safetensors alone: nothing is
+unpickled, nor written to be, and no code that a folder brings is run.
 """
 
 from __future__ import annotations
@@ -10,40 +11,35 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain import files
-from llmtrain.checkpoint.huggingface_forms import (
-    CONFIG_READERS,
-    CONFIG_WRITERS,
-    ENTRIES,
-    MARK,
-    Entry,
-    architecture_of,
-    common_config,
-)
+from llmtrain.checkpoint.forms import FORMS, form_of
+from llmtrain.checkpoint.forms.base import MARK, Entry, Form, Settings
 from llmtrain.checkpoint.huggingface_tokenizer import read_model, special_ids, tokenizer_files
+from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, StoredTensors, read_json
 from llmtrain.checkpoint.store import TOKENIZER
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
+from llmtrain.models.initialize import fill_box, match_initializers
+from llmtrain.shards import whole
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, transformers' own default."""
 
 
 def export_folder(
-    config: GPTConfig,
+    config: Any,
     tensors: Mapping[str, Tensor],
     tokenizer_model: Path | None,
     output: Path,
@@ -52,7 +48,7 @@ def export_folder(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+    """Write a folder that transformers' `from_pretrained` loads.
 
     tensors: canonical name → tensor of the full shape, any dtype and device; may load them lazily.
     tokenizer_model: the sentencepiece file; None writes no tokenizer.
@@ -63,10 +59,10 @@ def export_folder(
     CheckpointError for tensors that don't fit the config or an output that can't be written, DataError
     for a tokenizer that doesn't fit.
     """
-    architecture = architecture_of(config)
-    entries = ENTRIES[architecture](config)
-    _check_tensors(config, tensors)
-    contents: dict[str, Any] = {CONFIG: CONFIG_WRITERS[architecture](config) | common_config(config, dtype)}
+    form = form_of(config)
+    model = _on_meta(form, config)
+    _check_tensors(model, tensors)
+    contents: dict[str, Any] = {CONFIG: _config_of(form, config, dtype)}
     model_bytes: bytes | None = None
     if tokenizer_model is not None:
         model_bytes = read_model(tokenizer_model, config.vocab_size or 0)
@@ -81,7 +77,7 @@ def export_folder(
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_weights(partial, config, entries, tensors, dtype, shard_bytes)
+        _write_weights(partial, model, form.entries(config), tensors, dtype, shard_bytes)
         for name, content in contents.items():
             files.write_json_atomically(partial / name, content)
         if model_bytes is not None:
@@ -94,42 +90,105 @@ def export_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def import_folder(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Read a `gpt2` or `llama` folder: the config, and canonical name → tensor as stored, on the CPU.
+@dataclass(frozen=True)
+class Imported:
+    """A model out of another's folder."""
+
+    config: Any
+    """Of whatever family it is."""
+    weights: Mapping[str, Tensor]
+    """Canonical name → tensor as stored, on the CPU, each read when asked for."""
+    fresh: tuple[str, ...] = ()
+    """Those that the folder lacks: heads that are begun anew."""
+    left_out: tuple[str, ...] = ()
+    """Stored tensors that our model has no use for."""
+
+
+def import_folder(path: Path) -> Imported:
+    """Read a folder of one of `FORMS`.
 
     Raises CheckpointError for a folder, architecture, setting or tensor that can't be taken.
     """
     path = Path(path)
-    theirs = _read_json(path / CONFIG)
-    architecture = theirs.get("model_type")
-    if architecture not in list(CONFIG_READERS):
-        raise CheckpointError(
-            Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(CONFIG_READERS))
-        )
+    content = read_json(path / CONFIG)
+    architecture = content.get("model_type")
+    if architecture not in list(FORMS):
+        raise CheckpointError(Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(FORMS)))
+    form = FORMS[architecture]
+    stored = StoredTensors(path)
+    theirs = Settings(path / CONFIG, content, stored.shapes.keys())
+    theirs.require("quantization_config")
     try:
-        config = decode(GPTConfig, CONFIG_READERS[architecture](theirs, path / CONFIG))
-    except KeyError as error:
-        raise CheckpointError(Problem(str(path / CONFIG), f"no key {error}", "a whole config")) from error
+        config: Any = decode(form.config, form.read_config(theirs))
     except ConfigError as error:
         raise CheckpointError(problem.within(str(path / CONFIG)) for problem in error.problems) from error
-    stored = _canonical_storage(_read_weights(path), architecture, config)
-    entries = ENTRIES[architecture](config)
-    shapes = _expected_shapes(config, entries)
-    _raise_if_any(_name_and_shape_problems(str(path), {n: tuple(t.shape) for n, t in stored.items()}, shapes))
-    return config, {entry.ours: entry.join([stored[name] for name in entry.theirs]) for entry in entries}
+    names = form.names(stored.shapes.keys(), config)
+    given = {canonical: stored.shapes[name] for name, canonical in names.used.items()}
+    model = _on_meta(form, config)
+    entries = form.entries(config)
+    lacking = {entry.ours for entry in entries if not given.keys() & set(entry.theirs)}
+    heads = {e.ours for e in entries if any(fnmatchcase(e.ours, pattern) for pattern in form.fresh)}
+    fresh = tuple(sorted(heads)) if heads and heads <= lacking else ()
+    entries = [entry for entry in entries if entry.ours not in fresh]
+    _raise_if_any(_name_and_shape_problems(str(path), given, _their_shapes(model, entries)))
+    where = {canonical: name for name, canonical in names.used.items()}
+    return Imported(
+        config, _Joined(stored, where, entries, model, fresh), fresh, tuple(sorted(names.left_out))
+    )
+
+
+class _Joined(Mapping[str, Tensor]):
+    """Our tensors, each put together from stored ones when asked for."""
+
+    def __init__(
+        self,
+        stored: StoredTensors,
+        where: Mapping[str, str],
+        entries: list[Entry],
+        model: nn.Module,
+        fresh: tuple[str, ...],
+    ) -> None:
+        self._stored, self._where, self._model = stored, where, model
+        self._entries = {entry.ours: entry for entry in entries}
+        self._fresh = fresh
+        self._names = [name for name, _ in model.named_parameters()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._fresh:
+            return _fresh_weight(self._model, name)
+        entry = self._entries[name]
+        return entry.join([self._stored[self._where[theirs]] for theirs in entry.theirs])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _fresh_weight(model: nn.Module, name: str) -> Tensor:
+    """As training from seed 0 would begin it."""
+    parameters = dict(model.named_parameters())
+    table = match_initializers(model.initializers(), parameters)  # type: ignore[operator]
+    shape = tuple(parameters[name].shape)
+    return fill_box(name, table[name], 0, shape, whole(shape)).view(shape)
 
 
 # Checks.
 
 
-def _own_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def _on_meta(form: Form, config: Any) -> nn.Module:
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+        return form.build(config)
 
 
-def _expected_shapes(config: GPTConfig, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+def _own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _their_shapes(model: nn.Module, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
     """Their name → shape."""
-    own = _own_shapes(config)
+    own = _own_shapes(model)
     return {
         name: tuple(part.shape)
         for entry in entries
@@ -139,13 +198,11 @@ def _expected_shapes(config: GPTConfig, entries: list[Entry]) -> dict[str, tuple
     }
 
 
-def _check_tensors(config: GPTConfig, tensors: Mapping[str, Tensor]) -> None:
-    names = set(tensors)
-    if config.tie_embeddings:
-        names.discard("head.weight")
-    expected = _own_shapes(config)
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = _own_shapes(model)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - expected.keys()
     # Shapes are checked as tensors are read, so that a lazy mapping reads each once.
-    given = {name: expected.get(name, ()) for name in names}
+    given = {name: expected.get(name, ()) for name in tensors.keys() - tied}
     _raise_if_any(_name_and_shape_problems("tensors to export", given, expected))
 
 
@@ -180,17 +237,32 @@ def _raise_if_any(problems: Iterator[Problem]) -> None:
 # Files.
 
 
+def _config_of(form: Form, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "model_type": form.model_type,
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+        # Their defaults are ids of their own tokenizers.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        MARK: f"llmtrain {version('llmtrain')}",
+        **form.write_config(config),
+    }
+
+
 def _write_weights(
     folder: Path,
-    config: GPTConfig,
+    model: nn.Module,
     entries: list[Entry],
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
     """Weights in one file, or in shards with an index; one shard is in memory at a time."""
-    shapes = _expected_shapes(config, entries)
-    own = _own_shapes(config)
+    shapes = _their_shapes(model, entries)
+    own = _own_shapes(model)
 
     def size(entry: Entry) -> int:
         return sum(torch.Size(shapes[name]).numel() for name in entry.theirs) * dtype.itemsize
@@ -243,57 +315,3 @@ def _put_in_place(partial: Path, output: Path) -> None:
     os.rename(partial, output)
     files.sync_folder(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(
-            Problem(str(path), str(error.strerror), "a Hugging Face model folder holds this file")
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(Problem(str(path), f"no JSON ({error})")) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(Problem(str(path), f"JSON {type(content).__name__}", "an object"))
-    return content
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of the folder as stored."""
-    if (path / INDEX).exists():
-        weight_map = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(Problem(str(path / INDEX), "no weight_map", "tensor name → file name"))
-        names = sorted(set(weight_map.values()))
-        # A file name with a path in it would lead out of the folder.
-        if odd := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(Problem(str(path / INDEX), f"the file name {odd[0]!r}", "a bare file name"))
-    else:
-        names = [WEIGHTS]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        file = path / name
-        if not file.exists():
-            pickled = any(path.glob("pytorch_model*.bin"))
-            got = "pickled weights only" if pickled else "no such file"
-            remedy = "convert them with transformers' save_pretrained" if pickled else "download it again"
-            raise CheckpointError(Problem(str(file), got, "safetensors", remedy))
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                Problem(str(file), f"a damaged file ({error})", "safetensors", "copy it again")
-            ) from error
-    return tensors
-
-
-def _canonical_storage(stored: dict[str, Tensor], architecture: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under one spelling: the bare model's names get its prefix, buffers and the copy of
-    a tied head go."""
-    if architecture == "gpt2" and "wte.weight" in stored:
-        stored = {n if n.startswith("lm_head") else f"transformer.{n}": t for n, t in stored.items()}
-    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-    tied_copy = "lm_head.weight" if config.tie_embeddings else None
-    return {n: t for n, t in stored.items() if not n.endswith(buffers) and n != tied_copy}

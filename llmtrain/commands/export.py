@@ -30,19 +30,8 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     from llmtrain.checkpoint import huggingface
     from llmtrain.commands.loading import load_trained
-    from llmtrain.errors import ConfigError, Problem
-    from llmtrain.models.config import GPTConfig
 
     trained = load_trained(config.checkpoint)
-    if not isinstance(trained.config, GPTConfig):
-        raise ConfigError(
-            Problem(
-                "checkpoint",
-                f"a model of family {trained.config.family}",
-                "gpt",
-                "no folder for transformers is made of it; its weights are safetensors in the checkpoint",
-            )
-        )
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     output = config.output.expanduser()
     huggingface.export_folder(

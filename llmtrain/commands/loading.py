@@ -78,9 +78,10 @@ def load_trained(path: Path) -> TrainedModel:
     """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged."""
     path = path.expanduser()
     if (path / "config.json").exists():
-        config, weights = huggingface.import_folder(path)
+        imported = huggingface.import_folder(path)
         tokenizer = path / store.TOKENIZER
-        return TrainedModel(path, config, weights, tokenizer if tokenizer.exists() else None, None, None)
+        tokenizer_path = tokenizer if tokenizer.exists() else None
+        return TrainedModel(path, imported.config, imported.weights, tokenizer_path, None, None)
     checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
     model = checkpoint.manifest["model"]
     return TrainedModel(

@@ -120,7 +120,8 @@ def test_logits_and_greedy_text(form: str, tmp_path: Path) -> None:
     assert generate(model, [prompt[0].tolist()], GenerateConfig(max_new_tokens=40, temperature=0.0)) == [text]
     assert len(set(text)) > 1
 
-    config_back, tensors = import_folder(tmp_path / "out")
+    back = import_folder(tmp_path / "out")
+    config_back, tensors = back.config, back.weights
     again = GPT(config_back)
     again.load_state_dict(tensors, strict=not config.tie_embeddings)
     assert torch.equal(again.eval()(tokens), ours)
@@ -145,7 +146,8 @@ def test_import_of_what_transformers_saves(architecture: str, tmp_path: Path) ->
         )
     theirs = AutoModelForCausalLM.from_config(theirs_config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    config, tensors = import_folder(tmp_path / "theirs")
+    imported = import_folder(tmp_path / "theirs")
+    config, tensors = imported.config, imported.weights
     model = GPT(config).eval()
     model.load_state_dict(tensors, strict=not config.tie_embeddings)
     tokens = torch.randint(0, 99, (2, 30))

@@ -58,8 +58,10 @@ def weights(config: GPTConfig) -> dict[str, Tensor]:
 def test_import_of_export_is_bitwise_equal(config: GPTConfig, tmp_path: Path) -> None:
     tensors = weights(config)
     export_folder(config, tensors, None, tmp_path / "out")
-    config_back, tensors_back = import_folder(tmp_path / "out")
-    assert config_back == config
+    back = import_folder(tmp_path / "out")
+    assert back.config == config
+    assert (back.fresh, back.left_out) == ((), ())
+    tensors_back = back.weights
     assert tensors_back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensors_back[name], tensor), name
@@ -76,14 +78,14 @@ def test_shards_hold_the_same(config: GPTConfig, tmp_path: Path) -> None:
     assert {name for shard in shards for name in load_file(shard)} == index["weight_map"].keys()
     stored = sum(t.numel() * 4 for shard in shards for t in load_file(shard).values())
     assert index["metadata"]["total_size"] == stored
-    _, back = import_folder(tmp_path / "out")
+    back = import_folder(tmp_path / "out").weights
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 def test_dtype(tmp_path: Path) -> None:
     tensors = weights(GPT2)
     export_folder(GPT2, tensors, None, tmp_path / "out", dtype=torch.bfloat16)
-    _, back = import_folder(tmp_path / "out")
+    back = import_folder(tmp_path / "out").weights
     assert all(torch.equal(back[name], tensors[name].bfloat16()) for name in tensors)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -129,13 +131,13 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     output.mkdir()
     export_folder(GPT2, tensors, None, output)
     export_folder(LLAMA, weights(LLAMA), None, output)
-    assert import_folder(output)[0] == LLAMA
+    assert import_folder(output).config == LLAMA
 
     (output / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(CheckpointError, match=r"another model's folder.*overwrite=true"):
         export_folder(GPT2, tensors, None, output)
     export_folder(GPT2, tensors, None, output, overwrite=True)
-    assert import_folder(output)[0] == GPT2
+    assert import_folder(output).config == GPT2
 
     (output / "config.json").unlink()
     with pytest.raises(CheckpointError, match="no model's folder"):
@@ -223,13 +225,13 @@ def test_spellings_of_older_folders(tmp_path: Path) -> None:
         stored["lm_head.weight"] = stored["wte.weight"].clone()
 
     edit_weights(older)(tmp_path / "gpt2")
-    _, back = import_folder(tmp_path / "gpt2")
+    back = import_folder(tmp_path / "gpt2").weights
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
     export_folder(FORMS["llama-3.1"], weights(FORMS["llama-3.1"]), None, tmp_path / "llama")
     edit_config(rope_parameters=...)(tmp_path / "llama")
-    assert import_folder(tmp_path / "llama")[0] == FORMS["llama-3.1"]
+    assert import_folder(tmp_path / "llama").config == FORMS["llama-3.1"]
 
 
 def test_tokenizer_travels_along(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""The architectures of transformers that models of ours come from and go to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmtrain.checkpoint.forms import gpt
+from llmtrain.checkpoint.forms.base import Form
+from llmtrain.errors import ConfigError, Problem
+
+FORMS: dict[str, Form] = {form.model_type: form for form in (gpt.GPT2, gpt.LLAMA)}
+"""model_type of config.json → form; the first that a model fits is what it is exported as."""
+
+
+def form_of(config: Any) -> Form:
+    """The form that computes what the model does; ConfigError names the keys in the way."""
+    misfits = {name: form.misfits(config) for name, form in FORMS.items() if isinstance(config, form.config)}
+    for name, keys in misfits.items():
+        if not keys:
+            return FORMS[name]
+    elsewhere = "such a model can be trained and used here, not exported"
+    if not misfits:
+        families = sorted({form.config().family for form in FORMS.values()})
+        raise ConfigError(
+            Problem("checkpoint", f"a model of family {config.family}", ", ".join(families), elsewhere)
+        )
+    nearest = min(misfits, key=lambda name: len(misfits[name]))
+    got = ", ".join(f"{key}={getattr(config, key)}" for key in misfits[nearest])
+    allowed = ", ".join(f"{key}={has}" for key, has in misfits[nearest].items())
+    raise ConfigError(
+        Problem(
+            "model",
+            f"{got}: a form that transformers has not",
+            allowed,
+            f"the nearest is {nearest}; {elsewhere}",
+        )
+    )

@@ -1,0 +1,194 @@
+"""What says how one of our model families stands in a Hugging Face folder: names, tensors, config.
+
+Dim names: K key-value heads, G query heads a key-value head, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.errors import CheckpointError, Problem
+
+MARK = "exported_by"
+"""Key of config.json that tells our folders from others'."""
+
+
+# Tensors: ours ↔ theirs.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our tensors and those of theirs that hold the same numbers."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    split: Callable[[Tensor], list[Tensor]]
+    """Ours → theirs. It runs on the meta device too."""
+    join: Callable[[list[Tensor]], Tensor]
+    """Theirs → ours; undoes `split` bit for bit."""
+
+
+def same(ours: str, theirs: str) -> Entry:
+    return Entry(ours, (theirs,), lambda t: [t], lambda ts: ts[0])
+
+
+def same_all(pairs: Mapping[str, str], parameters: Iterable[str] = ("weight", "bias")) -> list[Entry]:
+    """Of each module, ours → theirs, the parameters named."""
+    return [same(f"{ours}.{p}", f"{theirs}.{p}") for ours, theirs in pairs.items() for p in parameters]
+
+
+def transposed(ours: str, theirs: str) -> Entry:
+    """GPT-2's Conv1D stores (inputs, outputs)."""
+    return Entry(ours, (theirs,), lambda t: [t.T], lambda ts: ts[0].T)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the rows of our `qkv` are laid out: by key-value head its G queries, its key, its value."""
+
+    num_heads: int
+    kv_heads: int
+    head_width: int
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """→ all queries, all keys, all values."""
+        grouped = qkv.view(
+            self.kv_heads, self.num_heads // self.kv_heads + 2, self.head_width, *qkv.shape[1:]
+        )
+        return [part.flatten(0, 2) for part in (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:])]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Undoes `split`."""
+        grouped = [part.reshape(self.kv_heads, -1, self.head_width, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 2)
+
+    def entry(self, ours: str, theirs: Iterable[str]) -> Entry:
+        """Our packed tensor as theirs of queries, keys and values."""
+        return Entry(ours, tuple(theirs), self.split, self.join)
+
+
+class Names(NamedTuple):
+    """Stored tensors by what becomes of them. Buffers and copies of a tied weight are in neither."""
+
+    used: dict[str, str]
+    """Stored name → the name that entries have for it; unknown ones stay as they are."""
+    left_out: list[str]
+    """Stored weights that our model has no use for, which the user is told."""
+
+
+# Configs: ours ↔ theirs.
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu"}
+"""Ours → theirs."""
+ACTIVATIONS_BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "swish": "silu",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config.json. Its getters raise CheckpointError that names the file and the key."""
+
+    where: Path
+    """The file."""
+    content: Mapping[str, Any]
+    tensors: Collection[str] = ()
+    """Names of the weights beside it."""
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+    """Role (mask, cls, sep, pad, bos, eos, unk) → id, of those that the tokenizer beside it has."""
+    prefix: str = ""
+    """Of keys in a refusal: the section's name."""
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number, the default where it is missing or null."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise self.refusal(key, "a whole number")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number, the default where it is missing or null."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refusal(key, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false, the default where it is missing or null."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self.refusal(key, "true or false")
+        return value
+
+    def choice(self, key: str, names: Mapping[str, str], default: str) -> str:
+        """Our name of a value, which is one of their `names`."""
+        value = self._value(key, default)
+        if not isinstance(value, str) or value not in names:
+            raise self.refusal(key, ", ".join(names))
+        return names[value]
+
+    def section(self, key: str) -> Settings:
+        """The settings under a key, none where it is missing or null."""
+        value = self.content.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise self.refusal(key, "a section of keys")
+        return Settings(self.where, value, prefix=f"{self.prefix}{key}.")
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Refuse a value that is given and is none of `allowed`: it would change what is computed."""
+        value = self.content.get(key)
+        if value is not None and value not in allowed:
+            raise self.refusal(key, ", ".join(map(str, allowed)) or "nothing")
+
+    def refusal(self, key: str, allowed: str, remedy: str = "") -> CheckpointError:
+        got = repr(self.content[key]) if key in self.content else "nothing"
+        return CheckpointError(Problem(f"{self.where}: {self.prefix}{key}", got, allowed, remedy))
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.content.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(Problem(str(self.where), f"no key '{self.prefix}{key}'", "a whole config"))
+        return value
+
+
+def unless(value: Any, implied: Any) -> Any:
+    """None, which our config reads as `implied`, or the value."""
+    return None if value == implied else value
+
+
+def keep_all(names: Collection[str], config: Any) -> Names:
+    """All tensors under the names that they have."""
+    return Names({name: name for name in names}, [])
+
+
+@dataclass(frozen=True)
+class Form:
+    """One architecture of transformers, and the models of ours that are it."""
+
+    model_type: str
+    """As config.json says it."""
+    config: type
+    """Of our models."""
+    build: Callable[[Any], nn.Module]
+    """Config → module; on the meta device it tells names and shapes."""
+    misfits: Callable[[Any], dict[str, str]]
+    """Key of our config whose value this architecture has not → what it has; nothing: the model is of it."""
+    entries: Callable[[Any], list[Entry]]
+    """All tensors of a model."""
+    write_config: Callable[[Any], dict[str, Any]]
+    """What config.json says of a model, besides what all share."""
+    read_config: Callable[[Settings], dict[str, Any]]
+    """config.json → what our config is decoded from. Raises CheckpointError for what has no place in it."""
+    names: Callable[[Collection[str], Any], Names] = keep_all
+    """(stored names, config): other spellings."""
+    fresh: tuple[str, ...] = ()
+    """Our tensors that a folder may lack, all together: heads that are then begun anew."""

@@ -1,0 +1,87 @@
+"""The weights of a Hugging Face folder: safetensors in one file, or in several with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmtrain.errors import CheckpointError, Problem
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""Stored types that are taken as they are; others are codes of a quantization."""
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Stored name → tensor, on the CPU, read when asked for from a mapping of the file into memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for files that are missing, damaged or no plain numbers."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Any] = {}
+        for name in _file_names(path):
+            file = path / name
+            try:
+                stored = safe_open(file, framework="pt")
+                for key in stored.keys():  # noqa: SIM118
+                    part = stored.get_slice(key)
+                    if part.get_dtype() not in DTYPES:
+                        allowed = ", ".join(DTYPES)
+                        raise CheckpointError(Problem(f"{file}: {key}", part.get_dtype(), allowed))
+                    self.shapes[key] = tuple(part.get_shape())
+                    self._files[key] = stored
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    Problem(str(file), f"a damaged file ({error})", "safetensors", "copy it again")
+                ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _file_names(path: Path) -> list[str]:
+    """Of all files that hold weights; they exist."""
+    names = [WEIGHTS]
+    if (path / INDEX).exists():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(Problem(str(path / INDEX), "no weight_map", "tensor name → file name"))
+        names = sorted(set(weight_map.values()))
+        # A file name with a path in it would lead out of the folder.
+        if odd := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(Problem(str(path / INDEX), f"the file name {odd[0]!r}", "a bare file name"))
+    for name in names:
+        if not (path / name).exists():
+            pickled = any(path.glob("pytorch_model*.bin"))
+            got = "pickled weights only" if pickled else "no such file"
+            remedy = "convert them with transformers' save_pretrained" if pickled else "download it again"
+            raise CheckpointError(Problem(str(path / name), got, "safetensors", remedy))
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises CheckpointError when it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            Problem(str(path), str(error.strerror), "a Hugging Face model folder holds this file")
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(Problem(str(path), f"no JSON ({error})")) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(Problem(str(path), f"JSON {type(content).__name__}", "an object"))
+    return content
