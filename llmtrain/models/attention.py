@@ -74,7 +74,38 @@ class Documents:
         if self.causal:
             return list(_blocks_of_documents(self.starts))
         B, T = self.starts.shape
-        return list(_bidirectional_blocks(B, T, self))
+        return list(_bidirectional_blocks(B, T, T, self))
+
+
+class CrossDocuments:
+    """Documents of queries and of other keys: a query sees the keys whose number is its own.
+
+    The keys of one number stand together. A query whose number no key has, which padding is too (number
+    −1), sees the last key alone: what comes of it is finite, and means nothing.
+    """
+
+    causal = False
+
+    def __init__(self, ids_BT: Tensor, key_ids_BS: Tensor) -> None:
+        self.num_keys = S = key_ids_BS.shape[1]
+        own_BTS = (ids_BT[:, :, None] == key_ids_BS[:, None]) & (ids_BT >= 0)[:, :, None]
+        own_BTS[..., -1] |= ~own_BTS.any(-1)
+        own = own_BTS.to(torch.uint8)
+        self.starts = own.argmax(-1)
+        """Place of the first key that each query sees, (B, T)."""
+        self.ends = S - own.flip(-1).argmax(-1)
+        """Place behind the last."""
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, T, S), True where a query may see a key."""
+        return ~_hidden(self.starts, self.ends, range(self.starts.shape[1]), range(self.num_keys))
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        """All queries of all rows, with the keys that some query sees."""
+        B, T = self.starts.shape
+        return list(_bidirectional_blocks(B, T, self.num_keys, self))
 
 
 def attend(
@@ -82,24 +113,29 @@ def attend(
     k_BKSH: Tensor,
     v_BKSH: Tensor,
     *,
-    documents: Documents | None = None,
+    documents: Documents | CrossDocuments | None = None,
     dropout: AttentionDropout | None = None,
     causal: bool = True,
+    scale: float | None = None,
+    bias_NTS: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q·kᵀ / sqrt(H))·v, (B, N, T, H), laid out as (B, T, N, H).
+    """softmax(scale · q·kᵀ + bias)·v, (B, N, T, H), laid out as (B, T, N, H).
 
     causal: a query sees the keys up to its own; the queries are the last T of the S tokens.
-    documents: those of all tokens, T = S, as causal as attention is; None: a row is one.
+    documents: those of all tokens, T = S, as causal as attention is; or of queries and of other keys;
+        None: a row is one.
+    scale: None: 1 / sqrt(H).
     dropout: of the softmax' weights. With keys the weights are held whole, (B, N, T, S), as no kernel
         takes masks of one's own.
     """
     N, T = q_BNTH.shape[1:3]
     K, S = k_BKSH.shape[1:3]
-    if documents is not None and dropout is None:
+    if isinstance(documents, Documents) and dropout is None and bias_NTS is None and scale is None:
         kernel = _varlen_kernel(q_BNTH, k_BKSH, v_BKSH)
         if kernel is not None:
             return _attend_by_document(kernel, q_BNTH, k_BKSH, v_BKSH, documents)
-    if q_BNTH.device.type == "cpu" and 1 < T == S <= LONGEST and dropout is None:
+    fits = T > 1 and max(T, S) <= LONGEST and (T == S or not causal)
+    if q_BNTH.device.type == "cpu" and fits and dropout is None:
         if N != K:
             k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
         if documents is not None:
@@ -107,16 +143,21 @@ def attend(
         elif causal:
             blocks = list(_causal_blocks(q_BNTH.shape[0], T))
         else:
-            blocks = list(_bidirectional_blocks(q_BNTH.shape[0], T))
-        y_BNTH: Tensor = _BlockwiseAttention.apply(q_BNTH, k_BKSH, v_BKSH, blocks, torch.is_grad_enabled())
+            blocks = list(_bidirectional_blocks(q_BNTH.shape[0], T, S))
+        y_BNTH: Tensor = _BlockwiseAttention.apply(
+            q_BNTH, k_BKSH, v_BKSH, bias_NTS, scale, blocks, torch.is_grad_enabled()
+        )
         return y_BNTH
     mask = None
     if documents is not None:
         mask = documents.mask
-    elif causal and 1 < T < S:
+    elif causal and T > 1 and (T < S or bias_NTS is not None):
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     if dropout is not None and dropout.keys is not None:
-        return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal)
+        return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal, scale, bias_NTS)
+    if bias_NTS is not None:
+        bias_NTS = bias_NTS.to(q_BNTH.dtype)
+        mask = bias_NTS[None] if mask is None else bias_NTS.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(
         q_BNTH,
         k_BKSH,
@@ -125,6 +166,7 @@ def attend(
         dropout_p=0.0 if dropout is None else dropout.p,
         # One new token sees every key; is_causal would show it the first alone.
         is_causal=causal and mask is None and T > 1,
+        scale=scale,
         enable_gqa=N != K,
     )
 
@@ -136,6 +178,8 @@ def _attend_with_mask_of_dropout(
     mask: Tensor | None,
     dropout: AttentionDropout,
     causal: bool,
+    scale: float | None,
+    bias_NTS: Tensor | None,
 ) -> Tensor:
     N, T, H = q_BNTH.shape[1:]
     K, S = k_BKSH.shape[1:3]
@@ -143,7 +187,9 @@ def _attend_with_mask_of_dropout(
         k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
     if causal and mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril()
-    scores_BNTS = (q_BNTH * H**-0.5) @ k_BKSH.transpose(2, 3)
+    scores_BNTS = (q_BNTH * (H**-0.5 if scale is None else scale)) @ k_BKSH.transpose(2, 3)
+    if bias_NTS is not None:
+        scores_BNTS = scores_BNTS + bias_NTS
     if mask is not None:
         scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf)
     probs_BNTS = scores_BNTS.softmax(-1).to(v_BKSH.dtype)
@@ -234,19 +280,21 @@ def _blocks_of_documents(starts_BT: Tensor) -> Iterator[_Block]:
             yield _Block(rows, queries, slice(first, queries.stop), hidden)
 
 
-def _bidirectional_blocks(B: int, T: int, documents: Documents | None = None) -> Iterator[_Block]:
+def _bidirectional_blocks(
+    B: int, T: int, S: int, documents: Documents | CrossDocuments | None = None
+) -> Iterator[_Block]:
     """Each row by itself where documents leave out keys: another's say nothing of them."""
     for start in range(0, T, BLOCK):
         queries = slice(start, min(start + BLOCK, T))
         if documents is None:
-            yield _Block(slice(0, B), queries, slice(0, T), None)
+            yield _Block(slice(0, B), queries, slice(0, S), None)
             continue
         starts_BT, ends_BT = documents.starts, documents.ends
-        firsts, stops = starts_BT[:, start].tolist(), ends_BT[:, queries.stop - 1].tolist()
-        lasts = starts_BT[:, queries.stop - 1].tolist()
+        firsts, stops = starts_BT[:, queries].amin(1).tolist(), ends_BT[:, queries].amax(1).tolist()
+        lasts, soonest = starts_BT[:, queries].amax(1).tolist(), ends_BT[:, queries].amin(1).tolist()
         for b in range(B):
             rows, hidden = slice(b, b + 1), None
-            if lasts[b] != firsts[b]:
+            if (firsts[b], stops[b]) != (lasts[b], soonest[b]):
                 places, keys = range(start, queries.stop), range(firsts[b], stops[b])
                 hidden = _hidden(starts_BT[rows], ends_BT[rows], places, keys)
             yield _Block(rows, queries, slice(firsts[b], stops[b]), hidden)
@@ -259,11 +307,14 @@ class _BlockwiseAttention(torch.autograd.Function):
         q_BNTH: Tensor,
         k_BNTH: Tensor,
         v_BNTH: Tensor,
+        bias_NTS: Tensor | None,
+        scale: float | None,
         blocks: list[_Block],
         with_gradients: bool,
     ) -> Tensor:
         B, N, T, H = q_BNTH.shape
-        q_BNTH = (q_BNTH * H**-0.5).contiguous()
+        ctx.scale = H**-0.5 if scale is None else scale
+        q_BNTH = (q_BNTH if ctx.scale == 1 else q_BNTH * ctx.scale).contiguous()
         k_BNTH, v_BNTH = k_BNTH.contiguous(), v_BNTH.contiguous()
         y_BNTH = q_BNTH.new_empty(B, T, N, H).transpose(1, 2)
         probs = []
@@ -273,6 +324,8 @@ class _BlockwiseAttention(torch.autograd.Function):
                 k_PSH, v_PSH = (x_BNTH[rows].flatten(0, 1)[:, keys] for x_BNTH in (k_BNTH, v_BNTH))
                 scores_PCS = torch.bmm(q_PCH, k_PSH.transpose(1, 2))
                 scores_RNCS = scores_PCS.unflatten(0, (-1, N))
+                if bias_NTS is not None:
+                    scores_RNCS += bias_NTS[:, queries, keys]
                 if hidden is not None:
                     scores_RNCS[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
                 probs_PCS = scores_PCS.softmax(-1)
@@ -282,6 +335,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         if with_gradients:
             ctx.save_for_backward(q_BNTH, k_BNTH, v_BNTH, *probs)
             ctx.places = [block[:3] for block in blocks]
+            ctx.bias = None if bias_NTS is None else (bias_NTS.shape, bias_NTS.dtype)
         return y_BNTH
 
     @staticmethod
@@ -289,12 +343,15 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BNTH,) = gradients
         q_BNTH, k_BNTH, v_BNTH, *probs = ctx.saved_tensors
-        dtype, H = q_BNTH.dtype, q_BNTH.shape[-1]
+        dtype, N = q_BNTH.dtype, q_BNTH.shape[1]
         grad_BNTH = grad_BNTH.to(dtype).contiguous()
         grad_q_BNTH = torch.empty_like(q_BNTH)
         # fp32: a key gathers from as many blocks as see it.
         grad_k_BNTH = torch.zeros(k_BNTH.shape, dtype=torch.float32)
         grad_v_BNTH = torch.zeros_like(grad_k_BNTH)
+        grad_bias_NTS = None
+        if ctx.bias is not None and ctx.needs_input_grad[3]:
+            grad_bias_NTS = torch.zeros(ctx.bias[0], dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
             for probs_PCS, (rows, queries, keys) in zip(probs, ctx.places, strict=True):
                 q_PCH, grad_PCH, grad_q_PCH = (
@@ -307,7 +364,12 @@ class _BlockwiseAttention(torch.autograd.Function):
                 grad_v_PSH += torch.bmm(probs_PCS.transpose(1, 2), grad_PCH)
                 grad_probs_PCS = torch.bmm(grad_PCH, v_PSH.transpose(1, 2))
                 grad_scores_PCS = torch._softmax_backward_data(grad_probs_PCS, probs_PCS, -1, dtype)
+                if grad_bias_NTS is not None:
+                    grad_bias_NTS[:, queries, keys] += grad_scores_PCS.unflatten(0, (-1, N)).sum(0)
                 grad_q_PCH.copy_(torch.bmm(grad_scores_PCS, k_PSH))
                 grad_k_PSH += torch.bmm(grad_scores_PCS.transpose(1, 2), q_PCH)
-        grad_q_BNTH *= H**-0.5
-        return grad_q_BNTH, grad_k_BNTH.to(dtype), grad_v_BNTH.to(dtype), None, None
+        if ctx.scale != 1:
+            grad_q_BNTH *= ctx.scale
+        if grad_bias_NTS is not None:
+            grad_bias_NTS = grad_bias_NTS.to(ctx.bias[1])
+        return grad_q_BNTH, grad_k_BNTH.to(dtype), grad_v_BNTH.to(dtype), grad_bias_NTS, None, None, None
