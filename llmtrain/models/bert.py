@@ -17,7 +17,7 @@ from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.gpt import Stage
 from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Constant, Initializer, Normal
-from llmtrain.models.transformer import ACTIVATIONS, MLP, Attention, Context
+from llmtrain.models.transformer import ACTIVATIONS, Block, Context
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,6 @@ class BertContext(Context):
     pair_labels: Tensor | None = None
     """Class of each row's pair, (B,), IGNORE_INDEX where none counts."""
     with_metrics: bool = False
-
-
-class EncoderBlock(nn.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x)): post-norm, as in the Transformer (arXiv:1706.03762)."""
-
-    def __init__(self, config: BertConfig, layer: int) -> None:
-        super().__init__()
-        self.attention = Attention(config.blocks, layer, causal=False)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config.blocks)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention_dropout = Dropout(config.dropout, layer, HIDDEN)
-        self.mlp_dropout = Dropout(config.dropout, layer, HIDDEN + 1)
-
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        y_BTD = self.attention(x_BTD, context)
-        x_BTD = self.attention_norm(x_BTD + self.attention_dropout(y_BTD, context.dropout_keys))
-        return self.mlp_norm(x_BTD + self.mlp_dropout(self.mlp(x_BTD), context.dropout_keys))
 
 
 class Bert(TiedHeadModel):
@@ -63,7 +45,9 @@ class Bert(TiedHeadModel):
         self.segments = nn.Embedding(config.num_segments, D) if config.num_segments else None
         self.embedding_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
-        self.blocks = nn.ModuleList(EncoderBlock(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config.blocks, layer, norm_first=False, causal=False) for layer in range(config.num_layers)
+        )
         self.transform = nn.Linear(D, D)
         self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = LanguageModelHead(D, config.vocab_size, bias=True)

@@ -6,15 +6,18 @@ N query heads, K key-value heads, G = N/K query heads a key-value head, H head w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from llmtrain.models.attention import Documents, attend
+from llmtrain.models.attention import CrossDocuments, Documents, attend
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 
@@ -79,13 +82,16 @@ def rotary_frequencies(
 ) -> Tensor:
     """Radians a position for each pair of a head's dims: (H/2,) fp32 (RoFormer, arXiv:2104.09864).
 
-    With `scaling`, wavelengths beyond the original context are stretched by `factor`, those well
+    With `scaling` of kind linear all wavelengths are stretched by `factor` (arXiv:2306.15595); with llama3,
+    wavelengths beyond the original context are stretched by `factor`, those well
     inside it are kept, and the band between is interpolated (Llama 3.1, arXiv:2407.21783).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
     turns = scaling.original_max_sequence_length * frequencies / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -122,6 +128,54 @@ class PerHead(nn.Module):
         return self.weight
 
 
+@dataclass(frozen=True)
+class RelativePositions:
+    """Biases of attention by the distance from query to key, learned by buckets: near distances have one
+    each, farther ones share (T5, arXiv:1910.10683, section 2.1)."""
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    """All distances from here on share the last bucket."""
+
+    def buckets(self, distances: Tensor, *, both_ways: bool) -> Tensor:
+        """The bucket of each distance, key − query, int64; the first half of them is for keys before the
+        query if there are others, else all are."""
+        count = self.num_buckets // 2 if both_ways else self.num_buckets
+        first = (distances > 0) * count if both_ways else torch.zeros_like(distances)
+        n = distances.abs() if both_ways else (-distances).clamp(min=0)
+        exact = count // 2
+        octaves = torch.log(n.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        shared = (exact + (octaves * (count - exact)).long()).clamp(max=count - 1)
+        return first + torch.where(n < exact, n, shared)
+
+    def bias(self, weight_NR: Tensor, T: int, S: int, *, both_ways: bool) -> Tensor:
+        """What is added to the scores of the last T of S tokens with all of them, (N, T, S); `weight_NR`
+        holds each head's bias for each bucket."""
+        distances = torch.arange(1 - S, T, device=weight_NR.device)
+        along_ND = weight_NR[:, self.buckets(distances, both_ways=both_ways)]
+        bias_NTS: Tensor = _ByDistance.apply(along_ND, T)
+        return bias_NTS
+
+
+class _ByDistance(torch.autograd.Function):
+    """(N, S + T − 1), a number for each distance from 1 − S up → (N, T, S), that of s − (S − T + t)."""
+
+    @staticmethod
+    def forward(ctx: Any, along_ND: Tensor, T: int) -> Tensor:
+        return along_ND.unfold(1, along_ND.shape[1] - T + 1, 1).flip(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (grad_NTS,) = gradients
+        N, T, S = grad_NTS.shape
+        # Read with one column less, each row stands one place further right: diagonals become columns.
+        padded = grad_NTS.new_zeros(N, T, S + T)
+        padded[:, :, :S] = grad_NTS.flip(1)
+        sheared = padded.flatten(1)[:, : T * (S + T - 1)].unflatten(1, (T, S + T - 1))
+        return sheared.sum(1), None
+
+
 class Attention(nn.Module):
     """Self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
 
@@ -133,27 +187,45 @@ class Attention(nn.Module):
     attend: Callable[..., Tensor]
     """Attention itself; sequence parallelism puts its exchange around it."""
 
-    def __init__(self, config: GPTConfig, layer: int, *, causal: bool = True) -> None:
-        """causal: a token sees itself and those before it; else all of its document."""
+    def __init__(
+        self,
+        config: GPTConfig,
+        layer: int,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        relative: RelativePositions | None = None,
+    ) -> None:
+        """causal: a token sees itself and those before it; else all of its document.
+        scale: of the scores; None: 1 / sqrt(head_dim)."""
         super().__init__()
         self.layer = layer
         self.causal = causal
+        self.window = config.sliding_window
+        self.has_rotary = layer not in config.no_rope_layers
         self.num_heads = config.num_heads
         self.head_dim = config.head_width
         self.queries_per_kv = config.num_heads // config.kv_heads
         self.dropout = config.dropout
         self.first_head = 0
         """Number in the whole layer of the first query head held here."""
-        self.attend = attend
+        self.attend = attend if scale is None else functools.partial(attend, scale=scale)
+        self.positions = relative
+        self.relative = None if relative is None else PerHead(config.num_heads, relative.num_buckets)
         qkv_width = config.kv_heads * (self.queries_per_kv + 2) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, qkv_width, bias=config.bias)
+        self.qkv = nn.Linear(config.hidden_size, qkv_width, bias=config.has_qkv_bias)
+        # Over each head's dims, as in ViT-22B (arXiv:2302.05442).
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.output = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
         q_BTKGH, k_BTKH, v_BTKH = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q_BTNH = q_BTKGH.flatten(2, 3)
-        if context.rotary is not None:
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if context.rotary is not None and self.has_rotary:
             q_BTNH, k_BTKH = rotate(q_BTNH, *context.rotary), rotate(k_BTKH, *context.rotary)
         q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if context.cache is not None:
@@ -161,7 +233,64 @@ class Attention(nn.Module):
         dropout = None
         if self.training and self.dropout > 0.0:
             dropout = AttentionDropout(self.dropout, self.layer, context.dropout_keys, self.first_head)
-        y_BNTH = self.attend(q, k, v, documents=context.documents, dropout=dropout, causal=self.causal)
+        bias = {}
+        if self.positions is not None and self.relative is not None:
+            both_ways = not self.causal
+            bias["bias_NTS"] = self.positions.bias(
+                self.relative(), q.shape[2], k.shape[2], both_ways=both_ways
+            )
+        y_BNTH = self.attend(
+            q,
+            k,
+            v,
+            documents=context.documents,
+            dropout=dropout,
+            causal=self.causal,
+            window=self.window,
+            **bias,
+        )
+        return self.output(y_BNTH.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of one sequence to another (arXiv:1706.03762, section 3.2.3).
+
+    Rows of `key_value.weight` stand by head, its key and its value, so that a slice of whole heads is a
+    tensor-parallel shard.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int, *, scale: float | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_width
+        self.dropout = config.dropout
+        self.first_head = 0
+        """Number in the whole layer of the first head held here."""
+        self.attend = attend if scale is None else functools.partial(attend, scale=scale)
+        D, width = config.hidden_size, config.num_heads * config.head_width
+        self.query = nn.Linear(D, width, bias=config.bias)
+        self.key_value = nn.Linear(D, 2 * width, bias=config.bias)
+        self.output = nn.Linear(width, D, bias=config.bias)
+
+    def keys_and_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what is attended to, (B, N, S, H) each."""
+        kv_BSN2H = self.key_value(source_BSD).unflatten(-1, (-1, 2, self.head_dim))
+        k_BSNH, v_BSNH = kv_BSN2H.unbind(-2)
+        return k_BSNH.transpose(1, 2), v_BSNH.transpose(1, 2)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        documents: CrossDocuments | None,
+        dropout_keys: Tensor | None,
+    ) -> Tensor:
+        q_BNTH = self.query(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        dropout = None
+        if self.training and self.dropout > 0.0:
+            dropout = AttentionDropout(self.dropout, self.layer, dropout_keys, self.first_head)
+        y_BNTH = self.attend(q_BNTH, *keys_values, documents=documents, dropout=dropout, causal=False)
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
 
@@ -192,18 +321,52 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm, as in GPT-2 and Llama."""
+    """Attention, then an MLP, each added to what it reads.
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    Norms stand before each, x + f(norm(x)), as in GPT-2, Llama and T5; or behind the sum, norm(x + f(x)), as
+    in the Transformer (arXiv:1706.03762), BERT and BART.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        layer: int,
+        *,
+        norm_first: bool = True,
+        causal: bool = True,
+        scale: float | None = None,
+        relative: RelativePositions | None = None,
+    ) -> None:
+        """Arguments after `norm_first` as Attention's."""
         super().__init__()
+        self.norm_first = norm_first
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer, causal=causal, scale=scale, relative=relative)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.attention_dropout = Dropout(config.dropout, layer, HIDDEN)
         self.mlp_dropout = Dropout(config.dropout, layer, HIDDEN + 1)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        y_BTD = self.attention(self.attention_norm(x_BTD), context)
-        x_BTD = x_BTD + self.attention_dropout(y_BTD, context.dropout_keys)
-        return x_BTD + self.mlp_dropout(self.mlp(self.mlp_norm(x_BTD)), context.dropout_keys)
+        return self.with_mlp(self.with_attention(x_BTD, context), context)
+
+    def with_attention(self, x_BTD: Tensor, context: Context) -> Tensor:
+        return self.add(
+            x_BTD, lambda x: self.attention(x, context), self.attention_norm, self.attention_dropout, context
+        )
+
+    def with_mlp(self, x_BTD: Tensor, context: Context) -> Tensor:
+        return self.add(x_BTD, self.mlp, self.mlp_norm, self.mlp_dropout, context)
+
+    def add(
+        self,
+        x_BTD: Tensor,
+        function: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        dropout: Dropout,
+        context: Context,
+    ) -> Tensor:
+        """x + function(x), with its norm where the block has norms."""
+        y_BTD = function(norm(x_BTD) if self.norm_first else x_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, context.dropout_keys)
+        return x_BTD if self.norm_first else norm(x_BTD)
