@@ -6,6 +6,7 @@ Dim names: B batch, T sequence, M tokens that count, C tokens of one chunk, D hi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,12 +37,18 @@ class LanguageModelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
 
-    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Logits (B, T, V); with labels the SUM of cross-entropy in nats over labels other than
-        IGNORE_INDEX, a 0-d fp32 tensor."""
+        IGNORE_INDEX, a 0-d fp32 tensor.
+
+        label_smoothing: so much of each target is spread evenly over the whole vocabulary
+            (arXiv:1512.00567, section 7)."""
         if labels_BT is None:
             return F.linear(hidden_BTD, self.weight, self.bias)
-        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, bias_V=self.bias)
+        cross_entropy_ = functools.partial(_cross_entropy_, label_smoothing=label_smoothing)
+        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}"
@@ -204,16 +211,21 @@ def _forward(
     return loss
 
 
-def _cross_entropy_(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
-    """The summed loss, fp32; turns the logits into its gradient by them, softmax − one-hot, in place."""
+def _cross_entropy_(logits_CV: Tensor, labels_C1: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The summed loss, fp32; turns the logits into its gradient by them, softmax − target, in place."""
+    on_label, on_each = 1.0 - label_smoothing, label_smoothing / logits_CV.shape[1]
     loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = logits_CV.shape[0]
     if logits_CV.device.type == "cpu":
         rows = max(1, CACHED_LOGITS // logits_CV.shape[1])
     for logits, labels in zip(logits_CV.split(rows), labels_C1.split(rows), strict=True):
         log_probs = torch.log_softmax(logits.float(), dim=-1)
-        loss -= log_probs.gather(1, labels).sum()
+        loss -= on_label * log_probs.gather(1, labels).sum()
+        if label_smoothing > 0:
+            loss -= on_each * log_probs.sum()
         grad = log_probs.exp_()
-        grad.scatter_add_(1, labels, torch.full_like(labels, -1.0, dtype=torch.float32))
+        if label_smoothing > 0:
+            grad -= on_each
+        grad.scatter_add_(1, labels, torch.full_like(labels, -on_label, dtype=torch.float32))
         logits.copy_(grad)
     return loss

@@ -30,6 +30,14 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class NormalByRow:
+    """N(0, std²), each `rows` rows with the next of `stds` in turn: parts that are packed into one matrix."""
+
+    stds: tuple[float, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
 class Uniform:
     """Uniform between -bound and bound."""
 
@@ -41,7 +49,7 @@ class Constant:
     value: float
 
 
-Initializer = Normal | Uniform | Constant
+Initializer = Normal | NormalByRow | Uniform | Constant
 
 
 def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -> dict[str, Initializer]:
@@ -75,7 +83,7 @@ def fill_box(name: str, initializer: Initializer, seed: int, shape: tuple[int, .
         for left in range(box.column // TILE * TILE, box.column + box.columns, TILE):
             tile = Box(top, left, min(TILE, rows - top), min(TILE, columns - left))
             drawn = torch.empty(tile.rows, tile.columns)
-            _draw(drawn, initializer, _generator(seed, name, top, left))
+            _draw(drawn, initializer, _generator(seed, name, top, left), top)
             part = tile.intersection(box)
             assert part is not None
             _rows(values, box, part).copy_(_rows(drawn, tile, part))
@@ -124,8 +132,14 @@ def _generator(seed: int, name: str, top: int, left: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
-def _draw(out: Tensor, initializer: Normal | Uniform, generator: torch.Generator) -> None:
-    if isinstance(initializer, Normal):
-        out.normal_(0.0, initializer.std, generator=generator)
-    else:
-        out.uniform_(-initializer.bound, initializer.bound, generator=generator)
+def _draw(
+    out: Tensor, initializer: Normal | NormalByRow | Uniform, generator: torch.Generator, first_row: int
+) -> None:
+    match initializer:
+        case Normal(std):
+            out.normal_(0.0, std, generator=generator)
+        case NormalByRow(stds, rows):
+            row = torch.arange(first_row, first_row + out.shape[0])
+            out.normal_(generator=generator).mul_(torch.tensor(stds)[row // rows % len(stds), None])
+        case Uniform(bound):
+            out.uniform_(-bound, bound, generator=generator)

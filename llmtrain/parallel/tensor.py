@@ -10,6 +10,9 @@
 | embedding | Embedding            | vocabulary               | sum of what each has       | as it is    |
 | head      | LanguageModelHead    | vocabulary               | softmax over all parts     | sum inputs' |
 | heads     | PerHead              | heads                    | what these heads have      | as it is    |
+| shared    | any, called by heads | nothing                  | as it is                   | as it is    |
+
+The gradient of what is `shared` is summed over the tensor group, as each process calls it for its own heads.
 
 The layers are thin and ours, over fairscale's groups, mappings and cross-entropy: fairscale's own make
 each full weight first. A vocabulary that does not divide is padded; the padding never wins a softmax and
@@ -20,6 +23,7 @@ Dim names: B batch, T sequence, D hidden width, V vocabulary, C tokens of a chun
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -40,7 +44,7 @@ from llmtrain.models.head import LanguageModelHead, summed_cross_entropy
 from llmtrain.parallel.mesh import Mesh, all_sum_over
 from llmtrain.shards import Shard
 
-Role = Literal["column", "row", "embedding", "head", "heads"]
+Role = Literal["column", "row", "embedding", "head", "heads", "shared"]
 Table = Mapping[str, Role]
 
 _DIVIDED_DIM: dict[Role, dict[str, int]] = {
@@ -49,6 +53,7 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "embedding": {"weight": 0},
     "head": {"weight": 0, "bias": 0},
     "heads": {"weight": 0},
+    "shared": {},
 }
 """Role → parameter → the dim that is divided; parameters left out stay whole."""
 
@@ -71,7 +76,7 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
         names = [name for name in modules if fnmatchcase(name, pattern)]
         if not names:
             raise ValueError(f"tensor-parallel pattern {pattern} matches no module")
-        for name in names:
+        for name in names if role != "shared" else []:
             module = modules[name]
             part = _LAYERS[role](module, layout.tensor_sequence)
             for key, parameter in module.named_parameters(recurse=False):
@@ -105,11 +110,15 @@ def share_sequence(model: nn.Module, mesh: Mesh) -> None:
                 module.sequence_part = place.sequence * layout.tensor + place.tensor
 
 
-def mark_parameters(parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard], mesh: Mesh) -> None:
+def mark_parameters(
+    parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard], table: Table, mesh: Mesh
+) -> None:
     """Tell DeepSpeed which weights are parts, and sum over the tensor group the gradients of whole weights
-    that saw a part of the tokens alone."""
+    that saw a part of the tokens or of the heads alone."""
+    shared = [pattern for pattern, role in table.items() if role == "shared"]
     for name, parameter in parameters.items():
         sees_a_part = mesh.layout.tensor_sequence and name.startswith(("blocks.", "norm."))
+        sees_a_part |= any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in shared)
         if shards[name].count > 1:
             parameter.model_parallel = True  # type: ignore[attr-defined]
         elif sees_a_part:
@@ -189,18 +198,22 @@ class VocabParallelHead(_TensorParallel):
         super().__init__(module, shares_sequence)
         self.vocab_size = module.weight.shape[0]
 
-    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
         hidden_BTD = self._enter(hidden_BTD)
         if labels_BT is None:
             logits: Tensor = gather_from_model_parallel_region(F.linear(hidden_BTD, self.weight, self.bias))
             return logits[..., : self.vocab_size]
-        return summed_cross_entropy(
-            hidden_BTD, self.weight, labels_BT, self._cross_entropy_, bias_V=self.bias
-        )
+        cross_entropy_ = functools.partial(self._cross_entropy_, label_smoothing=label_smoothing)
+        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias)
 
-    def _cross_entropy_(self, logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
+    def _cross_entropy_(self, logits_CV: Tensor, labels_C1: Tensor, label_smoothing: float) -> Tensor:
         """The summed loss over all processes' logits; turns these here into its gradient by them."""
         V = logits_CV.shape[1]
+        smoothing = None
+        if label_smoothing > 0:
+            smoothing = self._smoothing(logits_CV.float(), labels_C1, label_smoothing)
         with torch.enable_grad():
             logits = logits_CV.float()
             if logits is logits_CV:
@@ -209,8 +222,22 @@ class VocabParallelHead(_TensorParallel):
             logits.requires_grad_()
             loss: Tensor = vocab_parallel_cross_entropy(logits, labels_C1[:, 0]).sum()
             (grad,) = torch.autograd.grad(loss, logits)
+        loss = loss.detach()
+        if smoothing is not None:
+            loss += smoothing[0]
+            grad += smoothing[1]
         logits_CV.copy_(grad)
-        return loss.detach()
+        return loss
+
+    def _smoothing(self, logits_CV: Tensor, labels_C1: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """What smoothing adds to the loss, share · Σ (logit of the label − mean logit), and to its gradient
+        by the logits here."""
+        first, V = _tensor_rank() * logits_CV.shape[1], logits_CV.shape[1]
+        number_V = first + torch.arange(V, device=logits_CV.device)
+        target_CV = (number_V == labels_C1).float() - (number_V < self.vocab_size).float() / self.vocab_size
+        added = share * (logits_CV * target_CV).sum()
+        dist.all_reduce(added, group=_tensor_group())
+        return added, share * target_CV
 
 
 class PartOfHeads(_TensorParallel):
