@@ -95,7 +95,7 @@ class Seq2SeqObjectiveConfig:
         texts = np.arange(int(sequence_length / (1 - self.share)) + 4)
         hidden, gaps = self.gaps_of(texts)
         text = int(np.searchsorted(texts - hidden + gaps + 1, sequence_length, side="right")) - 1
-        return Lengths(text, int((texts - hidden + gaps)[text]) + 1, int(hidden[text] + gaps[text]) + 1)
+        return Lengths(text, sequence_length, int(hidden[text] + gaps[text]) + 1)
 
     def gaps_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Span corruption of texts of so many tokens → (tokens in gaps, gaps), int64 of the same shape. A

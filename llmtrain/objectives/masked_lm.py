@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmtrain.hashing import mix
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.head import IGNORE_INDEX
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets, positions_in_documents
+from llmtrain.objectives.draws import uniform, uniform_of_rows
 
 _ARGUMENTS = {
     "tokens": "tokens_BT",
@@ -107,9 +107,9 @@ class MaskedLM:
             starts_BT = self._word_starts_V[tokens_BT] | ~may_hide_BT
             starts_BT[:, 1:] |= ~may_hide_BT[:, :-1]
             deciding_BT = np.maximum.accumulate(np.where(starts_BT, places_T, 0), axis=1)
-        hidden_BT = may_hide_BT & (_uniform(keys_B, _CHOSEN, deciding_BT) < config.share)
-        how_BT = _uniform(keys_B, _REPLACED, places_T)
-        drawn_BT = (_uniform(keys_B, _DRAWN, places_T) * self._num_text_ids).astype(np.int64)
+        hidden_BT = may_hide_BT & (uniform(keys_B, _CHOSEN, deciding_BT) < config.share)
+        how_BT = uniform(keys_B, _REPLACED, places_T)
+        drawn_BT = (uniform(keys_B, _DRAWN, places_T) * self._num_text_ids).astype(np.int64)
         replaced_BT = np.where(how_BT < config.masked, self._mask_id, tokens_BT)
         is_random_BT = (how_BT >= config.masked) & (how_BT < config.masked + config.random)
         replaced_BT = np.where(is_random_BT, drawn_BT, replaced_BT)
@@ -137,11 +137,11 @@ class MaskedLM:
         L = raw["passages"].shape[1]
         T = L + 3
         quarter_B = n_B // 4
-        cut_B = np.floor(_uniform(keys_B, _CUT, np.zeros(1))[:, 0] * (n_B // 2 + 1)).astype(np.int64)
+        cut_B = np.floor(uniform_of_rows(keys_B, _CUT) * (n_B // 2 + 1)).astype(np.int64)
         cut_B = np.clip(quarter_B + cut_B, np.minimum(1, n_B), np.maximum(0, n_B - 1))
         if self._config.pairs == "next_sentence":
             cut_B = np.where(others_B > 0, np.maximum(cut_B, n_B - others_B), cut_B)
-        changed_B = _uniform(keys_B, _IS_PAIR, np.zeros(1))[:, 0] < 0.5
+        changed_B = uniform_of_rows(keys_B, _IS_PAIR) < 0.5
         # Spans of the passage and the other, laid one behind the other.
         first_start_B, first_length_B = np.zeros_like(n_B), cut_B
         second_start_B, second_length_B = cut_B, n_B - cut_B
@@ -180,11 +180,3 @@ def _document_arrays(documents_BT: np.ndarray) -> dict[str, np.ndarray]:
     if (documents_BT == documents_BT[:, :1]).all():
         return {}
     return {"documents": documents_BT, "positions": positions_in_documents(documents_BT)}
-
-
-def _uniform(keys_B: np.ndarray, what: int, places: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) for places (T,) or (B, T): float64 (B, T)."""
-    values = keys_B.astype(np.uint64)[:, None] + mix(
-        (places.astype(np.uint64) + np.uint64(what << 40)) * np.uint64(0x9E3779B97F4A7C15)
-    )
-    return (mix(values) >> np.uint64(11)) * 2.0**-53
