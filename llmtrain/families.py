@@ -71,6 +71,8 @@ def _gpt_table(config: GPTConfig) -> Table:
     }
     if config.gated_mlp:
         table["blocks.*.mlp.gate"] = "column"
+    if config.qk_norm:
+        table["blocks.*.attention.*_norm"] = "shared"
     return table
 
 

@@ -71,7 +71,9 @@ def build_engine(
     if layout.tensor > 1:
         from llmtrain.parallel.tensor import mark_parameters
 
-        mark_parameters(parameters, shards, mesh)
+        table = family_of(config.model).tensor_table
+        assert table is not None
+        mark_parameters(parameters, shards, table(config.model), mesh)
     apply_recompute(model, config.recompute)
     model.train()
     setup = Setup(

@@ -35,16 +35,27 @@ class Documents:
     A document is a run of one id. What a kernel asks for is made once, and serves all layers.
     """
 
-    def __init__(self, ids_BT: Tensor, *, causal: bool = True) -> None:
+    def __init__(self, ids_BT: Tensor, *, causal: bool = True, window: int | None = None) -> None:
+        """window: a query sees the last so many keys up to its own alone; for causal ones."""
         self.causal = causal
+        self.window = window
+        self._ids_BT = ids_BT
+        self._narrowed: Documents | None = None
         self._begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         self._begins_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
 
     @cached_property
     def starts(self) -> Tensor:
-        """Place in its row of the first token of each token's document, (B, T)."""
+        """Place in its row of the first key that each token sees, its document's or its window's, (B, T)."""
         places_T = torch.arange(self._begins_BT.shape[1], device=self._begins_BT.device)
-        return (self._begins_BT * places_T).cummax(1).values
+        starts_BT = (self._begins_BT * places_T).cummax(1).values
+        return starts_BT if self.window is None else starts_BT.maximum(places_T - self.window + 1)
+
+    def within(self, window: int) -> Documents:
+        """The same, seen through a window; made once."""
+        if self._narrowed is None or self._narrowed.window != window:
+            self._narrowed = Documents(self._ids_BT, causal=self.causal, window=window)
+        return self._narrowed
 
     @cached_property
     def ends(self) -> Tensor:
@@ -118,6 +129,7 @@ def attend(
     causal: bool = True,
     scale: float | None = None,
     bias_NTS: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(scale · q·kᵀ + bias)·v, (B, N, T, H), laid out as (B, T, N, H).
 
@@ -127,9 +139,19 @@ def attend(
     scale: None: 1 / sqrt(H).
     dropout: of the softmax' weights. With keys the weights are held whole, (B, N, T, S), as no kernel
         takes masks of one's own.
+    window: a query sees the last so many keys up to its own alone (Mistral, arXiv:2310.06825); with causal.
     """
-    N, T = q_BNTH.shape[1:3]
+    B, N, T, _ = q_BNTH.shape
     K, S = k_BKSH.shape[1:3]
+    mask = None
+    if window is not None and window < S:
+        if T < S:
+            seen_TS = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
+            mask = seen_TS.triu(S - T - window + 1)
+        else:
+            if not isinstance(documents, Documents):
+                documents = Documents(torch.zeros(B, T, dtype=torch.int32, device=q_BNTH.device))
+            documents = documents.within(window)
     if isinstance(documents, Documents) and dropout is None and bias_NTS is None and scale is None:
         kernel = _varlen_kernel(q_BNTH, k_BKSH, v_BKSH)
         if kernel is not None:
@@ -141,17 +163,16 @@ def attend(
         if documents is not None:
             blocks = documents.blocks
         elif causal:
-            blocks = list(_causal_blocks(q_BNTH.shape[0], T))
+            blocks = list(_causal_blocks(B, T))
         else:
-            blocks = list(_bidirectional_blocks(q_BNTH.shape[0], T, S))
+            blocks = list(_bidirectional_blocks(B, T, S))
         y_BNTH: Tensor = _BlockwiseAttention.apply(
             q_BNTH, k_BKSH, v_BKSH, bias_NTS, scale, blocks, torch.is_grad_enabled()
         )
         return y_BNTH
-    mask = None
     if documents is not None:
         mask = documents.mask
-    elif causal and T > 1 and (T < S or bias_NTS is not None):
+    elif causal and mask is None and T > 1 and (T < S or bias_NTS is not None):
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     if dropout is not None and dropout.keys is not None:
         return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal, scale, bias_NTS)
@@ -226,7 +247,8 @@ def _attend_by_document(
     B, N, T = q_BNTH.shape[:3]
     borders, longest = documents.borders
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
-    window = (-1, 0) if documents.causal else (-1, -1)
+    back = -1 if documents.window is None else documents.window - 1
+    window = (back, 0) if documents.causal else (-1, -1)
     gqa = k_BKTH.shape[1] != N
     y: Tensor = kernel(q, k, v, borders, borders, longest, longest, window_size=window, enable_gqa=gqa)
     return y.unflatten(0, (B, T)).transpose(1, 2)

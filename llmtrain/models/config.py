@@ -20,8 +20,11 @@ from llmtrain.errors import Problem
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of rotary wavelengths beyond the original context (arXiv:2407.21783)."""
+    """Stretching of rotary wavelengths beyond the original context."""
 
+    kind: Literal["llama3", "linear"] = "llama3"
+    """llama3: Llama 3.1's, of long wavelengths alone (arXiv:2407.21783); linear: all by `factor`, positions
+    interpolated (arXiv:2306.15595), the other three unused."""
     factor: float = 8.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
@@ -30,7 +33,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A causal decoder; covers GPT-2 (Radford et al. 2019) and Llama (arXiv:2302.13971, 2407.21783)."""
+    """A causal decoder; covers GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783), Mistral
+    (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388) and SmolLM."""
 
     family: Literal["gpt"] = "gpt"
     vocab_size: int | None = None
@@ -54,8 +58,16 @@ class GPTConfig:
     positions: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    """Layers, from 0, without rotary positions (arXiv:2501.18795)."""
+    sliding_window: int | None = None
+    """A token attends to the last so many tokens, itself included; null: to all before it."""
     bias: bool = True
     """Biases in all linear layers and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; null: as `bias`."""
+    qk_norm: bool = False
+    """RMSNorm over each query's and key's dims, before rotary positions."""
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
     dropout: float = 0.0
@@ -68,6 +80,10 @@ class GPTConfig:
     @property
     def head_width(self) -> int:
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def qkv_width(self) -> int:
@@ -103,6 +119,14 @@ class GPTConfig:
             yield from require(
                 self.head_width % 2 == 0, "head_dim", self.head_width, "an even number with rope"
             )
+        unknown = [layer for layer in self.no_rope_layers if not 0 <= layer < self.num_layers]
+        yield from require(not unknown, "no_rope_layers", unknown, f"0 to {self.num_layers - 1}")
+        yield from require(
+            self.sliding_window is None or self.sliding_window >= 1,
+            "sliding_window",
+            self.sliding_window,
+            "1 or more, or null",
+        )
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
     def layer_matrix_count(self, tensor: int = 1) -> int:
@@ -119,10 +143,15 @@ class GPTConfig:
         """Parameters of one block, on one of `tensor` processes that divide its matrices: biases of what
         is divided by outputs are divided too, those of the others and norms are whole on each."""
         D, F = self.hidden_size, self.mlp_width
-        divided_biases = (self.qkv_width + F * (2 if self.gated_mlp else 1)) if self.bias else 0
+        divided_biases = (F * (2 if self.gated_mlp else 1)) if self.bias else 0
+        divided_biases += self.qkv_width if self.has_qkv_bias else 0
         whole_biases = 2 * D if self.bias else 0
         divided = self.layer_matrix_count() + divided_biases
-        return divided // tensor + whole_biases + 2 * self._norm_parameter_count()
+        return divided // tensor + whole_biases + self.layer_norm_parameter_count()
+
+    def layer_norm_parameter_count(self) -> int:
+        """Parameters of one block's norms, which are whole on each process."""
+        return 2 * self._norm_parameter_count() + (2 * self.head_width if self.qk_norm else 0)
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Parameters of each step of a forward - embedding, every block, norm with head - on one of
@@ -149,10 +178,13 @@ class GPTConfig:
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
-        12 · L · N · H · T, halved for the causal triangle (PaLM, arXiv:2204.02311, appendix B)."""
+        12 · L · N · H · S over the S keys that it sees on average, T/2 for the causal triangle (PaLM,
+        arXiv:2204.02311, appendix B)."""
         attention_width = self.num_heads * self.head_width
         matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
-        return 6.0 * matrices + 6.0 * self.num_layers * attention_width * sequence_length
+        window = min(self.sliding_window or sequence_length, sequence_length)
+        keys = window - window**2 / (2 * sequence_length)
+        return 6.0 * matrices + 12.0 * self.num_layers * attention_width * keys
 
     def _norm_parameter_count(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)

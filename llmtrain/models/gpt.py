@@ -154,7 +154,7 @@ class GPT(TiedHeadModel):
             table["blocks.*.mlp.gate.weight"] = normal
         if not config.tie_embeddings:
             table["head.weight"] = normal
-        if config.bias:
+        if config.bias or config.has_qkv_bias:
             table["*.bias"] = Constant(0.0)
         return table
 

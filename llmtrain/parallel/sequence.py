@@ -55,9 +55,12 @@ class SharedAttention:
         documents: Documents | None = None,
         dropout: AttentionDropout | None = None,
         causal: bool = True,
+        window: int | None = None,
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BNTH, k_BKTH, v_BKTH))
-        y_BTNH: Tensor = self._exchange(q, k, v, 0, documents=documents, dropout=dropout, causal=causal)
+        y_BTNH: Tensor = self._exchange(
+            q, k, v, 0, documents=documents, dropout=dropout, causal=causal, window=window
+        )
         return y_BTNH.transpose(1, 2)
 
     def _attend_to_all_tokens(
@@ -69,9 +72,10 @@ class SharedAttention:
         documents: Documents | None,
         dropout: AttentionDropout | None,
         causal: bool,
+        window: int | None,
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         if dropout is not None:
             dropout = replace(dropout, first_head=dropout.first_head + self._part * q.shape[1])
-        y_BNTH = self._attend(q, k, v, documents=documents, dropout=dropout, causal=causal)
+        y_BNTH = self._attend(q, k, v, documents=documents, dropout=dropout, causal=causal, window=window)
         return y_BNTH.transpose(1, 2).contiguous()

@@ -101,8 +101,7 @@ def low_precision_copies(
     match model:
         case GPTConfig() | BertConfig():
             blocks = model if isinstance(model, GPTConfig) else model.blocks
-            norms = 2 * blocks.hidden_size * (2 if blocks.norm == "layernorm" and blocks.bias else 1)
-            block = blocks.layer_parameter_count(tensor) - norms
+            block = blocks.layer_parameter_count(tensor) - blocks.layer_norm_parameter_count()
             recomputed, kept = _divided(
                 blocks, range(model.num_layers + 2) if steps is None else steps, recompute
             )
@@ -169,7 +168,22 @@ class _TransformerToken:
             kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
         if model.dropout > 0:
             kept += self._between(2 * D)  # the masks
-        return 2 * self._norm() + kept * numbers.compute + self._attention()
+        return 2 * self._norm() + kept * numbers.compute + self._head_norms() + self._attention()
+
+    def _head_norms(self) -> int:
+        """Of queries and keys: what goes in - a copy of the queries, and for the keys qkv's whole output,
+        which a kernel in one piece keeps anyway; on a CPU it is fp32, and there is what comes out besides."""
+        model, compute, tensor = self.model, self.numbers.compute, self.layout.tensor
+        if not model.qk_norm:
+            return 0
+        queries, heads = model.num_heads // tensor, (model.num_heads + model.kv_heads) // tensor
+        on_cpu, fp32 = self.conditions.device == "cpu", 4 * heads * model.head_width
+        inputs = queries * model.head_width * compute
+        if on_cpu and self.layout.sequence_length <= LONGEST_BLOCKWISE:
+            inputs += model.qkv_width // tensor * compute
+        if on_cpu:
+            return (inputs if compute == 4 else fp32) + fp32 + 8 * heads
+        return inputs + 8 * heads
 
     def _attention(self) -> int:
         """Between qkv's output and attention's output."""
@@ -184,7 +198,7 @@ class _TransformerToken:
             # q, k and v, the softmax (in fp32 by a GPU's autocast), dropout's mask and what it leaves, and
             # what the mask of documents hides.
             softmax = compute if on_cpu else self.numbers.residual
-            hidden = self._mask() if self.conditions.document_mask else 0
+            hidden = self._mask() if self._is_masked() else 0
             return compute * (3 * queries + 2 * N * T) + softmax * N * T + hidden
         if model.dropout > 0 and on_cpu:
             # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
@@ -193,11 +207,11 @@ class _TransformerToken:
         if on_cpu and 1 < T <= LONGEST_BLOCKWISE:
             # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see;
             # short documents see fewer.
-            return compute * (3 * queries + N * (_keys_in_view(T) if self.causal else T))
+            return compute * (3 * queries + N * (self._keys_in_view() if self.causal else T))
         kept = queries + 2 * keys
         if model.positions == "rope":
             kept += queries + keys
-        if self.conditions.document_mask and not self._by_document():
+        if self._is_masked() and not self._by_document():
             kept += self._mask()  # each layer turns the mask into numbers
         return kept * compute + 4 * N
 
@@ -216,21 +230,29 @@ class _TransformerToken:
     def _context(self) -> int:
         """What recomputed blocks share: rotary tables and the mask."""
         rotary = 4 * self.model.head_width if self.model.positions == "rope" else 0
-        has_mask = self.conditions.document_mask and not self._by_document()
+        has_mask = self._is_masked() and not self._by_document()
         return rotary + (self._mask() if has_mask else 0)
+
+    def _is_masked(self) -> bool:
+        """Whether attention is told which keys a query sees, besides those before it."""
+        window = self.model.sliding_window
+        is_narrow = window is not None and window < self.layout.sequence_length
+        return self.conditions.document_mask or is_narrow
+
+    def _keys_in_view(self) -> int:
+        """Keys that blockwise attention multiplies a query with, on average: from the first that some query
+        of its block sees, where a window leaves keys out."""
+        T = self.layout.sequence_length
+        window = self.model.sliding_window or T
+        pairs = 0
+        for start in range(0, T, ATTENTION_BLOCK):
+            end = min(start + ATTENTION_BLOCK, T)
+            pairs += (end - start) * (end - max(0, start - window + 1))
+        return -(-pairs // T)
 
     def _mask(self) -> int:
         """Elements of the mask, which is over all tokens, for a token at hand."""
         return self.layout.sequence_length * self.layout.sequence
-
-
-def _keys_in_view(sequence_length: int) -> int:
-    """Keys that blockwise attention multiplies a query with, on average."""
-    ends = range(ATTENTION_BLOCK, sequence_length + ATTENTION_BLOCK, ATTENTION_BLOCK)
-    pairs = sum(
-        (min(end, sequence_length) - (end - ATTENTION_BLOCK)) * min(end, sequence_length) for end in ends
-    )
-    return -(-pairs // sequence_length)
 
 
 def _lstm_bytes(model: LSTMConfig, numbers: Numbers) -> int:

@@ -60,6 +60,7 @@ LLAMA_FORM = {
     "bias": False,
     "tie_embeddings": False,
 }
+QWEN3_FORM = {**LLAMA_FORM, "qk_norm": True, "head_dim": 32}
 
 
 NOTHING = RecomputeConfig()
@@ -108,6 +109,8 @@ CASES = {
     "llama": (LLAMA_FORM, False),
     "llama dropout": ({**LLAMA_FORM, "dropout": 0.1}, False),
     "llama documents": (LLAMA_FORM, True),
+    "qwen3": (QWEN3_FORM, False),
+    "qwen3 dropout": ({**QWEN3_FORM, "dropout": 0.1}, False),
 }
 
 
@@ -160,7 +163,11 @@ def test_bert_activations(precision: str, dropout: float) -> None:
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("form", [GPT2_FORM, LLAMA_FORM], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "form",
+    [GPT2_FORM, LLAMA_FORM, QWEN3_FORM, {**LLAMA_FORM, "sliding_window": 40}],
+    ids=["gpt2", "llama", "qwen3", "window"],
+)
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("longest", [100, 4096])
 def test_gpt_activations_of_longer_sequences(
