@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from llmtrain import files
 from llmtrain.checkpoint.forms import FORMS, form_of
 from llmtrain.checkpoint.forms.base import MARK, Entry, Form, Settings
-from llmtrain.checkpoint.huggingface_tokenizer import read_model, special_ids, tokenizer_files
+from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, StoredTensors, read_json
-from llmtrain.checkpoint.store import TOKENIZER
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.initialize import fill_box, match_initializers
@@ -41,7 +40,7 @@ SHARD_BYTES = 5 * 10**9
 def export_folder(
     config: Any,
     tensors: Mapping[str, Tensor],
-    tokenizer_model: Path | None,
+    tokenizer_path: Path | None,
     output: Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -51,7 +50,7 @@ def export_folder(
     """Write a folder that transformers' `from_pretrained` loads.
 
     tensors: canonical name → tensor of the full shape, any dtype and device; may load them lazily.
-    tokenizer_model: the sentencepiece file; None writes no tokenizer.
+    tokenizer_path: what `load_tokenizer` takes; None writes no tokenizer.
     shard_bytes: above it the weights stand in several files with an index.
     overwrite: replace another model's folder; an earlier export is always replaced.
 
@@ -63,13 +62,12 @@ def export_folder(
     model = _on_meta(form, config)
     _check_tensors(model, tensors)
     contents: dict[str, Any] = {CONFIG: _config_of(form, config, dtype)}
-    model_bytes: bytes | None = None
-    if tokenizer_model is not None:
-        model_bytes = read_model(tokenizer_model, config.vocab_size or 0)
-        ids = special_ids(model_bytes)
+    if tokenizer_path is not None:
+        tokenizer = read_tokenizer(tokenizer_path, config.vocab_size or 0)
+        ids = special_ids(tokenizer)
         contents[CONFIG] |= ids
         contents["generation_config.json"] = ids
-        contents |= tokenizer_files(model_bytes, config.max_sequence_length, str(tokenizer_model))
+        contents |= tokenizer_files(tokenizer, config.max_sequence_length, str(tokenizer_path))
     else:
         contents["generation_config.json"] = {}
     output = Path(output).absolute()
@@ -79,9 +77,10 @@ def export_folder(
         partial.mkdir(parents=True)
         _write_weights(partial, model, form.entries(config), tensors, dtype, shard_bytes)
         for name, content in contents.items():
-            files.write_json_atomically(partial / name, content)
-        if model_bytes is not None:
-            files.write_atomically(partial / TOKENIZER, model_bytes)
+            if isinstance(content, bytes | str):
+                files.write_atomically(partial / name, content)
+            else:
+                files.write_json_atomically(partial / name, content)
         _put_in_place(partial, output)
     except (OSError, SafetensorError) as error:
         remedy = "make room, then export again"

@@ -1,6 +1,7 @@
-"""A sentencepiece model as the JSON that Hugging Face's fast tokenizers read.
+"""A tokenizer as the files that Hugging Face's fast tokenizers read.
 
-The JSON is written without their library. Ids are those of sentencepiece, but for
+Those of a tokenizer that came so are written as they came. The JSON of a sentencepiece model is made here,
+without their library. Its ids are those of sentencepiece, but for
 - ties between equally likely segmentations, which sentencepiece breaks by the rounding of fp32 sums:
   about one token in 80,000, in texts of that length;
 - a literal `<0x41>` in a text whose vocabulary has no `<`;
@@ -14,17 +15,52 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_json import JsonTokenizer
 from llmtrain.errors import DataError, Problem
 
 SPACE = "▁"
 
 
-def tokenizer_files(model: bytes, max_length: int, where: str) -> dict[str, Any]:
-    """File name → JSON content: tokenizer.json, tokenizer_config.json.
+def tokenizer_files(tokenizer: Tokenizer, max_length: int, where: str) -> dict[str, bytes | str | Any]:
+    """File name → content: bytes, text, or what is to be written as JSON.
 
-    max_length: the model's context in tokens. `where` names the model's file in a refusal.
+    max_length: the model's context in tokens. `where` names the tokenizer's file in a refusal.
     Raises DataError for a kind of sentencepiece model that has no fast form.
     """
+    if isinstance(tokenizer, JsonTokenizer):
+        return dict(tokenizer.files)
+    return {
+        SENTENCEPIECE_FILE: tokenizer.content,
+        **_json_of_sentencepiece(tokenizer.content, max_length, where),
+    }
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that it has."""
+    roles = ("bos", "eos", "pad")
+    return {
+        f"{role}_token_id": tokenizer.special_ids[role] for role in roles if role in tokenizer.special_ids
+    }
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Raises DataError when it can't be read, is none, or has more ids than the model's vocabulary of
+    `vocab_size` rows."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            Problem(
+                str(path),
+                f"a tokenizer of {tokenizer.vocab_size:,} ids",
+                f"at most the model's vocab_size of {vocab_size:,}",
+                "give the tokenizer that the model was trained with",
+            )
+        )
+    return tokenizer
+
+
+def _json_of_sentencepiece(model: bytes, max_length: int, where: str) -> dict[str, Any]:
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     spec = proto.ModelProto.FromString(model)
     kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
@@ -71,33 +107,6 @@ def tokenizer_files(model: bytes, max_length: int, where: str) -> dict[str, Any]
         **{f"{name}_token": piece for name, piece in special.items()},
     }
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
-
-
-def special_ids(model: bytes) -> dict[str, int]:
-    """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that the model has."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = {f"{name}_token_id": getattr(processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
-    return {name: i for name, i in ids.items() if i >= 0}
-
-
-def read_model(path: Path, vocab_size: int) -> bytes:
-    """The bytes of a sentencepiece .model; raises DataError when it can't be read, is no model, or
-    has more pieces than the model's vocabulary of `vocab_size` rows."""
-    from llmtrain.data.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            Problem(
-                str(path),
-                f"a tokenizer of {tokenizer.vocab_size:,} pieces",
-                f"at most the model's vocab_size of {vocab_size:,}",
-                "give the tokenizer that the model was trained with",
-            )
-        )
-    return tokenizer.model
 
 
 def _unigram(spec: Any, types: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ whole parameter, and whoever reads asks for any box of any parameter.
     step-00000100/
       rank-00000.safetensors   weights and optimizer state: `KIND/NAME@ROW,COLUMN`, (rows, columns) fp32
       rank-00001.safetensors
-      tokenizer.model
+      tokenizer.model          or tokenizer.bundle.json
       manifest.json            written last: what lies where, sizes, checksums, the run's config
 
 The folder has a temporary name until all of it is on the disk, so that a kill at any moment leaves
@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from llmtrain import files
 from llmtrain.checkpoint.cover import cover_problem
 from llmtrain.checkpoint.writer import write_safetensors
+from llmtrain.data.tokenizer import TOKENIZER_FILES
 from llmtrain.engine.base import Engine, optimizer_slot, optimizer_tensors, set_optimizer_counter
 from llmtrain.errors import CheckpointError, Problem, TrainingError, nearest
 from llmtrain.parallel import distributed
@@ -45,7 +46,6 @@ VERSION = 2
 MANIFEST = "manifest.json"
 DELETED = ".deleted-"
 REPLACED = ".replaced-"
-TOKENIZER = "tokenizer.model"
 WEIGHT = "weight"
 OPTIMIZER = "optimizer."
 """Prefix of the kinds that are optimizer state: `optimizer.exp_avg`."""
@@ -211,10 +211,11 @@ def assemble(
                 raise ValueError(f"{kind} {name}: {flaw}")
     listed = [share["file"] for share in shares]
     if tokenizer is not None:
-        copy = partial / TOKENIZER
+        # The file of a corpus from elsewhere has the cache's name.
+        copy = partial / next(name for name in TOKENIZER_FILES if name.endswith(tokenizer.suffix))
         shutil.copyfile(tokenizer, copy)
         files.sync(copy)
-        listed.append({"file": TOKENIZER, "bytes": copy.stat().st_size, "xxh3_128": files.checksum(copy)})
+        listed.append({"file": copy.name, "bytes": copy.stat().st_size, "xxh3_128": files.checksum(copy)})
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -450,8 +451,9 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path | None:
-        path = self.path / TOKENIZER
-        return path if path.exists() else None
+        """What `load_tokenizer` takes."""
+        paths = [self.path / name for name in TOKENIZER_FILES]
+        return next((path for path in paths if path.exists()), None)
 
     def entry(self, kind: str, name: str) -> dict[str, Any]:
         """Shape and boxes of one tensor. Raises CheckpointError when there is none."""

@@ -222,12 +222,12 @@ class _Printer:
     """Prints samples as text."""
 
     def __init__(self, opened: Opened) -> None:
-        from llmtrain.data.tokenizer import Tokenizer
+        from llmtrain.data.tokenizer import load_tokenizer
 
         if opened.corpora is None:
             raise ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))
         self._opened = opened
-        self._tokenizer = Tokenizer.load(opened.corpora.tokenizer_path)
+        self._tokenizer = load_tokenizer(opened.corpora.tokenizer_path)
         self._objective = family_of(opened.model).objective(opened.model, opened.data)
 
     def print(self, title: str, sample: Sample) -> None:

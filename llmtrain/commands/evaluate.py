@@ -154,9 +154,9 @@ class TargetCounter:
 
     def num_bytes(self, corpora: Corpora) -> int:
         """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""
-        from llmtrain.data.tokenizer import Tokenizer
+        from llmtrain.data.tokenizer import load_tokenizer
 
-        lengths_V = Tokenizer.load(corpora.tokenizer_path).token_byte_lengths()
+        lengths_V = load_tokenizer(corpora.tokenizer_path).token_byte_lengths()
         return int(self._counts_V @ lengths_V)
 
     def unigram_loss(self, corpora: Corpora) -> float:
@@ -191,10 +191,8 @@ def _check_output(output: Path) -> None:
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:
     problems = data_problems(trained.config, config.data)
     if corpora is not None and trained.tokenizer_path is not None:
-        import hashlib
-
         ours = corpora.tokenizer_sha256
-        theirs = hashlib.sha256(trained.tokenizer_path.read_bytes()).hexdigest()
+        theirs = trained.tokenizer().sha256
         if ours != theirs:
             problems.append(
                 Problem(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmtrain.checkpoint import huggingface, retention, store
+from llmtrain.checkpoint import huggingface, retention
 from llmtrain.config import decode
+from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.families import family_of, model_config_type
 from llmtrain.shards import Shard, matrix_shape
@@ -65,13 +66,13 @@ class TrainedModel:
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""
-        from llmtrain.data.tokenizer import Tokenizer
+        from llmtrain.data.tokenizer import load_tokenizer
 
         if self.tokenizer_path is None:
             raise CheckpointError(
-                Problem(str(self.source), "no tokenizer.model", "a language model's checkpoint or export")
+                Problem(str(self.source), "no tokenizer", "a language model's checkpoint or export")
             )
-        return Tokenizer.load(self.tokenizer_path)
+        return load_tokenizer(self.tokenizer_path)
 
 
 def load_trained(path: Path) -> TrainedModel:
@@ -79,9 +80,7 @@ def load_trained(path: Path) -> TrainedModel:
     path = path.expanduser()
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
-        tokenizer = path / store.TOKENIZER
-        tokenizer_path = tokenizer if tokenizer.exists() else None
-        return TrainedModel(path, imported.config, imported.weights, tokenizer_path, None, None)
+        return TrainedModel(path, imported.config, imported.weights, find_tokenizer(path), None, None)
     checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
     model = checkpoint.manifest["model"]
     return TrainedModel(

@@ -25,7 +25,8 @@ class TokenizerConfig:
     vocab_size: int = 8192
     """Ids in all, special tokens and 256 bytes included."""
     model: Path | None = None
-    """An existing sentencepiece .model, taken as it is; then nothing is trained."""
+    """An existing tokenizer, taken as it is; then nothing is trained: a sentencepiece .model, a
+    tokenizer.json, the folder of a Hugging Face model, or what stands in a corpus or checkpoint."""
     train_bytes: int = 16 << 20
     """Most UTF-8 bytes of training documents the tokenizer is trained on; training takes about 22
     times as much memory."""
@@ -119,7 +120,12 @@ class PrepareConfig:
     output: Path
     """The corpus' folder."""
     text_field: str = "text"
-    """Column or key that holds the text, in .jsonl, .csv, .parquet and the .json members of a .tar."""
+    """Column or key that holds the text, in .jsonl, .csv, .tsv, .parquet and the .json members of a .tar."""
+    target_field: str | None = None
+    """Of pairs: column or key of the target, `text_field` being the source's; null: the texts are no pairs."""
+    target_source: tuple[str, ...] = ()
+    """Of pairs in plain files: for each of `source` in turn the file whose lines are the targets of its
+    lines."""
     txt_document: Literal["auto", "file", "line", "paragraph"] = "auto"
     """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
     normalization: Literal["none", "nfc", "nfkc"] = "nfc"
@@ -141,11 +147,34 @@ class PrepareConfig:
     overwrite: bool = False
     """Replace a corpus of other sources or settings that stands in the output folder."""
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether what is read are pairs, of a source and its target."""
+        return self.target_field is not None or bool(self.target_source)
+
     def problems(self) -> Iterator[Problem]:
         yield from require(
             len(self.source) > 0, "source", "nothing", "a file, folder, glob or package:NAME/path"
         )
         yield from require(bool(self.text_field), "text_field", self.text_field, "a name")
+        yield from require(
+            self.target_field not in ("", self.text_field),
+            "target_field",
+            self.target_field,
+            f"another name than text_field={self.text_field}, or null",
+        )
+        yield from require(
+            not self.target_source or self.target_field is None,
+            "target_field",
+            self.target_field,
+            "null with target_source, whose files have no fields",
+        )
+        yield from require(
+            not self.target_source or self.txt_document in ("auto", "line"),
+            "txt_document",
+            self.txt_document,
+            "line with target_source: a line is a text",
+        )
         yield from require(
             self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more, or null"
         )

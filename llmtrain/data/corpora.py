@@ -29,12 +29,22 @@ class Corpora:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The sentencepiece model."""
+        """What `load_tokenizer` takes."""
         return self._first.tokenizer_path
 
     @property
     def tokenizer_sha256(self) -> str:
         return self._first.manifest.tokenizer.sha256
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Role → id, as the tokenizer has them."""
+        return self._first.manifest.tokenizer.special_ids
+
+    @property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """Of the tokenizer's <extra_id_0>, <extra_id_1>, …"""
+        return self._first.manifest.tokenizer.sentinel_ids
 
     @property
     def vocab_size(self) -> int:

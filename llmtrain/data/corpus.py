@@ -52,7 +52,7 @@ class Corpus:
         self.place = place
         self.manifest = manifest
         self.tokenizer_path = tokenizer_path
-        """The sentencepiece model."""
+        """What `load_tokenizer` takes."""
         self.bad_shards: Problems = {}
         """Files of shards found bad when it was opened with on_bad_shard="skip"."""
 

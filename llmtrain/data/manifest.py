@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmtrain.errors import DataError, Problem
@@ -24,6 +24,10 @@ PREPARE_AGAIN = "prepare the corpus again with llmtrain prepare, or copy it agai
 class TokenizerEntry:
     file: str
     sha256: str
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+    """Role → id, as the tokenizer has them; none in corpora that were prepared before they were noted."""
+    sentinel_ids: tuple[int, ...] = ()
+    """Of <extra_id_0>, <extra_id_1>, …"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,12 @@ def _decode(raw: Mapping[str, Any]) -> Manifest:
         vocab_size=int(raw["vocab_size"]),
         eos_id=int(raw["eos_id"]),
         dtype=raw["dtype"],
-        tokenizer=TokenizerEntry(raw["tokenizer"]["file"], raw["tokenizer"]["sha256"]),
+        tokenizer=TokenizerEntry(
+            raw["tokenizer"]["file"],
+            raw["tokenizer"]["sha256"],
+            {role: int(i) for role, i in raw["tokenizer"].get("special_ids", {}).items()},
+            tuple(int(i) for i in raw["tokenizer"].get("sentinel_ids", ())),
+        ),
         fingerprint=str(raw["fingerprint"]),
         splits=splits,
     )

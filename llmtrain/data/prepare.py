@@ -33,7 +33,7 @@ from llmtrain.data.preparation.streams import SourceFile
 from llmtrain.data.preparation.texts import AUTO_DOCUMENT_BYTES
 from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import token_dtype
-from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.data.transport import without_credentials
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_json_atomically
@@ -57,7 +57,7 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
     if config.near_duplicates.threshold is not None:
         near.require_library()
     files, skipped = find_files(config.source, exclude=config.output)
-    given = None if config.tokenizer.model is None else Tokenizer.load(config.tokenizer.model)
+    given = None if config.tokenizer.model is None else load_tokenizer(config.tokenizer.model)
     needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in files)
     peers = Peers(config.output / UNFINISHED_NAME, rank, size, job, config.peer_timeout)
     with Progress(quiet=rank > 0) as progress, disk_errors(config.output, needed):
@@ -166,7 +166,12 @@ class _Run:
             "vocab_size": made.tokenizer.vocab_size,
             "eos_id": made.tokenizer.eos_id,
             "dtype": token_dtype(made.tokenizer.vocab_size).name,
-            "tokenizer": {"file": "tokenizer.model", "sha256": made.tokenizer.sha256},
+            "tokenizer": {
+                "file": made.tokenizer.file_name,
+                "sha256": made.tokenizer.sha256,
+                "special_ids": dict(made.tokenizer.special_ids),
+                "sentinel_ids": list(made.tokenizer.sentinel_ids),
+            },
             "fingerprint": _fingerprint(made.splits, made.tokenizer),
             "splits": made.splits,
             "report": report.recorded(),

@@ -107,7 +107,7 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
                 "data.path",
                 f"data prepared with another tokenizer ({str(data['tokenizer_sha256'])[:12]}…)",
                 f"the tokenizer of {checkpoint.path} ({str(theirs['tokenizer_sha256'])[:12]}…)",
-                f"prepare it with tokenizer.model={checkpoint.path}/tokenizer.model, or give another run.dir",
+                f"prepare it with tokenizer.model={checkpoint.tokenizer}, or give another run.dir",
             )
         )
     before = manifest["config"]

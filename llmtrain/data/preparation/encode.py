@@ -17,10 +17,10 @@ from llmtrain.data.files import write_marker
 from llmtrain.data.preparation.blocks import Block, save_array, splits_of_block
 from llmtrain.data.preparation.streams import TOKEN_DTYPE
 from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
-from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
-# Beyond this a text is cut, before a space, so that sentencepiece's lattice stays small.
+# Beyond this a text is cut, before a space, so that a tokenizer's lattice stays small.
 LONGEST_ENCODED_BYTES = 1 << 20
 
 
@@ -76,7 +76,8 @@ def encode_block(
                 joined = np.concatenate(
                     [*chain.from_iterable(zip(ids, repeat(_eos(tokenizer)), strict=False))]
                 )
-                num_unknown += int(np.count_nonzero(joined == tokenizer.unk_id))
+                if tokenizer.unk_id is not None:
+                    num_unknown += int(np.count_nonzero(joined == tokenizer.unk_id))
                 file.write(joined.astype(dtype).data.cast("B"))
                 lengths.append(sizes)
                 num_tokens += len(joined)
@@ -123,7 +124,7 @@ def _cut(document: bytes) -> list[bytes]:
 @lru_cache(maxsize=2)
 def _tokenizer(path: Path, sha256: str) -> Tokenizer:
     """Loaded once a process; the hash tells models apart that stood at one path in turn."""
-    return Tokenizer.load(path)
+    return load_tokenizer(path)
 
 
 def _eos(tokenizer: Tokenizer) -> np.ndarray:

@@ -15,6 +15,7 @@ from llmtrain.data.preparation import peers as peer_files
 from llmtrain.data.preparation.encode import SPLITS
 from llmtrain.data.preparation.peers import Peers
 from llmtrain.data.preparation.report import Progress
+from llmtrain.data.tokenizer import TOKENIZER_FILES
 from llmtrain.errors import DataError, Problem, UserError
 from llmtrain.files import lock, sync_folder, write_json_atomically
 
@@ -70,7 +71,7 @@ def _lock(descriptor: int, output: Path, shared: bool = False) -> None:
 
 def _refuse_taken(output: Path) -> None:
     """Raise DataError when something else than a corpus or unfinished work stands there."""
-    taken = [name for name in (*SPLITS, "tokenizer.model") if (output / name).exists()]
+    taken = [name for name in (*SPLITS, *TOKENIZER_FILES) if (output / name).exists()]
     if taken and not (output / MANIFEST_NAME).exists() and not (output / UNFINISHED_NAME).exists():
         got = f"a folder that holds {', '.join(taken)} but no corpus"
         raise DataError(Problem(str(output), got, "an empty or new folder", "choose another output"))
@@ -117,7 +118,11 @@ def commit(work: Path, output: Path) -> None:
     """Put the whole corpus in its place, its manifest last; may be killed and called again at any moment."""
     for name in (MANIFEST_NAME, STAMP_NAME):
         (output / name).unlink(missing_ok=True)
-    for name in (*SPLITS, "tokenizer.model"):
+    if any((work / "corpus" / name).exists() for name in TOKENIZER_FILES):
+        for name in TOKENIZER_FILES:
+            # A corpus that is replaced may have had one of the other kind.
+            (output / name).unlink(missing_ok=True)
+    for name in (*SPLITS, *TOKENIZER_FILES):
         ready, place = work / "corpus" / name, output / name
         if not ready.exists():
             continue

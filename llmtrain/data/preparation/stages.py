@@ -3,7 +3,7 @@
 1. read        sources → clean documents in blocks, with their hashes
 2. duplicates  the hashes, one range at a time → documents to drop
 3. near        if asked for: signatures, their bands, pairs, clusters → documents to drop
-4. tokenizer   a sample of the training documents → a sentencepiece model
+4. tokenizer   a sample of the training documents → a sentencepiece model, unless one is given
 5. encode      blocks → token ids
 6. shards      token ids → webdataset tars and their index
 
@@ -34,9 +34,8 @@ from llmtrain.data.preparation.streams import SourceFile
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import INDEX_DTYPE, token_dtype, write_index, write_lengths
-from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import write_atomically
 
 Task = tuple[Any, ...]
 
@@ -174,22 +173,22 @@ class Stages:
     def make_tokenizer(
         self, blocks: list[Block], dropped_paths: list[Path], given: Tokenizer | None
     ) -> Tokenizer:
-        path = self._folder("corpus") / "tokenizer.model"
+        path = self._folder("corpus") / (SENTENCEPIECE_FILE if given is None else given.file_name)
         if given is not None:
             if self.peers.rank == 0 and not path.exists():
-                write_atomically(path, given.model)
+                given.save(path.parent)
             self.peers.wait()
         else:
             task = (blocks, dropped_paths, self.config.split, self.config.tokenizer, self.config.seed, path)
             self._run("tokenizer", [1], tasks.train_tokenizer, lambda _: task, lambda _: path.exists())
-        return Tokenizer.load(self._visible([path])[0])
+        return load_tokenizer(self._visible([path])[0])
 
     def encode(
         self, blocks: list[Block], dropped_paths: list[Path], tokenizer: Tokenizer
     ) -> list[EncodedBlock]:
         folder = self._folder("encoded")
         dtype = token_dtype(tokenizer.vocab_size)
-        tokenizer_path = self.work / "corpus" / "tokenizer.model"
+        tokenizer_path = self.work / "corpus" / tokenizer.file_name
         finished = lambda number: encoding.finished_block(folder / f"{number:06d}", dtype)  # noqa: E731
         self._run(
             "encoding",

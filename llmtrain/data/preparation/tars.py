@@ -146,7 +146,7 @@ def _tokens(data: bytes, where: str, vocabulary: Vocabulary) -> Tokens:
     if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary.size):
         wrong = ids[(ids < 0) | (ids >= vocabulary.size)][0]
         got = f"the token id {wrong}"
-        allowed = f"0 to {vocabulary.size - 1}, the vocabulary of tokenizer.model"
+        allowed = f"0 to {vocabulary.size - 1}, the vocabulary of tokenizer.model=…"
         raise DataError(Problem(where, got, allowed, "give the tokenizer that made it"))
     ids = ids.astype(TOKEN_DTYPE)
     ends = np.flatnonzero(ids == vocabulary.eos_id)

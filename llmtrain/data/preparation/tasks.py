@@ -22,7 +22,7 @@ from llmtrain.data.preparation.remote import at_hand
 from llmtrain.data.preparation.streams import Tokens, Unit
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import count
-from llmtrain.data.tokenizer import train
+from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_atomically
 from llmtrain.hashing import mix

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.huggingface import export_folder, import_folder
 from llmtrain.data.config import TokenizerConfig
-from llmtrain.data.tokenizer import train
+from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.gpt import GPT
@@ -244,7 +244,7 @@ def test_tokenizer_travels_along(tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
     small = replace(GPT2, vocab_size=300)
-    with pytest.raises(DataError, match="319 pieces; allowed: at most the model's vocab_size of 300"):
+    with pytest.raises(DataError, match="319 ids; allowed: at most the model's vocab_size of 300"):
         export_folder(small, weights(small), tmp_path / "spm.model", tmp_path / "out2")
     with pytest.raises(DataError, match="No such file"):
         export_folder(GPT2, weights(GPT2), tmp_path / "none.model", tmp_path / "out2")

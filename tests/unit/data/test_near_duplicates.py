@@ -17,7 +17,8 @@ from llmtrain.data.corpus import Corpus
 from llmtrain.data.packages import resolve_package_path
 from llmtrain.data.preparation import blocks, near, streams
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import Tokenizer, train
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import ConfigError
 from tests.support.corpora import TEXT
 
@@ -61,7 +62,7 @@ def model(tmp_path: Path) -> Path:
 
 def kept(output: Path) -> list[str]:
     split = Corpus.open(output).split("train")
-    tokenizer = Tokenizer.load(output / "tokenizer.model")
+    tokenizer = load_tokenizer(output / "tokenizer.model")
     tokens, ends = split.read(0, split.num_tokens)
     return [tokenizer.decode(ids[:-1].tolist()) for ids in np.split(tokens, ends[:-1])]
 

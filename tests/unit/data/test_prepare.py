@@ -18,7 +18,8 @@ from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.preparation import blocks, streams
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import Tokenizer, train
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import checksum
 
@@ -53,7 +54,7 @@ def config(output: Path, *source: Path | str, **changes: Any) -> PrepareConfig:
 def documents_of(output: Path) -> dict[str, list[str]]:
     """Text of each split's documents, read back by the corpus' reader."""
     corpus = Corpus.open(output, verify="checksum")
-    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
     found: dict[str, list[str]] = {}
     for name in SPLITS:
         split = corpus.split(name)
@@ -219,7 +220,7 @@ def test_a_given_model_is_taken_as_it_is(tmp_path: Path, source: Path, special: 
     assert (tmp_path / "corpus" / "tokenizer.model").read_bytes() == path.read_bytes()
     manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
     assert manifest["vocab_size"] == 120
-    assert manifest["eos_id"] == Tokenizer.load(path).eos_id
+    assert manifest["eos_id"] == load_tokenizer(path).eos_id
     assert sum(len(d) for d in documents_of(tmp_path / "corpus").values()) == 200
     assert any("does not give every text back" in warning for warning in report.warnings)
     assert report.unknown_tokens == 1

@@ -10,7 +10,7 @@ from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.datasets import TokenSequences
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer import load_tokenizer
 
 WORDS = ["the", "film", "was", "very", "good", "bad", "long", "and", "but", "not", "so", "much", "I", "seen"]
 
@@ -34,7 +34,7 @@ def test_documents_come_back_as_they_went_in(tmp_path: Path):
     )
 
     corpus = Corpus.open(tmp_path / "corpus", verify="checksum")
-    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
     assert len(corpus.manifest.splits["train"].shards) > 1
     found: list[str] = []
     num_bytes = 0

@@ -21,7 +21,8 @@ from llmtrain.data.preparation.read import read_part
 from llmtrain.data.preparation.sources import find_files, plan_units
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import Tokenizer, train
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import DataError
 
 EOS = 2
@@ -170,7 +171,7 @@ def test_a_corpus_of_texts_and_of_their_ids_have_the_same_tokens(tmp_path: Path)
     texts = [f"document {i} says {i * i} and no more" for i in range(80)]
     model = tmp_path / "given.model"
     model.write_bytes(train(texts, TokenizerConfig(vocab_size=284)))
-    tokenizer = Tokenizer.load(model)
+    tokenizer = load_tokenizer(model)
     ids = [tokenizer.encode(text) for text in texts]
     arrays = [(f"{i}.npy", npy(document)) for i, document in enumerate([*ids, ids[3]])]
     base = PrepareConfig(

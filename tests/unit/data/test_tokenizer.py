@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llmtrain.data.config import SMALLEST_VOCABULARY, TokenizerConfig
 from llmtrain.data.preparation.clean import CleanCounts, clean
-from llmtrain.data.tokenizer import Tokenizer, train
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_sentencepiece import SentencePieceTokenizer, train
 from llmtrain.errors import DataError
 
 
@@ -23,7 +24,7 @@ def documents(count: int = 300) -> list[str]:
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return Tokenizer(train(documents(), TokenizerConfig(kind=request.param, vocab_size=340)))
+    return SentencePieceTokenizer(train(documents(), TokenizerConfig(kind=request.param, vocab_size=340)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -74,7 +75,10 @@ def test_a_vocabulary_larger_than_the_data_allow_names_the_largest(kind: str):
     (problem,) = caught.value.problems
     assert problem.where == "tokenizer.vocab_size"
     largest = int(problem.allowed.split()[2])
-    assert Tokenizer(train(documents(), TokenizerConfig(kind=kind, vocab_size=largest))).vocab_size == largest
+    assert (
+        SentencePieceTokenizer(train(documents(), TokenizerConfig(kind=kind, vocab_size=largest))).vocab_size
+        == largest
+    )
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -85,7 +89,7 @@ def test_a_vocabulary_too_small_for_the_characters_names_the_smallest(kind: str)
         train(text, config)
     smallest = int(caught.value.problems[0].allowed.split()[2])
     config = TokenizerConfig(kind=kind, vocab_size=smallest, character_coverage=1.0)
-    assert Tokenizer(train(text, config)).vocab_size == smallest
+    assert SentencePieceTokenizer(train(text, config)).vocab_size == smallest
 
 
 def test_config_refuses_less_than_the_bytes_and_special_tokens():
@@ -103,21 +107,21 @@ def given_model(**options: object) -> bytes:
 
 
 def test_a_model_without_eos_separates_with_bos():
-    assert Tokenizer(given_model(eos_id=-1, bos_id=1)).eos_id == 1
+    assert SentencePieceTokenizer(given_model(eos_id=-1, bos_id=1)).eos_id == 1
 
 
 def test_a_model_without_eos_and_bos_is_refused():
-    with pytest.raises(DataError, match="neither an eos nor a bos"):
-        Tokenizer(given_model(eos_id=-1, bos_id=-1))
+    with pytest.raises(DataError, match="neither an eos nor a sep nor a bos"):
+        SentencePieceTokenizer(given_model(eos_id=-1, bos_id=-1))
 
 
 def test_a_lossy_model_says_so():
-    assert not Tokenizer(given_model()).is_lossless
+    assert not SentencePieceTokenizer(given_model()).is_lossless
 
 
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model at all")
     with pytest.raises(DataError, match=r"x\.model: got no sentencepiece model"):
-        Tokenizer.load(tmp_path / "x.model")
+        load_tokenizer(tmp_path / "x.model")
     with pytest.raises(DataError, match="No such file"):
-        Tokenizer.load(tmp_path / "missing.model")
+        load_tokenizer(tmp_path / "missing.model")

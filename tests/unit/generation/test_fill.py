@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmtrain.commands.fill import encode_prompt
-from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError
 from llmtrain.generation.fill import fill_masks
 from llmtrain.models.bert import Bert
@@ -50,7 +50,7 @@ def test_a_diverged_model_is_named(model: Bert) -> None:
 
 
 def test_prompts_become_rows_as_in_training(corpus: Path) -> None:
-    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
     n = tokenizer.vocab_size
     ids = {"vocab_size": n + 3, "mask_id": n, "cls_id": n + 1, "sep_id": n + 2}
     config = BertConfig(**ids, objective=MaskedLMConfig(pairs="next_sentence"))  # type: ignore[arg-type]

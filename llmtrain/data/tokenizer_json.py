@@ -1,0 +1,199 @@
+"""The `tokenizer.json` of Hugging Face folders: byte-level BPE (Radford et al. 2019), WordPiece (Schuster and
+Nakajima 2012), Unigram and BPE with metaspaces, run by the `tokenizers` library.
+
+Ids are those of transformers' AutoTokenizer with add_special_tokens=False; special tokens written out in a
+text are taken for themselves, as there. Corpora and checkpoints carry one file, a bundle: the folder's
+tokenizer files as they came, of which an export makes them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmtrain.data.tokenizer import BUNDLE_FILE, ROLES, Tokenizer
+from llmtrain.errors import DataError, Problem
+
+# The library's own threads would come on top of a worker a core, and may not be forked. Read at each call.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FORMAT = "llmtrain-tokenizer"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
+"""Files that stand beside tokenizer.json."""
+SPACE = "▁"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_KNOWN = {
+    "mask": ("[MASK]", "<mask>"),
+    "cls": ("[CLS]", "<cls>"),
+    "sep": ("[SEP]", "<sep>"),
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "bos": ("<s>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("</s>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+"""What tokens of each role are called where nothing else says what they are for."""
+
+
+class JsonTokenizer(Tokenizer):
+    """A bundle of `tokenizer.json` and what stood beside it."""
+
+    file_name = BUNDLE_FILE
+
+    def __init__(self, files: Mapping[str, str], where: str) -> None:
+        """files: name → text of tokenizer.json and of those COMPANIONS that there are. `where`: as messages
+        call it. Raises DataError for text that is no tokenizer."""
+        from tokenizers import Tokenizer as Library
+
+        spec = _object(files[TOKENIZER], where)
+        try:
+            self._library = Library.from_str(files[TOKENIZER])
+        except Exception as error:  # the library raises this class itself
+            raise _no_tokenizer(where, str(error)) from error
+        # Kept in files for inference; here they would cut and fill documents.
+        self._library.no_padding()
+        self._library.no_truncation()
+        ids = self._library.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise _no_tokenizer(where, "its vocabulary is empty")
+        self.files = {TOKENIZER: files[TOKENIZER], **{n: files[n] for n in COMPANIONS if n in files}}
+        self.vocab_size = max(ids.values()) + 1
+        self._added = self._library.get_added_tokens_decoder()
+        self._style = _Style.of(spec)
+        config = {name: _object(files[name], where) for name in files if name.endswith(".json")}
+        bundle = {"format": FORMAT, "version": 1, "files": self.files}
+        super().__init__(
+            json.dumps(bundle, indent=1, ensure_ascii=False).encode() + b"\n",
+            _roles(spec, config, ids, self._added),
+            where,
+        )
+
+    def pieces(self) -> list[str]:
+        pieces = [""] * self.vocab_size
+        for piece, i in self._library.get_vocab(with_added_tokens=True).items():
+            pieces[i] = piece
+        return pieces
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
+        decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
+        encodings = self._library.encode_batch_fast(decoded, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def word_starts(self) -> np.ndarray:
+        starts = np.array([self._style.starts_word(piece) for piece in self.pieces()])
+        starts[[i for i, token in self._added.items() if token.special]] = True
+        return starts
+
+    def token_byte_lengths(self) -> np.ndarray:
+        """Exact for tokenizers that keep all text. A WordPiece that begins with a letter or a digit counts
+        the space before it, which its texts lose."""
+        lengths = np.array([self._style.num_bytes(piece) for piece in self.pieces()], np.int32)
+        for i, token in self._added.items():
+            lengths[i] = 0 if token.special else len(token.content.encode())
+        if self.unk_id is not None:
+            lengths[self.unk_id] = 0
+        return lengths
+
+
+class _Style:
+    """How a vocabulary writes spaces and bytes."""
+
+    def __init__(self, byte_level: bool, byte_fallback: bool, prefix: str | None, suffix: str | None) -> None:
+        self.byte_level, self.byte_fallback = byte_level, byte_fallback
+        self.prefix, self.suffix = prefix, suffix
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> _Style:
+        model = spec.get("model") or {}
+        byte_level = any('"ByteLevel"' in json.dumps(spec.get(p)) for p in ("pre_tokenizer", "decoder"))
+        is_wordpiece = model.get("type") == "WordPiece"
+        prefix = model.get("continuing_subword_prefix") or ("##" if is_wordpiece else None)
+        suffix = model.get("end_of_word_suffix") or None
+        return cls(byte_level, bool(model.get("byte_fallback")), prefix, suffix)
+
+    def starts_word(self, piece: str) -> bool:
+        if self.byte_level:
+            # A space, and the tab and line ends that words follow as well.
+            return piece[:1] in "ĠĊĉč"
+        return not piece.startswith(self.prefix) if self.prefix else piece.startswith(SPACE)
+
+    def num_bytes(self, piece: str) -> int:
+        if self.byte_level:
+            return len(piece)  # a character for each byte
+        if self.byte_fallback and _BYTE.fullmatch(piece):
+            return 1
+        if self.prefix:
+            bare = piece.removeprefix(self.prefix)
+            return len(bare.encode()) + (bare == piece and piece[:1].isalnum())
+        if self.suffix and piece.endswith(self.suffix):
+            return len(piece.removesuffix(self.suffix).encode()) + 1
+        return len(piece.replace(SPACE, " ").encode())
+
+
+def unbundle(content: str, where: str) -> JsonTokenizer | None:
+    """The tokenizer of a bundle; None for JSON that is none. Raises DataError for a damaged one."""
+    bundle = _object(content, where)
+    if bundle.get("format") != FORMAT:
+        return None
+    files = bundle.get("files")
+    if bundle.get("version") != 1:
+        remedy = "use the llmtrain that wrote it"
+        raise DataError(Problem(where, f"version {bundle.get('version')!r}", "version 1", remedy))
+    if not isinstance(files, dict) or not isinstance(files.get(TOKENIZER), str):
+        raise _no_tokenizer(where, f"a bundle without {TOKENIZER}")
+    return JsonTokenizer(files, where)
+
+
+def make_config(special: Mapping[str, str]) -> str:
+    """A tokenizer_config.json for a tokenizer.json that came without one. special: role → token."""
+    roles = {f"{role}_token": token for role, token in special.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _roles(
+    spec: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]], ids: Mapping[str, int], added: Any
+) -> dict[str, int]:
+    """Role → id: what tokenizer_config.json says, else special_tokens_map.json, else tokenizer.json's
+    post-processor, else what added tokens are called."""
+    names = {token.content for token in added.values()}
+    processor = spec.get("post_processor") or {}
+    roles = {}
+    for role in ROLES:
+        key = f"{role}_token"
+        said = [config[f][key] for f in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP) if key in config.get(f, {})]
+        if isinstance(processor.get(role), list):  # BertProcessing and RobertaProcessing: [token, id]
+            said += processor[role][:1]
+        said += [next((token for token in _KNOWN[role] if token in names), None)]
+        token = said[0]["content"] if isinstance(said[0], dict) and "content" in said[0] else said[0]
+        if isinstance(token, str) and token in ids:
+            roles[role] = ids[token]
+    return roles
+
+
+def _object(content: str | bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _no_tokenizer(where, f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _no_tokenizer(where, f"JSON {type(value).__name__}")
+    return value
+
+
+def _no_tokenizer(where: str, reason: str) -> DataError:
+    reason = " ".join(reason.split())[:200]
+    return DataError(Problem(where, f"no tokenizer ({reason})", "tokenizer.json of the tokenizers library"))
