@@ -48,11 +48,12 @@ class BertConfig:
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary and the three special tokens."""
     mask_id: int | None = None
-    """Id of [MASK]; null: the first behind the corpus' vocabulary."""
+    """Id of [MASK]; null: the tokenizer's where it has all three, else the first behind the corpus'
+    vocabulary."""
     cls_id: int | None = None
-    """Id of [CLS], which begins a pair of texts; null: the second."""
+    """Id of [CLS], which begins a pair of texts; null: the tokenizer's, or the second."""
     sep_id: int | None = None
-    """Id of [SEP], which ends each text of a pair; null: the third."""
+    """Id of [SEP], which ends each text of a pair; null: the tokenizer's, or the third."""
     max_sequence_length: int = 512
     """Longest sequence, in tokens."""
     position_offset: int = 0

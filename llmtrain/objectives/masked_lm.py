@@ -40,14 +40,20 @@ class MaskedLM:
     """
 
     def __init__(
-        self, config: BertConfig, *, document_mask: bool = True, word_starts_V: np.ndarray | None = None
+        self,
+        config: BertConfig,
+        *,
+        document_mask: bool = True,
+        word_starts_V: np.ndarray | None = None,
+        text_ids: np.ndarray | None = None,
     ) -> None:
         """document_mask: packed documents don't attend to each other, and positions count from 0 in each.
-        word_starts_V: whether each id begins a word, bool, for `whole_words`."""
+        word_starts_V: whether each id begins a word, bool, for `whole_words`. text_ids: what a random token
+        is drawn from, int64; None: all below the config's num_text_ids."""
         self._document_mask = document_mask
         self._config = config.objective
         self._mask_id, self._cls_id, self._sep_id = config.special_ids
-        self._num_text_ids = config.num_text_ids
+        self._text_ids = np.arange(config.num_text_ids) if text_ids is None else text_ids
         if self._config.whole_words and word_starts_V is None:
             raise ValueError("whole_words needs word_starts_V")
         self._word_starts_V = word_starts_V if self._config.whole_words else None
@@ -109,7 +115,7 @@ class MaskedLM:
             deciding_BT = np.maximum.accumulate(np.where(starts_BT, places_T, 0), axis=1)
         hidden_BT = may_hide_BT & (uniform(keys_B, _CHOSEN, deciding_BT) < config.share)
         how_BT = uniform(keys_B, _REPLACED, places_T)
-        drawn_BT = (uniform(keys_B, _DRAWN, places_T) * self._num_text_ids).astype(np.int64)
+        drawn_BT = self._text_ids[(uniform(keys_B, _DRAWN, places_T) * len(self._text_ids)).astype(np.int64)]
         replaced_BT = np.where(how_BT < config.masked, self._mask_id, tokens_BT)
         is_random_BT = (how_BT >= config.masked) & (how_BT < config.masked + config.random)
         replaced_BT = np.where(is_random_BT, drawn_BT, replaced_BT)
