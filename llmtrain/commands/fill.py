@@ -74,13 +74,19 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, config: BertConfig) -> list
         is_last = number == len(parts) - 1
         ids += tokenizer.encode(part if is_last else part.removesuffix(" "))
         ids += [] if is_last else [mask_id]
-    return [cls_id, *ids, sep_id] if config.has_pairs else [*ids, tokenizer.eos_id]
+    # A tokenizer with a [CLS] of its own is that of a model which saw it before every text.
+    has_cls = config.has_pairs or tokenizer.special_ids.get("cls") == cls_id
+    return [cls_id, *ids, sep_id] if has_cls else [*ids, tokenizer.eos_id]
 
 
 def _filled(prompt: str, tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     first, *rest = prompt.split(MASK)
     text = first
+    within_word = tokenizer.encode("a")
     for token, part in zip(tokens, rest, strict=True):
-        piece = tokenizer.decode([token])
+        piece = tokenizer.decode_after(within_word, [token])
+        if piece.startswith(" "):
+            # It begins a word: the prompt has the space, unless the piece itself does.
+            piece = tokenizer.decode([token])
         text = (text.removesuffix(" ") if piece.startswith(" ") else text) + piece + part
     return text

@@ -71,7 +71,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         raise distributed.everywhere(error) from None
     if not distributed.is_main():
         return
-    for prompt, continuation in zip(prompts, continuations, strict=True):
-        print(prompt + tokenizer.decode(continuation), flush=True)
+    for prompt, before, continuation in zip(prompts, ids, continuations, strict=True):
+        print(prompt + tokenizer.decode_after(before, continuation), flush=True)
         if len(prompts) > 1:
             print("---", flush=True)
