@@ -17,6 +17,7 @@ from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.gpt import Stage
 from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Constant, Initializer, Normal
+from llmtrain.models.linear import Linear
 from llmtrain.models.transformer import ACTIVATIONS, Block, Context
 
 
@@ -48,7 +49,7 @@ class Bert(TiedHeadModel):
         self.blocks = nn.ModuleList(
             Block(config.blocks, layer, norm_first=False, causal=False) for layer in range(config.num_layers)
         )
-        self.transform = nn.Linear(D, D)
+        self.transform = Linear(D, D)
         self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = LanguageModelHead(D, config.vocab_size, bias=True)
         self.pooler = nn.Linear(D, D) if config.has_pairs else None

@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from llmtrain.models.linear import KERNELS
 from llmtrain.models.transformer import Context
 from llmtrain.parallel.config import RecomputeConfig
 
 Forward = Callable[[Tensor, Context], Tensor]
 
-LINEAR_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+LINEAR_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *KERNELS)
 """What linear layers call; attention's products are batched, `bmm`."""
 
 
