@@ -57,10 +57,10 @@ FOLDERS = {
 """Key of a value that stands before the overrides → what it may be."""
 
 FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
-FREE_TEXT |= {"checkpoint.resume", "tokenizer.model", "path", "other", "run", "step"}
+FREE_TEXT |= {"checkpoint.resume", "target_source", "tokenizer.model", "path", "other", "run", "step"}
 """Keys whose values are a person's words or paths: they arrive as typed, whatever Hydra's grammar says."""
 MAY_BE_EMPTY = {"prompt"}
-MAY_BE_LIST = {"prompt", "source"}
+MAY_BE_LIST = {"prompt", "source", "target_source"}
 MAY_BE_NULL = {"prompt_file", "output", "tokenizer.model", "data.path", "run", "step"}
 
 HYDRA_SETTINGS = (

@@ -122,7 +122,7 @@ class PrepareConfig:
     text_field: str = "text"
     """Column or key that holds the text, in .jsonl, .csv, .tsv, .parquet and the .json members of a .tar."""
     target_field: str | None = None
-    """Of pairs: column or key of the target, `text_field` being the source's; null: the texts are no pairs."""
+    """Of pairs: column or key of the target, `text_field` being the source's; null: texts are no pairs."""
     target_source: tuple[str, ...] = ()
     """Of pairs in plain files: for each of `source` in turn the file whose lines are the targets of its
     lines."""
@@ -151,6 +151,11 @@ class PrepareConfig:
     def is_paired(self) -> bool:
         """Whether what is read are pairs, of a source and its target."""
         return self.target_field is not None or bool(self.target_source)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the columns or keys that are read."""
+        return (self.text_field,) if self.target_field is None else (self.text_field, self.target_field)
 
     def problems(self) -> Iterator[Problem]:
         yield from require(

@@ -69,6 +69,8 @@ class Manifest:
     fingerprint: str
     """Hex; changes with any token and with the tokenizer."""
     splits: Mapping[str, SplitEntry]
+    paired: bool = False
+    """Documents are sources and targets in turn; no shard parts a pair."""
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
@@ -115,4 +117,5 @@ def _decode(raw: Mapping[str, Any]) -> Manifest:
         ),
         fingerprint=str(raw["fingerprint"]),
         splits=splits,
+        paired=raw.get("paired") is True,
     )

@@ -27,7 +27,12 @@ from llmtrain.data.preparation import filters, near
 from llmtrain.data.preparation.folder import commit, locked_output, open_work, remove_work, tidied
 from llmtrain.data.preparation.peers import Peers
 from llmtrain.data.preparation.report import Progress, Report, SplitReport
-from llmtrain.data.preparation.sources import contents_fingerprint, find_files
+from llmtrain.data.preparation.sources import (
+    check_fields,
+    contents_fingerprint,
+    find_files,
+    find_line_pairs,
+)
 from llmtrain.data.preparation.stages import Prepared, Stages
 from llmtrain.data.preparation.streams import SourceFile
 from llmtrain.data.preparation.texts import AUTO_DOCUMENT_BYTES
@@ -38,7 +43,7 @@ from llmtrain.data.transport import without_credentials
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_json_atomically
 
-NO_EFFECT = ("workers", "overwrite", "output", "source", "peer_timeout")
+NO_EFFECT = ("workers", "overwrite", "output", "source", "target_source", "peer_timeout")
 """Settings on which the corpus does not depend; sources are compared by their contents."""
 
 
@@ -56,9 +61,16 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
     filters.require(config.filters)
     if config.near_duplicates.threshold is not None:
         near.require_library()
-    files, skipped = find_files(config.source, exclude=config.output)
+    skipped: list[str] = []
+    if config.target_source:
+        files = find_line_pairs(config.source, config.target_source)
+    else:
+        files, skipped = find_files(config.source, exclude=config.output)
+        if config.target_field is not None:
+            check_fields(files)
     given = None if config.tokenizer.model is None else load_tokenizer(config.tokenizer.model)
-    needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in files)
+    read = _read(files)
+    needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in read)
     peers = Peers(config.output / UNFINISHED_NAME, rank, size, job, config.peer_timeout)
     with Progress(quiet=rank > 0) as progress, disk_errors(config.output, needed):
         with locked_output(config.output, peers), disk_errors(config.output, needed):
@@ -95,7 +107,7 @@ class _Run:
         identity = _identity(self.config, self.files, self.given)
         report = _finished(self.config, identity)
         if report is None:
-            stamps = _hash([[f.name, f.size, f.mtime_ns, f.version] for f in self.files])
+            stamps = _hash([[f.name, f.size, f.mtime_ns, f.version] for f in _read(self.files)])
             request = {"version": VERSION, "identity": identity, "stamps": stamps}
             open_work(self.work, request, self.progress)
         is_made = report is not None or (self.work / MANIFEST_NAME).exists()
@@ -130,7 +142,7 @@ class _Run:
 
     def _request(self) -> str:
         """Hash of settings, tokenizer and the names and sizes of the sources: equal in all processes."""
-        named = [[file.name, file.size] for file in self.files]
+        named = [[file.name, file.size] for file in _read(self.files)]
         return _hash([VERSION, _settings(self.config, self.given), named])
 
     def _stages(self) -> Prepared | None:
@@ -146,8 +158,9 @@ class _Run:
         made = self._stages()
         assert made is not None, "rank 0 has the result"
         report = Report(
-            files=len(self.files),
-            source_bytes=sum(file.size for file in self.files),
+            files=len(_read(self.files)),
+            source_bytes=sum(file.size for file in _read(self.files)),
+            paired=self.config.is_paired,
             cleaning=made.cleaning,
             duplicates_dropped=made.duplicates_dropped,
             near_duplicates_dropped=made.near_duplicates_dropped,
@@ -165,6 +178,7 @@ class _Run:
             "version": VERSION,
             "vocab_size": made.tokenizer.vocab_size,
             "eos_id": made.tokenizer.eos_id,
+            **({"paired": True} if self.config.is_paired else {}),
             "dtype": token_dtype(made.tokenizer.vocab_size).name,
             "tokenizer": {
                 "file": made.tokenizer.file_name,
@@ -184,7 +198,7 @@ class _Run:
 
     def _remarks(self, report: Report, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         notes, warnings = [], []
-        if any(file.kind == "txt" for file in self.files):
+        if any(file.kind == "txt" and file.target is None for file in self.files):
             meaning = {
                 "auto": f"consecutive paragraphs of about {AUTO_DOCUMENT_BYTES >> 10} KiB, or a smaller file",
                 "file": "a file",
@@ -221,16 +235,26 @@ def _identity(config: PrepareConfig, files: list[SourceFile], model: Tokenizer |
     return {
         "settings": _settings(config, model),
         "sources": {
-            "files": len(files),
-            "bytes": sum(file.size for file in files),
-            "contents": contents_fingerprint(files),
+            "files": len(_read(files)),
+            "bytes": sum(file.size for file in _read(files)),
+            "contents": contents_fingerprint(_read(files)),
         },
     }
+
+
+def _read(files: list[SourceFile]) -> list[SourceFile]:
+    """Every file that is read: of pairs of files both."""
+    return [each for file in files for each in file.files]
 
 
 def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
     """Settings on which the corpus depends; a given tokenizer is one by its contents."""
     settings = {key: value for key, value in encode_config(config).items() if key not in NO_EFFECT}
+    if settings["target_field"] is None:
+        # As corpora have it that were prepared before there were pairs.
+        del settings["target_field"]
+    if config.target_source:
+        settings["target_source"] = len(config.target_source)
     if config.near_duplicates.threshold is not None:
         # Its signatures change with the library's algorithm.
         settings["near_duplicates"]["rensa"] = near.require_library()

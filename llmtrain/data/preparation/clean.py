@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import xxhash
 
+from llmtrain.data.preparation.streams import Pairs, Texts
+
 # Record separator: a control character itself, so no clean document holds it, and Unicode composes
-# nothing across it.
+# nothing across it. In blocks it parts the sides of a pair.
 SEPARATOR = "\x1e"
 SEPARATOR_BYTE = SEPARATOR.encode()
 # C0 without tab, newline, the separator; and DEL.
@@ -32,7 +34,10 @@ class CleanCounts:
     """What cleaning met; added up over batches, units and processes."""
 
     documents_read: int = 0
+    """Pairs count as one, here and below."""
     empty_dropped: int = 0
+    one_sided_dropped: int = 0
+    """Pairs without a source or without a target."""
     documents_normalized: int = 0
     """Documents changed by Unicode normalization."""
     controls_removed: int = 0
@@ -64,9 +69,31 @@ def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts
 
     Raises UnicodeDecodeError for bytes that are no UTF-8.
     """
+    cleaned = [text for text in _cleaned(documents, normalization, counts) if text]
+    counts.documents_read += len(documents)
+    counts.empty_dropped += len(documents) - len(cleaned)
+    return cleaned
+
+
+def clean_pairs(pairs: Pairs, normalization: str, counts: CleanCounts) -> list[bytes]:
+    """Clean UTF-8 pairs in the given order, each its source, SEPARATOR and its target; those that lack
+    either side dropped; adds to `counts`.
+
+    Raises UnicodeDecodeError for bytes that are no UTF-8.
+    """
+    both = [*zip(*(_cleaned(side, normalization, counts) for side in pairs), strict=True)]
+    cleaned = [SEPARATOR_BYTE.join(pair) for pair in both if all(pair)]
+    empty = sum(not any(pair) for pair in both)
+    counts.documents_read += len(both)
+    counts.empty_dropped += empty
+    counts.one_sided_dropped += len(both) - len(cleaned) - empty
+    return cleaned
+
+
+def _cleaned(documents: Texts, normalization: str, counts: CleanCounts) -> list[bytes]:
+    """Every document, clean; nothing where it held white space alone."""
     if not documents:
         return []
-    counts.documents_read += len(documents)
     joined = _join(documents)
     if joined.count(SEPARATOR_BYTE) != len(documents) - 1:
         joined = SEPARATOR_BYTE.join(
@@ -77,11 +104,8 @@ def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts
         joined = _remove_controls(joined, _CONTROLS, counts)
     if not joined.isascii():
         joined = _clean_beyond_ascii(joined, normalization, counts)
-    cleaned = [
-        text for text in (d.strip(b"\n") for d in joined.split(SEPARATOR_BYTE)) if text and not text.isspace()
-    ]
-    counts.empty_dropped += len(documents) - len(cleaned)
-    return cleaned
+    stripped = (document.strip(b"\n") for document in joined.split(SEPARATOR_BYTE))
+    return [b"" if text.isspace() else text for text in stripped]
 
 
 def take_tokenized(documents: Sequence[np.ndarray], counts: CleanCounts) -> list[bytes]:

@@ -15,6 +15,7 @@ import numpy as np
 from llmtrain.data.config import SplitConfig
 from llmtrain.data.files import write_marker
 from llmtrain.data.preparation.blocks import Block, save_array, splits_of_block
+from llmtrain.data.preparation.clean import SEPARATOR_BYTE
 from llmtrain.data.preparation.streams import TOKEN_DTYPE
 from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,10 +52,11 @@ def encode_block(
     split: SplitConfig,
     tokenizer_path: Path,
     tokenizer_sha256: str,
+    is_paired: bool,
     path: Path,
 ) -> int:
-    """Encode a block's kept documents to files named `path`; path.json, written last, tells them finished.
-    Returns the block's number."""
+    """Encode a block's kept documents, a pair as two, to files named `path`; path.json, written last, tells
+    them finished. Returns the block's number."""
     tokenizer = _tokenizer(tokenizer_path, tokenizer_sha256)
     dtype = token_dtype(tokenizer.vocab_size)
     documents = block.documents()
@@ -70,6 +72,8 @@ def encode_block(
                     ids = [np.frombuffer(document, TOKEN_DTYPE).astype(np.int32) for document in batch]
                     num_bytes += int(sum(byte_lengths[document].sum() for document in ids))
                 else:
+                    if is_paired:
+                        batch = [side for pair in batch for side in pair.split(SEPARATOR_BYTE)]
                     ids = encode_documents(tokenizer, batch)
                     num_bytes += sum(map(len, batch))
                 sizes = np.fromiter(map(len, ids), np.int64, len(ids)) + 1
@@ -81,7 +85,7 @@ def encode_block(
                 file.write(joined.astype(dtype).data.cast("B"))
                 lengths.append(sizes)
                 num_tokens += len(joined)
-            encoded.num_documents.append(len(chosen))
+            encoded.num_documents.append(2 * len(chosen) if is_paired else len(chosen))
             encoded.num_tokens.append(num_tokens)
             encoded.num_bytes.append(num_bytes)
     save_array(encoded.lengths_path, np.concatenate([np.zeros(0, np.int64), *lengths]).astype("<u4"))
@@ -155,8 +159,11 @@ def split_lengths(encoded: Iterable[EncodedBlock], split: int) -> Iterator[np.nd
         yield np.load(block.lengths_path, mmap_mode="r")[first : first + block.num_documents[split]]
 
 
-def plan_samples(encoded: Sequence[EncodedBlock], split: int, sample_tokens: int) -> Iterator[SamplePieces]:
-    """Consecutive whole documents of a split, as few as make sample_tokens together."""
+def plan_samples(
+    encoded: Sequence[EncodedBlock], split: int, sample_tokens: int, together: int = 1
+) -> Iterator[SamplePieces]:
+    """Consecutive whole documents of a split, as few as make sample_tokens together; so many of a block's
+    documents `together` are never parted."""
     pieces: SamplePieces = []
     filled = 0
     for block, lengths in zip(encoded, split_lengths(encoded, split), strict=True):
@@ -166,7 +173,7 @@ def plan_samples(encoded: Sequence[EncodedBlock], split: int, sample_tokens: int
         done_documents, done_tokens = 0, 0
         while done_documents < len(ends):
             last = int(np.searchsorted(ends, done_tokens + sample_tokens - filled))
-            stop = min(last + 1, len(ends))
+            stop = min(-(-(last + 1) // together) * together, len(ends))
             tokens_stop = int(ends[stop - 1])
             pieces.append(
                 Piece(

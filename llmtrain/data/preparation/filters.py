@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.data.config import FiltersConfig
+from llmtrain.data.preparation.clean import SEPARATOR
 from llmtrain.errors import ConfigError, Problem, nearest
 
 LANGUAGE_CHARACTERS = 500
@@ -67,7 +68,8 @@ def keep(documents: Sequence[bytes], config: FiltersConfig, dropped: dict[str, i
     )
     if not config.languages and config.quality is None:
         return [*documents]
-    broken = [rule(document.decode()) for document in documents]
+    # A pair goes if either side breaks a rule.
+    broken = [next(filter(None, map(rule, document.decode().split(SEPARATOR))), "") for document in documents]
     for name, count in Counter(filter(None, broken)).items():
         dropped[name] = dropped.get(name, 0) + count
     return [*compress(documents, [not name for name in broken])]

@@ -28,6 +28,8 @@ class Report:
     duplicates_dropped: int = 0
     near_duplicates_dropped: int = 0
     documents_kept: int = 0
+    paired: bool = False
+    """What is counted here, but for the splits' documents, are pairs."""
     vocab_size: int = 0
     unknown_tokens: int = 0
     splits: dict[str, SplitReport] = field(default_factory=dict)
@@ -54,18 +56,20 @@ class Report:
     def lines(self) -> list[str]:
         """The report as text, one fact a line."""
         clean = self.cleaning
+        what, texts, each = ("pairs", "texts", 2) if self.paired else ("documents", "documents", 1)
+        one_sided = f", {clean.one_sided_dropped:,} one-sided" if self.paired else ""
         text = [
-            f"read       {self.files:,} files, {self.source_bytes:,} bytes, "
-            f"{clean.documents_read:,} documents",
+            f"read       {self.files:,} files, {self.source_bytes:,} bytes, {clean.documents_read:,} {what}",
             f"cleaned    {clean.controls_removed:,} control characters removed, "
-            f"{clean.documents_normalized:,} documents changed by Unicode normalization, "
+            f"{clean.documents_normalized:,} {texts} changed by Unicode normalization, "
             f"{clean.spaces_replaced:,} U+2581 made a space",
-            f"dropped    {clean.empty_dropped:,} empty and {self.duplicates_dropped:,} duplicate documents",
+            f"dropped    {clean.empty_dropped:,} empty{one_sided} and "
+            f"{self.duplicates_dropped:,} duplicate {what}",
         ]
         if self.near_duplicates_dropped:
             text.append(f"dropped    {self.near_duplicates_dropped:,} near-duplicates")
         if clean.filtered:
-            text.append(f"filtered   {sum(clean.filtered.values()):,} documents: {clean.filtered_text}")
+            text.append(f"filtered   {sum(clean.filtered.values()):,} {what}: {clean.filtered_text}")
         if clean.tokenized:
             text.append(f"tokenized  {clean.tokenized:,} documents came as token ids")
         if clean.members_ignored:
@@ -73,7 +77,7 @@ class Report:
         for name, split in self.splits.items():
             ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
             text.append(
-                f"{name:<10} {split.documents:,} documents, {split.tokens:,} tokens, "
+                f"{name:<10} {split.documents // each:,} {what}, {split.tokens:,} tokens, "
                 f"{split.bytes:,} bytes{ratio}"
             )
         text.append(

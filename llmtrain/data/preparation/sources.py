@@ -2,7 +2,7 @@
 
 A source is a file, a folder, a glob, `package:NAME/path` (a file of an installed Python package), or the
 URL of a file (http, https, s3 and what else fsspec knows).
-Kinds are known by their extension: .txt .jsonl .csv .parquet .tar, each also with .gz or .zst behind it.
+Kinds are known by their extension: .txt .jsonl .csv .tsv .parquet .tar, each also with .gz or .zst behind it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from llmtrain.data.packages import PREFIX, package_root
 from llmtrain.data.preparation import remote, streams
-from llmtrain.data.preparation.streams import Part, SourceFile, Unit
+from llmtrain.data.preparation.streams import COLUMNS, Part, SourceFile, Unit
 from llmtrain.data.preparation.tables import open_parquet
 from llmtrain.data.transport import is_remote, without_credentials
 from llmtrain.errors import DataError, Problem
 
-KINDS = ("txt", "jsonl", "csv", "parquet", "tar")
+KINDS = ("txt", "jsonl", "csv", "tsv", "parquet", "tar")
 COMPRESSIONS = ("gz", "zst")
 _SAMPLE_PIECES, _SAMPLE_BYTES = 64, 1 << 16
 _READERS = 16
@@ -74,6 +75,48 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
     if problems:
         raise DataError(problems)
     return list(files.values()), skipped
+
+
+def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[SourceFile]:
+    """Files whose lines are the sources of pairs, each with the one of their targets, whatever their
+    extensions but .gz and .zst.
+
+    Raises DataError for what is no file of this machine, and for other numbers of files.
+    """
+    problems: list[Problem] = []
+    found: list[list[SourceFile]] = []
+    for key, places in (("source", sources), ("target_source", targets)):
+        found.append([])
+        for place in places:
+            path = Path(place).expanduser()
+            try:
+                if is_remote(place) or not path.is_file():
+                    raise DataError(
+                        Problem(key, f"{place}, no file of this machine", "a file with target_source")
+                    )
+                stat = path.stat()
+            except DataError as error:
+                problems.extend(error.problems)
+                continue
+            compression = _kind_of(path.name)[1]
+            found[-1].append(
+                SourceFile(path.resolve(), place, "txt", compression, stat.st_size, stat.st_mtime_ns)
+            )
+    if not problems and len(targets) != len(sources):
+        allowed = f"{len(sources)}, one for each of source"
+        problems.append(Problem("target_source", f"{len(targets)} files", allowed))
+    if problems:
+        raise DataError(problems)
+    return [replace(file, target=target) for file, target in zip(*found, strict=True)]
+
+
+def check_fields(files: Iterable[SourceFile]) -> None:
+    """Raise DataError for files that have no fields for the two sides of pairs."""
+    without = [file for file in files if file.kind not in COLUMNS]
+    if without:
+        names = ", ".join(file.name for file in without[:3])
+        allowed = "." + " .".join(COLUMNS) + ", which have fields for both sides of a pair"
+        raise DataError(Problem("source", names, allowed, "or give two files of lines: target_source=…"))
 
 
 def _expand(source: str) -> Iterator[tuple[Path, str, bool]]:
@@ -169,6 +212,10 @@ def plan_units(files: Iterable[SourceFile], txt_document: str) -> Iterator[Unit]
 
 def _parts(files: Iterable[SourceFile], txt_document: str) -> Iterator[tuple[Part, int]]:
     for file in files:
+        if file.target is not None:
+            # Line borders of two files are where they are: one reader takes both whole.
+            yield Part(file), file.size + file.target.size
+            continue
         by_lines = file.kind == "jsonl" or (file.kind == "txt" and txt_document != "file")
         if file.url:
             yield Part(file), file.size

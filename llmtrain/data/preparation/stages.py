@@ -103,7 +103,7 @@ class Stages:
         units = list(plan_units(self.files, self.config.txt_document))
         sizes = [sum(part.size for part in unit) for unit in units]
         config = self.config
-        settings = (config.text_field, config.txt_document, config.normalization, vocabulary, config.filters)
+        settings = (config.fields, config.txt_document, config.normalization, vocabulary, config.filters)
         self._run(
             "reading",
             sizes,
@@ -201,6 +201,7 @@ class Stages:
                 self.config.split,
                 tokenizer_path,
                 tokenizer.sha256,
+                self.config.is_paired,
                 folder / f"{number:06d}",
             ),
             lambda number: finished(number) is not None,
@@ -251,7 +252,8 @@ class Stages:
         """(split, shard, its first sample, its samples) of every shard."""
         for split, name in enumerate(SPLITS):
             first_sample = 0
-            samples = encoding.plan_samples(encoded, split, self.config.sample_tokens)
+            together = 2 if self.config.is_paired else 1
+            samples = encoding.plan_samples(encoded, split, self.config.sample_tokens, together)
             for shard, planned in enumerate(encoding.plan_shards(samples, dtype, self.config.shard_bytes)):
                 yield name, shard, first_sample, planned
                 first_sample += len(planned)

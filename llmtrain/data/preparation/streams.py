@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,27 @@ BATCH_BYTES = 1 << 20
 LONGEST_LINE = 256 << 20
 
 
+COLUMNS = ("csv", "tsv", "jsonl", "parquet")
+"""Kinds of files whose texts are fields."""
+
+
 class Tokens(list[np.ndarray]):
     """A batch of documents as token ids, TOKEN_DTYPE, without eos."""
 
 
 TOKEN_DTYPE = np.dtype("<u4")
-Batch = Sequence[str] | Sequence[bytes] | Tokens
+Texts = Sequence[str] | Sequence[bytes]
+
+
+class Pairs(NamedTuple):
+    """A batch of pairs."""
+
+    sources: Texts
+    targets: Texts
+    """As many."""
+
+
+Batch = Texts | Tokens | Pairs
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,13 @@ class SourceFile:
     """Where the file is, if not on this machine; then `path` is its bare name."""
     version: str = ""
     """What tells the state of a file elsewhere from a later one."""
+    target: SourceFile | None = None
+    """The file whose lines are the targets of this one's lines."""
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """This, and the one of its targets."""
+        return (self,) if self.target is None else (self, self.target)
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,9 @@ def _read_line(stream: IO[bytes], file: SourceFile) -> bytes:
     return line
 
 
-def missing_field(where: str, text_field: str, fields: list[str]) -> DataError:
-    return DataError(
-        Problem(where, f"no field {text_field}", ", ".join(fields[:24]) or "(no fields)", "set text_field=…")
-    )
+def missing_field(where: str, wanted: Sequence[str], fields: Sequence[str]) -> DataError:
+    """wanted: names of the texts' fields, or of the sources' and the targets'; one is not among `fields`."""
+    missing = next(number for number, name in enumerate(wanted) if name not in fields)
+    remedy = f"set {('text_field', 'target_field')[missing]}=…"
+    allowed = ", ".join(fields[:24]) or "(no fields)"
+    return DataError(Problem(where, f"no field {wanted[missing]}", allowed, remedy))

@@ -1,4 +1,4 @@
-"""Documents of .csv and .parquet files."""
+"""Documents of .csv, .tsv and .parquet files."""
 
 from __future__ import annotations
 
@@ -7,41 +7,47 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.streams import (
-    Batch,
     Part,
     SourceFile,
+    Texts,
     missing_field,
     open_source,
 )
 from llmtrain.errors import DataError, Problem
 
 
-def read_csv(file: SourceFile, text_field: str) -> Iterator[list[bytes]]:
+def read_csv(file: SourceFile, names: Sequence[str]) -> Iterator[list[Texts]]:
+    """The columns of these names, a batch of rows at a time. In .tsv nothing is quoted: a value is what
+    stands between two tabs."""
     import pyarrow
     import pyarrow.csv
 
     with open_source(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         csv.field_size_limit(streams.LONGEST_LINE)
         try:
-            header = next(csv.reader(text), None)
+            is_tsv = file.kind == "tsv"
+            dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+            header = next(csv.reader(text, **dialect), None)
         except csv.Error as error:
             raise DataError(
                 Problem(f"{file.name} header", f"no CSV ({error})", "names of the columns")
             ) from error
     if header is None:
         return
-    if text_field not in header:
-        raise missing_field(f"{file.name} header", text_field, header)
+    if not set(names) <= set(header):
+        raise missing_field(f"{file.name} header", names, header)
     convert = pyarrow.csv.ConvertOptions(
-        include_columns=[text_field], column_types={text_field: pyarrow.binary()}
+        include_columns=[*names], column_types=dict.fromkeys(names, pyarrow.binary())
     )
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    if is_tsv:
+        parse = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
     block_size, done = streams.BATCH_BYTES, 0
     while True:
         read = pyarrow.csv.ReadOptions(use_threads=False, block_size=block_size)
@@ -55,7 +61,7 @@ def read_csv(file: SourceFile, text_field: str) -> Iterator[list[bytes]]:
                         batch = batch.slice(taken)
                     if batch.num_rows:
                         done += batch.num_rows
-                        yield batch.column(0).to_pylist()
+                        yield [column.to_pylist() for column in batch.columns]
             return
         except pyarrow.ArrowInvalid as error:
             message = str(error)
@@ -69,7 +75,8 @@ def read_csv(file: SourceFile, text_field: str) -> Iterator[list[bytes]]:
             ) from error
 
 
-def read_parquet(part: Part, text_field: str, scratch: Path) -> Iterator[Batch]:
+def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[list[Texts]]:
+    """The columns of these names, a batch of rows at a time."""
     import pyarrow
 
     file, path, temporary = part.file, part.file.path, None
@@ -80,19 +87,17 @@ def read_parquet(part: Part, text_field: str, scratch: Path) -> Iterator[Batch]:
             shutil.copyfileobj(packed, plain, streams.BATCH_BYTES)
     try:
         parquet = open_parquet(file, path)
-        if text_field not in parquet.schema_arrow.names:
-            raise missing_field(file.name, text_field, parquet.schema_arrow.names)
-        kind = parquet.schema_arrow.field(text_field).type
-        value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not re.match(r"(large_)?(string|binary)(_view)?$|null$", str(value)):
-            raise DataError(Problem(file.name, f"field {text_field} of type {kind}", "text"))
+        if not set(names) <= set(parquet.schema_arrow.names):
+            raise missing_field(file.name, names, parquet.schema_arrow.names)
+        for name in names:
+            kind = parquet.schema_arrow.field(name).type
+            value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not re.match(r"(large_)?(string|binary)(_view)?$|null$", str(value)):
+                raise DataError(Problem(file.name, f"field {name} of type {kind}", "text"))
         groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
-        for batch in parquet.iter_batches(
-            512, row_groups=list(groups), columns=[text_field], use_threads=False
-        ):
-            values = batch.column(0).to_pylist()
-            empty = b"" if any(isinstance(v, bytes) for v in values) else ""
-            yield [empty if v is None else v for v in values]  # type: ignore[misc]
+        for batch in parquet.iter_batches(512, row_groups=list(groups), columns=[*names], use_threads=False):
+            # The file gives them in its own order.
+            yield [_texts(batch.column(name).to_pylist()) for name in names]
     except (pyarrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -100,6 +105,12 @@ def read_parquet(part: Part, text_field: str, scratch: Path) -> Iterator[Batch]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _texts(values: list[Any]) -> list[Any]:
+    """With empty ones for those that are missing."""
+    empty = b"" if any(isinstance(value, bytes) for value in values) else ""
+    return [empty if value is None else value for value in values]
 
 
 def open_parquet(file: SourceFile, path: Path) -> Any:

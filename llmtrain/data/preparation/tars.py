@@ -128,7 +128,7 @@ def _json_text(data: bytes, where: str, text_field: str) -> str:
     if not isinstance(row, dict):
         raise DataError(Problem(where, f"a JSON {type(row).__name__}", "one JSON object"))
     if text_field not in row:
-        raise missing_field(where, text_field, list(row))
+        raise missing_field(where, [text_field], list(row))
     if not isinstance(row[text_field], str | None):
         got = f"field {text_field} that is a {type(row[text_field]).__name__}"
         raise DataError(Problem(where, got, "text or null"))

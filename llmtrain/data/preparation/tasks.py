@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from llmtrain.data.config import FiltersConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.files import write_marker
 from llmtrain.data.preparation import blocks as block_files
 from llmtrain.data.preparation.blocks import Block, BlockWriter
-from llmtrain.data.preparation.clean import CleanCounts, clean, take_tokenized
+from llmtrain.data.preparation.clean import SEPARATOR, CleanCounts, clean, clean_pairs, take_tokenized
 from llmtrain.data.preparation.filters import keep
 from llmtrain.data.preparation.read import read_part, undecodable
 from llmtrain.data.preparation.remote import at_hand
-from llmtrain.data.preparation.streams import Tokens, Unit
+from llmtrain.data.preparation.streams import Pairs, Tokens, Unit
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import count
 from llmtrain.data.tokenizer_sentencepiece import train
@@ -32,7 +32,7 @@ def read_unit(
     number: int,
     unit: Unit,
     folder: Path,
-    text_field: str,
+    fields: Sequence[str],
     txt_document: str,
     normalization: str,
     vocabulary: Vocabulary | None,
@@ -47,12 +47,17 @@ def read_unit(
     for wanted in unit:
         with at_hand(wanted, temporary) as part:
             try:
-                for batch in read_part(part, text_field, txt_document, temporary, vocabulary, counts):
+                for batch in read_part(part, fields, txt_document, temporary, vocabulary, counts):
                     if isinstance(batch, Tokens):
                         writer.add(take_tokenized(batch, counts), is_tokenized=True)
                     else:
-                        writer.add(keep(clean(batch, normalization, counts), filters, counts.filtered))
-                    count(len(batch))
+                        cleaned = (
+                            clean_pairs(batch, normalization, counts)
+                            if isinstance(batch, Pairs)
+                            else clean(batch, normalization, counts)
+                        )
+                        writer.add(keep(cleaned, filters, counts.filtered))
+                    count(len(batch.sources if isinstance(batch, Pairs) else batch))
             except UnicodeDecodeError as error:
                 raise undecodable(part) from error
     blocks = [
@@ -131,7 +136,7 @@ def _training_documents(
             for document in batch:
                 if len(document) <= left:
                     left -= len(document)
-                    yield document.decode()
+                    yield from document.decode().split(SEPARATOR)
 
 
 def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:

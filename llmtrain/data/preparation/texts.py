@@ -1,16 +1,19 @@
-"""Documents of .txt and .jsonl files."""
+"""Documents of .txt and .jsonl files, and the pairs of two files' lines."""
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.streams import (
+    Pairs,
     Part,
     SourceFile,
+    Texts,
     line_chunks,
     missing_field,
     open_source,
@@ -18,6 +21,7 @@ from llmtrain.data.preparation.streams import (
 from llmtrain.errors import DataError, Problem
 
 AUTO_DOCUMENT_BYTES = 4096
+_LINES_AT_ONCE = 4096
 
 
 def read_whole(file: SourceFile) -> Iterator[list[bytes]]:
@@ -120,18 +124,38 @@ def _split_lines(data: bytes) -> list[bytes]:
     return [*lines, last] if last else lines
 
 
-def read_jsonl(part: Part, text_field: str) -> Iterator[list[str]]:
+def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
+    """Each line of `file` with that line of `target`. Raises DataError for other numbers of lines."""
+    both = zip_longest(_lines(file), _lines(target))
+    while pairs := list(islice(both, _LINES_AT_ONCE)):
+        if None in pairs[-1]:
+            ours, theirs = (sum(1 for _ in _lines(each)) for each in (file, target))
+            allowed = f"{ours:,}, one for each line of {file.name}"
+            raise DataError(Problem(target.name, f"{theirs:,} lines", allowed))
+        yield Pairs(*map(list, zip(*pairs, strict=True)))
+
+
+def _lines(file: SourceFile) -> Iterator[bytes]:
+    for _, data in line_chunks(Part(file)):
+        yield from data.removesuffix(b"\n").split(b"\n")
+
+
+def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
+    """The fields of these names, a batch of lines at a time."""
     file = part.file
     for offset, data in line_chunks(part):
         lines = data.decode().split("\n")
         try:
             rows = [json.loads(line) for line in lines if line and not line.isspace()]
-            texts = [row[text_field] for row in rows]
-            if not all(type(text) is str for text in texts):
-                texts = [_text_or_empty(text) for text in texts]
+            columns: list[Texts] = []
+            for name in names:
+                texts = [row[name] for row in rows]
+                if not all(type(text) is str for text in texts):
+                    texts = [_text_or_empty(text) for text in texts]
+                columns.append(texts)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise _jsonl_error(file, offset, lines, text_field) from error
-        yield texts
+            raise _jsonl_error(file, offset, lines, names) from error
+        yield columns
 
 
 def _text_or_empty(value: Any) -> str:
@@ -142,7 +166,7 @@ def _text_or_empty(value: Any) -> str:
     return value
 
 
-def _jsonl_error(file: SourceFile, offset: int, lines: list[str], text_field: str) -> DataError:
+def _jsonl_error(file: SourceFile, offset: int, lines: list[str], names: Sequence[str]) -> DataError:
     before = 0
     with open_source(file) as stream:
         remaining = offset
@@ -159,9 +183,10 @@ def _jsonl_error(file: SourceFile, offset: int, lines: list[str], text_field: st
             return DataError(Problem(where, f"no JSON ({error})", "one JSON object a line"))
         if not isinstance(row, dict):
             return DataError(Problem(where, f"a JSON {type(row).__name__}", "one JSON object a line"))
-        if text_field not in row:
-            return missing_field(where, text_field, list(row))
-        if not isinstance(row[text_field], str | None):
-            got = f"field {text_field} that is a {type(row[text_field]).__name__}"
-            return DataError(Problem(where, got, "text or null"))
+        if not set(names) <= set(row):
+            return missing_field(where, names, list(row))
+        for name in names:
+            if not isinstance(row[name], str | None):
+                got = f"field {name} that is a {type(row[name]).__name__}"
+                return DataError(Problem(where, got, "text or null"))
     raise AssertionError(f"{file.name}: no faulty line found")

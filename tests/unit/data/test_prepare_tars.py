@@ -51,7 +51,7 @@ def read(path: Path, vocabulary: Vocabulary | None = None) -> tuple[list[object]
     found: list[object] = []
     for unit in plan_units(files, "auto"):
         for part in unit:
-            for batch in read_part(part, "text", "auto", path.parent, vocabulary, counts):
+            for batch in read_part(part, ["text"], "auto", path.parent, vocabulary, counts):
                 found += [d.tolist() if isinstance(d, np.ndarray) else d for d in batch]
     return found, counts
 

@@ -38,7 +38,7 @@ def read(path: Path | str, text_field: str = "text", txt_document: str = "auto")
         for part in unit:
             try:
                 for batch in read_part(
-                    part, text_field, txt_document, files[0].path.parent, None, CleanCounts()
+                    part, [text_field], txt_document, files[0].path.parent, None, CleanCounts()
                 ):
                     found += [text.decode() for text in clean(batch, "none", CleanCounts())]
             except UnicodeDecodeError as error:
@@ -148,7 +148,7 @@ def test_auto_packs_paragraphs_to_about_4_kib(tmp_path: Path):
 def test_blank_lines_are_no_documents(tmp_path: Path, mode: str):
     (tmp_path / "a.txt").write_text("\n \n\none\n\n\n\ntwo\n\n\n")
     (part,) = next(plan_units(find_files([str(tmp_path / "a.txt")])[0], mode))
-    batches = read_part(part, "text", mode, tmp_path, None, CleanCounts())
+    batches = read_part(part, ["text"], mode, tmp_path, None, CleanCounts())
     raw = [document for batch in batches for document in batch]
     assert [bytes(document).split() for document in raw] == (
         [[b"one", b"two"]] if mode == "auto" else [[b"one"], [b"two"]]
