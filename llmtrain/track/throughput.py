@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Product = Callable[["Tensor", "Tensor"], "Tensor"]
 
 PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
     # device, fp16, bf16, fp32
@@ -71,20 +78,24 @@ def listed_peak_flops(device_name: str, precision: str) -> float | None:
 
 
 @cache
-def peak_flops(device_type: str, precision: str) -> float:
+def peak_flops(device_type: str, precision: str, product: Product | None = None) -> float:
     """Peak FLOPs per second of this process' device: listed, or else measured once by a matrix product
-    (under 0.3 s), which is the ceiling that this machine really has."""
+    (under 0.3 s), which is the ceiling that this machine really has. product: the models'; None: torch's."""
     if device_type == "cuda":
         import torch
 
         listed = listed_peak_flops(torch.cuda.get_device_name(), precision)
         if listed is not None:
             return listed
-    return _measure_flops(device_type, precision)
+    return _measure_flops(device_type, precision, product)
 
 
-def _measure_flops(device_type: str, precision: str, size: int = 1024, seconds: float = 0.1) -> float:
+def _measure_flops(
+    device_type: str, precision: str, product: Product | None, size: int = 1024, seconds: float = 0.1
+) -> float:
     import torch
+
+    product = product or torch.mm
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = (torch.ones(size, size, dtype=dtype, device=device_type) for _ in range(2))
@@ -93,7 +104,7 @@ def _measure_flops(device_type: str, precision: str, size: int = 1024, seconds: 
     with torch.no_grad():
         while True:
             started = time.perf_counter()
-            torch.mm(a, b)
+            product(a, b)
             if device_type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()

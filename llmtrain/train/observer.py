@@ -9,6 +9,7 @@ import torch
 from llmtrain.engine.base import StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import UserError
+from llmtrain.models.linear import product
 from llmtrain.parallel.layout import Layout
 from llmtrain.track import throughput
 from llmtrain.track.base import Metrics
@@ -40,7 +41,7 @@ class RunObserver:
         self._global_size = layout.global_size
         self._peak = 0.0
         if trackers is not None:
-            self._peak = layout.world_size * throughput.peak_flops(device.type, config.precision)
+            self._peak = layout.world_size * throughput.peak_flops(device.type, config.precision, product)
 
     def on_step(
         self, step: int, result: StepResult, lr: float, seconds: float, data: Mapping[str, float]
