@@ -1,0 +1,189 @@
+"""Tokenizers of Hugging Face folders: the ids of transformers, one file in corpora, and clear refusals."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
+from llmtrain.data.corpora import open_corpora
+from llmtrain.data.prepare import prepare
+from llmtrain.data.tokenizer import BUNDLE_FILE, find_tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_json import JsonTokenizer
+from llmtrain.data.train_config import TokenDataConfig
+from llmtrain.errors import DataError
+from tests.support.tokenizers import KINDS, SENTINELS, texts, train_tokenizer, write_tokenizer
+
+TEXTS = [
+    *texts(5),
+    "",
+    " \n two  spaces",
+    "unseen ꙮ 😀 words",
+    "a <|endoftext|> b </s> c [MASK] d <extra_id_2>",
+]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizers") / request.param, request.param)
+
+
+def test_ids_are_those_of_transformers(folder: Path):
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    expected = [theirs(text, add_special_tokens=False).input_ids for text in TEXTS]
+    assert [ours.encode(text) for text in TEXTS] == ours.encode_batch(TEXTS) == expected
+    assert [ids.tolist() for ids in ours.encode_arrays([text.encode() for text in TEXTS])] == expected
+    assert ours.vocab_size == len(theirs) == len(ours.pieces())
+    for text, ids in zip(TEXTS, expected, strict=True):
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+    for role, piece in KINDS[folder.name].items():
+        assert ours.special_ids[role.removesuffix("_token")] == theirs.convert_tokens_to_ids(piece)
+
+
+def test_lengths_and_word_starts(folder: Path):
+    tokenizer = load_tokenizer(folder)
+    text = "Ubo das, 12 fur"
+    ids = tokenizer.encode(text)
+    lengths, starts = tokenizer.token_byte_lengths(), tokenizer.word_starts()
+    # All but GPT-2's put a space before the first word too, and BERT's has commas of their own.
+    assert lengths[ids].sum() == len(text) + (folder.name != "gpt2")
+    assert starts[ids].sum() == {"gpt2": 3, "llama": 4, "bert": 5, "t5": 4}[folder.name]
+    assert not lengths[list(tokenizer.special_ids.values())].any()
+    assert starts[list(tokenizer.special_ids.values())].all()
+
+
+def test_continuations_are_written_after_what_stands_before(folder: Path):
+    tokenizer = load_tokenizer(folder)
+    text = "für das cafés 12 ubo"
+    ids = tokenizer.encode(text)
+    whole = tokenizer.decode(ids)
+    for cut in range(1, len(ids)):
+        before = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+        assert before + tokenizer.decode_after(ids[:cut], ids[cut:]) == whole
+
+
+def test_one_file_holds_the_folder(folder: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(folder)
+    again = load_tokenizer(tokenizer.save(tmp_path))
+    assert (again.sha256, again.special_ids) == (tokenizer.sha256, tokenizer.special_ids)
+    assert isinstance(again, JsonTokenizer)
+    assert again.files == {path.name: path.read_text() for path in folder.iterdir()}
+    assert load_tokenizer(folder / "tokenizer.json").sha256 == tokenizer.sha256
+
+
+def test_ordinary_ids_are_those_of_text(folder: Path):
+    tokenizer = load_tokenizer(folder)
+    ordinary = set(tokenizer.ordinary_ids().tolist())
+    assert len(tokenizer.sentinel_ids) == (SENTINELS if folder.name == "t5" else 0)
+    assert ordinary.isdisjoint([*tokenizer.special_ids.values(), *tokenizer.sentinel_ids])
+    assert ordinary >= {i for text in TEXTS[:5] for i in tokenizer.encode(text)} - {tokenizer.unk_id}
+    # Those whose bytes are no text count too: they are what rare characters are made of.
+    assert len(ordinary) == tokenizer.vocab_size - len(
+        {*tokenizer.special_ids.values(), *tokenizer.sentinel_ids}
+    )
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_older_folders_without_tokenizer_json(kind: str, tmp_path: Path):
+    library = train_tokenizer(kind)
+    library.model.save(str(tmp_path))
+    assert find_tokenizer(tmp_path) == tmp_path / ("vocab.txt" if kind == "bert" else "vocab.json")
+    tokenizer = load_tokenizer(tmp_path)
+    expected = [encoding.ids for encoding in library.encode_batch(TEXTS, add_special_tokens=False)]
+    assert tokenizer.encode_batch(TEXTS) == expected
+    roles = {role.removesuffix("_token"): library.token_to_id(t) for role, t in KINDS[kind].items()}
+    assert tokenizer.special_ids == roles
+    # What it is carried as has all that AutoTokenizer asks for.
+    assert isinstance(tokenizer, JsonTokenizer)
+    for name, content in tokenizer.files.items():
+        (tmp_path / "written").mkdir(exist_ok=True)
+        (tmp_path / "written" / name).write_text(content)
+    written = AutoTokenizer.from_pretrained(tmp_path / "written")
+    assert [written(text, add_special_tokens=False).input_ids for text in TEXTS] == expected
+    assert written.convert_tokens_to_ids(getattr(written, next(iter(KINDS[kind])))) in roles.values()
+
+
+def test_what_the_special_tokens_are_for_without_a_config(tmp_path: Path):
+    write_tokenizer(tmp_path, "gpt2")
+    (tmp_path / "tokenizer_config.json").unlink()
+    end = load_tokenizer(tmp_path).special_ids
+    assert end.keys() == {"bos", "eos"}
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"] = {
+        "type": "RobertaProcessing",
+        "sep": ["b", 67],
+        "cls": ["a", 66],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special_ids == {**end, "cls": tokenizer.encode("a")[0], "sep": tokenizer.encode("b")[0]}
+
+
+def test_padding_and_truncation_of_the_file_are_left_alone(tmp_path: Path):
+    library = train_tokenizer("bert")
+    text = "cafés für das cafés für das"
+    expected = library.encode(text, add_special_tokens=False).ids
+    assert len(expected) > 4
+    library.enable_padding(length=64)
+    library.enable_truncation(4)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(text) == expected
+
+
+def test_a_corpus_carries_it(folder: Path, tmp_path: Path):
+    source = tmp_path / "texts.txt"
+    source.write_text("\n".join(text.replace("\n", " ").replace("\t", " ") for text in texts()))
+    config = PrepareConfig(
+        source=(str(source),),
+        output=tmp_path / "corpus",
+        tokenizer=TokenizerConfig(model=folder),
+        split=SplitConfig(validation=0.0, test=0.0),
+        txt_document="line",
+        workers=1,
+    )
+    prepare(config)
+    tokenizer = load_tokenizer(folder)
+    corpora = open_corpora(TokenDataConfig(path=str(tmp_path / "corpus")))
+    assert corpora.tokenizer_path.name == BUNDLE_FILE
+    assert corpora.tokenizer_sha256 == tokenizer.sha256
+    assert corpora.special_ids == tokenizer.special_ids
+    assert corpora.sentinel_ids == tokenizer.sentinel_ids
+    (split,) = corpora.splits("train").values()
+    tokens, ends = split.read(0, split.num_tokens)
+    assert (tokens[ends - 1] == tokenizer.eos_id).all()
+    expected = {tuple(tokenizer.encode(line)) for line in source.read_text().split("\n")}
+    assert {tuple(d[:-1].tolist()) for d in np.split(tokens, ends)[:-1]} == expected
+    prepare(replace(config, tokenizer=TokenizerConfig(vocab_size=400), overwrite=True))
+    replaced = open_corpora(TokenDataConfig(path=str(tmp_path / "corpus")))
+    assert replaced.tokenizer_path.name == "tokenizer.model"
+    assert not (tmp_path / "corpus" / BUNDLE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{", "got no tokenizer (no JSON"),
+        ("tokenizer.json", b"\xff\xfe\xfa", "got no tokenizer (no UTF-8 at byte 0)"),
+        ("tokenizer.json", b"[]", "got no tokenizer (JSON list)"),
+        ("tokenizer.json", b'{"model": {"type": "BPE"}}', "got no tokenizer ("),
+        ("tokenizer.json", pickle.dumps({"a": 1}), "got no tokenizer (no UTF-8 at byte 0)"),
+        ("vocab.txt", "\n".join(["a", "b"]).encode(), "neither an eos nor a sep nor a bos"),
+        ("tokenizer.model", b"no model", "got no sentencepiece model"),
+        ("tokenizer.pkl", pickle.dumps({"a": 1}), "no tokenizer but tokenizer.pkl, which is not opened"),
+        (BUNDLE_FILE, b'{"format": "llmtrain-tokenizer", "version": 9}', "got version 9"),
+        ("README.md", b"words", "got no tokenizer; allowed: tokenizer.json, a sentencepiece .model"),
+    ],
+)
+def test_what_is_no_tokenizer_is_one_line(name: str, content: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(tmp_path)
+    assert message in str(caught.value)
+    assert len(caught.value.problems) == 1
+    assert "\n" not in str(caught.value)
