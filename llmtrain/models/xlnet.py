@@ -42,6 +42,11 @@ class XLNetContext(Context):
     """(B, 1, Q, T), True where query and key are of different segments; None: segments are not told."""
     with_metrics: bool = False
 
+    @property
+    def num_places(self) -> int:
+        """Q."""
+        return self.distance_ids.shape[2]
+
 
 class RelativeAttention(nn.Module):
     """Attention of both streams to the content stream (arXiv:1906.08237, section 2.3 and appendix A.2).
@@ -71,30 +76,34 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x_BQD: Tensor, context: XLNetContext) -> Tensor:
         T = context.distance_ids.shape[-1]
-        q_BQNH = self._by_head(self.query(x_BQD))
+        q_BQNH = self._by_head(self.query(x_BQD)) * self.head_dim**-0.5
         k_BTNH, v_BTNH = self._by_head(self.key_value(x_BQD[:, :T]), 2).chunk(2, dim=-1)
         r_PNH = self._by_head(self.position(context.distances.to(x_BQD.dtype)))
 
-        of_distances_BNQP = self._with(self.position_bias, q_BQNH) @ r_PNH.permute(1, 2, 0)
-        ids_BNQT = context.distance_ids.expand(q_BQNH.shape[0], q_BQNH.shape[2], -1, -1)
-        scores_BNQT = of_distances_BNQP.gather(3, ids_BNQT)
-        scores_BNQT = scores_BNQT + self._with(self.content_bias, q_BQNH) @ k_BTNH.permute(0, 2, 3, 1)
+        of_distances_BNQP = torch.einsum("bqnh,pnh->bnqp", self._with(self.position_bias, q_BQNH), r_PNH)
+        B, N = of_distances_BNQP.shape[:2]
+        scores_BNQT = of_distances_BNQP.gather(3, context.distance_ids.expand(B, N, -1, -1))
+        scores_BNQT = scores_BNQT + torch.einsum(
+            "bqnh,btnh->bnqt", self._with(self.content_bias, q_BQNH), k_BTNH
+        )
         if (
             self.segment_bias is not None
             and self.segments is not None
             and context.is_other_segment is not None
         ):
-            same_N1H, other_N1H = self.segments()[:, None].chunk(2, dim=-1)
-            b_BNQH = self._with(self.segment_bias, q_BQNH)
-            of_same_BNQ1, of_other_BNQ1 = (b_BNQH @ s.transpose(1, 2) for s in (same_N1H, other_N1H))
-            scores_BNQT = scores_BNQT + torch.where(context.is_other_segment, of_other_BNQ1, of_same_BNQ1)
+            s_N2H = self.segments().unflatten(1, (2, -1))
+            of_segments_BNQ2 = torch.einsum("bqnh,nsh->bnqs", self._with(self.segment_bias, q_BQNH), s_N2H)
+            # Against those of the query's own segment: a softmax knows no more.
+            more_BNQ1 = of_segments_BNQ2.diff(dim=-1)
+            is_other_B1QT = context.is_other_segment.to(more_BNQ1.dtype)
+            scores_BNQT = scores_BNQT + is_other_B1QT * more_BNQ1
         if context.hidden is not None:
             # Not infinite: where a query sees nothing, the softmax would be no number.
             scores_BNQT = scores_BNQT.masked_fill(context.hidden, torch.finfo(scores_BNQT.dtype).min)
         probs_BNQT = scores_BNQT.softmax(-1).to(v_BTNH.dtype)
         if self.training and self.dropout > 0.0:
             probs_BNQT = self._dropped(probs_BNQT, context.dropout_keys)
-        y_BQD = (probs_BNQT @ v_BTNH.transpose(1, 2)).transpose(1, 2).flatten(2)
+        y_BQD = torch.einsum("bnqt,btnh->bqnh", probs_BNQT, v_BTNH).flatten(2)
         if context.sees_nothing is not None:
             y_BQD = y_BQD.masked_fill(context.sees_nothing, 0.0)
         return self.output(y_BQD)
@@ -104,14 +113,15 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (-1, vectors * self.head_dim))
 
     def _with(self, bias: PerHead, q_BQNH: Tensor) -> Tensor:
-        """Queries with a bias, scaled: (B, N, Q, H)."""
-        return ((q_BQNH + bias()) * self.head_dim**-0.5).transpose(1, 2)
+        """Scaled queries with a bias, which is scaled here: (B, Q, N, H)."""
+        return q_BQNH + bias() * self.head_dim**-0.5
 
     def _dropped(self, probs_BNQT: Tensor, keys_B: Tensor | None) -> Tensor:
         if keys_B is None:
             return F.dropout(probs_BNQT, self.dropout)
         dropout = AttentionDropout(self.dropout, self.layer, keys_B, self.first_head)
-        return probs_BNQT * dropout.scaled_mask(*probs_BNQT.shape[1:], probs_BNQT.dtype)
+        N, Q, T = probs_BNQT.shape[1:]
+        return probs_BNQT * dropout.scaled_mask(N, Q, T, probs_BNQT.dtype)
 
 
 class XLNetBlock(nn.Module):
