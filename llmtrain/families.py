@@ -14,9 +14,11 @@ from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.models.configs import ModelConfig, TransformerConfig
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.xlnet_config import XLNetConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import ModelShape
-from llmtrain.train.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,6 +95,54 @@ def _bert_table(config: BertConfig) -> Table:
     }
 
 
+def _xlnet(config: XLNetConfig) -> nn.Module:
+    from llmtrain.models.xlnet import XLNet
+
+    return XLNet(config)
+
+
+def _xlnet_table(config: XLNetConfig) -> Table:
+    table: dict[str, Role] = {
+        "embedding": "embedding",
+        "blocks.*.attention.query": "column",
+        "blocks.*.attention.key_value": "column",
+        "blocks.*.attention.position": "column",
+        "blocks.*.attention.*_bias": "heads",
+        "blocks.*.attention.output": "row",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "head": "head",
+    }
+    if config.has_segments:
+        table["blocks.*.attention.segments"] = "heads"
+    return table
+
+
+def _seq2seq(config: Seq2SeqConfig) -> nn.Module:
+    from llmtrain.models.seq2seq import EncoderDecoder
+
+    return EncoderDecoder(config)
+
+
+def _seq2seq_table(config: Seq2SeqConfig) -> Table:
+    table: dict[str, Role] = {
+        "embedding": "embedding",
+        "*.attention.qkv": "column",
+        "*.attention.output": "row",
+        "decoder.*.cross_attention.query": "column",
+        "decoder.*.cross_attention.key_value": "column",
+        "decoder.*.cross_attention.output": "row",
+        "*.mlp.up": "column",
+        "*.mlp.down": "row",
+        "head": "head",
+    }
+    if config.gated_mlp:
+        table["*.mlp.gate"] = "column"
+    if config.positions == "relative":
+        table["*.attention.relative"] = "heads"
+    return table
+
+
 def _lstm(config: LSTMConfig) -> nn.Module:
     from llmtrain.models.recurrent import LSTMLanguageModel
 
@@ -114,12 +164,29 @@ def _causal_lm(model: ModelConfig, data: TokenDataConfig) -> Objective:
 def _masked_lm(model: BertConfig, data: TokenDataConfig) -> Objective:
     from llmtrain.objectives.masked_lm import MaskedLM
 
-    word_starts = None
-    if model.objective.whole_words:
-        from llmtrain.data.tokenizer import Tokenizer
+    word_starts = text_ids = None
+    has_special_ids_inside = model.num_text_ids > min(model.special_ids)
+    if model.objective.whole_words or has_special_ids_inside:
+        from llmtrain.data.tokenizer import load_tokenizer
 
-        word_starts = Tokenizer.load(open_corpora(data).tokenizer_path).word_starts()
-    return MaskedLM(model, document_mask=data.document_mask, word_starts_V=word_starts)
+        corpora = open_corpora(data)
+        if model.objective.whole_words:
+            word_starts = load_tokenizer(corpora.tokenizer_path).word_starts()
+        if corpora.special_ids.get("mask") == model.mask_id:
+            text_ids = load_tokenizer(corpora.tokenizer_path).ordinary_ids()
+    return MaskedLM(model, document_mask=data.document_mask, word_starts_V=word_starts, text_ids=text_ids)
+
+
+def _permuted_lm(model: XLNetConfig, data: TokenDataConfig) -> Objective:
+    from llmtrain.objectives.permuted_lm import PermutedLM
+
+    return PermutedLM(model, document_mask=data.document_mask)
+
+
+def _seq2seq_objective(model: Seq2SeqConfig, data: TokenDataConfig) -> Objective:
+    from llmtrain.objectives.seq2seq import PairedText
+
+    return PairedText(model)
 
 
 def _classification(model: ModelConfig, data: ImageDataConfig) -> Objective:
@@ -133,6 +200,10 @@ FAMILIES: dict[str, Family] = {
         GPTConfig, "tokens", _gpt, _causal_lm, tensor_table=_gpt_table, has_stages=True, has_attention=True
     ),
     "bert": Family(BertConfig, "tokens", _bert, _masked_lm, tensor_table=_bert_table, has_stages=True),
+    "xlnet": Family(XLNetConfig, "tokens", _xlnet, _permuted_lm, tensor_table=_xlnet_table, has_stages=True),
+    "seq2seq": Family(
+        Seq2SeqConfig, "tokens", _seq2seq, _seq2seq_objective, tensor_table=_seq2seq_table, has_stages=True
+    ),
     "lstm": Family(LSTMConfig, "tokens", _lstm, _causal_lm),
     "simple_cnn": Family(SimpleCNNConfig, "images", _simple_cnn, _classification),
 }
@@ -153,12 +224,12 @@ def family_of(model: ModelConfig) -> Family:
 def model_shape(model: ModelConfig) -> ModelShape:
     """What the layout asks of the model."""
     family = family_of(model)
-    if not isinstance(model, GPTConfig | BertConfig):
+    if not isinstance(model, TransformerConfig):
         return ModelShape(model.family, family.axes, dropout=model.dropout)
     return ModelShape(
         model.family,
         family.axes,
-        model.num_layers,
+        model.blocks.num_layers,
         model.kv_heads,
         model.mlp_width,
         model.dropout,
@@ -197,7 +268,9 @@ def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConf
     needed, special = corpora.vocab_size, ""
     if isinstance(model, BertConfig):
         if model.mask_id is None:
-            model = replace(model, mask_id=needed, cls_id=needed + 1, sep_id=needed + 2)
+            own = corpora.special_ids if {"mask", "cls", "sep"} <= corpora.special_ids.keys() else {}
+            ids = [own.get(role, needed + n) for n, role in enumerate(("mask", "cls", "sep"))]
+            model = replace(model, mask_id=ids[0], cls_id=ids[1], sep_id=ids[2])
         needed = max(needed, *(i + 1 for i in model.special_ids))
         special = " with [MASK], [CLS] and [SEP]"
     if model.vocab_size is None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.families import family_of
+from llmtrain.models.configs import ModelConfig
 from llmtrain.parallel.layout import Layout
-from llmtrain.train.config import ModelConfig, TrainConfig
+from llmtrain.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import torch

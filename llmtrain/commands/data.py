@@ -27,8 +27,8 @@ from llmtrain.families import family_of, model_config_type, open_data, open_sour
 from llmtrain.files import disk_problem, write_atomically
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig
+from llmtrain.models.configs import ModelConfig
 from llmtrain.track.jsonl import read_metrics
-from llmtrain.train.config import ModelConfig
 from llmtrain.train.streaming import open_stream, source_shares
 
 if TYPE_CHECKING:

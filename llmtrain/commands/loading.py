@@ -16,8 +16,8 @@ from llmtrain.config import decode
 from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.families import family_of, model_config_type
+from llmtrain.models.configs import ModelConfig
 from llmtrain.shards import Shard, matrix_shape
-from llmtrain.train.config import ModelConfig
 
 if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer

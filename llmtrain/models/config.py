@@ -74,6 +74,11 @@ class GPTConfig:
     init_std: float = 0.02
 
     @property
+    def blocks(self) -> GPTConfig:
+        """What attention and MLPs are made of, as in the other families: itself."""
+        return self
+
+    @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 

@@ -158,32 +158,28 @@ class Seq2SeqConfig:
         """Weights of the head, on one of `tensor` processes that divide the vocabulary."""
         return -(-self._vocab() // tensor) * self.hidden_size
 
-    def step_matrix_counts(self, tensor: int = 1) -> list[int]:
-        """Weights of each step's matrices that multiply - none of embeddings, every block, head - on one of
-        `tensor` processes that divide them."""
-        encoder, decoder = self._layer_matrices()
+    def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:
+        """What each step - embeddings, every block, head - multiplies for a token, on one of `tensor`
+        processes that divide its matrices."""
+        encoder, decoder = (count // tensor for count in self._layer_matrices())
+        attended = sequence_length * self.num_heads * self.head_width
         return [
             0,
-            *[encoder // tensor] * self.num_layers,
-            *[decoder // tensor] * self.decoder_layers,
+            *[encoder + attended] * self.num_layers,
+            *[decoder + 2 * attended] * self.decoder_layers,
             self.head_matrix_count(tensor),
         ]
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Parameters of each step of a forward - embeddings, every block, head - on one of `tensor`
-        processes, the vocabulary padded to divide. A tied head is in the first and the last, the biases of
-        distances in the first block of their side alone."""
-        D, F = self.hidden_size, self.mlp_width
+        processes, the vocabulary padded to divide. A tied head is in the first and the last, and every
+        block has its side's biases of distances."""
+        D = self.hidden_size
         norm = self.blocks.layer_norm_parameter_count() // 2
         vocabulary = -(-self._vocab() // tensor)
-        inner = self.num_heads * self.head_width
-        # Of what is divided by outputs biases are divided too.
-        divided = (3 * inner + F * (2 if self.gated_mlp else 1)) // tensor if self.bias else 0
-        whole = 2 * D if self.bias else 0
-        cross = (3 * inner // tensor + D) if self.bias else 0
-        encoder, decoder = (count // tensor for count in self._layer_matrices())
-        encoder_layers = [encoder + divided + whole + 2 * norm] * self.num_layers
-        decoder_layers = [decoder + divided + whole + cross + 3 * norm] * self.decoder_layers
+        encoder, decoder = self.layer_copies_count(tensor)
+        encoder_layers = [encoder + 2 * norm] * self.num_layers
+        decoder_layers = [decoder + 3 * norm] * self.decoder_layers
         embeddings, head = vocabulary * D, vocabulary * (D + (1 if self.head_bias else 0))
         if self.positions == "learned":
             embeddings += 2 * self._positions() * D
@@ -193,13 +189,22 @@ class Seq2SeqConfig:
             encoder_layers[-1] += norm
             head += norm
         if self.positions == "relative":
-            encoder_layers[0] += self.relative_count(tensor)
-            decoder_layers[0] += self.relative_count(tensor)
+            relative = self._relative_count(tensor)
+            encoder_layers = [count + relative for count in encoder_layers]
+            decoder_layers = [count + relative for count in decoder_layers]
         return [embeddings, *encoder_layers, *decoder_layers, head]
 
-    def relative_count(self, tensor: int = 1) -> int:
-        """Biases by distance of one side, on one of `tensor` processes."""
-        return self.num_heads * self.relative_buckets // tensor
+    def repeated_count(self, steps: range, tensor: int = 1) -> int:
+        """Parameters that more than one of `steps` has, each time but the first."""
+        last = self.num_layers + self.decoder_layers + 1
+        repeated = 0
+        if self.tie_embeddings and 0 in steps and last in steps:
+            repeated += self.head_matrix_count(tensor)
+        if self.positions == "relative":
+            for side in (range(1, self.num_layers + 1), range(self.num_layers + 1, last)):
+                layers = sum(step in side for step in steps)
+                repeated += max(0, layers - 1) * self._relative_count(tensor)
+        return repeated
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
         """Elements of the largest single parameter, on one of `tensor` processes."""
@@ -209,9 +214,9 @@ class Seq2SeqConfig:
         return max(divided, self.head_matrix_count(tensor), positions)
 
     def parameter_count(self) -> int:
-        """All parameters, a tied head counted once. Needs vocab_size."""
-        tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
-        return sum(self.step_parameter_counts()) - tied
+        """All parameters, shared ones counted once. Needs vocab_size."""
+        counts = self.step_parameter_counts()
+        return sum(counts) - self.repeated_count(range(len(counts)))
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of a row over its source tokens, which are those that are counted:
@@ -225,6 +230,19 @@ class Seq2SeqConfig:
         weights += self.head_matrix_count() * T
         attended = inner * (L * S * S + M * (T * T / 2 + T * S))
         return (6.0 * weights + 12.0 * attended) / S
+
+    def layer_copies_count(self, tensor: int = 1) -> tuple[int, int]:
+        """Weights and biases of the linear layers of one layer of the encoder, and of the decoder, on one of
+        `tensor` processes."""
+        D, inner = self.hidden_size, self.num_heads * self.head_width
+        attention = 3 * inner // tensor + D if self.bias else 0
+        mlp = self.mlp_width * (2 if self.gated_mlp else 1) // tensor + D if self.bias else 0
+        encoder, decoder = (count // tensor for count in self._layer_matrices())
+        return encoder + attention + mlp, decoder + 2 * attention + mlp
+
+    def _relative_count(self, tensor: int) -> int:
+        """Biases by distance of one side."""
+        return self.num_heads * self.relative_buckets // tensor
 
     def _layer_matrices(self) -> tuple[int, int]:
         """Weights of the matrices of one layer of the encoder, and of the decoder."""

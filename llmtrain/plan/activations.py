@@ -7,15 +7,16 @@ logits. Tests compare with what torch keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.models.configs import ModelConfig, TransformerConfig
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.xlnet_config import XLNetConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
-
-ModelConfig = GPTConfig | BertConfig | LSTMConfig | SimpleCNNConfig
 
 LOGITS_PER_CHUNK = 2**23
 ATTENTION_BLOCK = 128
@@ -65,10 +66,33 @@ def activations(
                 range(model.num_layers + 2) if steps is None else steps
             )
             return Activations(tokens * per_token.kept, tokens * per_token.working)
+        case XLNetConfig():
+            return _XLNetRow(model, numbers, layout, conditions).activations(
+                range(model.num_layers + 2) if steps is None else steps
+            )
+        case Seq2SeqConfig():
+            return _PairRow(model, numbers, layout, conditions).activations(steps)
         case LSTMConfig():
             return Activations(tokens * _lstm_bytes(model, numbers), 0)
         case SimpleCNNConfig():
             return Activations(layout.micro_size * _simple_cnn_bytes(model, numbers), 0)
+
+
+def block_places(model: TransformerConfig, layout: Layout) -> int:
+    """Hidden states between the blocks of one process, of one micro-batch."""
+    T = layout.sequence_length // layout.sequence
+    if isinstance(model, Seq2SeqConfig):
+        lengths = model.objective.lengths(T)
+        return layout.micro_size * (lengths.source + lengths.target)
+    return layout.micro_size * (model.num_places(T) if isinstance(model, XLNetConfig) else T)
+
+
+def head_places(model: ModelConfig, layout: Layout) -> int:
+    """Hidden states that a language model's head reads, of one micro-batch on one process."""
+    T = layout.sequence_length // layout.sequence
+    if isinstance(model, Seq2SeqConfig):
+        T = model.objective.lengths(T).target
+    return layout.micro_size * T
 
 
 def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str, tensor: int = 1) -> int:
@@ -106,13 +130,26 @@ def low_precision_copies(
                 blocks, range(model.num_layers + 2) if steps is None else steps, recompute
             )
             return block * (kept + min(1, recomputed))
+        case XLNetConfig():
+            block = model.layer_matrix_count(tensor) + model.mlp_width // tensor + model.hidden_size
+            recomputed, kept = _divided(
+                model, range(model.num_layers + 2) if steps is None else steps, recompute
+            )
+            return block * (kept + min(1, recomputed))
+        case Seq2SeqConfig():
+            sides = model.layer_copies_count(tensor)
+            last, L = model.num_layers + model.decoder_layers, model.num_layers
+            layers = [step for step in (range(last + 2) if steps is None else steps) if 1 <= step <= last]
+            sizes = [(sides[step > L], recompute.covers(step - 1)) for step in layers]
+            recomputed_sizes = [size for size, is_recomputed in sizes if is_recomputed]
+            return sum(size for size, again in sizes if not again) + max(recomputed_sizes, default=0)
         case LSTMConfig():
             return model.num_layers * (8 * model.hidden_size**2 + 8 * model.hidden_size)
         case SimpleCNNConfig():
             return model.parameter_count()
 
 
-def _divided(model: GPTConfig, steps: range, recompute: RecomputeConfig) -> tuple[int, int]:
+def _divided(model: GPTConfig | XLNetConfig, steps: range, recompute: RecomputeConfig) -> tuple[int, int]:
     """How many blocks among `steps` are recomputed, and how many are not."""
     blocks = [step - 1 for step in steps if 1 <= step <= model.num_layers]
     recomputed = sum(recompute.covers(block) for block in blocks)
@@ -132,31 +169,31 @@ class _TransformerToken:
     def activations(self, steps: range) -> Activations:
         model, mode = self.model, self.conditions.recompute.mode
         recomputed, plain = _divided(model, steps, self.conditions.recompute)
-        kept = plain * self._block()
+        kept = plain * self.block()
         if recomputed:
             # Offloaded inputs lie in host memory: that of the process itself on a cpu.
             away = mode == "offload" and self.conditions.device != "cpu"
             kept += recomputed * (0 if away else self._between(model.hidden_size * self.numbers.residual))
-            kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
+            kept += recomputed * (self.linear_outputs() if mode == "selective" else 0)
             kept += self._context()
         if 0 in steps:
             kept += 8 + (model.hidden_size * self.numbers.residual if model.dropout > 0 else 0)
         if model.num_layers + 1 in steps:
-            kept += self._norm()
-        return Activations(kept, self._block() if recomputed else 0)
+            kept += self.norm()
+        return Activations(kept, self.block() if recomputed else 0)
 
     def _between(self, size: int) -> int:
         """What lies between the matrices: Megatron's sequence parallelism divides it."""
         return -(-size // self.layout.tensor) if self.layout.tensor_sequence else size
 
-    def _norm(self) -> int:
+    def norm(self) -> int:
         D = self.model.hidden_size
         if self.model.norm == "rmsnorm" and self.conditions.device == "cpu":
             # Composed of single operations, in fp32: the input and the normalized input.
             return self._between(2 * 4 * D + 4)
         return self._between(self.numbers.residual * D + 8)
 
-    def _block(self) -> int:
+    def block(self) -> int:
         model, numbers, layout = self.model, self.numbers, self.layout
         D, F = model.hidden_size, model.mlp_width // layout.tensor
         queries = model.num_heads * model.head_width // layout.tensor
@@ -168,7 +205,7 @@ class _TransformerToken:
             kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
         if model.dropout > 0:
             kept += self._between(2 * D)  # the masks
-        return 2 * self._norm() + kept * numbers.compute + self._head_norms() + self._attention()
+        return 2 * self.norm() + kept * numbers.compute + self._head_norms() + self._attention()
 
     def _head_norms(self) -> int:
         """Of queries and keys: what goes in - a copy of the queries, and for the keys qkv's whole output,
@@ -221,7 +258,7 @@ class _TransformerToken:
         on_gpu = self.conditions.device != "cpu"
         return on_gpu and low_precision and model.dropout == 0.0 and model.head_width % 8 == 0
 
-    def _linear_outputs(self) -> int:
+    def linear_outputs(self) -> int:
         """What selective recomputation keeps: a row-divided layer's output is a whole summand."""
         model, tensor = self.model, self.layout.tensor
         divided = model.qkv_width + model.mlp_width * (2 if model.gated_mlp else 1)
@@ -253,6 +290,146 @@ class _TransformerToken:
     def _mask(self) -> int:
         """Elements of the mask, which is over all tokens, for a token at hand."""
         return self.layout.sequence_length * self.layout.sequence
+
+
+@dataclass(frozen=True)
+class _XLNetRow:
+    """Bytes of a micro-batch, row by row: Q = T + M hidden states between blocks, T of them keys.
+
+    What each matrix product takes is kept, of scores the softmax alone, and what the blocks share once."""
+
+    model: XLNetConfig
+    numbers: Numbers
+    layout: Layout
+    conditions: Conditions
+
+    def activations(self, steps: range) -> Activations:
+        model, layout, mode = self.model, self.layout, self.conditions.recompute.mode
+        B, T, D = layout.micro_size, layout.sequence_length, model.hidden_size
+        Q, residual = model.num_places(T), self.numbers.residual
+        recomputed, plain = _divided(model, steps, self.conditions.recompute)
+        block = B * self._block() + self._distances()
+        kept = plain * block
+        if recomputed:
+            away = mode == "offload" and self.conditions.device != "cpu"
+            kept += recomputed * (0 if away else B * Q * D * residual)
+            kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
+        if plain or recomputed:
+            # Numbers of distances, what each query does not see, and the distances' sines.
+            kept += B * Q * T * (8 + 1) + (2 * T - 1) * D * 4
+        if 0 in steps:
+            kept += 8 * B * Q + (B * Q * D * residual if model.dropout > 0 else 0)
+        if model.num_layers + 1 in steps and model.dropout > 0:
+            kept += B * (Q - T) * D * residual
+        return Activations(kept, block if recomputed else 0)
+
+    def _block(self) -> int:
+        model, tensor, T = self.model, self.layout.tensor, self.layout.sequence_length
+        compute, residual = self.numbers.compute, self.numbers.residual
+        D, F, A, N, Q = (
+            model.hidden_size,
+            model.mlp_width // tensor,
+            model.hidden_size // tensor,
+            model.num_heads // tensor,
+            model.num_places(T),
+        )
+        softmax = compute if self.conditions.device == "cpu" else residual
+        of_place = 2 * (D * residual + 8)  # the norms' inputs
+        # Inputs of query, output, up and down, and of the activation; queries with two biases, or three.
+        of_place += compute * (2 * D + A + 2 * F + 2 * A)
+        of_place += N * T * softmax
+        if model.has_segments:
+            of_place += compute * (A + N + T)
+        if model.dropout > 0:
+            of_place += 2 * D * residual + 2 * N * T * compute  # masks, and weights that are left
+        of_key = compute * (D + 2 * A)  # the tokens' hidden states alone, keys and values
+        return Q * of_place + T * of_key
+
+    def _distances(self) -> int:
+        """Their keys, which all rows share."""
+        return (
+            (2 * self.layout.sequence_length - 1)
+            * self.model.hidden_size
+            // self.layout.tensor
+            * (self.numbers.compute)
+        )
+
+    def _linear_outputs(self) -> int:
+        """What selective recomputation keeps."""
+        model, tensor, T = self.model, self.layout.tensor, self.layout.sequence_length
+        D, A, Q = model.hidden_size, model.hidden_size // tensor, model.num_places(T)
+        of_rows = Q * (A + model.mlp_width // tensor + 2 * D) + 2 * T * A
+        return (self.layout.micro_size * of_rows + (2 * T - 1) * A) * self.numbers.compute
+
+
+@dataclass(frozen=True)
+class _PairRow:
+    """Bytes of a micro-batch of an encoder–decoder: what its layers keep of their own side, and the tensor of
+    both sides that goes from one to the next."""
+
+    model: Seq2SeqConfig
+    numbers: Numbers
+    layout: Layout
+    conditions: Conditions
+
+    def activations(self, steps: range | None) -> Activations:
+        model, residual, recompute = self.model, self.numbers.residual, self.conditions.recompute
+        L, last = model.num_layers, model.num_layers + model.decoder_layers
+        _, S, T = model.objective.lengths(self.layout.sequence_length)
+        steps = range(last + 2) if steps is None else steps
+        between = (S + T) * model.hidden_size * residual
+        kept, working = 0, 0
+        for step in steps:
+            if not 1 <= step <= last:
+                continue
+            block = self._encoder_block(S) if step <= L else self._decoder_block(S, T)
+            if not recompute.covers(step - 1):
+                # A norm before attention keeps the whole of what it takes a side of.
+                other = (T if step <= L else S) * model.hidden_size * residual
+                kept += block + (other if model.norm_first else 0)
+                continue
+            working = max(working, block)
+            away = recompute.mode == "offload" and self.conditions.device != "cpu"
+            kept += 0 if away else between
+            kept += self._linear_outputs(step <= L, S, T) if recompute.mode == "selective" else 0
+        if 0 in steps:
+            kept += 8 * (S + T) + (between if model.dropout > 0 else 0)
+            kept += between if model.embedding_norm else 0
+        if last + 1 in steps and model.norm_first:
+            kept += T * self._side(T, causal=True).norm()
+        B = self.layout.micro_size
+        return Activations(B * kept, B * working)
+
+    def _side(self, length: int, *, causal: bool) -> _TransformerToken:
+        layout = replace(self.layout, sequence_length=length)
+        return _TransformerToken(self.model.blocks, self.numbers, layout, self.conditions, causal)
+
+    def _encoder_block(self, S: int) -> int:
+        return S * self._side(S, causal=False).block()
+
+    def _decoder_block(self, S: int, T: int) -> int:
+        """With the inputs of cross-attention's query, output and key_value, its norm, and attention."""
+        model, compute, tensor = self.model, self.numbers.compute, self.layout.tensor
+        side, D = self._side(T, causal=True), model.hidden_size
+        N = model.num_heads // tensor
+        inner = N * model.head_width
+        of_target = side.norm() + compute * (D + 2 * inner + (D if model.dropout > 0 else 0))
+        of_source = compute * (D + 2 * inner)
+        pairs = compute * N * T * S
+        if model.dropout > 0 and self.conditions.exact_dropout:
+            pairs *= 3  # the softmax, dropout's mask and what it leaves
+        elif self.conditions.device != "cpu":
+            pairs = T * S if self.conditions.document_mask else 0
+        return T * (side.block() + of_target) + S * of_source + pairs
+
+    def _linear_outputs(self, is_encoder: bool, S: int, T: int) -> int:
+        """What selective recomputation keeps."""
+        side = self._side(S if is_encoder else T, causal=not is_encoder)
+        if is_encoder:
+            return S * side.linear_outputs()
+        inner = self.model.num_heads * self.model.head_width // self.layout.tensor
+        cross = T * (inner + self.model.hidden_size) + 2 * S * inner
+        return T * side.linear_outputs() + cross * self.numbers.compute
 
 
 def _lstm_bytes(model: LSTMConfig, numbers: Numbers) -> int:

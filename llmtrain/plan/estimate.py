@@ -14,14 +14,14 @@ from functools import cached_property
 from typing import Protocol
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, SimpleCNNConfig
+from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.models.configs import ModelConfig, TransformerConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel import launcher
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan import machine
-from llmtrain.plan.activations import Conditions, ModelConfig
+from llmtrain.plan.activations import Conditions
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.memory import GIB, Memory, memory_per_process, start_bytes
 
@@ -250,7 +250,7 @@ class Plan:
     def _changes(self) -> Iterator[tuple[Layout, RecomputeConfig]]:
         layout, now = self.layout, self.conditions.recompute
         recomputes = [now]
-        if isinstance(self.model, GPTConfig | BertConfig) and now.mode in ("none", "selective"):
+        if isinstance(self.model, TransformerConfig) and now.mode in ("none", "selective"):
             recomputes.append(RecomputeConfig("full"))
         changes = [
             (to, recompute)
@@ -276,7 +276,7 @@ class Plan:
     def _tensor_sizes(self) -> list[int]:
         """Those of the tensor axis that the model and one host allow, today's first."""
         now = self.layout.tensor
-        if not isinstance(self.model, GPTConfig | BertConfig):
+        if not isinstance(self.model, TransformerConfig):
             return [now]
         host = self.cluster.devices_per_node or self.layout.world_size
         larger = [

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig
+from llmtrain.models.configs import ModelConfig, TransformerConfig
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import balance
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan.activations import (
     Conditions,
-    ModelConfig,
     Numbers,
     activations,
+    block_places,
     head_bytes,
+    head_places,
     low_precision_copies,
 )
 
@@ -129,13 +130,13 @@ def _of_stage(
 
     of_micro_batch = activations(model, numbers, layout, conditions, steps)
     in_flight = min(layout.pipeline - stage, layout.accumulation)
-    tokens = layout.micro_size * layout.sequence_length // layout.sequence
     has_head = stage == layout.pipeline - 1
     handed_on = 0
-    if isinstance(model, GPTConfig | BertConfig) and not has_head:
-        handed_on = tokens * model.hidden_size * numbers.residual
+    if isinstance(model, TransformerConfig) and not has_head:
+        handed_on = block_places(model, layout) * model.hidden_size * numbers.residual
     is_copied = asynchronous_checkpoints and conditions.device == "cpu"
-    logits = head_bytes(model, numbers, tokens=tokens, device=conditions.device, tensor=layout.tensor)
+    asked = head_places(model, layout)
+    logits = head_bytes(model, numbers, tokens=asked, device=conditions.device, tensor=layout.tensor)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -169,7 +170,7 @@ def weight_bytes(precision: Precision, layout: Layout) -> int:
 
 def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
     """The steps of the model's forward that each pipeline stage runs: embedding, blocks, head."""
-    if not isinstance(model, GPTConfig | BertConfig):
+    if not isinstance(model, TransformerConfig):
         return [range(1)]
     by_time = layout.balance == "time"
     return _balanced(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
@@ -177,11 +178,15 @@ def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
 
 @lru_cache(maxsize=64)
 def _balanced(
-    model: GPTConfig | BertConfig, pipeline: int, tensor: int, sequence_length: int | None
+    model: TransformerConfig, pipeline: int, tensor: int, sequence_length: int | None
 ) -> list[range]:
     """By parameters, or by the multiplications of a token of so long a sequence."""
     counts = model.step_parameter_counts(tensor)
-    if sequence_length is not None:
+    if sequence_length is None:
+        pass
+    elif isinstance(model, Seq2SeqConfig):
+        counts = model.step_multiplications(tensor, sequence_length)
+    else:
         block = model.layer_matrix_count(tensor) + sequence_length * model.num_heads * model.head_width
         counts = [0, *[block] * model.num_layers, model.head_matrix_count(tensor)]
     return balance([float(count) for count in counts], pipeline)
@@ -189,10 +194,12 @@ def _balanced(
 
 def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> int:
     """Parameters of one process that runs `steps`, before ZeRO divides them among replicas."""
-    if not isinstance(model, GPTConfig | BertConfig):
+    if not isinstance(model, TransformerConfig):
         return model.parameter_count()
     counts = model.step_parameter_counts(layout.tensor)
     count = sum(counts[step] for step in steps)
+    if isinstance(model, Seq2SeqConfig):
+        return count - model.repeated_count(steps, layout.tensor)
     if model.tie_embeddings and len(steps) == len(counts):
         assert model.vocab_size is not None
         count -= -(-model.vocab_size // layout.tensor) * model.hidden_size
@@ -201,7 +208,7 @@ def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> in
 
 def largest_parameter_count(model: ModelConfig, layout: Layout) -> int:
     """Elements of the largest single parameter of one process, before ZeRO divides it."""
-    if isinstance(model, GPTConfig | BertConfig):
+    if isinstance(model, TransformerConfig):
         return model.largest_parameter_count(layout.tensor)
     return model.largest_parameter_count()
 

@@ -11,8 +11,9 @@ from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.models.configs import ModelConfig
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.xlnet_config import XLNetConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
@@ -64,9 +65,6 @@ class EvaluationConfig:
         )
 
 
-ModelConfig = GPTConfig | BertConfig | LSTMConfig | SimpleCNNConfig
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """The whole of `llmtrain train`, as composed by Hydra from conf/train.yaml."""
@@ -103,6 +101,14 @@ class TrainConfig:
                 self.data.overlap,
                 f"less than batch.sequence_length={self.batch.sequence_length}",
             )
+        if isinstance(self.model, XLNetConfig):
+            shortest = self.model.objective.predict_every
+            yield from require(
+                self.batch.sequence_length >= shortest,
+                "batch.sequence_length",
+                self.batch.sequence_length,
+                f"model.objective.predict_every={shortest} or more",
+            )
         positions = getattr(self.model, "max_sequence_length", None)
         yield from require(
             positions is None or self.batch.sequence_length <= positions,
@@ -111,6 +117,15 @@ class TrainConfig:
             f"1 to model.max_sequence_length={positions}",
             f"shorten it or set model.max_sequence_length={self.batch.sequence_length}",
         )
+        if isinstance(self.model, Seq2SeqConfig):
+            yield from self.model.objective.length_problems(self.batch.sequence_length)
+            target = self.model.objective.target_length or 0
+            yield from require(
+                positions is None or target <= positions,
+                "model.objective.target_length",
+                target,
+                f"1 to model.max_sequence_length={positions}",
+            )
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
