@@ -50,6 +50,11 @@ class PairContext(Context):
     def num_sources(self) -> int:
         return 0 if self.sources is None else self.sources.shape[1]
 
+    @property
+    def num_places(self) -> int:
+        """U."""
+        return self.num_sources + self.positions.shape[1]
+
 
 class SourceCache(KVCache):
     """Keys and values of the targets seen so far, and each decoder layer's of the sources, for generation."""

@@ -70,6 +70,11 @@ class Context:
     dropout_keys: Tensor | None = None
     """A key for each row, (B,), that dropout's masks are made from; None: torch's generator."""
 
+    @property
+    def num_places(self) -> int:
+        """Hidden states of a row between blocks."""
+        return self.positions.shape[1]
+
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":

@@ -57,7 +57,7 @@ def stage_weights(
             if p.ndim == 2 and not isinstance(sub, nn.Embedding | VocabParallelEmbedding)
         ]
         # Scores and mixing of values: each head's width times half the sequence, twice.
-        attention = [sub.num_heads * sub.head_dim for sub in modules if hasattr(sub, "attend")]  # type: ignore[operator]
+        attention = [sub.num_heads * sub.head_dim for sub in modules if hasattr(sub, "first_head")]  # type: ignore[operator]
         weights.append(float(sum(p.numel() for p in matrices) + sequence_length * sum(attention)))
     return weights
 
@@ -85,7 +85,9 @@ class PipelineStage(nn.Module):
     def run(self, x: Tensor | None, *, tokens_BT: Tensor, **arguments: Any) -> Tensor:
         """These steps over one batch; `x` is the previous stage's output (B, T, D), None on the first.
         → (B, T, D), on the last stage logits, or with labels the summed loss."""
-        context = self._make_context(tokens_BT, **arguments)
+        return self._through(x, tokens_BT, self._make_context(tokens_BT, **arguments))
+
+    def _through(self, x: Tensor | None, tokens_BT: Tensor, context: Context) -> Tensor:
         if x is None:
             x = tokens_BT
         for step in self.steps:
@@ -100,18 +102,19 @@ class PipelineStage(nn.Module):
         A stage is at its next batch while later ones are at this."""
         mesh, stage = self._mesh, self._mesh.coordinates.pipeline
         B, T = tokens_BT.shape
+        context = self._make_context(tokens_BT, **arguments)
         weight = next(self.parameters())
         x: Tensor | None = None
         if not mesh.is_first_stage:
-            x = weight.new_empty(B, T // self._token_parts, self.config.hidden_size)
+            x = weight.new_empty(B, context.num_places // self._token_parts, self.config.hidden_size)
             dist.recv(x, mesh.stage_rank(stage - 1))
-        y = self.run(x, tokens_BT=tokens_BT, **arguments)
+        y = self._through(x, tokens_BT, context)
         cache: KVCache | None = arguments.get("cache")
         if cache is not None:
             cache.length += T
         if not mesh.is_last_stage:
             dist.send(y.contiguous(), mesh.stage_rank(stage + 1))
-        if arguments.get("labels_BT") is not None:
+        if context.labels is not None:
             return y if mesh.is_last_stage else torch.zeros((), device=y.device)
         return self._from_last_stage(y)
 
