@@ -1,6 +1,8 @@
 """The tokenizer: lossless, reproducible, and clear about what it refuses."""
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,3 +127,36 @@ def test_what_is_no_model_is_refused(tmp_path):
         load_tokenizer(tmp_path / "x.model")
     with pytest.raises(DataError, match="No such file"):
         load_tokenizer(tmp_path / "missing.model")
+
+
+def folder_with(path: Path, name: str, model: bytes, config: dict[str, object]) -> Path:
+    (path / name).write_bytes(model)
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_sentinels_of_t5_stand_behind_its_pieces(tmp_path: Path):
+    from transformers import T5Tokenizer
+
+    model = given_model(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    folder = folder_with(tmp_path, "spiece.model", model, {"extra_ids": 5})
+    tokenizer, theirs = load_tokenizer(folder), T5Tokenizer.from_pretrained(folder, extra_ids=5)
+    assert tokenizer.vocab_size == 85 == len(theirs)
+    assert tokenizer.sentinel_ids == (84, 83, 82, 81, 80)
+    assert list(tokenizer.sentinel_ids) == theirs.convert_tokens_to_ids([f"<extra_id_{n}>" for n in range(5)])
+    assert tokenizer.special_ids == {"pad": 0, "eos": 1, "unk": 2}
+    for text in (*documents(3), "a<extra_id_0>"):
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    again = load_tokenizer(tokenizer.save(tmp_path))
+    assert (again.vocab_size, again.sha256) == (85, tokenizer.sha256)
+
+
+def test_tokens_added_to_llamas_and_what_special_pieces_are_called(tmp_path: Path):
+    model = given_model(control_symbols=["<sep>", "<cls>"], user_defined_symbols=["<mask>"])
+    added = {"added_tokens_decoder": {"80": {"content": "<pad>", "special": True}}}
+    tokenizer = load_tokenizer(folder_with(tmp_path, "tokenizer.model", model, added))
+    ids = {"unk": 0, "bos": 1, "eos": 2, "sep": 3, "cls": 4, "mask": 5, "pad": 80}
+    assert tokenizer.special_ids == ids
+    assert tokenizer.eos_id == 2
+    assert set(tokenizer.ordinary_ids().tolist()) == set(range(6, 80))
+    assert not {80, 3, 4} & set(tokenizer.encode("<pad> <sep> <cls>"))
