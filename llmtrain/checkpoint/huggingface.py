@@ -28,6 +28,7 @@ from llmtrain.checkpoint.forms.base import MARK, Entry, Form, Settings
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, StoredTensors, read_json
 from llmtrain.config import decode
+from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.initialize import fill_box, match_initializers
 from llmtrain.shards import whole
@@ -61,15 +62,13 @@ def export_folder(
     form = form_of(config)
     model = _on_meta(form, config)
     _check_tensors(model, tensors)
-    contents: dict[str, Any] = {CONFIG: _config_of(form, config, dtype)}
+    ids: dict[str, int] = {}
+    contents: dict[str, Any] = {}
     if tokenizer_path is not None:
         tokenizer = read_tokenizer(tokenizer_path, config.vocab_size or 0)
         ids = special_ids(tokenizer)
-        contents[CONFIG] |= ids
-        contents["generation_config.json"] = ids
         contents |= tokenizer_files(tokenizer, config.max_sequence_length, str(tokenizer_path))
-    else:
-        contents["generation_config.json"] = {}
+    contents |= {CONFIG: _config_of(form, config, dtype, ids), "generation_config.json": ids}
     output = Path(output).absolute()
     _refuse_foreign(output, overwrite)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -115,7 +114,7 @@ def import_folder(path: Path) -> Imported:
         raise CheckpointError(Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(FORMS)))
     form = FORMS[architecture]
     stored = StoredTensors(path)
-    theirs = Settings(path / CONFIG, content, stored.shapes.keys())
+    theirs = Settings(path / CONFIG, content, stored, lambda: _special_ids(path))
     theirs.require("quantization_config")
     try:
         config: Any = decode(form.config, form.read_config(theirs))
@@ -134,6 +133,12 @@ def import_folder(path: Path) -> Imported:
     return Imported(
         config, _Joined(stored, where, entries, model, fresh), fresh, tuple(sorted(names.left_out))
     )
+
+
+def _special_ids(path: Path) -> Mapping[str, int]:
+    """Role → id of the special tokens of a folder's tokenizer, none where it has none."""
+    found = find_tokenizer(path)
+    return {} if found is None else load_tokenizer(found).special_ids
 
 
 class _Joined(Mapping[str, Tensor]):
@@ -236,7 +241,8 @@ def _raise_if_any(problems: Iterator[Problem]) -> None:
 # Files.
 
 
-def _config_of(form: Form, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, int]) -> dict[str, Any]:
+    """ids: the tokenizer's, of special tokens."""
     return {
         "model_type": form.model_type,
         "vocab_size": config.vocab_size,
@@ -246,6 +252,7 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         # Their defaults are ids of their own tokenizers.
         "bos_token_id": None,
         "eos_token_id": None,
+        **ids,
         MARK: f"llmtrain {version('llmtrain')}",
         **form.write_config(config),
     }

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtrain.checkpoint.forms import gpt
+from llmtrain.checkpoint.forms import bert, gpt, llama, xlnet
 from llmtrain.checkpoint.forms.base import Form
 from llmtrain.errors import ConfigError, Problem
 
-FORMS: dict[str, Form] = {form.model_type: form for form in (gpt.GPT2, gpt.LLAMA)}
+FORMS: dict[str, Form] = {
+    form.model_type: form
+    for form in (
+        gpt.GPT2,
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.QWEN2,
+        llama.QWEN3,
+        llama.SMOLLM3,
+        bert.BERT,
+        bert.ROBERTA,
+        xlnet.XLNET,
+    )
+}
 """model_type of config.json → form; the first that a model fits is what it is exported as."""
 
 

@@ -99,10 +99,10 @@ class Settings:
     where: Path
     """The file."""
     content: Mapping[str, Any]
-    tensors: Collection[str] = ()
-    """Names of the weights beside it."""
-    special_ids: Mapping[str, int] = field(default_factory=dict)
-    """Role (mask, cls, sep, pad, bos, eos, unk) → id, of those that the tokenizer beside it has."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """The weights beside it, each read when asked for."""
+    special_ids: Callable[[], Mapping[str, int]] = dict
+    """→ role (mask, cls, sep, pad, bos, eos, unk) → id, of those that the tokenizer beside it has."""
     prefix: str = ""
     """Of keys in a refusal: the section's name."""
 
@@ -146,6 +146,14 @@ class Settings:
         value = self.content.get(key)
         if value is not None and value not in allowed:
             raise self.refusal(key, ", ".join(map(str, allowed)) or "nothing")
+
+    def is_tied(self, head: str, embedding: str, default: bool) -> bool:
+        """Whether the head shares the embedding's weight: as `tie_word_embeddings` says, unless both tensors
+        are stored and differ, which transformers takes for two weights too."""
+        tied = self.flag("tie_word_embeddings", default)
+        if not tied or not {head, embedding} <= self.tensors.keys():
+            return tied
+        return torch.equal(self.tensors[head], self.tensors[embedding])
 
     def refusal(self, key: str, allowed: str, remedy: str = "") -> CheckpointError:
         got = repr(self.content[key]) if key in self.content else "nothing"
