@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmtrain.engine.base import Engine
     from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
+    from llmtrain.parallel.pipeline import SharedWeight
     from llmtrain.shards import Shard
 
 
@@ -44,13 +45,13 @@ def build_engine(
     shards = _divide(model, config.model, mesh)
     stage = None
     held: list[nn.Module] = [model]
-    tied: dict[str, str] = {}
+    shared: dict[str, SharedWeight] = {}
     if layout.pipeline > 1:
-        from llmtrain.parallel.pipeline import PipelineStage
+        from llmtrain.parallel.pipeline import PipelineStage, shared_over_stages
 
         stage = PipelineStage(model, mesh)
         held = [module for step in stage.steps for module in step.modules.values()]
-        tied = _tied_over_stages(model, mesh)
+        shared = shared_over_stages(model, stage)
 
     dtype = weight_dtype(config.precision, layout.zero)
     partition = None
@@ -93,7 +94,7 @@ def build_engine(
     if stage is not None:
         from llmtrain.engine.pipeline import PipelineEngine
 
-        engine = PipelineEngine(setup, stage, tied)
+        engine = PipelineEngine(setup, stage, shared)
     elif config.engine == "deepspeed":
         from llmtrain.engine.deepspeed import DeepSpeedEngine
 
@@ -173,17 +174,6 @@ def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shar
 
         share_sequence(model, mesh)
     return shards
-
-
-def _tied_over_stages(model: nn.Module, mesh: Mesh) -> dict[str, str]:
-    """Canonical name → module of a weight that the first and the last stage both hold, on these."""
-    if not (mesh.is_first_stage or mesh.is_last_stage):
-        return {}
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    tied = [places for places in names.values() if len(places) > 1]
-    return {places[0]: places[0 if mesh.is_first_stage else -1].removesuffix(".weight") for places in tied}
 
 
 def _whole(parameter: nn.Parameter) -> Shard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -15,23 +15,22 @@ from llmtrain.engine.base import Setup
 from llmtrain.engine.deepspeed import DeepSpeedEngine
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, NamesArguments, Terms
-from llmtrain.parallel.pipeline import PipelineStage
+from llmtrain.parallel.pipeline import PipelineStage, SharedWeight
 from llmtrain.parallel.upstream import import_deepspeed
 
 
 class PipelineEngine(DeepSpeedEngine):
     """One stage of a pipeline, with ZeRO 0 or 1 over its replicas.
 
-    DeepSpeed moves hidden states and gradients between stages, in its schedule's order, sums a tied
-    embedding's gradients, and steps; micro-batches don't travel (see parallel/pipeline.py).
+    DeepSpeed moves hidden states and gradients between stages, in its schedule's order, sums the gradients of
+    weights that several stages hold, and steps; micro-batches don't travel (see parallel/pipeline.py).
     """
 
-    def __init__(self, setup: Setup, stage: PipelineStage, tied: dict[str, str]) -> None:
-        """tied: canonical name of a weight that stands on the first and the last stage → attribute path of
-        the module that has it here; empty on stages between."""
+    def __init__(self, setup: Setup, stage: PipelineStage, shared: Mapping[str, SharedWeight]) -> None:
+        """shared: by canonical name, in one order on all stages."""
         assert isinstance(setup.objective, NamesArguments)
         self._stage = stage
-        self._tied = tied
+        self._shared = shared
         self._replay = _Replay(stage, setup)
         super().__init__(setup)
         precision = setup.precision if self.layout.zero == 0 else "fp32"
@@ -50,13 +49,15 @@ class PipelineEngine(DeepSpeedEngine):
                 ),
                 partition_method="uniform",
             )
-        first_and_last = mesh.group_of_stages(0, layout.pipeline - 1)
-        for name, path in self._tied.items():
+        for name, (stages, path) in self._shared.items():
+            group = mesh.group_of_stages(*stages)
+            if path is None:
+                continue
             holder: Any = self.model.get_submodule(path)
             pipeline.tied_modules[path] = holder
             pipeline.tied_comms[path] = {
-                "ranks": [mesh.stage_rank(0), mesh.stage_rank(layout.pipeline - 1)],
-                "group": first_and_last,
+                "ranks": [mesh.stage_rank(stage) for stage in stages],
+                "group": group,
                 "weight_attr": ["weight"],
                 "module": holder,
             }
@@ -81,7 +82,8 @@ class PipelineEngine(DeepSpeedEngine):
         self._engine._exec_optimizer_step()
 
     def _answers_for(self, name: str) -> bool:
-        return super()._answers_for(name) and (name not in self._tied or self.mesh.is_first_stage)
+        is_first = name not in self._shared or self._stage.number == self._shared[name].stages[0]
+        return super()._answers_for(name) and is_first
 
 
 class _Replay(nn.Module):

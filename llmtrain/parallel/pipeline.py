@@ -10,7 +10,7 @@ Dim names: B batch, T sequence, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,32 @@ def stage_weights(
     return weights
 
 
+class SharedWeight(NamedTuple):
+    """A weight that several stages hold."""
+
+    stages: tuple[int, ...]
+    """Their numbers, ascending."""
+    module: str | None
+    """Path of one of the modules that have it on this stage; None: none has."""
+
+
+def shared_over_stages(model: nn.Module, here: PipelineStage) -> dict[str, SharedWeight]:
+    """Canonical name → weight, the same names in one order on every stage. Before memory is given, which
+    parts the weight of one stage from that of others."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    shared: dict[str, SharedWeight] = {}
+    for name, *copies in names.values():
+        holders: dict[int, str] = {}
+        for path in (name, *copies):
+            stage = next(s for module, s in here.stage_of.items() if path.startswith(f"{module}."))
+            holders.setdefault(stage, path.removesuffix(".weight"))
+        if len(holders) > 1:
+            shared[name] = SharedWeight(tuple(sorted(holders)), holders.get(here.number))
+    return shared
+
+
 class PipelineStage(nn.Module):
     """The steps of one model's forward that this process runs."""
 
@@ -70,8 +96,13 @@ class PipelineStage(nn.Module):
         layout = mesh.layout
         stages: list[Stage] = model.stages()  # type: ignore[operator]
         weights = stage_weights(stages, layout.balance, layout.sequence_length)
-        place = runs_with_blocks(weights, layout.pipeline)[mesh.coordinates.pipeline]
+        runs = runs_with_blocks(weights, layout.pipeline)
+        place = runs[mesh.coordinates.pipeline]
         self.steps = [stages[i] for i in place]
+        self.stage_of = {
+            name: number for number, run in enumerate(runs) for i in run for name in stages[i].modules
+        }
+        """Canonical name of each step's module → the stage of the pipeline that runs it."""
         for step in self.steps:
             for name, module in step.modules.items():
                 self.add_module(name.replace(".", "_"), module)
@@ -79,6 +110,7 @@ class PipelineStage(nn.Module):
         self.new_cache: Callable[[int], KVCache] | None = getattr(model, "new_cache", None)
         self._make_context: Callable[..., Context] = model.context  # type: ignore[assignment]
         self._mesh = mesh
+        self.number = mesh.coordinates.pipeline
         # Hidden states behind the first block are of a part of the tokens.
         self._token_parts = layout.tensor if layout.tensor_sequence else 1
 
