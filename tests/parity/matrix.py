@@ -44,6 +44,22 @@ FAMILIES = {
         "batch.micro_size=2",
         "batch.sequence_length=32",
     ),
+    "Qwen 3 form": (
+        "model=llama_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "model.head_dim=16",
+        "model.mlp_hidden_size=48",
+        "model.qk_norm=true",
+        "model.qkv_bias=true",
+        "model.sliding_window=12",
+        "model.no_rope_layers=[1]",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
     "BERT": (
         "model=bert_tiny",
         "model.num_layers=2",
@@ -155,7 +171,7 @@ class Cell:
         )
 
 
-LLAMA, BERT, LSTM = "Llama form", "BERT", "LSTM"
+LLAMA, QWEN3, BERT, LSTM = "Llama form", "Qwen 3 form", "BERT", "LSTM"
 PACKED = ("objective=mlm",)
 UNEVEN, UNTIED = ("model.vocab_size=323",), ("model.tie_embeddings=false",)
 CELLS = (
@@ -187,6 +203,11 @@ CELLS = (
     Cell(2, LLAMA, tensor=2, tensor_sequence=True, recompute="full"),
     Cell(2, LLAMA, pipeline=2, zero=1),
     Cell(2, LLAMA, sequence=2, zero=2),
+    Cell(2, QWEN3, zero=3),
+    Cell(2, QWEN3, tensor=2),
+    Cell(2, QWEN3, tensor=2, tensor_sequence=True, recompute="selective"),
+    Cell(2, QWEN3, pipeline=2, zero=1),
+    Cell(2, QWEN3, sequence=2, zero=2),
     *[Cell(2, BERT, zero=zero) for zero in (0, 1, 2, 3)],
     Cell(2, BERT, tensor=2),
     Cell(2, BERT, tensor=2, model=PACKED, recompute="selective"),
