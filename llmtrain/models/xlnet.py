@@ -20,6 +20,7 @@ from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.models.gpt import Stage
 from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Constant, Initializer, Normal
+from llmtrain.models.linear import Linear
 from llmtrain.models.transformer import MLP, Context, PerHead
 from llmtrain.models.xlnet_config import XLNetConfig
 
@@ -63,11 +64,11 @@ class RelativeAttention(nn.Module):
         self.dropout = config.dropout
         self.first_head = 0
         """Number in the whole layer of the first head held here."""
-        self.query = nn.Linear(D, N * H, bias=False)
-        self.key_value = nn.Linear(D, N * 2 * H, bias=False)
+        self.query = Linear(D, N * H, bias=False)
+        self.key_value = Linear(D, N * 2 * H, bias=False)
         """Rows stand by head: its key, its value."""
-        self.position = nn.Linear(D, N * H, bias=False)
-        self.output = nn.Linear(N * H, D, bias=False)
+        self.position = Linear(D, N * H, bias=False)
+        self.output = Linear(N * H, D, bias=False)
         self.content_bias = PerHead(N, H)
         self.position_bias = PerHead(N, H)
         self.segment_bias = PerHead(N, H) if config.has_segments else None
