@@ -53,7 +53,7 @@ def load(path: Path) -> Tokenizer:
     if path.name in SENTENCEPIECE_FILES:
         # Elsewhere a tokenizer_config.json beside it is another's.
         tokenizer = SentencePieceTokenizer(model, str(path))
-        if added := _added_tokens(path.parent, tokenizer.vocab_size):
+        if added := _added_tokens(path.parent, tokenizer.pieces()):
             model = extended(model, added, str(path))
     return SentencePieceTokenizer(model, str(path))
 
@@ -71,15 +71,15 @@ def _complete(files: dict[str, str], path: Path) -> JsonTokenizer:
     return JsonTokenizer({**files, TOKENIZER_CONFIG: tokenizer_json.make_config(special)}, str(path))
 
 
-def _added_tokens(folder: Path, vocab_size: int) -> list[str]:
+def _added_tokens(folder: Path, pieces: list[str]) -> list[str]:
     """Tokens that the folder's configuration puts behind a sentencepiece model's pieces, by id."""
-    config = _json(folder / TOKENIZER_CONFIG)
+    vocab_size, config = len(pieces), _json(folder / TOKENIZER_CONFIG)
     by_id: dict[int, str] = {}
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         by_id[int(i)] = token["content"] if isinstance(token, dict) else str(token)
     by_id |= {i: token for token, i in _json(folder / "added_tokens.json").items() if isinstance(i, int)}
-    # The format of T5: from the last id down.
-    extra = config.get("extra_ids") or 0
+    # T5's: from the last id down, unless the model has them already.
+    extra = 0 if "<extra_id_0>" in pieces else config.get("extra_ids") or 0
     by_id |= {vocab_size + extra - 1 - n: f"<extra_id_{n}>" for n in range(extra)}
     added: list[str] = []
     while (i := vocab_size + len(added)) in by_id:
