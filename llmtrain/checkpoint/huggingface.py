@@ -26,7 +26,7 @@ from llmtrain import files
 from llmtrain.checkpoint.forms import FORMS, form_of
 from llmtrain.checkpoint.forms.base import MARK, Entry, Form, Settings
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
-from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, StoredTensors, read_json
+from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.config import decode
 from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
@@ -112,14 +112,21 @@ def import_folder(path: Path) -> Imported:
     architecture = content.get("model_type")
     if architecture not in list(FORMS):
         raise CheckpointError(Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(FORMS)))
-    form = FORMS[architecture]
     stored = StoredTensors(path)
     theirs = Settings(path / CONFIG, content, stored, lambda: _special_ids(path))
     theirs.require("quantization_config")
+    return import_stored(path, FORMS[architecture], theirs, stored)
+
+
+def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> Imported:
+    """The model of `theirs` and `stored`, named and laid out as `form` says; `path`: where they come from.
+
+    Raises CheckpointError for a setting or tensor that can't be taken.
+    """
     try:
         config: Any = decode(form.config, form.read_config(theirs))
     except ConfigError as error:
-        raise CheckpointError(problem.within(str(path / CONFIG)) for problem in error.problems) from error
+        raise CheckpointError(problem.within(str(theirs.where)) for problem in error.problems) from error
     names = form.names(stored.shapes.keys(), config)
     given = {canonical: stored.shapes[name] for name, canonical in names.used.items()}
     model = _on_meta(form, config)
@@ -146,7 +153,7 @@ class _Joined(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        stored: StoredTensors,
+        stored: Stored,
         where: Mapping[str, str],
         entries: list[Entry],
         model: nn.Module,

@@ -18,12 +18,24 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 """Stored types that are taken as they are; others are codes of a quantization."""
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """Stored name → tensor, on the CPU, read when asked for from a mapping of the file into memory."""
+class Stored(Mapping[str, Tensor]):
+    """Stored name → tensor, on the CPU, read when asked for."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class StoredTensors(Stored):
+    """Those of a folder's safetensors, from a mapping of the files into memory."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for files that are missing, damaged or no plain numbers."""
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes = {}
         self._files: dict[str, Any] = {}
         for name in _file_names(path):
             file = path / name
@@ -44,12 +56,6 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def _file_names(path: Path) -> list[str]:
