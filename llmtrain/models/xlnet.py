@@ -11,10 +11,12 @@ N heads, H head width, P = 2T − 1 distances of two tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.models.gpt import Stage
@@ -82,8 +84,7 @@ class RelativeAttention(nn.Module):
         r_PNH = self._by_head(self.position(context.distances.to(x_BQD.dtype)))
 
         of_distances_BNQP = torch.einsum("bqnh,pnh->bnqp", self._with(self.position_bias, q_BQNH), r_PNH)
-        B, N = of_distances_BNQP.shape[:2]
-        scores_BNQT = of_distances_BNQP.gather(3, context.distance_ids.expand(B, N, -1, -1))
+        scores_BNQT: Tensor = _AtDistances.apply(of_distances_BNQP, context.distance_ids)
         scores_BNQT = scores_BNQT + torch.einsum(
             "bqnh,btnh->bnqt", self._with(self.content_bias, q_BQNH), k_BTNH
         )
@@ -123,6 +124,26 @@ class RelativeAttention(nn.Module):
         dropout = AttentionDropout(self.dropout, self.layer, keys_B, self.first_head)
         N, Q, T = probs_BNQT.shape[1:]
         return probs_BNQT * dropout.scaled_mask(N, Q, T, probs_BNQT.dtype)
+
+
+class _AtDistances(torch.autograd.Function):
+    """(B, N, Q, P), (B or 1, 1, Q, T) → (B, N, Q, T): `gather` that does not keep its input, of which a row
+    gives no number twice."""
+
+    @staticmethod
+    def forward(ctx: Any, of_distances_BNQP: Tensor, ids_B1QT: Tensor) -> Tensor:
+        B, N, _, ctx.P = of_distances_BNQP.shape
+        ctx.save_for_backward(ids_B1QT)
+        return of_distances_BNQP.gather(3, ids_B1QT.expand(B, N, -1, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (grad_BNQT,) = gradients
+        B, N, Q, _ = grad_BNQT.shape
+        (ids_B1QT,) = ctx.saved_tensors
+        grad_BNQP = grad_BNQT.new_zeros(B, N, Q, ctx.P)
+        return grad_BNQP.scatter_(3, ids_B1QT.expand(B, N, -1, -1), grad_BNQT), None
 
 
 class XLNetBlock(nn.Module):

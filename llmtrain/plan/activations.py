@@ -92,6 +92,8 @@ def head_places(model: ModelConfig, layout: Layout) -> int:
     T = layout.sequence_length // layout.sequence
     if isinstance(model, Seq2SeqConfig):
         T = model.objective.lengths(T).target
+    if isinstance(model, XLNetConfig):
+        T = model.objective.num_predicted(T)
     return layout.micro_size * T
 
 
@@ -315,8 +317,8 @@ class _XLNetRow:
             kept += recomputed * (0 if away else B * Q * D * residual)
             kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
         if plain or recomputed:
-            # Numbers of distances, what each query does not see, and the distances' sines.
-            kept += B * Q * T * (8 + 1) + (2 * T - 1) * D * 4
+            # Of each query and key their distance, what is not seen and other segments; and the distances' sines.
+            kept += B * Q * T * (8 + 1 + int(model.has_segments)) + (2 * T - 1) * D * 4
         if 0 in steps:
             kept += 8 * B * Q + (B * Q * D * residual if model.dropout > 0 else 0)
         if model.num_layers + 1 in steps and model.dropout > 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +24,9 @@ from llmtrain.models.convolutional import SimpleCNN
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
 from llmtrain.models.recurrent import LSTMLanguageModel
+from llmtrain.models.xlnet import XLNet
+from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.objectives.permuted_lm import PermutedLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel.balance import balance
@@ -161,6 +165,36 @@ def test_bert_activations(precision: str, dropout: float) -> None:
     # The head's gradients lie there already.
     expected += 4 * V * config.hidden_size
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", NUMBERS)
+@pytest.mark.parametrize(("dropout", "has_segments"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_xlnet_activations(mode: str, dropout: float, has_segments: bool, precision: str) -> None:
+    """Up to its head, of a batch as its objective makes it."""
+    T = 100
+    config = XLNetConfig(
+        vocab_size=V, hidden_size=96, num_layers=3, num_heads=6, dropout=dropout, has_segments=has_segments
+    )
+    recompute = RecomputeConfig(mode)  # type: ignore[arg-type]
+    model = built(XLNet(config), precision)
+    apply_recompute(model, recompute)
+    learned = PermutedLM(config)
+    raw = {"tokens": np.zeros((B, T + 1), np.int64), "documents": np.zeros((B, T + 1), np.int32)}
+    batch = learned.collate(raw | {"keys": np.arange(B)})
+    batch["labels"][:] = -100
+    batch["dropout_keys"] = torch.arange(B)
+
+    def loss() -> torch.Tensor:
+        with autocast(precision):
+            return learned(model, batch).loss_sum
+
+    expected = kept_by(config, NUMBERS[precision], B, T, recompute=recompute) + 4 * V * config.hidden_size
+    if precision == "autocast":
+        expected += 2 * copies(config, recompute)
+        if mode != "none":  # no block is at work between the passes
+            expected -= 2 * copies(replace(config, num_layers=1))
+    assert allocated(loss).kept == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +392,7 @@ def test_what_recomputation_keeps(
 PRESETS = sorted(
     path
     for path in (CONF / "model").glob("*.yaml")
-    if path.stem.startswith(("gpt", "llama", "bert", "roberta"))
+    if path.stem.startswith(("gpt", "llama", "bert", "roberta", "xlnet"))
 )
 
 
