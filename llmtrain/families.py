@@ -5,8 +5,8 @@ To add a family: a config in models/config.py, a module in models/, one line her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtrain.data.corpora import Corpora, open_corpora
@@ -184,9 +184,17 @@ def _permuted_lm(model: XLNetConfig, data: TokenDataConfig) -> Objective:
 
 
 def _seq2seq_objective(model: Seq2SeqConfig, data: TokenDataConfig) -> Objective:
+    from llmtrain.objectives.denoising import Denoising
     from llmtrain.objectives.seq2seq import PairedText
+    from llmtrain.objectives.span_corruption import SpanCorruption
 
-    return PairedText(model)
+    if model.objective.kind == "pairs":
+        return PairedText(model)
+    if model.objective.kind == "span_corruption":
+        return SpanCorruption(model)
+    from llmtrain.data.tokenizer import load_tokenizer
+
+    return Denoising(model, load_tokenizer(open_corpora(data).tokenizer_path).sentence_ends())
 
 
 def _classification(model: ModelConfig, data: ImageDataConfig) -> Objective:
@@ -207,6 +215,14 @@ FAMILIES: dict[str, Family] = {
     "lstm": Family(LSTMConfig, "tokens", _lstm, _causal_lm),
     "simple_cnn": Family(SimpleCNNConfig, "images", _simple_cnn, _classification),
 }
+
+
+OBJECTIVES = {
+    "bert": ("mlm", "mlm_nsp", "mlm_sop"),
+    "xlnet": ("permuted_lm",),
+    "seq2seq": ("seq2seq", "span_corruption", "denoising"),
+}
+"""Family → its options in conf/objective/; those left out predict the next token."""
 
 
 def model_config_type(section: Mapping[str, Any]) -> type:
@@ -245,9 +261,69 @@ def data_problems(model: ModelConfig, data: TokenDataConfig | ImageDataConfig) -
         if paired and isinstance(data, TokenDataConfig) and data.packing != "concat":
             allowed = "concat with model.objective.pairs: a row holds one pair of texts"
             return [Problem("data.packing", data.packing, allowed, "give data.packing=concat")]
+        if isinstance(model, Seq2SeqConfig) and isinstance(data, TokenDataConfig):
+            return _seq2seq_data_problems(model, data)
         return []
     remedy = {"tokens": "add data=tokens data.path=…", "images": "add data=mnist"}[wanted]
     return [Problem("data.kind", f"{data.kind!r} with model.family={model.family}", wanted, remedy)]
+
+
+def _seq2seq_data_problems(model: Seq2SeqConfig, data: TokenDataConfig) -> list[Problem]:
+    kind = model.objective.kind
+    if kind != "pairs":
+        allowed = f"0 with model.objective.kind={kind}, which would ask for what two rows share twice"
+        return [Problem("data.overlap", str(data.overlap), allowed)] if data.overlap else []
+    problems = []
+    if data.packing != "concat":
+        allowed = "concat with model.objective.kind=pairs, which lays whole pairs into rows"
+        problems.append(Problem("data.packing", data.packing, allowed, "leave it out"))
+    if not data.document_mask:
+        allowed = "true with model.objective.kind=pairs: pairs in a row are texts of their own"
+        problems.append(Problem("data.document_mask", "false", allowed, "leave it out"))
+    return problems
+
+
+def corpora_problems(model: ModelConfig, corpora: Corpora | None) -> list[Problem]:
+    """What keeps `model` from learning from these corpora: it needs pairs, or texts that are none. A decoder
+    takes both; to it a pair is two documents in a row."""
+    if corpora is None or isinstance(model, GPTConfig | LSTMConfig):
+        return []
+    if isinstance(model, Seq2SeqConfig) and model.objective.kind == "pairs":
+        if corpora.paired:
+            return []
+        got, allowed = f"{corpora.where}, a corpus of single texts", "pairs with objective=seq2seq"
+        remedy = "prepare it with target_field=… or target_source=…, or give another objective=…"
+        return [Problem("data.path", got, allowed, remedy)]
+    if not corpora.paired:
+        return []
+    got, allowed = f"{corpora.where}, a corpus of pairs", "single texts with this objective"
+    remedy = "give an encoder–decoder with objective=seq2seq, or prepare the texts without target_field"
+    return [Problem("data.path", got, allowed, remedy)]
+
+
+def objective_family(keys: Collection[str]) -> str | None:
+    """The family whose objectives have all of these keys; None where none or several have."""
+    found = [name for name in OBJECTIVES if keys and _objective_keys(name).issuperset(keys)]
+    return found[0] if len(found) == 1 else None
+
+
+def _objective_keys(family: str) -> frozenset[str]:
+    objectives = [f.default_factory for f in fields(FAMILIES[family].config) if f.name == "objective"]
+    return frozenset(f.name for objective in objectives for f in fields(objective))  # type: ignore[arg-type]
+
+
+def objective_problems(section: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with a `model` section, not decoded yet, whose objective is another family's."""
+    family, given = section.get("family", "gpt"), section.get("objective")
+    if family not in FAMILIES or not isinstance(given, Mapping):
+        return []
+    unknown = given.keys() - _objective_keys(family)
+    theirs = objective_family(unknown)
+    if theirs is None:
+        return []
+    got = f"one of {theirs} ({', '.join(OBJECTIVES[theirs])}) with model.family={family}"
+    allowed = ", ".join(OBJECTIVES.get(family, ("null",)))
+    return [Problem("objective", got, allowed, f"give another objective=…, or model=… of {theirs}")]
 
 
 def recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[Problem]:
@@ -259,7 +335,8 @@ def recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[P
 
 
 def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConfig:
-    """The model with its vocabulary known: null takes the corpus' and what special tokens BERT needs.
+    """The model with its vocabulary known: null takes the corpus' and the special tokens that its objective
+    needs.
 
     Raises ConfigError when the corpus has ids that the model's embedding lacks.
     """
@@ -273,6 +350,9 @@ def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConf
             model = replace(model, mask_id=ids[0], cls_id=ids[1], sep_id=ids[2])
         needed = max(needed, *(i + 1 for i in model.special_ids))
         special = " with [MASK], [CLS] and [SEP]"
+    if isinstance(model, Seq2SeqConfig):
+        model, needed = _seq2seq_vocabulary(model, corpora)
+        special = f" with what objective={model.objective.kind} marks texts by"
     if model.vocab_size is None:
         return replace(model, vocab_size=needed)
     if model.vocab_size < needed:
@@ -287,6 +367,33 @@ def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConf
     return model
 
 
+def _seq2seq_vocabulary(model: Seq2SeqConfig, corpora: Corpora) -> tuple[Seq2SeqConfig, int]:
+    """The model with the ids that its objective marks texts by, and how many rows its embedding needs. Where
+    the tokenizer has none of its own they stand behind the corpus' vocabulary: start, [MASK], and sentinels
+    at the embedding's end."""
+    own, needed, kind = corpora.special_ids, corpora.vocab_size, model.objective.kind
+    eos_id = corpora.eos_id if model.eos_id is None else model.eos_id
+    start_id, mask_id, sentinel_id = model.start_id, model.mask_id, model.sentinel_id
+    if start_id is None:
+        # One that also ends documents would say that nothing follows.
+        start_id = own["bos"] if own.get("bos", eos_id) != eos_id else needed
+        needed = max(needed, start_id + 1)
+    if kind == "denoising" and mask_id is None:
+        mask_id = own.get("mask", needed)
+        needed = max(needed, mask_id + 1)
+    if kind == "span_corruption" and sentinel_id is None:
+        count = model.objective.num_sentinels
+        theirs = corpora.sentinel_ids[:count]
+        if len(theirs) == count and theirs == tuple(range(theirs[0], theirs[0] - count, -1)):
+            sentinel_id = theirs[0]
+        else:
+            needed += count
+            sentinel_id = (model.vocab_size or needed) - 1
+    needed = max(needed, *(i + 1 for i in (start_id, mask_id, sentinel_id, eos_id) if i is not None))
+    model = replace(model, start_id=start_id, mask_id=mask_id, sentinel_id=sentinel_id, eos_id=eos_id)
+    return model, needed
+
+
 def open_sources(
     model: ModelConfig,
     data: TokenDataConfig | ImageDataConfig,
@@ -298,6 +405,7 @@ def open_sources(
     text are left out. Raises DataError when they cannot be had."""
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.images import Images
+    from llmtrain.data.paired_rows import PairedRows
     from llmtrain.data.pairs import Passages
 
     if isinstance(data, ImageDataConfig):
@@ -306,6 +414,16 @@ def open_sources(
     if isinstance(model, BertConfig) and model.has_pairs:
         splits = corpora.splits(split, only_filled=split != "train")
         return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
+    if isinstance(model, Seq2SeqConfig):
+        cache = data.cache.dir.expanduser()
+        text_length, source_length, target_length = model.objective.lengths(sequence_length)
+        if model.objective.kind == "pairs":
+            splits = corpora.splits(split, only_filled=split != "train")
+            return {
+                name: PairedRows(tokens, source_length, target_length, cache=cache)
+                for name, tokens in splits.items()
+            }
+        sequence_length = text_length
     return {
         name: TokenSequences(
             tokens,

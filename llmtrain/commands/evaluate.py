@@ -19,7 +19,7 @@ from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.families import data_problems, family_of, open_data, open_dataset
+from llmtrain.families import corpora_problems, data_problems, family_of, open_data, open_dataset
 from llmtrain.models.bert_config import BertConfig
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:
-    problems = data_problems(trained.config, config.data)
+    problems = data_problems(trained.config, config.data) + corpora_problems(trained.config, corpora)
     if corpora is not None and trained.tokenizer_path is not None:
         ours = corpora.tokenizer_sha256
         theirs = trained.tokenizer().sha256

@@ -12,9 +12,11 @@ from llmtrain.data.corpora import Corpora
 from llmtrain.data.train_config import data_config_type
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.families import (
+    corpora_problems,
     data_problems,
     model_config_type,
     model_shape,
+    objective_problems,
     open_data,
     recompute_problems,
     resolve_vocabulary,
@@ -54,9 +56,16 @@ def resolve(
     without_data = data_optional and not section.get("path") and not section.get("mixture")
     if without_data:
         mapping = {**mapping, "data": {**section, "path": NO_PATH}}
-    config = decode(TrainConfig, mapping, VARIANTS)
+    model_section = mapping.get("model", {})
+    problems = objective_problems(model_section)
+    if problems:
+        mapping = {**mapping, "model": {k: v for k, v in model_section.items() if k != "objective"}}
+    try:
+        config = decode(TrainConfig, mapping, VARIANTS)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
     world_size = launcher.world_size() if world_size is None else world_size
-    problems = list(data_problems(config.model, config.data))
+    problems += data_problems(config.model, config.data)
     problems += [
         problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
     ]
@@ -91,6 +100,7 @@ def resolve(
         try:
             corpora = open_data(config.data)
             model = resolve_vocabulary(config.model, corpora)
+            problems += corpora_problems(config.model, corpora)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -47,6 +47,16 @@ class Corpora:
         return self._first.manifest.tokenizer.sentinel_ids
 
     @property
+    def eos_id(self) -> int:
+        """Closes each document."""
+        return self._first.manifest.eos_id
+
+    @property
+    def paired(self) -> bool:
+        """Whether their documents are sources and targets in turn."""
+        return self._first.manifest.paired
+
+    @property
     def vocab_size(self) -> int:
         return self._first.manifest.vocab_size
 
@@ -112,6 +122,11 @@ def open_corpora(data: TokenDataConfig) -> Corpora:
                 problems.append(
                     Problem(f"data.mixture.{name}", got, f"that of {first[0]} ({ours[:12]}…)", remedy)
                 )
+            if corpus.manifest.paired != first[1].manifest.paired:
+                kinds = {True: "a corpus of pairs", False: "a corpus of single texts"}
+                allowed = f"what {first[0]} is, {kinds[first[1].manifest.paired]}"
+                got = f"{corpus.where}, {kinds[corpus.manifest.paired]}"
+                problems.append(Problem(f"data.mixture.{name}", got, allowed))
     if problems:
         raise DataError(problems)
     return Corpora(opened)

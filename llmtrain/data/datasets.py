@@ -61,6 +61,14 @@ class ReadsShards(Protocol):
         """Which of these cannot be read."""
 
 
+@runtime_checkable
+class NamesDocuments(Protocol):
+    """A dataset that knows which documents are in a sample."""
+
+    def where(self, index: int) -> list[tuple[str, int, int]]:
+        """(shard, document, tokens) of each document in a sample."""
+
+
 class TokenSequences:
     """A token stream cut into rows of W = T + 1 tokens: T inputs and, shifted by one, their T targets.
 

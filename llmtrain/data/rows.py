@@ -9,6 +9,7 @@ import fcntl
 import io
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,35 @@ class Windows(Packing):
         return found[inside], ends[inside]
 
 
+def counted_once(
+    cache: Path | None, key: str, shape: tuple[int, ...], count: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """What `count` gives, int64 of `shape`, which depends on nothing but `key`.
+
+    Counting takes some 5 ms a shard, so it is done once a host: the processes that start together wait for
+    the first, and the next find its result in the folder `cache`.
+    """
+    if cache is None:
+        return count()
+    path = cache / "rows" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # A file that a disk has damaged is made anew.
+            with suppress(FileNotFoundError, ValueError, EOFError):
+                found: np.ndarray = np.load(path, allow_pickle=False)
+                if found.shape == shape:
+                    return found
+            counts, content = count(), io.BytesIO()
+            np.save(content, counts)
+            write_atomically(path, content.getvalue())
+            return counts
+    except OSError as error:
+        raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
+
+
 class BestFit(Packing):
     """Rows that hold whole documents, or parts of those longer than a row."""
 
@@ -81,7 +111,9 @@ class BestFit(Packing):
         self._width = sequence_length + 1
         # A part's first token is the last target of the part before it, whatever else they share.
         self._overlap = overlap + 1
-        counts = self._counts(cache)
+        key = f"{split.fingerprint}/{split.name}/{self._width}/{self._overlap}"
+        # Rows, and places for targets that hold one.
+        counts = counted_once(cache, key, (len(split.shard_names), 2), self._count)
         self.shard_sizes = counts[:, 0]
         self.num_places = int(counts[:, 1].sum())
         self._rows: OrderedDict[int, packing.Rows] = OrderedDict()
@@ -109,34 +141,8 @@ class BestFit(Packing):
         found = np.flatnonzero(pieces.columns)
         return found, np.zeros_like(found)
 
-    def _counts(self, cache: Path | None) -> np.ndarray:
-        """(rows, places for targets that hold one) of each shard, int64 (S, 2).
-
-        Counting takes some 5 ms a shard, so it is done once a host: the processes that start together wait
-        for the first, and the next find its result.
-        """
-        if cache is None:
-            return self._count()
-        key = f"{self._split.fingerprint}/{self._split.name}/{self._width}/{self._overlap}"
-        path = cache / "rows" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.npy"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".lock"), "w") as file:
-                with suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                # A file that a disk has damaged is made anew.
-                with suppress(FileNotFoundError, ValueError, EOFError):
-                    found: np.ndarray = np.load(path, allow_pickle=False)
-                    if found.shape == (len(self._split.shard_names), 2):
-                        return found
-                counts, content = self._count(), io.BytesIO()
-                np.save(content, counts)
-                write_atomically(path, content.getvalue())
-                return counts
-        except OSError as error:
-            raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
-
     def _count(self) -> np.ndarray:
+        """(rows, places for targets that hold one) of each shard, int64 (S, 2)."""
         counts = np.array(
             [
                 packing.count_rows(lengths, self._width, self._overlap)

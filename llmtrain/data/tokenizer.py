@@ -27,6 +27,8 @@ TOKENIZER_FILES = (SENTENCEPIECE_FILE, BUNDLE_FILE)
 """Names under which corpora and checkpoints carry their one tokenizer."""
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
+_SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n", "<0x0A>", "Ċ")
+"""Newlines among them, as bytes are written in sentencepiece and in byte-level BPE."""
 _REPLACEMENT = "�"
 """What bytes that are no UTF-8 decode to."""
 
@@ -108,6 +110,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int32: UTF-8 bytes of text each id stands for; 0 for special and unknown ids."""
+
+    def sentence_ends(self) -> np.ndarray:
+        """(vocab_size,) bool: whether each id ends a sentence: by its last character, or as the end of a
+        document."""
+        ends = np.array([piece.endswith(_SENTENCE_ENDS) for piece in self.pieces()])
+        ends[self.eos_id] = True
+        return ends
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""

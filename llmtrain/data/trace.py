@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from llmtrain.data.datasets import EMPTY, Dataset, TokenSequences
+from llmtrain.data.datasets import EMPTY, Dataset, NamesDocuments
 from llmtrain.data.mixture import Timeline
 from llmtrain.data.stream import Skipped, Stream, combine_digests, digest
 
@@ -71,7 +71,7 @@ def samples_of(stream: Stream, step: int, skipped: Skipped = frozenset()) -> Ite
 def parts_of(sources: Mapping[str, Dataset], sample: Sample) -> list[Part]:
     """The documents of a sample in their order; none of one that was left empty or that has no documents."""
     dataset = sources[sample.corpus]
-    if sample.row == EMPTY or not isinstance(dataset, TokenSequences):
+    if sample.row == EMPTY or not isinstance(dataset, NamesDocuments):
         return []
     return [Part(*found) for found in dataset.where(sample.row)]
 

@@ -90,12 +90,19 @@ class Seq2SeqObjectiveConfig:
         if self.kind == "pairs":
             return Lengths(0, sequence_length, self.target_length or sequence_length)
         if self.kind == "denoising":
-            return Lengths(sequence_length - 1, sequence_length, sequence_length)
+            return self.lengths_of_text(sequence_length - 1)
         # What remains of a text grows with it.
         texts = np.arange(int(sequence_length / (1 - self.share)) + 4)
         hidden, gaps = self.gaps_of(texts)
-        text = int(np.searchsorted(texts - hidden + gaps + 1, sequence_length, side="right")) - 1
-        return Lengths(text, sequence_length, int(hidden[text] + gaps[text]) + 1)
+        longest = np.searchsorted(texts - hidden + gaps + 1, sequence_length, side="right")
+        return self.lengths_of_text(int(longest) - 1)
+
+    def lengths_of_text(self, text: int) -> Lengths:
+        """What rows of so many tokens of the corpus come to, ends included."""
+        if self.kind == "denoising":
+            return Lengths(text, text + 1, text + 1)
+        hidden, gaps = (int(count) for count in self.gaps_of(np.array(text)))
+        return Lengths(text, text - hidden + gaps + 1, hidden + gaps + 1)
 
     def gaps_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Span corruption of texts of so many tokens → (tokens in gaps, gaps), int64 of the same shape. A

@@ -25,19 +25,15 @@ class Denoising(OneText):
     only while its source is no longer than its text.
     """
 
-    def __init__(
-        self, config: Seq2SeqConfig, eos_id: int, sequence_length: int, sentence_ends_V: np.ndarray
-    ) -> None:
-        """sentence_ends_V: whether each id ends a sentence, bool."""
-        super().__init__(config, eos_id, sequence_length)
+    def __init__(self, config: Seq2SeqConfig, sentence_ends_V: np.ndarray) -> None:
+        """sentence_ends_V: whether each id ends a sentence, bool. Raises ValueError before the vocabulary is
+        resolved."""
+        super().__init__(config)
         if config.mask_id is None:
             raise ValueError("the special ids are not resolved yet")
         self._mask_id = config.mask_id
         self._sentence_ends_V = sentence_ends_V
-        mean = config.objective.mean_span
-        self._lengths_until = _poisson_distribution(mean)
-        # More than the mean asks for of a full row; where they do not reach, it hides a little less.
-        self._most_gaps = int(1.5 * self._lengths.text * config.objective.infilling / mean) + 8
+        self._lengths_until = _poisson_distribution(config.objective.mean_span)
 
     def corrupt(
         self, text: np.ndarray, lengths_B: np.ndarray, keys_B: np.ndarray
@@ -75,11 +71,14 @@ class Denoising(OneText):
         self, text: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         hidden_B = np.floor(sizes_B * self._config.infilling + 0.5).astype(np.int64)
-        drawn_BM = uniform(keys_B, _GAP_LENGTH, np.arange(self._most_gaps))
+        # Enough for any row but the rarest, which hides a little less: 1.5 times what the mean asks for.
+        most_B = (1.5 * hidden_B / self._config.mean_span).astype(np.int64) + 8
+        places = np.arange(int(most_B.max(initial=0)))
+        drawn_BM = uniform(keys_B, _GAP_LENGTH, places)
         lengths_BM = np.searchsorted(self._lengths_until, drawn_BM, side="right")
         before_BM = np.cumsum(lengths_BM, axis=1) - lengths_BM
         lengths_BM = np.minimum(lengths_BM, hidden_B[:, None] - before_BM)
-        is_gap_BM = before_BM < hidden_B[:, None]
+        is_gap_BM = (before_BM < hidden_B[:, None]) & (places < most_B[:, None])
         grows_B = is_gap_BM.sum(axis=1) > hidden_B
         is_gap_BM &= (lengths_BM > 0) | ~grows_B[:, None]
         gaps_B = is_gap_BM.sum(axis=1)

@@ -120,17 +120,19 @@ class OneText(Seq2Seq):
     stand in it as tokens.
     """
 
-    def __init__(self, config: Seq2SeqConfig, eos_id: int, sequence_length: int) -> None:
-        """eos_id: ends sources and targets. sequence_length: tokens of an encoder's input."""
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        """Raises ValueError before the vocabulary is resolved."""
         super().__init__(config)
+        if config.eos_id is None:
+            raise ValueError("the special ids are not resolved yet")
+        self._eos_id = config.eos_id
         self._config = config.objective
-        self._eos_id = eos_id
-        self._lengths = config.objective.lengths(sequence_length)
 
     def examples(self, raw: dict[str, np.ndarray]) -> Examples:
-        """{"tokens", "documents": (B, W), documents negative behind the last token; "keys": (B,)}; the first
-        `text` tokens of a row are taken."""
-        L = self._lengths.text
+        """{"tokens", "documents": (B, W), documents negative behind the last token; "keys": (B,)}; all tokens
+        of a row but the last are taken. S and T depend on W."""
+        L = raw["tokens"].shape[1] - 1
+        _, S, T = self._config.lengths_of_text(L)
         is_text_BL = raw["documents"][:, :L] >= 0
         lengths_B = is_text_BL.sum(axis=1)
         # Of a single token nothing can be asked.
@@ -138,10 +140,8 @@ class OneText(Seq2Seq):
         lengths_B = np.where(lengths_B > 1, lengths_B, 0)
         text = raw["tokens"][:, :L][is_text_BL]
         (source, sources_B), (target, targets_B) = self.corrupt(text, lengths_B, raw["keys"])
-        sides = (source, sources_B, self._lengths.source), (target, targets_B, self._lengths.target)
-        (sources_BS, source_documents_BS), (targets_BT, documents_BT) = (
-            self._rows(flat, sizes_B, width, lengths_B > 0) for flat, sizes_B, width in sides
-        )
+        sources_BS, source_documents_BS = self._rows(source, sources_B, S, lengths_B > 0)
+        targets_BT, documents_BT = self._rows(target, targets_B, T, lengths_B > 0)
         return Examples(sources_BS, source_documents_BS, targets_BT, documents_BT)
 
     @abstractmethod

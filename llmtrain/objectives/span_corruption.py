@@ -24,8 +24,9 @@ class SpanCorruption(OneText):
     of cutting is as likely.
     """
 
-    def __init__(self, config: Seq2SeqConfig, eos_id: int, sequence_length: int) -> None:
-        super().__init__(config, eos_id, sequence_length)
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        """Raises ValueError before the vocabulary is resolved."""
+        super().__init__(config)
         if config.sentinel_id is None:
             raise ValueError("the sentinels are not resolved yet")
         self._sentinel_id = config.sentinel_id

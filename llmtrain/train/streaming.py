@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmtrain.data.datasets import Dataset, TokenSequences
+from llmtrain.data.datasets import Dataset
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
-from llmtrain.data.pairs import Passages
 from llmtrain.data.stream import Agree, Stream, samples_of_epoch
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.train.config import TrainConfig
@@ -101,10 +100,7 @@ def source_shares(
     """Source → share of the samples from `step` on, together 1."""
     if isinstance(data, ImageDataConfig):
         return {"": 1.0}
-    tokens = {
-        name: dataset.tokens_per_sample if isinstance(dataset, TokenSequences | Passages) else 1.0
-        for name, dataset in sources.items()
-    }
+    tokens = {name: getattr(dataset, "tokens_per_sample", 1.0) for name, dataset in sources.items()}
     return sample_shares(data.weights(step), tokens)
 
 

@@ -20,15 +20,18 @@ EOS, PERIOD, START, MASK, LAST_SENTINEL = 2, 3, 100, 101, 201
 SENTENCE_ENDS = np.arange(100) == PERIOD
 
 
-def make(sequence_length: int, **settings: Any) -> OneText:
+def make(**settings: Any) -> OneText:
     objective = Seq2SeqObjectiveConfig(**settings)
     assert not [*objective.problems()]
     config = Seq2SeqConfig(
-        vocab_size=202, start_id=START, mask_id=MASK, sentinel_id=LAST_SENTINEL, objective=objective
+        vocab_size=202,
+        start_id=START,
+        mask_id=MASK,
+        sentinel_id=LAST_SENTINEL,
+        eos_id=EOS,
+        objective=objective,
     )
-    if objective.kind == "denoising":
-        return Denoising(config, EOS, sequence_length, SENTENCE_ENDS)
-    return SpanCorruption(config, EOS, sequence_length)
+    return Denoising(config, SENTENCE_ENDS) if objective.kind == "denoising" else SpanCorruption(config)
 
 
 def texts(lengths: list[int], width: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -65,12 +68,12 @@ def sides(batch: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
     seed=st.integers(0, 1 << 30),
 )
 def test_gaps_filled_in_are_the_text(lengths: list[int], share: float, mean_span: float, seed: int) -> None:
-    objective = make(64, kind="span_corruption", share=share, mean_span=mean_span)
-    width = objective._lengths.text + 1
+    objective = make(kind="span_corruption", share=share, mean_span=mean_span)
+    width = objective._config.lengths(64).text + 1
     lengths = [min(length, width - 1) for length in lengths]
     raw = texts(lengths, width, seed)
     batch = objective.collate(raw)
-    assert batch["sources"].shape == (len(lengths), 64)
+    assert batch["sources"].shape == (len(lengths), objective._config.lengths(64).source)
     for row, length in enumerate(lengths):
         source, target = sides(batch, row)
         if length < 2:
@@ -92,7 +95,7 @@ def test_gaps_filled_in_are_the_text(lengths: list[int], share: float, mean_span
 
 
 def test_full_rows_of_gaps_fill_both_sides() -> None:
-    objective = make(512, kind="span_corruption")
+    objective = make(kind="span_corruption")
     raw = texts([568] * 64, 569)
     batch = objective.collate(raw)
     assert "documents" not in batch
@@ -102,7 +105,7 @@ def test_full_rows_of_gaps_fill_both_sides() -> None:
 
 
 def test_every_place_lies_in_a_gap_as_often_as_the_share_says() -> None:
-    objective = make(128, kind="span_corruption")
+    objective = make(kind="span_corruption")
     assert isinstance(objective, SpanCorruption)
     keys, lengths = texts([141] * 4000, 142)["keys"], np.full(4000, 141)
     hidden_B, _ = objective._config.gaps_of(lengths)
@@ -129,7 +132,7 @@ def test_every_place_lies_in_a_gap_as_often_as_the_share_says() -> None:
     seed=st.integers(0, 1 << 30),
 )
 def test_noise_takes_tokens_and_invents_none(lengths: list[int], noise: dict[str, float], seed: int) -> None:
-    objective = make(64, kind="denoising", **noise)
+    objective = make(kind="denoising", **noise)
     raw = texts(lengths, 64, seed)
     batch = objective.collate(raw)
     assert batch["sources"].shape == batch["tokens"].shape == (len(lengths), 64)
@@ -160,7 +163,7 @@ def test_sentences_stay_whole() -> None:
     raw = texts([50] * 20, 64)
     raw["tokens"][:, 7:50:9] = PERIOD
     raw["tokens"][:, 49] = PERIOD
-    batch = make(64, **only(permutation=1.0)).collate(raw)
+    batch = make(**only(permutation=1.0)).collate(raw)
     moved = 0
     for row in range(20):
         source, target = sides(batch, row)
@@ -171,7 +174,7 @@ def test_sentences_stay_whole() -> None:
 
 def test_rotation_keeps_the_circle() -> None:
     raw = texts([40] * 20, 64)
-    batch = make(64, **only(rotation=1.0)).collate(raw)
+    batch = make(**only(rotation=1.0)).collate(raw)
     starts = set()
     for row in range(20):
         source, target = sides(batch, row)
@@ -182,11 +185,11 @@ def test_rotation_keeps_the_circle() -> None:
 def test_shares_of_noise_are_what_the_config_says() -> None:
     raw = texts([511] * 200, 512)
     tokens = 511 * 200
-    masked = make(512, **only(masking=0.2, deletion=0.1)).collate(raw)
+    masked = make(**only(masking=0.2, deletion=0.1)).collate(raw)
     assert int((masked["sources"] == MASK).sum()) / tokens == pytest.approx(0.2, abs=0.01)
     kept = sum(len(sides(masked, row)[0]) for row in range(200))
     assert kept / tokens == pytest.approx(0.9, abs=0.01)
-    filled = make(512, **only(infilling=0.3)).collate(raw)
+    filled = make(**only(infilling=0.3)).collate(raw)
     gaps = int((filled["sources"] == MASK).sum())
     hidden = tokens - sum(len(sides(filled, row)[0]) for row in range(200)) + gaps
     assert hidden / tokens == pytest.approx(0.3, abs=0.005)
@@ -196,8 +199,8 @@ def test_shares_of_noise_are_what_the_config_says() -> None:
 
 @pytest.mark.parametrize("settings", [{"kind": "span_corruption"}, {"kind": "denoising", "rotation": 0.5}])
 def test_a_row_is_the_same_in_any_batch(settings: dict[str, Any]) -> None:
-    objective = make(64, **settings)
-    width = objective._lengths.text + 1
+    objective = make(**settings)
+    width = objective._config.lengths(64).text + 1
     raw = texts([width - 1, 13, 0, width - 1, 40, 2], width)
     whole = objective.examples(raw)
     for row in range(6):
