@@ -317,7 +317,7 @@ class _XLNetRow:
             kept += recomputed * (0 if away else B * Q * D * residual)
             kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
         if plain or recomputed:
-            # Of each query and key their distance, what is not seen and other segments; and the distances' sines.
+            # Of each query and key the distance, what is not seen, other segments; sines of distances.
             kept += B * Q * T * (8 + 1 + int(model.has_segments)) + (2 * T - 1) * D * 4
         if 0 in steps:
             kept += 8 * B * Q + (B * Q * D * residual if model.dropout > 0 else 0)

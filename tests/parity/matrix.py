@@ -69,6 +69,15 @@ FAMILIES = {
         "batch.micro_size=2",
         "batch.sequence_length=32",
     ),
+    "XLNet": (
+        "model=xlnet_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
     "LSTM": (
         "model=lstm",
         "model.num_layers=2",
@@ -171,14 +180,15 @@ class Cell:
         )
 
 
-LLAMA, QWEN3, BERT, LSTM = "Llama form", "Qwen 3 form", "BERT", "LSTM"
-PACKED = ("objective=mlm",)
+LLAMA, QWEN3, BERT, XLNET, LSTM = "Llama form", "Qwen 3 form", "BERT", "XLNet", "LSTM"
+PACKED, SEGMENTS = ("objective=mlm",), ("model.has_segments=true",)
 UNEVEN, UNTIED = ("model.vocab_size=323",), ("model.tie_embeddings=false",)
 CELLS = (
     *[Cell(1, zero=zero, engine="deepspeed") for zero in (0, 1, 2, 3)],
     *[Cell(1, recompute=mode) for mode in ("selective", "full", "offload")],
     Cell(1, LLAMA, recompute="selective"),
     *[Cell(1, BERT, recompute=mode) for mode in ("selective", "full", "offload")],
+    *[Cell(1, XLNET, recompute=mode) for mode in ("selective", "full", "offload")],
     Cell(1, LSTM, micro=4),
     # two ranks
     Cell(2),
@@ -214,6 +224,12 @@ CELLS = (
     Cell(2, BERT, pipeline=2, zero=1),
     Cell(2, BERT, pipeline=2, zero=1, model=PACKED, micro=1),
     Cell(2, BERT, zero=3, model=PACKED, recompute="full"),
+    *[Cell(2, XLNET, zero=zero) for zero in (0, 3)],
+    Cell(2, XLNET, tensor=2),
+    Cell(2, XLNET, tensor=2, model=SEGMENTS, recompute="selective"),
+    Cell(2, XLNET, pipeline=2, zero=1),
+    Cell(2, XLNET, pipeline=2, zero=1, model=SEGMENTS, recompute="offload", micro=1),
+    Cell(2, XLNET, zero=3, model=SEGMENTS, recompute="full"),
     *[Cell(2, LSTM, zero=zero) for zero in (0, 1, 2, 3)],
     *[Cell(2, zero=zero, precision="bf16") for zero in (0, 1, 2, 3)],
     Cell(2, tensor=2, zero=1, precision="bf16"),
@@ -237,6 +253,7 @@ CELLS = (
     Cell(4, LLAMA, sequence=2, zero=3),
     Cell(4, BERT, tensor=2, pipeline=2, zero=1),
     Cell(4, BERT, tensor=2, zero=3),
+    Cell(4, XLNET, tensor=2, pipeline=2, zero=1),
     Cell(4, LSTM, zero=3),
     # eight ranks
     Cell(8, tensor=2, pipeline=2, zero=1, recompute="full"),
