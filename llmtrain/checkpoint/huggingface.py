@@ -67,8 +67,9 @@ def export_folder(
     if tokenizer_path is not None:
         tokenizer = read_tokenizer(tokenizer_path, config.vocab_size or 0)
         ids = special_ids(tokenizer)
-        contents |= tokenizer_files(tokenizer, config.max_sequence_length, str(tokenizer_path))
-    contents |= {CONFIG: _config_of(form, config, dtype, ids), "generation_config.json": ids}
+        contents |= tokenizer_files(tokenizer, getattr(config, "max_sequence_length", None), str(tokenizer_path))
+    described = _config_of(form, config, dtype, ids)
+    contents |= {CONFIG: described, "generation_config.json": _generation_ids(described)}
     output = Path(output).absolute()
     _refuse_foreign(output, overwrite)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -259,9 +260,17 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, in
         # Their defaults are ids of their own tokenizers.
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
         **ids,
         MARK: f"llmtrain {version('llmtrain')}",
         **form.write_config(config),
+    }
+
+
+def _generation_ids(described: Mapping[str, Any]) -> dict[str, int]:
+    """What generation needs to know of a config."""
+    return {
+        key: value for key, value in described.items() if key.endswith("_token_id") and value is not None
     }
 
 

@@ -1,15 +1,17 @@
-"""BERT and RoBERTa against transformers' own, with the same random weights and padding."""
+"""Losses of BERT and RoBERTa, and their gradients, against transformers' own with the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.models.bert import Bert
 from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
 from llmtrain.models.head import IGNORE_INDEX
@@ -32,56 +34,6 @@ BERT = BertConfig(
 ROBERTA = replace(BERT, position_offset=2, num_segments=0, norm_eps=1e-5, objective=MaskedLMConfig())
 
 
-def weights_for(model: Bert, prefix: str) -> dict[str, Tensor]:
-    """Our weights under the names of transformers."""
-    ours = {name: p.detach() for name, p in model.named_parameters()}
-    N, H = model.config.num_heads, model.config.head_width
-    theirs = {
-        f"{prefix}.embeddings.word_embeddings.weight": ours["embedding.weight"],
-        f"{prefix}.embeddings.position_embeddings.weight": ours["positions.weight"],
-    }
-
-    def add(name: str, mine: str) -> None:
-        theirs[f"{name}.weight"], theirs[f"{name}.bias"] = ours[f"{mine}.weight"], ours[f"{mine}.bias"]
-
-    add(f"{prefix}.embeddings.LayerNorm", "embedding_norm")
-    for i in range(model.config.num_layers):
-        layer, block = f"{prefix}.encoder.layer.{i}", f"blocks.{i}"
-        for kind in ("weight", "bias"):
-            qkv = ours[f"{block}.attention.qkv.{kind}"]
-            for j, name in enumerate(("query", "key", "value")):
-                theirs[f"{layer}.attention.self.{name}.{kind}"] = qkv.unflatten(0, (N, 3, H))[:, j].flatten(
-                    0, 1
-                )
-        add(f"{layer}.attention.output.dense", f"{block}.attention.output")
-        add(f"{layer}.attention.output.LayerNorm", f"{block}.attention_norm")
-        add(f"{layer}.intermediate.dense", f"{block}.mlp.up")
-        add(f"{layer}.output.dense", f"{block}.mlp.down")
-        add(f"{layer}.output.LayerNorm", f"{block}.mlp_norm")
-    if prefix == "bert":
-        theirs["bert.embeddings.token_type_embeddings.weight"] = ours["segments.weight"]
-        add("bert.pooler.dense", "pooler")
-        add("cls.predictions.transform.dense", "transform")
-        add("cls.predictions.transform.LayerNorm", "transform_norm")
-        theirs["cls.predictions.bias"] = theirs["cls.predictions.decoder.bias"] = ours["head.bias"]
-        theirs["cls.predictions.decoder.weight"] = ours["embedding.weight"]
-        add("cls.seq_relationship", "pair_head")
-    else:
-        theirs["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, model.config.hidden_size)
-        add("lm_head.dense", "transform")
-        add("lm_head.layer_norm", "transform_norm")
-        theirs["lm_head.bias"] = theirs["lm_head.decoder.bias"] = ours["head.bias"]
-        theirs["lm_head.decoder.weight"] = ours["embedding.weight"]
-    return theirs
-
-
-def load(model: Any, weights: Mapping[str, Tensor]) -> Any:
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert all("position_ids" in name or "token_type_ids" in name for name in missing)
-    return model.eval()
-
-
 def make(config: BertConfig) -> Bert:
     """Weights that differ everywhere, biases and norms too."""
     model = Bert(config)
@@ -93,18 +45,13 @@ def make(config: BertConfig) -> Bert:
     return model.eval()
 
 
-def settings(config: BertConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": V,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_sequence_length + config.position_offset,
-        "layer_norm_eps": config.norm_eps,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
+def in_transformers(model: Bert, folder: Path) -> Any:
+    """The same model by way of a folder."""
+    import transformers
+
+    export_folder(model.config, dict(model.named_parameters()), None, folder)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -125,12 +72,10 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def test_bert_for_pre_training(batch: dict[str, Tensor]) -> None:
-    from transformers import BertConfig as TheirConfig
-    from transformers import BertForPreTraining
-
+def test_bert_for_pre_training(batch: dict[str, Tensor], tmp_path: Path) -> None:
     model = make(BERT)
-    theirs = load(BertForPreTraining(TheirConfig(**settings(BERT))), weights_for(model, "bert"))
+    theirs = in_transformers(model, tmp_path / "out")
+    assert type(theirs).__name__ == "BertForPreTraining"
     documents_BT = batch["is_token"].int() - 1
     for row in range(3):  # one by one, since our loss weighs a row's pair by its tokens
         ours = {key: value[row : row + 1] for key, value in batch.items()}
@@ -164,12 +109,10 @@ def test_bert_for_pre_training(batch: dict[str, Tensor]) -> None:
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_roberta_for_masked_lm(batch: dict[str, Tensor]) -> None:
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
+def test_roberta_for_masked_lm(batch: dict[str, Tensor], tmp_path: Path) -> None:
     model = make(ROBERTA)
-    theirs = RobertaForMaskedLM(RobertaConfig(**settings(ROBERTA), type_vocab_size=1, pad_token_id=1))
-    theirs = load(theirs, weights_for(model, "roberta"))
+    theirs = in_transformers(model, tmp_path / "out")
+    assert type(theirs).__name__ == "RobertaForMaskedLM"
     kept = batch["is_token"]
     expected = theirs(batch["tokens"], attention_mask=kept.long(), labels=batch["labels"])
     documents_BT = kept.int() - 1

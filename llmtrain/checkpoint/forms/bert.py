@@ -80,8 +80,8 @@ def _head_entries(config: BertConfig, bias: str, decoder: str) -> list[Entry]:
         return [Entry("head.bias", (bias,), lambda t: [t], lambda ts: ts[0])]
     return [
         Entry("head.weight", (f"{decoder}.weight",), lambda t: [t], lambda ts: ts[0]),
-        # Tied to the first, unless embeddings are not: then this one is read.
-        Entry("head.bias", (bias, f"{decoder}.bias"), lambda t: [t, t], lambda ts: ts[1]),
+        # Tied to the first, unless embeddings are not: then this one is read, and the first never.
+        Entry("head.bias", (bias, f"{decoder}.bias"), lambda t: [t, t.clone()], lambda ts: ts[1]),
     ]
 
 

@@ -1,0 +1,287 @@
+"""Models of ours beside transformers' own, of the same random weights, by way of folders.
+
+    python -m tests.parity.architectures    # print the largest differences of logits, fp32
+
+Every weight is random, biases and norms too, so that none can be mistaken for another. A row of the table is
+an `Architecture`; what it is compared in, `Comparison`s by name, belongs to its kind of model.
+
+Dim names: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.checkpoint.huggingface import export_folder, import_folder
+from llmtrain.commands.loading import build_module, load_weights
+
+V, T = 120, 48
+LENGTHS = (T, 31, 10)
+"""Tokens of the rows, the rest being padding; and of the documents that are packed into one row."""
+FIRST_ID = 8
+"""Ids below it mean something to some architecture."""
+TOLERANCE = 1e-4
+
+Comparison = Callable[[Any, Any], float]
+"""(our model, theirs) → the largest difference of their logits."""
+
+
+# What a decoder is compared in.
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(FIRST_ID, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest; raises AssertionError where all logits are alike, which would show nothing."""
+    assert ours.std() > 0.1
+    return float((ours - theirs).abs().max())
+
+
+def plain(ours: Any, theirs: Any) -> float:
+    tokens_BT = tokens(3, T)
+    return difference(ours(tokens_BT), theirs(tokens_BT).logits)
+
+
+def padded(ours: Any, theirs: Any) -> float:
+    """Rows of several lengths, padded behind."""
+    tokens_BT = tokens(len(LENGTHS), T)
+    is_token_BT = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    expected = theirs(tokens_BT, attention_mask=is_token_BT.long()).logits
+    found = ours(tokens_BT, documents_BT=is_token_BT.int() - 1)
+    return difference(found[is_token_BT], expected[is_token_BT])
+
+
+def packed(ours: Any, theirs: Any) -> float:
+    """Documents in one row; theirs see each by itself."""
+    lengths = torch.tensor(LENGTHS)
+    tokens_BT = tokens(1, sum(LENGTHS))
+    documents_BT = torch.arange(len(LENGTHS)).repeat_interleave(lengths)[None]
+    positions_BT = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    expected = [theirs(document_BT).logits[0] for document_BT in tokens_BT.split(LENGTHS, dim=1)]
+    found = ours(tokens_BT, documents_BT=documents_BT, positions_BT=positions_BT)
+    return difference(found[0], torch.cat(expected))
+
+
+def cached(ours: Any, theirs: Any) -> float:
+    """A prompt, then a token at a time."""
+    tokens_BT = tokens(2, T)
+    cache = ours.new_cache(T)
+    steps = [tokens_BT[:, :11], *tokens_BT[:, 11:].split(1, dim=1)]
+    found = torch.cat([ours(step_BT, cache=cache) for step_BT in steps], dim=1)
+    return difference(found, theirs(tokens_BT).logits)
+
+
+DECODER: dict[str, Comparison] = {"plain": plain, "padding": padded, "packed": packed, "cache": cached}
+ENCODER: dict[str, Comparison] = {"plain": plain, "padding": padded, "packed": packed}
+
+
+def with_segments(ours: Any, theirs: Any) -> float:
+    """Texts A and B."""
+    tokens_BT = tokens(3, T)
+    segments_BT = (torch.arange(T) >= torch.tensor([[20], [5], [T]])).long()
+    output = theirs(tokens_BT, token_type_ids=segments_BT)
+    expected = output.prediction_logits if "prediction_logits" in output else output.logits
+    return difference(ours(tokens_BT, segments_BT=segments_BT), expected)
+
+
+class OfTokens(nn.Module):
+    """BertForPreTraining with its token logits under the name that all others have."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        output = self.model(*arguments, **settings)
+        output.logits = output.prediction_logits
+        return output
+
+
+def of_tokens(comparison: Comparison) -> Comparison:
+    return lambda ours, theirs: comparison(ours, OfTokens(theirs))
+
+
+PRE_TRAINING = {name: of_tokens(comparison) for name, comparison in ENCODER.items()}
+
+
+# The table.
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model of transformers."""
+
+    name: str
+    model_class: str
+    """Of transformers, with its heads."""
+    settings: Mapping[str, Any]
+    """Of its config, where they differ from the class' own."""
+    comparisons: Mapping[str, Comparison] = field(default_factory=lambda: DECODER)
+    unread: tuple[str, ...] = ()
+    """Tensors of theirs that their own forward never reads; what stands in them may change."""
+
+    def theirs(self) -> Any:
+        """The model with every weight random."""
+        import transformers
+
+        model_class = getattr(transformers, self.model_class)
+        torch.manual_seed(0)
+        model = model_class(model_class.config_class(**self.settings)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return model
+
+
+_GPT2 = {
+    "vocab_size": V,
+    "n_positions": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.2,
+}
+_LLAMA = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
+_BERT = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+_ROBERTA = {**_BERT, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+
+ARCHITECTURES = (
+    Architecture("gpt2", "GPT2LMHeadModel", _GPT2),
+    Architecture(
+        "gpt2, untied",
+        "GPT2LMHeadModel",
+        {**_GPT2, "tie_word_embeddings": False, "n_inner": 48, "activation_function": "gelu"},
+    ),
+    Architecture("llama", "LlamaForCausalLM", {**_LLAMA, "num_key_value_heads": 4}),
+    Architecture("llama, grouped queries", "LlamaForCausalLM", _LLAMA),
+    Architecture(
+        "llama, tied, biases",
+        "LlamaForCausalLM",
+        {**_LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    Architecture("llama, llama3 rope", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _LLAMA3}),
+    Architecture("llama, linear rope", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _LINEAR}),
+    Architecture(
+        "smollm", "LlamaForCausalLM", {**_LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1}
+    ),
+    Architecture("smollm3", "SmolLM3ForCausalLM", {**_LLAMA, "no_rope_layers": [1, 0, 1]}),
+    Architecture("mistral", "MistralForCausalLM", {**_LLAMA, "sliding_window": None, "head_dim": 16}),
+    Architecture("mistral, window", "MistralForCausalLM", {**_LLAMA, "sliding_window": 9}),
+    Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
+    Architecture(
+        "qwen2, tied, window", "Qwen2ForCausalLM", {**_LLAMA, **_WINDOW, "tie_word_embeddings": True}
+    ),
+    Architecture("qwen3", "Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
+    Architecture("qwen3, tied", "Qwen3ForCausalLM", {**_LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+    Architecture("bert, pairs", "BertForPreTraining", _BERT, {**PRE_TRAINING, "segments": with_segments}),
+    Architecture("bert", "BertForMaskedLM", _BERT, {**ENCODER, "segments": with_segments}),
+    Architecture(
+        "bert, untied",
+        "BertForMaskedLM",
+        {**_BERT, "tie_word_embeddings": False},
+        ENCODER,
+        unread=("cls.predictions.bias",),
+    ),
+    Architecture("roberta", "RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}, ENCODER),
+    Architecture("roberta, segments", "RobertaForMaskedLM", _ROBERTA, {**ENCODER, "segments": with_segments}),
+)
+
+
+def ours_from(folder: Path) -> nn.Module:
+    """Our model of a folder, in evaluation mode."""
+    imported = import_folder(folder)
+    assert not imported.fresh
+    module = build_module(imported.config, torch.device("cpu"))
+    load_weights(module, imported.weights)
+    return module.eval()
+
+
+@torch.no_grad()
+def differences(architecture: Architecture, folder: Path) -> dict[str, float]:
+    """Comparison → the largest difference of logits, by way of an empty `folder`."""
+    theirs = architecture.theirs()
+    theirs.save_pretrained(folder)
+    ours = ours_from(folder)
+    return {name: compare(ours, theirs) for name, compare in architecture.comparisons.items()}
+
+
+def changed_tensors(architecture: Architecture, folder: Path, shard_bytes: int) -> list[str]:
+    """Names of tensors that are not bit for bit what they were after a way in and out of ours, in files of
+    `shard_bytes` at most; by way of an empty `folder`."""
+    theirs = architecture.theirs()
+    theirs.save_pretrained(folder / "theirs", max_shard_size=shard_bytes)
+    imported = import_folder(folder / "theirs")
+    export_folder(imported.config, imported.weights, None, folder / "ours", shard_bytes=shard_bytes)
+    again = type(theirs).from_pretrained(folder / "ours", dtype=torch.float32)
+    before, after = theirs.state_dict(), again.state_dict()
+    names = sorted((before.keys() | after.keys()) - set(architecture.unread))
+    return [n for n in names if n not in before or n not in after or not torch.equal(before[n], after[n])]
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Architecture → comparison → difference, as text."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    width = max(map(len, rows)) + 2
+    lines = [f"{'architecture':<{width}}" + "".join(f"{column:>10}" for column in columns)]
+    for name, row in rows.items():
+        cells = (f"{row[column]:>10.1e}" if column in row else f"{'-':>10}" for column in columns)
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _main() -> int:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    rows = {}
+    for architecture in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[architecture.name] = differences(architecture, Path(folder))
+    print(table(rows))
+    largest = max(value for row in rows.values() for value in row.values())
+    print(f"largest: {largest:.1e}; allowed: {TOLERANCE:.0e}")
+    return 0 if largest <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
