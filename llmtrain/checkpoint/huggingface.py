@@ -67,7 +67,8 @@ def export_folder(
     if tokenizer_path is not None:
         tokenizer = read_tokenizer(tokenizer_path, config.vocab_size or 0)
         ids = special_ids(tokenizer)
-        contents |= tokenizer_files(tokenizer, getattr(config, "max_sequence_length", None), str(tokenizer_path))
+        longest = getattr(config, "max_sequence_length", None)
+        contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path))
     described = _config_of(form, config, dtype, ids)
     contents |= {CONFIG: described, "generation_config.json": _generation_ids(described)}
     output = Path(output).absolute()
@@ -269,9 +270,7 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, in
 
 def _generation_ids(described: Mapping[str, Any]) -> dict[str, int]:
     """What generation needs to know of a config."""
-    return {
-        key: value for key, value in described.items() if key.endswith("_token_id") and value is not None
-    }
+    return {key: value for key, value in described.items() if key.endswith("_token_id") and value is not None}
 
 
 def _write_weights(

@@ -22,10 +22,11 @@ from llmtrain.errors import DataError, Problem
 SPACE = "▁"
 
 
-def tokenizer_files(tokenizer: Tokenizer, max_length: int, where: str) -> dict[str, bytes | str | Any]:
+def tokenizer_files(tokenizer: Tokenizer, max_length: int | None, where: str) -> dict[str, bytes | str | Any]:
     """File name → content: bytes, text, or what is to be written as JSON.
 
-    max_length: the model's context in tokens. `where` names the tokenizer's file in a refusal.
+    max_length: the model's context in tokens; None: without a bound. `where` names the tokenizer's file in a
+        refusal.
     Raises DataError for a kind of sentencepiece model that has no fast form.
     """
     if isinstance(tokenizer, JsonTokenizer):
@@ -60,7 +61,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _json_of_sentencepiece(model: bytes, max_length: int, where: str) -> dict[str, Any]:
+def _json_of_sentencepiece(model: bytes, max_length: int | None, where: str) -> dict[str, Any]:
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     spec = proto.ModelProto.FromString(model)
     kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtrain.checkpoint.forms import bert, gpt, llama, xlnet
+from llmtrain.checkpoint.forms import bert, gpt, llama, seq2seq, xlnet
 from llmtrain.checkpoint.forms.base import Form
 from llmtrain.errors import ConfigError, Problem
 
@@ -20,6 +20,8 @@ FORMS: dict[str, Form] = {
         bert.BERT,
         bert.ROBERTA,
         xlnet.XLNET,
+        seq2seq.T5,
+        seq2seq.BART,
     )
 }
 """model_type of config.json → form; the first that a model fits is what it is exported as."""
