@@ -21,6 +21,7 @@ from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_co
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import corpora_problems, data_problems, family_of, open_data, open_dataset
 from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.xlnet_config import XLNetConfig
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,11 @@ def run(mapping: Mapping[str, Any]) -> None:
     if counter is not None and corpora is not None:
         # Of the tokens alone, where the loss has more in it.
         figures["perplexity"] = math.exp(min(totals.metrics.get("masked_loss", totals.loss), 700.0))
-    if counter is not None and corpora is not None and not isinstance(trained.config, BertConfig):
+    if (
+        counter is not None
+        and corpora is not None
+        and not isinstance(trained.config, BertConfig | XLNetConfig)
+    ):
         figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpora))
     if counter is not None and corpora is not None and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)

@@ -1,4 +1,4 @@
-"""`llmtrain generate` with a BERT: prompts with [MASK] in them, completed."""
+"""`llmtrain generate` with a BERT or an XLNet: prompts with [MASK] in them, completed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.xlnet_config import XLNetConfig
 
 if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
@@ -26,11 +27,12 @@ def fill_prompts(
 ) -> None:
     """Print each prompt with the likeliest token for every [MASK], and below it each one's `top_k` with
     their probabilities. Raises ConfigError for prompts without [MASK], or too long."""
-    from llmtrain.generation.fill import fill_masks
+    from llmtrain.generation.fill import BLANK, fill_masks
     from llmtrain.parallel import distributed
 
     config = trained.config
-    assert isinstance(config, BertConfig)
+    assert isinstance(config, BertConfig | XLNetConfig)
+    longest = config.max_sequence_length if isinstance(config, BertConfig) else None
     tokenizer = trained.tokenizer()
     rows = [encode_prompt(prompt, tokenizer, config) for prompt in prompts]
     problems = []
@@ -41,15 +43,15 @@ def fill_prompts(
             problems.append(
                 Problem(where, repr(prompt), f"a text with {MASK}, which this model fills", remedy)
             )
-        elif len(row) > config.max_sequence_length:
-            allowed = f"up to the model's max_sequence_length of {config.max_sequence_length}"
+        elif longest is not None and len(row) > longest:
+            allowed = f"up to the model's max_sequence_length of {longest}"
             problems.append(Problem(where, f"{len(row)} tokens", allowed, "shorten it"))
     if problems:
         raise ConfigError(problems)
     device = distributed.pick_device(device_name)
     mesh = start_sharing(sharing, trained, encoded, device, micro_size=1, sequence_length=max(map(len, rows)))
     model = trained.build_over(mesh, device)
-    mask_id = config.special_ids[0]
+    mask_id = config.special_ids[0] if isinstance(config, BertConfig) else BLANK
     for prompt, row in zip(prompts, rows, strict=True):
         try:
             found = fill_masks(model, row, mask_id, top_k, tokenizer.vocab_size)
@@ -64,17 +66,23 @@ def fill_prompts(
             print(f"  {MASK} {number}: {shown}", flush=True)
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, config: BertConfig) -> list[int]:
-    """Ids of a prompt with mask_id for each [MASK], between the special tokens that the model saw in
-    training. A space before [MASK] belongs to the piece that it stands for."""
-    mask_id, cls_id, sep_id = config.special_ids
+def encode_prompt(prompt: str, tokenizer: Tokenizer, config: BertConfig | XLNetConfig) -> list[int]:
+    """Ids of a prompt with mask_id, or BLANK, for each [MASK], between the special tokens that the model saw
+    in training. A space before [MASK] belongs to the piece that it stands for."""
+    from llmtrain.generation.fill import BLANK
+
+    mask_id = config.special_ids[0] if isinstance(config, BertConfig) else BLANK
     parts = prompt.split(MASK)
     ids: list[int] = []
     for number, part in enumerate(parts):
         is_last = number == len(parts) - 1
         ids += tokenizer.encode(part if is_last else part.removesuffix(" "))
         ids += [] if is_last else [mask_id]
-    # A tokenizer with a [CLS] of its own is that of a model which saw it before every text.
+    # A tokenizer with a [CLS] of its own is that of a model which saw it with every text.
+    if not isinstance(config, BertConfig):
+        own = tokenizer.special_ids  # XLNet has both at the end
+        return [*ids, own["sep"], own["cls"]] if {"sep", "cls"} <= own.keys() else [*ids, tokenizer.eos_id]
+    _, cls_id, sep_id = config.special_ids
     has_cls = config.has_pairs or tokenizer.special_ids.get("cls") == cls_id
     return [cls_id, *ids, sep_id] if has_cls else [*ids, tokenizer.eos_id]
 

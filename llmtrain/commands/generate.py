@@ -1,4 +1,4 @@
-"""`llmtrain generate`: text from a trained language model, or what a BERT puts for [MASK]."""
+"""`llmtrain generate`: text from a trained language model, or what a BERT or an XLNet puts for [MASK]."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llmtrain.config import decode, encode
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.xlnet_config import XLNetConfig
 
 TOP_K = 5
 """Pieces shown for each [MASK] unless generate.top_k says otherwise."""
@@ -50,7 +51,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     trained = load_trained(config.checkpoint)
     if trained.config.family == "simple_cnn":
         raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))
-    if isinstance(trained.config, BertConfig):
+    if isinstance(trained.config, BertConfig | XLNetConfig):
         from llmtrain.commands.fill import fill_prompts
 
         fill_prompts(

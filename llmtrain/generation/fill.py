@@ -1,6 +1,6 @@
-"""What a masked language model puts for [MASK].
+"""What a masked or permuted language model puts for [MASK].
 
-Dim names: T tokens of a prompt, K candidates, V vocabulary.
+Dim names: B rows, T tokens of a prompt, M places of them with [MASK], K candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from llmtrain.errors import CheckpointError, Problem
 Candidates = list[tuple[int, float]]
 """(token, probability), the likeliest first."""
 
+BLANK = -1
+"""mask_id of a model whose query stream predicts places: no token stands there, and none is seen."""
+
 
 @torch.inference_mode()
 def fill_masks(
@@ -23,12 +26,17 @@ def fill_masks(
     """The `top_k` likeliest tokens of each place where `tokens` have mask_id, each given all the others as
     they are.
 
-    model: forward(tokens_BT) → logits (B, T, V). num_text_ids: candidates are below it.
+    model: forward(tokens_BT) → logits (B, T, V); with BLANK for mask_id forward(tokens_BT, targets_BM=…) →
+        (B, M, V). num_text_ids: candidates are below it.
     Raises CheckpointError for a model whose logits are not finite.
     """
     device = next(model.parameters()).device
     tokens_1T = torch.tensor([list(tokens)], device=device)
-    logits_MV = model(tokens_1T)[0].float()[tokens_1T[0] == mask_id]
+    places_M = (tokens_1T[0] == mask_id).nonzero().flatten()
+    if mask_id == BLANK:
+        logits_MV = model(tokens_1T.clamp(min=0), targets_BM=places_M[None])[0].float()
+    else:
+        logits_MV = model(tokens_1T)[0][places_M].float()
     if not logits_MV.isfinite().all():
         remedy = "the run diverged; take an earlier checkpoint"
         raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))

@@ -10,10 +10,12 @@ import torch
 from llmtrain.commands.fill import encode_prompt
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError
-from llmtrain.generation.fill import fill_masks
+from llmtrain.generation.fill import BLANK, fill_masks
 from llmtrain.models.bert import Bert
 from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
 from llmtrain.models.initialize import initialize
+from llmtrain.models.xlnet import XLNet
+from llmtrain.models.xlnet_config import XLNetConfig
 
 V, MASK = 30, 30
 
@@ -40,6 +42,18 @@ def test_candidates_are_the_models_likeliest(model: Bert) -> None:
         assert shown == pytest.approx(probs[place, ids].tolist(), rel=1e-4)
     assert fill_masks(model, [1, 2], MASK, 4, V) == []
     assert len(fill_masks(model, tokens, MASK, 1000, V)[0]) == V
+
+
+def test_blanks_are_what_the_query_stream_predicts() -> None:
+    model = XLNet(XLNetConfig(vocab_size=V, hidden_size=16, num_layers=2, num_heads=2, init_std=0.4)).eval()
+    initialize(model, seed=2)
+    found = fill_masks(model, [5, BLANK, 7, 8, BLANK, 9], BLANK, 4, V)
+    with torch.no_grad():
+        # Whatever stands there, no place sees it.
+        probs = model(torch.tensor([[5, 11, 7, 8, 12, 9]]), targets_BM=torch.tensor([[1, 4]]))[0].softmax(-1)
+    for candidates, probs_V in zip(found, probs, strict=True):
+        assert [token for token, _ in candidates] == probs_V.argsort(descending=True)[:4].tolist()
+        assert [p for _, p in candidates] == pytest.approx(probs_V.topk(4).values.tolist(), rel=1e-4)
 
 
 def test_a_diverged_model_is_named(model: Bert) -> None:
