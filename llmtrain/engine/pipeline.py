@@ -54,8 +54,9 @@ class PipelineEngine(DeepSpeedEngine):
             if path is None:
                 continue
             holder: Any = self.model.get_submodule(path)
-            pipeline.tied_modules[path] = holder
-            pipeline.tied_comms[path] = {
+            key = name.replace(".", "_")
+            pipeline.tied_modules[key] = holder
+            pipeline.tied_comms[key] = {
                 "ranks": [mesh.stage_rank(stage) for stage in stages],
                 "group": group,
                 "weight_attr": ["weight"],
