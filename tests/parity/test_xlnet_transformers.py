@@ -1,8 +1,10 @@
-"""XLNet against transformers' own, with the same random weights: orders, predicted places, padding, segments."""
+"""XLNet against transformers' own, with the same random weights: orders, predicted places, padding, segments,
+and folders."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.forms.xlnet import XLNET
+from llmtrain.checkpoint.huggingface import export_folder, import_folder
 from llmtrain.models.head import IGNORE_INDEX
 from llmtrain.models.initialize import initialize
 from llmtrain.models.xlnet import XLNet
@@ -137,3 +140,19 @@ def test_all_targets_at_once(batch: dict[str, Tensor]) -> None:
     )
     logits = model(batch["tokens"], targets_BM=batch["targets"])
     assert (logits - expected.logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_model_without_segments_goes_out_and_comes_back(batch: dict[str, Tensor], tmp_path: Path) -> None:
+    """Theirs has segments always: they say nothing, and an import leaves them out again."""
+    from transformers import AutoModelForCausalLM
+
+    model = make(PLAIN)
+    export_folder(PLAIN, dict(model.named_parameters()), None, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = theirs(batch["tokens"], token_type_ids=batch["segments"]).logits
+    assert (model(batch["tokens"]) - expected).abs().max() < 1e-4
+    back = import_folder(tmp_path / "out")
+    assert back.config == PLAIN
+    for name, parameter in model.named_parameters():
+        assert torch.equal(back.weights[name], parameter)
