@@ -1,6 +1,6 @@
-"""Continue prompts with any model whose forward takes tokens and a cache.
+"""Continue prompts with any model whose forward takes tokens and a cache, or answer sources.
 
-Dim names: B prompts run together, T tokens of a prompt, V vocabulary.
+Dim names: B prompts run together, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.generation.beam import beam_search
 from llmtrain.generation.config import GenerateConfig
+from llmtrain.generation.rows import Rows, has_sources
 
 OnToken = Callable[[int, int], None]
-"""Called with (prompt index, token) as each token is drawn."""
+"""Called with (prompt index, token) as each token is drawn; with beams, when their text is found."""
 
 
+@torch.inference_mode()
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -26,12 +29,17 @@ def generate(
     *,
     eos_id: int | None = None,
     on_token: OnToken | None = None,
+    on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """New token ids after each prompt, without the prompt and without eos_id, which ends it.
+    """New token ids after each prompt, without the prompt and without eos_id, which ends it; of an
+    encoder–decoder, which reads prompts as sources, its targets.
 
-    model: has `new_cache(max_length)` and `forward(tokens_BT, cache=…)` → logits (B, T, V).
-    Prompts of equal length run together, so that nothing is padded. A draw depends on (seed, index of
-    the prompt, place in the text) alone, not on the other prompts.
+    model: has `new_cache(max_length)` and `forward(tokens_BT, cache=…)` → logits (B, T, V); an
+        encoder–decoder's `new_cache` takes sources besides.
+    on_done: called with a prompt's index when its text is whole.
+
+    Prompts of equal length run together, so that nothing is padded; sources of any length. A draw depends on
+    (seed, index of the prompt, place in the text) alone, not on the other prompts.
 
     Raises ConfigError for prompts that are empty, too long with what is to be added, or of another
     vocabulary; CheckpointError for a model whose logits are not finite.
@@ -39,20 +47,29 @@ def generate(
     config = config or GenerateConfig()
     if found := list(_problems(model, prompts, config)):
         raise ConfigError(found)
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
+    config = config.resolved(has_sources=has_sources(model))
     outputs: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
-        for indices in by_length.values():
-            for start in range(0, len(indices), config.batch_size):
-                group = indices[start : start + config.batch_size]
-                for index, token in _run_group(model, prompts, group, config, eos_id):
-                    outputs[index].append(token)
-                    if on_token is not None:
-                        on_token(index, token)
+        for group in _groups(prompts, config.batch_size, mixed=has_sources(model)):
+            rows = Rows(model, [prompts[index] for index in group], config.max_new_tokens)
+            if config.num_beams > 1:
+                written: Iterator[tuple[int, int]] = (
+                    (place, token)
+                    for place, text in enumerate(beam_search(rows, config, eos_id))
+                    for token in text
+                )
+            else:
+                starts = [0 if has_sources(model) else len(prompts[index]) for index in group]
+                written = _one_by_one(rows, group, starts, config, eos_id)
+            for place, token in written:
+                outputs[group[place]].append(token)
+                if on_token is not None:
+                    on_token(group[place], token)
+            if on_done is not None:
+                for index in group:
+                    on_done(index)
     finally:
         model.train(was_training)
     return outputs
@@ -63,6 +80,7 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
     """One token a row, (B,) int64. `draws`: a number in [0, 1) a row, its place in the distribution."""
     if config.temperature == 0:
         return logits_BV.argmax(-1)
+    assert config.temperature is not None
     scaled_BV = logits_BV.double() / config.temperature
     tokens_BV: Tensor | None = None
     if config.top_k is not None:
@@ -83,40 +101,41 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
     return (places_B1 if tokens_BV is None else tokens_BV.gather(1, places_B1)).squeeze(1)
 
 
-def _run_group(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    group: list[int],
-    config: GenerateConfig,
-    eos_id: int | None,
+def _groups(prompts: Sequence[Sequence[int]], size: int, *, mixed: bool) -> Iterator[list[int]]:
+    """Indices of prompts that run together, `size` at most: of one length, or if `mixed` of lengths that lie
+    near each other."""
+    by_length: dict[int, list[int]] = {}
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        by_length.setdefault(0 if mixed else len(prompts[index]), []).append(index)
+    for indices in by_length.values():
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def _one_by_one(
+    rows: Rows, group: Sequence[int], starts: Sequence[int], config: GenerateConfig, eos_id: int | None
 ) -> Iterator[tuple[int, int]]:
-    """(prompt index, token) as drawn, for prompts of one length."""
-    device = next(model.parameters()).device
-    tokens_BT = torch.tensor([list(prompts[index]) for index in group], device=device)
-    length = tokens_BT.shape[1]
-    cache: Any = model.new_cache(length + config.max_new_tokens)  # type: ignore[operator]
-    running = set(group)
-    for position in range(length, length + config.max_new_tokens):
-        with torch.inference_mode():
-            logits_BV = model(tokens_BT, cache=cache)[:, -1].float()
-            if not logits_BV.isfinite().all():
-                raise CheckpointError(
-                    Problem(
-                        "model",
-                        "logits that are not finite",
-                        remedy="the run diverged; take an earlier checkpoint",
-                    )
-                )
-            draws = [_uniform(config.seed, index, position) for index in group]
-            tokens_B = sample(logits_BV, config, draws)
-        for index, token in zip(group, tokens_B.tolist(), strict=True):
-            if index in running and token == eos_id:
-                running.remove(index)
-            elif index in running:
-                yield index, token
-        if not running:
+    """(place in the group, token) as drawn. starts: place in its text of each one's first new token."""
+    running = list(range(len(group)))
+    for length in range(config.max_new_tokens):
+        logits_BV = rows.logits
+        if eos_id is not None and length < config.min_new_tokens:
+            logits_BV[:, eos_id] = -torch.inf
+        draws = []
+        if config.temperature != 0:
+            draws = [_uniform(config.seed, group[place], starts[place] + length) for place in running]
+        tokens_B = sample(logits_BV, config, draws)
+        tokens = tokens_B.tolist()
+        going = [row for row, token in enumerate(tokens) if token != eos_id]
+        for row in going:
+            yield running[row], tokens[row]
+        if not going or length + 1 == config.max_new_tokens:
             return
-        tokens_BT = tokens_B[:, None]
+        if len(going) < len(running):
+            kept_B = torch.tensor(going, device=rows.device)
+            rows.select(kept_B)
+            tokens_B, running = tokens_B[kept_B], [running[row] for row in going]
+        rows.extend(tokens_B)
 
 
 def _uniform(seed: int, index: int, position: int) -> float:
@@ -133,6 +152,7 @@ def _problems(
     model_config: Any = model.config
     longest: int | None = getattr(model_config, "max_sequence_length", None)
     vocab_size: int = model_config.vocab_size
+    is_source = has_sources(model)
     for index, prompt in enumerate(prompts):
         where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
         if not prompt:
@@ -144,16 +164,17 @@ def _problems(
                 f"0 to {vocab_size - 1}",
                 "use the tokenizer that the model was trained with",
             )
-        elif longest is not None and len(prompt) >= longest:
-            yield Problem(
-                where,
-                f"{len(prompt)} tokens",
-                f"fewer than the model's max_sequence_length of {longest}",
-                "shorten it",
+        elif longest is not None and len(prompt) > longest - (0 if is_source else 1):
+            allowed = (
+                f"{'at most' if is_source else 'fewer than'} the model's max_sequence_length of {longest}"
             )
-        elif longest is not None and len(prompt) + config.max_new_tokens > longest:
+            yield Problem(where, f"{len(prompt)} tokens", allowed, "shorten it")
+        elif longest is not None and not is_source and len(prompt) + config.max_new_tokens > longest:
             yield Problem(
                 "generate.max_new_tokens",
                 f"{config.max_new_tokens} after a prompt of {len(prompt)} tokens",
                 f"at most {longest - len(prompt)}: the model's max_sequence_length is {longest}",
             )
+    if longest is not None and is_source and config.max_new_tokens > longest:
+        allowed = f"at most {longest}, the model's max_sequence_length"
+        yield Problem("generate.max_new_tokens", str(config.max_new_tokens), allowed)

@@ -62,6 +62,7 @@ class GPT(TiedHeadModel):
         labels_BT: Tensor | None = None,
         cache: KVCache | None = None,
         dropout_keys_B: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
 
@@ -72,6 +73,7 @@ class GPT(TiedHeadModel):
         labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
         cache: keys and values of earlier tokens; forward adds these tokens to it.
         dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        last_only: logits of the last token alone, (B, 1, V).
 
         Raises ValueError when documents and a cache are given together.
         """
@@ -82,6 +84,7 @@ class GPT(TiedHeadModel):
             labels_BT=labels_BT,
             cache=cache,
             dropout_keys_B=dropout_keys_B,
+            last_only=last_only,
         )
         x = tokens_BT
         for stage in self.stages():
@@ -110,6 +113,7 @@ class GPT(TiedHeadModel):
         labels_BT: Tensor | None = None,
         cache: KVCache | None = None,
         dropout_keys_B: Tensor | None = None,
+        last_only: bool = False,
     ) -> Context:
         """What all stages of one forward over these tokens share; arguments as forward's."""
         T = tokens_BT.shape[1]
@@ -120,7 +124,7 @@ class GPT(TiedHeadModel):
             raise ValueError("documents_BT and a cache cannot be given together")
         documents = None if documents_BT is None else Documents(documents_BT)
         rotary = rotary_tables(self.config, positions_BT) if self.config.positions == "rope" else None
-        return Context(positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B)
+        return Context(positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B, last_only)
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens a row."""
@@ -165,4 +169,6 @@ class GPT(TiedHeadModel):
         return self.dropout(x_BTD, context.dropout_keys)
 
     def _finish(self, x_BTD: Tensor, context: Context) -> Tensor:
+        if context.last_only:
+            x_BTD = x_BTD[:, -1:]
         return self.head(self.norm(x_BTD), context.labels)

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from llmtrain.models.linear import add_product_, linear, product
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,7 +47,7 @@ class LanguageModelHead(nn.Module):
         label_smoothing: so much of each target is spread evenly over the whole vocabulary
             (arXiv:1512.00567, section 7)."""
         if labels_BT is None:
-            return F.linear(hidden_BTD, self.weight, self.bias)
+            return linear(hidden_BTD, self.weight, self.bias)
         cross_entropy_ = functools.partial(_cross_entropy_, label_smoothing=label_smoothing)
         return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias)
 
@@ -184,7 +185,7 @@ def _forward(
     for start in range(0, labels_M.numel(), chunk):
         hidden_CD = hidden_MD[start : start + chunk]
         labels_C1 = labels_M[start : start + chunk, None]
-        logits_CV = hidden_CD @ weight.T
+        logits_CV = product(hidden_CD, weight)
         if bias is not None:
             logits_CV += bias
         loss += cross_entropy_(logits_CV, labels_C1)
@@ -194,12 +195,9 @@ def _forward(
         if grad_bias_V is not None:
             grad_bias_V += grad_logits_CV.sum(0, dtype=torch.float32)
         if grad_hidden_MD is not None:
-            torch.mm(grad_logits_CV, weight, out=grad_hidden_MD[start : start + chunk])
+            grad_hidden_MD[start : start + chunk] = product(grad_logits_CV, weight.T)
         if grad_weight_VD is not None:
-            if compute_dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_logits_CV.T, hidden_CD)
-            else:
-                grad_weight_VD += grad_logits_CV.T @ hidden_CD
+            add_product_(grad_weight_VD, grad_logits_CV.T, hidden_CD.T)
 
     grad_hidden_BTD = grad_hidden_MD
     if grad_hidden_MD is not None and not all_counted:

@@ -21,6 +21,12 @@ class LSTMCache:
         self.states: list[tuple[Tensor, Tensor]] = []
         """h and c of each layer, (1, B, D) each; none before the first token."""
 
+    def select(self, rows_R: Tensor) -> None:
+        """Hold these rows alone from now on, in this order; one may come several times."""
+        self.states = [(h[:, rows_R], c[:, rows_R]) for h, c in self.states]
+
+    reorder = select
+
 
 class LSTMLanguageModel(TiedHeadModel):
     """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
@@ -49,12 +55,14 @@ class LSTMLanguageModel(TiedHeadModel):
         labels_BT: Tensor | None = None,
         cache: LSTMCache | None = None,
         dropout_keys_B: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
 
         positions_BT and documents_BT are taken for the decoders' sake and not used: the state flows
         over document boundaries, which the end-of-text token marks. Dropout is of what flows from layer to
         layer, never from token to token, by masks made from dropout_keys_B; None: from torch's generator.
+        last_only: logits of the last token alone, (B, 1, V).
         """
         before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
         after = []
@@ -66,7 +74,7 @@ class LSTMLanguageModel(TiedHeadModel):
         if cache is not None:
             cache.states = after
             cache.length += tokens_BT.shape[1]
-        return self.head(x_BTD, labels_BT)
+        return self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
 
     def new_cache(self, max_length: int) -> LSTMCache:
         """An empty state; it takes the same room at any length."""

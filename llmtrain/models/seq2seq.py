@@ -71,6 +71,12 @@ class SourceCache(KVCache):
         self.source_documents = source_documents_BS
         """0 for tokens, −1 for padding, (B, S); None: there is no padding."""
 
+    def select(self, rows_R: Tensor) -> None:
+        super().select(rows_R)
+        self.source_keys_values = [(k[rows_R], v[rows_R]) for k, v in self.source_keys_values]
+        if self.source_documents is not None:
+            self.source_documents = self.source_documents[rows_R]
+
 
 class EncoderBlock(Block):
     """A layer over the sources, which see each other."""

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from llmtrain.models.attention import CrossDocuments, Documents, attend
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
+from llmtrain.models.linear import Linear
 
 
 class KVCache:
@@ -53,6 +54,23 @@ class KVCache:
         values[:, :, self.length : end] = v_BKTH
         return keys[:, :, :end], values[:, :, :end]
 
+    def select(self, rows_R: Tensor) -> None:
+        """Hold these rows alone from now on, in this order; one may come several times."""
+        self._put([None if held is None else held[rows_R] for held in self._held()])
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Let row b go on from what row rows_B[b] holds of its tokens. What is held of a source stays: rows
+        change places with those of the same source alone."""
+        for held in self._held():
+            if held is not None:
+                held[:, :, : self.length] = held[rows_B, :, : self.length]
+
+    def _held(self) -> list[Tensor | None]:
+        return [*self._keys, *self._values]
+
+    def _put(self, held: list[Tensor | None]) -> None:
+        self._keys, self._values = held[: len(self._keys)], held[len(self._keys) :]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -69,6 +87,8 @@ class Context:
     cache: KVCache | None = None
     dropout_keys: Tensor | None = None
     """A key for each row, (B,), that dropout's masks are made from; None: torch's generator."""
+    last_only: bool = False
+    """Logits are wanted of the last token alone."""
 
     @property
     def num_places(self) -> int:
@@ -218,11 +238,11 @@ class Attention(nn.Module):
         self.positions = relative
         self.relative = None if relative is None else PerHead(config.num_heads, relative.num_buckets)
         qkv_width = config.kv_heads * (self.queries_per_kv + 2) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, qkv_width, bias=config.has_qkv_bias)
+        self.qkv = Linear(config.hidden_size, qkv_width, bias=config.has_qkv_bias)
         # Over each head's dims, as in ViT-22B (arXiv:2302.05442).
         self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.output = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+        self.output = Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
@@ -274,9 +294,9 @@ class CrossAttention(nn.Module):
         """Number in the whole layer of the first head held here."""
         self.attend = attend if scale is None else functools.partial(attend, scale=scale)
         D, width = config.hidden_size, config.num_heads * config.head_width
-        self.query = nn.Linear(D, width, bias=config.bias)
-        self.key_value = nn.Linear(D, 2 * width, bias=config.bias)
-        self.output = nn.Linear(width, D, bias=config.bias)
+        self.query = Linear(D, width, bias=config.bias)
+        self.key_value = Linear(D, 2 * width, bias=config.bias)
+        self.output = Linear(width, D, bias=config.bias)
 
     def keys_and_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Of what is attended to, (B, N, S, H) each."""
@@ -314,9 +334,9 @@ class MLP(nn.Module):
         super().__init__()
         D, F_ = config.hidden_size, config.mlp_width
         self.activation = config.activation
-        self.gate = nn.Linear(D, F_, bias=config.bias) if config.gated_mlp else None
-        self.up = nn.Linear(D, F_, bias=config.bias)
-        self.down = nn.Linear(F_, D, bias=config.bias)
+        self.gate = Linear(D, F_, bias=config.bias) if config.gated_mlp else None
+        self.up = Linear(D, F_, bias=config.bias)
+        self.down = Linear(F_, D, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from llmtrain.models.dropout import Dropout
 from llmtrain.models.head import LanguageModelHead, summed_cross_entropy
+from llmtrain.models.linear import linear
 from llmtrain.parallel.mesh import Mesh, all_sum_over
 from llmtrain.shards import Shard
 
@@ -159,7 +160,7 @@ class ColumnParallelLinear(_TensorParallel):
     bias: Tensor | None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(self._enter(x_BTD), self.weight, self.bias)
+        return linear(self._enter(x_BTD), self.weight, self.bias)
 
 
 class RowParallelLinear(_TensorParallel):
@@ -169,7 +170,7 @@ class RowParallelLinear(_TensorParallel):
     bias: Tensor | None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        y_BTD = self._leave(F.linear(x_BTD, self.weight))
+        y_BTD = self._leave(linear(x_BTD, self.weight))
         return y_BTD if self.bias is None else y_BTD + self.bias
 
 
@@ -203,7 +204,7 @@ class VocabParallelHead(_TensorParallel):
     ) -> Tensor:
         hidden_BTD = self._enter(hidden_BTD)
         if labels_BT is None:
-            logits: Tensor = gather_from_model_parallel_region(F.linear(hidden_BTD, self.weight, self.bias))
+            logits: Tensor = gather_from_model_parallel_region(linear(hidden_BTD, self.weight, self.bias))
             return logits[..., : self.vocab_size]
         cross_entropy_ = functools.partial(self._cross_entropy_, label_smoothing=label_smoothing)
         return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias)

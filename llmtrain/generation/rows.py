@@ -1,0 +1,75 @@
+"""Texts that a model is writing, and what is kept of them between tokens.
+
+Dim names: B prompts run together, T tokens of a prompt, S tokens of the longest source, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from llmtrain.errors import CheckpointError, Problem
+
+
+def has_sources(model: nn.Module) -> bool:
+    """Whether a prompt is what an encoder reads, not what a decoder continues."""
+    config: Any = model.config
+    return config.family == "seq2seq"
+
+
+class Rows:
+    """One text a row, first one a prompt. `logits` are those of each row's next token, (R, V) fp32."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """prompts: of one length, or sources of any.
+
+        Raises CheckpointError for a model whose logits are not finite, as `extend` does."""
+        self._model = model
+        self.device = next(model.parameters()).device
+        config: Any = model.config
+        self._cache: Any
+        if has_sources(model):
+            sources_BS, documents_BS = _padded(prompts, self.device)
+            self._cache = model.new_cache(  # type: ignore[operator]
+                max_new_tokens, sources_BS=sources_BS, source_documents_BS=documents_BS
+            )
+            tokens_BT = torch.full((len(prompts), 1), config.start_id, device=self.device)
+            self.logits = self._forward(tokens_BT)
+        else:
+            tokens_BT = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
+            self._cache = model.new_cache(tokens_BT.shape[1] + max_new_tokens)  # type: ignore[operator]
+            self.logits = self._forward(tokens_BT, last_only=True)
+
+    def extend(self, tokens_R: Tensor) -> None:
+        """Put a token behind each row."""
+        self.logits = self._forward(tokens_R[:, None])
+
+    def select(self, rows_R: Tensor) -> None:
+        """Go on with these rows alone, in this order; one may come several times."""
+        self._cache.select(rows_R)
+        self.logits = self.logits[rows_R]
+
+    def reorder(self, rows_R: Tensor) -> None:
+        """Let row r go on from row rows_R[r] of the same prompt."""
+        self._cache.reorder(rows_R)
+
+    def _forward(self, tokens_RT: Tensor, **arguments: Any) -> Tensor:
+        logits_RV: Tensor = self._model(tokens_RT, cache=self._cache, **arguments)[:, -1].float()
+        if not logits_RV.isfinite().all():
+            remedy = "the run diverged; take an earlier checkpoint"
+            raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))
+        return logits_RV
+
+
+def _padded(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, S), and 0 for tokens and −1 for padding, (B, S); None where there is no padding."""
+    tensors = [torch.tensor(list(source)) for source in sources]
+    sources_BS = pad_sequence(tensors, batch_first=True).to(device)
+    if len({len(source) for source in sources}) == 1:
+        return sources_BS, None
+    marks = [torch.zeros_like(tensor, dtype=torch.int32) for tensor in tensors]
+    return sources_BS, pad_sequence(marks, batch_first=True, padding_value=-1).to(device)
