@@ -164,7 +164,7 @@ class GgufFile:
             if kind in (None, "none"):
                 return None
             return {"rope_type": kind, "factor": factor or self.setting("rope.scale_linear")}
-        stored = torch.from_numpy(self.dequantized(_ROTARY_FACTORS).reshape(-1))
+        stored = torch.from_numpy(np.array(self.dequantized(_ROTARY_FACTORS)).reshape(-1))
         # Nothing says the other three: they are these in all of Meta's models.
         scaling = RopeScaling("llama3", float(stored.max()))
         plain = rotary_frequencies(head_dim, theta, None, torch.device("cpu"))
