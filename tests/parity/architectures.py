@@ -114,6 +114,134 @@ def of_tokens(comparison: Comparison) -> Comparison:
 PRE_TRAINING = {name: of_tokens(comparison) for name, comparison in ENCODER.items()}
 
 
+def packed_relatively(ours: Any, theirs: Any) -> float:
+    """Documents in one row, by a model that needs no positions."""
+
+    def without_positions(tokens_BT: Tensor, documents_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        logits: Tensor = ours(tokens_BT, documents_BT=documents_BT)
+        return logits
+
+    return packed(without_positions, theirs)
+
+
+def permuted(ours: Any, theirs: Any) -> float:
+    """Predicted places in an order, of rows with padding behind."""
+    tokens_BT = tokens(len(LENGTHS), T)
+    is_token_BT = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    targets_BM = torch.stack([torch.arange(n)[seed::3][:3] for seed, n in enumerate(LENGTHS)])
+    order_BT = torch.zeros_like(tokens_BT).scatter(1, targets_BM, torch.tensor([[2, 3, 1]] * len(LENGTHS)))
+    is_seen_BTT = (order_BT[:, None] < order_BT[:, :, None]) | (order_BT == 0)[:, None]
+    expected = theirs(
+        tokens_BT,
+        attention_mask=is_token_BT.float(),
+        perm_mask=(~is_seen_BTT).float(),
+        target_mapping=nn.functional.one_hot(targets_BM, T).float(),
+    ).logits
+    found = ours(tokens_BT, order_BT=order_BT, targets_BM=targets_BM, documents_BT=is_token_BT.int() - 1)
+    return difference(found, expected)
+
+
+XLNET: dict[str, Comparison] = {
+    "plain": plain,
+    "padding": padded,
+    "packed": packed_relatively,
+    "segments": with_segments,
+    "permuted": permuted,
+}
+
+
+# What an encoder–decoder is compared in.
+
+TARGETS = (9, 20, 33)
+"""Tokens of the targets of sources that have LENGTHS."""
+
+
+def sources_and_targets(lengths: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and which are tokens, of sources and of targets in rows of their own; of the first `lengths`."""
+    lengths_B, targets_B = torch.tensor(LENGTHS)[:lengths, None], torch.tensor(TARGETS)[:lengths, None]
+    S, T = int(lengths_B.max()), int(targets_B.max())
+    B = len(lengths_B)
+    are_sources, are_targets = torch.arange(S) < lengths_B, torch.arange(T) < targets_B
+    return tokens(B, S), are_sources, tokens(B, T, seed=1), are_targets
+
+
+def paired(ours: Any, theirs: Any) -> float:
+    """A source and a target; and their losses."""
+    sources_BS, _, tokens_BT, _ = sources_and_targets(1)
+    labels_BT = tokens(*tokens_BT.shape, seed=2)
+    expected = theirs(input_ids=sources_BS, decoder_input_ids=tokens_BT, labels=labels_BT)
+    loss = ours(tokens_BT, sources_BS=sources_BS, labels_BT=labels_BT) / labels_BT.numel()
+    logits = ours(tokens_BT, sources_BS=sources_BS)
+    return max(difference(logits, expected.logits), float((loss - expected.loss).abs()))
+
+
+def padded_pairs(ours: Any, theirs: Any) -> float:
+    """Sources and targets of several lengths, padded behind."""
+    sources_BS, are_sources_BS, tokens_BT, are_targets_BT = sources_and_targets()
+    expected = theirs(
+        input_ids=sources_BS,
+        attention_mask=are_sources_BS.long(),
+        decoder_input_ids=tokens_BT,
+        decoder_attention_mask=are_targets_BT.long(),
+    ).logits
+    found = ours(
+        tokens_BT,
+        sources_BS=sources_BS,
+        source_documents_BS=are_sources_BS.int() - 1,
+        documents_BT=are_targets_BT.int() - 1,
+    )
+    return difference(found[are_targets_BT], expected[are_targets_BT])
+
+
+def packed_pairs(ours: Any, theirs: Any) -> float:
+    """Pairs in one row with padding behind; theirs see each by itself."""
+    sources_BS, are_sources_BS, tokens_BT, are_targets_BT = sources_and_targets()
+    texts = {"sources": (sources_BS, are_sources_BS), "tokens": (tokens_BT, are_targets_BT)}
+    expected = [
+        theirs(input_ids=sources[mine][None], decoder_input_ids=targets[other][None]).logits[0]
+        for sources, mine, targets, other in zip(
+            sources_BS, are_sources_BS, tokens_BT, are_targets_BT, strict=True
+        )
+    ]
+    row: dict[str, Tensor] = {}
+    for name, (ids, are_tokens) in texts.items():
+        numbers, places = are_tokens.nonzero(as_tuple=True)
+        row[name] = torch.cat([ids[are_tokens], ids.new_zeros(5)])[None]
+        row[f"{name}_documents"] = torch.cat([numbers, numbers.new_full((5,), -1)])[None]
+        row[f"{name}_positions"] = torch.cat([places, places.new_zeros(5)])[None]
+    found = ours(
+        row["tokens"],
+        documents_BT=row["tokens_documents"],
+        positions_BT=row["tokens_positions"],
+        sources_BS=row["sources"],
+        source_documents_BS=row["sources_documents"],
+        source_positions_BS=row["sources_positions"],
+    )
+    return difference(found[0, :-5], torch.cat(expected))
+
+
+def cached_pairs(ours: Any, theirs: Any) -> float:
+    """Sources of several lengths, encoded once; the targets' beginnings, then a token at a time."""
+    sources_BS, are_sources_BS, tokens_BT, _ = sources_and_targets()
+    cache = ours.new_cache(
+        tokens_BT.shape[1], sources_BS=sources_BS, source_documents_BS=are_sources_BS.int() - 1
+    )
+    steps = [tokens_BT[:, :4], *tokens_BT[:, 4:].split(1, dim=1)]
+    found = torch.cat([ours(step_BT, cache=cache) for step_BT in steps], dim=1)
+    expected = theirs(
+        input_ids=sources_BS, attention_mask=are_sources_BS.long(), decoder_input_ids=tokens_BT
+    ).logits
+    return difference(found, expected)
+
+
+PAIRS: dict[str, Comparison] = {
+    "plain": paired,
+    "padding": padded_pairs,
+    "packed": packed_pairs,
+    "cache": cached_pairs,
+}
+
+
 # The table.
 
 
@@ -130,6 +258,9 @@ class Architecture:
     unread: tuple[str, ...] = ()
     """Tensors of theirs that their own forward never reads; what stands in them may change."""
 
+    buffers: tuple[str, ...] = ()
+    """Those that add to the logits, and are made random too."""
+
     def theirs(self) -> Any:
         """The model with every weight random."""
         import transformers
@@ -140,6 +271,8 @@ class Architecture:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
+            for name in self.buffers:
+                model.get_buffer(name).normal_()
         return model
 
 
@@ -183,7 +316,40 @@ _BERT = {
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
 }
+_XLNET = {
+    "vocab_size": V,
+    "d_model": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "d_inner": 40,
+    "initializer_range": 0.2,
+}
 _ROBERTA = {**_BERT, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+
+_T5 = {
+    "vocab_size": V,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": V,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+}
 
 ARCHITECTURES = (
     Architecture("gpt2", "GPT2LMHeadModel", _GPT2),
@@ -224,6 +390,23 @@ ARCHITECTURES = (
     ),
     Architecture("roberta", "RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}, ENCODER),
     Architecture("roberta, segments", "RobertaForMaskedLM", _ROBERTA, {**ENCODER, "segments": with_segments}),
+    Architecture("xlnet", "XLNetLMHeadModel", _XLNET, XLNET),
+    Architecture("xlnet, untied", "XLNetLMHeadModel", {**_XLNET, "tie_word_embeddings": False}, XLNET),
+    Architecture("t5", "T5ForConditionalGeneration", _T5, PAIRS),
+    Architecture(
+        "t5 1.1",
+        "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        PAIRS,
+    ),
+    Architecture("bart", "BartForConditionalGeneration", _BART, PAIRS),
+    Architecture(
+        "bart, scaled, bias",
+        "BartForConditionalGeneration",
+        {**_BART, "scale_embedding": True, "activation_function": "relu"},
+        PAIRS,
+        buffers=("final_logits_bias",),
+    ),
 )
 
 
