@@ -258,6 +258,8 @@ class Architecture:
     unread: tuple[str, ...] = ()
     """Tensors of theirs that their own forward never reads; what stands in them may change."""
 
+    untied: tuple[str, ...] = ()
+    """Weights that get a value of their own, where a config cannot say so."""
     buffers: tuple[str, ...] = ()
     """Those that add to the logits, and are made random too."""
 
@@ -268,6 +270,9 @@ class Architecture:
         model_class = getattr(transformers, self.model_class)
         torch.manual_seed(0)
         model = model_class(model_class.config_class(**self.settings)).eval()
+        for name in self.untied:
+            weight = nn.Parameter(model.get_parameter(name).detach().clone())
+            model.get_submodule(name.rpartition(".")[0]).weight = weight
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -397,6 +402,13 @@ ARCHITECTURES = (
         "t5 1.1",
         "T5ForConditionalGeneration",
         {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        PAIRS,
+        untied=("lm_head.weight",),
+    ),
+    Architecture(
+        "t5, logits not scaled",
+        "T5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
         PAIRS,
     ),
     Architecture("bart", "BartForConditionalGeneration", _BART, PAIRS),

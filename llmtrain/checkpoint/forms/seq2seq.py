@@ -120,8 +120,6 @@ def _t5_misfits(config: Seq2SeqConfig) -> dict[str, str]:
     misfits = _misfits(config, _T5)
     if config.gated_mlp and config.activation == "gelu":
         misfits["activation"] = "gelu_tanh"
-    if config.tie_embeddings and not config.scale_logits:
-        misfits["scale_logits"] = "True"
     return misfits
 
 
@@ -173,8 +171,9 @@ def _write_t5_config(config: Seq2SeqConfig) -> dict[str, Any]:
         "dropout_rate": config.dropout,
         "layer_norm_epsilon": config.norm_eps,
         "feed_forward_proj": _t5_projection(config),
-        # Theirs says by it whether logits are scaled; a head of its own is found among the weights.
-        "tie_word_embeddings": config.scale_logits,
+        # Releases before transformers 5 scale the logits of tied embeddings, and of no others.
+        "tie_word_embeddings": config.tie_embeddings or config.scale_logits,
+        "scale_decoder_outputs": config.scale_logits,
         **_special_ids(config),
     }
 
@@ -200,7 +199,7 @@ def _read_t5_config(theirs: Settings) -> dict[str, Any]:
         "norm_eps": theirs.number("layer_norm_epsilon", 1e-6),
         "relative_buckets": theirs.whole("relative_attention_num_buckets", 32),
         "relative_max_distance": theirs.whole("relative_attention_max_distance", 128),
-        "scale_logits": theirs.flag("tie_word_embeddings", True),
+        "scale_logits": theirs.flag("scale_decoder_outputs", theirs.flag("tie_word_embeddings", True)),
         "tie_embeddings": theirs.is_tied("lm_head.weight", "shared.weight", True),
         "dropout": theirs.number("dropout_rate", 0.1),
         "objective": {"kind": "span_corruption"},
