@@ -26,7 +26,7 @@ class TokenizerConfig:
     """Ids in all, special tokens and 256 bytes included."""
     model: Path | None = None
     """An existing tokenizer, taken as it is; then nothing is trained: a sentencepiece .model, a
-    tokenizer.json, the folder of a Hugging Face model, or what stands in a corpus or checkpoint."""
+    tokenizer.json, or the folder of a Hugging Face model, a run, a checkpoint or a corpus."""
     train_bytes: int = 16 << 20
     """Most UTF-8 bytes of training documents the tokenizer is trained on; training takes about 22
     times as much memory."""

@@ -20,7 +20,7 @@ _ALLOWED = f"{TOKENIZER}, a sentencepiece .model, {WORDPIECES}, or {VOCABULARY} 
 
 
 def find(folder: Path) -> Path | None:
-    """The file in `folder` that `load` takes, or None."""
+    """The file that `load` takes in `folder`, or in the newest checkpoint of a run's folder; or None."""
     names = [BUNDLE_FILE, TOKENIZER, *SENTENCEPIECE_FILES, VOCABULARY, WORDPIECES]
     if EXPORT_MARK in _json(folder / "config.json"):
         # Its tokenizer.json was made of this one, with which the corpus was prepared.
@@ -28,7 +28,8 @@ def find(folder: Path) -> Path | None:
     for name in names:
         if (folder / name).is_file() and (name != VOCABULARY or (folder / MERGES).is_file()):
             return folder / name
-    return None
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    return find(checkpoints[-1]) if checkpoints else None
 
 
 def load(path: Path) -> Tokenizer:
