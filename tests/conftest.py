@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.corpora import prepare_small_corpus
+from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus that `llmtrain prepare` made."""
     return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def paired_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of pairs that `llmtrain prepare` made, of several shards."""
+    return prepare_small_pairs(tmp_path_factory.mktemp("paired_corpus"))
 
 
 @pytest.fixture

@@ -164,3 +164,35 @@ def prepare_small_corpus(folder: Path) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return output
+
+
+def write_pairs(path: Path, num_pairs: int = 400) -> Path:
+    """A .tsv file of pairs, the target being the source's words backwards; the same at every call."""
+    source = random.Random(1)
+    lines = ["en\tes"]
+    for number in range(num_pairs):
+        words = [str(number), *source.choices(WORDS, k=source.randint(2, 9))]
+        lines.append(" ".join(words) + "\t" + " ".join(reversed(words)))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def prepare_small_pairs(folder: Path) -> Path:
+    """What `llmtrain prepare` makes of `write_pairs`, in `folder`."""
+    source = write_pairs(folder / "pairs.tsv")
+    output = folder / "paired"
+    done = llmtrain(
+        "prepare",
+        f"source={source}",
+        f"output={output}",
+        "text_field=en",
+        "target_field=es",
+        "tokenizer.vocab_size=320",
+        "split.validation=0.1",
+        "split.test=0.05",
+        "sample_tokens=2000",
+        "shard_bytes=8000",
+        "workers=1",
+    )
+    assert done.returncode == 0, done.stderr
+    return output

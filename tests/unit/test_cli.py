@@ -10,6 +10,9 @@ import pytest
 
 from llmtrain import cli
 from llmtrain.commands.resolve import resolve
+from llmtrain.config import encode
+from llmtrain.errors import ConfigError
+from llmtrain.families import OBJECTIVES
 from llmtrain.models.config import GPTConfig
 from llmtrain.parallel import launcher
 from llmtrain.track.config import TrackConfig
@@ -213,11 +216,22 @@ def test_every_preset_composes_and_decodes():
         mapping = compose([f"model={model}", *data, "batch.sequence_length=128"], "plan")
         mapping.pop("world_size")
         assert resolve(mapping, 1, data_optional=True).config.model.parameter_count() > 0
-    for objective in cli.group_options("objective"):
-        mapping = compose(["model=bert_tiny", f"objective={objective}", "batch.sequence_length=128"], "plan")
-        mapping.pop("world_size")
-        pairs = resolve(mapping, 1, data_optional=True).config.model.objective.pairs
-        assert (pairs == "none") == (objective == "mlm")
+    tiny = {"bert": "bert_tiny", "xlnet": "xlnet_tiny", "seq2seq": "bart_tiny"}
+    told = {objective: family for family, objectives in OBJECTIVES.items() for objective in objectives}
+    assert set(told) == set(cli.group_options("objective"))
+    for objective, family in told.items():
+        for model in tiny.values():
+            both = [f"model={model}", f"objective={objective}"]
+            mapping = compose([*both, "batch.sequence_length=96"], "plan")
+            mapping.pop("world_size")
+            if model == tiny[family]:
+                config = resolve(mapping, 1, data_optional=True).config.model
+                assert encode(config.objective).items() >= mapping["model"]["objective"].items()
+            else:
+                with pytest.raises(ConfigError) as error:
+                    resolve(mapping, 1, data_optional=True)
+                assert len(error.value.problems) == 1
+                assert error.value.problems[0].where == "objective"
     for group in ("optimizer", "schedule", "precision", "cluster"):
         for option in cli.group_options(group):
             device = "cuda" if option == "fp16" else "cpu"

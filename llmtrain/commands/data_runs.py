@@ -1,0 +1,193 @@
+"""What the folder of a run tells of its data: the stream that each step came from, opened again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from llmtrain.config import decode
+from llmtrain.data.mixture import Segment, Timeline
+from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.data.transport import is_remote
+from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
+from llmtrain.families import model_config_type, open_data, open_sources
+from llmtrain.models.configs import ModelConfig
+from llmtrain.track.jsonl import read_metrics
+from llmtrain.train.streaming import open_stream
+
+if TYPE_CHECKING:
+    from llmtrain.data.corpora import Corpora
+    from llmtrain.data.datasets import Dataset
+    from llmtrain.data.stream import Skipped, Stream
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class MovedConfig:
+    """Where a run's corpora are now; what is left out is where the run found it."""
+
+    path: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stream with what it reads."""
+
+    stream: Stream
+    sources: Mapping[str, Dataset]
+    corpora: Corpora | None
+    data: TokenDataConfig | ImageDataConfig
+    model: ModelConfig
+
+    def skipped(self, step: int) -> Skipped:
+        """The shards that `step` leaves out, as they are now."""
+        # Nothing else needs more of a corpus than the step's own rows.
+        is_asked = getattr(self.data, "on_bad_shard", "error") == "skip"
+        return self.stream.enter(step - 1) if is_asked else frozenset()
+
+
+class Run:
+    """What a run's folder tells of its data."""
+
+    def __init__(self, path: Path, moved: MovedConfig) -> None:
+        """moved: where corpora are now. Raises CheckpointError for a folder that tells too little."""
+        self.path = path
+        self._moved = moved
+        self._config = _read(path, "config.yaml", yaml.safe_load, yaml.YAMLError)
+        self._data = _read(path, "data.json", json.loads, ValueError)
+        self._folder = _read(path, "environment.json", json.loads, ValueError)["folder"]
+        if "timeline" not in self._data:
+            got = "a run of before streams were recorded"
+            raise CheckpointError(Problem(str(path / "data.json"), got, "a timeline"))
+        self._timeline = Timeline.decode(self._data["timeline"])
+        self.digests = recorded_digests(path)
+        self._opened: tuple[Segment, Opened] | None = None
+
+    def check_reached(self, steps: range) -> None:
+        """Raise ConfigError unless all of these steps were made."""
+        is_recorded = (self.path / METRICS).exists()
+        last = max(self.digests, default=0) if is_recorded else self._config["train"]["steps"]
+        if steps[-1] > last:
+            allowed = f"1 to {last:,}, the steps that {self.path} has made" if last else "none was made yet"
+            raise ConfigError(Problem("step", f"{steps[-1]:,}", allowed))
+
+    def open(self, step: int) -> Opened:
+        """The stream that `step` came from; what was opened for the step before is used again.
+
+        Raises UserError for corpora that cannot be had, or that are others than then.
+        """
+        from llmtrain.data.trace import until
+
+        timeline = until(self._timeline, step)
+        segment = timeline.segments[-1]
+        if self._opened is None or self._opened[0] != segment:
+            data = self._data_config(segment)
+            model: ModelConfig = decode(model_config_type(self._config["model"]), self._config["model"])
+            corpora = open_data(data)
+            sources = open_sources(model, data, corpora, "train", segment.settings.get("sequence_length", 1))
+            self._check_same(data, segment, sources)
+            seed = segment.settings["seed"]
+            stream = open_stream(data, sources, timeline, seed=seed)
+            self._opened = segment, Opened(stream, sources, corpora, data, model)
+        return self._opened[1]
+
+    def _data_config(self, segment: Segment) -> TokenDataConfig | ImageDataConfig:
+        """The run's own, as it was in `segment`."""
+        section = dict(self._config["data"])
+        kind = data_config_type(section)
+        if kind is ImageDataConfig:
+            return decode(ImageDataConfig, {**section, "path": self._moved.path or self._data["paths"][""]})
+        names = list(segment.shares)
+        if unknown := sorted(set(self._moved.sources) - set(names)):
+            raise ConfigError(
+                Problem(
+                    f"data.sources.{unknown[0]}", "no corpus of this step", ", ".join(filter(None, names))
+                )
+            )
+        ordering = ("packing", "overlap", "shuffle_shards", "drop_last")
+        section |= {name: segment.settings[name] for name in ordering}
+        section["curriculum"] = ()
+        if names == [""]:
+            section |= {"path": self._place(""), "mixture": None, "sources": {}}
+        else:
+            places = {name: self._place(name) for name in names}
+            section |= {"path": None, "mixture": dict.fromkeys(names, 1.0), "sources": places}
+        return decode(TokenDataConfig, section)
+
+    def _place(self, name: str) -> str:
+        """Where a corpus is now."""
+        moved = self._moved
+        if name in moved.sources:
+            return moved.sources[name]
+        if moved.path:
+            return moved.path if name == "" else f"{moved.path.rstrip('/')}/{name}"
+        path = self._data["paths"].get(name)
+        if path is None:
+            remedy = f"give data.sources.{name}=…"
+            raise ConfigError(
+                Problem(f"data.sources.{name}", "nothing", "the place of a corpus that left the run", remedy)
+            )
+        if is_remote(path) or Path(path).expanduser().exists():
+            return path
+        return str(Path(self._folder) / path)
+
+    def _check_same(
+        self, data: TokenDataConfig | ImageDataConfig, segment: Segment, sources: Mapping[str, Dataset]
+    ) -> None:
+        recorded = segment.settings["fingerprints"]
+        places = {"": data.path} if isinstance(data, ImageDataConfig) else data.paths
+        problems = [
+            Problem(
+                str(places[name]),
+                "other data than those of the step (another fingerprint)",
+                "the corpus that the run read, unchanged",
+                f"give its place: {f'data.sources.{name}' if name else 'data.path'}=…",
+            )
+            for name, dataset in sources.items()
+            if dataset.fingerprint != recorded[name]
+        ]
+        if problems:
+            raise DataError(problems)
+
+
+def recorded_digests(run: Path) -> dict[int, int]:
+    """Step → data_digest, as the run's metrics tell last."""
+    if not run.is_dir():
+        raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
+    records = read_metrics(run / METRICS)
+    return {record["step"]: record["data_digest"] for record in records if "data_digest" in record}
+
+
+def _read(run: Path, name: str, parse: Any, failure: type[Exception]) -> dict[str, Any]:
+    """A file of a run's folder. Raises CheckpointError where there is none."""
+    path = run / name
+    if not run.is_dir():
+        raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        got = f"a folder without {name}"
+        raise CheckpointError(Problem(str(run), got, "the folder of a run of llmtrain train")) from None
+    except (OSError, failure) as error:
+        raise CheckpointError(Problem(str(path), f"an unreadable file ({error})")) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(Problem(str(path), "no section of keys", "what llmtrain train wrote"))
+    return content
+
+
+def steps_of(text: str) -> range:
+    """N or FIRST:LAST. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    first = int(match[1]) if match else 0
+    last = int(match[2] or first) if match else 0
+    if not 1 <= first <= last:
+        raise ConfigError(Problem("step", repr(text), "N, or FIRST:LAST, from 1 on"))
+    return range(first, last + 1)
