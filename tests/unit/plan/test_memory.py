@@ -35,7 +35,7 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.pipeline import stage_weights
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tensor import shard_tensors
-from llmtrain.plan import activations, memory
+from llmtrain.plan import activations, blocks, memory
 from llmtrain.plan.activations import Conditions, ModelConfig, Numbers, low_precision_copies
 from llmtrain.plan.memory import (
     Memory,
@@ -210,7 +210,7 @@ def test_gpt_activations_of_longer_sequences(
     """200 tokens are two blocks of attention, or past the longest that is done in blocks. Documents as long
     as these leave no key out of a block: the estimate is of the most."""
     monkeypatch.setattr(attention, "LONGEST", longest)
-    monkeypatch.setattr(activations, "LONGEST_BLOCKWISE", longest)
+    monkeypatch.setattr(blocks, "LONGEST_BLOCKWISE", longest)
     config = GPTConfig(**{**form, "max_sequence_length": 200})
     model = built(GPT(config), "fp32")
     tokens_BT = torch.randint(V, (2, 200))
@@ -295,8 +295,8 @@ def test_optimizer_state(name: str, momentum: float) -> None:
 
 def test_constants_are_those_of_the_models_and_the_engine() -> None:
     assert activations.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
-    assert activations.ATTENTION_BLOCK == attention.BLOCK
-    assert activations.LONGEST_BLOCKWISE == attention.LONGEST
+    assert blocks.ATTENTION_BLOCK == attention.BLOCK
+    assert blocks.LONGEST_BLOCKWISE == attention.LONGEST
     assert memory.DEEPSPEED_BUCKET_ELEMENTS == deepspeed_engine.MAX_BUCKET_ELEMENTS
     config = deepspeed_engine.deepspeed_config(
         layout(zero=3, data=4), "bf16", OptimizerConfig(), 10**12, "cuda"
