@@ -11,7 +11,7 @@ from llmtrain.errors import Problem
 
 OptimizerName = Literal["adamw", "adam", "sgd", "adagrad", "rmsprop"]
 Implementation = Literal["torch", "deepspeed"]
-ScheduleName = Literal["constant", "cosine", "linear", "wsd"]
+ScheduleName = Literal["constant", "cosine", "linear", "wsd", "noam"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ScheduleConfig:
     warmup_steps: int | None = None
     """Steps of linear warm-up; null: a twentieth of the run, at most 2,000."""
     min_ratio: float = 0.1
-    """Where the decay ends (all but constant)."""
+    """Where the decay ends (cosine, linear, wsd)."""
     decay_steps: int | None = None
     """Steps of decay at the end of the run (wsd); null: a fifth of the run."""
 

@@ -17,8 +17,13 @@ def multiplier(config: ScheduleConfig, step: int, total_steps: int) -> float:
 
     constant: 1. linear and cosine (arXiv:1608.03983): from 1 to min_ratio over what follows warm-up.
     wsd (warm-up, stable, decay; arXiv:2404.06395): 1, then over the last decay_steps the 1 - sqrt
-    cooldown that arXiv:2405.18392 found best.
+    cooldown that arXiv:2405.18392 found best. noam (arXiv:1706.03762, section 5.3): up with the step, then
+    down with its inverse square root, whatever `total_steps` is. The paper's rate,
+    D^-0.5 · min(s^-0.5, s · warmup^-1.5) at step s from 1, is this with a peak of (D · warmup)^-0.5.
     """
+    if config.name == "noam":
+        warmup, s = max(1, config.warmup(total_steps)), step + 1
+        return min(s / warmup, math.sqrt(warmup / s))
     warmup_steps = config.warmup(total_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

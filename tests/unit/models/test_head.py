@@ -146,3 +146,21 @@ def test_a_bias_and_its_gradient(autocast: bool) -> None:
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_label_smoothing(ignored: float) -> None:
+    found = []
+    for ours in (True, False):
+        hidden, weight, labels = inputs(ignored)
+        if ours:
+            head = LanguageModelHead(D, V)
+            head.weight = torch.nn.Parameter(weight.detach())
+            weight = head.weight
+            loss = head(hidden, labels, 0.1)
+        else:
+            logits = F.linear(hidden, weight).flatten(0, 1)
+            loss = F.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=0.1)
+        found.append([loss.detach(), *torch.autograd.grad(loss / 7, (hidden, weight))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

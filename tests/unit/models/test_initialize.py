@@ -16,6 +16,7 @@ from llmtrain.models.initialize import (
     Constant,
     Initializer,
     Normal,
+    NormalByRow,
     Uniform,
     fill,
     fill_box,
@@ -39,7 +40,9 @@ LLAMA = GPTConfig(
 )
 
 
-@pytest.mark.parametrize("initializer", [Normal(0.5), Uniform(0.5), Constant(3.0)])
+@pytest.mark.parametrize(
+    "initializer", [Normal(0.5), NormalByRow((0.1, 1.0, 5.0), 7), Uniform(0.5), Constant(3.0)]
+)
 def test_boxes_equal_the_whole(initializer: Initializer) -> None:
     rows, columns = TILE + 40, 2 * TILE + 7
     everything = fill_box("w", initializer, 7, (rows, columns), Box(0, 0, rows, columns))

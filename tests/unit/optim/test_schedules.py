@@ -39,13 +39,25 @@ WARMUP_4 = [0.2, 0.4, 0.6, 0.8]
         (ScheduleConfig("wsd", warmup_steps=0, decay_steps=0, min_ratio=0.0), 3, [1, 1, 1, 0]),
         (ScheduleConfig("cosine", warmup_steps=4, min_ratio=0.0), 4, [*WARMUP_4, 0]),
         (ScheduleConfig("constant"), 40, [1 / 3, 2 / 3, 1]),
+        (ScheduleConfig("noam", warmup_steps=4), 8, [0.25, 0.5, 0.75, 1, (4 / 5) ** 0.5, (4 / 6) ** 0.5]),
+        (ScheduleConfig("noam", warmup_steps=0), 8, [1, 0.5**0.5, 3**-0.5, 0.5]),
     ],
 )
 def test_multiplier(config: ScheduleConfig, total_steps: int, expected: list[float]) -> None:
     assert [multiplier(config, step, total_steps) for step in range(len(expected))] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
+def test_noam_is_the_papers_rate() -> None:
+    """arXiv:1706.03762, equation 3, at its base model's 512 and 4,000."""
+    D, warmup = 512, 4000
+    peak = (D * warmup) ** -0.5
+    for step in (1, 100, 3999, 4000, 4001, 100_000):
+        rate = D**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        config = ScheduleConfig("noam", warmup_steps=warmup)
+        assert peak * multiplier(config, step - 1, 100_000) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd", "noam"])
 @pytest.mark.parametrize("total_steps", [1, 2, 19, 100, 3000])
 def test_every_step_of_a_run_has_a_rate(name: str, total_steps: int) -> None:
     config = ScheduleConfig(name, min_ratio=0.0)
