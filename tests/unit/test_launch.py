@@ -18,7 +18,7 @@ from llmtrain.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
-SCRIPTS += ["launch/setup.sh", "cluster/slurm/two_nodes.sh", ".ci/run"]
+SCRIPTS += ["launch/setup.sh", "launch/verses.sh", "cluster/slurm/two_nodes.sh", ".ci/run"]
 
 
 def mistakes(**environment: str) -> list[str]:
