@@ -21,11 +21,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from tests.support import ranks
-from tests.support.corpora import prepare_small_corpus
+from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 from tests.support.training import REPOSITORY, TINY_GPT, Trace, train_steps
 
 STEPS = 4
@@ -78,6 +79,39 @@ FAMILIES = {
         "batch.micro_size=2",
         "batch.sequence_length=32",
     ),
+    "Transformer": (
+        "model=transformer_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "model.mlp_hidden_size=48",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=48",
+        "model.objective.target_length=40",
+    ),
+    "T5": (
+        "model=t5_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "model.head_dim=16",
+        "model.mlp_hidden_size=48",
+        "model.objective.num_sentinels=20",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
+    "BART": (
+        "model=bart_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "model.mlp_hidden_size=48",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
     "LSTM": (
         "model=lstm",
         "model.num_layers=2",
@@ -87,6 +121,13 @@ FAMILIES = {
         "batch.sequence_length=32",
     ),
 }
+
+
+class Corpora(NamedTuple):
+    """What models are trained on."""
+
+    texts: Path
+    pairs: Path
 
 
 @dataclass(frozen=True)
@@ -127,11 +168,11 @@ class Cell:
     def data(self) -> int:
         return self.ranks // (self.tensor * self.pipeline * self.sequence)
 
-    def plain(self, corpus: Path) -> tuple[str, ...]:
+    def plain(self, corpora: Corpora) -> tuple[str, ...]:
         """What one plain process is told."""
         return (
             *FAMILIES[self.family],
-            f"data.path={corpus}",
+            f"data.path={corpora.pairs if self.family == TRANSFORMER else corpora.texts}",
             "train.steps=20",
             "optimizer.lr=3e-3",
             "seed=7",
@@ -140,10 +181,10 @@ class Cell:
             *self.model,
         )
 
-    def overrides(self, corpus: Path) -> tuple[str, ...]:
+    def overrides(self, corpora: Corpora) -> tuple[str, ...]:
         """What the cell's processes are told."""
         return (
-            *self.plain(corpus),
+            *self.plain(corpora),
             f"parallel.tensor={self.tensor}",
             f"parallel.pipeline={self.pipeline}",
             f"parallel.sequence={self.sequence}",
@@ -181,6 +222,7 @@ class Cell:
 
 
 LLAMA, QWEN3, BERT, XLNET, LSTM = "Llama form", "Qwen 3 form", "BERT", "XLNet", "LSTM"
+TRANSFORMER, T5, BART = "Transformer", "T5", "BART"
 PACKED, SEGMENTS = ("objective=mlm",), ("model.has_segments=true",)
 UNEVEN, UNTIED = ("model.vocab_size=323",), ("model.tie_embeddings=false",)
 CELLS = (
@@ -189,6 +231,9 @@ CELLS = (
     Cell(1, LLAMA, recompute="selective"),
     *[Cell(1, BERT, recompute=mode) for mode in ("selective", "full", "offload")],
     *[Cell(1, XLNET, recompute=mode) for mode in ("selective", "full", "offload")],
+    *[Cell(1, T5, recompute=mode) for mode in ("selective", "full", "offload")],
+    *[Cell(1, BART, recompute=mode) for mode in ("selective", "offload")],
+    Cell(1, TRANSFORMER, recompute="full"),
     Cell(1, LSTM, micro=4),
     # two ranks
     Cell(2),
@@ -230,6 +275,17 @@ CELLS = (
     Cell(2, XLNET, pipeline=2, zero=1),
     Cell(2, XLNET, pipeline=2, zero=1, model=SEGMENTS, recompute="offload", micro=1),
     Cell(2, XLNET, zero=3, model=SEGMENTS, recompute="full"),
+    *[Cell(2, TRANSFORMER, zero=zero) for zero in (0, 3)],
+    Cell(2, TRANSFORMER, tensor=2),
+    Cell(2, TRANSFORMER, pipeline=2, zero=1),
+    *[Cell(2, T5, zero=zero) for zero in (0, 1, 2, 3)],
+    Cell(2, T5, tensor=2, model=("model.vocab_size=343",)),
+    Cell(2, T5, tensor=2, model=UNTIED, recompute="selective"),
+    Cell(2, T5, pipeline=2, zero=1, balance="time"),
+    Cell(2, T5, pipeline=2, zero=1, recompute="offload", micro=1),
+    Cell(2, BART, zero=3, recompute="full"),
+    Cell(2, BART, tensor=2),
+    Cell(2, BART, pipeline=2, zero=1),
     *[Cell(2, LSTM, zero=zero) for zero in (0, 1, 2, 3)],
     *[Cell(2, zero=zero, precision="bf16") for zero in (0, 1, 2, 3)],
     Cell(2, tensor=2, zero=1, precision="bf16"),
@@ -254,6 +310,10 @@ CELLS = (
     Cell(4, BERT, tensor=2, pipeline=2, zero=1),
     Cell(4, BERT, tensor=2, zero=3),
     Cell(4, XLNET, tensor=2, pipeline=2, zero=1),
+    *[Cell(4, family, tensor=2, pipeline=2, zero=1) for family in (TRANSFORMER, T5, BART)],
+    Cell(4, T5, tensor=2, zero=3),
+    Cell(4, T5, pipeline=4, zero=1, micro=1),
+    Cell(4, T5, pipeline=4, micro=1, clip=0.0),
     Cell(4, LSTM, zero=3),
     # eight ranks
     Cell(8, tensor=2, pipeline=2, zero=1, recompute="full"),
@@ -301,18 +361,18 @@ def deviation(trace: Trace, reference: Trace) -> Deviation:
 class Matrix:
     """Cells run on demand, each once; references first, since pools of other sizes end each other."""
 
-    def __init__(self, corpus: Path) -> None:
-        self._corpus = corpus
+    def __init__(self, corpora: Corpora) -> None:
+        self._corpora = corpora
         self._references: dict[tuple[str, ...], Trace] = {}
         self._results: dict[Cell, Deviation] = {}
 
     def result(self, cell: Cell) -> Deviation:
         if not self._references:
-            for plain in dict.fromkeys(other.plain(self._corpus) for other in CELLS):
+            for plain in dict.fromkeys(other.plain(self._corpora) for other in CELLS):
                 self._references[plain] = ranks.run(1, train_steps, plain, STEPS)[0]
         if cell not in self._results:
-            reference = self._references[cell.plain(self._corpus)]
-            traces = ranks.run(cell.ranks, train_steps, cell.overrides(self._corpus), STEPS)
+            reference = self._references[cell.plain(self._corpora)]
+            traces = ranks.run(cell.ranks, train_steps, cell.overrides(self._corpora), STEPS)
             found = [deviation(trace, reference) for trace in traces]
             self._results[cell] = Deviation(
                 max(d.loss for d in found), max(d.norm for d in found), max(d.update for d in found)
@@ -347,8 +407,8 @@ def readme_table() -> str:
 
 def _main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        corpus = prepare_small_corpus(Path(folder))
-        matrix = Matrix(corpus)
+        path = Path(folder)
+        matrix = Matrix(Corpora(prepare_small_corpus(path), prepare_small_pairs(path)))
         for cell in CELLS:
             found = matrix.result(cell)
             figures = f"loss {found.loss:.1e}  norm {found.norm:.1e}  update {found.update:.1e}"
