@@ -62,7 +62,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return _product(x, weight_OI, bias_O)
+        y = _product(x, weight_OI, bias_O)
+        # oneDNN gives a view for x of three dims, and what leaves a Function as one can't be summed in place.
+        out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return out
 
     @staticmethod
     @once_differentiable

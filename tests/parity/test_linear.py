@@ -27,6 +27,7 @@ WIDE = (
 LAYOUTS = (
     (1, ("recompute=selective",)),
     (2, ("parallel.zero=3",)),
+    (2, ("parallel.tensor=2",)),
     (2, ("parallel.tensor=2", "recompute=selective")),
     (2, ("parallel.tensor=2", "parallel.tensor_sequence=true", "recompute=full")),
     (2, ("parallel.pipeline=2", "parallel.zero=1")),
