@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmtrain import files
+from llmtrain.commands.bleu import check_bleu, translation_figures
+from llmtrain.commands.output import check_output, write_output
 from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import corpora_problems, data_problems, family_of, open_data, open_dataset
+from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet_config import XLNetConfig
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class EvaluateConfig:
     """null: as in training, or the model's longest."""
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    bleu: bool = False
+    """Also BLEU of what an encoder–decoder writes for the sources of pairs, as `generate` says."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     unigram: bool = False
     """Also what the training split's token frequencies alone would reach; reads the whole split."""
     output: Path | None = None
@@ -57,6 +61,8 @@ class EvaluateConfig:
         for name in ("max_samples", "sequence_length"):
             value = getattr(self, name)
             yield from require(value is None or value >= 1, name, value, "1 or more, or null")
+        if not self.bleu and self.generate != GenerateConfig():
+            yield Problem("generate", "settings", "none with bleu=false", "give bleu=true")
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -64,7 +70,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
     output = None if config.output is None else config.output.expanduser()
     if output is not None:
-        _check_output(output)
+        check_output(output)
     corpora = open_data(config.data)
 
     from llmtrain.commands.loading import load_trained
@@ -74,6 +80,8 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
+    if config.bleu:
+        check_bleu(trained.config, config.parallel)
     length = _sequence_length(config, trained)
     dataset = open_dataset(trained.config, config.data, corpora, config.split, length, _say_skipped)
     objective = family_of(trained.config).objective(trained.config, config.data)
@@ -99,13 +107,16 @@ def run(mapping: Mapping[str, Any]) -> None:
     )
     counter = None
     if corpora is not None:
-        counter = TargetCounter(corpora.vocab_size)
+        counter = TargetCounter(max(corpora.vocab_size, getattr(trained.config, "vocab_size", None) or 0))
         batches = counter.watch(batches)
     model = trained.build_over(mesh, device)
     counted = mesh.tells_the_loss
     totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
     if counter is not None:
         counter.sum_over_ranks(counted, device)
+    translated = {}
+    if config.bleu:
+        translated = translation_figures(trained, model, dataset, config.generate, mesh, config.max_samples)
     if not distributed.is_main():
         return
     figures: dict[str, Any] = {
@@ -118,22 +129,21 @@ def run(mapping: Mapping[str, Any]) -> None:
     }
     if counter is not None and corpora is not None:
         # Of the tokens alone, where the loss has more in it.
-        figures["perplexity"] = math.exp(min(totals.metrics.get("masked_loss", totals.loss), 700.0))
+        of_tokens = totals.metrics.get("masked_loss", totals.metrics.get("token_loss", totals.loss))
+        figures["perplexity"] = math.exp(min(of_tokens, 700.0))
     if (
         counter is not None
         and corpora is not None
-        and not isinstance(trained.config, BertConfig | XLNetConfig)
+        and not isinstance(trained.config, BertConfig | Seq2SeqConfig | XLNetConfig)
     ):
         figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpora))
     if counter is not None and corpora is not None and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)
+    figures |= translated
     for name, value in figures.items():
         print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
     if output is not None:
-        try:
-            files.write_json_atomically(output, figures)
-        except OSError as error:
-            raise ConfigError(files.disk_problem(error, output, key="output")) from error
+        write_output(output, lambda path: files.write_json_atomically(path, figures))
 
 
 class TargetCounter:
@@ -162,7 +172,7 @@ class TargetCounter:
         from llmtrain.data.tokenizer import load_tokenizer
 
         lengths_V = load_tokenizer(corpora.tokenizer_path).token_byte_lengths()
-        return int(self._counts_V @ lengths_V)
+        return int(self._counts_V[: len(lengths_V)] @ lengths_V)
 
     def unigram_loss(self, corpora: Corpora) -> float:
         """Mean loss, nats, of the targets under the training split's token frequencies (each one more
@@ -179,18 +189,6 @@ class TargetCounter:
 def _say_skipped(shard: str, samples: int) -> None:
     text = f"warning: {shard} is bad: its {samples:,} sequences are left out"
     print(text, file=sys.stderr, flush=True)
-
-
-def _check_output(output: Path) -> None:
-    """Raise ConfigError unless a file can be written there: before the work whose figures it gets."""
-    try:
-        if output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        problem = files.disk_problem(error, output, key="output", allowed="a file in a folder that exists")
-        raise ConfigError(problem) from error
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:

@@ -1,21 +1,33 @@
-"""`llmtrain generate`: text from a trained language model, or what a BERT or an XLNet puts for [MASK]."""
+"""`llmtrain generate`: text from a trained language model, what an encoder–decoder answers, or what a BERT or
+an XLNet puts for [MASK]."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llmtrain import files
+from llmtrain.commands.answer import Texts
+from llmtrain.commands.output import check_output, write_output
 from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet_config import XLNetConfig
+
+if TYPE_CHECKING:
+    from llmtrain.commands.loading import TrainedModel
 
 TOP_K = 5
 """Pieces shown for each [MASK] unless generate.top_k says otherwise."""
+PROGRESS_SECONDS = 5.0
+"""Between two lines that say how many prompts are done."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +38,21 @@ class GenerateCommandConfig:
     parallel: SharingConfig = field(default_factory=SharingConfig)
     prompt: tuple[str, ...] = ("",)
     prompt_file: Path | None = None
+    output: Path | None = None
+    """A file for what is printed otherwise, one line a prompt."""
     device: str = "auto"
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Print each prompt with its continuation, or with its [MASK]s filled.
+    """Print each prompt with its continuation, or what answers it, or it with its [MASK]s filled.
 
     Raises UserError for whatever a user can mend.
     """
     config = decode(GenerateCommandConfig, mapping)
-    prompts = list(config.prompt)
-    if config.prompt_file is not None:
-        try:
-            prompts = config.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                Problem("prompt_file", f"{config.prompt_file} ({error})", "a text file")
-            ) from error
+    prompts = list(config.prompt) if config.prompt_file is None else _read_lines(config.prompt_file)
+    output = None if config.output is None else config.output.expanduser()
+    if output is not None:
+        check_output(output)
 
     from llmtrain.commands.loading import load_trained
     from llmtrain.generation.generate import generate
@@ -54,25 +64,85 @@ def run(mapping: Mapping[str, Any]) -> None:
     if isinstance(trained.config, BertConfig | XLNetConfig):
         from llmtrain.commands.fill import fill_prompts
 
+        if output is not None:
+            raise ConfigError(Problem("output", str(output), "null with a model that fills [MASK]"))
         fill_prompts(
             trained, prompts, config.generate.top_k or TOP_K, config.parallel, encode(config), config.device
         )
         return
-    tokenizer = trained.tokenizer()
+    ids, eos_id, show = _ways(trained, prompts)
+    if isinstance(trained.config, Seq2SeqConfig):
+        refuse_pipeline(config.parallel)
     device = distributed.pick_device(config.device)
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    longest = max(map(len, ids)) + config.generate.max_new_tokens
+    longest = max(map(len, ids), default=1) + config.generate.max_new_tokens
     mesh = start_sharing(
         config.parallel, trained, encode(config), device, micro_size=1, sequence_length=longest
     )
     model = trained.build_over(mesh, device)
+    on_done = None
+    if output is not None and distributed.is_main():
+        on_done = Progress(len(prompts))
     try:
-        continuations = generate(model, ids, config.generate, eos_id=tokenizer.eos_id)
+        found = generate(model, ids, config.generate, eos_id=eos_id, on_done=on_done)
     except UserError as error:  # all ranks look at the same prompts
         raise distributed.everywhere(error) from None
     if not distributed.is_main():
         return
-    for prompt, before, continuation in zip(prompts, ids, continuations, strict=True):
-        print(prompt + tokenizer.decode_after(before, continuation), flush=True)
+    shown = [show(number, text) for number, text in enumerate(found)]
+    if output is not None:
+        content = "".join(" ".join(text.split("\n")) + "\n" for text in shown)
+        write_output(output, lambda path: files.write_atomically(path, content))
+        return
+    for text in shown:
+        print(text, flush=True)
         if len(prompts) > 1:
             print("---", flush=True)
+
+
+class Progress:
+    """Says on stderr how many prompts are done, every few seconds."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._done, self._said = count, 0, time.monotonic()
+
+    def __call__(self, index: int) -> None:
+        self._done += 1
+        if time.monotonic() - self._said > PROGRESS_SECONDS:
+            self._said = time.monotonic()
+            print(f"{self._done:,} of {self._count:,} done", file=sys.stderr, flush=True)
+
+
+def refuse_pipeline(parallel: SharingConfig) -> None:
+    """Raise ConfigError for an encoder–decoder that is to write text in a pipeline."""
+    if parallel.pipeline > 1:
+        allowed = "1 where an encoder–decoder writes text: sources go through its encoder once"
+        remedy = f"give parallel.tensor={parallel.pipeline * parallel.tensor}"
+        raise ConfigError(Problem("parallel.pipeline", str(parallel.pipeline), allowed, remedy))
+
+
+def _ways(
+    trained: TrainedModel, prompts: Sequence[str]
+) -> tuple[list[list[int]], int, Callable[[int, list[int]], str]]:
+    """Ids of each prompt, the id that ends a text, and (number of a prompt, what was found) → its text."""
+    if isinstance(trained.config, Seq2SeqConfig):
+        texts = Texts(trained)
+        return (
+            [texts.source(prompt) for prompt in prompts],
+            texts.eos_id,
+            lambda number, found: texts.answer(prompts[number], found),
+        )
+    tokenizer = trained.tokenizer()
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    return (
+        ids,
+        tokenizer.eos_id,
+        lambda number, found: prompts[number] + tokenizer.decode_after(ids[number], found),
+    )
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Raises DataError for what is no text file."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(Problem("prompt_file", f"{path} ({error})", "a text file")) from error

@@ -1,0 +1,32 @@
+"""The file that a verb writes: looked at before the work, written after it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain import files
+from llmtrain.errors import ConfigError
+
+
+def check_output(output: Path) -> None:
+    """Raise ConfigError unless a file can be written there: before the work whose figures it gets."""
+    try:
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        problem = files.disk_problem(error, output, key="output", allowed="a file in a folder that exists")
+        raise ConfigError(problem) from error
+
+
+def write_output(output: Path, write: Callable[[Path], None]) -> None:
+    """`write(output)`; raises ConfigError where that fails."""
+    try:
+        write(output)
+    except OSError as error:
+        raise ConfigError(files.disk_problem(error, output, key="output")) from error
