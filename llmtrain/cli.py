@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("llmtrain.commands.train", "corpus → trained model; resumes by itself"),
     "evaluate": ("llmtrain.commands.evaluate", "loss, perplexity and bits per byte of a trained model"),
     "generate": ("llmtrain.commands.generate", "text from a trained language model"),
+    "import": ("llmtrain.commands.import_", "Hugging Face folder or GGUF file → checkpoint"),
     "export": ("llmtrain.commands.export", "trained model → Hugging Face folder"),
     "checkpoint": ("llmtrain.commands.checkpoint", "verify, show, compare, export or prune checkpoints"),
     "data": ("llmtrain.commands.data", "which documents made a step, what they say, one hash over a run's"),
@@ -58,10 +59,11 @@ FOLDERS = {
 
 FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
 FREE_TEXT |= {"checkpoint.resume", "target_source", "tokenizer.model", "path", "other", "run", "step"}
+FREE_TEXT |= {"model.path", "tokenizer"}
 """Keys whose values are a person's words or paths: they arrive as typed, whatever Hydra's grammar says."""
 MAY_BE_EMPTY = {"prompt"}
 MAY_BE_LIST = {"prompt", "source", "target_source"}
-MAY_BE_NULL = {"prompt_file", "output", "tokenizer.model", "data.path", "run", "step"}
+MAY_BE_NULL = {"prompt_file", "output", "tokenizer", "tokenizer.model", "data.path", "run", "step"}
 
 HYDRA_SETTINGS = (
     # llmtrain keeps its own run folder and logs.

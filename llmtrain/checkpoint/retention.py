@@ -40,14 +40,13 @@ def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
 
 def find(path: Path, say: Say) -> Checkpoint:
     """The checkpoint that a user means by `path`: a checkpoint folder, or the newest good one of a run
-    folder. Raises CheckpointError when there is none or it is damaged."""
+    folder; ranks share the checking. Raises CheckpointError when there is none or it is damaged."""
     if (path / MANIFEST).exists():
         checkpoint = Checkpoint.open(path)
-        damage = checkpoint.damage()
-        if damage:
-            raise CheckpointError(
-                Problem(str(path), f"a damaged checkpoint ({damage})", remedy="name another step's folder")
-            )
+        damage = checkpoint.damage(distributed.rank(), distributed.world_size())
+        if damages := [found for found in distributed.gather(damage) if found]:
+            got = f"a damaged checkpoint ({damages[0]})"
+            raise CheckpointError(Problem(str(path), got, remedy="name another step's folder"))
         return checkpoint
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found, rejected = newest_good(root, say)

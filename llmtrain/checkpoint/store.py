@@ -404,6 +404,10 @@ class Weights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def read_into(self, out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
+        """As Reader.read_into: a part without the whole."""
+        self._reader.read_into(out, WEIGHT, name, shard, start)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -443,6 +447,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is weights from elsewhere: no optimizer's state, and no run that they came out of."""
+        return "imported_from" in self.manifest
 
     @property
     def bytes(self) -> int:

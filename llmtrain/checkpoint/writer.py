@@ -32,11 +32,15 @@ class Written(NamedTuple):
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[tuple[str, torch.Tensor]], go_on: Callable[[], bool] = lambda: True
+    path: Path,
+    tensors: Sequence[tuple[str, torch.Tensor]],
+    go_on: Callable[[], bool] = lambda: True,
+    fetch: Callable[[str], torch.Tensor] | None = None,
 ) -> Written:
     """Write `tensors` (key, contiguous tensor on any device) to a new file and wait until it is on the disk.
 
-    A tensor elsewhere comes to the host when its turn comes. `go_on` is asked before each chunk; once it
+    A tensor elsewhere comes to the host when its turn comes; with `fetch` those given may be on the meta
+    device, and it is asked for each by its key. `go_on` is asked before each chunk; once it
     says no, InterruptedError is raised and the file stays unfinished. Raises OSError for a full disk, at
     once where the file system can tell beforehand.
     """
@@ -47,8 +51,11 @@ def write_safetensors(
     try:
         _reserve(descriptor, total)
         at = _write(descriptor, memoryview(header), 0, digest, go_on)
-        for _, tensor in tensors:
-            at = _write(descriptor, _content(tensor), at, digest, go_on)
+        for key, tensor in tensors:
+            content = _content(tensor if fetch is None else fetch(key))
+            if len(content) != tensor.nbytes:
+                raise ValueError(f"{key}: {len(content)} bytes where {tensor.nbytes} were announced")
+            at = _write(descriptor, content, at, digest, go_on)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 
 def build_engine(
-    config: TrainConfig, layout: Layout, device: torch.device, objective: Any, checkpoint: Checkpoint | None
+    config: TrainConfig,
+    layout: Layout,
+    device: torch.device,
+    objective: Any,
+    checkpoint: Checkpoint | None,
+    weights: Source | None = None,
 ) -> Engine:
-    """The engine that `config` names, at the checkpoint's state, or freshly initialized from the seed; made
-    by all ranks together."""
+    """The engine that `config` names, at the checkpoint's state, or at the start: from `weights`, or from the
+    seed; made by all ranks together."""
     import torch
 
     from llmtrain.engine.base import Setup, fill_fragments
@@ -41,7 +46,9 @@ def build_engine(
     mesh = Mesh(layout)
     with torch.device("meta"):
         model = family_of(config.model).build(config.model)
-    source = _checkpoint_source(checkpoint) if checkpoint is not None else seed_source(model, config.seed)
+    source = weights or seed_source(model, config.seed)
+    if checkpoint is not None:
+        source = _checkpoint_source(checkpoint)
     shards = _divide(model, config.model, mesh)
     stage = None
     held: list[nn.Module] = [model]

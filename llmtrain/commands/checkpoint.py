@@ -82,27 +82,45 @@ def show(mapping: Mapping[str, Any]) -> None:
     checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, _warn)
     manifest = checkpoint.manifest
     entries: dict[str, dict[str, Any]] = manifest["tensors"]
-    run, layout, position = manifest["config"], manifest["layout"], manifest["position"]
-    axes = ("data", "tensor", "pipeline", "sequence")
-    loss = manifest["validation_loss"]
     num_parameters = sum(math.prod(entry["shape"]) for entry in entries[WEIGHT].values())
     facts = {
         "checkpoint": checkpoint.path,
-        "step": f"{position['step']:,} of {run['train']['steps']:,}, {position['samples']:,} samples",
+        "step": f"0, imported from {manifest['imported_from']}"
+        if checkpoint.is_imported
+        else _progress(manifest),
         "saved": manifest["saved_at"],
         "model": f"{manifest['model']['family']}, {num_parameters:,} parameters",
-        "optimizer": run["optimizer"]["name"],
-        "layout": f"world_size {layout['world_size']} = "
-        + " · ".join(f"{axis} {layout[axis]}" for axis in axes)
-        + f"; ZeRO {layout['zero']}",
-        "precision": run["precision"],
-        "validation": "not evaluated at this step" if loss is None else f"loss {loss:.4f}",
+        **(_facts_of_import(manifest) if checkpoint.is_imported else _facts_of_run(manifest)),
         "files": f"{len(manifest['files'])}, {checkpoint.bytes:,} bytes",
     }
     for name, fact in facts.items():
         print(f"{name:<12}{fact}")
     if config.tensors:
         _print_tensors(entries)
+
+
+def _facts_of_import(manifest: Mapping[str, Any]) -> dict[str, str]:
+    lists = {"begun anew": manifest["fresh"], "left out": manifest["left_out"]}
+    return {name: ", ".join(names) for name, names in lists.items() if names}
+
+
+def _progress(manifest: Mapping[str, Any]) -> str:
+    position, steps = manifest["position"], manifest["config"]["train"]["steps"]
+    return f"{position['step']:,} of {steps:,}, {position['samples']:,} samples"
+
+
+def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:
+    run, layout = manifest["config"], manifest["layout"]
+    axes = ("data", "tensor", "pipeline", "sequence")
+    loss = manifest["validation_loss"]
+    return {
+        "optimizer": run["optimizer"]["name"],
+        "layout": f"world_size {layout['world_size']} = "
+        + " · ".join(f"{axis} {layout[axis]}" for axis in axes)
+        + f"; ZeRO {layout['zero']}",
+        "precision": run["precision"],
+        "validation": "not evaluated at this step" if loss is None else f"loss {loss:.4f}",
+    }
 
 
 def _print_tensors(entries: Mapping[str, Mapping[str, Any]]) -> None:

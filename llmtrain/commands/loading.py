@@ -1,4 +1,4 @@
-"""A trained model for use: from a run folder, a checkpoint, or an exported Hugging Face folder."""
+"""A trained model for use: from a run folder, a checkpoint, an import, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmtrain.checkpoint import huggingface, retention
+from llmtrain.checkpoint import huggingface, retention, store
 from llmtrain.config import decode
 from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
@@ -21,6 +21,7 @@ from llmtrain.shards import Shard, matrix_shape
 
 if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer
+    from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
 
 
@@ -35,9 +36,11 @@ class TrainedModel:
     """Canonical name → fp32."""
     tokenizer_path: Path | None
     step: int | None
-    """Optimizer steps done; None for an exported folder."""
+    """Optimizer steps done; None for a Hugging Face folder."""
     sequence_length: int | None
-    """That it was trained on; None for an exported folder."""
+    """That it was trained on; None where it was trained elsewhere."""
+    fresh: tuple[str, ...] = ()
+    """Weights that no training has seen: heads that a folder lacked."""
 
     def build(self, device: torch.device) -> nn.Module:
         """The module on `device`, fp32, in evaluation mode."""
@@ -52,7 +55,13 @@ class TrainedModel:
 
         if mesh.layout.world_size == 1:
             return self.build(device)
+        return build_for_use(self.config, mesh, device, self.reader())
+
+    def reader(self) -> Source:
+        """What gives any part of any weight."""
         weights = self.weights
+        if isinstance(weights, store.Weights):
+            return weights.read_into
 
         def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
             whole = weights[name]
@@ -62,7 +71,7 @@ class TrainedModel:
                 part = matrix[box.row : box.row + box.rows, box.column : box.column + box.columns]
                 out[place] = part.reshape(-1).to(out.device, out.dtype)
 
-        return build_for_use(self.config, mesh, device, source)
+        return source
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""
@@ -80,17 +89,53 @@ def load_trained(path: Path) -> TrainedModel:
     path = path.expanduser()
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
-        return TrainedModel(path, imported.config, imported.weights, find_tokenizer(path), None, None)
+        if imported.fresh:
+            print(fresh_note(imported.fresh), file=sys.stderr)
+        return TrainedModel(
+            path, imported.config, imported.weights, find_tokenizer(path), None, None, imported.fresh
+        )
     checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
-    model = checkpoint.manifest["model"]
+    is_ours = not checkpoint.is_imported
+    fresh = tuple(checkpoint.manifest.get("fresh", ()))
+    if fresh:
+        print(fresh_note(fresh), file=sys.stderr)
     return TrainedModel(
         source=checkpoint.path,
-        config=decode(model_config_type(model), model),
+        config=_config_of(checkpoint),
         weights=checkpoint.weights(),
         tokenizer_path=checkpoint.tokenizer,
         step=checkpoint.step,
-        sequence_length=checkpoint.manifest["config"]["batch"]["sequence_length"],
+        sequence_length=checkpoint.manifest["config"]["batch"]["sequence_length"] if is_ours else None,
+        fresh=fresh,
     )
+
+
+def describe(path: Path) -> tuple[ModelConfig, Path | None]:
+    """The model that `load_trained` would find, and its tokenizer's file, without a look at the weights.
+    Raises CheckpointError as it does."""
+    path = path.expanduser()
+    if (path / "config.json").exists():
+        return huggingface.import_folder(path).config, find_tokenizer(path)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    held = [path] if (path / store.MANIFEST).exists() else retention.list_steps(root)
+    if not held:
+        got = "no checkpoint" if path.exists() else "no such folder"
+        allowed = "a run, a checkpoint, an import or a Hugging Face folder"
+        raise CheckpointError(Problem(str(path), got, allowed))
+    checkpoint = store.Checkpoint.open(held[-1])
+    return _config_of(checkpoint), checkpoint.tokenizer
+
+
+def fresh_note(names: tuple[str, ...]) -> str:
+    """What a user is told of heads that a folder lacked."""
+    listed = ", ".join(names)
+    return f"note: begun anew, since the folder lacked them: {listed}; they mean nothing before training"
+
+
+def _config_of(checkpoint: store.Checkpoint) -> ModelConfig:
+    model = checkpoint.manifest["model"]
+    config: ModelConfig = decode(model_config_type(model), model)
+    return config
 
 
 def build_module(config: ModelConfig, device: torch.device) -> nn.Module:

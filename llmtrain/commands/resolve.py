@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmtrain.commands.pretrained import Pretrained, expand
 from llmtrain.config import decode
 from llmtrain.data.corpora import Corpora
 from llmtrain.data.train_config import data_config_type
@@ -41,6 +42,8 @@ class Resolved:
     config: TrainConfig
     layout: Layout
     corpora: Corpora | None
+    pretrained: Pretrained | None = None
+    """The weights that training starts from; None: the seed's."""
 
 
 def resolve(
@@ -56,6 +59,7 @@ def resolve(
     without_data = data_optional and not section.get("path") and not section.get("mixture")
     if without_data:
         mapping = {**mapping, "data": {**section, "path": NO_PATH}}
+    mapping, pretrained = expand(mapping)
     model_section = mapping.get("model", {})
     problems = objective_problems(model_section)
     if problems:
@@ -99,6 +103,8 @@ def resolve(
     elif not data_problems(config.model, config.data):
         try:
             corpora = open_data(config.data)
+            if pretrained is not None and corpora is not None and (found := pretrained.problems(corpora)):
+                raise ConfigError(found)
             model = resolve_vocabulary(config.model, corpora)
             problems += corpora_problems(config.model, corpora)
         except UserError as error:
@@ -106,7 +112,7 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    return Resolved(replace(config, model=model, engine=engine), layout, corpora)
+    return Resolved(replace(config, model=model, engine=engine), layout, corpora, pretrained)
 
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:

@@ -10,7 +10,7 @@ from llmtrain.commands.resolve import Resolved
 from llmtrain.config import encode
 from llmtrain.data.packages import resolve_package_path
 from llmtrain.errors import DataError
-from llmtrain.parallel.agreement import run_facts
+from llmtrain.parallel.agreement import Fact, run_facts
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ def start_ranks(resolved: Resolved, device: torch.device) -> None:
     from llmtrain.parallel import distributed
 
     facts = run_facts(encode(resolved.config), device.type, _fingerprint(resolved))
+    if resolved.pretrained is not None:
+        facts["model.path"] = Fact(resolved.pretrained.path.name, "start all ranks with the same command")
     distributed.start(device, single_process_group=resolved.config.engine == "deepspeed", facts=facts)
 
 

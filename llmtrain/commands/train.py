@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmtrain.data.datasets import Dataset
     from llmtrain.data.stream import Stream
     from llmtrain.engine.evaluation import Totals
+    from llmtrain.parallel.materialize import Source
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
     from llmtrain.train.observer import RunObserver
@@ -64,6 +65,7 @@ class Session:
         from llmtrain.train.run_folder import RunFolder
 
         self.config, self.layout, self.corpora = resolved.config, resolved.layout, resolved.corpora
+        self.pretrained = resolved.pretrained
         self.device = device
         self._started = started
         self._folder: RunFolder | None = None
@@ -119,7 +121,8 @@ class Session:
         objective = family_of(config.model).objective(config.model, config.data)
         from llmtrain.commands.build import build_engine
 
-        engine = build_engine(config, layout, self.device, objective, checkpoint)
+        weights = self._starting_weights() if checkpoint is None else None
+        engine = build_engine(config, layout, self.device, objective, checkpoint, weights)
         observer = distributed.agree(lambda: self._open_observer(stream, start_step, resume))
         loader = Loader(
             stream,
@@ -137,6 +140,7 @@ class Session:
             "data": {**self._data_facts(), "train": stream.describe()},
             "timeline": timeline.encode(),
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
+            "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
         }
 
         def evaluate() -> Totals:
@@ -180,6 +184,16 @@ class Session:
             )
             seconds = time.perf_counter() - self._started
             self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
+
+    def _starting_weights(self) -> Source | None:
+        """Those of `model=pretrained`; None: the seed's."""
+        from llmtrain.commands.pretrained import open_weights
+
+        if self.pretrained is None:
+            return None
+        trained = open_weights(self.pretrained, self.config.model)
+        self._say(f"starting from the weights of {trained.source}, with a fresh optimizer")
+        return trained.reader()
 
     def _on_saved(self, step: int, path: Path) -> None:
         from llmtrain.parallel import distributed
@@ -267,6 +281,8 @@ class Session:
 
         assert self._folder is not None
         facts = {"device": str(self.device), "world_size": distributed.world_size()}
+        if self.pretrained is not None:
+            facts["started_from"] = str(self.pretrained.path)
         self._folder.describe(
             encode(config),
             {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()},

@@ -11,8 +11,8 @@ from typing import Any
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
 from llmtrain.checkpoint.store import Checkpoint
-from llmtrain.config import encode
-from llmtrain.errors import CheckpointError, Problem, UserError
+from llmtrain.config import decode, encode
+from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.parallel import distributed
 from llmtrain.train.config import TrainConfig, model_differences
 
@@ -69,6 +69,12 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
         if newest is None:
             return None
         checkpoint = newest
+    if checkpoint.is_imported:
+        where = "checkpoint.resume" if named is not None else "run.dir"
+        got = f"{named or root.parent}, weights without an optimizer's state"
+        remedy = f"give model=pretrained model.path={named or root.parent}"
+        remedy += "" if named is not None else " and another run.dir"
+        raise _refusal(Problem(where, got, "a run, or one of its checkpoints", remedy))
     _check_same_model(config, checkpoint, data)
     if is_own:
         distributed.on_main(lambda: _go_back(root, checkpoint.step, named, say))
@@ -93,10 +99,20 @@ def _refusal(problem: Problem) -> UserError:
     return distributed.everywhere(CheckpointError(problem))
 
 
+def _with_defaults(config: TrainConfig, model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An encoded model with the keys that have come since it was written."""
+    if model["family"] != config.model.family:
+        return model
+    try:
+        return encode(decode(type(config.model), model))
+    except ConfigError:  # keys that have gone since are differences
+        return model
+
+
 def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
     manifest = checkpoint.manifest
     problems = []
-    different = model_differences(encode(config.model), manifest["model"])
+    different = model_differences(encode(config.model), _with_defaults(config, manifest["model"]))
     if different:
         remedy = "give another run.dir, or the model that the checkpoint has"
         problems.append(Problem(str(checkpoint.path), f"another model ({', '.join(different)})", "", remedy))

@@ -1,0 +1,77 @@
+"""`llmtrain import`: a model of another's making → a checkpoint of ours, which every verb takes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import decode, encode
+from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.parallel import launcher
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    source: Path
+    """A Hugging Face folder, or a GGUF file."""
+    output: Path
+    """A folder that does not exist yet or is empty."""
+    tokenizer: Path | None = None
+    """The file or folder of another tokenizer than the one with the model."""
+    overwrite: bool = False
+    """Replace an earlier import."""
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Raises UserError for whatever a user can mend."""
+    config = decode(ImportConfig, mapping)
+    if launcher.world_size() > 1:
+        raise ConfigError(
+            Problem("import", f"{launcher.world_size()} processes", "one", "start it without torchrun")
+        )
+
+    import torch
+
+    from llmtrain.checkpoint.foreign import read_foreign
+    from llmtrain.checkpoint.imported import save_imported
+    from llmtrain.commands.loading import fresh_note
+    from llmtrain.families import family_of
+
+    source, output = config.source.expanduser(), config.output.expanduser()
+    imported, tokenizer = read_foreign(source, config.tokenizer)
+    model = imported.config
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            Problem(
+                str(config.tokenizer or source),
+                f"a tokenizer of {tokenizer.vocab_size:,} ids",
+                f"at most the model's {model.vocab_size:,}",
+                "give the model's own: tokenizer=…",
+            )
+        )
+    with torch.device("meta"):
+        module = family_of(model).build(model)
+    description = {
+        "imported_from": str(source.absolute()),
+        "model": encode(model),
+        "data": {"tokenizer_sha256": None if tokenizer is None else tokenizer.sha256},
+        "fresh": list(imported.fresh),
+        "left_out": list(imported.left_out),
+    }
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    path = save_imported(output, imported.weights, shapes, description, tokenizer, overwrite=config.overwrite)
+    _say(f"imported {model.family}, {model.parameter_count():,} parameters, from {source} to {path}")
+    if tokenizer is None:
+        _say("no tokenizer came with it: text needs one, give tokenizer=…")
+    if imported.left_out:
+        _say(f"left out, since our model has no use for it: {', '.join(imported.left_out)}")
+    if imported.fresh:
+        _say(fresh_note(imported.fresh))
+    _say(f"train on: llmtrain train model=pretrained model.path={config.output} data.path=…")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,106 @@
+"""`model=pretrained model.path=…`: training starts from the weights of a folder, with a fresh optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.config import MISSING, encode
+from llmtrain.data.corpora import Corpora
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.families import family_of
+
+if TYPE_CHECKING:
+    from llmtrain.commands.loading import TrainedModel
+    from llmtrain.models.configs import ModelConfig
+
+FAMILY = "pretrained"
+"""What `model.family` says; a folder gives the real one."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where weights come from."""
+
+    path: Path
+    tokenizer: Path | None
+    """The file of the one with the weights."""
+
+    def problems(self, corpora: Corpora) -> list[Problem]:
+        """What keeps it from training on these corpora: other tokens than the model learned."""
+        if self.tokenizer is None:
+            return []
+        theirs = load_tokenizer(self.tokenizer).sha256
+        if theirs == corpora.tokenizer_sha256:
+            return []
+        return [
+            Problem(
+                "data.path",
+                f"data prepared with another tokenizer ({corpora.tokenizer_sha256[:12]}…)",
+                f"the tokenizer of {self.path} ({theirs[:12]}…)",
+                f"prepare it with tokenizer.model={self.tokenizer}",
+            )
+        ]
+
+
+def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | None]:
+    """The composed configuration with the model that `model.path` holds, changed as other keys of the section
+    say; and where the weights are. As it is, and None, for any other model.
+
+    Raises ConfigError without a path, CheckpointError for a folder that holds no model.
+    """
+    section = mapping.get("model") or {}
+    if section.get("family") != FAMILY:
+        return mapping, None
+    changes = {key: value for key, value in section.items() if key not in ("family", "path")}
+    path = section.get("path", MISSING)
+    if path in (None, MISSING):
+        allowed = "an import, a run, a checkpoint or a Hugging Face folder"
+        raise ConfigError(Problem("model.path", "nothing", allowed, "give model.path=…"))
+    from llmtrain.commands.loading import describe
+
+    config, tokenizer = describe(Path(path))
+    model = _merged(encode(config), changes)
+    return {**mapping, "model": model}, Pretrained(Path(path).expanduser(), tokenizer)
+
+
+def _merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(section)
+    for key, value in changes.items():
+        before = merged.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(before, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def open_weights(pretrained: Pretrained, model: ModelConfig) -> TrainedModel:
+    """The weights that `model` starts from. Raises CheckpointError, one line each, for parameters that they
+    lack or hold in another shape; parameters that the model lacks are left."""
+    from llmtrain.commands.loading import load_trained
+
+    trained = load_trained(pretrained.path)
+    theirs, ours = _shapes(trained.config), _shapes(model)
+    problems = [
+        Problem(
+            f"model.path={pretrained.path}",
+            f"no {name}" if name not in theirs else f"{name} of shape {theirs[name]}",
+            f"{name} of shape {shape}",
+            "leave the model's keys that change its size as they are",
+        )
+        for name, shape in ours.items()
+        if theirs.get(name) != shape
+    ]
+    if problems:
+        raise CheckpointError(problems[:8])
+    return trained
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    import torch
+
+    with torch.device("meta"):
+        module = family_of(model).build(model)
+    return {name: tuple(p.shape) for name, p in module.named_parameters()}
