@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SHORTEST_TEXT = 8
 """Tokens that a row of text must hold at least to be worth corrupting."""
@@ -91,6 +92,8 @@ class Seq2SeqObjectiveConfig:
             return Lengths(0, sequence_length, self.target_length or sequence_length)
         if self.kind == "denoising":
             return self.lengths_of_text(sequence_length - 1)
+        import numpy as np  # here and below late: plans of other models answer without it
+
         # What remains of a text grows with it.
         texts = np.arange(int(sequence_length / (1 - self.share)) + 4)
         hidden, gaps = self.gaps_of(texts)
@@ -101,18 +104,27 @@ class Seq2SeqObjectiveConfig:
         """What rows of so many tokens of the corpus come to, ends included."""
         if self.kind == "denoising":
             return Lengths(text, text + 1, text + 1)
-        hidden, gaps = (int(count) for count in self.gaps_of(np.array(text)))
+        hidden, gaps = self.gaps_of_one(text)
         return Lengths(text, text - hidden + gaps + 1, hidden + gaps + 1)
 
     def gaps_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Span corruption of texts of so many tokens → (tokens in gaps, gaps), int64 of the same shape. A
         text of a single token has none."""
+        import numpy as np
+
         n = np.asarray(lengths, dtype=np.int64)
         hidden = np.clip(np.floor(n * self.share + 0.5).astype(np.int64), 1, np.maximum(n - 1, 1))
         hidden = np.where(n > 1, hidden, 0)
         gaps = np.maximum(np.floor(hidden / self.mean_span + 0.5).astype(np.int64), np.minimum(hidden, 1))
         # A gap follows a token that stays.
         return hidden, np.minimum(gaps, n - hidden)
+
+    def gaps_of_one(self, text: int) -> tuple[int, int]:
+        """`gaps_of` one text of so many tokens."""
+        import numpy as np
+
+        hidden, gaps = self.gaps_of(np.array(text))
+        return int(hidden), int(gaps)
 
     def length_problems(self, sequence_length: int) -> Iterator[Problem]:
         """What keeps a row from being made; keys stand under the model's `objective`."""
@@ -123,7 +135,7 @@ class Seq2SeqObjectiveConfig:
         if text < SHORTEST_TEXT:
             yield Problem("batch.sequence_length", str(sequence_length), f"{least} or more with {self.kind}")
         if self.kind == "span_corruption":
-            gaps = int(self.gaps_of(np.array(text))[1])
+            _, gaps = self.gaps_of_one(text)
             yield from require(
                 gaps <= self.num_sentinels,
                 "model.objective.num_sentinels",
