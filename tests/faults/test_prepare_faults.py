@@ -87,7 +87,8 @@ def runner(tmp_path: Path) -> Path:
     for name in ("a", "b"):
         texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(3, 40))) for i in range(100)]
         rows = [*texts, *texts[::7], ""]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        lines = (json.dumps({"text": text, "backwards": text[::-1]}) + "\n" for text in rows)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return path
 
 
@@ -135,13 +136,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("die", ["before", "after"])
-def test_killed_again_and_again_it_goes_on_to_the_same_bytes(runner: Path, die: str):
-    assert finish(start(runner, "whole")) == (0, "")
+@pytest.mark.parametrize(("die", "fields"), [("before", {}), ("after", {"target_field": "backwards"})])
+def test_killed_again_and_again_it_goes_on_to_the_same_bytes(
+    runner: Path, die: str, fields: dict[str, object]
+):
+    assert finish(start(runner, "whole", **fields)) == (0, "")
     kills = planted = 0
     while True:
         # Indexes, lengths and manifest, seven renames together, are cheap and made again by each run.
-        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=8 + kills % 3))
+        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=8 + kills % 3, **fields))
         if code == 0:
             break
         assert (code, error) == (-signal.SIGKILL, "")
