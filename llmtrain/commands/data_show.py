@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtrain.commands.data_runs import MovedConfig, Opened, Run, steps_of
+from llmtrain.commands.vocabulary import resolve_vocabulary
 from llmtrain.config import decode, encode, require
 from llmtrain.data.mixture import begin
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
@@ -26,7 +27,6 @@ from llmtrain.families import (
     objective_family,
     open_data,
     open_sources,
-    resolve_vocabulary,
 )
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.configs import ModelConfig

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.commands.pretrained import Pretrained, expand
+from llmtrain.commands.vocabulary import resolve_vocabulary
 from llmtrain.config import decode
 from llmtrain.data.corpora import Corpora
 from llmtrain.data.train_config import data_config_type
@@ -20,7 +21,6 @@ from llmtrain.families import (
     objective_problems,
     open_data,
     recompute_problems,
-    resolve_vocabulary,
 )
 from llmtrain.models.config import SimpleCNNConfig
 from llmtrain.optim.config import schedule_problems
