@@ -48,7 +48,7 @@ class Trace:
     weights: dict[str, Any]
     """Canonical name → whole fp32 weight, as numpy."""
     initial_weights: dict[str, Any]
-    """What the seed gives, before any step."""
+    """What the seed gives, or the folder of model=pretrained, before any step."""
     validation_loss: float
 
 
@@ -86,7 +86,8 @@ def train_steps(
 
     from llmtrain.checkpoint import store
     from llmtrain.commands.build import build_engine
-    from llmtrain.commands.loading import build_module
+    from llmtrain.commands.loading import build_module, load_weights
+    from llmtrain.commands.pretrained import open_weights
     from llmtrain.commands.resolve import resolve
     from llmtrain.config import encode
     from llmtrain.families import family_of, open_dataset
@@ -103,8 +104,13 @@ def train_steps(
     checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, device)
     initialize(fresh, config.seed)
+    source = None
+    if resolved.pretrained is not None:
+        trained = open_weights(resolved.pretrained, config.model)
+        load_weights(fresh, trained.weights)
+        source = trained.reader()
     initial_weights = {name: p.detach().numpy() for name, p in fresh.named_parameters()}
-    engine = build_engine(config, layout, device, objective, checkpoint)
+    engine = build_engine(config, layout, device, objective, checkpoint, source)
     length = config.batch.sequence_length
     validation = open_dataset(config.model, config.data, resolved.corpora, "validation", length)
     data_rank = layout.coordinates(distributed.rank()).data

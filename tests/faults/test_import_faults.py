@@ -1,0 +1,106 @@
+"""An import that is killed at any moment leaves no checkpoint or a whole one; the same command mends it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrain.checkpoint.huggingface import export_folder
+from llmtrain.checkpoint.retention import find
+from llmtrain.checkpoint.store import Checkpoint
+from llmtrain.commands import import_
+from llmtrain.errors import CheckpointError
+from llmtrain.models.config import GPTConfig
+from llmtrain.models.gpt import GPT
+
+pytestmark = pytest.mark.slow
+
+CONFIG = GPTConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, max_sequence_length=16)
+DURABLE = ("write", "fsync", "replace", "rename")
+"""What changes the disk; a kill comes before the n-th call of any."""
+
+
+def _killed_at(n: int, settings: dict[str, Any]) -> None:
+    """In a process of its own: import, and die before the n-th call."""
+    calls = 0
+
+    def counted(call: Any) -> Any:
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **keywords)
+
+        return wrapper
+
+    for name in DURABLE:
+        setattr(os, name, counted(getattr(os, name)))
+    import_.run(settings)
+
+
+def _at_every_moment(settings: dict[str, Any], results: Any) -> None:
+    """Kill an import before its first call, its second, …, until one ends by itself; put what each left."""
+    torch.set_num_threads(1)
+    # Once before, so that no child has to import modules.
+    import_.run({**settings, "output": settings["output"] + "-before", "overwrite": False})
+    n = 0
+    while True:
+        n += 1
+        child = os.fork()
+        if child == 0:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 2)
+            _killed_at(n, settings)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        try:
+            found = find(Path(settings["output"]), lambda text: None)
+            left = "damaged" if found.incompleteness() else "whole"
+        except CheckpointError as error:
+            left = (
+                "nothing" if "no checkpoint" in str(error) or "no such folder" in str(error) else str(error)
+            )
+        results.put((os.WIFSIGNALED(status), os.waitstatus_to_exitcode(status), left))
+        if not os.WIFSIGNALED(status):
+            return
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_every_moment(overwrite: bool, tmp_path: Path) -> None:
+    tensors = {name: torch.randn(p.shape) for name, p in GPT(CONFIG).named_parameters()}
+    export_folder(CONFIG, tensors, None, tmp_path / "theirs")
+    settings = {
+        "source": str(tmp_path / "theirs"),
+        "output": str(tmp_path / "ours"),
+        "overwrite": overwrite,
+    }
+    if overwrite:
+        import_.run(settings)
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    process = context.Process(target=_at_every_moment, args=(settings, results))
+    process.start()
+    seen = []
+    while not seen or seen[-1][0]:
+        seen.append(results.get(timeout=120))
+    process.join()
+
+    assert len(seen) > 5
+    outcomes = [left for _, _, left in seen]
+    assert set(outcomes) <= {"nothing", "whole"}
+    assert outcomes[-1] == "whole"
+    assert "nothing" in outcomes, "killed between the two names"
+    if overwrite:
+        assert outcomes[0] == "whole", "the earlier import"
+        assert seen[-1][1] == 0
+    checkpoint: Checkpoint = find(tmp_path / "ours", print)
+    assert torch.equal(checkpoint.weights()["embedding.weight"], tensors["embedding.weight"])
+    (found,) = (tmp_path / "ours" / "checkpoints").iterdir()
+    assert found.name == "step-00000000"

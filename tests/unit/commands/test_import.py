@@ -1,0 +1,273 @@
+"""`llmtrain import`, and training that starts from what it made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llmtrain import cli
+from llmtrain.checkpoint.huggingface import export_folder
+from llmtrain.checkpoint.imported import save_imported
+from llmtrain.checkpoint.retention import find
+from llmtrain.checkpoint.store import Checkpoint
+from llmtrain.commands import import_
+from llmtrain.commands.loading import load_trained
+from llmtrain.commands.resolve import resolve
+from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.models.bert import Bert
+from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.config import GPTConfig
+from llmtrain.models.gpt import GPT
+from llmtrain.train.run_folder import RunFolder
+from tests.support.training import compose
+
+LLAMA = GPTConfig(
+    vocab_size=512,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_sequence_length=64,
+    mlp_hidden_size=48,
+    positions="rope",
+    norm="rmsnorm",
+    gated_mlp=True,
+    activation="silu",
+    bias=False,
+)
+BERT = BertConfig(vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, max_sequence_length=64)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Llama in bf16, in several files."""
+    export_folder(
+        LLAMA, weights(GPT(LLAMA)), None, tmp_path / "theirs", dtype=torch.bfloat16, shard_bytes=20_000
+    )
+    return tmp_path / "theirs"
+
+
+def run(source: Path, output: Path, **settings: Any) -> Checkpoint:
+    import_.run({"source": str(source), "output": str(output), **settings})
+    return find(output, print)
+
+
+def test_import_and_export_are_bitwise_equal(folder: Path, tmp_path: Path) -> None:
+    checkpoint = run(folder, tmp_path / "ours")
+    assert (checkpoint.step, checkpoint.is_imported) == (0, True)
+    assert checkpoint.damage() is None
+    assert checkpoint.incompleteness() is None
+    trained = load_trained(tmp_path / "ours")
+    assert trained.config == LLAMA
+    export_folder(LLAMA, trained.weights, None, tmp_path / "again", dtype=torch.bfloat16, shard_bytes=10**9)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    before = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each is written, those before it are gone."""
+    import weakref
+
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Counted(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            nonlocal most
+            tensor = super().__getitem__(name).clone()
+            held.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in held))
+            return tensor
+
+    model = GPT(LLAMA)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    description = {"imported_from": "x", "model": {}}
+    path = save_imported(
+        tmp_path / "out", Counted(weights(model)), shapes, description, None, file_bytes=20_000
+    )
+    assert len(held) == len(shapes)
+    assert most <= 2, "that at hand, and the one it takes the place of"
+    assert len(list(path.glob("weights-*.safetensors"))) > 2
+
+
+def test_a_bare_encoder_gets_heads_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_folder(BERT, weights(Bert(BERT)), None, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    bare = {n.removeprefix("bert."): t for n, t in tensors.items() if not n.startswith("cls.")}
+    bare["pooler.dense.weight"], bare["pooler.dense.bias"] = torch.ones(32, 32), torch.ones(32)
+    save_file(bare, file)
+
+    checkpoint = run(tmp_path / "theirs", tmp_path / "ours")
+    said = capsys.readouterr().err
+    assert "begun anew, since the folder lacked them: head.bias, transform.bias" in said
+    assert "left out, since our model has no use for it: pooler.dense.bias, pooler.dense.weight" in said
+    assert checkpoint.manifest["left_out"] == ["pooler.dense.bias", "pooler.dense.weight"]
+    trained = load_trained(tmp_path / "ours")
+    assert "begun anew" in capsys.readouterr().err
+    assert trained.fresh == (
+        "head.bias", "transform.bias", "transform.weight", "transform_norm.bias", "transform_norm.weight",
+    )  # fmt: skip
+    assert torch.equal(trained.weights["transform_norm.weight"], torch.ones(32))
+    assert trained.weights["transform.weight"].std() == pytest.approx(0.02, rel=0.1)
+
+    # A part of the head, or of the encoder, is not begun anew.
+    for name in ("cls.predictions.transform.dense.weight", "bert.encoder.layer.1.output.dense.bias"):
+        save_file({n: t for n, t in tensors.items() if n != name}, file)
+        with pytest.raises(CheckpointError, match=f"no tensor {name}"):
+            run(tmp_path / "theirs", tmp_path / "ours2")
+
+
+def test_what_may_be_replaced(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ours"
+    first = run(folder, output)
+    with pytest.raises(CheckpointError, match=r"an earlier import; .*overwrite=true"):
+        run(folder, output)
+    assert run(folder, output, overwrite=True).manifest["files"] == first.manifest["files"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000000"]
+
+    RunFolder(tmp_path / "run").close()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="something that is no import"):
+        run(folder, tmp_path / "run", overwrite=True)
+    with pytest.raises(CheckpointError, match=r"config\.json: got No such file"):
+        run(tmp_path / "nowhere", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_leaves_nothing(folder: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(1_000_000))
+    with pytest.raises(CheckpointError, match="make room, then import again"):
+        run(folder, small_disk / "ours")
+    assert not [path for path in (small_disk / "ours").rglob("*") if path.is_file()]
+
+
+def test_no_code_of_a_folder_runs(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "configuration_x.X"}
+    (folder / "config.json").write_text(json.dumps(config))
+    witness = tmp_path / "ran"
+    for name in ("modeling_x.py", "configuration_x.py", "tokenization_x.py", "__init__.py"):
+        (folder / name).write_text(f"open({str(witness)!r}, 'w')")
+    run(folder, tmp_path / "ours")
+    load_trained(folder)
+    assert not witness.exists()
+    assert not [name for name in sys.modules if name.endswith(("modeling_x", "configuration_x"))]
+
+
+def train_settings(corpus: Path, path: Path, *changes: str) -> dict[str, Any]:
+    return compose(
+        [
+            "model=pretrained",
+            f"model.path={path}",
+            f"data.path={corpus}",
+            "batch.sequence_length=32",
+            f"run.dir={path.parent / 'run'}",
+            "train.steps=2",
+            "batch.global_size=2",
+            "batch.micro_size=2",
+            "evaluation.max_samples=2",
+            *changes,
+        ]
+    )
+
+
+def test_training_starts_from_it(
+    folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmtrain.commands import evaluate, train
+
+    run(folder, tmp_path / "ours")
+    for path, changes in ((tmp_path / "ours", ["model.dropout=0.1"]), (folder, [])):
+        resolved = resolve(train_settings(corpus, path, *changes))
+        assert resolved.config.model == replace(LLAMA, dropout=0.1 if changes else 0.0)
+
+    train.run(train_settings(corpus, tmp_path / "ours"))
+    said = capsys.readouterr().err
+    assert "starting from the weights of" in said
+    evaluate.run(
+        compose(
+            [f"checkpoint={folder}", f"data.path={corpus}", "max_samples=2", "sequence_length=32"], "evaluate"
+        )
+    )
+    figures = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert f"step 0: validation loss {float(figures['loss']):.4f}" in said
+    # The same command goes on from its own checkpoint.
+    train.run(train_settings(corpus, tmp_path / "ours", "train.steps=3"))
+    said = capsys.readouterr().err
+    assert "resuming from" in said
+    assert "starting from" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.hidden_size=64"], r"embedding\.weight of shape \(512, 32\)"),
+        (["model.tie_embeddings=false"], r"no head\.weight"),
+    ],
+)
+def test_weights_of_another_size(changes: list[str], message: str, folder: Path, corpus: Path) -> None:
+    from llmtrain.commands import train
+
+    with pytest.raises(CheckpointError, match=message):
+        train.run(train_settings(corpus, folder, *changes))
+
+
+def test_what_cannot_be_started_from(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    from llmtrain.commands import train
+
+    with pytest.raises(ConfigError, match=r"model\.path: got nothing; .*give model\.path="):
+        resolve(compose(["model=pretrained", f"data.path={corpus}"]))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(train_settings(corpus, tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"model\.hiden_size: got an unknown key; allowed: hidden_size"):
+        resolve(train_settings(corpus, folder, "++model.hiden_size=3"))
+    run(folder, tmp_path / "ours")
+    resume = train_settings(corpus, folder, f"checkpoint.resume={tmp_path / 'ours'}")
+    with pytest.raises(
+        CheckpointError, match=r"without an optimizer's state; .*model=pretrained model\.path="
+    ):
+        train.run(resume)
+
+
+def test_another_tokenizer(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    from llmtrain.data.config import TokenizerConfig
+    from llmtrain.data.tokenizer_sentencepiece import train as train_tokenizer
+
+    text = "the quick brown fox jumps over the lazy dog, again and again and again. "
+    (tmp_path / "other.model").write_bytes(
+        train_tokenizer([text * 20, text.upper() * 5], TokenizerConfig(vocab_size=319))
+    )
+    run(folder, tmp_path / "ours", tokenizer=str(tmp_path / "other.model"))
+    with pytest.raises(
+        ConfigError, match=r"data prepared with another tokenizer .*prepare it with tokenizer\.model="
+    ):
+        resolve(train_settings(corpus, tmp_path / "ours"))
+    own = next(path for path in corpus.iterdir() if path.name.startswith("tokenizer."))
+    run(folder, tmp_path / "ours", tokenizer=str(own), overwrite=True)
+    assert resolve(train_settings(corpus, tmp_path / "ours")).pretrained is not None
+
+
+def test_by_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "with = and space"
+    assert cli.run_verb("import", [f"source={folder}", f"output={output}"]) == 0
+    assert "train on: llmtrain train model=pretrained model.path=" in capsys.readouterr().err
+    assert cli.run_verb("checkpoint", ["show", str(output), "tensors=false"]) == 0
+    assert f"step        0, imported from {folder}" in capsys.readouterr().out
+    assert cli.run_verb("import", [f"source={tmp_path / 'none'}", f"output={output}"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
