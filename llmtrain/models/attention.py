@@ -210,7 +210,7 @@ def _attend_with_mask_of_dropout(
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril()
     scores_BNTS = (q_BNTH * (H**-0.5 if scale is None else scale)) @ k_BKSH.transpose(2, 3)
     if bias_NTS is not None:
-        scores_BNTS = scores_BNTS + bias_NTS
+        scores_BNTS = scores_BNTS + bias_NTS.to(scores_BNTS.dtype)
     if mask is not None:
         scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf)
     probs_BNTS = scores_BNTS.softmax(-1).to(v_BKSH.dtype)

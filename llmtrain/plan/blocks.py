@@ -101,6 +101,8 @@ class TransformerToken:
         # Inputs of qkv, output, up (and gate) and down, and of the activation. Those of qkv, up and gate are
         # of all tokens, also where the tensor group's processes have shared them before.
         kept = D + queries + D + F + (3 * F if model.gated_mlp else F)
+        if model.activation == "relu":
+            kept -= F  # which keeps what it gives
         if model.gated_mlp and (numbers.residual > numbers.compute or layout.tensor_sequence):
             kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
         if model.dropout > 0:
@@ -284,9 +286,7 @@ class PairRow:
                 continue
             block = self._encoder_block(S) if step <= L else self._decoder_block(S, T)
             if not recompute.covers(step - 1):
-                # A norm before attention keeps the whole of what it takes a side of.
-                other = (T if step <= L else S) * model.hidden_size * residual
-                kept += block + (other if model.norm_first else 0)
+                kept += block + self._kept_by_norm(T if step <= L else S)
                 continue
             working = max(working, block)
             away = recompute.mode == "offload" and self.conditions.device != "cpu"
@@ -295,10 +295,18 @@ class PairRow:
         if 0 in steps:
             kept += 8 * (S + T) + (between if model.dropout > 0 else 0)
             kept += between if model.embedding_norm else 0
-        if last + 1 in steps and model.norm_first:
-            kept += T * self._side(T, causal=True).norm()
+        for step, length, other in ((L, S, T), (last + 1, T, S)):
+            if step in steps and model.norm_first:
+                kept += length * self._side(length, causal=True).norm() + self._kept_by_norm(other)
         B = self.layout.micro_size
         return Activations(B * kept, B * working)
+
+    def _kept_by_norm(self, places: int) -> int:
+        """Of the other side's places: a norm that begins a step keeps the whole of what it takes a side of,
+        unless it takes a copy in fp32."""
+        model, residual = self.model, self.numbers.residual
+        copies = model.norm == "rmsnorm" and residual == 2 and self.conditions.device == "cpu"
+        return places * model.hidden_size * residual if model.norm_first and not copies else 0
 
     def _side(self, length: int, *, causal: bool) -> TransformerToken:
         layout = replace(self.layout, sequence_length=length)

@@ -23,7 +23,10 @@ from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.convolutional import SimpleCNN
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
+from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
 from llmtrain.models.recurrent import LSTMLanguageModel
+from llmtrain.models.seq2seq import EncoderDecoder
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet import XLNet
 from llmtrain.models.xlnet_config import XLNetConfig
 from llmtrain.objectives.permuted_lm import PermutedLM
@@ -195,6 +198,53 @@ def test_xlnet_activations(mode: str, dropout: float, has_segments: bool, precis
         if mode != "none":  # no block is at work between the passes
             expected -= 2 * copies(replace(config, num_layers=1))
     assert allocated(loss).kept == pytest.approx(expected, rel=0.05)
+
+
+PAIRS = Seq2SeqConfig(
+    vocab_size=V,
+    hidden_size=96,
+    num_layers=2,
+    num_decoder_layers=3,
+    num_heads=6,
+    objective=Seq2SeqObjectiveConfig(target_length=72),
+)
+T5_FORM = replace(
+    PAIRS,
+    norm="rmsnorm",
+    norm_first=True,
+    positions="relative",
+    scale_attention=False,
+    bias=False,
+    gated_mlp=True,
+    activation="gelu_tanh",
+)
+BART_FORM = replace(
+    PAIRS, positions="learned", max_sequence_length=160, embedding_norm=True, activation="gelu"
+)
+
+
+@pytest.mark.parametrize("precision", NUMBERS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("form", [PAIRS, T5_FORM, BART_FORM], ids=["transformer", "t5", "bart"])
+def test_seq2seq_activations(form: Seq2SeqConfig, mode: Any, dropout: float, precision: str) -> None:
+    config, S, targets = replace(form, dropout=dropout), 160, 72
+    recompute = RecomputeConfig(mode)
+    model = built(EncoderDecoder(config), precision)
+    apply_recompute(model, recompute)
+    sources_BS, tokens_BT = torch.randint(V, (B, S)), torch.randint(V, (B, targets))
+
+    def loss() -> torch.Tensor:
+        keys_B = torch.arange(B)
+        with autocast(precision):
+            return model(tokens_BT, sources_BS=sources_BS, labels_BT=tokens_BT, dropout_keys_B=keys_B)
+
+    numbers = NUMBERS[precision]
+    expected = kept_by(config, numbers, B, S, document_mask=False, recompute=recompute)
+    expected += B * targets * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
+    if precision == "autocast" and mode == "none":
+        expected += 2 * copies(config)
+    assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +442,7 @@ def test_what_recomputation_keeps(
 PRESETS = sorted(
     path
     for path in (CONF / "model").glob("*.yaml")
-    if path.stem.startswith(("gpt", "llama", "bert", "roberta", "xlnet"))
+    if path.stem.startswith(("gpt", "llama", "bert", "roberta", "xlnet", "transformer", "t5", "bart"))
 )
 
 
@@ -425,13 +475,16 @@ def test_parameters_of_each_step_and_stage(path: Path, tensor: int) -> None:
     ]
     assert config.step_parameter_counts(tensor) == counts
     assert config.largest_parameter_count(tensor) == max(p.numel() for p in model.parameters())
-    assert held_parameter_count(config, shape, range(5)) == sum(p.numel() for p in model.parameters())
+    steps = range(len(counts))
+    assert held_parameter_count(config, shape, steps) == sum(p.numel() for p in model.parameters())
     for by in ("parameters", "time"):
         weights = stage_weights(model.stages(), by, 16)  # type: ignore[arg-type]
         pipelined = replace(shape, pipeline=3, balance=by)
         assert stage_steps(config, pipelined) == balance(weights, 3)
         for steps in stage_steps(config, pipelined):
-            assert held_parameter_count(config, pipelined, steps) == sum(counts[step] for step in steps)
+            modules = [module for i in steps for module in model.stages()[i].modules.values()]
+            held = {p for module in modules for p in module.parameters()}
+            assert held_parameter_count(config, pipelined, steps) == sum(p.numel() for p in held)
 
 
 @pytest.mark.parametrize("config", [LSTMConfig(vocab_size=300, hidden_size=32), SimpleCNNConfig()])
