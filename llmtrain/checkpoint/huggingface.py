@@ -130,6 +130,7 @@ def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> I
     except ConfigError as error:
         raise CheckpointError(problem.within(str(theirs.where)) for problem in error.problems) from error
     names = form.names(stored.shapes.keys(), config)
+    _raise_if_any(problem.within(str(path)) for problem in stored.problems(names.used))
     given = {canonical: stored.shapes[name] for name, canonical in names.used.items()}
     model = _on_meta(form, config)
     entries = form.entries(config)

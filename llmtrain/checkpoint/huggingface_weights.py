@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ class Stored(Mapping[str, Tensor]):
 
     shapes: dict[str, tuple[int, ...]]
 
+    def problems(self, names: Iterable[str]) -> Iterator[Problem]:
+        """What is wrong with those of these names, without reading them."""
+        yield from ()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -34,8 +38,9 @@ class StoredTensors(Stored):
     """Those of a folder's safetensors, from a mapping of the files into memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for files that are missing, damaged or no plain numbers."""
+        """Raises CheckpointError for files that are missing or damaged."""
         self.shapes = {}
+        self._dtypes: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         for name in _file_names(path):
             file = path / name
@@ -46,15 +51,17 @@ class StoredTensors(Stored):
                         # Buffers of places and of zeros that older releases of transformers stored.
                         continue
                     part = stored.get_slice(key)
-                    if part.get_dtype() not in DTYPES:
-                        allowed = ", ".join(DTYPES)
-                        raise CheckpointError(Problem(f"{file}: {key}", part.get_dtype(), allowed))
-                    self.shapes[key] = tuple(part.get_shape())
+                    self.shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
                     self._files[key] = stored
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     Problem(str(file), f"a damaged file ({error})", "safetensors", "copy it again")
                 ) from error
+
+    def problems(self, names: Iterable[str]) -> Iterator[Problem]:
+        for name in names:
+            if self._dtypes[name] not in DTYPES:
+                yield Problem(name, f"numbers of type {self._dtypes[name]}", ", ".join(DTYPES))
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
@@ -62,9 +69,9 @@ class StoredTensors(Stored):
 
 
 def _file_names(path: Path) -> list[str]:
-    """Of all files that hold weights; they exist."""
+    """Of all files that hold weights; they exist. One file goes before an index, as in transformers."""
     names = [WEIGHTS]
-    if (path / INDEX).exists():
+    if (path / INDEX).exists() and not (path / WEIGHTS).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(Problem(str(path / INDEX), "no weight_map", "tensor name → file name"))
@@ -89,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             Problem(str(path), str(error.strerror), "a Hugging Face model folder holds this file")
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(Problem(str(path), f"no JSON ({error})")) from error
     if not isinstance(content, dict):
         raise CheckpointError(Problem(str(path), f"JSON {type(content).__name__}", "an object"))

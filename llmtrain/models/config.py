@@ -30,6 +30,11 @@ class RopeScaling:
     high_frequency_factor: float = 4.0
     original_max_sequence_length: int = 8192
 
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.factor >= 1, "factor", self.factor, "1 or more")
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        yield from require(high > low, "high_frequency_factor", high, f"more than low_frequency_factor={low}")
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -101,6 +106,10 @@ class GPTConfig:
     def problems(self) -> Iterator[Problem]:
         for name in ("max_sequence_length", "hidden_size", "num_layers", "num_heads"):
             yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("head_dim", "mlp_hidden_size"):
+            value = getattr(self, name)
+            yield from require(value is None or value >= 1, name, value, "1 or more, or null")
+        yield from require(self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0")
         if min(self.hidden_size, self.num_heads, self.kv_heads) < 1:
             return
         yield from require(

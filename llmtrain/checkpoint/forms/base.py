@@ -5,6 +5,7 @@ Dim names: K key-value heads, G query heads a key-value head, H head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,14 +110,14 @@ class Settings:
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number, the default where it is missing or null."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
             raise self.refusal(key, "a whole number")
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number, the default where it is missing or null."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.refusal(key, "a number")
         return float(value)
 

@@ -107,15 +107,13 @@ def _roberta_entries(config: BertConfig) -> list[Entry]:
 
 def _names(names: Collection[str], config: BertConfig, prefix: str, bias: str, decoder: str) -> Names:
     """Names of a bare model, which lacks the prefix, get it, and those of TensorFlow's norms are ours.
-    Buffers and copies of tied weights go; a pooler without a head for pairs is left out."""
+    Copies of tied weights go; a pooler without a head for pairs is left out."""
     used: dict[str, str] = {}
     left_out: list[str] = []
     for name in names:
         theirs = f"{prefix}.{name}" if name.startswith(_BARE) else name
         if theirs.endswith((".LayerNorm.gamma", ".LayerNorm.beta")):
             theirs = theirs.replace(".gamma", ".weight").replace(".beta", ".bias")
-        if theirs.endswith((".position_ids", ".token_type_ids")):
-            continue
         if config.tie_embeddings and theirs == f"{decoder}.weight":
             continue
         if config.tie_embeddings and theirs == f"{decoder}.bias":

@@ -17,6 +17,8 @@ from llmtrain.checkpoint.huggingface import export_folder, import_folder
 from llmtrain.data.config import TokenizerConfig
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import CheckpointError, ConfigError, DataError
+from llmtrain.models.bert import Bert
+from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
@@ -178,18 +180,48 @@ def pickle_only(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def escaping_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../x.safetensors"}}')
+def index(weight_map: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return write
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_config(model_type="opt"), "model_type: got 'opt'; allowed: gpt2, llama"),
+        (edit_config(model_type="opt"), "model_type: got 'opt'; allowed: gpt2, llama, mistral, qwen2"),
         (edit_config(model_type=["a"]), "model_type: got"),
         (edit_config(hidden_act="mish"), "hidden_act: got 'mish'"),
         (edit_config(mlp_bias=True), "mlp_bias: got True; allowed: False"),
-        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type: got 'yarn'"),
+        *[
+            (
+                edit_config(rope_parameters={"rope_type": kind}),
+                f"rope_parameters.rope_type: got '{kind}'; allowed: default, llama3, linear",
+            )
+            for kind in ("yarn", "dynamic", "longrope")
+        ],
+        (edit_config(rope_parameters=..., rope_scaling={"type": "yarn"}), "rope_scaling.type: got 'yarn'"),
+        (edit_config(rope_parameters={"rope_type": "linear"}), "no key 'rope_parameters.factor'"),
+        (edit_config(rope_parameters={"rope_type": "linear", "factor": 0}), "factor: got 0"),
+        (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor: got 0.5; allowed: 1"),
+        (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config: got"),
+        (edit_config(model_type="qwen3", attention_bias=True), "attention_bias: got True; allowed: False"),
+        (
+            edit_config(
+                model_type="qwen2",
+                use_sliding_window=True,
+                sliding_window=4,
+                max_window_layers=1,
+                layer_types=...,
+            ),
+            "max_window_layers: got 1; allowed: a window in all layers or in none; .*embeddings to 4",
+        ),
+        (edit_config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers: got"),
+        (edit_config(hidden_size=1e400), "no JSON|hidden_size"),
+        (edit_config(intermediate_size=-3), "mlp_hidden_size: got -3"),
+        (edit_config(head_dim=0.5), "head_dim: got 0.5; allowed: a whole number"),
         (edit_config(hidden_size=...), "no key 'hidden_size'"),
         (edit_config(vocab_size="many"), "vocab_size: got 'many'; allowed: a whole number"),
         (edit_config(num_attention_heads=5), "num_kv_heads"),
@@ -199,7 +231,14 @@ def escaping_index(folder: Path) -> None:
         (edit_weights(lambda t: t.update(odd=torch.zeros(1))), "an unknown tensor odd"),
         (truncate, "damaged file"),
         (pickle_only, "pickled weights only"),
-        (escaping_index, "bare file name"),
+        (index({"x": "../../x.safetensors"}), "bare file name"),
+        (index({"x": "gone.safetensors"}), r"gone\.safetensors: got no such file"),
+        (index([1]), "no weight_map"),
+        (
+            edit_weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+            r"model\.norm\.weight: got numbers of type I8; allowed: F64, F32, F16, BF16",
+        ),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "no JSON"),
         (lambda f: (f / "config.json").write_text("{"), "no JSON"),
         (lambda f: (f / "config.json").unlink(), r"config\.json: got No such file"),
     ],
@@ -232,6 +271,47 @@ def test_spellings_of_older_folders(tmp_path: Path) -> None:
     export_folder(FORMS["llama-3.1"], weights(FORMS["llama-3.1"]), None, tmp_path / "llama")
     edit_config(rope_parameters=...)(tmp_path / "llama")
     assert import_folder(tmp_path / "llama").config == FORMS["llama-3.1"]
+
+
+def test_a_tied_head_that_is_stored_and_differs_is_its_own(tmp_path: Path) -> None:
+    """As transformers takes it."""
+    export_folder(GPT2, weights(GPT2), None, tmp_path / "out")
+    head = torch.randn(320, 32)
+    edit_weights(lambda t: t.update({"lm_head.weight": head}))(tmp_path / "out")
+    back = import_folder(tmp_path / "out")
+    assert not back.config.tie_embeddings
+    assert torch.equal(back.weights["head.weight"], head)
+
+
+def test_spellings_of_older_encoders(tmp_path: Path) -> None:
+    """BERT's own folder calls its norms as TensorFlow did and holds copies; RoBERTa's has a pooler."""
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_layers=1, num_heads=2, mask_id=4, cls_id=5, sep_id=6
+    )
+    tensors = {key: torch.randn(p.shape) for key, p in Bert(config).named_parameters()}
+    export_folder(config, tensors, None, tmp_path / "bert")
+
+    def older(stored: dict[str, Tensor]) -> None:
+        for key in list(stored):
+            if ".LayerNorm." in key:
+                stored[key.replace("weight", "gamma").replace("bias", "beta")] = stored.pop(key)
+        decoder = "cls.predictions.decoder"
+        stored[f"{decoder}.weight"] = stored["bert.embeddings.word_embeddings.weight"].clone()
+        stored[f"{decoder}.bias"] = stored.pop("cls.predictions.bias")
+        stored["bert.embeddings.position_ids"] = torch.arange(64)[None]
+
+    edit_weights(older)(tmp_path / "bert")
+    back = import_folder(tmp_path / "bert")
+    assert (back.config, back.left_out) == (config, ())
+    assert all(torch.equal(back.weights[key], tensor) for key, tensor in tensors.items())
+
+    config = replace(config, position_offset=2, num_segments=0)
+    tensors = {key: torch.randn(p.shape) for key, p in Bert(config).named_parameters()}
+    export_folder(config, tensors, None, tmp_path / "roberta")
+    edit_weights(lambda t: t.update({"roberta.pooler.dense.bias": torch.ones(32)}))(tmp_path / "roberta")
+    back = import_folder(tmp_path / "roberta")
+    assert (back.config, back.left_out) == (config, ("roberta.pooler.dense.bias",))
+    assert all(torch.equal(back.weights[key], tensor) for key, tensor in tensors.items())
 
 
 def test_tokenizer_travels_along(tmp_path: Path) -> None:

@@ -96,6 +96,40 @@ def test_documents_of_any_lengths_equal_torch(rows: tuple[list[int], ...], causa
     assert_equals_torch(50, ids_of(*rows), causal=causal)
 
 
+@pytest.mark.parametrize("window", [1, 7, 16, 33, 50, 90])
+@pytest.mark.parametrize(
+    ("way", "packed"),
+    [
+        *[(way, packed) for way in ("blocks", "dropout by keys", "mask") for packed in (False, True)],
+        ("cache", False),
+    ],
+)
+def test_window(window: int, way: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients, in each way that attention goes, against torch's with a dense mask."""
+    if way == "mask":
+        monkeypatch.setattr(attention, "LONGEST", 40)
+    T, first = 50, 30 if way == "cache" else 0
+    ids_BT = random_ids(T) if packed else torch.zeros(B, T, dtype=torch.long)
+    places_T = torch.arange(T)
+    near_TT = places_T[:, None] - places_T < window
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, K, T, H, generator=generator, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, seen(ids_BT) & near_TT)[:, :, first:]
+    found = attend(
+        q[:, :, first:],
+        k,
+        v,
+        documents=Documents(ids_BT) if packed else None,
+        # Which keeps nearly all.
+        dropout=AttentionDropout(1e-9, 0, torch.arange(B)) if way == "dropout by keys" else None,
+        window=window,
+    )
+    weights = torch.randn(expected.shape, generator=generator)
+    grads = (torch.autograd.grad(y, (q, k, v), weights) for y in (found, expected))
+    for a, b in zip((found, *next(grads)), (expected, *next(grads)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_mask_shows_a_query_its_own_document(causal: bool) -> None:
     ids_BT = random_ids(50)
