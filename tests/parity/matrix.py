@@ -21,7 +21,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -123,13 +122,6 @@ FAMILIES = {
 }
 
 
-class Corpora(NamedTuple):
-    """What models are trained on."""
-
-    texts: Path
-    pairs: Path
-
-
 @dataclass(frozen=True)
 class Tolerance:
     loss: float
@@ -168,11 +160,11 @@ class Cell:
     def data(self) -> int:
         return self.ranks // (self.tensor * self.pipeline * self.sequence)
 
-    def plain(self, corpora: Corpora) -> tuple[str, ...]:
+    def plain(self, corpus: Path) -> tuple[str, ...]:
         """What one plain process is told."""
         return (
             *FAMILIES[self.family],
-            f"data.path={corpora.pairs if self.family == TRANSFORMER else corpora.texts}",
+            f"data.path={corpus}",
             "train.steps=20",
             "optimizer.lr=3e-3",
             "seed=7",
@@ -181,10 +173,10 @@ class Cell:
             *self.model,
         )
 
-    def overrides(self, corpora: Corpora) -> tuple[str, ...]:
+    def overrides(self, corpus: Path) -> tuple[str, ...]:
         """What the cell's processes are told."""
         return (
-            *self.plain(corpora),
+            *self.plain(corpus),
             f"parallel.tensor={self.tensor}",
             f"parallel.pipeline={self.pipeline}",
             f"parallel.sequence={self.sequence}",
@@ -361,23 +353,26 @@ def deviation(trace: Trace, reference: Trace) -> Deviation:
 class Matrix:
     """Cells run on demand, each once; references first, since pools of other sizes end each other."""
 
-    def __init__(self, corpora: Corpora) -> None:
-        self._corpora = corpora
+    def __init__(self, corpus: Path, paired_corpus: Path) -> None:
+        self._corpus, self._paired_corpus = corpus, paired_corpus
         self._references: dict[tuple[str, ...], Trace] = {}
         self._results: dict[Cell, Deviation] = {}
 
     def result(self, cell: Cell) -> Deviation:
         if not self._references:
-            for plain in dict.fromkeys(other.plain(self._corpora) for other in CELLS):
+            for plain in dict.fromkeys(other.plain(self._corpus_of(other)) for other in CELLS):
                 self._references[plain] = ranks.run(1, train_steps, plain, STEPS)[0]
         if cell not in self._results:
-            reference = self._references[cell.plain(self._corpora)]
-            traces = ranks.run(cell.ranks, train_steps, cell.overrides(self._corpora), STEPS)
+            reference = self._references[cell.plain(self._corpus_of(cell))]
+            traces = ranks.run(cell.ranks, train_steps, cell.overrides(self._corpus_of(cell)), STEPS)
             found = [deviation(trace, reference) for trace in traces]
             self._results[cell] = Deviation(
                 max(d.loss for d in found), max(d.norm for d in found), max(d.update for d in found)
             )
         return self._results[cell]
+
+    def _corpus_of(self, cell: Cell) -> Path:
+        return self._paired_corpus if cell.family == TRANSFORMER else self._corpus
 
     def table(self) -> str:
         """The support table as Markdown, from what was found."""
@@ -408,7 +403,7 @@ def readme_table() -> str:
 def _main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        matrix = Matrix(Corpora(prepare_small_corpus(path), prepare_small_pairs(path)))
+        matrix = Matrix(prepare_small_corpus(path), prepare_small_pairs(path))
         for cell in CELLS:
             found = matrix.result(cell)
             figures = f"loss {found.loss:.1e}  norm {found.norm:.1e}  update {found.update:.1e}"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.matrix import CELLS, TOLERANCES, Cell, Corpora, Matrix, readme_table
+from tests.parity.matrix import CELLS, TOLERANCES, Cell, Matrix, readme_table
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def matrix(corpus: Path, paired_corpus: Path) -> Matrix:
-    return Matrix(Corpora(corpus, paired_corpus))
+    return Matrix(corpus, paired_corpus)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.id)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parity.matrix import STEPS, Cell
+from tests.parity.matrix import STEPS, T5, Cell
 from tests.support import ranks
 from tests.support.training import Trace, train_steps
 
@@ -86,3 +86,18 @@ def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], l
     assert resumed.grad_norms == never_stopped.grad_norms[STEPS:]
     for name, expected in never_stopped.weights.items():
         np.testing.assert_array_equal(resumed.weights[name], expected, err_msg=name)
+
+
+def test_weights_that_several_stages_hold_go_on_elsewhere(corpus: Path, tmp_path: Path):
+    """T5's biases of distances, which stand on all stages with blocks of their side."""
+    saved_at, others = Cell(4, T5, pipeline=4, zero=1, micro=1), (Cell(2, T5, tensor=2), Cell(1, T5))
+    ranks.run(4, train_steps, saved_at.overrides(corpus), STEPS, str(tmp_path))
+    checkpoint = str(tmp_path / f"step-{STEPS:08d}")
+    resumed = [
+        ranks.run(cell.ranks, train_steps, cell.overrides(corpus), END, None, checkpoint)[0]
+        for cell in others
+    ]
+    whole = ranks.run(1, train_steps, others[1].overrides(corpus), END)[0]
+    for trace in resumed:
+        np.testing.assert_allclose(trace.losses, whole.losses[STEPS:], rtol=1e-5)
+        np.testing.assert_allclose(trace.grad_norms, whole.grad_norms[STEPS:], rtol=1e-4)
