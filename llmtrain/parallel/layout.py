@@ -438,7 +438,7 @@ def _model_problems(
         model.shares_tokens or not parallel.tensor_sequence,
         "parallel.tensor_sequence",
         f"true with model.family={model.family}",
-        "false: its heads need all tokens",
+        "false: it needs all tokens of a row in one place",
         "give parallel.tensor_sequence=false",
     )
     if "tensor" in model.axes and parallel.tensor > 1:

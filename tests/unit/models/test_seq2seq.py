@@ -235,6 +235,17 @@ def test_no_two_layers_drop_the_same() -> None:
     assert not torch.equal(twice[0], model(**row, dropout_keys_B=keys + 1))
 
 
+@EACH
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_dropout_hides_nothing_else(form: str, with_keys: bool) -> None:
+    """Weights that are dropped with a probability of almost 0 are all there."""
+    row = packed(PAIRS)
+    expected = make(FORMS[form])(**row)
+    model = make(replace(FORMS[form], dropout=1e-9)).train()
+    found = model(**row, dropout_keys_B=torch.arange(1) if with_keys else None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_scores_keep_their_scale_without_division() -> None:
     """T5's queries start smaller by what others divide by."""
     model = make(replace(T5, hidden_size=96, head_dim=64))

@@ -155,7 +155,7 @@ CASES = [
         ("model=bert_tiny", "parallel.tensor=2", "parallel.tensor_sequence=true"),
         2,
         "parallel.tensor_sequence:",
-        "its heads need all tokens",
+        "it needs all tokens of a row in one place",
         "parallel.tensor_sequence=false",
     ),
     (("model=bert_tiny", "data.packing=best_fit"), 1, "data.packing:", "one pair of texts", "packing=concat"),
