@@ -1,17 +1,12 @@
 """The encoder–decoder: the Transformer (Vaswani et al., arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
 (arXiv:1910.13461) by config.
 
-Between its steps travels one tensor, the places of a row's sources before those of its targets: encoder
-blocks change the sources', decoder blocks the targets'. So every block is a function of what one other gives,
-which pipelines and recomputation divide and repeat.
-
 Dim names: B batch, S source tokens, T target tokens, U = S + T places of both, M targets that count, D hidden
-width, N heads, H head width, V vocabulary.
+width, H head width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,104 +17,9 @@ from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.gpt import Stage
 from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Constant, Initializer, Normal, NormalByRow
+from llmtrain.models.seq2seq_blocks import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.transformer import (
-    Block,
-    Context,
-    CrossAttention,
-    KVCache,
-    PerHead,
-    RelativePositions,
-    make_norm,
-)
-
-
-@dataclass(frozen=True)
-class PairContext(Context):
-    """What all stages of one forward share; what Context holds is of the targets."""
-
-    sources: Tensor | None = None
-    """Their ids, (B, S); None: the cache has what is needed of them."""
-    encoder: Context | None = None
-    """That of the sources."""
-    crossing: CrossDocuments | None = None
-    """Which sources each target sees; None: all of the row."""
-    with_metrics: bool = False
-
-    @property
-    def num_sources(self) -> int:
-        return 0 if self.sources is None else self.sources.shape[1]
-
-    @property
-    def num_places(self) -> int:
-        """U."""
-        return self.num_sources + self.positions.shape[1]
-
-
-class SourceCache(KVCache):
-    """Keys and values of the targets seen so far, and each decoder layer's of the sources, for generation."""
-
-    def __init__(
-        self,
-        max_length: int,
-        source_keys_values: list[tuple[Tensor, Tensor]],
-        source_documents_BS: Tensor | None,
-    ) -> None:
-        super().__init__(len(source_keys_values), max_length)
-        self.source_keys_values = source_keys_values
-        """Of each layer, (B, N, S, H) both."""
-        self.source_documents = source_documents_BS
-        """0 for tokens, −1 for padding, (B, S); None: there is no padding."""
-
-    def select(self, rows_R: Tensor) -> None:
-        super().select(rows_R)
-        self.source_keys_values = [(k[rows_R], v[rows_R]) for k, v in self.source_keys_values]
-        if self.source_documents is not None:
-            self.source_documents = self.source_documents[rows_R]
-
-
-class EncoderBlock(Block):
-    """A layer over the sources, which see each other."""
-
-    def forward(self, x_BUD: Tensor, context: Context) -> Tensor:
-        context = cast(PairContext, context)
-        if context.encoder is None:
-            return x_BUD
-        source_BSD, target_BTD = _parts(x_BUD, context)
-        return torch.cat((super().forward(source_BSD, context.encoder), target_BTD), dim=1)
-
-
-class DecoderBlock(Block):
-    """A layer over the targets, with attention to the sources between attention and MLP."""
-
-    def __init__(self, config: Seq2SeqConfig, layer: int, relative: RelativePositions | None) -> None:
-        blocks, scale = config.blocks, _scale(config)
-        super().__init__(blocks, layer, norm_first=config.norm_first, scale=scale, relative=relative)
-        number = config.decoder_layers + layer
-        self.layer = layer
-        self.cross_attention_norm = make_norm(blocks)
-        self.cross_attention = CrossAttention(blocks, number, scale=scale)
-        self.cross_attention_dropout = Dropout(config.dropout, number, HIDDEN)
-
-    def forward(self, x_BUD: Tensor, context: Context) -> Tensor:
-        context = cast(PairContext, context)
-        source_BSD, target_BTD = _parts(x_BUD, context)
-        target_BTD = self.with_attention(target_BTD, context)
-        target_BTD = self.with_cross_attention(target_BTD, source_BSD, context)
-        return torch.cat((source_BSD, self.with_mlp(target_BTD, context)), dim=1)
-
-    def with_cross_attention(self, x_BTD: Tensor, source_BSD: Tensor, context: PairContext) -> Tensor:
-        if isinstance(context.cache, SourceCache):
-            keys_values = context.cache.source_keys_values[self.layer]
-        else:
-            keys_values = self.cross_attention.keys_and_values(source_BSD)
-        return self.add(
-            x_BTD,
-            lambda x: self.cross_attention(x, keys_values, context.crossing, context.dropout_keys),
-            self.cross_attention_norm,
-            self.cross_attention_dropout,
-            context,
-        )
+from llmtrain.models.transformer import Block, Context, PerHead, RelativePositions, make_norm
 
 
 class EncoderDecoder(TiedHeadModel):
@@ -143,15 +43,7 @@ class EncoderDecoder(TiedHeadModel):
         self.target_norm = make_norm(config.blocks) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.encoder = nn.ModuleList(
-            EncoderBlock(
-                config.blocks,
-                2 * M + layer,  # dropout's masks go by the number, which no two layers share
-                norm_first=config.norm_first,
-                causal=False,
-                scale=_scale(config),
-                relative=relative,
-            )
-            for layer in range(config.num_layers)
+            EncoderBlock(config, layer, relative) for layer in range(config.num_layers)
         )
         self.encoder_norm = make_norm(config.blocks) if config.norm_first else None
         self.decoder = nn.ModuleList(DecoderBlock(config, layer, relative) for layer in range(M))
@@ -384,7 +276,7 @@ class EncoderDecoder(TiedHeadModel):
         x_BUD = self.embedding(ids_BU)
         if self.config.scale_embedding:
             x_BUD = x_BUD * self.config.hidden_size**0.5
-        source_BSD, target_BTD = _parts(x_BUD, context)
+        source_BSD, target_BTD = sides(x_BUD, context)
         target_BTD = self._placed(target_BTD, context.positions, self.target_positions, self.target_norm)
         if context.encoder is not None:
             places_BS = context.encoder.positions
@@ -405,11 +297,11 @@ class EncoderDecoder(TiedHeadModel):
         x_BUD = self.encoder[-1](x_BUD, context)
         if context.encoder is None or self.encoder_norm is None:
             return x_BUD
-        source_BSD, target_BTD = _parts(x_BUD, context)
+        source_BSD, target_BTD = sides(x_BUD, context)
         return torch.cat((self.encoder_norm(source_BSD), target_BTD), dim=1)
 
     def _finish(self, x_BUD: Tensor, context: PairContext) -> Tensor:
-        x_BTD = _parts(x_BUD, context)[1]
+        x_BTD = sides(x_BUD, context)[1]
         if self.decoder_norm is not None:
             x_BTD = self.decoder_norm(x_BTD)
         if self.config.scale_logits:
@@ -421,8 +313,9 @@ class EncoderDecoder(TiedHeadModel):
             return loss
         asked_BT = context.labels != IGNORE_INDEX
         hidden_MD, labels_M = x_BTD[asked_BT], context.labels[asked_BT]
+        plain = self.head(hidden_MD, labels_M) if self.config.label_smoothing > 0 else loss
         correct = (self.head(hidden_MD).argmax(-1) == labels_M).sum()
-        return torch.stack([loss, self.head(hidden_MD, labels_M), correct])
+        return torch.stack([loss, plain, correct])
 
 
 def sinusoids(places_BT: Tensor, width: int) -> Tensor:
@@ -431,17 +324,6 @@ def sinusoids(places_BT: Tensor, width: int) -> Tensor:
     exponents = torch.arange(0, width, 2, device=places_BT.device).float() / width
     angles = places_BT[..., None].float() * 10_000.0**-exponents
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
-
-
-def _parts(x_BUD: Tensor, context: PairContext) -> tuple[Tensor, Tensor]:
-    """Sources' and targets' places, (B, S, D) and (B, T, D)."""
-    S = context.num_sources
-    source_BSD, target_BTD = x_BUD.split((S, x_BUD.shape[1] - S), dim=1)
-    return source_BSD, target_BTD
-
-
-def _scale(config: Seq2SeqConfig) -> float | None:
-    return None if config.scale_attention else 1.0
 
 
 def _learned_positions(config: Seq2SeqConfig) -> nn.Embedding | None:
