@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.generation.beam import beam_search
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.rows import Rows, has_sources
+from llmtrain.models.linear import packed_weights
 
 OnToken = Callable[[int, int], None]
 """Called with (prompt index, token) as each token is drawn; with beams, when their text is found."""
@@ -49,9 +52,7 @@ def generate(
         raise ConfigError(found)
     config = config.resolved(has_sources=has_sources(model))
     outputs: list[list[int]] = [[] for _ in prompts]
-    was_training = model.training
-    model.eval()
-    try:
+    with _writing(model, config):
         for group in _groups(prompts, config.batch_size, mixed=has_sources(model)):
             rows = Rows(model, [prompts[index] for index in group], config.max_new_tokens)
             if config.num_beams > 1:
@@ -70,8 +71,6 @@ def generate(
             if on_done is not None:
                 for index in group:
                     on_done(index)
-    finally:
-        model.train(was_training)
     return outputs
 
 
@@ -99,6 +98,26 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
     targets_B1 = targets_B1 * cumulative_BV[:, -1:]
     places_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
     return (places_B1 if tokens_BV is None else tokens_BV.gather(1, places_B1)).squeeze(1)
+
+
+@contextmanager
+def _writing(model: nn.Module, config: GenerateConfig) -> Iterator[None]:
+    """The model in evaluation mode, with its weights as they are read fastest."""
+    was_training = model.training
+    model.eval()
+    try:
+        with packed_weights() if _pays_to_pack(model, config) else nullcontext():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _pays_to_pack(model: nn.Module, config: GenerateConfig) -> bool:
+    """Whether to hold weights twice: on a CPU, for more than a few tokens, in memory to spare."""
+    weights = list(model.parameters())
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    on_cpu = weights[0].device.type == "cpu"
+    return on_cpu and config.max_new_tokens >= 16 and 2 * size < psutil.virtual_memory().available
 
 
 def _groups(prompts: Sequence[Sequence[int]], size: int, *, mixed: bool) -> Iterator[list[int]]:

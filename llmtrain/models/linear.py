@@ -9,6 +9,8 @@ Dim names: M rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -82,8 +84,33 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight_OI, grad_bias_O
 
 
+@contextmanager
+def packed_weights() -> Iterator[None]:
+    """Inside, each weight is held a second time, in the layout that oneDNN likes, from its first product on:
+    products with few rows then take 0.6 to 0.8 of their time. Weights must not change inside."""
+    global _packed
+    before, _packed = _packed, {}
+    try:
+        yield
+    finally:
+        _packed = before
+
+
+_packed: dict[int, tuple[Tensor, Tensor]] | None = None
+"""A weight's id → the weight, which keeps the id its own, and what it is packed into; None: nothing is."""
+
+
+def _layout_of(weight_OI: Tensor) -> Tensor:
+    if _packed is None or not isinstance(weight_OI, nn.Parameter):
+        return weight_OI
+    if id(weight_OI) not in _packed:
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
+        _packed[id(weight_OI)] = (weight_OI, reordered)
+    return _packed[id(weight_OI)][1]
+
+
 def _product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    y: Tensor = _ONEDNN(x, weight_OI, bias_O, "none", [], "")
+    y: Tensor = _ONEDNN(x, _layout_of(weight_OI), bias_O, "none", [], "")
     return y
 
 

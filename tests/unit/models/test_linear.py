@@ -51,3 +51,16 @@ def test_sums_of_products(dtype: torch.dtype) -> None:
     total = torch.ones(300, 500)
     add_product_(total, a, b)
     torch.testing.assert_close(total, expected + 1, **tolerance)
+
+
+def test_packed_weights_give_the_same() -> None:
+    weight, bias = torch.nn.Parameter(torch.randn(NUM_OUT, NUM_IN)), torch.randn(NUM_OUT)
+    rows = [torch.randn(n, 1, NUM_IN) for n in (1, 8, 40)]
+    with torch.no_grad():
+        plain = [linear(x, weight, bias) for x in rows]
+        with linear_module.packed_weights():
+            packed = [linear(x, weight, bias) for x in rows]
+        torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-4)
+        weight.mul_(2.0)
+        # Nothing is kept for later.
+        torch.testing.assert_close(linear(rows[0], weight), 2 * (plain[0] - bias), rtol=1e-4, atol=1e-3)
