@@ -68,7 +68,8 @@ def test_continuations_are_written_after_what_stands_before(folder: Path):
 
 def test_one_file_holds_the_folder(folder: Path, tmp_path: Path):
     tokenizer = load_tokenizer(folder)
-    again = load_tokenizer(tokenizer.save(tmp_path))
+    # The cache of a corpus from elsewhere has names of its own.
+    again = load_tokenizer(tokenizer.save(tmp_path).rename(tmp_path / "kept-0123.json"))
     assert (again.sha256, again.special_ids) == (tokenizer.sha256, tokenizer.special_ids)
     assert isinstance(again, JsonTokenizer)
     assert again.files == {path.name: path.read_text() for path in folder.iterdir()}
