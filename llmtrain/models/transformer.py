@@ -249,7 +249,9 @@ class Attention(nn.Module):
         q_BTKGH, k_BTKH, v_BTKH = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q_BTNH = q_BTKGH.flatten(2, 3)
         if self.query_norm is not None and self.key_norm is not None:
-            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+            # Autocast may leave a norm's output in fp32.
+            q_BTNH = self.query_norm(q_BTNH).to(v_BTKH.dtype)
+            k_BTKH = self.key_norm(k_BTKH).to(v_BTKH.dtype)
         if context.rotary is not None and self.has_rotary:
             q_BTNH, k_BTKH = rotate(q_BTNH, *context.rotary), rotate(k_BTKH, *context.rotary)
         q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
