@@ -111,3 +111,28 @@ def test_what_does_not_fit_is_one_line(
     assert cli.run_verb("data", ["show", f"data.path={corpus}", *overrides]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(word in line for word in words), line
+
+
+def test_a_run_over_pairs_is_read_back(
+    paired_corpus: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    sizes = ["model.hidden_size=32", "model.num_layers=1", "batch.sequence_length=64", "batch.global_size=4"]
+    settings = [f"data.path={paired_corpus}", f"data.cache.dir={tmp_path}", f"run.dir={run}", "train.steps=2"]
+    quiet = ["batch.micro_size=4", "evaluation.every=null", "evaluation.at_start=false"]
+    assert cli.run_verb("train", ["model=transformer_tiny", *sizes, *settings, *quiet]) == 0
+    capsys.readouterr()
+    assert cli.run_verb("data", ["trace", f"run={run}", "step=2"]) == 0
+    *lines, verdict = capsys.readouterr().out.splitlines()
+    assert verdict.endswith("as recorded")
+    traced = [line.split() for line in lines[1:]]
+    assert cli.run_verb("data", ["show", f"run={run}", "step=2"]) == 0
+    shown = capsys.readouterr().out.strip().split("\n\n")
+    assert len(shown) == 4
+    for sample in shown:
+        number = re.match(r"step 2, sample (\d+):", sample)[1]  # type: ignore[index]
+        documents = [int(words[-2]) for words in traced if words[0] == number]
+        # A pair is two documents, the source's number even.
+        assert documents == [n + side for n in documents[::2] for side in (0, 1)]
+        assert all(n % 2 == 0 for n in documents[::2])
+        assert len(documents) == 2 * sample.count("source  ")
