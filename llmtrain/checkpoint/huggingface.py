@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from llmtrain import files
 from llmtrain.checkpoint.forms import FORMS, form_of
-from llmtrain.checkpoint.forms.base import MARK, Entry, Form, Settings
+from llmtrain.checkpoint.forms.base import Entry, Form, Settings
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.config import decode
 from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
+from llmtrain.data.tokenizer_folder import EXPORT_MARK
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.initialize import fill_box, match_initializers
 from llmtrain.shards import whole
@@ -264,7 +265,7 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, in
         "eos_token_id": None,
         "pad_token_id": None,
         **ids,
-        MARK: f"llmtrain {version('llmtrain')}",
+        EXPORT_MARK: f"llmtrain {version('llmtrain')}",
         **form.write_config(config),
     }
 
@@ -321,7 +322,7 @@ def _refuse_foreign(output: Path, overwrite: bool) -> None:
         return
     try:
         content = json.loads((output / CONFIG).read_text())
-        if overwrite or MARK in content:
+        if overwrite or EXPORT_MARK in content:
             return
         got, remedy = "another model's folder", "choose another output, or set overwrite=true"
     except (OSError, ValueError):

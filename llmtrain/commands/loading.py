@@ -87,6 +87,9 @@ class TrainedModel:
 def load_trained(path: Path) -> TrainedModel:
     """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged."""
     path = path.expanduser()
+    if path.is_file():
+        remedy = f"import it first: llmtrain import source={path} output=…"
+        raise CheckpointError(Problem(str(path), "a file", "a run, checkpoint or model folder", remedy))
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
         if imported.fresh:

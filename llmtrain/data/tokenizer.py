@@ -64,11 +64,6 @@ class Tokenizer(ABC):
             )
         self.eos_id = ends[0]
 
-    @staticmethod
-    def load(path: str | Path) -> Tokenizer:
-        """As load_tokenizer."""
-        return load_tokenizer(path)
-
     def save(self, folder: Path) -> Path:
         """Write it into `folder` as corpora and checkpoints carry it; returns the file's path."""
         path = folder / self.file_name

@@ -15,7 +15,7 @@ from llmtrain.errors import DataError, Problem
 VOCABULARY, MERGES, WORDPIECES = "vocab.json", "merges.txt", "vocab.txt"
 SENTENCEPIECE_FILES = (SENTENCEPIECE_FILE, "spiece.model")
 EXPORT_MARK = "exported_by"
-"""Key of a config.json that `llmtrain export` wrote."""
+"""Key of config.json that tells our exports from others' folders."""
 _ALLOWED = f"{TOKENIZER}, a sentencepiece .model, {WORDPIECES}, or {VOCABULARY} with {MERGES}"
 
 

@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from llmtrain.errors import CheckpointError, Problem
 
-MARK = "exported_by"
-"""Key of config.json that tells our folders from others'."""
-
-
 # Tensors: ours ↔ theirs.
 
 
