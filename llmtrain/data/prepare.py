@@ -43,6 +43,8 @@ from llmtrain.data.transport import without_credentials
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_json_atomically
 
+PAIRED = ("target_field", "target_source")
+"""Settings that corpora of single texts lack."""
 NO_EFFECT = ("workers", "overwrite", "output", "source", "target_source", "peer_timeout")
 """Settings on which the corpus does not depend; sources are compared by their contents."""
 
@@ -269,8 +271,8 @@ def _hash(value: Any) -> str:
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
     # A given tokenizer has fewer settings than one to be trained: what both have tells them apart.
-    for key in (key for key in theirs if key in ours):
-        a, b = theirs[key], ours[key]
+    for key in (key for key in theirs | ours if key in PAIRED or (key in theirs and key in ours)):
+        a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:

@@ -94,6 +94,8 @@ def test_every_form_gives_the_same_corpus(tmp_path: Path) -> None:
     assert tree(tmp_path / "lines") == before
     with pytest.raises(DataError, match="a corpus of other sources"):
         prepare(config(tmp_path / "lines", **write_lines(tmp_path, rows[:-1])))
+    with pytest.raises(DataError, match='settings: target_field is "es" there and null here'):
+        prepare(config(tmp_path / "tsv", tmp_path / "rows.tsv", text_field="en"))
 
 
 @pytest.mark.parametrize("sample_tokens", [1, 37, 500])
