@@ -175,6 +175,9 @@ def _write_t5_config(config: Seq2SeqConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings or config.scale_logits,
         "scale_decoder_outputs": config.scale_logits,
         **_special_ids(config),
+        # No keys of theirs: where our own sentinels stand.
+        "sentinel_id": config.sentinel_id,
+        "num_sentinels": config.objective.num_sentinels,
     }
 
 
@@ -202,7 +205,8 @@ def _read_t5_config(theirs: Settings) -> dict[str, Any]:
         "scale_logits": theirs.flag("scale_decoder_outputs", theirs.flag("tie_word_embeddings", True)),
         "tie_embeddings": theirs.is_tied("lm_head.weight", "shared.weight", True),
         "dropout": theirs.number("dropout_rate", 0.1),
-        "objective": {"kind": "span_corruption"},
+        "sentinel_id": theirs.content.get("sentinel_id"),
+        "objective": {"kind": "span_corruption", "num_sentinels": theirs.whole("num_sentinels", 100)},
     }
 
 
