@@ -69,7 +69,9 @@ def export_folder(
         tokenizer = read_tokenizer(tokenizer_path, config.vocab_size or 0)
         ids = special_ids(tokenizer)
         longest = getattr(config, "max_sequence_length", None)
-        contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path))
+        named = {role: getattr(config, f"{role}_id", None) for role in ("mask", "cls", "sep")}
+        model_ids = {role: i for role, i in named.items() if i is not None}
+        contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path), model_ids)
     described = _config_of(form, config, dtype, ids)
     contents |= {CONFIG: described, "generation_config.json": _generation_ids(described)}
     output = Path(output).absolute()

@@ -11,8 +11,10 @@ without their library. Its ids are those of sentencepiece, but for
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
@@ -22,18 +24,24 @@ from llmtrain.errors import DataError, Problem
 SPACE = "▁"
 
 
-def tokenizer_files(tokenizer: Tokenizer, max_length: int | None, where: str) -> dict[str, bytes | str | Any]:
+def tokenizer_files(
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    where: str,
+    model_ids: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, bytes | str | Any]:
     """File name → content: bytes, text, or what is to be written as JSON.
 
     max_length: the model's context in tokens; None: without a bound. `where` names the tokenizer's file in a
         refusal.
+    model_ids: role → id of the model's special tokens; those behind a sentencepiece model's are added to it.
     Raises DataError for a kind of sentencepiece model that has no fast form.
     """
     if isinstance(tokenizer, JsonTokenizer):
         return dict(tokenizer.files)
     return {
         SENTENCEPIECE_FILE: tokenizer.content,
-        **_json_of_sentencepiece(tokenizer.content, max_length, where),
+        **_json_of_sentencepiece(tokenizer, max_length, where, model_ids),
     }
 
 
@@ -61,9 +69,11 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _json_of_sentencepiece(model: bytes, max_length: int | None, where: str) -> dict[str, Any]:
+def _json_of_sentencepiece(
+    tokenizer: Tokenizer, max_length: int | None, where: str, model_ids: Mapping[str, int]
+) -> dict[str, Any]:
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
-    spec = proto.ModelProto.FromString(model)
+    spec = proto.ModelProto.FromString(tokenizer.content)
     kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
     kind = spec.trainer_spec.model_type
     if kind not in kinds or spec.trainer_spec.treat_whitespace_as_suffix:
@@ -83,7 +93,13 @@ def _json_of_sentencepiece(model: bytes, max_length: int | None, where: str) -> 
         for i, piece in enumerate(spec.pieces)
         if piece.type in (types.CONTROL, types.UNKNOWN, types.USER_DEFINED)
     ]
-    tokenizer = {
+    special = {role: spec.pieces[i].piece for role, i in tokenizer.special_ids.items()}
+    # By id, as the library numbers them.
+    behind = sorted((i, role) for role, i in model_ids.items() if i >= tokenizer.vocab_size)
+    for i, role in behind:
+        special[role] = f"[{role.upper()}]"
+        added.append(_added_token(i, special[role], special=True))
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -94,20 +110,15 @@ def _json_of_sentencepiece(model: bytes, max_length: int | None, where: str) -> 
         "decoder": _decoder(spec.normalizer_spec),
         "model": kinds[kind](spec, types),
     }
-    special = {
-        name: spec.pieces[i].piece
-        for name in ("unk", "bos", "eos", "pad")
-        if 0 <= (i := getattr(spec.trainer_spec, f"{name}_id")) < len(spec.pieces)
-    }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        # As sentencepiece: `</s>` in a text is four characters, not the end of it.
-        "split_special_tokens": True,
+        # As sentencepiece: `</s>` in a text is four characters, not the end of it. But [MASK] is one token.
+        "split_special_tokens": not behind,
         **{f"{name}_token": piece for name, piece in special.items()},
     }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
 def _unigram(spec: Any, types: Any) -> dict[str, Any]:

@@ -22,6 +22,12 @@ from transformers import (
 )
 
 from llmtrain import cli
+from llmtrain.checkpoint.huggingface import export_folder
+from llmtrain.data.config import TokenizerConfig
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_sentencepiece import train
+from llmtrain.models.bert import Bert
+from llmtrain.models.bert_config import BertConfig as OurBertConfig
 from tests.support import training
 from tests.support.gguf_files import small_model, write_gguf
 from tests.support.tokenizers import texts, write_tokenizer
@@ -185,6 +191,27 @@ def test_what_is_generated_is_what_transformers_generates(
     printed = capfd.readouterr().out
     for piece in expected:
         assert piece in printed
+
+
+def test_masks_behind_a_sentencepiece_vocabulary_are_tokens_of_the_export(tmp_path: Path) -> None:
+    (tmp_path / "spm.model").write_bytes(train(texts(), TokenizerConfig(vocab_size=340)))
+    config = OurBertConfig(
+        vocab_size=343,
+        mask_id=340,
+        cls_id=341,
+        sep_id=342,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+    )
+    weights = {name: p.detach() for name, p in Bert(config).named_parameters()}
+    export_folder(config, weights, tmp_path / "spm.model", tmp_path / "out")
+    ours, theirs = (load(tmp_path / "out") for load in (load_tokenizer, AutoTokenizer.from_pretrained))
+    assert (theirs.mask_token_id, theirs.cls_token_id, theirs.sep_token_id) == (340, 341, 342)
+    (one, *_) = texts()
+    before, after = ours.encode(one), ours.encode(" ubo.")
+    assert theirs(f"{one}[MASK] ubo.", add_special_tokens=False).input_ids == [*before, 340, *after]
+    assert len(theirs) == 343
 
 
 def test_a_gguf_file_imports_by_one_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
