@@ -1,7 +1,7 @@
 """Texts to an encoder–decoder's sources and back from its targets.
 
-A model of span corruption reads texts whose gaps are <extra_id_0>, <extra_id_1>, … and writes what stands in
-each behind its mark (T5, arXiv:1910.10683, section 3.1.4).
+A model of span corruption reads texts whose gaps are <extra_0>, <extra_1>, … and writes what stands in each
+behind its mark (T5, arXiv:1910.10683, section 3.1.4).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.data.tokenizer import Tokenizer
 
-MARK = re.compile(r"<extra_id_(\d+)>")
+MARK = re.compile(r"<extra_(?:id_)?(\d+)>")
+"""As `llmtrain data show` writes it, or as T5's own tokenizer does."""
 
 
 class Texts:
@@ -45,7 +46,7 @@ class Texts:
                 ids.append(self._sentinel_id - int(piece))
             else:
                 is_last = number == len(pieces) - 1
-                text = f"<extra_id_{piece}>" if number % 2 else piece
+                text = f"<extra_{piece}>" if number % 2 else piece
                 ids += self.tokenizer.encode(text if is_last else text.removesuffix(" "))
         return [*ids, self.eos_id]
 
@@ -55,7 +56,7 @@ class Texts:
         for token in ids:
             number = self._sentinel_id - token if self._num_sentinels else -1
             if 0 <= number < self._num_sentinels:
-                parts += [f"<extra_id_{number}>", []]
+                parts += [f"<extra_{number}>", []]
             elif token < self.tokenizer.vocab_size:
                 run = parts[-1]
                 assert isinstance(run, list)

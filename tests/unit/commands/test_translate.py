@@ -107,7 +107,7 @@ def test_gaps_of_a_text_are_filled(corpus: Path) -> None:
     assert [token for token in ids if token >= n] == [n + 4, n + 3]
     assert ids[-1] == tokenizer.eos_id
     target = [n + 4, *tokenizer.encode("film"), n, n + 3, *tokenizer.encode(" good")]
-    assert texts.target(target) == "<extra_id_0>film<extra_id_1> good"
+    assert texts.target(target) == "<extra_0>film<extra_1> good"
     assert texts.answer(prompt, target) == "the film was good."
     assert texts.answer(prompt, target[:5]) == f"the {texts.target(target[1:5])} was <extra_id_1>."
     assert texts.answer("no gaps", target) == texts.target(target)
