@@ -105,6 +105,8 @@ class Imported:
     """Those that the folder lacks: heads that are begun anew."""
     left_out: tuple[str, ...] = ()
     """Stored tensors that our model has no use for."""
+    dtype: torch.dtype = torch.float32
+    """Of all that are stored, where it is one of less than fp32."""
 
 
 def import_folder(path: Path) -> Imported:
@@ -143,8 +145,13 @@ def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> I
     entries = [entry for entry in entries if entry.ours not in fresh]
     _raise_if_any(_name_and_shape_problems(str(path), given, _their_shapes(model, entries)))
     where = {canonical: name for name, canonical in names.used.items()}
+    dtypes = stored.dtypes(names.used)
     return Imported(
-        config, _Joined(stored, where, entries, model, fresh), fresh, tuple(sorted(names.left_out))
+        config,
+        _Joined(stored, where, entries, model, fresh),
+        fresh,
+        tuple(sorted(names.left_out)),
+        dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from llmtrain.errors import CheckpointError, Problem
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored types that are taken as they are; others are codes of a quantization."""
 
 
@@ -26,6 +27,10 @@ class Stored(Mapping[str, Tensor]):
     def problems(self, names: Iterable[str]) -> Iterator[Problem]:
         """What is wrong with those of these names, without reading them."""
         yield from ()
+
+    def dtypes(self, names: Iterable[str]) -> set[torch.dtype]:
+        """Types of those of these names, as read."""
+        return {torch.float32}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -62,6 +67,9 @@ class StoredTensors(Stored):
         for name in names:
             if self._dtypes[name] not in DTYPES:
                 yield Problem(name, f"numbers of type {self._dtypes[name]}", ", ".join(DTYPES))
+
+    def dtypes(self, names: Iterable[str]) -> set[torch.dtype]:
+        return {DTYPES[self._dtypes[name]] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)

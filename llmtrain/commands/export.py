@@ -17,7 +17,8 @@ class ExportConfig:
     """A run folder or a checkpoint folder."""
     output: Path
     """A folder that does not exist yet or is empty."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """null: that of an untrained import's source; else fp32."""
     overwrite: bool = False
     """Replace another model's folder."""
 
@@ -39,7 +40,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         trained.weights,
         trained.tokenizer_path,
         output,
-        dtype=dtypes[config.dtype],
+        dtype=trained.dtype if config.dtype is None else dtypes[config.dtype],
         overwrite=config.overwrite,
     )
     print(f"exported {trained.source} to {output}", file=sys.stderr)

@@ -60,6 +60,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         "data": {"tokenizer_sha256": None if tokenizer is None else tokenizer.sha256},
         "fresh": list(imported.fresh),
         "left_out": list(imported.left_out),
+        "dtype": str(imported.dtype).removeprefix("torch."),
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     path = save_imported(output, imported.weights, shapes, description, tokenizer, overwrite=config.overwrite)

@@ -41,6 +41,8 @@ class TrainedModel:
     """That it was trained on; None where it was trained elsewhere."""
     fresh: tuple[str, ...] = ()
     """Weights that no training has seen: heads that a folder lacked."""
+    dtype: torch.dtype = torch.float32
+    """Of all weights where they came from, as long as nothing was trained."""
 
     def build(self, device: torch.device) -> nn.Module:
         """The module on `device`, fp32, in evaluation mode."""
@@ -95,7 +97,14 @@ def load_trained(path: Path) -> TrainedModel:
         if imported.fresh:
             print(fresh_note(imported.fresh), file=sys.stderr)
         return TrainedModel(
-            path, imported.config, imported.weights, find_tokenizer(path), None, None, imported.fresh
+            path,
+            imported.config,
+            imported.weights,
+            find_tokenizer(path),
+            None,
+            None,
+            imported.fresh,
+            imported.dtype,
         )
     checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
     is_ours = not checkpoint.is_imported
@@ -110,6 +119,7 @@ def load_trained(path: Path) -> TrainedModel:
         step=checkpoint.step,
         sequence_length=checkpoint.manifest["config"]["batch"]["sequence_length"] if is_ours else None,
         fresh=fresh,
+        dtype=getattr(torch, checkpoint.manifest.get("dtype", "float32")),
     )
 
 

@@ -18,7 +18,7 @@ from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.checkpoint.imported import save_imported
 from llmtrain.checkpoint.retention import find
 from llmtrain.checkpoint.store import Checkpoint
-from llmtrain.commands import import_
+from llmtrain.commands import export, import_
 from llmtrain.commands.loading import load_trained
 from llmtrain.commands.resolve import resolve
 from llmtrain.errors import CheckpointError, ConfigError
@@ -72,10 +72,11 @@ def test_import_and_export_are_bitwise_equal(folder: Path, tmp_path: Path) -> No
     assert checkpoint.incompleteness() is None
     trained = load_trained(tmp_path / "ours")
     assert trained.config == LLAMA
-    export_folder(LLAMA, trained.weights, None, tmp_path / "again", dtype=torch.bfloat16, shard_bytes=10**9)
+    export.run({"checkpoint": str(tmp_path / "ours"), "output": str(tmp_path / "again")})
     again = load_file(tmp_path / "again" / "model.safetensors")
     before = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
     assert again.keys() == before.keys()
+    assert all(again[name].dtype == torch.bfloat16 for name in again)
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
