@@ -51,8 +51,10 @@ class Denoising(OneText):
         return (source, sizes_B), (text, lengths_B)
 
     def _permuted(self, text: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray) -> np.ndarray:
-        """Sentences end behind a token that ends one, and with the row."""
+        """Sentences end behind tokens that end one, as three periods or a period and the document's end do,
+        and with the row."""
         ends = self._sentence_ends_V[text]
+        ends[:-1] &= ~ends[1:]
         ends[np.cumsum(sizes_B)[sizes_B > 0] - 1] = True
         sentence_ends_G = np.flatnonzero(ends) + 1
         lengths_G = np.diff(sentence_ends_G, prepend=0)

@@ -152,16 +152,18 @@ def only(**noise: float) -> dict[str, Any]:
 
 def test_sentences_stay_whole() -> None:
     def sentences(tokens: list[int]) -> list[tuple[int, ...]]:
-        """Cut behind each period; the last may lack one."""
+        """Cut behind each period, or several in a row; the last may lack one."""
         found: list[list[int]] = [[]]
         for token in tokens:
-            found[-1].append(token)
-            if token == PERIOD:
+            if token != PERIOD and PERIOD in found[-1]:
                 found.append([])
-        return [tuple(sentence) for sentence in found if sentence]
+            found[-1].append(token)
+        return [tuple(sentence) for sentence in found]
 
     raw = texts([50] * 20, 64)
+    raw["tokens"][:, 0] = START - 1
     raw["tokens"][:, 7:50:9] = PERIOD
+    raw["tokens"][:, 8:50:18] = PERIOD
     raw["tokens"][:, 49] = PERIOD
     batch = make(**only(permutation=1.0)).collate(raw)
     moved = 0
