@@ -132,7 +132,9 @@ def _ways(
             lambda number, found: texts.answer(prompts[number], found),
         )
     tokenizer = trained.tokenizer()
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    # As in an encoder–decoder's sources: what is trained here sees texts with their ends alone.
+    first = tokenizer.first_ids if trained.sequence_length is None else ()
+    ids = [[*first, *tokenizer.encode(prompt)] or [tokenizer.eos_id] for prompt in prompts]
     return (
         ids,
         tokenizer.eos_id,

@@ -82,6 +82,11 @@ class Tokenizer(ABC):
     def pad_id(self) -> int | None:
         return self.special_ids.get("pad")
 
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        """What models of this tokenizer saw before every text, which `encode` leaves out."""
+        return ()
+
     @abstractmethod
     def pieces(self) -> list[str]:
         """What each id is called in the vocabulary; "" for an id that is not in it."""

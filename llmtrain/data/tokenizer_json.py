@@ -12,6 +12,8 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,14 @@ class JsonTokenizer(Tokenizer):
             _roles(spec, config, ids, self._added),
             where,
         )
+
+    @cached_property
+    def first_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Those that the file's post-processor writes: the bos of Llama 3 and Mistral, the cls of BERT."""
+        encoding = self._library.encode("a")
+        # Ids of the text have its number, those around it None.
+        count = len(list(takewhile(lambda number: number is None, encoding.sequence_ids)))
+        return tuple(encoding.ids[:count])
 
     def pieces(self) -> list[str]:
         pieces = [""] * self.vocab_size

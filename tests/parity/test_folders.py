@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as Library
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -212,6 +214,26 @@ def test_masks_behind_a_sentencepiece_vocabulary_are_tokens_of_the_export(tmp_pa
     before, after = ours.encode(one), ours.encode(" ubo.")
     assert theirs(f"{one}[MASK] ubo.", add_special_tokens=False).input_ids == [*before, 340, *after]
     assert len(theirs) == 343
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_texts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With <s>, as those of Llama 3 and Mistral."""
+    model = small_model("llama", vocab_size=VOCAB_SIZE)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "llama", VOCAB_SIZE)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    bos = [("<s>", library.token_to_id("<s>"))]
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids_1T = tokenizer("Ubo das", return_tensors="pt").input_ids
+    assert ids_1T[0, 0] == tokenizer.bos_token_id
+    outputs = model.generate(ids_1T, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    settings = ["generate.max_new_tokens=12", "generate.temperature=0"]
+    assert cli.run_verb("generate", [f"checkpoint={tmp_path}", 'prompt=["Ubo das"]', *settings]) == 0
+    assert tokenizer.decode(outputs[0], skip_special_tokens=True) in capfd.readouterr().out
 
 
 def test_a_gguf_file_imports_by_one_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

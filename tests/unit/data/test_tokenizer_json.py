@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
@@ -74,6 +75,16 @@ def test_one_file_holds_the_folder(folder: Path, tmp_path: Path):
     assert isinstance(again, JsonTokenizer)
     assert again.files == {path.name: path.read_text() for path in folder.iterdir()}
     assert load_tokenizer(folder / "tokenizer.json").sha256 == tokenizer.sha256
+
+
+def test_what_stands_before_every_text():
+    library = train_tokenizer("llama")
+    without = JsonTokenizer({"tokenizer.json": library.to_str()}, "")
+    ends = [(token, library.token_to_id(token)) for token in ("<s>", "</s>")]
+    library.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    ours = JsonTokenizer({"tokenizer.json": library.to_str()}, "")
+    assert (without.first_ids, ours.first_ids) == ((), (ours.bos_id,))
+    assert ours.encode("das") == without.encode("das")
 
 
 def test_ordinary_ids_are_those_of_text(folder: Path):
