@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from llmtrain.models.attention import Documents
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.dropout import HIDDEN, Dropout
-from llmtrain.models.gpt import Stage
-from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
+from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal
 from llmtrain.models.linear import Linear
+from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import ACTIVATIONS, Block, Context
 
 
@@ -32,7 +32,7 @@ class BertContext(Context):
     with_metrics: bool = False
 
 
-class Bert(TiedHeadModel):
+class Bert(StagedModel):
     """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -55,47 +55,6 @@ class Bert(TiedHeadModel):
         self.pooler = nn.Linear(D, D) if config.has_pairs else None
         self.pair_head = nn.Linear(D, 2) if config.has_pairs else None
         self._tie()
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        labels_BT: Tensor | None = None,
-        pair_labels_B: Tensor | None = None,
-        dropout_keys_B: Tensor | None = None,
-        with_metrics: bool = False,
-    ) -> Tensor:
-        """Logits (B, T, V); with labels the SUM over predicted tokens of their cross-entropy and, with pair
-        labels, of that of their row's pair, in nats, 0-d fp32.
-
-        positions_BT: place of each token in its document; None counts from 0.
-        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
-            document. Padding is a document of its own. None: a row is one document.
-        segments_BT: 0 for tokens of text A, 1 for those of text B; None: all 0.
-        labels_BT: what stood at each place, IGNORE_INDEX where it is not asked.
-        pair_labels_B: class of each row's pair, IGNORE_INDEX where it is not asked; for a config with
-            pairs. A row's first token is [CLS].
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, (6,) fp32: the loss, that of tokens alone, tokens predicted right, the
-            loss of pairs alone, pairs predicted right, pairs.
-        """
-        context = self.context(
-            tokens_BT,
-            positions_BT=positions_BT,
-            documents_BT=documents_BT,
-            segments_BT=segments_BT,
-            labels_BT=labels_BT,
-            pair_labels_B=pair_labels_B,
-            dropout_keys_B=dropout_keys_B,
-            with_metrics=with_metrics,
-        )
-        x = tokens_BT
-        for stage in self.stages():
-            x = stage.run(x, context)
-        return x
 
     def stages(self) -> list[Stage]:
         """The steps that forward runs, in order: embeddings, each block, heads."""
@@ -131,7 +90,21 @@ class Bert(TiedHeadModel):
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
     ) -> BertContext:
-        """What all stages of one forward over these tokens share; arguments as forward's."""
+        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM over
+        predicted tokens of their cross-entropy and, with pair labels, of that of their row's pair, in nats,
+        0-d fp32.
+
+        positions_BT: place of each token in its document; None counts from 0.
+        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
+            document. Padding is a document of its own. None: a row is one document.
+        segments_BT: 0 for tokens of text A, 1 for those of text B; None: all 0.
+        labels_BT: what stood at each place, IGNORE_INDEX where it is not asked.
+        pair_labels_B: class of each row's pair, IGNORE_INDEX where it is not asked; for a config with
+            pairs. A row's first token is [CLS].
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        with_metrics: with labels, (6,) fp32: the loss, that of tokens alone, tokens predicted right, the
+            loss of pairs alone, pairs predicted right, pairs.
+        """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         return BertContext(

@@ -12,7 +12,7 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.models.config import GPTConfig
+from llmtrain.models.config import GPTConfig, OfBlocks
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MaskedLMConfig:
 
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(OfBlocks):
     """A bidirectional encoder; covers BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692)."""
 
     family: Literal["bert"] = "bert"
@@ -87,18 +87,6 @@ class BertConfig:
             norm_eps=self.norm_eps,
             dropout=self.dropout,
         )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.blocks.head_width
-
-    @property
-    def mlp_width(self) -> int:
-        return self.blocks.mlp_width
 
     @property
     def has_pairs(self) -> bool:
@@ -181,8 +169,3 @@ class BertConfig:
         head = self.objective.share * (self._vocab() * D + D * D)
         matrices = self.num_layers * self.layer_matrix_count() + head
         return 6.0 * matrices + 12.0 * self.num_layers * D * sequence_length
-
-    def _vocab(self) -> int:
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return self.vocab_size

@@ -36,8 +36,24 @@ class RopeScaling:
         yield from require(high > low, "high_frequency_factor", high, f"more than low_frequency_factor={low}")
 
 
+class OfVocabulary:
+    """A config with a vocabulary, which may not be known yet."""
+
+    vocab_size: int | None
+    hidden_size: int
+
+    def _vocab(self) -> int:
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return self.vocab_size
+
+    def head_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of the head's matrices, on one of `tensor` processes that divide the vocabulary."""
+        return -(-self._vocab() // tensor) * self.hidden_size
+
+
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(OfVocabulary):
     """A causal decoder; covers GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783), Mistral
     (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388) and SmolLM."""
 
@@ -149,10 +165,6 @@ class GPTConfig:
         attention = D * self.qkv_width + self.num_heads * self.head_width * D
         return (attention + (3 if self.gated_mlp else 2) * D * self.mlp_width) // tensor
 
-    def head_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of the head, on one of `tensor` processes that divide the vocabulary."""
-        return -(-self._vocab() // tensor) * self.hidden_size
-
     def layer_parameter_count(self, tensor: int = 1) -> int:
         """Parameters of one block, on one of `tensor` processes that divide its matrices: biases of what
         is divided by outputs are divided too, those of the others and norms are whole on each."""
@@ -203,14 +215,32 @@ class GPTConfig:
     def _norm_parameter_count(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)
 
-    def _vocab(self) -> int:
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return self.vocab_size
+
+class OfBlocks(OfVocabulary):
+    """A config whose layers are made of a GPTConfig's parts, each head with keys and values of its own."""
+
+    num_heads: int
+
+    @property
+    def blocks(self) -> GPTConfig:
+        """What its attention and MLPs are made of."""
+        raise NotImplementedError
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.blocks.head_width
+
+    @property
+    def mlp_width(self) -> int:
+        return self.blocks.mlp_width
 
 
 @dataclass(frozen=True)
-class LSTMConfig:
+class LSTMConfig(OfVocabulary):
     """An LSTM language model (Zaremba et al., arXiv:1409.2329)."""
 
     family: Literal["lstm"] = "lstm"
@@ -228,22 +258,16 @@ class LSTMConfig:
 
     def parameter_count(self) -> int:
         """All parameters, a tied head counted once. Needs vocab_size."""
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        V, D = self.vocab_size, self.hidden_size
+        V, D = self._vocab(), self.hidden_size
         return V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)
 
     def largest_parameter_count(self) -> int:
         """Elements of the largest single parameter."""
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return max(self.vocab_size, 4 * self.hidden_size) * self.hidden_size
+        return max(self._vocab(), 4 * self.hidden_size) * self.hidden_size
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token; does not depend on the sequence length."""
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self.vocab_size * self.hidden_size)
+        return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self._vocab() * self.hidden_size)
 
 
 @dataclass(frozen=True)

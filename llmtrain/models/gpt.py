@@ -5,17 +5,15 @@ Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from llmtrain.models.attention import Documents
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.dropout import HIDDEN, Dropout
-from llmtrain.models.head import LanguageModelHead, TiedHeadModel
+from llmtrain.models.head import LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal
+from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import (
     Block,
     Context,
@@ -25,16 +23,7 @@ from llmtrain.models.transformer import (
 )
 
 
-class Stage(NamedTuple):
-    """One step of a forward, with the modules that hold its parameters."""
-
-    modules: dict[str, nn.Module]
-    """Canonical name → module."""
-    run: Callable[[Tensor, Any], Tensor]
-    """(what the step before gave, the model's context) → what the next takes."""
-
-
-class GPT(TiedHeadModel):
+class GPT(StagedModel):
     """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -52,46 +41,6 @@ class GPT(TiedHeadModel):
         self.norm = make_norm(config)
         self.head = LanguageModelHead(D, config.vocab_size)
         self._tie()
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        labels_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-        dropout_keys_B: Tensor | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
-
-        positions_BT: place of each token in its document; None counts from 0, or from what the cache
-            holds.
-        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
-            document. None: a row is one document.
-        labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
-        cache: keys and values of earlier tokens; forward adds these tokens to it.
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        last_only: logits of the last token alone, (B, 1, V).
-
-        Raises ValueError when documents and a cache are given together.
-        """
-        context = self.context(
-            tokens_BT,
-            positions_BT=positions_BT,
-            documents_BT=documents_BT,
-            labels_BT=labels_BT,
-            cache=cache,
-            dropout_keys_B=dropout_keys_B,
-            last_only=last_only,
-        )
-        x = tokens_BT
-        for stage in self.stages():
-            x = stage.run(x, context)
-        if cache is not None:
-            cache.length += tokens_BT.shape[1]
-        return x
 
     def stages(self) -> list[Stage]:
         """The steps that forward runs, in order: embedding, each block, head."""
@@ -115,7 +64,20 @@ class GPT(TiedHeadModel):
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
     ) -> Context:
-        """What all stages of one forward over these tokens share; arguments as forward's."""
+        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM of
+        cross-entropy in nats, 0-d fp32.
+
+        positions_BT: place of each token in its document; None counts from 0, or from what the cache
+            holds.
+        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
+            document. None: a row is one document.
+        labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
+        cache: keys and values of earlier tokens; forward adds these tokens to it.
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        last_only: logits of the last token alone, (B, 1, V).
+
+        Raises ValueError when documents and a cache are given together.
+        """
         T = tokens_BT.shape[1]
         past = 0 if cache is None else cache.length
         if positions_BT is None:

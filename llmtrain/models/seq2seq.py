@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from llmtrain.models.attention import CrossDocuments, Documents
 from llmtrain.models.dropout import HIDDEN, Dropout
-from llmtrain.models.gpt import Stage
-from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
+from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal, NormalByRow
 from llmtrain.models.seq2seq_blocks import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import Block, Context, PerHead, RelativePositions, make_norm
 
 
-class EncoderDecoder(TiedHeadModel):
+class EncoderDecoder(StagedModel):
     """Source and target ids → logits of the targets, or → the summed loss. `config.vocab_size` must be
     resolved."""
 
@@ -55,56 +55,6 @@ class EncoderDecoder(TiedHeadModel):
     def blocks(self) -> list[Block]:
         """All layers in order."""
         return cast(list[Block], [*self.encoder, *self.decoder])
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        sources_BS: Tensor | None = None,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        source_positions_BS: Tensor | None = None,
-        source_documents_BS: Tensor | None = None,
-        labels_BT: Tensor | None = None,
-        cache: SourceCache | None = None,
-        dropout_keys_B: Tensor | None = None,
-        with_metrics: bool = False,
-    ) -> Tensor:
-        """Logits (B, T, V); with labels the SUM of cross-entropy in nats, smoothed by
-        config.label_smoothing, 0-d fp32.
-
-        tokens_BT: the decoder's input: the target behind its start token.
-        positions_BT, source_positions_BS: place of each token in its text; None counts from 0, or from what
-            the cache holds.
-        documents_BT, source_documents_BS: number of the pair within the row that each token belongs to, −1
-            where no token is; a token sees its pair alone. None: a row is one pair.
-        labels_BT: the token that should follow at each place (already shifted), IGNORE_INDEX where none
-            counts.
-        cache: of `new_cache`, instead of sources; forward adds these tokens to it.
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, (3,) fp32: the loss, the cross-entropy without smoothing, and the number
-            of tokens predicted right.
-
-        Raises ValueError for both or neither of sources and a cache.
-        """
-        context = self.context(
-            tokens_BT,
-            sources_BS=sources_BS,
-            positions_BT=positions_BT,
-            documents_BT=documents_BT,
-            source_positions_BS=source_positions_BS,
-            source_documents_BS=source_documents_BS,
-            labels_BT=labels_BT,
-            cache=cache,
-            dropout_keys_B=dropout_keys_B,
-            with_metrics=with_metrics,
-        )
-        x = tokens_BT
-        for stage in self.stages():
-            x = stage.run(x, context)
-        if cache is not None:
-            cache.length += tokens_BT.shape[1]
-        return x
 
     def stages(self) -> list[Stage]:
         """The steps that forward runs, in order: embeddings of both sides, each layer, head. The encoder's
@@ -140,7 +90,23 @@ class EncoderDecoder(TiedHeadModel):
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
     ) -> PairContext:
-        """What all stages of one forward over these tokens share; arguments as forward's."""
+        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM of
+        cross-entropy in nats, smoothed by config.label_smoothing, 0-d fp32.
+
+        tokens_BT: the decoder's input: the target behind its start token.
+        positions_BT, source_positions_BS: place of each token in its text; None counts from 0, or from what
+            the cache holds.
+        documents_BT, source_documents_BS: number of the pair within the row that each token belongs to, −1
+            where no token is; a token sees its pair alone. None: a row is one pair.
+        labels_BT: the token that should follow at each place (already shifted), IGNORE_INDEX where none
+            counts.
+        cache: of `new_cache`, instead of sources; forward adds these tokens to it.
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        with_metrics: with labels, (3,) fp32: the loss, the cross-entropy without smoothing, and the number
+            of tokens predicted right.
+
+        Raises ValueError for both or neither of sources and a cache.
+        """
         if (sources_BS is None) == (cache is None):
             raise ValueError("give sources, or a cache made of them, and not both")
         past = 0 if cache is None else cache.length

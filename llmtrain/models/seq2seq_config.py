@@ -14,12 +14,12 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.models.config import GPTConfig
+from llmtrain.models.config import GPTConfig, OfBlocks
 from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
 
 
 @dataclass(frozen=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(OfBlocks):
     """An encoder–decoder; covers the Transformer (arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
     (arXiv:1910.13461)."""
 
@@ -106,18 +106,6 @@ class Seq2SeqConfig:
     def decoder_layers(self) -> int:
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.blocks.head_width
-
-    @property
-    def mlp_width(self) -> int:
-        return self.blocks.mlp_width
-
     def problems(self) -> Iterator[Problem]:
         yield from self.blocks.problems()
         for name in ("num_layers", "decoder_layers"):
@@ -153,10 +141,6 @@ class Seq2SeqConfig:
             self.label_smoothing,
             "0 up to, not including, 1",
         )
-
-    def head_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of the head, on one of `tensor` processes that divide the vocabulary."""
-        return -(-self._vocab() // tensor) * self.hidden_size
 
     def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:
         """What each step - embeddings, every block, head - multiplies for a token, on one of `tensor`
@@ -253,8 +237,3 @@ class Seq2SeqConfig:
     def _positions(self) -> int:
         """Rows of each side's learned positions."""
         return (self.max_sequence_length or 0) + self.position_offset
-
-    def _vocab(self) -> int:
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return self.vocab_size

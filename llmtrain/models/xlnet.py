@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
-from llmtrain.models.gpt import Stage
-from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead, TiedHeadModel
+from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal
 from llmtrain.models.linear import Linear
+from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import MLP, Context, PerHead
 from llmtrain.models.xlnet_config import XLNetConfig
 
@@ -164,7 +164,7 @@ class XLNetBlock(nn.Module):
         return self.mlp_norm(x_BQD + self.mlp_dropout(self.mlp(x_BQD), context.dropout_keys))
 
 
-class XLNet(TiedHeadModel):
+class XLNet(StagedModel):
     """Token ids and a factorization order → logits of the places that are predicted, or → the summed loss.
     `config.vocab_size` must be resolved."""
 
@@ -182,50 +182,6 @@ class XLNet(TiedHeadModel):
         self.head_dropout = Dropout(config.dropout, config.num_layers, HIDDEN)
         self.head = LanguageModelHead(D, config.vocab_size, bias=True)
         self._tie()
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        order_BT: Tensor | None = None,
-        targets_BM: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        labels_BM: Tensor | None = None,
-        dropout_keys_B: Tensor | None = None,
-        with_metrics: bool = False,
-    ) -> Tensor:
-        """Logits (B, M, V) of the query stream, or without targets (B, T, V) of the content stream; with
-        labels the SUM over predicted places of their cross-entropy in nats, 0-d fp32.
-
-        order_BT: each token's place in the factorization order, not negative; tokens may share one. A token
-            of the content stream sees itself and all of its order or less, a place of the query stream
-            those of less. None: targets come last, all at once, and without targets each sees all.
-        targets_BM: the places that the query stream predicts; where it sees no token it knows nothing.
-        documents_BT: id of the document each token belongs to; nothing sees another's. Padding is a document
-            of its own. None: a row is one document.
-        segments_BT: id of the text that each token belongs to, for a config with segments; None: scores have
-            no term of segments.
-        labels_BM: the token at each target, IGNORE_INDEX where it is not asked.
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, (2,) fp32: the loss, and how many were predicted right.
-
-        Raises ValueError for labels without targets, and for segments that the config has not.
-        """
-        context = self.context(
-            tokens_BT,
-            order_BT=order_BT,
-            targets_BM=targets_BM,
-            documents_BT=documents_BT,
-            segments_BT=segments_BT,
-            labels_BM=labels_BM,
-            dropout_keys_B=dropout_keys_B,
-            with_metrics=with_metrics,
-        )
-        x = tokens_BT
-        for stage in self.stages():
-            x = stage.run(x, context)
-        return x
 
     def stages(self) -> list[Stage]:
         """The steps that forward runs, in order: embeddings, each block, head."""
@@ -247,7 +203,24 @@ class XLNet(TiedHeadModel):
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
     ) -> XLNetContext:
-        """What all stages of one forward over these tokens share; arguments as forward's."""
+        """What all stages of one forward share. Forward gives logits (B, M, V) of the query stream, or
+        without targets (B, T, V) of the content stream; with labels the SUM over predicted places of their
+        cross-entropy in nats, 0-d fp32.
+
+        order_BT: each token's place in the factorization order, not negative; tokens may share one. A token
+            of the content stream sees itself and all of its order or less, a place of the query stream
+            those of less. None: targets come last, all at once, and without targets each sees all.
+        targets_BM: the places that the query stream predicts; where it sees no token it knows nothing.
+        documents_BT: id of the document each token belongs to; nothing sees another's. Padding is a document
+            of its own. None: a row is one document.
+        segments_BT: id of the text that each token belongs to, for a config with segments; None: scores have
+            no term of segments.
+        labels_BM: the token at each target, IGNORE_INDEX where it is not asked.
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        with_metrics: with labels, (2,) fp32: the loss, and how many were predicted right.
+
+        Raises ValueError for labels without targets, and for segments that the config has not.
+        """
         if labels_BM is not None and targets_BM is None:
             raise ValueError("labels_BM are of targets_BM")
         if segments_BT is not None and not self.config.has_segments:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.models.config import GPTConfig
+from llmtrain.models.config import GPTConfig, OfBlocks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PermutedLMConfig:
 
 
 @dataclass(frozen=True)
-class XLNetConfig:
+class XLNetConfig(OfBlocks):
     """A two-stream encoder with relative positions (arXiv:1906.08237); without the recurrence over segments
     of a text (Transformer-XL, arXiv:1901.02860), whose relative positions it has."""
 
@@ -73,18 +73,6 @@ class XLNetConfig:
             dropout=self.dropout,
         )
 
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.blocks.head_width
-
-    @property
-    def mlp_width(self) -> int:
-        return self.blocks.mlp_width
-
     def problems(self) -> Iterator[Problem]:
         yield from self.blocks.problems()
         yield from require(
@@ -101,10 +89,6 @@ class XLNetConfig:
         position, output, up and down."""
         D = self.hidden_size
         return (5 * D * D + 2 * D * self.mlp_width) // tensor
-
-    def head_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of the head's matrix, on one of `tensor` processes that divide the vocabulary."""
-        return -(-self._vocab() // tensor) * self.hidden_size
 
     def layer_parameter_count(self, tensor: int = 1) -> int:
         """Parameters of one block, on one of `tensor` processes that divide its matrices: numbers of each
@@ -144,8 +128,3 @@ class XLNetConfig:
         per_place = 2 * D * D + 2 * D * self.mlp_width  # query, output, up and down
         matrices = self.num_layers * (per_place * (1 + share) + 2 * D * D) + self._vocab() * D * share
         return 6.0 * matrices + 18.0 * self.num_layers * D * T * (1 + share)
-
-    def _vocab(self) -> int:
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return self.vocab_size

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from llmtrain.models.head import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 
@@ -59,6 +62,23 @@ class NamesArguments(Protocol):
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         """What forward is given, by name."""
+
+
+class LossOfModel:
+    """Objectives whose loss is what the model's forward gives: the sum over the batch' "labels"."""
+
+    names: ClassVar[Mapping[str, str]]
+    """Key of a batch → forward's argument; those that a batch lacks are not given."""
+
+    def target_count(self, batch: Batch) -> int:
+        return int(count_targets(batch["labels"], IGNORE_INDEX))
+
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model's forward, or its `context` and stages, are given by name."""
+        return {name: batch[key] for key, name in self.names.items() if key in batch}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
+        return Terms(model(**self.arguments(batch)), count_targets(batch["labels"], IGNORE_INDEX))
 
 
 def positions_in_documents(documents_BT: np.ndarray) -> np.ndarray:

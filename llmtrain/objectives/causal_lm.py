@@ -5,27 +5,35 @@ Dim names: B rows, T sequence length, W = T + 1 tokens of a window.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets, positions_in_documents
-
-_ARGUMENTS = {
-    "tokens": "tokens_BT",
-    "positions": "positions_BT",
-    "documents": "documents_BT",
-    "labels": "labels_BT",
-    DROPOUT_KEYS: "dropout_keys_B",
-}
+from llmtrain.objectives.base import (
+    DROPOUT_KEYS,
+    Batch,
+    LossOfModel,
+    Terms,
+    positions_in_documents,
+)
 
 
-class CausalLM:
+class CausalLM(LossOfModel):
     """Loss of each token given those before it in its own document.
 
     A document's first token is never a target: its predecessor belongs to another document.
     """
+
+    names: ClassVar = {
+        "tokens": "tokens_BT",
+        "positions": "positions_BT",
+        "documents": "documents_BT",
+        "labels": "labels_BT",
+        DROPOUT_KEYS: "dropout_keys_B",
+    }
 
     def __init__(self, document_mask: bool = True) -> None:
         """document_mask: packed documents don't attend to each other, and positions count from 0 in
@@ -54,13 +62,6 @@ class CausalLM:
             batch["documents"] = torch.from_numpy(np.ascontiguousarray(inputs_BT))
         return batch
 
-    def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"], IGNORE_INDEX))
-
-    def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model's forward, or its `context` and stages, are given by name."""
-        return {name: batch[key] for key, name in _ARGUMENTS.items() if key in batch}
-
     def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
         """Every row's tokens from part · T / parts on, T / parts of them, each with the label that it
         has in the whole row and its place there. Documents stay whole: attention is over all tokens."""
@@ -69,10 +70,6 @@ class CausalLM:
         positions = batch.get("positions", torch.arange(T, device=batch["tokens"].device)[None])
         sliced = {"tokens": batch["tokens"], "labels": batch["labels"], "positions": positions}
         return {**batch, **{key: value[:, here] for key, value in sliced.items()}}
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        loss_sum = model(**self.arguments(batch))
-        return Terms(loss_sum, count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         return self(model, batch)

@@ -8,36 +8,46 @@ V vocabulary.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets, positions_in_documents
+from llmtrain.objectives.base import (
+    DROPOUT_KEYS,
+    Batch,
+    LossOfModel,
+    Terms,
+    count_targets,
+    positions_in_documents,
+)
 from llmtrain.objectives.draws import uniform, uniform_of_rows
 
-_ARGUMENTS = {
-    "tokens": "tokens_BT",
-    "positions": "positions_BT",
-    "documents": "documents_BT",
-    "segments": "segments_BT",
-    "labels": "labels_BT",
-    "pair_labels": "pair_labels_B",
-    DROPOUT_KEYS: "dropout_keys_B",
-}
 _PADDING = -1
 """Document of a place without a token."""
 _CHOSEN, _REPLACED, _DRAWN, _IS_PAIR, _CUT = range(5)
 """What a hash decides."""
 
 
-class MaskedLM:
+class MaskedLM(LossOfModel):
     """Loss of the tokens that were hidden, and of their row's pair of texts.
 
     A row's pair counts as often as the row has hidden tokens, so that the mean over these is the mean of
     the tokens' loss and a mean of the pairs'.
     """
+
+    names: ClassVar = {
+        "tokens": "tokens_BT",
+        "positions": "positions_BT",
+        "documents": "documents_BT",
+        "segments": "segments_BT",
+        "labels": "labels_BT",
+        "pair_labels": "pair_labels_B",
+        DROPOUT_KEYS: "dropout_keys_B",
+    }
 
     def __init__(
         self,
@@ -76,16 +86,6 @@ class MaskedLM:
             arrays, may_hide_BT = self._paired(raw, keys_B)
         arrays["tokens"], arrays["labels"] = self._hide(arrays["tokens"], may_hide_BT, keys_B)
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-
-    def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"], IGNORE_INDEX))
-
-    def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model's forward, or its `context` and stages, are given by name."""
-        return {name: batch[key] for key, name in _ARGUMENTS.items() if key in batch}
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        return Terms(model(**self.arguments(batch)), count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds "masked_accuracy" of hidden tokens; with pairs also "masked_loss" of the tokens alone,

@@ -8,34 +8,37 @@ Dim names: B rows, T sequence length, W = T + 1 tokens of a window, M predicted 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmtrain.models.head import IGNORE_INDEX
 from llmtrain.models.xlnet_config import XLNetConfig
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets
+from llmtrain.objectives.base import DROPOUT_KEYS, Batch, LossOfModel, Terms, count_targets
 from llmtrain.objectives.draws import uniform, uniform_of_rows
 
-_ARGUMENTS = {
-    "tokens": "tokens_BT",
-    "order": "order_BT",
-    "targets": "targets_BM",
-    "documents": "documents_BT",
-    "segments": "segments_BT",
-    "labels": "labels_BM",
-    DROPOUT_KEYS: "dropout_keys_B",
-}
 _LENGTH, _PLACE, _ORDER, _BEGIN = range(4)
 """What a hash decides."""
 
 
-class PermutedLM:
+class PermutedLM(LossOfModel):
     """Loss of the tokens at the predicted places, which come last in the factorization order.
 
     The others come first and see each other (section 2.3, partial prediction). A place that is drawn and
     holds no token to predict, as padding and the ends of documents, is one of these, and has no label.
     """
+
+    names: ClassVar = {
+        "tokens": "tokens_BT",
+        "order": "order_BT",
+        "targets": "targets_BM",
+        "documents": "documents_BT",
+        "segments": "segments_BT",
+        "labels": "labels_BM",
+        DROPOUT_KEYS: "dropout_keys_B",
+    }
 
     def __init__(self, config: XLNetConfig, *, document_mask: bool = True) -> None:
         """document_mask: packed documents don't attend to each other."""
@@ -72,16 +75,6 @@ class PermutedLM:
         if self._has_segments:
             arrays["segments"] = np.zeros_like(order_BT)
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-
-    def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"], IGNORE_INDEX))
-
-    def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model's forward, or its `context` and stages, are given by name."""
-        return {name: batch[key] for key, name in _ARGUMENTS.items() if key in batch}
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        return Terms(model(**self.arguments(batch)), count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds "permuted_accuracy": predicted tokens that were right, and all."""

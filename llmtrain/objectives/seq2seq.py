@@ -6,26 +6,23 @@ Dim names: B rows, S source tokens, T target tokens, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmtrain.models.head import IGNORE_INDEX
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets, positions_in_documents
+from llmtrain.objectives.base import (
+    DROPOUT_KEYS,
+    Batch,
+    LossOfModel,
+    Terms,
+    count_targets,
+    positions_in_documents,
+)
 
-_ARGUMENTS = {
-    "sources": "sources_BS",
-    "tokens": "tokens_BT",
-    "source_positions": "source_positions_BS",
-    "positions": "positions_BT",
-    "source_documents": "source_documents_BS",
-    "documents": "documents_BT",
-    "labels": "labels_BT",
-    DROPOUT_KEYS: "dropout_keys_B",
-}
 NO_PAIR = -1
 """Pair of a place without a token."""
 
@@ -43,8 +40,19 @@ class Examples(NamedTuple):
     """int32 (B, T), as of the sources."""
 
 
-class Seq2Seq(ABC):
+class Seq2Seq(LossOfModel, ABC):
     """Loss of each token of a target given those before it and its source."""
+
+    names: ClassVar = {
+        "sources": "sources_BS",
+        "tokens": "tokens_BT",
+        "source_positions": "source_positions_BS",
+        "positions": "positions_BT",
+        "source_documents": "source_documents_BS",
+        "documents": "documents_BT",
+        "labels": "labels_BT",
+        DROPOUT_KEYS: "dropout_keys_B",
+    }
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         """Raises ValueError before the vocabulary is resolved."""
@@ -79,16 +87,6 @@ class Seq2Seq(ABC):
             batch["source_positions"] = positions_in_documents(source_documents_BS)
             batch["positions"] = positions_in_documents(documents_BT)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-    def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"], IGNORE_INDEX))
-
-    def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model's forward, or its `context` and stages, are given by name."""
-        return {name: batch[key] for key, name in _ARGUMENTS.items() if key in batch}
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        return Terms(model(**self.arguments(batch)), count_targets(batch["labels"], IGNORE_INDEX))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds "token_accuracy", of targets that are the likeliest token, and "token_loss", their

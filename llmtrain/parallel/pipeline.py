@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.models.gpt import Stage
+from llmtrain.models.stages import Stage
 from llmtrain.models.transformer import Context, KVCache
 from llmtrain.parallel.balance import balance
 from llmtrain.parallel.mesh import Mesh
