@@ -302,8 +302,10 @@ def corpora_problems(model: ModelConfig, corpora: Corpora | None) -> list[Proble
 
 
 def objective_family(keys: Collection[str]) -> str | None:
-    """The family whose objectives have all of these keys; None where none or several have."""
-    found = [name for name in OBJECTIVES if keys and _objective_keys(name).issuperset(keys)]
+    """The family whose objectives have all of these keys but those that none has; None where none or several
+    have."""
+    known = {key for key in keys if any(key in _objective_keys(name) for name in OBJECTIVES)}
+    found = [name for name in OBJECTIVES if known and _objective_keys(name).issuperset(known)]
     return found[0] if len(found) == 1 else None
 
 

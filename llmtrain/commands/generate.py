@@ -64,8 +64,14 @@ def run(mapping: Mapping[str, Any]) -> None:
     if isinstance(trained.config, BertConfig | XLNetConfig):
         from llmtrain.commands.fill import fill_prompts
 
+        problems = []
         if output is not None:
-            raise ConfigError(Problem("output", str(output), "null with a model that fills [MASK]"))
+            problems.append(Problem("output", str(output), "null with a model that fills [MASK]"))
+        if config.generate.num_beams > 1:
+            got = str(config.generate.num_beams)
+            problems.append(Problem("generate.num_beams", got, "1 with a model that fills [MASK]"))
+        if problems:
+            raise ConfigError(problems)
         fill_prompts(
             trained, prompts, config.generate.top_k or TOP_K, config.parallel, encode(config), config.device
         )
@@ -73,6 +79,9 @@ def run(mapping: Mapping[str, Any]) -> None:
     ids, eos_id, show = _ways(trained, prompts)
     if isinstance(trained.config, Seq2SeqConfig):
         refuse_pipeline(config.parallel)
+        if config.prompt_file is None and config.prompt == ("",):
+            remedy = "give prompt=… or prompt_file=…"
+            raise ConfigError(Problem("prompt", "nothing", "a text that the model reads", remedy))
     device = distributed.pick_device(config.device)
     longest = max(map(len, ids), default=1) + config.generate.max_new_tokens
     mesh = start_sharing(

@@ -62,7 +62,9 @@ def resolve(
     mapping, pretrained = expand(mapping)
     model_section = mapping.get("model", {})
     problems = objective_problems(model_section)
-    if problems:
+    # Else another objective stands in below, which wants other data than the one that was meant.
+    fits_family = not problems
+    if not fits_family:
         mapping = {**mapping, "model": {k: v for k, v in model_section.items() if k != "objective"}}
     try:
         config = decode(TrainConfig, mapping, VARIANTS)
@@ -106,7 +108,8 @@ def resolve(
             if pretrained is not None and corpora is not None and (found := pretrained.problems(corpora)):
                 raise ConfigError(found)
             model = resolve_vocabulary(config.model, corpora)
-            problems += corpora_problems(config.model, corpora)
+            if fits_family:
+                problems += corpora_problems(config.model, corpora)
         except UserError as error:
             problems += error.problems
     if problems:

@@ -47,10 +47,9 @@ def generate(
     Raises ConfigError for prompts that are empty, too long with what is to be added, or of another
     vocabulary; CheckpointError for a model whose logits are not finite.
     """
-    config = config or GenerateConfig()
+    config = (config or GenerateConfig()).resolved(has_sources=has_sources(model))
     if found := list(_problems(model, prompts, config)):
         raise ConfigError(found)
-    config = config.resolved(has_sources=has_sources(model))
     outputs: list[list[int]] = [[] for _ in prompts]
     with _writing(model, config):
         for group in _groups(prompts, config.batch_size, mixed=has_sources(model)):

@@ -107,7 +107,7 @@ class TrainConfig:
                 self.batch.sequence_length >= shortest,
                 "batch.sequence_length",
                 self.batch.sequence_length,
-                f"model.objective.predict_every={shortest} or more",
+                f"{shortest} or more, model.objective.predict_every",
             )
         positions = getattr(self.model, "max_sequence_length", None)
         yield from require(

@@ -40,6 +40,7 @@ def mistakes(
         (["model=gpt_tny"], ["model", "gpt_tiny"]),
         (["optimizer=adamm"], ["optimizer", "adamw"]),
         (["model=bert_tiny", "objective=denoising"], ["objective: got one of seq2seq", "mlm_nsp"]),
+        (["model=t5_tiny", "objective=permuted_lm"], ["objective: got one of xlnet", "span_corruption"]),
         (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "a finite number"]),
         (["train.steps=1.5"], ["train.steps", "1.5", "a whole number"]),
         (["batch.micro_size=3"], ["batch.global_size", "nearest", "micro_size"]),

@@ -90,6 +90,11 @@ def test_prompts_that_cannot_be_filled(run: Path, capsys: pytest.CaptureFixture[
     long = "the film " * 300 + "[MASK]"
     assert cli.run_verb("generate", [f"checkpoint={run}", f"prompt={long}"]) == 2
     assert "max_sequence_length" in capsys.readouterr().err
+    beams = ["prompt=the [MASK]", "generate.num_beams=2", "output=filled.txt"]
+    assert cli.run_verb("generate", [f"checkpoint={run}", *beams]) == 2
+    error = capsys.readouterr().err
+    assert "output: got filled.txt; allowed: null with a model that fills [MASK]" in error
+    assert "generate.num_beams: got 2; allowed: 1 with a model that fills [MASK]" in error
 
 
 def test_export(run: Path, tmp_path: Path) -> None:

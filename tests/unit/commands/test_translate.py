@@ -84,6 +84,10 @@ def test_what_cannot_be_is_refused(
     beams = [f"checkpoint={run}", "prompt=a", "generate.num_beams=2", "generate.temperature=0.7"]
     assert cli.run_verb("generate", beams) == 2
     assert "generate.temperature: got 0.7; allowed: 0 with num_beams=2" in capsys.readouterr().err
+    assert cli.run_verb("generate", [f"checkpoint={run}", "prompt=a", "generate.top_k=3"]) == 2
+    assert "generate.top_k: got 3; allowed: null with temperature=0" in capsys.readouterr().err
+    assert cli.run_verb("generate", [f"checkpoint={run}"]) == 2
+    assert "prompt: got nothing; allowed: a text that the model reads" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert evaluate(run, paired_corpus, "bleu=true") == 2
     assert 'bleu: got true without the package sacrebleu; pip install "llmtrain[translate]"' in (
