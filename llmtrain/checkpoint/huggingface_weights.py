@@ -89,7 +89,7 @@ def _file_names(path: Path) -> list[str]:
             raise CheckpointError(Problem(str(path / INDEX), f"the file name {odd[0]!r}", "a bare file name"))
     for name in names:
         if not (path / name).exists():
-            pickled = any(path.glob("pytorch_model*.bin"))
+            pickled = names == [WEIGHTS] and any(path.glob("pytorch_model*.bin"))
             got = "pickled weights only" if pickled else "no such file"
             remedy = "convert them with transformers' save_pretrained" if pickled else "download it again"
             raise CheckpointError(Problem(str(path / name), got, "safetensors", remedy))

@@ -227,6 +227,10 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (edit_config(num_attention_heads=5), "num_kv_heads"),
         (edit_config(vocab_size=321), r"embed_tokens\.weight: got shape \(320, 32\)"),
         (edit_config(num_hidden_layers=3), r"no tensor model\.layers\.2\.\S+ and 8 more"),
+        (
+            edit_config(num_hidden_layers=10**9),
+            r"1,000,000,000 layers; allowed: no more than its \d+ tensors",
+        ),
         (edit_weights(lambda t: t.pop("model.norm.weight")), r"no tensor model\.norm\.weight"),
         (edit_weights(lambda t: t.update(odd=torch.zeros(1))), "an unknown tensor odd"),
         (truncate, "damaged file"),
