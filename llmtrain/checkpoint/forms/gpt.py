@@ -34,8 +34,11 @@ def heads_of(config: GPTConfig) -> Heads:
     return Heads(config.num_heads, config.kv_heads, config.head_width)
 
 
-def without_buffers_and_copies(names: Collection[str], config: GPTConfig, prefix: str) -> Names:
-    """Names of a bare model, which lacks `prefix`, get it; buffers and a tied head's copy go."""
+def without_buffers_and_copies(
+    names: Collection[str], config: GPTConfig, prefix: str, embedding: str
+) -> Names:
+    """Names of a bare model, which lacks `prefix`, get it; buffers and a tied head's copy go. Where the head
+    alone is stored it is the embedding."""
     buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     is_bare = not any(name.startswith(prefix) for name in names)
     used = {
@@ -43,6 +46,8 @@ def without_buffers_and_copies(names: Collection[str], config: GPTConfig, prefix
         for name in names
         if not name.endswith(buffers) and not (config.tie_embeddings and name == "lm_head.weight")
     }
+    if config.tie_embeddings and "lm_head.weight" in names and prefix + embedding not in used.values():
+        used["lm_head.weight"] = prefix + embedding
     return Names(used, [])
 
 
@@ -149,5 +154,5 @@ GPT2 = Form(
     entries=_entries,
     write_config=_write_config,
     read_config=_read_config,
-    names=lambda names, config: without_buffers_and_copies(names, config, "transformer."),
+    names=lambda names, config: without_buffers_and_copies(names, config, "transformer.", "wte.weight"),
 )

@@ -243,7 +243,9 @@ def _form(
         entries=_entries,
         write_config=write_config,
         read_config=read_config,
-        names=lambda names, config: without_buffers_and_copies(names, config, "model."),
+        names=lambda names, config: without_buffers_and_copies(
+            names, config, "model.", "embed_tokens.weight"
+        ),
     )
 
 

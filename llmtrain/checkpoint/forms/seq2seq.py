@@ -73,15 +73,21 @@ def _special_ids(config: Seq2SeqConfig) -> dict[str, int]:
 def _names(
     names: Collection[str], config: Seq2SeqConfig, shared: str, unused: tuple[str, ...], prefix: str = ""
 ) -> Names:
-    """Names of a bare model, which lacks `prefix`, get it; copies of the embedding and buffers go."""
+    """Names of a bare model, which lacks `prefix`, get it; copies of the embedding and buffers go. Where a
+    copy alone is stored, as tools that save a shared tensor once may do, it is the embedding."""
     copies = [shared.replace("shared", f"{side}.embed_tokens") for side in _SIDES]
     dropped = {*copies, *unused, *(["lm_head.weight"] if config.tie_embeddings else [])}
     is_bare = not any(name.startswith(prefix) for name in names)
     used: dict[str, str] = {}
-    for name in names:
+    held: list[str] = []
+    for name in sorted(names):
         theirs = prefix + name if is_bare and not name.startswith(("lm_head.", "final_logits")) else name
         if theirs not in dropped:
             used[name] = theirs
+        elif theirs not in unused:
+            held.append(name)
+    if held and shared not in used.values():
+        used[held[0]] = shared
     return Names(used, [])
 
 

@@ -22,6 +22,8 @@ from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
+from llmtrain.models.seq2seq import EncoderDecoder
+from llmtrain.models.seq2seq_config import Seq2SeqConfig
 
 GPT2 = GPTConfig(
     vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, max_sequence_length=16, dropout=0.1
@@ -38,6 +40,23 @@ LLAMA = replace(
     tie_embeddings=False,
     rope_theta=500_000.0,
 )
+T5 = Seq2SeqConfig(
+    vocab_size=320,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    norm="rmsnorm",
+    norm_first=True,
+    positions="relative",
+    scale_embedding=False,
+    scale_attention=False,
+    scale_logits=True,
+    bias=False,
+    activation="relu",
+    label_smoothing=0.0,
+    start_id=0,
+    eos_id=1,
+)
 FORMS = {
     "gpt2": GPT2,
     "gpt2-untied": replace(GPT2, tie_embeddings=False, activation="gelu", mlp_hidden_size=40),
@@ -48,8 +67,8 @@ FORMS = {
 BY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
 
 
-def weights(config: GPTConfig) -> dict[str, Tensor]:
-    model = GPT(config)
+def weights(config: GPTConfig | Seq2SeqConfig) -> dict[str, Tensor]:
+    model = GPT(config) if isinstance(config, GPTConfig) else EncoderDecoder(config)
     initialize(model, seed=0)
     # Biases and norms start alike everywhere; a mix-up would not show.
     generator = torch.Generator().manual_seed(0)
@@ -82,6 +101,26 @@ def test_shards_hold_the_same(config: GPTConfig, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == stored
     back = import_folder(tmp_path / "out").weights
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("config", "embedding", "copy"),
+    [
+        (GPT2, "transformer.wte.weight", "lm_head.weight"),
+        (T5, "shared.weight", "decoder.embed_tokens.weight"),
+        (T5, "shared.weight", "lm_head.weight"),
+    ],
+)
+def test_a_tied_weight_under_one_name_alone(config: Any, embedding: str, copy: str, tmp_path: Path) -> None:
+    """Tools that save a shared tensor once choose its name."""
+    tensors = weights(config)
+    export_folder(config, tensors, None, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stored[copy] = stored.pop(embedding)
+    save_file(stored, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(
+        import_folder(tmp_path / "out").weights["embedding.weight"], tensors["embedding.weight"]
+    )
 
 
 def test_dtype(tmp_path: Path) -> None:
