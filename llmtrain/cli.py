@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import select
 import sys
 import tempfile
 import time
@@ -74,6 +75,8 @@ HYDRA_SETTINGS = (
     "hydra/hydra_logging=none",
 )
 
+PIPE_CLOSED = 141
+"""Exit code when who reads what is printed has left, as a shell gives it for SIGPIPE."""
 SILENCE_SECONDS = 5.0
 """How long a rank that leaves the message to another waits before it ends: a launcher ends all ranks as
 soon as one has, and could cut the message off."""
@@ -170,6 +173,16 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         return 1
 
 
+def _reader_left() -> bool:
+    """Whether what is printed has no reader any more, as of `… | head`; then nothing else is printed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def second_usage(verb: str) -> str:
     """What `llmtrain checkpoint --help` prints, and its like."""
     described = {f"{second} {keys}": purpose for second, (keys, purpose) in SECOND_VERBS[verb].items()}
@@ -254,6 +267,10 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 # Jobs of a sweep must not share a run folder.
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
             codes.append(_runner(verb)(composed) or 0)
+        except BrokenPipeError:
+            if not _reader_left():
+                raise
+            codes.append(PIPE_CLOSED)
         except UserError as error:
             if multirun:
                 prefix = f"job {hydra_config.job.num}: "

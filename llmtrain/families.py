@@ -167,7 +167,7 @@ def _masked_lm(model: BertConfig, data: TokenDataConfig) -> Objective:
     word_starts = text_ids = None
     has_special_ids_inside = model.num_text_ids > min(model.special_ids)
     if model.objective.whole_words or has_special_ids_inside:
-        from llmtrain.data.tokenizer import load_tokenizer
+        from llmtrain.data.tokenizer_folder import load_tokenizer
 
         corpora = open_corpora(data)
         if model.objective.whole_words:
@@ -192,7 +192,7 @@ def _seq2seq_objective(model: Seq2SeqConfig, data: TokenDataConfig) -> Objective
         return PairedText(model)
     if model.objective.kind == "span_corruption":
         return SpanCorruption(model)
-    from llmtrain.data.tokenizer import load_tokenizer
+    from llmtrain.data.tokenizer_folder import load_tokenizer
 
     return Denoising(model, load_tokenizer(open_corpora(data).tokenizer_path).sentence_ends())
 

@@ -8,7 +8,8 @@ from llmtrain.checkpoint import huggingface
 from llmtrain.checkpoint.gguf import GgufFile, import_gguf, is_gguf
 from llmtrain.checkpoint.gguf_tokenizer import gguf_tokenizer
 from llmtrain.checkpoint.huggingface import Imported
-from llmtrain.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer_folder import find_tokenizer, load_tokenizer
 
 
 def read_foreign(path: Path, tokenizer: Path | None = None) -> tuple[Imported, Tokenizer | None]:

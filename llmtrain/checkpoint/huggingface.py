@@ -28,8 +28,7 @@ from llmtrain.checkpoint.forms.base import Entry, Form, Settings
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.config import decode
-from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
-from llmtrain.data.tokenizer_folder import EXPORT_MARK
+from llmtrain.data.tokenizer_folder import EXPORT_MARK, find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.initialize import fill_box, match_initializers
 from llmtrain.shards import whole

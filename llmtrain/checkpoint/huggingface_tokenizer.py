@@ -17,7 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_json import JsonTokenizer
 from llmtrain.errors import DataError, Problem
 

@@ -158,7 +158,7 @@ class _Printer:
     """Prints samples as text."""
 
     def __init__(self, opened: Opened) -> None:
-        from llmtrain.data.tokenizer import load_tokenizer
+        from llmtrain.data.tokenizer_folder import load_tokenizer
 
         if opened.corpora is None:
             raise ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))

@@ -169,7 +169,7 @@ class TargetCounter:
 
     def num_bytes(self, corpora: Corpora) -> int:
         """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""
-        from llmtrain.data.tokenizer import load_tokenizer
+        from llmtrain.data.tokenizer_folder import load_tokenizer
 
         lengths_V = load_tokenizer(corpora.tokenizer_path).token_byte_lengths()
         return int(self._counts_V[: len(lengths_V)] @ lengths_V)

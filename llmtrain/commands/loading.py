@@ -13,7 +13,7 @@ from torch import nn
 
 from llmtrain.checkpoint import huggingface, retention, store
 from llmtrain.config import decode
-from llmtrain.data.tokenizer import find_tokenizer
+from llmtrain.data.tokenizer_folder import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.families import family_of, model_config_type
 from llmtrain.models.configs import ModelConfig
@@ -77,7 +77,7 @@ class TrainedModel:
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""
-        from llmtrain.data.tokenizer import load_tokenizer
+        from llmtrain.data.tokenizer_folder import load_tokenizer
 
         if self.tokenizer_path is None:
             raise CheckpointError(

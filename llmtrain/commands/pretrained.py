@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import MISSING, encode
 from llmtrain.data.corpora import Corpora
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.families import family_of
 

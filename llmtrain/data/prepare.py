@@ -38,7 +38,8 @@ from llmtrain.data.preparation.streams import SourceFile
 from llmtrain.data.preparation.texts import AUTO_DOCUMENT_BYTES
 from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import token_dtype
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.transport import without_credentials
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_json_atomically

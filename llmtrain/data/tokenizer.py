@@ -1,7 +1,7 @@
-"""What every tokenizer gives, whatever library runs it, and how one is loaded.
+"""What every tokenizer gives, whatever library runs it.
 
 Two kinds: sentencepiece models (tokenizer_sentencepiece.py), which `llmtrain prepare` also trains, and the
-`tokenizer.json` of Hugging Face folders (tokenizer_json.py). tokenizer_folder.py finds either in a folder.
+`tokenizer.json` of Hugging Face folders (tokenizer_json.py). tokenizer_folder.py finds and loads either.
 """
 
 from __future__ import annotations
@@ -146,21 +146,3 @@ class Tokenizer(ABC):
         reserved |= {i for i, piece in enumerate(self.pieces()) if _UNUSED.fullmatch(piece)}
         ids = np.flatnonzero(self.token_byte_lengths())
         return ids[~np.isin(ids, sorted(reserved))]
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or in a Hugging Face folder: a sentencepiece model, tokenizer.json, a bundle,
-    vocab.txt, or vocab.json with merges.txt. What stands beside these says what their special tokens are for.
-
-    Raises DataError, one line, when there is none or it is damaged. Nothing is unpickled, no code is run.
-    """
-    from llmtrain.data import tokenizer_folder
-
-    return tokenizer_folder.load(Path(path))
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """The file in `folder` that load_tokenizer takes, or None."""
-    from llmtrain.data import tokenizer_folder
-
-    return tokenizer_folder.find(folder)

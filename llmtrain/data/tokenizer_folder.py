@@ -19,8 +19,9 @@ EXPORT_MARK = "exported_by"
 _ALLOWED = f"{TOKENIZER}, a sentencepiece .model, {WORDPIECES}, or {VOCABULARY} with {MERGES}"
 
 
-def find(folder: Path) -> Path | None:
-    """The file that `load` takes in `folder`, or in the newest checkpoint of a run's folder; or None."""
+def find_tokenizer(folder: Path) -> Path | None:
+    """The file that `load_tokenizer` takes in `folder`, or in the newest checkpoint of a run's folder; None
+    without one."""
     names = [BUNDLE_FILE, TOKENIZER, *SENTENCEPIECE_FILES, VOCABULARY, WORDPIECES]
     if EXPORT_MARK in _json(folder / "config.json"):
         # Its tokenizer.json was made of this one, with which the corpus was prepared.
@@ -29,13 +30,18 @@ def find(folder: Path) -> Path | None:
         if (folder / name).is_file() and (name != VOCABULARY or (folder / MERGES).is_file()):
             return folder / name
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    return find(checkpoints[-1]) if checkpoints else None
+    return find_tokenizer(checkpoints[-1]) if checkpoints else None
 
 
-def load(path: Path) -> Tokenizer:
-    """The tokenizer in a file or folder. Raises DataError, one line, when there is none that can be used."""
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file, or in a Hugging Face folder: a sentencepiece model, tokenizer.json, a bundle,
+    vocab.txt, or vocab.json with merges.txt. What stands beside these says what their special tokens are for.
+
+    Raises DataError, one line, when there is none or it is damaged. Nothing is unpickled, no code is run.
+    """
+    path = Path(path)
     if path.is_dir():
-        found = find(path)
+        found = find_tokenizer(path)
         if found is None:
             pickled = [file.name for file in sorted(path.glob("tokenizer*.p*kl*"))]
             got = f"no tokenizer but {pickled[0]}, which is not opened" if pickled else "no tokenizer"

@@ -26,7 +26,7 @@ from transformers import (
 from llmtrain import cli
 from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.data.config import TokenizerConfig
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.models.bert import Bert
 from llmtrain.models.bert_config import BertConfig as OurBertConfig

@@ -12,7 +12,7 @@ import torch
 
 from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.data.config import TokenizerConfig
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.gpt import GPT

@@ -17,7 +17,7 @@ from llmtrain.models.config import GPTConfig
 from llmtrain.parallel import launcher
 from llmtrain.track.config import TrackConfig
 from llmtrain.train.run_folder import environment
-from tests.support.training import compose
+from tests.support.training import REPOSITORY, compose
 
 
 def mistakes(
@@ -320,3 +320,15 @@ def test_words_that_are_no_override_are_refused(arguments: list[str], capsys: py
     assert cli.run_verb("plan", arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"llmtrain: error: override: got {arguments[-1]!r}; allowed: key=value")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `llmtrain plan … | head -1`."""
+    command = [sys.executable, "-m", "llmtrain", "plan", "model=gpt_tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == cli.PIPE_CLOSED
+    assert said == b""

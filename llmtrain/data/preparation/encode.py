@@ -18,7 +18,8 @@ from llmtrain.data.preparation.blocks import Block, save_array, splits_of_block
 from llmtrain.data.preparation.clean import SEPARATOR_BYTE
 from llmtrain.data.preparation.streams import TOKEN_DTYPE
 from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 # Beyond this a text is cut, before a space, so that a tokenizer's lattice stays small.

@@ -34,7 +34,8 @@ from llmtrain.data.preparation.streams import SourceFile
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import INDEX_DTYPE, token_dtype, write_index, write_lengths
-from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import DataError, Problem
 
 Task = tuple[Any, ...]

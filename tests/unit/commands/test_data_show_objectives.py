@@ -23,7 +23,7 @@ def show(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
 def text(corpus: Path) -> str:
     """All training text, in its order, as a row may hold it."""
     from llmtrain.data.corpus import Corpus
-    from llmtrain.data.tokenizer import load_tokenizer
+    from llmtrain.data.tokenizer_folder import load_tokenizer
 
     opened = Corpus.open(corpus)
     tokens, _ = opened.split("train").read(0, opened.manifest.splits["train"].num_tokens)

@@ -11,7 +11,7 @@ from llmtrain import cli
 from llmtrain.commands.answer import Texts
 from llmtrain.commands.bleu import pairs_of
 from llmtrain.commands.loading import TrainedModel, load_trained
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.train_config import TokenDataConfig
 from llmtrain.families import open_data, open_dataset
 from llmtrain.models.objective_config import Seq2SeqObjectiveConfig

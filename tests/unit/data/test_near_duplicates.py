@@ -17,7 +17,7 @@ from llmtrain.data.corpus import Corpus
 from llmtrain.data.packages import resolve_package_path
 from llmtrain.data.preparation import blocks, near, streams
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import ConfigError
 from tests.support.corpora import TEXT

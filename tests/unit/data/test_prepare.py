@@ -18,7 +18,7 @@ from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.preparation import blocks, streams
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import checksum

@@ -10,7 +10,7 @@ from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.datasets import TokenSequences
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 
 WORDS = ["the", "film", "was", "very", "good", "bad", "long", "and", "but", "not", "so", "much", "I", "seen"]
 

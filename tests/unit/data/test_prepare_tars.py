@@ -21,7 +21,7 @@ from llmtrain.data.preparation.read import read_part
 from llmtrain.data.preparation.sources import find_files, plan_units
 from llmtrain.data.preparation.tars import Vocabulary
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import DataError
 

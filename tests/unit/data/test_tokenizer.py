@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llmtrain.data.config import SMALLEST_VOCABULARY, TokenizerConfig
 from llmtrain.data.preparation.clean import CleanCounts, clean
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import SentencePieceTokenizer, train
 from llmtrain.errors import DataError
 

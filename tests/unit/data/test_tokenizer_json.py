@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpora import open_corpora
 from llmtrain.data.prepare import prepare
-from llmtrain.data.tokenizer import BUNDLE_FILE, find_tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import BUNDLE_FILE
+from llmtrain.data.tokenizer_folder import find_tokenizer, load_tokenizer
 from llmtrain.data.tokenizer_json import JsonTokenizer
 from llmtrain.data.train_config import TokenDataConfig
 from llmtrain.errors import DataError

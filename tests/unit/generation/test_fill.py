@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmtrain.commands.fill import encode_prompt
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import CheckpointError
 from llmtrain.generation.fill import BLANK, fill_masks
 from llmtrain.models.bert import Bert
