@@ -15,6 +15,7 @@ import xxhash
 
 from llmtrain.data.corpus import TokenSplit
 from llmtrain.data.rows import BestFit, Packing, Pieces, Windows
+from llmtrain.data.samples import SamplesOfSplit
 from llmtrain.errors import DataError, Problem
 
 EMPTY = -1
@@ -69,7 +70,7 @@ class NamesDocuments(Protocol):
         """(shard, document, tokens) of each document in a sample."""
 
 
-class TokenSequences:
+class TokenSequences(SamplesOfSplit):
     """A token stream cut into rows of W = T + 1 tokens: T inputs and, shifted by one, their T targets.
 
     A row's tokens are of one shard. Packed by `concat` a shard's row i holds its tokens [i·T, i·T + T + 1),
@@ -96,28 +97,19 @@ class TokenSequences:
         if overlap >= sequence_length:
             got = f"{overlap} with sequences of {sequence_length}"
             raise DataError(Problem("data.overlap", got, f"0 to {sequence_length - 1}, which leave a target"))
-        self._split = split
+        key = f"{sequence_length}" if packing == "concat" else f"{sequence_length}/best_fit/{overlap}"
+        super().__init__(split, key)
         self.sequence_length = sequence_length
         self._packing: Packing
         if packing == "concat":
             self._packing = Windows(split, sequence_length)
         else:
             self._packing = BestFit(split, sequence_length, overlap, cache)
-        self.shard_sizes = self._packing.shard_sizes
-        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+        self._set_sizes(self._packing.shard_sizes)
         if len(self) == 0:
             remedy = "prepare more text, or a larger share for this split"
             raise DataError(Problem(f"split {split.name}", f"{split.num_tokens} tokens", "2 or more", remedy))
-        self._key = f"{sequence_length}" if packing == "concat" else f"{sequence_length}/best_fit/{overlap}"
         self._has_contexts = packing == "best_fit" and overlap > 0
-
-    @property
-    def fingerprint(self) -> str:
-        key = f"{self._split.fingerprint}/{self._split.name}/{self._key}"
-        return xxhash.xxh3_128_hexdigest(key.encode())
-
-    def __len__(self) -> int:
-        return int(self._firsts[-1])
 
     @property
     def tokens_per_sample(self) -> float:
@@ -128,16 +120,6 @@ class TokenSequences:
     def padding(self) -> float:
         """Share of the rows' places for targets that hold no token."""
         return max(0.0, 1.0 - self._packing.num_places / (len(self) * self.sequence_length))
-
-    @property
-    def shard_names(self) -> list[str]:
-        return self._split.shard_names
-
-    def want(self, shards: Sequence[int]) -> None:
-        self._split.want(shards)
-
-    def find_bad(self, shards: Sequence[int]) -> list[int]:
-        return self._split.find_bad(shards)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"tokens": int64 (M, W); "documents": int32 (M, W), the document's number within the row,
@@ -171,7 +153,7 @@ class TokenSequences:
     def pieces(self, indices: np.ndarray) -> Pieces:
         """What spans of the stream the samples of these numbers hold; an EMPTY one has none."""
         rows = np.flatnonzero(indices != EMPTY)
-        shards = np.searchsorted(self._firsts, indices[rows], side="right") - 1
+        shards = self._shards_of(indices[rows])
         return self._packing.pieces(rows, shards, indices[rows] - self._firsts[shards])
 
     def _read(self, pieces: Pieces, num_rows: int) -> np.ndarray:

@@ -6,19 +6,16 @@ that fit into a row, R rows of a shard.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
-from llmtrain.data.corpus import OPEN_SHARDS, TokenSplit
+from llmtrain.data.corpus import TokenSplit
 from llmtrain.data.datasets import EMPTY, PADDING_DOCUMENT
 from llmtrain.data.manifest import PREPARE_AGAIN
 from llmtrain.data.rows import counted_once
+from llmtrain.data.samples import Recent, SamplesOfSplit
 from llmtrain.errors import DataError, Problem
 
 
@@ -35,7 +32,7 @@ class _Shard(NamedTuple):
     """Row r holds the pairs [first_pairs[r], first_pairs[r + 1]), (R + 1,)."""
 
 
-class PairedRows:
+class PairedRows(SamplesOfSplit):
     """Pairs in the corpus' order, as many in a row as fit into both its sides (next fit).
 
     Sources and targets end with the end of their document. A pair that is longer than a row, on either
@@ -48,42 +45,21 @@ class PairedRows:
         """cache: a folder that remembers how many rows each shard makes.
 
         Raises DataError for a split in which no pair fits, and for documents that are no pairs."""
-        self._split = split
+        super().__init__(split, f"{source_length}/{target_length}/paired")
         self._widths = (source_length, target_length)
-        lengths = "/".join(map(str, self._widths))
-        self._key = f"{split.fingerprint}/{split.name}/{lengths}/paired"
         counts = counted_once(cache, self._key, (len(split.shard_names), 4), self._count)
-        self.shard_sizes = counts[:, 0]
+        self._set_sizes(counts[:, 0])
         self._num_pairs, self._num_tokens, self._num_left_out = counts[:, 1:].sum(axis=0).tolist()
-        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
         if len(self) == 0:
             got = f"no pair of up to {source_length} and {target_length} tokens"
             remedy = "give a longer batch.sequence_length, or prepare more text"
             raise DataError(Problem(f"split {split.name}", got, "1 or more", remedy))
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def fingerprint(self) -> str:
-        return xxhash.xxh3_128_hexdigest(self._key.encode())
-
-    def __len__(self) -> int:
-        return int(self._firsts[-1])
+        self._recent: Recent[_Shard] = Recent()
 
     @property
     def tokens_per_sample(self) -> float:
         """Mean tokens of a row, of both sides."""
         return self._num_tokens / len(self)
-
-    @property
-    def shard_names(self) -> list[str]:
-        return self._split.shard_names
-
-    def want(self, shards: Sequence[int]) -> None:
-        self._split.want(shards)
-
-    def find_bad(self, shards: Sequence[int]) -> list[int]:
-        return self._split.find_bad(shards)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"sources": int64 (M, S), "targets": int64 (M, T); "source_documents": int32 (M, S), "documents":
@@ -113,7 +89,7 @@ class PairedRows:
     def where(self, index: int) -> list[tuple[str, int, int]]:
         """(shard, document, tokens) of each source and its target in a sample: the shard's name, the
         document's number within the shard, and its tokens."""
-        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        shard = int(self._shards_of(np.array(index)))
         plan, row = self._plan(shard), index - int(self._firsts[shard])
         pairs = range(int(plan.first_pairs[row]), int(plan.first_pairs[row + 1]))
         name = self._split.shard_names[shard]
@@ -136,7 +112,7 @@ class PairedRows:
         """Of each pair in the samples, row by row: its row in the micro-batch and its number there, (P,);
         starts in the stream and lengths of both sides, (2, P)."""
         found = [(np.empty(0, np.int64),) * 2 + (np.empty((2, 0), np.int64),) * 2]
-        shards = np.searchsorted(self._firsts, indices, side="right") - 1
+        shards = self._shards_of(indices)
         for shard in np.unique(shards[indices != EMPTY]).tolist():
             plan = self._plan(shard)
             chosen = np.flatnonzero((shards == shard) & (indices != EMPTY))
@@ -162,20 +138,14 @@ class PairedRows:
         return np.array(counts, dtype=np.int64).reshape(-1, 4)
 
     def _plan(self, shard: int) -> _Shard:
-        with self._lock:
-            if plan := self._shards.get(shard):
-                self._shards.move_to_end(shard)
-                return plan
+        if (known := self._recent.get(shard)) is not None:
+            return known
         lengths = self._sides(self._split.lengths_of(shard))
         ends = np.cumsum(lengths.T.reshape(-1)).reshape(-1, 2).T + self._split.shard_starts[shard]
         numbers = np.flatnonzero(self._fits(lengths))
         kept = lengths[:, numbers]
         plan = _Shard(numbers, ends[:, numbers] - kept, kept, self._first_pairs(kept))
-        with self._lock:
-            self._shards[shard] = plan
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        return plan
+        return self._recent.keep(shard, plan)
 
     def _sides(self, with_ends: np.ndarray) -> np.ndarray:
         """Documents' lengths in turn → those of sources and of targets, int64 (2, pairs)."""

@@ -5,17 +5,14 @@ Dim names: M samples of a micro-batch, L tokens of the longest passage, N docume
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
-from llmtrain.data.corpus import OPEN_SHARDS, TokenSplit
+from llmtrain.data.corpus import TokenSplit
 from llmtrain.data.datasets import EMPTY
 from llmtrain.data.order import sample_keys
+from llmtrain.data.samples import Recent, SamplesOfSplit
 from llmtrain.errors import DataError, Problem
 
 SPECIAL = 3
@@ -34,7 +31,7 @@ class _Shard(NamedTuple):
     """Number of the first passage of each, and of all, (N + 1,)."""
 
 
-class Passages:
+class Passages(SamplesOfSplit):
     """Each document, without its end token, in as few passages of equal length as fit into a row with its
     three special tokens. Documents of one token make none.
 
@@ -46,42 +43,22 @@ class Passages:
         if sequence_length < SHORTEST_ROW:
             allowed = f"{SHORTEST_ROW} or more with pairs of texts"
             raise DataError(Problem("batch.sequence_length", str(sequence_length), allowed))
-        self._split = split
+        super().__init__(split, f"{sequence_length}/pairs")
         self.sequence_length = sequence_length
         self._longest = sequence_length - SPECIAL
         lengths = [_text_lengths(of_shard) for of_shard in split.document_lengths()]
-        self.shard_sizes = np.array([int(self._counts(n).sum()) for n in lengths], dtype=np.int64)
-        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+        self._set_sizes(np.array([int(self._counts(n).sum()) for n in lengths], dtype=np.int64))
         self._num_tokens = sum(int(n[n > 1].sum()) for n in lengths)
         self._num_documents = sum(int((n > 1).sum()) for n in lengths)
         if len(self) == 0:
             remedy = "prepare more text, or a larger share for this split"
             raise DataError(Problem(f"split {split.name}", "no document of 2 tokens", "1 or more", remedy))
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def fingerprint(self) -> str:
-        key = f"{self._split.fingerprint}/{self._split.name}/{self.sequence_length}/pairs"
-        return xxhash.xxh3_128_hexdigest(key.encode())
-
-    def __len__(self) -> int:
-        return int(self._firsts[-1])
+        self._recent: Recent[_Shard] = Recent()
 
     @property
     def tokens_per_sample(self) -> float:
         """Mean tokens of a passage."""
         return self._num_tokens / len(self)
-
-    @property
-    def shard_names(self) -> list[str]:
-        return self._split.shard_names
-
-    def want(self, shards: Sequence[int]) -> None:
-        self._split.want(shards)
-
-    def find_bad(self, shards: Sequence[int]) -> list[int]:
-        return self._split.find_bad(shards)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """{"passages", "others": int64 (M, L), a passage and one of another document; "passage_lengths",
@@ -110,9 +87,6 @@ class Passages:
             f"in {len(self):,} passages of up to {self._longest}"
         )
 
-    def _shards_of(self, indices: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._firsts, indices, side="right") - 1
-
     def _spans(self, shard: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Starts in the stream and lengths of the passages `numbers` of a shard and of their others, int64
         (2, M)."""
@@ -132,21 +106,15 @@ class Passages:
         return plan.starts[which] + begins, lengths
 
     def _plan(self, shard: int) -> _Shard:
-        with self._lock:
-            if plan := self._shards.get(shard):
-                self._shards.move_to_end(shard)
-                return plan
+        if (known := self._recent.get(shard)) is not None:
+            return known
         with_ends = self._split.lengths_of(shard)
         starts = self._split.shard_starts[shard] + np.cumsum(with_ends) - with_ends
         lengths = _text_lengths(with_ends)
         kept = lengths > 1
         counts = self._counts(lengths)[kept]
         plan = _Shard(starts[kept], lengths[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
-        with self._lock:
-            self._shards[shard] = plan
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        return plan
+        return self._recent.keep(shard, plan)
 
     def _counts(self, lengths: np.ndarray) -> np.ndarray:
         """Passages of each document."""

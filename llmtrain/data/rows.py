@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +17,8 @@ import numpy as np
 import xxhash
 
 from llmtrain.data import packing
-from llmtrain.data.corpus import OPEN_SHARDS, TokenSplit
+from llmtrain.data.corpus import TokenSplit
+from llmtrain.data.samples import Recent
 from llmtrain.errors import DataError
 from llmtrain.files import disk_problem, write_atomically
 
@@ -116,8 +115,7 @@ class BestFit(Packing):
         counts = counted_once(cache, key, (len(split.shard_names), 2), self._count)
         self.shard_sizes = counts[:, 0]
         self.num_places = int(counts[:, 1].sum())
-        self._rows: OrderedDict[int, packing.Rows] = OrderedDict()
-        self._lock = threading.Lock()
+        self._recent: Recent[packing.Rows] = Recent()
 
     def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
         parts = []
@@ -155,13 +153,7 @@ class BestFit(Packing):
         return counts
 
     def _plan(self, shard: int) -> packing.Rows:
-        with self._lock:
-            if plan := self._rows.get(shard):
-                self._rows.move_to_end(shard)
-                return plan
+        if (known := self._recent.get(shard)) is not None:
+            return known
         plan = packing.best_fit(self._split.lengths_of(shard), self._width, self._overlap)
-        with self._lock:
-            self._rows[shard] = plan
-            if len(self._rows) > OPEN_SHARDS:
-                self._rows.popitem(last=False)
-        return plan
+        return self._recent.keep(shard, plan)
