@@ -35,6 +35,10 @@ COUNT_WINDOW = 2**20
 """Tokens read at once while counting."""
 
 
+USUAL_LENGTH = 1024
+"""Tokens of a sequence where nothing says more: models of 128k positions would need a cluster."""
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     checkpoint: Path
@@ -45,7 +49,7 @@ class EvaluateConfig:
     max_samples: int | None = None
     micro_size: int = 8
     sequence_length: int | None = None
-    """null: as in training, or the model's longest."""
+    """null: as in training; of a model that was trained elsewhere USUAL_LENGTH, or its longest."""
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     bleu: bool = False
@@ -223,7 +227,8 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | Non
 
 def _sequence_length(config: EvaluateConfig, trained: TrainedModel) -> int:
     longest = getattr(trained.config, "max_sequence_length", None)
-    length = config.sequence_length or trained.sequence_length or longest or 1024
+    usual = min(longest or USUAL_LENGTH, USUAL_LENGTH)
+    length = config.sequence_length or trained.sequence_length or usual
     if longest is not None and length > longest:
         raise ConfigError(
             Problem("sequence_length", str(length), f"1 to {longest}, the model's longest", "shorten it")
