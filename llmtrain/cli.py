@@ -267,6 +267,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 # Jobs of a sweep must not share a run folder.
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
             codes.append(_runner(verb)(composed) or 0)
+            sys.stdout.flush()  # so that a pipe that was closed is met here
         except BrokenPipeError:
             if not _reader_left():
                 raise
