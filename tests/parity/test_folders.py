@@ -230,7 +230,10 @@ def test_a_prompt_begins_as_the_tokenizer_begins_texts(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids_1T = tokenizer("Ubo das", return_tensors="pt").input_ids
     assert ids_1T[0, 0] == tokenizer.bos_token_id
-    outputs = model.generate(ids_1T, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    # Their own guess would take a first token of the padding's id for padding.
+    outputs = model.generate(
+        ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
     settings = ["generate.max_new_tokens=12", "generate.temperature=0"]
     assert cli.run_verb("generate", [f"checkpoint={tmp_path}", 'prompt=["Ubo das"]', *settings]) == 0
     assert tokenizer.decode(outputs[0], skip_special_tokens=True) in capfd.readouterr().out
