@@ -62,8 +62,9 @@ def _gpt(config: GPTConfig) -> nn.Module:
     return GPT(config)
 
 
-def _gpt_table(config: GPTConfig) -> Table:
-    table: dict[str, Role] = {
+def _blocks_table() -> dict[str, Role]:
+    """Of models whose blocks are attention and an MLP."""
+    return {
         "embedding": "embedding",
         "blocks.*.attention.qkv": "column",
         "blocks.*.attention.output": "row",
@@ -71,6 +72,10 @@ def _gpt_table(config: GPTConfig) -> Table:
         "blocks.*.mlp.down": "row",
         "head": "head",
     }
+
+
+def _gpt_table(config: GPTConfig) -> Table:
+    table = _blocks_table()
     if config.gated_mlp:
         table["blocks.*.mlp.gate"] = "column"
     if config.qk_norm:
@@ -85,14 +90,7 @@ def _bert(config: BertConfig) -> nn.Module:
 
 
 def _bert_table(config: BertConfig) -> Table:
-    return {
-        "embedding": "embedding",
-        "blocks.*.attention.qkv": "column",
-        "blocks.*.attention.output": "row",
-        "blocks.*.mlp.up": "column",
-        "blocks.*.mlp.down": "row",
-        "head": "head",
-    }
+    return _blocks_table()
 
 
 def _xlnet(config: XLNetConfig) -> nn.Module:
