@@ -61,7 +61,7 @@ def save_imported(
         shares = [_write(partial, number, group, weights, shapes) for number, group in enumerate(groups, 1)]
         facts = {
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "position": {"step": 0, "samples": 0},
+            "position": {"step": 0},
             **description,
         }
         with tempfile.TemporaryDirectory() as folder:

@@ -181,7 +181,7 @@ def describe(engine: Engine, step: int, description: Mapping[str, Any]) -> dict[
     """`description` with what the manifest says besides: when, how far, under which layout."""
     return {
         "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "position": {"step": step, "samples": step * engine.layout.global_size},
+        "position": {"step": step},
         "layout": dataclasses.asdict(engine.layout),
         **description,
     }

@@ -105,8 +105,13 @@ def _facts_of_import(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _progress(manifest: Mapping[str, Any]) -> str:
-    position, steps = manifest["position"], manifest["config"]["train"]["steps"]
-    return f"{position['step']:,} of {steps:,}, {position['samples']:,} samples"
+    from llmtrain.data.mixture import Timeline
+
+    step, steps = manifest["position"]["step"], manifest["config"]["train"]["steps"]
+    samples = step * manifest["layout"]["global_size"]
+    if "timeline" in manifest:  # which says how large earlier batches were
+        samples = Timeline.decode(manifest["timeline"]).samples(step).start
+    return f"{step:,} of {steps:,}, {samples:,} samples"
 
 
 def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:

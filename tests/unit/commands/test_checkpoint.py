@@ -13,10 +13,13 @@ from safetensors import safe_open
 from llmtrain import cli
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.commands import checkpoint as verbs
+from llmtrain.data.mixture import begin
 from tests.support.owners import Owner, save
 from tests.support.training import TINY_GPT, llmtrain
 
 TENSORS = {"a.w": torch.arange(24.0).reshape(4, 6), "b.w": torch.arange(5.0), "c.w": torch.ones(3, 2, 2)}
+
+RUN = {"train": {"steps": 10}, "optimizer": {"name": "adamw"}, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,20 @@ def test_show(run: Path, capsys: pytest.CaptureFixture[str]):
     code, lines, _ = call(capsys, "show", run / "checkpoints/step-00000003", "tensors=false")
     assert (code, "" in lines) == (0, False)
     assert "validation  not evaluated at this step" in lines
+
+
+def test_show_counts_the_samples_of_larger_and_smaller_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Three steps of 4 samples, two of 16, and then steps of 8, as the checkpoint's layout has."""
+    timeline = begin(4, {"": 1.0}, {}).changed(3, 16, {"": 1.0}, {}).changed(5, 8, {"": 1.0}, {})
+    known = {"config": RUN, "model": {"family": "gpt"}, "validation_loss": None}
+    for step, samples in ((2, 8), (3, 12), (4, 28), (5, 44), (7, 60)):
+        path = save(tmp_path, [Owner({"w": torch.zeros(3)})], step, **known, timeline=timeline.encode()).path
+        assert f"step        {step} of 10, {samples} samples" in call(capsys, "show", path)[1]
+    # A checkpoint of before the timeline was kept.
+    path = save(tmp_path, [Owner({"w": torch.zeros(3)})], 8, **known).path
+    assert "step        8 of 10, 64 samples" in call(capsys, "show", path)[1]
 
 
 def test_diff_of_equals(run: Path, capsys: pytest.CaptureFixture[str]):
