@@ -5,12 +5,35 @@ Dim names: B batch, T sequence, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from llmtrain.models.config import LSTMConfig
 from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import LanguageModelHead, TiedHeadModel
 from llmtrain.models.initialize import Initializer, Uniform
+
+
+class LSTM(nn.LSTM):
+    """`nn.LSTM` of rows; in fp32 where autocast asks for a low precision that this CPU has no kernel for, at
+    which torch would stop."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size, batch_first=True)
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if x_BTD.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or has_low_precision_kernel():
+            return super().forward(x_BTD, state)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x_BTD.float(), state)
+
+
+def has_low_precision_kernel() -> bool:
+    """Whether this CPU runs an LSTM in bf16; plan/machine.py tells it without torch."""
+    name = "_is_mkldnn_bf16_supported"
+    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
 
 
 class LSTMCache:
@@ -39,7 +62,7 @@ class LSTMLanguageModel(TiedHeadModel):
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
-        self.layers = nn.ModuleList(nn.LSTM(D, D, batch_first=True) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(LSTM(D, D) for _ in range(config.num_layers))
         self.layer_dropouts = nn.ModuleList(
             Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
         )

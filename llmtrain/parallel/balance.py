@@ -1,4 +1,5 @@
-"""Consecutive items divided into runs of about equal weight: pure arithmetic."""
+"""Consecutive items divided into runs of about equal weight, as plan and engine divide a pipeline: pure
+arithmetic."""
 
 from __future__ import annotations
 
@@ -30,3 +31,17 @@ def balance(weights: Sequence[float], parts: int) -> list[range]:
         }
     bounds = [0, *best[count][1]]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def stage_runs(weights: Sequence[float], stages: int) -> list[range]:
+    """`balance` over the steps of a forward (embedding, blocks, head), with a block in each run: DeepSpeed
+    asks that every stage has parameters of the same optimizer groups, and embeddings have no norms."""
+    first, *between, last = weights
+    between[0] += first
+    between[-1] += last
+    end = len(weights)
+    runs = balance(between, stages)
+    return [
+        range(run.start + 1 if run.start else 0, end if run.stop == len(between) else run.stop + 1)
+        for run in runs
+    ]

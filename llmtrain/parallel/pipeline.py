@@ -18,23 +18,9 @@ from torch import Tensor, nn
 
 from llmtrain.models.stages import Stage
 from llmtrain.models.transformer import Context, KVCache
-from llmtrain.parallel.balance import balance
+from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.tensor import VocabParallelEmbedding
-
-
-def runs_with_blocks(weights: Sequence[float], parts: int) -> list[range]:
-    """`balance` over the steps embedding, blocks, head, with a block in each run: DeepSpeed asks that every
-    stage has parameters of the same optimizer groups, and embeddings have no norms."""
-    first, *between, last = weights
-    between[0] += first
-    between[-1] += last
-    end = len(weights)
-    runs = balance(between, parts)
-    return [
-        range(run.start + 1 if run.start else 0, end if run.stop == len(between) else run.stop + 1)
-        for run in runs
-    ]
 
 
 def stage_weights(
@@ -96,7 +82,7 @@ class PipelineStage(nn.Module):
         layout = mesh.layout
         stages: list[Stage] = model.stages()  # type: ignore[operator]
         weights = stage_weights(stages, layout.balance, layout.sequence_length)
-        runs = runs_with_blocks(weights, layout.pipeline)
+        runs = stage_runs(weights, layout.pipeline)
         place = runs[mesh.coordinates.pipeline]
         self.steps = [stages[i] for i in place]
         self.stage_of = {

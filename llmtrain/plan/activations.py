@@ -9,7 +9,6 @@ from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.configs import ModelConfig, TransformerConfig
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet_config import XLNetConfig
-from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.blocks import (
     Activations,
@@ -45,7 +44,8 @@ def activations(
         case Seq2SeqConfig():
             return PairRow(model, numbers, layout, conditions).activations(steps)
         case LSTMConfig():
-            return Activations(tokens * _lstm_bytes(model, numbers), 0)
+            in_fp32 = numbers.residual == 4 and not conditions.has_bf16_lstm
+            return Activations(tokens * _lstm_bytes(model, Numbers(4, 4) if in_fp32 else numbers), 0)
         case SimpleCNNConfig():
             return Activations(layout.micro_size * _simple_cnn_bytes(model, numbers), 0)
 
@@ -91,11 +91,10 @@ def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str
     return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
 
 
-def low_precision_copies(
-    model: ModelConfig, steps: range | None, tensor: int, recompute: RecomputeConfig
-) -> int:
+def low_precision_copies(model: ModelConfig, steps: range | None, tensor: int, conditions: Conditions) -> int:
     """Weights of which autocast holds copies in the low precision at once, on one process: those of linear
     layers, of recomputed blocks one at a time; the head's are counted with it."""
+    recompute = conditions.recompute
     match model:
         case GPTConfig() | BertConfig():
             blocks = model if isinstance(model, GPTConfig) else model.blocks
@@ -118,7 +117,8 @@ def low_precision_copies(
             recomputed_sizes = [size for size, is_recomputed in sizes if is_recomputed]
             return sum(size for size, again in sizes if not again) + max(recomputed_sizes, default=0)
         case LSTMConfig():
-            return model.num_layers * (8 * model.hidden_size**2 + 8 * model.hidden_size)
+            layer = 8 * model.hidden_size**2 + 8 * model.hidden_size
+            return model.num_layers * layer if conditions.has_bf16_lstm else 0
         case SimpleCNNConfig():
             return model.parameter_count()
 

@@ -38,6 +38,8 @@ class Conditions:
     exact_dropout: bool = True
     """Dropout by keys; else by torch's generator, which fused kernels of attention take."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    has_bf16_lstm: bool = True
+    """Without it autocast on a CPU leaves the cells of an LSTM in fp32."""
 
 
 class Activations(NamedTuple):

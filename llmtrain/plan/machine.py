@@ -19,6 +19,15 @@ def memory_bytes() -> int:
     return total
 
 
+def has_bf16_lstm() -> bool:
+    """Whether oneDNN has an LSTM in bf16 for this machine's processor; where that is not known, no."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return flags >= {"avx512bw", "avx512vl", "avx512dq"} or "bf16" in flags  # x86, ARM
+
+
 def processes_here(world_size: int) -> int:
     """How many of the run's processes share this machine: what the launcher says, or else all."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

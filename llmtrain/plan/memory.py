@@ -8,7 +8,7 @@ from functools import lru_cache
 from llmtrain.models.configs import ModelConfig, TransformerConfig
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.balance import balance
+from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan.activations import (
     Conditions,
@@ -105,7 +105,7 @@ def _of_stage(
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
-        copies = low_precision_copies(model, steps, layout.tensor, conditions.recompute) if is_low else 0
+        copies = low_precision_copies(model, steps, layout.tensor, conditions) if is_low else 0
         weights = 4 * P + 2 * copies
         gradients, masters, buffers = 4 * P, 0, (4 * P if replicas > 1 else 0)
         owned = _share(P, replicas)
@@ -173,11 +173,11 @@ def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
     if not isinstance(model, TransformerConfig):
         return [range(1)]
     by_time = layout.balance == "time"
-    return _balanced(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
+    return _divided(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
 
 
 @lru_cache(maxsize=64)
-def _balanced(
+def _divided(
     model: TransformerConfig, pipeline: int, tensor: int, sequence_length: int | None
 ) -> list[range]:
     """By parameters, or by the multiplications of a token of so long a sequence."""
@@ -189,7 +189,7 @@ def _balanced(
     else:
         block = model.layer_matrix_count(tensor) + sequence_length * model.num_heads * model.head_width
         counts = [0, *[block] * model.num_layers, model.head_matrix_count(tensor)]
-    return balance([float(count) for count in counts], pipeline)
+    return stage_runs([float(count) for count in counts], pipeline)
 
 
 def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from llmtrain.config import decode
 from llmtrain.engine import deepspeed as deepspeed_engine
 from llmtrain.families import family_of, model_config_type
-from llmtrain.models import attention, head
+from llmtrain.models import attention, head, recurrent
 from llmtrain.models.bert import Bert
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
@@ -24,7 +24,6 @@ from llmtrain.models.convolutional import SimpleCNN
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
 from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
-from llmtrain.models.recurrent import LSTMLanguageModel
 from llmtrain.models.seq2seq import EncoderDecoder
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet import XLNet
@@ -32,13 +31,12 @@ from llmtrain.models.xlnet_config import XLNetConfig
 from llmtrain.objectives.permuted_lm import PermutedLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel.balance import balance
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
-from llmtrain.parallel.pipeline import stage_weights
+from llmtrain.parallel.pipeline import PipelineStage
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tensor import shard_tensors
-from llmtrain.plan import activations, blocks, memory
+from llmtrain.plan import activations, blocks, machine, memory
 from llmtrain.plan.activations import Conditions, ModelConfig, Numbers, low_precision_copies
 from llmtrain.plan.memory import (
     Memory,
@@ -104,7 +102,7 @@ def kept_by(model: ModelConfig, numbers: Numbers, B: int, T: int, **conditions: 
 
 
 def copies(model: ModelConfig, recompute: RecomputeConfig = NOTHING) -> int:
-    return low_precision_copies(model, None, 1, recompute)
+    return low_precision_copies(model, None, 1, Conditions("cpu", recompute=recompute))
 
 
 NUMBERS = {"fp32": Numbers(4, 4), "autocast": Numbers(2, 4), "bf16": Numbers(2, 2)}
@@ -273,20 +271,29 @@ def test_gpt_activations_of_longer_sequences(
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize(("hidden_size", "num_layers"), [(96, 1), (96, 3), (256, 2)])
-def test_lstm_activations(hidden_size: int, num_layers: int, precision: str) -> None:
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_lstm_activations(
+    has_bf16: bool, hidden_size: int, num_layers: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On processors with and without bf16; what has it can do without."""
+    assert machine.has_bf16_lstm() == recurrent.has_low_precision_kernel()
+    if has_bf16 and not machine.has_bf16_lstm():
+        pytest.skip("this processor has no LSTM in bf16")
+    monkeypatch.setattr(recurrent, "has_low_precision_kernel", lambda: has_bf16)
     config = LSTMConfig(vocab_size=V, hidden_size=hidden_size, num_layers=num_layers)
-    model = built(LSTMLanguageModel(config), precision)
+    model = built(recurrent.LSTMLanguageModel(config), precision)
     tokens_BT = torch.randint(V, (B, T))
 
     def loss() -> torch.Tensor:
         with autocast(precision):
             return model(tokens_BT, labels_BT=tokens_BT)
 
-    numbers = NUMBERS[precision]
-    expected = kept_by(config, numbers, B, T)
+    numbers, conditions = NUMBERS[precision], Conditions("cpu", has_bf16_lstm=has_bf16)
+    layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
+    expected = activations.activations(config, numbers, layout, conditions).kept
     expected += B * T * hidden_size * numbers.compute + 4 * V * hidden_size
     if precision == "autocast":
-        expected += 2 * copies(config)
+        expected += 2 * low_precision_copies(config, None, 1, conditions)
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
@@ -459,7 +466,7 @@ def preset(path: Path) -> Any:
 def test_parameters_of_each_step_and_stage(path: Path, tensor: int) -> None:
     """Against real modules on the meta device, divided by the family's table; every preset, so that heads,
     vocabularies and biases of all kinds are met."""
-    config = replace(preset(path), num_layers=3)
+    config = replace(preset(path), num_layers=5)
     if config.vocab_size is None:
         config = replace(config, vocab_size=8191)
     with torch.device("meta"):
@@ -478,13 +485,36 @@ def test_parameters_of_each_step_and_stage(path: Path, tensor: int) -> None:
     steps = range(len(counts))
     assert held_parameter_count(config, shape, steps) == sum(p.numel() for p in model.parameters())
     for by in ("parameters", "time"):
-        weights = stage_weights(model.stages(), by, 16)  # type: ignore[arg-type]
-        pipelined = replace(shape, pipeline=3, balance=by)
-        assert stage_steps(config, pipelined) == balance(weights, 3)
-        for steps in stage_steps(config, pipelined):
-            modules = [module for i in steps for module in model.stages()[i].modules.values()]
-            held = {p for module in modules for p in module.parameters()}
-            assert held_parameter_count(config, pipelined, steps) == sum(p.numel() for p in held)
+        pipelined = replace(shape, world_size=3 * tensor, pipeline=3, balance=by)
+        for run, stage in built_and_planned(model, pipelined):
+            assert len(run) == len(stage.steps)
+            assert held_parameter_count(config, pipelined, run) == parameter_count(stage)
+
+
+def built_and_planned(model: Any, layout: Layout) -> list[tuple[range, PipelineStage]]:
+    """Of each stage, the steps that the plan counts and what the engine would build."""
+    stages = []
+    for number in range(layout.pipeline):
+        rank = number * layout.world_size // layout.pipeline
+        mesh: Any = SimpleNamespace(layout=layout, coordinates=layout.coordinates(rank))
+        stages.append(PipelineStage(model, mesh))
+    return list(zip(stage_steps(model.config, layout), stages, strict=True))
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_largest_of_16_stages_of_llama_3() -> None:
+    """Embedding and head share their stages with blocks."""
+    config = preset(CONF / "model" / "llama3_8b.yaml")
+    with torch.device("meta"):
+        model = family_of(config).build(config)
+    shape = Layout(16, 1, 1, 16, 1, 1, 1, 1, 1, 8192)
+    stages = built_and_planned(model, shape)
+    counts = [held_parameter_count(config, shape, run) for run, _ in stages]
+    assert counts == [parameter_count(stage) for _, stage in stages]
+    assert max(counts) == 128_256 * 4096 + 218_112_000 + 4096
 
 
 @pytest.mark.parametrize("config", [LSTMConfig(vocab_size=300, hidden_size=32), SimpleCNNConfig()])
