@@ -79,7 +79,9 @@ def _gpt_table(config: GPTConfig) -> Table:
     if config.gated_mlp:
         table["blocks.*.mlp.gate"] = "column"
     if config.qk_norm:
-        table["blocks.*.attention.*_norm"] = "shared"
+        is_whole = config.qk_norm_over == "head"
+        table["blocks.*.attention.query_norm"] = "shared" if is_whole else "all_heads"
+        table["blocks.*.attention.key_norm"] = "shared" if is_whole else "all_heads"
     return table
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +131,7 @@ def attend(
     scale: float | None = None,
     bias_NTS: Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale · q·kᵀ + bias)·v, (B, N, T, H), laid out as (B, T, N, H).
 
@@ -140,6 +142,8 @@ def attend(
     dropout: of the softmax' weights. With keys the weights are held whole, (B, N, T, S), as no kernel
         takes masks of one's own.
     window: a query sees the last so many keys up to its own alone (Mistral, arXiv:2310.06825); with causal.
+    softcap: scaled scores s become softcap · tanh(s / softcap) (Gemma 2, arXiv:2408.00118), which no kernel
+        of torch's takes: but for blocks on a CPU all scores are held, (B, N, T, S).
     """
     B, N, T, _ = q_BNTH.shape
     K, S = k_BKSH.shape[1:3]
@@ -152,7 +156,8 @@ def attend(
             if not isinstance(documents, Documents):
                 documents = Documents(torch.zeros(B, T, dtype=torch.int32, device=q_BNTH.device))
             documents = documents.within(window)
-    if isinstance(documents, Documents) and dropout is None and bias_NTS is None and scale is None:
+    is_plain = dropout is None and bias_NTS is None and scale is None and softcap is None
+    if isinstance(documents, Documents) and is_plain:
         kernel = _varlen_kernel(q_BNTH, k_BKSH, v_BKSH)
         if kernel is not None:
             return _attend_by_document(kernel, q_BNTH, k_BKSH, v_BKSH, documents)
@@ -167,15 +172,17 @@ def attend(
         else:
             blocks = list(_bidirectional_blocks(B, T, S))
         y_BNTH: Tensor = _BlockwiseAttention.apply(
-            q_BNTH, k_BKSH, v_BKSH, bias_NTS, scale, blocks, torch.is_grad_enabled()
+            q_BNTH, k_BKSH, v_BKSH, bias_NTS, scale, softcap, blocks, torch.is_grad_enabled()
         )
         return y_BNTH
     if documents is not None:
         mask = documents.mask
     elif causal and mask is None and T > 1 and (T < S or bias_NTS is not None):
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
-    if dropout is not None and dropout.keys is not None:
-        return _attend_with_mask_of_dropout(q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal, scale, bias_NTS)
+    if softcap is not None or (dropout is not None and dropout.keys is not None):
+        return _attend_with_all_scores(
+            q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal, scale, bias_NTS, softcap
+        )
     if bias_NTS is not None:
         bias_NTS = bias_NTS.to(q_BNTH.dtype)
         mask = bias_NTS[None] if mask is None else bias_NTS.masked_fill(~mask, -torch.inf)
@@ -192,15 +199,16 @@ def attend(
     )
 
 
-def _attend_with_mask_of_dropout(
+def _attend_with_all_scores(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     v_BKSH: Tensor,
     mask: Tensor | None,
-    dropout: AttentionDropout,
+    dropout: AttentionDropout | None,
     causal: bool,
     scale: float | None,
     bias_NTS: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     N, T, H = q_BNTH.shape[1:]
     K, S = k_BKSH.shape[1:3]
@@ -209,12 +217,18 @@ def _attend_with_mask_of_dropout(
     if causal and mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril()
     scores_BNTS = (q_BNTH * (H**-0.5 if scale is None else scale)) @ k_BKSH.transpose(2, 3)
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
     if bias_NTS is not None:
         scores_BNTS = scores_BNTS + bias_NTS.to(scores_BNTS.dtype)
     if mask is not None:
         scores_BNTS = scores_BNTS.masked_fill(~mask, -torch.inf)
     probs_BNTS = scores_BNTS.softmax(-1).to(v_BKSH.dtype)
-    y_BNTH = (probs_BNTS * dropout.scaled_mask(N, T, S, probs_BNTS.dtype)) @ v_BKSH
+    if dropout is not None and dropout.keys is not None:
+        probs_BNTS = probs_BNTS * dropout.scaled_mask(N, T, S, probs_BNTS.dtype)
+    elif dropout is not None:
+        probs_BNTS = F.dropout(probs_BNTS, dropout.p)
+    y_BNTH = probs_BNTS @ v_BKSH
     return y_BNTH.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -331,6 +345,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         v_BNTH: Tensor,
         bias_NTS: Tensor | None,
         scale: float | None,
+        softcap: float | None,
         blocks: list[_Block],
         with_gradients: bool,
     ) -> Tensor:
@@ -339,12 +354,17 @@ class _BlockwiseAttention(torch.autograd.Function):
         q_BNTH = (q_BNTH if ctx.scale == 1 else q_BNTH * ctx.scale).contiguous()
         k_BNTH, v_BNTH = k_BNTH.contiguous(), v_BNTH.contiguous()
         y_BNTH = q_BNTH.new_empty(B, T, N, H).transpose(1, 2)
-        probs = []
+        probs, slopes = [], []
         with torch.autocast("cpu", enabled=False):
             for rows, queries, keys, hidden in blocks:
                 q_PCH = q_BNTH[rows].flatten(0, 1)[:, queries]
                 k_PSH, v_PSH = (x_BNTH[rows].flatten(0, 1)[:, keys] for x_BNTH in (k_BNTH, v_BNTH))
                 scores_PCS = torch.bmm(q_PCH, k_PSH.transpose(1, 2))
+                if softcap is not None:
+                    scores_PCS.div_(softcap).tanh_()
+                    if with_gradients:
+                        slopes.append(1.0 - scores_PCS.square())
+                    scores_PCS.mul_(softcap)
                 scores_RNCS = scores_PCS.unflatten(0, (-1, N))
                 if bias_NTS is not None:
                     scores_RNCS += bias_NTS[:, queries, keys]
@@ -355,7 +375,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 if with_gradients:
                     probs.append(probs_PCS)
         if with_gradients:
-            ctx.save_for_backward(q_BNTH, k_BNTH, v_BNTH, *probs)
+            ctx.save_for_backward(q_BNTH, k_BNTH, v_BNTH, *probs, *slopes)
             ctx.places = [block[:3] for block in blocks]
             ctx.bias = None if bias_NTS is None else (bias_NTS.shape, bias_NTS.dtype)
         return y_BNTH
@@ -364,7 +384,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BNTH,) = gradients
-        q_BNTH, k_BNTH, v_BNTH, *probs = ctx.saved_tensors
+        q_BNTH, k_BNTH, v_BNTH, *kept = ctx.saved_tensors
+        probs, slopes = kept[: len(ctx.places)], kept[len(ctx.places) :]
         dtype, N = q_BNTH.dtype, q_BNTH.shape[1]
         grad_BNTH = grad_BNTH.to(dtype).contiguous()
         grad_q_BNTH = torch.empty_like(q_BNTH)
@@ -375,7 +396,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         if ctx.bias is not None and ctx.needs_input_grad[3]:
             grad_bias_NTS = torch.zeros(ctx.bias[0], dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
-            for probs_PCS, (rows, queries, keys) in zip(probs, ctx.places, strict=True):
+            for probs_PCS, slopes_PCS, (rows, queries, keys) in zip_longest(probs, slopes, ctx.places):
                 q_PCH, grad_PCH, grad_q_PCH = (
                     x_BNTH[rows].flatten(0, 1)[:, queries] for x_BNTH in (q_BNTH, grad_BNTH, grad_q_BNTH)
                 )
@@ -388,10 +409,13 @@ class _BlockwiseAttention(torch.autograd.Function):
                 grad_scores_PCS = torch._softmax_backward_data(grad_probs_PCS, probs_PCS, -1, dtype)
                 if grad_bias_NTS is not None:
                     grad_bias_NTS[:, queries, keys] += grad_scores_PCS.unflatten(0, (-1, N)).sum(0)
+                if slopes_PCS is not None:
+                    grad_scores_PCS *= slopes_PCS
                 grad_q_PCH.copy_(torch.bmm(grad_scores_PCS, k_PSH))
                 grad_k_PSH += torch.bmm(grad_scores_PCS.transpose(1, 2), q_PCH)
         if ctx.scale != 1:
             grad_q_BNTH *= ctx.scale
         if grad_bias_NTS is not None:
             grad_bias_NTS = grad_bias_NTS.to(ctx.bias[1])
-        return grad_q_BNTH, grad_k_BNTH.to(dtype), grad_v_BNTH.to(dtype), grad_bias_NTS, None, None, None
+        grad_k_BNTH, grad_v_BNTH = grad_k_BNTH.to(dtype), grad_v_BNTH.to(dtype)
+        return grad_q_BNTH, grad_k_BNTH, grad_v_BNTH, grad_bias_NTS, None, None, None, None

@@ -55,7 +55,8 @@ class OfVocabulary:
 @dataclass(frozen=True)
 class GPTConfig(OfVocabulary):
     """A causal decoder; covers GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783), Mistral
-    (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388) and SmolLM."""
+    (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3 (arXiv:2403.08295,
+    2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
 
     family: Literal["gpt"] = "gpt"
     vocab_size: int | None = None
@@ -76,19 +77,39 @@ class GPTConfig(OfVocabulary):
     """SwiGLU form (arXiv:2002.05202): down(act(gate(x)) · up(x)), three matrices."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Of a block's norms: before attention and MLP, x + f(norm(x)); after them, x + norm(f(x)) (OLMo 2); or
+    both (Gemma 2)."""
+    norm_adds_one: bool = False
+    """RMS norms multiply by 1 + weight (Gemma)."""
     positions: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     no_rope_layers: tuple[int, ...] = ()
     """Layers, from 0, without rotary positions (arXiv:2501.18795)."""
+    local_rope_theta: float | None = None
+    """Base of the layers with a window, which rope_scaling then leaves as they are (Gemma 3); null: they have
+    the rotary positions of the others."""
     sliding_window: int | None = None
     """A token attends to the last so many tokens, itself included; null: to all before it."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers, from 0, without the window."""
+    query_pre_attn_scalar: int | None = None
+    """Scores are divided by its square root; null: by that of head_dim."""
+    attention_softcap: float | None = None
+    """Scores s become cap · tanh(s / cap) before the softmax (Gemma 2); null: they stay."""
+    logit_softcap: float | None = None
+    """The same of the head's logits."""
     bias: bool = True
     """Biases in all linear layers and LayerNorms."""
     qkv_bias: bool | None = None
     """Biases of queries, keys and values; null: as `bias`."""
     qk_norm: bool = False
-    """RMSNorm over each query's and key's dims, before rotary positions."""
+    """RMSNorm over queries' and keys' dims, before rotary positions."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """Each head's dims by themselves (Qwen 3, Gemma 3), or those of all heads together (OLMo 2)."""
+    scale_embedding: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size) (Gemma)."""
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
     dropout: float = 0.0
@@ -118,6 +139,10 @@ class GPTConfig(OfVocabulary):
     @property
     def mlp_width(self) -> int:
         return 4 * self.hidden_size if self.mlp_hidden_size is None else self.mlp_hidden_size
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of one layer."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
     def problems(self) -> Iterator[Problem]:
         for name in ("max_sequence_length", "hidden_size", "num_layers", "num_heads"):
@@ -149,8 +174,22 @@ class GPTConfig(OfVocabulary):
             yield from require(
                 self.head_width % 2 == 0, "head_dim", self.head_width, "an even number with rope"
             )
-        unknown = [layer for layer in self.no_rope_layers if not 0 <= layer < self.num_layers]
-        yield from require(not unknown, "no_rope_layers", unknown, f"0 to {self.num_layers - 1}")
+        for name in ("no_rope_layers", "full_attention_layers"):
+            unknown = [layer for layer in getattr(self, name) if not 0 <= layer < self.num_layers]
+            yield from require(not unknown, name, unknown, f"0 to {self.num_layers - 1}")
+        for name in ("local_rope_theta", "query_pre_attn_scalar", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            yield from require(value is None or value > 0, name, value, "more than 0, or null")
+        yield from require(
+            not self.norm_adds_one or self.norm == "rmsnorm", "norm", self.norm, "rmsnorm with norm_adds_one"
+        )
+        has_windows = any(self.window_of(layer) is not None for layer in range(self.num_layers))
+        yield from require(
+            self.local_rope_theta is None or (has_windows and self.positions == "rope"),
+            "local_rope_theta",
+            self.local_rope_theta,
+            "null, without rope or layers that have a sliding_window",
+        )
         yield from require(
             self.sliding_window is None or self.sliding_window >= 1,
             "sliding_window",
@@ -173,11 +212,21 @@ class GPTConfig(OfVocabulary):
         divided_biases += self.qkv_width if self.has_qkv_bias else 0
         whole_biases = 2 * D if self.bias else 0
         divided = self.layer_matrix_count() + divided_biases
-        return divided // tensor + whole_biases + self.layer_norm_parameter_count()
+        return divided // tensor + whole_biases + self.layer_norm_parameter_count(tensor)
 
-    def layer_norm_parameter_count(self) -> int:
-        """Parameters of one block's norms, which are whole on each process."""
-        return 2 * self._norm_parameter_count() + (2 * self.head_width if self.qk_norm else 0)
+    def layer_norm_parameter_count(self, tensor: int = 1) -> int:
+        """Parameters of one block's norms, which are whole on each of `tensor` processes, but for those over
+        all heads."""
+        of_heads = 0
+        if self.qk_norm:
+            is_whole = self.qk_norm_over == "head"
+            of_heads = (2 if is_whole else (self.num_heads + self.kv_heads) // tensor) * self.head_width
+        return self.norms_per_block * self._norm_parameter_count() + of_heads
+
+    @property
+    def norms_per_block(self) -> int:
+        """Those of queries and keys aside."""
+        return 4 if self.norm_place == "both" else 2
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Parameters of each step of a forward - embedding, every block, norm with head - on one of
@@ -204,13 +253,15 @@ class GPTConfig(OfVocabulary):
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
-        12 · L · N · H · S over the S keys that it sees on average, T/2 for the causal triangle (PaLM,
-        arXiv:2204.02311, appendix B)."""
+        12 · N · H · S of each layer over the S keys that it sees on average, T/2 for the causal triangle
+        (PaLM, arXiv:2204.02311, appendix B)."""
         attention_width = self.num_heads * self.head_width
         matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
-        window = min(self.sliding_window or sequence_length, sequence_length)
-        keys = window - window**2 / (2 * sequence_length)
-        return 6.0 * matrices + 12.0 * self.num_layers * attention_width * keys
+        keys = 0.0
+        for layer in range(self.num_layers):
+            window = min(self.window_of(layer) or sequence_length, sequence_length)
+            keys += window - window**2 / (2 * sequence_length)
+        return 6.0 * matrices + 12.0 * attention_width * keys
 
     def _norm_parameter_count(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)

@@ -1,9 +1,12 @@
-"""GPT: one decoder for GPT-2 (Radford et al. 2019) and Llama (arXiv:2302.13971, 2407.21783).
+"""GPT: one decoder for GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783) and its kin; what
+they differ in is said in `GPTConfig`.
 
 Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,12 @@ from llmtrain.models.config import GPTConfig
 from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal
+from llmtrain.models.norms import make_norm
 from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import (
     Block,
     Context,
     KVCache,
-    make_norm,
     rotary_tables,
 )
 
@@ -39,7 +42,7 @@ class GPT(StagedModel):
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
-        self.head = LanguageModelHead(D, config.vocab_size)
+        self.head = LanguageModelHead(D, config.vocab_size, softcap=config.logit_softcap)
         self._tie()
 
     def stages(self) -> list[Stage]:
@@ -85,8 +88,15 @@ class GPT(StagedModel):
         if documents_BT is not None and cache is not None:
             raise ValueError("documents_BT and a cache cannot be given together")
         documents = None if documents_BT is None else Documents(documents_BT)
-        rotary = rotary_tables(self.config, positions_BT) if self.config.positions == "rope" else None
-        return Context(positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B, last_only)
+        rotary = local_rotary = None
+        if self.config.positions == "rope":
+            rotary = rotary_tables(self.config, positions_BT)
+        if (local_theta := self.config.local_rope_theta) is not None:
+            local = replace(self.config, rope_theta=local_theta, rope_scaling=None)
+            local_rotary = rotary_tables(local, positions_BT)
+        return Context(
+            positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B, last_only, local_rotary
+        )
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for `max_length` tokens a row."""
@@ -100,7 +110,7 @@ class GPT(StagedModel):
         | embedding, positions, head (if untied) | N(0, init_std)                          |
         | qkv, gate, up                          | N(0, init_std)                          |
         | attention output, mlp down             | N(0, init_std / sqrt(2 · num_layers))   |
-        | norm weights                           | 1                                       |
+        | norm weights                           | 1, or 0 where norms add one             |
         | all biases                             | 0                                       |
         """
         config = self.config
@@ -112,7 +122,7 @@ class GPT(StagedModel):
             "blocks.*.attention.output.weight": residual,
             "blocks.*.mlp.up.weight": normal,
             "blocks.*.mlp.down.weight": residual,
-            "*norm.weight": Constant(1.0),
+            "*norm.weight": Constant(0.0 if config.norm_adds_one else 1.0),
         }
         if config.positions == "learned":
             table["positions.weight"] = normal
@@ -126,6 +136,9 @@ class GPT(StagedModel):
 
     def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.embedding(tokens_BT)
+        if self.config.scale_embedding:
+            # The factor is a number of the embedding's type, also in bf16.
+            x_BTD = x_BTD * torch.tensor(self.config.hidden_size**0.5).to(x_BTD.dtype).item()
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(context.positions)
         return self.dropout(x_BTD, context.dropout_keys)

@@ -32,8 +32,12 @@ CACHED_LOGITS = 2**20
 class LanguageModelHead(nn.Module):
     """Linear map to the vocabulary, with the loss inside."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, bias: bool = False, softcap: float | None = None
+    ) -> None:
+        """softcap: logits z become softcap · tanh(z / softcap) (Gemma 2, arXiv:2408.00118)."""
         super().__init__()
+        self.softcap = softcap
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
@@ -47,9 +51,11 @@ class LanguageModelHead(nn.Module):
         label_smoothing: so much of each target is spread evenly over the whole vocabulary
             (arXiv:1512.00567, section 7)."""
         if labels_BT is None:
-            return linear(hidden_BTD, self.weight, self.bias)
+            return capped(linear(hidden_BTD, self.weight, self.bias), self.softcap)
         cross_entropy_ = functools.partial(_cross_entropy_, label_smoothing=label_smoothing)
-        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias)
+        return summed_cross_entropy(
+            hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias, softcap=self.softcap
+        )
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, vocab_size={self.vocab_size}"
@@ -76,6 +82,10 @@ class TiedHeadModel(nn.Module):
         return self
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 """(logits_CV, labels_C1) → the summed loss, fp32; turns the logits into its gradient by them, in place."""
 
@@ -87,9 +97,10 @@ def summed_cross_entropy(
     cross_entropy_: CrossEntropy | None = None,
     *,
     bias_V: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`, a chunk of tokens at a
-    time.
+    """`F.cross_entropy(capped(F.linear(hidden, weight, bias), softcap), labels, reduction="sum")`, a chunk
+    of tokens at a time.
 
     Each chunk's gradients are taken while its logits are at hand (the method of Liger Kernel,
     arXiv:2410.10989), so memory is C·V instead of B·T·V and no logits are computed twice.
@@ -112,6 +123,7 @@ def summed_cross_entropy(
         compute_dtype,
         with_gradients,
         cross_entropy_ or _cross_entropy_,
+        softcap,
     )
     return loss
 
@@ -127,10 +139,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute_dtype: torch.dtype,
         with_gradients: bool,
         cross_entropy_: CrossEntropy,
+        softcap: float | None,
     ) -> Tensor:
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             return _forward(
-                ctx, hidden_BTD, weight_VD, bias_V, labels_BT, compute_dtype, with_gradients, cross_entropy_
+                ctx,
+                hidden_BTD,
+                weight_VD,
+                bias_V,
+                labels_BT,
+                compute_dtype,
+                with_gradients,
+                cross_entropy_,
+                softcap,
             )
 
     @staticmethod
@@ -144,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = (grad_weight * gradient).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = (grad_bias * gradient).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _forward(
@@ -156,6 +177,7 @@ def _forward(
     compute_dtype: torch.dtype,
     with_gradients: bool,
     cross_entropy_: CrossEntropy,
+    softcap: float | None,
 ) -> Tensor:
     # The weight itself is not kept: ZeRO-3 releases it between forward and backward.
     V, D = weight_VD.shape
@@ -188,10 +210,15 @@ def _forward(
         logits_CV = product(hidden_CD, weight)
         if bias is not None:
             logits_CV += bias
+        slopes_CV = None
+        if softcap is not None:
+            logits_CV.div_(softcap).tanh_()
+            slopes_CV = 1.0 - logits_CV.square()
+            logits_CV.mul_(softcap)
         loss += cross_entropy_(logits_CV, labels_C1)
         if not (hidden_gradient_wanted or weight_gradient_wanted or grad_bias_V is not None):
             continue
-        grad_logits_CV = logits_CV
+        grad_logits_CV = logits_CV if slopes_CV is None else logits_CV.mul_(slopes_CV)
         if grad_bias_V is not None:
             grad_bias_V += grad_logits_CV.sum(0, dtype=torch.float32)
         if grad_hidden_MD is not None:

@@ -16,10 +16,11 @@ from llmtrain.models.attention import CrossDocuments, Documents
 from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal, NormalByRow
+from llmtrain.models.norms import make_norm
 from llmtrain.models.seq2seq_blocks import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.stages import Stage, StagedModel
-from llmtrain.models.transformer import Block, Context, PerHead, RelativePositions, make_norm
+from llmtrain.models.transformer import Block, Context, PerHead, RelativePositions
 
 
 class EncoderDecoder(StagedModel):

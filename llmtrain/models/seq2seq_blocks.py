@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmtrain.models.attention import CrossDocuments
 from llmtrain.models.dropout import HIDDEN, Dropout
+from llmtrain.models.norms import make_norm
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.transformer import (
     Block,
@@ -25,7 +26,6 @@ from llmtrain.models.transformer import (
     CrossAttention,
     KVCache,
     RelativePositions,
-    make_norm,
 )
 
 

@@ -21,6 +21,7 @@ from llmtrain.models.attention import CrossDocuments, Documents, attend
 from llmtrain.models.config import GPTConfig, RopeScaling
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.models.linear import Linear
+from llmtrain.models.norms import make_head_norm, make_norm
 
 
 class KVCache:
@@ -89,17 +90,13 @@ class Context:
     """A key for each row, (B,), that dropout's masks are made from; None: torch's generator."""
     last_only: bool = False
     """Logits are wanted of the last token alone."""
+    local_rotary: tuple[Tensor, Tensor] | None = None
+    """As `rotary`, of layers with a window, where they have others."""
 
     @property
     def num_places(self) -> int:
         """Hidden states of a row between blocks."""
         return self.positions.shape[1]
-
-
-def make_norm(config: GPTConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
 def rotary_frequencies(
@@ -226,22 +223,25 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.causal = causal
-        self.window = config.sliding_window
+        self.window = config.window_of(layer)
         self.has_rotary = layer not in config.no_rope_layers
+        self.has_local_rotary = self.window is not None and config.local_rope_theta is not None
         self.num_heads = config.num_heads
         self.head_dim = config.head_width
         self.queries_per_kv = config.num_heads // config.kv_heads
         self.dropout = config.dropout
         self.first_head = 0
         """Number in the whole layer of the first query head held here."""
-        self.attend = attend if scale is None else functools.partial(attend, scale=scale)
+        scalar = config.query_pre_attn_scalar
+        if scale is None and scalar is not None and scalar != self.head_dim:
+            scale = scalar**-0.5
+        self.attend = functools.partial(attend, scale=scale, softcap=config.attention_softcap)
         self.positions = relative
         self.relative = None if relative is None else PerHead(config.num_heads, relative.num_buckets)
         qkv_width = config.kv_heads * (self.queries_per_kv + 2) * self.head_dim
         self.qkv = Linear(config.hidden_size, qkv_width, bias=config.has_qkv_bias)
-        # Over each head's dims, as in ViT-22B (arXiv:2302.05442).
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.query_norm = make_head_norm(config, config.num_heads) if config.qk_norm else None
+        self.key_norm = make_head_norm(config, config.kv_heads) if config.qk_norm else None
         self.output = Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
@@ -252,8 +252,9 @@ class Attention(nn.Module):
             # Autocast may leave a norm's output in fp32.
             q_BTNH = self.query_norm(q_BTNH).to(v_BTKH.dtype)
             k_BTKH = self.key_norm(k_BTKH).to(v_BTKH.dtype)
-        if context.rotary is not None and self.has_rotary:
-            q_BTNH, k_BTKH = rotate(q_BTNH, *context.rotary), rotate(k_BTKH, *context.rotary)
+        rotary = context.local_rotary if self.has_local_rotary else context.rotary
+        if rotary is not None and self.has_rotary:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
         q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
@@ -350,8 +351,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP, each added to what it reads.
 
-    Norms stand before each, x + f(norm(x)), as in GPT-2, Llama and T5; or behind the sum, norm(x + f(x)), as
-    in the Transformer (arXiv:1706.03762), BERT and BART.
+    Norms stand where `config.norm_place` says: before each, x + f(norm(x)), as in GPT-2, Llama and T5; after
+    it, x + norm(f(x)); or both. Or behind the sum, norm(x + f(x)), as in the Transformer (arXiv:1706.03762),
+    BERT and BART.
     """
 
     def __init__(
@@ -367,10 +369,13 @@ class Block(nn.Module):
         """Arguments after `norm_first` as Attention's."""
         super().__init__()
         self.norm_first = norm_first
-        self.attention_norm = make_norm(config)
+        has_before, has_after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = make_norm(config) if has_before else nn.Identity()
         self.attention = Attention(config, layer, causal=causal, scale=scale, relative=relative)
-        self.mlp_norm = make_norm(config)
+        self.attention_output_norm = make_norm(config) if has_after else nn.Identity()
+        self.mlp_norm = make_norm(config) if has_before else nn.Identity()
         self.mlp = MLP(config)
+        self.mlp_output_norm = make_norm(config) if has_after else nn.Identity()
         self.attention_dropout = Dropout(config.dropout, layer, HIDDEN)
         self.mlp_dropout = Dropout(config.dropout, layer, HIDDEN + 1)
 
@@ -378,12 +383,16 @@ class Block(nn.Module):
         return self.with_mlp(self.with_attention(x_BTD, context), context)
 
     def with_attention(self, x_BTD: Tensor, context: Context) -> Tensor:
-        return self.add(
-            x_BTD, lambda x: self.attention(x, context), self.attention_norm, self.attention_dropout, context
-        )
+        def attention(x_BTD: Tensor) -> Tensor:
+            return self.attention_output_norm(self.attention(x_BTD, context))
+
+        return self.add(x_BTD, attention, self.attention_norm, self.attention_dropout, context)
 
     def with_mlp(self, x_BTD: Tensor, context: Context) -> Tensor:
-        return self.add(x_BTD, self.mlp, self.mlp_norm, self.mlp_dropout, context)
+        def mlp(x_BTD: Tensor) -> Tensor:
+            return self.mlp_output_norm(self.mlp(x_BTD))
+
+        return self.add(x_BTD, mlp, self.mlp_norm, self.mlp_dropout, context)
 
     def add(
         self,

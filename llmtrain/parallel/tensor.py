@@ -10,6 +10,7 @@
 | embedding | Embedding            | vocabulary               | sum of what each has       | as it is    |
 | head      | LanguageModelHead    | vocabulary               | softmax over all parts     | sum inputs' |
 | heads     | PerHead              | heads                    | what these heads have      | as it is    |
+| all_heads | AllHeadsNorm         | heads                    | sum squares of all heads   | sum squares'|
 | shared    | any, called by heads | nothing                  | as it is                   | as it is    |
 
 The gradient of what is `shared` is summed over the tensor group, as each process calls it for its own heads.
@@ -40,12 +41,13 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 
 from llmtrain.models.dropout import Dropout
-from llmtrain.models.head import LanguageModelHead, summed_cross_entropy
+from llmtrain.models.head import LanguageModelHead, capped, summed_cross_entropy
 from llmtrain.models.linear import linear
+from llmtrain.models.norms import AllHeadsNorm
 from llmtrain.parallel.mesh import Mesh, all_sum_over
 from llmtrain.shards import Shard
 
-Role = Literal["column", "row", "embedding", "head", "heads", "shared"]
+Role = Literal["column", "row", "embedding", "head", "heads", "all_heads", "shared"]
 Table = Mapping[str, Role]
 
 _DIVIDED_DIM: dict[Role, dict[str, int]] = {
@@ -54,6 +56,7 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "embedding": {"weight": 0},
     "head": {"weight": 0, "bias": 0},
     "heads": {"weight": 0},
+    "all_heads": {"weight": 0},
     "shared": {},
 }
 """Role → parameter → the dim that is divided; parameters left out stay whole."""
@@ -198,6 +201,7 @@ class VocabParallelHead(_TensorParallel):
     def __init__(self, module: LanguageModelHead, shares_sequence: bool) -> None:
         super().__init__(module, shares_sequence)
         self.vocab_size = module.weight.shape[0]
+        self.softcap = module.softcap
 
     def forward(
         self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, label_smoothing: float = 0.0
@@ -205,9 +209,11 @@ class VocabParallelHead(_TensorParallel):
         hidden_BTD = self._enter(hidden_BTD)
         if labels_BT is None:
             logits: Tensor = gather_from_model_parallel_region(linear(hidden_BTD, self.weight, self.bias))
-            return logits[..., : self.vocab_size]
+            return capped(logits[..., : self.vocab_size], self.softcap)
         cross_entropy_ = functools.partial(self._cross_entropy_, label_smoothing=label_smoothing)
-        return summed_cross_entropy(hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias)
+        return summed_cross_entropy(
+            hidden_BTD, self.weight, labels_BT, cross_entropy_, bias_V=self.bias, softcap=self.softcap
+        )
 
     def _cross_entropy_(self, logits_CV: Tensor, labels_C1: Tensor, label_smoothing: float) -> Tensor:
         """The summed loss over all processes' logits; turns these here into its gradient by them."""
@@ -250,12 +256,26 @@ class PartOfHeads(_TensorParallel):
         return self.weight
 
 
+class PartOfAllHeadsNorm(AllHeadsNorm):
+    """An AllHeadsNorm for some of the heads."""
+
+    def __init__(self, module: AllHeadsNorm, shares_sequence: bool) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.width = module.eps, module.width
+
+    def sum_over_heads(self, x: Tensor) -> Tensor:
+        # Each process' heads depend on the sum: its gradient is summed as well.
+        total: Tensor = copy_to_model_parallel_region(reduce_from_model_parallel_region(x))
+        return total
+
+
 _LAYERS: dict[Role, Callable[[Any, bool], nn.Module]] = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
     "embedding": VocabParallelEmbedding,
     "head": VocabParallelHead,
     "heads": PartOfHeads,
+    "all_heads": PartOfAllHeadsNorm,
 }
 
 

@@ -80,12 +80,14 @@ def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
     is_last = chunk == tokens
     # Over several processes the softmax is fairscale's: copies, exponentials and a gradient, in fp32.
-    shared_softmax = 16 if tensor > 1 else 0
+    besides = 16 if tensor > 1 else 0
+    if isinstance(model, GPTConfig) and model.logit_softcap is not None:
+        besides += 2 * numbers.compute  # the cap's slopes, and the tanh's square
     if numbers.compute == 4:
         # Logits and log-probabilities, beside the chunk before.
-        softmax = chunk * V * (4 * (2 if is_last else 3) + shared_softmax)
+        softmax = chunk * V * (4 * (2 if is_last else 3) + besides)
         return softmax + tokens * D * 4 + V * D * 4
-    softmax = chunk * V * ((10 if is_last else 16) + shared_softmax)
+    softmax = chunk * V * ((10 if is_last else 16) + besides)
     # A chunk's weight gradient is made in low precision, and on a cpu added through an fp32 copy.
     addition = chunk * V * 6 + V * D * (2 + (4 if device == "cpu" else 0))
     return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
@@ -98,7 +100,7 @@ def low_precision_copies(model: ModelConfig, steps: range | None, tensor: int, c
     match model:
         case GPTConfig() | BertConfig():
             blocks = model if isinstance(model, GPTConfig) else model.blocks
-            block = blocks.layer_parameter_count(tensor) - blocks.layer_norm_parameter_count()
+            block = blocks.layer_parameter_count(tensor) - blocks.layer_norm_parameter_count(tensor)
             recomputed, kept = divided(
                 blocks, range(model.num_layers + 2) if steps is None else steps, recompute
             )

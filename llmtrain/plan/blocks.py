@@ -70,19 +70,25 @@ class TransformerToken:
 
     def activations(self, steps: range) -> Activations:
         model, mode = self.model, self.conditions.recompute.mode
-        recomputed, plain = divided(model, steps, self.conditions.recompute)
-        kept = plain * self.block()
-        if recomputed:
+        covers = self.conditions.recompute.covers
+        windows = [(covers(step - 1), model.window_of(step - 1)) for step in steps if self._is_block(step)]
+        sizes = {window: self.block(window) for _, window in windows}
+        kept = sum(sizes[window] for is_recomputed, window in windows if not is_recomputed)
+        again = [sizes[window] for is_recomputed, window in windows if is_recomputed]
+        if recomputed := len(again):
             # Offloaded inputs lie in host memory: that of the process itself on a cpu.
             away = mode == "offload" and self.conditions.device != "cpu"
             kept += recomputed * (0 if away else self._between(model.hidden_size * self.numbers.residual))
             kept += recomputed * (self.linear_outputs() if mode == "selective" else 0)
-            kept += self._context()
+            kept += self._context({window for _, window in windows})
         if 0 in steps:
             kept += 8 + (model.hidden_size * self.numbers.residual if model.dropout > 0 else 0)
         if model.num_layers + 1 in steps:
             kept += self.norm()
-        return Activations(kept, self.block() if recomputed else 0)
+        return Activations(kept, max(again, default=0))
+
+    def _is_block(self, step: int) -> bool:
+        return 1 <= step <= self.model.num_layers
 
     def _between(self, size: int) -> int:
         """What lies between the matrices: Megatron's sequence parallelism divides it."""
@@ -93,9 +99,11 @@ class TransformerToken:
         if self.model.norm == "rmsnorm" and self.conditions.device == "cpu":
             # Composed of single operations, in fp32: the input and the normalized input.
             return self._between(2 * 4 * D + 4)
-        return self._between(self.numbers.residual * D + 8)
+        input_bytes = 4 if self.model.norm_adds_one else self.numbers.residual
+        return self._between(input_bytes * D + 8)
 
-    def block(self) -> int:
+    def block(self, window: int | None = None) -> int:
+        """window: of its attention."""
         model, numbers, layout = self.model, self.numbers, self.layout
         D, F = model.hidden_size, model.mlp_width // layout.tensor
         queries = model.num_heads * model.head_width // layout.tensor
@@ -109,7 +117,8 @@ class TransformerToken:
             kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
         if model.dropout > 0:
             kept += self._between(2 * D)  # the masks
-        return 2 * self.norm() + kept * numbers.compute + self._head_norms() + self._attention()
+        kept *= numbers.compute
+        return model.norms_per_block * self.norm() + kept + self._head_norms() + self._attention(window)
 
     def _head_norms(self) -> int:
         """Of queries and keys: what goes in - a copy of the queries, and for the keys qkv's whole output,
@@ -119,6 +128,8 @@ class TransformerToken:
             return 0
         queries, heads = model.num_heads // tensor, (model.num_heads + model.kv_heads) // tensor
         on_cpu, fp32 = self.conditions.device == "cpu", 4 * heads * model.head_width
+        if model.qk_norm_over == "all_heads":
+            return 2 * fp32 + 8
         inputs = queries * model.head_width * compute
         if on_cpu and self.layout.sequence_length <= LONGEST_BLOCKWISE:
             inputs += model.qkv_width // tensor * compute
@@ -126,7 +137,7 @@ class TransformerToken:
             return (inputs if compute == 4 else fp32) + fp32 + 8 * heads
         return inputs + 8 * heads
 
-    def _attention(self) -> int:
+    def _attention(self, window: int | None) -> int:
         """Between qkv's output and attention's output."""
         model, compute, T = self.model, self.numbers.compute, self.layout.sequence_length
         N, tensor, on_cpu = (
@@ -135,24 +146,28 @@ class TransformerToken:
             self.conditions.device == "cpu",
         )
         queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
-        if model.dropout > 0 and self.conditions.exact_dropout:
-            # q, k and v, the softmax (in fp32 by a GPU's autocast), dropout's mask and what it leaves, and
-            # what the mask of documents hides.
+        is_blockwise = on_cpu and 1 < T <= LONGEST_BLOCKWISE and model.dropout == 0
+        has_cap = model.attention_softcap is not None
+        if (model.dropout > 0 and self.conditions.exact_dropout) or (has_cap and not is_blockwise):
+            # q, k and v, the softmax (in fp32 by a GPU's autocast), dropout's mask and what it leaves, what a
+            # cap makes of scores, and what the mask of documents hides.
             softmax = compute if on_cpu else self.numbers.residual
-            hidden = self._mask() if self._is_masked() else 0
-            return compute * (3 * queries + 2 * N * T) + softmax * N * T + hidden
+            hidden = self._mask() if self._is_masked(window) else 0
+            of_pairs = compute * ((2 if model.dropout > 0 else 1) + has_cap) + softmax
+            return compute * 3 * queries + of_pairs * N * T + hidden
         if model.dropout > 0 and on_cpu:
             # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
             # mask and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)
-        if on_cpu and 1 < T <= LONGEST_BLOCKWISE:
-            # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see;
-            # short documents see fewer.
-            return compute * (3 * queries + N * (self._keys_in_view() if self.causal else T))
+        if is_blockwise:
+            # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see, and
+            # slopes of a cap; short documents see fewer.
+            in_view = self._keys_in_view(window) if self.causal else T
+            return compute * (3 * queries + (1 + has_cap) * N * in_view)
         kept = queries + 2 * keys
         if model.positions == "rope":
             kept += queries + keys
-        if self._is_masked() and not self._by_document():
+        if self._is_masked(window) and not self._by_document():
             kept += self._mask()  # each layer turns the mask into numbers
         return kept * compute + 4 * N
 
@@ -160,7 +175,8 @@ class TransformerToken:
         """Whether a GPU, an A100 or later, attends to each document alone, without a mask."""
         model, low_precision = self.model, self.numbers.compute == 2
         on_gpu = self.conditions.device != "cpu"
-        return on_gpu and low_precision and model.dropout == 0.0 and model.head_width % 8 == 0
+        has_kernel = model.head_width % 8 == 0 and model.attention_softcap is None
+        return on_gpu and low_precision and model.dropout == 0.0 and has_kernel
 
     def linear_outputs(self) -> int:
         """What selective recomputation keeps: a row-divided layer's output is a whole summand."""
@@ -168,23 +184,23 @@ class TransformerToken:
         divided = model.qkv_width + model.mlp_width * (2 if model.gated_mlp else 1)
         return (divided // tensor + 2 * model.hidden_size) * self.numbers.compute
 
-    def _context(self) -> int:
-        """What recomputed blocks share: rotary tables and the mask."""
+    def _context(self, windows: set[int | None]) -> int:
+        """What recomputed blocks share: rotary tables and the masks."""
         rotary = 4 * self.model.head_width if self.model.positions == "rope" else 0
-        has_mask = self._is_masked() and not self._by_document()
-        return rotary + (self._mask() if has_mask else 0)
+        tables = 1 if self.model.local_rope_theta is None else 2
+        masks = 0 if self._by_document() else sum(map(self._is_masked, windows))
+        return tables * rotary + masks * self._mask()
 
-    def _is_masked(self) -> bool:
+    def _is_masked(self, window: int | None) -> bool:
         """Whether attention is told which keys a query sees, besides those before it."""
-        window = self.model.sliding_window
         is_narrow = window is not None and window < self.layout.sequence_length
         return self.conditions.document_mask or is_narrow
 
-    def _keys_in_view(self) -> int:
+    def _keys_in_view(self, window: int | None) -> int:
         """Keys that blockwise attention multiplies a query with, on average: from the first that some query
         of its block sees, where a window leaves keys out."""
         T = self.layout.sequence_length
-        window = self.model.sliding_window or T
+        window = window or T
         pairs = 0
         for start in range(0, T, ATTENTION_BLOCK):
             end = min(start + ATTENTION_BLOCK, T)

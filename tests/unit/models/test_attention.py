@@ -130,6 +130,32 @@ def test_window(window: int, way: str, packed: bool, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["blocks", "all scores", "dropout of 0"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_soft_caps(way: str, scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2's scores, over packed documents, with a window and grouped queries."""
+    T, window, cap = 50, 9, 1.5
+    ids_BT = random_ids(T)
+    monkeypatch.setattr(attention, "LONGEST", T if way == "blocks" else T - 1)
+    dropout = AttentionDropout(0.0, 0, torch.arange(B)) if way == "dropout of 0" else None
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(B, heads, T, H, generator=generator).requires_grad_() for heads in (K * G, K, K))
+
+    def plain() -> Tensor:
+        scores_BNTT = cap * torch.tanh(q @ k.repeat_interleave(G, 1).mT * (scale or H**-0.5) / cap)
+        near = torch.ones(T, T, dtype=torch.bool).triu(1 - window)
+        probs_BNTT = scores_BNTT.masked_fill(~(seen(ids_BT) & near), -torch.inf).softmax(-1)
+        return probs_BNTT @ v.repeat_interleave(G, 1)
+
+    settings = {"documents": Documents(ids_BT), "window": window, "softcap": cap, "scale": scale}
+    found, expected = attend(q, k, v, dropout=dropout, **settings), plain()
+    weights = torch.randn(found.shape, generator=generator)
+    gradients = [torch.autograd.grad(y, (q, k, v), weights) for y in (found, expected)]
+    for a, b in zip((found, *gradients[0]), (expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert (found - attend(q, k, v, **{**settings, "softcap": None})).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_mask_shows_a_query_its_own_document(causal: bool) -> None:
     ids_BT = random_ids(50)

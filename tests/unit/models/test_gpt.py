@@ -26,7 +26,20 @@ LLAMA = replace(
     bias=False,
     tie_embeddings=False,
 )
-FORMS = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+GEMMA = replace(
+    LLAMA,
+    norm_place="both",
+    norm_adds_one=True,
+    scale_embedding=True,
+    qk_norm=True,
+    sliding_window=7,
+    full_attention_layers=(1,),
+    local_rope_theta=100.0,
+    attention_softcap=2.0,
+    logit_softcap=3.0,
+    query_pre_attn_scalar=5,
+)
+FORMS = pytest.mark.parametrize("config", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 
 
 def build(config: GPTConfig) -> GPT:
@@ -194,6 +207,58 @@ def test_rope_scaling_keeps_short_and_stretches_long_wavelengths() -> None:
     torch.testing.assert_close(scaled[-20:], plain[-20:] / 8)
     assert (scaled <= plain).all()
     assert (scaled >= plain / 8.0001).all()
+
+
+def test_norms_over_all_heads_stand_after() -> None:
+    """OLMo 2."""
+    model = build(replace(LLAMA, norm_place="after", qk_norm=True, qk_norm_over="all_heads"))
+    assert model.config.parameter_count() == sum(p.numel() for p in model.parameters())
+    block, x_BTD = model.blocks[0], torch.randn(1, T, 32)
+    torch.nn.init.normal_(block.attention.query_norm.weight)
+    q_BTNH = torch.randn(1, T, 4, 8)
+    expected = torch.nn.functional.rms_norm(
+        q_BTNH.flatten(2), (32,), block.attention.query_norm.weight, eps=1e-5
+    )
+    torch.testing.assert_close(block.attention.query_norm(q_BTNH), expected.view(q_BTNH.shape))
+    context = model.context(tokens(1, T))
+    middle = x_BTD + block.attention_output_norm(block.attention(x_BTD, context))
+    torch.testing.assert_close(
+        block(x_BTD, context), middle + block.mlp_output_norm(block.mlp(middle)), rtol=0, atol=0
+    )
+
+
+def test_each_layer_has_its_window_and_rotary_base() -> None:
+    config = replace(
+        LLAMA, num_layers=4, sliding_window=7, full_attention_layers=(0, 2), local_rope_theta=9.0
+    )
+    attentions = [block.attention for block in build(config).blocks]
+    assert [attention.window for attention in attentions] == [None, 7, None, 7]
+    assert [attention.has_local_rotary for attention in attentions] == [False, True, False, True]
+
+
+def test_embeddings_are_scaled_by_a_number_of_their_type() -> None:
+    """As transformers' Gemma rounds sqrt(3072) to 55.5 in bf16."""
+    config = replace(
+        LLAMA, hidden_size=3072, num_heads=4, num_layers=1, mlp_hidden_size=8, scale_embedding=True
+    )
+    model = build(config).bfloat16()
+    x = tokens(1, 4)
+    found = model.stages()[0].run(x, model.context(x))
+    assert torch.equal(found, model.embedding(x) * 55.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("full_attention_layers", {"full_attention_layers": (2,)}),
+        ("local_rope_theta", {"local_rope_theta": 100.0}),
+        ("norm", {"norm_adds_one": True, "norm": "layernorm"}),
+        ("attention_softcap", {"attention_softcap": 0.0}),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(key: str, changes: dict[str, object]) -> None:
+    assert [problem.where for problem in replace(LLAMA, **changes).problems()] == [key]
+    assert not list(LLAMA.problems())
 
 
 def test_misuse_is_refused() -> None:

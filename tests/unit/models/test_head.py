@@ -164,3 +164,26 @@ def test_label_smoothing(ignored: float) -> None:
         found.append([loss.detach(), *torch.autograd.grad(loss / 7, (hidden, weight))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_soft_cap(ignored: float) -> None:
+    cap = 4.0
+
+    def theirs(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+        logits = cap * torch.tanh(F.linear(hidden_BTD, weight_VD) / cap)
+        return F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
+
+    def ours(*arguments: Tensor) -> Tensor:
+        return summed_cross_entropy(*arguments, softcap=cap)
+
+    pairs = zip(
+        loss_and_gradients(ours, ignored, 1 / 37), loss_and_gradients(theirs, ignored, 1 / 37), strict=True
+    )
+    for mine, other in pairs:
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    head = LanguageModelHead(D, V, softcap=cap)
+    torch.nn.init.normal_(head.weight)
+    hidden_BTD, _, _ = inputs()
+    logits = head(hidden_BTD)
+    torch.testing.assert_close(logits, cap * torch.tanh(F.linear(hidden_BTD, head.weight) / cap))

@@ -66,6 +66,26 @@ LLAMA_FORM = {
     "tie_embeddings": False,
 }
 QWEN3_FORM = {**LLAMA_FORM, "qk_norm": True, "head_dim": 32}
+GEMMA2_FORM = {
+    **LLAMA_FORM,
+    "norm_place": "both",
+    "norm_adds_one": True,
+    "scale_embedding": True,
+    "sliding_window": 20,
+    "full_attention_layers": (1,),
+    "attention_softcap": 50.0,
+    "logit_softcap": 30.0,
+}
+GEMMA3_FORM = {
+    **QWEN3_FORM,
+    "norm_place": "both",
+    "norm_adds_one": True,
+    "scale_embedding": True,
+    "sliding_window": 20,
+    "full_attention_layers": (2,),
+    "local_rope_theta": 1000.0,
+}
+OLMO2_FORM = {**QWEN3_FORM, "norm_place": "after", "qk_norm_over": "all_heads"}
 
 
 NOTHING = RecomputeConfig()
@@ -116,6 +136,11 @@ CASES = {
     "llama documents": (LLAMA_FORM, True),
     "qwen3": (QWEN3_FORM, False),
     "qwen3 dropout": ({**QWEN3_FORM, "dropout": 0.1}, False),
+    "gemma2": (GEMMA2_FORM, False),
+    "gemma2 dropout": ({**GEMMA2_FORM, "dropout": 0.1}, False),
+    "gemma3": (GEMMA3_FORM, False),
+    "olmo2": (OLMO2_FORM, False),
+    "olmo2 dropout": ({**OLMO2_FORM, "dropout": 0.1}, False),
 }
 
 
