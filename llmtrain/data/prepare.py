@@ -217,10 +217,11 @@ class _Run:
         for name, split in report.splits.items():
             if not split.documents:
                 warnings.append(f"the split {name} has no document: too little text, or a share of 0")
+        whose = "given" if self.given else "trained"
         if not tokenizer.is_lossless:
-            warnings.append("the given tokenizer does not give every text back as it was")
+            warnings.append(f"the {whose} tokenizer does not give every text back as it was")
         if report.unknown_tokens:
-            warnings.append(f"{report.unknown_tokens:,} tokens are unknown to the given tokenizer")
+            warnings.append(f"{report.unknown_tokens:,} tokens are unknown to the {whose} tokenizer")
         return notes, warnings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _wordpiece(path: Path) -> str:
 
     config = _json(path.parent / TOKENIZER_CONFIG)
     lowercase = bool(config.get("do_lower_case", True))
-    vocabulary = {piece: i for i, piece in enumerate(_text(_read(path), path).splitlines())}
+    vocabulary = {piece: i for i, piece in enumerate(_lines(path))}
     library = Library(WordPiece(vocabulary, unk_token="[UNK]"))
     library.normalizer = BertNormalizer(
         lowercase=lowercase,
@@ -129,8 +130,8 @@ def _byte_level(path: Path) -> str:
 
     config = _json(path.parent / TOKENIZER_CONFIG)
     vocabulary = _json(path)
-    lines = _text(_read(path.parent / MERGES), path.parent / MERGES).splitlines()
-    pairs = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
+    lines = [line for line in _lines(path.parent / MERGES) if line and not line.startswith("#version")]
+    pairs = [line.partition(" ") for line in lines]
     try:
         library = Library(BPE(vocabulary, [(first, second) for first, _, second in pairs]))
     except Exception as error:  # the library raises this class itself
@@ -158,6 +159,12 @@ def _text(content: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         got = f"no tokenizer (no UTF-8 at byte {error.start})"
         raise DataError(Problem(str(path), got, _ALLOWED)) from None
+
+
+def _lines(path: Path) -> list[str]:
+    """As transformers reads them, in text mode: str.splitlines would also cut at U+2028 and its like, which
+    pieces may hold."""
+    return [line.removesuffix("\n") for line in io.StringIO(_text(_read(path), path), newline=None)]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -114,14 +115,18 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:
     """
     model = io.BytesIO()
     sentences = (sentence for document in documents for sentence in _sentences(document))
+    # Of documents of white space alone a space can be learned.
+    first = next(sentences, " ")
     unk, bos, eos, pad = range(len(SPECIAL_TOKENS))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
+            sentence_iterator=chain([first], sentences),
             model_writer=model,
             model_type=config.kind,
             vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
+            # Else a text without spaces gives a vocabulary that cannot write one.
+            required_chars=SPACE,
             split_digits=config.split_digits,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -167,7 +172,7 @@ def _training_problem(message: str, config: TokenizerConfig) -> Problem:
         return Problem(
             where,
             f"{config.vocab_size}, fewer than the characters of the training documents need",
-            f"at least {int(least[1]) + 1} with this text (256 bytes, special tokens and its characters)",
+            f"at least {least[1]} with this text (256 bytes, special tokens and its characters)",
             "raise it, or lower tokenizer.character_coverage",
         )
     return Problem(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,47 @@ def test_decode_gives_back_every_clean_text(tokenizer: Tokenizer, text: str):
         assert tokenizer.token_byte_lengths()[ids].sum() == len(clean_text)
         assert tokenizer.unk_id not in ids
         assert not {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids)
+
+
+VOCABULARIES = {
+    "no spaces": ["abcabcabdab" * 5] * 20,
+    "only spaces": ["    "],
+    "chinese": ["".join(map(chr, range(0x4E00, 0x4E40)))] * 20,
+    "digits": ["0123456789"] * 10,
+    "code": ["\tif (a  ==  b) {\n\t\treturn   f(a);\n}\n"] * 10,
+    "one character": ["a"],
+    "rare spaces": ["abcdefgh" * 1000 + " x"] * 4,
+}
+
+
+@pytest.fixture(
+    scope="module", params=[(n, kind) for n in VOCABULARIES for kind in ("unigram", "bpe")], ids=str
+)
+def narrow(request: pytest.FixtureRequest) -> Tokenizer:
+    """The smallest vocabulary that can be learned of a text that lacks something."""
+    name, kind = request.param
+    config = TokenizerConfig(kind=kind, vocab_size=SMALLEST_VOCABULARY)
+    try:
+        model = train(VOCABULARIES[name], config)
+    except DataError as error:
+        least = int(error.problems[0].allowed.removeprefix("at least ").split()[0])
+        model = train(VOCABULARIES[name], replace(config, vocab_size=least))
+    return SentencePieceTokenizer(model)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"))
+    | st.text(" \t\na1漢", max_size=30)
+)
+@example(text=" ")
+@example(text="a b\n   c\t\t d ")
+@example(text="\x00\x85\u2028 \u00a0")
+def test_every_vocabulary_gives_back_every_text(narrow: Tokenizer, text: str):
+    ids = narrow.encode(text)
+    assert narrow.decode(ids) == text
+    assert narrow.token_byte_lengths()[ids].sum() == len(text.encode())
+    assert narrow.is_lossless
 
 
 def test_batches_arrays_and_single_texts_agree(tokenizer: Tokenizer):

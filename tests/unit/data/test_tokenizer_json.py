@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
@@ -118,6 +118,32 @@ def test_older_folders_without_tokenizer_json(kind: str, tmp_path: Path):
     written = AutoTokenizer.from_pretrained(tmp_path / "written")
     assert [written(text, add_special_tokens=False).input_ids for text in TEXTS] == expected
     assert written.convert_tokens_to_ids(getattr(written, next(iter(KINDS[kind])))) in roles.values()
+
+
+def test_pieces_may_hold_line_ends_of_unicode(tmp_path: Path):
+    strange = ["a\u2028b", "\u2029", "##\x85", "\x0b", "\x0c", "\x1cx", "\x1d", "\x1e"]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *strange[:4], "", "das", *strange[4:], "fur", "##s"]
+    for name, end in (("unix", "\n"), ("windows", "\r\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "vocab.txt").write_bytes("".join(piece + end for piece in pieces).encode())
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        assert ours.pieces() == pieces
+        ids = [pieces.index("das"), pieces.index("fur"), pieces.index("##s")]
+        assert ours.encode("das furs") == theirs("das furs", add_special_tokens=False).input_ids == ids
+
+
+def test_merges_may_hold_line_ends_of_unicode(tmp_path: Path):
+    vocabulary = ["<|endoftext|>", "a", "b", "\u2028", "\x85", "a\u2028", "a\u2028b", "b\x85", "ab"]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na \u2028\na\u2028 b\nb \x85\na b\n")
+    theirs = models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    ours = load_tokenizer(tmp_path)
+    assert isinstance(ours, JsonTokenizer)
+    ours._library.pre_tokenizer = None
+    texts = ["a\u2028b", "b\x85", "ab"]
+    assert [ours.encode(text) for text in texts] == [[t.id for t in theirs.tokenize(text)] for text in texts]
 
 
 def test_what_the_special_tokens_are_for_without_a_config(tmp_path: Path):
