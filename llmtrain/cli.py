@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import EXIT_CODE, ConfigError, Problem, UserError, nearest
+from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel import launcher
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"llmtrain {metadata.version('llmtrain')}")
         sys.exit(0)
     launcher.set_command([sys.argv[0], *arguments])
+    end_with_launcher()
     verb = arguments[0]
     if verb not in VERBS:
         print_problems([Problem("llmtrain", repr(verb), nearest(verb, list(VERBS)), "see llmtrain --help")])

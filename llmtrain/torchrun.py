@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmtrain.errors import EXIT_CODE, ConfigError, LaunchError, Problem, UserError
+from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel.launcher import await_host, start_seconds
 
 if TYPE_CHECKING:
@@ -386,6 +387,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--job-exit-code"]:
         print(job_exit_code(Path(arguments[1])))
         return 0
+    end_with_launcher()
     try:
         return launch(arguments, os.environ)
     except UserError as error:

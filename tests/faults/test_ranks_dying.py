@@ -17,7 +17,7 @@ import pytest
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.store import Checkpoint
 from tests.faults.test_ranks_start import rank_environment
-from tests.faults.test_train_faults import curve, wait_for_step
+from tests.faults.test_train_faults import curve, wait_for_step, wait_until_free
 from tests.support.training import REPOSITORY, TINY_GPT
 
 pytestmark = pytest.mark.slow
@@ -144,6 +144,28 @@ def test_under_plain_torchrun_the_survivors_are_quiet(
         "DataError" in death
     )
     assert f"exitcode  : {dict(zip(DEATHS.values(), (7, 1, 2), strict=True))[death]}" in output
+
+
+@pytest.mark.parametrize("launcher", ["llmtrain.torchrun", "torch.distributed.run"])
+def test_ranks_end_with_a_killed_launcher(
+    corpus: Path, tmp_path: Path, launches: list[Launch], launcher: str
+):
+    run = tmp_path / "run"
+    words = [launcher, *command(corpus, run, steps=100_000)]
+    if launcher == "torch.distributed.run":
+        words[1:1] = ["--nproc-per-node", "2", "-m", "llmtrain", "train"]
+    launches.append(Launch(words, run, NPROC_PER_NODE="2"))
+    launches[0].rank_at(0, 3)
+    launches[0].launcher.kill()
+    gone, left = psutil.wait_procs(launches[0].processes, timeout=10)
+    assert not left
+    assert len(gone) >= 2
+    wait_until_free(run)
+    said = launches[0].launcher.communicate()[0]
+    if launcher == "llmtrain.torchrun":
+        said = "".join((run / f"logs/rank{rank}.log").read_text() for rank in (0, 1))
+    for rank in (0, 1):
+        assert said.count(f"llmtrain: error: rank {rank}: got a launcher (process ") == 1, said
 
 
 def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from typing import Any
 
 from llmtrain.data.files import disk_errors
 from llmtrain.errors import DataError, Problem
+from llmtrain.orphans import end_with_parent
 
 _counter: Any = None
 
@@ -128,6 +129,7 @@ def _start_worker(counter: Any) -> None:
     _counter = counter
     # An interrupt is the parent's to handle; and no worker outlives the parent, however that ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
