@@ -242,6 +242,7 @@ def model_shape(model: ModelConfig) -> ModelShape:
     family = family_of(model)
     if not isinstance(model, TransformerConfig):
         return ModelShape(model.family, family.axes, dropout=model.dropout)
+    scaling = model.blocks.rope_scaling
     return ModelShape(
         model.family,
         family.axes,
@@ -250,6 +251,7 @@ def model_shape(model: ModelConfig) -> ModelShape:
         model.mlp_width,
         model.dropout,
         shares_tokens=family.has_attention,
+        reads_lengths=bool(scaling and scaling.depends_on_length),
     )
 
 

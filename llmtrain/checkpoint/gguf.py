@@ -22,8 +22,8 @@ from llmtrain.checkpoint.forms.base import Entry, Form, Names, Settings
 from llmtrain.checkpoint.huggingface import Imported, import_stored
 from llmtrain.checkpoint.huggingface_weights import Stored
 from llmtrain.errors import CheckpointError, Problem
-from llmtrain.models.config import RopeScaling
-from llmtrain.models.transformer import rotary_frequencies
+from llmtrain.models.rope_config import RopeScaling
+from llmtrain.models.rotary import rotary_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 _INTERLEAVED = ("llama", "smollm3")
@@ -48,6 +48,12 @@ _CHANGING = (
     "final_logit_softcapping",
 )
 """Keys of what our decoder does not compute."""
+_PLAIN_SCALING = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "alpha": 0.0}
+"""Key behind rope.scaling → the value that changes nothing; ours has no such key."""
+_YARN = {"original_context_length": "original_max_position_embeddings"} | {
+    f"yarn_{key}": key for key in ("beta_fast", "beta_slow")
+}
+"""Key behind rope.scaling → of config.json."""
 _ROTARY_FACTORS = "rope_freqs.weight"
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -150,7 +156,8 @@ class GgufFile:
             "num_key_value_heads": heads if kv_heads is None else kv_heads,
             "head_dim": head_dim,
             "sliding_window": window,
-            "attention_bias": self.architecture == "llama" and "blk.0.attn_q.bias" in self.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "rope_theta": (theta := _as_written(self.setting("rope.freq_base") or 10_000.0)),
             "rope_scaling": self._rope_scaling(head_dim, theta),
@@ -163,21 +170,30 @@ class GgufFile:
         if _ROTARY_FACTORS not in self.tensors:
             if kind in (None, "none"):
                 return None
-            return {"rope_type": kind, "factor": factor or self.setting("rope.scale_linear")}
+            for key, allowed in _PLAIN_SCALING.items():
+                if (given := self.setting(f"rope.scaling.{key}") or allowed) != allowed:
+                    where = f"{self.path}: {self.architecture}.rope.scaling.{key}"
+                    raise CheckpointError(Problem(where, str(given), str(allowed)))
+            scaling = {"rope_type": kind, "factor": factor or self.setting("rope.scale_linear")}
+            return scaling | {
+                theirs: value
+                for key, theirs in _YARN.items()
+                if kind == "yarn" and (value := self.setting(f"rope.scaling.{key}")) is not None
+            }
         stored = torch.from_numpy(np.array(self.dequantized(_ROTARY_FACTORS)).reshape(-1))
         # Nothing says the other three: they are these in all of Meta's models.
-        scaling = RopeScaling("llama3", float(stored.max()))
+        llama3 = RopeScaling("llama3", float(stored.max()))
         plain = rotary_frequencies(head_dim, theta, None, torch.device("cpu"))
-        factors = plain / rotary_frequencies(head_dim, theta, scaling, torch.device("cpu"))
+        factors = plain / rotary_frequencies(head_dim, theta, llama3, torch.device("cpu"))
         if factors.shape != stored.shape or not torch.allclose(factors, stored, rtol=1e-3):
             where, got = f"{self.path}: {_ROTARY_FACTORS}", "stretched rotary wavelengths"
             raise CheckpointError(Problem(where, got, "none, or those of Llama 3.1 and later"))
         return {
             "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor,
-            "original_max_position_embeddings": scaling.original_max_sequence_length,
+            "factor": llama3.factor,
+            "low_freq_factor": llama3.low_frequency_factor,
+            "high_freq_factor": llama3.high_frequency_factor,
+            "original_max_position_embeddings": llama3.original_max_sequence_length,
         }
 
     def dequantized(self, name: str) -> np.ndarray:

@@ -16,24 +16,7 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of rotary wavelengths beyond the original context."""
-
-    kind: Literal["llama3", "linear"] = "llama3"
-    """llama3: Llama 3.1's, of long wavelengths alone (arXiv:2407.21783); linear: all by `factor`, positions
-    interpolated (arXiv:2306.15595), the other three unused."""
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_max_sequence_length: int = 8192
-
-    def problems(self) -> Iterator[Problem]:
-        yield from require(self.factor >= 1, "factor", self.factor, "1 or more")
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        yield from require(high > low, "high_frequency_factor", high, f"more than low_frequency_factor={low}")
+from llmtrain.models.rope_config import RopeScaling
 
 
 class OfVocabulary:
@@ -85,6 +68,8 @@ class GPTConfig(OfVocabulary):
     positions: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    """Share of a head's dims that rotary positions turn: the first of them."""
     no_rope_layers: tuple[int, ...] = ()
     """Layers, from 0, without rotary positions (arXiv:2501.18795)."""
     local_rope_theta: float | None = None
@@ -104,6 +89,8 @@ class GPTConfig(OfVocabulary):
     """Biases in all linear layers and LayerNorms."""
     qkv_bias: bool | None = None
     """Biases of queries, keys and values; null: as `bias`."""
+    output_bias: bool | None = None
+    """Biases of attention's output; null: as `bias`."""
     qk_norm: bool = False
     """RMSNorm over queries' and keys' dims, before rotary positions."""
     qk_norm_over: Literal["head", "all_heads"] = "head"
@@ -131,6 +118,15 @@ class GPTConfig(OfVocabulary):
     @property
     def has_qkv_bias(self) -> bool:
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_output_bias(self) -> bool:
+        return self.bias if self.output_bias is None else self.output_bias
+
+    @property
+    def rotary_width(self) -> int:
+        """Dims of a head that rotary positions turn."""
+        return int(self.head_width * self.partial_rotary_factor)
 
     @property
     def qkv_width(self) -> int:
@@ -171,9 +167,19 @@ class GPTConfig(OfVocabulary):
             f"a divisor of num_heads={self.num_heads}",
         )
         if self.positions == "rope":
-            yield from require(
-                self.head_width % 2 == 0, "head_dim", self.head_width, "an even number with rope"
-            )
+            share = self.partial_rotary_factor
+            yield from require(0 < share <= 1, "partial_rotary_factor", share, "above 0, up to 1")
+            width = self.rotary_width
+            if share == 1:
+                yield from require(width % 2 == 0, "head_dim", width, "an even number with rope")
+            else:
+                got = f"{share}, {width} of a head's {self.head_width} dims"
+                yield from require(
+                    width % 2 == 0 and width > 0, "partial_rotary_factor", got, "an even number of dims"
+                )
+            if self.rope_scaling is not None:
+                for problem in self.rope_scaling.width_problems(width):
+                    yield problem.within("rope_scaling")
         for name in ("no_rope_layers", "full_attention_layers"):
             unknown = [layer for layer in getattr(self, name) if not 0 <= layer < self.num_layers]
             yield from require(not unknown, name, unknown, f"0 to {self.num_layers - 1}")
@@ -210,7 +216,7 @@ class GPTConfig(OfVocabulary):
         D, F = self.hidden_size, self.mlp_width
         divided_biases = (F * (2 if self.gated_mlp else 1)) if self.bias else 0
         divided_biases += self.qkv_width if self.has_qkv_bias else 0
-        whole_biases = 2 * D if self.bias else 0
+        whole_biases = D * (self.has_output_bias + self.bias)
         divided = self.layer_matrix_count() + divided_biases
         return divided // tensor + whole_biases + self.layer_norm_parameter_count(tensor)
 

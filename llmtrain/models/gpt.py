@@ -17,12 +17,12 @@ from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.head import LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal
 from llmtrain.models.norms import make_norm
+from llmtrain.models.rotary import rotary_tables
 from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import (
     Block,
     Context,
     KVCache,
-    rotary_tables,
 )
 
 
@@ -90,10 +90,10 @@ class GPT(StagedModel):
         documents = None if documents_BT is None else Documents(documents_BT)
         rotary = local_rotary = None
         if self.config.positions == "rope":
-            rotary = rotary_tables(self.config, positions_BT)
+            rotary = rotary_tables(self.config, positions_BT, documents)
         if (local_theta := self.config.local_rope_theta) is not None:
             local = replace(self.config, rope_theta=local_theta, rope_scaling=None)
-            local_rotary = rotary_tables(local, positions_BT)
+            local_rotary = rotary_tables(local, positions_BT, documents)
         return Context(
             positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B, last_only, local_rotary
         )
@@ -130,7 +130,7 @@ class GPT(StagedModel):
             table["blocks.*.mlp.gate.weight"] = normal
         if not config.tie_embeddings:
             table["head.weight"] = normal
-        if config.bias or config.has_qkv_bias:
+        if config.bias or config.has_qkv_bias or config.has_output_bias:
             table["*.bias"] = Constant(0.0)
         return table
 

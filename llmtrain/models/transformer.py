@@ -1,7 +1,8 @@
 """The parts of a transformer: norms, positions, attention, MLP, block, key-value cache.
 
 Dim names: B batch, T sequence, S keys (T, or what the cache holds with it), D hidden width,
-N query heads, K key-value heads, G = N/K query heads a key-value head, H head width, F MLP width.
+N query heads, K key-value heads, G = N/K query heads a key-value head, H head width, R of its dims that are
+turned by positions, F MLP width.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmtrain.models.attention import CrossDocuments, Documents, attend
-from llmtrain.models.config import GPTConfig, RopeScaling
+from llmtrain.models.config import GPTConfig
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.models.linear import Linear
 from llmtrain.models.norms import make_head_norm, make_norm
+from llmtrain.models.rotary import rotate
 
 
 class KVCache:
@@ -80,7 +82,7 @@ class Context:
     positions: Tensor
     """Place of each token in its document, (B, T), or (1, T) when all rows are alike."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """Cosine and sine, (B or 1, T, 1, H/2) fp32; None with learned positions."""
+    """Cosine and sine of the rotary angles, (B or 1, T, 1, R/2) fp32; None with learned positions."""
     documents: Documents | None = None
     """Those that the rows hold; None: a row is one."""
     labels: Tensor | None = None
@@ -97,43 +99,6 @@ class Context:
     def num_places(self) -> int:
         """Hidden states of a row between blocks."""
         return self.positions.shape[1]
-
-
-def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | None = None
-) -> Tensor:
-    """Radians a position for each pair of a head's dims: (H/2,) fp32 (RoFormer, arXiv:2104.09864).
-
-    With `scaling` of kind linear all wavelengths are stretched by `factor` (arXiv:2306.15595); with llama3,
-    wavelengths beyond the original context are stretched by `factor`, those well
-    inside it are kept, and the band between is interpolated (Llama 3.1, arXiv:2407.21783).
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_sequence_length * frequencies / (2 * math.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
-
-
-def rotary_tables(config: GPTConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, (B, T, 1, H/2) fp32."""
-    frequencies = rotary_frequencies(
-        config.head_width, config.rope_theta, config.rope_scaling, positions_BT.device
-    )
-    angles = positions_BT[:, :, None, None].float() * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + H/2) by its angle: Llama's half-split pairing, as Hugging Face stores it."""
-    first, second = x_BTNH.chunk(2, dim=-1)
-    cos, sin = cos.to(x_BTNH.dtype), sin.to(x_BTNH.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class PerHead(nn.Module):
@@ -242,7 +207,9 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, qkv_width, bias=config.has_qkv_bias)
         self.query_norm = make_head_norm(config, config.num_heads) if config.qk_norm else None
         self.key_norm = make_head_norm(config, config.kv_heads) if config.qk_norm else None
-        self.output = Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+        self.output = Linear(
+            config.num_heads * self.head_dim, config.hidden_size, bias=config.has_output_bias
+        )
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))

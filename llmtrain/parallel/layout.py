@@ -90,6 +90,8 @@ class ModelShape:
     dropout: float = 0.0
     shares_tokens: bool = True
     """Whether the tensor group's processes can share the tokens between its matrices."""
+    reads_lengths: bool = False
+    """Whether a token's position means something else in a longer text."""
 
 
 class Coordinates(NamedTuple):
@@ -434,6 +436,13 @@ def _model_problems(
                 f"1 to model.num_layers={model.num_layers}: each stage runs one layer at least",
                 f"give parallel.pipeline={_most_stages(parallel, model.num_layers, world_size)}",
             )
+    yield from require(
+        parallel.sequence == 1 or not model.reads_lengths,
+        "parallel.sequence",
+        f"{parallel.sequence} with a model.rope_scaling that depends on the length of texts",
+        "1: a process sees a part of each text",
+        "give parallel.sequence=1",
+    )
     yield from require(
         model.shares_tokens or not parallel.tensor_sequence,
         "parallel.tensor_sequence",

@@ -186,7 +186,7 @@ class TransformerToken:
 
     def _context(self, windows: set[int | None]) -> int:
         """What recomputed blocks share: rotary tables and the masks."""
-        rotary = 4 * self.model.head_width if self.model.positions == "rope" else 0
+        rotary = 4 * self.model.rotary_width if self.model.positions == "rope" else 0
         tables = 1 if self.model.local_rope_theta is None else 2
         masks = 0 if self._by_document() else sum(map(self._is_masked, windows))
         return tables * rotary + masks * self._mask()

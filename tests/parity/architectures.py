@@ -81,6 +81,43 @@ def cached(ours: Any, theirs: Any) -> float:
     return difference(found, theirs(tokens_BT).logits)
 
 
+def forget_length(theirs: Any) -> None:
+    """What a model of theirs with dynamic positions keeps of longer texts than the next."""
+    theirs(tokens(1, 2))
+
+
+def plain_by_length(ours: Any, theirs: Any) -> float:
+    forget_length(theirs)
+    return plain(ours, theirs)
+
+
+def packed_by_length(ours: Any, theirs: Any) -> float:
+    def each(tokens_BT: Tensor) -> Any:
+        forget_length(theirs)
+        return theirs(tokens_BT)
+
+    return packed(ours, each)
+
+
+def cached_by_length(ours: Any, theirs: Any) -> float:
+    """A prompt, then a token at a time, by both: a token's key stays as it was when the text was shorter."""
+    forget_length(theirs)
+    tokens_BT = tokens(2, T)
+    cache, their_cache = ours.new_cache(T), None
+    found, expected = [], []
+    for step_BT in [tokens_BT[:, :11], *tokens_BT[:, 11:].split(1, dim=1)]:
+        output = theirs(step_BT, past_key_values=their_cache, use_cache=True)
+        their_cache = output.past_key_values
+        expected.append(output.logits)
+        found.append(ours(step_BT, cache=cache))
+    return difference(torch.cat(found, dim=1), torch.cat(expected, dim=1))
+
+
+BY_LENGTH: dict[str, Comparison] = {
+    "plain": plain_by_length,
+    "packed": packed_by_length,
+    "cache": cached_by_length,
+}
 DECODER: dict[str, Comparison] = {"plain": plain, "padding": padded, "packed": packed, "cache": cached}
 ENCODER: dict[str, Comparison] = {"plain": plain, "padding": padded, "packed": packed}
 
@@ -310,6 +347,16 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN_IN_FULL = {**_YARN, "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 0.7}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.2, 2.0, 5.0, 9.0],
+}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
 _BERT = {
@@ -372,6 +419,22 @@ ARCHITECTURES = (
     ),
     Architecture("llama, llama3 rope", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _LLAMA3}),
     Architecture("llama, linear rope", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _LINEAR}),
+    Architecture("llama, yarn", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _YARN}),
+    Architecture("llama, yarn in full", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _YARN_IN_FULL}),
+    Architecture(
+        "llama, yarn, mscale",
+        "LlamaForCausalLM",
+        {**_LLAMA, "rope_parameters": {**_YARN, "mscale": 1.4, "mscale_all_dim": 0.6}},
+    ),
+    Architecture(
+        "llama, dynamic rope",
+        "LlamaForCausalLM",
+        {**_LLAMA, "rope_parameters": _DYNAMIC, "max_position_embeddings": 16},
+        BY_LENGTH,
+    ),
+    Architecture("llama, longrope", "LlamaForCausalLM", {**_LLAMA, "rope_parameters": _LONGROPE}, BY_LENGTH),
+    Architecture("llama, attention biases", "LlamaForCausalLM", {**_LLAMA, "attention_bias": True}),
+    Architecture("llama, MLP biases", "LlamaForCausalLM", {**_LLAMA, "mlp_bias": True}),
     Architecture(
         "smollm", "LlamaForCausalLM", {**_LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1}
     ),
@@ -381,6 +444,27 @@ ARCHITECTURES = (
     Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
     Architecture(
         "qwen2, tied, window", "Qwen2ForCausalLM", {**_LLAMA, **_WINDOW, "tie_word_embeddings": True}
+    ),
+    # As Qwen's model cards say to put it into config.json.
+    Architecture(
+        "qwen2, yarn",
+        "Qwen2ForCausalLM",
+        {
+            **_LLAMA,
+            "max_position_embeddings": 16,
+            "rope_theta": 1_000_000.0,
+            "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"},
+        },
+    ),
+    Architecture(
+        "qwen3, yarn, biases",
+        "Qwen3ForCausalLM",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "attention_bias": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
     ),
     Architecture("qwen3", "Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
     Architecture("qwen3, tied", "Qwen3ForCausalLM", {**_LLAMA, "head_dim": 8, "tie_word_embeddings": True}),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,17 @@ class Settings:
             raise self.refusal(key, "a number")
         return float(value)
 
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers."""
+        values = self._value(key, None)
+        are_numbers = isinstance(values, list) and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            for value in values
+        )
+        if not are_numbers:
+            raise self.refusal(key, "a list of numbers")
+        return [float(value) for value in values]
+
     def flag(self, key: str, default: bool) -> bool:
         """true or false, the default where it is missing or null."""
         value = self._value(key, default)
@@ -137,6 +148,10 @@ class Settings:
         if not isinstance(value, Mapping):
             raise self.refusal(key, "a section of keys")
         return Settings(self.where, value, prefix=f"{self.prefix}{key}.")
+
+    def with_keys(self, **keys: Any) -> Settings:
+        """The same, with these keys besides."""
+        return replace(self, content={**self.content, **keys})
 
     def require(self, key: str, *allowed: Any) -> None:
         """Refuse a value that is given and is none of `allowed`: it would change what is computed."""

@@ -63,8 +63,9 @@ _HAS = {
 
 def _misfits(config: GPTConfig) -> dict[str, str]:
     misfits = {key: str(value) for key, value in _HAS.items() if getattr(config, key) != value}
-    if not config.has_qkv_bias:
-        misfits["qkv_bias"] = "True"
+    for key, has in (("qkv_bias", config.has_qkv_bias), ("output_bias", config.has_output_bias)):
+        if not has:
+            misfits[key] = "True"
     if config.head_width * config.num_heads != config.hidden_size:
         misfits["head_dim"] = "hidden_size / num_heads"
     if config.kv_heads != config.num_heads:

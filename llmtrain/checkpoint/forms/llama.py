@@ -7,20 +7,24 @@ from typing import Any
 
 from llmtrain.checkpoint.forms.base import ACTIVATIONS, ACTIVATIONS_BACK, Entry, Form, Settings, same, unless
 from llmtrain.checkpoint.forms.gpt import build, heads_of, without_buffers_and_copies
+from llmtrain.checkpoint.forms.rope import read_rope, write_rope
 from llmtrain.models.config import GPTConfig
+
+
+def _parameters(has_bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if has_bias else ("weight",)
 
 
 def _entries(config: GPTConfig) -> list[Entry]:
     heads = heads_of(config)
     entries = [same("embedding.weight", "model.embed_tokens.weight")]
-    parameters = ("weight", "bias") if config.bias else ("weight",)
     for i in range(config.num_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         entries += [
             same(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
             same(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
         ]
-        for p in ("weight", "bias") if config.has_qkv_bias else ("weight",):
+        for p in _parameters(config.has_qkv_bias):
             names = [f"{theirs}.self_attn.{x}_proj.{p}" for x in "qkv"]
             entries.append(heads.entry(f"{ours}.attention.qkv.{p}", names))
         if config.qk_norm:
@@ -28,8 +32,9 @@ def _entries(config: GPTConfig) -> list[Entry]:
                 same(f"{ours}.attention.query_norm.weight", f"{theirs}.self_attn.q_norm.weight"),
                 same(f"{ours}.attention.key_norm.weight", f"{theirs}.self_attn.k_norm.weight"),
             ]
-        for p in parameters:
+        for p in _parameters(config.has_output_bias):
             entries.append(same(f"{ours}.attention.output.{p}", f"{theirs}.self_attn.o_proj.{p}"))
+        for p in _parameters(config.bias):
             entries += [
                 same(f"{ours}.mlp.{x}.{p}", f"{theirs}.mlp.{x}_proj.{p}") for x in ("gate", "up", "down")
             ]
@@ -41,17 +46,7 @@ def _entries(config: GPTConfig) -> list[Entry]:
 
 def _write_config(config: GPTConfig) -> dict[str, Any]:
     """What all of them say."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling := config.rope_scaling:
-        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": scaling.low_frequency_factor,
-                "high_freq_factor": scaling.high_frequency_factor,
-                "original_max_position_embeddings": scaling.original_max_sequence_length,
-            }
     return {
-        "max_position_embeddings": config.max_sequence_length,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
@@ -61,10 +56,7 @@ def _write_config(config: GPTConfig) -> dict[str, Any]:
         "hidden_act": ACTIVATIONS[config.activation],
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": config.dropout,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        # What releases before transformers 5 read.
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.rope_scaling else None,
+        **write_rope(config),
     }
 
 
@@ -75,7 +67,6 @@ def _read_config(theirs: Settings, *, rope_theta: float, tied: bool) -> dict[str
     prefix = "" if "embed_tokens.weight" in theirs.tensors else "model."
     return {
         "vocab_size": theirs.whole("vocab_size"),
-        "max_sequence_length": theirs.whole("max_position_embeddings", 2048),
         "hidden_size": hidden,
         "num_layers": theirs.whole("num_hidden_layers"),
         "num_heads": heads,
@@ -87,36 +78,12 @@ def _read_config(theirs: Settings, *, rope_theta: float, tied: bool) -> dict[str
         "norm": "rmsnorm",
         "norm_eps": theirs.number("rms_norm_eps", 1e-6),
         "positions": "rope",
-        **_read_rope(theirs, rope_theta),
+        **read_rope(theirs, theta=rope_theta, longest=2048),
         "bias": False,
         "tie_embeddings": theirs.is_tied("lm_head.weight", f"{prefix}embed_tokens.weight", tied),
         "dropout": theirs.number("attention_dropout", 0.0),
         "init_std": theirs.number("initializer_range", 0.02),
     }
-
-
-def _read_rope(theirs: Settings, default_theta: float) -> dict[str, Any]:
-    # Releases before transformers 5 had rope_scaling, and rope_theta beside it.
-    rope = theirs.section("rope_parameters" if theirs.content.get("rope_parameters") else "rope_scaling")
-    type_key = "rope_type" if "rope_type" in rope.content else "type"
-    kind = rope.content.get(type_key)
-    rope.require(type_key, "default", "llama3", "linear")
-    for settings in (theirs, rope):
-        settings.require("partial_rotary_factor", 1)
-    scaling: dict[str, Any] | None = None
-    if kind == "linear":
-        scaling = {"kind": "linear", "factor": rope.number("factor")}
-    elif kind == "llama3":
-        scaling = {
-            "factor": rope.number("factor"),
-            "low_frequency_factor": rope.number("low_freq_factor"),
-            "high_frequency_factor": rope.number("high_freq_factor"),
-            "original_max_sequence_length": rope.whole(
-                "original_max_position_embeddings", theirs.whole("max_position_embeddings", 2048)
-            ),
-        }
-    theta = rope.number("rope_theta", theirs.number("rope_theta", default_theta))
-    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 # What each has of its own.
@@ -132,12 +99,15 @@ def _misfits(config: GPTConfig, **has: Any) -> dict[str, str]:
         "gated_mlp": True,
         "bias": False,
         "qkv_bias": False,
+        "output_bias": False,
         "qk_norm": False,
         "sliding_window": None,
+        "partial_rotary_factor": 1.0,
         "no_rope_layers": (),
         **has,
     }
-    ours = {key: getattr(config, key) for key in values} | {"qkv_bias": config.has_qkv_bias}
+    implied = {"qkv_bias": config.has_qkv_bias, "output_bias": config.has_output_bias}
+    ours = {key: getattr(config, key) for key in values} | implied
     found = {key: str(has) for key, has in values.items() if has is not _ANY and ours[key] != has}
     if config.hidden_size % config.num_heads:
         found["hidden_size"] = "a multiple of num_heads"
@@ -145,14 +115,13 @@ def _misfits(config: GPTConfig, **has: Any) -> dict[str, str]:
 
 
 def _write_biases(config: GPTConfig) -> dict[str, Any]:
-    return {"attention_bias": config.bias, "mlp_bias": config.bias}
+    return {"attention_bias": config.has_qkv_bias, "mlp_bias": config.bias}
 
 
 def _read_biases(theirs: Settings) -> dict[str, Any]:
-    bias = theirs.flag("attention_bias", False)
-    if theirs.flag("mlp_bias", False) != bias:
-        raise theirs.refusal("mlp_bias", f"{bias}, as attention_bias")
-    return {"bias": bias}
+    of_attention, bias = theirs.flag("attention_bias", False), theirs.flag("mlp_bias", False)
+    own = unless(of_attention, bias)
+    return {"bias": bias, "qkv_bias": own, "output_bias": own}
 
 
 def _write_layers(config: GPTConfig) -> dict[str, Any]:
@@ -192,10 +161,11 @@ def _read_window(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_qwen3(theirs: Settings) -> dict[str, Any]:
-    theirs.require("attention_bias", False)
+    own = unless(theirs.flag("attention_bias", False), False)
     width = theirs.whole("head_dim", 128)
     implied = theirs.whole("hidden_size") // max(theirs.whole("num_attention_heads"), 1)
-    return {"qk_norm": True, "head_dim": unless(width, implied), **_read_layers(theirs)}
+    biases = {"qkv_bias": own, "output_bias": own}
+    return {"qk_norm": True, "head_dim": unless(width, implied), **biases, **_read_layers(theirs)}
 
 
 def _write_smollm3(config: GPTConfig) -> dict[str, Any]:
@@ -252,7 +222,7 @@ def _form(
 LLAMA = _form(
     "llama",
     "LlamaForCausalLM",
-    lambda config: _misfits(config, bias=_ANY, qkv_bias=config.bias),
+    lambda config: _misfits(config, bias=_ANY, qkv_bias=_ANY, output_bias=config.has_qkv_bias),
     _write_biases,
     _read_biases,
 )
@@ -273,14 +243,18 @@ QWEN2 = _form(
 QWEN3 = _form(
     "qwen3",
     "Qwen3ForCausalLM",
-    lambda config: _misfits(config, qk_norm=True, sliding_window=_ANY),
-    lambda config: {"attention_bias": False, **_write_layers(config)},
+    lambda config: _misfits(
+        config, qk_norm=True, sliding_window=_ANY, qkv_bias=_ANY, output_bias=config.has_qkv_bias
+    ),
+    lambda config: {"attention_bias": config.has_qkv_bias, **_write_layers(config)},
     _read_qwen3,
 )
 SMOLLM3 = _form(
     "smollm3",
     "SmolLM3ForCausalLM",
-    lambda config: _misfits(config, bias=_ANY, qkv_bias=config.bias, no_rope_layers=_ANY),
+    lambda config: _misfits(
+        config, bias=_ANY, qkv_bias=_ANY, output_bias=config.has_qkv_bias, no_rope_layers=_ANY
+    ),
     _write_smollm3,
     _read_smollm3,
     rope_theta=2_000_000.0,

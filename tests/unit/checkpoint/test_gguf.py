@@ -35,6 +35,16 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
     ),
+    "llama-yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 8,
+        },
+    ),
+    "llama-attention-biases": ("llama", {"attention_bias": True}, {}),
     "mistral": ("mistral", {"sliding_window": 8}, {"llama.attention.sliding_window": 8}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {"head_dim": 32}, {}),
@@ -156,8 +166,8 @@ FLAWS: dict[str, tuple[dict[str, Any], str]] = {
         "llama.rope.dimension_count: got 8; allowed: 16",
     ),
     "yarn": (
-        {"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}},
-        "rope_scaling.rope_type: got 'yarn'; allowed: default, llama3, linear",
+        {"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_attn_factor": 4.0}},
+        "llama.rope.scaling.yarn_attn_factor: got 4.0; allowed: 1.0",
     ),
     "factors of another rule": (
         {"tensors": {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}},

@@ -19,9 +19,10 @@ from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.models.bert import Bert
 from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, RopeScaling
+from llmtrain.models.config import GPTConfig
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
+from llmtrain.models.rope_config import RopeScaling
 from llmtrain.models.seq2seq import EncoderDecoder
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 
@@ -233,20 +234,30 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (edit_config(model_type="opt"), "model_type: got 'opt'; allowed: gpt2, llama, mistral, qwen2"),
         (edit_config(model_type=["a"]), "model_type: got"),
         (edit_config(hidden_act="mish"), "hidden_act: got 'mish'"),
-        (edit_config(mlp_bias=True), "mlp_bias: got True; allowed: False"),
-        *[
-            (
-                edit_config(rope_parameters={"rope_type": kind}),
-                f"rope_parameters.rope_type: got '{kind}'; allowed: default, llama3, linear",
-            )
-            for kind in ("yarn", "dynamic", "longrope")
-        ],
-        (edit_config(rope_parameters=..., rope_scaling={"type": "yarn"}), "rope_scaling.type: got 'yarn'"),
+        (edit_config(mlp_bias=True), r"no tensor model\.layers\.0\.mlp\.down_proj\.bias"),
+        (
+            edit_config(rope_scaling={"rope_type": "proportional"}),
+            "rope_type: got 'proportional'; allowed: default, linear, dynamic, yarn, llama3, longrope",
+        ),
+        (edit_config(rope_scaling={"type": "mrope"}), "rope_scaling.type: got 'mrope'"),
+        (
+            edit_config(rope_parameters={"full_attention": {"rope_type": "default"}}),
+            "rope_parameters.full_attention: got {'rope_type': 'default'}; allowed: .*the same in all layers",
+        ),
+        (edit_config(rope_scaling={"type": "yarn"}), "no key 'rope_scaling.factor'"),
+        (
+            edit_config(rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+            "short_factors: got '1 numbers, the least 1.0'; allowed: 4 numbers above 0",
+        ),
+        (
+            edit_config(rope_scaling={"type": "longrope"}),
+            "no key 'rope_scaling.short_factor'",
+        ),
         (edit_config(rope_parameters={"rope_type": "linear"}), "no key 'rope_parameters.factor'"),
         (edit_config(rope_parameters={"rope_type": "linear", "factor": 0}), "factor: got 0"),
         (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor: got 0.5; allowed: 1"),
         (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config: got"),
-        (edit_config(model_type="qwen3", attention_bias=True), "attention_bias: got True; allowed: False"),
+        (edit_config(model_type="qwen3", attention_bias=True), "no tensor model"),
         (
             edit_config(
                 model_type="qwen2",
