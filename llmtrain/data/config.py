@@ -128,6 +128,9 @@ class PrepareConfig:
     lines."""
     txt_document: Literal["auto", "file", "line", "paragraph"] = "auto"
     """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
+    quoting: Literal["auto", "double", "none"] = "auto"
+    """What quotes are in tables. double: they stand around values that hold delimiters, line ends or quotes,
+    these doubled. none: text as all else. auto: double in .csv, none in .tsv."""
     normalization: Literal["none", "nfc", "nfkc"] = "nfc"
     """Unicode normalization form (Unicode Standard Annex 15)."""
     near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)

@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -25,8 +24,10 @@ from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, UNFINISHED_NAME, VERSION
 from llmtrain.data.files import disk_errors
 from llmtrain.data.preparation import filters, near
 from llmtrain.data.preparation.folder import commit, locked_output, open_work, remove_work, tidied
+from llmtrain.data.preparation.opening import refuse_long_windows
 from llmtrain.data.preparation.peers import Peers
 from llmtrain.data.preparation.report import Progress, Report, SplitReport
+from llmtrain.data.preparation.scan import LeftOut, shown
 from llmtrain.data.preparation.sources import (
     check_fields,
     contents_fingerprint,
@@ -64,20 +65,23 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
     filters.require(config.filters)
     if config.near_duplicates.threshold is not None:
         near.require_library()
-    skipped: list[str] = []
+    left_out = LeftOut()
     if config.target_source:
         files = find_line_pairs(config.source, config.target_source)
     else:
-        files, skipped = find_files(config.source, exclude=config.output)
+        files, left_out = find_files(config.source, exclude=config.output)
         if config.target_field is not None:
             check_fields(files)
     given = None if config.tokenizer.model is None else load_tokenizer(config.tokenizer.model)
     read = _read(files)
+    windows = refuse_long_windows(read, config.workers or os.cpu_count() or 1)
     needed = 2 * sum(file.size * (4 if file.compression or file.kind == "parquet" else 1) for file in read)
     peers = Peers(config.output / UNFINISHED_NAME, rank, size, job, config.peer_timeout)
     with Progress(quiet=rank > 0) as progress, disk_errors(config.output, needed):
+        for note in windows:
+            progress.say(f"note: {note}")
         with locked_output(config.output, peers), disk_errors(config.output, needed):
-            run = _Run(config, files, skipped, given, needed, peers, progress)
+            run = _Run(config, files, left_out, given, needed, peers, progress)
             if rank:
                 run.follow()
                 return None
@@ -95,19 +99,19 @@ class _Run:
         self,
         config: PrepareConfig,
         files: list[SourceFile],
-        skipped: list[str],
+        left_out: LeftOut,
         given: Tokenizer | None,
         bytes_needed: int,
         peers: Peers,
         progress: Progress,
     ) -> None:
-        self.config, self.files, self.skipped, self.given = config, files, skipped, given
+        self.config, self.files, self.left_out, self.given = config, files, left_out, given
         self.bytes_needed, self.peers, self.progress = bytes_needed, peers, progress
         self.work = config.output / UNFINISHED_NAME
 
     def lead(self) -> Report:
         """Rank 0: find out what is to be done, do a share of it, put the corpus in its place."""
-        identity = _identity(self.config, self.files, self.given)
+        identity = self._identity()
         report = _finished(self.config, identity)
         if report is None:
             stamps = _hash([[f.name, f.size, f.mtime_ns, f.version] for f in _read(self.files)])
@@ -130,6 +134,22 @@ class _Run:
             # Or killed after the corpus was whole, or other settings were tried and left.
             remove_work(self.work)
         return report
+
+    def _identity(self) -> dict[str, Any]:
+        """What two corpora must share to be the same."""
+        read = _read(self.files)
+        size = sum(file.size for file in read)
+        with self.progress.stage("hashing", size) as stage:
+
+            def on_piece(count: int) -> None:
+                stage.advance(count)
+                self.peers.check()
+
+            contents = contents_fingerprint(read, on_piece)
+        return {
+            "settings": _settings(self.config, self.given),
+            "sources": {"files": len(read), "bytes": size, "contents": contents},
+        }
 
     def follow(self) -> None:
         """Every other rank: do a share of the work, see rank 0 end it."""
@@ -194,7 +214,7 @@ class _Run:
             "report": report.recorded(),
             "config": {
                 **_settings(self.config, None),
-                "source": [*map(without_credentials, self.config.source)],
+                "source": [*(shown(without_credentials(source)) for source in self.config.source)],
                 "identity": identity,
             },
         }
@@ -209,10 +229,19 @@ class _Run:
                 "paragraph": "a paragraph",
             }[self.config.txt_document]
             notes.append(f"a document in .txt is {meaning} (txt_document={self.config.txt_document})")
-        if self.skipped:
-            endings = sorted({Path(name).suffix or "none" for name in self.skipped})
+        notes += self.left_out.notes()
+        empty = [file.name for file in _read(self.files) if not file.size]
+        if empty:
+            notes.append(f"{len(empty):,} files of no bytes: {', '.join(empty[:8])}")
+        counts = report.cleaning
+        if counts.quotes_kept:
             notes.append(
-                f"{len(self.skipped):,} files of other extensions left out: {', '.join(endings[:8])}"
+                f"{counts.quotes_kept:,} values stand in quotes, which are kept: quoting=double drops them"
+            )
+        if counts.like_rows:
+            number, places = sum(counts.like_rows.values()), ", ".join([*counts.like_rows][:8])
+            warnings.append(
+                f"{number:,} quoted values hold lines that look like rows ({places}): an unclosed quote?"
             )
         for name, split in report.splits.items():
             if not split.documents:
@@ -234,18 +263,6 @@ def _fingerprint(splits: dict[str, Any], tokenizer: Tokenizer) -> str:
 # ---------------------------------------------------------------------------------- what is there
 
 
-def _identity(config: PrepareConfig, files: list[SourceFile], model: Tokenizer | None) -> dict[str, Any]:
-    """What two corpora must share to be the same."""
-    return {
-        "settings": _settings(config, model),
-        "sources": {
-            "files": len(_read(files)),
-            "bytes": sum(file.size for file in _read(files)),
-            "contents": contents_fingerprint(_read(files)),
-        },
-    }
-
-
 def _read(files: list[SourceFile]) -> list[SourceFile]:
     """Every file that is read: of pairs of files both."""
     return [each for file in files for each in file.files]
@@ -257,6 +274,9 @@ def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
     if settings["target_field"] is None:
         # As corpora have it that were prepared before there were pairs.
         del settings["target_field"]
+    if settings["quoting"] == "auto":
+        # As corpora have it that are older than the key.
+        del settings["quoting"]
     if config.target_source:
         settings["target_source"] = len(config.target_source)
     if config.near_duplicates.threshold is not None:

@@ -48,7 +48,13 @@ class CleanCounts:
     """Documents that came as token ids."""
     members_ignored: int = 0
     """Members of tars that hold no document."""
+    members_repeated: int = 0
+    """Members of tars that have another's key and ending, and are documents of their own."""
+    quotes_kept: int = 0
+    """Values in quotes where none mark values."""
 
+    like_rows: dict[str, int] = field(default_factory=dict)
+    """By the place of the first in each file, values whose lines look like rows."""
     filtered: dict[str, int] = field(default_factory=dict)
     """Documents dropped by each rule of the filters."""
 
@@ -58,10 +64,12 @@ class CleanCounts:
 
     def add(self, other: CleanCounts) -> None:
         for f in fields(self):
-            if f.name != "filtered":
-                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-        for rule, count in other.filtered.items():
-            self.filtered[rule] = self.filtered.get(rule, 0) + count
+            ours, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(ours, dict):
+                for key, count in theirs.items():
+                    ours[key] = ours.get(key, 0) + count
+            else:
+                setattr(self, f.name, ours + theirs)
 
 
 def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts: CleanCounts) -> list[bytes]:

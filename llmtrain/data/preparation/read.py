@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import codecs
-import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.clean import CleanCounts
+from llmtrain.data.preparation.delimited import read_delimited
+from llmtrain.data.preparation.opening import open_source
+from llmtrain.data.preparation.parquet import read_parquet
 from llmtrain.data.preparation.streams import (
     COLUMNS,
-    BadZstdError,
     Batch,
     Pairs,
     Part,
     SourceFile,
     line_chunks,
-    open_source,
 )
-from llmtrain.data.preparation.tables import read_csv, read_parquet
 from llmtrain.data.preparation.tars import Vocabulary, read_tar
 from llmtrain.data.preparation.texts import read_jsonl, read_line_pairs, read_paragraphs, read_whole
 from llmtrain.errors import DataError, Problem
@@ -33,6 +31,7 @@ def read_part(
     scratch: Path,
     vocabulary: Vocabulary | None,
     counts: CleanCounts,
+    quoting: str = "auto",
 ) -> Iterator[Batch]:
     """Raw documents of a part in order, in batches of about BATCH_BYTES; of two fields, pairs. `scratch`
     takes a compressed parquet while it is read. With a vocabulary, documents may be token ids of it. Adds
@@ -42,40 +41,31 @@ def read_part(
     UnicodeDecodeError, which `undecodable` turns into one.
     """
     file = part.file
-    try:
-        if file.target is not None:
-            yield from read_line_pairs(file, file.target)
-        elif file.kind in COLUMNS:
-            columns = {
-                "parquet": lambda: read_parquet(part, fields, scratch),
-                "csv": lambda: read_csv(file, fields),
-                "tsv": lambda: read_csv(file, fields),
-                "jsonl": lambda: read_jsonl(part, fields),
-            }[file.kind]()
-            yield from (texts[0] if len(texts) == 1 else Pairs(*texts) for texts in columns)
-        elif file.kind == "tar":
-            yield from read_tar(file, fields[0], vocabulary, counts)
-        elif txt_document == "file":
-            yield from read_whole(file)
-        elif txt_document == "line":
-            for _, data in line_chunks(part):
-                yield data.removesuffix(b"\n").split(b"\n")
-        else:
-            yield from read_paragraphs(part, pack=txt_document == "auto")
-    except (EOFError, zlib.error, gzip.BadGzipFile, BadZstdError) as error:
-        raise DataError(
-            Problem(file.name, f"damaged .{file.compression} data ({error})", "", "copy or download it again")
-        ) from error
-    except (PermissionError, FileNotFoundError) as error:
-        raise DataError(Problem(file.name, str(error.strerror), "a readable file")) from error
+    if file.target is not None:
+        yield from read_line_pairs(file, file.target)
+    elif file.kind in COLUMNS:
+        columns = {
+            "parquet": lambda: read_parquet(part, fields, scratch),
+            "csv": lambda: read_delimited(file, fields, quoting, counts),
+            "tsv": lambda: read_delimited(file, fields, quoting, counts),
+            "jsonl": lambda: read_jsonl(part, fields),
+        }[file.kind]()
+        yield from (texts[0] if len(texts) == 1 else Pairs(*texts) for texts in columns)
+    elif file.kind == "tar":
+        yield from read_tar(file, fields[0], vocabulary, counts)
+    elif txt_document == "file":
+        yield from read_whole(file)
+    elif txt_document == "line":
+        for _, data in line_chunks(part):
+            yield data.removesuffix(b"\n").split(b"\n")
+    else:
+        yield from read_paragraphs(part, pack=txt_document == "auto")
 
 
 def undecodable(part: Part) -> DataError:
     """The error that names the first byte of the part's file, or of its targets', that is no UTF-8."""
-    found = ((file, _first_undecodable(file)) for file in part.file.files if file.kind != "parquet")
-    name, where = next(
-        ((file.name, where) for file, where in found if where), (part.file.name, "in a value of a text field")
-    )
+    found = ((file, _first_undecodable(file)) for file in part.file.files)
+    name, where = next((file.name, where) for file, where in found if where)
     return DataError(
         Problem(name, f"bytes that are no UTF-8: {where}", "UTF-8", "convert it, with iconv say")
     )

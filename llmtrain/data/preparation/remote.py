@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from llmtrain.data.preparation.opening import refuse_changed
 from llmtrain.data.preparation.streams import Part, SourceFile
 from llmtrain.data.shards import ShardError
 from llmtrain.data.transport import Transport, without_credentials
@@ -41,10 +42,17 @@ def find(url: str, kind: str, compression: str) -> SourceFile:
 def at_hand(part: Part, scratch: Path) -> Iterator[Part]:
     """The part with its file on this machine, in `scratch` if it lies elsewhere, and gone again then.
 
-    Raises DataError when it cannot be had, or is not the one that was found.
+    Raises DataError when it cannot be had, or is not the one that was found, to the end of the block.
     """
     if not part.file.url:
-        yield part
+        _refuse_changed(part)
+        try:
+            yield part
+        except DataError:
+            # What was wrong with it may come of that.
+            _refuse_changed(part)
+            raise
+        _refuse_changed(part)
         return
     folder = scratch / "remote"
     folder.mkdir()
@@ -59,3 +67,8 @@ def at_hand(part: Part, scratch: Path) -> Iterator[Part]:
     finally:
         transport.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_changed(part: Part) -> None:
+    for file in part.file.files:
+        refuse_changed(file)

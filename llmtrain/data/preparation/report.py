@@ -74,6 +74,11 @@ class Report:
             text.append(f"tokenized  {clean.tokenized:,} documents came as token ids")
         if clean.members_ignored:
             text.append(f"ignored    {clean.members_ignored:,} members of tars that hold no document")
+        if clean.members_repeated:
+            text.append(
+                f"repeated   {clean.members_repeated:,} members of tars have the name of the one before: "
+                "each is a document"
+            )
         for name, split in self.splits.items():
             ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
             text.append(

@@ -3,6 +3,8 @@
 A source is a file, a folder, a glob, `package:NAME/path` (a file of an installed Python package), or the
 URL of a file (http, https, s3 and what else fsspec knows).
 Kinds are known by their extension: .txt .jsonl .csv .tsv .parquet .tar, each also with .gz or .zst behind it.
+A .json is JSON lines, as in public corpora. Plain ones in a folder may as well be settings: they are read
+where the source names them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,29 +22,38 @@ import xxhash
 
 from llmtrain.data.packages import PREFIX, package_root
 from llmtrain.data.preparation import remote, streams
+from llmtrain.data.preparation.opening import open_source, reading
+from llmtrain.data.preparation.parquet import open_parquet
+from llmtrain.data.preparation.scan import LeftOut, Scan, look, scan_problem, shown
 from llmtrain.data.preparation.streams import COLUMNS, Part, SourceFile, Unit
-from llmtrain.data.preparation.tables import open_parquet
 from llmtrain.data.transport import is_remote, without_credentials
 from llmtrain.errors import DataError, Problem
 
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet", "tar")
 COMPRESSIONS = ("gz", "zst")
-_SAMPLE_PIECES, _SAMPLE_BYTES = 64, 1 << 16
+_PIECE_BYTES = 64 << 20
 _READERS = 16
-_ALLOWED = "." + " .".join(KINDS) + ", each also with ." + " or .".join(COMPRESSIONS)
+_ALLOWED = (
+    "."
+    + " .".join(KINDS)
+    + ", each also with ."
+    + " or .".join(COMPRESSIONS)
+    + "; .json of one object a line"
+)
 
 
-def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[list[SourceFile], list[str]]:
-    """Every file of the sources in order, each once, and the names of files in folders left out for
-    their extension. Files below `exclude` are no source.
+def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[list[SourceFile], LeftOut]:
+    """Every file of the sources in order, each once, and what stands in folders and is left out. Files
+    below `exclude` are no source.
 
-    Raises DataError with a problem for each source that gives nothing.
+    Raises DataError with a problem for each source that gives nothing, and for whatever cannot be looked at.
     """
     problems: list[Problem] = []
     files: dict[Path | str, SourceFile] = {}
-    skipped: list[str] = []
+    left_out = LeftOut()
     excluded = exclude.resolve() if exclude is not None and exclude.is_dir() else None
     for source in sources:
+        scan = Scan(left_out, excluded)
         found = 0
         try:
             if is_remote(source):
@@ -50,31 +62,46 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
                     raise DataError(Problem(without_credentials(source), "another extension", _ALLOWED))
                 files.setdefault(source, remote.find(source, kind, compression))
                 continue
-            for path, name, explicit in _expand(source):
-                resolved = path.resolve()
-                if excluded is not None and resolved.is_relative_to(excluded):
+            for path, name, explicit in _expand(source, scan):
+                try:
+                    file = _source_file(path, name, explicit, left_out)
+                except OSError as error:
+                    problems.append(scan_problem(error, path))
+                    found += 1
                     continue
-                kind, compression = _kind_of(path.name)
-                if kind is None:
-                    if explicit:
-                        raise DataError(Problem(name, f"the extension {path.suffix or '(none)'}", _ALLOWED))
-                    skipped.append(name)
-                    continue
-                found += 1
-                if resolved not in files:
-                    stat = path.stat()
-                    files[resolved] = SourceFile(
-                        resolved, name, kind, compression, stat.st_size, stat.st_mtime_ns
-                    )
-            if not found:
-                raise DataError(Problem(source, "no file that can be read", _ALLOWED, "check the name"))
+                if file is not None and not (excluded and file.path.is_relative_to(excluded)):
+                    found += 1
+                    files.setdefault(file.path, file)
+            if not found and not scan.problems:
+                raise DataError(
+                    Problem(shown(source), "no file that can be read", _ALLOWED, "check the name")
+                )
         except DataError as error:
             problems.extend(error.problems)
         except OSError as error:
-            problems.append(Problem(str(error.filename or source), str(error.strerror), "a readable file"))
+            problems.append(scan_problem(error, source))
+        problems.extend(scan.problems)
     if problems:
-        raise DataError(problems)
-    return list(files.values()), skipped
+        raise DataError(dict.fromkeys(problems))
+    return list(files.values()), left_out
+
+
+def _source_file(path: Path, name: str, explicit: bool, left_out: LeftOut) -> SourceFile | None:
+    """The file of that path, or None after adding it to `left_out`; `explicit`: the user names it."""
+    resolved = Path(os.path.realpath(path, strict=True))
+    status = resolved.stat()
+    kind, compression = _kind_of(path.name, explicit)
+    if kind is None:
+        if explicit:
+            raise DataError(Problem(name, f"the extension {shown(path.suffix) or '(none)'}", _ALLOWED))
+        left_out.other.append(name)
+    elif not stat.S_ISREG(status.st_mode):
+        if explicit:
+            raise DataError(Problem(name, "a FIFO, socket or device", "a file", "write what it gives to one"))
+        left_out.special.append(name)
+    else:
+        return SourceFile(resolved, name, kind, compression, status.st_size, status.st_mtime_ns)
+    return None
 
 
 def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[SourceFile]:
@@ -90,17 +117,19 @@ def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[Sour
         for place in places:
             path = Path(place).expanduser()
             try:
-                if is_remote(place) or not path.is_file():
-                    raise DataError(
-                        Problem(key, f"{place}, no file of this machine", "a file with target_source")
-                    )
-                stat = path.stat()
-            except DataError as error:
-                problems.extend(error.problems)
+                status = None if is_remote(place) else look(path)
+            except OSError as error:
+                problems.append(scan_problem(error, place))
+                continue
+            if status is None or not stat.S_ISREG(status.st_mode):
+                got = f"{shown(place)}, no file of this machine"
+                problems.append(Problem(key, got, "a file with target_source"))
                 continue
             compression = _kind_of(path.name)[1]
             found[-1].append(
-                SourceFile(path.resolve(), place, "txt", compression, stat.st_size, stat.st_mtime_ns)
+                SourceFile(
+                    path.resolve(), shown(place), "txt", compression, status.st_size, status.st_mtime_ns
+                )
             )
     if not problems and len(targets) != len(sources):
         allowed = f"{len(sources)}, one for each of source"
@@ -119,7 +148,7 @@ def check_fields(files: Iterable[SourceFile]) -> None:
         raise DataError(Problem("source", names, allowed, "or give two files of lines: target_source=…"))
 
 
-def _expand(source: str) -> Iterator[tuple[Path, str, bool]]:
+def _expand(source: str, scan: Scan) -> Iterator[tuple[Path, str, bool]]:
     """(path, name for the user, whether the user asked for this very file)."""
     if source.startswith(PREFIX):
         root, inside = package_root(source)
@@ -128,69 +157,73 @@ def _expand(source: str) -> Iterator[tuple[Path, str, bool]]:
         named = lambda path: f"{base}/{path.relative_to(root).as_posix()}"  # noqa: E731
     else:
         location = os.path.expanduser(source)
-        named = str
+        named = shown
     path = Path(location)
-    if path.is_dir():
-        yield from ((p, named(p), False) for p in _walk(path))
-    elif path.exists():
-        yield path, named(path), True
+    status = look(path)
+    if status is not None:
+        if stat.S_ISDIR(status.st_mode):
+            yield from ((file, named(file), False) for file in scan.files(path))
+        else:
+            yield path, named(path), True
     elif glob.has_magic(location):
-        matches = sorted(glob.glob(location, recursive=True))
-        if not matches:
+        matches = scan.matches(location)
+        if not matches and not scan.problems:
             raise DataError(
-                Problem(source, "a pattern that matches no file", "", "check the name and the folder")
+                Problem(shown(source), "a pattern that matches no file", "", "check the name and the folder")
             )
-        for match in map(Path, matches):
+        # Every folder matches such a pattern; what is in them is not asked for by name.
+        explicit = "**" not in location
+        for match in matches:
             if match.is_dir():
-                if "**" not in location:
-                    yield from ((p, named(p), False) for p in _walk(match))
+                yield from ((file, named(file), False) for file in scan.files(match))
             else:
-                yield match, named(match), "**" not in location
+                yield match, named(match), explicit or location.endswith(".json")
     else:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = ", ".join(difflib.get_close_matches(path.name, siblings))
-        raise DataError(
-            Problem(
-                source, "no such file or folder", f"in that folder: {near}" if near else "", "check the name"
-            )
-        )
+        near = ", ".join(map(shown, difflib.get_close_matches(path.name, siblings)))
+        allowed = f"in that folder: {near}" if near else ""
+        raise DataError(Problem(shown(source), "no such file or folder", allowed, "check the name"))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _kind_of(name: str) -> tuple[str | None, str]:
+def _kind_of(name: str, named: bool = False) -> tuple[str | None, str]:
+    """Kind and compression of a file by its name; `named`: the user asks for this very one."""
     parts = name.lower().split(".")
     compression = parts.pop() if parts[-1] in COMPRESSIONS and len(parts) > 1 else ""
-    kind = parts[-1] if len(parts) > 1 and parts[-1] in KINDS else None
-    return kind, compression
+    kind = parts[-1] if len(parts) > 1 else None
+    if kind == "json" and (named or compression):
+        kind = "jsonl"
+    return kind if kind in KINDS else None, compression
 
 
-def contents_fingerprint(files: Sequence[SourceFile]) -> str:
-    """Hash of every file's name, size and contents, the contents of a file over 4 MiB in 64 even samples."""
+def contents_fingerprint(
+    files: Sequence[SourceFile], on_piece: Callable[[int], None] = lambda _: None
+) -> str:
+    """Hash of every file's name, size and contents. Nothing less tells an edited file from what it was:
+    size and times can all be the same. `on_piece` is told the bytes that were hashed."""
     whole = xxhash.xxh3_128()
+    pieces = [(file, start) for file in files for start in range(0, max(file.size, 1), _PIECE_BYTES)]
     # A shared disk answers many at once.
     with ThreadPoolExecutor(_READERS) as readers:
-        for file, digest in zip(files, readers.map(_contents_digest, files), strict=True):
-            whole.update(f"{file.path.name}\0{file.size}\0{digest}\0".encode())
+        for (file, start), digest in zip(pieces, readers.map(_piece_digest, pieces), strict=True):
+            if not start:
+                whole.update(os.fsencode(file.path.name) + f"\0{file.size}\0".encode())
+            whole.update(digest)
+            on_piece(min(file.size - start, _PIECE_BYTES))
     return whole.hexdigest()
 
 
-def _contents_digest(file: SourceFile) -> str:
+def _piece_digest(piece: tuple[SourceFile, int]) -> bytes:
+    file, start = piece
     if file.url:
-        return file.version
+        return file.version.encode() if not start else b""
     digest = xxhash.xxh3_128()
-    with open(file.path, "rb") as stream:
-        if file.size <= _SAMPLE_PIECES * _SAMPLE_BYTES:
-            digest.update(stream.read())
-        else:
-            for piece in range(_SAMPLE_PIECES):
-                stream.seek(piece * (file.size - _SAMPLE_BYTES) // (_SAMPLE_PIECES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    with reading(file), open(file.path, "rb", buffering=0) as stream:
+        stream.seek(start)
+        left = _PIECE_BYTES
+        while left and (data := stream.read(min(left, streams.BATCH_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    return digest.digest()
 
 
 # ---------------------------------------------------------------------------------------------- plan
@@ -230,7 +263,8 @@ def _parts(files: Iterable[SourceFile], txt_document: str) -> Iterator[tuple[Par
 
 
 def _row_group_parts(file: SourceFile) -> Iterator[tuple[Part, int]]:
-    metadata = open_parquet(file, file.path).metadata
+    with open_source(file) as stream:
+        metadata = open_parquet(file, stream).metadata
     start, size = 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size

@@ -104,7 +104,14 @@ class Stages:
         units = list(plan_units(self.files, self.config.txt_document))
         sizes = [sum(part.size for part in unit) for unit in units]
         config = self.config
-        settings = (config.fields, config.txt_document, config.normalization, vocabulary, config.filters)
+        settings = (
+            config.fields,
+            config.txt_document,
+            config.quoting,
+            config.normalization,
+            vocabulary,
+            config.filters,
+        )
         self._run(
             "reading",
             sizes,

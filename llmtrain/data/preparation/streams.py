@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from llmtrain.data.preparation.opening import open_source
 from llmtrain.errors import DataError, Problem
 
 # Fixed, because .txt documents of `auto` are packed anew at each border: a file's documents then
@@ -19,6 +21,7 @@ from llmtrain.errors import DataError, Problem
 UNIT_BYTES = 16 << 20
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 256 << 20
+_LONE_RETURN = re.compile(rb"\r(?!\n)")
 
 
 COLUMNS = ("csv", "tsv", "jsonl", "parquet")
@@ -84,66 +87,48 @@ class Part:
 Unit = tuple[Part, ...]
 
 
-def open_source(file: SourceFile) -> IO[bytes]:
-    if file.compression == "gz":
-        return io.BufferedReader(gzip.open(file.path, "rb"), BATCH_BYTES)  # type: ignore[arg-type]
-    if file.compression == "zst":
-        return io.BufferedReader(_ZstdStream(file.path), BATCH_BYTES)
-    return open(file.path, "rb")
+class _LineEnds(io.RawIOBase):
+    """A stream in which each carriage return that stands alone, as old line ends do, is a newline; no byte
+    changes its place."""
 
-
-class BadZstdError(Exception):
-    pass
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of a .zst, of any number of frames; unlike zstandard's own reader it raises
-    when the file ends inside a frame."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._zstandard = zstandard
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._frame: Any = None
-        self._output = memoryview(b"")
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream: Any = stream
 
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return self._stream.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
     def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            if self._frame is None or self._frame.eof:
-                data = data or self._file.read(1 << 14)
-                if not data:
-                    return 0
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            else:
-                data = self._file.read(1 << 14)
-                if not data:
-                    raise BadZstdError("it ends inside a frame")
-            try:
-                self._output = memoryview(self._frame.decompress(data))
-            except self._zstandard.ZstdError as error:
-                raise BadZstdError(str(error)) from error
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
+        data = self._stream.read1(len(buffer))
+        if b"\r" in data:
+            following = self._stream.peek(1)[:1] if data.endswith(b"\r") else b""
+            data = _LONE_RETURN.sub(b"\n", data + following)[: len(data)]
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
-        self._file.close()
+        self._stream.close()
         super().close()
 
 
-def line_chunks(part: Part) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, whole lines of about BATCH_BYTES) of a part.
+def open_lines(file: SourceFile) -> IO[bytes]:
+    """The bytes of a file of lines, each of which ends with a newline."""
+    return io.BufferedReader(_LineEnds(open_source(file)), BATCH_BYTES)
+
+
+def line_chunks(part: Part, lone_returns: bool = True) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, whole lines of about BATCH_BYTES) of a part; lone carriage returns end lines too, if so
+    wanted.
 
     A part begins at the first line that starts at or behind its start, and ends where the next part
     begins, so parts neither share nor miss a line.
     """
-    with open_source(part.file) as stream:
+    with open_lines(part.file) if lone_returns else open_source(part.file) as stream:
         offset = 0
         if part.start:
             offset = part.start - 1
@@ -159,8 +144,36 @@ def line_chunks(part: Part) -> Iterator[tuple[int, bytes]]:
                 return
             if not data.endswith(b"\n"):
                 data += _read_line(stream, part.file)
+            refuse_wide(data, part.file.name)
             yield offset, data
             offset += len(data)
+
+
+def refuse_wide(data: bytes, where: str) -> None:
+    """Raise DataError for text in UTF-16 or UTF-32 without a mark: most of it may pass as UTF-8, and means
+    something else. Its spaces and line ends have zero bytes, at places of one remainder by 2 or 4."""
+    if b"\0" not in data:
+        return
+    zeros = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
+    region = int(zeros[-1] - zeros[0]) + 1
+    counts = np.bincount(zeros % 4, minlength=4)
+    low, second, _, high = np.sort(counts)
+    few = 3 if 8 * len(zeros) >= region else 8
+    by_two = max(counts[::2].sum(), counts[1::2].sum()) >= 0.95 * len(zeros)
+    utf_16 = by_two and len(zeros) >= few and 25 * len(zeros) >= region
+    utf_32 = low <= 0.05 * high and second >= 0.5 * high and len(zeros) >= 6 and 2 * len(zeros) >= region
+    if utf_16 or utf_32:
+        got = f"text in UTF-{32 if utf_32 else 16}, it seems: {len(zeros):,} zero bytes at even distances"
+        raise DataError(Problem(where, got, "UTF-8", "convert it, with iconv say"))
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Text of a whole document. Raises DataError for what is no UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        got = f"bytes that are no UTF-8: 0x{data[error.start]:02x} at byte {error.start}"
+        raise DataError(Problem(where, got, "UTF-8", "convert it, with iconv say")) from error
 
 
 def _read_line(stream: IO[bytes], file: SourceFile) -> bytes:

@@ -34,6 +34,7 @@ def read_unit(
     folder: Path,
     fields: Sequence[str],
     txt_document: str,
+    quoting: str,
     normalization: str,
     vocabulary: Vocabulary | None,
     filters: FiltersConfig,
@@ -47,7 +48,7 @@ def read_unit(
     for wanted in unit:
         with at_hand(wanted, temporary) as part:
             try:
-                for batch in read_part(part, fields, txt_document, temporary, vocabulary, counts):
+                for batch in read_part(part, fields, txt_document, temporary, vocabulary, counts, quoting):
                     if isinstance(batch, Tokens):
                         writer.add(take_tokenized(batch, counts), is_tokenized=True)
                     else:

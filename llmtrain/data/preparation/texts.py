@@ -9,6 +9,7 @@ from itertools import islice, zip_longest
 from typing import Any
 
 from llmtrain.data.preparation import streams
+from llmtrain.data.preparation.opening import open_source
 from llmtrain.data.preparation.streams import (
     Pairs,
     Part,
@@ -16,7 +17,8 @@ from llmtrain.data.preparation.streams import (
     Texts,
     line_chunks,
     missing_field,
-    open_source,
+    open_lines,
+    refuse_wide,
 )
 from llmtrain.errors import DataError, Problem
 
@@ -27,6 +29,7 @@ _LINES_AT_ONCE = 4096
 def read_whole(file: SourceFile) -> Iterator[list[bytes]]:
     with open_source(file) as stream:
         text = stream.read(streams.LONGEST_LINE + 1)
+    refuse_wide(text, file.name)
     if len(text) > streams.LONGEST_LINE:
         raise DataError(
             Problem(
@@ -90,10 +93,11 @@ def _marked_lines(part: Part, border: int | None) -> Iterator[bytes]:
     """Lines with their newline; an empty one at each multiple of `border`."""
     next_border = border
     for offset, data in line_chunks(part):
+        lines = data.splitlines(keepends=True)
         if next_border is None:
-            yield from data.splitlines(keepends=True) if b"\r" not in data else _split_lines(data)
+            yield from lines
             continue
-        for line in _split_lines(data):
+        for line in lines:
             if offset >= next_border:
                 yield b""
                 next_border += -(-(offset - next_border + 1) // border) * border  # type: ignore[operator]
@@ -104,7 +108,7 @@ def _marked_lines(part: Part, border: int | None) -> Iterator[bytes]:
 def _whole_paragraph_lines(part: Part) -> Iterator[bytes]:
     reading = part.start == 0
     for offset, data in line_chunks(Part(part.file, part.start, part.file.size if part.stop else None)):
-        for line in _split_lines(data):
+        for line in data.splitlines(keepends=True):
             past_stop = part.stop is not None and offset >= part.stop
             if reading:
                 yield line
@@ -115,13 +119,6 @@ def _whole_paragraph_lines(part: Part) -> Iterator[bytes]:
                 if past_stop:
                     return
             offset += len(line)
-
-
-def _split_lines(data: bytes) -> list[bytes]:
-    """Lines with their newline; bytes.splitlines would also cut at a lone carriage return."""
-    lines = [line + b"\n" for line in data.split(b"\n")]
-    last = lines.pop()[:-1]
-    return [*lines, last] if last else lines
 
 
 def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
@@ -136,17 +133,25 @@ def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
 
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
-    for _, data in line_chunks(Part(file)):
+    with open_source(file) as stream:
+        first = stream.readline(streams.LONGEST_LINE)
+    # One that stands in a line of the one file alone would part all pairs behind it.
+    lone_returns = b"\r" in first and not first.endswith(b"\n")
+    for _, data in line_chunks(Part(file), lone_returns):
         yield from data.removesuffix(b"\n").split(b"\n")
 
 
 def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
     """The fields of these names, a batch of lines at a time."""
     file = part.file
+    keys = [json.dumps(name, ensure_ascii=False).encode() for name in names]
     for offset, data in line_chunks(part):
         lines = data.decode().split("\n")
         try:
             rows = [json.loads(line) for line in lines if line and not line.isspace()]
+            if any(data.count(key) > len(rows) for key in keys):
+                # Somewhere is a second one: in what a field holds, or beside the first.
+                rows = [parse_object(line, names) for line in lines if line and not line.isspace()]
             columns: list[Texts] = []
             for name in names:
                 texts = [row[name] for row in rows]
@@ -156,6 +161,24 @@ def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise _jsonl_error(file, offset, lines, names) from error
         yield columns
+
+
+def parse_object(line: str, names: Sequence[str]) -> Any:
+    """What json.loads gives. Raises ValueError for an object with two fields of one of these names."""
+    top: list[tuple[str, Any]] = []
+
+    def take(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # The outermost object is the last to end.
+        top[:] = pairs
+        return dict(pairs)
+
+    value = json.loads(line, object_pairs_hook=take)
+    if isinstance(value, dict):
+        found = [name for name, _ in top]
+        for name in names:
+            if found.count(name) > 1:
+                raise ValueError(f"field {name} {found.count(name)} times")
+    return value
 
 
 def _text_or_empty(value: Any) -> str:
@@ -168,25 +191,33 @@ def _text_or_empty(value: Any) -> str:
 
 def _jsonl_error(file: SourceFile, offset: int, lines: list[str], names: Sequence[str]) -> DataError:
     before = 0
-    with open_source(file) as stream:
+    with open_lines(file) as stream:
         remaining = offset
         while remaining and (data := stream.read(min(streams.BATCH_BYTES, remaining))):
             before += data.count(b"\n")
             remaining -= len(data)
     for number, line in enumerate(lines, before + 1):
-        if not line or line.isspace():
-            continue
-        where = f"{file.name} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            return DataError(Problem(where, f"no JSON ({error})", "one JSON object a line"))
-        if not isinstance(row, dict):
-            return DataError(Problem(where, f"a JSON {type(row).__name__}", "one JSON object a line"))
-        if not set(names) <= set(row):
-            return missing_field(where, names, list(row))
-        for name in names:
-            if not isinstance(row[name], str | None):
-                got = f"field {name} that is a {type(row[name]).__name__}"
-                return DataError(Problem(where, got, "text or null"))
+        if line and not line.isspace():
+            try:
+                text_of_object(line, f"{file.name} line {number}", names, "one JSON object a line")
+            except DataError as error:
+                return error
     raise AssertionError(f"{file.name}: no faulty line found")
+
+
+def text_of_object(text: str, where: str, names: Sequence[str], allowed: str) -> list[str]:
+    """The fields of these names of one JSON object, empty ones for null; DataError names what is wrong."""
+    remedy = "write a line for each, with jq -c '.[]' say" if text.lstrip().startswith("[") else ""
+    try:
+        row = parse_object(text, names)
+    except (ValueError, RecursionError) as error:
+        raise DataError(Problem(where, f"no JSON ({error})", allowed, remedy)) from error
+    if not isinstance(row, dict):
+        raise DataError(Problem(where, f"a JSON {type(row).__name__}", allowed, remedy))
+    if not set(names) <= set(row):
+        raise missing_field(where, names, list(row))
+    for name in names:
+        if not isinstance(row[name], str | None):
+            got = f"field {name} that is a {type(row[name]).__name__}"
+            raise DataError(Problem(where, got, "text or null"))
+    return [row[name] or "" for name in names]

@@ -16,6 +16,7 @@ from llmtrain.config import decode
 from llmtrain.data import transport
 from llmtrain.data.config import PrepareConfig
 from llmtrain.data.preparation import streams
+from llmtrain.data.preparation.scan import LeftOut
 from llmtrain.data.preparation.sources import find_files
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import DataError
@@ -135,7 +136,7 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path, folder: Path, se
     (found,), _ = find_files(source)
     server.faults.replaced["a.jsonl"] = (folder / "a.jsonl").read_bytes().replace(b"the", b"The")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmtrain.data.prepare.find_files", lambda *_, **__: ([found], []))
+        patch.setattr("llmtrain.data.prepare.find_files", lambda *_, **__: ([found], LeftOut()))
         with pytest.raises(DataError, match=r"a\.jsonl: got another state of the file than"):
             make(source, tmp_path / "corpus")
     make(source, tmp_path / "corpus")

@@ -4,8 +4,11 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from llmtrain.data.preparation import streams, texts
 from llmtrain.data.preparation.clean import CleanCounts, clean
+from llmtrain.data.preparation.opening import refuse_long_windows
 from llmtrain.data.preparation.read import read_part, undecodable
 from llmtrain.data.preparation.sources import find_files, plan_units
 from llmtrain.errors import DataError
@@ -178,72 +182,48 @@ def test_several_zstd_frames_and_gzip_members_are_one_file(tmp_path: Path):
     assert read(tmp_path / "a.txt.zst") == read(tmp_path / "a.txt.gz") == ["one two"]
 
 
+def test_a_zstd_of_any_window(tmp_path: Path):
+    for name, window_log in (("a.txt.zst", 31), ("b.txt.zst", 28), ("c.txt.zst", 20)):
+        parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        (tmp_path / name).write_bytes(compressor.compress(b"long window") + compressor.flush())
+        assert read(tmp_path / name) == ["long window"]
+    files, _ = find_files([str(tmp_path)])
+    (note,) = refuse_long_windows(files, workers=1)
+    assert note.startswith("2 .zst with long windows (")
+    assert note.endswith("a.txt.zst: 2,048 MiB): a worker holds as much memory while it reads one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2200 << 20))
+        assert refuse_long_windows(files, workers=1) == [note]
+        with pytest.raises(
+            DataError, match=r"workers: got 4, of which 2 hold 2,304 MiB .*lower workers to 1"
+        ):
+            refuse_long_windows(files, workers=4)
+
+
+@pytest.mark.parametrize("mode", ["auto", "line", "paragraph"])
+def test_old_line_ends_are_line_ends(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "BATCH_BYTES", 16)
+    lines = ["one", "", "two words", "x" * 30, "", "end"]
+    (tmp_path / "new.txt").write_bytes("\n".join(lines).encode())
+    (tmp_path / "old.txt").write_bytes("\r".join(lines).encode())
+    whole = read(tmp_path / "new.txt", txt_document=mode)
+    for unit_bytes in range(1, 40):
+        monkeypatch.setattr(streams, "UNIT_BYTES", unit_bytes)
+        if mode == "auto":
+            whole = read(tmp_path / "new.txt", txt_document=mode)
+        assert read(tmp_path / "old.txt", txt_document=mode) == whole
+    (tmp_path / "old.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    assert read(tmp_path / "old.jsonl") == ["a", "b"]
+
+
 def test_null_is_an_empty_text(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n\n{"text": "x"}\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": [None, "x", None]}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.parquet") == ["x"]
 
 
-# ---------------------------------------------------------------------------------------------- find
-
-
-def test_files_of_folders_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("b/two.txt", "a.txt", "b/one.jsonl.gz", "b/notes.md", "b/.hidden.txt", "corpus/out.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-
-    def names(*given: str) -> list[str]:
-        return [file.name for file in find_files(given, exclude=Path("corpus"))[0]]
-
-    assert names(".") == ["a.txt", "b/one.jsonl.gz", "b/two.txt"]
-    assert find_files(["."], exclude=Path("corpus"))[1] == ["b/notes.md"]
-    assert names("b/t*.txt", ".") == ["b/two.txt", "a.txt", "b/one.jsonl.gz"]
-    assert names("**/*.txt") == ["a.txt", "b/two.txt"]
-    assert names("*") == names(".")
-    (tmp_path / "[odd].txt").touch()
-    assert names("[odd].txt") == ["[odd].txt"]
-
-
-def test_a_file_of_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    package = tmp_path / "package_with_data"
-    (package / "data").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "data" / "a.txt").write_text("x")
-    monkeypatch.syspath_prepend(tmp_path)
-    for source in ("package:package_with_data/data/a.txt", "package:package_with_data/data"):
-        (file,) = find_files([source])[0]
-        assert file.name == "package:package_with_data/data/a.txt"
-    with pytest.raises(DataError, match=r"package:package_with_data/data/b\.txt: got no such file"):
-        find_files(["package:package_with_data/data/b.txt"])
-
-
 # ------------------------------------------------------------------------------------------- refuse
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("missing.txt", r"missing\.txt: got no such file or folder"),
-        ("*.jsonl", r"\*\.jsonl: got a pattern that matches no file"),
-        ("a.doc", r"a\.doc: got the extension \.doc; allowed: \.txt"),
-        ("empty_folder", "empty_folder: got no file that can be read"),
-        ("package:no_such_package/a.txt", "pip install no-such-package"),
-        ("package:", "incomplete name"),
-    ],
-)
-def test_sources_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str):
-    (tmp_path / "a.doc").touch()
-    (tmp_path / "empty_folder").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message):
-        find_files([source])
-
-
-def test_all_problems_are_told_at_once(tmp_path: Path):
-    with pytest.raises(DataError) as caught:
-        find_files([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
-    assert len(caught.value.problems) == 2
 
 
 @pytest.mark.parametrize(
@@ -253,7 +233,19 @@ def test_all_problems_are_told_at_once(tmp_path: Path):
         ("a.csv", b"text\ngood\nbad \xff\n", "0xff at byte 14"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "0xff at byte 24"),
         ("a.txt.gz", gzip.compress(b"ab\xff"), "0xff at byte 2 of the uncompressed text"),
-        ("a.txt", "utf-16".encode("utf-16"), "0xff at byte 0"),
+        ("a.txt", "utf-16".encode("utf-16"), r"a\.txt: got text in UTF-16, it seems"),
+        ("a.txt", "Привет, мир\n".encode("utf-16-le"), r"a\.txt: got text in UTF-16, it seems"),
+        ("a.txt", b"some ASCII first\n" * 9 + "then more\n".encode("utf-16-be"), "got text in UTF-16"),
+        ("a.txt.gz", gzip.compress("wide\n".encode("utf-32-le") * 9), r"a\.txt\.gz: got text in UTF-32"),
+        ("a.csv", "id,text\n1,x\n".encode("utf-16-le"), r"a\.csv line 1: got text in UTF-16"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "a", "text": "b"}\n',
+            r"line 2: got no JSON \(field text 2 times\)",
+        ),
+        ("a.json", b'[\n{"text": "x"}\n]\n', r"a\.json line 1: got no JSON .*jq -c"),
+        ("a.json", b'[{"text": "x"}]\n', r"a\.json line 1: got a JSON list; .*jq -c"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd\x00\xb0" + bytes(20), r"damaged \.zst data \(.*too much memory"),
         ("a.txt", b"cut" + "é".encode()[:1], "0xc3 at byte 3"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl line 3: got no JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl line 2: got a JSON list"),
@@ -264,7 +256,11 @@ def test_all_problems_are_told_at_once(tmp_path: Path):
         ),
         ("a.jsonl", b'{"text": 3}\n', "line 1: got field text that is a int"),
         ("a.csv", b"body,label\nx,1\n", r"a\.csv header: got no field text; allowed: body, label"),
-        ("a.csv", b"text,label\nx,1\ny,1,2\n", "Row #3: Expected 2 columns, got 3"),
+        (
+            "a.csv",
+            b"text,label\nx,1\ny,1,2\n",
+            r"a\.csv line 3: got 3 values; allowed: 2, as many as the header",
+        ),
         ("a.parquet", b"no parquet", "got no parquet file"),
         ("a.txt.gz", gzip.compress(b"long text " * 1000)[:-20], r"a\.txt\.gz: got damaged \.gz data"),
         ("a.txt.gz", b"no gzip", r"damaged \.gz data"),
@@ -292,8 +288,42 @@ def test_parquet_that_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="got no parquet file"):
         read(path)
     path.write_bytes(data[:100] + b"\0" * 3000 + data[3100:])
-    with pytest.raises(DataError, match="damaged parquet data"):
+    with pytest.raises(DataError, match=r"a\.parquet row 1 or later: got damaged parquet data"):
         read(path)
+
+
+def test_a_row_of_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "UNIT_BYTES", 1)
+    values = [b"fine"] * 1500 + [b"ab\xff", None]
+    for column in (pyarrow.array(values), pyarrow.array(values).view(pyarrow.string())):
+        table = pyarrow.table({"text": column})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+        with pytest.raises(DataError, match=r"a\.parquet row 1,501 field text: got .* 0xff at byte 2"):
+            read(tmp_path / "a.parquet")
+
+
+def test_columns_of_parquet(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    words = ["ä", None, "b"]
+    for column in (
+        pyarrow.array(words).dictionary_encode(),
+        pyarrow.array(words, pyarrow.large_string()),
+        pyarrow.array(words, pyarrow.string_view()),
+        pyarrow.array([word and word.encode() for word in words], pyarrow.large_binary()),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+        assert read(path) == ["ä", "b"]
+    for column in ([["x"]], [{"a": "x"}], [Decimal("1.5")]):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(DataError, match=r"a\.parquet: got field text of type (list|struct|decimal)"):
+            read(path)
+    twice = pyarrow.table([["x"], ["y"], ["z"]], names=["text", "text", "id"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(DataError, match=r"a\.parquet: got 2 columns of the name text"):
+        read(path)
+    assert read(path, "id") == ["z"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(3)}), path)
+    assert read(path) == []
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
