@@ -51,6 +51,9 @@ class Tokenizer(ABC):
     """Of the ROLES that it has."""
     eos_id: int
     """Separates documents: its eos, or its sep, or its bos."""
+    longest_text_bytes: int = 1 << 20
+    """Longer texts are encoded in parts that are joined (preparation/long_texts.py): libraries take up to 200
+    bytes of memory for a byte of text."""
 
     def __init__(self, content: bytes, special_ids: Mapping[str, int], where: str) -> None:
         """Raises DataError for one that has nothing to separate documents with."""

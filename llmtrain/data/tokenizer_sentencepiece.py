@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from importlib import import_module
 from itertools import chain
 from typing import Any
@@ -25,6 +26,8 @@ SPACE = "▁"
 TRAINING_THREADS = 8
 # Longer than any word, short enough that sentencepiece's lattices stay small.
 SENTENCE_BYTES = 4096
+LONGEST_UNIGRAM_BYTES = 16 << 20
+"""They take 11 bytes of memory for each."""
 _KNOWN = {
     "mask": ("<mask>", "[MASK]"),
     "cls": ("<cls>", "[CLS]"),
@@ -49,6 +52,14 @@ class SentencePieceTokenizer(Tokenizer):
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         super().__init__(model, _roles(self._processor), where)
+
+    @cached_property
+    def longest_text_bytes(self) -> int:  # type: ignore[override]
+        """Of unigrams more, whose scores are sums of float32 from the first piece on: what rounding decides
+        comes out otherwise where a part begins."""
+        spec = _spec(self.content, "tokenizer")
+        is_unigram = spec.trainer_spec.model_type == spec.trainer_spec.UNIGRAM
+        return LONGEST_UNIGRAM_BYTES if is_unigram else super().longest_text_bytes
 
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
@@ -94,14 +105,19 @@ def _is_user_defined(processor: sentencepiece.SentencePieceProcessor, i: int) ->
     return not processor.is_unknown(i) and piece in processor.encode(f"a{piece}b", out_type=str)
 
 
+def _spec(model: bytes, where: str) -> Any:
+    """What a model file says. Raises DataError for bytes that are no model."""
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    try:
+        return proto.ModelProto.FromString(model)
+    except Exception as error:  # protobuf's own class, which lies in its C extension
+        raise DataError(Problem(where, f"no sentencepiece model ({error})", "a .model file")) from error
+
+
 def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
     """`model` with the tokens `added` behind its pieces: T5's sentinels, which its texts may spell, and
     control tokens, which they may not. Raises DataError for bytes that are no model."""
-    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
-    try:
-        spec = proto.ModelProto.FromString(model)
-    except Exception as error:  # protobuf's own class, which lies in its C extension
-        raise DataError(Problem(where, f"no sentencepiece model ({error})", "a .model file")) from error
+    spec = _spec(model, where)
     for token in added:
         kind = spec.SentencePiece.USER_DEFINED if "extra_id" in token else spec.SentencePiece.CONTROL
         spec.pieces.add(piece=token, score=0.0, type=kind)

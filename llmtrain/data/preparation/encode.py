@@ -16,14 +16,13 @@ from llmtrain.data.config import SplitConfig
 from llmtrain.data.files import write_marker
 from llmtrain.data.preparation.blocks import Block, save_array, splits_of_block
 from llmtrain.data.preparation.clean import SEPARATOR_BYTE
+from llmtrain.data.preparation.long_texts import encode_text
 from llmtrain.data.preparation.streams import TOKEN_DTYPE
 from llmtrain.data.shards import Sample, sample_bytes, token_dtype, write_shard
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.tokenizer_folder import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
-# Beyond this a text is cut, before a space, so that a tokenizer's lattice stays small.
-LONGEST_ENCODED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,23 +106,11 @@ def finished_block(path: Path, dtype: np.dtype) -> EncodedBlock | None:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
-    """Ids of UTF-8 documents, int32; a document longer than LONGEST_ENCODED_BYTES is encoded in parts."""
-    if max(map(len, documents)) <= LONGEST_ENCODED_BYTES:
+    """Ids of UTF-8 documents, int32; those of a long one in parts that are joined."""
+    longest = tokenizer.longest_text_bytes
+    if max(map(len, documents)) <= longest:
         return tokenizer.encode_arrays(documents)
-    return [np.concatenate(tokenizer.encode_arrays(_cut(document))) for document in documents]
-
-
-def _cut(document: bytes) -> list[bytes]:
-    parts, start = [], 0
-    while len(document) - start > LONGEST_ENCODED_BYTES:
-        limit = start + LONGEST_ENCODED_BYTES
-        stop = document.rfind(b" ", start + 1, limit)
-        if stop < 0:
-            # No space: cut between two characters, before a byte that does not continue one.
-            stop = next(i for i in range(limit, limit - 4, -1) if document[i] & 0xC0 != 0x80)
-        parts.append(document[start:stop])
-        start = stop
-    return [*parts, document[start:]]
+    return [encode_text(tokenizer, document, longest) for document in documents]
 
 
 @lru_cache(maxsize=2)

@@ -195,7 +195,7 @@ def test_the_tokenizer_learns_from_at_most_train_bytes(
 
 
 def test_a_document_longer_than_a_sample_and_than_one_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llmtrain.data.preparation.encode.LONGEST_ENCODED_BYTES", 300)
+    monkeypatch.setattr("llmtrain.data.tokenizer_sentencepiece.LONGEST_UNIGRAM_BYTES", 300)
     documents = [*texts(50), " ".join(texts(100, seed=2)), "x" * 2000, "ü漢" * 700]
     source = write(tmp_path / "long.jsonl", documents)
     prepare(config(tmp_path / "corpus", source))
