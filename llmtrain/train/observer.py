@@ -13,6 +13,7 @@ from llmtrain.models.linear import product
 from llmtrain.parallel.layout import Layout
 from llmtrain.track import throughput
 from llmtrain.track.base import Metrics
+from llmtrain.track.peak import Peak, PeakKeeper
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers
 from llmtrain.train.config import TrainConfig
@@ -39,9 +40,11 @@ class RunObserver:
         self._units = config.batch.sequence_length if config.data.kind == "tokens" else 1
         self._flops = config.model.flops_per_token(config.batch.sequence_length)
         self._global_size = layout.global_size
-        self._peak = 0.0
-        if trackers is not None:
-            self._peak = layout.world_size * throughput.peak_flops(device.type, config.precision, product)
+        self._processes = layout.world_size
+        self._peak: PeakKeeper | None = None
+        if progress is not None:
+            self._peak = PeakKeeper(device.type, config.precision, product)
+            progress.message(_about(self._peak.peak, config.precision))
 
     def on_step(
         self, step: int, result: StepResult, lr: float, seconds: float, data: Mapping[str, float]
@@ -57,7 +60,6 @@ class RunObserver:
             "grad_norm": result.grad_norm,
             "tokens_per_second": rate,
             "step_tokens_per_second": tokens / seconds,
-            "mfu": throughput.model_flops_utilization(rate, self._flops, self._peak),
             "memory_bytes": throughput.memory_bytes(self._device_type),
             **data,
             **self._counters(),
@@ -65,6 +67,10 @@ class RunObserver:
             "num_targets": result.num_targets,
             **result.metrics,
         }
+        if self._peak is not None:
+            # MFU (PaLM, arXiv:2204.02311): of the model's own FLOPs; what is recomputed is no work.
+            used = self._peak.utilization(rate * self._flops / self._processes)
+            metrics |= {} if used is None else {"mfu": used}
         if result.skipped:
             metrics["skipped"] = 1
         if result.num_targets == 0:
@@ -100,3 +106,9 @@ class RunObserver:
             self._trackers.log(step, metrics)
         except UserError as error:
             self._failure = error
+
+
+def _about(peak: Peak | None, precision: str) -> str:
+    if peak is None:
+        return f"mfu is left out: what this device can do in {precision} is not known"
+    return f"mfu is of {peak.flops / 1e12:.3g} TFLOP/s a process, {peak.source}"
