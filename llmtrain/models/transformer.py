@@ -138,8 +138,9 @@ class RelativePositions:
     def bias(self, weight_NR: Tensor, T: int, S: int, *, both_ways: bool) -> Tensor:
         """What is added to the scores of the last T of S tokens with all of them, (N, T, S); `weight_NR`
         holds each head's bias for each bucket."""
-        distances = torch.arange(1 - S, T, device=weight_NR.device)
-        along_ND = weight_NR[:, self.buckets(distances, both_ways=both_ways)]
+        # By the CPU's logarithm: at a bucket's border another one's may round to the next.
+        buckets_D = self.buckets(torch.arange(1 - S, T, device="cpu"), both_ways=both_ways)
+        along_ND = weight_NR[:, buckets_D.to(weight_NR.device)]
         bias_NTS: Tensor = _ByDistance.apply(along_ND, T)
         return bias_NTS
 

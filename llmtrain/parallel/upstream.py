@@ -17,7 +17,7 @@ def import_deepspeed() -> Any:
     """DeepSpeed over the process group that is up, its banner and per-rank logs turned down; takes seconds
     the first time."""
     os.environ.setdefault("LOCAL_RANK", str(launcher.local_rank()))  # DeepSpeed insists on it
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.utils import logger
@@ -31,3 +31,10 @@ def import_deepspeed() -> Any:
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
     return deepspeed
+
+
+def accelerator() -> str:
+    """Where this run's tensors are: a run on the CPU of a host with GPUs must not take these."""
+    if dist.is_initialized():
+        return "cuda" if "nccl" in dist.get_backend() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -195,6 +195,20 @@ def test_sinusoids_by_hand() -> None:
     torch.testing.assert_close(found[0], torch.tensor(expected))
 
 
+def test_buckets_are_found_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the weight is: a GPU's logarithm may round to another bucket at a border."""
+    seen: list[str] = []
+    plain = RelativePositions.buckets
+
+    def buckets(self: RelativePositions, distances: Tensor, *, both_ways: bool) -> Tensor:
+        seen.append(distances.device.type)
+        return plain(self, distances, both_ways=both_ways)
+
+    monkeypatch.setattr(RelativePositions, "buckets", buckets)
+    bias = RelativePositions(8, 16).bias(torch.empty(3, 8, device="meta"), 5, 5, both_ways=True)
+    assert (bias.shape, bias.device.type, seen) == ((3, 5, 5), "meta", ["cpu"])
+
+
 def test_buckets_by_hand() -> None:
     """Of 8 buckets up to a distance of 16 (arXiv:1910.10683, section 2.1; mesh-tensorflow's rounding)."""
     positions = RelativePositions(8, 16)
