@@ -138,8 +138,27 @@ def run_trainer(contest: Contest, overrides: Sequence[str]) -> list[Step]:
     initialize(module, config.seed)
     rows: list[dict[str, torch.Tensor]] = []
     for (micro,) in batches:
-        theirs = contest.to_theirs(micro.batch)
-        rows += [{name: values[i] for name, values in theirs.items()} for i in range(config.batch.micro_size)]
+        rows += rows_of(contest.to_theirs(micro.batch))
+    with tempfile.TemporaryDirectory() as folder:
+        export_folder(config.model, dict(module.named_parameters()), None, Path(folder) / "model")
+        del module
+        model = getattr(transformers, contest.model_class).from_pretrained(Path(folder) / "model")
+    return trainer_steps(model, rows, config.batch.micro_size, config.precision)
+
+
+def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What their model is called with, row by row."""
+    (size,) = {len(values) for values in batch.values()}
+    return [{name: values[i] for name, values in batch.items()} for i in range(size)]
+
+
+def trainer_steps(
+    model: Any, rows: Sequence[Any], micro_size: int, precision: str, device: str = "cpu"
+) -> list[Step]:
+    """Steps of transformers' Trainer over `rows` in their order."""
+    import torch
+    import transformers
+
     steps: list[Step] = []
 
     class Clock(transformers.TrainerCallback):
@@ -147,6 +166,8 @@ def run_trainer(contest: Contest, overrides: Sequence[str]) -> list[Step]:
             self.started = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: object, **__: object) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
             wall, cpu = self.started
             steps.append((time.perf_counter() - wall, time.process_time() - cpu, 0.0))
 
@@ -159,12 +180,9 @@ def run_trainer(contest: Contest, overrides: Sequence[str]) -> list[Step]:
             return torch.utils.data.SequentialSampler(rows)
 
     with tempfile.TemporaryDirectory() as folder:
-        export_folder(config.model, dict(module.named_parameters()), None, Path(folder) / "model")
-        del module
-        model = getattr(transformers, contest.model_class).from_pretrained(Path(folder) / "model")
         arguments = transformers.TrainingArguments(
-            output_dir=folder, max_steps=STEPS, per_device_train_batch_size=config.batch.micro_size,
-            bf16=config.precision == "bf16", use_cpu=True, optim="adamw_torch_fused", learning_rate=3e-4,
+            output_dir=folder, max_steps=len(rows) // micro_size, per_device_train_batch_size=micro_size,
+            bf16=precision == "bf16", use_cpu=device == "cpu", optim="adamw_torch_fused", learning_rate=3e-4,
             max_grad_norm=1.0, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
         )  # fmt: skip
         InOrder(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()

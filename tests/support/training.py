@@ -74,15 +74,17 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
 
 
 def train_steps(
-    overrides: Sequence[str], stop: int, save_to: str | None = None, resume_from: str | None = None
+    overrides: Sequence[str],
+    stop: int,
+    save_to: str | None = None,
+    resume_from: str | None = None,
+    device: str = "cpu",
 ) -> Trace:
     """Train to step `stop` with the engine that `overrides` name, in this process' rank.
 
     save_to: write a checkpoint under this folder at the end. resume_from: a checkpoint to go on from.
     """
     import tempfile
-
-    import torch
 
     from llmtrain.checkpoint import store
     from llmtrain.commands.build import build_engine
@@ -98,19 +100,19 @@ def train_steps(
 
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    device = torch.device("cpu")
-    distributed.start(device, single_process_group=config.engine == "deepspeed")
+    place = distributed.pick_device(device)
+    distributed.start(place, single_process_group=config.engine == "deepspeed")
     objective = family_of(config.model).objective(config.model, config.data)
     checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
-    fresh = build_module(config.model, device)
+    fresh = build_module(config.model, place)
     initialize(fresh, config.seed)
     source = None
     if resolved.pretrained is not None:
         trained = open_weights(resolved.pretrained, config.model)
         load_weights(fresh, trained.weights)
         source = trained.reader()
-    initial_weights = {name: p.detach().numpy() for name, p in fresh.named_parameters()}
-    engine = build_engine(config, layout, device, objective, checkpoint, source)
+    initial_weights = {name: p.detach().cpu().numpy() for name, p in fresh.named_parameters()}
+    engine = build_engine(config, layout, place, objective, checkpoint, source)
     length = config.batch.sequence_length
     validation = open_dataset(config.model, config.data, resolved.corpora, "validation", length)
     data_rank = layout.coordinates(distributed.rank()).data

@@ -1,0 +1,78 @@
+"""Every family on the device and on the CPU: the same weights, batch and masks of dropout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain.commands.loading import build_module
+from llmtrain.commands.resolve import resolve
+from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
+from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.models.dropout import sample_keys
+from llmtrain.models.initialize import initialize
+from llmtrain.objectives.base import DROPOUT_KEYS, Batch
+from llmtrain.objectives.classification import Classification
+from tests.gpu.runs import distance, family_overrides, no_tf32, objective_of
+from tests.gpu.table import Row, judged
+from tests.parity.matrix import FAMILIES
+from tests.support.training import compose, open_loader
+
+TOLERANCES = {"fp32": (1e-5, 1e-3), "bf16": (5e-3, 5e-2)}
+"""Relative, of the loss, and of logits and gradients (norm of the difference), against fp32 on the CPU. fp32
+adds up in another order; bf16 keeps three digits."""
+
+Outcome = tuple[float, list[torch.Tensor], list[torch.Tensor]]
+"""Loss, logits, gradients."""
+
+
+def check(device: str, folder: Path) -> Iterator[Row]:
+    no_tf32()
+    for family in FAMILIES:
+        for dropout in (0.0, 0.1):
+            settings = family_overrides(family, device, folder)
+            resolved = resolve(compose([*settings, f"model.dropout={dropout}"]))
+            model = build_module(resolved.config.model, torch.device("cpu"))
+            initialize(model, seed=7)
+            micro = next(iter(open_loader(resolved).steps(0))).micro_batches[0]
+            batch = micro.batch
+            if dropout > 0:
+                batch = {**batch, DROPOUT_KEYS: sample_keys(7, list(micro.samples))}
+            name = f"{family}, dropout {dropout}" if dropout else family
+            yield from _rows(name, model, objective_of(resolved), batch, device)
+    cnn = build_module(SimpleCNNConfig(dropout=0.0), torch.device("cpu"))
+    initialize(cnn, seed=7)
+    images = {"images": torch.rand(16, 1, 28, 28), "labels": torch.arange(16) % 10}
+    yield from _rows("CNN", cnn, Classification(), images, device)
+
+
+def _rows(name: str, model: Any, objective: Any, batch: Batch, device: str) -> Iterator[Row]:
+    loss, logits, gradients = _outcome(model, objective, batch, "cpu", "fp32")
+    for precision, (loss_tolerance, tolerance) in TOLERANCES.items():
+        found = _outcome(copy.deepcopy(model).to(device), objective, batch, device, precision)
+        apart = abs(found[0] / loss - 1)
+        of_logits, of_gradients = distance(found[1], logits), distance(found[2], gradients)
+        good = apart <= loss_tolerance and max(of_logits, of_gradients) <= tolerance
+        detail = f"loss {apart:.1e} (at most {loss_tolerance:g}), logits {of_logits:.1e}"
+        detail += f" and gradients {of_gradients:.1e} (at most {tolerance:g})"
+        yield judged("parity", f"{name}, {precision}", good, detail)
+
+
+def _outcome(model: Any, objective: Any, batch: Batch, device: str, precision: Any) -> Outcome:
+    place = torch.device(device)
+    there = to_device(batch, place)
+    model.zero_grad(set_to_none=True)
+    model.train()
+    loss_sum, num_targets, _ = ObjectiveModule(model, objective, autocast(precision, place))(there)
+    loss = loss_sum / num_targets
+    loss.backward()
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    model.eval()
+    with torch.no_grad(), autocast(precision, place):
+        arguments = {"images": there["images"]} if "images" in there else objective.arguments(there)
+        logits = model(**{name: value for name, value in arguments.items() if "labels" not in name})
+    return float(loss), [logits], gradients
