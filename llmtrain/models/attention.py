@@ -11,8 +11,9 @@ C queries, P = R·N.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -243,10 +244,27 @@ def _varlen_kernel(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Callable[.
     different_heads = q_BNTH.shape[1] != k_BKTH.shape[1]
     if not can_use_flash_attention(SDPAParams(q_BNTH, k_BKTH, v_BKTH, None, 0.0, True, different_heads)):
         return None
+    return _load_varlen_kernel()
+
+
+@cache
+def _load_varlen_kernel() -> Callable[..., Any]:
     # Imported late: it brings torch's compiler along, which takes seconds.
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn
+    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn if knows_groups else _repeating_heads(varlen_attn)
+
+
+def _repeating_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` of torch 2.11, which takes as many keys as queries, for fewer."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **settings: Any) -> Any:
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return kernel(q, k, v, *rest, **settings)
+
+    return attend
 
 
 def _attend_by_document(

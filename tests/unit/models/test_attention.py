@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -259,21 +258,29 @@ class OneByOne:
     def __init__(self) -> None:
         self.borders: list[Tensor] = []
 
-    def __call__(self, *arguments: Any, **settings: Any) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        given = inspect.signature(varlen_attn).bind(*arguments, **settings).arguments
-        borders, heads = given["cu_seq_q"], given["query"].shape[1]
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        borders: Tensor,
+        key_borders: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> Tensor:
         assert borders.dtype == torch.int32
-        causal = {(-1, 0): True, (-1, -1): False}[given["window_size"]]
-        assert given["max_q"] == given["max_k"] == borders.diff().max()
-        assert given["cu_seq_k"] is borders
-        assert given["enable_gqa"] == (heads != given["key"].shape[1])
+        causal = {(-1, 0): True, (-1, -1): False}[window_size]
+        assert max_q == max_k == borders.diff().max()
+        assert key_borders is borders
+        assert enable_gqa == (query.shape[1] != key.shape[1])
         self.borders.append(borders)
         outputs = []
         for start, end in pairwise(borders.tolist()):
-            q, k, v = (given[name][start:end].transpose(0, 1) for name in ("query", "key", "value"))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=given["enable_gqa"])
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=enable_gqa)
             outputs.append(y.transpose(0, 1))
         return torch.cat(outputs)
 
@@ -340,15 +347,26 @@ def test_all_layers_of_a_forward_share_the_borders(monkeypatch: pytest.MonkeyPat
     assert all(borders is kernel.borders[0] for borders in kernel.borders)
 
 
+def test_an_older_kernel_gets_keys_for_each_query() -> None:
+    """That of torch 2.11 has no enable_gqa."""
+    documents = Documents(random_ids(50))
+    q, k, v = (torch.randn(B, heads, 50, H) for heads in (K * G, K, K))
+
+    def older(q: Tensor, k: Tensor, v: Tensor, *borders: Any, window_size: tuple[int, int]) -> Tensor:
+        return OneByOne()(q, k, v, *borders, window_size=window_size, enable_gqa=False)
+
+    found = attention._attend_by_document(attention._repeating_heads(older), q, k, v, documents)
+    torch.testing.assert_close(found, attention._attend_by_document(OneByOne(), q, k, v, documents))
+
+
 def test_torchs_kernel_takes_what_it_is_given() -> None:
     """On tensors without data: its checks, shapes and types, and those of its backward pass."""
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (
         torch.empty(B, 50, heads, H, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
         for heads in (K * G, K, K)
     )
-    y = attention._attend_by_document(varlen_attn, q, k, v, Documents(random_ids(50)))
+    kernel = attention._load_varlen_kernel()
+    y = attention._attend_by_document(kernel, q, k, v, Documents(random_ids(50)))
     assert (y.shape, y.dtype) == (q.shape, q.dtype)
     assert y.transpose(1, 2).is_contiguous()
     gradients = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
