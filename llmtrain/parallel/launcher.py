@@ -108,5 +108,5 @@ def likely_device(name: str) -> str:
     """The device type that `device=name` will take: for `auto`, whether a GPU driver is loaded."""
     if name != "auto":
         return name
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return "cuda" if not hidden and Path("/proc/driver/nvidia/version").exists() else "cpu"

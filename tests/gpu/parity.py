@@ -22,9 +22,9 @@ from tests.gpu.table import Row, judged
 from tests.parity.matrix import FAMILIES
 from tests.support.training import compose, open_loader
 
-TOLERANCES = {"fp32": (1e-5, 1e-3), "bf16": (5e-3, 5e-2)}
-"""Relative, of the loss, and of logits and gradients (norm of the difference), against fp32 on the CPU. fp32
-adds up in another order; bf16 keeps three digits."""
+TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-3), "bf16": (5e-3, 2e-2, 0.15)}
+"""Relative, of the loss, of logits and of gradients (norm of the difference), against fp32 on the CPU. fp32
+adds up in another order; bf16 keeps three digits, and turns some ReLUs and pools another way."""
 
 Outcome = tuple[float, list[torch.Tensor], list[torch.Tensor]]
 """Loss, logits, gradients."""
@@ -52,13 +52,12 @@ def check(device: str, folder: Path) -> Iterator[Row]:
 
 def _rows(name: str, model: Any, objective: Any, batch: Batch, device: str) -> Iterator[Row]:
     loss, logits, gradients = _outcome(model, objective, batch, "cpu", "fp32")
-    for precision, (loss_tolerance, tolerance) in TOLERANCES.items():
+    for precision, tolerances in TOLERANCES.items():
         found = _outcome(copy.deepcopy(model).to(device), objective, batch, device, precision)
-        apart = abs(found[0] / loss - 1)
-        of_logits, of_gradients = distance(found[1], logits), distance(found[2], gradients)
-        good = apart <= loss_tolerance and max(of_logits, of_gradients) <= tolerance
-        detail = f"loss {apart:.1e} (at most {loss_tolerance:g}), logits {of_logits:.1e}"
-        detail += f" and gradients {of_gradients:.1e} (at most {tolerance:g})"
+        apart = (abs(found[0] / loss - 1), distance(found[1], logits), distance(found[2], gradients))
+        good = all(a <= most for a, most in zip(apart, tolerances, strict=True))
+        named = zip(("loss", "logits", "gradients"), apart, tolerances, strict=True)
+        detail = ", ".join(f"{what} {a:.1e} (at most {most:g})" for what, a, most in named)
         yield judged("parity", f"{name}, {precision}", good, detail)
 
 
@@ -73,6 +72,9 @@ def _outcome(model: Any, objective: Any, batch: Batch, device: str, precision: A
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     model.eval()
     with torch.no_grad(), autocast(precision, place):
-        arguments = {"images": there["images"]} if "images" in there else objective.arguments(there)
-        logits = model(**{name: value for name, value in arguments.items() if "labels" not in name})
-    return float(loss), [logits], gradients
+        if "images" in there:
+            logits = model(there["images"])
+        else:
+            arguments = objective.arguments(there)
+            logits = model(**{name: value for name, value in arguments.items() if "labels" not in name})
+    return float(loss.detach()), [logits], gradients

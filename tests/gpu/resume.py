@@ -4,10 +4,12 @@ never stopped."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,10 +19,10 @@ from llmtrain.checkpoint.store import Checkpoint
 from tests.gpu.runs import family_overrides
 from tests.gpu.table import REPOSITORY, Row, judged
 
-STEPS, KILLED_AT = 8, 5
+STEPS, KILLED_AT = 24, 6
 RUN = (
     f"train.steps={STEPS}",
-    "checkpoint.every=2",
+    "checkpoint.every=4",
     "evaluation.every=null",
     "evaluation.at_start=false",
     "track=[jsonl]",
@@ -30,23 +32,31 @@ CASES = {"fp32, dropout": ("precision=fp32", "model.dropout=0.1"), "bf16, docume
 
 
 def check(device: str, folder: Path) -> Iterator[Row]:
-    # On a CPU the second takes the way of the first.
-    for name in list(CASES)[: 1 if device == "cpu" else None]:
-        settings = (*family_overrides("GPT-2 form", device, folder), *RUN, *CASES[name])
-        whole, killed = (folder / "resume" / name.replace(", ", "-") / run for run in ("whole", "killed"))
-        start(settings, whole).wait()
-        process = start(settings, killed)
-        seen = wait_for_step(process, killed)
-        process.kill()
-        process.wait()
-        start(settings, killed).wait()
-        good = curve(killed) == curve(whole) and len(curve(whole)) == STEPS
-        apart = max(
-            (abs(a / b - 1) for a, b in zip(losses(killed), losses(whole), strict=False)), default=1.0
+    family = family_overrides("GPT-2 form", device, folder)
+    # On a CPU the second would go the way of the first.
+    names = list(CASES)[: 1 if device == "cpu" else None]
+    with ThreadPoolExecutor() as pool:  # starting takes longer than training
+        yield from pool.map(
+            lambda name: _case(name, (*family, *RUN, *CASES[name]), folder / "resume" / name[:4]), names
         )
-        weights = same_weights(killed, whole)
-        detail = f"killed at step {seen} of {STEPS}; losses and norms the same: {good} (apart {apart:.1e}), "
-        yield judged("resume", name, good and weights, f"{detail}weights: {weights}")
+
+
+def _case(name: str, settings: Sequence[str], folder: Path) -> Row:
+    shutil.rmtree(folder, ignore_errors=True)
+    whole, killed = folder / "whole", folder / "killed"
+    never_stopped, process = start(settings, whole), start(settings, killed)
+    seen = wait_for_step(process, killed)
+    process.kill()
+    process.wait()
+    start(settings, killed).wait()
+    never_stopped.wait()
+    same_curve = len(curve(whole)) == STEPS and curve(killed) == curve(whole)
+    apart = max((abs(a / b - 1) for a, b in zip(losses(killed), losses(whole), strict=False)), default=1.0)
+    weights = same_weights(killed, whole)
+    detail = (
+        f"killed at step {seen} of {STEPS}; losses and norms the same: {same_curve} ({apart:.1e} apart), "
+    )
+    return judged("resume", name, seen < STEPS and same_curve and weights, f"{detail}weights: {weights}")
 
 
 def start(settings: Sequence[str], run: Path) -> subprocess.Popen[bytes]:

@@ -13,6 +13,10 @@ evaluation by 2e-4, parts of a sequence taken for copies by 4e-3. Weights are he
 training moved them, as a whole: single parameters whose gradient is zero but for rounding (a key's bias) go
 where rounding leads
 them. bf16 keeps three digits, so only nearness is asked of it there.
+
+ReLU bounds how long fp32 can hold this: a unit whose input is 0 but for rounding learns in one run and not in
+the other. At `transformer_tiny`'s own size any change in the order of sums, that of micro-batches too, moved
+a norm by 1e-4 within ten steps; with GELU by 3e-6.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import pytest
 from tests.gpu import table
 from tests.gpu.parts import PARTS, Part, run
 from tests.gpu.table import REPOSITORY, Row, judged
+from tests.parity.matrix import FAMILIES
 
 HERE = "tests.unit.test_gpu_check"
 
@@ -128,8 +129,8 @@ def test_the_whole_check_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, (failed, done.stderr)
     counts = {p.name: sum(row["part"] == p.name for row in content["rows"]) for p in PARTS}
     assert counts == {
-        "parity": 38, "attention": 6, "optimizers": 4, "scaler": 3, "zero": 14, "checkpoints": 2, "resume": 1,
-        "generation": 14, "gpt2 124M": 3, "bert base": 3, "llama 1B": 3,
+        "parity": 4 * len(FAMILIES) + 2, "attention": 6, "optimizers": 4, "scaler": 3, "zero": 14,
+        "checkpoints": 2, "resume": 1, "generation": 14, "gpt2 124M": 3, "bert base": 3, "llama 1B": 3,
     }  # fmt: skip
     assert {"torch", "Python", "packages", "commit", "processor"} <= content["environment"].keys()
     assert done.stdout.count("| zero | ZeRO 3, bf16, offloaded | ok |") == 1

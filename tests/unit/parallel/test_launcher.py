@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from llmtrain.errors import LaunchError
@@ -29,3 +31,12 @@ def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert (launcher.rank(), launcher.world_size(), launcher.local_rank()) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "cuda"), ("0", "cuda"), ("", "cpu"), ("-1", "cpu")])
+def test_hidden_gpus_are_not_planned_for(visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launcher.likely_device("auto") == expected
