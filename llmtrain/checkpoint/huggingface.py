@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from llmtrain.checkpoint.forms import FORMS, form_of
 from llmtrain.checkpoint.forms.base import Entry, Form, Settings
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
+from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode
 from llmtrain.data.tokenizer_folder import EXPORT_MARK, find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
@@ -34,6 +35,7 @@ from llmtrain.models.initialize import fill_box, match_initializers
 from llmtrain.shards import whole
 
 CONFIG = "config.json"
+EXPORTED_BY = f"llmtrain {version('llmtrain')}"
 SHARD_BYTES = 5 * 10**9
 """Largest file of weights, transformers' own default."""
 
@@ -47,6 +49,7 @@ def export_folder(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    origin: Origin | None = None,
 ) -> None:
     """Write a folder that transformers' `from_pretrained` loads.
 
@@ -54,6 +57,7 @@ def export_folder(
     tokenizer_path: what `load_tokenizer` takes; None writes no tokenizer.
     shard_bytes: above it the weights stand in several files with an index.
     overwrite: replace another model's folder; an earlier export is always replaced.
+    origin: the folder that the model came from, whose settings stay as far as they are true of it.
 
     The folder appears whole or not at all. Raises ConfigError for a form that transformers has not,
     CheckpointError for tensors that don't fit the config or an output that can't be written, DataError
@@ -72,6 +76,9 @@ def export_folder(
         model_ids = {role: i for role, i in named.items() if i is not None}
         contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path), model_ids)
     described = _config_of(form, config, dtype, ids)
+    if origin is not None:
+        described = origin.settings_of(form, config, lambda config: _config_of(form, config, dtype, ids))
+        described[EXPORT_MARK] = EXPORTED_BY
     contents |= {CONFIG: described, "generation_config.json": _generation_ids(described)}
     output = Path(output).absolute()
     _refuse_foreign(output, overwrite)
@@ -106,6 +113,8 @@ class Imported:
     """Stored tensors that our model has no use for."""
     dtype: torch.dtype = torch.float32
     """Of all that are stored, where it is one of less than fp32."""
+    origin: Origin | None = None
+    """Its settings, where it has a config.json."""
 
 
 def import_folder(path: Path) -> Imported:
@@ -121,7 +130,8 @@ def import_folder(path: Path) -> Imported:
     stored = StoredTensors(path)
     theirs = Settings(path / CONFIG, content, stored, lambda: _special_ids(path))
     theirs.require("quantization_config")
-    return import_stored(path, FORMS[architecture], theirs, stored)
+    imported = import_stored(path, FORMS[architecture], theirs, stored)
+    return replace(imported, origin=Origin.of(content, imported.config))
 
 
 def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> Imported:
@@ -278,7 +288,7 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, in
         "eos_token_id": None,
         "pad_token_id": None,
         **ids,
-        EXPORT_MARK: f"llmtrain {version('llmtrain')}",
+        EXPORT_MARK: EXPORTED_BY,
         **form.write_config(config),
     }
 

@@ -42,5 +42,6 @@ def run(mapping: Mapping[str, Any]) -> None:
         output,
         dtype=trained.dtype if config.dtype is None else dtypes[config.dtype],
         overwrite=config.overwrite,
+        origin=trained.origin,
     )
     print(f"exported {trained.source} to {output}", file=sys.stderr)

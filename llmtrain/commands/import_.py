@@ -61,6 +61,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         "fresh": list(imported.fresh),
         "left_out": list(imported.left_out),
         "dtype": str(imported.dtype).removeprefix("torch."),
+        "origin": None if imported.origin is None else encode(imported.origin),
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     path = save_imported(output, imported.weights, shapes, description, tokenizer, overwrite=config.overwrite)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llmtrain.checkpoint import huggingface, retention, store
+from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode
 from llmtrain.data.tokenizer_folder import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
@@ -43,6 +44,8 @@ class TrainedModel:
     """Weights that no training has seen: heads that a folder lacked."""
     dtype: torch.dtype = torch.float32
     """Of all weights where they came from, as long as nothing was trained."""
+    origin: Origin | None = None
+    """The settings of the Hugging Face folder that it came from, also through training."""
 
     def build(self, device: torch.device) -> nn.Module:
         """The module on `device`, fp32, in evaluation mode."""
@@ -105,6 +108,7 @@ def load_trained(path: Path) -> TrainedModel:
             None,
             imported.fresh,
             imported.dtype,
+            imported.origin,
         )
     checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
     is_ours = not checkpoint.is_imported
@@ -120,15 +124,18 @@ def load_trained(path: Path) -> TrainedModel:
         sequence_length=checkpoint.manifest["config"]["batch"]["sequence_length"] if is_ours else None,
         fresh=fresh,
         dtype=getattr(torch, checkpoint.manifest.get("dtype", "float32")),
+        origin=_origin_of(checkpoint),
     )
 
 
-def describe(path: Path) -> tuple[ModelConfig, Path | None]:
-    """The model that `load_trained` would find, and its tokenizer's file, without a look at the weights.
+def describe(path: Path) -> tuple[ModelConfig, Path | None, Origin | None]:
+    """The model that `load_trained` would find, its tokenizer's file and its origin, without a look at the
+    weights.
     Raises CheckpointError as it does."""
     path = path.expanduser()
     if (path / "config.json").exists():
-        return huggingface.import_folder(path).config, find_tokenizer(path)
+        imported = huggingface.import_folder(path)
+        return imported.config, find_tokenizer(path), imported.origin
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     held = [path] if (path / store.MANIFEST).exists() else retention.list_steps(root)
     if not held:
@@ -136,7 +143,7 @@ def describe(path: Path) -> tuple[ModelConfig, Path | None]:
         allowed = "a run, a checkpoint, an import or a Hugging Face folder"
         raise CheckpointError(Problem(str(path), got, allowed))
     checkpoint = store.Checkpoint.open(held[-1])
-    return _config_of(checkpoint), checkpoint.tokenizer
+    return _config_of(checkpoint), checkpoint.tokenizer, _origin_of(checkpoint)
 
 
 def fresh_note(names: tuple[str, ...]) -> str:
@@ -149,6 +156,11 @@ def _config_of(checkpoint: store.Checkpoint) -> ModelConfig:
     model = checkpoint.manifest["model"]
     config: ModelConfig = decode(model_config_type(model), model)
     return config
+
+
+def _origin_of(checkpoint: store.Checkpoint) -> Origin | None:
+    origin = checkpoint.manifest.get("origin")
+    return None if origin is None else Origin(**origin)
 
 
 def build_module(config: ModelConfig, device: torch.device) -> nn.Module:

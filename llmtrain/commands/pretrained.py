@@ -14,6 +14,7 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.families import family_of
 
 if TYPE_CHECKING:
+    from llmtrain.checkpoint.origin import Origin
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.models.configs import ModelConfig
 
@@ -28,6 +29,8 @@ class Pretrained:
     path: Path
     tokenizer: Path | None
     """The file of the one with the weights."""
+    origin: Origin | None = None
+    """The settings of the Hugging Face folder that they once came from."""
 
     def problems(self, corpora: Corpora) -> list[Problem]:
         """What keeps it from training on these corpora: other tokens than the model learned."""
@@ -62,9 +65,9 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
         raise ConfigError(Problem("model.path", "nothing", allowed, "give model.path=…"))
     from llmtrain.commands.loading import describe
 
-    config, tokenizer = describe(Path(path))
+    config, tokenizer, origin = describe(Path(path))
     model = _merged(encode(config), changes)
-    return {**mapping, "model": model}, Pretrained(Path(path).expanduser(), tokenizer)
+    return {**mapping, "model": model}, Pretrained(Path(path).expanduser(), tokenizer, origin)
 
 
 def _merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from llmtrain.parallel import launcher
 from llmtrain.plan.estimate import estimate
 
 if TYPE_CHECKING:
+    from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.data.datasets import Dataset
     from llmtrain.data.stream import Stream
     from llmtrain.engine.evaluation import Totals
@@ -141,6 +142,7 @@ class Session:
             "timeline": timeline.encode(),
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
             "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
+            "origin": self._origin(checkpoint),
         }
 
         def evaluate() -> Totals:
@@ -184,6 +186,12 @@ class Session:
             )
             seconds = time.perf_counter() - self._started
             self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
+
+    def _origin(self, checkpoint: Checkpoint | None) -> Any:
+        """Of the folder that the weights once came from; as JSON, None where there is none."""
+        if checkpoint is not None:
+            return checkpoint.manifest.get("origin")
+        return None if self.pretrained is None else encode(self.pretrained.origin)
 
     def _starting_weights(self) -> Source | None:
         """Those of `model=pretrained`; None: the seed's."""

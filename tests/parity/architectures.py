@@ -359,6 +359,20 @@ _LONGROPE = {
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
+_GEMMA = {
+    **_LLAMA,
+    "head_dim": 16,
+    "sliding_window": 9,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+_NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_ROPE_BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 _BERT = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -466,8 +480,48 @@ ARCHITECTURES = (
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
         },
     ),
+    Architecture(
+        "qwen2, windows of single layers", "Qwen2ForCausalLM", {**_LLAMA, **_WINDOW, "max_window_layers": 1}
+    ),
     Architecture("qwen3", "Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
     Architecture("qwen3, tied", "Qwen3ForCausalLM", {**_LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+    Architecture("gemma", "GemmaForCausalLM", {**_LLAMA, "head_dim": 16}),
+    Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA),
+    Architecture(
+        "gemma2, untied, no caps, biases", "Gemma2ForCausalLM", {**_GEMMA, **_NO_CAPS, "attention_bias": True}
+    ),
+    Architecture("gemma3", "Gemma3ForCausalLM", {**_GEMMA, "layer_types": _MIXED}),
+    Architecture(
+        "gemma3, scaled rope",
+        "Gemma3ForCausalLM",
+        {**_GEMMA, **_NO_CAPS, "layer_types": _MIXED, "rope_parameters": _ROPE_BY_KIND},
+    ),
+    Architecture(
+        "gemma3, one scaled rope",
+        "Gemma3ForCausalLM",
+        {
+            **_GEMMA,
+            "layer_types": _MIXED,
+            "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _LINEAR),
+        },
+    ),
+    Architecture("olmo2", "Olmo2ForCausalLM", _LLAMA),
+    Architecture("olmo2, biases", "Olmo2ForCausalLM", {**_LLAMA, "attention_bias": True}),
+    Architecture(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        {**_LLAMA, "sliding_window": 9, "layer_types": _MIXED, "tie_word_embeddings": True},
+    ),
+    Architecture(
+        "olmo3, yarn",
+        "Olmo3ForCausalLM",
+        {
+            **_LLAMA,
+            "sliding_window": 9,
+            "layer_types": _MIXED,
+            "rope_parameters": {**_ROPE_BY_KIND, "full_attention": _YARN},
+        },
+    ),
     Architecture("bert, pairs", "BertForPreTraining", _BERT, {**PRE_TRAINING, "segments": with_segments}),
     Architecture("bert", "BertForMaskedLM", _BERT, {**ENCODER, "segments": with_segments}),
     Architecture(

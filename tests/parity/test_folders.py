@@ -73,6 +73,7 @@ FOLDERS = {
     "bert": Folder("bert", bert, is_own_process=True),
     "llama": Folder("llama", lambda: small_model("llama", vocab_size=VOCAB_SIZE)),
     "qwen3": Folder("gpt2", lambda: small_model("qwen3", vocab_size=VOCAB_SIZE)),
+    "gemma2": Folder("llama", lambda: small_model("gemma2", vocab_size=VOCAB_SIZE, sliding_window=8)),
 }
 TRAINING = (
     "train.steps=3",
@@ -147,13 +148,19 @@ def test_what_was_not_trained_comes_back_bit_for_bit(made: Path) -> None:
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (made / "imported-hf" / file).read_bytes() == (made / "theirs" / file).read_bytes()
+    before, after = (json.loads((made / f / "config.json").read_text()) for f in ("theirs", "imported-hf"))
+    of_tokenizer = {f"{role}_token_id" for role in ("bos", "eos", "pad")}
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed <= {"transformers_version", "exported_by", *of_tokenizer}
     tokenizers = [AutoTokenizer.from_pretrained(made / f) for f in ("theirs", "imported-hf", "run-hf")]
     for text in texts(5):
         first, second, third = (tokenizer(text).input_ids for tokenizer in tokenizers)
         assert first == second == third
 
 
-def test_training_changed_every_weight(made: Path) -> None:
+def test_training_changed_every_weight_and_no_setting(made: Path) -> None:
+    configs = [json.loads((made / f / "config.json").read_text()) for f in ("imported-hf", "run-hf")]
+    assert configs[0] == configs[1]
     before, after = (load_file(made / f / "model.safetensors") for f in ("imported-hf", "run-hf"))
     assert before.keys() == after.keys()
     assert not any(torch.equal(after[name], before[name]) for name in before)

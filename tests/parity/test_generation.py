@@ -19,26 +19,32 @@ V, PAD, START = 24, 1, 3
 SPECIAL = {"eos_token_id": None, "pad_token_id": PAD, "bos_token_id": None}
 LENGTHS = (9, 4, 9, 1, 6)
 
+_LLAMA = {
+    **SPECIAL,
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+# Shorter than what is generated and than the longest prompt.
+_WINDOWS = {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": False, "query_pre_attn_scalar": 16}
 ARCHITECTURES = (
     Architecture(
         "gpt2",
         "GPT2LMHeadModel",
         {**SPECIAL, "vocab_size": V, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
     ),
+    Architecture("llama", "LlamaForCausalLM", _LLAMA),
+    Architecture("gemma2", "Gemma2ForCausalLM", {**_LLAMA, **_WINDOWS}),
     Architecture(
-        "llama",
-        "LlamaForCausalLM",
-        {
-            **SPECIAL,
-            "vocab_size": V,
-            "hidden_size": 32,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.2,
-        },
+        "gemma3",
+        "Gemma3ForCausalLM",
+        {**_LLAMA, **_WINDOWS, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    Architecture("olmo2", "Olmo2ForCausalLM", _LLAMA),
     Architecture(
         "t5",
         "T5ForConditionalGeneration",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtrain.checkpoint.forms import bert, gpt, llama, seq2seq, xlnet
+from llmtrain.checkpoint.forms import bert, gemma, gpt, llama, olmo, seq2seq, xlnet
 from llmtrain.checkpoint.forms.base import Form
 from llmtrain.errors import ConfigError, Problem
 
@@ -17,6 +17,12 @@ FORMS: dict[str, Form] = {
         llama.QWEN2,
         llama.QWEN3,
         llama.SMOLLM3,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        gemma.GEMMA3_WITH_IMAGES,
+        olmo.OLMO2,
+        olmo.OLMO3,
         bert.BERT,
         bert.ROBERTA,
         xlnet.XLNET,

@@ -51,7 +51,23 @@ def without_buffers_and_copies(
     return Names(used, [])
 
 
+OF_OTHERS: dict[str, Any] = {
+    key: getattr(GPTConfig, key)
+    for key in (
+        "norm_place",
+        "norm_adds_one",
+        "local_rope_theta",
+        "full_attention_layers",
+        "query_pre_attn_scalar",
+        "attention_softcap",
+        "logit_softcap",
+        "qk_norm_over",
+        "scale_embedding",
+    )
+}
+"""What Gemma and OLMo 2 have, as GPT-2 and Llama have it: our defaults."""
 _HAS = {
+    **OF_OTHERS,
     "positions": "learned",
     "norm": "layernorm",
     "gated_mlp": False,
@@ -117,7 +133,7 @@ def _write_config(config: GPTConfig) -> dict[str, Any]:
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "n_inner": config.mlp_width,
+        "n_inner": config.mlp_hidden_size,
         "activation_function": ACTIVATIONS[config.activation],
         "layer_norm_epsilon": config.norm_eps,
         "resid_pdrop": config.dropout,

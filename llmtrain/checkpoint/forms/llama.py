@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import ACTIVATIONS, ACTIVATIONS_BACK, Entry, Form, Settings, same, unless
-from llmtrain.checkpoint.forms.gpt import build, heads_of, without_buffers_and_copies
+from llmtrain.checkpoint.forms.gpt import OF_OTHERS, build, heads_of, without_buffers_and_copies
 from llmtrain.checkpoint.forms.rope import read_rope, write_rope
+from llmtrain.checkpoint.forms.windows import FULL, SLIDING, read_windows, write_windows
 from llmtrain.models.config import GPTConfig
+
+_NORMS = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+}
+"""norm_place → our norm of a block → theirs."""
 
 
 def _parameters(has_bias: bool) -> tuple[str, ...]:
@@ -20,10 +37,8 @@ def _entries(config: GPTConfig) -> list[Entry]:
     entries = [same("embedding.weight", "model.embed_tokens.weight")]
     for i in range(config.num_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        entries += [
-            same(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
-            same(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        ]
+        for mine, other in _NORMS[config.norm_place].items():
+            entries.append(same(f"{ours}.{mine}.weight", f"{theirs}.{other}.weight"))
         for p in _parameters(config.has_qkv_bias):
             names = [f"{theirs}.self_attn.{x}_proj.{p}" for x in "qkv"]
             entries.append(heads.entry(f"{ours}.attention.qkv.{p}", names))
@@ -60,8 +75,13 @@ def _write_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _read_config(theirs: Settings, *, rope_theta: float, tied: bool) -> dict[str, Any]:
-    """What all of them say; rope_theta and tied where it is not said."""
+Read = Callable[[Settings], dict[str, Any]]
+"""config.json → some of our keys."""
+_ROPE: Read = partial(read_rope, theta=10_000.0, longest=2048)
+
+
+def _read_config(theirs: Settings, rope: Read, tied: bool) -> dict[str, Any]:
+    """What all of them say. rope: of rotary positions; tied: where it is not said."""
     hidden, heads = theirs.whole("hidden_size"), theirs.whole("num_attention_heads")
     implied_width = hidden // max(heads, 1)
     prefix = "" if "embed_tokens.weight" in theirs.tensors else "model."
@@ -78,7 +98,7 @@ def _read_config(theirs: Settings, *, rope_theta: float, tied: bool) -> dict[str
         "norm": "rmsnorm",
         "norm_eps": theirs.number("rms_norm_eps", 1e-6),
         "positions": "rope",
-        **read_rope(theirs, theta=rope_theta, longest=2048),
+        **rope(theirs),
         "bias": False,
         "tie_embeddings": theirs.is_tied("lm_head.weight", f"{prefix}embed_tokens.weight", tied),
         "dropout": theirs.number("attention_dropout", 0.0),
@@ -88,11 +108,11 @@ def _read_config(theirs: Settings, *, rope_theta: float, tied: bool) -> dict[str
 
 # What each has of its own.
 
-_ANY = object()
+ANY = object()
 
 
-def _misfits(config: GPTConfig, **has: Any) -> dict[str, str]:
-    """has: key → the value that the architecture has, or _ANY, where Llama without biases has another."""
+def misfits(config: GPTConfig, **has: Any) -> dict[str, str]:
+    """has: key → the value that the architecture has, or ANY, where Llama without biases has another."""
     values = {
         "positions": "rope",
         "norm": "rmsnorm",
@@ -104,11 +124,12 @@ def _misfits(config: GPTConfig, **has: Any) -> dict[str, str]:
         "sliding_window": None,
         "partial_rotary_factor": 1.0,
         "no_rope_layers": (),
+        **OF_OTHERS,
         **has,
     }
     implied = {"qkv_bias": config.has_qkv_bias, "output_bias": config.has_output_bias}
     ours = {key: getattr(config, key) for key in values} | implied
-    found = {key: str(has) for key, has in values.items() if has is not _ANY and ours[key] != has}
+    found = {key: str(has) for key, has in values.items() if has is not ANY and ours[key] != has}
     if config.hidden_size % config.num_heads:
         found["hidden_size"] = "a multiple of num_heads"
     return found
@@ -119,19 +140,24 @@ def _write_biases(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_biases(theirs: Settings) -> dict[str, Any]:
-    of_attention, bias = theirs.flag("attention_bias", False), theirs.flag("mlp_bias", False)
-    own = unless(of_attention, bias)
-    return {"bias": bias, "qkv_bias": own, "output_bias": own}
+    bias = theirs.flag("mlp_bias", False)
+    return {"bias": bias, **read_attention_biases(theirs, bias)}
+
+
+def read_attention_biases(theirs: Settings, bias: bool = False) -> dict[str, Any]:
+    """bias: whether MLPs have them."""
+    own = unless(theirs.flag("attention_bias", False), bias)
+    return {"qkv_bias": own, "output_bias": own}
 
 
 def _write_layers(config: GPTConfig) -> dict[str, Any]:
-    """Qwen says of each layer whether it has a window."""
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    """As Qwen says it."""
+    windows = write_windows(config)
     return {
         "use_sliding_window": config.sliding_window is not None,
-        "sliding_window": config.sliding_window,
-        "max_window_layers": 0,
-        "layer_types": [kind] * config.num_layers,
+        # Releases that know no layer_types: the first layer with a window, if all that follow have it too.
+        "max_window_layers": (*windows["layer_types"], SLIDING).index(SLIDING),
+        **windows,
     }
 
 
@@ -139,19 +165,8 @@ def _read_layers(theirs: Settings) -> dict[str, Any]:
     if not theirs.flag("use_sliding_window", False):
         return {"sliding_window": None}
     layers, first = theirs.whole("num_hidden_layers"), theirs.whole("max_window_layers", 28)
-    implied = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
-    kinds = set(theirs.content.get("layer_types") or implied)
-    if kinds <= {"full_attention"}:
-        return {"sliding_window": None}
-    window, longest = theirs.whole("sliding_window", 4096), theirs.whole("max_position_embeddings", 32768)
-    if kinds != {"sliding_attention"} and window < longest:
-        key = "layer_types" if theirs.content.get("layer_types") else "max_window_layers"
-        raise theirs.refusal(
-            key,
-            "a window in all layers or in none",
-            f"set use_sliding_window to false and max_position_embeddings to {window}, the window, or less",
-        )
-    return {"sliding_window": window if window < longest else None}
+    implied = [FULL] * min(first, layers) + [SLIDING] * (layers - first)
+    return read_windows(theirs, theirs.whole("sliding_window", 4096), implied)
 
 
 def _read_window(theirs: Settings) -> dict[str, Any]:
@@ -161,11 +176,14 @@ def _read_window(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_qwen3(theirs: Settings) -> dict[str, Any]:
-    own = unless(theirs.flag("attention_bias", False), False)
     width = theirs.whole("head_dim", 128)
     implied = theirs.whole("hidden_size") // max(theirs.whole("num_attention_heads"), 1)
-    biases = {"qkv_bias": own, "output_bias": own}
-    return {"qk_norm": True, "head_dim": unless(width, implied), **biases, **_read_layers(theirs)}
+    return {
+        "qk_norm": True,
+        "head_dim": unless(width, implied),
+        **read_attention_biases(theirs),
+        **_read_layers(theirs),
+    }
 
 
 def _write_smollm3(config: GPTConfig) -> dict[str, Any]:
@@ -187,23 +205,23 @@ def _read_smollm3(theirs: Settings) -> dict[str, Any]:
     }
 
 
-def _form(
+def form(
     model_type: str,
     architecture: str,
     misfits: Callable[[GPTConfig], dict[str, str]],
     write: Callable[[GPTConfig], dict[str, Any]],
-    read: Callable[[Settings], dict[str, Any]],
+    read: Read,
     *,
-    rope_theta: float = 10_000.0,
+    rope: Read = _ROPE,
     tied: bool = False,
 ) -> Form:
-    """write, read: what config.json says besides what all say."""
+    """write, read: what config.json says besides what all say. rope, tied: as in _read_config."""
 
     def write_config(config: GPTConfig) -> dict[str, Any]:
         return {"architectures": [architecture], **_write_config(config), **write(config)}
 
     def read_config(theirs: Settings) -> dict[str, Any]:
-        return {**_read_config(theirs, rope_theta=rope_theta, tied=tied), **read(theirs)}
+        return {**_read_config(theirs, rope, tied), **read(theirs)}
 
     return Form(
         model_type=model_type,
@@ -219,44 +237,49 @@ def _form(
     )
 
 
-LLAMA = _form(
+LLAMA = form(
     "llama",
     "LlamaForCausalLM",
-    lambda config: _misfits(config, bias=_ANY, qkv_bias=_ANY, output_bias=config.has_qkv_bias),
+    lambda config: misfits(config, bias=ANY, qkv_bias=ANY, output_bias=config.has_qkv_bias),
     _write_biases,
     _read_biases,
 )
-MISTRAL = _form(
+MISTRAL = form(
     "mistral",
     "MistralForCausalLM",
-    lambda config: _misfits(config, sliding_window=_ANY),
+    lambda config: misfits(config, sliding_window=ANY),
     lambda config: {"sliding_window": config.sliding_window},
     _read_window,
 )
-QWEN2 = _form(
+QWEN2 = form(
     "qwen2",
     "Qwen2ForCausalLM",
-    lambda config: _misfits(config, qkv_bias=True, sliding_window=_ANY),
+    lambda config: misfits(config, qkv_bias=True, sliding_window=ANY, full_attention_layers=ANY),
     _write_layers,
     lambda theirs: {"qkv_bias": True, **_read_layers(theirs)},
 )
-QWEN3 = _form(
+QWEN3 = form(
     "qwen3",
     "Qwen3ForCausalLM",
-    lambda config: _misfits(
-        config, qk_norm=True, sliding_window=_ANY, qkv_bias=_ANY, output_bias=config.has_qkv_bias
+    lambda config: misfits(
+        config,
+        qk_norm=True,
+        sliding_window=ANY,
+        full_attention_layers=ANY,
+        qkv_bias=ANY,
+        output_bias=config.has_qkv_bias,
     ),
     lambda config: {"attention_bias": config.has_qkv_bias, **_write_layers(config)},
     _read_qwen3,
 )
-SMOLLM3 = _form(
+SMOLLM3 = form(
     "smollm3",
     "SmolLM3ForCausalLM",
-    lambda config: _misfits(
-        config, bias=_ANY, qkv_bias=_ANY, output_bias=config.has_qkv_bias, no_rope_layers=_ANY
+    lambda config: misfits(
+        config, bias=ANY, qkv_bias=ANY, output_bias=config.has_qkv_bias, no_rope_layers=ANY
     ),
     _write_smollm3,
     _read_smollm3,
-    rope_theta=2_000_000.0,
+    rope=partial(read_rope, theta=2_000_000.0, longest=2048),
     tied=True,
 )

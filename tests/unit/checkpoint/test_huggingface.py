@@ -258,15 +258,27 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor: got 0.5; allowed: 1"),
         (edit_config(quantization_config={"quant_method": "gptq"}), "quantization_config: got"),
         (edit_config(model_type="qwen3", attention_bias=True), "no tensor model"),
+        *[
+            (
+                edit_config(model_type="qwen2", use_sliding_window=True, layer_types=kinds),
+                r"layer_types: got .*; allowed: 2 times full_attention or sliding_attention",
+            )
+            for kinds in (["full_attention"], ["full_attention", "chunked_attention"], "full_attention")
+        ],
+        (
+            edit_config(model_type="gemma2", use_bidirectional_attention=True),
+            "use_bidirectional_attention: got True",
+        ),
+        (
+            edit_config(model_type="gemma3_text", rope_parameters={"rope_theta": 1e4}),
+            "rope_parameters.rope_theta: got 10000.0; allowed: full_attention and sliding_attention",
+        ),
         (
             edit_config(
-                model_type="qwen2",
-                use_sliding_window=True,
-                sliding_window=4,
-                max_window_layers=1,
-                layer_types=...,
+                model_type="gemma3_text",
+                rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
             ),
-            "max_window_layers: got 1; allowed: a window in all layers or in none; .*embeddings to 4",
+            "sliding_attention.rope_type: got 'linear'; allowed: default",
         ),
         (edit_config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers: got"),
         (edit_config(hidden_size=1e400), "no JSON|hidden_size"),

@@ -28,6 +28,9 @@ EXACT = {
     "qwen2_0.5b": 494_032_768,
     "qwen3_0.6b": 596_049_920,
     "smollm2_135m": 134_515_008,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
+    "olmo2_1b": 1_484_916_736,
     "simple_cnn": 421_642,
     # As transformers counts BertForPreTraining, and RobertaForMaskedLM without its one segment.
     "bert_base": 110_106_428,

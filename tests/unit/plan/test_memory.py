@@ -326,12 +326,18 @@ def test_lstm_activations(
 @pytest.mark.parametrize(
     ("tokens", "hidden_size", "vocab_size"), [(512, 64, 2000), (512, 256, 2000), (64, 64, 500)]
 )
+@pytest.mark.parametrize("softcap", [None, 30.0])
 def test_peak_of_the_head(
-    tokens: int, hidden_size: int, vocab_size: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    precision: str,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (head, activations):
         monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 2**18)
-    model = head.LanguageModelHead(hidden_size, vocab_size)
+    model = head.LanguageModelHead(hidden_size, vocab_size, softcap=softcap)
     torch.nn.init.normal_(model.weight, std=0.02)
     hidden = torch.randn(1, tokens, hidden_size, requires_grad=True)
     labels = torch.randint(vocab_size, (1, tokens))
@@ -344,7 +350,7 @@ def test_peak_of_the_head(
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    config = GPTConfig(vocab_size=vocab_size, hidden_size=hidden_size)
+    config = GPTConfig(vocab_size=vocab_size, hidden_size=hidden_size, logit_softcap=softcap)
     expected = activations.head_bytes(config, NUMBERS[precision], tokens=tokens, device="cpu")
     assert 0.4 * expected <= peak <= 1.05 * expected, "an upper estimate"
 
