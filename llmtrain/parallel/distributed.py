@@ -36,12 +36,19 @@ def is_main() -> bool:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of this process: `auto` takes this rank's GPU where there is one, else the CPU.
+    """The device of this process: `auto` takes this rank's GPU where there is one, else the CPU, and says so
+    where a GPU lies idle.
 
     Raises ConfigError when `cuda` is asked for and not to be had.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and launcher.has_gpu_driver() and launcher.rank() == 0:
+            print(
+                f"warning: this machine has an NVIDIA driver, and torch {torch.__version__} sees no GPU: all "
+                "runs on the CPU; install a torch that is built for this driver's CUDA, or give device=cpu",
+                file=sys.stderr,
+            )
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(

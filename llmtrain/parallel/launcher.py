@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from llmtrain.errors import ConfigError, LaunchError, Problem
@@ -105,8 +106,14 @@ def _whole(name: str, default: int, least: int = 0) -> int:
 
 
 def likely_device(name: str) -> str:
-    """The device type that `device=name` will take: for `auto`, whether a GPU driver is loaded."""
+    """The device type that `device=name` will take; `auto`: a GPU, where there is one and torch is built for
+    GPUs."""
     if name != "auto":
         return name
+    return "cuda" if has_gpu_driver() and not metadata.version("torch").endswith("+cpu") else "cpu"
+
+
+def has_gpu_driver() -> bool:
+    """Whether a driver of NVIDIA's is loaded, and its GPUs are not hidden from this process."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return "cuda" if not hidden and Path("/proc/driver/nvidia/version").exists() else "cpu"
+    return not hidden and Path("/proc/driver/nvidia/version").exists()

@@ -33,10 +33,41 @@ def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch):
     assert (launcher.rank(), launcher.world_size(), launcher.local_rank()) == (0, 1, 0)
 
 
-@pytest.mark.parametrize(("visible", "expected"), [(None, "cuda"), ("0", "cuda"), ("", "cpu"), ("-1", "cpu")])
-def test_hidden_gpus_are_not_planned_for(visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("visible", "torch", "expected"),
+    [
+        (None, "2.13.0+cu130", "cuda"),
+        ("0", "2.13.0", "cuda"),
+        ("", "2.13.0", "cpu"),
+        ("-1", "2.13.0", "cpu"),
+        (None, "2.13.0+cpu", "cpu"),
+    ],
+)
+def test_only_gpus_that_torch_can_take_are_planned_for(
+    visible: str | None, torch: str, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    _install_driver(visible, monkeypatch)
+    monkeypatch.setattr(launcher.metadata, "version", lambda name: torch)
+    assert launcher.likely_device("auto") == expected
+    assert launcher.likely_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("visible", [None, "-1"])
+def test_a_gpu_that_torch_does_not_see_is_warned_of(
+    visible: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from llmtrain.parallel import distributed
+
+    _install_driver(visible, monkeypatch)
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: False)
+    assert distributed.pick_device("auto").type == "cpu"
+    assert ("sees no GPU: all runs on the CPU" in capsys.readouterr().err) == (visible is None)
+    assert distributed.pick_device("cpu").type == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+def _install_driver(visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher.likely_device("auto") == expected
