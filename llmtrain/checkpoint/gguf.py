@@ -21,6 +21,7 @@ from llmtrain.checkpoint.forms import FORMS
 from llmtrain.checkpoint.forms.base import Entry, Form, Names, Settings
 from llmtrain.checkpoint.huggingface import Imported, import_stored
 from llmtrain.checkpoint.huggingface_weights import Stored
+from llmtrain.checkpoint.origin import Origin
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.models.rope_config import RopeScaling
 from llmtrain.models.rotary import rotary_frequencies
@@ -235,7 +236,20 @@ def import_gguf(file: GgufFile) -> Imported:
     """
     stored = GgufTensors(file)
     theirs = Settings(file.path, file.config, stored)
-    return import_stored(file.path, _respelled(FORMS[file.config["model_type"]]), theirs, stored)
+    imported = import_stored(file.path, _respelled(FORMS[file.config["model_type"]]), theirs, stored)
+    # Its settings are no whole config.json.
+    return dataclasses.replace(imported, origin=Origin.of({}, imported.config, _generation(file)))
+
+
+def _generation(file: GgufFile) -> dict[str, Any]:
+    """As generation_config.json says it: the ids of tokens that end a text, a turn of a talk, or a message
+    that awaits an answer, and of those that begin or fill one."""
+    ends = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    listed = list(dict.fromkeys(token for token in ends if token is not None))
+    said = {"eos_token_id": listed if len(listed) > 1 else next(iter(listed), None)}
+    for role, name in (("bos", "bos"), ("pad", "padding")):
+        said[f"{role}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id")
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _respelled(form: Form) -> Form:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from llmtrain import files
 from llmtrain.checkpoint.forms import FORMS, form_of
 from llmtrain.checkpoint.forms.base import Entry, Form, Settings
+from llmtrain.checkpoint.generation_settings import FILE as GENERATION
+from llmtrain.checkpoint.generation_settings import read_generation, write_generation
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.checkpoint.origin import Origin
@@ -50,6 +52,7 @@ def export_folder(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     origin: Origin | None = None,
+    end_id: int | None = None,
 ) -> None:
     """Write a folder that transformers' `from_pretrained` loads.
 
@@ -58,6 +61,7 @@ def export_folder(
     shard_bytes: above it the weights stand in several files with an index.
     overwrite: replace another model's folder; an earlier export is always replaced.
     origin: the folder that the model came from, whose settings stay as far as they are true of it.
+    end_id: what ends the texts that it was trained on since; None: it was not trained.
 
     The folder appears whole or not at all. Raises ConfigError for a form that transformers has not,
     CheckpointError for tensors that don't fit the config or an output that can't be written, DataError
@@ -79,7 +83,8 @@ def export_folder(
     if origin is not None:
         described = origin.settings_of(form, config, lambda config: _config_of(form, config, dtype, ids))
         described[EXPORT_MARK] = EXPORTED_BY
-    contents |= {CONFIG: described, "generation_config.json": _generation_ids(described)}
+    said = {} if origin is None else origin.generation
+    contents |= {CONFIG: described, GENERATION: write_generation(said, described, end_id)}
     output = Path(output).absolute()
     _refuse_foreign(output, overwrite)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -114,7 +119,7 @@ class Imported:
     dtype: torch.dtype = torch.float32
     """Of all that are stored, where it is one of less than fp32."""
     origin: Origin | None = None
-    """Its settings, where it has a config.json."""
+    """Its settings."""
 
 
 def import_folder(path: Path) -> Imported:
@@ -131,7 +136,7 @@ def import_folder(path: Path) -> Imported:
     theirs = Settings(path / CONFIG, content, stored, lambda: _special_ids(path))
     theirs.require("quantization_config")
     imported = import_stored(path, FORMS[architecture], theirs, stored)
-    return replace(imported, origin=Origin.of(content, imported.config))
+    return replace(imported, origin=Origin.of(content, imported.config, read_generation(path, content)))
 
 
 def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> Imported:
@@ -291,11 +296,6 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, in
         EXPORT_MARK: EXPORTED_BY,
         **form.write_config(config),
     }
-
-
-def _generation_ids(described: Mapping[str, Any]) -> dict[str, int]:
-    """What generation needs to know of a config."""
-    return {key: value for key, value in described.items() if key.endswith("_token_id") and value is not None}
 
 
 def _write_weights(

@@ -7,7 +7,7 @@ training changed is said anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import Form
@@ -23,15 +23,18 @@ _OUT = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 
 @dataclass(frozen=True)
 class Origin:
-    """config.json as it was, and the model of ours that was read from it."""
+    """What a folder said, and the model of ours that was read from it."""
 
     settings: Mapping[str, Any]
+    """config.json as it was; empty where there was none."""
     model: Mapping[str, Any]
     """Encoded."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """generation_config.json as it was."""
 
     @staticmethod
-    def of(settings: Mapping[str, Any], config: Any) -> Origin:
-        return Origin(settings, encode(config))
+    def of(settings: Mapping[str, Any], config: Any, generation: Mapping[str, Any]) -> Origin:
+        return Origin(settings, encode(config), generation)
 
     def settings_of(self, form: Form, config: Any, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """config.json of a model that came from there. write: our config → config.json without an origin."""

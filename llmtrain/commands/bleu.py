@@ -61,7 +61,9 @@ def translation_figures(
     own = pairs[place::places]
     progress = Progress(len(own)) if distributed.is_main() else None
     try:
-        found = generate(model, [source for source, _ in own], config, eos_id=texts.eos_id, on_done=progress)
+        sources = [source for source, _ in own]
+        settings, ends = trained.resolve_generation(config, 1), trained.end_ids(texts.eos_id)
+        found = generate(model, sources, settings, eos_ids=ends, on_done=progress)
     except UserError as error:  # too long a pair or a diverged model: what one rank finds, others may not
         error.everywhere = True if places == 1 else None
         raise

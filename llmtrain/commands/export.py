@@ -43,5 +43,6 @@ def run(mapping: Mapping[str, Any]) -> None:
         dtype=trained.dtype if config.dtype is None else dtypes[config.dtype],
         overwrite=config.overwrite,
         origin=trained.origin,
+        end_id=trained.own_end_id,
     )
     print(f"exported {trained.source} to {output}", file=sys.stderr)

@@ -67,7 +67,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         problems = []
         if output is not None:
             problems.append(Problem("output", str(output), "null with a model that fills [MASK]"))
-        if config.generate.num_beams > 1:
+        if (config.generate.num_beams or 1) > 1:
             got = str(config.generate.num_beams)
             problems.append(Problem("generate.num_beams", got, "1 with a model that fills [MASK]"))
         if problems:
@@ -77,13 +77,14 @@ def run(mapping: Mapping[str, Any]) -> None:
         )
         return
     ids, eos_id, show = _ways(trained, prompts)
+    settings = trained.resolve_generation(config.generate, max(map(len, ids), default=1))
     if isinstance(trained.config, Seq2SeqConfig):
         refuse_pipeline(config.parallel)
         if config.prompt_file is None and config.prompt == ("",):
             remedy = "give prompt=… or prompt_file=…"
             raise ConfigError(Problem("prompt", "nothing", "a text that the model reads", remedy))
     device = distributed.pick_device(config.device)
-    longest = max(map(len, ids), default=1) + config.generate.max_new_tokens
+    longest = max(map(len, ids), default=1) + settings.new_tokens
     mesh = start_sharing(
         config.parallel, trained, encode(config), device, micro_size=1, sequence_length=longest
     )
@@ -92,7 +93,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if output is not None and distributed.is_main():
         on_done = Progress(len(prompts))
     try:
-        found = generate(model, ids, config.generate, eos_id=eos_id, on_done=on_done)
+        found = generate(model, ids, settings, eos_ids=trained.end_ids(eos_id), on_done=on_done)
     except UserError as error:  # all ranks look at the same prompts
         raise distributed.everywhere(error) from None
     if not distributed.is_main():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from llmtrain.checkpoint import huggingface, retention, store
+from llmtrain.checkpoint.generation_settings import FILE as GENERATION
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode
 from llmtrain.data.tokenizer_folder import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.families import family_of, model_config_type
+from llmtrain.generation.config import GenerateConfig
+from llmtrain.generation.folder import end_ids, unheeded
 from llmtrain.models.configs import ModelConfig
 from llmtrain.shards import Shard, matrix_shape
 
@@ -77,6 +80,38 @@ class TrainedModel:
                 out[place] = part.reshape(-1).to(out.device, out.dtype)
 
         return source
+
+    @property
+    def own_end_id(self) -> int | None:
+        """The id that ends the texts that it was trained on here; None where it was not."""
+        if self.sequence_length is None or self.tokenizer_path is None:
+            return None
+        return self.tokenizer().eos_id
+
+    def end_ids(self, eos_id: int) -> tuple[int, ...]:
+        """Ids any of which ends what it writes: those of the folder that it came from, and what ended the
+        texts that it was trained on here. eos_id: of its tokenizer, where no folder says any."""
+        said = () if self.origin is None else end_ids(self.origin.generation)
+        if said and self.own_end_id is None:
+            return said
+        return tuple(dict.fromkeys((*said, eos_id)))
+
+    def resolve_generation(self, config: GenerateConfig, longest: int) -> GenerateConfig:
+        """`config` with what the folder says where it says nothing. longest: tokens of a prompt."""
+        said = {} if self.origin is None else self.origin.generation
+        if ignored := unheeded(said):
+            print(f"note: not heeded of {GENERATION}: {', '.join(ignored)}", file=sys.stderr)
+        has_sources = self.config.family == "seq2seq"
+        settings = config.resolved(has_sources=has_sources, said=said)
+        if config.max_new_tokens is not None or not said:
+            return settings
+        # A target begins with a token that counts.
+        used = 1 if has_sources else longest
+        room = [getattr(self.config, "max_sequence_length", None)]
+        if said.get("max_new_tokens") is None:
+            room.append(said.get("max_length"))
+        fitting = min([length - used for length in room if length is not None], default=settings.new_tokens)
+        return replace(settings, max_new_tokens=max(1, min(settings.new_tokens, fitting)))
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""

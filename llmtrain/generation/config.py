@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
+from llmtrain.generation.folder import TOP_K
 
 TEMPERATURE = 0.8
 """Of a continuation, unless one is given."""
+NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """A prompt's continuation, or what answers a source: how long, and how each token is found."""
+    """A prompt's continuation, or what answers a source: how long, and how each token is found.
 
-    max_new_tokens: int = 128
-    """Most tokens after each prompt; the end-of-text token stops earlier."""
-    min_new_tokens: int = 0
-    """The end-of-text token is not taken before so many others."""
+    null is what generation_config.json of the model's folder says, and where it says nothing what is told
+    below."""
+
+    max_new_tokens: int | None = None
+    """Most tokens after each prompt; tokens that end a text stop earlier. null: 128."""
+    min_new_tokens: int | None = None
+    """No end is taken before so many others; null: 0."""
     temperature: float | None = None
     """0 takes the likeliest token (greedy); 1 samples the model's own distribution; null: 0.8, and 0 with
     beams and for encoder–decoders."""
@@ -27,29 +34,67 @@ class GenerateConfig:
     """Sample among the k likeliest tokens; null: among all."""
     top_p: float | None = None
     """Sample among the likeliest tokens that together reach this probability (arXiv:1904.09751)."""
-    num_beams: int = 1
-    """Texts followed side by side; of those that end, the best is taken. 1: none but the one."""
-    length_penalty: float = 1.0
+    repetition_penalty: float | None = None
+    """Logits of tokens that a text has already are divided by it where they are positive, and multiplied
+    where not (arXiv:1909.05858); null: 1."""
+    num_beams: int | None = None
+    """Texts followed side by side; of those that end, the best is taken. null: 1, none but the one."""
+    length_penalty: float | None = None
     """A text's score is the sum of its tokens' log probabilities over (tokens, with the end)^length_penalty:
-    more favours longer texts."""
-    early_stopping: bool = False
-    """Stop when num_beams texts have ended; else when what is still open, scored at its length, is below
-    all of them."""
+    more favours longer texts; null: 1."""
+    early_stopping: bool | None = None
+    """Stop when num_beams texts have ended; false, and null: when what is still open, scored at its length,
+    is below all of them."""
     seed: int = 0
     batch_size: int = 16
     """Most prompts run together: those of equal length, and sources of similar."""
 
-    def resolved(self, *, has_sources: bool) -> GenerateConfig:
-        """The same with a temperature."""
-        if self.temperature is not None:
-            return self
-        return replace(self, temperature=0.0 if has_sources or self.num_beams > 1 else TEMPERATURE)
+    def resolved(
+        self, *, has_sources: bool, said: Mapping[str, Any] = MappingProxyType({})
+    ) -> GenerateConfig:
+        """The same with a value for whatever is null but top_k and top_p.
+
+        said: what generation_config.json of the model's folder says; it stands in for null where it is about
+        the same way to find a token, sampling or beams.
+        """
+        samples = bool(self.temperature) or self.top_k is not None or self.top_p is not None
+        num_beams = _first(self.num_beams, None if samples else said.get("num_beams"), 1)
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.0 if has_sources or num_beams > 1 else TEMPERATURE
+            if num_beams == 1 and said.get("do_sample"):
+                temperature = _first(said.get("temperature"), 1.0)
+            elif said.get("do_sample") is False and not samples:
+                temperature = 0.0
+        top_k, top_p = self.top_k, self.top_p
+        if temperature > 0 and said.get("do_sample"):
+            top_k = top_k if top_k is not None else _first(said.get("top_k"), TOP_K) or None
+            top_p = top_p if top_p is not None else said.get("top_p")
+        of_beams = said if num_beams > 1 else {}
+        early_stopping = _first(self.early_stopping, of_beams.get("early_stopping"), False)
+        return replace(
+            self,
+            max_new_tokens=_first(self.max_new_tokens, said.get("max_new_tokens"), NEW_TOKENS),
+            min_new_tokens=_first(self.min_new_tokens, said.get("min_new_tokens"), 0),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=_first(self.repetition_penalty, said.get("repetition_penalty"), 1.0),
+            num_beams=num_beams,
+            length_penalty=_first(self.length_penalty, of_beams.get("length_penalty"), 1.0),
+            early_stopping=early_stopping is True,
+        )
+
+    @property
+    def new_tokens(self) -> int:
+        return NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
     def problems(self) -> Iterator[Problem]:
         for name in ("max_new_tokens", "num_beams", "batch_size"):
-            yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        allowed = f"0 up to max_new_tokens={self.max_new_tokens}"
-        short_enough = 0 <= self.min_new_tokens <= self.max_new_tokens
+            value = getattr(self, name)
+            yield from require(value is None or value >= 1, name, value, "1 or more")
+        allowed = f"0 up to max_new_tokens={self.new_tokens}"
+        short_enough = self.min_new_tokens is None or 0 <= self.min_new_tokens <= self.new_tokens
         yield from require(short_enough, "min_new_tokens", self.min_new_tokens, allowed)
         yield from require(
             self.temperature is None or self.temperature >= 0,
@@ -61,12 +106,17 @@ class GenerateConfig:
         yield from require(
             self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1, or null"
         )
-        if self.num_beams > 1:
+        penalty = self.repetition_penalty
+        yield from require(
+            penalty is None or penalty > 0, "repetition_penalty", penalty, "more than 0, or null"
+        )
+        num_beams = self.num_beams or 1
+        if num_beams > 1:
             got, remedy = self.temperature, "beams are not sampled: leave it out, or give num_beams=1"
-            yield from require(not got, "temperature", got, f"0 with num_beams={self.num_beams}", remedy)
-        if self.num_beams > 1 or self.temperature == 0:
-            reason = f"num_beams={self.num_beams}" if self.num_beams > 1 else "temperature=0"
-            remedy = "give num_beams=1" if self.num_beams > 1 else "set a temperature, say 0.8"
+            yield from require(not got, "temperature", got, f"0 with num_beams={num_beams}", remedy)
+        if num_beams > 1 or self.temperature == 0:
+            reason = f"num_beams={num_beams}" if num_beams > 1 else "temperature=0"
+            remedy = "give num_beams=1" if num_beams > 1 else "set a temperature, say 0.8"
             for name in ("top_k", "top_p"):
                 value = getattr(self, name)
                 yield from require(value is None, name, value, f"null with {reason}", remedy)
@@ -74,4 +124,9 @@ class GenerateConfig:
             for name, plain in (("length_penalty", 1.0), ("early_stopping", False)):
                 value = getattr(self, name)
                 allowed = f"{str(plain).lower()} with num_beams=1"
-                yield from require(value == plain, name, value, allowed, "give num_beams, say 4")
+                yield from require(value in (None, plain), name, value, allowed, "give num_beams, say 4")
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)

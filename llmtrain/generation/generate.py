@@ -6,7 +6,7 @@ Dim names: B prompts run together, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,11 +30,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig | None = None,
     *,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     on_token: OnToken | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """New token ids after each prompt, without the prompt and without eos_id, which ends it; of an
+    """New token ids after each prompt, without the prompt and without that of eos_ids which ends it; of an
     encoder–decoder, which reads prompts as sources, its targets.
 
     model: has `new_cache(max_length)` and `forward(tokens_BT, cache=…)` → logits (B, T, V); an
@@ -53,16 +53,21 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     with _writing(model, config):
         for group in _groups(prompts, config.batch_size, mixed=has_sources(model)):
-            rows = Rows(model, [prompts[index] for index in group], config.max_new_tokens)
-            if config.num_beams > 1:
+            rows = Rows(
+                model,
+                [prompts[index] for index in group],
+                config.new_tokens,
+                config.repetition_penalty or 1.0,
+            )
+            if config.num_beams is not None and config.num_beams > 1:
                 written: Iterator[tuple[int, int]] = (
                     (place, token)
-                    for place, text in enumerate(beam_search(rows, config, eos_id))
+                    for place, text in enumerate(beam_search(rows, config, eos_ids))
                     for token in text
                 )
             else:
                 starts = [0 if has_sources(model) else len(prompts[index]) for index in group]
-                written = _one_by_one(rows, group, starts, config, eos_id)
+                written = _one_by_one(rows, group, starts, config, eos_ids)
             for place, token in written:
                 outputs[group[place]].append(token)
                 if on_token is not None:
@@ -116,7 +121,7 @@ def _pays_to_pack(model: nn.Module, config: GenerateConfig) -> bool:
     weights = list(model.parameters())
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     on_cpu = weights[0].device.type == "cpu"
-    return on_cpu and config.max_new_tokens >= 16 and 2 * size < psutil.virtual_memory().available
+    return on_cpu and config.new_tokens >= 16 and 2 * size < psutil.virtual_memory().available
 
 
 def _groups(prompts: Sequence[Sequence[int]], size: int, *, mixed: bool) -> Iterator[list[int]]:
@@ -131,23 +136,27 @@ def _groups(prompts: Sequence[Sequence[int]], size: int, *, mixed: bool) -> Iter
 
 
 def _one_by_one(
-    rows: Rows, group: Sequence[int], starts: Sequence[int], config: GenerateConfig, eos_id: int | None
+    rows: Rows,
+    group: Sequence[int],
+    starts: Sequence[int],
+    config: GenerateConfig,
+    eos_ids: Collection[int],
 ) -> Iterator[tuple[int, int]]:
     """(place in the group, token) as drawn. starts: place in its text of each one's first new token."""
     running = list(range(len(group)))
-    for length in range(config.max_new_tokens):
-        logits_BV = rows.logits
-        if eos_id is not None and length < config.min_new_tokens:
-            logits_BV[:, eos_id] = -torch.inf
+    for length in range(config.new_tokens):
+        logits_BV = rows.penalized(rows.logits)
+        if length < (config.min_new_tokens or 0):
+            logits_BV[:, rows.known(eos_ids)] = -torch.inf
         draws = []
         if config.temperature != 0:
             draws = [_uniform(config.seed, group[place], starts[place] + length) for place in running]
         tokens_B = sample(logits_BV, config, draws)
         tokens = tokens_B.tolist()
-        going = [row for row, token in enumerate(tokens) if token != eos_id]
+        going = [row for row, token in enumerate(tokens) if token not in eos_ids]
         for row in going:
             yield running[row], tokens[row]
-        if not going or length + 1 == config.max_new_tokens:
+        if not going or length + 1 == config.new_tokens:
             return
         if len(going) < len(running):
             kept_B = torch.tensor(going, device=rows.device)
@@ -187,12 +196,12 @@ def _problems(
                 f"{'at most' if is_source else 'fewer than'} the model's max_sequence_length of {longest}"
             )
             yield Problem(where, f"{len(prompt)} tokens", allowed, "shorten it")
-        elif longest is not None and not is_source and len(prompt) + config.max_new_tokens > longest:
+        elif longest is not None and not is_source and len(prompt) + config.new_tokens > longest:
             yield Problem(
                 "generate.max_new_tokens",
-                f"{config.max_new_tokens} after a prompt of {len(prompt)} tokens",
+                f"{config.new_tokens} after a prompt of {len(prompt)} tokens",
                 f"at most {longest - len(prompt)}: the model's max_sequence_length is {longest}",
             )
-    if longest is not None and is_source and config.max_new_tokens > longest:
+    if longest is not None and is_source and config.new_tokens > longest:
         allowed = f"at most {longest}, the model's max_sequence_length"
-        yield Problem("generate.max_new_tokens", str(config.max_new_tokens), allowed)
+        yield Problem("generate.max_new_tokens", str(config.new_tokens), allowed)

@@ -5,7 +5,7 @@ Dim names: B prompts run together, T tokens of a prompt, S tokens of the longest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,15 @@ def has_sources(model: nn.Module) -> bool:
 class Rows:
     """One text a row, first one a prompt. `logits` are those of each row's next token, (R, V) fp32."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        repetition_penalty: float = 1.0,
+    ) -> None:
         """prompts: of one length, or sources of any.
+        repetition_penalty: of `penalized`.
 
         Raises CheckpointError for a model whose logits are not finite, as `extend` does."""
         self._model = model
@@ -43,19 +50,41 @@ class Rows:
             tokens_BT = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
             self._cache = model.new_cache(tokens_BT.shape[1] + max_new_tokens)  # type: ignore[operator]
             self.logits = self._forward(tokens_BT, last_only=True)
+        self._penalty = repetition_penalty
+        self._has_RV: Tensor | None = None
+        if repetition_penalty != 1:
+            self._has_RV = torch.zeros_like(self.logits, dtype=torch.bool).scatter_(1, tokens_BT, True)
+
+    def penalized(self, scores_RV: Tensor) -> Tensor:
+        """The same, but for tokens that a row has already, an encoder–decoder's in its target: positive
+        scores over the penalty, others times it (arXiv:1909.05858)."""
+        if self._has_RV is None:
+            return scores_RV
+        worse_RV = torch.where(scores_RV > 0, scores_RV / self._penalty, scores_RV * self._penalty)
+        return torch.where(self._has_RV, worse_RV, scores_RV)
+
+    def known(self, ids: Collection[int]) -> list[int]:
+        """Those that the model can write."""
+        return [token for token in ids if 0 <= token < self.logits.shape[1]]
 
     def extend(self, tokens_R: Tensor) -> None:
         """Put a token behind each row."""
+        if self._has_RV is not None:
+            self._has_RV.scatter_(1, tokens_R[:, None], True)
         self.logits = self._forward(tokens_R[:, None])
 
     def select(self, rows_R: Tensor) -> None:
         """Go on with these rows alone, in this order; one may come several times."""
         self._cache.select(rows_R)
         self.logits = self.logits[rows_R]
+        if self._has_RV is not None:
+            self._has_RV = self._has_RV[rows_R]
 
     def reorder(self, rows_R: Tensor) -> None:
         """Let row r go on from row rows_R[r] of the same prompt."""
         self._cache.reorder(rows_R)
+        if self._has_RV is not None:
+            self._has_RV = self._has_RV[rows_R]
 
     def _forward(self, tokens_RT: Tensor, **arguments: Any) -> Tensor:
         logits_RV: Tensor = self._model(tokens_RT, cache=self._cache, **arguments)[:, -1].float()

@@ -117,6 +117,14 @@ class Settings:
             raise self.refusal(key, "a number")
         return float(value)
 
+    def token_ids(self, key: str) -> list[int]:
+        """An id, or a list of them; none where it is missing or null."""
+        value = self.content.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise self.refusal(key, "an id, or a list of them")
+        return ids
+
     def numbers(self, key: str) -> list[float]:
         """A list of numbers."""
         values = self._value(key, None)

@@ -1,6 +1,7 @@
 """GGUF files: every number as the `gguf` package reads it, logits as transformers', a line for each flaw."""
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llmtrain.checkpoint.foreign import read_foreign
 from llmtrain.checkpoint.gguf import GgufFile, import_gguf
+from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.commands.loading import build_module, load_weights
 from llmtrain.errors import CheckpointError
 from tests.support.gguf_files import permuted, small_model, write_gguf
@@ -112,6 +114,18 @@ def test_the_tokenizer_of_byte_level_bpe(tmp_path: Path):
     end = library.token_to_id("<|endoftext|>")
     assert tokenizer.special_ids == {"bos": end, "eos": end}
     assert tokenizer.is_lossless
+
+
+def test_all_that_end_a_text(tmp_path: Path):
+    """Of the text, of a turn, of a message."""
+    ids = {"eos": 5, "eot": 7, "eom": 5, "padding": 3}
+    metadata = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    imported = import_gguf(GgufFile(write_gguf(tmp_path / "model.gguf", LLAMA, metadata=metadata)))
+    assert imported.origin is not None
+    assert imported.origin.generation == {"eos_token_id": [5, 7], "pad_token_id": 3}
+    export_folder(imported.config, imported.weights, None, tmp_path / "out", origin=imported.origin)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == imported.origin.generation
 
 
 def test_the_tokenizer_of_sentencepiece(tmp_path: Path):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.huggingface import export_folder, import_folder
+from llmtrain.errors import CheckpointError
 from llmtrain.families import family_of
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.initialize import initialize
@@ -83,6 +84,56 @@ def test_what_was_changed_is_said_anew(theirs: Path, tmp_path: Path) -> None:
     assert changed >= {"vocab_size", "dtype"}
     assert any("drop" in key for key in changed)
     assert all(found[key] == plain[key] for key in changed)
+
+
+SAID = {"eos_token_id": [3, 5], "pad_token_id": 5, "temperature": 0.6, "top_p": 0.9, "do_sample": True}
+
+
+def test_how_the_model_is_to_write_goes_out_again(theirs: Path, tmp_path: Path) -> None:
+    said = SAID | {"transformers_version": "4.44", "max_length": 99, "odd": "kept"}
+    (theirs / "generation_config.json").write_text(json.dumps(said))
+    imported = import_folder(theirs)
+    for end_id, ends in ((None, [3, 5]), (5, [3, 5]), (7, [3, 5, 7])):
+        export_folder(
+            imported.config, imported.weights, None, tmp_path / "ours", origin=imported.origin, end_id=end_id
+        )
+        found = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+        kept = {key: value for key, value in said.items() if key != "transformers_version"}
+        assert {key: found[key] for key in kept} == kept | {"eos_token_id": ends}
+    assert import_folder(tmp_path / "ours").origin.generation["eos_token_id"] == [3, 5, 7]  # type: ignore[union-attr]
+
+
+def test_ids_of_a_folder_without_generation_settings(theirs: Path, tmp_path: Path) -> None:
+    """They are those of its config.json, also where that has a list."""
+    (theirs / "generation_config.json").unlink()
+    content = settings(theirs) | {"eos_token_id": [2, 4]}
+    (theirs / "config.json").write_text(json.dumps(content))
+    imported = import_folder(theirs)
+    assert imported.origin is not None
+    assert imported.origin.generation["eos_token_id"] == [2, 4]
+    export_folder(imported.config, imported.weights, None, tmp_path / "ours", origin=imported.origin)
+    found = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert settings(tmp_path / "ours")["eos_token_id"] == found["eos_token_id"] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"eos_token_id": "</s>"},
+            "generation_config.json: eos_token_id: got '</s>'; allowed: an id",
+        ),
+        ({"eos_token_id": [1, None]}, "eos_token_id: got"),
+        ({"temperature": "warm"}, "temperature: got 'warm'; allowed: a number"),
+        ({"top_k": 0.5}, "top_k: got 0.5; allowed: a whole number"),
+    ],
+)
+def test_settings_that_are_none(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, _ = CASES["gpt2"]
+    export_folder(config, weights(config), None, tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=message):
+        import_folder(tmp_path / "theirs")
 
 
 def test_another_form_has_nothing_of_it(tmp_path: Path) -> None:

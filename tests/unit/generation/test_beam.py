@@ -60,7 +60,7 @@ def best_of_all(model: Any, prompt: list[int], penalty: float) -> tuple[int, ...
 def test_as_many_beams_as_texts_find_the_best(build: Any, penalty: float) -> None:
     model = build().eval()
     initialize(model, seed=3)
-    found = generate(model, PROMPTS, replace(ALL, length_penalty=penalty), eos_id=EOS)
+    found = generate(model, PROMPTS, replace(ALL, length_penalty=penalty), eos_ids=[EOS])
     with torch.no_grad():
         expected = [best_of_all(model, prompt, penalty) for prompt in PROMPTS]
     assert found == [[token for token in text if token != EOS] for text in expected]
@@ -69,13 +69,13 @@ def test_as_many_beams_as_texts_find_the_best(build: Any, penalty: float) -> Non
 def test_penalties_and_least_lengths_tell() -> None:
     model = gpt().eval()
     initialize(model, seed=3)
-    short = generate(model, PROMPTS, replace(ALL, length_penalty=-3.0), eos_id=EOS)
-    long = generate(model, PROMPTS, replace(ALL, length_penalty=3.0), eos_id=EOS)
+    short = generate(model, PROMPTS, replace(ALL, length_penalty=-3.0), eos_ids=[EOS])
+    long = generate(model, PROMPTS, replace(ALL, length_penalty=3.0), eos_ids=[EOS])
     assert sum(map(len, short)) < sum(map(len, long))
-    forced = generate(model, PROMPTS, replace(ALL, length_penalty=-3.0, min_new_tokens=2), eos_id=EOS)
+    forced = generate(model, PROMPTS, replace(ALL, length_penalty=-3.0, min_new_tokens=2), eos_ids=[EOS])
     assert min(map(len, forced)) >= 2
     greedy = GenerateConfig(max_new_tokens=9, min_new_tokens=9, temperature=0.0)
-    assert {len(text) for text in generate(model, PROMPTS, greedy, eos_id=EOS)} == {9}
+    assert {len(text) for text in generate(model, PROMPTS, greedy, eos_ids=[EOS])} == {9}
 
 
 @pytest.mark.parametrize("build", [gpt, seq2seq])
@@ -85,8 +85,8 @@ def test_a_prompt_does_not_depend_on_the_others(build: Any, num_beams: int) -> N
     initialize(model, seed=5)
     config = GenerateConfig(max_new_tokens=12, temperature=0.0, num_beams=num_beams)
     done: list[int] = []
-    together = generate(model, PROMPTS, config, eos_id=EOS, on_done=done.append)
-    assert together == generate(model, PROMPTS, replace(config, batch_size=1), eos_id=EOS)
+    together = generate(model, PROMPTS, config, eos_ids=[EOS], on_done=done.append)
+    assert together == generate(model, PROMPTS, replace(config, batch_size=1), eos_ids=[EOS])
     assert sorted(done) == list(range(len(PROMPTS)))
     assert len(set(map(len, together))) > 1, "some end before others"
 

@@ -11,6 +11,7 @@ import torch
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.generation.config import GenerateConfig
+from llmtrain.generation.folder import unheeded
 from llmtrain.generation.generate import generate, sample
 from llmtrain.models.config import GPTConfig, LSTMConfig
 from llmtrain.models.gpt import GPT
@@ -66,11 +67,77 @@ def test_stops_at_eos_and_streams() -> None:
     model, streamed = gpt(), []
     free = generate(model, PROMPTS, SAMPLING)
     eos = free[1][4]
-    stopped = generate(model, PROMPTS, SAMPLING, eos_id=eos, on_token=lambda *pair: streamed.append(pair))
+    stopped = generate(model, PROMPTS, SAMPLING, eos_ids=[eos], on_token=lambda *pair: streamed.append(pair))
     for whole, short in zip(free, stopped, strict=True):
         assert short == (whole[: whole.index(eos)] if eos in whole else whole)
     for index, output in enumerate(stopped):
         assert [token for i, token in streamed if i == index] == output
+
+
+def test_any_of_several_ends_a_text() -> None:
+    model = gpt()
+    free = generate(model, PROMPTS, SAMPLING)
+    ends = [free[0][3], free[1][5], V + 7]
+    stopped = generate(model, PROMPTS, SAMPLING, eos_ids=ends)
+    for whole, short in zip(free, stopped, strict=True):
+        places = [place for place, token in enumerate(whole) if token in ends]
+        assert short == whole[: min(places, default=len(whole))]
+    assert len({len(text) for text in stopped}) > 1
+    forced = generate(model, PROMPTS, replace(SAMPLING, min_new_tokens=10), eos_ids=ends)
+    assert {len(text) for text in forced} == {10}
+    assert not {token for text in forced for token in text} & set(ends)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "expected"),
+    [
+        ({}, {}, {"temperature": 0.8, "max_new_tokens": 128, "repetition_penalty": 1.0, "num_beams": 1}),
+        (
+            {},
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1},
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1},
+        ),
+        ({}, {"do_sample": True, "top_k": 0, "max_new_tokens": 7}, {"temperature": 1.0, "top_k": None}),
+        # Without do_sample, transformers leaves these alone.
+        ({}, {"temperature": 0.6, "top_p": 0.9, "top_k": 20}, {"temperature": 0.8, "top_p": None}),
+        ({}, {"do_sample": False, "temperature": 0.6, "top_k": 9}, {"temperature": 0.0, "top_k": None}),
+        ({"temperature": 0.0}, {"do_sample": True, "top_p": 0.9}, {"temperature": 0.0, "top_p": None}),
+        ({"temperature": 0.3}, {"do_sample": True, "top_p": 0.9}, {"temperature": 0.3, "top_p": 0.9}),
+        ({"top_p": 0.5}, {"num_beams": 4}, {"num_beams": 1, "temperature": 0.8, "top_p": 0.5}),
+        (
+            {},
+            {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True},
+            {"num_beams": 4, "temperature": 0.0, "length_penalty": 2.0, "early_stopping": True},
+        ),
+        ({"num_beams": 1}, {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": 1, "length_penalty": 1.0}),
+        ({"repetition_penalty": 1.0}, {"repetition_penalty": 1.3}, {"repetition_penalty": 1.0}),
+    ],
+)
+def test_a_folder_s_settings_stand_in_for_what_is_not_asked(
+    asked: dict[str, Any], said: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    config = GenerateConfig(**asked).resolved(has_sources=False, said=said)
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert not list(config.problems())
+
+
+def test_what_is_not_heeded_of_a_folder_s_settings() -> None:
+    said = {
+        "eos_token_id": [1, 2],
+        "do_sample": True,
+        "num_beams": 2,
+        "typical_p": 1.0,
+        "no_repeat_ngram_size": 3,
+        "suppress_tokens": [],
+        "forced_bos_token_id": 0,
+        "min_p": 0.1,
+    }
+    assert unheeded(said) == [
+        "no_repeat_ngram_size=3",
+        "forced_bos_token_id=0",
+        "min_p=0.1",
+        "do_sample=True with num_beams",
+    ]
 
 
 def test_mode_is_restored() -> None:

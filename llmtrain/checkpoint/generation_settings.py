@@ -1,0 +1,53 @@
+"""generation_config.json of a Hugging Face folder: how the model is to write, carried along as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint.forms.base import Settings
+from llmtrain.checkpoint.huggingface_weights import read_json
+
+FILE = "generation_config.json"
+_NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty")
+_WHOLE = ("top_k", "num_beams", "max_length", "max_new_tokens", "min_new_tokens")
+_OUT = ("_from_model_config", "transformers_version")
+"""Keys that would not be true of another folder."""
+
+
+def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder says; without the file, the ids of its config.json, as in transformers.
+
+    Raises CheckpointError for values of keys that `generate` heeds and that are none.
+    """
+    if not (path / FILE).exists():
+        where, content = path / "config.json", ids_of(config)
+    else:
+        where, content = path / FILE, read_json(path / FILE)
+    settings = Settings(where, content)
+    settings.token_ids("eos_token_id")
+    settings.flag("do_sample", False)
+    for key in _NUMBERS:
+        settings.number(key, 1.0)
+    for key in _WHOLE:
+        settings.whole(key, 1)
+    return {key: value for key, value in content.items() if key not in _OUT}
+
+
+def ids_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation needs to know of a config.json."""
+    return {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
+
+
+def write_generation(
+    said: Mapping[str, Any], config: Mapping[str, Any], end_id: int | None
+) -> dict[str, Any]:
+    """What an export says. said: by the folder that the model came from; config: its config.json.
+    end_id: of the texts that it was trained on here; None: it was not."""
+    content = {**ids_of(config), **said}
+    ends = content.get("eos_token_id")
+    if end_id is not None and ends is not None:
+        listed = ends if isinstance(ends, list) else [ends]
+        content["eos_token_id"] = ends if end_id in listed else [*listed, end_id]
+    return content
