@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmtrain import files
 from llmtrain.checkpoint.forms import FORMS, form_of
 from llmtrain.checkpoint.forms.base import Entry, Form, Settings
+from llmtrain.checkpoint.forms.keys import Asked, unknown_keys
 from llmtrain.checkpoint.generation_settings import FILE as GENERATION
 from llmtrain.checkpoint.generation_settings import read_generation, write_generation
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
@@ -120,6 +121,8 @@ class Imported:
     """Of all that are stored, where it is one of less than fp32."""
     origin: Origin | None = None
     """Its settings."""
+    unknown: tuple[str, ...] = ()
+    """Keys of its config.json that nothing here knows."""
 
 
 def import_folder(path: Path) -> Imported:
@@ -133,9 +136,12 @@ def import_folder(path: Path) -> Imported:
     if architecture not in list(FORMS):
         raise CheckpointError(Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(FORMS)))
     stored = StoredTensors(path)
-    theirs = Settings(path / CONFIG, content, stored, lambda: _special_ids(path))
+    asked = Asked(content)
+    theirs = Settings(path / CONFIG, asked, stored, lambda: _special_ids(path))
     theirs.require("quantization_config")
-    imported = import_stored(path, FORMS[architecture], theirs, stored)
+    form = FORMS[architecture]
+    imported = import_stored(path, form, theirs, stored)
+    imported = replace(imported, unknown=unknown_keys(form, theirs, asked))
     return replace(imported, origin=Origin.of(content, imported.config, read_generation(path, content)))
 
 

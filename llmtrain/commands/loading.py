@@ -134,6 +134,8 @@ def load_trained(path: Path) -> TrainedModel:
         imported = huggingface.import_folder(path)
         if imported.fresh:
             print(fresh_note(imported.fresh), file=sys.stderr)
+        if imported.unknown:
+            print(unknown_note(imported.unknown), file=sys.stderr)
         return TrainedModel(
             path,
             imported.config,
@@ -185,6 +187,11 @@ def fresh_note(names: tuple[str, ...]) -> str:
     """What a user is told of heads that a folder lacked."""
     listed = ", ".join(names)
     return f"note: begun anew, since the folder lacked them: {listed}; they mean nothing before training"
+
+
+def unknown_note(keys: tuple[str, ...]) -> str:
+    """What a user is told of keys that nothing here knows, nor transformers where it has the model."""
+    return f"note: unknown keys of config.json, which change nothing here: {', '.join(keys)}"
 
 
 def _config_of(checkpoint: store.Checkpoint) -> ModelConfig:

@@ -358,6 +358,7 @@ _LONGROPE = {
     "long_factor": [1.2, 2.0, 5.0, 9.0],
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
 _GEMMA = {
     **_LLAMA,
@@ -368,7 +369,6 @@ _GEMMA = {
     "final_logit_softcapping": 3.0,
 }
 _NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}
-_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _ROPE_BY_KIND = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -453,8 +453,14 @@ ARCHITECTURES = (
         "smollm", "LlamaForCausalLM", {**_LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1}
     ),
     Architecture("smollm3", "SmolLM3ForCausalLM", {**_LLAMA, "no_rope_layers": [1, 0, 1]}),
+    Architecture(
+        "smollm3, windows",
+        "SmolLM3ForCausalLM",
+        {**_LLAMA, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 9},
+    ),
     Architecture("mistral", "MistralForCausalLM", {**_LLAMA, "sliding_window": None, "head_dim": 16}),
     Architecture("mistral, window", "MistralForCausalLM", {**_LLAMA, "sliding_window": 9}),
+    Architecture("ministral", "MinistralForCausalLM", {**_LLAMA, "sliding_window": 9, "layer_types": _MIXED}),
     Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
     Architecture(
         "qwen2, tied, window", "Qwen2ForCausalLM", {**_LLAMA, **_WINDOW, "tie_word_embeddings": True}

@@ -105,6 +105,7 @@ def theirs_of(
         "early_stopping": config.early_stopping,
         "repetition_penalty": config.repetition_penalty,
     }
+    asks = {key: value for key, value in asks.items() if value is not None}
     texts = []
     if model.config.is_encoder_decoder:
         longest = max(map(len, prompts))

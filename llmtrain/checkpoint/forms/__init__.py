@@ -14,6 +14,7 @@ FORMS: dict[str, Form] = {
         gpt.GPT2,
         llama.LLAMA,
         llama.MISTRAL,
+        llama.MINISTRAL,
         llama.QWEN2,
         llama.QWEN3,
         llama.SMOLLM3,

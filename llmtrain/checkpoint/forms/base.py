@@ -110,6 +110,13 @@ class Settings:
             raise self.refusal(key, "a whole number")
         return int(value)
 
+    def layers(self) -> int:
+        """num_hidden_layers; refused beyond what the folder can have, before anything is made of each."""
+        layers = self.whole("num_hidden_layers")
+        if self.tensors and layers > len(self.tensors):
+            raise self.refusal("num_hidden_layers", f"no more than its {len(self.tensors):,} tensors")
+        return layers
+
     def number(self, key: str, default: float | None = None) -> float:
         """A number, the default where it is missing or null."""
         value = self._value(key, default)

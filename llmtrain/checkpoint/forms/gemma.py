@@ -11,7 +11,7 @@ from llmtrain.checkpoint.forms.base import ACTIVATIONS, ACTIVATIONS_BACK, Names,
 from llmtrain.checkpoint.forms.llama import ANY, form, misfits, read_attention_biases
 from llmtrain.checkpoint.forms.rope import read_rope
 from llmtrain.checkpoint.forms.rotary_by_kind import read_rope_by_kind, write_rope_by_kind
-from llmtrain.checkpoint.forms.windows import SLIDING, every, read_windows, write_windows
+from llmtrain.checkpoint.forms.windows import SLIDING, every, read_window, read_windows, write_windows
 from llmtrain.models.config import GPTConfig
 
 _HAS = {"norm_adds_one": True, "scale_embedding": True}
@@ -83,14 +83,8 @@ def _cap(theirs: Settings, key: str, default: float | None) -> float | None:
     return theirs.number(key, default)
 
 
-def _window(theirs: Settings) -> int | None:
-    return (
-        None if theirs.content.get("sliding_window", 4096) is None else theirs.whole("sliding_window", 4096)
-    )
-
-
 def _read_gemma2(theirs: Settings) -> dict[str, Any]:
-    windows = read_windows(theirs, _window(theirs), every(theirs.whole("num_hidden_layers"), 2))
+    windows = read_windows(theirs, read_window(theirs, 4096), every(theirs.layers(), 2))
     return {**_read_caps(theirs, attention=50.0, logits=30.0), **windows}
 
 
@@ -131,7 +125,7 @@ def _names_of_text(names: Collection[str], config: GPTConfig) -> Names:
 
 def _read_gemma3_windows(theirs: Settings) -> dict[str, Any]:
     period = theirs.whole("sliding_window_pattern", 6)
-    return read_windows(theirs, _window(theirs), every(theirs.whole("num_hidden_layers"), period))
+    return read_windows(theirs, read_window(theirs, 4096), every(theirs.layers(), period))
 
 
 def _read_gemma3_rope(theirs: Settings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from llmtrain.checkpoint.forms.base import ACTIVATIONS, ACTIVATIONS_BACK, Entry, Form, Settings, same, unless
 from llmtrain.checkpoint.forms.gpt import OF_OTHERS, build, heads_of, without_buffers_and_copies
 from llmtrain.checkpoint.forms.rope import read_rope, write_rope
-from llmtrain.checkpoint.forms.windows import FULL, SLIDING, read_windows, write_windows
+from llmtrain.checkpoint.forms.windows import FULL, SLIDING, read_window, read_windows, write_windows
 from llmtrain.models.config import GPTConfig
 
 _NORMS = {
@@ -78,6 +78,8 @@ def _write_config(config: GPTConfig) -> dict[str, Any]:
 Read = Callable[[Settings], dict[str, Any]]
 """config.json → some of our keys."""
 _ROPE: Read = partial(read_rope, theta=10_000.0, longest=2048)
+_ROPE_32K: Read = partial(read_rope, theta=10_000.0, longest=32_768)
+_ROPE_128K: Read = partial(read_rope, theta=10_000.0, longest=131_072)
 
 
 def _read_config(theirs: Settings, rope: Read, tied: bool) -> dict[str, Any]:
@@ -162,17 +164,20 @@ def _write_layers(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_layers(theirs: Settings) -> dict[str, Any]:
+    """As Qwen says it."""
+    layers, first = theirs.layers(), theirs.whole("max_window_layers", 28)
+    window = read_window(theirs, 4096)
     if not theirs.flag("use_sliding_window", False):
-        return {"sliding_window": None}
-    layers, first = theirs.whole("num_hidden_layers"), theirs.whole("max_window_layers", 28)
-    implied = [FULL] * min(first, layers) + [SLIDING] * (layers - first)
-    return read_windows(theirs, theirs.whole("sliding_window", 4096), implied)
+        window = None
+    implied = [FULL if window is None or layer < first else SLIDING for layer in range(layers)]
+    return read_windows(theirs, window, implied)
 
 
 def _read_window(theirs: Settings) -> dict[str, Any]:
-    # Mistral's default is 4096, and null says none.
-    window = theirs.content.get("sliding_window", 4096)
-    return {"sliding_window": None if window is None else theirs.whole("sliding_window", 4096)}
+    """In all layers, unless they are told apart, which transformers takes for a `ministral`."""
+    window = read_window(theirs, 4096)
+    implied = [FULL if window is None else SLIDING] * theirs.layers()
+    return read_windows(theirs, window, implied)
 
 
 def _read_qwen3(theirs: Settings) -> dict[str, Any]:
@@ -188,19 +193,23 @@ def _read_qwen3(theirs: Settings) -> dict[str, Any]:
 
 def _write_smollm3(config: GPTConfig) -> dict[str, Any]:
     has_rope = [int(layer not in config.no_rope_layers) for layer in range(config.num_layers)]
-    return {**_write_biases(config), "no_rope_layers": has_rope, "use_sliding_window": False}
+    return {**_write_biases(config), **_write_layers(config), "no_rope_layers": has_rope}
 
 
 def _read_smollm3(theirs: Settings) -> dict[str, Any]:
-    theirs.require("use_sliding_window", False)
-    layers, every = theirs.whole("num_hidden_layers"), theirs.whole("no_rope_layer_interval", 4)
+    layers, every = theirs.layers(), theirs.whole("no_rope_layer_interval", 4)
     has_rope = theirs.content.get("no_rope_layers")  # of each layer, as opposed to its name
     if has_rope is None:
         has_rope = [(layer + 1) % max(every, 1) != 0 for layer in range(layers)]
     if not isinstance(has_rope, list) or len(has_rope) < layers:
         raise theirs.refusal("no_rope_layers", f"{layers} times 0 or 1")
+    window = read_window(theirs, None)
+    if not theirs.flag("use_sliding_window", False):
+        window = None
+    implied = [FULL if window is None or has_rope[layer] else SLIDING for layer in range(layers)]
     return {
         **_read_biases(theirs),
+        **read_windows(theirs, window, implied),
         "no_rope_layers": [layer for layer in range(layers) if not has_rope[layer]],
     }
 
@@ -250,6 +259,15 @@ MISTRAL = form(
     lambda config: misfits(config, sliding_window=ANY),
     lambda config: {"sliding_window": config.sliding_window},
     _read_window,
+    rope=_ROPE_128K,
+)
+MINISTRAL = form(
+    "ministral",
+    "MinistralForCausalLM",
+    lambda config: misfits(config, sliding_window=ANY, full_attention_layers=ANY),
+    write_windows,
+    _read_window,
+    rope=_ROPE_128K,
 )
 QWEN2 = form(
     "qwen2",
@@ -257,6 +275,7 @@ QWEN2 = form(
     lambda config: misfits(config, qkv_bias=True, sliding_window=ANY, full_attention_layers=ANY),
     _write_layers,
     lambda theirs: {"qkv_bias": True, **_read_layers(theirs)},
+    rope=_ROPE_32K,
 )
 QWEN3 = form(
     "qwen3",
@@ -271,12 +290,19 @@ QWEN3 = form(
     ),
     lambda config: {"attention_bias": config.has_qkv_bias, **_write_layers(config)},
     _read_qwen3,
+    rope=_ROPE_32K,
 )
 SMOLLM3 = form(
     "smollm3",
     "SmolLM3ForCausalLM",
     lambda config: misfits(
-        config, bias=ANY, qkv_bias=ANY, output_bias=config.has_qkv_bias, no_rope_layers=ANY
+        config,
+        bias=ANY,
+        qkv_bias=ANY,
+        output_bias=config.has_qkv_bias,
+        no_rope_layers=ANY,
+        sliding_window=ANY,
+        full_attention_layers=ANY,
     ),
     _write_smollm3,
     _read_smollm3,

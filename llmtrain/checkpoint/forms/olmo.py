@@ -7,7 +7,7 @@ from typing import Any
 from llmtrain.checkpoint.forms.base import Settings
 from llmtrain.checkpoint.forms.llama import ANY, form, misfits, read_attention_biases
 from llmtrain.checkpoint.forms.rotary_by_kind import read_rope_by_kind, write_rope_by_kind
-from llmtrain.checkpoint.forms.windows import every, read_windows, write_windows
+from llmtrain.checkpoint.forms.windows import every, read_window, read_windows, write_windows
 from llmtrain.models.config import GPTConfig
 
 _HAS = {"norm_place": "after", "qk_norm": True, "qk_norm_over": "all_heads"}
@@ -30,8 +30,8 @@ def _write_olmo3(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_windows(theirs: Settings) -> dict[str, Any]:
-    implied = every(theirs.whole("num_hidden_layers"), 4)
-    return read_windows(theirs, theirs.whole("sliding_window", 4096), implied)
+    implied = every(theirs.layers(), 4)
+    return read_windows(theirs, read_window(theirs, 4096), implied)
 
 
 def _read_rope(theirs: Settings) -> dict[str, Any]:

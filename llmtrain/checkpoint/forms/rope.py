@@ -33,8 +33,9 @@ def read_rope(
     for key, value in rope.content.items():
         if isinstance(value, Mapping):
             raise rope.refusal(key, "a number or a name: rotary positions are the same in all layers here")
+    beside = theirs.content.get("rope_theta", theta)
     if "rope_theta" not in rope.content:
-        rope = rope.with_keys(rope_theta=theirs.content.get("rope_theta", theta))
+        rope = rope.with_keys(rope_theta=beside)
     kind = _kind(rope, kinds)
     longest = theirs.whole("max_position_embeddings", longest)
     if kind in _OF_ORIGINAL:

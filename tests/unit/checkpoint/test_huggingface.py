@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmtrain.checkpoint import forms
+from llmtrain.checkpoint.forms.base import Settings
 from llmtrain.checkpoint.huggingface import export_folder, import_folder
+from llmtrain.config import decode
 from llmtrain.data.config import TokenizerConfig
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.errors import CheckpointError, ConfigError, DataError
@@ -231,7 +234,7 @@ def index(weight_map: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_config(model_type="opt"), "model_type: got 'opt'; allowed: gpt2, llama, mistral, qwen2"),
+        (edit_config(model_type="opt"), "model_type: got 'opt'; allowed: gpt2, llama, mistral, ministral"),
         (edit_config(model_type=["a"]), "model_type: got"),
         (edit_config(hidden_act="mish"), "hidden_act: got 'mish'"),
         (edit_config(mlp_bias=True), r"no tensor model\.layers\.0\.mlp\.down_proj\.bias"),
@@ -280,6 +283,18 @@ def index(weight_map: Any) -> Callable[[Path], None]:
             ),
             "sliding_attention.rope_type: got 'linear'; allowed: default",
         ),
+        *[
+            (
+                edit_config(model_type=name, layer_types=["sliding_attention"] * 2, sliding_window=window),
+                r"layer_types: got .*; allowed: full_attention alone, where no window is said",
+            )
+            for name, window in (("mistral", None), ("qwen2", 4), ("smollm3", 4))
+        ],
+        (edit_config(layer_types=["sliding_attention"] * 2), "full_attention alone: llama has no other"),
+        (edit_config(sliding_window=4), "sliding_window: got 4; allowed: nothing"),
+        (edit_config(is_causal=False), "is_causal: got False; allowed: True"),
+        (edit_config(per_layer_config={"0": {"head_dim": 4}}), "per_layer_config: got"),
+        (edit_config(model_type="mistral", num_hidden_layers=10**9), "num_hidden_layers: got 1000000000"),
         (edit_config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers: got"),
         (edit_config(hidden_size=1e400), "no JSON|hidden_size"),
         (edit_config(intermediate_size=-3), "mlp_hidden_size: got -3"),
@@ -316,6 +331,42 @@ def test_folders_that_cannot_be_imported(
     damage(tmp_path / "out")
     with pytest.raises(CheckpointError, match=message):
         import_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "window", "full"),
+    [
+        ("mistral", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}, 4, (1,)),
+        ("mistral", {"layer_types": ["full_attention"] * 2, "sliding_window": 4}, None, ()),
+        ("mistral", {"layer_types": None, "sliding_window": 4}, 4, ()),
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("mistral", {}, 4096, ()),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None, ()),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, 4, (0,)),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, 4096, ()),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4}, None, ()),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}, None, ()),
+        ("qwen2", {"sliding_window": 4, "layer_types": ["full_attention"] * 2}, None, ()),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0]}, 4, (0,)),
+    ],
+)
+def test_layers_with_a_window(
+    model_type: str, keys: dict[str, Any], window: int | None, full: tuple[int, ...]
+) -> None:
+    """As transformers' AutoConfig reads the same keys."""
+    content = {"vocab_size": 9, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40, **keys}
+    content["num_hidden_layers"] = 2
+    form = forms.FORMS[model_type]
+    config = decode(GPTConfig, form.read_config(Settings(Path("config.json"), content)))
+    assert (config.sliding_window, config.full_attention_layers) == (window, full)
+
+
+def test_keys_that_nobody_knows_are_named(tmp_path: Path) -> None:
+    export_folder(LLAMA, weights(LLAMA), None, tmp_path / "out")
+    assert import_folder(tmp_path / "out").unknown == ()
+    keys = {"logit_scale": 0.1, "auto_map": {"AutoConfig": "x.X"}, "use_qk_norm": False, "alibi": None}
+    edit_config(**keys, use_cache=True, bos_token_id=7, hidden_dropout=0.1)(tmp_path / "out")
+    assert import_folder(tmp_path / "out").unknown == ("logit_scale", "auto_map")
 
 
 def test_spellings_of_older_folders(tmp_path: Path) -> None:
