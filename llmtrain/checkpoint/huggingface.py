@@ -68,7 +68,7 @@ def export_folder(
     CheckpointError for tensors that don't fit the config or an output that can't be written, DataError
     for a tokenizer that doesn't fit.
     """
-    form = form_of(config)
+    form = form_of(config, None if origin is None else origin.settings.get("model_type"))
     model = _on_meta(form, config)
     _check_tensors(model, tensors)
     ids: dict[str, int] = {}
@@ -198,7 +198,7 @@ class _Joined(Mapping[str, Tensor]):
         fresh: tuple[str, ...],
     ) -> None:
         self._stored, self._where, self._model = stored, where, model
-        self._entries = {entry.ours: entry for entry in entries}
+        self._entries = {name: entry for entry in entries for name in entry.all_ours}
         self._fresh = fresh
         self._names = [name for name, _ in model.named_parameters()]
 
@@ -206,7 +206,8 @@ class _Joined(Mapping[str, Tensor]):
         if name in self._fresh:
             return _fresh_weight(self._model, name)
         entry = self._entries[name]
-        return entry.join([self._stored[self._where[theirs]] for theirs in entry.theirs])
+        joined = entry.join([self._stored[self._where[theirs]] for theirs in entry.theirs])
+        return joined.chunk(len(entry.all_ours))[entry.all_ours.index(name)] if entry.also else joined
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -242,7 +243,9 @@ def _their_shapes(model: nn.Module, entries: list[Entry]) -> dict[str, tuple[int
         name: tuple(part.shape)
         for entry in entries
         for name, part in zip(
-            entry.theirs, entry.split(torch.empty(own[entry.ours], device="meta")), strict=True
+            entry.theirs,
+            entry.split_all([torch.empty(own[name], device="meta") for name in entry.all_ours]),
+            strict=True,
         )
     }
 
@@ -329,12 +332,12 @@ def _write_weights(
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         content: dict[str, Tensor] = {}
         for entry in shard:
-            tensor = tensors[entry.ours].detach()
-            if tuple(tensor.shape) != own[entry.ours]:
-                raise CheckpointError(
-                    Problem(entry.ours, f"shape {tuple(tensor.shape)}", f"{own[entry.ours]} by the config")
-                )
-            for theirs, part in zip(entry.theirs, entry.split(tensor), strict=True):
+            ours = [tensors[mine].detach() for mine in entry.all_ours]
+            for mine, tensor in zip(entry.all_ours, ours, strict=True):
+                if tuple(tensor.shape) != own[mine]:
+                    got, expected = f"shape {tuple(tensor.shape)}", f"{own[mine]} by the config"
+                    raise CheckpointError(Problem(mine, got, expected))
+            for theirs, part in zip(entry.theirs, entry.split_all(ours), strict=True):
                 content[theirs] = part.to("cpu", dtype).contiguous()
                 weight_map[theirs] = name
         # transformers asks for the format's name.

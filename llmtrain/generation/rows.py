@@ -48,8 +48,13 @@ class Rows:
             self.logits = self._forward(tokens_BT)
         else:
             tokens_BT = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
-            self._cache = model.new_cache(tokens_BT.shape[1] + max_new_tokens)  # type: ignore[operator]
+            self._longest = tokens_BT.shape[1] + max_new_tokens
+            self._cache = model.new_cache(self._longest)  # type: ignore[operator]
             self.logits = self._forward(tokens_BT, last_only=True)
+        scaling = getattr(config, "rope_scaling", None)
+        self._context: int | None = None
+        if scaling is not None and scaling.kind == "longrope":
+            self._context, self._texts_RT = scaling.original_max_sequence_length, tokens_BT
         self._penalty = repetition_penalty
         self._has_RV: Tensor | None = None
         if repetition_penalty != 1:
@@ -71,18 +76,29 @@ class Rows:
         """Put a token behind each row."""
         if self._has_RV is not None:
             self._has_RV.scatter_(1, tokens_R[:, None], True)
+        if self._context is not None:
+            self._texts_RT = torch.cat((self._texts_RT, tokens_R[:, None]), dim=1)
+            if self._texts_RT.shape[1] == self._context + 1:
+                # From here on all keys are turned otherwise, also those held.
+                self._cache = self._model.new_cache(self._longest)  # type: ignore[operator]
+                self.logits = self._forward(self._texts_RT, last_only=True)
+                return
         self.logits = self._forward(tokens_R[:, None])
 
     def select(self, rows_R: Tensor) -> None:
         """Go on with these rows alone, in this order; one may come several times."""
         self._cache.select(rows_R)
         self.logits = self.logits[rows_R]
+        if self._context is not None:
+            self._texts_RT = self._texts_RT[rows_R]
         if self._has_RV is not None:
             self._has_RV = self._has_RV[rows_R]
 
     def reorder(self, rows_R: Tensor) -> None:
         """Let row r go on from row rows_R[r] of the same prompt."""
         self._cache.reorder(rows_R)
+        if self._context is not None:
+            self._texts_RT = self._texts_RT[rows_R]
         if self._has_RV is not None:
             self._has_RV = self._has_RV[rows_R]
 

@@ -358,6 +358,7 @@ _LONGROPE = {
     "long_factor": [1.2, 2.0, 5.0, 9.0],
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+_PARTIAL = {"partial_rotary_factor": 0.5}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
 _GEMMA = {
@@ -460,7 +461,29 @@ ARCHITECTURES = (
     ),
     Architecture("mistral", "MistralForCausalLM", {**_LLAMA, "sliding_window": None, "head_dim": 16}),
     Architecture("mistral, window", "MistralForCausalLM", {**_LLAMA, "sliding_window": 9}),
-    Architecture("ministral", "MinistralForCausalLM", {**_LLAMA, "sliding_window": 9, "layer_types": _MIXED}),
+    Architecture("phi3", "Phi3ForCausalLM", _LLAMA),
+    Architecture("phi3, partial, window", "Phi3ForCausalLM", {**_LLAMA, **_PARTIAL, "sliding_window": 9}),
+    # As Phi 3's and Phi 4's folders of long contexts say it.
+    Architecture(
+        "phi3, longrope",
+        "Phi3ForCausalLM",
+        {
+            **_LLAMA,
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.2, 1.5],
+                "long_factor": [1.1, 3.0, 9.0],
+            },
+        },
+        BY_LENGTH,
+    ),
+    Architecture(
+        "ministral",
+        "MinistralForCausalLM",
+        {**_LLAMA, "head_dim": 16, "sliding_window": 9, "layer_types": _MIXED},
+    ),
     Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
     Architecture(
         "qwen2, tied, window", "Qwen2ForCausalLM", {**_LLAMA, **_WINDOW, "tie_word_embeddings": True}
@@ -590,7 +613,14 @@ def changed_tensors(architecture: Architecture, folder: Path, shard_bytes: int) 
     theirs = architecture.theirs()
     theirs.save_pretrained(folder / "theirs", max_shard_size=shard_bytes)
     imported = import_folder(folder / "theirs")
-    export_folder(imported.config, imported.weights, None, folder / "ours", shard_bytes=shard_bytes)
+    export_folder(
+        imported.config,
+        imported.weights,
+        None,
+        folder / "ours",
+        shard_bytes=shard_bytes,
+        origin=imported.origin,
+    )
     again = type(theirs).from_pretrained(folder / "ours", dtype=torch.float32)
     before, after = theirs.state_dict(), again.state_dict()
     names = sorted((before.keys() | after.keys()) - set(architecture.unread))

@@ -64,6 +64,23 @@ FAMILIES = {
         "batch.micro_size=2",
         "batch.sequence_length=32",
     ),
+    "Llama form, dynamic": (
+        "model=llama_tiny",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "model.head_dim=16",
+        "model.mlp_hidden_size=48",
+        "model.partial_rotary_factor=0.5",
+        "model.rope_scaling.kind=dynamic",
+        "model.rope_scaling.original_max_sequence_length=8",
+        "model.qkv_bias=true",
+        "model.output_bias=true",
+        "batch.global_size=8",
+        "batch.micro_size=2",
+        "batch.sequence_length=32",
+    ),
     "Gemma form": (
         "model=llama_tiny",
         "model.num_layers=2",
@@ -255,7 +272,7 @@ class Cell:
 
 
 LLAMA, QWEN3, BERT, XLNET, LSTM = "Llama form", "Qwen 3 form", "BERT", "XLNet", "LSTM"
-GEMMA, OLMO2 = "Gemma form", "OLMo 2 form"
+GEMMA, OLMO2, DYNAMIC = "Gemma form", "OLMo 2 form", "Llama form, dynamic"
 TRANSFORMER, T5, BART = "Transformer", "T5", "BART"
 PACKED, SEGMENTS = ("objective=mlm",), ("model.has_segments=true",)
 UNEVEN, UNTIED = ("model.vocab_size=323",), ("model.tie_embeddings=false",)
@@ -297,6 +314,10 @@ CELLS = (
     Cell(2, QWEN3, tensor=2, tensor_sequence=True, recompute="selective"),
     Cell(2, QWEN3, pipeline=2, zero=1),
     Cell(2, QWEN3, sequence=2, zero=2),
+    Cell(2, DYNAMIC, zero=3),
+    Cell(2, DYNAMIC, tensor=2),
+    Cell(2, DYNAMIC, tensor=2, tensor_sequence=True, recompute="selective"),
+    Cell(2, DYNAMIC, pipeline=2, zero=1),
     Cell(2, GEMMA, zero=3, recompute="full"),
     Cell(2, GEMMA, tensor=2, model=UNEVEN),
     Cell(2, GEMMA, tensor=2, tensor_sequence=True, recompute="selective", dropout=0.0),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from llmtrain.checkpoint.huggingface import export_folder, import_folder
+from llmtrain.generation.config import GenerateConfig
+from llmtrain.generation.generate import generate
 from tests.parity.architectures import (
     ARCHITECTURES,
     TOLERANCE,
@@ -71,3 +74,39 @@ def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
     again = Gemma3ForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.config.model_type == "gemma3_text"
     assert difference(again(tokens_BT).logits, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_mistral_whose_layers_are_told_apart(tmp_path: Path) -> None:
+    """transformers' Auto classes take it for a ministral."""
+    (architecture,) = (a for a in ARCHITECTURES if a.name == "ministral")
+    architecture.theirs().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "model_type": "mistral"}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert theirs.config.model_type == "ministral"
+    ours = ours_from(tmp_path)
+    for compare in architecture.comparisons.values():
+        assert compare(ours, theirs) <= TOLERANCE
+
+
+def test_writing_past_the_original_context_of_a_phi(tmp_path: Path) -> None:
+    """As a text grows past it, the frequencies of all its tokens change."""
+    (architecture,) = (a for a in ARCHITECTURES if a.name == "phi3, longrope")
+    theirs = architecture.theirs()
+    theirs.save_pretrained(tmp_path)
+    ours = ours_from(tmp_path)
+    for length in (5, 16, 20):
+        prompts = [tokens(length, seed=seed).tolist() for seed in range(2)]
+        found = generate(ours, prompts, GenerateConfig(max_new_tokens=24, temperature=0.0))
+        for prompt, text in zip(prompts, found, strict=True):
+            prompt_1T = torch.tensor([prompt])
+            (expected,) = theirs.generate(
+                prompt_1T,
+                attention_mask=torch.ones_like(prompt_1T),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            assert text == expected[length:].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtrain.checkpoint.forms import bert, gemma, gpt, llama, olmo, seq2seq, xlnet
+from llmtrain.checkpoint.forms import bert, gemma, gpt, llama, olmo, phi3, seq2seq, xlnet
 from llmtrain.checkpoint.forms.base import Form
 from llmtrain.errors import ConfigError, Problem
 
@@ -18,6 +18,7 @@ FORMS: dict[str, Form] = {
         llama.QWEN2,
         llama.QWEN3,
         llama.SMOLLM3,
+        phi3.PHI3,
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
@@ -34,12 +35,14 @@ FORMS: dict[str, Form] = {
 """model_type of config.json → form; the first that a model fits is what it is exported as."""
 
 
-def form_of(config: Any) -> Form:
-    """The form that computes what the model does; ConfigError names the keys in the way."""
+def form_of(config: Any, came_from: str | None = None) -> Form:
+    """The form that computes what the model does; ConfigError names the keys in the way.
+
+    came_from: model_type of the folder that it came from, which is taken if it still fits."""
     misfits = {name: form.misfits(config) for name, form in FORMS.items() if isinstance(config, form.config)}
-    for name, keys in misfits.items():
-        if not keys:
-            return FORMS[name]
+    fitting = [name for name, keys in misfits.items() if not keys]
+    if fitting:
+        return FORMS[came_from if came_from in fitting else fitting[0]]
     elsewhere = "such a model can be trained and used here, not exported"
     if not misfits:
         families = sorted({form.config().family for form in FORMS.values()})

@@ -21,7 +21,7 @@ from llmtrain.errors import CheckpointError, Problem
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our tensors and those of theirs that hold the same numbers."""
+    """One of our tensors, or several behind one another, and those of theirs that hold the same numbers."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -29,6 +29,16 @@ class Entry:
     """Ours → theirs. It runs on the meta device too."""
     join: Callable[[list[Tensor]], Tensor]
     """Theirs → ours; undoes `split` bit for bit."""
+    also: tuple[str, ...] = ()
+    """Others of ours, of the same shape: their rows stand behind its own in what is split and joined."""
+
+    @property
+    def all_ours(self) -> tuple[str, ...]:
+        return (self.ours, *self.also)
+
+    def split_all(self, ours: list[Tensor]) -> list[Tensor]:
+        """`all_ours` → theirs."""
+        return self.split(torch.cat(ours) if self.also else ours[0])
 
 
 def same(ours: str, theirs: str) -> Entry:

@@ -223,6 +223,7 @@ def form(
     *,
     rope: Read = _ROPE,
     tied: bool = False,
+    entries: Callable[[GPTConfig], list[Entry]] = _entries,
 ) -> Form:
     """write, read: what config.json says besides what all say. rope, tied: as in _read_config."""
 
@@ -237,7 +238,7 @@ def form(
         config=GPTConfig,
         build=build,
         misfits=misfits,
-        entries=_entries,
+        entries=entries,
         write_config=write_config,
         read_config=read_config,
         names=lambda names, config: without_buffers_and_copies(

@@ -3,14 +3,15 @@ twice, and what stands in for those that are missing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import Settings
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.rotary import yarn_attention_factor
 
-_KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
+_KINDS = {kind: kind for kind in ("linear", "dynamic", "yarn", "llama3", "longrope")}
 _OF_ORIGINAL = ("yarn", "llama3", "longrope")
 """Kinds that say what the original context was; a dynamic one has it in max_position_embeddings."""
 
@@ -20,11 +21,13 @@ def read_rope(
     *,
     theta: float,
     longest: int,
-    kinds: Collection[str] = _KINDS,
+    original: int | None = None,
+    kinds: Mapping[str, str] = MappingProxyType(_KINDS),
     partial: bool = False,
 ) -> dict[str, Any]:
     """Our keys. theta, longest: rope_theta and max_position_embeddings where they are not said.
-    kinds: those that the architecture has besides the plain one.
+    original: original_max_position_embeddings, of architectures that have it beside the section.
+    kinds: those that the architecture has besides the plain one, by their names there.
     partial: it can turn a part of a head's dims.
     """
     # Releases before transformers 5 wrote rope_scaling, with rope_theta beside it. Where both are, it wins.
@@ -41,7 +44,7 @@ def read_rope(
     if kind in _OF_ORIGINAL:
         # Beside the section, it wins too.
         key = "original_max_position_embeddings"
-        original = theirs.whole(key, rope.whole(key, longest))
+        original = theirs.whole(key, rope.whole(key, longest) if original is None else original)
     else:
         original = longest
     scaling = None if kind == "default" else _read_scaling(kind, rope, longest, original)
@@ -56,12 +59,12 @@ def read_rope(
     }
 
 
-def _kind(rope: Settings, kinds: Collection[str]) -> str:
+def _kind(rope: Settings, kinds: Mapping[str, str]) -> str:
     key = "rope_type" if "rope_type" in rope.content else "type"
     kind = rope.content.get(key, "default")
     if kind != "default" and kind not in list(kinds):
         raise rope.refusal(key, ", ".join(("default", *kinds)))
-    return str(kind)
+    return "default" if kind == "default" else kinds[kind]
 
 
 def _read_share(theirs: Settings, rope: Settings, partial: bool) -> dict[str, Any]:
@@ -114,12 +117,14 @@ def _optional(rope: Settings, key: str) -> float | None:
 def write_rope(config: GPTConfig) -> dict[str, Any]:
     """Their keys."""
     rope: dict[str, Any] = {"rope_type": "default"}
+    beside: dict[str, Any] = {}
     longest = config.max_sequence_length
     if scaling := config.rope_scaling:
         rope = {"rope_type": scaling.kind, "factor": scaling.factor}
         original = scaling.original_max_sequence_length
         if scaling.kind in _OF_ORIGINAL:
-            rope["original_max_position_embeddings"] = original
+            beside = {"original_max_position_embeddings": original}
+            rope |= beside
         elif scaling.kind == "dynamic":
             longest = original
         if scaling.kind == "llama3":
@@ -135,11 +140,12 @@ def write_rope(config: GPTConfig) -> dict[str, Any]:
     share = config.partial_rotary_factor
     partial = {} if share == 1 else {"partial_rotary_factor": share}
     rope |= partial
+    beside |= partial
     return {
         "max_position_embeddings": longest,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         # What releases before transformers 5 read.
         "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None,
-        **partial,
+        **beside,
     }
