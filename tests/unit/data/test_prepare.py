@@ -16,7 +16,7 @@ import pytest
 from llmtrain.config import decode
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
 from llmtrain.data.corpus import Corpus
-from llmtrain.data.preparation import blocks, streams
+from llmtrain.data.preparation import blocks, opening, streams
 from llmtrain.data.prepare import prepare
 from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
@@ -369,3 +369,17 @@ def test_training_documents_leave_out_duplicates_and_held_out_ones(tmp_path: Pat
     prepare(config(tmp_path / "corpus", source, again))
     trained = train(documents_of(tmp_path / "corpus")["train"], TokenizerConfig(vocab_size=340))
     assert (tmp_path / "corpus" / "tokenizer.model").read_bytes() == trained
+
+
+def test_a_source_that_cannot_be_read_is_not_called_unwritable(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # Root may read everything.
+    monkeypatch.setitem(opening._OPEN, "", refuse)
+    with pytest.raises(
+        DataError, match=r"texts\.jsonl: got Permission denied; allowed: a file that can be read$"
+    ):
+        prepare(config(tmp_path / "corpus", source))

@@ -344,3 +344,22 @@ def test_line_numbers_count_from_the_file_s_start(tmp_path: Path, monkeypatch: p
         file.write("{oops\n")
     with pytest.raises(DataError, match="line 51: got no JSON"):
         read(tmp_path / "a.jsonl")
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data(), kind=st.sampled_from(sorted(WRITERS)), compression=st.sampled_from(["", "gz", "zst"]))
+def test_whatever_is_damaged_is_read_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, compression: str
+):
+    path = tmp_path_factory.mktemp("damaged") / f"a.{kind}"
+    WRITERS[kind](path, TEXTS)
+    path = compressed(path, compression) if compression else path
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content)))
+    content[place : place + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=20))
+    path.write_bytes(content)
+    try:
+        read(path)
+    except DataError as error:
+        assert f"{path}" in str(error)  # noqa: PT017
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
