@@ -1,4 +1,4 @@
-"""How bytes come from elsewhere: http and https by urllib3, every other scheme by fsspec.
+"""How bytes come from elsewhere: http and https by urllib3, s3 by pyarrow, every other scheme by fsspec.
 
 A download goes on from where its partial file ends, after a cut connection as after a killed process.
 What may pass (a cut, a time limit, a busy server) is tried again with growing waits; what stays (no such
@@ -34,8 +34,16 @@ MOST_REDIRECTS = 5
 UPLOAD_AGAIN = "upload the corpus again"
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(::[a-zA-Z][a-zA-Z0-9+.-]*)*://")
 _PASSING_STATUSES = (408, 425, 429)
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-"""botocore's errors by name: it need not be installed."""
+_S3_REFUSES = (
+    "ACCESS_DENIED",
+    "EXPIRED_TOKEN",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "MISSING_AUTHENTICATION_TOKEN",
+    "REQUEST_EXPIRED",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "UNRECOGNIZED_CLIENT",
+)
 
 
 def is_remote(path: str) -> bool:
@@ -174,7 +182,9 @@ class Transport:
     def _open(self, url: str) -> _Source:
         if _is_http(url):
             return _HttpFile(url, self._pool(urlsplit(url)), self._timeout)
-        return _FilesystemFile(url, self._timeout)
+        if url.startswith(("s3://", "s3a://")):
+            return _S3File(url, self._timeout)
+        return _FilesystemFile(url)
 
     def _pool(self, parts: Any) -> Any:
         """urllib3's pools of connections: direct ones, or of the proxy that the environment names."""
@@ -341,33 +351,23 @@ class _HttpFile:
 class _FilesystemFile:
     """A file of a store that fsspec knows."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str) -> None:
         self._url = url
         self.version = ""
-        self._options: dict[str, Any] = {}
-        if url.startswith(("s3://", "s3a://")):
-            # Waiting and trying again is done above, alike for every store.
-            limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
-            self._options = {"config_kwargs": limits}
 
     def describe(self) -> tuple[int | None, str]:
         try:
-            system, path = self._find()
-            info = system.info(path)
+            size, version, _ = self._look()
         except Exception as error:
             raise self._failure(error) from error
-        if info.get("type") == "directory":
-            raise self._failure(IsADirectoryError("a folder"))
-        return info.get("size"), str(info)
+        return size, version
 
     def chunks(self, offset: int, size: int | None) -> Iterator[tuple[int, bytes]]:
         place = offset
         try:
-            system, path = self._find()
-            info = system.info(path)
-            total, version = info.get("size"), str(info)
+            total, version, open_file = self._look()
             changed, self.version = self.version not in ("", version), version
-            with system.open(path, "rb", cache_type="none") as file:
+            with open_file() as file:
                 if size is not None and total is not None and total != size:
                     raise ShardError(_wrong_size(self._url, total, size))
                 end = total if size is None else size
@@ -390,16 +390,17 @@ class _FilesystemFile:
         if end is not None and place < end:
             raise _PassingError(f"the file ended after {place:,} of {end:,} bytes")
 
-    def _find(self) -> tuple[Any, str]:
-        """The store, and the file's path in it."""
+    def _look(self) -> tuple[int | None, str, Callable[[], Any]]:
+        """The file's size, what tells its state from another, and what opens it."""
         import fsspec
 
-        system, path = fsspec.url_to_fs(self._url, **self._options)
-        if self._options:
-            system.retries = 1
+        system, path = fsspec.url_to_fs(self._url)
         # A listing from before a file came, or changed, would hide that it did.
         system.invalidate_cache()
-        return system, path
+        info = system.info(path)
+        if info.get("type") == "directory":
+            raise IsADirectoryError("a folder")
+        return info.get("size"), str(info), lambda: system.open(path, "rb", cache_type="none")
 
     def _failure(self, error: Exception) -> Exception:
         where, text = without_credentials(self._url), _scrubbed(str(error), self._url)
@@ -409,15 +410,59 @@ class _FilesystemFile:
             remedy = "give credentials that may read it, as the store's own tools take them"
             return DataError(Problem(where, f"access refused ({text})", "", remedy))
         if isinstance(error, ImportError):
-            s3 = 'install it: pip install "llmtrain[s3]"' if self._options else "install that package"
-            return DataError(Problem(where, f"a scheme whose package is not installed ({text})", "", s3))
-        if type(error).__name__ in _NO_CREDENTIALS:
-            remedy = "give credentials, as the store's own tools take them (AWS_PROFILE and the like)"
-            return DataError(Problem(where, f"no credentials ({text})", "", remedy))
+            got = f"a scheme whose package is not installed ({text})"
+            return DataError(Problem(where, got, "", "install that package"))
         if isinstance(error, ValueError) and "Protocol not known" in text:
             known = "http, https, s3, gs, az and what else fsspec knows"
             return DataError(Problem(where, "an unknown scheme", known, "check the URL"))
         return _PassingError(f"{type(error).__name__}: {text}")
+
+
+class _S3File(_FilesystemFile):
+    """A file in S3, or in what speaks its protocol; settings are found where Amazon's own tools look."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        super().__init__(url)
+        self._timeout = timeout
+
+    def _look(self) -> tuple[int | None, str, Callable[[], Any]]:
+        path = self._url.partition("://")[2]
+        if not all(path.partition("/")[::2]):
+            raise IsADirectoryError("a bucket")
+        file = self._store().open_input_file(path)
+        about = file.metadata()
+        version = about.get("ETag", b"") or about.get("Last-Modified", b"")
+        return file.size(), version.decode(), lambda: file
+
+    def _store(self) -> Any:
+        from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        proxy = getproxies().get("http" if (endpoint or "").startswith("http:") else "https")
+        if proxy and proxy_bypass(urlsplit(endpoint or "https://amazonaws.com").hostname or ""):
+            proxy = None
+        return S3FileSystem(
+            endpoint_override=endpoint,
+            proxy_options=proxy,
+            connect_timeout=self._timeout,
+            request_timeout=self._timeout,
+            # Waiting and trying again is done above, alike for every store.
+            retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),
+        )
+
+    def _failure(self, error: Exception) -> Exception:
+        """What pyarrow's error is to us: beside OSError, Amazon's own code stands in its text."""
+        where, text = without_credentials(self._url), _scrubbed(" ".join(str(error).split()), self._url)
+        if any(code in text for code in _S3_REFUSES):
+            remedy = "give credentials that may read it, as Amazon's own tools take them (AWS_PROFILE, say)"
+            return DataError(Problem(where, f"access refused ({text})", "", remedy))
+        if "HTTP status 301" in text or "HTTP status 400" in text:
+            remedy = "check the URL, and give the region of the bucket in AWS_REGION"
+            return DataError(Problem(where, text, "", remedy))
+        if isinstance(error, ImportError):
+            got = f"a pyarrow that was built without S3 ({text})"
+            return DataError(Problem(where, got, "", "pip install pyarrow"))
+        return super()._failure(error)
 
 
 def _is_http(url: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -404,19 +403,35 @@ def test_an_unknown_scheme(partial: Path):
         Transport().download("nowhere://a/b", partial, SIZE)
 
 
-def test_a_scheme_whose_package_is_missing():
-    code = """
-import sys
-sys.modules["s3fs"] = None
-from llmtrain.data.transport import Transport
-from llmtrain.errors import DataError
-try:
-    Transport().read("s3://bucket/a")
-except DataError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert 'pip install "llmtrain[s3]"' in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    ("module", "url", "message"),
+    [
+        ("gcsfs", "gs://bucket/a", "a scheme whose package is not installed"),
+        ("pyarrow.fs", "s3://bucket/a", "a pyarrow that was built without S3"),
+    ],
+)
+def test_a_package_that_is_missing(module: str, url: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=f"{url}: got {message} .*install"):
+        Transport().read(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "s3:///a"])
+def test_a_bucket_is_no_file(url: str):
+    with pytest.raises(DataError, match=f"{url}: got no such file"):
+        Transport().read(url)
+
+
+@pytest.mark.parametrize("code", ["ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH"])
+def test_what_s3_refuses_is_not_tried_again(code: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: object) -> None:
+        raise OSError(
+            f"When reading information for key 'a' in bucket 'b': AWS Error {code} during HeadObject"
+        )
+
+    monkeypatch.setattr(transport._S3File, "_look", refuse)
+    with pytest.raises(DataError, match=f"s3://b/a: got access refused .*{code}.*; give credentials"):
+        Transport(retries=8).read("s3://b/a")
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +445,6 @@ def s3() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def in_s3(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    # fsspec keeps a store's instance by its options: tests of another environment take another timeout.
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(transport, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
