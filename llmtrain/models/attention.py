@@ -11,9 +11,8 @@ C queries, P = R·N.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from llmtrain.models.dropout import AttentionDropout
+from llmtrain.models.upstream import softmax_backward, varlen_kernel
 
 BLOCK = 128
 """Queries of a block: of 64, 128 and 256 the fastest."""
@@ -244,27 +244,7 @@ def _varlen_kernel(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Callable[.
     different_heads = q_BNTH.shape[1] != k_BKTH.shape[1]
     if not can_use_flash_attention(SDPAParams(q_BNTH, k_BKTH, v_BKTH, None, 0.0, True, different_heads)):
         return None
-    return _load_varlen_kernel()
-
-
-@cache
-def _load_varlen_kernel() -> Callable[..., Any]:
-    # Imported late: it brings torch's compiler along, which takes seconds.
-    from torch.nn.attention.varlen import varlen_attn
-
-    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return varlen_attn if knows_groups else _repeating_heads(varlen_attn)
-
-
-def _repeating_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` of torch 2.11, which takes as many keys as queries, for fewer."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **settings: Any) -> Any:
-        if enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return kernel(q, k, v, *rest, **settings)
-
-    return attend
+    return varlen_kernel()
 
 
 def _attend_by_document(
@@ -424,7 +404,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 )
                 grad_v_PSH += torch.bmm(probs_PCS.transpose(1, 2), grad_PCH)
                 grad_probs_PCS = torch.bmm(grad_PCH, v_PSH.transpose(1, 2))
-                grad_scores_PCS = torch._softmax_backward_data(grad_probs_PCS, probs_PCS, -1, dtype)
+                grad_scores_PCS = softmax_backward(grad_probs_PCS, probs_PCS, dtype)
                 if grad_bias_NTS is not None:
                     grad_bias_NTS[:, queries, keys] += grad_scores_PCS.unflatten(0, (-1, N)).sum(0)
                 if slopes_PCS is not None:
