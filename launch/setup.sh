@@ -47,12 +47,14 @@ set_up() { # EXTRA
     supported "$python" || fail "got $("$python" --version 2>&1) in $environment; allowed: Python 3.10 or later"
 
     # What pip would read, and where: the same answer needs no pip.
-    wanted=$({ cat "$repository/pyproject.toml"; "$python" --version; echo "$repository"; } | cksum)
+    wanted=$({ cat "$repository/pyproject.toml" "$launch_folder"/constraints/*; "$python" --version; echo "$repository"; } | cksum)
     stamp=$environment/.llmtrain-$extra
     if [[ ! -x $environment/bin/llmtrain || $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
         log=$environment/llmtrain-setup.log
+        "$python" "$launch_folder/constraints.py" >"$environment/llmtrain-constraints.txt" ||
+            fail "$(cat "$environment/llmtrain-constraints.txt")"
         say "installing llmtrain[$extra] into $environment (some minutes at first; log: $log)"
-        install_editable "$extra" "$log" || {
+        install_editable "$extra" "$log" "$environment/llmtrain-constraints.txt" || {
             tail -n 20 "$log" >&2
             fail "pip could not install llmtrain[$extra]; the whole log is $log"
         }
@@ -66,25 +68,29 @@ set_up() { # EXTRA
 supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
 make_environment() { # FOLDER
-    local name base=
+    local name base= shared=
     for name in python3 python python3.{10..20}; do
         if base=$(command -v "$name") && supported "$base"; then break; fi
         base=
     done
     [[ -n $base ]] || fail "got no Python 3.10 or later on PATH; install one (apt-get install python3 python3-pip)"
-    say "making $1 with $("$base" --version 2>&1)"
+    # A container's Python has a torch that fits its drivers: the environment lies over it.
+    local torch
+    torch=$("$base" "$launch_folder/constraints.py" --torch 2>/dev/null) || torch=
+    [[ -z $torch ]] || shared=--system-site-packages
+    say "making $1 with $("$base" --version 2>&1)${torch:+ and its torch $torch}"
     rm -rf "$1"
-    if ! "$base" -m venv "$1" >/dev/null 2>&1; then
+    if ! "$base" -m venv $shared "$1" >/dev/null 2>&1; then
         # Debian's Python makes environments only with its package python3-venv, but its pip can fill one.
         rm -rf "$1"
-        "$base" -m venv --without-pip "$1" &&
+        "$base" -m venv $shared --without-pip "$1" &&
             "$base" -m pip --quiet --python "$1/bin/python" install pip >/dev/null ||
             fail "$base can make no environment; install its venv module (apt-get install python3-venv)"
     fi
 }
 
-install_editable() { # EXTRA LOG
-    local -a pip=("$python" -m pip --disable-pip-version-check install --editable "$repository[$1]")
+install_editable() { # EXTRA LOG CONSTRAINTS
+    local -a pip=("$python" -m pip --disable-pip-version-check install --constraint "$3" --editable "$repository[$1]")
     if [[ -t 1 ]]; then
         # The newest line of pip's, always on the same line of the terminal.
         "${pip[@]}" 2>&1 | tee "$2" | while read -r line; do printf '\r\e[K%.*s' "${COLUMNS:-80}" "$line"; done

@@ -8,7 +8,7 @@ Real reviews, each copy marked so that none is a duplicate, are written to a scr
 measured in turn, the tokenizer shared. Compared with `datasets` are tokenizing and writing by the clock
 (map; the stages of encoding and shards), and whole runs, reading included, by the processor time of all
 their processes, which other jobs on the machine change less. The peak of memory is that of the whole
-process tree. `datasets` is in the extra `bench`; without it that comparison is left out.
+process tree. `datasets` stands in requirements.txt; without it that comparison is left out.
 """
 
 from __future__ import annotations

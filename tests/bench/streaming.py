@@ -1,6 +1,6 @@
 """Tokens a second of the training stream and of other stream libraries, over the same tokens, in turn.
 
-    pip install 'llmtrain[bench]'
+    pip install -e . -r tests/bench/requirements.txt       in an environment of its own
     OMP_NUM_THREADS=1 python -m tests.bench.streaming CORPUS FOLDER [--rounds 5] [--only litdata …]
 
 FOLDER keeps the corpus' training split in each library's format, made at the first run. Each reader has a

@@ -18,7 +18,7 @@ from llmtrain.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
-SCRIPTS += ["launch/setup.sh", "launch/verses.sh", "cluster/slurm/two_nodes.sh", ".ci/run"]
+SCRIPTS += ["launch/setup.sh", "launch/lock.sh", "launch/verses.sh", "cluster/slurm/two_nodes.sh", ".ci/run"]
 
 
 def mistakes(**environment: str) -> list[str]:
@@ -209,12 +209,36 @@ def test_set_up_installs_once_and_again_when_something_changed(tmp_path: Path):
         assert len(calls.read_text().splitlines()) == 1
     assert "installing" not in done.stdout
     assert f"{folder}[demo]" in calls.read_text()
+    assert f"--constraint {folder}/.venv/llmtrain-constraints.txt" in calls.read_text()
     set_up(folder, "test")
     assert f"{folder}[test]" in calls.read_text()
     with (folder / "pyproject.toml").open("a") as file:
         file.write("\n")
     set_up(folder)
     assert len(calls.read_text().splitlines()) == 3
+    with next((folder / "launch/constraints").iterdir()).open("a") as file:
+        file.write("\n")
+    set_up(folder)
+    assert len(calls.read_text().splitlines()) == 4
+
+
+def test_set_up_makes_its_environment_over_a_container_s_torch(tmp_path: Path):
+    """The container's Python is the one on PATH; only what it is called with is looked at."""
+    folder = checkout(tmp_path / "repository")
+    shutil.rmtree(folder / ".venv")
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.write_text(
+        "#!/bin/bash\n"
+        'case "$*" in *--torch) echo "2.13.0a0+abc.nv26.01";; "-m venv"*) echo "$@" >"$CALLS"; exit 1;;\n'
+        f'*) exec "{sys.executable}" "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    calls = tmp_path / "calls"
+    path = f"{python.parent}:{os.environ['PATH']}"
+    done = set_up(folder, PATH=path, CALLS=str(calls))
+    assert "and its torch 2.13.0a0+abc.nv26.01" in done.stdout, done.stderr
+    assert "--system-site-packages" in calls.read_text()
 
 
 def test_set_up_that_fails_is_tried_again(tmp_path: Path):
