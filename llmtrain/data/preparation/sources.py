@@ -88,8 +88,8 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
 
 def _source_file(path: Path, name: str, explicit: bool, left_out: LeftOut) -> SourceFile | None:
     """The file of that path, or None after adding it to `left_out`; `explicit`: the user names it."""
+    status = os.stat(path)
     resolved = Path(os.path.realpath(path, strict=True))
-    status = resolved.stat()
     kind, compression = _kind_of(path.name, explicit)
     if kind is None:
         if explicit:
