@@ -1,3 +1,5 @@
+import mmap
+
 from llmtrain.track.throughput import ThroughputMeter, memory_bytes
 
 
