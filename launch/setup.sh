@@ -90,13 +90,17 @@ make_environment() { # FOLDER
 }
 
 install_editable() { # EXTRA LOG CONSTRAINTS
-    local -a pip=("$python" -m pip --disable-pip-version-check install --constraint "$3" --editable "$repository[$1]")
+    local -a pip=("$python" -m pip --disable-pip-version-check install --no-compile --constraint "$3"
+        --editable "$repository[$1]")
     if [[ -t 1 ]]; then
         # The newest line of pip's, always on the same line of the terminal.
         "${pip[@]}" 2>&1 | tee "$2" | while read -r line; do printf '\r\e[K%.*s' "${COLUMNS:-80}" "$line"; done
         local code=${PIPESTATUS[0]}
         printf '\r\e[K'
-        return "$code"
+        ((code == 0)) || return "$code"
+    else
+        "${pip[@]}" >"$2" 2>&1 || return
     fi
-    "${pip[@]}" >"$2" 2>&1
+    # pip would compile on one core, for half of its time. Packages hold a few files that are no Python.
+    "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 }

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,7 @@ def checkout(folder: Path) -> Path:
         "#!/bin/bash\n"
         f'case "$*" in *"pip --disable"*) echo "$@" >>"{folder}/pip-calls"; : >"{folder}/.venv/bin/llmtrain";'
         f' chmod +x "{folder}/.venv/bin/llmtrain"; exit ${{PIP_CODE:-0}};;\n'
+        f'*compileall*) echo "$@" >>"{folder}/compiled"; exit 1;;\n'
         f'*) exec "{sys.executable}" "$@";; esac\n'
     )
     python.chmod(0o755)
@@ -210,6 +212,9 @@ def test_set_up_installs_once_and_again_when_something_changed(tmp_path: Path):
     assert "installing" not in done.stdout
     assert f"{folder}[demo]" in calls.read_text()
     assert f"--constraint {folder}/.venv/llmtrain-constraints.txt" in calls.read_text()
+    assert "--no-compile" in calls.read_text()
+    compiled = (folder / "compiled").read_text().splitlines()
+    assert compiled == [f"-m compileall -qq -j 0 {sysconfig.get_path('purelib')}"]
     set_up(folder, "test")
     assert f"{folder}[test]" in calls.read_text()
     with (folder / "pyproject.toml").open("a") as file:
