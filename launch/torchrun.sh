@@ -8,7 +8,8 @@
 #   NNODES=2 RDZV_ENDPOINT=host0:29500 launch/torchrun.sh …                 on each; they number themselves
 #
 # MASTER_PORT is 29500 unless set. Rank 0 speaks on the console; every rank R writes rankR.log in LOG_DIR,
-# or in logs/ of the run folder. The exit code is that of the rank that failed.
+# or in logs/ of the run folder. The exit code is that of the rank that failed, or 75
+# where SIGTERM, SIGUSR1 or Ctrl-C asked it to stop and it saved: the same command goes on.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

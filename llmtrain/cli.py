@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtrain.errors import EXIT_CODE, ConfigError, Problem, UserError, nearest
+from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
-from llmtrain.parallel import launcher
+from llmtrain.parallel import launcher, stopping
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("llmtrain.commands.prepare", "raw text → tokenizer and sharded corpus"),
@@ -99,6 +99,10 @@ PIECE = re.compile(
 """One of the values between the commas of a list or sweep: quoted, or else a list or plain."""
 
 
+class _SweepInterrupted(BaseException):
+    """A job was asked to stop, and so is the sweep: no Exception, which Hydra would keep until its end."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the verb's exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -171,8 +175,7 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         said = _lost_rank(error)
         if said is None:
             raise
-        tell_lost_rank(said)
-        return 1
+        return tell_lost_rank(said)
 
 
 def _reader_left() -> bool:
@@ -270,6 +273,8 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
             codes.append(_runner(verb)(composed) or 0)
             sys.stdout.flush()  # so that a pipe that was closed is met here
+            if multirun and codes[-1] == INTERRUPTED_EXIT_CODE:
+                raise _SweepInterrupted
         except BrokenPipeError:
             if not _reader_left():
                 raise
@@ -293,6 +298,9 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
             app()
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, verb)) from error
+        except _SweepInterrupted:
+            print_problems([problem for failure in failures for problem in failure.problems])
+            return INTERRUPTED_EXIT_CODE
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -466,12 +474,14 @@ def _lost_rank(error: RuntimeError) -> str | None:
     return distributed.lost_rank(error)
 
 
-def tell_lost_rank(said: str) -> None:
-    """Say that another rank is gone, unless a launcher already ends this one for it."""
-    if not launcher.was_told_to_stop():
-        time.sleep(LOST_SECONDS)
-        where, got = f"rank {launcher.rank()}", f"a lost connection to another rank ({said})"
-        print_problems([Problem(where, got, remedy="that process ended; its own message tells why")])
+def tell_lost_rank(said: str) -> int:
+    """Say that another rank is gone, unless this one was told to end as well; → exit code."""
+    if stopping.request.asked:
+        return INTERRUPTED_EXIT_CODE
+    time.sleep(LOST_SECONDS)
+    where, got = f"rank {launcher.rank()}", f"a lost connection to another rank ({said})"
+    print_problems([Problem(where, got, remedy="that process ended; its own message tells why")])
+    return 1
 
 
 def finish(exit_code: int) -> None:
@@ -485,6 +495,5 @@ def finish(exit_code: int) -> None:
             said = _lost_rank(error)
             if said is None:
                 raise
-            tell_lost_rank(said)
-            distributed.finish(1)
+            distributed.finish(tell_lost_rank(said), together=False)
     sys.exit(exit_code)

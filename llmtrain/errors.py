@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 75
+"""Of a run that was asked to stop before its end, under every launcher: the same command goes on (sysexits'
+EX_TEMPFAIL)."""
 
 FEW = 8
 """So many names are all shown, whatever was asked for."""

@@ -12,171 +12,50 @@ Environment:
   RDZV_ENDPOINT RDZV_ID    in place of MASTER_ADDR, MASTER_PORT and NODE_RANK: a c10d rendezvous at HOST:PORT,
                            where the hosts number themselves
   START_TIMEOUT            seconds in which all hosts and ranks must have come; 600
+  STOP_TIMEOUT             seconds in which ranks must have saved and ended once it is asked to stop
+                           (SIGTERM, SIGUSR1, Ctrl-C); 3600
   LOG_DIR                  where rankR.log of each rank goes; default: logs/ in the run folder
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from llmtrain.errors import EXIT_CODE, ConfigError, LaunchError, Problem, UserError
+from llmtrain.errors import (
+    EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    ConfigError,
+    LaunchError,
+    Problem,
+    UserError,
+)
 from llmtrain.orphans import end_with_launcher
-from llmtrain.parallel.launcher import await_host, start_seconds
+from llmtrain.parallel.forwarding import Forwarder
+from llmtrain.parallel.hosts import Hosts, Route, hosts_from_environment, refuse_taken, route_to
+from llmtrain.parallel.launcher import await_host, start_seconds, stop_seconds
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-DEFAULT_PORT = 29500
 SHOWN_LOG_LINES = 20
 
-# Codes that a rank also gets when another one failed: it was terminated, its peer's connection broke
-# (an exception), or its communication library aborted. Any other code tells of a cause of its own.
+# Codes that a rank also gets when another one failed: it was terminated, it ended as when asked to stop, its
+# peer's connection broke (an exception), or its communication library aborted. Any other code tells of a
+# cause of its own.
 _SIGTERM, _EXCEPTION, _SIGABRT = 128 + 15, 1, 128 + 6
-_LEAST_TELLING_FIRST = (_SIGTERM, _EXCEPTION, _SIGABRT)
+_LEAST_TELLING_FIRST = (_SIGTERM, INTERRUPTED_EXIT_CODE, _EXCEPTION, _SIGABRT)
 
 # torch's agent waits 30 s before it kills the peers of a failed rank; their codes are no cause.
 _SAME_FAILURE_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """This host's part of a launch, as the environment tells it."""
-
-    num_processes: int | None = None
-    """Processes on this host; null: its accelerators, or 1."""
-    num_nodes: int = 1
-    node_rank: int | None = None
-    """This host's place among `num_nodes`; null: the rendezvous decides."""
-    address: str = "127.0.0.1"
-    """Where host 0 (or the c10d rendezvous) is reached."""
-    port: int = 0
-    """0: any free port, on a single host."""
-    backend: str = "c10d"
-    """torch's rendezvous: `static` (ranks known beforehand) or `c10d`."""
-    run_id: str = "llmtrain"
-
-
-def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
-    """Read the variables in this module's docstring.
-
-    Raises ConfigError with every problem found.
-    """
-    problems: list[Problem] = []
-
-    def whole_number(name: str, least: int, most: int | None = None) -> int | None:
-        text = environment.get(name, "").strip()
-        if not text:
-            return None
-        allowed = f"{least} or more" if most is None else f"{least} … {most}"
-        if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
-            return int(text)
-        problems.append(Problem(name, repr(text), allowed, "correct this environment variable"))
-        return None
-
-    num_processes = whole_number("NPROC_PER_NODE", 1)
-    num_nodes = whole_number("NNODES", 1) or 1
-    endpoint = environment.get("RDZV_ENDPOINT", "").strip()
-    address = environment.get("MASTER_ADDR", "").strip()
-    run_id = environment.get("RDZV_ID", "").strip() or Hosts.run_id
-    hosts = Hosts(num_processes, num_nodes)
-    if endpoint:
-        address, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", str(DEFAULT_PORT))
-        if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
-            problems.append(Problem("RDZV_ENDPOINT", repr(endpoint), "HOST:PORT", "such as node1:29500"))
-        else:
-            hosts = Hosts(num_processes, num_nodes, None, address.strip("[]"), int(port), "c10d", run_id)
-    elif num_nodes > 1:
-        port_number = whole_number("MASTER_PORT", 1, 2**16 - 1) or DEFAULT_PORT
-        node_rank = whole_number("NODE_RANK", 0, num_nodes - 1)
-        if not address:
-            problems.append(
-                Problem("MASTER_ADDR", "nothing", "host 0's name or address", "or set RDZV_ENDPOINT")
-            )
-        if not environment.get("NODE_RANK", "").strip():
-            remedy = f"give each of the {num_nodes} hosts its own"
-            problems.append(Problem("NODE_RANK", "nothing", f"0 … {num_nodes - 1}", remedy))
-        hosts = Hosts(num_processes, num_nodes, node_rank, address, port_number, "static", run_id)
-    if problems:
-        raise ConfigError(problems)
-    return hosts
-
-
-class Route(NamedTuple):
-    """How this host speaks to another, or to itself."""
-
-    interface: str
-    own_address: str
-    to_itself: bool
-
-
-def route_to(address: str) -> Route:
-    """The network interface, and this host's address on it, that lead to `address`.
-
-    Debian names the machine itself 127.0.1.1, where no other host can reach it: a NAME that leads back
-    to the loopback takes the interface of the default route, if there is one; a literal 127.x stays.
-
-    Raises ConfigError when the address cannot be resolved or reached.
-    """
-    try:
-        found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        remedy = "name the host as this machine's resolver knows it, or give its address"
-        raise ConfigError(
-            Problem("MASTER_ADDR", repr(address), f"a resolvable host ({error})", remedy)
-        ) from None
-    own_address = next(filter(None, (_own_address(family, where[0]) for family, *_, where in found)), None)
-    if own_address is None:
-        raise ConfigError(
-            Problem("MASTER_ADDR", repr(address), "a host that a route leads to", "check the network")
-        )
-    is_loopback = ipaddress.ip_address(own_address).is_loopback
-    to_itself = is_loopback or own_address in {where[0] for *_, where in found}
-    if is_loopback and not _is_literal(address):
-        own_address = _own_address(socket.AF_INET, "192.0.2.1") or own_address
-    return Route(_interface_of(own_address), own_address, to_itself)
-
-
-def _own_address(family: int, towards: str | int) -> str | None:
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # This sends nothing: it only asks the routing table.
-            probe.connect((towards, 9))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
-
-
-def _interface_of(own_address: str) -> str:
-    import psutil
-
-    addresses = {
-        entry.address.partition("%")[0]: name
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if entry.family in (socket.AF_INET, socket.AF_INET6)
-    }
-    if own_address not in addresses and ipaddress.ip_address(own_address).is_loopback:
-        own_address = "127.0.0.1"
-    return addresses[own_address]
-
-
-def _is_literal(address: str) -> bool:
-    try:
-        ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return True
 
 
 def root_cause(exit_codes: Sequence[int]) -> int:
@@ -238,14 +117,16 @@ def job_exit_code(folder: Path) -> int:
 def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run `python -m llmtrain train OVERRIDES` on every rank of this host.
 
-    Returns 0, or the exit code of the rank that failed, as a shell gives it.
+    Returns 0, INTERRUPTED_EXIT_CODE where it was asked to stop, or the exit code of the rank that failed, as
+    a shell gives it.
 
     Raises ConfigError where the environment or the log folder cannot be used, LaunchError when hosts are
     missing.
     """
     hosts = hosts_from_environment(environment)
     patience = math.ceil(start_seconds())
-    route = route_to(hosts.address)
+    forwarder = Forwarder(stop_seconds())
+    route = route_to(hosts.address, "RDZV_ENDPOINT" if hosts.backend == "c10d" else "MASTER_ADDR")
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
     try:
@@ -258,13 +139,23 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)
     if hosts.num_nodes > 1:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={route.interface}")
-    code = _run_agent(hosts, route, folder, overrides, patience)
+    with forwarder.listening():
+        code = _run_agent(hosts, route, folder, overrides, patience, forwarder)
+    if forwarder.asked and code == _SIGTERM:  # before a rank could listen
+        code = INTERRUPTED_EXIT_CODE
     if code and hosts.num_nodes > 1:
         exit_report.write_text(f"{code}\n")
     return code
 
 
-def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str], patience: int) -> int:
+def _run_agent(
+    hosts: Hosts,
+    route: Route,
+    folder: Path,
+    overrides: Sequence[str],
+    patience: int,
+    forwarder: Forwarder,
+) -> int:
     import torch
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -272,8 +163,7 @@ def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if hosts.node_rank:
-        await_host(hosts.address, hosts.port, patience)
+    _meet_host(hosts, route, patience)
     if "LOGLEVEL" not in os.environ:
         # What the agent logs of a failed rank is said below, in two lines.
         for name in list(logging.root.manager.loggerDict):
@@ -300,7 +190,9 @@ def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str
         local_addr=route.own_address,
         max_restarts=0,
         start_method="spawn",
-        logs_specs=_one_log_a_rank(folder),
+        logs_specs=_one_log_a_rank(folder, forwarder.ranks_start),
+        # All but this one are the forwarder's.
+        signals_to_handle="SIGQUIT",
         # An empty role as the prefix: the console's lines stand as rank 0 wrote them.
         role="",
         log_line_prefix_template="${role_name}",
@@ -324,6 +216,16 @@ def _run_agent(hosts: Hosts, route: Route, folder: Path, overrides: Sequence[str
     return 0
 
 
+def _meet_host(hosts: Hosts, route: Route, patience: int) -> None:
+    """Raise ConfigError where this is host 0 and cannot listen, LaunchError where host 0 does not answer."""
+    if hosts.num_nodes == 1:
+        return
+    if hosts.node_rank == 0:
+        refuse_taken(hosts.port)
+    elif not route.to_itself or hosts.node_rank is not None:
+        await_host(hosts.address, hosts.port, patience, "host 0")
+
+
 def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
     earliest = min(failure.timestamp for failure in failures.values())
     causes = {
@@ -333,6 +235,8 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
     }
     rank = list(causes)[root_cause(list(causes.values()))]
     code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
+    if code == INTERRUPTED_EXIT_CODE:  # as asked, which rank 0 says
+        return code
     if rank or code != EXIT_CODE:
         print(f"llmtrain: rank {rank} exited with {code}{_meaning(code)}; its log: {log}", file=sys.stderr)
     if rank:
@@ -349,8 +253,9 @@ def _meaning(code: int) -> str:
     return f" (killed by {name}{', as when memory runs out' if name == 'SIGKILL' else ''})"
 
 
-def _one_log_a_rank(folder: Path) -> LogsSpecs:
-    """Where the agent puts the ranks' output: FOLDER/rankR.log, rank 0's on the console too."""
+def _one_log_a_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
+    """Where the agent puts the ranks' output: FOLDER/rankR.log, rank 0's on the console too; it asks for that
+    right before it starts them."""
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
     class OneLogARank(LogsSpecs):
@@ -362,6 +267,7 @@ def _one_log_a_rank(folder: Path) -> LogsSpecs:
             logs = {local_rank: folder / f"rank{env['RANK']}.log" for local_rank, env in envs.items()}
             for log in logs.values():
                 keep_previous(log)
+            on_start()
             paths = {local_rank: str(log) for local_rank, log in logs.items()}
             console = {
                 local_rank: path for local_rank, path in paths.items() if envs[local_rank]["RANK"] == "0"

@@ -242,6 +242,13 @@ def _cover_problem(entry: Mapping[str, Any]) -> str | None:
     return cover_problem(whole(tuple(entry["shape"])), [Box(*box) for _, _, box in entry["boxes"]])
 
 
+def note_evaluation(path: Path, validation_loss: float | None) -> None:
+    """Write into a checkpoint the loss that was measured after it was saved; for one rank."""
+    manifest = Checkpoint.open(path).manifest
+    manifest |= {"validation_loss": validation_loss, "evaluation_owed": False}
+    files.write_json_atomically(path / MANIFEST, {**manifest, "checksum": _checksum(manifest)}, indent=None)
+
+
 def _checksum(manifest: Mapping[str, Any]) -> str:
     """xxh3-128 of what the manifest says, in hex, its own checksum left out."""
     body = {key: value for key, value in manifest.items() if key != "checksum"}

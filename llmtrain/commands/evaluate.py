@@ -100,7 +100,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         corpora=corpora,
         shares_samples=True,
     )
-    batches = evaluation_batches(
+    batches: Iterator[MicroBatch] = evaluation_batches(
         dataset,
         objective.collate,
         micro_size=config.micro_size,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.commands.resolve import Resolved, resolve
 from llmtrain.commands.start import start_ranks
 from llmtrain.config import encode
-from llmtrain.errors import DataError
+from llmtrain.errors import INTERRUPTED_EXIT_CODE, DataError
 from llmtrain.families import open_dataset, open_sources
 from llmtrain.optim.schedules import multiplier
-from llmtrain.parallel import launcher
+from llmtrain.parallel import launcher, stopping
 from llmtrain.plan.estimate import estimate
 
 if TYPE_CHECKING:
@@ -29,11 +29,16 @@ if TYPE_CHECKING:
     from llmtrain.train.resume import Resume
 
 
-def run(mapping: Mapping[str, Any]) -> None:
-    """Train as `mapping` (conf/train.yaml, composed) says; all ranks call it alike.
+def run(mapping: Mapping[str, Any]) -> int:
+    """Train as `mapping` (conf/train.yaml, composed) says; all ranks call it alike. → exit code.
 
     Raises UserError for whatever a user can mend.
     """
+    with stopping.request.listening():
+        return _run(mapping)
+
+
+def _run(mapping: Mapping[str, Any]) -> int:
     started = time.perf_counter()
     resolved = resolve(mapping)
     plan = estimate(resolved.config.model, resolved.layout, resolved.config)
@@ -50,11 +55,12 @@ def run(mapping: Mapping[str, Any]) -> None:
     start_ranks(resolved, device)
     session = Session(resolved, device, started)
     try:
-        session.train()
+        is_whole = session.train()
     except BaseException:
         session.close(failed=True)
         raise
     session.close(failed=False)
+    return 0 if is_whole else INTERRUPTED_EXIT_CODE
 
 
 class Session:
@@ -84,11 +90,12 @@ class Session:
     def root(self) -> Path:
         return self.config.run.dir / "checkpoints"
 
-    def train(self) -> None:
+    def train(self) -> bool:
+        """→ whether all steps are done, not interrupted."""
         from llmtrain.data.loader import Loader
         from llmtrain.families import family_of
         from llmtrain.parallel import distributed, union
-        from llmtrain.train.loop import Hooks, train
+        from llmtrain.train.loop import Hooks, Schedule, train
         from llmtrain.train.resume import find_resume
         from llmtrain.train.streaming import open_stream, plan_timeline
 
@@ -102,9 +109,10 @@ class Session:
         resume = find_resume(config, self._data_facts(), self._say)
         checkpoint = resume.checkpoint if resume is not None else None
         start_step = checkpoint.step if checkpoint is not None else 0
-        if start_step >= config.train.steps:
+        owed = resume is not None and resume.evaluation_owed and validation is not None
+        if start_step >= config.train.steps and not owed:
             self._say(f"already at step {start_step:,} of {config.train.steps:,}: nothing to train")
-            return
+            return True
 
         timeline = plan_timeline(
             config, training, resume.timeline if resume is not None else None, start_step, self._say
@@ -145,21 +153,27 @@ class Session:
             "origin": self._origin(checkpoint),
         }
 
-        def evaluate() -> Totals:
+        def evaluate(between: Callable[[], None]) -> Totals:
             assert validation is not None
             from llmtrain.train.evaluation import evaluate_dataset
 
+            rules, workers = config.evaluation, config.data.workers
             return evaluate_dataset(
-                engine, validation, layout, self.rank, config.data.workers, config.evaluation.max_samples
+                engine, validation, layout, self.rank, workers, rules.max_samples, between
             )
 
-        def save(step: int, validation_loss: float | None) -> None:
+        def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
             state = distributed.from_main(self._trackers.state() if self._trackers is not None else None)
-            facts = {"validation_loss": validation_loss, "trackers": state}
+            facts = {
+                "validation_loss": validation_loss,
+                "evaluation_owed": evaluation_owed,
+                "trackers": state,
+            }
             self._saver.save(
                 step, engine, {**description, **facts}, tokenizer, lambda path: self._on_saved(step, path)
             )
 
+        stopping.request.save_first()
         outcome = train(
             engine,
             loader,
@@ -167,25 +181,29 @@ class Session:
                 lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
                 evaluate=evaluate if validation is not None else None,
                 save=save,
+                evaluated_late=resume.note_evaluation if resume is not None else lambda loss: None,
                 poll_save=self._saver.poll,
                 finish_save=self._saver.finish,
             ),
             observer,
-            start_step=start_step,
-            steps=config.train.steps,
-            evaluate_every=config.evaluation.every,
-            evaluate_at_start=config.evaluation.at_start,
-            save_every=config.checkpoint.every,
+            Schedule(
+                start_step=start_step,
+                steps=config.train.steps,
+                evaluate_every=config.evaluation.every,
+                evaluate_at_start=config.evaluation.at_start,
+                save_every=config.checkpoint.every,
+                evaluation_owed=owed,
+            ),
+            asked_to_stop=lambda: stopping.request.asked,
         )
         distributed.on_main(observer.raise_failure)
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; the same command resumes")
-        else:
-            loss = (
-                "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
-            )
-            seconds = time.perf_counter() - self._started
-            self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
+            return False
+        loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+        seconds = time.perf_counter() - self._started
+        self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {config.run.dir}")
+        return True
 
     def _origin(self, checkpoint: Checkpoint | None) -> Any:
         """Of the folder that the weights once came from; as JSON, None where there is none."""

@@ -164,7 +164,7 @@ def evaluation_batches(
     workers: int = 0,
     max_samples: int | None = None,
     pin_memory: bool = False,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """One pass in the dataset's own order, each sample once over all ranks.
 
     Every rank gets equally many micro-batches of micro_size rows; where the samples run out, rows are

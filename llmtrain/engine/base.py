@@ -142,7 +142,12 @@ class Engine(ABC):
         self.named = [(name, p) for name, p in setup.parameters.items() if p.requires_grad]
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, stop_requested: bool = False
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+        between: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """One optimizer step over this rank's share of the global batch.
 
@@ -151,6 +156,10 @@ class Engine(ABC):
 
         Raises NonFiniteError: for the loss before any weight is changed, for the gradient's norm, unless
         fp16's scaler skips the step, perhaps after; the same on all ranks.
+
+        stop_requested: asked late in the step. between: called between micro-batches by all ranks alike, but
+        in a pipeline, which has several under way; what it raises ends the step with weights and optimizer as
+        they were, fit to be saved and no more.
         """
         assert len(micro_batches) == self.layout.accumulation
         batches = [self._prepared(micro) for micro in micro_batches]
@@ -165,12 +174,14 @@ class Engine(ABC):
         num_targets, data_digest, num_skipped = summed[0], combine_digests(summed[1]), summed[2]
         if num_targets == 0:
             # Weight decay and momentum would move weights that no sample asked to move.
-            asked = torch.tensor(int(stop_requested), device=self.device)
+            asked = torch.tensor(int(stop_requested()), device=self.device)
             stop = bool(distributed.all_sum(asked).item())
             return StepResult(0.0, 0, 0.0, {}, True, stop, data_digest, num_skipped)
         scale = self.mesh.replicas / num_targets
 
         def run(i: int) -> Batch:
+            if i and self.layout.pipeline == 1:
+                between()
             stage = self.mesh.coordinates.pipeline
             torch.manual_seed(dropout_seed(self.setup.seed, micro_batches[i].first_sample, stage))
             return to_device(batches[i], self.device)
@@ -186,7 +197,7 @@ class Engine(ABC):
         totals = torch.stack(
             [
                 per_micro.sum(),
-                torch.tensor(float(stop_requested), dtype=torch.float64, device=self.device),
+                torch.tensor(float(stop_requested()), dtype=torch.float64, device=self.device),
                 *(number for name in sorted(metrics) for number in metrics[name].double()),
             ]
         )

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from llmtrain.errors import ConfigError, LaunchError, Problem, UserError
+from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, LaunchError, Problem, UserError
 from llmtrain.parallel import agreement, launcher
 from llmtrain.parallel.agreement import Fact
 
@@ -144,11 +144,11 @@ def _destroy() -> None:
         dist.destroy_process_group()
 
 
-def finish(exit_code: int) -> NoReturn:
-    """Leave the process. With several ranks it skips interpreter shutdown, where gloo's threads
-    abort now and then (SIGABRT after all work is done)."""
+def finish(exit_code: int, together: bool = True) -> NoReturn:
+    """Leave the process, `together` with the ranks that mean the same. With several ranks it skips
+    interpreter shutdown, where gloo's threads abort now and then (SIGABRT after all work is done)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        if exit_code == 0:
+        if together and exit_code in (0, INTERRUPTED_EXIT_CODE):
             dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()

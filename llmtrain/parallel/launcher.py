@@ -15,9 +15,9 @@ from pathlib import Path
 from llmtrain.errors import ConfigError, LaunchError, Problem
 
 START_SECONDS = 600.0
+STOP_SECONDS = 3600.0
 
 _command: list[str] | None = None
-_told_to_stop = False
 
 
 def set_command(command: Sequence[str]) -> None:
@@ -31,35 +31,35 @@ def command() -> list[str]:
     return list(sys.argv if _command is None else _command)
 
 
-def note_stop() -> None:
-    """Remember that a signal asked this process to stop."""
-    global _told_to_stop
-    _told_to_stop = True
-
-
-def was_told_to_stop() -> bool:
-    return _told_to_stop
-
-
 def start_seconds() -> float:
     """How long the ranks wait for each other at the start: START_TIMEOUT, or START_SECONDS.
 
     Raises ConfigError for what is no such time.
     """
-    text = os.environ.get("START_TIMEOUT", "").strip() or str(START_SECONDS)
+    return _seconds("START_TIMEOUT", START_SECONDS)
+
+
+def stop_seconds() -> float:
+    """How long a launcher waits for ranks to save and end: STOP_TIMEOUT, or STOP_SECONDS.
+
+    Raises ConfigError for what is no such time.
+    """
+    return _seconds("STOP_TIMEOUT", STOP_SECONDS)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "").strip() or str(default)
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ConfigError(
-            Problem("START_TIMEOUT", repr(text), "seconds", "correct this environment variable")
-        )
+        raise ConfigError(Problem(name, repr(text), "seconds", "correct this environment variable"))
     return seconds
 
 
-def await_host(address: str, port: int, seconds: float) -> None:
-    """Wait until something listens there, as quietly as torch does not.
+def await_host(address: str, port: int, seconds: float, whom: str = "rank 0") -> None:
+    """Wait until something listens there, `whom` in the message, as quietly as torch does not.
 
     Raises LaunchError when nothing does within `seconds`.
     """
@@ -70,8 +70,8 @@ def await_host(address: str, port: int, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                got = f"no answer from rank 0 at {address}:{port} within {seconds:g} s ({error})"
-                remedy = "see what rank 0 said, or wait longer by START_TIMEOUT=seconds"
+                got = f"no answer from {whom} at {address}:{port} within {seconds:g} s ({error})"
+                remedy = f"see what {whom} said, or wait longer by START_TIMEOUT=seconds"
                 failure = LaunchError(Problem("start", got, remedy=remedy))
                 failure.everywhere = False  # rank 0, which tells for all, isn't there
                 raise failure from None

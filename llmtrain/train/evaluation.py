@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
 from llmtrain.data.datasets import Dataset
-from llmtrain.data.loader import evaluation_batches
+from llmtrain.data.loader import MicroBatch, evaluation_batches
 from llmtrain.engine.base import Engine
 from llmtrain.engine.evaluation import Totals
 from llmtrain.parallel.layout import Layout
 
 
 def evaluate_dataset(
-    engine: Engine, dataset: Dataset, layout: Layout, data_rank: int, workers: int, max_samples: int | None
+    engine: Engine,
+    dataset: Dataset,
+    layout: Layout,
+    data_rank: int,
+    workers: int,
+    max_samples: int | None,
+    between: Callable[[], None] = lambda: None,
 ) -> Totals:
-    """Loss and metric sums over the first `max_samples` of `dataset`."""
-    return engine.evaluate(
-        evaluation_batches(
-            dataset,
-            engine.objective.collate,
-            micro_size=layout.micro_size,
-            data_rank=data_rank,
-            data_size=layout.data,
-            workers=workers,
-            max_samples=max_samples,
-        )
+    """Loss and metric sums over the first `max_samples` of `dataset`; `between` is called before each batch
+    by all ranks alike, and what it raises ends the evaluation."""
+    batches = evaluation_batches(
+        dataset,
+        engine.objective.collate,
+        micro_size=layout.micro_size,
+        data_rank=data_rank,
+        data_size=layout.data,
+        workers=workers,
+        max_samples=max_samples,
     )
+
+    def watched() -> Iterator[MicroBatch]:
+        for batch in batches:
+            between()
+            yield batch
+
+    with closing(batches):
+        return engine.evaluate(watched())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +11,8 @@ from llmtrain.data.loader import Loader
 from llmtrain.engine.base import Engine, NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
-from llmtrain.parallel import distributed, launcher
-
-STOPPING = "\nllmtrain: stopping after this step; press Ctrl-C again to quit without saving\n"
+from llmtrain.parallel import distributed
+from llmtrain.parallel.lookout import Lookout, StoppedError
 
 
 class Observer(Protocol):
@@ -40,14 +36,30 @@ class Hooks:
 
     lr: Callable[[int], float]
     """Number of the step, from 0 → learning rate."""
-    evaluate: Callable[[], Totals] | None
-    """One pass over held-out data; None when there is none."""
-    save: Callable[[int, float | None], None]
-    """Begin a checkpoint, given the steps done and the validation loss where it was measured at that step."""
+    evaluate: Callable[[Callable[[], None]], Totals] | None
+    """One pass over held-out data, given what to call between batches; None when there is none."""
+    save: Callable[[int, float | None, bool], None]
+    """Begin a checkpoint, given the steps done, the validation loss where it was measured at that step, and
+    whether an evaluation was due there and is still to be made."""
+    evaluated_late: Callable[[float | None], None]
+    """The evaluation that the checkpoint gone on from still owed is made."""
     poll_save: Callable[[], None]
     """Called after each step: what has to be done for a checkpoint on its way."""
     finish_save: Callable[[], None]
     """Wait until the last checkpoint is whole."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the loop does what; steps are counted over the whole run."""
+
+    start_step: int
+    steps: int
+    evaluate_every: int | None
+    evaluate_at_start: bool
+    save_every: int | None
+    evaluation_owed: bool = False
+    """The run was stopped where an evaluation was due: it comes before all else."""
 
 
 @dataclass(frozen=True)
@@ -64,86 +76,86 @@ def train(
     loader: Loader,
     hooks: Hooks,
     observer: Observer,
-    *,
-    start_step: int,
-    steps: int,
-    evaluate_every: int | None,
-    evaluate_at_start: bool,
-    save_every: int | None,
+    schedule: Schedule,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train from `start_step` to `steps`.
 
-    SIGTERM or SIGINT on any rank ends it after the current step, with a checkpoint. Whatever was begun is
-    whole when it returns. Raises TrainingError for a loss or gradient that is not finite; the last checkpoint
-    stays.
+    Where any rank is asked to stop, it ends after the current step, or within it or an evaluation that takes
+    long, as if that had not begun; with a checkpoint, before all else. Whatever was begun is whole when it
+    returns. Raises TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
     """
+    start_step, steps = schedule.start_step, schedule.steps
     validation_loss: float | None = None
     done = saved_step = start_step
+
+    def stop_requested() -> bool:
+        return asked_to_stop() or observer.failed
+
+    lookout = Lookout(stop_requested, engine.device)
 
     def evaluate(step: int) -> float | None:
         if hooks.evaluate is None:
             return None
         started = time.perf_counter()
-        totals = hooks.evaluate()
+        totals = hooks.evaluate(Lookout(stop_requested, engine.device).check)
         observer.on_evaluation(step, totals, time.perf_counter() - started)
         return totals.loss if totals.num_targets else None
 
-    if evaluate_at_start and start_step == 0:
-        validation_loss = evaluate(0)
+    def save(evaluated: bool, owed: bool) -> None:
+        nonlocal saved_step
+        hooks.save(done, validation_loss if evaluated else None, owed and hooks.evaluate is not None)
+        saved_step = done
+
+    try:
+        if schedule.evaluation_owed:
+            validation_loss = evaluate(start_step)
+            hooks.evaluated_late(validation_loss)
+        elif schedule.evaluate_at_start and start_step == 0:
+            validation_loss = evaluate(0)
+    except StoppedError:
+        return Outcome(start_step, None, interrupted=True)
+    stopped = False
     batches = loader.steps(start_step)
-    with stop_signals() as stop_requested:
-        for step in range(start_step, steps):
-            started = time.perf_counter()
-            batch = next(batches)
-            lr = hooks.lr(step)
+    for step in range(start_step, steps):
+        started = time.perf_counter()
+        batch = next(batches)
+        lr = hooks.lr(step)
+        lookout.begin()
+        try:
+            result = engine.train_step(
+                batch.micro_batches, lr=lr, stop_requested=stop_requested, between=lookout.check
+            )
+        except StoppedError:
+            stopped = True
+            if saved_step < done:
+                save(evaluated=False, owed=False)
+            break
+        except NonFiniteError as error:
+            hooks.finish_save()
+            failure = TrainingError(_non_finite(step + 1, error, saved_step))
+            raise distributed.everywhere(failure) from error
+        done, stopped = step + 1, result.stop
+        data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
+        observer.on_step(done, result, lr, time.perf_counter() - started, data)
+        hooks.poll_save()
+        evaluation_is_due = is_due(done, schedule.evaluate_every, steps)
+        if evaluation_is_due and not stopped:
             try:
-                stop = stop_requested() or observer.failed
-                result = engine.train_step(batch.micro_batches, lr=lr, stop_requested=stop)
-            except NonFiniteError as error:
-                hooks.finish_save()
-                stopped = TrainingError(_non_finite(step + 1, error, saved_step))
-                raise distributed.everywhere(stopped) from error
-            done = step + 1
-            data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
-            observer.on_step(done, result, lr, time.perf_counter() - started, data)
-            hooks.poll_save()
-            evaluated = is_due(done, evaluate_every, steps)
-            if evaluated:
                 validation_loss = evaluate(done)
-            if result.stop or is_due(done, save_every, steps):
-                hooks.save(done, validation_loss if evaluated else None)
-                saved_step = done
-            if result.stop:
-                break
-        hooks.finish_save()
-    return Outcome(done, validation_loss, interrupted=done < steps)
+            except StoppedError:
+                stopped = True
+        if stopped or is_due(done, schedule.save_every, steps):
+            save(evaluated=evaluation_is_due and not stopped, owed=evaluation_is_due and stopped)
+        if stopped:
+            break
+    hooks.finish_save()
+    return Outcome(done, validation_loss, interrupted=stopped)
 
 
 def is_due(done: int, every: int | None, steps: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
     return done == steps or (every is not None and done % every == 0)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT only ask to stop, and the first says so; a SIGINT after it interrupts as usual."""
-    received: list[int] = []
-
-    def on_signal(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        if not received and launcher.rank() == 0:
-            # print() may not be called again while the step below is within one.
-            os.write(2, STOPPING.encode())
-        received.append(number)
-        launcher.note_stop()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _non_finite(step: int, error: NonFiniteError, saved_step: int) -> Problem:

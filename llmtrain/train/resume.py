@@ -34,6 +34,15 @@ class Resume:
         """How the run drew its samples until then; None in checkpoints of before it was kept."""
         return self.checkpoint.manifest.get("timeline")
 
+    @property
+    def evaluation_owed(self) -> bool:
+        """Whether the run was stopped where an evaluation was due, before it was made."""
+        return self.is_own and self.checkpoint.manifest.get("evaluation_owed", False)
+
+    def note_evaluation(self, validation_loss: float | None) -> None:
+        """The evaluation that was owed is made; all ranks say so."""
+        distributed.on_main(lambda: store.note_evaluation(self.checkpoint.path, validation_loss))
+
 
 def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:
     """The checkpoint that the run goes on from; None for a fresh start. The same on every rank.

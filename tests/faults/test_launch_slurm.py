@@ -142,6 +142,19 @@ def test_a_killed_rank_gives_the_job_its_exit_code(cluster: Mapping[str, str], c
     assert "rank 1 exited with 137" in job.output()
 
 
+@pytest.mark.parametrize("to", [[], ["--batch"]], ids=["tasks", "script"])
+def test_a_job_that_is_asked_to_stop_saves_and_gives_75(
+    cluster: Mapping[str, str], corpus: Path, tmp_path: Path, to: list[str]
+):
+    endless = ["run.dir=run", "train.steps=100000", "checkpoint.every=null", "evaluation.at_start=false"]
+    job = Job(cluster, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
+    wait_for_first_step(tmp_path / "run")
+    subprocess.run(["scancel", "--signal=USR1", *to, job.id], env=job.environment, check=True)
+    assert job.exit_code() == 75, job.output()
+    assert "as asked; the same command resumes" in job.output()
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*/manifest.json"))) == 1
+
+
 def test_tasks_of_srun_prepare_one_corpus(cluster: Mapping[str, str], tmp_path: Path):
     """Three tasks on two nodes; and a mistake, which one of them tells."""
     source = write_text(tmp_path / "text.jsonl")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import warnings
@@ -207,8 +208,19 @@ def test_a_host_that_never_comes(tmp_path: Path, place: str):
     assert len(told) == 1, output
     assert "within 2 s" in told[0]
     assert told[0].endswith("; see what the others said, or wait longer by START_TIMEOUT=seconds") or (
-        told[0].startswith("start: got no answer from rank 0 at 127.0.0.1:29612") and place == "NODE_RANK=1"
+        told[0].startswith("start: got no answer from host 0 at 127.0.0.1:29612") and place == "NODE_RANK=1"
     )
+    assert "Traceback" not in output
+
+
+def test_a_port_that_another_program_holds_is_told_at_once(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        environment = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        [(code, output)] = finish([start(**environment, NNODES="2", LOG_DIR=str(tmp_path))])
+    assert code == 2, output
+    assert output.startswith(f"MASTER_PORT: got {port}, "), output
+    assert "START_TIMEOUT" not in output
     assert "Traceback" not in output
 
 

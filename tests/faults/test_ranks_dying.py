@@ -37,7 +37,7 @@ from llmtrain.errors import DataError, Problem
 def die(number, frame):
     {death}
 
-signal.signal(signal.SIGUSR1, die)
+signal.signal(signal.SIGUSR2, die)
 """
 """What a rank runs before all else; it then dies of a signal, wherever it is."""
 
@@ -132,7 +132,7 @@ def test_under_plain_torchrun_the_survivors_are_quiet(
     launcher = ["torch.distributed.run", "--nproc-per-node", "4", "--redirects", "3", "--log-dir", str(logs)]
     words = [*launcher, "-m", "llmtrain", "train", *command(corpus, run, steps=100_000)]
     launches.append(Launch(words, run, PYTHONPATH=str(tmp_path)))
-    launches[0].rank_at(2, random.randrange(3, 10)).send_signal(signal.SIGUSR1)
+    launches[0].rank_at(2, random.randrange(3, 10)).send_signal(signal.SIGUSR2)
     code, output = launches[0].finish()
     assert code != 0
     said = {int(path.parent.name): path.read_text() for path in logs.rglob("stderr.log")}
@@ -166,6 +166,40 @@ def test_ranks_end_with_a_killed_launcher(
         said = "".join((run / f"logs/rank{rank}.log").read_text() for rank in (0, 1))
     for rank in (0, 1):
         assert said.count(f"llmtrain: error: rank {rank}: got a launcher (process ") == 1, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_launcher_that_is_asked_to_stop_lets_its_ranks_save(
+    corpus: Path,
+    tmp_path: Path,
+    launches: list[Launch],
+    number: signal.Signals,
+    request: pytest.FixtureRequest,
+):
+    # Tests that run under nohup would hand on that it is ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    run = tmp_path / "run"
+    words = ["llmtrain.torchrun", *command(corpus, run, steps=100_000), "checkpoint.every=null"]
+    launches.append(Launch(words, run, NPROC_PER_NODE="2"))
+    launches[0].rank_at(0, 3)
+    launches[0].launcher.send_signal(number)
+    code, output = launches[0].finish()
+    assert code == 75, output
+    [kept] = list_steps(run / "checkpoints")
+    assert f"stopped at step {Checkpoint.open(kept).step:,} as asked; the same command resumes" in output
+    assert "exited with" not in output
+
+
+def test_a_launcher_kills_ranks_that_take_too_long(corpus: Path, tmp_path: Path, launches: list[Launch]):
+    run = tmp_path / "run"
+    words = ["llmtrain.torchrun", *command(corpus, run, steps=100_000)]
+    launches.append(Launch(words, run, NPROC_PER_NODE="2", STOP_TIMEOUT="0.5"))
+    launches[0].rank_at(1, 3).send_signal(signal.SIGSTOP)
+    launches[0].launcher.terminate()
+    code, output = launches[0].finish()
+    assert code == 137, output
+    assert "2 ranks did not end in time" in output
 
 
 def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_path: Path):

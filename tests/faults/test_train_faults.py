@@ -40,6 +40,11 @@ def curve(run: Path) -> dict[int, tuple]:
     }
 
 
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """Those behind the start: (step, loss)."""
+    return [(m["step"], m["validation_loss"]) for m in metrics(run) if "validation_loss" in m and m["step"]]
+
+
 def assert_mistake(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """Exit code 2, one line that holds all `words`, no traceback."""
     assert done.returncode == 2, f"{done.returncode}: {done.stderr}"
@@ -136,14 +141,62 @@ def test_kill_of_all_ranks_and_resume_is_bit_exact(corpus: Path, tmp_path: Path,
     assert ours.manifest["files"] == theirs.manifest["files"]  # checksums of weights and optimizer state
 
 
-def test_termination_saves_and_resumes(corpus: Path, finished: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_termination_saves_and_resumes(corpus: Path, finished: Path, tmp_path: Path, number: signal.Signals):
     run = tmp_path / "run"
     command = arguments(corpus, run, "checkpoint.every=null")
-    process = kill_at(2, command, run, signal.SIGTERM)
-    assert process.returncode == 0
+    process = kill_at(2, command, run, number)
+    assert process.returncode == 75
     assert list_steps(run / "checkpoints"), "no checkpoint on SIGTERM"
     assert llmtrain(*command).returncode == 0
     assert curve(run) == curve(finished)
+
+
+SLOW_EVALUATION = """
+import sys, time
+
+def on_import(name):
+    from llmtrain.train import evaluation
+    batches = evaluation.evaluation_batches
+
+    def slowly(*arguments, **settings):
+        for batch in batches(*arguments, **settings):
+            time.sleep(0.5)
+            yield batch
+
+    evaluation.evaluation_batches = slowly
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "llmtrain.commands.build":
+            sys.meta_path.remove(self)
+            on_import(name)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_an_evaluation_is_cut_for_the_checkpoint_and_made_again(corpus: Path, finished: Path, tmp_path: Path):
+    """Both are due after step 6; here each batch of an evaluation takes half a second."""
+    run = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_EVALUATION)
+    command = arguments(corpus, run, "evaluation.at_start=false", "checkpoint.keep_last=9")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtrain", *command], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE
+    )
+    wait_for_step(6, run, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert [path.name for path in list_steps(run / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert not any("validation_loss" in record for record in metrics(run)), "half an evaluation"
+    done = llmtrain(*command)
+    assert done.returncode == 0, done.stderr
+    assert evaluations(run) == evaluations(finished)
+    assert curve(run) == curve(finished)
+    kept = Checkpoint.open(run / "checkpoints/step-00000006")
+    assert kept.manifest["validation_loss"] == evaluations(finished)[0][1], "written into it afterwards"
 
 
 def test_damaged_checkpoint_falls_back(corpus: Path, copy: Path):

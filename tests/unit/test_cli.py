@@ -304,6 +304,15 @@ def test_each_job_of_a_sweep_has_a_run_folder_of_its_own(
     assert seen == folders
 
 
+def test_a_job_that_is_asked_to_stop_ends_its_sweep(monkeypatch: pytest.MonkeyPatch):
+    from llmtrain.commands import plan
+
+    codes = iter([0, 75, 0])
+    monkeypatch.setattr(plan, "run", lambda mapping: next(codes))
+    assert cli.run_verb("plan", ["--multirun", "seed=1,2,3"]) == 75
+    assert next(codes) == 0, "the third was begun"
+
+
 def test_every_failed_job_of_a_sweep_is_told(capsys: pytest.CaptureFixture[str]):
     assert cli.run_verb("plan", ["--multirun", "optimizer.lr=-1,0.1,-2"]) == 2
     captured = capsys.readouterr()

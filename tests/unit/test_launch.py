@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmtrain import torchrun
 from llmtrain.errors import ConfigError
+from llmtrain.parallel import hosts
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
@@ -24,27 +25,27 @@ SCRIPTS += ["launch/setup.sh", "launch/lock.sh", "launch/verses.sh", "cluster/sl
 
 def mistakes(**environment: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        torchrun.hosts_from_environment(environment)
+        hosts.hosts_from_environment(environment)
     return [problem.where for problem in caught.value.problems]
 
 
 def test_one_host_by_default():
-    assert torchrun.hosts_from_environment({}) == torchrun.Hosts()
-    assert torchrun.hosts_from_environment({"NPROC_PER_NODE": "8"}).num_processes == 8
-    assert torchrun.hosts_from_environment({"NNODES": "1", "NODE_RANK": ""}).port == 0, "any free port"
+    assert hosts.hosts_from_environment({}) == hosts.Hosts()
+    assert hosts.hosts_from_environment({"NPROC_PER_NODE": "8"}).num_processes == 8
+    assert hosts.hosts_from_environment({"NNODES": "1", "NODE_RANK": ""}).port == 0, "any free port"
 
 
 def test_one_host_ignores_what_names_a_cluster():
     """Containers and job shells often carry MASTER_ADDR of something else."""
-    hosts = torchrun.hosts_from_environment({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"})
-    assert (hosts.num_nodes, hosts.address, hosts.port) == (1, "127.0.0.1", 0)
+    found = hosts.hosts_from_environment({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"})
+    assert (found.num_nodes, found.address, found.port) == (1, "127.0.0.1", 0)
 
 
 def test_hosts_with_ranks_known_beforehand():
     environment = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "2"}
-    expected = torchrun.Hosts(2, 4, 3, "node0", torchrun.DEFAULT_PORT, "static")
-    assert torchrun.hosts_from_environment(environment) == expected
-    assert torchrun.hosts_from_environment({**environment, "MASTER_PORT": "4321"}).port == 4321
+    expected = hosts.Hosts(2, 4, 3, "node0", hosts.DEFAULT_PORT, "static")
+    assert hosts.hosts_from_environment(environment) == expected
+    assert hosts.hosts_from_environment({**environment, "MASTER_PORT": "4321"}).port == 4321
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_hosts_with_ranks_known_beforehand():
     [("node0:400", "node0", 400), ("node0", "node0", 29500), ("[fd00::2]:400", "fd00::2", 400)],
 )
 def test_hosts_that_number_themselves(endpoint: str, address: str, port: int):
-    hosts = torchrun.hosts_from_environment({"NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job7"})
-    assert hosts == torchrun.Hosts(None, 2, None, address, port, "c10d", "job7")
+    found = hosts.hosts_from_environment({"NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job7"})
+    assert found == hosts.Hosts(None, 2, None, address, port, "c10d", "job7")
 
 
 def test_mistakes_in_the_environment_are_told_together():
@@ -66,14 +67,25 @@ def test_mistakes_in_the_environment_are_told_together():
 
 
 def test_route_to_this_host():
-    interface, address, to_itself = torchrun.route_to("127.0.0.1")
+    interface, address, to_itself = hosts.route_to("127.0.0.1")
     assert (address, to_itself) == ("127.0.0.1", True)
     assert interface in [name for _, name in socket.if_nameindex()]
 
 
 def test_a_host_that_cannot_be_resolved():
     with pytest.raises(ConfigError, match="resolve"):
-        torchrun.route_to("no-such-host.invalid")
+        hosts.route_to("no-such-host.invalid")
+    with pytest.raises(ConfigError, match="RDZV_ENDPOINT: got"):
+        hosts.route_to("no-such-host.invalid", "RDZV_ENDPOINT")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_is_taken_is_refused_with_its_number(address: str):
+    with socket.create_server((address, 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT: got {port}, .*in use.*another MASTER_PORT"):
+            hosts.refuse_taken(port)
+    hosts.refuse_taken(port)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +98,9 @@ def test_a_host_that_cannot_be_resolved():
         ([143, 2], 2),
         ([-6, 1], -6),
         ([-6, -11, 1], -11),
+        ([75, -15, 75], 75),  # asked to stop, one before it could listen
+        ([75, 1], 1),
+        ([75, -9], -9),
         ([1, 1], 1),
     ],
 )
@@ -93,12 +108,12 @@ def test_root_cause(codes: list[int], cause: int):
     assert codes[torchrun.root_cause(codes)] == cause
 
 
-@given(st.lists(st.sampled_from([0, 1, 2, -6, -9, -15, 134, 143]), min_size=1).filter(any), st.randoms())
+@given(st.lists(st.sampled_from([0, 1, 2, 75, -6, -9, -15, 134, 143]), min_size=1).filter(any), st.randoms())
 def test_root_cause_is_a_failure_and_knows_no_order(codes: list[int], random):
     cause = codes[torchrun.root_cause(codes)]
     assert cause
     shuffled = random.sample(codes, len(codes))
-    own = {1, 134, 143}
+    own = {1, 75, 134, 143}
     if torchrun.shell_code(cause) in own:
         found = shuffled[torchrun.root_cause(shuffled)]
         assert torchrun.shell_code(found) == torchrun.shell_code(cause)

@@ -124,7 +124,7 @@ def test_a_step_without_any_target_leaves_the_weights(batch):
     trained.train_step(micro_batches(rows, documents, 4), lr=0.1)
     before = model.table.detach().clone()
     result = trained.train_step(
-        micro_batches(rows, np.full_like(documents, -1), 4), lr=0.1, stop_requested=True
+        micro_batches(rows, np.full_like(documents, -1), 4), lr=0.1, stop_requested=lambda: True
     )
     assert (result.num_targets, result.skipped, result.stop) == (0, True, True)
     assert torch.equal(model.table, before)

@@ -1,0 +1,158 @@
+"""The hosts of a launch: what the environment tells of them, and how this one reaches the first."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmtrain.errors import ConfigError, Problem
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """This host's part of a launch, as the environment tells it."""
+
+    num_processes: int | None = None
+    """Processes on this host; null: its accelerators, or 1."""
+    num_nodes: int = 1
+    node_rank: int | None = None
+    """This host's place among `num_nodes`; null: the rendezvous decides."""
+    address: str = "127.0.0.1"
+    """Where host 0 (or the c10d rendezvous) is reached."""
+    port: int = 0
+    """0: any free port, on a single host."""
+    backend: str = "c10d"
+    """torch's rendezvous: `static` (ranks known beforehand) or `c10d`."""
+    run_id: str = "llmtrain"
+
+
+def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
+    """Read the variables that llmtrain.torchrun describes.
+
+    Raises ConfigError with every problem found.
+    """
+    problems: list[Problem] = []
+
+    def whole_number(name: str, least: int, most: int | None = None) -> int | None:
+        text = environment.get(name, "").strip()
+        if not text:
+            return None
+        allowed = f"{least} or more" if most is None else f"{least} … {most}"
+        if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
+            return int(text)
+        problems.append(Problem(name, repr(text), allowed, "correct this environment variable"))
+        return None
+
+    num_processes = whole_number("NPROC_PER_NODE", 1)
+    num_nodes = whole_number("NNODES", 1) or 1
+    endpoint = environment.get("RDZV_ENDPOINT", "").strip()
+    address = environment.get("MASTER_ADDR", "").strip()
+    run_id = environment.get("RDZV_ID", "").strip() or Hosts.run_id
+    hosts = Hosts(num_processes, num_nodes)
+    if endpoint:
+        address, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", str(DEFAULT_PORT))
+        if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
+            problems.append(Problem("RDZV_ENDPOINT", repr(endpoint), "HOST:PORT", "such as node1:29500"))
+        else:
+            hosts = Hosts(num_processes, num_nodes, None, address.strip("[]"), int(port), "c10d", run_id)
+    elif num_nodes > 1:
+        port_number = whole_number("MASTER_PORT", 1, 2**16 - 1) or DEFAULT_PORT
+        node_rank = whole_number("NODE_RANK", 0, num_nodes - 1)
+        if not address:
+            problems.append(
+                Problem("MASTER_ADDR", "nothing", "host 0's name or address", "or set RDZV_ENDPOINT")
+            )
+        if not environment.get("NODE_RANK", "").strip():
+            remedy = f"give each of the {num_nodes} hosts its own"
+            problems.append(Problem("NODE_RANK", "nothing", f"0 … {num_nodes - 1}", remedy))
+        hosts = Hosts(num_processes, num_nodes, node_rank, address, port_number, "static", run_id)
+    if problems:
+        raise ConfigError(problems)
+    return hosts
+
+
+def refuse_taken(port: int) -> None:
+    """Raise ConfigError where this host cannot listen on MASTER_PORT, on all addresses as torch does."""
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=is_dual).close()
+    except OSError as error:
+        why = os.strerror(error.errno or errno.EADDRINUSE)
+        got = f"{port}, which host 0 cannot listen on ({why})"
+        remedy = (
+            f"end what holds it (ss -ltnp 'sport = {port}' names it), or give all hosts another MASTER_PORT"
+        )
+        raise ConfigError(Problem("MASTER_PORT", got, "a free port of host 0", remedy)) from None
+
+
+class Route(NamedTuple):
+    """How this host speaks to another, or to itself."""
+
+    interface: str
+    own_address: str
+    to_itself: bool
+
+
+def route_to(address: str, variable: str = "MASTER_ADDR") -> Route:
+    """The network interface, and this host's address on it, that lead to `address`, which `variable` gave.
+
+    Debian names the machine itself 127.0.1.1, where no other host can reach it: a NAME that leads back
+    to the loopback takes the interface of the default route, if there is one; a literal 127.x stays.
+
+    Raises ConfigError when the address cannot be resolved or reached.
+    """
+    try:
+        found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        remedy = "name the host as this machine's resolver knows it, or give its address"
+        raise ConfigError(Problem(variable, repr(address), f"a resolvable host ({error})", remedy)) from None
+    own_address = next(filter(None, (_own_address(family, where[0]) for family, *_, where in found)), None)
+    if own_address is None:
+        raise ConfigError(
+            Problem(variable, repr(address), "a host that a route leads to", "check the network")
+        )
+    is_loopback = ipaddress.ip_address(own_address).is_loopback
+    to_itself = is_loopback or own_address in {where[0] for *_, where in found}
+    if is_loopback and not _is_literal(address):
+        own_address = _own_address(socket.AF_INET, "192.0.2.1") or own_address
+    return Route(_interface_of(own_address), own_address, to_itself)
+
+
+def _own_address(family: int, towards: str | int) -> str | None:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # This sends nothing: it only asks the routing table.
+            probe.connect((towards, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
+def _interface_of(own_address: str) -> str:
+    import psutil
+
+    addresses = {
+        entry.address.partition("%")[0]: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    if own_address not in addresses and ipaddress.ip_address(own_address).is_loopback:
+        own_address = "127.0.0.1"
+    return addresses[own_address]
+
+
+def _is_literal(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
