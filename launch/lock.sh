@@ -7,6 +7,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+# As pip does: certificates of the machine, such as a company's, count.
+export UV_SYSTEM_CERTS=1
 series=${TORCH:-2.13}
 pythons=(3.10 3.11 3.12 3.13 3.14)
 
