@@ -21,6 +21,7 @@ from typing import Any
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel import launcher, stopping
+from llmtrain.sweeps import job_folder
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("llmtrain.commands.prepare", "raw text → tokenizer and sharded corpus"),
@@ -268,9 +269,10 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
             assert isinstance(mapping, dict)
             composed: dict[str, Any] = {str(key): value for key, value in mapping.items()}
             composed.pop("experiment", None)
-            if multirun and isinstance(composed.get("run"), dict) and swept_keys(quoted) != {"run.dir"}:
-                # Jobs of a sweep must not share a run folder.
-                composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / str(hydra_config.job.num))
+            if multirun and isinstance(composed.get("run"), dict):
+                # Jobs of a sweep must not share a run folder, nor go on from one of other values.
+                name = job_folder(list(hydra_config.overrides.task), swept_keys(quoted) - {"run.dir"})
+                composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / name)
             codes.append(_runner(verb)(composed) or 0)
             sys.stdout.flush()  # so that a pipe that was closed is met here
             if multirun and codes[-1] == INTERRUPTED_EXIT_CODE:

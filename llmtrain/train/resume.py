@@ -14,6 +14,7 @@ from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.parallel import distributed
+from llmtrain.train.changes import changed_settings
 from llmtrain.train.config import TrainConfig, model_differences
 
 Say = Callable[[str], None]
@@ -88,6 +89,8 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
     if is_own:
         distributed.on_main(lambda: _go_back(root, checkpoint.step, named, say))
     say(f"resuming from {checkpoint.path} (step {checkpoint.step:,})")
+    for change in changed_settings(checkpoint.manifest["config"], encode(config)):
+        say(f"note: {change}")
     return Resume(checkpoint, is_own)
 
 

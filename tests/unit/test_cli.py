@@ -288,8 +288,13 @@ def test_multirun_makes_a_plan_for_each(capsys: pytest.CaptureFixture[str]):
     ("overrides", "folders"),
     [
         (["run.dir=ma,mb"], ["ma", "mb"]),
-        (["run.dir=ma,mb", "seed=1,2"], ["ma/0", "ma/1", "mb/2", "mb/3"]),
-        (["run.name=x,y"], ["runs/x/0", "runs/y/1"]),
+        (["run.dir=ma,mb", "seed=1,2"], ["ma/seed=1", "ma/seed=2", "mb/seed=1", "mb/seed=2"]),
+        (["run.name=x,y"], ["runs/x/run.name=x", "runs/y/run.name=y"]),
+        (
+            ["run.dir=m", "seed=2", "optimizer.lr=1e-3,3e-4"],
+            ["m/optimizer.lr=0.001", "m/optimizer.lr=0.0003"],
+        ),
+        (["run.dir=m", "seed=2"], ["m"]),
         (["run.dir=${x}'\\,1_0"], ["${x}'\\", "1_0"]),
     ],
 )
