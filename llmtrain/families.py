@@ -346,7 +346,8 @@ def open_sources(
     sequence_length: int,
 ) -> dict[str, Dataset]:
     """Corpus → the numbered samples of its split; "" where there is one alone. Corpora without held-out
-    text are left out. Raises DataError when they cannot be had."""
+    text are left out, and those without training text that none is drawn of. Raises DataError when they
+    cannot be had."""
     from llmtrain.data.datasets import TokenSequences
     from llmtrain.data.images import Images
     from llmtrain.data.paired_rows import PairedRows
@@ -355,14 +356,15 @@ def open_sources(
     if isinstance(data, ImageDataConfig):
         return {"": Images.open(data.path, split, getattr(model, "num_classes", 10))}
     assert corpora is not None
+    optional = data.undrawn if split == "train" else data.names
     if isinstance(model, BertConfig) and model.has_pairs:
-        splits = corpora.splits(split, only_filled=split != "train")
+        splits = corpora.splits(split, optional)
         return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
     if isinstance(model, Seq2SeqConfig):
         cache = data.cache.dir.expanduser()
         text_length, source_length, target_length = model.objective.lengths(sequence_length)
         if model.objective.kind == "pairs":
-            splits = corpora.splits(split, only_filled=split != "train")
+            splits = corpora.splits(split, optional)
             return {
                 name: PairedRows(tokens, source_length, target_length, cache=cache)
                 for name, tokens in splits.items()
@@ -376,7 +378,7 @@ def open_sources(
             overlap=data.overlap,
             cache=data.cache.dir.expanduser(),
         )
-        for name, tokens in corpora.splits(split, only_filled=split != "train").items()
+        for name, tokens in corpora.splits(split, optional).items()
     }
 
 

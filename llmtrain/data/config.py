@@ -34,6 +34,9 @@ class TokenizerConfig:
     """Share of the characters that get pieces of their own; the others become bytes."""
     split_digits: bool = True
     """Each digit is a piece of its own."""
+    typed_specials: Literal["text", "special"] = "text"
+    """What special tokens of a given tokenizer are where a text spells them out, as `</s>`: text like any
+    other, or special tokens, as in texts that a chat's template made."""
 
     def problems(self) -> Iterator[Problem]:
         if self.model is None:

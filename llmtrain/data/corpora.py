@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import xxhash
@@ -83,17 +83,19 @@ class Corpora:
             if isinstance(corpus.place, Elsewhere):
                 corpus.place.cache.close()
 
-    def splits(self, name: str, only_filled: bool = False) -> dict[str, TokenSplit]:
-        """Corpus → its split. Raises DataError for one that has no such split, or an empty one; with
-        `only_filled` those are left out, and only if all are so it raises."""
-        empty = self.without(name) if only_filled else []
-        chosen = [key for key in self.by_name if key not in empty] or list(self.by_name)
+    def splits(self, name: str, optional: Collection[str] = ()) -> dict[str, TokenSplit]:
+        """Corpus → its split. Raises DataError for one that has no such split, or an empty one; `optional`
+        ones are left out then, and only if all are so it raises."""
+        left_out = {*self.without(name)} & {*optional}
+        chosen = [key for key in self.by_name if key not in left_out] or list(self.by_name)
         return {key: self.by_name[key].split(name) for key in chosen}
 
     def without(self, split: str) -> list[str]:
-        """Corpora whose split is empty."""
+        """Corpora whose split is empty; a split that none has is no split's name."""
         splits = {key: corpus.manifest.splits.get(split) for key, corpus in self.by_name.items()}
-        return [key for key, entry in splits.items() if entry is not None and entry.num_tokens < 2]
+        if not any(splits.values()):
+            return []
+        return [key for key, entry in splits.items() if entry is None or not entry.has_text]
 
 
 def open_corpora(data: TokenDataConfig) -> Corpora:

@@ -102,6 +102,10 @@ class Corpus:
         if entry.num_tokens == 0:
             remedy = "prepare more text, or a larger share for this split"
             raise DataError(Problem(self.where, f"an empty split {name!r}", "one token or more", remedy))
+        if not entry.has_text:
+            got = f"a split {name!r} of {entry.num_documents:,} documents without any token"
+            remedy = "prepare it again, of text that its tokenizer knows or with another tokenizer.model"
+            raise DataError(Problem(self.where, got, "one token or more", remedy))
         found = self.bad_shards
         bad = {i: found[shard.file] for i, shard in enumerate(entry.shards) if shard.file in found}
         return TokenSplit(self.place, name, self.manifest, bad_shards=bad)

@@ -56,6 +56,11 @@ class SplitEntry:
     """File with the tokens of each document; None in corpora of version 1."""
     lengths_xxh3_128: str | None = None
 
+    @property
+    def has_text(self) -> bool:
+        """Whether there is any token but those that end documents."""
+        return self.num_tokens > self.num_documents
+
 
 @dataclass(frozen=True)
 class Manifest:

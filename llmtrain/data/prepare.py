@@ -190,6 +190,9 @@ class _Run:
             documents_kept=made.documents_kept,
             vocab_size=made.tokenizer.vocab_size,
             unknown_tokens=made.unknown_tokens,
+            tokenless_dropped=made.tokenless_dropped,
+            specials=made.specials,
+            specials_are_text=self.config.tokenizer.typed_specials == "text",
             splits={
                 name: SplitReport(split["num_documents"], split["num_tokens"], split["num_bytes"])
                 for name, split in made.splits.items()
@@ -282,8 +285,12 @@ def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
     if config.near_duplicates.threshold is not None:
         # Its signatures change with the library's algorithm.
         settings["near_duplicates"]["rensa"] = near.require_library()
+    typed = settings["tokenizer"].pop("typed_specials")
     if model is not None:
         settings["tokenizer"] = {"model": model.sha256}
+        if typed != "text":
+            # As corpora have it that are older than the key.
+            settings["tokenizer"]["typed_specials"] = typed
     return settings
 
 

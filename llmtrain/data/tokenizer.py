@@ -96,6 +96,14 @@ class Tokenizer(ABC):
         return ()
 
     @abstractmethod
+    def typed_specials(self) -> list[str]:
+        """Special tokens that `encode` takes for themselves where a text spells them out."""
+
+    @abstractmethod
+    def take_specials_for_text(self) -> None:
+        """From here on take them for text like any other."""
+
+    @abstractmethod
     def pieces(self) -> list[str]:
         """What each id is called in the vocabulary; "" for an id that is not in it."""
 

@@ -1,9 +1,10 @@
 """The `tokenizer.json` of Hugging Face folders: byte-level BPE (Radford et al. 2019), WordPiece (Schuster and
 Nakajima 2012), Unigram and BPE with metaspaces, run by the `tokenizers` library.
 
-Ids are those of transformers' AutoTokenizer with add_special_tokens=False; special tokens written out in a
-text are taken for themselves, as there. Corpora and checkpoints carry one file, a bundle: the folder's
-tokenizer files as they came, of which an export makes them again.
+Ids are those of transformers' AutoTokenizer with add_special_tokens=False; special tokens spelled out in a
+text are taken for themselves, as there, or for text (split_special_tokens=True there). Corpora and
+checkpoints carry one file, a bundle: the folder's tokenizer files as they came, of which an export makes them
+again.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ class JsonTokenizer(Tokenizer):
         # Ids of the text have its number, those around it None.
         count = len(list(takewhile(lambda number: number is None, encoding.sequence_ids)))
         return tuple(encoding.ids[:count])
+
+    def typed_specials(self) -> list[str]:
+        if self._library.encode_special_tokens:
+            return []
+        return [token.content for token in self._added.values() if token.special]
+
+    def take_specials_for_text(self) -> None:
+        spec, typed = json.loads(self.files[TOKENIZER]), {*self.typed_specials()}
+        vocabulary = spec["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            # Unigrams find special tokens among their pieces: call them what no text holds.
+            spec["model"]["vocab"] = [[f"\0{p}" if p in typed else p, score] for p, score in vocabulary]
+            self._library = type(self._library).from_str(json.dumps(spec))
+            self._library.no_padding()
+            self._library.no_truncation()
+        self._library.encode_special_tokens = True
 
     def pieces(self) -> list[str]:
         pieces = [""] * self.vocab_size

@@ -61,6 +61,18 @@ class SentencePieceTokenizer(Tokenizer):
         is_unigram = spec.trainer_spec.model_type == spec.trainer_spec.UNIGRAM
         return LONGEST_UNIGRAM_BYTES if is_unigram else super().longest_text_bytes
 
+    def typed_specials(self) -> list[str]:
+        pieces = self.pieces()
+        special = {*self.special_ids.values(), *self.sentinel_ids}
+        return [pieces[i] for i in sorted(special) if _is_user_defined(self._processor, i)]
+
+    def take_specials_for_text(self) -> None:
+        spec, typed = _spec(self.content, "tokenizer"), {*self.typed_specials()}
+        for piece in spec.pieces:
+            if piece.piece in typed:
+                piece.type = spec.SentencePiece.CONTROL
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
+
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 

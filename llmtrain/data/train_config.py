@@ -136,6 +136,13 @@ class TokenDataConfig:
         root = (self.path or "").rstrip("/")
         return {name: self.sources.get(name, f"{root}/{name}") for name in self.names}
 
+    @property
+    def undrawn(self) -> list[str]:
+        """Corpora whose weight is 0 throughout."""
+        steps = [0, *(stage.step for stage in self.curriculum)]
+        weights = [self.weights(step) for step in steps]
+        return [name for name in self.names if not any(each[name] for each in weights)]
+
     def weights(self, step: int) -> dict[str, float]:
         """Corpus → weight by tokens from `step` on, until the curriculum changes it."""
         if self.mixture is None:

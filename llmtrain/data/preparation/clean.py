@@ -44,6 +44,8 @@ class CleanCounts:
     """Control characters removed."""
     spaces_replaced: int = 0
     """U+2581 replaced by a space."""
+    surrogates_replaced: int = 0
+    """Halves of surrogate pairs, which are no characters, replaced by U+FFFD."""
     tokenized: int = 0
     """Documents that came as token ids."""
     members_ignored: int = 0
@@ -102,10 +104,11 @@ def _cleaned(documents: Texts, normalization: str, counts: CleanCounts) -> list[
     """Every document, clean; nothing where it held white space alone."""
     if not documents:
         return []
-    joined = _join(documents)
+    joined, surrogates = _join(documents)
+    counts.surrogates_replaced += surrogates
     if joined.count(SEPARATOR_BYTE) != len(documents) - 1:
         joined = SEPARATOR_BYTE.join(
-            _remove_controls(_join(documents[i : i + 1]), _SEPARATOR_TOO, counts)
+            _remove_controls(_join(documents[i : i + 1])[0], _SEPARATOR_TOO, counts)
             for i in range(len(documents))
         )
     else:
@@ -137,15 +140,17 @@ def split_of(keys: np.ndarray, validation: float, test: float) -> np.ndarray:
     return np.where(position < validation, 1, np.where(position < validation + test, 2, 0)).astype(np.uint8)
 
 
-def _join(documents: Sequence[str] | Sequence[bytes]) -> bytes:
+def _join(documents: Sequence[str] | Sequence[bytes]) -> tuple[bytes, int]:
+    """UTF-8 of all, and in how many places U+FFFD was put for what it cannot hold."""
     if isinstance(documents[0], bytes):
-        return SEPARATOR_BYTE.join(documents)  # type: ignore[arg-type]
+        return SEPARATOR_BYTE.join(documents), 0  # type: ignore[arg-type]
     text = SEPARATOR.join(documents)  # type: ignore[arg-type]
     try:
-        return text.encode()
+        return text.encode(), 0
     except UnicodeEncodeError:
-        # JSON may escape half of a surrogate pair, which no UTF-8 can hold.
-        return _SURROGATES.sub("\ufffd", text).encode()
+        # JSON may escape half of a surrogate pair.
+        text, count = _SURROGATES.subn("\ufffd", text)
+        return text.encode(), count
 
 
 def _remove_controls(text: bytes, controls: bytes, counts: CleanCounts) -> bytes:

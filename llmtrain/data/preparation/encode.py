@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
@@ -35,6 +36,10 @@ class EncodedBlock:
     num_tokens: list[int]
     num_bytes: list[int]
     num_unknown: int
+    num_tokenless: int = 0
+    """Documents (pairs) left out because they, or a side, have no token."""
+    specials: dict[str, int] = field(default_factory=dict)
+    """Special token → how often texts spell it out."""
 
     @property
     def tokens_path(self) -> Path:
@@ -52,21 +57,23 @@ def encode_block(
     split: SplitConfig,
     tokenizer_path: Path,
     tokenizer_sha256: str,
+    specials_are_text: bool,
     is_paired: bool,
     path: Path,
 ) -> int:
     """Encode a block's kept documents, a pair as two, to files named `path`; path.json, written last, tells
     them finished. Returns the block's number."""
-    tokenizer = _tokenizer(tokenizer_path, tokenizer_sha256)
+    tokenizer, specials = _tokenizer(tokenizer_path, tokenizer_sha256, specials_are_text)
     dtype = token_dtype(tokenizer.vocab_size)
     documents = block.documents()
     encoded = EncodedBlock(str(path), [], [], [], 0)
     lengths: list[np.ndarray] = []
-    num_unknown = 0
+    num_unknown = num_tokenless = 0
+    spelled_out: Counter[str] = Counter()
     byte_lengths = tokenizer.token_byte_lengths() if block.is_tokenized else np.zeros(0, np.int32)
     with open(encoded.tokens_path, "wb") as file:
         for chosen in splits_of_block(documents, number, dropped_paths, split):
-            num_tokens = num_bytes = 0
+            num_documents = num_tokens = num_bytes = 0
             for batch in block.read(documents, chosen):
                 if block.is_tokenized:
                     ids = [np.frombuffer(document, TOKEN_DTYPE).astype(np.int32) for document in batch]
@@ -74,8 +81,15 @@ def encode_block(
                 else:
                     if is_paired:
                         batch = [side for pair in batch for side in pair.split(SEPARATOR_BYTE)]
+                    spelled_out += count_specials(specials, batch)
                     ids = encode_documents(tokenizer, batch)
-                    num_bytes += sum(map(len, batch))
+                    kept = with_tokens(ids, 2 if is_paired else 1)
+                    num_tokenless += (len(ids) - len(kept)) // (2 if is_paired else 1)
+                    ids = [ids[i] for i in kept]
+                    num_bytes += sum(len(batch[i]) for i in kept)
+                if not ids:
+                    continue
+                num_documents += len(ids)
                 sizes = np.fromiter(map(len, ids), np.int64, len(ids)) + 1
                 joined = np.concatenate(
                     [*chain.from_iterable(zip(ids, repeat(_eos(tokenizer)), strict=False))]
@@ -85,11 +99,13 @@ def encode_block(
                 file.write(joined.astype(dtype).data.cast("B"))
                 lengths.append(sizes)
                 num_tokens += len(joined)
-            encoded.num_documents.append(2 * len(chosen) if is_paired else len(chosen))
+            encoded.num_documents.append(num_documents)
             encoded.num_tokens.append(num_tokens)
             encoded.num_bytes.append(num_bytes)
     save_array(encoded.lengths_path, np.concatenate([np.zeros(0, np.int64), *lengths]).astype("<u4"))
-    encoded = EncodedBlock(**{**asdict(encoded), "num_unknown": num_unknown})
+    encoded = replace(
+        encoded, num_unknown=num_unknown, num_tokenless=num_tokenless, specials=dict(spelled_out)
+    )
     write_marker(Path(f"{path}.json"), asdict(encoded))
     block.text_path.unlink(missing_ok=True)
     return number
@@ -113,10 +129,32 @@ def encode_documents(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.nd
     return [encode_text(tokenizer, document, longest) for document in documents]
 
 
+def with_tokens(ids: list[np.ndarray], together: int) -> list[int]:
+    """Numbers of the documents that have tokens; so many in a row, of which each must have some, stay
+    `together`."""
+    groups = (range(first, first + together) for first in range(0, len(ids), together))
+    return [i for group in groups if all(len(ids[i]) for i in group) for i in group]
+
+
+def count_specials(specials: Mapping[bytes, list[str]], documents: list[bytes]) -> Counter[str]:
+    """How often the documents spell out each of the special tokens; `specials` has them by what they begin
+    with. Few texts hold any of that, and looking for each of hundreds would take long."""
+    joined = b"\n".join(documents)
+    found = (token for beginning, tokens in specials.items() if beginning in joined for token in tokens)
+    return +Counter({token: joined.count(token.encode()) for token in found})
+
+
 @lru_cache(maxsize=2)
-def _tokenizer(path: Path, sha256: str) -> Tokenizer:
-    """Loaded once a process; the hash tells models apart that stood at one path in turn."""
-    return load_tokenizer(path)
+def _tokenizer(path: Path, sha256: str, specials_are_text: bool) -> tuple[Tokenizer, dict[bytes, list[str]]]:
+    """The tokenizer, and the special tokens that it would find in texts by their first three bytes. Loaded
+    once a process; the hash tells models apart that stood at one path in turn."""
+    tokenizer = load_tokenizer(path)
+    specials: dict[bytes, list[str]] = {}
+    for token in tokenizer.typed_specials():
+        specials.setdefault(token.encode()[:3], []).append(token)
+    if specials_are_text:
+        tokenizer.take_specials_for_text()
+    return tokenizer, specials
 
 
 def _eos(tokenizer: Tokenizer) -> np.ndarray:

@@ -32,6 +32,12 @@ class Report:
     """What is counted here, but for the splits' documents, are pairs."""
     vocab_size: int = 0
     unknown_tokens: int = 0
+    tokenless_dropped: int = 0
+    """Documents in which the tokenizer finds nothing."""
+    specials: dict[str, int] = field(default_factory=dict)
+    """Special token → how often it is spelled out in texts."""
+    specials_are_text: bool = True
+    """They were taken for text like any other."""
     splits: dict[str, SplitReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -66,6 +72,10 @@ class Report:
             f"dropped    {clean.empty_dropped:,} empty{one_sided} and "
             f"{self.duplicates_dropped:,} duplicate {what}",
         ]
+        if clean.surrogates_replaced:
+            text[1] += f", {clean.surrogates_replaced:,} lone surrogates made U+FFFD"
+        if self.tokenless_dropped:
+            text.append(f"dropped    {self.tokenless_dropped:,} {what} in which the tokenizer finds nothing")
         if self.near_duplicates_dropped:
             text.append(f"dropped    {self.near_duplicates_dropped:,} near-duplicates")
         if clean.filtered:
@@ -89,6 +99,13 @@ class Report:
             f"tokenizer  {self.vocab_size:,} ids"
             + (f", {self.unknown_tokens:,} unknown tokens" if self.unknown_tokens else "")
         )
+        if self.specials:
+            named = ", ".join(f"{token} {count:,}" for token, count in sorted(self.specials.items())[:8])
+            taken, other = ("text", "special") if self.specials_are_text else ("special tokens", "text")
+            text.append(
+                f"specials   {sum(self.specials.values()):,} special tokens spelled out in texts, taken for "
+                f"{taken}: {named} (tokenizer.typed_specials={other} takes them for {other})"
+            )
         text += [f"note       {note}" for note in self.notes]
         text += [f"warning    {warning}" for warning in self.warnings]
         text.append(

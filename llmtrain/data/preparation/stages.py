@@ -13,6 +13,7 @@ other processes. A piece of work has a number, and its number says whose it is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class Prepared:
     near_duplicates_dropped: int
     tokenizer: Tokenizer
     unknown_tokens: int
+    tokenless_dropped: int
+    specials: dict[str, int]
     splits: dict[str, Any]
     """The manifest's `splits`."""
 
@@ -84,16 +87,27 @@ class Stages:
         dropped_paths += near_paths
         tokenizer = self.make_tokenizer(blocks, dropped_paths, given)
         encoded = self.encode(blocks, dropped_paths, tokenizer)
+        tokenless = sum(block.num_tokenless for block in encoded)
+        specials = sum((Counter(block.specials) for block in encoded), Counter())
+        if not any(sum(block.num_documents) for block in encoded):
+            what = "pairs" if self.config.is_paired else "documents"
+            got = f"{tokenless:,} {what} in which the tokenizer finds nothing"
+            remedy = "give another tokenizer.model, or other text"
+            error = DataError(Problem("source", got, "some text that it knows", remedy))
+            error.everywhere = True
+            raise error
         shards = self.write_shards(encoded, tokenizer)
         if self.peers.rank:
             return None
         return Prepared(
             cleaning=counts,
-            documents_kept=kept - num_exact - num_near,
+            documents_kept=kept - num_exact - num_near - tokenless,
             duplicates_dropped=num_exact,
             near_duplicates_dropped=num_near,
             tokenizer=tokenizer,
             unknown_tokens=sum(block.num_unknown for block in encoded),
+            tokenless_dropped=tokenless,
+            specials=dict(specials),
             splits=self.write_indexes(encoded, shards),
         )
 
@@ -209,6 +223,7 @@ class Stages:
                 self.config.split,
                 tokenizer_path,
                 tokenizer.sha256,
+                self.config.tokenizer.typed_specials == "text",
                 self.config.is_paired,
                 folder / f"{number:06d}",
             ),

@@ -48,6 +48,12 @@ def test_counts():
     )
 
 
+def test_replaced_surrogates_are_counted():
+    counts = CleanCounts()
+    assert clean(["\ud83d and \ude00", "none", "\x1e \udfff"], "nfc", counts)[0] == "� and �".encode()
+    assert counts.surrogates_replaced == 3
+
+
 def test_bytes_that_are_no_utf8_are_refused():
     with pytest.raises(UnicodeDecodeError):
         clean([b"good", b"bad \xff"], "nfc", CleanCounts())

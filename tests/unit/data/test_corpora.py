@@ -1,9 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmtrain.data.corpora import open_corpora
-from llmtrain.data.train_config import TokenDataConfig
+from llmtrain.data.train_config import Stage, TokenDataConfig
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus
 
@@ -19,8 +20,8 @@ def make(folder: Path, **validation: int) -> TokenDataConfig:
 def test_corpora_without_held_out_text_are_left_out_of_evaluation(tmp_path: Path):
     corpora = open_corpora(make(tmp_path, a=5, b=0, c=3))
     assert corpora.without("validation") == ["b"]
-    assert list(corpora.splits("validation", only_filled=True)) == ["a", "c"]
-    assert list(corpora.splits("train", only_filled=True)) == ["a", "b", "c"]
+    assert list(corpora.splits("validation", optional=corpora.by_name)) == ["a", "c"]
+    assert list(corpora.splits("train", optional=corpora.by_name)) == ["a", "b", "c"]
     with pytest.raises(DataError, match="b: got an empty split 'validation'"):
         corpora.splits("validation")
 
@@ -28,7 +29,24 @@ def test_corpora_without_held_out_text_are_left_out_of_evaluation(tmp_path: Path
 def test_no_held_out_text_at_all(tmp_path: Path):
     corpora = open_corpora(make(tmp_path, a=0, b=0))
     with pytest.raises(DataError, match="a: got an empty split 'validation'"):
-        corpora.splits("validation", only_filled=True)
+        corpora.splits("validation", optional=corpora.by_name)
+
+
+def test_corpora_that_none_is_drawn_of_need_no_training_text(tmp_path: Path):
+    documents = random_documents(20)
+    write_corpus(tmp_path / "a", {"train": documents, "validation": documents})
+    write_corpus(tmp_path / "b", {"train": [], "validation": documents})
+    data = TokenDataConfig(str(tmp_path), mixture={"a": 1.0, "b": 0.0})
+    assert data.undrawn == ["b"]
+    assert list(open_corpora(data).splits("train", data.undrawn)) == ["a"]
+    later = replace(data, curriculum=(Stage(step=5, mixture={"a": 1.0, "b": 1.0}),))
+    assert later.undrawn == []
+
+
+def test_a_corpus_of_documents_without_tokens_is_refused(tmp_path: Path):
+    write_corpus(tmp_path / "a", {"train": [[], [], []], "validation": []})
+    with pytest.raises(DataError, match="split 'train' of 3 documents without any token"):
+        open_corpora(TokenDataConfig(str(tmp_path / "a"))).splits("train")
 
 
 def test_corpora_of_different_tokenizers_are_refused(tmp_path: Path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from llmtrain.config import decode
 from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
@@ -203,28 +204,61 @@ def test_a_document_longer_than_a_sample_and_than_one_encode(tmp_path: Path, mon
     assert sorted(chain.from_iterable(found.values())) == sorted(documents)
 
 
-@pytest.mark.parametrize("special", [{}, {"eos_id": -1}])
-def test_a_given_model_is_taken_as_it_is(tmp_path: Path, source: Path, special: dict[str, int]):
-    import io
-
-    import sentencepiece
-
+def given_model(path: Path, **options: object) -> TokenizerConfig:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts(200)), model_writer=model, vocab_size=120, minloglevel=2, **special
+        sentence_iterator=iter(texts(200)), model_writer=model, vocab_size=120, minloglevel=2, **options
     )
-    path = tmp_path / "given.model"
     path.write_bytes(model.getvalue())
+    return TokenizerConfig(model=path)
+
+
+@pytest.mark.parametrize("special", [{}, {"eos_id": -1}])
+def test_a_given_model_is_taken_as_it_is(tmp_path: Path, source: Path, special: dict[str, int]):
+    tokenizer = given_model(tmp_path / "given.model", **special)
+    path = tokenizer.model
+    assert path is not None
     write(source, [*texts(199), "漢"])
-    report = prepare(config(tmp_path / "corpus", source, tokenizer=TokenizerConfig(model=path)))
+    report = prepare(config(tmp_path / "corpus", source, tokenizer=tokenizer))
     assert (tmp_path / "corpus" / "tokenizer.model").read_bytes() == path.read_bytes()
     manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
     assert manifest["vocab_size"] == 120
     assert manifest["eos_id"] == load_tokenizer(path).eos_id
-    assert sum(len(d) for d in documents_of(tmp_path / "corpus").values()) == 200
     assert any("does not give every text back" in warning for warning in report.warnings)
     assert report.unknown_tokens == 1
     assert "1 tokens are unknown to the given tokenizer" in report.warnings
+
+
+def test_documents_without_a_token_are_dropped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokenizer = given_model(tmp_path / "given.model")  # takes zero-width spaces for white space
+    source = write(tmp_path / "a.jsonl", [*texts(20), "\u200b", "\u200b\u200b"])
+    report = prepare(config(tmp_path / "corpus", source, tokenizer=tokenizer))
+    assert (report.documents_kept, report.tokenless_dropped) == (20, 2)
+    assert sum(split.documents for split in report.splits.values()) == 20
+    assert "dropped    2 documents in which the tokenizer finds nothing" in capsys.readouterr().out
+    write(source, ["\u200b", "\u200b\u200b"])
+    with pytest.raises(DataError, match="source: got 2 documents in which the tokenizer finds nothing"):
+        prepare(config(tmp_path / "none", source, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("taken_for", ["text", "special"])
+def test_special_tokens_spelled_out_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], taken_for: Any
+):
+    tokenizer = given_model(tmp_path / "given.model", user_defined_symbols=["<mask>"])
+    source = write(tmp_path / "a.jsonl", [*texts(5), "one <mask> two <mask>", "<mask>"])
+    tokenizer = replace(tokenizer, typed_specials=taken_for)
+    report = prepare(config(tmp_path / "corpus", source, tokenizer=tokenizer, split=SplitConfig(0.0, 0.0)))
+    assert report.specials == {"<mask>": 3}
+    assert tokenizer.model is not None
+    mask = load_tokenizer(tokenizer.model).special_ids["mask"]
+    train = Corpus.open(tmp_path / "corpus").split("train")
+    tokens, _ = train.read(0, train.num_tokens)
+    assert np.count_nonzero(tokens == mask) == (3 if taken_for == "special" else 0)
+    said = {"text": "taken for text: <mask> 3", "special": "taken for special tokens: <mask> 3"}
+    assert said[taken_for] in capsys.readouterr().out
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):

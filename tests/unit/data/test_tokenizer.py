@@ -203,3 +203,15 @@ def test_tokens_added_to_llamas_and_what_special_pieces_are_called(tmp_path: Pat
     assert tokenizer.eos_id == 2
     assert set(tokenizer.ordinary_ids().tolist()) == set(range(6, 80))
     assert not {80, 3, 4} & set(tokenizer.encode("<pad> <sep> <cls>"))
+
+
+def test_special_pieces_that_a_text_spells_out_can_be_text():
+    options = {"control_symbols": ["<cls>"], "user_defined_symbols": ["<mask>", "<word>"]}
+    tokenizer = SentencePieceTokenizer(given_model(**options))
+    mask, text = tokenizer.special_ids["mask"], "a <mask> <cls> </s> b"
+    assert tokenizer.typed_specials() == ["<mask>"]
+    assert mask in tokenizer.encode(text)
+    tokenizer.take_specials_for_text()
+    assert tokenizer.typed_specials() == []
+    assert mask not in tokenizer.encode(text)
+    assert tokenizer.pieces().index("<word>") in tokenizer.encode("a <word>")
