@@ -14,9 +14,10 @@ training moved them, as a whole: single parameters whose gradient is zero but fo
 where rounding leads
 them. bf16 keeps three digits, so only nearness is asked of it there.
 
-ReLU bounds how long fp32 can hold this: a unit whose input is 0 but for rounding learns in one run and not in
-the other. At `transformer_tiny`'s own size any change in the order of sums, that of micro-batches too, moved
-a norm by 1e-4 within ten steps; with GELU by 3e-6.
+ReLU bounds how long fp32 can hold this: a unit whose input is 0 but for rounding learns in one run and not
+in the other, on one processor and not on the next. One such unit moved the norm of T5's first step by 5e-4,
+where GELU stayed within 1e-7. T5 and the Transformer have GELU here, and ReLU in cells with a tolerance of
+their own.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ FAMILIES = {
         "batch.micro_size=2",
         "batch.sequence_length=48",
         "model.objective.target_length=40",
+        "model.activation=gelu",
     ),
     "T5": (
         "model=t5_tiny",
@@ -155,6 +157,7 @@ FAMILIES = {
         "model.head_dim=16",
         "model.mlp_hidden_size=48",
         "model.objective.num_sentinels=20",
+        "model.activation=gelu",
         "batch.global_size=8",
         "batch.micro_size=2",
         "batch.sequence_length=32",
@@ -190,7 +193,12 @@ class Tolerance:
     """Distance of the weights, as a share of the way that training moved them."""
 
 
-TOLERANCES = {"fp32": Tolerance(1e-5, 1e-4, 0.01), "bf16": Tolerance(5e-3, 5e-2, 0.25)}
+TOLERANCES = {
+    "fp32": Tolerance(1e-5, 1e-4, 0.01),
+    "fp32, ReLU": Tolerance(1e-4, 1e-2, 0.05),
+    "bf16": Tolerance(5e-3, 5e-2, 0.25),
+}
+RELU = ("model.activation=relu",)
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,10 @@ class Cell:
     model: tuple[str, ...] = ()
     """Changes of the model, which the plain process makes too."""
     balance: str = "parameters"
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return TOLERANCES["fp32, ReLU" if self.model == RELU else self.precision]
 
     @property
     def data(self) -> int:
@@ -342,6 +354,7 @@ CELLS = (
     *[Cell(2, TRANSFORMER, zero=zero) for zero in (0, 3)],
     Cell(2, TRANSFORMER, tensor=2),
     Cell(2, TRANSFORMER, pipeline=2, zero=1),
+    *[Cell(2, family, tensor=2, model=RELU) for family in (TRANSFORMER, T5)],
     *[Cell(2, T5, zero=zero) for zero in (0, 1, 2, 3)],
     Cell(2, T5, tensor=2, model=("model.vocab_size=343",)),
     Cell(2, T5, tensor=2, model=UNTIED, recompute="selective"),
@@ -462,7 +475,7 @@ class Matrix:
         )
         lines = [header, tuple("---" for _ in header)]
         for cell in CELLS:
-            good = self.result(cell).within(TOLERANCES[cell.precision])
+            good = self.result(cell).within(cell.tolerance)
             lines.append((*cell.row(), "yes" if good else "NO"))
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

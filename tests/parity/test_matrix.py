@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.matrix import CELLS, TOLERANCES, Cell, Matrix, readme_table
+from tests.parity.matrix import CELLS, Cell, Matrix, readme_table
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def matrix(corpus: Path, paired_corpus: Path) -> Matrix:
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.id)
 def test_equals_one_process(matrix: Matrix, cell: Cell):
     found = matrix.result(cell)
-    assert found.within(TOLERANCES[cell.precision]), found
+    assert found.within(cell.tolerance), found
 
 
 def test_the_readme_shows_what_was_found(matrix: Matrix):
