@@ -26,6 +26,9 @@ LARGEST_INT = 2**63 - 1
 T = TypeVar("T")
 Variants = Mapping[str, Callable[[Mapping[str, Any]], type]]
 
+_UNIONS = (Union, types.UnionType)
+_MAPPINGS = (dict, Mapping)
+
 
 def decode(cls: type[T], mapping: Mapping[str, Any], variants: Variants | None = None) -> T:
     """Build `cls` from a nested mapping.
@@ -41,6 +44,27 @@ def decode(cls: type[T], mapping: Mapping[str, Any], variants: Variants | None =
     if problems:
         raise ConfigError(problems)
     return typing.cast(T, value)
+
+
+def leaves(hint: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of each value that a config of this type holds, in every form that its sections may
+    have. `*` stands for a name that a mapping leaves open."""
+    arguments = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = _type_hints(typing.cast(type, hint))
+        for field in dataclasses.fields(hint):
+            yield from leaves(hints[field.name], _join(key, field.name))
+    elif typing.get_origin(hint) in _MAPPINGS:
+        yield from leaves(arguments[1], _join(key, "*"))
+    elif typing.get_origin(hint) in _UNIONS and any(map(_is_section, arguments)):
+        for argument in filter(_is_section, arguments):
+            yield from leaves(argument, key)
+    else:
+        yield key, hint
+
+
+def _is_section(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) in _MAPPINGS
 
 
 def encode(value: Any) -> Any:
@@ -114,7 +138,7 @@ def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems:
     arguments = typing.get_args(hint)
     if hint is Any:
         return raw
-    if origin in (Union, types.UnionType):
+    if origin in _UNIONS:
         return _decode_union(arguments, raw, where, variants, problems)
     if dataclasses.is_dataclass(hint):
         return _decode_dataclass(typing.cast(type, hint), raw, where, variants, problems)
@@ -140,7 +164,7 @@ def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems:
             _decode_value(element, item, f"{where}[{i}]", variants, problems) for i, item in enumerate(items)
         ]
         return tuple(decoded) if origin is tuple or hint is tuple else decoded
-    if origin in (dict, Mapping):
+    if origin in _MAPPINGS:
         if not isinstance(raw, Mapping):
             problems.append(Problem(where, _show(raw), "a section of keys"))
             return _INVALID
@@ -165,10 +189,16 @@ def _decode_union(
         if not attempt:
             return value
         attempts.append(attempt)
-    if len(choices) == 1:
-        problems.extend(attempts[0])
-    else:
+    if len(choices) > 1:
         problems.append(Problem(where, _show(raw), " or ".join(map(_type_name, arguments))))
+        return _INVALID
+    # A problem of a key below, or of an item, is not mended by null.
+    problems += [
+        dataclasses.replace(problem, allowed=f"{problem.allowed}, or null")
+        if problem.where == where
+        else problem
+        for problem in attempts[0]
+    ]
     return _INVALID
 
 
@@ -221,7 +251,7 @@ def _type_name(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return ", ".join(map(str, arguments))
-    if origin in (Union, types.UnionType):
+    if origin in _UNIONS:
         return " or ".join(map(_type_name, arguments))
     if origin in (tuple, list):
         return "a list"

@@ -92,8 +92,9 @@ class GenerateConfig:
     def problems(self) -> Iterator[Problem]:
         for name in ("max_new_tokens", "num_beams", "batch_size"):
             value = getattr(self, name)
-            yield from require(value is None or value >= 1, name, value, "1 or more")
-        allowed = f"0 up to max_new_tokens={self.new_tokens}"
+            allowed = "1 or more" if name == "batch_size" else "1 or more, or null"
+            yield from require(value is None or value >= 1, name, value, allowed)
+        allowed = f"0 up to max_new_tokens={self.new_tokens}, or null"
         short_enough = self.min_new_tokens is None or 0 <= self.min_new_tokens <= self.new_tokens
         yield from require(short_enough, "min_new_tokens", self.min_new_tokens, allowed)
         yield from require(

@@ -111,12 +111,15 @@ class BertConfig(OfBlocks):
         yield from self.blocks.problems()
         for name in ("mask_id", "cls_id", "sep_id", "position_offset", "num_segments"):
             value = getattr(self, name)
-            yield from require(value is None or value >= 0, name, value, "0 or more")
+            allowed = "0 or more, or null" if name.endswith("_id") else "0 or more"
+            yield from require(value is None or value >= 0, name, value, allowed)
             if self.vocab_size is not None and name.endswith("_id") and value is not None:
-                allowed = f"less than vocab_size={self.vocab_size}"
+                allowed = f"less than vocab_size={self.vocab_size}, or null"
                 yield from require(value < self.vocab_size, name, value, allowed)
         given = [i for i in (self.mask_id, self.cls_id, self.sep_id) if i is not None]
-        yield from require(len(given) in (0, 3), "mask_id", self.mask_id, "all three special ids, or none")
+        yield from require(
+            len(given) in (0, 3), "mask_id", self.mask_id, "all three special ids, or null for all"
+        )
         yield from require(len(set(given)) == len(given), "mask_id", self.mask_id, "other ids for each")
         yield from require(
             not self.has_pairs or self.num_segments >= 2,

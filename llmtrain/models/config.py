@@ -150,7 +150,10 @@ class GPTConfig(OfVocabulary):
         if min(self.hidden_size, self.num_heads, self.kv_heads) < 1:
             return
         yield from require(
-            self.vocab_size is None or self.vocab_size >= 2, "vocab_size", self.vocab_size, "2 or more"
+            self.vocab_size is None or self.vocab_size >= 2,
+            "vocab_size",
+            self.vocab_size,
+            "2 or more, or null",
         )
         if self.head_dim is None:
             yield from require(
@@ -164,7 +167,7 @@ class GPTConfig(OfVocabulary):
             self.num_heads % self.kv_heads == 0,
             "num_kv_heads",
             self.kv_heads,
-            f"a divisor of num_heads={self.num_heads}",
+            f"a divisor of num_heads={self.num_heads}, or null",
         )
         if self.positions == "rope":
             share = self.partial_rotary_factor

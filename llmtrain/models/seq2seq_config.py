@@ -108,14 +108,15 @@ class Seq2SeqConfig(OfBlocks):
 
     def problems(self) -> Iterator[Problem]:
         yield from self.blocks.problems()
-        for name in ("num_layers", "decoder_layers"):
-            key = "num_decoder_layers" if name == "decoder_layers" else name
-            yield from require(getattr(self, name) >= 1, key, getattr(self, name), "1 or more")
+        yield from require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        got = self.num_decoder_layers
+        yield from require(got is None or got >= 1, "num_decoder_layers", got, "1 or more, or null")
         for name in ("start_id", "mask_id", "sentinel_id", "eos_id", "position_offset"):
             value = getattr(self, name)
-            yield from require(value is None or value >= 0, name, value, "0 or more")
+            allowed = "0 or more, or null" if name.endswith("_id") else "0 or more"
+            yield from require(value is None or value >= 0, name, value, allowed)
             if self.vocab_size is not None and name.endswith("_id") and value is not None:
-                allowed = f"less than vocab_size={self.vocab_size}"
+                allowed = f"less than vocab_size={self.vocab_size}, or null"
                 yield from require(value < self.vocab_size, name, value, allowed)
         yield from require(
             (self.max_sequence_length or 0) >= 1 or self.positions != "learned",

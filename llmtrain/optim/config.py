@@ -90,9 +90,13 @@ class ScheduleConfig:
     """Steps of decay at the end of the run (wsd); null: a fifth of the run."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from require((self.warmup_steps or 0) >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        yield from require(
+            (self.warmup_steps or 0) >= 0, "warmup_steps", self.warmup_steps, "0 or more, or null"
+        )
         yield from require(0.0 <= self.min_ratio <= 1.0, "min_ratio", self.min_ratio, "0 to 1")
-        yield from require((self.decay_steps or 0) >= 0, "decay_steps", self.decay_steps, "0 or more")
+        yield from require(
+            (self.decay_steps or 0) >= 0, "decay_steps", self.decay_steps, "0 or more, or null"
+        )
 
     def warmup(self, total_steps: int) -> int:
         """Warm-up steps of a run of `total_steps`."""

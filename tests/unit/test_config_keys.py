@@ -1,0 +1,72 @@
+"""Every key of every verb's typed configuration: what is said of a wrong value."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import pytest
+
+from llmtrain.commands import checkpoint, data, data_show
+from llmtrain.commands.evaluate import EvaluateConfig
+from llmtrain.commands.export import ExportConfig
+from llmtrain.commands.generate import GenerateCommandConfig
+from llmtrain.commands.import_ import ImportConfig
+from llmtrain.config import decode, leaves
+from llmtrain.data.config import PrepareConfig
+from llmtrain.errors import ConfigError
+from llmtrain.models.rope_config import RopeScaling
+from llmtrain.train.config import TrainConfig
+
+CONFIGS = (
+    *(TrainConfig, PrepareConfig, EvaluateConfig, GenerateCommandConfig, ImportConfig, ExportConfig),
+    *(checkpoint.VerifyConfig, checkpoint.ShowConfig, checkpoint.DiffConfig, checkpoint.PruneConfig),
+    *(data.TraceConfig, data.DigestConfig, data_show.ShowConfig),
+)
+
+
+def takes_null(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+OPTIONAL = {(key, hint) for config in CONFIGS for key, hint in leaves(config) if takes_null(hint)}
+
+
+@pytest.mark.parametrize(("key", "hint"), sorted(OPTIONAL, key=str), ids=lambda value: str(value)[:40])
+def test_where_null_is_allowed_a_wrong_value_says_so(key: str, hint: Any):
+    section = dataclasses.make_dataclass("section", [("value", hint)], frozen=True)
+    with pytest.raises(ConfigError) as caught:
+        decode(section, {"value": object()})
+    (problem,) = caught.value.problems
+    assert problem.where == "value"
+    assert "null" in problem.allowed
+
+
+def test_all_keys_are_looked_at():
+    keys = {key for key, _ in OPTIONAL}
+    assert {"evaluation.every", "model.rope_scaling.attention_factor", "data.path", "output"} <= keys
+    assert len(keys) > 50
+
+
+def sections(hint: Any) -> set[type]:
+    """The dataclasses that a config is made of."""
+    if dataclasses.is_dataclass(hint):
+        below = typing.get_type_hints(hint).values()
+        return {typing.cast(type, hint)}.union(*map(sections, below))
+    return set().union(*map(sections, typing.get_args(hint)))
+
+
+@pytest.mark.parametrize("section", sorted(set().union(*map(sections, CONFIGS)), key=str))
+def test_rules_name_null_too(section: type):
+    """Of each number that may be null, where a section's own rule refuses -1."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if not takes_null(hints[field.name]) or field.default is dataclasses.MISSING:
+            continue
+        needed = {"kind": "linear"} if section is RopeScaling else {}
+        try:
+            decode(section, {**needed, field.name: -1})
+        except ConfigError as error:
+            said = [problem for problem in error.problems if problem.where == field.name]
+            assert all("null" in problem.allowed for problem in said), said
