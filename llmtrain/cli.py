@@ -20,6 +20,7 @@ from typing import Any
 
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
+from llmtrain.overrides import OVERRIDE, quote, quote_text, refuse_unusable, swept_keys, text_keys
 from llmtrain.parallel import launcher, stopping
 from llmtrain.sweeps import job_folder
 
@@ -60,14 +61,6 @@ FOLDERS = {
 }
 """Key of a value that stands before the overrides → what it may be."""
 
-FREE_TEXT = {"prompt", "prompt_file", "source", "output", "checkpoint", "data.path", "run.dir", "run.name"}
-FREE_TEXT |= {"checkpoint.resume", "target_source", "tokenizer.model", "path", "other", "run", "step"}
-FREE_TEXT |= {"model.path", "tokenizer"}
-"""Keys whose values are a person's words or paths: they arrive as typed, whatever Hydra's grammar says."""
-MAY_BE_EMPTY = {"prompt"}
-MAY_BE_LIST = {"prompt", "source", "target_source"}
-MAY_BE_NULL = {"prompt_file", "output", "tokenizer", "tokenizer.model", "data.path", "run", "step"}
-
 HYDRA_SETTINGS = (
     # llmtrain keeps its own run folder and logs.
     "hydra.run.dir=.",
@@ -86,18 +79,6 @@ soon as one has, and could cut the message off."""
 LOST_SECONDS = 3.0
 """How long a rank that lost another waits before it says so: the one that ended tells the cause, and a
 launcher that noticed ends this rank meanwhile."""
-
-OVERRIDE = re.compile(r"\+{0,2}[\w./@:-]+=|~[\w./@:-]+", re.ASCII)
-"""key=value, +key=value, ++key=value, ~key."""
-SECTION_KEY = re.compile(r"(?!hydra\.)[\w-]+(\.[\w-]+)+=", re.ASCII)
-"""section.key=value of llmtrain's own."""
-VALUED_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"}
-VALUED_FLAGS |= {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
-"""Hydra's flags that a word may follow."""
-PIECE = re.compile(
-    r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?:,|$)|(\s*\[[^\]]*\]\s*|[^,]*)(?:,|$)""", re.DOTALL
-)
-"""One of the values between the commas of a list or sweep: quoted, or else a list or plain."""
 
 
 class _SweepInterrupted(BaseException):
@@ -252,11 +233,12 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
     failures: list[UserError] = []  # kept from Hydra, which would print lines of its own about them
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
     flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
-    refuse_unusable(flags, overrides)
     sweeps = "hydra.mode=MULTIRUN" in overrides or any(
         flag == "-m" or (len(flag) > 3 and "--multirun".startswith(flag)) for flag in flags
     )
-    quoted = [quote(override, sweeps=sweeps) for override in overrides]
+    keys = text_keys(verb) if overrides else {}
+    refuse_unusable(flags, overrides, keys)
+    quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
 
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -294,7 +276,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
         # argparse takes one run of overrides only, after the flags.
         settings = [*HYDRA_SETTINGS, f"hydra.sweep.dir='{sweep}'"]
         if verb.partition("_")[0] in SECOND_VERBS:
-            settings.append(f"hydra.help.template={_quote_value('', _help(verb))}")
+            settings.append(f"hydra.help.template={quote_text(_help(verb))}")
         sys.argv = [f"llmtrain {verb.replace('_', ' ')}", *flags, *settings, *quoted]
         try:
             app()
@@ -312,30 +294,6 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
     return max(codes)
 
 
-def refuse_unusable(flags: list[str], overrides: list[str]) -> None:
-    """Raise ConfigError for words that are neither flag nor override, and for paths left empty."""
-    problems = [
-        Problem("override", repr(word), "key=value", "see --help for the keys")
-        for before, word in zip(["", *flags], flags, strict=False)
-        if not word.startswith("-") and before not in VALUED_FLAGS
-    ]
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        key = key.lstrip("+")
-        if separator and key in FREE_TEXT - MAY_BE_EMPTY and value in ("", "''", '""'):
-            problems.append(Problem(key, "nothing", "a path or name", f"give {key}=…"))
-    if problems:
-        raise ConfigError(problems)
-
-
-def swept_keys(overrides: list[str]) -> set[str]:
-    """The keys that have several values in a sweep."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return {override.key_or_group for override in parsed if override.is_sweep_override()}
-
-
 def conf_folder() -> Path:
     """conf/: inside an installed package, or at the top of a checkout."""
     package = Path(__file__).resolve().parent
@@ -343,60 +301,6 @@ def conf_folder() -> Path:
         if (folder / "train.yaml").exists():
             return folder
     raise FileNotFoundError("llmtrain is installed without its conf/ folder")
-
-
-def quote(argument: str, *, sweeps: bool = False) -> str:
-    """An override as Hydra has to be given it for llmtrain to get it as typed.
-
-    Values of FREE_TEXT keys become quoted text, but for lists and null where a key may be one. Where
-    the command `sweeps`, commas part the values of a sweep, and quotes keep a value in one piece.
-    Keys of a section need no `+`: decoding knows which there are.
-    """
-    key, separator, value = argument.partition("=")
-    if SECTION_KEY.match(argument):
-        key = f"++{key}"
-    name = key.lstrip("+")
-    if not separator or name not in FREE_TEXT:
-        return f"{key}{separator}{value}"
-    if not sweeps or not re.search(r"""[,'"(]""", value):
-        return f"{key}={_quote_value(name, value)}"
-    if re.fullmatch(r"\s*(choice|glob|range|interval|shuffle|sort|tag)\(.*\)\s*", value, re.DOTALL):
-        return f"{key}={value}"
-    return f"{key}={_quote_pieces(name, value)}"
-
-
-def _quote_pieces(key: str, text: str) -> str:
-    pieces = []
-    end = 0
-    while end <= len(text) and (piece := PIECE.match(text, end)):
-        quoted, plain = piece.groups()
-        pieces.append(quoted if quoted is not None else _quote_value(key, plain.strip()))
-        end = piece.end() if piece[0].endswith(",") else len(text) + 1
-    return ",".join(pieces)
-
-
-def _quote_value(key: str, text: str) -> str:
-    if key in MAY_BE_NULL and text == "null":
-        return text
-    if key in MAY_BE_LIST and text.startswith("[") and text.endswith("]") and _parses(f"key={text}"):
-        return f"[{_quote_pieces(key, text[1:-1])}]" if text[1:-1].strip() else text
-    # OmegaConf resolves ${…} unless a backslash stands before it; backslashes before that are doubled.
-    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    # Within quotes Hydra's grammar unescapes only backslashes that stand before a quote.
-    text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
-    text = re.sub(r"(\\+)$", lambda match: match[1] * 2, text)
-    return f"'{text}'"
-
-
-def _parses(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return False
-    return True
 
 
 def explain(error: Exception, verb: str) -> Problem:

@@ -48,7 +48,8 @@ Shown = tuple[str, list[str]]
 class ShowConfig:
     run: Path | None
     data: TokenDataConfig | ImageDataConfig | MovedConfig
-    step: str = "1"
+    step: str | None = None
+    """N, or FIRST:LAST, of a run; null: 1."""
     sequence_length: int = 256
     seed: int = 0
     max_samples: int = 4
@@ -70,7 +71,7 @@ def show(mapping: Mapping[str, Any]) -> None:
         assert config.run is not None
         assert isinstance(config.data, MovedConfig)
         run = Run(config.run, config.data)
-        steps = steps_of(config.step)
+        steps = steps_of(config.step or "1")
         run.check_reached(steps)
         shown = config.max_samples
         for step in steps:

@@ -29,10 +29,12 @@ def compose(overrides: Sequence[str], verb: str = "train") -> dict[str, Any]:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from llmtrain.cli import conf_folder, quote
+    from llmtrain.cli import conf_folder
+    from llmtrain.overrides import quote, text_keys
 
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        config = hydra_compose(config_name=verb, overrides=[quote(override) for override in overrides])
+        quoted = [quote(override, text_keys(verb)) for override in overrides]
+        config = hydra_compose(config_name=verb, overrides=quoted)
     mapping = OmegaConf.to_container(config, resolve=True)
     assert isinstance(mapping, dict)
     mapping.pop("experiment", None)

@@ -21,13 +21,14 @@ ORDER = (
     {"train"},
     {"families"},
     {"commands"},
+    {"overrides"},
     {"cli", "torchrun"},
     {"__main__"},
 )
 """From the ground up: a room imports itself and rooms of earlier sets alone."""
 
 ONLY_IN = {
-    "hydra": {"cli"},
+    "hydra": {"cli", "overrides"},
     "omegaconf": {"cli"},
     "deepspeed": {"engine", "parallel"},
     "wandb": {"track"},
