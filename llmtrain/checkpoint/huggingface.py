@@ -155,11 +155,6 @@ def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> I
     except ConfigError as error:
         raise CheckpointError(problem.within(str(theirs.where)) for problem in error.problems) from error
     names = form.names(stored.shapes.keys(), config)
-    # A module of that many would fill the memory before names could tell.
-    layers = max(config.num_layers, getattr(config, "decoder_layers", 0))
-    if layers > len(names.used):
-        got, allowed = f"{layers:,} layers", f"no more than its {len(names.used):,} tensors"
-        raise CheckpointError(Problem(str(theirs.where), got, allowed, "the config is of another model"))
     _raise_if_any(problem.within(str(path)) for problem in stored.problems(names.used))
     given = {canonical: stored.shapes[name] for name, canonical in names.used.items()}
     model = _on_meta(form, config)

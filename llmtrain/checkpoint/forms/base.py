@@ -120,11 +120,11 @@ class Settings:
             raise self.refusal(key, "a whole number")
         return int(value)
 
-    def layers(self) -> int:
-        """num_hidden_layers; refused beyond what the folder can have, before anything is made of each."""
-        layers = self.whole("num_hidden_layers")
+    def layers(self, key: str = "num_hidden_layers", default: int | None = None) -> int:
+        """A number of layers; refused beyond what the folder can have, before anything is made of each."""
+        layers = self.whole(key, default)
         if self.tensors and layers > len(self.tensors):
-            raise self.refusal("num_hidden_layers", f"no more than its {len(self.tensors):,} tensors")
+            raise self.refusal(key, f"no more than its {len(self.tensors):,} tensors, each layer's own")
         return layers
 
     def number(self, key: str, default: float | None = None) -> float:

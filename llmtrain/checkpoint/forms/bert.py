@@ -194,7 +194,7 @@ def _read_config(theirs: Settings, prefix: str, decoder: str, offset: int) -> di
         "position_offset": offset,
         "num_segments": segments,
         "hidden_size": hidden,
-        "num_layers": theirs.whole("num_hidden_layers", 12),
+        "num_layers": theirs.layers(default=12),
         "num_heads": theirs.whole("num_attention_heads", 12),
         "mlp_hidden_size": unless(theirs.whole("intermediate_size", 3072), 4 * hidden),
         "norm_eps": theirs.number("layer_norm_eps", 1e-12),

@@ -152,7 +152,7 @@ def _read_config(theirs: Settings) -> dict[str, Any]:
         "vocab_size": theirs.whole("vocab_size", 50257),
         "max_sequence_length": theirs.whole("n_positions", 1024),
         "hidden_size": hidden,
-        "num_layers": theirs.whole("n_layer", 12),
+        "num_layers": theirs.layers("n_layer", 12),
         "num_heads": theirs.whole("n_head", 12),
         "mlp_hidden_size": unless(theirs.whole("n_inner", 4 * hidden), 4 * hidden),
         "activation": theirs.choice("activation_function", ACTIVATIONS_BACK, "gelu_new"),

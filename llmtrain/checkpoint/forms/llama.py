@@ -90,7 +90,7 @@ def _read_config(theirs: Settings, rope: Read, tied: bool) -> dict[str, Any]:
     return {
         "vocab_size": theirs.whole("vocab_size"),
         "hidden_size": hidden,
-        "num_layers": theirs.whole("num_hidden_layers"),
+        "num_layers": theirs.layers(),
         "num_heads": heads,
         "num_kv_heads": unless(theirs.whole("num_key_value_heads", heads), heads),
         "head_dim": unless(theirs.whole("head_dim", implied_width), implied_width),

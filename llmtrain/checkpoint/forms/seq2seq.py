@@ -191,7 +191,7 @@ def _read_t5_config(theirs: Settings) -> dict[str, Any]:
     hidden, heads = theirs.whole("d_model", 512), theirs.whole("num_heads", 8)
     projection = theirs.choice("feed_forward_proj", {name: name for name in _T5_PROJECTIONS}, "relu")
     gated, activation = _T5_PROJECTIONS[projection]
-    layers, width = theirs.whole("num_layers", 6), theirs.whole("d_kv", 64)
+    layers, width = theirs.layers("num_layers", 6), theirs.whole("d_kv", 64)
     return {
         **_T5,
         "vocab_size": theirs.whole("vocab_size", 32128),
@@ -199,7 +199,7 @@ def _read_t5_config(theirs: Settings) -> dict[str, Any]:
         "eos_id": next(iter(theirs.token_ids("eos_token_id")), 1),
         "hidden_size": hidden,
         "num_layers": layers,
-        "num_decoder_layers": unless(theirs.whole("num_decoder_layers", layers), layers),
+        "num_decoder_layers": unless(theirs.layers("num_decoder_layers", layers), layers),
         "num_heads": heads,
         "head_dim": None if width * heads == hidden else width,
         "mlp_hidden_size": unless(theirs.whole("d_ff", 2048), 4 * hidden),
@@ -298,7 +298,7 @@ def _write_bart_config(config: Seq2SeqConfig) -> dict[str, Any]:
 
 
 def _read_bart_config(theirs: Settings) -> dict[str, Any]:
-    hidden, layers = theirs.whole("d_model", 1024), theirs.whole("encoder_layers", 12)
+    hidden, layers = theirs.whole("d_model", 1024), theirs.layers("encoder_layers", 12)
     heads, width = theirs.whole("encoder_attention_heads", 16), theirs.whole("encoder_ffn_dim", 4096)
     theirs.require("decoder_attention_heads", heads)
     theirs.require("decoder_ffn_dim", width)
@@ -312,7 +312,7 @@ def _read_bart_config(theirs: Settings) -> dict[str, Any]:
         "max_sequence_length": theirs.whole("max_position_embeddings", 1024),
         "hidden_size": hidden,
         "num_layers": layers,
-        "num_decoder_layers": unless(theirs.whole("decoder_layers", 12), layers),
+        "num_decoder_layers": unless(theirs.layers("decoder_layers", 12), layers),
         "num_heads": heads,
         "mlp_hidden_size": unless(width, 4 * hidden),
         "activation": theirs.choice("activation_function", ACTIVATIONS_BACK, "gelu"),

@@ -145,7 +145,7 @@ def _read_config(theirs: Settings) -> dict[str, Any]:
     return {
         "vocab_size": theirs.whole("vocab_size", 32000),
         "hidden_size": hidden,
-        "num_layers": theirs.whole("n_layer", 24),
+        "num_layers": theirs.layers("n_layer", 24),
         "num_heads": heads,
         "mlp_hidden_size": unless(theirs.whole("d_inner", 4 * hidden), 4 * hidden),
         "has_segments": theirs.flag("has_segments", True),

@@ -304,10 +304,15 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (edit_config(num_attention_heads=5), "num_kv_heads"),
         (edit_config(vocab_size=321), r"embed_tokens\.weight: got shape \(320, 32\)"),
         (edit_config(num_hidden_layers=3), r"no tensor model\.layers\.2\.\S+ and 8 more"),
-        (
-            edit_config(num_hidden_layers=10**9),
-            r"1,000,000,000 layers; allowed: no more than its \d+ tensors",
-        ),
+        *[
+            (edit_config(model_type=name, **{key: 10**9}), rf"{key}: got 1000000000; allowed: no more than its")
+            for name, key in (
+                *((name, "num_hidden_layers") for name in ("llama", "gemma3_text", "olmo2", "phi3", "bert")),
+                *((name, "n_layer") for name in ("gpt2", "xlnet")),
+                *(("t5", key) for key in ("num_layers", "num_decoder_layers")),
+                *(("bart", key) for key in ("encoder_layers", "decoder_layers")),
+            )
+        ],
         (edit_weights(lambda t: t.pop("model.norm.weight")), r"no tensor model\.norm\.weight"),
         (edit_weights(lambda t: t.update(odd=torch.zeros(1))), "an unknown tensor odd"),
         (truncate, "damaged file"),

@@ -130,7 +130,7 @@ def test_token_ids_alone_are_those_of_whole_samples(tmp_path: Path, packing: str
 
 
 def test_a_split_without_any_target_is_refused(corpus: Corpus):
-    with pytest.raises(DataError, match="split test: got 1 tokens; allowed: 2 or more"):
+    with pytest.raises(DataError, match="a split 'test' of 1 documents without any token"):
         TokenSequences(corpus.split("test"), 8)
 
 
