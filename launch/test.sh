@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All set-up, then the tests: ./launch/test.sh [PYTEST ARGUMENTS…]; the exit code is pytest's.
 #
-#   ./launch/test.sh                      everything, the fast tests first
+#   ./launch/test.sh                      everything, on up to four cores
 #   ./launch/test.sh -m 'not slow'        the fast ones only
 #   ./launch/test.sh tests/unit/data -x   some of them
 #
@@ -13,4 +13,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up test
 cd "$repository"
 say "running the tests"
+# Files of tests run side by side, those with slow tests first; a file's own tests share what they start.
+(($#)) || set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 exec "$python" -m pytest "$@"

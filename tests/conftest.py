@@ -12,9 +12,11 @@ import pytest
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first, which tell most in a minute; of several processes slow ones, so that none is left
+    with a long file when the others have done."""
+    slow_first = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != slow_first)
 
 
 @pytest.fixture(scope="session")
