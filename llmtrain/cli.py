@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import select
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmtrain import standard_streams
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
 from llmtrain.overrides import OVERRIDE, quote, quote_text, refuse_unusable, swept_keys, text_keys
@@ -70,8 +70,9 @@ HYDRA_SETTINGS = (
     "hydra/hydra_logging=none",
 )
 
-PIPE_CLOSED = 141
-"""Exit code when who reads what is printed has left, as a shell gives it for SIGPIPE."""
+DOES_MORE_THAN_PRINT = {"prepare", "train", "import", "export", "checkpoint_export", "checkpoint_prune"}
+"""Verbs whose work goes on where nothing can be printed of it."""
+
 SILENCE_SECONDS = 5.0
 """How long a rank that leaves the message to another waits before it ends: a launcher ends all ranks as
 soon as one has, and could cut the message off."""
@@ -87,27 +88,37 @@ class _SweepInterrupted(BaseException):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the verb's exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    standard_streams.take_over()
+    try:
+        try:
+            code = _answer(sys.argv[1:] if arguments is None else arguments)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            sys.stdout.flush()
+    except standard_streams.OutputLost as lost:
+        print_problems(lost.problems)
+        code = lost.exit_code
+    finish(code)
+
+
+def _answer(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        sys.exit(0)
+        return 0
     if arguments[0] in ("-V", "--version"):
         from importlib import metadata
 
         print(f"llmtrain {metadata.version('llmtrain')}")
-        sys.exit(0)
+        return 0
     launcher.set_command([sys.argv[0], *arguments])
     end_with_launcher()
     verb = arguments[0]
     if verb not in VERBS:
         print_problems([Problem("llmtrain", repr(verb), nearest(verb, list(VERBS)), "see llmtrain --help")])
-        sys.exit(EXIT_CODE)
-    try:
-        code = run_verb(verb, arguments[1:])
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    finish(code)
+        return EXIT_CODE
+    return run_verb(verb, arguments[1:])
 
 
 def usage() -> str:
@@ -158,16 +169,6 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         if said is None:
             raise
         return tell_lost_rank(said)
-
-
-def _reader_left() -> bool:
-    """Whether what is printed has no reader any more, as of `… | head`; then nothing else is printed."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
 
 
 def second_usage(verb: str) -> str:
@@ -255,14 +256,11 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 # Jobs of a sweep must not share a run folder, nor go on from one of other values.
                 name = job_folder(list(hydra_config.overrides.task), swept_keys(quoted) - {"run.dir"})
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / name)
+            if verb in DOES_MORE_THAN_PRINT:
+                standard_streams.go_on_without_output()
             codes.append(_runner(verb)(composed) or 0)
-            sys.stdout.flush()  # so that a pipe that was closed is met here
             if multirun and codes[-1] == INTERRUPTED_EXIT_CODE:
                 raise _SweepInterrupted
-        except BrokenPipeError:
-            if not _reader_left():
-                raise
-            codes.append(PIPE_CLOSED)
         except UserError as error:
             if multirun:
                 prefix = f"job {hydra_config.job.num}: "

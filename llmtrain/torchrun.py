@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtrain import standard_streams
 from llmtrain.errors import (
     EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
@@ -287,6 +288,8 @@ def _one_log_a_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
 
 def main(arguments: Sequence[str]) -> int:
     """`OVERRIDES…` launches; `--job-exit-code FOLDER` prints what the hosts left there."""
+    standard_streams.take_over()
+    standard_streams.go_on_without_output()
     # The agent copies rank 0's log to this stream: let each line out at once.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]

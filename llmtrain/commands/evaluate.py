@@ -144,10 +144,10 @@ def run(mapping: Mapping[str, Any]) -> None:
     if counter is not None and corpora is not None and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)
     figures |= translated
-    for name, value in figures.items():
-        print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
     if output is not None:
         write_output(output, lambda path: files.write_json_atomically(path, figures))
+    for name, value in figures.items():
+        print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
 
 
 class TargetCounter:

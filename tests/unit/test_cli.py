@@ -15,6 +15,7 @@ from llmtrain.config import encode
 from llmtrain.families import FAMILIES, OBJECTIVES, objective_problems
 from llmtrain.models.config import GPTConfig
 from llmtrain.parallel import launcher
+from llmtrain.standard_streams import PIPE_CLOSED
 from llmtrain.track.config import TrackConfig
 from llmtrain.train.run_folder import environment
 from tests.support.training import REPOSITORY, compose
@@ -271,5 +272,5 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert process.stderr is not None
         process.stdout.close()
         said = process.stderr.read()
-        assert process.wait() == cli.PIPE_CLOSED
+        assert process.wait() == PIPE_CLOSED
     assert said == b""

@@ -1,0 +1,123 @@
+"""Standard output and error that are closed, full, or read by nobody any more."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from llmtrain.cli import DOES_MORE_THAN_PRINT, SECOND_VERBS, VERBS
+from llmtrain.standard_streams import PIPE_CLOSED, OutputLost, _Stream
+from tests.support.training import REPOSITORY, TINY_GPT
+
+PRINTING = (["--help"], ["checkpoint", "--help"], ["train", "--help"], ["train", "--cfg", "job"], ["plan"])
+GONE = ("closed", "left", "full", "terminal")
+FULL = "llmtrain: error: standard output: got No space left on device; print to a place that can be written\n"
+
+
+def run(
+    arguments: Sequence[str], *, output: str = "kept", error: str = "kept", module: str = "llmtrain"
+) -> tuple[int, str]:
+    """`python -m MODULE ARGUMENTS` → exit code, and what it says on standard error where that is kept."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    closed = "".join(f" {number}>&-" for number, how in ((1, output), (2, error)) if how == "closed")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@"{closed}', *command],
+        stdout=_place(output),
+        stderr=_place(error),
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stderr or ""
+
+
+def _place(how: str) -> int | None:
+    if how == "left":
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+    if how == "terminal":
+        master, slave = pty.openpty()
+        os.close(master)
+        return slave
+    return os.open("/dev/full", os.O_WRONLY) if how == "full" else subprocess.PIPE
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_what_only_prints_ends_where_it_cannot(arguments: list[str]):
+    assert run(arguments, output="left") == (PIPE_CLOSED, "")
+    assert run(arguments, output="full") == (2, FULL)
+    assert run(arguments, output="closed", error="closed") == (0, "")
+
+
+def test_mistakes_keep_their_exit_code():
+    assert run(["plann"], output="full", error="full") == (2, "")
+    assert run(["plan", "seed=x"], output="closed", error="closed") == (2, "")
+
+
+@pytest.mark.parametrize("how", ["closed", "left"])
+def test_training_goes_on_without_output(how: str, corpus: Path, tmp_path: Path):
+    settings = [*TINY_GPT, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
+    settings += ["train.steps=2", "train.log_every=1", "evaluation.every=null", "evaluation.at_start=false"]
+    assert run(["train", *settings], output=how, error=how) == (0, "")
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
+
+
+@pytest.mark.parametrize("how", GONE)
+def test_preparing_goes_on_without_output(how: str, tmp_path: Path):
+    source, output = tmp_path / "a.txt", tmp_path / "corpus"
+    source.write_text("\n\n".join(f"{number} and some words" * 20 for number in range(300)))
+    settings = [f"source={source}", f"output={output}", "tokenizer.vocab_size=280", "workers=1"]
+    assert run(["prepare", *settings], output=how) == (0, "")
+    assert (output / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["closed", "left"])
+def test_a_launcher_goes_on_without_output(how: str, corpus: Path, tmp_path: Path):
+    settings = [*TINY_GPT, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
+    settings += ["train.steps=2", "evaluation.every=null", "evaluation.at_start=false"]
+    assert run(settings, output=how, error=how, module="llmtrain.torchrun") == (0, "")
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
+
+
+def test_only_a_needed_stream_says_that_it_is_lost():
+    with _broken() as stream:
+        assert stream.write(b"lost") == 4
+    with _broken() as stream:
+        stream.is_needed = True
+        with pytest.raises(OutputLost) as caught:
+            stream.write(b"lost")
+        assert (caught.value.exit_code, caught.value.problems) == (PIPE_CLOSED, ())
+        assert stream.write(b"nowhere") == 7
+
+
+def _broken() -> _Stream:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return _Stream(writer, "w")
+
+
+def test_a_stream_waits_where_another_program_made_it_non_blocking():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    read = subprocess.Popen(["sh", "-c", "sleep 0.2; wc -c"], stdin=reader, stdout=subprocess.PIPE)
+    os.close(reader)
+    with _Stream(writer, "w") as stream:
+        text = b"x" * 300_000
+        while text:
+            text = text[stream.write(text) :]
+    assert int(read.communicate(timeout=60)[0]) == 300_000
+
+
+def test_the_verbs_whose_work_goes_on():
+    verbs = {*VERBS, *(f"{verb}_{second}" for verb in SECOND_VERBS for second in SECOND_VERBS[verb])}
+    assert verbs > DOES_MORE_THAN_PRINT
