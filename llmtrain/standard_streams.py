@@ -1,7 +1,7 @@
 """Standard input, output and error where they are closed, full, or have no reader any more.
 
-What only tells of the work, as all on standard error does, is lost in silence: the work goes on. A command that
-is asked for what it prints ends where that cannot be written.
+What only tells of the work, as all on standard error does, is lost in silence: the work goes on. A command
+that is asked for what it prints ends where that cannot be written.
 """
 
 from __future__ import annotations
