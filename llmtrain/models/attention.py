@@ -11,6 +11,7 @@ C queries, P = R·N.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import zip_longest
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from llmtrain.models.dropout import AttentionDropout
+from llmtrain.models.linear import autocast_type, bmm, computes_in_fp32, einsum
 from llmtrain.models.upstream import softmax_backward, varlen_kernel
 
 BLOCK = 128
@@ -187,17 +189,21 @@ def attend(
     if bias_NTS is not None:
         bias_NTS = bias_NTS.to(q_BNTH.dtype)
         mask = bias_NTS[None] if mask is None else bias_NTS.masked_fill(~mask, -torch.inf)
-    return F.scaled_dot_product_attention(
-        q_BNTH,
-        k_BKSH,
-        v_BKSH,
-        attn_mask=mask,
+    kernel = functools.partial(
+        F.scaled_dot_product_attention,
         dropout_p=0.0 if dropout is None else dropout.p,
         # One new token sees every key; is_causal would show it the first alone.
         is_causal=causal and mask is None and T > 1,
         scale=scale,
         enable_gqa=N != K,
     )
+    if not computes_in_fp32(q_BNTH):
+        return kernel(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask)
+    dtype = autocast_type(q_BNTH)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    with torch.autocast("cpu", enabled=False):
+        return kernel(q_BNTH.float(), k_BKSH.float(), v_BKSH.float(), attn_mask=mask).to(dtype)
 
 
 def _attend_with_all_scores(
@@ -217,7 +223,8 @@ def _attend_with_all_scores(
         k_BKSH, v_BKSH = (x.repeat_interleave(N // K, dim=1) for x in (k_BKSH, v_BKSH))
     if causal and mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril()
-    scores_BNTS = (q_BNTH * (H**-0.5 if scale is None else scale)) @ k_BKSH.transpose(2, 3)
+    q_BNTH = q_BNTH * (H**-0.5 if scale is None else scale)
+    scores_BNTS = einsum("bnth,bnsh->bnts", q_BNTH, k_BKSH)
     if softcap is not None:
         scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
     if bias_NTS is not None:
@@ -229,7 +236,7 @@ def _attend_with_all_scores(
         probs_BNTS = probs_BNTS * dropout.scaled_mask(N, T, S, probs_BNTS.dtype)
     elif dropout is not None:
         probs_BNTS = F.dropout(probs_BNTS, dropout.p)
-    y_BNTH = probs_BNTS @ v_BKSH
+    y_BNTH = einsum("bnts,bnsh->bnth", probs_BNTS, v_BKSH)
     return y_BNTH.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -357,7 +364,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             for rows, queries, keys, hidden in blocks:
                 q_PCH = q_BNTH[rows].flatten(0, 1)[:, queries]
                 k_PSH, v_PSH = (x_BNTH[rows].flatten(0, 1)[:, keys] for x_BNTH in (k_BNTH, v_BNTH))
-                scores_PCS = torch.bmm(q_PCH, k_PSH.transpose(1, 2))
+                scores_PCS = bmm(q_PCH, k_PSH.transpose(1, 2))
                 if softcap is not None:
                     scores_PCS.div_(softcap).tanh_()
                     if with_gradients:
@@ -369,7 +376,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 if hidden is not None:
                     scores_RNCS[..., -hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
                 probs_PCS = scores_PCS.softmax(-1)
-                y_BNTH[rows, :, queries] = torch.bmm(probs_PCS, v_PSH).unflatten(0, (-1, N))
+                y_BNTH[rows, :, queries] = bmm(probs_PCS, v_PSH).unflatten(0, (-1, N))
                 if with_gradients:
                     probs.append(probs_PCS)
         if with_gradients:
@@ -402,15 +409,15 @@ class _BlockwiseAttention(torch.autograd.Function):
                     x_BNTH[rows].flatten(0, 1)[:, keys]
                     for x_BNTH in (k_BNTH, v_BNTH, grad_k_BNTH, grad_v_BNTH)
                 )
-                grad_v_PSH += torch.bmm(probs_PCS.transpose(1, 2), grad_PCH)
-                grad_probs_PCS = torch.bmm(grad_PCH, v_PSH.transpose(1, 2))
+                grad_v_PSH += bmm(probs_PCS.transpose(1, 2), grad_PCH)
+                grad_probs_PCS = bmm(grad_PCH, v_PSH.transpose(1, 2))
                 grad_scores_PCS = softmax_backward(grad_probs_PCS, probs_PCS, dtype)
                 if grad_bias_NTS is not None:
                     grad_bias_NTS[:, queries, keys] += grad_scores_PCS.unflatten(0, (-1, N)).sum(0)
                 if slopes_PCS is not None:
                     grad_scores_PCS *= slopes_PCS
-                grad_q_PCH.copy_(torch.bmm(grad_scores_PCS, k_PSH))
-                grad_k_PSH += torch.bmm(grad_scores_PCS.transpose(1, 2), q_PCH)
+                grad_q_PCH.copy_(bmm(grad_scores_PCS, k_PSH))
+                grad_k_PSH += bmm(grad_scores_PCS.transpose(1, 2), q_PCH)
         if ctx.scale != 1:
             grad_q_BNTH *= ctx.scale
         if grad_bias_NTS is not None:

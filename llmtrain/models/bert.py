@@ -52,8 +52,8 @@ class Bert(StagedModel):
         self.transform = Linear(D, D)
         self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = LanguageModelHead(D, config.vocab_size, bias=True)
-        self.pooler = nn.Linear(D, D) if config.has_pairs else None
-        self.pair_head = nn.Linear(D, 2) if config.has_pairs else None
+        self.pooler = Linear(D, D) if config.has_pairs else None
+        self.pair_head = Linear(D, 2) if config.has_pairs else None
         self._tie()
 
     def stages(self) -> list[Stage]:

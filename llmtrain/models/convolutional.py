@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmtrain.models.config import SimpleCNNConfig
 from llmtrain.models.dropout import HIDDEN, Dropout
 from llmtrain.models.initialize import Initializer, Uniform
+from llmtrain.models.linear import Linear
 
 
 class SimpleCNN(nn.Module):
@@ -21,8 +22,8 @@ class SimpleCNN(nn.Module):
         self.config = config
         self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
-        self.fc1 = nn.Linear(64 * 7 * 7, 128)
-        self.fc2 = nn.Linear(128, config.num_classes)
+        self.fc1 = Linear(64 * 7 * 7, 128)
+        self.fc2 = Linear(128, config.num_classes)
         self.dropout = Dropout(config.dropout, 0, HIDDEN)
 
     def forward(

@@ -1,8 +1,9 @@
-"""Matrix products in fp32 on the CPU by oneDNN, where torch itself would take MKL.
+"""Matrix products by whatever the processor at hand makes them fastest with.
 
-On an AMD EPYC with AVX-512 and two threads oneDNN takes 0.45 to 0.6 of MKL's time for 64 to 4,096 rows, over
-forward and backward, and 0.55 to 0.75 for the 1 to 16 rows of generation. Other types, devices and small
-matrices go torch's own way.
+On a CPU torch takes MKL for fp32, which uses AVX-512 on Intel's processors alone: on an AMD EPYC that has it
+oneDNN takes 0.45 to 0.6 of MKL's time, on one with AVX2 1.0 to 1.8 times as long. For bf16 and fp16 torch
+takes oneDNN where the processor has instructions for them, and plain loops elsewhere, which take twenty times
+as long as fp32: there products are made in fp32, of numbers rounded to the type, and rounded.
 
 Dim names: M rows, I inputs, O outputs.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,46 @@ _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """(x, weight, bias, "none", [], "") → x·weightᵀ + bias: what torch's compiler calls for linear layers. It has
 no gradient of its own. None in builds of torch without oneDNN."""
 
-KERNELS = () if _ONEDNN is None else (_ONEDNN.default,)
+_LIBRARY = torch.library.Library("llmtrain", "DEF")
+_LIBRARY.define("linear_in_fp32(Tensor x, Tensor weight, Tensor? bias, ScalarType result) -> Tensor")
+
+KERNELS = (
+    torch.ops.llmtrain.linear_in_fp32.default,
+    *(() if _ONEDNN is None else (_ONEDNN.default,)),
+)
 """Operators that products come down to besides torch's own `mm` and `addmm`."""
+
+Way = Literal["torch", "onednn", "fp32"]
+"""Who makes a product: torch; oneDNN, called directly; torch in fp32, rounded to the type asked for."""
+
+
+@cache
+def way_of(dtype: torch.dtype) -> Way:
+    """The fastest for large products of a type on this machine's CPU.
+
+    A rule and not a measurement, so that a resumed run repeats its bits: a clock may say one thing today
+    and another tomorrow."""
+    if dtype == torch.float32:
+        avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return "onednn" if avx512 and _vendor() == "AuthenticAMD" and _has_onednn() else "torch"
+    is_supported = getattr(torch.ops.mkldnn, _SUPPORTED.get(dtype, ""), None)
+    return "torch" if is_supported is None or is_supported() else "fp32"
+
+
+_SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+"""Operators that tell whether torch's products of a type are oneDNN's, with the processor's instructions."""
+
+
+def computes_in_fp32(x: Tensor) -> bool:
+    """Whether products of x are made in fp32 and rounded to x's type, or autocast's."""
+    return x.device.type == "cpu" and way_of(autocast_type(x)) == "fp32"
+
+
+def autocast_type(x: Tensor) -> torch.dtype:
+    """The type in which torch makes products of x here: autocast's, or else x's own."""
+    if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 class Linear(nn.Linear):
@@ -39,32 +79,58 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`F.linear`: x·weightᵀ + bias, (…, I) → (…, O)."""
-    if not _is_for_onednn(x, weight_OI):
+    way = _way(x, weight_OI)
+    if way == "torch":
         return F.linear(x, weight_OI, bias_O)
+    dtype = autocast_type(x)
     if torch.is_grad_enabled():
-        y: Tensor = _Linear.apply(x, weight_OI, bias_O)
+        y: Tensor = _Linear.apply(x, weight_OI, bias_O, way, dtype)
         return y
-    return _product(x, weight_OI, bias_O)
+    return _product(way, x.to(dtype), weight_OI, bias_O, dtype)
 
 
 def product(a_MI: Tensor, b_OI: Tensor) -> Tensor:
     """a·bᵀ, (M, O), without gradients."""
-    return _product(a_MI, b_OI) if _is_for_onednn(a_MI, b_OI) else a_MI @ b_OI.T
+    way = _way(a_MI, b_OI)
+    return a_MI @ b_OI.T if way == "torch" else _product(way, a_MI, b_OI, None, a_MI.dtype)
 
 
 def add_product_(sum_MO: Tensor, a_MI: Tensor, b_OI: Tensor) -> None:
     """sum += a·bᵀ, without gradients; the sum may be of a wider type."""
-    if sum_MO.dtype == a_MI.dtype and not _is_for_onednn(a_MI, b_OI):
+    way = _way(a_MI, b_OI)
+    if way == "fp32":
+        a_MI, b_OI = a_MI.to(sum_MO.dtype), b_OI.to(sum_MO.dtype)
+    if way != "onednn" and sum_MO.dtype == a_MI.dtype:
         sum_MO.addmm_(a_MI, b_OI.T)
     else:
         sum_MO += product(a_MI, b_OI)
 
 
+def bmm(a_PMI: Tensor, b_PIO: Tensor) -> Tensor:
+    """`torch.bmm`, without gradients and autocast."""
+    if not computes_in_fp32(a_PMI):
+        return torch.bmm(a_PMI, b_PIO)
+    return torch.bmm(a_PMI.float(), b_PIO.float()).to(a_PMI.dtype)
+
+
+def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """`torch.einsum` of two tensors, each of whose indices is the other's too or the result's."""
+    if not computes_in_fp32(a):
+        return torch.einsum(equation, a, b)
+    dtype = autocast_type(a)
+    y: Tensor = _EinsumInFp32.apply(equation, a.to(dtype), b.to(dtype))
+    return y
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, way: Way, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.way, ctx.x_dtype = way, x.dtype
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight_OI)
-        y = _product(x, weight_OI, bias_O)
+        y = _product(way, x, weight_OI, bias_O, dtype)
         # oneDNN gives a view for x of three dims, and what leaves a Function as one can't be summed in place.
         out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return out
@@ -76,18 +142,45 @@ class _Linear(torch.autograd.Function):
         grad_MO = gradients[0].reshape(-1, weight_OI.shape[0])
         grad_x = grad_weight_OI = grad_bias_O = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grad_MO, weight_OI.T).view(x.shape)
+            grad_x = _product(ctx.way, grad_MO, weight_OI.T, None, ctx.x_dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight_OI = _product(grad_MO.T, x.reshape(-1, x.shape[-1]).T)
+            x_IM = x.reshape(-1, x.shape[-1]).T
+            grad_weight_OI = _product(ctx.way, grad_MO.T, x_IM, None, weight_OI.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias_O = grad_MO.sum(0)
-        return grad_x, grad_weight_OI, grad_bias_O
+            grad_bias_O = grad_MO.sum(0, dtype=weight_OI.dtype)
+        return grad_x, grad_weight_OI, grad_bias_O, None, None
+
+
+class _EinsumInFp32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, equation: str, a: Tensor, b: Tensor) -> Tensor:
+        ctx.equation = equation
+        ctx.save_for_backward(a, b)
+        return _einsum_in_fp32(equation, a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        of_both, of_result = ctx.equation.split("->")
+        of_a, of_b = of_both.split(",")
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[1]:
+            grad_a = _einsum_in_fp32(f"{of_result},{of_b}->{of_a}", gradients[0], b)
+        if ctx.needs_input_grad[2]:
+            grad_b = _einsum_in_fp32(f"{of_result},{of_a}->{of_b}", gradients[0], a)
+        return None, grad_a, grad_b
+
+
+def _einsum_in_fp32(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return torch.einsum(equation, a.float(), b.float()).to(b.dtype)
 
 
 @contextmanager
 def packed_weights() -> Iterator[None]:
-    """Inside, each weight is held a second time, in the layout that oneDNN likes, from its first product on:
-    products with few rows then take 0.6 to 0.8 of their time. Weights must not change inside."""
+    """Inside, each weight is held a second time, in the layout that oneDNN likes or in fp32, from its first
+    product on: products with few rows then take 0.6 to 0.8 of their time. Weights must not change inside."""
     global _packed
     before, _packed = _packed, {}
     try:
@@ -100,32 +193,57 @@ _packed: dict[int, tuple[Tensor, Tensor]] | None = None
 """A weight's id → the weight, which keeps the id its own, and what it is packed into; None: nothing is."""
 
 
-def _layout_of(weight_OI: Tensor) -> Tensor:
+def _prepared(way: Way, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as its product takes it: rounded to `dtype`."""
     if _packed is None or not isinstance(weight_OI, nn.Parameter):
-        return weight_OI
+        return weight_OI.to(dtype)
     if id(weight_OI) not in _packed:
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
-        _packed[id(weight_OI)] = (weight_OI, reordered)
+        weight = weight_OI.detach().to(dtype)
+        packed = weight.float() if way == "fp32" else torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        _packed[id(weight_OI)] = (weight_OI, packed)
     return _packed[id(weight_OI)][1]
 
 
-def _product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    y: Tensor = _ONEDNN(x, _layout_of(weight_OI), bias_O, "none", [], "")
+def _product(way: Way, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, result: torch.dtype) -> Tensor:
+    """x·weightᵀ + bias in x's type, made in one of our own ways."""
+    weight_OI = _prepared(way, weight_OI, x.dtype)
+    y: Tensor
+    if way == "fp32":
+        y = torch.ops.llmtrain.linear_in_fp32(x, weight_OI, bias_O, result)
+    else:
+        y = _ONEDNN(x, weight_OI, bias_O, "none", [], "")
     return y
 
 
-def _is_for_onednn(x: Tensor, weight_OI: Tensor) -> bool:
-    return (
-        weight_OI.numel() >= SMALLEST
-        and x.device.type == "cpu"
-        and x.dtype == weight_OI.dtype == torch.float32
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and _has_onednn()
-    )
+def _linear_in_fp32(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, result: torch.dtype) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        bias_O = None if bias_O is None else bias_O.float()
+        return F.linear(x.float(), weight_OI.float(), bias_O).to(result)
+
+
+_LIBRARY.impl("linear_in_fp32", _linear_in_fp32, "CPU")
+
+
+def _way(x: Tensor, weight_OI: Tensor) -> Way:
+    """Small products and those of two types, which torch refuses, go torch's own way."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return "torch"
+    if x.dtype != weight_OI.dtype and not torch.is_autocast_enabled("cpu"):
+        return "torch"
+    way = way_of(autocast_type(x))
+    return "torch" if way == "onednn" and weight_OI.numel() < SMALLEST else way
 
 
 @cache
 def _has_onednn() -> bool:
-    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return is_x86 and _ONEDNN is not None and torch.backends.mkldnn.is_available()
+    return _ONEDNN is not None and torch.backends.mkldnn.is_available()
+
+
+@cache
+def _vendor() -> str:
+    """Of the processor, as x86 processors name themselves; empty where it is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

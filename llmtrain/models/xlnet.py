@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from llmtrain.models.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.models.head import IGNORE_INDEX, LanguageModelHead
 from llmtrain.models.initialize import Constant, Initializer, Normal
-from llmtrain.models.linear import Linear
+from llmtrain.models.linear import Linear, einsum
 from llmtrain.models.stages import Stage, StagedModel
 from llmtrain.models.transformer import MLP, Context, PerHead
 from llmtrain.models.xlnet_config import XLNetConfig
@@ -83,18 +83,16 @@ class RelativeAttention(nn.Module):
         k_BTNH, v_BTNH = self._by_head(self.key_value(x_BQD[:, :T]), 2).chunk(2, dim=-1)
         r_PNH = self._by_head(self.position(context.distances.to(x_BQD.dtype)))
 
-        of_distances_BNQP = torch.einsum("bqnh,pnh->bnqp", self._with(self.position_bias, q_BQNH), r_PNH)
+        of_distances_BNQP = einsum("bqnh,pnh->bnqp", self._with(self.position_bias, q_BQNH), r_PNH)
         scores_BNQT: Tensor = _AtDistances.apply(of_distances_BNQP, context.distance_ids)
-        scores_BNQT = scores_BNQT + torch.einsum(
-            "bqnh,btnh->bnqt", self._with(self.content_bias, q_BQNH), k_BTNH
-        )
+        scores_BNQT = scores_BNQT + einsum("bqnh,btnh->bnqt", self._with(self.content_bias, q_BQNH), k_BTNH)
         if (
             self.segment_bias is not None
             and self.segments is not None
             and context.is_other_segment is not None
         ):
             s_N2H = self.segments().unflatten(1, (2, -1))
-            of_segments_BNQ2 = torch.einsum("bqnh,nsh->bnqs", self._with(self.segment_bias, q_BQNH), s_N2H)
+            of_segments_BNQ2 = einsum("bqnh,nsh->bnqs", self._with(self.segment_bias, q_BQNH), s_N2H)
             # Against those of the query's own segment: a softmax knows no more.
             more_BNQ1 = of_segments_BNQ2.diff(dim=-1)
             is_other_B1QT = context.is_other_segment.to(more_BNQ1.dtype)
@@ -105,7 +103,7 @@ class RelativeAttention(nn.Module):
         probs_BNQT = scores_BNQT.softmax(-1).to(v_BTNH.dtype)
         if self.training and self.dropout > 0.0:
             probs_BNQT = self._dropped(probs_BNQT, context.dropout_keys)
-        y_BQD = torch.einsum("bnqt,btnh->bqnh", probs_BNQT, v_BTNH).flatten(2)
+        y_BQD = einsum("bnqt,btnh->bqnh", probs_BNQT, v_BTNH).flatten(2)
         if context.sees_nothing is not None:
             y_BQD = y_BQD.masked_fill(context.sees_nothing, 0.0)
         return self.output(y_BQD)

@@ -44,7 +44,7 @@ def activations(
         case Seq2SeqConfig():
             return PairRow(model, numbers, layout, conditions).activations(steps)
         case LSTMConfig():
-            in_fp32 = numbers.residual == 4 and not conditions.has_bf16_lstm
+            in_fp32 = numbers.residual == 4 and not conditions.has_bf16
             return Activations(tokens * _lstm_bytes(model, Numbers(4, 4) if in_fp32 else numbers), 0)
         case SimpleCNNConfig():
             return Activations(layout.micro_size * _simple_cnn_bytes(model, numbers), 0)
@@ -95,7 +95,10 @@ def head_bytes(model: ModelConfig, numbers: Numbers, *, tokens: int, device: str
 
 def low_precision_copies(model: ModelConfig, steps: range | None, tensor: int, conditions: Conditions) -> int:
     """Weights of which autocast holds copies in the low precision at once, on one process: those of linear
-    layers, of recomputed blocks one at a time; the head's are counted with it."""
+    layers, of recomputed blocks one at a time; the head's are counted with it. A processor without bf16
+    rounds weights in passing, at each product."""
+    if not conditions.has_bf16:
+        return 0
     recompute = conditions.recompute
     match model:
         case GPTConfig() | BertConfig():
@@ -120,7 +123,7 @@ def low_precision_copies(model: ModelConfig, steps: range | None, tensor: int, c
             return sum(size for size, again in sizes if not again) + max(recomputed_sizes, default=0)
         case LSTMConfig():
             layer = 8 * model.hidden_size**2 + 8 * model.hidden_size
-            return model.num_layers * layer if conditions.has_bf16_lstm else 0
+            return model.num_layers * layer
         case SimpleCNNConfig():
             return model.parameter_count()
 

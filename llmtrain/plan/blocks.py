@@ -38,7 +38,7 @@ class Conditions:
     exact_dropout: bool = True
     """Dropout by keys; else by torch's generator, which fused kernels of attention take."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    has_bf16_lstm: bool = True
+    has_bf16: bool = True
     """Without it autocast on a CPU leaves the cells of an LSTM in fp32."""
 
 

@@ -377,7 +377,7 @@ def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
             document_mask,
             settings.exact_dropout,
             settings.recompute,
-            has_bf16_lstm=device != "cpu" or machine.has_bf16_lstm(),
+            has_bf16=device != "cpu" or machine.has_bf16(),
         ),
         asynchronous_checkpoints=settings.checkpoint.asynchronous,
         steps=settings.train.steps,

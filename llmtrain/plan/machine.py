@@ -19,7 +19,7 @@ def memory_bytes() -> int:
     return total
 
 
-def has_bf16_lstm() -> bool:
+def has_bf16() -> bool:
     """Whether oneDNN has an LSTM in bf16 for this machine's processor; where that is not known, no."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())

@@ -35,11 +35,19 @@ LAYOUTS = (
 
 
 def train_by_torch(overrides: tuple[str, ...], stop: int) -> Trace:
-    smallest, linear.SMALLEST = linear.SMALLEST, 2**62
+    return _train_by("torch", overrides, stop)
+
+
+def train_by_onednn(overrides: tuple[str, ...], stop: int) -> Trace:
+    return _train_by("onednn", overrides, stop)
+
+
+def _train_by(way: linear.Way, overrides: tuple[str, ...], stop: int) -> Trace:
+    own, linear.way_of = linear.way_of, lambda dtype: way  # type: ignore[assignment]
     try:
         return train_steps(overrides, stop)
     finally:
-        linear.SMALLEST = smallest
+        linear.way_of = own
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,6 @@ def reference(corpus: Path) -> Trace:
 )
 def test_layouts(reference: Trace, corpus: Path, size: int, layout: tuple[str, ...]) -> None:
     overrides = (*WIDE, f"data.path={corpus}", "batch.micro_size=2", *layout)
-    for trace in ranks.run(size, train_steps, overrides, STEPS):
+    for trace in ranks.run(size, train_by_onednn, overrides, STEPS):
         found = deviation(trace, reference)
         assert found.within(TOLERANCES["fp32"]), found

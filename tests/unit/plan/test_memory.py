@@ -23,6 +23,7 @@ from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.convolutional import SimpleCNN
 from llmtrain.models.gpt import GPT
 from llmtrain.models.initialize import initialize
+from llmtrain.models.linear import way_of
 from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
 from llmtrain.models.seq2seq import EncoderDecoder
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
@@ -121,8 +122,10 @@ def kept_by(model: ModelConfig, numbers: Numbers, B: int, T: int, **conditions: 
     return activations.activations(model, numbers, layout, Conditions("cpu", **conditions)).kept
 
 
-def copies(model: ModelConfig, recompute: RecomputeConfig = NOTHING) -> int:
-    return low_precision_copies(model, None, 1, Conditions("cpu", recompute=recompute))
+def kept_copies(model: ModelConfig, recompute: RecomputeConfig = NOTHING) -> int:
+    """Bytes of autocast's copies of weights on this machine's processor."""
+    conditions = Conditions("cpu", recompute=recompute, has_bf16=way_of(torch.bfloat16) == "torch")
+    return 2 * low_precision_copies(model, None, 1, conditions)
 
 
 NUMBERS = {"fp32": Numbers(4, 4), "autocast": Numbers(2, 4), "bf16": Numbers(2, 2)}
@@ -161,7 +164,7 @@ def test_gpt_activations(case: str, precision: str) -> None:
     expected = kept_by(config, numbers, B, T, document_mask=with_documents, exact_dropout=False)
     expected += B * T * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast":
-        expected += 2 * copies(config)
+        expected += kept_copies(config)
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
@@ -187,7 +190,7 @@ def test_bert_activations(precision: str, dropout: float) -> None:
 
     expected = kept_by(config, NUMBERS[precision], B, 160, document_mask=False, exact_dropout=False)
     if precision == "autocast":
-        expected += 2 * copies(config)
+        expected += kept_copies(config)
     # The head's gradients lie there already.
     expected += 4 * V * config.hidden_size
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
@@ -217,9 +220,9 @@ def test_xlnet_activations(mode: str, dropout: float, has_segments: bool, precis
 
     expected = kept_by(config, NUMBERS[precision], B, T, recompute=recompute) + 4 * V * config.hidden_size
     if precision == "autocast":
-        expected += 2 * copies(config, recompute)
+        expected += kept_copies(config, recompute)
         if mode != "none":  # no block is at work between the passes
-            expected -= 2 * copies(replace(config, num_layers=1))
+            expected -= kept_copies(replace(config, num_layers=1))
     assert allocated(loss).kept == pytest.approx(expected, rel=0.05)
 
 
@@ -266,7 +269,7 @@ def test_seq2seq_activations(form: Seq2SeqConfig, mode: Any, dropout: float, pre
     expected = kept_by(config, numbers, B, S, document_mask=False, recompute=recompute)
     expected += B * targets * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast" and mode == "none":
-        expected += 2 * copies(config)
+        expected += kept_copies(config)
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.05)
 
 
@@ -301,8 +304,8 @@ def test_lstm_activations(
     has_bf16: bool, hidden_size: int, num_layers: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On processors with and without bf16; what has it can do without."""
-    assert machine.has_bf16_lstm() == recurrent.has_low_precision_kernel()
-    if has_bf16 and not machine.has_bf16_lstm():
+    assert machine.has_bf16() == recurrent.has_low_precision_kernel()
+    if has_bf16 and not machine.has_bf16():
         pytest.skip("this processor has no LSTM in bf16")
     monkeypatch.setattr(recurrent, "has_low_precision_kernel", lambda: has_bf16)
     config = LSTMConfig(vocab_size=V, hidden_size=hidden_size, num_layers=num_layers)
@@ -313,7 +316,7 @@ def test_lstm_activations(
         with autocast(precision):
             return model(tokens_BT, labels_BT=tokens_BT)
 
-    numbers, conditions = NUMBERS[precision], Conditions("cpu", has_bf16_lstm=has_bf16)
+    numbers, conditions = NUMBERS[precision], Conditions("cpu", has_bf16=has_bf16)
     layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
     expected = activations.activations(config, numbers, layout, conditions).kept
     expected += B * T * hidden_size * numbers.compute + 4 * V * hidden_size
@@ -412,7 +415,8 @@ def test_zero_shards_term_by_term() -> None:
     P = model.parameter_count()
     plans = [planned(model, zero=zero, data=8) for zero in range(4)]
     terms = [(m.weights, m.gradients, m.optimizer) for m in plans]
-    assert terms[0] == (4 * P + 2 * copies(model), 4 * P, 8 * P)
+    copies = 2 * low_precision_copies(model, None, 1, Conditions("cuda"))
+    assert terms[0] == (4 * P + copies, 4 * P, 8 * P)
     assert terms[1] == (2 * P, 6 * P, 12 * P // 8)
     assert terms[2] == (2 * P, 4 * P // 8, 12 * P // 8)
     assert terms[3] == (2 * P // 8, 4 * P // 8, 12 * P // 8)
@@ -471,9 +475,9 @@ def test_what_recomputation_keeps(
     expected = kept_by(config, numbers, B, T, document_mask=with_documents, recompute=recompute)
     expected += B * T * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast":
-        expected += 2 * copies(config, recompute)
+        expected += kept_copies(config, recompute)
         if mode != "none":  # no block is at work between the passes
-            expected -= 2 * copies(replace(config, num_layers=1))
+            expected -= kept_copies(replace(config, num_layers=1))
     assert allocated(loss).kept == pytest.approx(expected, rel=0.05)
 
 
