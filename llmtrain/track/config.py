@@ -41,9 +41,19 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class PictureConfig:
+    """loss.png in the run folder: the loss curves, drawn of metrics.jsonl when training ends."""
+
+
+@dataclass(frozen=True)
 class TrackConfig:
     """Where metrics go, besides the progress line; any number of trackers, none included."""
 
     jsonl: JsonlConfig | None = None
     tensorboard: TensorBoardConfig | None = None
     wandb: WandbConfig | None = None
+    picture: PictureConfig | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        is_alone = self.picture is not None and self.jsonl is None
+        yield from require(not is_alone, "picture", "{}", "null without jsonl", "give track=[jsonl,picture]")

@@ -20,6 +20,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+PICTURE_FILE = "loss.png"
 
 
 class Trackers:
@@ -103,6 +104,9 @@ def open_trackers(
             history=run_dir / METRICS_FILE if config.jsonl is not None else None,
         )
         trackers.open("wandb", wandb)
+    if config.picture is not None:
+        # After the JSONL tracker, which is then closed before: its file is what is drawn.
+        trackers.open("picture", lambda: _picture(run_dir / PICTURE_FILE, run_dir / METRICS_FILE, run_name))
     return trackers
 
 
@@ -116,6 +120,12 @@ def _tensorboard(*arguments: Any) -> Tracker:
     from llmtrain.track.tensorboard import TensorBoardTracker
 
     return TensorBoardTracker(*arguments)
+
+
+def _picture(*arguments: Any) -> Tracker:
+    from llmtrain.track.picture import PictureTracker
+
+    return PictureTracker(*arguments)
 
 
 def _wandb(config: WandbConfig, **settings: Any) -> Tracker:

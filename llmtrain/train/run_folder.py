@@ -6,6 +6,7 @@ RUN/
   git.json           commit of the working folder; git.diff: its uncommitted changes
   data.json          fingerprint and size of what it trains on
   metrics.jsonl      one object a step
+  loss.png           with track=[jsonl,picture]: the loss curves
   checkpoints/       step-00000500/ …
 """
 

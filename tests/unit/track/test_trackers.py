@@ -103,11 +103,14 @@ def test_no_tracker_is_allowed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["jsonl", "tensorboard", "wandb"])
+NAMES = ("jsonl", "tensorboard", "wandb", "picture")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_presets_turn_on_their_tracker_alone(name: str) -> None:
-    config = decode(TrackConfig, yaml.safe_load((CONF / "track" / f"{name}.yaml").read_text()))
-    on = [n for n in ("jsonl", "tensorboard", "wandb") if getattr(config, n) is not None]
-    assert on == [name]
+    preset = yaml.safe_load((CONF / "track" / f"{name}.yaml").read_text())
+    config = decode(TrackConfig, {"jsonl": {}, **preset})
+    assert {n for n in NAMES if getattr(config, n) is not None} == {"jsonl", name}
 
 
 def test_tensorboard_resumes_without_what_lay_past_the_checkpoint(tmp_path: Path) -> None:

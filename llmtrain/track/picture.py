@@ -1,0 +1,60 @@
+"""loss.png: the loss of training and of validation over the steps, drawn when training ends."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from llmtrain import files
+from llmtrain.track.base import Metrics
+from llmtrain.track.jsonl import read_metrics
+
+
+class PictureTracker:
+    """Draws what metrics.jsonl holds of the run so far, the steps before a resume included."""
+
+    def __init__(self, path: Path, metrics_file: Path, run_name: str) -> None:
+        self._path, self._metrics_file, self._run_name = path, metrics_file, run_name
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def close(self, failed: bool) -> None:
+        title = f"{self._run_name} (failed)" if failed else self._run_name
+        files.write_atomically(self._path, draw_losses(read_curves(self._metrics_file), title))
+
+
+Curves = dict[str, tuple[list[int], list[float]]]
+"""Name of a loss → its steps and values."""
+
+
+def read_curves(metrics_file: Path) -> Curves:
+    """What a metrics file has of each loss; values that were not finite are left out."""
+    curves: Curves = {"loss": ([], []), "validation_loss": ([], [])}
+    for record in read_metrics(metrics_file):
+        for name, (steps, values) in curves.items():
+            if record.get(name) is not None:
+                steps.append(record["step"])
+                values.append(record[name])
+    return curves
+
+
+def draw_losses(curves: Curves, title: str) -> bytes:
+    """A PNG."""
+    # It takes a second to come: at the end of a run and not at its start.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*curves["loss"], linewidth=0.8, color="tab:blue", label="training, each step's batch")
+    axes.plot(*curves["validation_loss"], marker="o", color="tab:orange", label="validation")
+    axes.set(title=title, xlabel="optimizer steps", ylabel="loss (nats per predicted token or label)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()
