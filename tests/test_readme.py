@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from tests.support.training import REPOSITORY
 
@@ -83,6 +84,12 @@ def test_the_two_commands(tmp_path: Path):
     assert "killed (kill -9)" in done.stdout
     assert "resuming from" in done.stdout
     assert (tmp_path / "runs/quickstart/huggingface/model.safetensors").exists()
+    assert (tmp_path / "runs/quickstart/loss.png").read_bytes().startswith(b"\x89PNG")
+    sampling = done.stdout.partition("== Sampling\n")[2].partition("\n== ")[0]
+    samples = sampling.strip().removesuffix("---").split("\n---\n")
+    assert len(samples) == 3
+    tokenizer = SentencePieceProcessor(model_file=str(tmp_path / "corpora/reviews/tokenizer.model"))
+    assert min(len(tokenizer.encode(sample)) for sample in samples) >= 40
     losses = [float(x) for x in re.findall(r"validation loss (\d+\.\d+)", done.stdout)]
     assert losses[0] > 8.5
     assert losses[-1] < losses[0] - 1.0
