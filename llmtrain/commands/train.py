@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.data.datasets import Dataset
     from llmtrain.data.stream import Stream
+    from llmtrain.engine.allocator import Heap
     from llmtrain.engine.evaluation import Totals
     from llmtrain.parallel.materialize import Source
     from llmtrain.track.progress import Progress
@@ -46,14 +47,13 @@ def _run(mapping: Mapping[str, Any]) -> int:
         _say(plan.summary())
     plan.refuse_if_too_large()
 
-    from llmtrain.engine.allocator import keep_freed_memory
+    from llmtrain.engine.allocator import Heap, keep_freed_memory
     from llmtrain.parallel import distributed
 
     device = distributed.pick_device(resolved.config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    heap = Heap(plan.memory.total) if device.type == "cpu" and keep_freed_memory() else None
     start_ranks(resolved, device)
-    session = Session(resolved, device, started)
+    session = Session(resolved, device, heap, started)
     try:
         is_whole = session.train()
     except BaseException:
@@ -66,7 +66,7 @@ def _run(mapping: Mapping[str, Any]) -> int:
 class Session:
     """One process' part in one start of a run: what the loop needs, opened in order."""
 
-    def __init__(self, resolved: Resolved, device: Any, started: float) -> None:
+    def __init__(self, resolved: Resolved, device: Any, heap: Heap | None, started: float) -> None:
         from llmtrain.checkpoint.saver import Saver
         from llmtrain.parallel import distributed
         from llmtrain.train.run_folder import RunFolder
@@ -74,6 +74,7 @@ class Session:
         self.config, self.layout, self.corpora = resolved.config, resolved.layout, resolved.corpora
         self.pretrained = resolved.pretrained
         self.device = device
+        self._heap = heap
         self._started = started
         self._folder: RunFolder | None = None
         self._trackers: Trackers | None = None
@@ -182,7 +183,7 @@ class Session:
                 evaluate=evaluate if validation is not None else None,
                 save=save,
                 evaluated_late=resume.note_evaluation if resume is not None else lambda loss: None,
-                poll_save=self._saver.poll,
+                after_step=self._after_step,
                 finish_save=self._saver.finish,
             ),
             observer,
@@ -220,6 +221,11 @@ class Session:
         trained = open_weights(self.pretrained, self.config.model)
         self._say(f"starting from the weights of {trained.source}, with a fresh optimizer")
         return trained.reader()
+
+    def _after_step(self) -> None:
+        self._saver.poll()
+        if self._heap is not None:
+            self._heap.after_step()
 
     def _on_saved(self, step: int, path: Path) -> None:
         from llmtrain.parallel import distributed

@@ -43,8 +43,8 @@ class Hooks:
     whether an evaluation was due there and is still to be made."""
     evaluated_late: Callable[[float | None], None]
     """The evaluation that the checkpoint gone on from still owed is made."""
-    poll_save: Callable[[], None]
-    """Called after each step: what has to be done for a checkpoint on its way."""
+    after_step: Callable[[], None]
+    """What a process has to do besides: for a checkpoint on its way, with its memory."""
     finish_save: Callable[[], None]
     """Wait until the last checkpoint is whole."""
 
@@ -138,7 +138,7 @@ def train(
         done, stopped = step + 1, result.stop
         data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
         observer.on_step(done, result, lr, time.perf_counter() - started, data)
-        hooks.poll_save()
+        hooks.after_step()
         evaluation_is_due = is_due(done, schedule.evaluate_every, steps)
         if evaluation_is_due and not stopped:
             try:

@@ -305,7 +305,10 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (edit_config(vocab_size=321), r"embed_tokens\.weight: got shape \(320, 32\)"),
         (edit_config(num_hidden_layers=3), r"no tensor model\.layers\.2\.\S+ and 8 more"),
         *[
-            (edit_config(model_type=name, **{key: 10**9}), rf"{key}: got 1000000000; allowed: no more than its")
+            (
+                edit_config(model_type=name, **{key: 10**9}),
+                rf"{key}: got 1000000000; allowed: no more than its",
+            )
             for name, key in (
                 *((name, "num_hidden_layers") for name in ("llama", "gemma3_text", "olmo2", "phi3", "bert")),
                 *((name, "n_layer") for name in ("gpt2", "xlnet")),
