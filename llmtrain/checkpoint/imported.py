@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
+from llmtrain.checkpoint.finite import FiniteCheck
 from llmtrain.checkpoint.writer import write_safetensors
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import CheckpointError, Problem
@@ -48,17 +49,22 @@ def save_imported(
     description: JSON that goes into the manifest: imported_from, the model's config, ….
     overwrite: replace an earlier import.
 
-    Raises CheckpointError for an output that is something else, or cannot be written.
+    Raises CheckpointError for weights that are not finite, and for an output that is something else, or
+    cannot be written.
     """
     root = output / "checkpoints"
     _refuse_foreign(output, root, overwrite)
     partial = root / f".{store.step_folder(0)}.partial"
+    check = FiniteCheck()
     try:
         root.mkdir(parents=True, exist_ok=True)
         store.tidy(root)
         partial.mkdir()
         groups = _groups(shapes, file_bytes)
-        shares = [_write(partial, number, group, weights, shapes) for number, group in enumerate(groups, 1)]
+        shares = [
+            _write(partial, number, group, weights, shapes, check) for number, group in enumerate(groups, 1)
+        ]
+        check.refuse(description["imported_from"])
         facts = {
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "position": {"step": 0},
@@ -111,12 +117,14 @@ def _write(
     names: list[str],
     weights: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
+    check: FiniteCheck,
 ) -> dict[str, Any]:
     """One file; → what was written, for the manifest."""
     keys = {f"{store.WEIGHT}/{name}@0,0": name for name in names}
 
     def fetch(key: str) -> Tensor:
         weight = weights[keys[key]]
+        check.look(keys[key], weight)
         return weight.to(torch.float32).reshape(matrix_shape(shapes[keys[key]]))
 
     announced = [

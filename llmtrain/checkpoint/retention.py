@@ -20,6 +20,13 @@ def list_steps(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if (path / MANIFEST).exists())
 
 
+def list_held(path: Path) -> list[Path]:
+    """What a user means by `path`, oldest first: a checkpoint folder, or those of a run folder."""
+    if (path / MANIFEST).exists():
+        return [path]
+    return list_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+
+
 def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint under `root`, and what is wrong with newer ones, which is also said;
     ranks share the checking and agree on the answer."""

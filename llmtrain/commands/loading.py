@@ -173,13 +173,16 @@ def describe(path: Path) -> tuple[ModelConfig, Path | None, Origin | None]:
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
         return imported.config, find_tokenizer(path), imported.origin
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    held = [path] if (path / store.MANIFEST).exists() else retention.list_steps(root)
+    held = retention.list_held(path)
     if not held:
         got = "no checkpoint" if path.exists() else "no such folder"
         allowed = "a run, a checkpoint, an import or a Hugging Face folder"
         raise CheckpointError(Problem(str(path), got, allowed))
-    checkpoint = store.Checkpoint.open(held[-1])
+    return describe_checkpoint(store.Checkpoint.open(held[-1]))
+
+
+def describe_checkpoint(checkpoint: store.Checkpoint) -> tuple[ModelConfig, Path | None, Origin | None]:
+    """Its model, its tokenizer's file and its origin."""
     return _config_of(checkpoint), checkpoint.tokenizer, _origin_of(checkpoint)
 
 

@@ -14,6 +14,7 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.families import family_of
 
 if TYPE_CHECKING:
+    from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.checkpoint.origin import Origin
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.models.configs import ModelConfig
@@ -63,11 +64,42 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
     if path in (None, MISSING):
         allowed = "an import, a run, a checkpoint or a Hugging Face folder"
         raise ConfigError(Problem("model.path", "nothing", allowed, "give model.path=…"))
-    from llmtrain.commands.loading import describe
+    from llmtrain.commands.loading import describe, describe_checkpoint
 
-    config, tokenizer, origin = describe(Path(path))
+    folder = Path(path).expanduser()
+    try:
+        config, tokenizer, origin = describe(folder)
+    except CheckpointError:
+        begun = _begun(mapping, folder)
+        if begun is None:
+            raise
+        config, tokenizer, origin = describe_checkpoint(begun)
     model = _merged(encode(config), changes)
-    return {**mapping, "model": model}, Pretrained(Path(path).expanduser(), tokenizer, origin)
+    return {**mapping, "model": model}, Pretrained(folder, tokenizer, origin)
+
+
+def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of the run that goes on, where it began with `folder`, which then need not be
+    there any more. Raises CheckpointError where the run began with another."""
+    from llmtrain.checkpoint import retention, store
+
+    resume = mapping["checkpoint"]["resume"]
+    own = Path(mapping["run"]["dir"]).expanduser() / "checkpoints"
+    if resume == "never":
+        return None
+    held = retention.list_steps(own)
+    if not held and resume != "auto":
+        held = retention.list_held(Path(resume).expanduser())
+    if not held:
+        return None
+    checkpoint = store.Checkpoint.open(held[-1])
+    before = checkpoint.manifest.get("started_from")
+    if before is None or Path(before).name != folder.name:
+        got = f"{folder}, which holds no model, over a run that began with {before or 'weights of the seed'}"
+        raise CheckpointError(
+            Problem("model.path", got, remedy="give what the run began with, or another run.dir")
+        )
+    return checkpoint
 
 
 def _merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,16 @@ from llmtrain.parallel import launcher, stopping
 from llmtrain.plan.estimate import estimate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmtrain.checkpoint.finite import FiniteCheck
     from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.data.datasets import Dataset
     from llmtrain.data.stream import Stream
     from llmtrain.engine.allocator import Heap
     from llmtrain.engine.evaluation import Totals
     from llmtrain.parallel.materialize import Source
+    from llmtrain.shards import Shard
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
     from llmtrain.train.observer import RunObserver
@@ -129,10 +133,15 @@ class Session:
             )
         )
         objective = family_of(config.model).objective(config.model, config.data)
+        from llmtrain.checkpoint.finite import FiniteCheck
         from llmtrain.commands.build import build_engine
 
-        weights = self._starting_weights() if checkpoint is None else None
+        check = FiniteCheck()
+        weights = self._starting_weights(check) if checkpoint is None else None
         engine = build_engine(config, layout, self.device, objective, checkpoint, weights)
+        if self.pretrained is not None:
+            where = f"model.path={self.pretrained.path}"
+            distributed.agree(lambda: check.refuse(where))
         observer = distributed.agree(lambda: self._open_observer(stream, start_step, resume))
         loader = Loader(
             stream,
@@ -212,15 +221,21 @@ class Session:
             return checkpoint.manifest.get("origin")
         return None if self.pretrained is None else encode(self.pretrained.origin)
 
-    def _starting_weights(self) -> Source | None:
-        """Those of `model=pretrained`; None: the seed's."""
+    def _starting_weights(self, check: FiniteCheck) -> Source | None:
+        """Those of `model=pretrained`, which `check` sees; None: the seed's."""
         from llmtrain.commands.pretrained import open_weights
 
         if self.pretrained is None:
             return None
         trained = open_weights(self.pretrained, self.config.model)
         self._say(f"starting from the weights of {trained.source}, with a fresh optimizer")
-        return trained.reader()
+        read = trained.reader()
+
+        def source(out: Tensor, name: str, shard: Shard, start: int) -> None:
+            read(out, name, shard, start)
+            check.look(name, out)
+
+        return source
 
     def _after_step(self) -> None:
         self._saver.poll()

@@ -38,7 +38,7 @@ def fill_masks(
     else:
         logits_MV = model(tokens_1T)[0][places_M].float()
     if not logits_MV.isfinite().all():
-        remedy = "the run diverged; take an earlier checkpoint"
+        remedy = "take an earlier checkpoint of the run, or another copy of the model"
         raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))
     probs_MK, ids_MK = logits_MV.softmax(-1)[:, :num_text_ids].topk(min(top_k, num_text_ids))
     return [

@@ -105,7 +105,7 @@ class Rows:
     def _forward(self, tokens_RT: Tensor, **arguments: Any) -> Tensor:
         logits_RV: Tensor = self._model(tokens_RT, cache=self._cache, **arguments)[:, -1].float()
         if not logits_RV.isfinite().all():
-            remedy = "the run diverged; take an earlier checkpoint"
+            remedy = "take an earlier checkpoint of the run, or another copy of the model"
             raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))
         return logits_RV
 

@@ -161,9 +161,12 @@ def is_due(done: int, every: int | None, steps: int) -> bool:
 def _non_finite(step: int, error: NonFiniteError, saved_step: int) -> Problem:
     first, last = min(error.samples), max(error.samples)
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was due yet"
+    advice = f"{kept}; lower optimizer.lr, set optimizer.max_grad_norm or precision=fp32, then resume"
+    if step == 1:  # no learning rate has changed anything yet
+        advice = "look at the weights that the run began with and at these samples, or set precision=fp32"
     return Problem(
         f"step {step}",
         f"{error.what} in {len(error.samples)} samples, numbers {first} to {last} in global order",
         "a finite number",
-        f"{kept}; lower optimizer.lr, set optimizer.max_grad_norm or precision=fp32, then resume",
+        advice,
     )

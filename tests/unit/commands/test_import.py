@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +215,41 @@ def test_training_starts_from_it(
     said = capsys.readouterr().err
     assert "resuming from" in said
     assert "starting from" not in said
+    # It has all that it needs.
+    shutil.rmtree(tmp_path / "ours")
+    train.run(train_settings(corpus, tmp_path / "ours", "train.steps=4"))
+    assert "step 3)" in capsys.readouterr().err
+    with pytest.raises(
+        CheckpointError, match=r"model\.path: got .*never, .* over a run that began with .*ours"
+    ):
+        resolve(train_settings(corpus, tmp_path / "never", "train.steps=5"))
+    with pytest.raises(CheckpointError, match=r"another model \(model\.activation=gelu here, silu there\)"):
+        train.run(train_settings(corpus, tmp_path / "ours", "train.steps=5", "model.activation=gelu"))
+    with pytest.raises(CheckpointError, match="ours: got no such folder"):
+        resolve(train_settings(corpus, tmp_path / "ours", f"run.dir={tmp_path / 'new'}"))
+
+
+def spoil(folder: Path, name: str, count: int, value: float) -> None:
+    """Put `value` into the first numbers of a stored tensor."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name].view(-1)[:count] = value
+            save_file(tensors, file)
+
+
+def test_weights_that_are_not_finite_are_named(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    from llmtrain.commands import train
+
+    spoil(folder, "model.norm.weight", 3, float("nan"))
+    spoil(folder, "model.embed_tokens.weight", 1, float("-inf"))
+    said = r"numbers that are NaN or infinite: 1 in embedding\.weight, 3 in norm\.weight; .*finite"
+    with pytest.raises(CheckpointError, match=f"{folder}: got {said}"):
+        run(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours" / "checkpoints" / "step-00000000").exists()
+    with pytest.raises(CheckpointError, match=f"model\\.path={folder}: got {said}"):
+        train.run(train_settings(corpus, folder))
+    assert not list((folder.parent / "run").rglob("step-*"))
 
 
 def test_how_it_is_to_write_travels_through_training(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.engine.base import StepResult
+from llmtrain.engine.base import NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
+from llmtrain.errors import TrainingError
 from llmtrain.parallel import distributed, lookout
 from llmtrain.train.loop import Hooks, Outcome, Schedule, train
 from tests.support import ranks
@@ -123,3 +124,20 @@ def look(asked_after: int) -> int:
 def test_ranks_stop_at_the_same_part():
     first, second = ranks.run(2, look, 7)
     assert first == second >= 7
+
+
+@pytest.mark.parametrize(
+    ("start_step", "advice"), [(0, "weights that the run began with"), (1, "lower optimizer.lr")]
+)
+def test_the_first_step_blames_no_learning_rate(start_step: int, advice: str):
+    training = Training()
+
+    def train_step(*_: object, **__: object) -> StepResult:
+        raise NonFiniteError("loss nan", (3, 4))
+
+    training.train_step = train_step  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingError, match=rf"step {start_step + 1}: got loss nan in 2 samples.*{advice}"
+    ) as caught:
+        training.run(start_step)
+    assert ("optimizer.lr" in str(caught.value)) == (start_step > 0)
