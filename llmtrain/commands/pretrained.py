@@ -14,8 +14,8 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.families import family_of
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.checkpoint.origin import Origin
+    from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.models.configs import ModelConfig
 
