@@ -24,9 +24,9 @@ precision=fp32
 if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || command -v nvidia-smi >/dev/null; then precision=bf16; fi
 
 train=("${llmtrain[@]}" train model=gpt_tiny data.path="$corpus" run.dir="$run" run.name=quickstart
-    train.steps=1200 batch.global_size=4 batch.micro_size=4 batch.sequence_length=256
+    train.steps=900 batch.global_size=4 batch.micro_size=4 batch.sequence_length=256
     optimizer=adamw optimizer.lr=3e-3 schedule=cosine precision=$precision train.log_every=50
-    checkpoint.every=100 checkpoint.resume=auto evaluation.every=200 evaluation.max_samples=128
+    checkpoint.every=100 checkpoint.resume=auto evaluation.every=100 evaluation.max_samples=64
     'track=[jsonl,picture]' "$@")
 
 checkpointed() { compgen -G "$run/checkpoints/step-*/manifest.json" >/dev/null; }
