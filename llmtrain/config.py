@@ -190,7 +190,7 @@ def _decode_union(
             return value
         attempts.append(attempt)
     if len(choices) > 1:
-        problems.append(Problem(where, _show(raw), " or ".join(map(_type_name, arguments))))
+        problems.append(Problem(where, _show(raw), " or ".join(dict.fromkeys(map(_type_name, arguments)))))
         return _INVALID
     # A problem of a key below, or of an item, is not mended by null.
     problems += [

@@ -70,3 +70,9 @@ def test_rules_name_null_too(section: type):
         except ConfigError as error:
             said = [problem for problem in error.problems if problem.where == field.name]
             assert all("null" in problem.allowed for problem in said), said
+
+
+def test_what_is_allowed_is_named_once():
+    with pytest.raises(ConfigError) as caught:
+        decode(EvaluateConfig, {"checkpoint": "x", "data": 5})
+    assert str(caught.value) == "data: got 5; allowed: a section of keys"
