@@ -72,7 +72,14 @@ WRITERS: dict[str, Callable[[Path, list[str]], None]] = {
     "parquet": write_parquet,
     "txt": lambda path, texts: path.write_text("\n\n".join(texts)),
 }
-COMPRESS = {"gz": gzip.compress, "zst": zstandard.compress}
+
+
+def gzipped(data: bytes) -> bytes:
+    """The same at any time: the contents below name tests."""
+    return gzip.compress(data, mtime=0)
+
+
+COMPRESS = {"gz": gzipped, "zst": zstandard.compress}
 
 
 def compressed(path: Path, compression: str) -> Path:
@@ -178,7 +185,7 @@ def test_byte_order_marks_are_no_text(tmp_path: Path):
 
 def test_several_zstd_frames_and_gzip_members_are_one_file(tmp_path: Path):
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two"))
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one ") + gzip.compress(b"two"))
+    (tmp_path / "a.txt.gz").write_bytes(gzipped(b"one ") + gzipped(b"two"))
     assert read(tmp_path / "a.txt.zst") == read(tmp_path / "a.txt.gz") == ["one two"]
 
 
@@ -232,11 +239,11 @@ def test_null_is_an_empty_text(tmp_path: Path):
         ("a.txt", b"good\n" * 10 + b"bad \xe9t\xe9", "0xe9 at byte 54"),
         ("a.csv", b"text\ngood\nbad \xff\n", "0xff at byte 14"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "0xff at byte 24"),
-        ("a.txt.gz", gzip.compress(b"ab\xff"), "0xff at byte 2 of the uncompressed text"),
+        ("a.txt.gz", gzipped(b"ab\xff"), "0xff at byte 2 of the uncompressed text"),
         ("a.txt", "utf-16".encode("utf-16"), r"a\.txt: got text in UTF-16, it seems"),
         ("a.txt", "Привет, мир\n".encode("utf-16-le"), r"a\.txt: got text in UTF-16, it seems"),
         ("a.txt", b"some ASCII first\n" * 9 + "then more\n".encode("utf-16-be"), "got text in UTF-16"),
-        ("a.txt.gz", gzip.compress("wide\n".encode("utf-32-le") * 9), r"a\.txt\.gz: got text in UTF-32"),
+        ("a.txt.gz", gzipped("wide\n".encode("utf-32-le") * 9), r"a\.txt\.gz: got text in UTF-32"),
         ("a.csv", "id,text\n1,x\n".encode("utf-16-le"), r"a\.csv line 1: got text in UTF-16"),
         (
             "a.jsonl",
@@ -262,12 +269,12 @@ def test_null_is_an_empty_text(tmp_path: Path):
             r"a\.csv line 3: got 3 values; allowed: 2, as many as the header",
         ),
         ("a.parquet", b"no parquet", "got no parquet file"),
-        ("a.txt.gz", gzip.compress(b"long text " * 1000)[:-20], r"a\.txt\.gz: got damaged \.gz data"),
+        ("a.txt.gz", gzipped(b"long text " * 1000)[:-20], r"a\.txt\.gz: got damaged \.gz data"),
         ("a.txt.gz", b"no gzip", r"damaged \.gz data"),
         ("a.jsonl.zst", zstandard.compress(b"long text " * 1000)[:-2], r"damaged \.zst data"),
         ("a.jsonl.zst", b"no zstd at all", r"damaged \.zst data"),
-        ("a.parquet.gz", gzip.compress(b"x" * 1000)[:-9], r"damaged \.gz data"),
-        ("a.csv.gz", gzip.compress(b"text\n" + b"some words\n" * 5000)[:-9], r"damaged \.gz data"),
+        ("a.parquet.gz", gzipped(b"x" * 1000)[:-9], r"damaged \.gz data"),
+        ("a.csv.gz", gzipped(b"text\n" + b"some words\n" * 5000)[:-9], r"damaged \.gz data"),
     ],
 )
 def test_contents_that_are_refused(tmp_path: Path, name: str, content: bytes, message: str):
