@@ -40,7 +40,15 @@ from llmtrain.errors import (
 )
 from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel.forwarding import Forwarder
-from llmtrain.parallel.hosts import Hosts, Route, hosts_from_environment, refuse_taken, route_to
+from llmtrain.parallel.hosts import (
+    Hosts,
+    Route,
+    hosts_from_environment,
+    is_answered,
+    refuse_foreign,
+    refuse_taken,
+    route_to,
+)
 from llmtrain.parallel.launcher import await_host, start_seconds, stop_seconds
 
 if TYPE_CHECKING:
@@ -218,13 +226,19 @@ def _run_agent(
 
 
 def _meet_host(hosts: Hosts, route: Route, patience: int) -> None:
-    """Raise ConfigError where this is host 0 and cannot listen, LaunchError where host 0 does not answer."""
-    if hosts.num_nodes == 1:
-        return
+    """Raise ConfigError where this is host 0 and cannot listen, or where another program has its port;
+    LaunchError where host 0 does not answer."""
+    variable = "RDZV_ENDPOINT" if hosts.backend == "c10d" else "MASTER_PORT"
     if hosts.node_rank == 0:
         refuse_taken(hosts.port)
-    elif not route.to_itself or hosts.node_rank is not None:
+    elif hosts.backend == "c10d" and route.to_itself:
+        # The first launcher of this host listens; what is there already must be one.
+        for address in (hosts.address, "localhost"):
+            if hosts.port and is_answered(address, hosts.port):
+                refuse_foreign(address, hosts.port, variable)
+    else:
         await_host(hosts.address, hosts.port, patience, "host 0")
+        refuse_foreign(hosts.address, hosts.port, variable)
 
 
 def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:

@@ -6,13 +6,18 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 from llmtrain.errors import ConfigError, Problem
 
 DEFAULT_PORT = 29500
+ANSWER_SECONDS = 15
+"""A store answers from a thread of its own, at once."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,60 @@ def refuse_taken(port: int) -> None:
             f"end what holds it (ss -ltnp 'sport = {port}' names it), or give all hosts another MASTER_PORT"
         )
         raise ConfigError(Problem("MASTER_PORT", got, "a free port of host 0", remedy)) from None
+
+
+def is_answered(address: str, port: int) -> bool:
+    """Whether something listens there now."""
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def refuse_foreign(address: str, port: int, variable: str) -> None:
+    """Raise ConfigError where what listens on the port that `variable` gave is none of torch's stores: torch
+    would wait for a word of it without end."""
+    if not (_waits_to_be_asked(address, port) and _answers_as_store(address, port)):
+        got = f"{port} of {address}, where another program answers"
+        remedy = (
+            f"end what holds it (ss -ltnp 'sport = {port}' there names it), or give all hosts another port"
+        )
+        raise ConfigError(Problem(variable, got, "a free port of that host", remedy))
+
+
+def _waits_to_be_asked(address: str, port: int) -> bool:
+    """As stores do, and servers that greet do not: what they say, torch would print as errors of its own."""
+    try:
+        with socket.create_connection((address, port), timeout=1) as connection:
+            connection.settimeout(0.3)
+            connection.recv(1)
+    except TimeoutError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _answers_as_store(address: str, port: int) -> bool:
+    from torch.distributed import DistError, TCPStore
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(DistError):
+            TCPStore(
+                address,
+                port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=ANSWER_SECONDS),
+            )
+            answered.set()
+
+    # torch's own limit holds for a connection and not for an answer.
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(ANSWER_SECONDS)
 
 
 class Route(NamedTuple):

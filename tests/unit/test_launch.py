@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from llmtrain import torchrun
 from llmtrain.errors import ConfigError
 from llmtrain.parallel import hosts
+from llmtrain.parallel.hosts import Hosts, Route
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
@@ -86,6 +89,43 @@ def test_a_port_that_is_taken_is_refused_with_its_number(address: str):
         with pytest.raises(ConfigError, match=rf"MASTER_PORT: got {port}, .*in use.*another MASTER_PORT"):
             hosts.refuse_taken(port)
     hosts.refuse_taken(port)
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.2\r\n", b""])
+def test_a_port_that_another_program_answers_on_is_refused(greeting: bytes, monkeypatch: pytest.MonkeyPatch):
+    """torch's store waits for its word without end."""
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 1)
+    connections = []
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                connections.append(holder.accept()[0])
+                connections[-1].sendall(greeting)
+
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConfigError, match=rf"RDZV_ENDPOINT: got {port} of 127\.0\.0\.1, where another"):
+            torchrun._meet_host(Hosts(port=port), Route("lo", "127.0.0.1", True), 10)
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT: got {port} of 127\.0\.0\.1, where another"):
+            torchrun._meet_host(
+                Hosts(num_nodes=2, node_rank=1, port=port, backend="static"),
+                Route("lo", "127.0.0.1", True),
+                10,
+            )
+
+
+def test_a_store_of_torch_is_met():
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for started in (
+        Hosts(port=store.port),
+        Hosts(num_nodes=2, node_rank=1, port=store.port, backend="static"),
+    ):
+        torchrun._meet_host(started, Route("lo", "127.0.0.1", True), 10)
+    store.set("key", "value")
 
 
 @pytest.mark.parametrize(
