@@ -148,7 +148,7 @@ class _Run:
             contents = contents_fingerprint(read, on_piece)
         return {
             "settings": _settings(self.config, self.given),
-            "sources": {"files": len(read), "bytes": size, "contents": contents},
+            "sources": {"files": len(read), "bytes": size, "hash": contents},
         }
 
     def follow(self) -> None:
@@ -277,9 +277,6 @@ def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
     if settings["target_field"] is None:
         # As corpora have it that were prepared before there were pairs.
         del settings["target_field"]
-    if settings["quoting"] == "auto":
-        # As corpora have it that are older than the key.
-        del settings["quoting"]
     if config.target_source:
         settings["target_source"] = len(config.target_source)
     if config.near_duplicates.threshold is not None:
@@ -287,10 +284,7 @@ def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
         settings["near_duplicates"]["rensa"] = near.require_library()
     typed = settings["tokenizer"].pop("typed_specials")
     if model is not None:
-        settings["tokenizer"] = {"model": model.sha256}
-        if typed != "text":
-            # As corpora have it that are older than the key.
-            settings["tokenizer"]["typed_specials"] = typed
+        settings["tokenizer"] = {"model": model.sha256, "typed_specials": typed}
     return settings
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -162,9 +161,10 @@ def _text(content: bytes, path: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """As transformers reads them, in text mode: str.splitlines would also cut at U+2028 and its like, which
-    pieces may hold."""
-    return [line.removesuffix("\n") for line in io.StringIO(_text(_read(path), path), newline=None)]
+    """As transformers parts them: at line feeds alone. Pieces may hold what else str.splitlines, or a file
+    read as text, would cut at."""
+    *lines, last = _text(_read(path), path).split("\n")
+    return [line.removesuffix("\r") for line in (*lines, *([last] if last else []))]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LEFT_OUT = ("run", "track", "cluster", "checkpoint", "device", "model.path", "data.path", "data.cache")
-"""Names and paths, what watches and what keeps: they change nothing that is trained."""
+from llmtrain.sweeps import CHANGES_NO_TRAINING
+
+NAMED_BY_USERS = ("data.mixture", "data.sources")
+"""Sections whose keys a person chooses: one that comes or goes is a change."""
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -22,9 +24,10 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key in now:
         name = prefix + key
-        if key not in before or name in LEFT_OUT or before[key] == now[key]:
+        if key not in before or name in CHANGES_NO_TRAINING or before[key] == now[key]:
             continue
-        if isinstance(before[key], dict) and isinstance(now[key], dict):
+        sections = isinstance(before[key], dict) and isinstance(now[key], dict)
+        if sections and (name not in NAMED_BY_USERS or set(before[key]) == set(now[key])):
             yield from _changes(before[key], now[key], f"{name}.")
         else:
             yield f"{name} was {_shown(before[key])} and is {_shown(now[key])}"

@@ -220,7 +220,7 @@ def test_multirun_makes_a_plan_for_each(capsys: pytest.CaptureFixture[str]):
         (["run.name=x,y"], ["runs/x/run.name=x", "runs/y/run.name=y"]),
         (
             ["run.dir=m", "seed=2", "optimizer.lr=1e-3,3e-4"],
-            ["m/optimizer.lr=0.001", "m/optimizer.lr=0.0003"],
+            ["m/optimizer.lr=0.001,seed=2", "m/optimizer.lr=0.0003,seed=2"],
         ),
         (["run.dir=m", "seed=2"], ["m"]),
         (["run.dir=${x}'\\,1_0"], ["${x}'\\", "1_0"]),

@@ -11,6 +11,20 @@ def test_a_folder_is_named_by_what_is_swept_in_any_order():
     assert one == job_folder(["optimizer.lr=0.001", "seed=1"], swept) == "optimizer.lr=0.001,seed=1"
 
 
+def test_what_else_is_trained_with_is_named_after_it():
+    """Else a sweep with another value would go on from the runs of the first."""
+    given = [
+        "data.path=/c",
+        "train.steps=9",
+        "+batch.global_size=8",
+        "seed=1",
+        "track.wandb.notes=x",
+        "run.dir=m",
+    ]
+    assert job_folder(given, {"seed"}) == "seed=1,batch.global_size=8,train.steps=9"
+    assert job_folder(given, set()) == ""
+
+
 def test_odd_and_long_values_give_safe_short_names_of_their_own():
     values = ["a/b", "a_b", "a,b", "[1,2]", "../x", "ä", "\udcff", "x" * 300, "x" * 299, "", "'a b'"]
     names = [job_folder([f"run.name={value}"], {"run.name"}) for value in values]

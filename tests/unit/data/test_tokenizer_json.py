@@ -136,7 +136,7 @@ def test_older_folders_without_tokenizer_json(kind: str, tmp_path: Path):
 
 
 def test_pieces_may_hold_line_ends_of_unicode(tmp_path: Path):
-    strange = ["a\u2028b", "\u2029", "##\x85", "\x0b", "\x0c", "\x1cx", "\x1d", "\x1e"]
+    strange = ["a\u2028b", "\u2029", "##\x85", "\x0b", "\x0c", "\x1cx", "\x1d", "\x1e", "p\rq", "\rq"]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *strange[:4], "", "das", *strange[4:], "fur", "##s"]
     for name, end in (("unix", "\n"), ("windows", "\r\n")):
         folder = tmp_path / name

@@ -42,3 +42,13 @@ def test_each_setting_that_changed_is_told():
         "precision was fp32 and is bf16",
         "seed was 0 and is 1",
     ]
+
+
+def test_corpora_that_join_or_leave_a_mixture_are_told():
+    before = {"data": {"mixture": {"a": 1.0, "b": 2.0}}}
+    assert changed_settings(before, {"data": {"mixture": {"a": 1.0, "b": 3.0}}}) == [
+        "data.mixture.b was 2.0 and is 3.0"
+    ]
+    for now in ({"a": 1.0}, {"a": 1.0, "c": 2.0}):
+        (told,) = changed_settings(before, {"data": {"mixture": now}})
+        assert told.startswith('data.mixture was {"a": 1.0, "b": 2.0} and is {"a": 1.0')
