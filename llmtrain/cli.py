@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from typing import Any
 from llmtrain import standard_streams
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
-from llmtrain.overrides import OVERRIDE, quote, quote_text, refuse_unusable, swept_keys, text_keys
+from llmtrain.overrides import (
+    OVERRIDE,
+    quote,
+    quote_text,
+    refuse_unreadable,
+    refuse_unusable,
+    swept_keys,
+    text_keys,
+)
 from llmtrain.parallel import launcher, stopping
 from llmtrain.sweeps import job_folder
 
@@ -118,7 +127,9 @@ def _answer(arguments: list[str]) -> int:
     if verb not in VERBS:
         print_problems([Problem("llmtrain", repr(verb), nearest(verb, list(VERBS)), "see llmtrain --help")])
         return EXIT_CODE
-    return run_verb(verb, arguments[1:])
+    # A job may be asked to stop while its configuration is still composed.
+    with stopping.request.listening() if verb == "train" else nullcontext():
+        return run_verb(verb, arguments[1:])
 
 
 def usage() -> str:
@@ -240,6 +251,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
     keys = text_keys(verb) if overrides else {}
     refuse_unusable(flags, overrides, keys)
     quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
+    refuse_unreadable(quoted)
 
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -315,8 +327,6 @@ def explain(error: Exception, verb: str) -> Problem:
         return Problem(match[1], "an unknown group", nearest(match[1], group_options("")))
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return Problem(match[1].rstrip("."), "nothing", "a value", f"give {match[1].rstrip('.')}=…")
-    if match := re.search(r"[Ee]rror parsing override '(.*?)' (.*?)(?: See http|$)", text):
-        return Problem("override", f"{match[1]} ({match[2]})", "key=value", "quote values: 'key=\"a value\"'")
     return Problem("override", text[:300], "key=value in Hydra's grammar", "quote values: 'key=\"a value\"'")
 
 

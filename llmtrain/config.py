@@ -262,3 +262,9 @@ def require(condition: bool, where: str, got: object, allowed: str, remedy: str 
     """One Problem unless `condition` holds; for `yield from` in a config's `problems()`."""
     if not condition:
         yield Problem(where, _show(got), allowed, remedy)
+
+
+def require_utf8(where: str, path: Path) -> Iterator[Problem]:
+    """One Problem for a path of other bytes: the library that reads and writes weights opens none."""
+    is_utf8 = not any("\udc80" <= character <= "\udcff" for character in str(path))
+    yield from require(is_utf8, where, str(path), "a path in UTF-8", "rename it, or choose another")

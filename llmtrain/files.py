@@ -49,7 +49,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def write_json_atomically(path: Path, value: Any, indent: int | None = 1) -> None:
     """`value` as JSON at `path`, whole or not at all. Without `indent` it takes a tenth of the time."""
-    write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    # Names of files need not be UTF-8: what Python holds them as, JSON has a spelling for.
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def sync(path: Path) -> None:

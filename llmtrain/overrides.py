@@ -126,6 +126,28 @@ def refuse_unusable(flags: list[str], overrides: list[str], keys: TextKeys) -> N
         raise ConfigError(problems)
 
 
+def refuse_unreadable(overrides: list[str]) -> None:
+    """Raise ConfigError for those that Hydra cannot read, each by its key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    problems = []
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            key, _, value = override.partition("=")
+            if key and value:
+                allowed = "a number, a word, a [list] or a {mapping: 1}"
+                remedy = "quote what is one text: 'key=\"a text\"'"
+                problems.append(Problem(key.lstrip("+"), repr(value), allowed, remedy))
+            else:
+                problems.append(Problem("override", repr(override), "key=value", "see --help for the keys"))
+    if problems:
+        raise ConfigError(problems)
+
+
 def swept_keys(overrides: list[str]) -> set[str]:
     """The keys that have several values in a sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.config import decode
+from llmtrain.config import decode, require_utf8
+from llmtrain.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class ExportConfig:
     """null: that of an untrained import's source; else fp32."""
     overwrite: bool = False
     """Replace another model's folder."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("checkpoint", "output"):
+            yield from require_utf8(name, getattr(self, name))
 
 
 def run(mapping: Mapping[str, Any]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config import decode, encode
+from llmtrain.config import decode, encode, require_utf8
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel import launcher
 
@@ -23,6 +23,10 @@ class ImportConfig:
     """The file or folder of another tokenizer than the one with the model."""
     overwrite: bool = False
     """Replace an earlier import."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("source", "output"):
+            yield from require_utf8(name, getattr(self, name))
 
 
 def run(mapping: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.checkpoint.config import CheckpointConfig
-from llmtrain.config import require
+from llmtrain.config import require, require_utf8
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.configs import ModelConfig
@@ -28,6 +28,9 @@ class RunConfig:
     name: str
     dir: Path
     """Folder of checkpoints, metrics and the resolved config; made when missing."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require_utf8("dir", self.dir)
 
 
 @dataclass(frozen=True)

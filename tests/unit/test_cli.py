@@ -59,7 +59,10 @@ def mistakes(
         (["checkpoint.resume=/no/such/run"], ["/no/such/run", "no such folder"]),
         (["engine=megatron"], ["engine", "'megatron'", "deepspeed"]),
         (["device=cuda"], ["device", "no GPU"]),
-        (["seed=(1"], ["override", "key=value"]),
+        *[
+            ([f"{key}={value}"], [f"{key}: got '{value}'", "a number, a word", "quote"])
+            for key, value in (("seed", "(1"), ("optimizer.lr", "a=b"), ("data.mixture", "{a=1}"))
+        ],
         (["=3"], ["override", "'=3'", "key=value"]),
         (["nokey=1"], ["nokey", "batch, checkpoint", "seed"]),
         (["precision=fp8"], ["precision", "fp32", "bf16", "fp16"]),
@@ -71,6 +74,7 @@ def mistakes(
         (["run.dir=''"], ["run.dir", "nothing", "a path"]),
         (["data.path="], ["data.path", "nothing", "a path"]),
         (["checkpoint.resume="], ["checkpoint.resume", "nothing", "a path"]),
+        (["run.dir=r\udce9"], ["run.dir", "a path in UTF-8"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -203,6 +207,13 @@ def test_unknown_verb_and_hydras_own_options(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "seed: 7" in shown
     assert "steps: 3" in shown
+
+
+def test_all_that_hydra_cannot_read_is_told_at_once(capsys: pytest.CaptureFixture[str]):
+    assert cli.run_verb("plan", ["seed=(1", "train.steps=2;3"]) == 2
+    told = capsys.readouterr().err
+    assert "seed: got '(1'" in told
+    assert "train.steps: got '2;3'" in told
 
 
 def test_multirun_makes_a_plan_for_each(capsys: pytest.CaptureFixture[str]):

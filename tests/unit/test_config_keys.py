@@ -15,7 +15,7 @@ from llmtrain.commands.generate import GenerateCommandConfig
 from llmtrain.commands.import_ import ImportConfig
 from llmtrain.config import decode, leaves
 from llmtrain.data.config import PrepareConfig
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.rope_config import RopeScaling
 from llmtrain.train.config import TrainConfig
 
@@ -57,10 +57,13 @@ def sections(hint: Any) -> set[type]:
     return set().union(*map(sections, typing.get_args(hint)))
 
 
-@pytest.mark.parametrize("section", sorted(set().union(*map(sections, CONFIGS)), key=str))
-def test_rules_name_null_too(section: type):
-    """Of each number that may be null, where a section's own rule refuses -1."""
+SECTIONS = sorted(set().union(*map(sections, CONFIGS)), key=str)
+
+
+def refusals(section: type) -> list[Problem]:
+    """What a section's own rules say of -1 in each key that may be null."""
     hints = typing.get_type_hints(section)
+    found: list[Problem] = []
     for field in dataclasses.fields(section):
         if not takes_null(hints[field.name]) or field.default is dataclasses.MISSING:
             continue
@@ -68,8 +71,18 @@ def test_rules_name_null_too(section: type):
         try:
             decode(section, {**needed, field.name: -1})
         except ConfigError as error:
-            said = [problem for problem in error.problems if problem.where == field.name]
-            assert all("null" in problem.allowed for problem in said), said
+            found += [problem for problem in error.problems if problem.where == field.name]
+    return found
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_rules_name_null_too(section: type):
+    said = refusals(section)
+    assert all("null" in problem.allowed for problem in said), said
+
+
+def test_there_are_such_rules():
+    assert sum(len(refusals(section)) for section in SECTIONS) >= 50
 
 
 def test_what_is_allowed_is_named_once():

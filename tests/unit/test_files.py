@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import subprocess
@@ -79,3 +80,11 @@ def test_a_file_system_without_locks_is_a_warning(
     (record,) = caplog.records
     assert str(tmp_path) in record.getMessage()
     assert os.strerror(number) in record.getMessage()
+
+
+def test_names_that_are_not_utf8_stay_what_they_are_in_json(tmp_path: Path):
+    name = os.fsdecode(b"t\xe9.model")
+    files.write_json_atomically(tmp_path / "x.json", {"path": name, "text": "é"})
+    content = (tmp_path / "x.json").read_text()
+    assert "é" in content
+    assert json.loads(content) == {"path": name, "text": "é"}

@@ -43,10 +43,7 @@ def test_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_while_there_is_nothing_to_save_a_process_ends_at_once(number: signal.Signals):
-    """Also within a call into C that goes on after a signal."""
-    program = """
+IN_C = """
 import ctypes
 from llmtrain.parallel.stopping import request
 
@@ -56,6 +53,23 @@ with request.listening():
     lock(mutex)
     lock(mutex)
 """
+COMPOSING = """
+import time
+from llmtrain import cli
+
+def run_verb(*_):
+    print("composing", flush=True)
+    time.sleep(60)
+
+cli.run_verb = run_verb
+cli.main(["train"])
+"""
+
+
+@pytest.mark.parametrize("program", [IN_C, COMPOSING], ids=["in C", "composing"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_there_is_nothing_to_save_a_process_ends_at_once(number: signal.Signals, program: str):
+    """Also within a call into C that goes on after a signal, and before the configuration is known."""
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
