@@ -57,14 +57,14 @@ class GenerateConfig:
         said: what generation_config.json of the model's folder says; it stands in for null where it is about
         the same way to find a token, sampling or beams.
         """
-        samples = bool(self.temperature) or self.top_k is not None or self.top_p is not None
-        num_beams = _first(self.num_beams, None if samples else said.get("num_beams"), 1)
+        is_told = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        num_beams = _first(self.num_beams, None if is_told else said.get("num_beams"), 1)
         temperature = self.temperature
         if temperature is None:
             temperature = 0.0 if has_sources or num_beams > 1 else TEMPERATURE
             if num_beams == 1 and said.get("do_sample"):
                 temperature = _first(said.get("temperature"), 1.0)
-            elif said.get("do_sample") is False and not samples:
+            elif said.get("do_sample") is False and not is_told:
                 temperature = 0.0
         top_k, top_p = self.top_k, self.top_p
         if temperature > 0 and said.get("do_sample"):

@@ -103,6 +103,8 @@ def test_any_of_several_ends_a_text() -> None:
         ({}, {"do_sample": False, "temperature": 0.6, "top_k": 9}, {"temperature": 0.0, "top_k": None}),
         ({"temperature": 0.0}, {"do_sample": True, "top_p": 0.9}, {"temperature": 0.0, "top_p": None}),
         ({"temperature": 0.3}, {"do_sample": True, "top_p": 0.9}, {"temperature": 0.3, "top_p": 0.9}),
+        ({"temperature": 0.0}, {"num_beams": 4}, {"num_beams": 1, "temperature": 0.0}),
+        ({"temperature": 0.0, "num_beams": 2}, {"num_beams": 4}, {"num_beams": 2, "temperature": 0.0}),
         ({"top_p": 0.5}, {"num_beams": 4}, {"num_beams": 1, "temperature": 0.8, "top_p": 0.5}),
         (
             {},
