@@ -1,4 +1,4 @@
-"""generation_config.json of a Hugging Face folder: how the model is to write, carried along as it was."""
+"""How the model of a Hugging Face folder is to write, generation_config.json: carried along as it was."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import Settings
+from llmtrain.checkpoint.generation_keys import HEEDED, PLAIN
 from llmtrain.checkpoint.huggingface_weights import read_json
 
 FILE = "generation_config.json"
@@ -17,12 +18,12 @@ _OUT = ("_from_model_config", "transformers_version")
 
 
 def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder says; without the file, the ids of its config.json, as in transformers.
+    """What the folder says; without the file, what its config.json says of it, as in transformers.
 
     Raises CheckpointError for values of keys that `generate` heeds and that are none.
     """
     if not (path / FILE).exists():
-        where, content = path / "config.json", ids_of(config)
+        where, content = path / "config.json", _said_by(config)
     else:
         where, content = path / FILE, read_json(path / FILE)
     settings = Settings(where, content)
@@ -33,6 +34,12 @@ def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _WHOLE:
         settings.whole(key, 1)
     return {key: value for key, value in content.items() if key not in _OUT}
+
+
+def _said_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of generation, which releases before the file had in config.json."""
+    keys = (*HEEDED, *PLAIN)
+    return {key: value for key, value in config.items() if key in keys and value is not None} | ids_of(config)
 
 
 def ids_of(config: Mapping[str, Any]) -> dict[str, Any]:

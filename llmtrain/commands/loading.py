@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from llmtrain.checkpoint import huggingface, retention, store
-from llmtrain.checkpoint.generation_settings import FILE as GENERATION
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode
 from llmtrain.data.tokenizer_folder import find_tokenizer
@@ -100,7 +99,9 @@ class TrainedModel:
         """`config` with what the folder says where it says nothing. longest: tokens of a prompt."""
         said = {} if self.origin is None else self.origin.generation
         if ignored := unheeded(said):
-            print(f"note: not heeded of {GENERATION}: {', '.join(ignored)}", file=sys.stderr)
+            print(
+                f"note: not heeded of the folder's generation settings: {', '.join(ignored)}", file=sys.stderr
+            )
         has_sources = self.config.family == "seq2seq"
         settings = config.resolved(has_sources=has_sources, said=said)
         if config.max_new_tokens is not None or not said:

@@ -116,6 +116,25 @@ def test_ids_of_a_folder_without_generation_settings(theirs: Path, tmp_path: Pat
     assert settings(tmp_path / "ours")["eos_token_id"] == found["eos_token_id"] == [2, 4]
 
 
+def test_how_to_write_where_config_json_says_it(theirs: Path) -> None:
+    """As in folders before generation_config.json; where that is, it alone counts."""
+    said = {
+        "num_beams": 4,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "max_length": 20,
+        "min_p": 0.1,
+    }
+    before = import_folder(theirs)
+    (theirs / "config.json").write_text(json.dumps(settings(theirs) | said | {"top_k": None}))
+    assert import_folder(theirs).origin.generation == before.origin.generation  # type: ignore[union-attr]
+    (theirs / "generation_config.json").unlink()
+    imported = import_folder(theirs)
+    assert imported.unknown == ()
+    found = imported.origin.generation  # type: ignore[union-attr]
+    assert {key: value for key, value in found.items() if not key.endswith("_token_id")} == said
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
