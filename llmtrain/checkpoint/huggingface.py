@@ -136,13 +136,17 @@ def import_folder(path: Path) -> Imported:
     if architecture not in list(FORMS):
         raise CheckpointError(Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(FORMS)))
     stored = StoredTensors(path)
-    asked = Asked(content)
-    theirs = Settings(path / CONFIG, asked, stored, lambda: _special_ids(path))
-    theirs.require("quantization_config")
     form = FORMS[architecture]
+    whole = Settings(path / CONFIG, Asked(content), stored, lambda: _special_ids(path))
+    whole.require("quantization_config")
+    parts = [whole] if form.part is None else [whole, form.part(whole)]
+    theirs = parts[-1]
     imported = import_stored(path, form, theirs, stored)
-    imported = replace(imported, unknown=unknown_keys(form, theirs, asked))
-    return replace(imported, origin=Origin.of(content, imported.config, read_generation(path, content)))
+    unknown = tuple(key for part in parts for key in unknown_keys(form, part))
+    told = (item for part in reversed(parts) for item in part.content.items())
+    said = {key: value for key, value in told if value is not None}
+    origin = Origin.of(dict(theirs.content), imported.config, read_generation(path, said))
+    return replace(imported, unknown=unknown, origin=origin)
 
 
 def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> Imported:

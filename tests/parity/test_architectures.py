@@ -43,6 +43,12 @@ def test_in_and_out_changes_no_bit(architecture: Architecture, tmp_path: Path) -
     assert len(list((tmp_path / "sharded" / "ours").glob("*.safetensors"))) > 1
 
 
+@EACH
+def test_no_key_of_theirs_is_unknown(architecture: Architecture, tmp_path: Path) -> None:
+    architecture.theirs().save_pretrained(tmp_path)
+    assert import_folder(tmp_path).unknown == ()
+
+
 @torch.no_grad()
 def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
     """Gemma 3's folders of 4 billion parameters and more; what it sees by is left out, and said to be."""
@@ -70,7 +76,9 @@ def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
     tokens_BT = tokens(3, T) - 1
     expected = theirs(input_ids=tokens_BT).logits
     assert difference(ours_from(tmp_path / "theirs")(tokens_BT), expected) <= TOLERANCE
-    export_folder(imported.config, imported.weights, None, tmp_path / "ours")
+    assert imported.unknown == ()
+    export_folder(imported.config, imported.weights, None, tmp_path / "ours", origin=imported.origin)
+    assert import_folder(tmp_path / "ours").config == imported.config
     again = Gemma3ForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.config.model_type == "gemma3_text"
     assert difference(again(tokens_BT).logits, expected) <= TOLERANCE

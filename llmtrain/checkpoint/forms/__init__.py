@@ -39,7 +39,11 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
     """The form that computes what the model does; ConfigError names the keys in the way.
 
     came_from: model_type of the folder that it came from, which is taken if it still fits."""
-    misfits = {name: form.misfits(config) for name, form in FORMS.items() if isinstance(config, form.config)}
+    misfits = {
+        name: form.misfits(config)
+        for name, form in FORMS.items()
+        if isinstance(config, form.config) and form.part is None
+    }
     fitting = [name for name, keys in misfits.items() if not keys]
     if fitting:
         return FORMS[came_from if came_from in fitting else fitting[0]]

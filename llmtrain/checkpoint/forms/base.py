@@ -6,6 +6,7 @@ Dim names: K key-value heads, G query heads a key-value head, H head width.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,13 +177,14 @@ class Settings:
 
     def with_keys(self, **keys: Any) -> Settings:
         """The same, with these keys besides."""
-        return replace(self, content={**self.content, **keys})
+        # In a chain, what is not asked for is not read, of which keys.py keeps count.
+        return replace(self, content=ChainMap(keys, self.content))  # type: ignore[arg-type]
 
-    def require(self, key: str, *allowed: Any) -> None:
+    def require(self, key: str, *allowed: Any, remedy: str = "") -> None:
         """Refuse a value that is given and is none of `allowed`: it would change what is computed."""
         value = self.content.get(key)
         if value is not None and value not in allowed:
-            raise self.refusal(key, ", ".join(map(str, allowed)) or "nothing")
+            raise self.refusal(key, ", ".join(map(str, allowed)) or "nothing", remedy)
 
     def is_tied(self, head: str, embedding: str, default: bool) -> bool:
         """Whether the head shares the embedding's weight: as `tie_word_embeddings` says, unless both tensors
@@ -235,5 +237,8 @@ class Form:
     """config.json → what our config is decoded from. Raises CheckpointError for what has no place in it."""
     names: Callable[[Collection[str], Any], Names] = keep_all
     """(stored names, config): other spellings."""
+    part: Callable[[Settings], Settings] | None = None
+    """Of an architecture that is more than the model: the model's settings among its own. It comes in alone,
+    and goes out as what they say."""
     fresh: tuple[str, ...] = ()
     """Our tensors that a folder may lack, all together: heads that are then begun anew."""

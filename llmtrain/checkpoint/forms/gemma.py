@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import ACTIVATIONS, ACTIVATIONS_BACK, Names, Settings, unless
+from llmtrain.checkpoint.forms.keys import Asked
 from llmtrain.checkpoint.forms.llama import ANY, form, misfits, read_attention_biases
 from llmtrain.checkpoint.forms.rope import read_rope
 from llmtrain.checkpoint.forms.rotary_by_kind import read_rope_by_kind, write_rope_by_kind
@@ -88,7 +89,7 @@ def _read_gemma2(theirs: Settings) -> dict[str, Any]:
     return {**_read_caps(theirs, attention=50.0, logits=30.0), **windows}
 
 
-_GEMMA3_DEFAULTS = {
+_GEMMA3_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,
     "hidden_size": 2304,
@@ -101,14 +102,18 @@ _GEMMA3_DEFAULTS = {
 """What a text_config leaves out."""
 
 
+_OF_BOTH = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys beside a text_config that win over those in it."""
+
+
 def _text_settings(theirs: Settings) -> Settings:
     """Of a model that sees images too, those of its text model."""
-    text = {**_GEMMA3_DEFAULTS, **theirs.section("text_config").content}
-    if theirs.content.get("tie_word_embeddings") is not None:
-        text["tie_word_embeddings"] = theirs.content["tie_word_embeddings"]
+    text = _GEMMA3_DEFAULTS | dict(theirs.section("text_config").content)
+    text |= {key: theirs.content[key] for key in _OF_BOTH if theirs.content.get(key) is not None}
     # transformers reads it in the text model by itself alone.
     text["final_logit_softcapping"] = None
-    return replace(theirs, content=text, prefix="text_config.")
+    text["model_type"] = GEMMA3.model_type
+    return replace(theirs, content=Asked(text), prefix="text_config.")
 
 
 def _names_of_text(names: Collection[str], config: GPTConfig) -> Names:
@@ -197,7 +202,6 @@ GEMMA3 = form(
 GEMMA3_WITH_IMAGES = replace(
     GEMMA3,
     model_type="gemma3",
-    read_config=lambda theirs: GEMMA3.read_config(_text_settings(theirs)),
+    part=_text_settings,
     names=_names_of_text,
 )
-"""In alone: it goes out as its text model."""

@@ -8,42 +8,74 @@ from typing import Any
 
 from llmtrain.checkpoint.forms.base import Form, Settings
 from llmtrain.checkpoint.forms.windows import FULL
+from llmtrain.checkpoint.generation_keys import HEEDED, OF_NO_EFFECT, PLAIN
 from llmtrain.models.bert_config import BertConfig
 
-_OF_NO_EFFECT = (
-    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "exported_by"),
-    *(
-        "_name_or_path",
-        "name_or_path",
-        "tokenizer_class",
-        "model_max_length",
-        "vocab_size",
-        "n_ctx",
-        "prefix",
-    ),
-    *("use_cache", "return_dict", "return_dict_in_generate", "output_scores", "output_past", "torchscript"),
-    *(
-        "attn_implementation",
+_OF_NO_EFFECT = frozenset(
+    (
         "_attn_implementation",
         "_attn_implementation_autoset",
-        "use_bfloat16",
+        "_name_or_path",
+        "_sliding_window_pattern",
+        "architectures",
+        "attn_implementation",
+        "boi_token_index",
+        "chunk_size_feed_forward",
+        "dense_act_fn",
+        "dtype",
+        "end_n_top",
+        "eoi_token_index",
+        "exported_by",
+        "extra_pos_embeddings",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "id2label",
+        "image_token_index",
+        "init_std",
+        "initializer_factor",
+        "initializer_range",
+        "is_encoder_decoder",
+        "is_gated_act",
+        "label2id",
+        "mem_len",
+        "mm_tokens_per_image",
+        "model_max_length",
+        "model_type",
+        "n_ctx",
+        "n_positions",
+        "name_or_path",
+        "normalize_embedding",
+        "num_hidden_layers",
+        "num_labels",
+        "original_max_position_embeddings",
+        "output_past",
         "prefix",
-    ),
-    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
-    *("initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "pretraining_tp"),
-    "prefix",
-    *("is_encoder_decoder", "chunk_size_feed_forward", "reorder_and_upcast_attn", "num_hidden_layers"),
-    # Where rope_scaling wins over it.
-    "rope_parameters",
-    # XLNet's, of texts that go on from row to row and of heads for answers.
-    *("mem_len", "reuse_len", "same_length", "use_mems_eval", "use_mems_train", "start_n_top", "end_n_top"),
-    # T5's and BART's, which follow from other keys or are what the model has anyway.
-    *("dense_act_fn", "n_positions", "normalize_embedding", "extra_pos_embeddings", "output_past"),
-    # Of generation, where releases before generation_config.json had them.
-    *("max_length", "min_length", "num_beams", "length_penalty", "no_repeat_ngram_size", "early_stopping"),
-    *("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "diversity_penalty"),
-    *("num_beam_groups", "num_return_sequences", "encoder_no_repeat_ngram_size"),
+        "pretraining_tp",
+        "problem_type",
+        "reorder_and_upcast_attn",
+        "return_dict",
+        "reuse_len",
+        "rope_parameters",
+        "same_length",
+        "start_n_top",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_bfloat16",
+        "use_mems_eval",
+        "use_mems_train",
+        "vision_config",
+        "vocab_size",
+        # Told when text is written.
+        *HEEDED,
+        *PLAIN,
+        *OF_NO_EFFECT,
+    )
 )
+"""On what the model computes, or where nobody asked for it: what other keys win over, or what only texts that
+go on from row to row, heads for answers, or images need."""
 _ENDINGS = ("_token_id", "dropout", "pdrop", "_dropout_prob", "layerdrop", "dropout_rate")
 _BEGINNINGS = ("summary_", "unsloth_", "transformers.js")
 _CHANGING: dict[str, tuple[Any, ...]] = {
@@ -81,13 +113,14 @@ class Asked(Mapping[str, Any]):
         return len(self._content)
 
 
-def unknown_keys(form: Form, theirs: Settings, asked: Asked) -> tuple[str, ...]:
-    """Those that nobody asked for and that are not known to be of no effect, but for null, false and what is
-    empty. To be called when all was asked for.
+def unknown_keys(form: Form, theirs: Settings) -> tuple[str, ...]:
+    """Those of `theirs`, whose content is an Asked, that nobody asked for and that are not known to be of no
+    effect, but for null, false and what is empty. To be called when all was asked for.
 
     Raises CheckpointError for those that are known to have one.
     """
-    unasked = asked.unasked()
+    assert isinstance(theirs.content, Asked)
+    unasked = theirs.content.unasked()
     for key, allowed in _CHANGING.items():
         if key in unasked:
             theirs.require(key, *allowed)
@@ -96,10 +129,10 @@ def unknown_keys(form: Form, theirs: Settings, asked: Asked) -> tuple[str, ...]:
     if set(unasked.get("layer_types") or ()) - {FULL}:
         raise theirs.refusal("layer_types", f"{FULL} alone: {form.model_type} has no other layers")
     return tuple(
-        key
+        f"{theirs.prefix}{key}"
         for key, value in unasked.items()
         if value
-        and key not in (*_OF_NO_EFFECT, *_CHANGING, "is_causal", "layer_types")
+        and key not in _OF_NO_EFFECT | _CHANGING.keys() | {"is_causal", "layer_types"}
         and not key.endswith(_ENDINGS)
         and not key.startswith(_BEGINNINGS)
     )

@@ -59,8 +59,13 @@ def read_rope(
     }
 
 
+def kind_key(rope: Settings) -> str:
+    """What its kind stands under; `type` is of older folders."""
+    return "rope_type" if "rope_type" in rope.content else "type"
+
+
 def _kind(rope: Settings, kinds: Mapping[str, str]) -> str:
-    key = "rope_type" if "rope_type" in rope.content else "type"
+    key = kind_key(rope)
     kind = rope.content.get(key, "default")
     if kind != "default" and kind not in list(kinds):
         raise rope.refusal(key, ", ".join(("default", *kinds)))

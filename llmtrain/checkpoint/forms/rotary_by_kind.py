@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import Settings
-from llmtrain.checkpoint.forms.rope import read_rope, write_rope
+from llmtrain.checkpoint.forms.rope import kind_key, read_rope, write_rope
 from llmtrain.checkpoint.forms.windows import FULL, SLIDING
 from llmtrain.models.config import GPTConfig
 
@@ -20,13 +20,18 @@ def read_rope_by_kind(
     for key in both.content.keys() - {FULL, SLIDING}:
         raise both.refusal(key, f"{FULL} and {SLIDING}")
     # Folders before transformers 5 have rope_scaling for layers without a window.
-    full = {**both.section(FULL).content, **theirs.section("rope_scaling").content}
+    scaling = theirs.section("rope_scaling")
+    if not both.section(FULL).content and kind_key(scaling) == "type":
+        scaling.require("type", "default", remedy="releases of transformers differ on it: say rope_type")
+    full = {**both.section(FULL).content, **scaling.content}
     full.setdefault("rope_theta", theirs.number("rope_theta", theta))
     local = both.section(SLIDING)
     if local.content != full:
-        local.require("rope_type", "default")
+        local.require(kind_key(local), "default")
+        local.require("partial_rotary_factor", 1)
     local_theta = local.number("rope_theta", theirs.number("rope_local_base_freq", local_theta))
-    merged = theirs.with_keys(rope_parameters=full, rope_scaling=None)
+    # Where layers differ, what the original context was is said in their sections alone.
+    merged = theirs.with_keys(rope_parameters=full, rope_scaling=None, original_max_position_embeddings=None)
     rope = read_rope(merged, theta=theta, longest=longest)
     differs = local_theta != rope["rope_theta"] or rope["rope_scaling"] is not None
     is_apart = windows["sliding_window"] is not None and local.content != full and differs
