@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtrain.checkpoint.forms.base import ACTIVATIONS, ACTIVATIONS_BACK, Names, Settings, unless
 from llmtrain.checkpoint.forms.keys import Asked
-from llmtrain.checkpoint.forms.llama import ANY, form, misfits, read_attention_biases
+from llmtrain.checkpoint.forms.llama import ANY, form, implied_head_width, misfits, read_attention_biases
 from llmtrain.checkpoint.forms.rope import read_rope
 from llmtrain.checkpoint.forms.rotary_by_kind import read_rope_by_kind, write_rope_by_kind
 from llmtrain.checkpoint.forms.windows import SLIDING, every, read_window, read_windows, write_windows
@@ -23,10 +23,9 @@ _THEIRS = ACTIVATIONS | {"gelu_tanh": "gelu_pytorch_tanh"}
 def _read_gemma(theirs: Settings) -> dict[str, Any]:
     """What all of them say otherwise than Llama."""
     theirs.require("use_bidirectional_attention", False)
-    implied = theirs.whole("hidden_size") // max(theirs.whole("num_attention_heads"), 1)
     return {
         **_HAS,
-        "head_dim": unless(theirs.whole("head_dim", 256), implied),
+        "head_dim": unless(theirs.whole("head_dim", 256), implied_head_width(theirs)),
         **read_attention_biases(theirs),
     }
 
@@ -64,15 +63,13 @@ def _write_caps(config: GPTConfig) -> dict[str, Any]:
 def _read_caps(theirs: Settings, *, attention: float | None, logits: float | None) -> dict[str, Any]:
     """What Gemma 2 and 3 say besides windows. attention, logits: soft caps where they are not said; null is
     none."""
-    read = _read_gemma(theirs)
-    width = read["head_dim"]
-    if width is None:
-        width = theirs.whole("hidden_size") // theirs.whole("num_attention_heads")
     return {
-        **read,
+        **_read_gemma(theirs),
         "norm_place": "both",
         "activation": theirs.choice("hidden_activation", ACTIVATIONS_BACK, "gelu_pytorch_tanh"),
-        "query_pre_attn_scalar": unless(theirs.whole("query_pre_attn_scalar", 256), width),
+        "query_pre_attn_scalar": unless(
+            theirs.whole("query_pre_attn_scalar", 256), theirs.whole("head_dim", 256)
+        ),
         "attention_softcap": _cap(theirs, "attn_logit_softcapping", attention),
         "logit_softcap": _cap(theirs, "final_logit_softcapping", logits),
     }

@@ -82,10 +82,14 @@ _ROPE_32K: Read = partial(read_rope, theta=10_000.0, longest=32_768)
 _ROPE_128K: Read = partial(read_rope, theta=10_000.0, longest=131_072)
 
 
+def implied_head_width(theirs: Settings) -> int:
+    return theirs.whole("hidden_size") // max(theirs.whole("num_attention_heads"), 1)
+
+
 def _read_config(theirs: Settings, rope: Read, tied: bool) -> dict[str, Any]:
     """What all of them say. rope: of rotary positions; tied: where it is not said."""
     hidden, heads = theirs.whole("hidden_size"), theirs.whole("num_attention_heads")
-    implied_width = hidden // max(heads, 1)
+    implied_width = implied_head_width(theirs)
     prefix = "" if "embed_tokens.weight" in theirs.tensors else "model."
     return {
         "vocab_size": theirs.whole("vocab_size"),
@@ -181,11 +185,9 @@ def _read_window(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_qwen3(theirs: Settings) -> dict[str, Any]:
-    width = theirs.whole("head_dim", 128)
-    implied = theirs.whole("hidden_size") // max(theirs.whole("num_attention_heads"), 1)
     return {
         "qk_norm": True,
-        "head_dim": unless(width, implied),
+        "head_dim": unless(theirs.whole("head_dim", 128), implied_head_width(theirs)),
         **read_attention_biases(theirs),
         **_read_layers(theirs),
     }

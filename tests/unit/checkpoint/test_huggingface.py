@@ -369,6 +369,15 @@ def test_layers_with_a_window(
     assert (config.sliding_window, config.full_attention_layers) == (window, full)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_a_model_without_heads(model_type: str) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    content = {**sizes, "num_attention_heads": 0, "head_dim": 32}
+    form = forms.FORMS[model_type]
+    with pytest.raises(ConfigError, match="num_heads: got 0; allowed: 1 or more"):
+        decode(GPTConfig, form.read_config(Settings(Path("config.json"), content)))
+
+
 def test_keys_that_nobody_knows_are_named(tmp_path: Path) -> None:
     export_folder(LLAMA, weights(LLAMA), None, tmp_path / "out")
     assert import_folder(tmp_path / "out").unknown == ()
