@@ -141,5 +141,5 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path, folder: Path, se
             make(source, tmp_path / "corpus")
     make(source, tmp_path / "corpus")
     server.faults.replaced.clear()
-    with pytest.raises(DataError, match=r"sources\.contents is .* there and .* here"):
+    with pytest.raises(DataError, match=r"sources\.hash is .* there and .* here"):
         make(source, tmp_path / "corpus")
