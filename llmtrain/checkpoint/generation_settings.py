@@ -1,4 +1,4 @@
-"""How the model of a Hugging Face folder is to write, generation_config.json: carried along as it was."""
+"""Read generation_config.json of a Hugging Face folder, and keep it for the export as it was."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OUT = ("_from_model_config", "transformers_version")
 
 
 def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder says; without the file, what its config.json says of it, as in transformers.
+    """Read the settings for generation, from config.json where the file is missing, as transformers does.
 
     Raises CheckpointError for values of keys that `generate` heeds and that are none.
     """

@@ -21,7 +21,7 @@ def list_steps(root: Path) -> list[Path]:
 
 
 def list_held(path: Path) -> list[Path]:
-    """What a user means by `path`, oldest first: a checkpoint folder, or those of a run folder."""
+    """List the checkpoints at `path`, oldest first: `path` itself, or those of the run folder there."""
     if (path / MANIFEST).exists():
         return [path]
     return list_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)

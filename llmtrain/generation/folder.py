@@ -1,4 +1,4 @@
-"""What a model's folder says of generation, as `generate` takes it. Free of torch."""
+"""Turn the generation settings of a model's folder into ours. Free of torch."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ KERNELS = (
 """Operators that products come down to besides torch's own `mm` and `addmm`."""
 
 Way = Literal["torch", "onednn", "fp32"]
-"""Who makes a product: torch; oneDNN, called directly; torch in fp32, rounded to the type asked for."""
+"""How to compute a product: by torch; by oneDNN directly; by torch in fp32, with the result rounded."""
 
 
 @cache
@@ -59,7 +59,7 @@ _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_m
 
 
 def computes_in_fp32(x: Tensor) -> bool:
-    """Whether products of x are made in fp32 and rounded to x's type, or autocast's."""
+    """Tell whether products of x are computed in fp32, and the result rounded to x's type or autocast's."""
     return x.device.type == "cpu" and way_of(autocast_type(x)) == "fp32"
 
 

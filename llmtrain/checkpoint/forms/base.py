@@ -238,7 +238,7 @@ class Form:
     names: Callable[[Collection[str], Any], Names] = keep_all
     """(stored names, config): other spellings."""
     part: Callable[[Settings], Settings] | None = None
-    """Of an architecture that is more than the model: the model's settings among its own. It comes in alone,
-    and goes out as what they say."""
+    """For a folder of more than our model, such as one with an image encoder: pick the settings of the model
+    that is imported. Its export has the form that these settings name."""
     fresh: tuple[str, ...] = ()
     """Our tensors that a folder may lack, all together: heads that are then begun anew."""

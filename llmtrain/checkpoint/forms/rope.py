@@ -60,7 +60,7 @@ def read_rope(
 
 
 def kind_key(rope: Settings) -> str:
-    """What its kind stands under; `type` is of older folders."""
+    """Name the key that holds the kind of scaling: `rope_type`, or `type` in older folders."""
     return "rope_type" if "rope_type" in rope.content else "type"
 
 
