@@ -88,11 +88,15 @@ soon as one has, and could cut the message off."""
 
 LOST_SECONDS = 3.0
 """How long a rank that lost another waits before it says so: the one that ended tells the cause, and a
-launcher that noticed ends this rank meanwhile."""
+launcher that noticed asks this rank to end meanwhile."""
 
 
 class _SweepInterrupted(BaseException):
     """A job was asked to stop, and so is the sweep: no Exception, which Hydra would keep until its end."""
+
+
+class _Crash(BaseException):
+    """What a verb died of is its cause: no Exception, of which Hydra would print a line of its own first."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -278,6 +282,8 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 prefix = f"job {hydra_config.job.num}: "
                 error.problems = tuple(replace(p, where=prefix + p.where) for p in error.problems)
             failures.append(error)
+        except Exception as error:
+            raise _Crash from error
 
     # Hydra then raises what happened instead of printing its own summary of it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -292,6 +298,9 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
             app()
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, verb)) from error
+        except _Crash as crash:
+            assert crash.__cause__ is not None
+            raise crash.__cause__ from None
         except _SweepInterrupted:
             print_problems([problem for failure in failures for problem in failure.problems])
             return INTERRUPTED_EXIT_CODE
@@ -389,10 +398,12 @@ def _lost_rank(error: RuntimeError) -> str | None:
 
 
 def tell_lost_rank(said: str) -> int:
-    """Say that another rank is gone, unless this one was told to end as well; → exit code."""
+    """Say that another rank is gone, unless this one is asked to end as well; → exit code."""
+    told_by_now = time.monotonic() + LOST_SECONDS
+    while not stopping.request.asked and time.monotonic() < told_by_now:
+        time.sleep(0.05)
     if stopping.request.asked:
         return INTERRUPTED_EXIT_CODE
-    time.sleep(LOST_SECONDS)
     where, got = f"rank {launcher.rank()}", f"a lost connection to another rank ({said})"
     print_problems([Problem(where, got, remedy="that process ended; its own message tells why")])
     return 1

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,8 @@ import pytest
 from llmtrain import cli
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.store import Checkpoint
-from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+from tests.support.training import TINY_GPT
+from tests.support.warm import llmtrain, start
 
 pytestmark = pytest.mark.slow
 
@@ -25,16 +23,6 @@ KILLS = 5
 def arguments(corpus: Path, run: Path, *overrides: str) -> list[str]:
     settings = [*TINY_GPT, "evaluation.every=null", "evaluation.at_start=false", "checkpoint.every=1"]
     return ["train", *settings, f"data.path={corpus}", f"run.dir={run}", *overrides]
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmtrain", *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def steps_of(run: Path) -> list[int]:
@@ -49,7 +37,7 @@ def test_kills_while_checkpoints_are_written(
     overrides = ["model.hidden_size=256", "batch.global_size=2", "checkpoint.keep_best=0"]
     num_partials, newest = 0, 0
     for number in range(KILLS):
-        process = start(arguments(corpus, run, *overrides, "train.steps=100000"))
+        process = start(*arguments(corpus, run, *overrides, "train.steps=100000"))
         deadline = time.monotonic() + 120
         while max(steps_of(run), default=0) < newest + 3:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -82,12 +70,8 @@ def test_a_disk_that_gets_full(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     command = arguments(corpus, run)
     assert llmtrain(*command, "train.steps=2").returncode == 0
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
-    try:
-        process = start([*command, "train.steps=20"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    process = start(*command, "train.steps=20")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2, said
     (line,) = [line for line in said.splitlines() if line.startswith("llmtrain: error: ")]

@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+from tests.support.training import REPOSITORY, TINY_GPT
+from tests.support.warm import llmtrain
 
 pytestmark = pytest.mark.slow
 

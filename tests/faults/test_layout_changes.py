@@ -4,19 +4,15 @@ other numbers of processes, exported, evaluated and sampled from, also on a pipe
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
-from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+from tests.support.training import TINY_GPT
+from tests.support.warm import finish, llmtrain, on_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -25,32 +21,12 @@ SETTINGS = (*TINY_GPT, "model.dropout=0.1", "optimizer.lr=3e-3", "seed=7", "devi
 ALL = (*SETTINGS, f"train.steps={STEPS}", "evaluation.every=null", "evaluation.at_start=false")
 
 
-def torchrun(processes: int, *arguments: str) -> list[str]:
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*runner, f"--nproc-per-node={processes}", "-m", "llmtrain", *arguments]
-
-
-def run(processes: int, *arguments: str, fails: bool = False) -> str:
-    done = subprocess.run(
-        torchrun(processes, *arguments),
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stdout
-
-
-def start(log: Path, processes: int, *arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        torchrun(processes, *arguments),
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=log.open("wb"),
-        stdout=subprocess.DEVNULL,
-    )
+def run(processes: int, *arguments: str) -> str:
+    """What the ranks printed."""
+    ranks = on_ranks(processes, *arguments)
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return "".join(done.stdout for done in ranks)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -76,29 +52,29 @@ def moved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ("train", *SETTINGS, f"data.path={corpus}", f"run.dir={folder}", "checkpoint.every=4")
     common = (*common, "evaluation.every=null", "evaluation.at_start=false")
     three_d = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "recompute=full")
-    log = tmp_path_factory.mktemp("logs") / "stderr"
-    process = start(log, 8, *common, *three_d, f"train.steps={STEPS}")
+    first = start_ranks(8, *common, *three_d, f"train.steps={STEPS}")
     deadline = time.monotonic() + 240
     # Behind step 9 and before the end: the checkpoint of step 8 is there, or soon will be.
     while not (folder / "checkpoints" / "step-00000008" / "manifest.json").exists():
         assert time.monotonic() < deadline
-        assert process.poll() is None, log.read_text()[-9000:]
+        assert first[0].poll() is None, first[0].communicate()[1][-9000:]
         time.sleep(0.02)
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        child.send_signal(signal.SIGKILL)
-    process.wait()
+    for rank in first:
+        rank.kill()
+    finish(first)
     newest = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
     assert 8 <= newest < STEPS
     middle = folder / "checkpoints" / f"step-{newest + 4:08d}" / "manifest.json"
     # The second start ends as a job does whose time is over: told to stop, it saves and leaves.
-    second = start(log, 4, *common, "parallel.zero=3", "batch.micro_size=1", f"train.steps={STEPS}")
+    second = start_ranks(4, *common, "parallel.zero=3", "batch.micro_size=1", f"train.steps={STEPS}")
     while not middle.exists():
-        assert second.poll() is None, log.read_text()[-9000:]
+        assert second[0].poll() is None, second[0].communicate()[1][-9000:]
         time.sleep(0.01)
-    for rank in psutil.Process(second.pid).children():
-        rank.send_signal(signal.SIGTERM)
-    assert second.wait() == 1, log.read_text()[-9000:]
-    assert "stopped at step" in log.read_text()
+    for rank in second:
+        rank.terminate()
+    stopped = [rank.communicate(timeout=120)[1] for rank in second]
+    assert [rank.returncode for rank in second] == [75] * 4, stopped
+    assert "stopped at step" in stopped[0]
     done = llmtrain(*common, f"train.steps={STEPS}")
     assert done.returncode == 0, done.stderr
     return folder

@@ -16,9 +16,9 @@ import pytest
 
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.store import Checkpoint
-from tests.faults.test_ranks_start import rank_environment
 from tests.faults.test_train_faults import curve, wait_for_step, wait_until_free
 from tests.support.training import REPOSITORY, TINY_GPT
+from tests.support.warm import rank_environment, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -204,22 +204,20 @@ def test_a_launcher_kills_ranks_that_take_too_long(corpus: Path, tmp_path: Path,
 
 def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
-    words = ["llmtrain", "train", *command(corpus, run, steps=100_000), "batch.micro_size=1"]
-    shared = rank_environment(4)
-    ranks = [Launch(words, run, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(4)]
+    ranks = start_ranks(4, "train", *command(corpus, run, steps=100_000), "batch.micro_size=1")
     try:
-        wait_for_step(3, run, ranks[0].launcher)
-        ranks[1].launcher.kill()
+        wait_for_step(3, run, ranks[0])
+        ranks[1].kill()
         for rank in (0, 2, 3):
-            code, output = ranks[rank].finish()
-            assert code == 1, output
-            assert "Traceback" not in output
-            [told] = [line for line in output.splitlines() if line.startswith("llmtrain: error: ")]
+            _, said = ranks[rank].communicate(timeout=PATIENCE_SECONDS)
+            assert ranks[rank].returncode == 1, said
+            assert "Traceback" not in said
+            [told] = [line for line in said.splitlines() if line.startswith("llmtrain: error: ")]
             assert told.startswith(f"llmtrain: error: rank {rank}: got a lost connection to another rank (")
             assert told.endswith("; that process ended; its own message tells why")
     finally:
         for rank in ranks:
-            rank.launcher.kill()
+            rank.kill()
 
 
 LEAVING = """

@@ -3,10 +3,7 @@ by real processes that find each other as a launcher's environment says."""
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,17 +12,10 @@ import pytest
 
 from llmtrain.data.corpus import Corpus
 from tests.support.corpora import write_text
-from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+from tests.support.training import TINY_GPT
+from tests.support.warm import finish, llmtrain, rank_environment, start
 
 pytestmark = pytest.mark.slow
-
-
-def rank_environment(size: int) -> dict[str, str]:
-    """What a launcher tells `size` ranks alike, with a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def start_ranks(
@@ -39,33 +29,16 @@ def start_ranks(
     """`llmtrain VERB COMMAND` on each rank, without any launcher; → how each ended."""
     numbers = list(range(len(commands))) if ranks is None else ranks
     shared = rank_environment(size or len(commands))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "llmtrain", verb, *command],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                **shared,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                **(environments or {}).get(rank, {}),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, command in zip(numbers, commands, strict=True)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(processes, outputs, strict=True)
-    ]
+    own = environments or {}
+    return finish(
+        [
+            start(
+                verb, *command, **{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **own.get(rank, {})}
+            )
+            for rank, command in zip(numbers, commands, strict=True)
+        ],
+        timeout=120,
+    )
 
 
 def errors(done: Sequence[subprocess.CompletedProcess[str]]) -> list[str]:

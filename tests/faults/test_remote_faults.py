@@ -28,7 +28,8 @@ from llmtrain.data.shards import ShardError
 from llmtrain.errors import DataError, UserError
 from tests.support.corpora import write_text
 from tests.support.servers import Faults, FileServer, s3_client, s3_server, upload
-from tests.support.training import REPOSITORY, TINY_GPT, compose, llmtrain, open_loader
+from tests.support.training import REPOSITORY, TINY_GPT, compose, open_loader
+from tests.support.warm import llmtrain
 
 SIZE = 300_000
 STEPS = 120

@@ -4,24 +4,17 @@ hash over its digests and the documents that its trace names say so."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.faults.test_layout_changes import start
-from tests.faults.test_ranks_start import rank_environment
-from tests.faults.test_train_faults import metrics, wait_for_step, wait_until_free
+from tests.faults.test_train_faults import metrics, wait_for_step
 from tests.support.corpora import random_documents, write_corpus
-from tests.support.training import REPOSITORY, llmtrain
+from tests.support.warm import finish, llmtrain, on_ranks, rank_environment, start, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -56,9 +49,12 @@ def arguments(data: Path | str, run: Path, *overrides: str, steps: int = STEPS) 
     ]
 
 
-def train(log: Path, processes: int, command: list[str]) -> None:
-    process = start(log, processes, *command)
-    assert process.wait(300) == 0, log.read_text()[-3000:]
+def train(processes: int, command: list[str]) -> str:
+    """What rank 0 said."""
+    ranks = on_ranks(processes, *command)
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return ranks[0].stderr
 
 
 def consumed(run: Path, steps: int = STEPS) -> str:
@@ -92,37 +88,36 @@ def test_ranks_and_threads_do_not_change_what_is_consumed(
     corpora: Path, alone: Path, tmp_path: Path, processes: int, workers: int
 ):
     run = tmp_path / "run"
-    train(tmp_path / "log", processes, arguments(corpora, run, MIXTURE, *ORDER, f"data.workers={workers}"))
+    train(processes, arguments(corpora, run, MIXTURE, *ORDER, f"data.workers={workers}"))
     assert consumed(run) == consumed(alone)
 
 
 def test_kills_and_other_numbers_of_ranks_do_not_change_what_is_consumed(
     corpora: Path, alone: Path, tmp_path: Path
 ):
-    run, log = tmp_path / "run", tmp_path / "log"
+    run = tmp_path / "run"
     command = arguments(corpora, run, MIXTURE, *ORDER)
     for turn, processes in enumerate((2, 4, 1)):
-        process = start(log, processes, *command, f"data.workers={2 * (turn % 2)}")
-        wait_for_step(random.SystemRandom().randint(15 * turn + 3, 15 * turn + 15), run, process)
-        for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            victim.send_signal(signal.SIGKILL)
-        process.wait(60)
-        wait_until_free(run)
+        ranks = start_ranks(processes, *command, f"data.workers={2 * (turn % 2)}")
+        wait_for_step(random.SystemRandom().randint(15 * turn + 3, 15 * turn + 15), run, ranks[0])
+        for rank in ranks:
+            rank.kill()
+        finish(ranks)
         assert max(record["step"] for record in metrics(run)) < STEPS, "killed too late"
-    train(log, 3, command)
+    said = train(3, command)
     assert consumed(run) == consumed(alone)
-    assert "resuming from" in log.read_text()
+    assert "resuming from" in said
 
 
 def test_a_new_source_and_another_batch_disturb_no_other(corpora: Path, tmp_path: Path):
-    run, log = tmp_path / "run", tmp_path / "log"
+    run = tmp_path / "run"
     two = "data.mixture={web: 0.6, books: 0.4}"
-    train(log, 1, arguments(corpora, run, two, "data.shuffle_shards=2", steps=8))
-    train(log, 2, arguments(corpora, run, MIXTURE, "data.shuffle_shards=2", steps=16))
-    assert "code joins the mixture at its beginning; the others go on" in log.read_text()
+    train(1, arguments(corpora, run, two, "data.shuffle_shards=2", steps=8))
+    said = train(2, arguments(corpora, run, MIXTURE, "data.shuffle_shards=2", steps=16))
+    assert "code joins the mixture at its beginning; the others go on" in said
     smaller = ("batch.global_size=10", "batch.micro_size=5", "data.shuffle_shards=2")
-    train(log, 2, arguments(corpora, run, MIXTURE, *smaller, steps=24))
-    assert "batch.global_size was 24, is 10; no sample is lost by that" in log.read_text()
+    said = train(2, arguments(corpora, run, MIXTURE, *smaller, steps=24))
+    assert "batch.global_size was 24, is 10; no sample is lost by that" in said
 
     records = trace(run, "1:24", tmp_path / "trace.jsonl")
     samples = {record["sample"]: record for record in records}
@@ -162,20 +157,7 @@ def test_a_shard_that_is_bad_on_one_rank_is_skipped_by_all(corpora: Path, tmp_pa
     run, shared = tmp_path / "run", rank_environment(2)
     command = arguments("corpus", run, *overrides, "data.workers=1", steps=12)
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "llmtrain", *command],
-            cwd=host,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(REPOSITORY),
-                **shared,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start(*command, cwd=host, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, host in enumerate(hosts)
     ]
     said = [rank.communicate(timeout=120)[1] for rank in ranks]

@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.store import Checkpoint
 from tests.support.corpora import write_text
-from tests.support.training import REPOSITORY, TINY_GPT, llmtrain
+from tests.support.training import REPOSITORY, TINY_GPT
+from tests.support.warm import finish, llmtrain, on_ranks, start, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -57,13 +57,7 @@ def assert_mistake(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def kill_at(step: int, command: list[str], run: Path, sig: int = signal.SIGKILL) -> subprocess.Popen[str]:
     """Start `llmtrain command` and signal it as soon as `step` is in its metrics."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmtrain", *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*command)
     wait_for_step(step, run, process)
     process.send_signal(sig)
     process.wait(60)
@@ -119,22 +113,19 @@ def test_kill_and_resume_is_bit_exact(corpus: Path, finished: Path, tmp_path: Pa
 @pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), (3, "fp32")])
 def test_kill_of_all_ranks_and_resume_is_bit_exact(corpus: Path, tmp_path: Path, zero: int, precision: str):
     overrides = [f"parallel.zero={zero}", f"precision={precision}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtrain"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    subprocess.run(
-        [*launcher, *arguments(corpus, whole, *overrides)], env=environment, cwd=REPOSITORY, check=True
-    )
+    for done in on_ranks(2, *arguments(corpus, whole, *overrides)):
+        assert done.returncode == 0, done.stderr
 
-    command = [*launcher, *arguments(corpus, run, *overrides)]
-    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
-    wait_for_step(random.SystemRandom().randint(4, 8), run, process)
-    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        victim.kill()
-    process.wait(60)
-    wait_until_free(run)
+    command = arguments(corpus, run, *overrides)
+    ranks = start_ranks(2, *command)
+    wait_for_step(random.SystemRandom().randint(4, 8), run, ranks[0])
+    for rank in ranks:
+        rank.kill()
+    finish(ranks)
     assert max(curve(run)) < 12, "killed too late"
-    subprocess.run(command, env=environment, cwd=REPOSITORY, check=True)
+    for done in on_ranks(2, *command):
+        assert done.returncode == 0, done.stderr
 
     assert curve(run) == curve(whole)
     ours, theirs = (Checkpoint.open(list_steps(path / "checkpoints")[-1]) for path in (run, whole))
@@ -235,21 +226,11 @@ def test_generate_says_what_it_passes_over(copy: Path):
 def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     (run / "metrics.jsonl").mkdir(parents=True)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("-m", "llmtrain", *arguments(corpus, run)),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    mistakes = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: error: ")]
-    assert len(mistakes) == 1, done.stderr
+    said = "".join(done.stderr for done in on_ranks(2, *arguments(corpus, run)))
+    mistakes = [line for line in said.splitlines() if line.startswith("llmtrain: error: ")]
+    assert len(mistakes) == 1, said
     assert "metrics.jsonl" in mistakes[0]
-    assert "closed by peer" not in done.stderr
+    assert "closed by peer" not in said
 
 
 def test_only_damaged_checkpoints_are_refused(corpus: Path, copy: Path):
@@ -272,9 +253,7 @@ def test_loss_that_is_not_finite(corpus: Path, tmp_path: Path):
 def test_run_folder_in_use(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     command = arguments(corpus, run, "train.steps=100000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmtrain", *command], cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    )
+    process = start(*command)
     try:
         deadline = time.monotonic() + 60
         while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:

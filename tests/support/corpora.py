@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tests.support.training import llmtrain
+from tests.support.warm import llmtrain
 
 INDEX_DTYPE = [
     ("shard", "<u4"),

@@ -1,10 +1,7 @@
-"""Real training in this process or in a pool's ranks, and the command line in a process of its own."""
+"""Real training in this process or in a pool's ranks."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,15 +135,3 @@ def train_steps(
     weights = {name: weight.numpy() for name, weight in store.Checkpoint.open(saved).weights().items()}
     distributed.barrier()
     return Trace(losses, grad_norms, weights, initial_weights, validation_loss)
-
-
-def llmtrain(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`llmtrain ARGUMENTS` in a process of its own, from the repository's folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "llmtrain", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=300,
-    )

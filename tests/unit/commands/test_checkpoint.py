@@ -15,7 +15,8 @@ from llmtrain.checkpoint.retention import list_steps
 from llmtrain.commands import checkpoint as verbs
 from llmtrain.data.mixture import begin
 from tests.support.owners import Owner, save
-from tests.support.training import TINY_GPT, llmtrain
+from tests.support.training import TINY_GPT
+from tests.support.warm import llmtrain
 
 TENSORS = {"a.w": torch.arange(24.0).reshape(4, 6), "b.w": torch.arange(5.0), "c.w": torch.ones(3, 2, 2)}
 

@@ -12,7 +12,8 @@ import pytest
 
 from llmtrain import cli
 from tests.support.corpora import random_documents, write_corpus
-from tests.support.training import TINY_GPT, llmtrain
+from tests.support.training import TINY_GPT
+from tests.support.warm import llmtrain
 
 SETTINGS = (*TINY_GPT, "device=cpu", "data.workers=0", "evaluation.every=null", "evaluation.at_start=false")
 TEXT = re.compile(r"^    (.*)$", re.MULTILINE)

@@ -6,7 +6,8 @@ import pytest
 
 from llmtrain.commands.resolve import resolve
 from llmtrain.errors import UserError
-from tests.support.training import compose, llmtrain
+from tests.support.training import compose
+from tests.support.warm import llmtrain
 
 GPT = ("model.num_heads=8", "batch.global_size=48", "batch.micro_size=2", "batch.sequence_length=64")
 LLAMA = ("model=llama_tiny", *GPT[1:])
