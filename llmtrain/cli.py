@@ -96,7 +96,11 @@ class _SweepInterrupted(BaseException):
 
 
 class _Crash(BaseException):
-    """What a verb died of is its cause: no Exception, of which Hydra would print a line of its own first."""
+    """What a verb died of: no Exception, of which Hydra would print a line of its own first."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -283,7 +287,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 error.problems = tuple(replace(p, where=prefix + p.where) for p in error.problems)
             failures.append(error)
         except Exception as error:
-            raise _Crash from error
+            raise _Crash(error) from None
 
     # Hydra then raises what happened instead of printing its own summary of it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -299,8 +303,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, verb)) from error
         except _Crash as crash:
-            assert crash.__cause__ is not None
-            raise crash.__cause__ from None
+            raise crash.error from None
         except _SweepInterrupted:
             print_problems([problem for failure in failures for problem in failure.problems])
             return INTERRUPTED_EXIT_CODE

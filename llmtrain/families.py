@@ -237,6 +237,14 @@ def family_of(model: ModelConfig) -> Family:
     return FAMILIES[model.family]
 
 
+def skeleton_of(model: ModelConfig) -> nn.Module:
+    """The module on the meta device: every parameter has its shape and no values."""
+    from llmtrain.models.initialize import on_meta
+
+    with on_meta():
+        return family_of(model).build(model)
+
+
 def model_shape(model: ModelConfig) -> ModelShape:
     """What the layout asks of the model."""
     family = family_of(model)

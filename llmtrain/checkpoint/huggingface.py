@@ -34,7 +34,7 @@ from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode
 from llmtrain.data.tokenizer_folder import EXPORT_MARK, find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
-from llmtrain.models.initialize import fill_box, match_initializers
+from llmtrain.models.initialize import fill_box, match_initializers, on_meta
 from llmtrain.shards import whole
 
 CONFIG = "config.json"
@@ -227,7 +227,7 @@ def _fresh_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _on_meta(form: Form, config: Any) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return form.build(config)
 
 

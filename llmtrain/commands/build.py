@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.families import family_of
+from llmtrain.families import family_of, skeleton_of
 from llmtrain.models.configs import ModelConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.train.config import TrainConfig
@@ -44,8 +44,7 @@ def build_engine(
     from llmtrain.parallel.recompute import apply_recompute
 
     mesh = Mesh(layout)
-    with torch.device("meta"):
-        model = family_of(config.model).build(config.model)
+    model = skeleton_of(config.model)
     source = weights or seed_source(model, config.seed)
     if checkpoint is not None:
         source = _checkpoint_source(checkpoint)
@@ -126,8 +125,7 @@ def build_for_use(config: ModelConfig, mesh: Mesh, device: torch.device, source:
 
     from llmtrain.parallel.materialize import materialize
 
-    with torch.device("meta"):
-        model = family_of(config).build(config)
+    model = skeleton_of(config)
     shards = _divide(model, config, mesh)
     used: nn.Module = model
     if mesh.layout.pipeline > 1:

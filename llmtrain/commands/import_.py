@@ -37,12 +37,10 @@ def run(mapping: Mapping[str, Any]) -> None:
             Problem("import", f"{launcher.world_size()} processes", "one", "start it without torchrun")
         )
 
-    import torch
-
     from llmtrain.checkpoint.foreign import read_foreign
     from llmtrain.checkpoint.imported import save_imported
     from llmtrain.commands.loading import fresh_note, unknown_note
-    from llmtrain.families import family_of
+    from llmtrain.families import skeleton_of
 
     source, output = config.source.expanduser(), config.output.expanduser()
     imported, tokenizer = read_foreign(source, config.tokenizer)
@@ -56,8 +54,7 @@ def run(mapping: Mapping[str, Any]) -> None:
                 "give the model's own: tokenizer=…",
             )
         )
-    with torch.device("meta"):
-        module = family_of(model).build(model)
+    module = skeleton_of(model)
     description = {
         "imported_from": str(source.absolute()),
         "model": encode(model),

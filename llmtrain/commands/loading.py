@@ -16,7 +16,7 @@ from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode
 from llmtrain.data.tokenizer_folder import find_tokenizer
 from llmtrain.errors import CheckpointError, Problem
-from llmtrain.families import family_of, model_config_type
+from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import end_ids, unheeded
 from llmtrain.models.configs import ModelConfig
@@ -211,9 +211,8 @@ def _origin_of(checkpoint: store.Checkpoint) -> Origin | None:
 
 def build_module(config: ModelConfig, device: torch.device) -> nn.Module:
     """The module with memory for its weights but no values in them."""
-    with torch.device("meta"):
-        module = family_of(config).build(config)
-    return module.to_empty(device=device)
+    # As to_empty does, which loads torch's compiler for a model on the meta device.
+    return skeleton_of(config)._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from llmtrain.config import MISSING, encode
 from llmtrain.data.corpora import Corpora
 from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem
-from llmtrain.families import family_of
+from llmtrain.families import skeleton_of
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.origin import Origin
@@ -134,8 +134,4 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> TrainedModel:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    import torch
-
-    with torch.device("meta"):
-        module = family_of(model).build(model)
-    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+    return {name: tuple(p.shape) for name, p in skeleton_of(model).named_parameters()}

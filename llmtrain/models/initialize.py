@@ -9,17 +9,42 @@ shares.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmtrain.shards import Box, Shard, matrix_shape
 
+_FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_})
+
 TILE = 256
 """Rows and columns drawn from one generator. Part of the definition: another value, another model."""
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """What is built inside has parameters on the meta device, and torch's own modules do not fill them: torch
+    would load its compiler for that, seconds of each start."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        settings = kwargs or {}
+        if function in _FILLS or getattr(function, "__module__", None) == nn.init.__name__:
+            filled = args[0] if args else settings["tensor"]
+            if filled.is_meta:
+                return filled
+        return function(*args, **settings)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from llmtrain.config import decode
-from llmtrain.families import family_of, model_config_type
+from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.models.bert import Bert
 from llmtrain.models.configs import ModelConfig
+from tests.support.training import REPOSITORY
 
-PRESETS = Path(__file__).parents[3] / "conf" / "model"
+PRESETS = REPOSITORY / "conf/model"
 
 EXACT = {
     "gpt2_124m": 124_439_808,
@@ -71,6 +73,17 @@ def load(name: str) -> ModelConfig:
     return config
 
 
+FORMS = (
+    "gpt_tiny",
+    "llama_tiny",
+    "lstm",
+    "simple_cnn",
+    "bert_tiny",
+    "xlnet_tiny",
+    "transformer_tiny",
+    "t5_tiny",
+)
+
 # That of a folder is no size of its own.
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != "pretrained")
 
@@ -78,14 +91,25 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != "pre
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_count(name: str) -> None:
     config = load(name)
-    with torch.device("meta"):
-        model = family_of(config).build(config)
+    model = skeleton_of(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
     count = sum(p.numel() for p in model.parameters())
     assert count == config.parameter_count()
     if name in EXACT:
         assert count == EXACT[name]
     elif name in ROUNDED:
         assert count == pytest.approx(ROUNDED[name], rel=0.01)
+
+
+def test_no_form_loads_the_compiler_of_torch() -> None:
+    """It takes seconds of each start."""
+    code = (
+        "import sys, torch; from llmtrain.commands.loading import build_module;"
+        "from tests.unit.models.test_presets import FORMS, load;"
+        "[build_module(load(name), torch.device('cpu')) for name in FORMS];"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
 def test_all_published_sizes_are_checked() -> None:
