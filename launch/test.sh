@@ -14,5 +14,9 @@ set_up test
 cd "$repository"
 say "running the tests"
 # Files of tests run side by side, those with slow tests first; a file's own tests share what they start.
-(($#)) || set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One thread each: more than there are cores would wait for one another.
+if (($# == 0)); then
+    export OMP_NUM_THREADS=1
+    set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+fi
 exec "$python" -m pytest "$@"

@@ -73,16 +73,7 @@ def load(name: str) -> ModelConfig:
     return config
 
 
-FORMS = (
-    "gpt_tiny",
-    "llama_tiny",
-    "lstm",
-    "simple_cnn",
-    "bert_tiny",
-    "xlnet_tiny",
-    "transformer_tiny",
-    "t5_tiny",
-)
+FORMS = ("gpt_tiny", "llama_tiny", "lstm", "simple_cnn", "bert_tiny", "xlnet_tiny", "t5_tiny", "bart_tiny")
 
 # That of a folder is no size of its own.
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml") if path.stem != "pretrained")
