@@ -1,4 +1,5 @@
-"""A pool of gloo ranks that stays alive for many tests: starting torch and DeepSpeed costs seconds.
+"""A pool of gloo ranks that stays alive for many tests, forked from a process that has imported torch and
+DeepSpeed, which costs seconds.
 
     results = ranks.run(2, function, argument, …)   # [rank 0's result, rank 1's result]
 
@@ -25,7 +26,8 @@ class Pool:
     """`size` processes in one process group."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.everything"])
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []

@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import importlib
 import io
 import json
 import os
@@ -212,22 +213,6 @@ def _become(folder: str, environment: dict[str, str], streams: list[int]) -> Non
     )
 
 
-def _import_everything() -> None:
-    import importlib
-    import pkgutil
-
-    import deepspeed  # noqa: F401
-    import hydra.utils  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import torch._dynamo  # noqa: F401  # an optimizer's first step would
-
-    import llmtrain
-
-    for module in pkgutil.walk_packages(llmtrain.__path__, "llmtrain."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-
-
 def _end(code: object) -> NoReturn:
     """As the interpreter ends for sys.exit(code), without a second spent to take its modules apart."""
     threading._shutdown()  # type: ignore[attr-defined]
@@ -242,7 +227,7 @@ def _end(code: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _import_everything()
+    importlib.import_module("tests.support.everything")
     gc.freeze()  # collections would touch, and so copy, every page
     sys.argv = ["llmtrain", *_serve(socket.socket(fileno=int(sys.argv[1])))]
     try:
