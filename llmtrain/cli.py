@@ -260,6 +260,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
     refuse_unusable(flags, overrides, keys)
     quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
     refuse_unreadable(quoted)
+    swept = swept_keys(quoted) - {"run.dir"} if sweeps else set()
 
     def job(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -274,7 +275,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
             composed.pop("experiment", None)
             if multirun and isinstance(composed.get("run"), dict):
                 # Jobs of a sweep must not share a run folder, nor go on from one of other values.
-                name = job_folder(list(hydra_config.overrides.task), swept_keys(quoted) - {"run.dir"})
+                name = job_folder(list(hydra_config.overrides.task), swept)
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / name)
             if verb in DOES_MORE_THAN_PRINT:
                 standard_streams.go_on_without_output()
