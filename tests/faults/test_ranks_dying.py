@@ -118,7 +118,7 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes(
         assert Checkpoint.open(path).damage() is None
 
     launches.append(Launch(words, run, NPROC_PER_NODE="4"))
-    output = launches[1].launcher.communicate(timeout=120)[0]
+    output = launches[1].launcher.communicate(timeout=300)[0]
     assert launches[1].launcher.returncode == 0, output
     assert sorted(curve(run)) == list(range(1, 41))
 
