@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.git import git_state
 from llmtrain.track.base import Metrics
 from llmtrain.track.config import WandbConfig
 from llmtrain.track.jsonl import read_metrics
@@ -83,6 +84,9 @@ def _init(
 ) -> Any:
     import wandb
 
+    # W&B would run git by itself, and with it what a repository's own settings name.
+    settings = wandb.Settings(disable_git=True, git_commit=git_state()[0]["commit"], save_code=False)
+
     def init(mode: Any) -> Any:
         return wandb.init(
             project=config.project,
@@ -97,6 +101,7 @@ def _init(
             id=run_id,
             resume="allow" if run_id else None,
             mode=mode,
+            settings=settings,
         )
 
     try:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -24,13 +23,13 @@ import yaml
 
 from llmtrain import files
 from llmtrain.errors import CheckpointError, Problem, TrainingError
+from llmtrain.git import cut, git_state
 from llmtrain.parallel import launcher
 
 PACKAGES = (
     *("llmtrain", "torch", "deepspeed", "fairscale", "webdataset", "sentencepiece", "numpy"),
     *("safetensors", "wandb", "hydra-core"),
 )
-MAX_DIFF_BYTES = 2**20
 
 
 class RunFolder:
@@ -79,7 +78,7 @@ class RunFolder:
             git, diff = git_state()
             files.write_json_atomically(self.path / "git.json", git)
             if diff:
-                files.write_atomically(self.path / "git.diff", _cut(diff))
+                files.write_atomically(self.path / "git.diff", cut(diff))
             else:
                 (self.path / "git.diff").unlink(missing_ok=True)
         except OSError as error:
@@ -112,34 +111,3 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "variables": variables,
     }
-
-
-def git_state() -> tuple[dict[str, Any], bytes]:
-    """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
-
-    def git(*arguments: str) -> bytes | None:
-        try:
-            done = subprocess.run(["git", *arguments], capture_output=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": None, "branch": None, "clean": None}, b""
-    branch = git("rev-parse", "--abbrev-ref", "HEAD") or b""
-    diff = git("diff", "HEAD")
-    state = {
-        "commit": commit.decode().strip(),
-        "branch": branch.decode(errors="replace").strip(),
-        "clean": None if diff is None else diff == b"",
-    }
-    return state, diff or b""
-
-
-def _cut(diff: bytes) -> bytes:
-    """The diff, or its first MAX_DIFF_BYTES under a line that says so."""
-    if len(diff) <= MAX_DIFF_BYTES:
-        return diff
-    note = f"# cut: the first {MAX_DIFF_BYTES:,} of {len(diff):,} bytes\n"
-    return note.encode() + diff[:MAX_DIFF_BYTES]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain import git
 from llmtrain.errors import CheckpointError
-from llmtrain.train import run_folder
 from llmtrain.train.run_folder import RunFolder
 
 
@@ -53,7 +53,7 @@ def test_a_cut_diff_says_so(checkout: Path, tmp_path: Path, monkeypatch: pytest.
     whole = subprocess.run(["git", "diff", "HEAD"], capture_output=True, check=True).stdout
     describe(tmp_path / "run")
     assert (tmp_path / "run" / "git.diff").read_bytes() == whole
-    monkeypatch.setattr(run_folder, "MAX_DIFF_BYTES", 100)
+    monkeypatch.setattr(git, "MAX_DIFF_BYTES", 100)
     describe(tmp_path / "run")
     note, _, rest = (tmp_path / "run" / "git.diff").read_bytes().partition(b"\n")
     assert note.decode() == f"# cut: the first 100 of {len(whole)} bytes"
