@@ -41,7 +41,8 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = open(path / ".lock", "a+")  # noqa: SIM115
+            self._refuse_links()
+            self._lock: IO[str] = files.open_no_link(path / ".lock", "a+")
         except OSError as error:
             raise CheckpointError(files.disk_problem(error, path, key="run.dir")) from error
         try:
@@ -58,6 +59,18 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
+
+    def _refuse_links(self) -> None:
+        """Raise CheckpointError for parts that lead out of the folder: whoever gave it chose where to."""
+        found = files.links_out_of(self.path)
+        if self.checkpoints.is_dir():
+            found += files.links_out_of(self.checkpoints)
+        if found:
+            got = f"a link that leads out of it: {found[0].relative_to(self.path)} → {os.readlink(found[0])}"
+            remedy = "remove the link, or put what it leads to in its place"
+            raise CheckpointError(
+                Problem(f"run.dir={self.path}", got, "files and folders of its own", remedy)
+            )
 
     @property
     def checkpoints(self) -> Path:
