@@ -28,9 +28,10 @@ import xxhash
 
 from llmtrain.data.shards import ShardError
 from llmtrain.data.train_config import CacheConfig
-from llmtrain.data.transport import UPLOAD_AGAIN, Transport, without_credentials
+from llmtrain.data.transport import UPLOAD_AGAIN, Transport
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import checksum, disk_problem, is_disk_full, write_atomically
+from llmtrain.urls import without_credentials
 
 PARTIAL = ".partial"
 LOCK_NAME = ".lock"

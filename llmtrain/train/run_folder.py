@@ -25,6 +25,7 @@ from llmtrain import files
 from llmtrain.errors import CheckpointError, Problem, TrainingError
 from llmtrain.git import cut, git_state
 from llmtrain.parallel import launcher
+from llmtrain.urls import without_credentials
 
 PACKAGES = (
     *("llmtrain", "torch", "deepspeed", "fairscale", "webdataset", "sentencepiece", "numpy"),
@@ -115,7 +116,7 @@ def environment() -> dict[str, Any]:
         or key in ("MASTER_ADDR", "WORLD_SIZE")
     }
     return {
-        "command": launcher.command(),
+        "command": [without_credentials(word) for word in launcher.command()],
         "folder": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
