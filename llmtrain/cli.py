@@ -184,10 +184,8 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         print_problems([Problem(where, "a full disk", "", "make room, then run the same command again")])
         return EXIT_CODE
     except RuntimeError as error:
-        said = _lost_rank(error)
-        if said is None:
-            raise
-        return tell_lost_rank(said)
+        _leave_if_lost(error)
+        raise
 
 
 def second_usage(verb: str) -> str:
@@ -392,13 +390,14 @@ def _speaks(error: UserError) -> bool:
     return True
 
 
-def _lost_rank(error: RuntimeError) -> str | None:
-    """What the connection to another rank died of, if that is what `error` tells."""
-    if "llmtrain.parallel.distributed" not in sys.modules:
-        return None
-    from llmtrain.parallel import distributed
+def _leave_if_lost(error: RuntimeError) -> None:
+    """End the process, without waiting for others, if `error` tells that another rank is gone."""
+    if "llmtrain.parallel.distributed" in sys.modules:
+        from llmtrain.parallel import distributed
 
-    return distributed.lost_rank(error)
+        said = distributed.lost_rank(error)
+        if said is not None:
+            distributed.finish(tell_lost_rank(said), together=False)
 
 
 def tell_lost_rank(said: str) -> int:
@@ -421,8 +420,6 @@ def finish(exit_code: int) -> None:
         try:
             distributed.finish(exit_code)
         except RuntimeError as error:
-            said = _lost_rank(error)
-            if said is None:
-                raise
-            distributed.finish(tell_lost_rank(said), together=False)
+            _leave_if_lost(error)
+            raise
     sys.exit(exit_code)

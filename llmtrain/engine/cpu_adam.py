@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from llmtrain.errors import Problem, TrainingError
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import Shapes, parameter_groups
 from llmtrain.parallel import distributed, launcher, toolchain
-from llmtrain.parallel.upstream import import_deepspeed
+from llmtrain.parallel.upstream import free_kernels, import_deepspeed
 
 
 def build_cpu_adam(
@@ -29,7 +28,8 @@ def build_cpu_adam(
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     os.environ["PATH"] = toolchain.executables()
-    folder = _build_folder()
+    free_kernels()
+    folder = toolchain.build_folder("cpu_adam")
     if launcher.local_rank() == 0 and not (folder / "cpu_adam.so").exists():
         print(f"compiling DeepSpeed's CPU Adam in {folder}, some minutes, once", file=sys.stderr, flush=True)
 
@@ -54,12 +54,6 @@ def build_cpu_adam(
     optimizer = distributed.agree(build)
     optimizer.register_step_pre_hook(_start_from_state)
     return optimizer
-
-
-def _build_folder() -> Path:
-    from torch.utils.cpp_extension import _get_build_directory
-
-    return Path(_get_build_directory("cpu_adam", verbose=False))
 
 
 def _start_from_state(optimizer: Any, _args: Any, _kwargs: Any) -> None:

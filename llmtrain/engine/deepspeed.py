@@ -16,7 +16,7 @@ from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.upstream import import_deepspeed
+from llmtrain.parallel.upstream import free_kernels, import_deepspeed
 from llmtrain.shards import Shard
 
 MAX_BUCKET_ELEMENTS = 200_000_000
@@ -134,6 +134,8 @@ class DeepSpeedEngine(Engine):
         setup = self.setup
         config = config_of(setup.layout, setup.precision, setup.optimizer, setup.shards, self.device)
         deepspeed = import_deepspeed()
+        if setup.layout.quantized_weights or setup.layout.quantized_gradients:
+            free_kernels()  # ZeRO++ compiles some
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever the log level
             engine, *_ = deepspeed.initialize(
                 model=module,

@@ -1,10 +1,13 @@
-"""What this machine needs in order to compile DeepSpeed's kernels at first use; asked without torch."""
+"""What this machine needs in order to compile DeepSpeed's kernels at first use; asked without torch. And what
+a killed process leaves of a kernel that it compiled."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,3 +46,45 @@ def cuda_compiler_flaw() -> Flaw | None:
     if shutil.which("nvcc", path=os.pathsep.join([*places, executables()])) is None:
         return Flaw("there is no nvcc", "install the CUDA toolkit or set CUDA_HOME to where it lies")
     return compiler_flaw()
+
+
+def build_folder(kernel: str) -> Path:
+    """Where torch compiles it."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(kernel, verbose=False))
+
+
+def drop_stale_locks(folder: Path) -> None:
+    """Remove the locks in `folder`, which holds a folder a kernel, that no process of this host holds.
+
+    torch makes a file while it compiles and removes it in the end; where a killed process could not, all
+    later ones would wait for ever.
+    """
+    found = {lock: _inode(lock) for lock in folder.glob("*/lock")}
+    if not found or found.keys() <= _open_files():
+        return
+    time.sleep(1)  # torch closes the file a moment before it removes it
+    held = _open_files()
+    for lock, inode in found.items():
+        if lock not in held and inode is not None and _inode(lock) == inode:
+            print(f"removing {lock}, which a killed process left behind", file=sys.stderr, flush=True)
+            lock.unlink(missing_ok=True)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _open_files() -> set[Path]:
+    """Those of all processes that this one may look into: its user's, on this host."""
+    found = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            found.add(Path(os.readlink(descriptor)))
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtrain.parallel import launcher
+from llmtrain.parallel import launcher, toolchain
 
 
 def import_deepspeed() -> Any:
@@ -31,6 +31,17 @@ def import_deepspeed() -> Any:
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
     return deepspeed
+
+
+def free_kernels() -> None:
+    """Remove what killed processes left of kernels that they compiled.
+
+    All ranks call it together, before one is compiled or loaded.
+    """
+    if launcher.local_rank() == 0:
+        toolchain.drop_stale_locks(toolchain.build_folder("cpu_adam").parent)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def accelerator() -> str:

@@ -30,7 +30,7 @@ from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.data.tokenizer_sentencepiece import train
 from llmtrain.models.bert import Bert
 from llmtrain.models.bert_config import BertConfig as OurBertConfig
-from tests.support import training
+from tests.support import warm
 from tests.support.gguf_files import small_model, write_gguf
 from tests.support.tokenizers import texts, write_tokenizer
 
@@ -107,7 +107,7 @@ def run(verb: str, *overrides: str, own_process: bool = False) -> None:
     if not own_process:
         assert cli.run_verb(verb, list(overrides)) == 0
         return
-    done = training.llmtrain(verb, *overrides)
+    done = warm.llmtrain(verb, *overrides)
     assert done.returncode == 0, done.stderr
 
 

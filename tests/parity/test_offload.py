@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmtrain.parallel import toolchain
 from tests.parity.matrix import STEPS, TOLERANCES, Tolerance, deviation
 from tests.parity.test_resume import assert_bitwise_resume
 from tests.support import ranks
@@ -57,9 +58,11 @@ def references(corpus: Path) -> dict[str, Trace]:
 @pytest.fixture(scope="module")
 def kernel() -> None:
     """DeepSpeed's CPU Adam compiled: minutes, once on a machine, which no rank's answer may take."""
+    toolchain.drop_stale_locks(toolchain.build_folder("cpu_adam").parent)
     code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=ranks.TIMEOUT_SECONDS)
 
 
 @pytest.mark.parametrize(

@@ -231,3 +231,33 @@ def test_answers_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_locks_that_killed_compilations_left_are_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(toolchain.time, "sleep", lambda _: None)
+    for name in ("left", "held"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    (tmp_path / "done").mkdir()
+    hold = "import sys; held = open(sys.argv[1]); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "held/lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        toolchain.drop_stale_locks(tmp_path)
+        assert not (tmp_path / "left/lock").exists()
+        assert (tmp_path / "held/lock").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    toolchain.drop_stale_locks(tmp_path)
+    assert not (tmp_path / "held/lock").exists()
+    said = capsys.readouterr().err.splitlines()
+    removed = [tmp_path / name / "lock" for name in ("left", "held")]
+    assert said == [f"removing {lock}, which a killed process left behind" for lock in removed]
