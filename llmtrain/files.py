@@ -7,7 +7,10 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,17 +30,27 @@ UNWRITABLE = {
     errno.EEXIST: "a file stands where its folder should be: choose another place",
     errno.EISDIR: "name a file",
     errno.ENOENT: "make its folder first",
+    errno.ELOOP: "a link stands there, which may lead anywhere: remove it",
 }
 """What to do about each way in which a place refuses to be written."""
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace the file at `path` by `content`: a reader sees the old file or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with atomic_writer(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes its name, safe on the disk, when the block ends without an error.
+
+    Until then it has a name that nobody can foresee: in a folder of others, a link may wait behind any other.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        with open(temporary, "xb", opener=_beside_no_link) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -45,6 +58,25 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def open_no_link(path: Path, mode: str) -> IO[str]:
+    """`open` of a text file that is not behind a link. Raises OSError (ELOOP) for one that is."""
+    return open(path, mode, opener=_beside_no_link, encoding="utf-8")
+
+
+def _beside_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def links_out_of(folder: Path) -> list[Path]:
+    """The entries of `folder`, a level deep, that are links to places outside of it."""
+    inside = folder.resolve()
+    return [
+        entry
+        for entry in sorted(folder.iterdir())
+        if entry.is_symlink() and not entry.resolve().is_relative_to(inside)
+    ]
 
 
 def write_json_atomically(path: Path, value: Any, indent: int | None = 1) -> None:

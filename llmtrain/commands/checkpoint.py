@@ -300,8 +300,9 @@ def prune(mapping: Mapping[str, Any]) -> None:
 
     config = decode(PruneConfig, mapping)
     root = config.path / "checkpoints" if (config.path / "checkpoints").is_dir() else config.path
-    # A run that trains there decides itself what stays.
-    held = RunFolder(root.parent) if (root.parent / ".lock").exists() else None
+    # A run that trains there decides itself what stays; whoever only looks holds and writes nothing.
+    is_run = not config.dry_run and (root.parent / ".lock").exists()
+    held = RunFolder(root.parent) if is_run else None
     try:
         current = retention.find(root, _warn)
         doomed = retention.unkept(

@@ -28,9 +28,10 @@ import xxhash
 
 from llmtrain.data.shards import ShardError
 from llmtrain.data.train_config import CacheConfig
-from llmtrain.data.transport import UPLOAD_AGAIN, Transport, without_credentials
+from llmtrain.data.transport import UPLOAD_AGAIN, Transport
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import checksum, disk_problem, is_disk_full, write_atomically
+from llmtrain.urls import without_credentials
 
 PARTIAL = ".partial"
 LOCK_NAME = ".lock"
@@ -117,7 +118,7 @@ class Cache:
                     self._arrive(file, descriptor)
                     continue
                 with suppress(FileNotFoundError):  # evicted in this moment
-                    return os.open(self._folder / file.name, os.O_RDONLY)
+                    return os.open(self._folder / file.name, os.O_RDONLY | os.O_NOFOLLOW)
 
     def want(self, files: Sequence[RemoteFile]) -> None:
         """Read ahead: get `files` in this order in the background, in place of what is still queued.
@@ -291,7 +292,7 @@ class Cache:
             with self._folder_lock():
                 if os.path.exists(self._folder / file.name):
                     return None
-                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
                 if _try_lock(descriptor):
                     if self._make_room(file.size, partial.name, self._spared() if ahead else ()):
                         mine, descriptor = descriptor, -1
@@ -423,7 +424,7 @@ class Cache:
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:
         """Alone among all threads and processes: what is there is counted and evicted, downloads begin."""
-        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -481,7 +482,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _is_locked(path: str) -> bool:
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         return not _try_lock(descriptor)
     finally:

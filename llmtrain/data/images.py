@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -19,7 +20,11 @@ from llmtrain.data.train_config import CacheConfig
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem, nearest
 
-PICTURES = ("jpg", "jpeg", "png")
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
+"""Extension → format, as Pillow calls it."""
 
 
 class Images:
@@ -188,8 +193,26 @@ def _pixels(content: bytes, extension: str, where: str) -> np.ndarray:
                 raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (H, W) or (H, W, 3)")
             picture = Image.fromarray(array)
         else:
-            picture = Image.open(io.BytesIO(content))
+            picture = _opened(content)
         grey = picture.convert("L").resize((Images.SIDE, Images.SIDE))
-    except (OSError, ValueError, TypeError, SyntaxError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, MemoryError) as error:
         raise DataError(Problem(where, f"no picture ({error})", f"a .{extension} file")) from error
     return np.asarray(grey, dtype=np.uint8).reshape(-1)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The picture, not yet decoded. Raises OSError or ValueError for what is none of PICTURES.
+
+    The content decides how it is read, whatever its name: of all that Pillow reads, some formats start
+    programs. A few bytes may also stand for more pixels than there is memory.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(content), formats=sorted(set(PICTURES.values())))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+        except Image.UnidentifiedImageError:
+            raise ValueError("its content is that of no such file") from None

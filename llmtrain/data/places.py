@@ -20,9 +20,10 @@ import xxhash
 from llmtrain.data.cache import Cache, RemoteFile
 from llmtrain.data.manifest import MANIFEST_NAME, PREPARE_AGAIN, STAMP_NAME, UNFINISHED_NAME, ShardEntry
 from llmtrain.data.shards import ShardError
-from llmtrain.data.transport import join, without_credentials
+from llmtrain.data.transport import join
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import checksum, write_json_atomically
+from llmtrain.urls import without_credentials
 
 Problems = dict[str, Problem]
 """File of a shard → what is wrong with it."""

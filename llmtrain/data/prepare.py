@@ -41,9 +41,9 @@ from llmtrain.data.preparation.workers import Workers
 from llmtrain.data.shards import token_dtype
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.tokenizer_folder import load_tokenizer
-from llmtrain.data.transport import without_credentials
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_json_atomically
+from llmtrain.urls import without_credentials
 
 PAIRED = ("target_field", "target_source")
 """Settings that corpora of single texts lack."""

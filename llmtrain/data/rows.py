@@ -20,7 +20,7 @@ from llmtrain.data import packing
 from llmtrain.data.corpus import TokenSplit
 from llmtrain.data.samples import Recent
 from llmtrain.errors import DataError
-from llmtrain.files import disk_problem, write_atomically
+from llmtrain.files import disk_problem, open_no_link, write_atomically
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def counted_once(
     path = cache / "rows" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.npy"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as file:
+        with open_no_link(path.with_suffix(".lock"), "a") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             # A file that a disk has damaged is made anew.

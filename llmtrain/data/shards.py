@@ -20,9 +20,8 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from llmtrain.data.files import atomic_writer
 from llmtrain.errors import DataError
-from llmtrain.files import write_atomically
+from llmtrain.files import atomic_writer, write_atomically
 
 INDEX_DTYPE = np.dtype(
     [
@@ -66,6 +65,7 @@ def sample_bytes(num_tokens: int, num_documents: int, dtype: np.dtype) -> int:
 def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], np.ndarray]:
     """Write one tar and return its manifest entry and its INDEX_DTYPE rows."""
     rows: list[tuple[int, int, int, int, int]] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as file:
         tar = _Tar(file)
         for sample in samples:

@@ -21,6 +21,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from llmtrain.data.shards import ShardError
 from llmtrain.errors import DataError, Problem
+from llmtrain.urls import without_credentials
 
 HTTP_CHUNK_BYTES = 1 << 18
 FILESYSTEM_CHUNK_BYTES = 8 << 20
@@ -57,13 +58,6 @@ def join(root: str, name: str) -> str:
         return f"{root.rstrip('/')}/{name}"
     parts = urlsplit(root)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
-
-
-def without_credentials(url: str) -> str:
-    """`url` for messages: without user and password, and without a web address' query, which may be a
-    signature."""
-    plain = re.sub(r"://[^/@]*@", "://", url)
-    return plain.split("?", 1)[0] if _is_http(url) else plain
 
 
 class Transport:

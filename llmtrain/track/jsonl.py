@@ -25,7 +25,7 @@ class JsonlTracker:
         self._path = path
         try:
             _keep_up_to(path, -1 if resume_step is None else resume_step)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise _disk_error(path, error) from error
 
@@ -67,14 +67,10 @@ def _keep_up_to(path: Path, last_step: int) -> None:
     """Rewrite `path` atomically with its records up to `last_step`."""
     if not path.exists():
         return
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as kept:
+    with files.atomic_writer(path) as kept:
         for record in read_metrics(path):
             if record["step"] <= last_step:
-                kept.write(json.dumps(record) + "\n")
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(partial, path)
+                kept.write(json.dumps(record).encode() + b"\n")
 
 
 def _finite(value: Any) -> Any:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import logging
 import math
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.git import git_state
 from llmtrain.track.base import Metrics
 from llmtrain.track.config import WandbConfig
 from llmtrain.track.jsonl import read_metrics
+from llmtrain.urls import without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,10 @@ def _init(
 ) -> Any:
     import wandb
 
+    sys.argv = [without_credentials(word) for word in sys.argv]  # which W&B sends
+    # W&B would run git by itself, and with it what a repository's own settings name.
+    settings = wandb.Settings(disable_git=True, git_commit=git_state()[0]["commit"], save_code=False)
+
     def init(mode: Any) -> Any:
         return wandb.init(
             project=config.project,
@@ -97,6 +104,7 @@ def _init(
             id=run_id,
             resume="allow" if run_id else None,
             mode=mode,
+            settings=settings,
         )
 
     try:

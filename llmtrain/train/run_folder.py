@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -24,13 +23,14 @@ import yaml
 
 from llmtrain import files
 from llmtrain.errors import CheckpointError, Problem, TrainingError
+from llmtrain.git import cut, git_state
 from llmtrain.parallel import launcher
+from llmtrain.urls import without_credentials
 
 PACKAGES = (
     *("llmtrain", "torch", "deepspeed", "fairscale", "webdataset", "sentencepiece", "numpy"),
     *("safetensors", "wandb", "hydra-core"),
 )
-MAX_DIFF_BYTES = 2**20
 
 
 class RunFolder:
@@ -42,7 +42,8 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = open(path / ".lock", "a+")  # noqa: SIM115
+            self._refuse_links()
+            self._lock: IO[str] = files.open_no_link(path / ".lock", "a+")
         except OSError as error:
             raise CheckpointError(files.disk_problem(error, path, key="run.dir")) from error
         try:
@@ -59,6 +60,18 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
+
+    def _refuse_links(self) -> None:
+        """Raise CheckpointError for parts that lead out of the folder: whoever gave it chose where to."""
+        found = files.links_out_of(self.path)
+        if self.checkpoints.is_dir():
+            found += files.links_out_of(self.checkpoints)
+        if found:
+            got = f"a link that leads out of it: {found[0].relative_to(self.path)} → {os.readlink(found[0])}"
+            remedy = "remove the link, or put what it leads to in its place"
+            raise CheckpointError(
+                Problem(f"run.dir={self.path}", got, "files and folders of its own", remedy)
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -79,7 +92,7 @@ class RunFolder:
             git, diff = git_state()
             files.write_json_atomically(self.path / "git.json", git)
             if diff:
-                files.write_atomically(self.path / "git.diff", _cut(diff))
+                files.write_atomically(self.path / "git.diff", cut(diff))
             else:
                 (self.path / "git.diff").unlink(missing_ok=True)
         except OSError as error:
@@ -103,7 +116,7 @@ def environment() -> dict[str, Any]:
         or key in ("MASTER_ADDR", "WORLD_SIZE")
     }
     return {
-        "command": launcher.command(),
+        "command": [without_credentials(word) for word in launcher.command()],
         "folder": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -112,34 +125,3 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "variables": variables,
     }
-
-
-def git_state() -> tuple[dict[str, Any], bytes]:
-    """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
-
-    def git(*arguments: str) -> bytes | None:
-        try:
-            done = subprocess.run(["git", *arguments], capture_output=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return {"commit": None, "branch": None, "clean": None}, b""
-    branch = git("rev-parse", "--abbrev-ref", "HEAD") or b""
-    diff = git("diff", "HEAD")
-    state = {
-        "commit": commit.decode().strip(),
-        "branch": branch.decode(errors="replace").strip(),
-        "clean": None if diff is None else diff == b"",
-    }
-    return state, diff or b""
-
-
-def _cut(diff: bytes) -> bytes:
-    """The diff, or its first MAX_DIFF_BYTES under a line that says so."""
-    if len(diff) <= MAX_DIFF_BYTES:
-        return diff
-    note = f"# cut: the first {MAX_DIFF_BYTES:,} of {len(diff):,} bytes\n"
-    return note.encode() + diff[:MAX_DIFF_BYTES]

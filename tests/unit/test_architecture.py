@@ -11,7 +11,7 @@ import llmtrain
 PACKAGE = Path(llmtrain.__file__).parent
 ORDER = (
     {"errors"},
-    {"config", "files", "hashing", "orphans", "shards", "standard_streams", "sweeps"},
+    {"config", "files", "git", "hashing", "orphans", "shards", "standard_streams", "sweeps", "urls"},
     {"models", "optim", "track"},
     {"objectives", "data"},
     {"parallel"},

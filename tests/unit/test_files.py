@@ -88,3 +88,23 @@ def test_names_that_are_not_utf8_stay_what_they_are_in_json(tmp_path: Path):
     content = (tmp_path / "x.json").read_text()
     assert "é" in content
     assert json.loads(content) == {"path": name, "text": "é"}
+
+
+def test_nothing_is_written_through_a_link_that_waits_at_a_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "foreseen")
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".a.foreseen.tmp").symlink_to("precious")
+    with pytest.raises(FileExistsError):
+        files.write_atomically(tmp_path / "a", "new")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_link_at_the_name_itself_is_replaced(tmp_path: Path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a").symlink_to("precious")
+    files.write_atomically(tmp_path / "a", "new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a").read_text() == "new"
+    assert not (tmp_path / "a").is_symlink()

@@ -12,8 +12,9 @@ from urllib.parse import unquote, urlsplit
 from llmtrain.data.preparation.opening import refuse_changed
 from llmtrain.data.preparation.streams import Part, SourceFile
 from llmtrain.data.shards import ShardError
-from llmtrain.data.transport import Transport, without_credentials
+from llmtrain.data.transport import Transport
 from llmtrain.errors import DataError, Problem
+from llmtrain.urls import without_credentials
 
 
 def file_name(url: str) -> str:

@@ -26,8 +26,9 @@ from llmtrain.data.preparation.opening import open_source, reading
 from llmtrain.data.preparation.parquet import open_parquet
 from llmtrain.data.preparation.scan import LeftOut, Scan, look, scan_problem, shown
 from llmtrain.data.preparation.streams import COLUMNS, Part, SourceFile, Unit
-from llmtrain.data.transport import is_remote, without_credentials
+from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
+from llmtrain.urls import without_credentials
 
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet", "tar")
 COMPRESSIONS = ("gz", "zst")

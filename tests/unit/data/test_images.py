@@ -1,6 +1,9 @@
 import gzip
 import io
+import struct
+import subprocess
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -215,6 +218,43 @@ def test_samples_of_tars_that_hold_no_image(tmp_path: Path, sample: dict[str, by
         Images.open(str(write_tar(tmp_path / "a.tar", {"k": members})), "train")
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\n(anything) print\n%%EOF\n"
+
+
+def of_pixels(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes whose header claims these sizes."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    content = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (EPS, "its content is that of no such file"),  # Pillow gives it to Ghostscript
+        (b"BM" + bytes(100), "its content is that of no such file"),
+        (of_pixels(20_000, 20_000), "more than 89,478,485 pixels"),
+        (of_pixels(10_000, 10_000), "more than 89,478,485 pixels"),
+    ],
+)
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_only_pictures_of_the_formats_that_are_meant(
+    tmp_path: Path, content: bytes, got: str, extension: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    tar = write_tar(tmp_path / "a.tar", {"k": {extension: content, "cls": b"1"}})
+    with pytest.raises(DataError) as caught:
+        Images.open(str(tar), "train")
+    allowed = f"a .{extension} file"
+    assert str(caught.value) == f"{tar}, sample k: got no picture ({got}); allowed: {allowed}"
 
 
 def test_tars_that_are_none(tmp_path: Path):

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from llmtrain.data import transport
 from llmtrain.data.shards import ShardError
-from llmtrain.data.transport import Transport, is_remote, join, without_credentials
+from llmtrain.data.transport import Transport, is_remote, join
 from llmtrain.errors import DataError
+from llmtrain.urls import without_credentials
 from tests.support.servers import CuttingProxy, Faults, FileServer, s3_client, s3_server, write_certificate
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain import git
 from llmtrain.errors import CheckpointError
-from llmtrain.train import run_folder
 from llmtrain.train.run_folder import RunFolder
 
 
@@ -53,7 +53,7 @@ def test_a_cut_diff_says_so(checkout: Path, tmp_path: Path, monkeypatch: pytest.
     whole = subprocess.run(["git", "diff", "HEAD"], capture_output=True, check=True).stdout
     describe(tmp_path / "run")
     assert (tmp_path / "run" / "git.diff").read_bytes() == whole
-    monkeypatch.setattr(run_folder, "MAX_DIFF_BYTES", 100)
+    monkeypatch.setattr(git, "MAX_DIFF_BYTES", 100)
     describe(tmp_path / "run")
     note, _, rest = (tmp_path / "run" / "git.diff").read_bytes().partition(b"\n")
     assert note.decode() == f"# cut: the first 100 of {len(whole)} bytes"
@@ -84,3 +84,23 @@ def test_a_place_that_cannot_be_written(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"run\.dir=.*got a place that cannot be written") as caught:
         RunFolder(tmp_path / "file" / "run")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["checkpoints", ".lock", "metrics.jsonl", "checkpoints/step-00000001"])
+@pytest.mark.parametrize("target", ["outside", "/dev/full", "../outside"])
+def test_parts_that_lead_out_of_a_folder_are_refused(tmp_path: Path, part: str, target: str):
+    run = tmp_path / "run"
+    (run / part).parent.mkdir(parents=True)
+    (tmp_path / "outside").write_text("precious")
+    (run / part).symlink_to(tmp_path / target if target == "outside" else target)
+    with pytest.raises(CheckpointError, match=rf"a link that leads out of it: {part} → .*; remove the link"):
+        RunFolder(run)
+    assert (tmp_path / "outside").read_text() == "precious"
+    assert not (run / ".lock").exists() or part == ".lock"
+
+
+def test_links_inside_a_folder_and_to_it_are_taken(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/latest").symlink_to("checkpoints")
+    (tmp_path / "other name").symlink_to("run")
+    RunFolder(tmp_path / "other name").close()

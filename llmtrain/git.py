@@ -1,0 +1,101 @@
+"""What git says of the working folder, found without running anything that its repository asks for.
+
+A repository's own configuration can name programs that git then runs: a file system monitor, diff and text
+converters, filters, hooks, remotes of partial clones. Whoever unpacked a repository of others has that
+configuration too, though he never agreed to it. So git gets a folder with a configuration of ours, and of the
+repository only its commit, index and objects. The user's own ~/.gitconfig holds as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MAX_DIFF_BYTES = 2**20
+_SECONDS = 20
+
+_READ = ("core.filemode", "core.symlinks", "core.ignorecase", "core.autocrlf", "core.eol", "core.safecrlf")
+"""Settings of the repository that decide what counts as a change, and run nothing."""
+
+_UNKNOWN: dict[str, Any] = {"commit": None, "branch": None, "clean": None}
+
+
+def git_state() -> tuple[dict[str, Any], bytes]:
+    """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
+    commit = _line("rev-parse", "HEAD")
+    if commit is None:
+        return dict(_UNKNOWN), b""
+    diff = _diff(commit)
+    branch = _line("rev-parse", "--abbrev-ref", "HEAD") or ""
+    return {"commit": commit, "branch": branch, "clean": None if diff is None else diff == b""}, diff or b""
+
+
+def cut(diff: bytes) -> bytes:
+    """The diff, or its first MAX_DIFF_BYTES under a line that says so."""
+    if len(diff) <= MAX_DIFF_BYTES:
+        return diff
+    note = f"# cut: the first {MAX_DIFF_BYTES:,} of {len(diff):,} bytes\n"
+    return note.encode() + diff[:MAX_DIFF_BYTES]
+
+
+def _diff(commit: str) -> bytes | None:
+    """The changes since `commit`; None where git cannot tell."""
+    top = _line("rev-parse", "--show-toplevel")
+    index = _path("index")
+    objects = _path("objects")
+    if top is None or index is None or objects is None:
+        return None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "refs").mkdir()
+        (folder / "HEAD").write_text(f"{commit}\n")
+        (folder / "config").write_text(_config())
+        for shared in index.parent.glob("sharedindex.*"):
+            (folder / shared.name).symlink_to(shared)
+        own = {
+            "GIT_DIR": str(folder),
+            "GIT_WORK_TREE": top,
+            "GIT_INDEX_FILE": str(index),
+            "GIT_OBJECT_DIRECTORY": str(objects),
+            "GIT_OPTIONAL_LOCKS": "0",  # the index is not ours to write
+            "GIT_ALLOW_PROTOCOL": "none",  # objects that a partial clone lacks are not fetched
+        }
+        # A submodule is a repository of its own, with a configuration of its own.
+        return _git("-C", top, "diff", "--no-ext-diff", "--ignore-submodules=all", commit, "--", **own)
+
+
+def _config() -> str:
+    settings = {name: value for name in _READ if (value := _line("config", "--get", name)) is not None}
+    lines = ["[core]", "\trepositoryformatversion = 1", "\tbare = false", "\tfsmonitor = false"]
+    lines += [f"\thooksPath = {os.devnull}"]
+    lines += [f"\t{name.partition('.')[2]} = {value}" for name, value in settings.items() if value.isalpha()]
+    lines += ["[extensions]", f"\tobjectFormat = {_line('rev-parse', '--show-object-format') or 'sha1'}"]
+    return "\n".join(lines) + "\n"
+
+
+def _path(name: str) -> Path | None:
+    found = _line("rev-parse", "--git-path", name)
+    return None if found is None else Path(found).absolute()
+
+
+def _line(*arguments: str) -> str | None:
+    """What git answers in one line. Only for commands that run no other program."""
+    said = _git(*arguments)
+    return None if said is None else os.fsdecode(said).removesuffix("\n")
+
+
+def _git(*arguments: str, **environment: str) -> bytes | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-pager", *arguments],
+            capture_output=True,
+            timeout=_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
