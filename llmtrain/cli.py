@@ -95,14 +95,6 @@ class _SweepInterrupted(BaseException):
     """A job was asked to stop, and so is the sweep: no Exception, which Hydra would keep until its end."""
 
 
-class _Crash(BaseException):
-    """What a verb died of: no Exception, of which Hydra would print a line of its own first."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the verb's exit code."""
     standard_streams.take_over()
@@ -248,7 +240,9 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     codes = [0]
-    failures: list[UserError] = []  # kept from Hydra, which would print lines of its own about them
+    # Kept from Hydra, which would print lines of its own about them.
+    failures: list[UserError] = []
+    crashes: list[Exception] = []
     overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
     flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
     sweeps = "hydra.mode=MULTIRUN" in overrides or any(
@@ -286,7 +280,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 error.problems = tuple(replace(p, where=prefix + p.where) for p in error.problems)
             failures.append(error)
         except Exception as error:
-            raise _Crash(error) from None
+            crashes.append(error)
 
     # Hydra then raises what happened instead of printing its own summary of it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -301,11 +295,12 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
             app()
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error, verb)) from error
-        except _Crash as crash:
-            raise crash.error from None
         except _SweepInterrupted:
             print_problems([problem for failure in failures for problem in failure.problems])
             return INTERRUPTED_EXIT_CODE
+    if crashes:
+        print_problems([problem for failure in failures for problem in failure.problems])
+        raise crashes[0]
     if len(failures) == 1:
         raise failures[0]
     if failures:

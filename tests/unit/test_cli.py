@@ -268,6 +268,25 @@ def test_every_failed_job_of_a_sweep_is_told(capsys: pytest.CaptureFixture[str])
     assert captured.out.count("layout ") == 1
 
 
+def test_a_crash_is_told_as_it_is_and_other_jobs_of_its_sweep_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    ran = []
+
+    def run(mapping: dict) -> None:
+        ran.append(mapping["seed"])
+        if mapping["seed"] == 2:
+            raise RuntimeError("out of order")
+
+    monkeypatch.setattr(cli, "_runner", lambda verb: run)
+    with pytest.raises(RuntimeError, match="out of order"):
+        cli.run_verb("plan", ["--multirun", "seed=1,2,3"])
+    assert ran == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="out of order"):
+        cli.run_verb("plan", ["seed=2"])
+    assert "Error executing job" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["=3"], ["hello"], ["--multirun", "=3"], ["--cfg", "job", "a b=3"]])
 def test_words_that_are_no_override_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     assert cli.run_verb("plan", arguments) == 2
