@@ -69,6 +69,16 @@ def _beside_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def stays_inside(name: object) -> bool:
+    """Whether `name`, a path in a manifest, leads to a file of that manifest's folder: it is relative, and no
+    part of it is a step up."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
+
+
 def links_out_of(folder: Path) -> list[Path]:
     """The entries of `folder`, a level deep, that are links to places outside of it."""
     inside = folder.resolve()

@@ -416,6 +416,19 @@ class Weights(Mapping[str, torch.Tensor]):
         self._reader.read_into(out, WEIGHT, name, shard, start)
 
 
+def _stray_file(manifest: Mapping[str, Any]) -> str | None:
+    """A file that the manifest names and must not: outside of its folder, or with tensors but no checksum."""
+    listed = {entry["file"] for entry in manifest["files"]}
+    used = {
+        box[0]
+        for entries in manifest["tensors"].values()
+        for entry in entries.values()
+        for box in entry["boxes"]
+    }
+    strays = {name for name in listed if not files.stays_inside(name)} | (used - listed)
+    return min(map(str, strays), default=None)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint, open for reading."""
@@ -449,6 +462,14 @@ class Checkpoint:
             raise CheckpointError(
                 Problem(str(path / MANIFEST), "an altered manifest", "what was written", remedy)
             )
+        try:
+            stray = _stray_file(manifest)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            got = f"an altered manifest ({type(error).__name__}: {error})"
+            raise CheckpointError(Problem(str(path / MANIFEST), got, "what was written")) from None
+        if stray is not None:
+            allowed = "files of the checkpoint's own folder, each listed with its checksum"
+            raise CheckpointError(Problem(str(path / MANIFEST), f"the file {stray!r}", allowed))
         return cls(path, manifest)
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmtrain.errors import DataError, Problem
+from llmtrain.files import stays_inside
 
 FORMAT = "llmtrain-corpus"
 VERSION = 2
@@ -93,10 +94,24 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         allowed = f"version {' or '.join(map(str, READABLE))}"
         raise DataError(Problem(where, got, allowed, remedy))
     try:
-        return _decode(raw)
+        manifest = _decode(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         got = f"an altered manifest ({type(error).__name__}: {error})"
         raise DataError(Problem(where, got, f"a manifest of version {VERSION}", PREPARE_AGAIN)) from error
+    for name in _files(manifest):
+        if not stays_inside(name):
+            allowed = "files of the corpus' own folder"
+            raise DataError(Problem(where, f"the file {name!r}", allowed, "give another corpus"))
+    return manifest
+
+
+def _files(manifest: Manifest) -> Iterator[str]:
+    yield manifest.tokenizer.file
+    for split in manifest.splits.values():
+        yield split.index
+        yield from (shard.file for shard in split.shards)
+        if split.lengths is not None:
+            yield split.lengths
 
 
 def _decode(raw: Mapping[str, Any]) -> Manifest:

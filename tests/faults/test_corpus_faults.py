@@ -94,6 +94,25 @@ def test_a_manifest_without_its_parts(path: Path, change: dict[str, Any]):
     assert "manifest.json: got an altered manifest" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["../elsewhere/a", "/dev/zero", "", "a/../../b", "http://host/a/..", "a\nb", 7]
+)
+@pytest.mark.parametrize("where", ["tokenizer", "index", "lengths", "shard"])
+def test_a_manifest_names_files_of_its_own_folder_alone(path: Path, where: str, name: object):
+    manifest = json.loads((path / "manifest.json").read_text())
+    split = manifest["splits"]["train"]
+    if where == "tokenizer":
+        manifest["tokenizer"]["file"] = name
+    elif where == "shard":
+        split["shards"][0]["file"] = name
+    else:
+        split[where] = name
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    said = refusal(path)
+    assert f"manifest.json: got the file {name!r}; allowed: files of the corpus' own folder" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_an_altered_tokenizer(path: Path):
     flip_byte(path / "tokenizer.model", 3)
     assert "tokenizer.model: got an altered tokenizer" in refusal(path)

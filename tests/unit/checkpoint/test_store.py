@@ -245,6 +245,35 @@ def test_an_altered_manifest_is_damage(tmp_path: Path):
             store.Checkpoint.open(path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../other/rank-00000.safetensors", "/dev/zero", "", ".", "a//b", "a/../../b", "a\x1b[2J", None, 7],
+)
+def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path: Path, name: object):
+    """Whoever forges a manifest makes its checksum too."""
+    path = save(tmp_path, [Owner(MATRIX)], 6).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][0]["file"] = name
+    for entry in manifest["tensors"]["weight"].values():
+        entry["boxes"] = [[name, *rest] for _, *rest in entry["boxes"]]
+    manifest["checksum"] = store._checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"got the file .*; allowed: files of the checkpoint's own folder"
+    ):
+        store.Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("change", [{"files": []}, {"files": 1}, {"tensors": {"weight": {"w": {}}}}])
+def test_every_file_with_tensors_is_listed(tmp_path: Path, change: dict):
+    path = save(tmp_path, [Owner(MATRIX)], 6).path
+    manifest = {**json.loads((path / "manifest.json").read_text()), **change}
+    manifest["checksum"] = store._checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"got (the file|an altered manifest)"):
+        store.Checkpoint.open(path)
+
+
 def test_what_kills_leave_is_cleared(tmp_path: Path):
     kept = save(tmp_path, [Owner(MATRIX)], 1).path
     for name in (".step-00000002.partial", ".deleted-step-00000000", ".replaced-step-00000001"):
