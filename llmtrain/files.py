@@ -70,8 +70,8 @@ def _beside_no_link(path: str, flags: int) -> int:
 
 
 def stays_inside(name: object) -> bool:
-    """Whether `name`, a path in a manifest, leads to a file of that manifest's folder: it is relative, and no
-    part of it is a step up."""
+    """Return whether `name`, from a manifest, is a relative path without `..`: then the file lies in the
+    manifest's folder."""
     return (
         isinstance(name, str)
         and name.isprintable()

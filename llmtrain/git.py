@@ -1,4 +1,4 @@
-"""What git says of the working folder, found without running anything that its repository asks for.
+"""Read commit, branch and uncommitted changes of the working folder, and run no program of its repository.
 
 A repository's own configuration can name programs that git then runs: a file system monitor, diff and text
 converters, filters, hooks, remotes of partial clones. Whoever unpacked a repository of others has that
@@ -25,12 +25,17 @@ _UNKNOWN: dict[str, Any] = {"commit": None, "branch": None, "clean": None}
 
 def git_state() -> tuple[dict[str, Any], bytes]:
     """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
-    commit = _line("rev-parse", "HEAD")
+    commit = head_commit()
     if commit is None:
         return dict(_UNKNOWN), b""
     diff = _diff(commit)
     branch = _line("rev-parse", "--abbrev-ref", "HEAD") or ""
     return {"commit": commit, "branch": branch, "clean": None if diff is None else diff == b""}, diff or b""
+
+
+def head_commit() -> str | None:
+    """The commit that is checked out in the working folder; None outside of a checkout."""
+    return _line("rev-parse", "HEAD")
 
 
 def cut(diff: bytes) -> bytes:
@@ -82,7 +87,7 @@ def _path(name: str) -> Path | None:
 
 
 def _line(*arguments: str) -> str | None:
-    """What git answers in one line. Only for commands that run no other program."""
+    """Run a git command that starts no other program; return its line of output, or None if it fails."""
     said = _git(*arguments)
     return None if said is None else os.fsdecode(said).removesuffix("\n")
 

@@ -16,6 +16,7 @@ from llmtrain.families import open_dataset, open_sources
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher, stopping
 from llmtrain.plan.estimate import estimate
+from llmtrain.train.config import recorded
 from llmtrain.urls import without_credentials_in
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Session:
         tokenizer = self.corpora.tokenizer_path if self.corpora is not None else None
         description = {
             "model": encode(config.model),
-            "config": without_credentials_in(encode(config)),
+            "config": recorded(config),
             "data": {**self._data_facts(), "train": stream.describe()},
             "timeline": timeline.encode(),
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
@@ -332,7 +333,7 @@ class Session:
         if self.pretrained is not None:
             facts["started_from"] = str(self.pretrained.path)
         self._folder.describe(
-            without_credentials_in(encode(config)),
+            recorded(config),
             {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()},
             facts,
         )
@@ -340,7 +341,7 @@ class Session:
             config.track,
             run_dir=config.run.dir,
             run_name=config.run.name,
-            resolved_config=without_credentials_in(encode(config)),
+            resolved_config=recorded(config),
             # A fork of another run has tracks of its own.
             resume_step=start_step if resume is not None and resume.is_own else None,
             state=resume.checkpoint.manifest.get("trackers")

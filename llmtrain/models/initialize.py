@@ -29,8 +29,10 @@ TILE = 256
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """What is built inside has parameters on the meta device, and torch's own modules do not fill them: torch
-    would load its compiler for that, seconds of each start."""
+    """Build modules on the meta device, without filling their parameters.
+
+    To fill them torch would import its compiler, which takes seconds at each start.
+    """
     with torch.device("meta"), _Unfilled():
         yield
 

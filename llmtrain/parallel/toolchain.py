@@ -1,5 +1,5 @@
-"""What this machine needs in order to compile DeepSpeed's kernels at first use; asked without torch. And what
-a killed process leaves of a kernel that it compiled."""
+"""Check what this machine needs to compile DeepSpeed's kernels, without importing torch; remove the locks
+that killed compilations left."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cuda_compiler_flaw() -> Flaw | None:
 
 
 def build_folder(kernel: str) -> Path:
-    """Where torch compiles it."""
+    """Return the folder in which torch compiles `kernel`; make it if it is missing."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(kernel, verbose=False))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.git import git_state
+from llmtrain.git import head_commit
 from llmtrain.track.base import Metrics
 from llmtrain.track.config import WandbConfig
 from llmtrain.track.jsonl import read_metrics
@@ -88,7 +88,7 @@ def _init(
 
     sys.argv = [without_credentials(word) for word in sys.argv]  # which W&B sends
     # W&B would run git by itself, and with it what a repository's own settings name.
-    settings = wandb.Settings(disable_git=True, git_commit=git_state()[0]["commit"], save_code=False)
+    settings = wandb.Settings(disable_git=True, git_commit=head_commit(), save_code=False)
 
     def init(mode: Any) -> Any:
         return wandb.init(

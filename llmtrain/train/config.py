@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.checkpoint.config import CheckpointConfig
-from llmtrain.config import require, require_utf8
+from llmtrain.config import encode, require, require_utf8
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.configs import ModelConfig
@@ -19,6 +19,7 @@ from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
+from llmtrain.urls import without_credentials_in
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,12 @@ class TrainConfig:
                 target,
                 f"1 to model.max_sequence_length={positions}",
             )
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """Return the configuration as it is stored, compared and sent: encoded, its URLs without credentials."""
+    plain: dict[str, Any] = without_credentials_in(encode(config))
+    return plain
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

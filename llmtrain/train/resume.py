@@ -15,8 +15,7 @@ from llmtrain.config import decode, encode
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.parallel import distributed
 from llmtrain.train.changes import changed_settings
-from llmtrain.train.config import TrainConfig, model_differences
-from llmtrain.urls import without_credentials_in
+from llmtrain.train.config import TrainConfig, model_differences, recorded
 
 Say = Callable[[str], None]
 WENT_BACK = "went_back.json"
@@ -90,7 +89,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
     if is_own:
         distributed.on_main(lambda: _go_back(root, checkpoint.step, named, say))
     say(f"resuming from {checkpoint.path} (step {checkpoint.step:,})")
-    for change in changed_settings(checkpoint.manifest["config"], without_credentials_in(encode(config))):
+    for change in changed_settings(checkpoint.manifest["config"], recorded(config)):
         say(f"note: {change}")
     return Resume(checkpoint, is_own)
 

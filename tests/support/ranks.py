@@ -28,7 +28,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.everything"])
-        port = _free_port()
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -96,7 +96,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
             pipe.send((None, traceback.format_exc()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

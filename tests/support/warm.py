@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.support.ranks import free_port
 from tests.support.training import REPOSITORY
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -59,10 +60,7 @@ def start_ranks(size: int, *arguments: str, **environment: str) -> list[Popen]:
 
 def rank_environment(size: int) -> dict[str, str]:
     """What a launcher tells `size` ranks alike, with a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def start(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> Popen:
