@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,10 +40,22 @@ def decode(cls: type[T], mapping: Mapping[str, Any], variants: Variants | None =
     Raises ConfigError with all problems: unknown keys (with the nearest names), wrong types, missing
     keys, and what the dataclasses' own `problems()` find.
     """
-    problems: list[Problem] = []
-    value = _decode_dataclass(cls, mapping, "", variants or {}, problems)
-    if problems:
-        raise ConfigError(problems)
+    return _decoded(cls, mapping, _Reading(variants or {}))
+
+
+def decode_json(cls: type[T], mapping: Mapping[str, Any]) -> T:
+    """Build `cls` from what a program wrote as JSON: each value is of its field's very type, where a person's
+    `1e-3` in quotes is a number to `decode`, and keys that `cls` lacks are left alone.
+
+    Raises ConfigError as `decode`.
+    """
+    return _decoded(cls, mapping, _Reading({}, is_json=True))
+
+
+def _decoded(cls: type[T], mapping: Mapping[str, Any], reading: _Reading) -> T:
+    value = _decode_dataclass(cls, mapping, "", reading)
+    if reading.problems:
+        raise ConfigError(reading.problems)
     return typing.cast(T, value)
 
 
@@ -80,6 +93,19 @@ def encode(value: Any) -> Any:
     return value
 
 
+@dataclasses.dataclass
+class _Reading:
+    """One call of `decode`."""
+
+    variants: Variants
+    is_json: bool = False
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+
+    def attempt(self) -> _Reading:
+        """Begin with a part that may fail without a problem for the whole."""
+        return dataclasses.replace(self, problems=[])
+
+
 class _Invalid:
     """Stands for a value whose problem is already recorded."""
 
@@ -92,9 +118,8 @@ def _type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _decode_dataclass(
-    cls: type, mapping: Any, prefix: str, variants: Variants, problems: list[Problem]
-) -> Any:
+def _decode_dataclass(cls: type, mapping: Any, prefix: str, reading: _Reading) -> Any:
+    problems, variants = reading.problems, reading.variants
     if not isinstance(mapping, Mapping):
         problems.append(Problem(prefix or "config", _show(mapping), "a section of keys"))
         return _INVALID
@@ -102,7 +127,7 @@ def _decode_dataclass(
     hints = _type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in mapping:
-        if key not in fields:
+        if key not in fields and not reading.is_json:
             where = _join(prefix, str(key))
             problems.append(Problem(where, "an unknown key", nearest(str(key), fields), "check the name"))
     values: dict[str, Any] = {}
@@ -114,7 +139,8 @@ def _decode_dataclass(
         raw = mapping.get(name, MISSING)
         # Elsewhere these are three question marks that a user typed.
         if needed and isinstance(raw, str) and raw == MISSING:
-            problems.append(Problem(where, "nothing", _type_name(hints[name]), f"give {where}=…"))
+            remedy = "" if reading.is_json else f"give {where}=…"
+            problems.append(Problem(where, "nothing", _type_name(hints[name]), remedy))
             continue
         target = hints[name]
         if where in variants and isinstance(raw, Mapping):
@@ -123,7 +149,7 @@ def _decode_dataclass(
             except ConfigError as error:
                 problems.extend(error.problems)
                 continue
-        values[name] = _decode_value(target, raw, where, variants, problems)
+        values[name] = _decode_value(target, raw, where, reading)
     if len(problems) > found_before:
         return _INVALID
     instance = cls(**values)
@@ -133,15 +159,16 @@ def _decode_dataclass(
     return instance
 
 
-def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems: list[Problem]) -> Any:
+def _decode_value(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
+    problems = reading.problems
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if hint is Any:
         return raw
     if origin in _UNIONS:
-        return _decode_union(arguments, raw, where, variants, problems)
+        return _decode_union(arguments, raw, where, reading)
     if dataclasses.is_dataclass(hint):
-        return _decode_dataclass(typing.cast(type, hint), raw, where, variants, problems)
+        return _decode_dataclass(typing.cast(type, hint), raw, where, reading)
     if origin is Literal:
         # YAML reads `off`, `1` and the like as other types than the words that a user typed.
         for allowed in arguments:
@@ -150,45 +177,43 @@ def _decode_value(hint: Any, raw: Any, where: str, variants: Variants, problems:
         problems.append(Problem(where, _show(raw), ", ".join(map(str, arguments))))
         return _INVALID
     if origin in (tuple, list) or hint in (tuple, list):
-        items = raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]
+        is_list = isinstance(raw, Sequence) and not isinstance(raw, str)
+        if reading.is_json and not is_list:
+            problems.append(Problem(where, _show(raw), "a list"))
+            return _INVALID
+        items = raw if is_list else [raw]
         if origin is tuple and arguments and arguments[-1] is not Ellipsis:
             if len(items) != len(arguments):
                 problems.append(Problem(where, _show(raw), f"{len(arguments)} values"))
                 return _INVALID
             return tuple(
-                _decode_value(a, item, f"{where}[{i}]", variants, problems)
+                _decode_value(a, item, f"{where}[{i}]", reading)
                 for i, (a, item) in enumerate(zip(arguments, items, strict=True))
             )
         element = arguments[0] if arguments else Any
-        decoded = [
-            _decode_value(element, item, f"{where}[{i}]", variants, problems) for i, item in enumerate(items)
-        ]
+        decoded = [_decode_value(element, item, f"{where}[{i}]", reading) for i, item in enumerate(items)]
         return tuple(decoded) if origin is tuple or hint is tuple else decoded
     if origin in _MAPPINGS:
         if not isinstance(raw, Mapping):
             problems.append(Problem(where, _show(raw), "a section of keys"))
             return _INVALID
         element = arguments[1] if arguments else Any
-        return {
-            str(k): _decode_value(element, v, _join(where, str(k)), variants, problems)
-            for k, v in raw.items()
-        }
-    return _decode_scalar(hint, raw, where, problems)
+        return {str(k): _decode_value(element, v, _join(where, str(k)), reading) for k, v in raw.items()}
+    return _decode_scalar(hint, raw, where, reading)
 
 
-def _decode_union(
-    arguments: tuple[Any, ...], raw: Any, where: str, variants: Variants, problems: list[Problem]
-) -> Any:
+def _decode_union(arguments: tuple[Any, ...], raw: Any, where: str, reading: _Reading) -> Any:
+    problems = reading.problems
     if raw is None and type(None) in arguments:
         return None
     choices = [a for a in arguments if a is not type(None)]
     attempts: list[list[Problem]] = []
     for choice in choices:
-        attempt: list[Problem] = []
-        value = _decode_value(choice, raw, where, variants, attempt)
-        if not attempt:
+        attempt = reading.attempt()
+        value = _decode_value(choice, raw, where, attempt)
+        if not attempt.problems:
             return value
-        attempts.append(attempt)
+        attempts.append(attempt.problems)
     if len(choices) > 1:
         problems.append(Problem(where, _show(raw), " or ".join(dict.fromkeys(map(_type_name, arguments)))))
         return _INVALID
@@ -202,16 +227,16 @@ def _decode_union(
     return _INVALID
 
 
-def _decode_scalar(hint: Any, raw: Any, where: str, problems: list[Problem]) -> Any:
+def _decode_scalar(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
     is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
     allowed = _type_name(hint)
     if hint is bool and isinstance(raw, bool):
         return raw
-    if hint is int and is_number and math.isfinite(raw) and raw == int(raw):
+    if hint is int and _is_whole(raw) and not (reading.is_json and isinstance(raw, float)):
         if abs(raw) <= LARGEST_INT:
             return int(raw)
         allowed = "a whole number between -2^63 and 2^63"
-    if hint is float and (is_number or isinstance(raw, str)):
+    if hint is float and (is_number or (isinstance(raw, str) and not reading.is_json)):
         # YAML 1.1 reads `1e-3` (no dot) as a string.
         try:
             number = float(raw)
@@ -219,20 +244,41 @@ def _decode_scalar(hint: Any, raw: Any, where: str, problems: list[Problem]) -> 
             number = math.nan
         if math.isfinite(number):
             return number
-    if hint is str and isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
+    if hint is str and (isinstance(raw, str) or (is_number and not reading.is_json)):
         return str(raw)
     if hint is Path and isinstance(raw, (str, Path)) and str(raw) != "":
         return Path(raw).expanduser()
-    problems.append(Problem(where, _show(raw), allowed))
+    reading.problems.append(Problem(where, _show(raw), allowed))
     return _INVALID
+
+
+def _is_whole(raw: Any) -> bool:
+    if isinstance(raw, float):
+        return raw.is_integer()
+    return isinstance(raw, int) and not isinstance(raw, bool)
 
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+class _Show(reprlib.Repr):
+    """As repr, of a part of what is long: a file may hold anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlist = self.maxtuple = self.maxdict = 20
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 1000 else f"a whole number of {x.bit_length():,} bits"
+
+
+_SHOW = _Show()
+
+
 def _show(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+    text = "nothing" if value is None else _SHOW.repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 

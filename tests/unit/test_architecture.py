@@ -12,6 +12,7 @@ PACKAGE = Path(llmtrain.__file__).parent
 ORDER = (
     {"errors"},
     {"config", "files", "git", "hashing", "orphans", "shards", "standard_streams", "sweeps", "urls"},
+    {"reading"},
     {"models", "optim", "track"},
     {"objectives", "data"},
     {"parallel"},

@@ -1,0 +1,123 @@
+"""Files of others: only files, only so long, only of their types."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import pytest
+
+from llmtrain import reading
+from llmtrain.errors import DataError
+
+
+def test_a_pipe_a_device_a_socket_and_a_folder_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for path, kind in (
+            (tmp_path / "pipe", "a pipe, not a file"),
+            (tmp_path / "link", "a device, not a file"),
+            (tmp_path, "a folder, not a file"),
+        ):
+            with pytest.raises(OSError, match=kind):
+                reading.read_bytes(path, 100)
+        with pytest.raises(OSError, match="No such device"):
+            reading.read_bytes(tmp_path / "socket", 100)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path):
+    (tmp_path / "blob").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "blob")
+    assert reading.read_bytes(tmp_path / "link", 7) == b"content"
+
+
+def test_a_file_beyond_the_bound_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "hole"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match="a file of 1,099,511,627,776 bytes, more than 1,000"):
+        reading.read_bytes(path, 1000)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff", "no UTF-8 at byte 0"),
+        (b"[" * 1_000_000, "brackets within brackets"),
+        (b"1" * 10_000, "a number of more than 4,300 digits"),
+        (b"{", "no JSON"),
+        (b"[]", "a list in place of an object"),
+        (b"true", "true or false in place of an object"),
+        (b"1", "a number in place of an object"),
+    ],
+)
+def test_what_is_no_object_is_told_in_a_phrase(content, reason):
+    with pytest.raises(ValueError, match=reason):
+        reading.parse_object(content)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: str
+    size: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    entries: tuple[_Entry, ...]
+    is_good: bool = True
+
+
+GOOD = {"name": "a", "entries": [{"file": "b", "size": 1, "share": 1}], "later": {"anything": 1}}
+
+
+def test_keys_of_later_versions_are_left_alone():
+    assert reading.decode_file(_File, GOOD, "x.json", DataError) == _File("a", (_Entry("b", 1, 1.0),))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"name": 7}, "x.json: name: got 7; allowed: text"),
+        ({"name": None}, "x.json: name: got nothing; allowed: text"),
+        ({"is_good": "yes"}, "x.json: is_good: got 'yes'; allowed: true or false"),
+        ({"is_good": 1}, "x.json: is_good: got 1; allowed: true or false"),
+        (
+            {"entries": {"file": "b", "size": 1}},
+            "x.json: entries: got {'file': 'b', 'size': 1}; allowed: a list",
+        ),
+        ({"entries": [3]}, "x.json: entries[0]: got 3; allowed: a section of keys"),
+        ({"entries": [{"file": "b"}]}, "x.json: entries[0].size: got nothing; allowed: a whole number"),
+        (
+            {"entries": [{"file": "b", "size": "1"}]},
+            "x.json: entries[0].size: got '1'; allowed: a whole number",
+        ),
+        (
+            {"entries": [{"file": "b", "size": 1.0}]},
+            "x.json: entries[0].size: got 1.0; allowed: a whole number",
+        ),
+        (
+            {"entries": [{"file": "b", "size": 10**400}]},
+            "x.json: entries[0].size: got a whole number of 1,329 bits; "
+            "allowed: a whole number between -2^63 and 2^63",
+        ),
+        (
+            {"entries": [{"file": "b", "size": 1, "share": "1"}]},
+            "x.json: entries[0].share: got '1'; allowed: a finite number, or null",
+        ),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_file(change, line):
+    with pytest.raises(DataError) as failure:
+        reading.decode_file(_File, GOOD | change, "x.json", DataError)
+    assert str(failure.value) == line
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(DataError, match=r"x\.json: name: got nothing; allowed: text"):
+        reading.decode_file(_File, {"entries": []}, "x.json", DataError)
