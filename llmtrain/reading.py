@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,23 @@ from llmtrain.files import open_regular
 
 SETTINGS_BYTES = 16 << 20
 """More than any file of settings that people or programs write."""
+MOST_VALUES = 100_000
+"""Of a section in YAML; ours have some hundreds."""
 MOST_PROBLEMS = 8
 """Told of one file: the rest is of the same kind."""
 LONGEST_NUMBER = 4300
 """Digits; Python's own bound of what it turns into an int."""
 
-__all__ = ["decode_file", "kind_of", "open_regular", "parse_json", "parse_object", "read_bytes"]
+__all__ = [
+    "decode_file",
+    "kind_of",
+    "open_regular",
+    "parse_json",
+    "parse_object",
+    "parse_yaml",
+    "read_bytes",
+    "read_decoded",
+]
 
 T = TypeVar("T")
 
@@ -64,10 +75,65 @@ def parse_object(content: bytes | str) -> dict[str, Any]:
     return value
 
 
+def parse_yaml(content: bytes) -> dict[str, Any]:
+    """Return the section of keys of a YAML text. Raises ValueError, with a short reason, for what is none,
+    and for one whose aliases multiply."""
+    import yaml
+
+    try:
+        # The safe loader too, in C where it was built.
+        value = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(f"no YAML: {getattr(error, 'problem', None) or 'odd characters'}{place}") from None
+    except RecursionError:
+        raise ValueError("brackets within brackets, too many") from None
+    except (ValueError, OverflowError) as error:  # of a date, or of a number of many digits
+        raise ValueError(f"no YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind_of(value)} in place of a section of keys")
+    _refuse_multiplied(value)
+    return value
+
+
+def _refuse_multiplied(value: Any) -> None:
+    """An alias costs nothing until somebody writes out what it stands for."""
+    waiting, seen = [value], 0
+    while waiting:
+        found = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {MOST_VALUES:,} values")
+        if isinstance(found, dict):
+            waiting += found.values()
+        elif isinstance(found, (list, tuple, set)):
+            waiting += found
+
+
 def kind_of(value: Any) -> str:
     """Return what a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def read_decoded(
+    cls: type[T],
+    path: Path,
+    at_most: int,
+    failure: type[UserError],
+    allowed: str,
+    remedy: str = "",
+    parse: Callable[[bytes], Mapping[str, Any]] = parse_object,
+) -> T:
+    """Build `cls` from the file at `path`. Raises `failure` for one that cannot be read, has more than
+    `at_most` bytes or says other things; `allowed` and `remedy`: what may stand there, and what to do."""
+    try:
+        content = parse(read_bytes(path, at_most))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise failure(Problem(str(path), f"an unreadable file ({reason})", allowed, remedy)) from None
+    return decode_file(cls, content, str(path), failure)
 
 
 def decode_file(cls: type[T], content: Mapping[str, Any], where: str, failure: type[UserError]) -> T:

@@ -159,7 +159,9 @@ class Transport:
             remedy = "see that the server is well, or raise data.cache.retries and data.cache.timeout"
             raise ShardError(Problem(without_credentials(url), got, "", remedy)) from again
         self._on_retry()
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        # So that many who failed together do not come back together; no secret.
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311
+        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * jitter
         wait = max(wait, min(again.wait, 5 * LONGEST_WAIT))
         if wait >= TOLD_WAIT:
             where, left = without_credentials(url), self._retries + 1 - failures
