@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.config import decode_json
 from llmtrain.errors import ConfigError, Problem, UserError
+from llmtrain.files import open_regular
 
 SETTINGS_BYTES = 16 << 20
 """More than any file of settings that people or programs write."""
@@ -24,30 +24,10 @@ MOST_PROBLEMS = 8
 """Told of one file: the rest is of the same kind."""
 LONGEST_NUMBER = 4300
 """Digits; Python's own bound of what it turns into an int."""
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+
+__all__ = ["decode_file", "kind_of", "open_regular", "parse_json", "parse_object", "read_bytes"]
 
 T = TypeVar("T")
-
-
-def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file, never a pipe or a device, which could hang, be endless, or do something; an `opener` of
-    `open`. A link is followed: stores of models are made of links.
-
-    Raises OSError (EINVAL) for what is no file.
-    """
-    # Not to wait for who writes to a pipe, nor take over a terminal.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{_KINDS.get(kind, 'something else')}, not a file", str(path))
-    return descriptor
 
 
 def read_bytes(path: Path, at_most: int) -> bytes:
