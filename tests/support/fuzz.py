@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 
+from llmtrain import standard_streams
 from llmtrain.errors import UserError
 from tests.support import fuzz_specimens
 from tests.support.clean_text import UncleanError, check_printed, check_refusal
@@ -149,11 +150,19 @@ def _put_something_else(path: Path, source: random.Random) -> None:
         path.symlink_to(path.name if what == "itself" else what)
 
 
+class _Terminal(standard_streams._Text):
+    def isatty(self) -> bool:
+        return True
+
+
+def _terminal(errors: str) -> _Terminal:
+    """A stream as the command line has it, to a place that keeps all."""
+    return _Terminal(io.BytesIO(), "utf-8", errors, write_through=True)  # type: ignore[arg-type]
+
+
 def read(name: str, path: Path) -> None:
     """Read as the verbs do; raises what they raise, and UncleanError for what they say."""
-    # A terminal takes no lone surrogates either, but for those that stderr writes as escapes.
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+    out, err = _terminal("strict"), _terminal("backslashreplace")
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             READERS[name].read(path)

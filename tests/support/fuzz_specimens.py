@@ -250,7 +250,6 @@ def _write_models() -> None:
 def fix_checkpoint(folder: Path) -> None:
     """Make manifest.json vouch for the files as they are."""
     from llmtrain import files
-    from llmtrain.checkpoint import store
 
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -258,14 +257,15 @@ def fix_checkpoint(folder: Path) -> None:
         file = folder / entry["file"]
         if file.is_file():
             entry |= {"bytes": file.stat().st_size, "xxh3_128": files.checksum(file)}
-    path.write_text(json.dumps({**manifest, "checksum": store._checksum(manifest)}))
+    path.write_text(json.dumps({**manifest, "checksum": files.checksum_of_json(manifest)}))
 
 
 def fix_corpus(changed: Path) -> None:
-    """The manifest's checksums of its files, and its own where it has one."""
+    """Have manifest.json vouch for the file that was changed, and for itself."""
     import xxhash
 
-    from llmtrain.checkpoint import store
+    from llmtrain.data.manifest import fingerprint_of
+    from llmtrain.files import checksum_of_json
 
     folder = Path(changed.parts[0] if changed.parts[0] in ("corpus", "pairs") else "corpus")
     path = folder / "manifest.json"
@@ -282,8 +282,9 @@ def fix_corpus(changed: Path) -> None:
             for shard in split["shards"]:
                 if shard["file"] == name:
                     shard |= {"xxh3_128": xxh3, "bytes": len(content)}
-    if "checksum" in manifest:
-        manifest["checksum"] = store._checksum(manifest)
+    shards = [shard["xxh3_128"] for split in manifest["splits"].values() for shard in split["shards"]]
+    manifest["fingerprint"] = fingerprint_of(shards, manifest["tokenizer"]["sha256"])
+    manifest["checksum"] = checksum_of_json(manifest)
     path.write_text(json.dumps(manifest))
 
 
