@@ -247,17 +247,19 @@ class Fuzzer:
 
     def _do(self, name: str, seed: int) -> Outcome:
         if name not in self._warm:
-            problem = self._ask(name, None)
+            problem = self._ask((name, None), WARM_UP_SECONDS)
             assert problem == "", f"{name} does not read its files as they are: {problem}"
             self._warm.add(name)
-        answer = self._ask(name, seed)
+        # Two answers: the time in which a file is changed is not the reader's.
+        answer = self._ask((name, seed), WARM_UP_SECONDS)
+        answer = answer or self._ask(None, SECONDS)
         if isinstance(answer, str):
             kind = "hang" if self._process.is_alive() else "crash"
             self._end()
             return Outcome(name, seed, kind, answer, self._last_line())
         return answer
 
-    def _ask(self, name: str, seed: int | None) -> Any:
+    def _ask(self, request: Any, seconds: float) -> Any:
         """What the process answers, or how it ended without an answer."""
         if self._process is None:
             self._pipe, theirs = _CONTEXT.Pipe()
@@ -265,11 +267,10 @@ class Fuzzer:
             self._process.start()
             theirs.close()
         assert self._pipe is not None
-        seconds = WARM_UP_SECONDS if seed is None else SECONDS
         try:
             started = moved = time.monotonic()
             before = used = self._processor_seconds()
-            self._pipe.send((name, seed))
+            self._pipe.send(request)
             while not self._pipe.poll(0.1):
                 now, last, used = time.monotonic(), used, self._processor_seconds()
                 moved = now if used > last else moved
@@ -303,7 +304,8 @@ class Fuzzer:
 
 
 def _serve(specimens: Specimens, pipe: Connection, stack: Path) -> None:
-    """Answer (reader, seed) with an outcome, and (reader, None) with what is wrong with its files."""
+    """Answer (reader, None) with what is wrong with its files; (reader, seed) with "" when they are changed,
+    and what comes after it with the outcome."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -320,11 +322,16 @@ def _serve(specimens: Specimens, pipe: Connection, stack: Path) -> None:
                 os._exit(0)
             file.seek(0)
             file.truncate()
-            pipe.send(_warm_up(specimens, name) if seed is None else _watched(specimens, name, seed, file))
+            if seed is None:
+                pipe.send(_warm_up(specimens, name))
+                continue
+            path = spoil(specimens, name, seed)
+            pipe.send("")
+            pipe.recv()
+            pipe.send(_watched(name, seed, path, file))
 
 
-def _watched(specimens: Specimens, name: str, seed: int, stack: Any) -> Outcome:
-    path = spoil(specimens, name, seed)
+def _watched(name: str, seed: int, path: Path, stack: Any) -> Outcome:
     before = _reset_peak()
     faulthandler.dump_traceback_later(0.9 * SECONDS, repeat=True, file=stack)
     outcome = outcome_of(name, seed, path)

@@ -220,6 +220,8 @@ def _within(
 
     def change(content: bytes, source: Random) -> bytes:
         inside = unpack(content)
+        if len(inside) >= _MUCH:
+            raise ValueError("a change too many")
         if source.random() < 0.03:
             # Both formats allow for several, one behind the other.
             return pack(source.choice((b"\0", b"a")) * _MUCH) * 10

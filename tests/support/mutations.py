@@ -8,6 +8,7 @@ the first check: a JSON text stays one, a header's length fits the header.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -227,6 +228,12 @@ def changed(value: Any, source: Random, values: Sequence[Any] = _VALUES) -> Any:
 def _change_item(holder: list[Any], at: int, root: Any, source: Random, values: Sequence[Any]) -> None:
     is_object = isinstance(holder, Pairs)
     key, old = holder[at] if is_object else (None, holder[at])
+    if isinstance(old, str) and old.startswith("{") and source.random() < 0.8:
+        # A file within a file.
+        with contextlib.suppress(ValueError):
+            new = of_json(old.encode(), source).decode()
+            holder[at] = (key, new) if is_object else new
+            return
     kind = source.choice(
         ("replace",) * 4 + ("nudge", "nudge", "drop", "rename", "again", "move", "wrap", "swap")
     )
