@@ -108,6 +108,7 @@ def test_what_a_reader_does_is_told(
     kind: str,
     detail: str,
 ):
+    monkeypatch.setattr(fuzz, "GROWTH_BYTES", 50 << 20)
     if kind == "hang":
         monkeypatch.setattr(fuzz, "SECONDS", 0.5)
     # The files as they are must be taken: what is done to them begins with the second call.
