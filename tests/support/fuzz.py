@@ -311,6 +311,8 @@ def _serve(specimens: Specimens, pipe: Connection, stack: Path) -> None:
         os.dup2(null, stream)
     # Under pytest these are its own.
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+    # What a process that is killed leaves goes with the specimens.
+    tempfile.tempdir = str(specimens.root.parent)
     _limit(resource.RLIMIT_FSIZE, FILE_BYTES)
     _limit(resource.RLIMIT_CORE, 0)
     with stack.open("w") as file:
