@@ -221,7 +221,7 @@ def recorded_digests(run: Path) -> dict[int, int]:
         return {
             record["step"]: record["data_digest"]
             for record in read_metrics(run / METRICS)
-            if type(record.get("data_digest")) is int
+            if type(record.get("data_digest")) is int and abs(record["data_digest"]) <= LARGEST_INT
         }
     except OSError as error:
         got = f"an unreadable file ({error.strerror})"
