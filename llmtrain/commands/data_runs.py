@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmtrain.config import decode, encode
+from llmtrain.config import LARGEST_INT, decode, encode
 from llmtrain.data import packages
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.data.train_config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
