@@ -89,8 +89,8 @@ def parse_yaml(content: bytes) -> dict[str, Any]:
         raise ValueError(f"no YAML: {getattr(error, 'problem', None) or 'odd characters'}{place}") from None
     except RecursionError:
         raise ValueError("brackets within brackets, too many") from None
-    except Exception as error:  # of dates and numbers that are none, which its constructors do not expect
-        raise ValueError(f"no YAML ({type(error).__name__}: {error})") from None
+    except Exception:  # of its constructors, which do not expect dates and numbers that are none
+        raise ValueError("no YAML: a date or a number that is none") from None
     if not isinstance(value, dict):
         raise ValueError(f"{kind_of(value)} in place of a section of keys")
     _refuse_multiplied(value)
