@@ -40,10 +40,12 @@ from llmtrain.errors import (
     Problem,
     UserError,
 )
+from llmtrain.files import write_atomically
 from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel.forwarding import Forwarder
 from llmtrain.parallel.hosts import Hosts, Route, hosts_from_environment, keep_to, route_to
 from llmtrain.parallel.launcher import start_seconds, stop_seconds
+from llmtrain.reading import read_bytes
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
@@ -91,9 +93,9 @@ def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path
 
 def keep_previous(log: Path) -> None:
     """Move an earlier launch's log aside (rank0.log → rank0.1.log, and so on up): a resumed run keeps it."""
-    if log.exists():
+    if os.path.lexists(log):
         number = 1
-        while (kept := log.with_suffix(f".{number}{log.suffix}")).exists():
+        while os.path.lexists(kept := log.with_suffix(f".{number}{log.suffix}")):
             number += 1
         log.rename(kept)
 
@@ -113,7 +115,8 @@ def _exit_report(node: object) -> str:
 
 def job_exit_code(folder: Path) -> int:
     """The exit code of a job of several hosts, as each left it in `folder`; 0 if none did."""
-    codes = [int(report.read_text()) for report in sorted(folder.glob(_exit_report("*")))]
+    said = [read_bytes(report, 16).strip() for report in sorted(folder.glob(_exit_report("*")))]
+    codes = [int(code) for code in said if code.lstrip(b"-").isdigit()]
     return codes[root_cause(codes)] if any(codes) else 0
 
 
@@ -132,6 +135,11 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     route = route_to(hosts.address, hosts.address_variable)
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
+    if folder.is_symlink() and "LOG_DIR" not in environment:
+        # Whoever gave the run folder chose where to.
+        got = f"a link to {os.readlink(folder)}"
+        remedy = "remove it, or name the folder in LOG_DIR"
+        raise ConfigError(Problem(str(folder), got, "a folder of the run's own", remedy))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         exit_report.unlink(missing_ok=True)
@@ -144,7 +152,7 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     if forwarder.asked and code == _SIGTERM:  # before a rank could listen
         code = INTERRUPTED_EXIT_CODE
     if code and hosts.num_nodes > 1:
-        exit_report.write_text(f"{code}\n")
+        write_atomically(exit_report, f"{code}\n")
     return code
 
 

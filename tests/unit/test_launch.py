@@ -202,6 +202,30 @@ def test_earlier_logs_are_kept(tmp_path: Path):
     assert kept == ["first", "second", "third"]
 
 
+def test_a_link_that_waits_for_a_log_is_moved_aside(tmp_path: Path):
+    log, elsewhere = tmp_path / "rank0.log", tmp_path / "elsewhere"
+    log.symlink_to(elsewhere)
+    torchrun.keep_previous(log)
+    log.write_text("ours")
+    assert not elsewhere.exists()
+
+
+def test_logs_that_are_a_link_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "logs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        ConfigError, match=r"logs: got a link to .*elsewhere; allowed: a folder of the run's own"
+    ):
+        torchrun.launch([f"run.dir={tmp_path}"], {})
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_report_that_is_none_tells_no_exit_code(tmp_path: Path):
+    (tmp_path / ".exit-code-of-node-0").write_text("many")
+    (tmp_path / ".exit-code-of-node-1").write_text("2\n")
+    assert torchrun.job_exit_code(tmp_path) == 2
+
+
 def test_mistakes_need_no_torch():
     """They must answer at once, and importing torch takes seconds."""
     code = "import sys; from llmtrain.torchrun import main; code = main(['x=1'])\n"
