@@ -80,9 +80,16 @@ def test_verify_names_each_damage(copy: Path, capsys: pytest.CaptureFixture[str]
     assert "step-00000005: got no manifest.json" in problems[2]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 14])
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (0, "tensors: got {"),
+        (1, "model.num_layers: got 2; allowed: no more than its 1"),
+        (14, "got a model of 68,480"),
+    ],
+)
 def test_a_checkpoint_without_its_tensors_is_not_good(
-    copy: Path, kept: int, capsys: pytest.CaptureFixture[str]
+    copy: Path, kept: int, said: str, capsys: pytest.CaptureFixture[str]
 ):
     """Whoever forges a manifest makes its checksum too."""
     path = list_steps(copy / "checkpoints")[-1]
@@ -94,7 +101,7 @@ def test_a_checkpoint_without_its_tensors_is_not_good(
     write_manifest(path, manifest)
     code, lines, problems = call(capsys, "verify", path)
     assert (code, lines[0].split()[1]) == (2, "damaged")
-    assert "got a model of 68,480 parameters" in problems[0] if kept else "tensors: got {" in problems[0]
+    assert said in problems[0]
 
 
 def test_show(run: Path, capsys: pytest.CaptureFixture[str]):
