@@ -28,6 +28,7 @@ from llmtrain.data.preparation.scan import LeftOut, Scan, look, scan_problem, sh
 from llmtrain.data.preparation.streams import COLUMNS, Part, SourceFile, Unit
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import open_regular
 from llmtrain.urls import without_credentials
 
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet", "tar")
@@ -218,7 +219,7 @@ def _piece_digest(piece: tuple[SourceFile, int]) -> bytes:
     if file.url:
         return file.version.encode() if not start else b""
     digest = xxhash.xxh3_128()
-    with reading(file), open(file.path, "rb", buffering=0) as stream:
+    with reading(file), open(file.path, "rb", buffering=0, opener=open_regular) as stream:
         stream.seek(start)
         left = _PIECE_BYTES
         while left and (data := stream.read(min(left, streams.BATCH_BYTES))):
