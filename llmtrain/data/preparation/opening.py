@@ -28,6 +28,7 @@ UNPACKED_TIMES = 256
 themselves to a hundredth; a file that is made to fill disks, to a thousandth and less."""
 UNPACKED_BYTES = 256 << 20
 """So much may stand in any compressed file, however small: it fits on every disk."""
+GZIP_MAGIC = b"\x1f\x8b"
 _FRAME_HEADER_BYTES = 18
 _ZSTD_INPUT_BYTES = 2048
 """Given to zstd at a time. Four bytes may stand for 128 KiB, so what comes back is 64 MiB at most; larger
@@ -44,20 +45,21 @@ def open_source(file: SourceFile) -> IO[bytes]:
 
 
 class Allowance:
-    """How many bytes a packed source may still give; `what` follows their number in the message."""
+    """How many bytes a packed file of `size` bytes may still give; `what` follows their number in the
+    message, and `where` names the file."""
 
-    def __init__(self, file: SourceFile, what: str = "bytes of unpacked data") -> None:
-        self._file, self._what = file, what
-        self._most = self._left = max(UNPACKED_BYTES, UNPACKED_TIMES * file.size)
+    def __init__(self, where: str, size: int, what: str = "bytes of unpacked data") -> None:
+        self._where, self._size, self._what = where, size, what
+        self._most = self._left = max(UNPACKED_BYTES, UNPACKED_TIMES * size)
 
     def take(self, count: int) -> None:
         """Raises DataError once the file has given more than it may."""
         self._left -= count
         if self._left < 0:
-            got = f"more than {self._most:,} {self._what} from a file of {self._file.size:,} bytes"
+            got = f"more than {self._most:,} {self._what} from a file of {self._size:,} bytes"
             allowed = f"{UNPACKED_TIMES} for each byte of the file, or {UNPACKED_BYTES >> 20} MiB"
             remedy = "unpack it into files of plain text, if that is what it should hold"
-            raise DataError(Problem(self._file.name, got, allowed, remedy))
+            raise DataError(Problem(self._where, got, allowed, remedy))
 
 
 @contextmanager
@@ -69,13 +71,15 @@ def reading(file: SourceFile) -> Iterator[None]:
         got = f"damaged .{file.compression} data ({error})"
         raise DataError(Problem(file.name, got, "", "copy or download it again")) from error
     except MemoryError as error:
-        raise DataError(
-            Problem(file.name, "more than the memory that is left", "", "lower workers")
-        ) from error
+        raise out_of_memory(file) from error
     except OSError as error:
         raise DataError(
             Problem(file.name, error.strerror or str(error), "a file that can be read")
         ) from error
+
+
+def out_of_memory(file: SourceFile) -> DataError:
+    return DataError(Problem(file.name, "more than the memory that is left", "", "lower workers"))
 
 
 def refuse_changed(file: SourceFile) -> None:
@@ -110,11 +114,16 @@ def refuse_long_windows(files: Sequence[SourceFile], workers: int) -> list[str]:
     return [f"{what}: a worker holds as much memory while it reads one"]
 
 
-def open_plain(packed: IO[bytes], compression: str) -> Any:
-    """The stream of what is packed in another, which it closes with itself."""
-    if compression == "gz":
-        return _GzipStream(packed)
-    return _ZstdStream(packed) if compression == "zst" else packed
+def unpacked(packed: IO[bytes], compression: str, where: str, size: int) -> Any:
+    """The raw stream of what is packed in another, which it closes with itself; `packed` where nothing is.
+
+    It raises EOFError, OSError, zlib.error and BadZstdError for damaged data, and DataError, with `where`,
+    once it gives more than a file of `size` bytes may.
+    """
+    if not compression:
+        return packed
+    stream = _GzipStream(packed) if compression == "gz" else _ZstdStream(packed)
+    return _Unpacked(stream, Allowance(where, size))
 
 
 class _SourceBytes(io.RawIOBase):
@@ -122,10 +131,9 @@ class _SourceBytes(io.RawIOBase):
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
-        self._allowance = Allowance(file) if file.compression else None
         with reading(file):
             packed = open(file.path, "rb", -1 if file.compression else 0, opener=open_regular)  # noqa: SIM115
-            self._stream: Any = open_plain(packed, file.compression)
+            self._stream: Any = unpacked(packed, file.compression, file.name, file.size)
 
     def readable(self) -> bool:
         return True
@@ -138,14 +146,28 @@ class _SourceBytes(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         with reading(self._file):
-            count = self._stream.readinto(buffer)
-        if self._allowance is not None:
-            self._allowance.take(count)
-        return count
+            return self._stream.readinto(buffer)
 
     def close(self) -> None:
         if hasattr(self, "_stream"):
             self._stream.close()
+        super().close()
+
+
+class _Unpacked(io.RawIOBase):
+    def __init__(self, stream: Any, allowance: Allowance) -> None:
+        self._stream, self._allowance = stream, allowance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._allowance.take(count)
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
         super().close()
 
 

@@ -7,45 +7,107 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.data.preparation import streams
-from llmtrain.data.preparation.opening import open_source
+from llmtrain.data.preparation.opening import Allowance, open_source, reading
+from llmtrain.data.preparation.parquet_pages import MOST_ROWS, Page, pages_of, rows_at_a_time
 from llmtrain.data.preparation.streams import Part, SourceFile, Texts, missing_field
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import open_regular
+
+LONGEST_FOOTER = 16 << 20
+"""Bytes of a file's list of row groups and columns, which takes some hundred times as much in memory."""
+MOST_IN_FOOTER = 100_000
+"""Row groups, or columns: room for as many is taken before they are read."""
 
 
 def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[list[Texts]]:
     """The columns of these names, a batch of rows at a time."""
-    file, temporary = part.file, None
-    if file.compression:
-        # Parquet is read from its end, which a compressed stream does not offer.
-        temporary = scratch / f"{os.getpid()}.parquet"
-        with open_source(file) as packed, open(temporary, "wb") as plain:
-            shutil.copyfileobj(packed, plain, streams.BATCH_BYTES)
+    file = part.file
+    with _unpacked(file, scratch) as path, open_source(replace(file, path=path, compression="")) as stream:
+        parquet = open_parquet(file, stream)
+        _check_columns(file, parquet.schema_arrow, names)
+        row = sum(parquet.metadata.row_group(group).num_rows for group in range(part.start))
+        groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
+        rows = _rows_at_a_time(file, path, parquet, groups, names)
+        batches = parquet.iter_batches(rows, row_groups=list(groups), columns=[*names], use_threads=False)
+        allowance = Allowance(file.name, file.size, "bytes of rows")
+        while (batch := _next(batches, f"{file.name} row {row + 1:,} or later")) is not None:
+            # The file gives them in its own order.
+            columns: list[Texts] = [_texts(batch.column(name), file, row, name) for name in names]
+            allowance.take(sum(sum(map(len, texts)) + 8 * len(texts) for texts in columns))
+            yield columns
+            row += batch.num_rows
+
+
+@contextmanager
+def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
+    """The plain file: parquet is read from its end, which a compressed stream does not offer."""
+    if not file.compression:
+        yield file.path
+        return
+    path = scratch / "unpacked.parquet"
+    left = shutil.disk_usage(scratch).free * 9 // 10
     try:
-        with open(temporary, "rb") if temporary else open_source(file) as stream:
-            parquet = open_parquet(file, stream)
-            _check_columns(file, parquet.schema_arrow, names)
-            row = sum(parquet.metadata.row_group(group).num_rows for group in range(part.start))
-            groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
-            batches = parquet.iter_batches(512, row_groups=list(groups), columns=[*names], use_threads=False)
-            while (batch := _next(batches, f"{file.name} row {row + 1:,} or later")) is not None:
-                # The file gives them in its own order.
-                yield [_texts(batch.column(name), file, row, name) for name in names]
-                row += batch.num_rows
+        with open_source(file) as packed, open(path, "xb") as plain:
+            while data := packed.read(streams.BATCH_BYTES):
+                left -= len(data)
+                if left < 0:
+                    got = f"more than {plain.tell():,} bytes of unpacked data"
+                    allowed = "as many as 9 of 10 bytes that are free on the disk of output"
+                    raise DataError(Problem(file.name, got, allowed, "make room, or choose another output"))
+                plain.write(data)
+        yield path
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def open_parquet(file: SourceFile, stream: IO[bytes]) -> Any:
     """pyarrow's ParquetFile of an open file: its path need not be UTF-8, as pyarrow demands."""
     import pyarrow.parquet
 
+    if stream.seek(0, os.SEEK_END) >= 8:
+        stream.seek(-8, os.SEEK_END)
+        footer = int.from_bytes(stream.read(4), "little")
+        if stream.read(4) == b"PAR1" and footer > LONGEST_FOOTER:
+            got, allowed = f"a list of row groups of {footer:,} bytes", f"{LONGEST_FOOTER:,}"
+            raise DataError(Problem(file.name, got, allowed, "write it again in larger row groups"))
+        stream.seek(0)
     with _arrow_errors(file.name, "no parquet file"):
-        return pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
+        return pyarrow.parquet.ParquetFile(
+            stream, pre_buffer=False, thrift_container_size_limit=MOST_IN_FOOTER
+        )
+
+
+def _rows_at_a_time(file: SourceFile, path: Path, parquet: Any, groups: range, names: Sequence[str]) -> int:
+    """In how many rows at a time memory holds these columns. Raises DataError for pages that it does not
+    hold, or that are none."""
+    leaves = [i for i in range(len(parquet.schema)) if parquet.schema.column(i).path in names]
+    rows = MOST_ROWS
+    with reading(file), open(path, "rb", opener=open_regular) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for leaf in leaves:
+            pages: list[Page] = []
+            for group in groups:
+                column = parquet.metadata.row_group(group).column(leaf)
+                start = column.data_page_offset
+                if column.has_dictionary_page and 0 < column.dictionary_page_offset < start:
+                    start = column.dictionary_page_offset
+                stop = min(size, start + column.total_compressed_size)
+                try:
+                    if start < 0:
+                        raise ValueError(f"a column at byte {start:,}")
+                    pages += pages_of(stream.fileno(), start, stop, column.num_values)
+                except ValueError as error:
+                    first = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
+                    where = f"{file.name} row {first + 1:,} or later"
+                    remedy = "copy or download it again, or write it with smaller pages"
+                    raise DataError(Problem(where, f"damaged parquet data ({error})", "", remedy)) from error
+            rows = min(rows, rows_at_a_time(pages))
+    return max(rows // len(names), 1)
 
 
 def _check_columns(file: SourceFile, schema: Any, names: Sequence[str]) -> None:

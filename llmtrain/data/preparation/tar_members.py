@@ -12,7 +12,6 @@ from typing import IO
 
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.scan import brief
-from llmtrain.data.preparation.streams import SourceFile
 from llmtrain.errors import DataError, Problem
 
 BLOCK = tarfile.BLOCKSIZE
@@ -25,18 +24,19 @@ _AGAIN = "copy or download it again"
 
 
 def tar_members(
-    stream: IO[bytes], file: SourceFile, wanted: Callable[[str], bool]
+    stream: IO[bytes], where: str, wanted: Callable[[str], bool], largest: int | None = None
 ) -> Iterator[tuple[str, bytes | None]]:
-    """(name, content) of every member but folders; no content for what is no file or not `wanted`.
+    """(name, content) of every member but folders; no content for what is no file or not `wanted`. `where`
+    names the tar; a member of more than `largest` bytes, LONGEST_LINE by default, is an error.
 
     Raises DataError for whatever may hide a member.
     """
-    return _Tar(stream, file).members(wanted)
+    return _Tar(stream, where, largest or streams.LONGEST_LINE).members(wanted)
 
 
 class _Tar:
-    def __init__(self, stream: IO[bytes], file: SourceFile) -> None:
-        self._stream, self._file = stream, file
+    def __init__(self, stream: IO[bytes], where: str, largest: int) -> None:
+        self._stream, self._where, self._largest = stream, where, largest
         self._offset = 0
 
     def members(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
@@ -143,8 +143,8 @@ class _Tar:
         return data
 
     def _content(self, size: int, what: str) -> bytes:
-        if size > streams.LONGEST_LINE:
-            got = f"{what} of more than {streams.LONGEST_LINE >> 20} MiB"
+        if size > self._largest:
+            got = f"{what} of more than {self._largest >> 20} MiB"
             raise self._error(got, "", "cut it into smaller documents")
         return self._read(-(-size // BLOCK) * BLOCK, what)[:size]
 
@@ -158,7 +158,7 @@ class _Tar:
         return self._error(got, "a whole tar", _AGAIN)
 
     def _error(self, got: str, allowed: str = "", remedy: str = "") -> DataError:
-        return DataError(Problem(self._file.name, got, allowed, remedy))
+        return DataError(Problem(self._where, got, allowed, remedy))
 
 
 def _text(data: bytes) -> str:

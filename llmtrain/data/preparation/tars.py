@@ -97,7 +97,7 @@ def _samples(
         refuse_wide(data, where)
         return [text] if chosen == "txt" else text_of_object(text, where, [text_field], "one JSON object")
 
-    for name, data in tar_members(stream, file, wanted):
+    for name, data in tar_members(stream, file.name, wanted):
         if data is None:
             counts.members_ignored += 1
             continue
