@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.opening import Allowance, open_source, reading
+from llmtrain.data.preparation.parquet_footer import RowGroup, row_groups
 from llmtrain.data.preparation.parquet_pages import MOST_ROWS, Page, pages_of, rows_at_a_time
 from llmtrain.data.preparation.streams import Part, SourceFile, Texts, missing_field
 from llmtrain.errors import DataError, Problem
@@ -22,6 +23,9 @@ LONGEST_FOOTER = 16 << 20
 """Bytes of a file's list of row groups and columns, which takes some hundred times as much in memory."""
 MOST_IN_FOOTER = 100_000
 """Row groups, or columns: room for as many is taken before they are read."""
+_PIECE_BYTES = 8 << 20
+_TAIL_BYTES = 8
+"""The footer's length and the format's mark."""
 
 
 def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[list[Texts]]:
@@ -30,17 +34,22 @@ def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[li
     with _unpacked(file, scratch) as path, open_source(replace(file, path=path, compression="")) as stream:
         parquet = open_parquet(file, stream)
         _check_columns(file, parquet.schema_arrow, names)
-        row = sum(parquet.metadata.row_group(group).num_rows for group in range(part.start))
-        groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
-        rows = _rows_at_a_time(file, path, parquet, groups, names)
+        found = _row_groups(file, stream, names)
+        row = sum(group.num_rows for group in found[: part.start])
+        groups = range(part.start, len(found) if part.stop is None else part.stop)
+        rows = _rows_at_a_time(file, path, found, groups)
         batches = parquet.iter_batches(rows, row_groups=list(groups), columns=[*names], use_threads=False)
         allowance = Allowance(file.name, file.size, "bytes of rows")
         while (batch := _next(batches, f"{file.name} row {row + 1:,} or later")) is not None:
-            # The file gives them in its own order.
-            columns: list[Texts] = [_texts(batch.column(name), file, row, name) for name in names]
-            allowance.take(sum(sum(map(len, texts)) + 8 * len(texts) for texts in columns))
-            yield columns
-            row += batch.num_rows
+            # As Python's objects all rows of a batch would take it several times again.
+            step = max(1, batch.num_rows * _PIECE_BYTES // max(batch.nbytes, 1))
+            for start in range(0, batch.num_rows, step):
+                piece = batch.slice(start, step)
+                # The file gives them in its own order.
+                columns: list[Texts] = [_texts(piece.column(name), file, row, name) for name in names]
+                allowance.take(sum(sum(map(len, texts)) + 8 * len(texts) for texts in columns))
+                yield columns
+                row += piece.num_rows
 
 
 @contextmanager
@@ -69,45 +78,64 @@ def open_parquet(file: SourceFile, stream: IO[bytes]) -> Any:
     """pyarrow's ParquetFile of an open file: its path need not be UTF-8, as pyarrow demands."""
     import pyarrow.parquet
 
-    if stream.seek(0, os.SEEK_END) >= 8:
-        stream.seek(-8, os.SEEK_END)
-        footer = int.from_bytes(stream.read(4), "little")
-        if stream.read(4) == b"PAR1" and footer > LONGEST_FOOTER:
-            got, allowed = f"a list of row groups of {footer:,} bytes", f"{LONGEST_FOOTER:,}"
-            raise DataError(Problem(file.name, got, allowed, "write it again in larger row groups"))
-        stream.seek(0)
+    length = _footer_length(stream)
+    if length > LONGEST_FOOTER:
+        got, allowed = f"a list of row groups of {length:,} bytes", f"{LONGEST_FOOTER:,}"
+        raise DataError(Problem(file.name, got, allowed, "write it again in larger row groups"))
     with _arrow_errors(file.name, "no parquet file"):
         return pyarrow.parquet.ParquetFile(
             stream, pre_buffer=False, thrift_container_size_limit=MOST_IN_FOOTER
         )
 
 
-def _rows_at_a_time(file: SourceFile, path: Path, parquet: Any, groups: range, names: Sequence[str]) -> int:
-    """In how many rows at a time memory holds these columns. Raises DataError for pages that it does not
-    hold, or that are none."""
-    leaves = [i for i in range(len(parquet.schema)) if parquet.schema.column(i).path in names]
-    rows = MOST_ROWS
+def row_group_sizes(file: SourceFile) -> list[int]:
+    """Bytes of the unpacked pages of each row group, as the file says."""
+    with open_source(file) as stream:
+        # Arrow tells what is no parquet file at all.
+        open_parquet(file, stream)
+        return [group.num_bytes for group in _row_groups(file, stream, ())]
+
+
+def _footer_length(stream: IO[bytes]) -> int:
+    """0 for what is no parquet file."""
+    if stream.seek(0, os.SEEK_END) < _TAIL_BYTES:
+        return 0
+    stream.seek(-_TAIL_BYTES, os.SEEK_END)
+    tail = stream.read(_TAIL_BYTES)
+    return int.from_bytes(tail[:4], "little") if tail[4:] == b"PAR1" else 0
+
+
+def _row_groups(file: SourceFile, stream: IO[bytes], names: Sequence[str]) -> list[RowGroup]:
+    length = _footer_length(stream)
+    stream.seek(-_TAIL_BYTES - length, os.SEEK_END)
+    try:
+        return list(row_groups(stream.read(length), names))
+    except ValueError as error:
+        got = f"no parquet file ({error})"
+        raise DataError(Problem(file.name, got, "", "copy or download it again")) from error
+
+
+def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups: range) -> int:
+    """In how many rows at a time memory holds the columns. Raises DataError for pages that it does not hold,
+    or that are none."""
+    pages: dict[str, list[Page]] = {}
     with reading(file), open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
-        for leaf in leaves:
-            pages: list[Page] = []
-            for group in groups:
-                column = parquet.metadata.row_group(group).column(leaf)
-                start = column.data_page_offset
-                if column.has_dictionary_page and 0 < column.dictionary_page_offset < start:
-                    start = column.dictionary_page_offset
-                stop = min(size, start + column.total_compressed_size)
+        for group in groups:
+            for chunk in found[group].chunks:
+                stop = min(size, chunk.start + chunk.num_bytes)
                 try:
-                    if start < 0:
-                        raise ValueError(f"a column at byte {start:,}")
-                    pages += pages_of(stream.fileno(), start, stop, column.num_values)
+                    pages.setdefault(chunk.column, []).extend(
+                        pages_of(stream.fileno(), chunk.start, stop, chunk.num_values)
+                    )
                 except ValueError as error:
-                    first = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
-                    where = f"{file.name} row {first + 1:,} or later"
+                    row = sum(before.num_rows for before in found[:group])
+                    got = f"damaged parquet data ({error})"
                     remedy = "copy or download it again, or write it with smaller pages"
-                    raise DataError(Problem(where, f"damaged parquet data ({error})", "", remedy)) from error
-            rows = min(rows, rows_at_a_time(pages))
-    return max(rows // len(names), 1)
+                    raise DataError(
+                        Problem(f"{file.name} row {row + 1:,} or later", got, "", remedy)
+                    ) from error
+    return max(min(map(rows_at_a_time, pages.values()), default=MOST_ROWS) // max(len(pages), 1), 1)
 
 
 def _check_columns(file: SourceFile, schema: Any, names: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from llmtrain.data.preparation.parquet_footer import Struct, number_of
+
 PAGE_BYTES = 128 << 20
 """Most bytes of an unpacked page; writers cut pages at 1 MB most often, at 100 MB at the latest."""
 BATCH_BYTES = 128 << 20
@@ -59,7 +61,7 @@ def pages_of(descriptor: int, start: int, stop: int, num_values: int) -> Iterato
     dictionary_bytes = seen = 0
     while seen < num_values and start < stop:
         header, length = _header(descriptor, start, stop)
-        kind, unpacked, packed = (_number(header, field) for field in (1, 2, 3))
+        kind, unpacked, packed = (number_of(header, field) for field in (1, 2, 3))
         if min(unpacked, packed) < 0:
             raise ValueError(f"a page of {min(unpacked, packed):,} bytes")
         if unpacked > PAGE_BYTES:
@@ -67,12 +69,12 @@ def pages_of(descriptor: int, start: int, stop: int, num_values: int) -> Iterato
         start += length + packed
         if kind == _DICTIONARY_PAGE:
             dictionary_bytes = unpacked
-            count = _number(header.get(7), 1)
+            count = number_of(header.get(7), 1)
             if count * 4 > unpacked:
                 raise ValueError(f"{unpacked:,} bytes of a dictionary of {count:,} values")
         elif kind in (_DATA_PAGE, _DATA_PAGE_V2):
             described = header.get(5 if kind == _DATA_PAGE else 8)
-            count, encoding = _number(described, 1), _number(described, 2 if kind == _DATA_PAGE else 4)
+            count, encoding = number_of(described, 1), number_of(described, 2 if kind == _DATA_PAGE else 4)
             if count < 0:
                 raise ValueError(f"a page of {count:,} values")
             seen += count
@@ -84,69 +86,10 @@ def _header(descriptor: int, start: int, stop: int) -> tuple[dict[int, Any], int
     """(fields by number, bytes) of the page's header at `start`."""
     for size in _HEADER_BYTES:
         data = os.pread(descriptor, min(size, stop - start), start)
-        struct = _Struct(data)
+        struct = Struct(data)
         try:
             return struct.fields(), struct.place
         except IndexError:
             if len(data) < size:
                 break
     raise ValueError(f"no page at byte {start:,}")
-
-
-def _number(fields: Any, number: int) -> int:
-    value = fields.get(number) if isinstance(fields, dict) else None
-    if not isinstance(value, int):
-        raise ValueError("a page's header without its numbers")
-    return value
-
-
-class _Struct:
-    """Reads a struct of Thrift's compact protocol: its numbers, and the structs in it. Raises IndexError
-    where the data end before it does."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.place = 0
-
-    def fields(self, depth: int = 0) -> dict[int, Any]:
-        found: dict[int, Any] = {}
-        number = 0
-        while byte := self._byte():
-            kind = byte & 15
-            number = number + (byte >> 4) if byte >> 4 else self._signed()
-            if kind in (1, 2):
-                found[number] = kind == 1
-            elif kind == 3:
-                found[number] = self._byte()
-            elif kind in (4, 5, 6):
-                found[number] = self._signed()
-            elif kind == 7:
-                self.place += 8
-            elif kind == 8:
-                length = self._unsigned()
-                self.place += length
-            elif kind == 12 and depth < 3:
-                found[number] = self.fields(depth + 1)
-            else:
-                raise ValueError("a page's header that is none")
-        return found
-
-    def _byte(self) -> int:
-        byte = self._data[self.place]
-        self.place += 1
-        return byte
-
-    def _unsigned(self) -> int:
-        value = shift = 0
-        while True:
-            byte = self._byte()
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-            if shift > 63:
-                raise ValueError("a page's header that is none")
-
-    def _signed(self) -> int:
-        value = self._unsigned()
-        return (value >> 1) ^ -(value & 1)
