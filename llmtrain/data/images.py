@@ -218,7 +218,7 @@ def _pixels(content: bytes, extension: str, where: str) -> np.ndarray:
     try:
         if extension == "npy":
             array = parse_array(content).squeeze()
-            if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
                 raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (H, W) or (H, W, 3)")
             picture = Image.fromarray(array)
         else:

@@ -141,11 +141,13 @@ def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups:
 def _check_columns(file: SourceFile, schema: Any, names: Sequence[str]) -> None:
     import pyarrow
 
-    if not set(names) <= set(schema.names):
-        raise missing_field(file.name, names, schema.names)
+    with _arrow_errors(file.name, "no parquet file"):
+        found = list(schema.names)
+    if not set(names) <= set(found):
+        raise missing_field(file.name, names, found)
     for name in names:
-        if schema.names.count(name) > 1:
-            got = f"{schema.names.count(name)} columns of the name {name}"
+        if found.count(name) > 1:
+            got = f"{found.count(name)} columns of the name {name}"
             raise DataError(Problem(file.name, got, "one", "rename the others"))
         kind = schema.field(name).type
         value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
@@ -180,6 +182,6 @@ def _arrow_errors(where: str, got: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(Problem(where, f"{got} ({reason})", "", "copy or download it again")) from error

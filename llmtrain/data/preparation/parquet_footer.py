@@ -54,13 +54,10 @@ def _row_group(group: Any, columns: Sequence[str]) -> RowGroup:
     found, names = [], [column.encode() for column in columns]
     for chunk in group.get(1, ()) if isinstance(group, dict) else ():
         described = chunk.get(3) if isinstance(chunk, dict) else None
-        path = described.get(3) if isinstance(described, dict) else None
-        if (
-            not isinstance(described, dict)
-            or not isinstance(path, list)
-            or len(path) != 1
-            or path[0] not in [c.encode() for c in columns]
-        ):
+        if not isinstance(described, dict):
+            continue
+        path = described.get(3)
+        if not isinstance(path, list) or len(path) != 1 or path[0] not in names:
             continue
         start = number_of(described, 9)
         dictionary = described.get(11, 0)
