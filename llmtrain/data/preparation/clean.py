@@ -7,11 +7,12 @@ that hold nothing but white space.
 
 from __future__ import annotations
 
-import operator
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -178,13 +179,12 @@ def _clean_beyond_ascii(joined: bytes, normalization: str, counts: CleanCounts) 
         return joined
     form = normalization.upper()
     text = joined.decode() if removed or replaced else text
-    documents = text.split(SEPARATOR)
-    if _has_many_marks(text):
-        normalized = [_normalized_in_pieces(form, document) for document in documents]
-    elif unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
+    normalize = _normalized_in_pieces if _has_many_marks(text) else unicodedata.normalize
+    # It takes as long as to normalize, where marks may be out of order.
+    if normalize is unicodedata.normalize and unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
         return joined
-    else:
-        normalized = [unicodedata.normalize(form, document) for document in documents]  # type: ignore[arg-type]
+    documents = text.split(SEPARATOR)
+    normalized = [normalize(form, document) for document in documents]  # type: ignore[arg-type]
     counts.documents_normalized += sum(a != b for a, b in zip(documents, normalized, strict=True))
     return SEPARATOR.join(normalized).encode()
 
@@ -195,8 +195,14 @@ def _has_many_marks(text: str) -> bool:
     some = text[:: LONGEST_MARKS // 2]
     if some.isascii():
         return False
-    are_marks = [character > "\u02ff" and unicodedata.combining(character) != 0 for character in some]
-    return any(map(operator.and_, are_marks, are_marks[1:]))
+    are_marks = _is_mark()[np.frombuffer(some.encode("utf-32-le"), "<u4")]
+    return bool((are_marks[1:] & are_marks[:-1]).any())
+
+
+@lru_cache
+def _is_mark() -> np.ndarray:
+    """For each character whether it combines with others."""
+    return np.array([unicodedata.combining(chr(code)) != 0 for code in range(sys.maxunicode + 1)])
 
 
 def _normalized_in_pieces(form: str, text: str) -> str:

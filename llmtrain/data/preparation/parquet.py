@@ -24,6 +24,8 @@ LONGEST_FOOTER = 16 << 20
 MOST_IN_FOOTER = 100_000
 """Row groups, or columns: room for as many is taken before they are read."""
 _PIECE_BYTES = 8 << 20
+_ROW_BYTES = 8
+"""That a row counts beside its text: one without any takes time and memory too."""
 _TAIL_BYTES = 8
 """The footer's length and the format's mark."""
 
@@ -34,22 +36,33 @@ def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[li
     with _unpacked(file, scratch) as path, open_source(replace(file, path=path, compression="")) as stream:
         parquet = open_parquet(file, stream)
         _check_columns(file, parquet.schema_arrow, names)
-        found = _row_groups(file, stream, names)
-        row = sum(group.num_rows for group in found[: part.start])
-        groups = range(part.start, len(found) if part.stop is None else part.stop)
-        rows = _rows_at_a_time(file, path, found, groups)
+        listed = _row_groups(file, stream, names)
+        row = sum(group.num_rows for group in listed[: part.start])
+        groups = range(part.start, len(listed) if part.stop is None else part.stop)
+        rows = _rows_at_a_time(file, path, listed, groups)
         batches = parquet.iter_batches(rows, row_groups=list(groups), columns=[*names], use_threads=False)
         allowance = Allowance(file.name, file.size, "bytes of rows")
+        gathered: list[list[bytes]] = [[] for _ in names]
+        size = 0
         while (batch := _next(batches, f"{file.name} row {row + 1:,} or later")) is not None:
             # As Python's objects all rows of a batch would take it several times again.
             step = max(1, batch.num_rows * _PIECE_BYTES // max(batch.nbytes, 1))
-            for start in range(0, batch.num_rows, step):
-                piece = batch.slice(start, step)
-                # The file gives them in its own order.
-                columns: list[Texts] = [_texts(piece.column(name), file, row, name) for name in names]
-                allowance.take(sum(sum(map(len, texts)) + 8 * len(texts) for texts in columns))
-                yield columns
+            for first in range(0, batch.num_rows, step):
+                piece = batch.slice(first, step)
+                taken = 0
+                for texts, name in zip(gathered, names, strict=True):
+                    # The file gives them in its own order.
+                    found = _texts(piece.column(name), file, row, name)
+                    taken += sum(map(len, found)) + _ROW_BYTES * len(found)
+                    texts += found
                 row += piece.num_rows
+                size += taken
+                allowance.take(taken)
+                if size >= _PIECE_BYTES or len(gathered[0]) >= MOST_ROWS:
+                    yield [*gathered]
+                    gathered, size = [[] for _ in names], 0
+        if gathered[0]:
+            yield [*gathered]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> PrepareConfig:
     return PrepareConfig(
         source=(str(tmp_path / "a.txt"),),
         output=tmp_path / "corpus",
-        tokenizer=TokenizerConfig(vocab_size=270),
+        tokenizer=TokenizerConfig(vocab_size=277),
         split=SplitConfig(validation=0.0, test=0.0),
         workers=1,
     )
