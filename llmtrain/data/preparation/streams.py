@@ -184,17 +184,17 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def _read_line(stream: IO[bytes], file: SourceFile) -> bytes:
-    line = stream.readline(LONGEST_LINE + 1)
-    if len(line) > LONGEST_LINE:
-        raise DataError(
-            Problem(
-                file.name,
-                f"a line of more than {LONGEST_LINE >> 20} MiB",
-                "shorter lines",
-                "cut it into lines",
-            )
-        )
-    return line
+    """Raises DataError for a longer line than may be, before its pieces are put together, which takes as much
+    again."""
+    pieces, size = [], 0
+    while True:
+        pieces.append(stream.readline(BATCH_BYTES))
+        size += len(pieces[-1])
+        if size > LONGEST_LINE:
+            got = f"a line of more than {LONGEST_LINE >> 20} MiB"
+            raise DataError(Problem(file.name, got, "shorter lines", "cut it into lines"))
+        if not pieces[-1] or pieces[-1].endswith(b"\n"):
+            return b"".join(pieces)
 
 
 def missing_field(where: str, wanted: Sequence[str], fields: Sequence[str]) -> DataError:
