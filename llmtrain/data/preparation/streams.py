@@ -21,7 +21,9 @@ from llmtrain.errors import DataError, Problem
 # depend on nothing but the file.
 UNIT_BYTES = 16 << 20
 BATCH_BYTES = 1 << 20
-LONGEST_LINE = 256 << 20
+LONGEST_LINE = 128 << 20
+"""Bytes of a line, and of a document that a file of another kind holds: parsing takes up to three times as
+many besides."""
 MOST_VALUES = 4 << 20
 """In an object or a row: three bytes of a file may make a value that takes 70 in memory."""
 BATCH_DOCUMENTS = 1 << 16
