@@ -73,7 +73,7 @@ class _Rows:
             and f"{delimiter} " in first
             and first.count(delimiter) == first.count(f"{delimiter} ")
         )
-        csv.field_size_limit(_longest_row())
+        csv.field_size_limit(streams.longest_parsed())
         rows = csv.reader(
             chain([first], lines) if first else lines,
             delimiter=delimiter,
@@ -111,8 +111,8 @@ class _Rows:
         many lines, which quotes alone can make."""
         for number, line in enumerate(self._lines(stream), 1):
             self.bytes_of_row += len(line)
-            if self.bytes_of_row > _longest_row():
-                raise csv.Error(f"a row of more than {_longest_row() >> 20} MiB")
+            if self.bytes_of_row > streams.longest_parsed():
+                raise csv.Error(f"a row of more than {streams.longest_parsed() >> 20} MiB")
             if len(line) > streams.MOST_VALUES and line.count(delimiter) > streams.MOST_VALUES:
                 got = f"a row of more than {streams.MOST_VALUES:,} values"
                 raise DataError(Problem(f"{self.file.name} line {number}", got, "fewer"))
@@ -121,12 +121,12 @@ class _Rows:
     def _lines(self, stream: Any) -> Iterator[str]:
         text = io.TextIOWrapper(stream, encoding="latin-1", newline="")
         number = 0
-        while line := text.readline(_longest_row() + 1):
+        while line := text.readline(streams.longest_parsed() + 1):
             number += 1
             if number == 1:
                 line = line.removeprefix("\xef\xbb\xbf")
-            if len(line) > _longest_row():
-                got = f"a line of more than {_longest_row() >> 20} MiB"
+            if len(line) > streams.longest_parsed():
+                got = f"a line of more than {streams.longest_parsed() >> 20} MiB"
                 raise DataError(Problem(f"{self.file.name} line {number}", got, "shorter lines"))
             if "\0" in line:
                 refuse_wide(line.encode("latin-1"), f"{self.file.name} line {number}")
@@ -212,8 +212,3 @@ def _other_width(file: SourceFile, line: int, row: list[str], width: int, quoted
     if not quoted and any(value.startswith('"') for value in row):
         remedy = "quoting=double if values stand in quotes"
     return DataError(Problem(where, got, f"{width}, as many as the header has", remedy))
-
-
-def _longest_row() -> int:
-    """Bytes; the csv library takes four for a character."""
-    return streams.LONGEST_LINE // 2

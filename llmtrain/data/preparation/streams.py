@@ -22,8 +22,9 @@ from llmtrain.errors import DataError, Problem
 UNIT_BYTES = 16 << 20
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Bytes of a line, and of a document that a file of another kind holds: parsing takes up to three times as
-many besides."""
+"""Bytes of a line, and of a document that a file of another kind holds."""
+PARSED_SHARE = 4
+"""A line or a row that is parsed may have this part of LONGEST_LINE: libraries take ten bytes for each."""
 MOST_VALUES = 4 << 20
 """In an object or a row: three bytes of a file may make a value that takes 70 in memory."""
 BATCH_DOCUMENTS = 1 << 16
@@ -154,6 +155,11 @@ def line_chunks(part: Part, lone_returns: bool = True) -> Iterator[tuple[int, by
             refuse_wide(data, part.file.name)
             yield offset, data
             offset += len(data)
+
+
+def longest_parsed() -> int:
+    """Return how many bytes a line of JSON, or a row of a table, may have."""
+    return LONGEST_LINE // PARSED_SHARE
 
 
 def refuse_wide(data: bytes, where: str) -> None:

@@ -154,6 +154,9 @@ def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
     file = part.file
     keys = [json.dumps(name, ensure_ascii=False).encode() for name in names]
     for offset, data in line_chunks(part):
+        if len(data) > streams.BATCH_BYTES + streams.longest_parsed():
+            got = f"a line of more than {streams.longest_parsed() >> 20} MiB"
+            raise DataError(Problem(file.name, got, "shorter lines", "cut it into smaller documents"))
         lines = data.decode().split("\n")
         try:
             if len(data) > streams.MOST_VALUES:

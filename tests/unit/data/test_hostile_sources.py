@@ -3,6 +3,7 @@ it claims."""
 
 import gzip
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -217,6 +218,18 @@ def test_a_row_is_as_long_as_its_lines_together(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + ('"' + "some\n" * 100 + '",') * 9)
     assert "a row of more than 0 MiB" in refusal(path)
+
+
+def test_a_line_of_json_beyond_what_parsing_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "LONGEST_LINE", 16_000)
+    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x" * 4000}) + "\n")
+    assert list(batches(path))
+    path.write_text(json.dumps({"text": "x" * 6000}) + "\n")
+    assert refusal(path) == (
+        "a.jsonl: got a line of more than 0 MiB; allowed: shorter lines; cut it into smaller documents"
+    )
 
 
 def test_a_row_of_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
