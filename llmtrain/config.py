@@ -121,7 +121,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
 def _decode_dataclass(cls: type, mapping: Any, prefix: str, reading: _Reading) -> Any:
     problems, variants = reading.problems, reading.variants
     if not isinstance(mapping, Mapping):
-        problems.append(Problem(prefix or "config", _show(mapping), "a section of keys"))
+        problems.append(Problem(prefix or "config", show(mapping), "a section of keys"))
         return _INVALID
     found_before = len(problems)
     hints = _type_hints(cls)
@@ -174,17 +174,17 @@ def _decode_value(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
         for allowed in arguments:
             if raw == allowed and isinstance(raw, bool) == isinstance(allowed, bool):
                 return allowed
-        problems.append(Problem(where, _show(raw), ", ".join(map(str, arguments))))
+        problems.append(Problem(where, show(raw), ", ".join(map(str, arguments))))
         return _INVALID
     if origin in (tuple, list) or hint in (tuple, list):
         is_list = isinstance(raw, Sequence) and not isinstance(raw, str)
         if reading.is_json and not is_list:
-            problems.append(Problem(where, _show(raw), "a list"))
+            problems.append(Problem(where, show(raw), "a list"))
             return _INVALID
         items = raw if is_list else [raw]
         if origin is tuple and arguments and arguments[-1] is not Ellipsis:
             if len(items) != len(arguments):
-                problems.append(Problem(where, _show(raw), f"{len(arguments)} values"))
+                problems.append(Problem(where, show(raw), f"{len(arguments)} values"))
                 return _INVALID
             return tuple(
                 _decode_value(a, item, f"{where}[{i}]", reading)
@@ -195,7 +195,7 @@ def _decode_value(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
         return tuple(decoded) if origin is tuple or hint is tuple else decoded
     if origin in _MAPPINGS:
         if not isinstance(raw, Mapping):
-            problems.append(Problem(where, _show(raw), "a section of keys"))
+            problems.append(Problem(where, show(raw), "a section of keys"))
             return _INVALID
         element = arguments[1] if arguments else Any
         return {str(k): _decode_value(element, v, _join(where, str(k)), reading) for k, v in raw.items()}
@@ -215,7 +215,7 @@ def _decode_union(arguments: tuple[Any, ...], raw: Any, where: str, reading: _Re
             return value
         attempts.append(attempt.problems)
     if len(choices) > 1:
-        problems.append(Problem(where, _show(raw), " or ".join(dict.fromkeys(map(_type_name, arguments)))))
+        problems.append(Problem(where, show(raw), " or ".join(dict.fromkeys(map(_type_name, arguments)))))
         return _INVALID
     # A problem of a key below, or of an item, is not mended by null.
     problems += [
@@ -248,7 +248,7 @@ def _decode_scalar(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
         return str(raw)
     if hint is Path and isinstance(raw, (str, Path)) and str(raw) != "":
         return Path(raw).expanduser()
-    reading.problems.append(Problem(where, _show(raw), allowed))
+    reading.problems.append(Problem(where, show(raw), allowed))
     return _INVALID
 
 
@@ -277,7 +277,8 @@ class _Show(reprlib.Repr):
 _SHOW = _Show()
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """Return a value as messages show it, in part where it is long."""
     text = "nothing" if value is None else _SHOW.repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
@@ -307,7 +308,7 @@ def _type_name(hint: Any) -> str:
 def require(condition: bool, where: str, got: object, allowed: str, remedy: str = "") -> Iterator[Problem]:
     """One Problem unless `condition` holds; for `yield from` in a config's `problems()`."""
     if not condition:
-        yield Problem(where, _show(got), allowed, remedy)
+        yield Problem(where, show(got), allowed, remedy)
 
 
 def require_utf8(where: str, path: Path) -> Iterator[Problem]:
