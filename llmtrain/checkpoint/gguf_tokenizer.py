@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from llmtrain.checkpoint.gguf import GgufFile
 from llmtrain.config import show
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer_checks import library_errors
 from llmtrain.data.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG, JsonTokenizer
 from llmtrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from llmtrain.errors import CheckpointError, DataError, Problem
@@ -82,10 +83,9 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int], roles: dict
     cut = _CUTS[name]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    try:
+    where = f"{file.path}: tokenizer.ggml"
+    with library_errors(f"{where}.merges", "no BPE", "merges of its tokens"):
         library = Library(models.BPE(vocabulary, pairs, ignore_merges=cut.whole_words))
-    except Exception as error:  # the library raises this class itself
-        raise _refusal(file, "tokenizer.ggml.merges", f"no BPE ({error})", "merges of its tokens") from error
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.single_digits else []
     if cut.pattern:
         steps.append(pre_tokenizers.Split(Regex(cut.pattern), "isolated"))
@@ -96,12 +96,14 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int], roles: dict
     library.decoder = decoders.ByteLevel()
     special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | {*roles.values()}
     added = sorted(special | {i for i, kind in enumerate(types) if kind == USER_DEFINED})
-    library.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special) for i in added])
+    with library_errors(f"{where}.tokens", "tokens that cannot be added", "texts"):
+        library.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special) for i in added])
     if file.said.flag("tokenizer.ggml.add_bos_token") and "bos" in roles:
         bos = tokens[roles["bos"]]
-        library.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, roles["bos"])]
-        )
+        with library_errors(f"{where}.bos_token_id", f"the token {show(bos)}", "one without spaces and $"):
+            library.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, roles["bos"])]
+            )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -29,7 +29,7 @@ _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n", "<0x0A>", "Ċ")
 """Newlines among them, as bytes are written in sentencepiece and in byte-level BPE."""
-_PROBES = (
+PROBES = (
     " a  b\n\tÅ ﬁ １ 😀 ꙮ ",  # spaces and line ends, case, forms that Unicode normalizes, rare characters
     "Don 't . “stop” … it\u00a0is\u200b 漢字12",  # no space first, clean-up of English, quotes
     "e\u0301 👩\u200d👩 \u2028 \n\n   \n",  # marks and joiners, line ends in a row
@@ -147,7 +147,7 @@ class Tokenizer(ABC):
     @property
     def is_lossless(self) -> bool:
         """Whether probes of what tokenizers are known to change come back as they went in."""
-        return all(self.decode(self.encode(probe)) == probe for probe in _PROBES)
+        return all(self.decode(self.encode(probe)) == probe for probe in PROBES)
 
     @cached_property
     def sentinel_ids(self) -> tuple[int, ...]:

@@ -1,0 +1,111 @@
+"""What a tokenizer of others' making may not ask for: ids far behind its vocabulary, and texts that grow
+beyond all memory. Its library checks neither, and answers some mistakes by a Rust panic, which no
+`except Exception` catches, and the lack of memory by the end of the process.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import prod
+from typing import Any
+
+from llmtrain.errors import DataError, Problem
+
+TOKENIZER_BYTES = 128 << 20
+"""Four times the largest tokenizer.json that models are known to come with."""
+VOCABULARY_BYTES = 16 << 20
+"""Of vocab.txt, vocab.json and merges.txt, which only older tokenizers have."""
+MOST_GROWTH = 100
+"""Times that a text may grow before it is cut, or after it was joined, by what replaces its parts."""
+MOST_CHARSMAP_BYTES = 256
+"""Of what stands for a character; the longest of Unicode's compatibility forms has 33."""
+_FREE_IDS = 1 << 16
+_WORD = 4
+
+
+def check_ids(largest: int, entries: int, where: str) -> None:
+    """Raise DataError for a largest id of which most ids before it would stand for nothing: tables have a row
+    for each."""
+    allowed = 2 * entries + _FREE_IDS
+    if largest >= allowed:
+        got = f"the id {largest:,} in a vocabulary of {entries:,}"
+        raise DataError(Problem(where, got, f"ids below {allowed:,}"))
+
+
+def check_charsmap(charsmap: bytes) -> None:
+    """Raise ValueError for a sentencepiece table of replacements that is damaged: the bytes of a trie, their
+    number before them, and texts behind it, each with a zero at its end."""
+    size = int.from_bytes(charsmap[:_WORD], "little")
+    if len(charsmap) < _WORD or size > len(charsmap) - _WORD or size % _WORD:
+        raise ValueError(f"a precompiled_charsmap of {len(charsmap):,} bytes that says {size:,}")
+    longest = max(map(len, charsmap[_WORD + size :].split(b"\0")))
+    if longest > MOST_CHARSMAP_BYTES:
+        raise ValueError(f"a precompiled_charsmap with {longest:,} bytes for a character")
+
+
+def check_steps(spec: dict[str, Any]) -> None:
+    """Raise ValueError for steps before and after the model of a tokenizer.json that make texts too long."""
+    for key in ("normalizer", "pre_tokenizer", "decoder"):
+        try:
+            growth = _growth(spec.get(key))
+        except RecursionError:
+            raise ValueError(f"{key}: steps within steps, too many") from None
+        if growth > MOST_GROWTH:
+            raise ValueError(f"{key}: steps that make texts {growth:,.0f} times as long")
+
+
+def _growth(step: Any) -> float:
+    """Times that a text may grow in a step and those within it, however the step is called."""
+    if isinstance(step, list):
+        return prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1.0
+    own = 1.0
+    content, pattern = step.get("content"), step.get("pattern")
+    if isinstance(content, str) and pattern is not None:
+        literal = pattern.get("String") if isinstance(pattern, dict) else pattern
+        own *= max(1.0, len(content) / max(1, len(literal) if isinstance(literal, str) else 1))
+    if isinstance(step.get("prepend"), str):
+        own *= 1 + len(step["prepend"])
+    if isinstance(charsmap := step.get("precompiled_charsmap"), str):
+        try:
+            check_charsmap(base64.b64decode(charsmap, validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"a precompiled_charsmap that is no base64: {error}") from None
+    return own * prod(_growth(part) for part in step.values() if isinstance(part, dict | list))
+
+
+@contextmanager
+def library_errors(where: str, got: str, allowed: str) -> Iterator[None]:
+    """Raise DataError for what the `tokenizers` library raises in here, panics among it."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except BaseException as error:
+        # Its panics are no Exception, so that nobody catches them by mistake.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(Problem(where, f"{got} ({reason})", allowed)) from error
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Keep what the process writes to its standard error in here to itself: a panic writes several lines
+    before anybody can catch it."""
+    with suppress(OSError):
+        kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        return
+    yield
