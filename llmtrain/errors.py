@@ -44,7 +44,7 @@ class Problem:
             parts.append(f"allowed: {self.allowed}")
         if self.remedy:
             parts.append(self.remedy)
-        return "; ".join(" ".join(part.split()) for part in parts)
+        return "; ".join(printable(" ".join(part.split())) for part in parts)
 
 
 class UserError(Exception):
@@ -81,6 +81,21 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: a loss that is not finite, a full disk."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with what would steer a terminal, or cannot be seen, by its backslash escape: names in
+    files and folders of others may hold anything. Bytes that are no UTF-8 stay as Python holds them."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or "\udca0" <= character <= "\udcff" else _escaped(character)
+        for character in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -2,6 +2,9 @@
 
 What only tells of the work, as all on standard error does, is lost in silence: the work goes on. A command
 that is asked for what it prints ends where that cannot be written.
+
+What would steer a terminal is written by its backslash escape, wherever it came from: names in corpora and
+checkpoints of others may hold anything.
 """
 
 from __future__ import annotations
@@ -9,15 +12,20 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import select
 import sys
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from llmtrain.errors import EXIT_CODE, Problem
 
 PIPE_CLOSED = 141
 """Exit code when who reads what is printed has left, as a shell gives it for SIGPIPE."""
+
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m|\r)")
 
 
 class OutputLost(BaseException):
@@ -53,6 +61,49 @@ class _Stream(io.FileIO):
             return memoryview(data).nbytes
 
 
+class _Text(io.TextIOWrapper):
+    """Text to one of the process' own streams."""
+
+    may_colour = False
+    """Whether colours pass, and returns to the line's beginning: libraries write both on standard error."""
+
+    def write(self, text: str, /) -> int:
+        if self.may_colour:
+            parts = _COLOUR.split(text)
+            super().write("".join(part if i % 2 else without_steering(part) for i, part in enumerate(parts)))
+        else:
+            super().write(without_steering(text))
+        return len(text)
+
+
+class _Unchanged:
+    """A stream of ours for one who steers the terminal, and shows nothing of others as it is."""
+
+    def __init__(self, stream: _Text) -> None:
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        return io.TextIOWrapper.write(self._stream, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def without_steering(text: str) -> str:
+    """Return `text` with control characters, but for line ends and tabs, by their backslash escapes."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def unchanged(stream: TextIO) -> TextIO:
+    """Return what writes to `stream` whatever it is given, for bars and live lines."""
+    return cast(TextIO, _Unchanged(stream)) if isinstance(stream, _Text) else stream
+
+
+def print_text(text: str) -> None:
+    """Print text that was asked for: exactly, but on a terminal as all else."""
+    print(text, file=sys.stdout if sys.stdout.isatty() else unchanged(sys.stdout), flush=True)
+
+
 _output: _Stream | None = None
 
 
@@ -73,6 +124,7 @@ def take_over() -> None:
         sys.stdout = _text(_output, sys.__stdout__)
     if sys.__stderr__ is None or sys.stderr is sys.__stderr__:
         sys.stderr = _text(_Stream(2, "w", closefd=False), sys.__stderr__)
+        sys.stderr.may_colour = True
 
 
 def go_on_without_output() -> None:
@@ -92,11 +144,11 @@ def _open_nowhere(number: int) -> None:
         os.close(opened)
 
 
-def _text(raw: _Stream, like: TextIO | None = None) -> TextIO:
+def _text(raw: _Stream, like: TextIO | None = None) -> _Text:
     if like is None:
-        return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
+        return _Text(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
     is_buffered = isinstance(like.buffer, io.BufferedIOBase)  # not so with python -u
-    return io.TextIOWrapper(
+    return _Text(
         io.BufferedWriter(raw) if is_buffered else raw,
         like.encoding,
         like.errors,

@@ -9,6 +9,7 @@ from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.standard_streams import print_text
 
 if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
@@ -60,7 +61,7 @@ def fill_prompts(
         if not distributed.is_main():
             continue
         best = [candidates[0][0] for candidates in found]
-        print(_filled(prompt, best, tokenizer))
+        print_text(_filled(prompt, best, tokenizer))
         for number, candidates in enumerate(found, 1):
             shown = ", ".join(f"{tokenizer.decode([token])!r} {p:.3f}" for token, p in candidates)
             print(f"  {MASK} {number}: {shown}", flush=True)

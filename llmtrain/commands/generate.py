@@ -20,6 +20,7 @@ from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.standard_streams import print_text
 
 if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
@@ -104,9 +105,9 @@ def run(mapping: Mapping[str, Any]) -> None:
         write_output(output, lambda path: files.write_atomically(path, content))
         return
     for text in shown:
-        print(text, flush=True)
+        print_text(text)
         if len(prompts) > 1:
-            print("---", flush=True)
+            print_text("---")
 
 
 class Progress:

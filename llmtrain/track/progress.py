@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from llmtrain.standard_streams import unchanged, without_steering
 
 _GIB = 2**30
 
@@ -24,7 +27,7 @@ class Progress:
     ) -> None:
         self._total_steps = total_steps
         self._every = max(1, every)
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(file=unchanged(sys.stderr), highlight=False)
         self._live: Live | None = None
         self._start_step = start_step
         self._started = time.monotonic()
@@ -45,7 +48,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line of its own, which stays."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(without_steering(text)), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last line standing."""

@@ -118,6 +118,35 @@ def test_a_stream_waits_where_another_program_made_it_non_blocking():
     assert int(read.communicate(timeout=60)[0]) == 300_000
 
 
+PRINTS = """
+import sys
+from rich.console import Console
+from llmtrain import standard_streams
+standard_streams.take_over()
+print("a\\x1b]0;title\\x07\\x1b[31mred\\x9b2J\\r\\tb  \\u3000c")
+print("\\x1b[31mred\\x1b[0m \\x1b[2J 5 %\\r", file=sys.stderr)
+standard_streams.print_text("\\x1b[31m of a model")
+Console(file=standard_streams.unchanged(sys.stdout), force_terminal=True).print("[bold]live")
+"""
+
+
+def test_nothing_steers_the_terminal_but_what_is_to():
+    done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, cwd=REPOSITORY, timeout=300)
+    first, asked, live = done.stdout.decode().split("\n")[:3]
+    assert first == r"a\x1b]0;title\x07\x1b[31mred\x9b2J\r" + "\tb  \u3000c"
+    assert asked == "\x1b[31m of a model"
+    assert live.startswith("\x1b[1mlive")
+    assert done.stderr.decode() == "\x1b[31mred\x1b[0m \\x1b[2J 5 %\r\n"
+
+
+def test_a_terminal_is_not_steered_by_generated_text():
+    master, slave = pty.openpty()
+    subprocess.run([sys.executable, "-c", PRINTS], stdout=slave, cwd=REPOSITORY, timeout=300)
+    os.close(slave)
+    assert rb"\x1b[31m of a model" in os.read(master, 10_000)
+    os.close(master)
+
+
 def test_the_verbs_whose_work_goes_on():
     verbs = {*VERBS, *(f"{verb}_{second}" for verb in SECOND_VERBS for second in SECOND_VERBS[verb])}
     assert verbs > DOES_MORE_THAN_PRINT

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmtrain.data.preparation.clean import CleanCounts
+from llmtrain.standard_streams import unchanged, without_steering
 
 
 @dataclass
@@ -129,6 +130,7 @@ class Progress:
         self.bars: Any = None
         if sys.stdout.isatty() and not quiet:
             from rich import progress
+            from rich.console import Console
 
             self.bars = progress.Progress(
                 progress.TextColumn("{task.description:<10}"),
@@ -137,6 +139,7 @@ class Progress:
                 progress.TextColumn("{task.fields[detail]}"),
                 progress.TimeElapsedColumn(),
                 progress.TimeRemainingColumn(),
+                console=Console(file=unchanged(sys.stdout)),
             )
 
     def stage(self, name: str, total: int, detail: Callable[[], str] = str) -> Stage:
@@ -144,7 +147,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         if self.bars is not None:
-            self.bars.console.print(line, highlight=False, soft_wrap=True)
+            self.bars.console.print(without_steering(line), highlight=False, soft_wrap=True, markup=False)
         elif not self.quiet:
             print(line, flush=True)
 
