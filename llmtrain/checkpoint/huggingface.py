@@ -30,7 +30,7 @@ from llmtrain.checkpoint.generation_settings import read_generation, write_gener
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.checkpoint.origin import Origin
-from llmtrain.config import decode, show
+from llmtrain.config import decode, short, show
 from llmtrain.data.tokenizer_folder import EXPORT_MARK, find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.initialize import fill_box, match_initializers, on_meta
@@ -276,7 +276,7 @@ def _name_and_shape_problems(
         ("an unknown tensor", given.keys() - expected),
     ):
         if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            first, more = short(min(names)), f" and {len(names) - 1} more" if len(names) > 1 else ""
             alike = nearest(first, sorted(expected)) if kind == "an unknown tensor" else ""
             yield Problem(
                 where, f"{kind} {first}{more}", alike, "the weights are of another model or damaged"

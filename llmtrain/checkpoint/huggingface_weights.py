@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtrain.config import show
+from llmtrain.config import short, show
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.reading import SETTINGS_BYTES, open_regular, parse_object, read_bytes
 
@@ -80,9 +80,9 @@ class StoredTensors(Stored):
     def problems(self, names: Iterable[str]) -> Iterator[Problem]:
         for name in names:
             if self._dtypes[name] not in DTYPES:
-                yield Problem(name, f"numbers of type {self._dtypes[name]}", ", ".join(DTYPES))
+                yield Problem(short(name), f"numbers of type {self._dtypes[name]}", ", ".join(DTYPES))
             elif len(self.shapes[name]) > MOST_DIMS:
-                yield Problem(name, f"{len(self.shapes[name]):,} dims", f"at most {MOST_DIMS}")
+                yield Problem(short(name), f"{len(self.shapes[name]):,} dims", f"at most {MOST_DIMS}")
 
     def dtypes(self, names: Iterable[str]) -> set[torch.dtype]:
         return {DTYPES[self._dtypes[name]] for name in names}
@@ -141,14 +141,14 @@ def _files(path: Path) -> dict[str, set[str] | None]:
     for tensor, name in weight_map.items():
         # A file name with a path in it would lead out of the folder.
         if not isinstance(name, str) or not name or name in (".", "..") or {*name} & {"/", "\0"}:
-            raise CheckpointError(Problem(f"{where}.{tensor}", show(name), "a bare file name"))
+            raise CheckpointError(Problem(f"{where}.{short(tensor)}", show(name), "a bare file name"))
         held = by_file.setdefault(name, set())
         if not tensor.endswith(_BUFFERS):
             held.add(tensor)
     for name in sorted(by_file):
         if not os.path.exists(path / name):
             remedy = "download it again"
-            raise CheckpointError(Problem(str(path / name), "no such file", "safetensors", remedy))
+            raise CheckpointError(Problem(short(str(path / name)), "no such file", "safetensors", remedy))
         found[name] = by_file[name]
     return found
 
@@ -157,10 +157,12 @@ def _unlike_the_index(path: Path, file: str, held: set[str], expected: set[str])
     remedy = "the files are of different models or damaged: download them again"
     if lacking := expected - held:
         more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
-        yield Problem(str(path / file), f"no tensor {min(lacking)}{more}", f"what {INDEX} puts there", remedy)
+        yield Problem(
+            str(path / file), f"no tensor {short(min(lacking))}{more}", f"what {INDEX} puts there", remedy
+        )
     if beyond := held - expected:
         more = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
-        got = f"the tensor {min(beyond)}{more}"
+        got = f"the tensor {short(min(beyond))}{more}"
         yield Problem(str(path / file), got, f"only what {INDEX} puts there", remedy)
 
 
