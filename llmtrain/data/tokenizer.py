@@ -25,7 +25,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 BUNDLE_FILE = "tokenizer.bundle.json"
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, BUNDLE_FILE)
 """Names under which corpora and checkpoints carry their one tokenizer."""
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_SENTINEL = re.compile(r"<extra_id_([0-9]{1,9})>")
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n", "<0x0A>", "Ċ")
 """Newlines among them, as bytes are written in sentencepiece and in byte-level BPE."""

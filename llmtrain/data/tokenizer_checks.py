@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
+from llmtrain.config import show
 from llmtrain.errors import DataError, Problem
 
 TOKENIZER_BYTES = 128 << 20
@@ -23,6 +24,10 @@ MOST_GROWTH = 100
 """Times that a text may grow before it is cut, or after it was joined, by what replaces its parts."""
 MOST_CHARSMAP_BYTES = 256
 """Of what stands for a character; the longest of Unicode's compatibility forms has 33."""
+MOST_WORD_CHARS = 10_000
+"""Of a word that WordPieces are looked for in; the time for one grows with their square."""
+MOST_MARK_CHARS = 16
+"""Of what every piece within a word, or at its end, has besides its text."""
 _FREE_IDS = 1 << 16
 _WORD = 4
 
@@ -48,7 +53,16 @@ def check_charsmap(charsmap: bytes) -> None:
 
 
 def check_steps(spec: dict[str, Any]) -> None:
-    """Raise ValueError for steps before and after the model of a tokenizer.json that make texts too long."""
+    """Raise ValueError for steps before and after the model of a tokenizer.json that make texts too long, for
+    marks of the model that do, and for words of any length where it takes the square of it."""
+    model = spec["model"] if isinstance(spec.get("model"), dict) else {}
+    longest = model.get("max_input_chars_per_word")
+    if isinstance(longest, int) and longest > MOST_WORD_CHARS:
+        raise ValueError(f"max_input_chars_per_word {show(longest)}, more than {MOST_WORD_CHARS:,}")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        mark = model.get(key)
+        if isinstance(mark, str) and len(mark) > MOST_MARK_CHARS:
+            raise ValueError(f"{key} of {len(mark):,} characters, more than {MOST_MARK_CHARS}")
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         try:
             growth = _growth(spec.get(key))

@@ -46,6 +46,9 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
         """Raises DataError for bytes that are no model, or a model that cannot separate documents."""
         try:
+            # Of no bytes the library makes a processor that is none.
+            if not model:
+                raise ValueError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.get_piece_size()
             self.pieces()
