@@ -9,7 +9,7 @@ import base64
 import binascii
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -63,6 +63,7 @@ def check_steps(spec: dict[str, Any]) -> None:
         mark = model.get(key)
         if isinstance(mark, str) and len(mark) > MOST_MARK_CHARS:
             raise ValueError(f"{key} of {len(mark):,} characters, more than {MOST_MARK_CHARS}")
+    _check_merges(model)
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         try:
             growth = _growth(spec.get(key))
@@ -70,6 +71,19 @@ def check_steps(spec: dict[str, Any]) -> None:
             raise ValueError(f"{key}: steps within steps, too many") from None
         if growth > MOST_GROWTH:
             raise ValueError(f"{key}: steps that make texts {growth:,.0f} times as long")
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """Raise ValueError for a merge whose second piece lacks the mark of pieces within a word. The library cuts
+    so many bytes off unseen, and ends the process where it thereby cut a character."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        pieces = merge.split(" ") if isinstance(merge, str) else merge
+        second = pieces[-1] if isinstance(pieces, list) and pieces else None
+        if not isinstance(second, str) or not second.startswith(prefix):
+            raise ValueError(f"the merge {show(merge)} whose second piece does not begin with {show(prefix)}")
 
 
 def _growth(step: Any) -> float:
@@ -112,14 +126,22 @@ def library_errors(where: str, got: str, allowed: str) -> Iterator[None]:
 def without_stderr() -> Iterator[None]:
     """Keep what the process writes to its standard error in here to itself: a panic writes several lines
     before anybody can catch it."""
-    with suppress(OSError):
-        kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        os.close(null)
-        try:
-            yield
-        finally:
+    kept = _silenced()
+    try:
+        yield
+    finally:
+        if kept is not None:
             os.dup2(kept, 2)
             os.close(kept)
-        return
-    yield
+
+
+def _silenced() -> int | None:
+    """Send what is written to the standard error nowhere; return where it went, None where it is closed."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        return None
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    return kept

@@ -16,7 +16,7 @@ from typing import Any
 from llmtrain.errors import UserError
 
 SECONDS = 5
-"""Of a processor's time for a read, which does not depend on what else the machine does; of the clock's twelve
+"""Of a processor's time for a read, whatever else the machine does; of the clock's twelve
 times as many, for a read that waits."""
 BYTES = 1500 << 20
 """Of memory that a read may take beyond what the process has."""

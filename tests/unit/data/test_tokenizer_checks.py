@@ -87,12 +87,13 @@ DOUBLED = replace({"String": "a"}, "aa")
         (with_normalizer(charsmap(b"")), "precompiled_charsmap of 0 bytes"),
         (with_normalizer(charsmap(bytes(8) + b"x" * 1000 + b"\0")), "1,000 bytes for a character"),
         (with_normalizer({"type": "Precompiled", "precompiled_charsmap": "!"}), "that is no base64"),
+        (with_model(continuing_subword_prefix="#", merges=[["a", "é"]]), "whose second piece does not begin"),
+        (with_model(continuing_subword_prefix="#", merges=["a é"]), "whose second piece does not begin"),
         (with_model(continuing_subword_prefix="x" * 100), "continuing_subword_prefix of 100 characters"),
         (with_model(max_input_chars_per_word=10**18), "max_input_chars_per_word"),
         # It would panic.
         (with_normalizer(replace({"Regex": ""}, "xx")), "got no tokenizer (index out of bounds"),
         (lambda spec: spec.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "chunk size must be"),
-        (with_model(continuing_subword_prefix="#" * 16), "out of range for slice"),
         (lambda spec: spec["added_tokens"][0].update(content="\ud800"), "half a character"),
     ],
 )
