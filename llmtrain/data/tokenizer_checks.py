@@ -74,8 +74,8 @@ def check_steps(spec: dict[str, Any]) -> None:
 
 
 def _check_merges(model: dict[str, Any]) -> None:
-    """Raise ValueError for a merge whose second piece lacks the mark of pieces within a word. The library cuts
-    so many bytes off unseen, and ends the process where it thereby cut a character."""
+    """Raise ValueError for a merge whose second piece lacks the mark of pieces within a word: the library
+    cuts so many bytes off unseen, and ends the process where it thereby cut a character."""
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
         return

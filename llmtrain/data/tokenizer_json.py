@@ -99,7 +99,8 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Library
 
         self._where = where
-        spec = _object(files[TOKENIZER], where)
+        # What is checked here is to be what the library reads.
+        spec = _object(files[TOKENIZER], where, unique=True)
         try:
             check_steps(spec)
         except ValueError as error:
@@ -285,9 +286,9 @@ def _roles(
     return roles
 
 
-def _object(content: str | bytes, where: str) -> dict[str, Any]:
+def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
     try:
-        return parse_object(content)
+        return parse_object(content, unique=unique)
     except ValueError as error:
         raise _no_tokenizer(where, str(error)) from None
 

@@ -276,3 +276,11 @@ def test_a_sentinel_of_any_number_is_none(tmp_path: Path):
     spec["model"]["vocab"][f"<extra_id_{'9' * 5000}>"] = 400
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     assert load_tokenizer(tmp_path).sentinel_ids == ()
+
+
+def test_a_key_twice_is_refused(tmp_path: Path):
+    """The library might read the other one."""
+    write_tokenizer(tmp_path, "gpt2", 400)
+    content = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content.rstrip()[:-1] + ', "normalizer": null}')
+    assert "got no tokenizer (the key 'normalizer' twice)" in refusal(tmp_path)
