@@ -278,7 +278,7 @@ _SHOW = _Show()
 
 
 def show(value: Any) -> str:
-    """Return a value as messages show it, in part where it is long."""
+    """Return what a value is to a user: as Python writes it, not longer than a line holds."""
     text = "nothing" if value is None else _SHOW.repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 

@@ -167,13 +167,11 @@ def _masked_lm(model: BertConfig, data: TokenDataConfig) -> Objective:
     word_starts = text_ids = None
     has_special_ids_inside = model.num_text_ids > min(model.special_ids)
     if model.objective.whole_words or has_special_ids_inside:
-        from llmtrain.data.tokenizer_folder import load_tokenizer
-
         corpora = open_corpora(data)
         if model.objective.whole_words:
-            word_starts = load_tokenizer(corpora.tokenizer_path).word_starts()
+            word_starts = corpora.load_tokenizer().word_starts()
         if corpora.special_ids.get("mask") == model.mask_id:
-            text_ids = load_tokenizer(corpora.tokenizer_path).ordinary_ids()
+            text_ids = corpora.load_tokenizer().ordinary_ids()
     return MaskedLM(model, document_mask=data.document_mask, word_starts_V=word_starts, text_ids=text_ids)
 
 
@@ -192,9 +190,8 @@ def _seq2seq_objective(model: Seq2SeqConfig, data: TokenDataConfig) -> Objective
         return PairedText(model)
     if model.objective.kind == "span_corruption":
         return SpanCorruption(model)
-    from llmtrain.data.tokenizer_folder import load_tokenizer
 
-    return Denoising(model, load_tokenizer(open_corpora(data).tokenizer_path).sentence_ends())
+    return Denoising(model, open_corpora(data).load_tokenizer().sentence_ends())
 
 
 def _classification(model: ModelConfig, data: ImageDataConfig) -> Objective:

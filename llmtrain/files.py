@@ -9,7 +9,8 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,13 @@ UNWRITABLE = {
     errno.ELOOP: "a link stands there, which may lead anywhere: remove it",
 }
 """What to do about each way in which a place refuses to be written."""
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -49,7 +57,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb", opener=_beside_no_link) as file:
+        with open(temporary, "xb", opener=beside_no_link) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -62,11 +70,27 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
 
 def open_no_link(path: Path, mode: str) -> IO[str]:
     """`open` of a text file that is not behind a link. Raises OSError (ELOOP) for one that is."""
-    return open(path, mode, opener=_beside_no_link, encoding="utf-8")
+    return open(path, mode, opener=beside_no_link, encoding="utf-8")
 
 
-def _beside_no_link(path: str, flags: int) -> int:
+def beside_no_link(path: str, flags: int) -> int:
+    """Open what is not behind a link; an `opener` of `open`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file, never a pipe or a device, which could hang, be endless, or do something; an `opener` of
+    `open`. A link is followed: stores of models are made of links.
+
+    Raises OSError (EINVAL) for what is no file.
+    """
+    # Not to wait for who writes to a pipe, nor take over a terminal.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{_KINDS.get(kind, 'something else')}, not a file", str(path))
+    return descriptor
 
 
 def stays_inside(name: object) -> bool:
@@ -127,13 +151,24 @@ def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
         )
 
 
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file that was found good from a changed one; ctime also moves when mtime is set back."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def checksum(path: Path) -> str:
     """xxh3-128 of the file's content, in hex."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def checksum_of_json(content: Mapping[str, Any]) -> str:
+    """xxh3-128 of what a JSON object says, in hex, its own key `checksum` left out."""
+    body = {key: value for key, value in content.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
 def is_disk_full(error: BaseException) -> bool:

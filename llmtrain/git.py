@@ -94,8 +94,9 @@ def _line(*arguments: str) -> str | None:
 
 def _git(*arguments: str, **environment: str) -> bytes | None:
     try:
-        done = subprocess.run(
-            ["git", "--no-pager", *arguments],
+        # The git that the user's own PATH names, with words of ours alone.
+        done = subprocess.run(  # noqa: S603
+            ["git", "--no-pager", *arguments],  # noqa: S607
             capture_output=True,
             timeout=_SECONDS,
             stdin=subprocess.DEVNULL,

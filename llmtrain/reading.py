@@ -11,46 +11,37 @@ import errno
 import json
 import os
 import re
-import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.config import decode_json, show
 from llmtrain.errors import ConfigError, Problem, UserError
+from llmtrain.files import open_regular
 
 SETTINGS_BYTES = 16 << 20
 """More than any file of settings that people or programs write."""
+MOST_VALUES = 100_000
+"""Of a section in YAML; ours have some hundreds."""
 MOST_PROBLEMS = 8
 """Told of one file: the rest is of the same kind."""
 LONGEST_NUMBER = 4300
 """Digits; Python's own bound of what it turns into an int."""
 _HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
 """A half of a character, itself or as JSON writes it."""
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+
+__all__ = [
+    "decode_file",
+    "kind_of",
+    "open_regular",
+    "parse_json",
+    "parse_object",
+    "parse_yaml",
+    "read_bytes",
+    "read_decoded",
+]
 
 T = TypeVar("T")
-
-
-def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file, never a pipe or a device, which could hang, be endless, or do something; an `opener` of
-    `open`. A link is followed: stores of models are made of links.
-
-    Raises OSError (EINVAL) for what is no file.
-    """
-    # Not to wait for who writes to a pipe, nor take over a terminal.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{_KINDS.get(kind, 'something else')}, not a file", str(path))
-    return descriptor
 
 
 def read_bytes(path: Path, at_most: int) -> bytes:
@@ -69,9 +60,13 @@ class _KeyTwiceError(Exception):
     """A key that stands twice in an object."""
 
 
-def parse_json(content: bytes | str, *, unique: bool = False) -> Any:
-    """Return the value of a JSON text. Raises ValueError, with a short reason, for what is none, and for
-    halves of characters, which no file and no library takes. unique: a key twice is refused too."""
+def parse_json(content: bytes | str, *, unique: bool = False, utf8: bool = False) -> Any:
+    """Return the value of a JSON text. Raises ValueError, with a short reason, for what is none.
+
+    unique: refuse a key that stands twice in an object.
+    utf8: refuse halves of characters, which no text that is written, and no library, takes; file names may
+        hold them.
+    """
     try:
         text = content if isinstance(content, str) else content.decode()
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -86,7 +81,7 @@ def parse_json(content: bytes | str, *, unique: bool = False) -> Any:
     except ValueError:
         raise ValueError(f"a number of more than {LONGEST_NUMBER:,} digits") from None
     # Whole characters beyond the first 65,536 are written so too, as two halves.
-    if _HALF.search(text):
+    if utf8 and _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -103,18 +98,73 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_object(content: bytes | str, *, unique: bool = False) -> dict[str, Any]:
+def parse_object(content: bytes | str, *, unique: bool = False, utf8: bool = False) -> dict[str, Any]:
     """Return the object of a JSON text. Raises ValueError for what is none, as `parse_json`."""
-    value = parse_json(content, unique=unique)
+    value = parse_json(content, unique=unique, utf8=utf8)
     if not isinstance(value, dict):
         raise ValueError(f"{kind_of(value)} in place of an object")
     return value
+
+
+def parse_yaml(content: bytes) -> dict[str, Any]:
+    """Return the section of keys of a YAML text. Raises ValueError, with a short reason, for what is none,
+    and for one whose aliases multiply."""
+    import yaml
+
+    try:
+        # The safe loader too, in C where it was built.
+        value = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" in line {mark.line + 1}"
+        raise ValueError(f"no YAML: {getattr(error, 'problem', None) or 'odd characters'}{place}") from None
+    except RecursionError:
+        raise ValueError("brackets within brackets, too many") from None
+    except (ValueError, OverflowError) as error:  # of a date, or of a number of many digits
+        raise ValueError(f"no YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind_of(value)} in place of a section of keys")
+    _refuse_multiplied(value)
+    return value
+
+
+def _refuse_multiplied(value: Any) -> None:
+    """An alias costs nothing until somebody writes out what it stands for."""
+    waiting, seen = [value], 0
+    while waiting:
+        found = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {MOST_VALUES:,} values")
+        if isinstance(found, dict):
+            waiting += found.values()
+        elif isinstance(found, (list, tuple, set)):
+            waiting += found
 
 
 def kind_of(value: Any) -> str:
     """Return what a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def read_decoded(
+    cls: type[T],
+    path: Path,
+    at_most: int,
+    failure: type[UserError],
+    allowed: str,
+    remedy: str = "",
+    parse: Callable[[bytes], Mapping[str, Any]] = parse_object,
+) -> T:
+    """Build `cls` from the file at `path`. Raises `failure` for one that cannot be read, has more than
+    `at_most` bytes or says other things; `allowed` and `remedy`: what may stand there, and what to do."""
+    try:
+        content = parse(read_bytes(path, at_most))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise failure(Problem(str(path), f"an unreadable file ({reason})", allowed, remedy)) from None
+    return decode_file(cls, content, str(path), failure)
 
 
 def decode_file(cls: type[T], content: Mapping[str, Any], where: str, failure: type[UserError]) -> T:

@@ -119,7 +119,7 @@ def _check_header(file: Path) -> None:
         length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
         if room < 0 or length > min(room, HEADER_BYTES):
             raise ValueError(f"a header of {length:,} bytes, more than {min(max(room, 0), HEADER_BYTES):,}")
-        parse_object(opened.read(length), unique=True)
+        parse_object(opened.read(length), unique=True, utf8=True)
 
 
 def _files(path: Path) -> dict[str, set[str] | None]:
@@ -170,7 +170,7 @@ def read_json(path: Path, at_most: int = SETTINGS_BYTES, *, unique: bool = False
     """Return a file's JSON object. Raises CheckpointError when it is none, or of more than `at_most` bytes.
     unique: a key twice is refused."""
     try:
-        return parse_object(read_bytes(path, at_most), unique=unique)
+        return parse_object(read_bytes(path, at_most), unique=unique, utf8=True)
     except OSError as error:
         problem = Problem(str(path), str(error.strerror), "a Hugging Face model folder holds this file")
     except ValueError as error:

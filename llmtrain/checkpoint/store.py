@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,11 +28,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from llmtrain import files
 from llmtrain.checkpoint.cover import cover_problem
+from llmtrain.checkpoint.manifest import FORMAT, MANIFEST, VERSION, WEIGHT, read_manifest, step_folder
 from llmtrain.checkpoint.writer import write_safetensors
 from llmtrain.data.tokenizer import TOKENIZER_FILES
 from llmtrain.engine.base import Engine, optimizer_slot, optimizer_tensors, set_optimizer_counter
@@ -41,20 +40,12 @@ from llmtrain.errors import CheckpointError, Problem, TrainingError, nearest
 from llmtrain.parallel import distributed
 from llmtrain.shards import Box, Shard, whole
 
-FORMAT = "llmtrain-checkpoint"
-VERSION = 2
-MANIFEST = "manifest.json"
 DELETED = ".deleted-"
 REPLACED = ".replaced-"
-WEIGHT = "weight"
 OPTIMIZER = "optimizer."
 """Prefix of the kinds that are optimizer state: `optimizer.exp_avg`."""
 MAX_OPEN_FILES = 256
 KEPT_TABLES = 16
-
-
-def step_folder(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 # Writing.
@@ -227,7 +218,7 @@ def assemble(
         "tensors": tensors,
     }
     # A line: with thousands of ranks it is tens of megabytes, and json indents in Python.
-    checked = {**manifest, "checksum": _checksum(manifest)}
+    checked = {**manifest, "checksum": files.checksum_of_json(manifest)}
     files.write_json_atomically(partial / MANIFEST, checked, indent=None)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # the same step again
@@ -246,13 +237,8 @@ def note_evaluation(path: Path, validation_loss: float | None) -> None:
     """Write into a checkpoint the loss that was measured after it was saved; for one rank."""
     manifest = Checkpoint.open(path).manifest
     manifest |= {"validation_loss": validation_loss, "evaluation_owed": False}
-    files.write_json_atomically(path / MANIFEST, {**manifest, "checksum": _checksum(manifest)}, indent=None)
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    """xxh3-128 of what the manifest says, in hex, its own checksum left out."""
-    body = {key: value for key, value in manifest.items() if key != "checksum"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    manifest["checksum"] = files.checksum_of_json(manifest)
+    files.write_json_atomically(path / MANIFEST, manifest, indent=None)
 
 
 def remove(path: Path) -> None:
@@ -313,7 +299,7 @@ class Reader:
         self._checkpoint = checkpoint
         path = checkpoint.path
         # Functions of the module, since a method within its own object would keep that alive.
-        self._file = lru_cache(maxsize=MAX_OPEN_FILES)(lambda file: safe_open(path / file, framework="pt"))
+        self._file = lru_cache(maxsize=MAX_OPEN_FILES)(lambda file: _open(path / file))
         self._boxes_N4 = lru_cache(maxsize=KEPT_TABLES)(lambda kind, name: _table(checkpoint, kind, name))
 
     def read(self, kind: str, name: str, box: Box) -> torch.Tensor:
@@ -351,7 +337,7 @@ class Reader:
             there = Box(*place)
             common = there.intersection(box)
             assert common is not None
-            out[_slices(common, box)] = self._get(file, key, _slices(common, there))
+            out[_slices(common, box)] = self._get(file, key, there)[_slices(common, there)]
             missing -= common.numel
         if missing:
             path = self._checkpoint.path
@@ -363,23 +349,34 @@ class Reader:
                 )
             )
 
-    def _get(self, file: str, key: str, slices: tuple[slice, slice]) -> torch.Tensor:
+    def _get(self, file: str, key: str, box: Box) -> Any:
+        """A slice of the stored box. Raises CheckpointError where the file holds another."""
         try:
-            return self._file(file).get_slice(key)[slices]
+            found = self._file(file).get_slice(key)
+            shape, dtype = found.get_shape(), found.get_dtype()
         except (OSError, SafetensorError) as error:
             path = self._checkpoint.path / file
-            raise CheckpointError(Problem(str(path), f"a file that cannot be read ({error})")) from error
+            raise CheckpointError(Problem(str(path), f"a file that does not hold {key} ({error})")) from error
+        if (shape, dtype) != ([box.rows, box.columns], "F32"):
+            where, got = str(self._checkpoint.path / file), f"{key} as {dtype} {shape}"
+            raise CheckpointError(Problem(where, got, f"F32 {[box.rows, box.columns]}"))
+        return found
 
     def header_problem(self, kind: str, name: str) -> str | None:
         """Where the files hold other tensors than the manifest says: the first problem, or None."""
         for file, key, box in self._checkpoint.entry(kind, name)["boxes"]:
             try:
-                found = self._file(file).get_slice(key)
-            except (OSError, SafetensorError) as error:
-                return f"{file} does not hold {key} ({error})"
-            if (found.get_shape(), found.get_dtype()) != (box[2:], "F32"):
-                return f"{file} holds {key} as {found.get_dtype()} {found.get_shape()}, not F32 {box[2:]}"
+                self._get(file, key, Box(*box))
+            except CheckpointError as error:
+                problem = error.problems[0]
+                return f"{file}: {problem.got}" + (f", not {problem.allowed}" if problem.allowed else "")
         return None
+
+
+def _open(path: Path) -> Any:
+    # The library would wait for who writes to a pipe.
+    os.close(files.open_regular(path))
+    return safe_open(path, framework="pt")
 
 
 def _table(checkpoint: Checkpoint, kind: str, name: str) -> np.ndarray:
@@ -416,19 +413,6 @@ class Weights(Mapping[str, torch.Tensor]):
         self._reader.read_into(out, WEIGHT, name, shard, start)
 
 
-def _stray_file(manifest: Mapping[str, Any]) -> str | None:
-    """A file that the manifest names and must not: outside of its folder, or with tensors but no checksum."""
-    listed = {entry["file"] for entry in manifest["files"]}
-    used = {
-        box[0]
-        for entries in manifest["tensors"].values()
-        for entry in entries.values()
-        for box in entry["boxes"]
-    }
-    strays = {name for name in listed if not files.stays_inside(name)} | (used - listed)
-    return min(map(str, strays), default=None)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint, open for reading."""
@@ -438,39 +422,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read the manifest. Raises CheckpointError when it is not a checkpoint of a version known here."""
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except FileNotFoundError:
-            raise CheckpointError(Problem(str(path), "no manifest.json", "a checkpoint folder")) from None
-        except (ValueError, OSError) as error:
-            raise CheckpointError(
-                Problem(f"{path / MANIFEST}", f"an unreadable manifest ({error})")
-            ) from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise CheckpointError(Problem(str(path / MANIFEST), "another kind of file", FORMAT))
-        if manifest.get("version") != VERSION:
-            version = manifest.get("version")
-            raise CheckpointError(
-                Problem(
-                    str(path), f"version {version}", f"version {VERSION}", "use the llmtrain that wrote it"
-                )
-            )
-        altered = manifest.get("checksum") != _checksum(manifest)
-        if altered or (path.name.startswith("step-") and path.name != step_folder(manifest["step"])):
-            remedy = "name another step's folder"
-            raise CheckpointError(
-                Problem(str(path / MANIFEST), "an altered manifest", "what was written", remedy)
-            )
-        try:
-            stray = _stray_file(manifest)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            got = f"an altered manifest ({type(error).__name__}: {error})"
-            raise CheckpointError(Problem(str(path / MANIFEST), got, "what was written")) from None
-        if stray is not None:
-            allowed = "files of the checkpoint's own folder, each listed with its checksum"
-            raise CheckpointError(Problem(str(path / MANIFEST), f"the file {stray!r}", allowed))
-        return cls(path, manifest)
+        """Read the manifest. Raises CheckpointError as read_manifest."""
+        return cls(path, read_manifest(path))
 
     @property
     def step(self) -> int:
@@ -492,6 +445,12 @@ class Checkpoint:
         paths = [self.path / name for name in TOKENIZER_FILES]
         return next((path for path in paths if path.exists()), None)
 
+    def require(self, *sections: str) -> None:
+        """Raise CheckpointError for a section of the manifest that is not there."""
+        if missing := [name for name in sections if self.manifest.get(name) is None]:
+            where = f"{self.path / MANIFEST}: {missing[0]}"
+            raise CheckpointError(Problem(where, "nothing", "a section of keys"))
+
     def entry(self, kind: str, name: str) -> dict[str, Any]:
         """Shape and boxes of one tensor. Raises CheckpointError when there is none."""
         held = self.manifest["tensors"].get(kind, {})
@@ -505,12 +464,16 @@ class Checkpoint:
         `parts` checks every parts-th file, so that ranks share the work."""
         for entry in self.manifest["files"][part::parts]:
             path = self.path / entry["file"]
-            if not path.exists():
+            try:
+                size = path.stat().st_size
+                if size != entry["bytes"]:
+                    return f"{entry['file']} has {size:,} bytes, not {entry['bytes']:,}"
+                if files.checksum(path) != entry["xxh3_128"]:
+                    return f"{entry['file']} has another checksum than when it was written"
+            except FileNotFoundError:
                 return f"{entry['file']} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{entry['file']} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
-            if files.checksum(path) != entry["xxh3_128"]:
-                return f"{entry['file']} has another checksum than when it was written"
+            except OSError as error:
+                return f"{entry['file']} cannot be read ({error.strerror})"
         return None
 
     def incompleteness(self) -> str | None:

@@ -80,6 +80,8 @@ def show(mapping: Mapping[str, Any]) -> None:
     config = decode(ShowConfig, mapping)
     is_one = (config.path / MANIFEST).exists()
     checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, _warn)
+    run = () if checkpoint.is_imported else ("config", "layout", "position")
+    checkpoint.require("saved_at", "model", *run)
     manifest = checkpoint.manifest
     entries: dict[str, dict[str, Any]] = manifest["tensors"]
     num_parameters = sum(math.prod(entry["shape"]) for entry in entries[WEIGHT].values())
@@ -100,7 +102,7 @@ def show(mapping: Mapping[str, Any]) -> None:
 
 
 def _facts_of_import(manifest: Mapping[str, Any]) -> dict[str, str]:
-    lists = {"begun anew": manifest["fresh"], "left out": manifest["left_out"]}
+    lists = {"begun anew": manifest.get("fresh"), "left out": manifest.get("left_out")}
     return {name: ", ".join(names) for name, names in lists.items() if names}
 
 
@@ -109,7 +111,7 @@ def _progress(manifest: Mapping[str, Any]) -> str:
 
     step, steps = manifest["position"]["step"], manifest["config"]["train"]["steps"]
     samples = step * manifest["layout"]["global_size"]
-    if "timeline" in manifest:  # which says how large earlier batches were
+    if manifest.get("timeline") is not None:  # which says how large earlier batches were
         samples = Timeline.decode(manifest["timeline"]).samples(step).start
     return f"{step:,} of {steps:,}, {samples:,} samples"
 
@@ -117,7 +119,7 @@ def _progress(manifest: Mapping[str, Any]) -> str:
 def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:
     run, layout = manifest["config"], manifest["layout"]
     axes = ("data", "tensor", "pipeline", "sequence")
-    loss = manifest["validation_loss"]
+    loss = manifest.get("validation_loss")
     return {
         "optimizer": run["optimizer"]["name"],
         "layout": f"world_size {layout['world_size']} = "

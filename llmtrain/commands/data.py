@@ -11,13 +11,14 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmtrain.commands.data_runs import METRICS, MovedConfig, Run, recorded_digests, steps_of
 from llmtrain.commands.data_show import show
 from llmtrain.config import decode, require
-from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.errors import FEW, CheckpointError, ConfigError, Problem
 from llmtrain.files import disk_problem, write_atomically
 
 __all__ = ["digest", "show", "trace"]
@@ -132,21 +133,23 @@ def digest(mapping: Mapping[str, Any]) -> None:
     if not digests:
         raise CheckpointError(Problem(str(path), "no step with a data_digest", "a run of llmtrain train"))
     last = config.steps if config.steps is not None else max(digests)
-    missing = [step for step in range(1, last + 1) if step not in digests]
+    missing = list(_gaps(sorted(step for step in digests if 1 <= step <= last), last))
     if missing:
-        got = f"no data_digest of {_spans(missing)}"
+        got = f"no data_digest of {_told(missing)}"
         raise CheckpointError(Problem(str(path), got, f"one of each step from 1 to {last}"))
     together = hash_digests((step, digests[step]) for step in range(1, last + 1))
     print(f"{together}  steps 1 to {last}", flush=True)
 
 
-def _spans(steps: Sequence[int]) -> str:
-    """Ascending numbers, neighbours together: step 3, 5 to 8."""
-    spans: list[list[int]] = []
-    for step in steps:
-        if spans and step == spans[-1][1] + 1:
-            spans[-1][1] = step
-        else:
-            spans.append([step, step])
-    told = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
-    return ("step " if len(steps) == 1 else "steps ") + ", ".join(told)
+def _gaps(steps: Sequence[int], last: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of each stretch of 1 … `last` that none of the ascending `steps` is in."""
+    for before, after in pairwise([0, *steps, last + 1]):
+        if after > before + 1:
+            yield before + 1, after - 1
+
+
+def _told(gaps: Sequence[tuple[int, int]]) -> str:
+    """step 3, 5 to 8."""
+    told = [str(first) if first == last else f"{first} to {last}" for first, last in gaps[:FEW]]
+    more = f" and {len(gaps) - FEW} stretches more" if len(gaps) > FEW else ""
+    return ("step " if gaps[0][0] == gaps[-1][1] else "steps ") + ", ".join(told) + more

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
-from llmtrain.config import decode
-from llmtrain.data.mixture import Segment, Timeline
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.config import decode, encode
+from llmtrain.data.mixture import Segment, Timeline, timeline_problems
+from llmtrain.data.train_config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.families import model_config_type, open_data, open_sources
 from llmtrain.models.configs import ModelConfig
+from llmtrain.reading import parse_object, parse_yaml, read_decoded
 from llmtrain.track.jsonl import read_metrics
-from llmtrain.train.streaming import open_stream
+from llmtrain.train.streaming import Order, open_stream
 
 if TYPE_CHECKING:
     from llmtrain.data.corpora import Corpora
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
     from llmtrain.data.stream import Skipped, Stream
 
 METRICS = "metrics.jsonl"
+RECORD_BYTES = 1 << 20
+"""Of a file that describes a run; ours have some thousands."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,38 @@ class MovedConfig:
 
     path: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+@dataclass(frozen=True)
+class _Train:
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Config:
+    """config.yaml, as far as it is read."""
+
+    data: Mapping[str, Any]
+    model: Mapping[str, Any]
+    train: _Train
+
+
+@dataclass(frozen=True)
+class _Environment:
+    folder: str
+
+
+@dataclass(frozen=True)
+class _Data:
+    """data.json."""
+
+    timeline: tuple[Segment, ...] | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.timeline is not None:
+            yield from timeline_problems(self.timeline)
 
 
 @dataclass(frozen=True)
@@ -61,20 +94,20 @@ class Run:
         """moved: where corpora are now. Raises CheckpointError for a folder that tells too little."""
         self.path = path
         self._moved = moved
-        self._config = _read(path, "config.yaml", yaml.safe_load, yaml.YAMLError)
-        self._data = _read(path, "data.json", json.loads, ValueError)
-        self._folder = _read(path, "environment.json", json.loads, ValueError)["folder"]
-        if "timeline" not in self._data:
+        self._config = _read(path, "config.yaml", parse_yaml, _Config)
+        self._data = _read(path, "data.json", parse_object, _Data)
+        self._folder = _read(path, "environment.json", parse_object, _Environment).folder
+        if self._data.timeline is None:
             got = "a run of before streams were recorded"
             raise CheckpointError(Problem(str(path / "data.json"), got, "a timeline"))
-        self._timeline = Timeline.decode(self._data["timeline"])
+        self._timeline = Timeline(self._data.timeline)
         self.digests = recorded_digests(path)
         self._opened: tuple[Segment, Opened] | None = None
 
     def check_reached(self, steps: range) -> None:
         """Raise ConfigError unless all of these steps were made."""
         is_recorded = (self.path / METRICS).exists()
-        last = max(self.digests, default=0) if is_recorded else self._config["train"]["steps"]
+        last = max(self.digests, default=0) if is_recorded else self._config.train.steps
         if steps[-1] > last:
             allowed = f"1 to {last:,}, the steps that {self.path} has made" if last else "none was made yet"
             raise ConfigError(Problem("step", f"{steps[-1]:,}", allowed))
@@ -89,22 +122,22 @@ class Run:
         timeline = until(self._timeline, step)
         segment = timeline.segments[-1]
         if self._opened is None or self._opened[0] != segment:
-            data = self._data_config(segment)
-            model: ModelConfig = decode(model_config_type(self._config["model"]), self._config["model"])
+            settings = Order.of(segment, str(self.path / "data.json"))
+            data = self._data_config(segment, settings)
+            model: ModelConfig = self._decoded("model", model_config_type)
             corpora = open_data(data)
-            sources = open_sources(model, data, corpora, "train", segment.settings.get("sequence_length", 1))
-            self._check_same(data, segment, sources)
-            seed = segment.settings["seed"]
-            stream = open_stream(data, sources, timeline, seed=seed)
+            sources = open_sources(model, data, corpora, "train", settings.sequence_length)
+            self._check_same(data, settings, sources)
+            stream = open_stream(data, sources, timeline, seed=settings.seed)
             self._opened = segment, Opened(stream, sources, corpora, data, model)
         return self._opened[1]
 
-    def _data_config(self, segment: Segment) -> TokenDataConfig | ImageDataConfig:
-        """The run's own, as it was in `segment`."""
-        section = dict(self._config["data"])
+    def _data_config(self, segment: Segment, settings: Order) -> TokenDataConfig | ImageDataConfig:
+        """The run's own, as it was in `segment`; what comes from elsewhere goes where this command says."""
+        section = {**self._config.data, "cache": encode(self._moved.cache)}
         kind = data_config_type(section)
         if kind is ImageDataConfig:
-            return decode(ImageDataConfig, {**section, "path": self._moved.path or self._data["paths"][""]})
+            return self._decoded("data", data_config_type, {"path": self._place("")})
         names = list(segment.shares)
         if unknown := sorted(set(self._moved.sources) - set(names)):
             raise ConfigError(
@@ -113,14 +146,28 @@ class Run:
                 )
             )
         ordering = ("packing", "overlap", "shuffle_shards", "drop_last")
-        section |= {name: segment.settings[name] for name in ordering}
+        section |= {name: getattr(settings, name) for name in ordering}
         section["curriculum"] = ()
         if names == [""]:
             section |= {"path": self._place(""), "mixture": None, "sources": {}}
         else:
             places = {name: self._place(name) for name in names}
             section |= {"path": None, "mixture": dict.fromkeys(names, 1.0), "sources": places}
-        return decode(TokenDataConfig, section)
+        return self._decoded("data", data_config_type, section)
+
+    def _decoded(
+        self, name: str, kind: Callable[[Mapping[str, Any]], type], changes: Mapping[str, Any] | None = None
+    ) -> Any:
+        """A section of the run's configuration. Raises CheckpointError where it is none."""
+        section = {**getattr(self._config, name), **(changes or {})}
+        try:
+            return decode(kind(section), section)
+        except ConfigError as error:
+            where = self.path / "config.yaml"
+            raise CheckpointError(
+                replace(problem, where=f"{where}: {name}.{problem.where.removeprefix(f'{name}.')}")
+                for problem in error.problems
+            ) from error
 
     def _place(self, name: str) -> str:
         """Where a corpus is now."""
@@ -129,20 +176,26 @@ class Run:
             return moved.sources[name]
         if moved.path:
             return moved.path if name == "" else f"{moved.path.rstrip('/')}/{name}"
-        path = self._data["paths"].get(name)
+        path = self._data.paths.get(name)
         if path is None:
             remedy = f"give data.sources.{name}=…"
             raise ConfigError(
                 Problem(f"data.sources.{name}", "nothing", "the place of a corpus that left the run", remedy)
             )
-        if is_remote(path) or Path(path).expanduser().exists():
+        if is_remote(path):
+            # Whoever gave the folder chose the address.
+            where = f"data.sources.{name}" if name else "data.path"
+            got = f"{path}, which the run's folder names"
+            allowed = "an address that you give, since what lies there is fetched"
+            raise ConfigError(Problem(where, got, allowed, f"give {where}={path} if you trust it"))
+        if Path(path).expanduser().exists():
             return path
         return str(Path(self._folder) / path)
 
     def _check_same(
-        self, data: TokenDataConfig | ImageDataConfig, segment: Segment, sources: Mapping[str, Dataset]
+        self, data: TokenDataConfig | ImageDataConfig, settings: Order, sources: Mapping[str, Dataset]
     ) -> None:
-        recorded = segment.settings["fingerprints"]
+        recorded = settings.fingerprints
         places = {"": data.path} if isinstance(data, ImageDataConfig) else data.paths
         problems = [
             Problem(
@@ -152,7 +205,7 @@ class Run:
                 f"give its place: {f'data.sources.{name}' if name else 'data.path'}=…",
             )
             for name, dataset in sources.items()
-            if dataset.fingerprint != recorded[name]
+            if dataset.fingerprint != recorded.get(name)
         ]
         if problems:
             raise DataError(problems)
@@ -163,29 +216,25 @@ def recorded_digests(run: Path) -> dict[int, int]:
     if not run.is_dir():
         raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
     records = read_metrics(run / METRICS)
-    return {record["step"]: record["data_digest"] for record in records if "data_digest" in record}
+    return {
+        record["step"]: record["data_digest"] for record in records if type(record.get("data_digest")) is int
+    }
 
 
-def _read(run: Path, name: str, parse: Any, failure: type[Exception]) -> dict[str, Any]:
+def _read(run: Path, name: str, parse: Callable[[bytes], dict[str, Any]], kind: type[T]) -> T:
     """A file of a run's folder. Raises CheckpointError where there is none."""
     path = run / name
     if not run.is_dir():
         raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         got = f"a folder without {name}"
-        raise CheckpointError(Problem(str(run), got, "the folder of a run of llmtrain train")) from None
-    except (OSError, failure) as error:
-        raise CheckpointError(Problem(str(path), f"an unreadable file ({error})")) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(Problem(str(path), "no section of keys", "what llmtrain train wrote"))
-    return content
+        raise CheckpointError(Problem(str(run), got, "the folder of a run of llmtrain train"))
+    return read_decoded(kind, path, RECORD_BYTES, CheckpointError, "what llmtrain train wrote", parse=parse)
 
 
 def steps_of(text: str) -> range:
     """N or FIRST:LAST. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", text)
     first = int(match[1]) if match else 0
     last = int(match[2] or first) if match else 0
     if not 1 <= first <= last:

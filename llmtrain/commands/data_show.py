@@ -115,7 +115,7 @@ def _of_a_run(mapping: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str,
     if model:
         problems.append(Problem("objective", "one of its own", allowed, remedy))
     for key, value in section.items():
-        if key not in moved and key not in ("kind", "cache") and value != defaults.get(key):
+        if key not in moved and key != "kind" and value != defaults.get(key):
             problems.append(Problem(f"data.{key}", str(value), allowed, remedy))
     if problems:
         raise ConfigError(problems)
@@ -159,12 +159,11 @@ class _Printer:
     """Prints samples as text."""
 
     def __init__(self, opened: Opened) -> None:
-        from llmtrain.data.tokenizer_folder import load_tokenizer
 
         if opened.corpora is None:
             raise ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))
         self._opened = opened
-        self._tokenizer = load_tokenizer(opened.corpora.tokenizer_path)
+        self._tokenizer = opened.corpora.load_tokenizer()
         self._objective = family_of(opened.model).objective(opened.model, opened.data)
         self._names = self._special_names()
 

@@ -173,9 +173,8 @@ class TargetCounter:
 
     def num_bytes(self, corpora: Corpora) -> int:
         """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""
-        from llmtrain.data.tokenizer_folder import load_tokenizer
 
-        lengths_V = load_tokenizer(corpora.tokenizer_path).token_byte_lengths()
+        lengths_V = corpora.load_tokenizer().token_byte_lengths()
         return int(self._counts_V[: len(lengths_V)] @ lengths_V)
 
     def unigram_loss(self, corpora: Corpora) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,17 @@ import torch
 from torch import nn
 
 from llmtrain.checkpoint import huggingface, retention, store
+from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
 from llmtrain.checkpoint.origin import Origin
-from llmtrain.config import decode, short
+from llmtrain.config import decode, decode_json, short
 from llmtrain.data.tokenizer_folder import find_tokenizer
-from llmtrain.errors import CheckpointError, Problem, printable
+from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import end_ids, unheeded
 from llmtrain.models.configs import ModelConfig
+from llmtrain.parallel import distributed
 from llmtrain.shards import Shard, matrix_shape
 
 if TYPE_CHECKING:
@@ -54,19 +58,30 @@ class TrainedModel:
     """The settings of the Hugging Face folder that it came from, also through training."""
 
     def build(self, device: torch.device) -> nn.Module:
-        """The module on `device`, fp32, in evaluation mode."""
+        """The module on `device`, fp32, in evaluation mode. Raises CheckpointError for weights that are not
+        finite."""
         module = build_module(self.config, device)
-        load_weights(module, self.weights)
+        check = FiniteCheck()
+        load_weights(module, self.weights, check.look)
+        check.refuse(str(self.source))
         return module.eval()
 
     def build_over(self, mesh: Mesh, device: torch.device) -> nn.Module:
         """The part of it that this process of `mesh` holds, which is called as the whole is, by all
-        processes together."""
+        processes together. Raises CheckpointError, on all of them, for weights that are not finite."""
         from llmtrain.commands.build import build_for_use
 
         if mesh.layout.world_size == 1:
             return self.build(device)
-        return build_for_use(self.config, mesh, device, self.reader())
+        check, read = FiniteCheck(), self.reader()
+
+        def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
+            read(out, name, shard, start)
+            check.look(name, out)
+
+        model = build_for_use(self.config, mesh, device, source)
+        distributed.agree(lambda: check.refuse(str(self.source)))
+        return model
 
     def reader(self) -> Source:
         """What gives any part of any weight."""
@@ -207,14 +222,32 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _config_of(checkpoint: store.Checkpoint) -> ModelConfig:
+    checkpoint.require("model", *(() if checkpoint.is_imported else ("config",)))
     model = checkpoint.manifest["model"]
-    config: ModelConfig = decode(model_config_type(model), model)
+    where = str(checkpoint.path / MANIFEST)
+    shapes = [entry["shape"] for entry in checkpoint.manifest["tensors"][WEIGHT].values()]
+    # Before anything is made of each layer.
+    for key, value in model.items():
+        if key.endswith("layers") and isinstance(value, int) and value > len(shapes):
+            allowed = f"no more than its {len(shapes):,} tensors, each layer's own"
+            raise CheckpointError(Problem(f"{where}: model.{key}", f"{value:,}", allowed))
+    try:
+        config: ModelConfig = decode(model_config_type(model), model)
+        expected = config.parameter_count()
+    except ConfigError as error:
+        raise CheckpointError(
+            replace(problem, where=f"{where}: model.{problem.where.removeprefix('model.')}")
+            for problem in error.problems
+        ) from error
+    if (stored := sum(map(prod, shapes))) != expected:
+        got = f"a model of {expected:,} parameters"
+        raise CheckpointError(Problem(f"{where}: model", got, f"{stored:,}, as many as are stored"))
     return config
 
 
 def _origin_of(checkpoint: store.Checkpoint) -> Origin | None:
     origin = checkpoint.manifest.get("origin")
-    return None if origin is None else Origin(**origin)
+    return None if origin is None else decode_json(Origin, origin)
 
 
 def build_module(config: ModelConfig, device: torch.device) -> nn.Module:
@@ -224,8 +257,13 @@ def build_module(config: ModelConfig, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy `weights` into the module's parameters. Raises CheckpointError when names or shapes differ."""
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    look: Callable[[str, torch.Tensor], None] = lambda name, weight: None,
+) -> None:
+    """Copy `weights` into the module's parameters; `look` sees each. Raises CheckpointError when names or
+    shapes differ."""
     parameters = dict(module.named_parameters())
     if set(parameters) != set(weights):
         missing, extra = sorted(set(parameters) - set(weights)), sorted(set(weights) - set(parameters))
@@ -242,4 +280,5 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None
             raise CheckpointError(
                 Problem(name, f"shape {tuple(weight.shape)}", f"shape {tuple(parameter.shape)}")
             )
+        look(name, weight)
         parameter.copy_(weight)

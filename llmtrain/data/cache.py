@@ -5,8 +5,8 @@ file that is still arriving; whoever holds its lock is the one that downloads it
 partial file is gone on with by the next. What is read again and again stays: the file that has not been
 used for the longest time makes room for a new one.
 
-A file's time of access says when it was used last. Its time of change is never touched, and tells a file
-that this process has verified from one that something has altered since.
+The time of the empty file `NAME.used` says when a file was used last. The file's own times are never touched:
+with its size they tell one that this process has verified from one that something has altered since.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ import xxhash
 
 from llmtrain.data.shards import ShardError
 from llmtrain.data.train_config import CacheConfig
-from llmtrain.data.transport import UPLOAD_AGAIN, Transport
+from llmtrain.data.transport import Transport
+from llmtrain.data.transport_source import UPLOAD_AGAIN
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import checksum, disk_problem, is_disk_full, write_atomically
+from llmtrain.files import checksum, disk_problem, is_disk_full, stamp_of, write_atomically
 from llmtrain.urls import without_credentials
 
 PARTIAL = ".partial"
+USED = ".used"
 LOCK_NAME = ".lock"
 _NAME = re.compile(r"[0-9a-f]{32}-\d+(\.partial)?")
 _POLL = 0.05
@@ -88,8 +90,8 @@ class Cache:
             on_bytes=lambda count: self._count("bytes", count),
             on_retry=lambda: self._count("retries"),
         )
-        self._verified: dict[str, tuple[int, int]] = {}
-        """Name → inode and time of change of the file that this process has verified."""
+        self._verified: dict[str, tuple[int, ...]] = {}
+        """Name → inode and stamp of the file that this process has verified."""
         self._queue: deque[RemoteFile] = deque()
         self._wanted: set[str] = set()
         """Names that `want` asked for and `open` has not taken yet: no read-ahead evicts them."""
@@ -131,15 +133,16 @@ class Cache:
             self._wanted = {file.name for file in self._queue}
             self._go_on()
 
-    def read_small(self, url: str, xxh3_128: str | None = None) -> bytes:
+    def read_small(self, url: str, at_most: int, xxh3_128: str | None = None) -> bytes:
         """The content of a small file (manifest, index, tokenizer), which is not kept.
 
-        Raises DataError if it can't be had, or twice was not what the checksum says.
+        Raises DataError if it can't be had, has more than `at_most` bytes, or twice was not what the checksum
+        says.
         """
-        content = self._transport.read(url)
+        content = self._transport.read(url, at_most)
         if xxh3_128 is None or xxhash.xxh3_128_hexdigest(content) == xxh3_128:
             return content
-        content = self._transport.read(url)
+        content = self._transport.read(url, at_most)
         if (found := xxhash.xxh3_128_hexdigest(content)) != xxh3_128:
             raise DataError(_altered(url, found, xxh3_128))
         return content
@@ -265,7 +268,7 @@ class Cache:
         path = self._folder / file.name
         try:
             status = os.stat(path)
-            state = (status.st_ino, status.st_mtime_ns)
+            state = _state(status)
             if self._verified.get(file.name) != state:
                 found = checksum(path) if status.st_size == file.size else f"{status.st_size} bytes"
                 if found != file.xxh3_128:
@@ -273,7 +276,7 @@ class Cache:
                     path.unlink(missing_ok=True)
                     return False
                 self._verified[file.name] = state
-            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
+            _note_use(path)
             return True
         except FileNotFoundError:
             return False
@@ -324,7 +327,7 @@ class Cache:
                         with self._folder_lock():
                             os.replace(partial, path)
                         status = os.fstat(descriptor)
-                        self._verified[file.name] = (status.st_ino, status.st_mtime_ns)
+                        self._verified[file.name] = _state(status)
                         self._count("files")
                         return True
                     os.truncate(partial, 0)
@@ -406,19 +409,28 @@ class Cache:
             if found.name == own or not _NAME.fullmatch(found.name):
                 continue
             with suppress(FileNotFoundError):
-                status = found.stat()
+                status = found.stat(follow_symlinks=False)
                 content = found.name.removesuffix(PARTIAL)
                 active = content != found.name and _is_locked(found.path)
                 # A running download will take the room of the whole file.
                 size = int(content.rpartition("-")[2]) if active else status.st_size
-                order = (content in wanted, status.st_atime_ns)
+                order = (content in wanted, max(status.st_mtime_ns, self._last_use(content)))
                 entries.append(_Entry(found.name, content, size, not active, order))
         return sorted(entries, key=lambda entry: entry.order)
+
+    def _last_use(self, content: str) -> int:
+        """When a file was used last, as time.time_ns gives it; 0: never."""
+        try:
+            return os.stat(_used(self._folder / content), follow_symlinks=False).st_mtime_ns
+        except OSError:
+            return 0
 
     def _evict(self, entry: _Entry) -> int:
         with suppress(FileNotFoundError):
             os.unlink(self._folder / entry.name)
             self._count("evictions")
+        with suppress(FileNotFoundError):
+            os.unlink(_used(self._folder / entry.content))
         return entry.size
 
     @contextmanager
@@ -470,6 +482,24 @@ class _Entry:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
+
+
+def _used(path: Path) -> Path:
+    return path.with_name(path.name + USED)
+
+
+def _note_use(path: Path) -> None:
+    """The file is used now. Its own times would tell so too, but then not whether it was altered."""
+    with suppress(OSError):  # of a disk without room for a name
+        descriptor = os.open(_used(path), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            os.utime(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, *stamp_of(status)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from llmtrain.data.cache import Cache, Counters
 from llmtrain.data.corpus import Corpus, TokenSplit
+from llmtrain.data.manifest import PREPARE_AGAIN
 from llmtrain.data.places import Elsewhere
 from llmtrain.data.train_config import TokenDataConfig
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from llmtrain.data.tokenizer import Tokenizer
 
 
 class Corpora:
@@ -31,6 +36,17 @@ class Corpora:
     def tokenizer_path(self) -> Path:
         """What `load_tokenizer` takes."""
         return self._first.tokenizer_path
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Raises DataError for one that lacks ids which its corpus says that it has."""
+        from llmtrain.data.tokenizer_folder import load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if tokenizer.vocab_size < self.vocab_size:
+            got = f"a tokenizer of {tokenizer.vocab_size:,} ids"
+            allowed = f"{self.vocab_size:,}, as {self.where} says"
+            raise DataError(Problem(str(self.tokenizer_path), got, allowed, PREPARE_AGAIN))
+        return tokenizer
 
     @property
     def tokenizer_sha256(self) -> str:

@@ -10,32 +10,41 @@ is an error with a name instead of a bus error.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+import psutil
 
 from llmtrain.data.cache import Cache
 from llmtrain.data.manifest import (
     FORMAT,
+    MANIFEST_BYTES,
     MANIFEST_NAME,
     PREPARE_AGAIN,
     STAMP_NAME,
+    TOKENIZER_BYTES,
     UNFINISHED_NAME,
     VERSION,
     Manifest,
-    ShardEntry,
     SplitEntry,
     parse_manifest,
 )
-from llmtrain.data.places import Elsewhere, Folder, Place, Problems, not_a_corpus, stamp_of
-from llmtrain.data.shards import ENDS_DTYPE, INDEX_DTYPE, LENGTHS_DTYPE, NPY_HEADER_BYTES, ShardError
+from llmtrain.data.open_shards import OpenShard, OpenShards
+from llmtrain.data.places import Elsewhere, Folder, Place, Problems, not_a_corpus
+from llmtrain.data.shards import (
+    ENDS_DTYPE,
+    INDEX_DTYPE,
+    LENGTHS_DTYPE,
+    NPY_HEADER_BYTES,
+    NPY_HEADER_LONGEST,
+    ShardError,
+    read_array,
+)
 from llmtrain.errors import DataError, Problem, nearest
 
 __all__ = ["FORMAT", "MANIFEST_NAME", "STAMP_NAME", "UNFINISHED_NAME", "VERSION", "Corpus", "TokenSplit"]
@@ -79,7 +88,7 @@ class Corpus:
             place = Folder(Path(path))
             if not (Path(path) / MANIFEST_NAME).is_file():
                 raise DataError(not_a_corpus(Path(path)))
-        manifest = parse_manifest(place.read(MANIFEST_NAME), place.name(MANIFEST_NAME))
+        manifest = parse_manifest(place.read(MANIFEST_NAME, MANIFEST_BYTES), place.name(MANIFEST_NAME))
         corpus = cls(place, manifest, _tokenizer(place, manifest))
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         found = place.find_problems(shards, checksums=verify == "checksum")
@@ -131,9 +140,9 @@ class TokenSplit:
         self._place = place
         self._entry = entry = manifest.splits[name]
         self._fingerprint = manifest.fingerprint
-        self._vocab_size = manifest.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        index = _read_index(place, entry)
+        self._vocab_size = manifest.vocab_size
+        index = _read_index(place, entry, self._dtype)
         self._shard_numbers = index["shard"].astype(np.int64)
         self._tokens_offsets = index["tokens_offset"].astype(np.int64)
         self._sample_starts = np.zeros(len(index) + 1, dtype=np.int64)
@@ -142,7 +151,7 @@ class TokenSplit:
         self.shard_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
         firsts = np.searchsorted(self._shard_numbers, np.arange(len(tokens) + 1))
         _check_index(place, entry, self._sample_starts[firsts], self.shard_starts)
-        self._open = _OpenShards(
+        self._open = OpenShards(
             place, entry.shards, index, self.shard_starts, self._dtype, bad_shards, open_shards
         )
 
@@ -168,6 +177,12 @@ class TokenSplit:
     def fingerprint(self) -> str:
         """The whole corpus' fingerprint, hex."""
         return self._fingerprint
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex over all that the manifest says of this split: what two that share it have in common is all
+        that can be read of them."""
+        return hashlib.sha256(repr(self._entry).encode()).hexdigest()
 
     @property
     def shard_names(self) -> list[str]:
@@ -256,14 +271,17 @@ class TokenSplit:
             remedy = "prepare the corpus again, or give data.packing=concat"
             where = self._place.name(MANIFEST_NAME)
             raise DataError(Problem(where, "a corpus of version 1, without lengths.npy", "", remedy))
-        content = self._place.read(self._entry.lengths, self._entry.lengths_xxh3_128)
-        lengths = np.load(io.BytesIO(content), allow_pickle=False)
-        if lengths.dtype != LENGTHS_DTYPE or lengths.sum(dtype=np.int64) != self.num_tokens:
-            where = self._place.name(self._entry.lengths)
-            got = "lengths that are not those of the shards' documents"
-            raise DataError(Problem(where, got, f"{self.num_tokens:,} tokens together", PREPARE_AGAIN))
+        file, checksum = self._entry.lengths, self._entry.lengths_xxh3_128
+        lengths = _read_array(self._place, file, checksum, LENGTHS_DTYPE, self.num_documents)
         counts = np.cumsum([shard.num_documents for shard in self._entry.shards])
-        return np.split(lengths, counts[:-1])
+        of_shards = np.split(lengths, counts[:-1])
+        for shard, found in zip(self._entry.shards, of_shards, strict=True):
+            tokens = int(found.sum(dtype=np.int64))
+            if tokens != shard.num_tokens or not found.all():
+                got = f"documents of {shard.file} of {tokens:,} tokens together"
+                allowed = f"{shard.num_tokens:,}, each with one or more"
+                raise DataError(Problem(self._place.name(file), got, allowed, PREPARE_AGAIN))
+        return of_shards
 
     def lengths_of(self, shard: int) -> np.ndarray:
         """Tokens of each document of one shard with its end, int64; from the shard itself."""
@@ -284,7 +302,7 @@ class TokenSplit:
                 bad.append(shard)
         return bad
 
-    def _read_over_samples(self, opened: _OpenShard, start: int, length: int, part: memoryview) -> None:
+    def _read_over_samples(self, opened: OpenShard, start: int, length: int, part: memoryview) -> None:
         """A span that reaches over arrays of a shard, which headers part."""
         sample = int(np.searchsorted(self._sample_starts, start, side="right")) - 1
         itemsize = self._dtype.itemsize
@@ -295,7 +313,7 @@ class TokenSplit:
             self._read_again(opened, part[: taken * itemsize], offset)
             part, start, length, sample = part[taken * itemsize :], start + taken, length - taken, sample + 1
 
-    def _read_again(self, opened: _OpenShard, part: memoryview, offset: int) -> None:
+    def _read_again(self, opened: OpenShard, part: memoryview, offset: int) -> None:
         while part:
             count = opened.readv(part, offset)
             if count == 0:
@@ -321,136 +339,6 @@ class TokenSplit:
                 raise ShardError(Problem(name, got, allowed, PREPARE_AGAIN))
 
 
-class _OpenShard:
-    """An open shard that closes when its last reader lets go of it."""
-
-    __slots__ = ("descriptor", "ends", "entry", "name", "stamp")
-
-    def __init__(self, descriptor: int, name: str, entry: ShardEntry, may_change: bool) -> None:
-        self.descriptor = descriptor
-        self.name = name
-        self.entry = entry
-        self.ends = np.empty(0, np.int64)
-        """Where its documents close in the split's stream, ascending."""
-        self.stamp = stamp_of(os.fstat(descriptor)) if may_change else None
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-    @property
-    def has_changed(self) -> bool:
-        return self.stamp is not None and stamp_of(os.fstat(self.descriptor)) != self.stamp
-
-    def readv(self, part: memoryview, offset: int) -> int:
-        """Bytes read at `offset`; 0 at the end of the file."""
-        try:
-            return os.preadv(self.descriptor, [part], offset)
-        except OSError as error:
-            raise self.unreadable(error) from error
-
-    def unreadable(self, error: OSError) -> ShardError:
-        return ShardError(Problem(self.name, f"{error.strerror} while reading"))
-
-    def load_ends(self, rows: np.ndarray, start: int, dtype: np.dtype) -> None:
-        """Read where documents close in its arrays, whose INDEX_DTYPE rows these are; `start` is its first
-        token's place in the stream. Raises ShardError where the arrays are not what the index says."""
-        found = []
-        for row in rows:
-            tokens, documents = int(row["num_tokens"]), int(row["num_documents"])
-            self._check_array(int(row["tokens_offset"]), tokens, dtype)
-            self._check_array(int(row["ends_offset"]), documents, ENDS_DTYPE)
-            ends = np.empty(documents, ENDS_DTYPE)
-            self.readv(ends.view(np.uint8).data, int(row["ends_offset"]))
-            if documents and int(ends[-1]) != tokens:
-                self._disagree(f"documents that end at token {int(ends[-1])} of {tokens}")
-            found.append(ends.astype(np.int64) + start)
-            start += tokens
-        self.ends = np.concatenate(found) if found else np.empty(0, np.int64)
-
-    def _check_array(self, offset: int, length: int, dtype: np.dtype) -> None:
-        header = bytearray(NPY_HEADER_BYTES)
-        self.readv(memoryview(header), offset - NPY_HEADER_BYTES)
-        expected = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}".encode()
-        if not header.startswith(b"\x93NUMPY") or expected not in header:
-            self._disagree(f"no array of {length} {dtype} at byte {offset}")
-
-    def _disagree(self, got: str) -> None:
-        raise ShardError(Problem(self.name, got, "what the split's index.npy says", PREPARE_AGAIN))
-
-
-class _OpenShards:
-    """The shards read last, kept open."""
-
-    def __init__(
-        self,
-        place: Place,
-        entries: Sequence[ShardEntry],
-        index: np.ndarray,
-        shard_starts: np.ndarray,
-        dtype: np.dtype,
-        bad: Mapping[int, Problem],
-        capacity: int,
-    ) -> None:
-        self._place = place
-        self._entries = entries
-        self._index = index
-        self._rows = np.searchsorted(index["shard"], np.arange(len(entries) + 1))
-        self._starts = shard_starts
-        self._dtype = dtype
-        self._bad = bad
-        self._capacity = capacity
-        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._ends: np.ndarray | None = None
-        self._fresh = False
-        self._lock = threading.Lock()
-
-    def open_anew(self, shard: int) -> _OpenShard:
-        """Raises ShardError for one that cannot be had, is not what the index says, or was found bad."""
-        if shard in self._bad:
-            raise ShardError(self._bad[shard])
-        entry = self._entries[shard]
-        descriptor = self._place.open_shard(entry)
-        opened = _OpenShard(descriptor, self._place.name(entry.file), entry, self._place.may_change)
-        rows = self._index[self._rows[shard] : self._rows[shard + 1]]
-        opened.load_ends(rows, int(self._starts[shard]), self._dtype)
-        return opened
-
-    def get(self, shards: Sequence[int]) -> dict[int, _OpenShard]:
-        """These, open. Raises ShardError for one that cannot be had or was changed since it was opened."""
-        found: dict[int, _OpenShard] = {}
-        with self._lock:
-            for shard in shards:
-                opened = self._shards.get(shard)
-                if opened is not None:
-                    self._shards.move_to_end(shard)
-                    found[shard] = opened
-        for shard in shards:
-            if shard in found and not found[shard].has_changed:
-                continue
-            opened = found[shard] = self.open_anew(shard)
-            with self._lock:
-                self._shards[shard] = opened
-                self._ends = None
-                self._fresh = True
-                if len(self._shards) > self._capacity:
-                    self._shards.popitem(last=False)
-        return found
-
-    def all_ends(self, shards: Sequence[int]) -> np.ndarray | None:
-        """Where the documents of all open shards close, ascending, when they have been open since the last
-        call and `shards` are among them; None while shards come and go, when it would be made in vain."""
-        with self._lock:
-            if self._fresh:
-                self._fresh = False
-                return None
-            if not shards or not all(shard in self._shards for shard in shards):
-                return None
-            if self._ends is None:
-                held = sorted(self._shards)
-                self._ends = np.concatenate([self._shards[shard].ends for shard in held])
-            return self._ends
-
-
 def _ends_in_spans(
     ends: np.ndarray, starts: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -465,7 +353,7 @@ def _ends_in_spans(
 def _tokenizer(place: Place, manifest: Manifest) -> Path:
     """The tokenizer as a local file."""
     entry = manifest.tokenizer
-    content = place.read(entry.file)
+    content = place.read(entry.file, TOKENIZER_BYTES)
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != entry.sha256:
         got = f"an altered tokenizer (sha256 {sha256})"
@@ -473,16 +361,38 @@ def _tokenizer(place: Place, manifest: Manifest) -> Path:
     return place.local(entry.file, content)
 
 
-def _read_index(place: Place, entry: SplitEntry) -> np.ndarray:
-    where = place.name(entry.index)
-    content = place.read(entry.index, entry.index_xxh3_128)
+def _read_array(place: Place, file: str, xxh3_128: str | None, dtype: np.dtype, length: int) -> np.ndarray:
+    """An array of the corpus, which is held in memory. Raises DataError for another than is expected, and for
+    one that would take more than is free."""
+    where, size = place.name(file), length * dtype.itemsize
+    if size > (free := psutil.virtual_memory().available):
+        raise DataError(Problem(where, f"{size:,} bytes", f"{free:,}, the memory that is free"))
+    content = place.read(file, size + NPY_HEADER_LONGEST, xxh3_128)
     try:
-        index = np.load(io.BytesIO(content), allow_pickle=False)
+        return read_array(content, dtype, length)
     except ValueError as error:
-        raise DataError(Problem(where, f"no array ({error})", "an index", PREPARE_AGAIN)) from error
-    if index.dtype != INDEX_DTYPE or len(index) != entry.num_samples:
-        got = f"{len(index)} rows of {index.dtype}"
-        raise DataError(Problem(where, got, f"{entry.num_samples} rows of {INDEX_DTYPE}", PREPARE_AGAIN))
+        raise DataError(Problem(where, str(error), f"{length:,} of {dtype}", PREPARE_AGAIN)) from None
+
+
+def _read_index(place: Place, entry: SplitEntry, dtype: np.dtype) -> np.ndarray:
+    """Raises DataError unless each array that it names lies within its shard."""
+    index = _read_array(place, entry.index, entry.index_xxh3_128, INDEX_DTYPE, entry.num_samples)
+    sizes = np.array([shard.bytes for shard in entry.shards], dtype=np.uint64)
+    numbers = index["shard"]
+    # Sorted, since a shard's samples are looked up by halving.
+    fits = numbers < len(sizes)
+    fits[1:] &= numbers[1:] >= numbers[:-1]
+    room = sizes[np.where(fits, numbers, 0)] if len(sizes) else np.zeros(len(index), np.uint64)
+    for offset, count, itemsize in (
+        ("tokens_offset", "num_tokens", dtype.itemsize),
+        ("ends_offset", "num_documents", ENDS_DTYPE.itemsize),
+    ):
+        begins = index[offset]
+        fits &= (begins >= NPY_HEADER_BYTES) & (begins <= room)
+        fits &= index[count] <= (room - np.minimum(begins, room)) // np.uint64(itemsize)
+    if not fits.all():
+        got = f"a sample {int(np.argmin(fits)):,} that lies in no shard"
+        raise DataError(Problem(place.name(entry.index), got, "samples of its shards", PREPARE_AGAIN))
     return index
 
 

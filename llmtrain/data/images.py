@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
 """Extension → format, as Pillow calls it."""
+IMAGES_BYTES = 16 << 30
+"""Of a file that is held in memory."""
 
 
 class Images:
@@ -152,7 +154,7 @@ def _samples(name: str) -> Iterator[dict[str, Any]]:
 
     try:
         if is_remote(name):
-            stream: Any = io.BytesIO(Cache(CacheConfig()).read_small(name))
+            stream: Any = io.BytesIO(Cache(CacheConfig()).read_small(name, IMAGES_BYTES))
         else:
             stream = open(resolve_package_path(name), "rb")  # noqa: SIM115
         with stream:

@@ -13,13 +13,16 @@ of order log(n) / n), and how many of the first i samples fall into an interval 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from llmtrain.config import LARGEST_INT, decode_json, require
+from llmtrain.errors import Problem
 
 _WORD = 1 << 64
 _STEP = 0x9E3779B97F4A7C15
@@ -42,6 +45,16 @@ class Segment:
     """Source → samples drawn from it before."""
     settings: Mapping[str, Any]
     """On what the samples of a source and their order depend; compared, never read here."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name, least in (("step", 0), ("sample", 0), ("global_size", 1)):
+            number = getattr(self, name)
+            yield from require(least <= number < LARGEST_INT >> 16, name, number, f"{least} or more")
+        total = sum(self.shares.values())
+        are_shares = all(share > 0 for share in self.shares.values()) and abs(total - 1) < 1e-6
+        yield from require(are_shares, "shares", dict(self.shares), "positive shares, 1 together")
+        for name, position in self.positions.items():
+            yield from require(position >= 0, f"positions.{name}", position, "0 or more")
 
     def draw(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples [first, last) of the run → (source: its place in `shares`, int64; position within the
@@ -147,7 +160,15 @@ class Timeline:
 
     @classmethod
     def decode(cls, encoded: Sequence[Mapping[str, Any]]) -> Timeline:
-        return cls([Segment(**segment) for segment in encoded])
+        """Raises ConfigError for what `encode` did not give."""
+        return cls([decode_json(Segment, segment) for segment in encoded])
+
+
+def timeline_problems(segments: Sequence[Segment]) -> Iterator[Problem]:
+    """What keeps them from being a timeline."""
+    steps = [segment.step for segment in segments]
+    is_timeline = steps[:1] == [0] and all(a < b for a, b in pairwise(steps))
+    yield from require(is_timeline, "timeline", steps, "segments in the order of their steps, from 0 on")
 
 
 def begin(global_size: int, shares: Mapping[str, float], settings: Mapping[str, Any]) -> Timeline:

@@ -47,7 +47,8 @@ class PairedRows(SamplesOfSplit):
         Raises DataError for a split in which no pair fits, and for documents that are no pairs."""
         super().__init__(split, f"{source_length}/{target_length}/paired")
         self._widths = (source_length, target_length)
-        counts = counted_once(cache, self._key, (len(split.shard_names), 4), self._count)
+        key = f"{split.identity}/{source_length}/{target_length}/paired"
+        counts = counted_once(cache, key, (len(split.shard_names), 4), self._count)
         self._set_sizes(counts[:, 0])
         self._num_pairs, self._num_tokens, self._num_left_out = counts[:, 1:].sum(axis=0).tolist()
         if len(self) == 0:

@@ -7,8 +7,8 @@ with the shard's name.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,11 +18,19 @@ from typing import Any, Protocol
 import xxhash
 
 from llmtrain.data.cache import Cache, RemoteFile
-from llmtrain.data.manifest import MANIFEST_NAME, PREPARE_AGAIN, STAMP_NAME, UNFINISHED_NAME, ShardEntry
+from llmtrain.data.manifest import (
+    MANIFEST_BYTES,
+    MANIFEST_NAME,
+    PREPARE_AGAIN,
+    STAMP_NAME,
+    UNFINISHED_NAME,
+    ShardEntry,
+)
 from llmtrain.data.shards import ShardError
 from llmtrain.data.transport import join
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import checksum, write_json_atomically
+from llmtrain.files import checksum, stamp_of, write_json_atomically
+from llmtrain.reading import open_regular, parse_object, read_bytes
 from llmtrain.urls import without_credentials
 
 Problems = dict[str, Problem]
@@ -35,14 +43,15 @@ class Place(Protocol):
     def name(self, file: str) -> str:
         """A file as messages call it."""
 
-    def read(self, file: str, xxh3_128: str | None = None) -> bytes:
-        """A small file, whole. Raises DataError where it cannot be read or is not what its checksum says."""
+    def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
+        """A small file, whole. Raises DataError where it cannot be read, has more than `at_most` bytes or is
+        not what its checksum says."""
 
     def local(self, file: str, content: bytes) -> Path:
         """A local file that holds `content`, which `file` was found to hold."""
 
-    may_change: bool
-    """Whether files may be altered by others while they are open."""
+    is_kept: bool
+    """Whether files that are open stay where they are: one that is gone has been changed."""
 
     def open_shard(self, entry: ShardEntry) -> int:
         """A file descriptor of the shard's content, which the caller closes. Raises ShardError where it
@@ -59,7 +68,7 @@ class Place(Protocol):
 class Folder:
     """A corpus on a local or shared file system."""
 
-    may_change = True
+    is_kept = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,10 +78,10 @@ class Folder:
     def name(self, file: str) -> str:
         return str(self.root / file)
 
-    def read(self, file: str, xxh3_128: str | None = None) -> bytes:
+    def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
         path = self.root / file
         try:
-            content = path.read_bytes()
+            content = read_bytes(path, at_most)
         except OSError as error:
             raise DataError(_unreadable(str(path), error)) from error
         return check_content(content, xxh3_128, str(path))
@@ -83,7 +92,7 @@ class Folder:
     def open_shard(self, entry: ShardEntry) -> int:
         path = self.root / entry.file
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_regular(path)
         except OSError as error:
             raise ShardError(_unreadable(str(path), error)) from error
         try:
@@ -147,7 +156,7 @@ class Folder:
 class Elsewhere:
     """A corpus behind a URL, read through a local cache."""
 
-    may_change = False
+    is_kept = False
 
     def __init__(self, url: str, cache: Cache) -> None:
         self.url = url
@@ -156,8 +165,8 @@ class Elsewhere:
     def name(self, file: str) -> str:
         return without_credentials(join(self.url, file))
 
-    def read(self, file: str, xxh3_128: str | None = None) -> bytes:
-        return self.cache.read_small(join(self.url, file), xxh3_128)
+    def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
+        return self.cache.read_small(join(self.url, file), at_most, xxh3_128)
 
     def local(self, file: str, content: bytes) -> Path:
         return self.cache.keep(content, Path(file).suffix)
@@ -195,11 +204,6 @@ def check_content(content: bytes, xxh3_128: str | None, where: str) -> bytes:
     return content
 
 
-def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file that was found good from a changed one; ctime also moves when mtime is set back."""
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def _stamp(path: Path) -> tuple[int, ...]:
     try:
         return stamp_of(os.stat(path))
@@ -212,12 +216,14 @@ def _size_problems(root: Path, entries: Iterable[ShardEntry]) -> Iterator[tuple[
     for entry in entries:
         path = os.path.join(prefix, entry.file)
         try:
-            size = os.stat(path).st_size
+            status = os.stat(path)
         except OSError as error:
             yield entry.file, _unreadable(path, error)
             continue
-        if size != entry.bytes:
-            yield entry.file, _wrong_size(path, size, entry.bytes)
+        if not stat.S_ISREG(status.st_mode):
+            yield entry.file, Problem(path, "no file", "a file of the corpus", PREPARE_AGAIN)
+        elif status.st_size != entry.bytes:
+            yield entry.file, _wrong_size(path, status.st_size, entry.bytes)
 
 
 def _unreadable(path: str, error: OSError) -> Problem:
@@ -242,7 +248,7 @@ def _checksum(path: Path) -> str:
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Hold a lock on `path` against other processes; none where the stamp that they wait for can't be
     written, or the file system has no locks."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         if os.access(path.parent, os.W_OK):
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -251,7 +257,6 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _read_stamps(path: Path) -> dict[str, list[Any]]:
     try:
-        stamps = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_bytes(path, MANIFEST_BYTES))
     except (OSError, ValueError):
         return {}
-    return stamps if isinstance(stamps, dict) else {}

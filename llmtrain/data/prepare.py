@@ -9,7 +9,6 @@ about as much again while prepare works.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -20,8 +19,8 @@ import xxhash
 
 from llmtrain.config import encode as encode_config
 from llmtrain.data.config import PrepareConfig
-from llmtrain.data.corpus import FORMAT, MANIFEST_NAME, UNFINISHED_NAME, VERSION
 from llmtrain.data.files import disk_errors
+from llmtrain.data.manifest import FORMAT, MANIFEST_NAME, UNFINISHED_NAME, VERSION, fingerprint_of
 from llmtrain.data.preparation import filters, near
 from llmtrain.data.preparation.folder import commit, locked_output, open_work, remove_work, tidied
 from llmtrain.data.preparation.opening import refuse_long_windows
@@ -42,9 +41,11 @@ from llmtrain.data.shards import token_dtype
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import write_json_atomically
+from llmtrain.files import checksum_of_json, write_json_atomically
 from llmtrain.urls import without_credentials
 
+STREAM_VERSION = 2
+"""Changes with the documents and tokens that sources and settings give."""
 PAIRED = ("target_field", "target_source")
 """Settings that corpora of single texts lack."""
 NO_EFFECT = ("workers", "overwrite", "output", "source", "target_source", "peer_timeout")
@@ -115,7 +116,7 @@ class _Run:
         report = _finished(self.config, identity)
         if report is None:
             stamps = _hash([[f.name, f.size, f.mtime_ns, f.version] for f in _read(self.files)])
-            request = {"version": VERSION, "identity": identity, "stamps": stamps}
+            request = {"version": STREAM_VERSION, "identity": identity, "stamps": stamps}
             open_work(self.work, request, self.progress)
         is_made = report is not None or (self.work / MANIFEST_NAME).exists()
         self.peers.wait("" if is_made else self._request())
@@ -166,7 +167,7 @@ class _Run:
     def _request(self) -> str:
         """Hash of settings, tokenizer and the names and sizes of the sources: equal in all processes."""
         named = [[file.name, file.size] for file in _read(self.files)]
-        return _hash([VERSION, _settings(self.config, self.given), named])
+        return _hash([STREAM_VERSION, _settings(self.config, self.given), named])
 
     def _stages(self) -> Prepared | None:
         workers = os.cpu_count() or 1 if self.config.workers is None else self.config.workers
@@ -199,7 +200,7 @@ class _Run:
             },
         )
         report.notes, report.warnings = self._remarks(report, made.tokenizer)
-        return {
+        manifest = {
             "format": FORMAT,
             "version": VERSION,
             "vocab_size": made.tokenizer.vocab_size,
@@ -212,7 +213,10 @@ class _Run:
                 "special_ids": dict(made.tokenizer.special_ids),
                 "sentinel_ids": list(made.tokenizer.sentinel_ids),
             },
-            "fingerprint": _fingerprint(made.splits, made.tokenizer),
+            "fingerprint": fingerprint_of(
+                (shard["xxh3_128"] for split in made.splits.values() for shard in split["shards"]),
+                made.tokenizer.sha256,
+            ),
             "splits": made.splits,
             "report": report.recorded(),
             "config": {
@@ -221,6 +225,7 @@ class _Run:
                 "identity": identity,
             },
         }
+        return {**manifest, "checksum": checksum_of_json(manifest)}
 
     def _remarks(self, report: Report, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         notes, warnings = [], []
@@ -255,12 +260,6 @@ class _Run:
         if report.unknown_tokens:
             warnings.append(f"{report.unknown_tokens:,} tokens are unknown to the {whose} tokenizer")
         return notes, warnings
-
-
-def _fingerprint(splits: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """Hex over every shard's checksum and the tokenizer."""
-    checksums = [shard["xxh3_128"] for split in splits.values() for shard in split["shards"]]
-    return hashlib.sha256("\n".join([*checksums, tokenizer.sha256]).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------- what is there

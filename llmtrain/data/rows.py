@@ -110,7 +110,7 @@ class BestFit(Packing):
         self._width = sequence_length + 1
         # A part's first token is the last target of the part before it, whatever else they share.
         self._overlap = overlap + 1
-        key = f"{split.fingerprint}/{split.name}/{self._width}/{self._overlap}"
+        key = f"{split.identity}/{self._width}/{self._overlap}"
         # Rows, and places for targets that hold one.
         counts = counted_once(cache, key, (len(split.shard_names), 2), self._count)
         self.shard_sizes = counts[:, 0]

@@ -155,7 +155,7 @@ def _wordpiece(path: Path) -> str:
 
     config = _config(path.parent)
     vocabulary = {piece: i for i, piece in enumerate(_lines(path))}
-    library = Library(WordPiece(vocabulary, unk_token="[UNK]"))
+    library = Library(WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
     library.normalizer = BertNormalizer(
         lowercase=bool(config.do_lower_case),
         strip_accents=config.strip_accents,
@@ -219,6 +219,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not os.path.exists(path):
         return {}
     try:
-        return parse_object(_read(path, VOCABULARY_BYTES))
+        return parse_object(_read(path, VOCABULARY_BYTES), utf8=True)
     except ValueError as error:
         raise DataError(Problem(str(path), str(error), "a JSON object")) from None

@@ -288,7 +288,7 @@ def _roles(
 
 def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
     try:
-        return parse_object(content, unique=unique)
+        return parse_object(content, unique=unique, utf8=True)
     except ValueError as error:
         raise _no_tokenizer(where, str(error)) from None
 

@@ -20,6 +20,7 @@ from llmtrain.parallel.upstream import free_kernels, import_deepspeed
 from llmtrain.shards import Shard
 
 MAX_BUCKET_ELEMENTS = 200_000_000
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def deepspeed_config(
@@ -239,10 +240,9 @@ class DeepSpeedEngine(Engine):
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if scaler is None or not hasattr(scaler, "cur_iter"):
             return {}
-        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {name: float(getattr(scaler, name)) for name in names}
+        return {name: float(getattr(scaler, name)) for name in _SCALER_STATE}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        for name, value in state.items():
+        for name, value in ((name, state[name]) for name in _SCALER_STATE if name in state):
             setattr(scaler, name, value if name == "cur_scale" else int(value))

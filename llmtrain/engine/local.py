@@ -139,4 +139,5 @@ class LocalEngine(Engine):
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         if self._scaler is not None and state:
-            self._scaler.load_state_dict(dict(state))
+            own = self._scaler.state_dict()
+            self._scaler.load_state_dict({name: state.get(name, value) for name, value in own.items()})

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import files
+from llmtrain.config import LARGEST_INT
 from llmtrain.errors import TrainingError
+from llmtrain.reading import parse_object
 from llmtrain.track.base import Metrics
+
+LONGEST_LINE = 1 << 20
+"""Bytes; a step has some hundreds."""
 
 
 class JsonlTracker:
@@ -50,17 +55,22 @@ class JsonlTracker:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file in order; a torn line is left out, a missing file is empty."""
+    """The whole lines of a metrics file in order, each with a step; a torn line is left out, a missing file
+    is empty. Values are numbers, texts or null."""
     if not path.exists():
         return
-    with path.open("rb") as lines:
-        for line in lines:
+    with open(path, "rb", opener=files.open_regular) as file:
+        while line := file.readline(LONGEST_LINE):
             try:
-                record = json.loads(line)
+                record = parse_object(line)
             except ValueError:
                 continue
-            if line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
+            if (
+                line.endswith(b"\n")
+                and type(record.get("step")) is int
+                and 0 <= record["step"] <= LARGEST_INT
+            ):
+                yield {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
 
 
 def _keep_up_to(path: Path, last_step: int) -> None:

@@ -37,7 +37,7 @@ def read_curves(metrics_file: Path) -> Curves:
     curves: Curves = {"loss": ([], []), "validation_loss": ([], [])}
     for record in read_metrics(metrics_file):
         for name, (steps, values) in curves.items():
-            if record.get(name) is not None:
+            if type(record.get(name)) in (int, float):
                 steps.append(record["step"])
                 values.append(record[name])
     return curves

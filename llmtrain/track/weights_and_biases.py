@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.files import open_regular
 from llmtrain.git import head_commit
 from llmtrain.track.base import Metrics
 from llmtrain.track.config import WandbConfig
@@ -75,7 +76,10 @@ def last_logged_step(run_dir: Path, run_id: str) -> int:
     last = -1
     for path in run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb"):
         for content in _log_records(path):
-            record = protocol.Record.FromString(content)
+            try:
+                record = protocol.Record.FromString(content)
+            except Exception:  # protobuf's own class, which lies in its C extension
+                break
             if record.WhichOneof("record_type") == "history":
                 last = max(last, record.history.step.num)
     return last
@@ -122,6 +126,7 @@ def _init(
 
 
 _BLOCK_BYTES = 32768
+_LONGEST_RECORD = 64 << 20
 _HEADER = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
@@ -129,7 +134,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 def _log_records(path: Path) -> Iterator[bytes]:
     """The whole records of a .wandb file: LevelDB's log format after 7 bytes of W&B's own
     (github.com/google/leveldb/blob/main/doc/log_format.md). Stops at a torn end."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         block = file.read(_BLOCK_BYTES)
         position, parts = 7, b""
         while block:
@@ -141,6 +146,8 @@ def _log_records(path: Path) -> Iterator[bytes]:
                     return
                 position += length
                 parts = content if kind in (_FULL, _FIRST) else parts + content
+                if len(parts) > _LONGEST_RECORD:
+                    return
                 if kind in (_FULL, _LAST):
                     yield parts
             block, position = file.read(_BLOCK_BYTES), 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,18 @@ from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.parallel import distributed
+from llmtrain.reading import SETTINGS_BYTES, read_decoded
 from llmtrain.train.changes import changed_settings
 from llmtrain.train.config import TrainConfig, model_differences, recorded
 
 Say = Callable[[str], None]
 WENT_BACK = "went_back.json"
 """In checkpoints/: which one the run was last sent back to."""
+
+
+@dataclass(frozen=True)
+class _WentBack:
+    to: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,10 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
 def _went_back_to(root: Path) -> str | None:
     """The checkpoint that this run was last sent back to by name."""
     path = root / WENT_BACK
-    return json.loads(path.read_text())["to"] if path.exists() else None
+    if not path.exists():
+        return None
+    allowed, remedy = "what llmtrain train wrote", "remove it"
+    return read_decoded(_WentBack, path, SETTINGS_BYTES, CheckpointError, allowed, remedy).to
 
 
 def _go_back(root: Path, step: int, named: Path | None, say: Say) -> None:
@@ -122,6 +130,7 @@ def _with_defaults(config: TrainConfig, model: Mapping[str, Any]) -> Mapping[str
 
 
 def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
+    checkpoint.require("model", "data", "config")
     manifest = checkpoint.manifest
     problems = []
     different = model_differences(encode(config.model), _with_defaults(config, manifest["model"]))
@@ -129,12 +138,12 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
         remedy = "give another run.dir, or the model that the checkpoint has"
         problems.append(Problem(str(checkpoint.path), f"another model ({', '.join(different)})", "", remedy))
     theirs = manifest["data"]
-    if theirs["tokenizer_sha256"] != data["tokenizer_sha256"]:
+    if theirs.get("tokenizer_sha256") != data["tokenizer_sha256"]:
         problems.append(
             Problem(
                 "data.path",
                 f"data prepared with another tokenizer ({str(data['tokenizer_sha256'])[:12]}…)",
-                f"the tokenizer of {checkpoint.path} ({str(theirs['tokenizer_sha256'])[:12]}…)",
+                f"the tokenizer of {checkpoint.path} ({str(theirs.get('tokenizer_sha256'))[:12]}…)",
                 f"prepare it with tokenizer.model={checkpoint.tokenizer}, or give another run.dir",
             )
         )

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config import require
 from llmtrain.data.datasets import Dataset
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, samples_of_epoch
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.errors import CheckpointError, Problem
+from llmtrain.reading import decode_file
 from llmtrain.train.config import TrainConfig
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `order_settings` recorded, as far as it is read again."""
+
+    seed: int
+    samples: Mapping[str, int]
+    fingerprints: Mapping[str, str]
+    sequence_length: int = 1
+    packing: str = "concat"
+    overlap: int = 0
+    shuffle_shards: int = 1
+    drop_last: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        length = self.sequence_length
+        yield from require(1 <= length < 1 << 31, "sequence_length", length, "1 or more")
+        yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
+        for name, count in self.samples.items():
+            yield from require(count >= 1, f"samples.{name}", count, "1 or more")
+
+    @staticmethod
+    def of(segment: Segment, where: str) -> Order:
+        """Raises CheckpointError that names the file `where` for settings of others."""
+        return decode_file(Order, segment.settings, f"{where}: settings", CheckpointError)
 
 
 def plan_timeline(
@@ -31,10 +61,12 @@ def plan_timeline(
     else:
         timeline = Timeline.decode(before)
         last = timeline.at(start_step)
+        order = Order.of(last, "the checkpoint's timeline")
         for line in _changes(last, size, source_shares(config.data, sources, start_step), settings):
             say(f"note: {line}")
         # An epoch of other rows: each source stays at the same share of it.
-        were, now = (_epoch_lengths(s, g) for s, g in ((last.settings, last.global_size), (settings, size)))
+        were = _epoch_lengths(order.samples, order.drop_last, last.global_size)
+        now = _epoch_lengths(settings["samples"], settings.get("drop_last", False), size)
         factors = {n: now[n] / were[n] for n in now if were.get(n, now[n]) != now[n]}
         if factors:
             timeline = timeline.rescaled(start_step, factors)
@@ -87,11 +119,8 @@ def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[
     return settings
 
 
-def _epoch_lengths(settings: Mapping[str, Any], global_size: int) -> dict[str, int]:
-    drop_last = settings.get("drop_last", False)
-    return {
-        name: samples_of_epoch(count, global_size, drop_last) for name, count in settings["samples"].items()
-    }
+def _epoch_lengths(samples: Mapping[str, int], drop_last: bool, global_size: int) -> dict[str, int]:
+    return {name: samples_of_epoch(count, global_size, drop_last) for name, count in samples.items()}
 
 
 def source_shares(

@@ -22,11 +22,13 @@ import psutil
 from llmtrain.data.corpus import Corpus
 from llmtrain.data.datasets import TokenSequences
 from llmtrain.data.loader import Loader
+from llmtrain.data.manifest import fingerprint_of
 from llmtrain.data.mixture import begin
 from llmtrain.data.order import BlockOrder
 from llmtrain.data.stream import Stream
 from llmtrain.files import checksum
 from llmtrain.objectives.causal_lm import CausalLM
+from tests.support.corpora import write_manifest
 
 GLOBAL_SIZE, MICRO_SIZE = 64, 8
 SEQUENCE_LENGTH = 512
@@ -80,7 +82,9 @@ def link_corpus(corpus: Path, folder: Path, num_shards: int) -> Path:
     for key in ("num_tokens", "num_documents", "num_samples"):
         split[key] = sum(shard[key] for shard in linked)
     manifest["splits"] = {"train": {**split, "shards": linked}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checksums = (shard["xxh3_128"] for shard in linked)
+    manifest["fingerprint"] = fingerprint_of(checksums, manifest["tokenizer"]["sha256"])
+    write_manifest(folder, manifest)
     (folder / manifest["tokenizer"]["file"]).write_bytes(
         (corpus / manifest["tokenizer"]["file"]).read_bytes()
     )

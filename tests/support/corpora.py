@@ -58,22 +58,29 @@ def write_corpus(
         name: _write_split(path, name, documents, documents_per_sample, samples_per_shard, dtype)
         for name, documents in splits.items()
     }
-    checksums = "".join(shard["xxh3_128"] for entry in entries.values() for shard in entry["shards"])
+    checksums = [shard["xxh3_128"] for entry in entries.values() for shard in entry["shards"]]
     sha256 = hashlib.sha256(tokenizer).hexdigest()
     manifest = {
         "format": "llmtrain-corpus",
-        "version": 2,
+        "version": 3,
         "vocab_size": vocab_size,
         "eos_id": EOS,
         "dtype": dtype,
         "tokenizer": {"file": "tokenizer.model", "sha256": sha256},
-        "fingerprint": xxhash.xxh3_128_hexdigest((checksums + sha256).encode()),
+        "fingerprint": hashlib.sha256("\n".join([*checksums, sha256]).encode()).hexdigest(),
         "splits": entries,
         "report": {},
         "config": {},
     }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     return path
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest with the checksum of what it says, into a corpus' or a checkpoint's folder."""
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    (path / "manifest.json").write_text(json.dumps({**body, "checksum": checksum}))
 
 
 def _write_split(

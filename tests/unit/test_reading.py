@@ -130,8 +130,9 @@ def test_a_key_twice_is_refused_where_it_may_not_be():
         reading.parse_object(content, unique=True)
 
 
-def test_half_a_character_is_refused_and_two_halves_are_one():
-    assert reading.parse_json(r'"\ud83d\ude00"') == "😀"
+def test_half_a_character_is_refused_where_it_may_not_be_and_two_halves_are_one():
+    assert reading.parse_json(r'"\ud83d\ude00"', utf8=True) == "😀"
     for content in (r'["\ud83d"]', r'{"\udc00": 1}', '"\ud800"'):
         with pytest.raises(ValueError, match="half a character"):
-            reading.parse_json(content)
+            reading.parse_json(content, utf8=True)
+        reading.parse_json(content)  # as a name of a file that is no UTF-8

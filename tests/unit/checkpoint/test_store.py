@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llmtrain.checkpoint import retention, store
 from llmtrain.errors import CheckpointError, TrainingError
 from llmtrain.shards import Box, Shard
+from tests.support.corpora import write_manifest
 from tests.support.owners import Cut, Owner, save, take
 
 MATRIX = {"w": torch.arange(24.0).reshape(4, 6)}
@@ -256,22 +257,79 @@ def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path: Path, name: ob
     manifest["files"][0]["file"] = name
     for entry in manifest["tensors"]["weight"].values():
         entry["boxes"] = [[name, *rest] for _, *rest in entry["boxes"]]
-    manifest["checksum"] = store._checksum(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        CheckpointError, match=r"got the file .*; allowed: files of the checkpoint's own folder"
-    ):
+    write_manifest(path, manifest)
+    allowed = "a file of the checkpoint's own folder" if isinstance(name, str) else "text"
+    with pytest.raises(CheckpointError, match=rf"manifest.json: files\[0\].file: got .*; allowed: {allowed}"):
         store.Checkpoint.open(path)
 
 
-@pytest.mark.parametrize("change", [{"files": []}, {"files": 1}, {"tensors": {"weight": {"w": {}}}}])
-def test_every_file_with_tensors_is_listed(tmp_path: Path, change: dict):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": []}, "tensors.weight.w.boxes: got the file 'rank-00000.safetensors'; allowed: files that"),
+        ({"files": 1}, "files: got 1; allowed: a list"),
+        ({"files": [{}]}, r"files\[0\].file: got nothing; allowed: text"),
+        ({"step": "6"}, "altered manifest"),
+        ({"step": None}, "altered manifest"),
+        ({"step": 10**30}, "altered manifest"),
+        ({"saved_at": 3}, "saved_at: got 3; allowed: text"),
+        ({"model": 3}, "model: got 3; allowed: a section of keys"),
+        ({"model": {}}, "model.family: got nothing; allowed: text"),
+        ({"config": {"optimizer": "adamw"}}, "config.optimizer: got 'adamw'; allowed: a section of keys"),
+        ({"layout": []}, "layout: got "),
+        ({"counters": {"optimizer.step": 3}}, "counters.optimizer.step: got 3; allowed: a section of keys"),
+        (
+            {"counters": {"optimizer.step": {"w": "3"}}},
+            "counters.optimizer.step.w: got '3'; allowed: a finite",
+        ),
+        ({"scaler": {"scale": []}}, r"scaler.scale: got \[\]; allowed: a finite number"),
+        ({"timeline": [{"step": 1}]}, r"timeline\[0\].sample: got nothing"),
+        ({"timeline": []}, "timeline: got "),
+        ({"trackers": {"wandb": {"run_id": "../x"}}}, "trackers.wandb.run_id: got '../x'; allowed: letters"),
+        ({"validation_loss": "low"}, "validation_loss: got 'low'; allowed: a number, or null"),
+        ({"evaluation_owed": "yes"}, "evaluation_owed: got 'yes'; allowed: true or false"),
+        ({"dtype": "float8"}, "dtype: got 'float8'; allowed: float32, float64"),
+        ({"origin": {"settings": 3}}, "origin.settings: got 3"),
+        ({"fresh": "head"}, "fresh: got 'head'; allowed: a list"),
+        ({"tensors": None}, "tensors: got nothing; allowed: a section of keys, weight among them"),
+        ({"tensors": {"weight": []}}, "tensors: got "),
+        ({"tensors": {"weight": {"w": {}}}}, "tensors.weight.w: got {}; allowed: a shape and boxes"),
+        ({"tensors": {"weight": {"w": {"shape": [-1], "boxes": []}}}}, "tensors.weight.w: got "),
+        ({"tensors": {"weight": {"w": {"shape": [True], "boxes": []}}}}, "tensors.weight.w: got "),
+        ({"tensors": {"weight": {"w": {"shape": [4], "boxes": [["f", "k", [0, 0, 4]]]}}}}, "w.boxes: got "),
+        ({"tensors": {"weight": {"w": {"shape": [4], "boxes": []}}}}, "got 0 elements in boxes; allowed: 4"),
+    ],
+)
+def test_each_field_of_a_manifest_has_its_type(tmp_path: Path, change: dict, said: str):
+    """Whoever forges a manifest makes its checksum too."""
     path = save(tmp_path, [Owner(MATRIX)], 6).path
-    manifest = {**json.loads((path / "manifest.json").read_text()), **change}
-    manifest["checksum"] = store._checksum(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"got (the file|an altered manifest)"):
+    write_manifest(path, {**json.loads((path / "manifest.json").read_text()), **change})
+    with pytest.raises(CheckpointError, match=said) as failure:
         store.Checkpoint.open(path)
+    assert len(str(failure.value).splitlines()) <= 8
+
+
+def test_tensors_beyond_what_the_files_hold_are_refused_before_memory_is_taken(tmp_path: Path):
+    path = save(tmp_path, [Owner(MATRIX)], 6).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = manifest["tensors"]["weight"]["w"]
+    entry |= {"shape": [10**6, 10**6], "boxes": [["rank-00000.safetensors", "k", [0, 0, 10**6, 10**6]]]}
+    write_manifest(path, manifest)
+    with pytest.raises(CheckpointError, match=r"tensors: got 4,000,000,000,\d+ bytes in rank-00000"):
+        store.Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_damage(tmp_path: Path, name: str):
+    checkpoint = save(tmp_path, [Owner(MATRIX)], 6)
+    file = checkpoint.path / name
+    size = file.stat().st_size
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="a pipe, not a file"):
+        store.Checkpoint.open(checkpoint.path).weights()["w"]
+    if name != "manifest.json":
+        assert f"{name} has 0 bytes, not {size:,}" in str(checkpoint.damage())
 
 
 def test_what_kills_leave_is_cleared(tmp_path: Path):

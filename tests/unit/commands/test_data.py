@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llmtrain import cli
 from tests.support.corpora import random_documents, write_corpus
+from tests.support.servers import FileServer
 from tests.support.training import TINY_GPT
 from tests.support.warm import llmtrain
 
@@ -318,3 +321,120 @@ def test_help(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):  # Hydra's own
             cli.run_verb("data", [verb, "--help"])
         assert capsys.readouterr().out.startswith(f"usage: llmtrain data {verb} {keys} [key=value …]\n")
+
+
+# Folders that somebody else made.
+
+
+def test_an_address_that_a_run_names_is_not_fetched_unasked(
+    mixed: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cache = tmp_path / "cache"
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["data"]["cache"] = {"dir": str(tmp_path / "theirs")}
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    with FileServer(mixed / "data") as server:
+        facts = json.loads((copy / "data.json").read_text())
+        facts["paths"] = {name: f"{server.url}/{name}" for name in facts["paths"]}
+        (copy / "data.json").write_text(json.dumps(facts))
+        for verb in ("trace", "show"):
+            code, _, (problem, *_) = call(capsys, verb, copy, "step=1")
+            assert code == 2
+            assert f"{server.url}/books, which the run's folder names" in problem
+            assert f"give data.sources.books={server.url}/books if you trust it" in problem
+        assert server.log == []
+        asked = f"data.sources={{books: '{server.url}/books', web: '{server.url}/web'}}"
+        assert call(capsys, "trace", copy, "step=1", asked, f"data.cache.dir={cache}")[0] == 0
+        assert (
+            call(capsys, "show", copy, "step=1", asked, f"data.cache.dir={cache}")[0] == 2
+        )  # no real tokenizer
+    assert list(cache.glob("*.used"))
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", "a: [", "config.yaml: got an unreadable file (no YAML: "),
+        ("config.yaml", "[1]", "a list in place of a section of keys"),
+        ("config.yaml", "a: \x1b[2J", "no YAML: "),
+        ("config.yaml", "a: " + "9" * 10_000, "no YAML: "),
+        ("config.yaml", "a: 2001-99-99", "no YAML: "),
+        ("config.yaml", "[" * 100_000, "got an unreadable file ("),
+        ("config.yaml", "a: &a [*a, *a]", "aliases that stand for more than 100,000 values"),
+        (
+            "config.yaml",
+            "data: {}\nmodel: {}\ntrain: {steps: many}",
+            "train.steps: got 'many'; allowed: a whole",
+        ),
+        (
+            "config.yaml",
+            "data: {}\nmodel: []\ntrain: {steps: 1}",
+            "model: got []; allowed: a section of keys",
+        ),
+        ("config.yaml", "data: {kind: 3}\nmodel: {}\ntrain: {steps: 1}", "config.yaml: data."),
+        (
+            "config.yaml",
+            "data: {}\nmodel: {family: [1]}\ntrain: {steps: 1}",
+            "config.yaml: model.family: got",
+        ),
+        ("data.json", "{", "data.json: got an unreadable file (no JSON: "),
+        ("data.json", '{"timeline": 3}', "data.json: timeline: got 3; allowed: a list"),
+        (
+            "data.json",
+            '{"timeline": [{}]}',
+            "data.json: timeline[0].step: got nothing; allowed: a whole number",
+        ),
+        ("data.json", '{"paths": {"a": 3}}', "data.json: paths.a: got 3; allowed: text"),
+        ("environment.json", "[]", "environment.json: got an unreadable file (a list in place of an object)"),
+        ("environment.json", '{"folder": 3}', "environment.json: folder: got 3; allowed: text"),
+    ],
+)
+def test_files_of_a_run_that_say_other_things(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, said: str
+):
+    (copy / name).write_text(content)
+    code, _, problems = call(capsys, "trace", copy, "step=1")
+    assert code == 2
+    assert any(said in problem for problem in problems), problems
+    assert all(problem.isprintable() for problem in problems)
+
+
+def test_aliases_that_multiply_take_no_time(copy: Path, capsys: pytest.CaptureFixture[str]):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (copy / "config.yaml").write_text("\n".join(lines))
+    code, _, (problem,) = call(capsys, "trace", copy, "step=1")
+    assert code == 2
+    assert "aliases that stand for more than 100,000 values" in problem
+
+
+@pytest.mark.parametrize("step", [10**12, 10**30])
+def test_a_step_beyond_all_others_takes_no_memory(copy: Path, capsys: pytest.CaptureFixture[str], step: int):
+    spoil_metrics(copy, add=({"step": step, "data_digest": 17},))
+    code, lines, problems = call(capsys, "digest", copy)
+    if step < 2**63:
+        assert code == 2
+        assert "no data_digest of steps 7 to 999999999999" in problems[0]
+    else:
+        assert (code, lines[0].split("  ")[1]) == (0, "steps 1 to 6")
+
+
+def test_metrics_of_somebody_else(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """Lines that are none of a run are left out, however long or deep."""
+    expected = call(capsys, "digest", copy)
+    with open(copy / "metrics.jsonl", "ab") as file:
+        file.write(b"[" * 200_000 + b"\n" + b"x" * (3 << 20) + b"\n")
+        file.write(b'{"step": true, "data_digest": 1}\n{"step": "7"}\n{"step": -1, "data_digest": 1}\n')
+        file.write(b'{"step": 2, "data_digest": {"a": 1}}\n{"step": 2, "data_digest": "5"}\n\xff\n')
+    assert call(capsys, "digest", copy) == expected
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "environment.json", "metrics.jsonl"])
+def test_a_pipe_in_a_run_is_no_file_of_it(copy: Path, capsys: pytest.CaptureFixture[str], name: str):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    code, _, (problem,) = call(capsys, "trace", copy, "step=1")
+    assert code == 2
+    assert f"{copy / name}: got " in problem
+    assert "a pipe, not a file" in problem

@@ -132,7 +132,8 @@ def test_what_was_not_used_for_the_longest_time_goes(
     for number in (0, 1, 2, 0, 3):
         assert get(cache, files[number]) == content(server, number)
     names = {path.name for path in (tmp_path / "cache").iterdir()} - {".lock"}
-    assert names == {files[number].name for number in (0, 2, 3)}
+    kept = {files[number].name for number in (0, 2, 3)}
+    assert names == kept | {f"{name}.used" for name in kept}
     assert cache.counters.evictions == 1
 
 
@@ -220,6 +221,31 @@ def test_a_flipped_byte_in_the_cache_is_downloaded_again(
     assert len(server.log) == 4
 
 
+def test_data_replaced_in_place_with_the_old_time_is_not_served(
+    server: FileServer, files: Sequence[RemoteFile], make: Make, tmp_path: Path
+):
+    cache = make()
+    assert get(cache, files[0]) == content(server, 0)
+    path = tmp_path / "cache" / files[0].name
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.write(b"other data")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert get(cache, files[0]) == content(server, 0)
+    assert len(server.log) == 2
+
+
+def test_using_a_file_does_not_make_another_process_read_it_again(
+    server: FileServer, files: Sequence[RemoteFile], make: Make, monkeypatch: pytest.MonkeyPatch
+):
+    caches = [make(), make()]
+    for cache in caches:
+        get(cache, files[0])
+    monkeypatch.setattr("llmtrain.data.cache.checksum", lambda path: pytest.fail("read again"))
+    for cache in [*caches, *caches]:
+        get(cache, files[0])
+
+
 def test_a_missing_file_and_a_refused_one(
     server: FileServer, files: Sequence[RemoteFile], make: Make, tmp_path: Path
 ):
@@ -243,10 +269,10 @@ def test_a_checksum_that_is_none_never_becomes_a_path(make: Make, checksum: str,
 
 def test_small_files(server: FileServer, files: Sequence[RemoteFile], make: Make):
     cache = make()
-    assert cache.read_small(files[0].url) == content(server, 0)
-    assert cache.read_small(files[0].url, files[0].xxh3_128) == content(server, 0)
+    assert cache.read_small(files[0].url, 1 << 20) == content(server, 0)
+    assert cache.read_small(files[0].url, 1 << 20, files[0].xxh3_128) == content(server, 0)
     with pytest.raises(DataError, match=r"0.tar: got an altered file") as caught:
-        cache.read_small(files[0].url, files[1].xxh3_128)
+        cache.read_small(files[0].url, 1 << 20, files[1].xxh3_128)
     assert not isinstance(caught.value, ShardError)
 
 

@@ -15,13 +15,13 @@ from llmtrain.data.corpus import Corpus
 from llmtrain.data.datasets import EMPTY
 from llmtrain.data.paired_rows import PairedRows
 from llmtrain.errors import DataError
-from tests.support.corpora import EOS, Documents, random_documents, write_corpus
+from tests.support.corpora import EOS, Documents, random_documents, write_corpus, write_manifest
 
 
 def write_pairs(path: Path, documents: Documents, documents_per_sample: int = 6) -> Corpus:
     write_corpus(path, {"train": documents}, documents_per_sample=documents_per_sample)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "paired": True}))
+    write_manifest(path, {**manifest, "paired": True})
     return Corpus.open(path)
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data import transport
+from llmtrain.data import transport, transport_stores
 from llmtrain.data.shards import ShardError
 from llmtrain.data.transport import Transport, is_remote, join
 from llmtrain.errors import DataError
@@ -79,7 +79,7 @@ def test_urls_are_shown_without_credentials():
 
 
 def test_reads_a_small_file(server: FileServer):
-    assert Transport().read(join(server.url, "train/a.tar")) == CONTENT
+    assert Transport().read(join(server.url, "train/a.tar"), SIZE) == CONTENT
 
 
 def test_downloads_a_whole_file(server: FileServer, partial: Path):
@@ -189,7 +189,7 @@ def test_the_bytes_are_the_same_whatever_is_cut(
     assert download(server, partial, retries=10) == CONTENT
     if length:
         server.faults = Faults(cuts=list(cuts), ignore_range=ignore_range, etag=etag, unavailable=unavailable)
-        assert Transport(retries=10).read(join(server.url, "train/a.tar")) == CONTENT
+        assert Transport(retries=10).read(join(server.url, "train/a.tar"), SIZE) == CONTENT
 
 
 def test_a_stalled_answer_is_asked_for_again(server: FileServer, partial: Path):
@@ -252,7 +252,7 @@ def test_a_missing_file_is_refused_at_once(server: FileServer, partial: Path):
 
 def test_a_missing_small_file_is_no_shard(server: FileServer):
     with pytest.raises(DataError, match="no such file") as caught:
-        Transport().read(join(server.url, "manifest.json"))
+        Transport().read(join(server.url, "manifest.json"), SIZE)
     assert not isinstance(caught.value, ShardError)
 
 
@@ -366,12 +366,12 @@ def test_a_closed_transport_stops(server: FileServer, partial: Path):
 
 
 def test_local_files_by_url(tmp_path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transport, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(transport_stores, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
     (tmp_path / "a.tar").write_bytes(CONTENT)
     partial.write_bytes(CONTENT[:1000])
     reader = Transport(retries=1)
     reader.download(f"file://{tmp_path}/a.tar", partial, SIZE)
-    assert partial.read_bytes() == CONTENT == reader.read(f"file://{tmp_path}/a.tar")
+    assert partial.read_bytes() == CONTENT == reader.read(f"file://{tmp_path}/a.tar", SIZE)
     with pytest.raises(ShardError, match="no such file"):
         reader.download(f"file://{tmp_path}/b.tar", partial.with_name("b"), SIZE)
     with pytest.raises(ShardError, match="a truncated file of 300000 bytes; allowed: 300001 bytes"):
@@ -381,7 +381,7 @@ def test_local_files_by_url(tmp_path: Path, partial: Path, monkeypatch: pytest.M
 def test_a_local_file_that_changes_between_two_attempts(
     tmp_path: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(transport, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(transport_stores, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
     file = tmp_path / "a.tar"
     file.write_bytes(CONTENT)
     retries: list[None] = []
@@ -414,13 +414,13 @@ def test_an_unknown_scheme(partial: Path):
 def test_a_package_that_is_missing(module: str, url: str, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=f"{url}: got {message} .*install"):
-        Transport().read(url)
+        Transport().read(url, SIZE)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "s3:///a"])
 def test_a_bucket_is_no_file(url: str):
     with pytest.raises(DataError, match=f"{url}: got no such file"):
-        Transport().read(url)
+        Transport().read(url, SIZE)
 
 
 @pytest.mark.parametrize("code", ["ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH"])
@@ -430,9 +430,9 @@ def test_what_s3_refuses_is_not_tried_again(code: str, monkeypatch: pytest.Monke
             f"When reading information for key 'a' in bucket 'b': AWS Error {code} during HeadObject"
         )
 
-    monkeypatch.setattr(transport._S3File, "_look", refuse)
+    monkeypatch.setattr(transport_stores.S3File, "_look", refuse)
     with pytest.raises(DataError, match=f"s3://b/a: got access refused .*{code}.*; give credentials"):
-        Transport(retries=8).read("s3://b/a")
+        Transport(retries=8).read("s3://b/a", SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -448,14 +448,14 @@ def s3() -> Iterator[dict[str, str]]:
 def in_s3(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(transport, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(transport_stores, "FILESYSTEM_CHUNK_BYTES", 1 << 16)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_s3")
 def test_s3(partial: Path):
     reader = Transport(retries=1, timeout=10)
-    assert reader.read("s3://bucket/corpus/train/a.tar") == CONTENT
+    assert reader.read("s3://bucket/corpus/train/a.tar", SIZE) == CONTENT
     partial.write_bytes(CONTENT[:100_000])
     reader.download("s3://bucket/corpus/train/a.tar", partial, SIZE)
     assert partial.read_bytes() == CONTENT
@@ -475,7 +475,7 @@ def test_s3_by_a_way_that_is_cut(partial: Path, s3: dict[str, str], monkeypatch:
         reader = Transport(retries=4, timeout=7, on_retry=lambda: retries.append(None))
         reader.download("s3://bucket/corpus/train/a.tar", partial, SIZE)
         assert partial.read_bytes() == CONTENT
-        assert reader.read("s3://bucket/corpus/train/a.tar") == CONTENT
+        assert reader.read("s3://bucket/corpus/train/a.tar", SIZE) == CONTENT
         assert way.cuts >= 1
         assert retries
 

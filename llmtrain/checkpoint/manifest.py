@@ -1,0 +1,228 @@
+"""What a checkpoint says of itself: manifest.json, each field of the type that readers rely on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.checkpoint.origin import Origin
+from llmtrain.config import require, show
+from llmtrain.data.mixture import Segment, timeline_problems
+from llmtrain.errors import CheckpointError, Problem
+from llmtrain.files import checksum_of_json, stays_inside
+from llmtrain.reading import decode_file, parse_object, read_bytes
+
+FORMAT = "llmtrain-checkpoint"
+VERSION = 2
+MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 30
+"""More than the manifest of ten thousand ranks."""
+WEIGHT = "weight"
+BYTES_PER_ELEMENT = 4
+_XXH3 = re.compile(r"[0-9a-f]{32}")
+_RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class _File:
+    file: str
+    bytes: int
+    xxh3_128: str
+
+    def problems(self) -> Iterator[Problem]:
+        allowed = "a file of the checkpoint's own folder"
+        yield from require(stays_inside(self.file), "file", self.file, allowed)
+        yield from require(self.bytes >= 0, "bytes", self.bytes, "0 or more")
+        yield from require(bool(_XXH3.fullmatch(self.xxh3_128)), "xxh3_128", self.xxh3_128, "32 hex digits")
+
+
+@dataclass(frozen=True)
+class _Position:
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Batch:
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class _Train:
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    optimizer: _Optimizer
+    batch: _Batch
+    train: _Train
+    precision: str
+
+
+@dataclass(frozen=True)
+class _Layout:
+    world_size: int
+    data: int
+    tensor: int
+    pipeline: int
+    sequence: int
+    zero: int
+    global_size: int
+
+
+@dataclass(frozen=True)
+class _Data:
+    tokenizer_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class _Tracker:
+    run_id: str | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        is_id = self.run_id is None or bool(_RUN_ID.fullmatch(self.run_id))
+        yield from require(is_id, "run_id", self.run_id, "letters, digits, - and _")
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """All but the tensors, of which there may be a million boxes. What has a default is there where whoever
+    saved it said so."""
+
+    step: int
+    files: tuple[_File, ...]
+    scaler: Mapping[str, float]
+    counters: Mapping[str, Mapping[str, float]]
+    saved_at: str = ""
+    position: _Position = _Position()
+    model: Mapping[str, Any] = field(default_factory=lambda: {"family": ""})
+    """Encoded."""
+    data: _Data | None = None
+    config: _Run | None = None
+    layout: _Layout | None = None
+    timeline: tuple[Segment, ...] | None = None
+    validation_loss: Any = None
+    """A number, which may be infinite."""
+    evaluation_owed: bool = False
+    trackers: Mapping[str, _Tracker] | None = None
+    origin: Origin | None = None
+    fresh: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
+    imported_from: str | None = None
+    started_from: str | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        family = self.model.get("family")
+        yield from require(isinstance(family, str), "model.family", family, "text")
+        for name, number in (("step", self.step), ("position.step", self.position.step)):
+            yield from require(number >= 0, name, number, "0 or more")
+        yield from require(
+            self.validation_loss is None or type(self.validation_loss) in (int, float),
+            "validation_loss",
+            self.validation_loss,
+            "a number, or null",
+        )
+        if self.timeline is not None:
+            yield from timeline_problems(self.timeline)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what `folder`'s manifest says, each field of its type, and each tensor in files that it lists.
+
+    Raises CheckpointError, with the field, where it is not a checkpoint's of a version known here.
+    """
+    where = str(folder / MANIFEST)
+    try:
+        manifest = parse_object(read_bytes(folder / MANIFEST, MANIFEST_BYTES))
+    except FileNotFoundError:
+        raise CheckpointError(Problem(str(folder), "no manifest.json", "a checkpoint folder")) from None
+    except OSError as error:
+        raise CheckpointError(Problem(where, f"an unreadable manifest ({error.strerror})")) from None
+    except ValueError as error:
+        raise CheckpointError(Problem(where, f"an unreadable manifest ({error})")) from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(Problem(where, "another kind of file", FORMAT))
+    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
+        version, remedy = show(manifest.get("version")), "use the llmtrain that wrote it"
+        raise CheckpointError(Problem(str(folder), f"version {version}", f"version {VERSION}", remedy))
+    is_renamed = folder.name.startswith("step-") and folder.name != _folder_of(manifest.get("step"))
+    if manifest.get("checksum") != checksum_of_json(manifest) or is_renamed:
+        remedy = "name another step's folder"
+        raise CheckpointError(Problem(where, "an altered manifest", "what was written", remedy))
+    decode_file(_Manifest, manifest, where, CheckpointError)
+    if found := next(_tensor_problems(manifest), None):
+        raise CheckpointError(Problem(f"{where}: {found.where}", found.got, found.allowed))
+    return manifest
+
+
+def _folder_of(step: Any) -> str | None:
+    return step_folder(step) if type(step) is int else None
+
+
+def _tensor_problems(manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    """What keeps `tensors` from being kind → name → shape and boxes, in files that are listed and large
+    enough for them."""
+    sizes = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
+    needed = dict.fromkeys(sizes, 0)
+    kinds = manifest.get("tensors")
+    if not isinstance(kinds, dict) or not isinstance(kinds.get(WEIGHT), dict):
+        yield Problem("tensors", show(kinds), f"a section of keys, {WEIGHT} among them")
+        return
+    for kind, entries in kinds.items():
+        if not isinstance(entries, dict):
+            yield Problem(f"tensors.{kind}", show(entries), "a section of keys")
+            return
+        for name, entry in entries.items():
+            where = f"tensors.{kind}.{name}"
+            if not isinstance(entry, dict) or not _are_sizes(entry.get("shape")):
+                yield Problem(where, show(entry), "a shape and boxes")
+                return
+            boxes = entry.get("boxes")
+            if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
+                odd = next((b for b in boxes if not _is_box(b)), None) if isinstance(boxes, list) else boxes
+                yield Problem(f"{where}.boxes", show(odd), "a list of [file, key, [four sizes]]")
+                return
+            for file, _, box in boxes:
+                if file not in needed:
+                    yield Problem(
+                        f"{where}.boxes", f"the file {file!r}", "files that are listed with a checksum"
+                    )
+                    return
+                needed[file] += BYTES_PER_ELEMENT * box[2] * box[3]
+            covered = sum(box[2] * box[3] for _, _, box in boxes)
+            if covered != prod(entry["shape"]):
+                got = f"{covered:,} elements in boxes"
+                yield Problem(where, got, f"{prod(entry['shape']):,}, as its shape {entry['shape']} has")
+                return
+    for file, size in needed.items():
+        if size > sizes[file]:
+            yield Problem("tensors", f"{size:,} bytes in {file}", f"{sizes[file]:,}, as many as it has")
+
+
+def _is_box(box: Any) -> bool:
+    return (
+        type(box) is list
+        and len(box) == 3
+        and type(box[0]) is str
+        and type(box[1]) is str
+        and _are_sizes(box[2])
+        and len(box[2]) == 4
+    )
+
+
+def _are_sizes(numbers: Any) -> bool:
+    return type(numbers) is list and all(type(n) is int and 0 <= n < 2**62 for n in numbers)
