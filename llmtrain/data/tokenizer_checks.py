@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -30,6 +31,7 @@ MOST_MARK_CHARS = 16
 """Of what every piece within a word, or at its end, has besides its text."""
 _FREE_IDS = 1 << 16
 _WORD = 4
+_SILENCE = threading.Lock()
 
 
 def check_ids(largest: int, entries: int, where: str) -> None:
@@ -126,13 +128,17 @@ def library_errors(where: str, got: str, allowed: str) -> Iterator[None]:
 def without_stderr() -> Iterator[None]:
     """Keep what the process writes to its standard error in here to itself: a panic writes several lines
     before anybody can catch it."""
-    kept = _silenced()
+    # Of two threads at once, one would put back what the other had put there. A fork may leave the lock held.
+    is_alone = _SILENCE.acquire(timeout=1)
+    kept = _silenced() if is_alone else None
     try:
         yield
     finally:
         if kept is not None:
             os.dup2(kept, 2)
             os.close(kept)
+        if is_alone:
+            _SILENCE.release()
 
 
 def _silenced() -> int | None:
