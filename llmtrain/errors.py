@@ -19,6 +19,8 @@ FEW = 8
 """So many names are all shown, whatever was asked for."""
 MANY = 24
 """More are never all shown."""
+LONGEST_PART = 1000
+"""Characters of one part of a problem, which may hold a name or a value out of a file of others."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Problem:
             parts.append(f"allowed: {self.allowed}")
         if self.remedy:
             parts.append(self.remedy)
-        return "; ".join(printable(" ".join(part.split())) for part in parts)
+        return "; ".join(printable(_clipped(" ".join(part.split()))) for part in parts)
 
 
 class UserError(Exception):
@@ -92,6 +94,10 @@ def printable(text: str) -> str:
         character if character.isprintable() or "\udca0" <= character <= "\udcff" else _escaped(character)
         for character in text
     )
+
+
+def _clipped(part: str) -> str:
+    return part if len(part) <= LONGEST_PART else f"{part[:LONGEST_PART]}…"
 
 
 def _escaped(character: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtrain.config import show
 from llmtrain.data.corpora import Corpora, open_corpora
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
@@ -225,8 +226,8 @@ OBJECTIVES = {
 def model_config_type(section: Mapping[str, Any]) -> type:
     """The dataclass of a `model` section, by its `family`; raises ConfigError for an unknown one."""
     family = section.get("family", "gpt")
-    if family not in FAMILIES:
-        raise ConfigError(Problem("model.family", repr(family), nearest(str(family), list(FAMILIES))))
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(Problem("model.family", show(family), nearest(str(family), list(FAMILIES))))
     return FAMILIES[family].config
 
 

@@ -67,9 +67,9 @@ class _Train:
 @dataclass(frozen=True)
 class _Run:
     optimizer: _Optimizer
-    batch: _Batch
     train: _Train
     precision: str
+    batch: _Batch | None = None
 
 
 @dataclass(frozen=True)

@@ -354,9 +354,13 @@ class Reader:
         try:
             found = self._file(file).get_slice(key)
             shape, dtype = found.get_shape(), found.get_dtype()
-        except (OSError, SafetensorError) as error:
-            path = self._checkpoint.path / file
-            raise CheckpointError(Problem(str(path), f"a file that does not hold {key} ({error})")) from error
+        except SafetensorError as error:
+            path = str(self._checkpoint.path / file)
+            raise CheckpointError(Problem(path, f"a file that does not hold {key} ({error})")) from error
+        except OSError as error:
+            path = str(self._checkpoint.path / file)
+            got = f"a file that cannot be read ({error.strerror or error})"
+            raise CheckpointError(Problem(path, got)) from error
         if (shape, dtype) != ([box.rows, box.columns], "F32"):
             where, got = str(self._checkpoint.path / file), f"{key} as {dtype} {shape}"
             raise CheckpointError(Problem(where, got, f"F32 {[box.rows, box.columns]}"))

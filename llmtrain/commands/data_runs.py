@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtrain.config import decode, encode
+from llmtrain.data import packages
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.data.train_config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.data.transport import is_remote
@@ -135,8 +136,7 @@ class Run:
     def _data_config(self, segment: Segment, settings: Order) -> TokenDataConfig | ImageDataConfig:
         """The run's own, as it was in `segment`; what comes from elsewhere goes where this command says."""
         section = {**self._config.data, "cache": encode(self._moved.cache)}
-        kind = data_config_type(section)
-        if kind is ImageDataConfig:
+        if section.get("kind") == ImageDataConfig.kind:
             return self._decoded("data", data_config_type, {"path": self._place("")})
         names = list(segment.shares)
         if unknown := sorted(set(self._moved.sources) - set(names)):
@@ -182,6 +182,8 @@ class Run:
             raise ConfigError(
                 Problem(f"data.sources.{name}", "nothing", "the place of a corpus that left the run", remedy)
             )
+        if path.startswith(packages.PREFIX):
+            return path
         if is_remote(path):
             # Whoever gave the folder chose the address.
             where = f"data.sources.{name}" if name else "data.path"
@@ -215,10 +217,15 @@ def recorded_digests(run: Path) -> dict[int, int]:
     """Step → data_digest, as the run's metrics tell last."""
     if not run.is_dir():
         raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
-    records = read_metrics(run / METRICS)
-    return {
-        record["step"]: record["data_digest"] for record in records if type(record.get("data_digest")) is int
-    }
+    try:
+        return {
+            record["step"]: record["data_digest"]
+            for record in read_metrics(run / METRICS)
+            if type(record.get("data_digest")) is int
+        }
+    except OSError as error:
+        got = f"an unreadable file ({error.strerror})"
+        raise CheckpointError(Problem(str(run / METRICS), got, "what llmtrain train wrote")) from None
 
 
 def _read(run: Path, name: str, parse: Callable[[bytes], dict[str, Any]], kind: type[T]) -> T:

@@ -176,7 +176,9 @@ def load_trained(path: Path) -> TrainedModel:
         weights=checkpoint.weights(),
         tokenizer_path=checkpoint.tokenizer,
         step=checkpoint.step,
-        sequence_length=checkpoint.manifest["config"]["batch"]["sequence_length"] if is_ours else None,
+        sequence_length=(checkpoint.manifest["config"].get("batch") or {}).get("sequence_length")
+        if is_ours
+        else None,
         fresh=fresh,
         dtype=getattr(torch, checkpoint.manifest.get("dtype", "float32")),
         origin=_origin_of(checkpoint),

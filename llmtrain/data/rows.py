@@ -6,10 +6,11 @@ A row holds tokens of one shard. Dim names: M rows asked for, P pieces in them, 
 from __future__ import annotations
 
 import fcntl
-import io
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,9 @@ from llmtrain.data.corpus import TokenSplit
 from llmtrain.data.samples import Recent
 from llmtrain.errors import DataError
 from llmtrain.files import disk_problem, open_no_link, write_atomically
+from llmtrain.reading import read_bytes
+
+_COUNT_DTYPE = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -83,23 +87,33 @@ def counted_once(
     """
     if cache is None:
         return count()
-    path = cache / "rows" / f"{xxhash.xxh3_128_hexdigest(key.encode())}.npy"
+    path = cache / "rows" / f"{hashlib.sha256(key.encode()).hexdigest()}.counts"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_no_link(path.with_suffix(".lock"), "a") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # A file that a disk has damaged is made anew.
-            with suppress(FileNotFoundError, ValueError, EOFError):
-                found: np.ndarray = np.load(path, allow_pickle=False)
-                if found.shape == shape:
-                    return found
-            counts, content = count(), io.BytesIO()
-            np.save(content, counts)
-            write_atomically(path, content.getvalue())
+            if (found := _read_counts(path, shape)) is not None:
+                return found
+            counts = count()
+            content = counts.astype(_COUNT_DTYPE).tobytes()
+            write_atomically(path, xxhash.xxh3_128_digest(content) + content)
             return counts
     except OSError as error:
         raise DataError(disk_problem(error, path, key="data.cache.dir")) from error
+
+
+def _read_counts(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What `counted_once` wrote; None where there is none, or a disk has damaged it."""
+    size = xxhash.xxh3_128().digest_size
+    expected = size + prod(shape) * _COUNT_DTYPE.itemsize
+    try:
+        content = read_bytes(path, expected)
+    except OSError:
+        return None
+    if len(content) != expected or xxhash.xxh3_128_digest(content[size:]) != content[:size]:
+        return None
+    return np.frombuffer(content, _COUNT_DTYPE, offset=size).astype(np.int64).reshape(shape)
 
 
 class BestFit(Packing):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.config import encode, require
+from llmtrain.config import encode, require, show
 from llmtrain.errors import ConfigError, Problem, nearest
 
 
@@ -193,6 +193,6 @@ DATA_CONFIGS: dict[str, type[TokenDataConfig] | type[ImageDataConfig]] = {
 def data_config_type(section: Mapping[str, Any]) -> type[TokenDataConfig] | type[ImageDataConfig]:
     """The dataclass of a `data` section, by its `kind`; raises ConfigError for an unknown one."""
     kind = section.get("kind", "tokens")
-    if kind not in DATA_CONFIGS:
-        raise ConfigError(Problem("data.kind", repr(kind), nearest(str(kind), list(DATA_CONFIGS))))
+    if not isinstance(kind, str) or kind not in DATA_CONFIGS:
+        raise ConfigError(Problem("data.kind", show(kind), nearest(str(kind), list(DATA_CONFIGS))))
     return DATA_CONFIGS[kind]

@@ -102,7 +102,7 @@ def test_a_forged_corpus_does_not_spoil_the_rows_of_an_honest_one(path: Path, tm
     TokenSequences(Corpus.open(forged).split("train"), 16, packing="best_fit", cache=rows)
     after = TokenSequences(Corpus.open(path).split("train"), 16, packing="best_fit", cache=rows)
     assert after.shard_sizes.tolist() == honest.shard_sizes.tolist()
-    assert len(list((rows / "rows").glob("*.npy"))) == 2
+    assert len(list((rows / "rows").glob("*.counts"))) == 2
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.model", "train/index.npy", "train/lengths.npy"])

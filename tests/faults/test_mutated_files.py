@@ -26,8 +26,8 @@ from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.families import skeleton_of
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate
+from tests.support.changed_files import as_json, change_bytes, change_json, outcomes
 from tests.support.gguf_files import small_model, write_gguf
-from tests.support.mutations import as_json, change_bytes, change_json, outcomes
 from tests.support.tokenizers import KINDS, texts, train_tokenizer, write_tokenizer
 from tests.unit.checkpoint.test_folder_settings import FORMS
 

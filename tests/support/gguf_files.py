@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 MODULES = {
     "model.embed_tokens": "token_embd",
@@ -32,6 +31,8 @@ MODULES = {
 
 def small_model(model_type: str, **changes: Any) -> Any:
     """Random weights, of norms and biases too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     settings = {
         "vocab_size": 320,
         "hidden_size": 64,

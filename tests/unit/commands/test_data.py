@@ -285,7 +285,10 @@ def test_files_that_tell_too_little(copy: Path, capsys: pytest.CaptureFixture[st
     (copy / "data.json").write_text("{")
     assert "data.json: got an unreadable file" in call(capsys, "trace", copy, "step=1")[2][0]
     (copy / "data.json").write_text("[]")
-    assert "data.json: got no section of keys" in call(capsys, "trace", copy, "step=1")[2][0]
+    assert (
+        "data.json: got an unreadable file (a list in place of an object)"
+        in call(capsys, "trace", copy, "step=1")[2][0]
+    )
 
 
 def test_a_source_that_left_is_asked_for(mixed: Path, copy: Path, capsys: pytest.CaptureFixture[str]):

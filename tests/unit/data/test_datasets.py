@@ -69,7 +69,7 @@ def test_best_fit_keeps_short_documents_whole(corpus: Corpus):
 
 def test_rows_are_counted_once_a_host(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = TokenSequences(corpus.split("train"), 33, packing="best_fit", cache=tmp_path)
-    (kept,) = (tmp_path / "rows").glob("*.npy")
+    (kept,) = (tmp_path / "rows").glob("*.counts")
     monkeypatch.setattr(TokenSplit, "document_lengths", lambda split: pytest.fail("counted again"))
     again = TokenSequences(corpus.split("train"), 33, packing="best_fit", cache=tmp_path)
     assert again.shard_sizes.tolist() == first.shard_sizes.tolist()
@@ -195,8 +195,11 @@ def test_damaged_counts_of_rows_are_made_anew(corpus: Corpus, tmp_path: Path, co
         return dataset.shard_sizes.tolist()
 
     expected = sizes()
-    (remembered,) = (tmp_path / "rows").glob("*.npy")
+    (remembered,) = (tmp_path / "rows").glob("*.counts")
     whole = remembered.read_bytes()
     remembered.write_bytes(content)
     assert sizes() == expected
     assert remembered.read_bytes() == whole
+    for place in (0, len(whole) - 8):
+        remembered.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert sizes() == expected
