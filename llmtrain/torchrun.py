@@ -2,15 +2,17 @@
 
 `launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's own elastic agent, as `torchrun`
 does, and adds what that command lacks: the exit code of the rank that failed (torchrun always gives
-1), one log a global rank, and the network interface that the other hosts can reach.
+1), one log a global rank, and ports on one network interface alone: the loopback on one host, the one that
+the other hosts can reach on several.
 
 Environment:
   NPROC_PER_NODE           processes on this host; default: its accelerators, or 1
   NNODES                   hosts; default 1
   MASTER_ADDR MASTER_PORT  host 0, as every host reaches it; needed with NNODES > 1; port 29500
   NODE_RANK                this host's place, 0 … NNODES-1; needed with MASTER_ADDR and NNODES > 1
-  RDZV_ENDPOINT RDZV_ID    in place of MASTER_ADDR, MASTER_PORT and NODE_RANK: a c10d rendezvous at HOST:PORT,
-                           where the hosts number themselves
+  RDZV_ENDPOINT            in place of MASTER_ADDR, MASTER_PORT and NODE_RANK: HOST:PORT of one of the hosts,
+                           where all meet and number themselves
+  RDZV_ID                  a name of the run: launchers of another are not let in there
   START_TIMEOUT            seconds in which all hosts and ranks must have come; 600
   STOP_TIMEOUT             seconds in which ranks must have saved and ended once it is asked to stop
                            (SIGTERM, SIGUSR1, Ctrl-C); 3600
@@ -38,18 +40,12 @@ from llmtrain.errors import (
     Problem,
     UserError,
 )
+from llmtrain.files import write_atomically
 from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel.forwarding import Forwarder
-from llmtrain.parallel.hosts import (
-    Hosts,
-    Route,
-    hosts_from_environment,
-    is_answered,
-    refuse_foreign,
-    refuse_taken,
-    route_to,
-)
-from llmtrain.parallel.launcher import await_host, start_seconds, stop_seconds
+from llmtrain.parallel.hosts import Hosts, Route, hosts_from_environment, keep_to, route_to
+from llmtrain.parallel.launcher import start_seconds, stop_seconds
+from llmtrain.reading import read_bytes
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
@@ -97,9 +93,9 @@ def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path
 
 def keep_previous(log: Path) -> None:
     """Move an earlier launch's log aside (rank0.log → rank0.1.log, and so on up): a resumed run keeps it."""
-    if log.exists():
+    if os.path.lexists(log):
         number = 1
-        while (kept := log.with_suffix(f".{number}{log.suffix}")).exists():
+        while os.path.lexists(kept := log.with_suffix(f".{number}{log.suffix}")):
             number += 1
         log.rename(kept)
 
@@ -119,7 +115,8 @@ def _exit_report(node: object) -> str:
 
 def job_exit_code(folder: Path) -> int:
     """The exit code of a job of several hosts, as each left it in `folder`; 0 if none did."""
-    codes = [int(report.read_text()) for report in sorted(folder.glob(_exit_report("*")))]
+    said = [read_bytes(report, 16).strip() for report in sorted(folder.glob(_exit_report("*")))]
+    codes = [int(code) for code in said if code.lstrip(b"-").isdigit()]
     return codes[root_cause(codes)] if any(codes) else 0
 
 
@@ -135,25 +132,27 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     hosts = hosts_from_environment(environment)
     patience = math.ceil(start_seconds())
     forwarder = Forwarder(stop_seconds())
-    route = route_to(hosts.address, "RDZV_ENDPOINT" if hosts.backend == "c10d" else "MASTER_ADDR")
+    route = route_to(hosts.address, hosts.address_variable)
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
+    if folder.is_symlink() and "LOG_DIR" not in environment:
+        # Whoever gave the run folder chose where to.
+        got = f"a link to {os.readlink(folder)}"
+        remedy = "remove it, or name the folder in LOG_DIR"
+        raise ConfigError(Problem(str(folder), got, "a folder of the run's own", remedy))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         exit_report.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a folder to write in ({error})")) from None
 
-    # The backends would take the address that this host's own name resolves to.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", route.interface)
-    if hosts.num_nodes > 1:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={route.interface}")
+    keep_to(route.interface)
     with forwarder.listening():
         code = _run_agent(hosts, route, folder, overrides, patience, forwarder)
     if forwarder.asked and code == _SIGTERM:  # before a rank could listen
         code = INTERRUPTED_EXIT_CODE
     if code and hosts.num_nodes > 1:
-        exit_report.write_text(f"{code}\n")
+        write_atomically(exit_report, f"{code}\n")
     return code
 
 
@@ -169,10 +168,10 @@ def _run_agent(
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _meet_host(hosts, route, patience)
+    from llmtrain.parallel.rendezvous import BACKEND, Rendezvous
+
     if "LOGLEVEL" not in os.environ:
         # What the agent logs of a failed rank is said below, in two lines.
         for name in list(logging.root.manager.loggerDict):
@@ -182,63 +181,38 @@ def _run_agent(
     # Left alone, torch takes all cores in every process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    address, settings = hosts.address, {"rank": hosts.node_rank, "timeout": patience}
-    if hosts.backend == "c10d":
-        # torch asks the machine's name who hosts the rendezvous, which may lead to the loopback. Called
-        # localhost, it is hosted by the first launcher of this machine and joined by the others.
-        address, settings = ("localhost", {}) if route.to_itself else (address, {"is_host": False})
-        settings["join_timeout"] = patience
-    config = LaunchConfig(
-        min_nodes=hosts.num_nodes,
-        max_nodes=hosts.num_nodes,
-        nproc_per_node=num_processes,
-        run_id=hosts.run_id,
-        rdzv_backend=hosts.backend,
-        rdzv_endpoint=f"[{address}]:{hosts.port}" if ":" in address else f"{address}:{hosts.port}",
-        rdzv_configs=settings,
-        local_addr=route.own_address,
-        max_restarts=0,
-        start_method="spawn",
-        logs_specs=_one_log_a_rank(folder, forwarder.ranks_start),
-        # All but this one are the forwarder's.
-        signals_to_handle="SIGQUIT",
-        # An empty role as the prefix: the console's lines stand as rank 0 wrote them.
-        role="",
-        log_line_prefix_template="${role_name}",
-    )
     # Both streams of a rank go to one file, which the agent opens once.
     merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
     command = [sys.executable, "-u", "-m", "llmtrain", "train", *overrides]
     try:
+        config = LaunchConfig(
+            min_nodes=hosts.num_nodes,
+            max_nodes=hosts.num_nodes,
+            nproc_per_node=num_processes,
+            run_id=hosts.run_id,
+            rdzv_backend=BACKEND,
+            rdzv_configs=Rendezvous(hosts, route, patience).settings(),
+            max_restarts=0,
+            start_method="spawn",
+            logs_specs=_one_log_a_rank(folder, forwarder.ranks_start),
+            # All but this one are the forwarder's.
+            signals_to_handle="SIGQUIT",
+            # An empty role as the prefix: the console's lines stand as rank 0 wrote them.
+            role="",
+            log_line_prefix_template="${role_name}",
+        )
         # The agent substitutes ${local_rank} in arguments; `$$` gives the overrides' own `$`.
         elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
     except ChildFailedError as error:
         return _explain(error.failures, folder)
-    except (RendezvousError, DistError) as error:
+    except DistError as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        got = f"not all {hosts.num_nodes} hosts within {patience} s ({reason})"
-        remedy = "see what the others said, or wait longer by START_TIMEOUT=seconds"
-        raise LaunchError(Problem("start", got, remedy=remedy)) from error
+        got = f"no word from the other hosts ({reason})"
+        raise LaunchError(Problem("start", got, remedy="their own messages tell why")) from error
     except SignalException as error:
         print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + int(error.sigval)
     return 0
-
-
-def _meet_host(hosts: Hosts, route: Route, patience: int) -> None:
-    """Raise ConfigError where this is host 0 and cannot listen, or where another program has its port;
-    LaunchError where host 0 does not answer."""
-    variable = "RDZV_ENDPOINT" if hosts.backend == "c10d" else "MASTER_PORT"
-    if hosts.node_rank == 0:
-        refuse_taken(hosts.port)
-    elif hosts.backend == "c10d" and route.to_itself:
-        # The first launcher of this host listens; what is there already must be one.
-        for address in (hosts.address, "localhost"):
-            if hosts.port and is_answered(address, hosts.port):
-                refuse_foreign(address, hosts.port, variable)
-    else:
-        await_host(hosts.address, hosts.port, patience, "host 0")
-        refuse_foreign(hosts.address, hosts.port, variable)
 
 
 def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:

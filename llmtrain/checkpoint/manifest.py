@@ -179,7 +179,7 @@ def _tensor_problems(manifest: Mapping[str, Any]) -> Iterator[Problem]:
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     needed = dict.fromkeys(sizes, 0)
     kinds = manifest.get("tensors")
-    if not isinstance(kinds, dict) or not isinstance(kinds.get(WEIGHT), dict):
+    if not isinstance(kinds, dict) or not kinds.get(WEIGHT):
         yield Problem("tensors", show(kinds), f"a section of keys, {WEIGHT} among them")
         return
     for kind, entries in kinds.items():

@@ -37,6 +37,7 @@ class VerifyConfig:
 def verify(mapping: Mapping[str, Any]) -> None:
     """A line for each checkpoint. Raises CheckpointError with what is wrong with any of them."""
     from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.commands.loading import config_of
 
     config = decode(VerifyConfig, mapping)
     problems: list[Problem] = []
@@ -44,6 +45,8 @@ def verify(mapping: Mapping[str, Any]) -> None:
         try:
             checkpoint = Checkpoint.open(path)
             flaw = checkpoint.damage() or checkpoint.incompleteness()
+            if "model" in checkpoint.manifest:
+                config_of(checkpoint)
             found = [Problem(str(path), f"a damaged checkpoint ({flaw})")] if flaw else []
         except CheckpointError as error:
             found = list(error.problems)

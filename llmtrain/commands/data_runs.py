@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmtrain.config import decode, encode
+from llmtrain.config import LARGEST_INT, decode, encode
 from llmtrain.data import packages
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.data.train_config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
@@ -221,7 +221,7 @@ def recorded_digests(run: Path) -> dict[int, int]:
         return {
             record["step"]: record["data_digest"]
             for record in read_metrics(run / METRICS)
-            if type(record.get("data_digest")) is int
+            if type(record.get("data_digest")) is int and abs(record["data_digest"]) <= LARGEST_INT
         }
     except OSError as error:
         got = f"an unreadable file ({error.strerror})"

@@ -172,7 +172,7 @@ def load_trained(path: Path) -> TrainedModel:
         print(fresh_note(fresh), file=sys.stderr)
     return TrainedModel(
         source=checkpoint.path,
-        config=_config_of(checkpoint),
+        config=config_of(checkpoint),
         weights=checkpoint.weights(),
         tokenizer_path=checkpoint.tokenizer,
         step=checkpoint.step,
@@ -203,7 +203,7 @@ def describe(path: Path) -> tuple[ModelConfig, Path | None, Origin | None]:
 
 def describe_checkpoint(checkpoint: store.Checkpoint) -> tuple[ModelConfig, Path | None, Origin | None]:
     """Its model, its tokenizer's file and its origin."""
-    return _config_of(checkpoint), checkpoint.tokenizer, _origin_of(checkpoint)
+    return config_of(checkpoint), checkpoint.tokenizer, _origin_of(checkpoint)
 
 
 def fresh_note(names: tuple[str, ...]) -> str:
@@ -223,7 +223,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(printable(short(name)) for name in names[:NAMES_SHOWN]) + more
 
 
-def _config_of(checkpoint: store.Checkpoint) -> ModelConfig:
+def config_of(checkpoint: store.Checkpoint) -> ModelConfig:
+    """The model that a checkpoint says it holds. Raises CheckpointError for one that its weights are not."""
     checkpoint.require("model", *(() if checkpoint.is_imported else ("config",)))
     model = checkpoint.manifest["model"]
     where = str(checkpoint.path / MANIFEST)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import tarfile
+import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import xxhash
 
 from llmtrain.data.cache import Cache
 from llmtrain.data.datasets import EMPTY
+from llmtrain.data.npy import parse_array
 from llmtrain.data.packages import resolve_package_path
+from llmtrain.data.preparation.opening import GZIP_MAGIC, unpacked
+from llmtrain.data.preparation.scan import brief
+from llmtrain.data.preparation.tar_members import tar_members
 from llmtrain.data.train_config import CacheConfig
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem, nearest
+from llmtrain.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
 """Extension → format, as Pillow calls it."""
-IMAGES_BYTES = 16 << 30
-"""Of a file that is held in memory."""
+LONGEST_ROW = 1 << 14
+"""Bytes of a row of a CSV file, of which 785 numbers up to 255 take 3,140."""
+LARGEST_MEMBER = 64 << 20
+"""Bytes of a picture in a tar; one of as many pixels as may be has less."""
 
 
 class Images:
@@ -98,35 +105,40 @@ class Images:
 def _read_csv(name: str, num_classes: int) -> np.ndarray:
     """All rows, uint8 (N, pixels + 1)."""
     path, num_pixels = resolve_package_path(name), Images.SIDE**2
+    rows: list[np.ndarray] = []
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        lines = content.decode("ascii").splitlines()
+        packed = open(path, "rb", opener=open_regular)  # noqa: SIM115
+        compression, size = "gz" if path.suffix == ".gz" else "", os.fstat(packed.fileno()).st_size
+        binary = io.BufferedReader(unpacked(packed, compression, name, size))
+        with io.TextIOWrapper(binary, encoding="ascii") as lines:
+            while line := lines.readline(LONGEST_ROW + 1):
+                where = f"{path}, row {len(rows) + 1}"
+                if len(line) > LONGEST_ROW:
+                    got = f"a row of more than {LONGEST_ROW:,} bytes"
+                    raise DataError(Problem(where, got, f"{num_pixels} pixels and a label"))
+                values = _parse_row(line.rstrip("\n"), where, num_pixels, num_classes)
+                rows.append(np.array(values, dtype=np.uint8))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else f"an unreadable file ({error})"
         raise DataError(
             Problem(str(path), what, ".csv, .csv.gz or .tar", "check data.path, or download it again")
         ) from error
-    if not lines:
+    if not rows:
         raise DataError(Problem(str(path), "an empty file", f"rows of {num_pixels} pixels and a label"))
-    rows = np.empty((len(lines), num_pixels + 1), dtype=np.uint8)
-    for number, line in enumerate(lines, start=1):
-        rows[number - 1] = _parse_row(line, f"{path}, row {number}", num_pixels, num_classes)
-    return rows
+    return np.stack(rows)
 
 
 def _parse_row(line: str, where: str, num_pixels: int, num_classes: int) -> list[int]:
     try:
         values = [int(value) for value in line.split(",")]
     except ValueError as error:
-        allowed = "whole numbers between commas, and no header"
-        raise DataError(Problem(where, f"a value that is no whole number ({error})", allowed)) from None
+        got = f"a value that is no whole number ({brief(str(error))})"
+        raise DataError(Problem(where, got, "whole numbers between commas, and no header")) from None
     if len(values) != num_pixels + 1:
         raise DataError(Problem(where, f"{len(values)} values", f"{num_pixels} pixels and a label"))
     if min(values) < 0 or max(values) > 255:
         wrong = next(value for value in values if not 0 <= value <= 255)
-        raise DataError(Problem(where, f"the value {wrong}", "0 to 255"))
+        raise DataError(Problem(where, f"the value {brief(str(wrong))}", "0 to 255"))
     if values[-1] >= num_classes:
         raise DataError(Problem(where, f"the label {values[-1]}", f"0 to {num_classes - 1}"))
     return values
@@ -150,29 +162,47 @@ def _read_tars(pattern: str, num_classes: int) -> np.ndarray:
 
 def _samples(name: str) -> Iterator[dict[str, Any]]:
     """Extension → bytes of each sample of one tar, with its key as `__key__`."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
     try:
         if is_remote(name):
-            stream: Any = io.BytesIO(Cache(CacheConfig()).read_small(name, IMAGES_BYTES))
+            # It is held in memory.
+            free = psutil.virtual_memory().available
+            packed: IO[bytes] = io.BytesIO(Cache(CacheConfig()).read_small(name, free))
         else:
-            stream = open(resolve_package_path(name), "rb")  # noqa: SIM115
-        with stream:
-            yield from group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+            packed = open(resolve_package_path(name), "rb", opener=open_regular)  # noqa: SIM115
+        # Its content tells: webdataset names a tar .tar, packed or not.
+        compression = "gz" if packed.read(len(GZIP_MAGIC)) == GZIP_MAGIC else ""
+        size = packed.seek(0, os.SEEK_END)
+        packed.seek(0)
+        with io.BufferedReader(unpacked(packed, compression, name, size)) as stream:
+            yield from group_by_keys(_members(stream, name))
     except FileNotFoundError as error:
         remedy = "check data.path; {000..009} stands for ten"
         raise DataError(Problem(name, "no such file", "a webdataset tar", remedy)) from error
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         got = f"a truncated or damaged tar ({str(error) or type(error).__name__})"
         raise DataError(Problem(name, got, "", "copy or download it again")) from error
 
 
+def _members(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
+    """Pictures and labels of a tar, as webdataset groups them."""
+    for member, content in tar_members(stream, name, _is_wanted, LARGEST_MEMBER):
+        # A link has a wanted name and no content.
+        if content is not None or not _is_wanted(member):
+            yield {"__url__": name, "fname": member, "data": content or b""}
+
+
+def _is_wanted(member: str) -> bool:
+    return member.lower().endswith((*(f".{extension}" for extension in PICTURES), ".npy", ".cls"))
+
+
 def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
     """Pixels and label, uint8 (pixels + 1,)."""
-    where = f"{name}, sample {sample['__key__']}"
+    where = f"{name}, sample {brief(sample['__key__'])}"
     extension = next((e for e in (*PICTURES, "npy") if e in sample), None)
     if extension is None or "cls" not in sample:
-        found = ", ".join(f".{key}" for key in sample if not key.startswith("__"))
+        found = ", ".join(f".{brief(key)}" for key in list(sample)[:24] if not key.startswith("__"))
         allowed = f"a picture (.{', .'.join(PICTURES)}, .npy) and its label (.cls)"
         raise DataError(Problem(where, f"members {found}", allowed))
     try:
@@ -180,7 +210,7 @@ def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
     except ValueError:
         raise DataError(Problem(where, f"the label {sample['cls'][:20]!r}", "a whole number")) from None
     if not 0 <= label < num_classes:
-        raise DataError(Problem(where, f"the label {label}", f"0 to {num_classes - 1}"))
+        raise DataError(Problem(where, f"the label {brief(str(label))}", f"0 to {num_classes - 1}"))
     return np.append(_pixels(sample[extension], extension, where), np.uint8(label))
 
 
@@ -190,15 +220,16 @@ def _pixels(content: bytes, extension: str, where: str) -> np.ndarray:
 
     try:
         if extension == "npy":
-            array = np.load(io.BytesIO(content), allow_pickle=False).squeeze()
-            if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            array = parse_array(content).squeeze()
+            if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
                 raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (H, W) or (H, W, 3)")
             picture = Image.fromarray(array)
         else:
             picture = _opened(content)
         grey = picture.convert("L").resize((Images.SIDE, Images.SIDE))
     except (OSError, ValueError, TypeError, SyntaxError, MemoryError) as error:
-        raise DataError(Problem(where, f"no picture ({error})", f"a .{extension} file")) from error
+        reason = str(error) or type(error).__name__
+        raise DataError(Problem(where, f"no picture ({reason})", f"a .{extension} file")) from error
     return np.asarray(grey, dtype=np.uint8).reshape(-1)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, LaunchError, Problem, UserError
-from llmtrain.parallel import agreement, launcher
+from llmtrain.parallel import agreement, hosts, launcher, stores
 from llmtrain.parallel.agreement import Fact
 
 T = TypeVar("T")
@@ -69,10 +69,11 @@ def start(
 ) -> None:
     """Join the process group that the launcher's environment describes (torchrun, Slurm).
 
-    A single process gets a group only with `single_process_group`, for engines that need one; it
-    opens no port.
+    A single process gets a group only with `single_process_group`, for engines that need one; what that
+    listens on is on the loopback.
 
-    Raises LaunchError when ranks are missing, or differ in their `facts`.
+    Raises LaunchError when ranks are missing, or differ in their `facts`; ConfigError when no route leads to
+    rank 0.
     """
     if dist.is_initialized():
         return
@@ -80,7 +81,7 @@ def start(
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launcher.world_size() > 1:
         rank, size, seconds = launcher.rank(), launcher.world_size(), launcher.start_seconds()
-        store = _open_store(rank, size, seconds)
+        store = _open_store(rank, seconds)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         agreement.meet(dist.PrefixStore(f"meeting/{attempt}", store), rank, size, facts or {}, seconds)
         store.set_timeout(timeout)
@@ -93,17 +94,20 @@ def start(
             device_id=device if device.type == "cuda" else None,
         )
     elif single_process_group:
+        hosts.keep_to(hosts.route_to(hosts.LOOPBACK).interface)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         return
     atexit.register(_destroy)
 
 
-def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
-    """The ranks' store, as the launcher's environment names it: torchrun's agent hosts it, or rank 0.
+def _open_store(rank: int, seconds: float) -> dist.TCPStore:
+    """Return the ranks' store, as the launcher's environment names it: torchrun's agent serves it, or rank 0.
+    What this process opens from now on, it opens on the interface that leads there.
 
-    torch's own rendezvous would wait in here for all ranks, and could not say which is missing.
-    Raises LaunchError when nobody hosts it within `seconds`.
+    torch's own rendezvous would wait in here for all ranks, and could not say which is missing; and its store
+    would listen on all addresses.
+    Raises LaunchError when nobody serves it within `seconds`, ConfigError when no route leads to rank 0.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -111,21 +115,21 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.TCPStore:
         raise LaunchError(
             Problem(names, f"{address!r} and {port!r}", "where rank 0 is reached", "or launch by torchrun")
         )
-    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not is_host:
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launcher.on_one_host() and not by_agent:
+        address = hosts.LOOPBACK
+    serves = rank == 0 and not by_agent
+    if serves:
+        address = hosts.route_to(address).own_address
+    else:
+        address = hosts.as_reached(address)
         launcher.await_host(address, int(port), seconds)
+    hosts.keep_to(hosts.route_to(hosts.LOOPBACK if launcher.on_one_host() else address).interface)
     try:
-        return dist.TCPStore(
-            address,
-            int(port),
-            size,
-            is_host,
-            datetime.timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except dist.DistError as error:
-        got = f"{address}:{port}, which rank {rank} cannot use ({str(error).strip().splitlines()[0]})"
+        return (stores.serve if serves else stores.connect)(address, int(port), seconds)
+    except (OSError, dist.DistError) as error:
+        why = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        got = f"{address}:{port}, which rank {rank} cannot use ({why})"
         raise LaunchError(
             Problem("MASTER_ADDR and MASTER_PORT", got, "rank 0's own address and a free port")
         ) from error

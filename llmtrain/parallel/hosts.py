@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import os
 import socket
@@ -10,11 +9,20 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import NamedTuple
 
 from llmtrain.errors import ConfigError, Problem
 
+LOOPBACK = "127.0.0.1"
+LOCALHOST = (
+    "localhost",
+    "localhost.localdomain",
+    "localhost4",
+    "localhost6",
+    "ip6-localhost",
+    "ip6-loopback",
+)
+"""Names that lead every host to itself; any other name may lead others to it."""
 DEFAULT_PORT = 29500
 ANSWER_SECONDS = 15
 """A store answers from a thread of its own, at once."""
@@ -27,15 +35,23 @@ class Hosts:
     num_processes: int | None = None
     """Processes on this host; null: its accelerators, or 1."""
     num_nodes: int = 1
-    node_rank: int | None = None
-    """This host's place among `num_nodes`; null: the rendezvous decides."""
-    address: str = "127.0.0.1"
-    """Where host 0 (or the c10d rendezvous) is reached."""
+    node_rank: int | None = 0
+    """This host's place among `num_nodes`; null: the hosts number themselves as they come."""
+    address: str = LOOPBACK
+    """Where host 0 is reached; of hosts that number themselves, the one that the others meet at."""
     port: int = 0
     """0: any free port, on a single host."""
-    backend: str = "c10d"
-    """torch's rendezvous: `static` (ranks known beforehand) or `c10d`."""
     run_id: str = "llmtrain"
+
+    @property
+    def address_variable(self) -> str:
+        """The environment variable that gave `address`."""
+        return "RDZV_ENDPOINT" if self.node_rank is None else "MASTER_ADDR"
+
+    @property
+    def port_variable(self) -> str:
+        """The environment variable that gave `port`."""
+        return "RDZV_ENDPOINT" if self.node_rank is None else "MASTER_PORT"
 
 
 def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
@@ -66,7 +82,7 @@ def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
         if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
             problems.append(Problem("RDZV_ENDPOINT", repr(endpoint), "HOST:PORT", "such as node1:29500"))
         else:
-            hosts = Hosts(num_processes, num_nodes, None, address.strip("[]"), int(port), "c10d", run_id)
+            hosts = Hosts(num_processes, num_nodes, None, address.strip("[]"), int(port), run_id)
     elif num_nodes > 1:
         port_number = whole_number("MASTER_PORT", 1, 2**16 - 1) or DEFAULT_PORT
         node_rank = whole_number("NODE_RANK", 0, num_nodes - 1)
@@ -77,34 +93,11 @@ def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
         if not environment.get("NODE_RANK", "").strip():
             remedy = f"give each of the {num_nodes} hosts its own"
             problems.append(Problem("NODE_RANK", "nothing", f"0 … {num_nodes - 1}", remedy))
-        hosts = Hosts(num_processes, num_nodes, node_rank, address, port_number, "static", run_id)
+        hosts = Hosts(num_processes, num_nodes, node_rank, address, port_number, run_id)
     if problems:
         raise ConfigError(problems)
-    return hosts
-
-
-def refuse_taken(port: int) -> None:
-    """Raise ConfigError where this host cannot listen on MASTER_PORT, on all addresses as torch does."""
-    is_dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if is_dual else socket.AF_INET
-    try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=is_dual).close()
-    except OSError as error:
-        why = os.strerror(error.errno or errno.EADDRINUSE)
-        got = f"{port}, which host 0 cannot listen on ({why})"
-        remedy = (
-            f"end what holds it (ss -ltnp 'sport = {port}' names it), or give all hosts another MASTER_PORT"
-        )
-        raise ConfigError(Problem("MASTER_PORT", got, "a free port of host 0", remedy)) from None
-
-
-def is_answered(address: str, port: int) -> bool:
-    """Whether something listens there now."""
-    try:
-        socket.create_connection((address, port), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    # Nobody but this host needs to reach it.
+    return hosts if num_nodes > 1 else Hosts(num_processes)
 
 
 def refuse_foreign(address: str, port: int, variable: str) -> None:
@@ -132,19 +125,15 @@ def _waits_to_be_asked(address: str, port: int) -> bool:
 
 
 def _answers_as_store(address: str, port: int) -> bool:
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError
+
+    from llmtrain.parallel import stores
 
     answered = threading.Event()
 
     def ask() -> None:
         with suppress(DistError):
-            TCPStore(
-                address,
-                port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=ANSWER_SECONDS),
-            )
+            stores.connect(address, port, ANSWER_SECONDS)
             answered.set()
 
     # torch's own limit holds for a connection and not for an answer.
@@ -164,10 +153,13 @@ def route_to(address: str, variable: str = "MASTER_ADDR") -> Route:
     """The network interface, and this host's address on it, that lead to `address`, which `variable` gave.
 
     Debian names the machine itself 127.0.1.1, where no other host can reach it: a NAME that leads back
-    to the loopback takes the interface of the default route, if there is one; a literal 127.x stays.
+    to the loopback takes the interface that GLOO_SOCKET_IFNAME names, or else that of the default route, if
+    there is one. `localhost` and a literal 127.x stay.
 
     Raises ConfigError when the address cannot be resolved or reached.
     """
+    if address.lower() in LOCALHOST:
+        address = LOOPBACK
     try:
         found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
     except OSError as error:
@@ -181,8 +173,27 @@ def route_to(address: str, variable: str = "MASTER_ADDR") -> Route:
     is_loopback = ipaddress.ip_address(own_address).is_loopback
     to_itself = is_loopback or own_address in {where[0] for *_, where in found}
     if is_loopback and not _is_literal(address):
-        own_address = _own_address(socket.AF_INET, "192.0.2.1") or own_address
+        chosen = _address_on(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+        own_address = chosen or _own_address(socket.AF_INET, "192.0.2.1") or own_address
     return Route(_interface_of(own_address), own_address, to_itself)
+
+
+def as_reached(address: str) -> str:
+    """Return the address at which this host reaches `address`: its own one of route_to, where that is itself.
+    A name that is not known yet stays."""
+    try:
+        route = route_to(address)
+    except ConfigError:
+        return address
+    return route.own_address if route.to_itself else address
+
+
+def keep_to(interface: str) -> None:
+    """Have gloo and NCCL, in this process and those that it starts, listen on this interface alone, unless
+    the user named another. They would take the one that this host's own name leads to, or any."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # NCCL takes a name without = for the beginning of one.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def _own_address(family: int, towards: str | int) -> str | None:
@@ -195,9 +206,18 @@ def _own_address(family: int, towards: str | int) -> str | None:
         return str(probe.getsockname()[0])
 
 
+def _address_on(interface: str) -> str | None:
+    """This host's IPv4 address on an interface; None where it has none."""
+    import psutil
+
+    entries = psutil.net_if_addrs().get(interface, [])
+    return next((entry.address for entry in entries if entry.family == socket.AF_INET), None)
+
+
 def _interface_of(own_address: str) -> str:
     import psutil
 
+    own_address = own_address.partition("%")[0]
     addresses = {
         entry.address.partition("%")[0]: name
         for name, entries in psutil.net_if_addrs().items()
@@ -205,7 +225,7 @@ def _interface_of(own_address: str) -> str:
         if entry.family in (socket.AF_INET, socket.AF_INET6)
     }
     if own_address not in addresses and ipaddress.ip_address(own_address).is_loopback:
-        own_address = "127.0.0.1"
+        own_address = LOOPBACK
     return addresses[own_address]
 
 

@@ -97,6 +97,11 @@ def local_rank() -> int:
     return _whole("LOCAL_RANK", 0)
 
 
+def on_one_host() -> bool:
+    """Whether the launcher says that all ranks run on this host, as torchrun does; others say nothing."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "").strip() == str(world_size())
+
+
 def _whole(name: str, default: int, least: int = 0) -> int:
     text = os.environ.get(name, "").strip() or str(default)
     if not text.isdecimal() or int(text) < least:

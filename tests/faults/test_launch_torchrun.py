@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.support.listening import STEERING
 from tests.support.training import REPOSITORY, TINY_GPT
+from tests.support.two_hosts import Hosts, NoNamespacesError, two_hosts
 from tests.support.warm import llmtrain
 
 pytestmark = pytest.mark.slow
 
 TORCHRUN = REPOSITORY / "launch/torchrun.sh"
 TRAINING = (*TINY_GPT, "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0")
-ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
 def unavailable(reason: str) -> None:
@@ -38,15 +38,6 @@ def unavailable(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"CI must run this test: {reason}")
     pytest.skip(f"NOT TESTED HERE: {reason}")
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """Two hosts that reach the first at `address`."""
-
-    address: str
-    prefixes: tuple[tuple[str, ...], tuple[str, ...]]
-    """What starts a command on each."""
 
 
 def loopback_hosts(reason: str) -> Hosts:
@@ -58,33 +49,14 @@ def loopback_hosts(reason: str) -> Hosts:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    if os.geteuid() != 0 or ip is None:
-        reason = "it needs root and `ip netns` (apt-get install iproute2)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        yield loopback_hosts(reason)
-        return
-    names = (f"llmtrain-{os.getpid()}-a", f"llmtrain-{os.getpid()}-b")
-    links = (f"lt{os.getpid()}a", f"lt{os.getpid()}b")
-    commands = [["netns", "add", name] for name in names]
-    commands.append(["link", "add", links[0], "type", "veth", "peer", "name", links[1]])
-    for name, link, address in zip(names, links, ADDRESSES, strict=True):
-        commands.append(["link", "set", link, "netns", name])
-        commands.append(["-n", name, "address", "add", f"{address}/24", "dev", link])
-        commands.append(["-n", name, "link", "set", link, "up"])
-        commands.append(["-n", name, "link", "set", "lo", "up"])
-    try:
-        for command in commands:
-            done = subprocess.run([ip, *command], capture_output=True, text=True)
-            if done.returncode:
-                yield loopback_hosts(f"ip {' '.join(command)}: {done.stderr.strip()}")
-                return
-        first, second = ((ip, "netns", "exec", name) for name in names)
-        yield Hosts(ADDRESSES[0], (first, second))
-    finally:
-        for name in names:
-            subprocess.run([ip, "netns", "delete", name], capture_output=True)
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(two_hosts())
+        except NoNamespacesError as error:
+            if os.environ.get("CI") and not error.is_kernel:
+                pytest.fail(str(error))
+            found = loopback_hosts(str(error))
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +74,7 @@ def losses(run: Path) -> list[float]:
 
 
 def start(*overrides: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOG_DIR")}
+    inherited = {name: value for name, value in os.environ.items() if name not in STEERING}
     return subprocess.Popen(
         [*prefix, str(TORCHRUN), *overrides],
         cwd="/",

@@ -130,6 +130,7 @@ def read_rows_cache(changed: Path) -> None:
 
     split = Corpus.open("corpus").split("train")
     rows = TokenSequences(split, SEQUENCE, packing="best_fit", cache=Path("cache"))
+    assert len(rows) == len(TokenSequences(split, SEQUENCE, packing="best_fit")), "other rows"
     rows.get(np.arange(min(len(rows), FEW_ROWS)))
     rows.get(np.arange(max(0, len(rows) - FEW_ROWS), len(rows)))
 
@@ -330,7 +331,7 @@ READERS: dict[str, Reader] = {
     "corpus_shard": _of_corpora(_SHARD, "tar"),
     "corpus_tokenizer": _of_corpora("tokenizer.model", "sentencepiece"),
     "corpus_stamps": Reader({"corpus/.verified.json": "json"}, read_corpus, ("cache",)),
-    "rows_cache": Reader({"cache/rows/*.npy": "npy"}, read_rows_cache, ("corpus",)),
+    "rows_cache": Reader({"cache/rows/*.counts": "bytes"}, read_rows_cache, ("corpus",)),
     "checkpoint_manifest": _of_checkpoints({f"{folder}/manifest.json": "json" for folder in _CHECKPOINTS}),
     "checkpoint_tensors": _of_checkpoints(
         {f"{f}/{name}": "safetensors" for f, name in zip(_CHECKPOINTS, _TENSORS, strict=True)}

@@ -11,6 +11,7 @@ import sysconfig
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from llmtrain import torchrun
 from llmtrain.errors import ConfigError
 from llmtrain.parallel import hosts
-from llmtrain.parallel.hosts import Hosts, Route
+from llmtrain.parallel.hosts import Hosts
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
@@ -40,13 +41,14 @@ def test_one_host_by_default():
 
 def test_one_host_ignores_what_names_a_cluster():
     """Containers and job shells often carry MASTER_ADDR of something else."""
-    found = hosts.hosts_from_environment({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"})
-    assert (found.num_nodes, found.address, found.port) == (1, "127.0.0.1", 0)
+    for names in ({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}, {"RDZV_ENDPOINT": "elsewhere:1"}):
+        found = hosts.hosts_from_environment(names)
+        assert (found.num_nodes, found.node_rank, found.address, found.port) == (1, 0, "127.0.0.1", 0)
 
 
 def test_hosts_with_ranks_known_beforehand():
     environment = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "2"}
-    expected = hosts.Hosts(2, 4, 3, "node0", hosts.DEFAULT_PORT, "static")
+    expected = hosts.Hosts(2, 4, 3, "node0", hosts.DEFAULT_PORT)
     assert hosts.hosts_from_environment(environment) == expected
     assert hosts.hosts_from_environment({**environment, "MASTER_PORT": "4321"}).port == 4321
 
@@ -57,7 +59,7 @@ def test_hosts_with_ranks_known_beforehand():
 )
 def test_hosts_that_number_themselves(endpoint: str, address: str, port: int):
     found = hosts.hosts_from_environment({"NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job7"})
-    assert found == hosts.Hosts(None, 2, None, address, port, "c10d", "job7")
+    assert found == hosts.Hosts(None, 2, None, address, port, "job7")
 
 
 def test_mistakes_in_the_environment_are_told_together():
@@ -75,6 +77,46 @@ def test_route_to_this_host():
     assert interface in [name for _, name in socket.if_nameindex()]
 
 
+@pytest.mark.parametrize("name", hosts.LOCALHOST)
+def test_localhost_stays_on_the_loopback(name: str):
+    """Not so this machine's own name, under which others may reach it."""
+    assert hosts.route_to(name) == hosts.route_to("127.0.0.1")
+    assert hosts.as_reached(name) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("", "198.51.100.2"), ("cluster0", "10.0.0.2"), ("no-such0", "198.51.100.2")]
+)
+def test_a_name_that_leads_to_the_loopback_takes_an_interface_that_others_reach(
+    chosen: str, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As of a Debian machine with one public and one private network."""
+
+    class Entry(NamedTuple):
+        address: str
+        family: int = socket.AF_INET
+
+    addresses = {"lo": "127.0.0.1", "public0": "198.51.100.2", "cluster0": "10.0.0.2"}
+    own = {"127.0.1.1": "127.0.0.1", "192.0.2.1": "198.51.100.2"}
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 2, 17, "", ("127.0.1.1", 9))]
+    )
+    monkeypatch.setattr(hosts, "_own_address", lambda _, towards: own[towards])
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: {name: [Entry(a)] for name, a in addresses.items()})
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+    interface = next(name for name, address in addresses.items() if address == expected)
+    assert hosts.route_to("machine") == (interface, expected, True)
+    assert hosts.as_reached("machine") == expected
+
+
+def test_an_interface_that_the_user_names_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    hosts.keep_to("eth0")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert os.environ.pop("NCCL_SOCKET_IFNAME") == "=eth0"
+
+
 def test_a_host_that_cannot_be_resolved():
     with pytest.raises(ConfigError, match="resolve"):
         hosts.route_to("no-such-host.invalid")
@@ -82,18 +124,11 @@ def test_a_host_that_cannot_be_resolved():
         hosts.route_to("no-such-host.invalid", "RDZV_ENDPOINT")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_that_is_taken_is_refused_with_its_number(address: str):
-    with socket.create_server((address, 0)) as holder:
-        port = holder.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"MASTER_PORT: got {port}, .*in use.*another MASTER_PORT"):
-            hosts.refuse_taken(port)
-    hosts.refuse_taken(port)
-
-
 @pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.2\r\n", b""])
 def test_a_port_that_another_program_answers_on_is_refused(greeting: bytes, monkeypatch: pytest.MonkeyPatch):
     """torch's store waits for its word without end."""
+    from llmtrain.parallel.rendezvous import Rendezvous
+
     monkeypatch.setattr(hosts, "ANSWER_SECONDS", 1)
     connections = []
 
@@ -106,26 +141,9 @@ def test_a_port_that_another_program_answers_on_is_refused(greeting: bytes, monk
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         Thread(target=answer, daemon=True).start()
-        with pytest.raises(ConfigError, match=rf"RDZV_ENDPOINT: got {port} of 127\.0\.0\.1, where another"):
-            torchrun._meet_host(Hosts(port=port), Route("lo", "127.0.0.1", True), 10)
-        with pytest.raises(ConfigError, match=rf"MASTER_PORT: got {port} of 127\.0\.0\.1, where another"):
-            torchrun._meet_host(
-                Hosts(num_nodes=2, node_rank=1, port=port, backend="static"),
-                Route("lo", "127.0.0.1", True),
-                10,
-            )
-
-
-def test_a_store_of_torch_is_met():
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for started in (
-        Hosts(port=store.port),
-        Hosts(num_nodes=2, node_rank=1, port=store.port, backend="static"),
-    ):
-        torchrun._meet_host(started, Route("lo", "127.0.0.1", True), 10)
-    store.set("key", "value")
+        for variable, node_rank in (("RDZV_ENDPOINT", None), ("MASTER_PORT", 1)):
+            with pytest.raises(ConfigError, match=rf"{variable}: got {port} of 127\.0\.0\.1, where another"):
+                Rendezvous(Hosts(1, 2, node_rank, port=port), hosts.route_to("127.0.0.1"), 10)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +200,30 @@ def test_earlier_logs_are_kept(tmp_path: Path):
         log.write_text(launch)
     kept = [(tmp_path / name).read_text() for name in ("rank0.1.log", "rank0.2.log", "rank0.log")]
     assert kept == ["first", "second", "third"]
+
+
+def test_a_link_that_waits_for_a_log_is_moved_aside(tmp_path: Path):
+    log, elsewhere = tmp_path / "rank0.log", tmp_path / "elsewhere"
+    log.symlink_to(elsewhere)
+    torchrun.keep_previous(log)
+    log.write_text("ours")
+    assert not elsewhere.exists()
+
+
+def test_logs_that_are_a_link_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "logs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        ConfigError, match=r"logs: got a link to .*elsewhere; allowed: a folder of the run's own"
+    ):
+        torchrun.launch([f"run.dir={tmp_path}"], {})
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_report_that_is_none_tells_no_exit_code(tmp_path: Path):
+    (tmp_path / ".exit-code-of-node-0").write_text("many")
+    (tmp_path / ".exit-code-of-node-1").write_text("2\n")
+    assert torchrun.job_exit_code(tmp_path) == 2
 
 
 def test_mistakes_need_no_torch():

@@ -8,9 +8,11 @@ that hold nothing but white space.
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -27,6 +29,9 @@ _SEPARATOR_TOO = _CONTROLS + SEPARATOR_BYTE
 _CONTROLS_C1 = re.compile(rb"\xc2[\x80-\x9f]")  # U+0080 to U+009F in UTF-8
 _SENTENCEPIECE_SPACE = "▁".encode()
 _SURROGATES = re.compile("[\ud800-\udfff]")
+LONGEST_MARKS = 256
+"""Combining marks in a row that are put in order together. Unicode's own limit for streams is 30; putting n
+of them in order takes n² steps."""
 
 
 @dataclass
@@ -174,9 +179,38 @@ def _clean_beyond_ascii(joined: bytes, normalization: str, counts: CleanCounts) 
         return joined
     form = normalization.upper()
     text = joined.decode() if removed or replaced else text
-    if unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
+    normalize = _normalized_in_pieces if _has_many_marks(text) else unicodedata.normalize
+    # It takes as long as to normalize, where marks may be out of order.
+    if normalize is unicodedata.normalize and unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
         return joined
     documents = text.split(SEPARATOR)
-    normalized = [unicodedata.normalize(form, document) for document in documents]  # type: ignore[arg-type]
+    normalized = [normalize(form, document) for document in documents]  # type: ignore[arg-type]
     counts.documents_normalized += sum(a != b for a, b in zip(documents, normalized, strict=True))
     return SEPARATOR.join(normalized).encode()
+
+
+def _has_many_marks(text: str) -> bool:
+    """Whether more than LONGEST_MARKS combining marks may stand in a row: then two in a row of every
+    LONGEST_MARKS // 2th character are some."""
+    some = text[:: LONGEST_MARKS // 2]
+    if some.isascii():
+        return False
+    are_marks = _is_mark()[np.frombuffer(some.encode("utf-32-le"), "<u4")]
+    return bool((are_marks[1:] & are_marks[:-1]).any())
+
+
+@lru_cache
+def _is_mark() -> np.ndarray:
+    """For each character whether it combines with others."""
+    return np.array([unicodedata.combining(chr(code)) != 0 for code in range(sys.maxunicode + 1)])
+
+
+def _normalized_in_pieces(form: str, text: str) -> str:
+    """Normalized but for runs of marks, of which LONGEST_MARKS at a time are put in order."""
+    pieces, start, marks = [], 0, 0
+    for place, character in enumerate(text):
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > LONGEST_MARKS:
+            pieces.append(unicodedata.normalize(form, text[start:place]))  # type: ignore[arg-type]
+            start, marks = place, 1
+    return "".join(pieces) + unicodedata.normalize(form, text[start:])  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.clean import CleanCounts
 from llmtrain.data.preparation.opening import open_source
+from llmtrain.data.preparation.scan import brief
 from llmtrain.data.preparation.streams import SourceFile, Texts, missing_field, refuse_wide
 from llmtrain.errors import DataError, Problem
 
@@ -38,13 +39,13 @@ def read_delimited(
         for line, row in reading:
             if len(row) != width:
                 raise _other_width(file, line, row, width, quoted)
-            batch.append(row)
-            size += sum(len(row[place]) for place in places)
-            if size >= streams.BATCH_BYTES:
-                yield rows.columns(batch, places)
+            batch.append([row[place] for place in places])
+            size += sum(map(len, batch[-1]))
+            if size >= streams.BATCH_BYTES or len(batch) >= streams.BATCH_DOCUMENTS:
+                yield rows.columns(batch)
                 batch, size = [], 0
         if batch:
-            yield rows.columns(batch, places)
+            yield rows.columns(batch)
 
 
 @dataclass
@@ -59,11 +60,13 @@ class _Rows:
     """Where in the file the first value stands whose lines look like rows."""
     spaced: bool = False
     """A space behind each delimiter is the file's style, as its first line shows."""
+    bytes_of_row: int = 0
+    """In the lines that were read for the row that is not whole yet."""
 
     def read(self, stream: Any) -> Iterator[tuple[int, list[str]]]:
         """(its first line's number, values) of each row that is no blank line."""
         delimiter = "\t" if self.file.kind == "tsv" else ","
-        lines = self._lines(stream)
+        lines = self._lines_of_rows(stream, delimiter)
         first = next(lines, "")
         self.spaced = (
             self.quoted
@@ -86,22 +89,34 @@ class _Rows:
                 raise self._error(error, line + 1, rows.line_num, delimiter) from error
             if row is None:
                 return
+            self.bytes_of_row = 0
             if row:
                 if rows.line_num > line + 1:
                     self._count_like_rows(row, line + 1, delimiter)
                 yield line + 1, row
             line = rows.line_num
 
-    def columns(self, rows: list[list[str]], places: Sequence[int]) -> list[Texts]:
+    def columns(self, rows: list[list[str]]) -> list[Texts]:
         columns: list[Texts] = []
-        for place in places:
-            texts = [row[place] for row in rows]
+        for texts in zip(*rows, strict=True):
             if not self.quoted:
                 self.counts.quotes_kept += sum(
                     text[:1] == '"' and text[-1:] == '"' and len(text) > 1 for text in texts
                 )
             columns.append([text.encode("latin-1") for text in texts])
         return columns
+
+    def _lines_of_rows(self, stream: Any, delimiter: str) -> Iterator[str]:
+        """The lines, while the row that they make is one that memory holds. Raises csv.Error for one of too
+        many lines, which quotes alone can make."""
+        for number, line in enumerate(self._lines(stream), 1):
+            self.bytes_of_row += len(line)
+            if self.bytes_of_row > streams.LONGEST_LINE:
+                raise csv.Error(f"a row of more than {streams.LONGEST_LINE >> 20} MiB")
+            if len(line) > streams.MOST_VALUES and line.count(delimiter) > streams.MOST_VALUES:
+                got = f"a row of more than {streams.MOST_VALUES:,} values"
+                raise DataError(Problem(f"{self.file.name} line {number}", got, "fewer"))
+            yield line
 
     def _lines(self, stream: Any) -> Iterator[str]:
         text = io.TextIOWrapper(stream, encoding="latin-1", newline="")
@@ -177,7 +192,9 @@ def _places(file: SourceFile, header: list[str], names: Sequence[str], quoted: b
         if not quoted and any(name.startswith('"') for name in header):
             got = f"no field {', '.join(names)}"
             raise DataError(
-                Problem(where, got, ", ".join(header[:24]), "quoting=double if values stand in quotes")
+                Problem(
+                    where, got, ", ".join(map(brief, header[:24])), "quoting=double if values stand in quotes"
+                )
             )
         raise missing_field(where, names, header)
     for name in names:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,9 +33,10 @@ def locked_output(output: Path, peers: Peers) -> Iterator[None]:
             descriptor = _open_output(output)
             _lock(descriptor, output)
             _refuse_taken(output)
+        _refuse_others_work(output / UNFINISHED_NAME, may_remove=peers.rank == 0)
         if peers.size > 1:
             if descriptor is not None:
-                (output / UNFINISHED_NAME).mkdir(exist_ok=True)
+                _make_work(output / UNFINISHED_NAME)
                 _lock(descriptor, output, shared=True)
             peers.meet()
             if descriptor is None:
@@ -77,13 +80,43 @@ def _refuse_taken(output: Path) -> None:
         raise DataError(Problem(str(output), got, "an empty or new folder", "choose another output"))
 
 
+def _refuse_others_work(work: Path, may_remove: bool = True) -> None:
+    """Raise DataError for unfinished work that is not this user's own: who may write there can let any name
+    in it lead to another file of the user, which is then written over. Work of earlier versions, in which
+    others may write, goes."""
+    try:
+        status = os.lstat(work)
+    except FileNotFoundError:
+        return
+    # Some file systems know no owners, or no modes: what a new folder is told to be says so.
+    new = Path(tempfile.mkdtemp(prefix=".", dir=work.parent))
+    own = os.lstat(new)
+    new.rmdir()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != own.st_uid:
+        got = "a link" if stat.S_ISLNK(status.st_mode) else "what is no folder of this user"
+        allowed = "unfinished work of this user"
+        raise DataError(Problem(str(work), got, allowed, "remove it, or choose another output"))
+    more = status.st_mode & ~own.st_mode
+    if may_remove and more & (stat.S_IWGRP | stat.S_IWOTH):
+        shutil.rmtree(work)
+    elif may_remove and more & (stat.S_IRWXG | stat.S_IRWXO):
+        work.chmod(stat.S_IRWXU)
+
+
+def _make_work(work: Path) -> None:
+    """Make the folder of unfinished work, for this user alone, unless there is one."""
+    _refuse_others_work(work)
+    if not os.path.lexists(work):
+        work.mkdir(stat.S_IRWXU)
+
+
 def open_work(work: Path, request: dict[str, Any], progress: Progress) -> None:
     """Make the folder of unfinished work, or empty it when it was made for another request."""
+    _make_work(work)
     path = work / "request.json"
     if path.exists() and json.loads(path.read_text()) == request:
         progress.say(f"going on with the unfinished work in {work}")
         return
-    work.mkdir(exist_ok=True)
     _empty(work)
     write_json_atomically(path, request)
 

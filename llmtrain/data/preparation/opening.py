@@ -8,12 +8,12 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import open_regular
 
 if TYPE_CHECKING:
     from llmtrain.data.preparation.streams import SourceFile
@@ -23,7 +23,16 @@ LONGEST_WINDOW = 1 << 31
 """Bytes of earlier text that a .zst may refer to, which are held while it is read; zstd's own limit."""
 COMMON_WINDOW = 128 << 20
 """What zstd reads without being told."""
+UNPACKED_TIMES = 256
+"""Most bytes that a byte of a compressed file may stand for: text packs to a tenth, logs that repeat
+themselves to a hundredth; a file that is made to fill disks, to a thousandth and less."""
+UNPACKED_BYTES = 256 << 20
+"""So much may stand in any compressed file, however small: it fits on every disk."""
+GZIP_MAGIC = b"\x1f\x8b"
 _FRAME_HEADER_BYTES = 18
+_ZSTD_INPUT_BYTES = 2048
+"""Given to zstd at a time. Four bytes may stand for 128 KiB, so what comes back is 64 MiB at most; larger
+pieces are not faster."""
 
 
 class BadZstdError(Exception):
@@ -35,6 +44,24 @@ def open_source(file: SourceFile) -> IO[bytes]:
     return io.BufferedReader(_SourceBytes(file), BUFFER_BYTES)
 
 
+class Allowance:
+    """How many bytes a packed file of `size` bytes may still give; `what` follows their number in the
+    message, and `where` names the file."""
+
+    def __init__(self, where: str, size: int, what: str = "bytes of unpacked data") -> None:
+        self._where, self._size, self._what = where, size, what
+        self._most = self._left = max(UNPACKED_BYTES, UNPACKED_TIMES * size)
+
+    def take(self, count: int) -> None:
+        """Raises DataError once the file has given more than it may."""
+        self._left -= count
+        if self._left < 0:
+            got = f"more than {self._most:,} {self._what} from a file of {self._size:,} bytes"
+            allowed = f"{UNPACKED_TIMES} for each byte of the file, or {UNPACKED_BYTES >> 20} MiB"
+            remedy = "unpack it into files of plain text, if that is what it should hold"
+            raise DataError(Problem(self._where, got, allowed, remedy))
+
+
 @contextmanager
 def reading(file: SourceFile) -> Iterator[None]:
     """Turn what goes wrong while a source's bytes are read into a DataError that names it."""
@@ -44,13 +71,15 @@ def reading(file: SourceFile) -> Iterator[None]:
         got = f"damaged .{file.compression} data ({error})"
         raise DataError(Problem(file.name, got, "", "copy or download it again")) from error
     except MemoryError as error:
-        raise DataError(
-            Problem(file.name, "more than the memory that is left", "", "lower workers")
-        ) from error
+        raise out_of_memory(file) from error
     except OSError as error:
         raise DataError(
             Problem(file.name, error.strerror or str(error), "a file that can be read")
         ) from error
+
+
+def out_of_memory(file: SourceFile) -> DataError:
+    return DataError(Problem(file.name, "more than the memory that is left", "", "lower workers"))
 
 
 def refuse_changed(file: SourceFile) -> None:
@@ -85,13 +114,26 @@ def refuse_long_windows(files: Sequence[SourceFile], workers: int) -> list[str]:
     return [f"{what}: a worker holds as much memory while it reads one"]
 
 
+def unpacked(packed: IO[bytes], compression: str, where: str, size: int) -> Any:
+    """The raw stream of what is packed in another, which it closes with itself; `packed` where nothing is.
+
+    It raises EOFError, OSError, zlib.error and BadZstdError for damaged data, and DataError, with `where`,
+    once it gives more than a file of `size` bytes may.
+    """
+    if not compression:
+        return packed
+    stream = _GzipStream(packed) if compression == "gz" else _ZstdStream(packed)
+    return _Unpacked(stream, Allowance(where, size))
+
+
 class _SourceBytes(io.RawIOBase):
     """The raw stream under `open_source`."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
         with reading(file):
-            self._stream: Any = _OPEN[file.compression](file.path)
+            packed = open(file.path, "rb", -1 if file.compression else 0, opener=open_regular)  # noqa: SIM115
+            self._stream: Any = unpacked(packed, file.compression, file.name, file.size)
 
     def readable(self) -> bool:
         return True
@@ -112,15 +154,45 @@ class _SourceBytes(io.RawIOBase):
         super().close()
 
 
+class _Unpacked(io.RawIOBase):
+    def __init__(self, stream: Any, allowance: Allowance) -> None:
+        self._stream, self._allowance = stream, allowance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._allowance.take(count)
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _GzipStream(gzip.GzipFile):
+    """The module's own leaves a file open that it has not opened."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        super().__init__(fileobj=packed, mode="rb")
+        self._packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self._packed.close()
+
+
 class _ZstdStream(io.RawIOBase):
     """Decompressed bytes of a .zst, of any number of frames; unlike zstandard's own reader it raises
     when the file ends inside a frame."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, packed: IO[bytes]) -> None:
         import zstandard
 
         self._zstandard = zstandard
-        self._file = open(path, "rb")  # noqa: SIM115
+        self._file = packed
+        self._window = 0
         self._frame: Any = None
         self._output = memoryview(b"")
 
@@ -131,13 +203,17 @@ class _ZstdStream(io.RawIOBase):
         while not self._output:
             data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             if self._frame is None or self._frame.eof:
-                data = data or self._file.read(1 << 14)
+                data = data or self._file.read(_ZSTD_INPUT_BYTES)
                 if not data:
                     return 0
-                decompressor = self._zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
+                # The first frame's window was compared with what is free; no later one may take more.
+                self._window = self._window or max(_window_of(data), COMMON_WINDOW)
+                if self._window > max(COMMON_WINDOW, psutil.virtual_memory().available):
+                    raise MemoryError
+                decompressor = self._zstandard.ZstdDecompressor(max_window_size=self._window)
                 self._frame = decompressor.decompressobj()
             else:
-                data = self._file.read(1 << 14)
+                data = self._file.read(_ZSTD_INPUT_BYTES)
                 if not data:
                     raise BadZstdError("it ends inside a frame")
             try:
@@ -156,20 +232,17 @@ class _ZstdStream(io.RawIOBase):
         super().close()
 
 
-_OPEN: dict[str, Any] = {
-    "": io.FileIO,
-    "gz": gzip.GzipFile,
-    "zst": _ZstdStream,
-}
-
-
 def _window_bytes(file: SourceFile) -> int:
-    """The window of the first frame of a .zst; 0 for what is no frame, which its reader tells."""
+    with reading(file), open(file.path, "rb", opener=open_regular) as stream:
+        return _window_of(stream.read(_FRAME_HEADER_BYTES))
+
+
+def _window_of(header: bytes) -> int:
+    """The window of the .zst frame that begins so, as far as one may be; 0 for what is no frame, which its
+    reader tells."""
     import zstandard
 
-    with reading(file), open(file.path, "rb") as stream:
-        header = stream.read(_FRAME_HEADER_BYTES)
     try:
-        return int(zstandard.get_frame_parameters(header).window_size)
+        return min(int(zstandard.get_frame_parameters(header).window_size), LONGEST_WINDOW)
     except zstandard.ZstdError:
         return 0

@@ -14,14 +14,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmtrain.errors import Problem
+from llmtrain.errors import Problem, printable
 
 _SHOWN = 8
+_LONGEST_SHOWN = 200
+"""Characters of a name from within a file: there it may be as long as the file."""
 
 
 def shown(name: str | Path) -> str:
-    """A file's name as text: bytes that are no UTF-8 as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name as text: bytes that are no UTF-8, and what would steer a terminal, as escapes."""
+    return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def brief(name: str) -> str:
+    """A name from within a file as text, cut where it is long."""
+    cut = name if len(name) <= _LONGEST_SHOWN else name[:_LONGEST_SHOWN] + "…"
+    return printable(cut).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def look(path: Path) -> os.stat_result | None:

@@ -22,12 +22,13 @@ import xxhash
 
 from llmtrain.data.packages import PREFIX, package_root
 from llmtrain.data.preparation import remote, streams
-from llmtrain.data.preparation.opening import open_source, reading
-from llmtrain.data.preparation.parquet import open_parquet
+from llmtrain.data.preparation.opening import reading
+from llmtrain.data.preparation.parquet import row_group_sizes
 from llmtrain.data.preparation.scan import LeftOut, Scan, look, scan_problem, shown
 from llmtrain.data.preparation.streams import COLUMNS, Part, SourceFile, Unit
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import open_regular
 from llmtrain.urls import without_credentials
 
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet", "tar")
@@ -218,7 +219,7 @@ def _piece_digest(piece: tuple[SourceFile, int]) -> bytes:
     if file.url:
         return file.version.encode() if not start else b""
     digest = xxhash.xxh3_128()
-    with reading(file), open(file.path, "rb", buffering=0) as stream:
+    with reading(file), open(file.path, "rb", buffering=0, opener=open_regular) as stream:
         stream.seek(start)
         left = _PIECE_BYTES
         while left and (data := stream.read(min(left, streams.BATCH_BYTES))):
@@ -264,11 +265,10 @@ def _parts(files: Iterable[SourceFile], txt_document: str) -> Iterator[tuple[Par
 
 
 def _row_group_parts(file: SourceFile) -> Iterator[tuple[Part, int]]:
-    with open_source(file) as stream:
-        metadata = open_parquet(file, stream).metadata
+    sizes = row_group_sizes(file)
     start, size = 0, 0
-    for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).total_byte_size
-        if size >= streams.UNIT_BYTES or group == metadata.num_row_groups - 1:
+    for group, group_size in enumerate(sizes):
+        size += group_size
+        if size >= streams.UNIT_BYTES or group == len(sizes) - 1:
             yield Part(file, start, group + 1), size
             start, size = group + 1, 0

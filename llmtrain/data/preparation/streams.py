@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from llmtrain.data.preparation.opening import open_source
+from llmtrain.data.preparation.scan import brief
 from llmtrain.errors import DataError, Problem
 
 # Fixed, because .txt documents of `auto` are packed anew at each border: a file's documents then
@@ -21,6 +22,10 @@ from llmtrain.errors import DataError, Problem
 UNIT_BYTES = 16 << 20
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 256 << 20
+MOST_VALUES = 4 << 20
+"""In an object or a row: three bytes of a file may make a value that takes 70 in memory."""
+BATCH_DOCUMENTS = 1 << 16
+"""In a batch at most: an empty document takes memory too."""
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
 
 
@@ -154,16 +159,18 @@ def refuse_wide(data: bytes, where: str) -> None:
     something else. Its spaces and line ends have zero bytes, at places of one remainder by 2 or 4."""
     if b"\0" not in data:
         return
-    zeros = np.flatnonzero(np.frombuffer(data, np.uint8) == 0)
-    region = int(zeros[-1] - zeros[0]) + 1
-    counts = np.bincount(zeros % 4, minlength=4)
+    # A byte for each byte: their places would take eight, and a line may be long.
+    is_zero = np.frombuffer(data, np.uint8) == 0
+    region = len(data) - int(np.argmax(is_zero)) - int(np.argmax(is_zero[::-1]))
+    counts = np.array([np.count_nonzero(is_zero[start::4]) for start in range(4)])
+    zeros = int(counts.sum())
     low, second, _, high = np.sort(counts)
-    few = 3 if 8 * len(zeros) >= region else 8
-    by_two = max(counts[::2].sum(), counts[1::2].sum()) >= 0.95 * len(zeros)
-    utf_16 = by_two and len(zeros) >= few and 25 * len(zeros) >= region
-    utf_32 = low <= 0.05 * high and second >= 0.5 * high and len(zeros) >= 6 and 2 * len(zeros) >= region
+    few = 3 if 8 * zeros >= region else 8
+    by_two = max(counts[::2].sum(), counts[1::2].sum()) >= 0.95 * zeros
+    utf_16 = by_two and zeros >= few and 25 * zeros >= region
+    utf_32 = low <= 0.05 * high and second >= 0.5 * high and zeros >= 6 and 2 * zeros >= region
     if utf_16 or utf_32:
-        got = f"text in UTF-{32 if utf_32 else 16}, it seems: {len(zeros):,} zero bytes at even distances"
+        got = f"text in UTF-{32 if utf_32 else 16}, it seems: {zeros:,} zero bytes at even distances"
         raise DataError(Problem(where, got, "UTF-8", "convert it, with iconv say"))
 
 
@@ -194,5 +201,5 @@ def missing_field(where: str, wanted: Sequence[str], fields: Sequence[str]) -> D
     """wanted: names of the texts' fields, or of the sources' and the targets'; one is not among `fields`."""
     missing = next(number for number, name in enumerate(wanted) if name not in fields)
     remedy = f"set {('text_field', 'target_field')[missing]}=…"
-    allowed = ", ".join(fields[:24]) or "(no fields)"
+    allowed = ", ".join(map(brief, fields[:24])) or "(no fields)"
     return DataError(Problem(where, f"no field {wanted[missing]}", allowed, remedy))

@@ -11,28 +11,32 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from llmtrain.data.preparation import streams
-from llmtrain.data.preparation.scan import shown
-from llmtrain.data.preparation.streams import SourceFile
+from llmtrain.data.preparation.scan import brief
 from llmtrain.errors import DataError, Problem
 
 BLOCK = tarfile.BLOCKSIZE
+LONGEST_HEADER = 1 << 20
+"""Of an extended header: a name has 4,096 bytes at most, an attribute 64 KiB."""
+_RECORDS = (b"path", b"size")
+_SPARSE = b"GNU.sparse."
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _AGAIN = "copy or download it again"
 
 
 def tar_members(
-    stream: IO[bytes], file: SourceFile, wanted: Callable[[str], bool]
+    stream: IO[bytes], where: str, wanted: Callable[[str], bool], largest: int | None = None
 ) -> Iterator[tuple[str, bytes | None]]:
-    """(name, content) of every member but folders; no content for what is no file or not `wanted`.
+    """(name, content) of every member but folders; no content for what is no file or not `wanted`. `where`
+    names the tar; a member of more than `largest` bytes, LONGEST_LINE by default, is an error.
 
     Raises DataError for whatever may hide a member.
     """
-    return _Tar(stream, file).members(wanted)
+    return _Tar(stream, where, largest or streams.LONGEST_LINE).members(wanted)
 
 
 class _Tar:
-    def __init__(self, stream: IO[bytes], file: SourceFile) -> None:
-        self._stream, self._file = stream, file
+    def __init__(self, stream: IO[bytes], where: str, largest: int) -> None:
+        self._stream, self._where, self._largest = stream, where, largest
         self._offset = 0
 
     def members(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
@@ -57,13 +61,13 @@ class _Tar:
                 raise self._truncated("its list of members: no end mark")
             member = self._member(header, ended)
             ended = False
-            what = f"member {shown(member.name)}"
+            what = f"member {brief(member.name)}"
             if member.type == tarfile.GNUTYPE_LONGNAME:
-                own["path"] = _text(self._content(member.size, what).rstrip(b"\0"))
+                own["path"] = _text(self._header(member.size, what).rstrip(b"\0"))
             elif member.type == tarfile.XGLTYPE:
-                common |= self._records(self._content(member.size, what))
+                common |= self._records(self._header(member.size, what))
             elif member.type in _EXTENSIONS:
-                own |= self._records(self._content(member.size, what))
+                own |= self._records(self._header(member.size, what))
             elif member.type == tarfile.GNUTYPE_LONGLINK:
                 self._skip(member.size, what)
             else:
@@ -75,9 +79,9 @@ class _Tar:
     ) -> Iterator[tuple[str, bytes | None]]:
         """A member that stands for itself, with what its extended headers say of it."""
         name = records.get("path", member.name)
-        what = f"member {shown(name)}"
+        what = f"member {brief(name)}"
         size = self._size(records["size"]) if "size" in records else member.size
-        if member.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
+        if member.type == tarfile.GNUTYPE_SPARSE or "sparse" in records:
             got = f"{what} that is sparse"
             raise self._error(got, "files with all of their bytes", "pack it without --sparse")
         if member.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
@@ -109,17 +113,27 @@ class _Tar:
         return int(text)
 
     def _records(self, data: bytes) -> dict[str, str]:
-        """POSIX.1-2001 extended header: records `LENGTH KEY=VALUE\\n`."""
+        """What counts of a POSIX.1-2001 extended header: records `LENGTH KEY=VALUE\\n`."""
         records: dict[str, str] = {}
-        while data:
-            length, space, _ = data.partition(b" ")
-            is_number = space and length.isdigit() and len(length) < 10
-            if not is_number or not len(length) + 3 <= int(length) <= len(data):
+        start = 0
+        while start < len(data):
+            space = data.find(b" ", start, start + 10)
+            length = data[start:space] if space > 0 else b""
+            if not length.isdigit() or not len(length) + 3 <= int(length) <= len(data) - start:
                 raise self._error("a damaged tar (an extended header)", "a tar", _AGAIN)
-            key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-            records[key.decode("utf-8", "replace")] = _text(value)
-            data = data[int(length) :]
+            key, _, value = data[space + 1 : start + int(length) - 1].partition(b"=")
+            if key in _RECORDS:
+                records[key.decode()] = _text(value)
+            elif key.startswith(_SPARSE):
+                records["sparse"] = ""
+            start += int(length)
         return records
+
+    def _header(self, size: int, what: str) -> bytes:
+        if size > LONGEST_HEADER:
+            got = f"{what}, an extended header of {size:,} bytes"
+            raise self._error(got, f"{LONGEST_HEADER:,}", "pack it again without extended attributes")
+        return self._content(size, what)
 
     def _read(self, count: int, what: str) -> bytes:
         data = self._stream.read(count)
@@ -129,8 +143,8 @@ class _Tar:
         return data
 
     def _content(self, size: int, what: str) -> bytes:
-        if size > streams.LONGEST_LINE:
-            got = f"{what} of more than {streams.LONGEST_LINE >> 20} MiB"
+        if size > self._largest:
+            got = f"{what} of more than {self._largest >> 20} MiB"
             raise self._error(got, "", "cut it into smaller documents")
         return self._read(-(-size // BLOCK) * BLOCK, what)[:size]
 
@@ -144,7 +158,7 @@ class _Tar:
         return self._error(got, "a whole tar", _AGAIN)
 
     def _error(self, got: str, allowed: str = "", remedy: str = "") -> DataError:
-        return DataError(Problem(self._file.name, got, allowed, remedy))
+        return DataError(Problem(self._where, got, allowed, remedy))
 
 
 def _text(data: bytes) -> str:

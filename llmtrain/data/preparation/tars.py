@@ -8,18 +8,18 @@ goes before both.
 from __future__ import annotations
 
 import codecs
-import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from llmtrain.data.npy import parse_array
 from llmtrain.data.preparation import streams
 from llmtrain.data.preparation.clean import CleanCounts
 from llmtrain.data.preparation.opening import open_source
-from llmtrain.data.preparation.scan import shown
+from llmtrain.data.preparation.scan import brief
 from llmtrain.data.preparation.streams import (
     TOKEN_DTYPE,
     Batch,
@@ -56,13 +56,16 @@ def read_tar(
     batch: list[str] | Tokens = []
     size = 0
     with open_source(file) as stream:
-        for documents in _samples(stream, file, text_field, vocabulary, counts):
-            if size >= streams.BATCH_BYTES or type(batch) is not type(documents):
-                if batch:
-                    yield batch
-                batch, size = type(documents)(), 0
-            batch.extend(documents)  # type: ignore[arg-type]
-            size += sum(map(len, documents))
+        for document in _samples(stream, file, text_field, vocabulary, counts):
+            kind = str if isinstance(document, str) else np.ndarray
+            full = size >= streams.BATCH_BYTES or len(batch) >= streams.BATCH_DOCUMENTS
+            if full or (batch and not isinstance(batch[0], kind)):
+                yield batch
+                batch, size = [], 0
+            if not batch:
+                batch = [] if kind is str else Tokens()
+            batch.append(document)  # type: ignore[arg-type]
+            size += len(document)
     if batch:
         yield batch
 
@@ -73,20 +76,20 @@ def _samples(
     text_field: str,
     vocabulary: Vocabulary | None,
     counts: CleanCounts,
-) -> Iterator[list[str] | Tokens]:
-    """The documents of each sample that has any. A second member of one key and ending begins a sample."""
+) -> Iterator[str | np.ndarray]:
+    """The documents of all samples. A second member of one key and ending begins a sample."""
     endings = (*(ARRAYS if vocabulary else ()), *TEXTS)
     wanted = lambda name: not _is_metadata(name) and _key_and_ending(name)[1] in endings  # noqa: E731
     key = ""
     found: dict[str, tuple[str, bytes]] = {}
 
-    def documents() -> list[str] | Tokens:
+    def documents() -> Iterable[str] | Iterable[np.ndarray]:
         chosen = next((ending for ending in endings if ending in found), None)
         if chosen is None:
             return []
         counts.members_ignored += len(found) - 1
         name, data = found[chosen]
-        where = f"{file.name} member {shown(name)}"
+        where = f"{file.name} member {brief(name)}"
         if chosen in ARRAYS:
             assert vocabulary is not None
             return _tokens(data, where, vocabulary)
@@ -94,19 +97,17 @@ def _samples(
         refuse_wide(data, where)
         return [text] if chosen == "txt" else text_of_object(text, where, [text_field], "one JSON object")
 
-    for name, data in tar_members(stream, file, wanted):
+    for name, data in tar_members(stream, file.name, wanted):
         if data is None:
             counts.members_ignored += 1
             continue
         sample, ending = _key_and_ending(name)
         counts.members_repeated += sample == key and ending in found
         if sample != key or ending in found:
-            if made := documents():
-                yield made
+            yield from documents()
             key, found = sample, {}
         found[ending] = (name, data)
-    if made := documents():
-        yield made
+    yield from documents()
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:
@@ -121,36 +122,23 @@ def _is_metadata(name: str) -> bool:
     return stem.startswith("__") and stem.endswith("__") and ending != "txt"
 
 
-def _tokens(data: bytes, where: str, vocabulary: Vocabulary) -> Tokens:
-    ids = _array(data, where)
+def _tokens(data: bytes, where: str, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+    """The documents of an array, one at a time: as a list, many short ones take far more than the array."""
+    try:
+        ids = parse_array(data)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"an array of {ids.dtype} with {ids.ndim} dimensions")
+    except ValueError as error:
+        raise DataError(Problem(where, str(error), "a whole .npy of integers in one dimension")) from error
     if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary.size):
-        wrong = ids[(ids < 0) | (ids >= vocabulary.size)][0]
+        wrong = ids.min() if ids.min() < 0 else ids.max()
         got = f"the token id {wrong}"
         allowed = f"0 to {vocabulary.size - 1}, the vocabulary of tokenizer.model=…"
         raise DataError(Problem(where, got, allowed, "give the tokenizer that made it"))
-    ids = ids.astype(TOKEN_DTYPE)
-    ends = np.flatnonzero(ids == vocabulary.eos_id)
-    pieces = np.split(ids, ends + 1)
-    last = pieces.pop()
-    return Tokens([*(piece[:-1] for piece in pieces), *([last] if len(last) or not pieces else [])])
-
-
-def _array(data: bytes, where: str) -> np.ndarray:
-    """The integers of a .npy, which are looked at only where the header promises what the file holds."""
-    stream = io.BytesIO(data)
-    formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        version = np.lib.format.read_magic(stream)
-        shape, _, dtype = formats[version](stream)
-    except Exception as error:
-        # numpy evaluates the header as Python: whatever is wrong with it may be raised.
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(Problem(where, f"no array ({reason})", "a .npy of token ids")) from error
-    if len(shape) != 1 or dtype.kind not in "iu":
-        got = f"an array of {dtype} with {len(shape)} dimensions"
-        raise DataError(Problem(where, got, "integers in one dimension"))
-    place = stream.tell()
-    if len(data) - place != shape[0] * dtype.itemsize:
-        got = f"{len(data) - place:,} bytes of an array of {shape[0]:,} {dtype}"
-        raise DataError(Problem(where, got, "a whole .npy", "write it again"))
-    return np.frombuffer(data, dtype, offset=place)
+    start: Any = 0
+    for place in range(0, len(ids), streams.BATCH_BYTES):
+        for end in np.flatnonzero(ids[place : place + streams.BATCH_BYTES] == vocabulary.eos_id) + place:
+            yield ids[start:end].astype(TOKEN_DTYPE)
+            start = end + 1
+    if start < len(ids) or not start:
+        yield ids[start:].astype(TOKEN_DTYPE)

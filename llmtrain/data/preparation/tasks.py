@@ -17,6 +17,7 @@ from llmtrain.data.preparation import blocks as block_files
 from llmtrain.data.preparation.blocks import Block, BlockWriter
 from llmtrain.data.preparation.clean import SEPARATOR, CleanCounts, clean, clean_pairs, take_tokenized
 from llmtrain.data.preparation.filters import keep
+from llmtrain.data.preparation.opening import out_of_memory
 from llmtrain.data.preparation.read import read_part, undecodable
 from llmtrain.data.preparation.remote import at_hand
 from llmtrain.data.preparation.streams import Pairs, Tokens, Unit
@@ -61,6 +62,8 @@ def read_unit(
                     count(len(batch.sources if isinstance(batch, Pairs) else batch))
             except UnicodeDecodeError as error:
                 raise undecodable(part) from error
+            except MemoryError as error:
+                raise out_of_memory(part.file) from error
     blocks = [
         [block.path.name, block.num_documents, block.num_bytes, block.is_tokenized]
         for block in writer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 from llmtrain.data.preparation import streams
@@ -21,6 +21,7 @@ from llmtrain.data.preparation.streams import (
     refuse_wide,
 )
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import LONGEST_NUMBER
 
 AUTO_DOCUMENT_BYTES = 4096
 _LINES_AT_ONCE = 4096
@@ -123,12 +124,19 @@ def _whole_paragraph_lines(part: Part) -> Iterator[bytes]:
 
 def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
     """Each line of `file` with that line of `target`. Raises DataError for other numbers of lines."""
-    both = zip_longest(_lines(file), _lines(target))
-    while pairs := list(islice(both, _LINES_AT_ONCE)):
-        if None in pairs[-1]:
-            ours, theirs = (sum(1 for _ in _lines(each)) for each in (file, target))
-            allowed = f"{ours:,}, one for each line of {file.name}"
-            raise DataError(Problem(target.name, f"{theirs:,} lines", allowed))
+    pairs: list[tuple[bytes, bytes]] = []
+    size = 0
+    for ours, theirs in zip_longest(_lines(file), _lines(target)):
+        if ours is None or theirs is None:
+            counts = [sum(1 for _ in _lines(each)) for each in (file, target)]
+            allowed = f"{counts[0]:,}, one for each line of {file.name}"
+            raise DataError(Problem(target.name, f"{counts[1]:,} lines", allowed))
+        pairs.append((ours, theirs))
+        size += len(ours) + len(theirs)
+        if size >= streams.BATCH_BYTES or len(pairs) == _LINES_AT_ONCE:
+            yield Pairs(*map(list, zip(*pairs, strict=True)))
+            pairs, size = [], 0
+    if pairs:
         yield Pairs(*map(list, zip(*pairs, strict=True)))
 
 
@@ -148,6 +156,8 @@ def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
     for offset, data in line_chunks(part):
         lines = data.decode().split("\n")
         try:
+            if len(data) > streams.MOST_VALUES:
+                _refuse_many_values(lines)
             rows = [json.loads(line) for line in lines if line and not line.isspace()]
             if any(data.count(key) > len(rows) for key in keys):
                 # Somewhere is a second one: in what a field holds, or beside the first.
@@ -163,8 +173,18 @@ def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
         yield columns
 
 
+def _refuse_many_values(lines: Sequence[str]) -> None:
+    """Raise ValueError for a long line that may hold more values than memory does."""
+    for line in lines:
+        if len(line) > streams.MOST_VALUES and sum(map(line.count, ",[{")) > streams.MOST_VALUES:
+            raise ValueError(
+                f"more than {streams.MOST_VALUES:,} commas and brackets in {len(line):,} characters"
+            )
+
+
 def parse_object(line: str, names: Sequence[str]) -> Any:
     """What json.loads gives. Raises ValueError for an object with two fields of one of these names."""
+    _refuse_many_values([line])
     top: list[tuple[str, Any]] = []
 
     def take(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -210,8 +230,17 @@ def text_of_object(text: str, where: str, names: Sequence[str], allowed: str) ->
     remedy = "write a line for each, with jq -c '.[]' say" if text.lstrip().startswith("[") else ""
     try:
         row = parse_object(text, names)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise DataError(Problem(where, f"no JSON ({error})", allowed, remedy)) from error
+    except RecursionError as error:
+        got = "brackets within brackets, too many"
+        raise DataError(Problem(where, got, allowed, "write what is in them as text")) from error
+    except ValueError as error:
+        # Python's own text speaks of a setting of Python.
+        got = (
+            f"a number of more than {LONGEST_NUMBER:,} digits" if "int_max_str" in str(error) else str(error)
+        )
+        raise DataError(Problem(where, f"no JSON ({got})", allowed)) from error
     if not isinstance(row, dict):
         raise DataError(Problem(where, f"a JSON {type(row).__name__}", allowed, remedy))
     if not set(names) <= set(row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llmtrain import cli
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.commands import checkpoint as verbs
 from llmtrain.data.mixture import begin
+from tests.support.corpora import write_manifest
 from tests.support.owners import Owner, save
 from tests.support.training import TINY_GPT
 from tests.support.warm import llmtrain
@@ -76,6 +78,30 @@ def test_verify_names_each_damage(copy: Path, capsys: pytest.CaptureFixture[str]
     assert "rank-00000.safetensors has another checksum" in problems[0]
     assert "an altered manifest" in problems[1]
     assert "step-00000005: got no manifest.json" in problems[2]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (0, "tensors: got {"),
+        (1, "model.num_layers: got 2; allowed: no more than its 1"),
+        (14, "got a model of 68,480"),
+    ],
+)
+def test_a_checkpoint_without_its_tensors_is_not_good(
+    copy: Path, kept: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    """Whoever forges a manifest makes its checksum too."""
+    path = list_steps(copy / "checkpoints")[-1]
+    manifest = json.loads((path / "manifest.json").read_text())
+    for kind, entries in manifest["tensors"].items():
+        manifest["tensors"][kind] = dict(list(entries.items())[:kept])
+    if kept == 0:
+        manifest["files"] = []
+    write_manifest(path, manifest)
+    code, lines, problems = call(capsys, "verify", path)
+    assert (code, lines[0].split()[1]) == (2, "damaged")
+    assert said in problems[0]
 
 
 def test_show(run: Path, capsys: pytest.CaptureFixture[str]):

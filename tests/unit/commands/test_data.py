@@ -361,8 +361,8 @@ def test_an_address_that_a_run_names_is_not_fetched_unasked(
         ("config.yaml", "a: [", "config.yaml: got an unreadable file (no YAML: "),
         ("config.yaml", "[1]", "a list in place of a section of keys"),
         ("config.yaml", "a: \x1b[2J", "no YAML: "),
-        ("config.yaml", "a: " + "9" * 10_000, "no YAML: "),
-        ("config.yaml", "a: 2001-99-99", "no YAML: "),
+        ("config.yaml", "a: " + "9" * 10_000, "no YAML: a date or a number"),
+        ("config.yaml", "a: 2001-99-99", "no YAML: a date or a number"),
         ("config.yaml", "[" * 100_000, "got an unreadable file ("),
         ("config.yaml", "a: &a [*a, *a]", "aliases that stand for more than 100,000 values"),
         (

@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import struct
 import subprocess
 import tarfile
@@ -14,6 +15,7 @@ from PIL import Image
 
 from llmtrain.data.datasets import EMPTY
 from llmtrain.data.images import Images
+from llmtrain.data.preparation import opening
 from llmtrain.errors import DataError
 
 
@@ -263,11 +265,95 @@ def test_tars_that_are_none(tmp_path: Path):
     (tmp_path / "b.tar").write_bytes(b"text" * 500)
     write_tar(tmp_path / "c.tar", {})
     for name, message in {
-        "a.tar": "a truncated or damaged tar",
-        "b.tar": "a truncated or damaged tar",
+        "a.tar": "a truncated tar",
+        "b.tar": "a damaged tar",
         "c.tar": "no labelled picture",
         "{d,e}.tar": "d.tar: got no such file",
     }.items():
         with pytest.raises(DataError) as caught:
             Images.open(str(tmp_path / name), "train")
         assert message in str(caught.value)
+
+
+def npy_header(text: bytes, version: bytes = b"\x01\x00") -> bytes:
+    length = len(text).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    return b"\x93NUMPY" + version + length + text
+
+
+def npz() -> bytes:
+    content = io.BytesIO()
+    np.savez_compressed(content, np.zeros(9_000_000, np.uint8))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (npz(), "no array"),
+        (picture(np.array([[None]]), "npy"), "an array of Python's objects"),
+        (picture(np.zeros((30, 30), np.uint8), "npy")[:-1], "899 bytes of an array of 30 × 30 uint8"),
+        (
+            npy_header(b"{'descr':'|u1','fortran_order':False,'shape':(%d,2)}" % 2**60),
+            "0 bytes of an array of",
+        ),
+        (npy_header(b"(" * 60_000), "no array"),
+        (npy_header(b"{'shape':(" + b"1," * 500_000 + b")}", b"\x02\x00"), "no array"),
+        (picture(np.zeros((0, 9), np.uint8), "npy"), "no picture"),
+    ],
+)
+def test_arrays_that_claim_more_than_they_hold(tmp_path: Path, content: bytes, got: str):
+    tar = write_tar(tmp_path / "a.tar", {"k": {"npy": content, "cls": b"1"}})
+    with pytest.raises(DataError) as caught:
+        Images.open(str(tar), "train")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tar}, sample k: got no picture (")
+    assert got in line
+
+
+def test_a_row_or_a_packed_file_of_images_takes_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(opening, "UNPACKED_BYTES", 100_000)
+    row = ",".join(["1"] * 785)
+    for name, rows, got in (
+        ("long.csv", "1," * 10_000, "row 1: got a row of more than 16,384 bytes"),
+        ("digits.csv", "9" * 5000, "row 1: got a value that is no whole number"),
+        ("many.csv.gz", f"{row}\n" * 3000, "many.csv.gz: got more than "),
+    ):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(rows.encode()) if name.endswith("gz") else rows.encode())
+        with pytest.raises(DataError) as caught:
+            Images.open(str(path), "train")
+        assert got in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+def test_packed_tars_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sample = {"npy": picture(np.zeros((28, 28), np.uint8), "npy"), "cls": b"1"}
+    tar = write_tar(tmp_path / "a.tar", {"k": sample})
+    tar.write_bytes(gzip.compress(tar.read_bytes()))
+    assert sum(map(len, open_all_splits(str(tar)))) == 1
+    monkeypatch.setattr(opening, "UNPACKED_BYTES", 2000)
+    tar.write_bytes(gzip.compress(bytes(9_000_000)))
+    with pytest.raises(DataError, match=r"a\.tar: got more than [0-9,]+ bytes of unpacked data"):
+        Images.open(str(tar), "train")
+
+
+def test_members_and_files_that_are_no_files(tmp_path: Path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo("k.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    with pytest.raises(DataError, match="no labelled picture"):
+        Images.open(str(path), "train")
+    member = tarfile.TarInfo("k.png")
+    member.size = 2**63
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(DataError, match=r"a\.tar: got member k\.png of more than 64 MiB"):
+        Images.open(str(path), "train")
+    for name in ("pipe.csv", "pipe.csv.gz", "pipe.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="a pipe, not a file"):
+            Images.open(str(tmp_path / name), "train")

@@ -408,11 +408,11 @@ def test_training_documents_leave_out_duplicates_and_held_out_ones(tmp_path: Pat
 def test_a_source_that_cannot_be_read_is_not_called_unwritable(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    def refuse(path: str, flags: int) -> None:
+        raise PermissionError(13, "Permission denied", path)
 
     # Root may read everything.
-    monkeypatch.setitem(opening._OPEN, "", refuse)
+    monkeypatch.setattr(opening, "open_regular", refuse)
     with pytest.raises(
         DataError, match=r"texts\.jsonl: got Permission denied; allowed: a file that can be read$"
     ):

@@ -1,0 +1,60 @@
+"""Two hosts on one machine: two network namespaces with addresses of their own, joined by a cable.
+
+Both share this machine's name, which leads each of them to its own loopback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two hosts that reach the first at `address`."""
+
+    address: str
+    prefixes: tuple[tuple[str, ...], tuple[str, ...]]
+    """What starts a command on each."""
+
+
+class NoNamespacesError(Exception):
+    """This machine makes no network namespaces, and says why."""
+
+    def __init__(self, reason: str, *, is_kernel: bool) -> None:
+        super().__init__(reason)
+        self.is_kernel = is_kernel
+        """Whether the kernel forbids it, and not only a user or a program that is missing."""
+
+
+@contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """Raises NoNamespacesError."""
+    ip = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if os.geteuid() != 0 or ip is None:
+        raise NoNamespacesError("it needs root and `ip netns` (apt-get install iproute2)", is_kernel=False)
+    names = (f"llmtrain-{os.getpid()}-a", f"llmtrain-{os.getpid()}-b")
+    links = (f"lt{os.getpid()}a", f"lt{os.getpid()}b")
+    commands = [["netns", "add", name] for name in names]
+    commands.append(["link", "add", links[0], "type", "veth", "peer", "name", links[1]])
+    for name, link, address in zip(names, links, ADDRESSES, strict=True):
+        commands.append(["link", "set", link, "netns", name])
+        commands.append(["-n", name, "address", "add", f"{address}/24", "dev", link])
+        commands.append(["-n", name, "link", "set", link, "up"])
+        commands.append(["-n", name, "link", "set", "lo", "up"])
+    try:
+        for command in commands:
+            done = subprocess.run([ip, *command], capture_output=True, text=True)
+            if done.returncode:
+                raise NoNamespacesError(f"ip {' '.join(command)}: {done.stderr.strip()}", is_kernel=True)
+        first, second = ((ip, "netns", "exec", name) for name in names)
+        yield Hosts(ADDRESSES[0], (first, second))
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "delete", name], capture_output=True)
