@@ -303,6 +303,11 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+def short(text: str) -> str:
+    """Return a name as messages show it, in part where it is long."""
+    return text if len(text) <= 120 else f"{text[:117]}…"
+
+
 def _type_name(hint: Any) -> str:
     names = {
         int: "a whole number",

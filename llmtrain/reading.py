@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmtrain.config import decode_json
+from llmtrain.config import decode_json, show
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.files import open_regular
 
@@ -26,6 +27,8 @@ MOST_PROBLEMS = 8
 """Told of one file: the rest is of the same kind."""
 LONGEST_NUMBER = 4300
 """Digits; Python's own bound of what it turns into an int."""
+_HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
+"""A half of a character, itself or as JSON writes it."""
 
 __all__ = [
     "decode_file",
@@ -53,23 +56,51 @@ def read_bytes(path: Path, at_most: int) -> bytes:
     return content
 
 
-def parse_json(content: bytes | str) -> Any:
-    """Return the value of a JSON text. Raises ValueError, with a short reason, for what is none."""
+class _KeyTwiceError(Exception):
+    """A key that stands twice in an object."""
+
+
+def parse_json(content: bytes | str, *, unique: bool = False, utf8: bool = False) -> Any:
+    """Return the value of a JSON text. Raises ValueError, with a short reason, for what is none.
+
+    unique: refuse a key that stands twice in an object.
+    utf8: refuse halves of characters, which no text that is written, and no library, takes; file names may
+        hold them.
+    """
     try:
-        return json.loads(content if isinstance(content, str) else content.decode())
+        text = content if isinstance(content, str) else content.decode()
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except UnicodeDecodeError as error:
         raise ValueError(f"no UTF-8 at byte {error.start:,}") from None
     except RecursionError:
         raise ValueError("brackets within brackets, too many") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from None
+    except _KeyTwiceError as error:
+        raise ValueError(f"the key {show(error.args[0])} twice") from None
     except ValueError:
         raise ValueError(f"a number of more than {LONGEST_NUMBER:,} digits") from None
+    # Whole characters beyond the first 65,536 are written so too, as two halves.
+    if utf8 and _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("text with half a character (a lone surrogate)") from None
+    return value
 
 
-def parse_object(content: bytes | str) -> dict[str, Any]:
-    """Return the object of a JSON text. Raises ValueError for what is none."""
-    value = parse_json(content)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _KeyTwiceError(key)
+        found[key] = value
+    return found
+
+
+def parse_object(content: bytes | str, *, unique: bool = False, utf8: bool = False) -> dict[str, Any]:
+    """Return the object of a JSON text. Raises ValueError for what is none, as `parse_json`."""
+    value = parse_json(content, unique=unique, utf8=utf8)
     if not isinstance(value, dict):
         raise ValueError(f"{kind_of(value)} in place of an object")
     return value

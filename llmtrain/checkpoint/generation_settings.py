@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,25 @@ from typing import Any
 from llmtrain.checkpoint.forms.base import Settings
 from llmtrain.checkpoint.generation_keys import HEEDED, PLAIN
 from llmtrain.checkpoint.huggingface_weights import read_json
+from llmtrain.config import LARGEST_INT
 
 FILE = "generation_config.json"
-_NUMBERS = ("temperature", "top_p", "repetition_penalty", "length_penalty")
-_WHOLE = ("top_k", "num_beams", "max_length", "max_new_tokens", "min_new_tokens")
+_NUMBERS = {
+    "temperature": (0.0, math.inf),
+    "top_p": (0.0, 1.0),
+    "repetition_penalty": (1e-6, math.inf),
+    "length_penalty": (-math.inf, math.inf),
+}
+"""Key → least and most."""
+_WHOLE = {
+    "top_k": (0, LARGEST_INT),
+    "num_beams": (1, 1024),
+    "max_length": (0, LARGEST_INT),
+    # Room for all of them is taken before the first.
+    "max_new_tokens": (0, 1 << 20),
+    "min_new_tokens": (0, 1 << 20),
+}
+"""Key → least and most."""
 _OUT = ("_from_model_config", "transformers_version")
 """Keys that would not be true of another folder."""
 
@@ -22,17 +39,22 @@ def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointError for values of keys that `generate` heeds and that are none.
     """
-    if not (path / FILE).exists():
+    if not os.path.exists(path / FILE):
         where, content = path / "config.json", _said_by(config)
     else:
         where, content = path / FILE, read_json(path / FILE)
     settings = Settings(where, content)
     settings.token_ids("eos_token_id")
     settings.flag("do_sample", False)
-    for key in _NUMBERS:
-        settings.number(key, 1.0)
-    for key in _WHOLE:
-        settings.whole(key, 1)
+    settings.require("early_stopping", True, False, "never")
+    for key, (least, most) in _NUMBERS.items():
+        if not least <= settings.number(key, 1.0) <= most:
+            raise settings.refusal(
+                key, f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            )
+    for key, (fewest, limit) in _WHOLE.items():
+        if not fewest <= settings.whole(key, 1) <= limit:
+            raise settings.refusal(key, f"{fewest} to {limit:,}")
     return {key: value for key, value in content.items() if key not in _OUT}
 
 

@@ -1,6 +1,7 @@
 """GGUF files of the Llama family: `llama` (Mistral and SmolLM among them), `qwen2`, `qwen3`, `smollm3`.
 
-The `gguf` package knows the layout and every quantized format; tensors come out of it one by one, as fp32.
+gguf_header.py reads what a file says; the `gguf` package knows every quantized format, and makes fp32 of a
+tensor at a time.
 Names and settings are those of the same model's Hugging Face form, spelled otherwise
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
@@ -8,8 +9,10 @@ Names and settings are those of the same model's Hugging Face form, spelled othe
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from functools import cached_property
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,15 @@ from torch import Tensor
 
 from llmtrain.checkpoint.forms import FORMS
 from llmtrain.checkpoint.forms.base import Entry, Form, Names, Settings
+from llmtrain.checkpoint.gguf_header import MAGIC, Metadata, read_header
 from llmtrain.checkpoint.huggingface import Imported, import_stored
 from llmtrain.checkpoint.huggingface_weights import Stored
 from llmtrain.checkpoint.origin import Origin
+from llmtrain.config import show
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.models.rope_config import RopeScaling
 from llmtrain.models.rotary import rotary_frequencies
+from llmtrain.reading import open_regular
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 _INTERLEAVED = ("llama", "smollm3")
@@ -77,13 +83,16 @@ _LAYER = "model.layers."
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that says it is GGUF, by its name or its first bytes."""
-    if not path.is_file():
+    """Whether `path` is, or claims to be, GGUF: by its name, or a file by its first bytes."""
+    if path.is_dir() or not path.exists():
         return False
     if path.suffix.lower() == ".gguf":
         return True
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 class GgufFile:
@@ -93,102 +102,119 @@ class GgufFile:
         """Raises CheckpointError, one line, for a file that is damaged or a part of a whole, and where the
         package that reads it is not installed."""
         try:
-            reader = import_module("gguf").GGUFReader
+            gguf = import_module("gguf")
         except ImportError:
             problem = Problem(str(path), "a GGUF file", "", 'pip install "llmtrain[gguf]", which reads it')
             raise CheckpointError(problem) from None
         self.path = path
+        formats = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
         try:
-            self._reader = reader(path)
-            self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-            self.architecture = self.get("general.architecture")
-        except Exception as error:  # whatever its parser stumbles over
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            got = f"a damaged GGUF file ({reason})"
+            with open(path, "rb", opener=open_regular) as file:
+                self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header = read_header(self._content, formats)
+        except OSError as error:
+            raise CheckpointError(Problem(str(path), str(error.strerror), "a GGUF file")) from error
+        except ValueError as error:  # mmap's own for an empty file too
+            got = f"a damaged GGUF file ({error})"
             raise CheckpointError(Problem(str(path), got, "a whole file", "download it again")) from error
-        if (self.get("split.count") or 1) > 1:
+        self.said = Metadata(path, header.values)
+        self.tensors = header.tensors
+        self.architecture = self.said.text("general.architecture")
+        if (self.said.whole("split.count") or 1) > 1:
             remedy = "join them with llama-gguf-split --merge"
             raise CheckpointError(Problem(str(path), "one of several files", "a single file", remedy))
 
-    def get(self, key: str) -> Any:
-        """The value of a metadata key, or None."""
-        field = self._reader.get_field(key)
-        return None if field is None else field.contents()
-
-    def setting(self, key: str) -> Any:
+    def _whole(self, key: str) -> int | None:
         """The value behind the architecture's name, or None."""
-        return self.get(f"{self.architecture}.{key}")
+        return self.said.whole(f"{self.architecture}.{key}")
+
+    def _number(self, key: str) -> float | None:
+        return self.said.number(f"{self.architecture}.{key}")
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """As config.json of the same model says it. Raises CheckpointError for what is missing, or has no
         place in our decoder."""
-        where = str(self.path)
+        where, said = str(self.path), self.said
         if self.architecture not in ARCHITECTURES:
-            got, allowed = f"general.architecture {self.architecture!r}", ", ".join(ARCHITECTURES)
+            got, allowed = f"general.architecture {show(self.architecture)}", ", ".join(ARCHITECTURES)
             raise CheckpointError(Problem(where, got, allowed))
+        own = f"{self.architecture}."
         problems = [
-            Problem(where, f"no key '{self.architecture}.{key}'", "a whole file")
+            Problem(where, f"no key '{own}{key}'", "a whole file")
             for key in _SETTINGS.values()
-            if self.setting(key) is None
+            if own + key not in said
         ]
         problems += [
-            Problem(f"{where}: {self.architecture}.{key}", str(self.setting(key)), "nothing")
+            Problem(f"{where}: {own}{key}", said.shown(own + key), "nothing")
             for key in _CHANGING
-            if self.setting(key)
+            if own + key in said and said.number(own + key)
         ]
         if "token_embd.weight" not in self.tensors:
             problems.append(Problem(where, "no tensor token_embd.weight", "a whole file"))
         if problems:
             raise CheckpointError(problems)
-        heads = self.setting("attention.head_count")
-        head_dim = self.setting("attention.key_length") or self.setting("embedding_length") // max(heads, 1)
+        heads, hidden = self._whole("attention.head_count"), self._whole("embedding_length")
+        assert heads is not None
+        assert hidden is not None
+        head_dim = self._whole("attention.key_length") or hidden // max(heads, 1)
         for key in ("rope.dimension_count", "attention.value_length"):
-            if (self.setting(key) or head_dim) != head_dim:
-                got = str(self.setting(key))
-                raise CheckpointError(Problem(f"{where}: {self.architecture}.{key}", got, str(head_dim)))
-        kv_heads = self.setting("attention.head_count_kv")
-        window = self.setting("attention.sliding_window")
+            if (self._whole(key) or head_dim) != head_dim:
+                raise CheckpointError(Problem(f"{where}: {own}{key}", said.shown(own + key), str(head_dim)))
+        kv_heads = self._whole("attention.head_count_kv")
+        window = self._whole("attention.sliding_window")
+        theta = _as_written(self._number("rope.freq_base") or 10_000.0)
+        epsilon = self._number(_SETTINGS["rms_norm_eps"])
+        assert epsilon is not None
         return {
             "model_type": "mistral" if window and self.architecture == "llama" else self.architecture,
-            **{theirs: self.setting(key) for theirs, key in _SETTINGS.items()},
-            "rms_norm_eps": _as_written(self.setting(_SETTINGS["rms_norm_eps"])),
-            "vocab_size": int(self.tensors["token_embd.weight"].shape[-1]),
+            **{theirs: self._number(key) for theirs, key in _SETTINGS.items()},
+            "rms_norm_eps": _as_written(epsilon),
+            "vocab_size": self.tensors["token_embd.weight"].shape[0],
             "num_key_value_heads": heads if kv_heads is None else kv_heads,
             "head_dim": head_dim,
             "sliding_window": window,
             "attention_bias": "blk.0.attn_q.bias" in self.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self.tensors,
             "tie_word_embeddings": "output.weight" not in self.tensors,
-            "rope_theta": (theta := _as_written(self.setting("rope.freq_base") or 10_000.0)),
+            "rope_theta": theta,
             "rope_scaling": self._rope_scaling(head_dim, theta),
         }
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
         """As `rope_scaling` of config.json. Of Llama 3.1's there are only the numbers that it comes to."""
-        kind, factor = self.setting("rope.scaling.type"), self.setting("rope.scaling.factor")
-        kind = kind or ("linear" if self.setting("rope.scale_linear") else None)
+        kind = self.said.text(f"{self.architecture}.rope.scaling.type")
+        kind = kind or ("linear" if self._number("rope.scale_linear") else None)
         if _ROTARY_FACTORS not in self.tensors:
             if kind in (None, "none"):
                 return None
             for key, allowed in _PLAIN_SCALING.items():
-                if (given := self.setting(f"rope.scaling.{key}") or allowed) != allowed:
+                if (given := self._number(f"rope.scaling.{key}") or allowed) != allowed:
                     where = f"{self.path}: {self.architecture}.rope.scaling.{key}"
                     raise CheckpointError(Problem(where, str(given), str(allowed)))
-            scaling = {"rope_type": kind, "factor": factor or self.setting("rope.scale_linear")}
-            return scaling | {
+            factor = self._number("rope.scaling.factor") or self._number("rope.scale_linear")
+            return {"rope_type": kind, "factor": factor} | {
                 theirs: value
                 for key, theirs in _YARN.items()
-                if kind == "yarn" and (value := self.setting(f"rope.scaling.{key}")) is not None
+                if kind == "yarn" and (value := self._number(f"rope.scaling.{key}")) is not None
             }
+        refusal = CheckpointError(
+            Problem(
+                f"{self.path}: {_ROTARY_FACTORS}",
+                "stretched rotary wavelengths",
+                "none, or those of Llama 3.1 and later",
+            )
+        )
+        # Before as many are made as a file says.
+        if prod(self.tensors[_ROTARY_FACTORS].shape) * 2 != head_dim:
+            raise refusal
         stored = torch.from_numpy(np.array(self.dequantized(_ROTARY_FACTORS)).reshape(-1))
         # Nothing says the other three: they are these in all of Meta's models.
         llama3 = RopeScaling("llama3", float(stored.max()))
         plain = rotary_frequencies(head_dim, theta, None, torch.device("cpu"))
         factors = plain / rotary_frequencies(head_dim, theta, llama3, torch.device("cpu"))
-        if factors.shape != stored.shape or not torch.allclose(factors, stored, rtol=1e-3):
-            where, got = f"{self.path}: {_ROTARY_FACTORS}", "stretched rotary wavelengths"
-            raise CheckpointError(Problem(where, got, "none, or those of Llama 3.1 and later"))
+        if not torch.allclose(factors, stored, rtol=1e-3):
+            raise refusal
         return {
             "rope_type": "llama3",
             "factor": llama3.factor,
@@ -199,13 +225,15 @@ class GgufFile:
 
     def dequantized(self, name: str) -> np.ndarray:
         """A tensor's numbers, fp32. Raises CheckpointError for a format that the package cannot read."""
-        stored = self.tensors[name]
+        gguf, place = import_module("gguf"), self.tensors[name]
+        kind = gguf.GGMLQuantizationType(place.kind)
+        stored = np.frombuffer(self._content, np.uint8, place.size, place.start)
         try:
-            return import_module("gguf").quants.dequantize(stored.data, stored.tensor_type)
+            read: np.ndarray = gguf.quants.dequantize(stored.reshape(*place.shape[:-1], -1), kind)
         except NotImplementedError as error:
-            got = f"quantized as {stored.tensor_type.name}"
-            allowed = "what the package gguf reads"
+            got, allowed = f"quantized as {kind.name}", "what the package gguf reads"
             raise CheckpointError(Problem(f"{self.path}: {name}", got, allowed, "upgrade gguf")) from error
+        return read
 
 
 class GgufTensors(Stored):
@@ -213,9 +241,7 @@ class GgufTensors(Stored):
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
-        self.shapes = {
-            name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in file.tensors.items()
-        }
+        self.shapes = {name: place.shape for name, place in file.tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         # A copy: what is not quantized lies in the file itself, which is read only.
@@ -244,11 +270,11 @@ def import_gguf(file: GgufFile) -> Imported:
 def _generation(file: GgufFile) -> dict[str, Any]:
     """As generation_config.json says it: the ids of tokens that end a text, a turn of a talk, or a message
     that awaits an answer, and of those that begin or fill one."""
-    ends = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = [file.said.whole(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     listed = list(dict.fromkeys(token for token in ends if token is not None))
-    said = {"eos_token_id": listed if len(listed) > 1 else next(iter(listed), None)}
+    said: dict[str, Any] = {"eos_token_id": listed if len(listed) > 1 else next(iter(listed), None)}
     for role, name in (("bos", "bos"), ("pad", "padding")):
-        said[f"{role}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id")
+        said[f"{role}_token_id"] = file.said.whole(f"tokenizer.ggml.{name}_token_id")
     return {key: value for key, value in said.items() if value is not None}
 
 
@@ -278,4 +304,5 @@ def _gguf_name(name: str) -> str:
 
 def _as_written(value: float) -> float:
     """The shortest decimal of a number that was stored as fp32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))

@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from llmtrain.checkpoint.gguf import GgufFile
+from llmtrain.config import show
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer_checks import library_errors
 from llmtrain.data.tokenizer_json import TOKENIZER, TOKENIZER_CONFIG, JsonTokenizer
 from llmtrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from llmtrain.errors import CheckpointError, DataError, Problem
@@ -50,15 +52,18 @@ _CUTS = {
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
     """Raises CheckpointError, with what to do, for one that cannot be built from what the file says."""
-    kind, tokens = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.tokens")
+    said = file.said
+    kind, tokens = said.text("tokenizer.ggml.model"), said.texts("tokenizer.ggml.tokens")
     if not tokens:
         raise _refusal(file, "tokenizer.ggml.tokens", "nothing", "the pieces of a tokenizer")
-    types = file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    roles = {role: file.get(f"tokenizer.ggml.{name}_token_id") for name, role in _ROLES.items()}
-    roles = {role: i for role, i in roles.items() if i is not None and 0 <= i < len(tokens)}
+    types = said.numbers("tokenizer.ggml.token_type", len(tokens), whole=True) or [NORMAL] * len(tokens)
+    if odd := sorted({*types} - {*range(NORMAL, BYTE + 1)}):
+        raise _refusal(file, "tokenizer.ggml.token_type", str(odd[0]), f"{NORMAL} to {BYTE}")
+    named = {role: said.whole(f"tokenizer.ggml.{name}_token_id") for name, role in _ROLES.items()}
+    roles = {role: i for role, i in named.items() if i is not None and 0 <= i < len(tokens)}
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
-        raise _refusal(file, "tokenizer.ggml.model", repr(kind), ", ".join(builders))
+        raise _refusal(file, "tokenizer.ggml.model", show(kind), ", ".join(builders))
     try:
         return builders[kind](file, tokens, types, roles)
     except DataError as error:
@@ -69,19 +74,18 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int], roles: dict
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 
-    name = file.get("tokenizer.ggml.pre")
-    merges = file.get("tokenizer.ggml.merges")
+    name = file.said.text("tokenizer.ggml.pre")
+    merges = file.said.texts("tokenizer.ggml.merges")
     if name not in _CUTS:
-        raise _refusal(file, "tokenizer.ggml.pre", repr(name), ", ".join(_CUTS))
+        raise _refusal(file, "tokenizer.ggml.pre", show(name), ", ".join(_CUTS))
     if merges is None:
         raise _refusal(file, "tokenizer.ggml.merges", "nothing", "the merges of its BPE")
     cut = _CUTS[name]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
-    try:
+    where = f"{file.path}: tokenizer.ggml"
+    with library_errors(f"{where}.merges", "no BPE", "merges of its tokens"):
         library = Library(models.BPE(vocabulary, pairs, ignore_merges=cut.whole_words))
-    except Exception as error:  # the library raises this class itself
-        raise _refusal(file, "tokenizer.ggml.merges", f"no BPE ({error})", "merges of its tokens") from error
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.single_digits else []
     if cut.pattern:
         steps.append(pre_tokenizers.Split(Regex(cut.pattern), "isolated"))
@@ -92,18 +96,20 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int], roles: dict
     library.decoder = decoders.ByteLevel()
     special = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)} | {*roles.values()}
     added = sorted(special | {i for i, kind in enumerate(types) if kind == USER_DEFINED})
-    library.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special) for i in added])
-    if file.get("tokenizer.ggml.add_bos_token") and "bos" in roles:
+    with library_errors(f"{where}.tokens", "tokens that cannot be added", "texts"):
+        library.add_tokens([AddedToken(tokens[i], normalized=False, special=i in special) for i in added])
+    if file.said.flag("tokenizer.ggml.add_bos_token") and "bos" in roles:
         bos = tokens[roles["bos"]]
-        library.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, roles["bos"])]
-        )
+        with library_errors(f"{where}.bos_token_id", f"the token {show(bos)}", "one without spaces and $"):
+            library.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, roles["bos"])]
+            )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{f"{role}_token": tokens[i] for role, i in roles.items()},
     }
-    if template := file.get("tokenizer.chat_template"):
+    if template := file.said.text("tokenizer.chat_template"):
         config["chat_template"] = template
     texts = {TOKENIZER: library.to_str(pretty=True), TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n"}
     return JsonTokenizer(texts, str(file.path))
@@ -111,9 +117,9 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int], roles: dict
 
 def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int], roles: dict[str, int]) -> Tokenizer:
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
-    scores = file.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise _refusal(file, "tokenizer.ggml.scores", "nothing that fits its tokens", "a score of each")
+    scores = file.said.numbers("tokenizer.ggml.scores", len(tokens))
+    if scores is None:
+        raise _refusal(file, "tokenizer.ggml.scores", "nothing", "a score of each token")
     spec = proto.ModelProto()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         spec.pieces.add(piece=token, score=score, type=kind)
@@ -127,7 +133,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int], roles: d
             setattr(trainer, f"{role}_piece", tokens[roles[role]])
     normalizer.name = "identity"
     prefix, strip = (
-        file.get(f"tokenizer.ggml.{key}") for key in ("add_space_prefix", "remove_extra_whitespaces")
+        file.said.flag(f"tokenizer.ggml.{key}") for key in ("add_space_prefix", "remove_extra_whitespaces")
     )
     normalizer.add_dummy_prefix = True if prefix is None else prefix
     normalizer.remove_extra_whitespaces = bool(strip)

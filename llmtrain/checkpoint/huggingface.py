@@ -7,7 +7,6 @@ unpickled, nor written to be, and no code that a folder brings is run.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,10 +30,11 @@ from llmtrain.checkpoint.generation_settings import read_generation, write_gener
 from llmtrain.checkpoint.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
 from llmtrain.checkpoint.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.checkpoint.origin import Origin
-from llmtrain.config import decode
+from llmtrain.config import decode, short, show
 from llmtrain.data.tokenizer_folder import EXPORT_MARK, find_tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.models.initialize import fill_box, match_initializers, on_meta
+from llmtrain.reading import SETTINGS_BYTES, parse_object, read_bytes
 from llmtrain.shards import whole
 
 CONFIG = "config.json"
@@ -133,8 +133,8 @@ def import_folder(path: Path) -> Imported:
     path = Path(path)
     content = read_json(path / CONFIG)
     architecture = content.get("model_type")
-    if architecture not in list(FORMS):
-        raise CheckpointError(Problem(f"{path / CONFIG}: model_type", repr(architecture), ", ".join(FORMS)))
+    if not isinstance(architecture, str) or architecture not in FORMS:
+        raise CheckpointError(Problem(f"{path / CONFIG}: model_type", show(architecture), ", ".join(FORMS)))
     stored = StoredTensors(path)
     form = FORMS[architecture]
     whole = Settings(path / CONFIG, Asked(content), stored, lambda: _special_ids(path))
@@ -158,6 +158,7 @@ def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> I
         config: Any = decode(form.config, form.read_config(theirs))
     except ConfigError as error:
         raise CheckpointError(problem.within(str(theirs.where)) for problem in error.problems) from error
+    _refuse_larger(theirs.where, config, stored)
     names = form.names(stored.shapes.keys(), config)
     _raise_if_any(problem.within(str(path)) for problem in stored.problems(names.used))
     given = {canonical: stored.shapes[name] for name, canonical in names.used.items()}
@@ -177,6 +178,16 @@ def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> I
         tuple(sorted(names.left_out)),
         dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32,
     )
+
+
+def _refuse_larger(where: Path, config: Any, stored: Stored) -> None:
+    """Raise CheckpointError for sizes far beyond what is stored, before anything is made of them: torch has
+    no tensors of more than 2^63 numbers, and none of what is imported here are made up but heads, which are
+    smaller than the rest."""
+    needed, held = config.parameter_count(), stored.count()
+    if needed > 2 * held:
+        got, allowed = f"sizes of {needed:,} parameters", f"those of its tensors, which hold {held:,} numbers"
+        raise CheckpointError(Problem(str(where), got, allowed, "the config is of another model"))
 
 
 def _special_ids(path: Path) -> Mapping[str, int]:
@@ -265,7 +276,7 @@ def _name_and_shape_problems(
         ("an unknown tensor", given.keys() - expected),
     ):
         if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            first, more = short(min(names)), f" and {len(names) - 1} more" if len(names) > 1 else ""
             alike = nearest(first, sorted(expected)) if kind == "an unknown tensor" else ""
             yield Problem(
                 where, f"{kind} {first}{more}", alike, "the weights are of another model or damaged"
@@ -352,7 +363,7 @@ def _refuse_foreign(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        content = json.loads((output / CONFIG).read_text())
+        content = parse_object(read_bytes(output / CONFIG, SETTINGS_BYTES))
         if overwrite or EXPORT_MARK in content:
             return
         got, remedy = "another model's folder", "choose another output, or set overwrite=true"

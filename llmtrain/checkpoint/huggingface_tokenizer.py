@@ -109,7 +109,8 @@ def _json_of_sentencepiece(
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": _decoder(spec.normalizer_spec),
-        "model": kinds[kind](spec, types),
+        # Of the library's, which looks it up: the model may say one that it has not.
+        "model": kinds[kind](spec, types, tokenizer.unk_id or 0),
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -122,7 +123,7 @@ def _json_of_sentencepiece(
     return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
-def _unigram(spec: Any, types: Any) -> dict[str, Any]:
+def _unigram(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
     textual = (types.NORMAL, types.USER_DEFINED)
     lowest = min((piece.score for piece in spec.pieces if piece.type in textual), default=0.0)
     # Fast tokenizers match every vocabulary entry as text, sentencepiece only textual ones: control and
@@ -130,13 +131,13 @@ def _unigram(spec: Any, types: Any) -> dict[str, Any]:
     never = 16 * lowest - 100.0
     return {
         "type": "Unigram",
-        "unk_id": max(spec.trainer_spec.unk_id, 0),
+        "unk_id": unk_id,
         "vocab": [[piece.piece, piece.score if piece.type in textual else never] for piece in spec.pieces],
         "byte_fallback": spec.trainer_spec.byte_fallback,
     }
 
 
-def _bpe(spec: Any, types: Any) -> dict[str, Any]:
+def _bpe(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
     # sentencepiece merges the neighbours whose union scores highest; a merge list says so in order.
     rank = {
         piece.piece: (-piece.score, i) for i, piece in enumerate(spec.pieces) if piece.type == types.NORMAL
@@ -150,7 +151,7 @@ def _bpe(spec: Any, types: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": spec.pieces[max(spec.trainer_spec.unk_id, 0)].piece,
+        "unk_token": spec.pieces[unk_id].piece,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,

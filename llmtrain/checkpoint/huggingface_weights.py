@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmtrain.config import short, show
 from llmtrain.errors import CheckpointError, Problem
+from llmtrain.reading import SETTINGS_BYTES, open_regular, parse_object, read_bytes
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored types that are taken as they are; others are codes of a quantization."""
+HEADER_BYTES = 16 << 20
+"""What a file says of its tensors: 100 bytes for each."""
+INDEX_BYTES = 64 << 20
+MOST_DIMS = 8
+"""Of a tensor; torch's printer and others recurse over them."""
+_LENGTH_BYTES = 8
+_BUFFERS = ("position_ids", "token_type_ids")
+"""Ends of names: buffers of places and of zeros that older releases of transformers stored."""
 
 
 class Stored(Mapping[str, Tensor]):
@@ -32,6 +43,10 @@ class Stored(Mapping[str, Tensor]):
         """Types of those of these names, as read."""
         return {torch.float32}
 
+    def count(self) -> int:
+        """Return how many numbers there are in all."""
+        return sum(map(prod, self.shapes.values()))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -43,69 +58,121 @@ class StoredTensors(Stored):
     """Those of a folder's safetensors, from a mapping of the files into memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for files that are missing or damaged."""
+        """Raises CheckpointError for files that are missing or damaged, that hold no tensor, or other ones
+        than the index says: of two of one name, which is the model's?"""
         self.shapes = {}
+        self._path = path
         self._dtypes: dict[str, str] = {}
         self._files: dict[str, Any] = {}
-        for name in _file_names(path):
+        for name, expected in _files(path).items():
             file = path / name
-            try:
-                stored = safe_open(file, framework="pt")
-                for key in stored.keys():  # noqa: SIM118
-                    if key.endswith(("position_ids", "token_type_ids")):
-                        # Buffers of places and of zeros that older releases of transformers stored.
-                        continue
-                    part = stored.get_slice(key)
-                    self.shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
-                    self._files[key] = stored
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    Problem(str(file), f"a damaged file ({error})", "safetensors", "copy it again")
-                ) from error
+            stored = open_safetensors(file)
+            keys = {key for key in stored.keys() if not key.endswith(_BUFFERS)}  # noqa: SIM118
+            if expected is not None and keys != expected:
+                raise CheckpointError(_unlike_the_index(path, name, keys, expected))
+            for key in keys:
+                part = stored.get_slice(key)
+                self.shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+                self._files[key] = stored
+        if not self.shapes:
+            raise CheckpointError(Problem(str(path), "weights without a tensor", "a model's weights"))
 
     def problems(self, names: Iterable[str]) -> Iterator[Problem]:
         for name in names:
             if self._dtypes[name] not in DTYPES:
-                yield Problem(name, f"numbers of type {self._dtypes[name]}", ", ".join(DTYPES))
+                yield Problem(short(name), f"numbers of type {self._dtypes[name]}", ", ".join(DTYPES))
+            elif len(self.shapes[name]) > MOST_DIMS:
+                yield Problem(short(name), f"{len(self.shapes[name]):,} dims", f"at most {MOST_DIMS}")
 
     def dtypes(self, names: Iterable[str]) -> set[torch.dtype]:
         return {DTYPES[self._dtypes[name]] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        stored = self._files[name]
+        for problem in self.problems([name]):
+            raise CheckpointError(problem.within(str(self._path)))
+        tensor: Tensor = stored.get_tensor(name)
         return tensor
 
 
-def _file_names(path: Path) -> list[str]:
-    """Of all files that hold weights; they exist. One file goes before an index, as in transformers."""
-    names = [WEIGHTS]
-    if (path / INDEX).exists() and not (path / WEIGHTS).exists():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(Problem(str(path / INDEX), "no weight_map", "tensor name → file name"))
-        names = sorted(set(weight_map.values()))
-        # A file name with a path in it would lead out of the folder.
-        if odd := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(Problem(str(path / INDEX), f"the file name {odd[0]!r}", "a bare file name"))
-    for name in names:
-        if not (path / name).exists():
-            pickled = names == [WEIGHTS] and any(path.glob("pytorch_model*.bin"))
+def open_safetensors(file: Path) -> Any:
+    """Open a file of safetensors, from which tensors are read when asked for. The library checks that they
+    lie within it, one behind the other, each as long as its shape and type say.
+
+    Raises CheckpointError for a damaged one.
+    """
+    try:
+        _check_header(file)
+        return safe_open(file, framework="pt")
+    except OSError as error:
+        got, remedy = str(error.strerror), ""
+    except (SafetensorError, ValueError) as error:
+        got, remedy = f"a damaged file ({error})", "copy it again"
+    raise CheckpointError(Problem(str(file), got, "safetensors", remedy))
+
+
+def _check_header(file: Path) -> None:
+    """Raise OSError for what is no file, ValueError for a header that is too long or names a tensor twice,
+    of which the library would take either."""
+    with open(file, "rb", opener=open_regular) as opened:
+        room = os.fstat(opened.fileno()).st_size - _LENGTH_BYTES
+        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        if room < 0 or length > min(room, HEADER_BYTES):
+            raise ValueError(f"a header of {length:,} bytes, more than {min(max(room, 0), HEADER_BYTES):,}")
+        parse_object(opened.read(length), unique=True, utf8=True)
+
+
+def _files(path: Path) -> dict[str, set[str] | None]:
+    """Name of each file that holds weights → the tensors that the index puts there, None without an index.
+    One file goes before an index, as in transformers."""
+    if not os.path.exists(path / INDEX) or os.path.exists(path / WEIGHTS):
+        if not os.path.exists(path / WEIGHTS):
+            pickled = any(path.glob("pytorch_model*.bin"))
             got = "pickled weights only" if pickled else "no such file"
             remedy = "convert them with transformers' save_pretrained" if pickled else "download it again"
-            raise CheckpointError(Problem(str(path / name), got, "safetensors", remedy))
-    return names
+            raise CheckpointError(Problem(str(path / WEIGHTS), got, "safetensors", remedy))
+        return {WEIGHTS: None}
+    weight_map = read_json(path / INDEX, INDEX_BYTES, unique=True).get("weight_map")
+    where = f"{path / INDEX}: weight_map"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(Problem(where, show(weight_map), "tensor name → file name"))
+    found: dict[str, set[str] | None] = {}
+    by_file: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        # A file name with a path in it would lead out of the folder.
+        if not isinstance(name, str) or not name or name in (".", "..") or {*name} & {"/", "\0"}:
+            raise CheckpointError(Problem(f"{where}.{short(tensor)}", show(name), "a bare file name"))
+        held = by_file.setdefault(name, set())
+        if not tensor.endswith(_BUFFERS):
+            held.add(tensor)
+    for name in sorted(by_file):
+        if not os.path.exists(path / name):
+            remedy = "download it again"
+            raise CheckpointError(Problem(short(str(path / name)), "no such file", "safetensors", remedy))
+        found[name] = by_file[name]
+    return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises CheckpointError when it is none."""
+def _unlike_the_index(path: Path, file: str, held: set[str], expected: set[str]) -> Iterator[Problem]:
+    remedy = "the files are of different models or damaged: download them again"
+    if lacking := expected - held:
+        more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+        yield Problem(
+            str(path / file), f"no tensor {short(min(lacking))}{more}", f"what {INDEX} puts there", remedy
+        )
+    if beyond := held - expected:
+        more = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
+        got = f"the tensor {short(min(beyond))}{more}"
+        yield Problem(str(path / file), got, f"only what {INDEX} puts there", remedy)
+
+
+def read_json(path: Path, at_most: int = SETTINGS_BYTES, *, unique: bool = False) -> dict[str, Any]:
+    """Return a file's JSON object. Raises CheckpointError when it is none, or of more than `at_most` bytes.
+    unique: a key twice is refused."""
     try:
-        content = json.loads(path.read_text())
+        return parse_object(read_bytes(path, at_most), unique=unique, utf8=True)
     except OSError as error:
-        raise CheckpointError(
-            Problem(str(path), str(error.strerror), "a Hugging Face model folder holds this file")
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(Problem(str(path), f"no JSON ({error})")) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(Problem(str(path), f"JSON {type(content).__name__}", "an object"))
-    return content
+        problem = Problem(str(path), str(error.strerror), "a Hugging Face model folder holds this file")
+    except ValueError as error:
+        problem = Problem(str(path), str(error), "a JSON object")
+    raise CheckpointError(problem)

@@ -39,7 +39,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     from llmtrain.checkpoint.foreign import read_foreign
     from llmtrain.checkpoint.imported import save_imported
-    from llmtrain.commands.loading import fresh_note, unknown_note
+    from llmtrain.commands.loading import fresh_note, listed, unknown_note
     from llmtrain.families import skeleton_of
 
     source, output = config.source.expanduser(), config.output.expanduser()
@@ -70,7 +70,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if tokenizer is None:
         _say("no tokenizer came with it: text needs one, give tokenizer=…")
     if imported.left_out:
-        _say(f"left out, since our model has no use for it: {', '.join(imported.left_out)}")
+        _say(f"left out, since our model has no use for it: {listed(imported.left_out)}")
     if imported.unknown:
         _say(unknown_note(imported.unknown))
     if imported.fresh:

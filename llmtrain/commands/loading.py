@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,9 +16,9 @@ from llmtrain.checkpoint import huggingface, retention, store
 from llmtrain.checkpoint.finite import FiniteCheck
 from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
 from llmtrain.checkpoint.origin import Origin
-from llmtrain.config import decode, decode_json
+from llmtrain.config import decode, decode_json, short
 from llmtrain.data.tokenizer_folder import find_tokenizer
-from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import end_ids, unheeded
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer
     from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
+
+
+NAMES_SHOWN = 20
+"""Of a list in a note."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,7 @@ class TrainedModel:
         """`config` with what the folder says where it says nothing. longest: tokens of a prompt."""
         said = {} if self.origin is None else self.origin.generation
         if ignored := unheeded(said):
-            print(
-                f"note: not heeded of the folder's generation settings: {', '.join(ignored)}", file=sys.stderr
-            )
+            print(f"note: not heeded of the folder's generation settings: {listed(ignored)}", file=sys.stderr)
         has_sources = self.config.family == "seq2seq"
         settings = config.resolved(has_sources=has_sources, said=said)
         if config.max_new_tokens is not None or not said:
@@ -212,7 +214,13 @@ def fresh_note(names: tuple[str, ...]) -> str:
 
 def unknown_note(keys: tuple[str, ...]) -> str:
     """What a user is told of keys that nothing here knows, nor transformers where it has the model."""
-    return f"note: unknown keys of config.json, which change nothing here: {', '.join(keys)}"
+    return f"note: unknown keys of config.json, which change nothing here: {listed(keys)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names from a file of others, as a note shows them."""
+    more = f", and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(printable(short(name)) for name in names[:NAMES_SHOWN]) + more
 
 
 def config_of(checkpoint: store.Checkpoint) -> ModelConfig:

@@ -25,11 +25,11 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 BUNDLE_FILE = "tokenizer.bundle.json"
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, BUNDLE_FILE)
 """Names under which corpora and checkpoints carry their one tokenizer."""
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_SENTINEL = re.compile(r"<extra_id_([0-9]{1,9})>")
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n", "<0x0A>", "Ċ")
 """Newlines among them, as bytes are written in sentencepiece and in byte-level BPE."""
-_PROBES = (
+PROBES = (
     " a  b\n\tÅ ﬁ １ 😀 ꙮ ",  # spaces and line ends, case, forms that Unicode normalizes, rare characters
     "Don 't . “stop” … it\u00a0is\u200b 漢字12",  # no space first, clean-up of English, quotes
     "e\u0301 👩\u200d👩 \u2028 \n\n   \n",  # marks and joiners, line ends in a row
@@ -147,7 +147,7 @@ class Tokenizer(ABC):
     @property
     def is_lossless(self) -> bool:
         """Whether probes of what tokenizers are known to change come back as they went in."""
-        return all(self.decode(self.encode(probe)) == probe for probe in _PROBES)
+        return all(self.decode(self.encode(probe)) == probe for probe in PROBES)
 
     @cached_property
     def sentinel_ids(self) -> tuple[int, ...]:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.config import require, show
 from llmtrain.data import tokenizer_json
 from llmtrain.data.tokenizer import BUNDLE_FILE, SENTENCEPIECE_FILE, Tokenizer
-from llmtrain.data.tokenizer_json import COMPANIONS, TOKENIZER, TOKENIZER_CONFIG, JsonTokenizer
+from llmtrain.data.tokenizer_checks import TOKENIZER_BYTES, VOCABULARY_BYTES, library_errors
+from llmtrain.data.tokenizer_json import (
+    COMPANIONS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    JsonTokenizer,
+    Token,
+    text_of,
+)
 from llmtrain.data.tokenizer_sentencepiece import SentencePieceTokenizer, extended
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import decode_file, parse_object, read_bytes
 
 VOCABULARY, MERGES, WORDPIECES = "vocab.json", "merges.txt", "vocab.txt"
 SENTENCEPIECE_FILES = (SENTENCEPIECE_FILE, "spiece.model")
 EXPORT_MARK = "exported_by"
 """Key of config.json that tells our exports from others' folders."""
+MOST_EXTRA_IDS = 10_000
+"""T5 has 100."""
+ID_DIGITS = 9
 _ALLOWED = f"{TOKENIZER}, a sentencepiece .model, {WORDPIECES}, or {VOCABULARY} with {MERGES}"
 
 
@@ -27,7 +42,8 @@ def find_tokenizer(folder: Path) -> Path | None:
         # Its tokenizer.json was made of this one, with which the corpus was prepared.
         names.insert(0, SENTENCEPIECE_FILE)
     for name in names:
-        if (folder / name).is_file() and (name != VOCABULARY or (folder / MERGES).is_file()):
+        # What is there and is no file is refused by whoever reads it.
+        if os.path.exists(folder / name) and (name != VOCABULARY or os.path.exists(folder / MERGES)):
             return folder / name
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     return find_tokenizer(checkpoints[-1]) if checkpoints else None
@@ -68,7 +84,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _complete(files: dict[str, str], path: Path) -> JsonTokenizer:
     """With what stands beside `path`; a tokenizer_config.json is made where there is none."""
     for name in COMPANIONS:
-        if (path.parent / name).is_file():
+        if os.path.exists(path.parent / name):
             files[name] = _text(_read(path.parent / name), path.parent / name)
     tokenizer = JsonTokenizer(files, str(path))
     if TOKENIZER_CONFIG in files:
@@ -78,15 +94,49 @@ def _complete(files: dict[str, str], path: Path) -> JsonTokenizer:
     return JsonTokenizer({**files, TOKENIZER_CONFIG: tokenizer_json.make_config(special)}, str(path))
 
 
+@dataclass(frozen=True)
+class _FolderConfig:
+    """What tokenizer_config.json says of a tokenizer that is no tokenizer.json; null is false."""
+
+    do_lower_case: bool | None = True
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool | None = True
+    add_prefix_space: bool | None = False
+    extra_ids: int | None = None
+    added_tokens_decoder: Mapping[str, Token] | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        got = self.extra_ids
+        fits = got is None or 0 <= got <= MOST_EXTRA_IDS
+        yield from require(fits, "extra_ids", got, f"0 to {MOST_EXTRA_IDS:,}, or null")
+        for key in self.added_tokens_decoder or {}:
+            is_id = key.isdecimal() and len(key) <= ID_DIGITS
+            yield from require(is_id, "added_tokens_decoder", key, "ids of tokens")
+
+
+@dataclass(frozen=True)
+class _AddedTokens:
+    """added_tokens.json."""
+
+    ids: Mapping[str, int]
+
+
+def _config(folder: Path) -> _FolderConfig:
+    path = folder / TOKENIZER_CONFIG
+    return decode_file(_FolderConfig, _json(path), str(path), DataError)
+
+
 def _added_tokens(folder: Path, pieces: list[str]) -> list[str]:
     """Tokens that the folder's configuration puts behind a sentencepiece model's pieces, by id."""
-    vocab_size, config = len(pieces), _json(folder / TOKENIZER_CONFIG)
-    by_id: dict[int, str] = {}
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
-        by_id[int(i)] = token["content"] if isinstance(token, dict) else str(token)
-    by_id |= {i: token for token, i in _json(folder / "added_tokens.json").items() if isinstance(i, int)}
+    vocab_size, config, path = len(pieces), _config(folder), folder / "added_tokens.json"
+    decoded = {int(i): text_of(token) for i, token in (config.added_tokens_decoder or {}).items()}
+    by_id = {i: token for i, token in decoded.items() if token is not None}
+    by_id |= {
+        i: token
+        for token, i in decode_file(_AddedTokens, {"ids": _json(path)}, str(path), DataError).ids.items()
+    }
     # T5's: from the last id down, unless the model has them already.
-    extra = 0 if "<extra_id_0>" in pieces else config.get("extra_ids") or 0
+    extra = 0 if "<extra_id_0>" in pieces else config.extra_ids or 0
     by_id |= {vocab_size + extra - 1 - n: f"<extra_id_{n}>" for n in range(extra)}
     added: list[str] = []
     while (i := vocab_size + len(added)) in by_id:
@@ -103,14 +153,13 @@ def _wordpiece(path: Path) -> str:
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
-    config = _json(path.parent / TOKENIZER_CONFIG)
-    lowercase = bool(config.get("do_lower_case", True))
+    config = _config(path.parent)
     vocabulary = {piece: i for i, piece in enumerate(_lines(path))}
-    library = Library(WordPiece(vocabulary, unk_token="[UNK]"))
+    library = Library(WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
     library.normalizer = BertNormalizer(
-        lowercase=lowercase,
-        strip_accents=config.get("strip_accents"),
-        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        lowercase=bool(config.do_lower_case),
+        strip_accents=config.strip_accents,
+        handle_chinese_chars=bool(config.tokenize_chinese_chars),
     )
     library.pre_tokenizer = BertPreTokenizer()
     library.decoder = Decoder()
@@ -127,17 +176,15 @@ def _byte_level(path: Path) -> str:
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
 
-    config = _json(path.parent / TOKENIZER_CONFIG)
-    vocabulary = _json(path)
+    config, vocabulary = _config(path.parent), _json(path)
+    for piece, i in vocabulary.items():
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 10**ID_DIGITS:
+            raise DataError(Problem(f"{path}: {show(piece)}", show(i), "the id of a token"))
     lines = [line for line in _lines(path.parent / MERGES) if line and not line.startswith("#version")]
     pairs = [line.partition(" ") for line in lines]
-    try:
+    with library_errors(str(path), f"a vocabulary that does not fit {MERGES}", "files of one tokenizer"):
         library = Library(BPE(vocabulary, [(first, second) for first, _, second in pairs]))
-    except Exception as error:  # the library raises this class itself
-        got = f"a vocabulary that does not fit {MERGES} ({error})"
-        raise DataError(Problem(str(path), got, "files of one tokenizer")) from error
-    add_prefix_space = bool(config.get("add_prefix_space", False))
-    library.pre_tokenizer = ByteLevel(add_prefix_space=add_prefix_space)
+    library.pre_tokenizer = ByteLevel(add_prefix_space=bool(config.add_prefix_space))
     library.decoder = Decoder()
     mask = AddedToken("<mask>", lstrip=True, normalized=False)
     special = [AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>")]
@@ -145,9 +192,9 @@ def _byte_level(path: Path) -> str:
     return library.to_str(pretty=False)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, at_most: int = TOKENIZER_BYTES) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, at_most)
     except OSError as error:
         raise DataError(Problem(str(path), str(error.strerror), _ALLOWED)) from error
 
@@ -163,18 +210,15 @@ def _text(content: bytes, path: Path) -> str:
 def _lines(path: Path) -> list[str]:
     """As transformers parts them: at line feeds alone. Pieces may hold what else str.splitlines, or a file
     read as text, would cut at."""
-    *lines, last = _text(_read(path), path).split("\n")
+    *lines, last = _text(_read(path, VOCABULARY_BYTES), path).split("\n")
     return [line.removesuffix("\r") for line in (*lines, *([last] if last else []))]
 
 
 def _json(path: Path) -> dict[str, Any]:
     """{} for a file that is not there; raises DataError for one that holds no JSON object."""
-    if not path.is_file():
+    if not os.path.exists(path):
         return {}
     try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(Problem(str(path), f"no JSON ({error})", "a JSON object")) from error
-    if not isinstance(value, dict):
-        raise DataError(Problem(str(path), f"JSON {type(value).__name__}", "a JSON object"))
-    return value
+        return parse_object(_read(path, VOCABULARY_BYTES), utf8=True)
+    except ValueError as error:
+        raise DataError(Problem(str(path), str(error), "a JSON object")) from None

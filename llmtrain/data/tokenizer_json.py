@@ -13,14 +13,18 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from llmtrain.data.tokenizer import BUNDLE_FILE, ROLES, Tokenizer
+from llmtrain.data.tokenizer import BUNDLE_FILE, PROBES, ROLES, Tokenizer
+from llmtrain.data.tokenizer_checks import check_ids, check_steps, library_errors, without_stderr
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import decode_file, parse_object
 
 # The library's own threads would come on top of a worker a core, and may not be forked. Read at each call.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,6 +35,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
 """Files that stand beside tokenizer.json."""
+_ALLOWED = "tokenizer.json of the tokenizers library"
 SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _KNOWN = {
@@ -45,6 +50,44 @@ _KNOWN = {
 """What tokens of each role are called where nothing else says what they are for."""
 
 
+@dataclass(frozen=True)
+class AddedToken:
+    """A token with its options, of which the text alone is needed."""
+
+    content: str
+
+
+Token = str | AddedToken | None
+
+
+def text_of(token: Token) -> str | None:
+    """A token's text."""
+    return token.content if isinstance(token, AddedToken) else token
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """What tokenizer_config.json and special_tokens_map.json say of roles."""
+
+    mask_token: Token = None
+    cls_token: Token = None
+    sep_token: Token = None
+    pad_token: Token = None
+    bos_token: Token = None
+    eos_token: Token = None
+    unk_token: Token = None
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """A bundle's content."""
+
+    format: Literal["llmtrain-tokenizer"]
+    version: int
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Another version may have none."""
+
+
 class JsonTokenizer(Tokenizer):
     """A bundle of `tokenizer.json` and what stood beside it."""
 
@@ -55,33 +98,53 @@ class JsonTokenizer(Tokenizer):
         call it. Raises DataError for text that is no tokenizer."""
         from tokenizers import Tokenizer as Library
 
-        spec = _object(files[TOKENIZER], where)
+        self._where = where
+        # What is checked here is to be what the library reads.
+        spec = _object(files[TOKENIZER], where, unique=True)
         try:
+            check_steps(spec)
+        except ValueError as error:
+            raise _no_tokenizer(where, str(error)) from None
+        with without_stderr(), library_errors(where, "no tokenizer", _ALLOWED):
             self._library = Library.from_str(files[TOKENIZER])
-        except Exception as error:  # the library raises this class itself
-            raise _no_tokenizer(where, str(error)) from error
-        # Kept in files for inference; here they would cut and fill documents.
-        self._library.no_padding()
-        self._library.no_truncation()
-        ids = self._library.get_vocab(with_added_tokens=True)
+            # Kept in files for inference; here they would cut and fill documents.
+            self._library.no_padding()
+            self._library.no_truncation()
+            ids = self._library.get_vocab(with_added_tokens=True)
+            self._added = self._library.get_added_tokens_decoder()
+            self._try_out()
         if not ids:
             raise _no_tokenizer(where, "its vocabulary is empty")
         self.files = {TOKENIZER: files[TOKENIZER], **{n: files[n] for n in COMPANIONS if n in files}}
         self.vocab_size = max(ids.values()) + 1
-        self._added = self._library.get_added_tokens_decoder()
+        check_ids(self.vocab_size - 1, len(ids), where)
         self._style = _Style.of(spec)
-        config = {name: _object(files[name], where) for name in files if name.endswith(".json")}
+        said = [
+            _said(_object(files[name], f"{where}: {name}"), f"{where}: {name}")
+            for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+            if name in files
+        ]
         bundle = {"format": FORMAT, "version": 1, "files": self.files}
         super().__init__(
             json.dumps(bundle, indent=1, ensure_ascii=False).encode() + b"\n",
-            _roles(spec, config, ids, self._added),
+            _roles(spec, said, ids, self._added),
             where,
         )
+
+    def _try_out(self) -> None:
+        """Let it panic here, if it does. What else it raises on a text is told where there is one."""
+        for probe in PROBES:
+            with suppress(Exception):
+                self._library.decode(self._library.encode(probe).ids)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return library_errors(self._where, "a tokenizer that fails on a text", _ALLOWED)
 
     @cached_property
     def first_ids(self) -> tuple[int, ...]:  # type: ignore[override]
         """Those that the file's post-processor writes: the bos of Llama 3 and Mistral, the cls of BERT."""
-        encoding = self._library.encode("a")
+        with self._errors():
+            encoding = self._library.encode("a")
         # Ids of the text have its number, those around it None.
         count = len(list(takewhile(lambda number: number is None, encoding.sequence_ids)))
         return tuple(encoding.ids[:count])
@@ -97,9 +160,10 @@ class JsonTokenizer(Tokenizer):
         if isinstance(vocabulary, list):
             # Unigrams find special tokens among their pieces: call them what no text holds.
             spec["model"]["vocab"] = [[f"\0{p}" if p in typed else p, score] for p, score in vocabulary]
-            self._library = type(self._library).from_str(json.dumps(spec))
-            self._library.no_padding()
-            self._library.no_truncation()
+            with self._errors():
+                self._library = type(self._library).from_str(json.dumps(spec))
+                self._library.no_padding()
+                self._library.no_truncation()
         self._library.encode_special_tokens = True
 
     def pieces(self) -> list[str]:
@@ -109,15 +173,18 @@ class JsonTokenizer(Tokenizer):
         return pieces
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+        with self._errors():
+            return self._library.encode(text, add_special_tokens=False).ids
 
     def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
-        encodings = self._library.encode_batch_fast(decoded, add_special_tokens=False)
+        with self._errors():
+            encodings = self._library.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+        with self._errors():
+            return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def word_starts(self) -> np.ndarray:
         starts = np.array([self._style.starts_word(piece) for piece in self.pieces()])
@@ -172,16 +239,17 @@ class _Style:
 
 def unbundle(content: str, where: str) -> JsonTokenizer | None:
     """The tokenizer of a bundle; None for JSON that is none. Raises DataError for a damaged one."""
-    bundle = _object(content, where)
-    if bundle.get("format") != FORMAT:
+    content_of = _object(content, where)
+    if content_of.get("format") != FORMAT:
         return None
-    files = bundle.get("files")
-    if bundle.get("version") != 1:
-        remedy = "use the llmtrain that wrote it"
-        raise DataError(Problem(where, f"version {bundle.get('version')!r}", "version 1", remedy))
-    if not isinstance(files, dict) or not isinstance(files.get(TOKENIZER), str):
+    bundle = decode_file(_Bundle, content_of, where, DataError)
+    if bundle.version != 1:
+        raise DataError(
+            Problem(where, f"version {bundle.version}", "version 1", "use the llmtrain that wrote it")
+        )
+    if TOKENIZER not in bundle.files:
         raise _no_tokenizer(where, f"a bundle without {TOKENIZER}")
-    return JsonTokenizer(files, where)
+    return JsonTokenizer(bundle.files, where)
 
 
 def make_config(special: Mapping[str, str]) -> str:
@@ -191,8 +259,15 @@ def make_config(special: Mapping[str, str]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
+def _said(content: dict[str, Any], where: str) -> dict[str, str | None]:
+    """Return the token that a file names for each role of which it says anything; None: it has none."""
+    tokens = decode_file(_SpecialTokens, content, where, DataError)
+    keys = [f"{role}_token" for role in ROLES]
+    return {key: text_of(getattr(tokens, key)) for key in keys if key in content}
+
+
 def _roles(
-    spec: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]], ids: Mapping[str, int], added: Any
+    spec: Mapping[str, Any], said: Sequence[Mapping[str, str | None]], ids: Mapping[str, int], added: Any
 ) -> dict[str, int]:
     """Role → id: what tokenizer_config.json says, else special_tokens_map.json, else tokenizer.json's
     post-processor, else what added tokens are called."""
@@ -201,26 +276,23 @@ def _roles(
     roles = {}
     for role in ROLES:
         key = f"{role}_token"
-        said = [config[f][key] for f in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP) if key in config.get(f, {})]
+        tokens = [of_file[key] for of_file in said if key in of_file]
         if isinstance(processor.get(role), list):  # BertProcessing and RobertaProcessing: [token, id]
-            said += processor[role][:1]
-        said += [next((token for token in _KNOWN[role] if token in names), None)]
-        token = said[0]["content"] if isinstance(said[0], dict) and "content" in said[0] else said[0]
-        if isinstance(token, str) and token in ids:
-            roles[role] = ids[token]
+            tokens += processor[role][:1]
+        tokens += [next((token for token in _KNOWN[role] if token in names), None)]
+        # Where a file says null, the tokenizer has none.
+        if tokens[0] is not None and tokens[0] in ids:
+            roles[role] = ids[tokens[0]]
     return roles
 
 
-def _object(content: str | bytes, where: str) -> dict[str, Any]:
+def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _no_tokenizer(where, f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise _no_tokenizer(where, f"JSON {type(value).__name__}")
-    return value
+        return parse_object(content, unique=unique, utf8=True)
+    except ValueError as error:
+        raise _no_tokenizer(where, str(error)) from None
 
 
 def _no_tokenizer(where: str, reason: str) -> DataError:
     reason = " ".join(reason.split())[:200]
-    return DataError(Problem(where, f"no tokenizer ({reason})", "tokenizer.json of the tokenizers library"))
+    return DataError(Problem(where, f"no tokenizer ({reason})", _ALLOWED))

@@ -19,6 +19,7 @@ import sentencepiece
 
 from llmtrain.data.config import SPECIAL_TOKENS, TokenizerConfig
 from llmtrain.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.data.tokenizer_checks import check_charsmap
 from llmtrain.errors import DataError, Problem
 
 SPACE = "▁"
@@ -45,12 +46,23 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
         """Raises DataError for bytes that are no model, or a model that cannot separate documents."""
         try:
+            # Of no bytes the library makes a processor that is none.
+            if not model:
+                raise ValueError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.get_piece_size()
+            self.pieces()
+            scores = self._processor.get_score(list(range(self.vocab_size)))
+            if not np.isfinite(scores).all():
+                raise ValueError("scores that are no numbers")
+            for normalizer in (spec := _spec(model, where)).normalizer_spec, spec.denormalizer_spec:
+                if charsmap := normalizer.precompiled_charsmap:
+                    check_charsmap(charsmap)
         except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise DataError(
-                Problem(where, f"no sentencepiece model ({error})", "a .model file of sentencepiece")
+                Problem(where, f"no sentencepiece model ({reason})", "a .model file of sentencepiece")
             ) from error
-        self.vocab_size = self._processor.get_piece_size()
         super().__init__(model, _roles(self._processor), where)
 
     @cached_property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtrain.checkpoint.generation_keys import HEEDED, OF_NO_EFFECT, PLAIN
+from llmtrain.config import show
 
 TOP_K = 50
 """Of transformers, where a model is to be sampled and top_k is not said."""
@@ -26,7 +27,7 @@ def unheeded(said: Mapping[str, Any]) -> list[str]:
         is_id = key.endswith("_token_id") and not key.startswith("forced_")
         if is_id or key in HEEDED or key in OF_NO_EFFECT or value in (None, [], {}, PLAIN.get(key)):
             continue
-        found.append(f"{key}={value}")
+        found.append(f"{key}={show(value)}")
     if said.get("do_sample") and (said.get("num_beams") or 1) > 1:
         found.append("do_sample=True with num_beams")
     if said.get("early_stopping") == "never":

@@ -143,7 +143,7 @@ class GPTConfig(OfVocabulary):
     def problems(self) -> Iterator[Problem]:
         for name in ("max_sequence_length", "hidden_size", "num_layers", "num_heads"):
             yield from require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("head_dim", "mlp_hidden_size"):
+        for name in ("num_kv_heads", "head_dim", "mlp_hidden_size"):
             value = getattr(self, name)
             yield from require(value is None or value >= 1, name, value, "1 or more, or null")
         yield from require(self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0")

@@ -1,10 +1,13 @@
-"""An import that is killed at any moment leaves no checkpoint or a whole one; the same command mends it."""
+"""An import that is killed at any moment leaves no checkpoint or a whole one; the same command mends it. What
+is no file ends it in a line."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +107,16 @@ def test_killed_at_every_moment(overwrite: bool, tmp_path: Path) -> None:
     assert torch.equal(checkpoint.weights()["embedding.weight"], tensors["embedding.weight"])
     (found,) = (tmp_path / "ours" / "checkpoints").iterdir()
     assert found.name == "step-00000000"
+
+
+def test_a_pipe_in_place_of_a_file_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(p.shape) for name, p in GPT(CONFIG).named_parameters()}
+    export_folder(CONFIG, tensors, None, tmp_path / "theirs")
+    (tmp_path / "theirs" / "config.json").unlink()
+    os.mkfifo(tmp_path / "theirs" / "config.json")
+    settings = [f"source={tmp_path / 'theirs'}", f"output={tmp_path / 'ours'}"]
+    command = [sys.executable, "-m", "llmtrain", "import", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().split("\n")
+    assert "config.json: got a pipe, not a file; allowed: a Hugging Face model folder holds this file" in line

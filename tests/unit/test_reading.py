@@ -121,3 +121,18 @@ def test_a_field_of_another_type_is_named_with_its_file(change, line):
 def test_a_missing_field_is_named():
     with pytest.raises(DataError, match=r"x\.json: name: got nothing; allowed: text"):
         reading.decode_file(_File, {"entries": []}, "x.json", DataError)
+
+
+def test_a_key_twice_is_refused_where_it_may_not_be():
+    content = '{"a": {"b": 1, "b": 2}}'
+    assert reading.parse_object(content) == {"a": {"b": 2}}
+    with pytest.raises(ValueError, match="the key 'b' twice"):
+        reading.parse_object(content, unique=True)
+
+
+def test_half_a_character_is_refused_where_it_may_not_be_and_two_halves_are_one():
+    assert reading.parse_json(r'"\ud83d\ude00"', utf8=True) == "😀"
+    for content in (r'["\ud83d"]', r'{"\udc00": 1}', '"\ud800"'):
+        with pytest.raises(ValueError, match="half a character"):
+            reading.parse_json(content, utf8=True)
+        reading.parse_json(content)  # as a name of a file that is no UTF-8

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config import LARGEST_INT, show
 from llmtrain.errors import CheckpointError, Problem
+
+MOST_LAYERS = 4096
+"""Of any model; those here are built one by one."""
+LARGEST_ID = 2**31 - 1
+"""Of a token."""
 
 # Tensors: ours ↔ theirs.
 
@@ -117,8 +123,10 @@ class Settings:
     def whole(self, key: str, default: int | None = None) -> int:
         """A whole number, the default where it is missing or null."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
+        if not _is_finite(value) or value % 1 != 0:
             raise self.refusal(key, "a whole number")
+        if abs(value) > LARGEST_INT:
+            raise self.refusal(key, "a whole number between -2^63 and 2^63")
         return int(value)
 
     def layers(self, key: str = "num_hidden_layers", default: int | None = None) -> int:
@@ -126,12 +134,14 @@ class Settings:
         layers = self.whole(key, default)
         if self.tensors and layers > len(self.tensors):
             raise self.refusal(key, f"no more than its {len(self.tensors):,} tensors, each layer's own")
+        if not 1 <= layers <= MOST_LAYERS:
+            raise self.refusal(key, f"1 to {MOST_LAYERS:,}")
         return layers
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number, the default where it is missing or null."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_finite(value):
             raise self.refusal(key, "a number")
         return float(value)
 
@@ -139,18 +149,14 @@ class Settings:
         """An id, or a list of them; none where it is missing or null."""
         value = self.content.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        if any(isinstance(i, bool) or not isinstance(i, int) or abs(i) > LARGEST_ID for i in ids):
             raise self.refusal(key, "an id, or a list of them")
         return ids
 
     def numbers(self, key: str) -> list[float]:
         """A list of numbers."""
         values = self._value(key, None)
-        are_numbers = isinstance(values, list) and all(
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            for value in values
-        )
-        if not are_numbers:
+        if not isinstance(values, list) or not all(map(_is_finite, values)):
             raise self.refusal(key, "a list of numbers")
         return [float(value) for value in values]
 
@@ -170,7 +176,9 @@ class Settings:
 
     def section(self, key: str) -> Settings:
         """The settings under a key, none where it is missing or null."""
-        value = self.content.get(key) or {}
+        value = self.content.get(key)
+        if value is None:
+            value = {}
         if not isinstance(value, Mapping):
             raise self.refusal(key, "a section of keys")
         return Settings(self.where, value, prefix=f"{self.prefix}{key}.")
@@ -195,7 +203,7 @@ class Settings:
         return torch.equal(self.tensors[head], self.tensors[embedding])
 
     def refusal(self, key: str, allowed: str, remedy: str = "") -> CheckpointError:
-        got = repr(self.content[key]) if key in self.content else "nothing"
+        got = show(self.content[key]) if key in self.content else "nothing"
         return CheckpointError(Problem(f"{self.where}: {self.prefix}{key}", got, allowed, remedy))
 
     def _value(self, key: str, default: Any) -> Any:
@@ -205,6 +213,16 @@ class Settings:
         if value is None:
             raise CheckpointError(Problem(str(self.where), f"no key '{self.prefix}{key}'", "a whole config"))
         return value
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that is one to torch too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def unless(value: Any, implied: Any) -> Any:

@@ -126,7 +126,8 @@ def unknown_keys(form: Form, theirs: Settings) -> tuple[str, ...]:
             theirs.require(key, *allowed)
     if "is_causal" in unasked and form.config is not BertConfig:
         theirs.require("is_causal", True)
-    if set(unasked.get("layer_types") or ()) - {FULL}:
+    kinds = unasked.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != FULL for kind in kinds)):
         raise theirs.refusal("layer_types", f"{FULL} alone: {form.model_type} has no other layers")
     return tuple(
         f"{theirs.prefix}{key}"

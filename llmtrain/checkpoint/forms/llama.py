@@ -203,7 +203,7 @@ def _read_smollm3(theirs: Settings) -> dict[str, Any]:
     has_rope = theirs.content.get("no_rope_layers")  # of each layer, as opposed to its name
     if has_rope is None:
         has_rope = [(layer + 1) % max(every, 1) != 0 for layer in range(layers)]
-    if not isinstance(has_rope, list) or len(has_rope) < layers:
+    if not isinstance(has_rope, list) or len(has_rope) < layers or any(n not in (0, 1) for n in has_rope):
         raise theirs.refusal("no_rope_layers", f"{layers} times 0 or 1")
     window = read_window(theirs, None)
     if not theirs.flag("use_sliding_window", False):

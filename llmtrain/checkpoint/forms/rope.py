@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtrain.checkpoint.forms.base import Settings
+from llmtrain.config import LARGEST_INT
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.rotary import yarn_attention_factor
 
@@ -31,8 +32,8 @@ def read_rope(
     partial: it can turn a part of a head's dims.
     """
     # Releases before transformers 5 wrote rope_scaling, with rope_theta beside it. Where both are, it wins.
-    given = "rope_scaling" if theirs.content.get("rope_scaling") else "rope_parameters"
-    rope = theirs.section(given)
+    scaled = theirs.section("rope_scaling")
+    rope = scaled if scaled.content else theirs.section("rope_parameters")
     for key, value in rope.content.items():
         if isinstance(value, Mapping):
             raise rope.refusal(key, "a number or a name: rotary positions are the same in all layers here")
@@ -50,7 +51,10 @@ def read_rope(
     scaling = None if kind == "default" else _read_scaling(kind, rope, longest, original)
     if kind in ("dynamic", "yarn"):
         # What stretching is for; in many folders the key stays that of the original context.
-        longest = max(longest, int(original * rope.number("factor", 1.0)))
+        stretched = original * rope.number("factor", 1.0)
+        if stretched > LARGEST_INT:
+            raise rope.refusal("factor", "so much that positions are whole numbers below 2^63")
+        longest = max(longest, int(stretched))
     return {
         "max_sequence_length": longest,
         "rope_theta": rope.number("rope_theta"),
@@ -101,7 +105,8 @@ def _read_scaling(kind: str, rope: Settings, longest: int, original: int) -> dic
         scaling |= {
             "beta_slow": rope.number("beta_slow", 1.0) or 1.0,
             "beta_fast": rope.number("beta_fast", 32.0) or 32.0,
-            "truncate": bool(rope.content.get("truncate", True)),
+            # transformers takes null for false here.
+            "truncate": rope.flag("truncate", rope.content.get("truncate", True) is not None),
             "attention_factor": _yarn_attention_factor(rope, scaling["factor"]),
         }
     return scaling
@@ -112,7 +117,10 @@ def _yarn_attention_factor(rope: Settings, factor: float) -> float | None:
     scale, all_dims = _optional(rope, "mscale"), _optional(rope, "mscale_all_dim")
     if given is not None or not scale or not all_dims:
         return given
-    return yarn_attention_factor(factor, scale) / yarn_attention_factor(factor, all_dims)
+    above, below = yarn_attention_factor(factor, scale), yarn_attention_factor(factor, all_dims)
+    if below <= 0:
+        raise rope.refusal("mscale_all_dim", "more than 0")
+    return above / below
 
 
 def _optional(rope: Settings, key: str) -> float | None:

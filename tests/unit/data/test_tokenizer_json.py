@@ -224,7 +224,7 @@ def test_a_corpus_carries_it(folder: Path, tmp_path: Path):
     [
         ("tokenizer.json", b"{", "got no tokenizer (no JSON"),
         ("tokenizer.json", b"\xff\xfe\xfa", "got no tokenizer (no UTF-8 at byte 0)"),
-        ("tokenizer.json", b"[]", "got no tokenizer (JSON list)"),
+        ("tokenizer.json", b"[]", "got no tokenizer (a list in place of an object)"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', "got no tokenizer ("),
         ("tokenizer.json", pickle.dumps({"a": 1}), "got no tokenizer (no UTF-8 at byte 0)"),
         ("vocab.txt", "\n".join(["a", "b"]).encode(), "neither an eos nor a sep nor a bos"),
