@@ -43,7 +43,12 @@ def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         where, content = path / "config.json", _said_by(config)
     else:
         where, content = path / FILE, read_json(path / FILE)
-    settings = Settings(where, content)
+    check_generation(Settings(where, content))
+    return {key: value for key, value in content.items() if key not in _OUT}
+
+
+def check_generation(settings: Settings) -> None:
+    """Raise CheckpointError for values of keys that `generate` heeds and that are none."""
     settings.token_ids("eos_token_id")
     settings.flag("do_sample", False)
     settings.require("early_stopping", True, False, "never")
@@ -55,7 +60,6 @@ def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key, (fewest, limit) in _WHOLE.items():
         if not fewest <= settings.whole(key, 1) <= limit:
             raise settings.refusal(key, f"{fewest} to {limit:,}")
-    return {key: value for key, value in content.items() if key not in _OUT}
 
 
 def _said_by(config: Mapping[str, Any]) -> dict[str, Any]:

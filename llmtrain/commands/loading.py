@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llmtrain.checkpoint import huggingface, retention, store
 from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.forms.base import Settings
+from llmtrain.checkpoint.generation_settings import check_generation
 from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode, decode_json, short
@@ -229,11 +231,7 @@ def config_of(checkpoint: store.Checkpoint) -> ModelConfig:
     model = checkpoint.manifest["model"]
     where = str(checkpoint.path / MANIFEST)
     shapes = [entry["shape"] for entry in checkpoint.manifest["tensors"][WEIGHT].values()]
-    # Before anything is made of each layer.
-    for key, value in model.items():
-        if key.endswith("layers") and isinstance(value, int) and value > len(shapes):
-            allowed = f"no more than its {len(shapes):,} tensors, each layer's own"
-            raise CheckpointError(Problem(f"{where}: model.{key}", f"{value:,}", allowed))
+    _check_layers(checkpoint, "model", model)
     try:
         config: ModelConfig = decode(model_config_type(model), model)
         expected = config.parameter_count()
@@ -248,9 +246,25 @@ def config_of(checkpoint: store.Checkpoint) -> ModelConfig:
     return config
 
 
+def _check_layers(checkpoint: store.Checkpoint, name: str, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for more layers than there are weights, before anything is made of each."""
+    most = len(checkpoint.manifest["tensors"][WEIGHT])
+    for key, value in model.items():
+        if key.endswith("layers") and isinstance(value, (int, float)) and value > most:
+            where = f"{checkpoint.path / MANIFEST}: {name}.{key}"
+            allowed = f"no more than its {most:,} tensors, each layer's own"
+            raise CheckpointError(Problem(where, f"{value:,}", allowed))
+
+
 def _origin_of(checkpoint: store.Checkpoint) -> Origin | None:
-    origin = checkpoint.manifest.get("origin")
-    return None if origin is None else decode_json(Origin, origin)
+    said = checkpoint.manifest.get("origin")
+    if said is None:
+        return None
+    origin = decode_json(Origin, said)
+    _check_layers(checkpoint, "origin.model", origin.model)
+    where = checkpoint.path / MANIFEST
+    check_generation(Settings(where, origin.generation, prefix="origin.generation."))
+    return origin
 
 
 def build_module(config: ModelConfig, device: torch.device) -> nn.Module:

@@ -29,6 +29,7 @@ from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig
 from llmtrain.models.gpt import GPT
 from llmtrain.train.run_folder import RunFolder
+from tests.support.corpora import write_manifest
 from tests.support.training import compose
 
 LLAMA = GPTConfig(
@@ -331,3 +332,33 @@ def test_by_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert f"step        0, imported from {folder}" in capsys.readouterr().out
     assert cli.run_verb("import", [f"source={tmp_path / 'none'}", f"output={output}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"num_layers": 10**9}}, "model.num_layers: got 1,000,000,000; allowed: no more than its"),
+        ({"model": {"hidden_size": 10**12}}, "model: got a model of"),
+        ({"model": {"hidden_size": "wide"}}, "model.hidden_size: got 'wide'; allowed: a whole number"),
+        ({"model": {"num_heads": 0}}, "model.num_heads: got 0"),
+        ({"model": {"family": "of mine"}}, "model.family: got 'of mine'"),
+        ({"origin": {"model": {"num_layers": 10**9}}}, "origin.model.num_layers: got 1,000,000,000"),
+        ({"origin": {"generation": {"top_k": "many"}}}, "origin.generation.top_k: got 'many'"),
+        ({"origin": {"generation": {"eos_token_id": {}}}}, "origin.generation.eos_token_id: got {}"),
+        ({"dtype": "load"}, "dtype: got 'load'"),
+    ],
+)
+def test_a_checkpoint_that_says_other_things(folder: Path, tmp_path: Path, change: dict, said: str) -> None:
+    """Whoever forges a manifest makes its checksum too."""
+    checkpoint = run(folder, tmp_path / "ours")
+
+    def changed(before: Any, now: Any) -> Any:
+        if not isinstance(before, dict) or not isinstance(now, dict):
+            return now
+        return {**before, **{key: changed(before.get(key), value) for key, value in now.items()}}
+
+    write_manifest(checkpoint.path, changed(checkpoint.manifest, change))
+    with pytest.raises(CheckpointError) as failure:
+        load_trained(tmp_path / "ours")
+    assert said in str(failure.value)
+    assert str(checkpoint.path) in str(failure.value)
