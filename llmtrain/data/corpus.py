@@ -27,13 +27,13 @@ from llmtrain.data.manifest import (
     MANIFEST_NAME,
     PREPARE_AGAIN,
     STAMP_NAME,
-    TOKENIZER_BYTES,
     UNFINISHED_NAME,
     VERSION,
     Manifest,
     SplitEntry,
     parse_manifest,
 )
+from llmtrain.data.npy import parse_array
 from llmtrain.data.open_shards import OpenShard, OpenShards
 from llmtrain.data.places import Elsewhere, Folder, Place, Problems, not_a_corpus
 from llmtrain.data.shards import (
@@ -41,15 +41,16 @@ from llmtrain.data.shards import (
     INDEX_DTYPE,
     LENGTHS_DTYPE,
     NPY_HEADER_BYTES,
-    NPY_HEADER_LONGEST,
     ShardError,
-    read_array,
 )
+from llmtrain.data.tokenizer_checks import TOKENIZER_BYTES
 from llmtrain.errors import DataError, Problem, nearest
 
 __all__ = ["FORMAT", "MANIFEST_NAME", "STAMP_NAME", "UNFINISHED_NAME", "VERSION", "Corpus", "TokenSplit"]
 
 _MOST_PROBLEMS = 5
+_LONGEST_HEADER = 4096
+"""Bytes before the data of an array; none here has as many."""
 OPEN_SHARDS = 64
 """Kept open at most; a corpus has more shards than a process has files."""
 
@@ -367,11 +368,14 @@ def _read_array(place: Place, file: str, xxh3_128: str | None, dtype: np.dtype, 
     where, size = place.name(file), length * dtype.itemsize
     if size > (free := psutil.virtual_memory().available):
         raise DataError(Problem(where, f"{size:,} bytes", f"{free:,}, the memory that is free"))
-    content = place.read(file, size + NPY_HEADER_LONGEST, xxh3_128)
+    content = place.read(file, size + _LONGEST_HEADER, xxh3_128)
     try:
-        return read_array(content, dtype, length)
+        array = parse_array(content)
+        if array.dtype != dtype or array.shape != (length,):
+            raise ValueError(f"an array of {array.dtype} of the shape {array.shape}")
     except ValueError as error:
         raise DataError(Problem(where, str(error), f"{length:,} of {dtype}", PREPARE_AGAIN)) from None
+    return array
 
 
 def _read_index(place: Place, entry: SplitEntry, dtype: np.dtype) -> np.ndarray:

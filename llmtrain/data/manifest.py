@@ -20,8 +20,6 @@ READABLE = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES = 256 << 20
 """More than the manifest of a million shards."""
-TOKENIZER_BYTES = 256 << 20
-"""More than any tokenizer that is known."""
 STAMP_NAME = ".verified.json"
 UNFINISHED_NAME = ".prepare"
 """Folder in which `llmtrain prepare` keeps its work until the corpus is whole."""

@@ -38,10 +38,6 @@ TAR_BLOCK = 512
 NPY_HEADER_BYTES = 128  # of an array of one dimension and a plain type
 
 
-NPY_HEADER_LONGEST = 4096
-"""No array here has as long a header."""
-
-
 class ShardError(DataError):
     """One shard that cannot be had or is not what its manifest says."""
 
@@ -108,25 +104,6 @@ def write_lengths(path: Path, num_documents: int, pieces: Iterable[np.ndarray]) 
             file.write(data)
             checksum.update(data)
     return checksum.hexdigest()
-
-
-def read_array(content: bytes, dtype: np.dtype, length: int) -> np.ndarray:
-    """Return the array of one dimension in the npy file `content`, which is to have this type and length.
-    Raises ValueError, with a phrase of what there is, for another."""
-    file = io.BytesIO(content)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-            version
-        ]
-        shape, is_fortran, found = read(file, max_header_size=NPY_HEADER_LONGEST)
-    except Exception as error:  # whatever its parser of Python's literals stumbles over
-        raise ValueError(f"no array ({type(error).__name__})") from None
-    if found != dtype or is_fortran or shape != (length,):
-        raise ValueError(f"an array of {found} of the shape {shape}")
-    if len(content) - file.tell() != length * dtype.itemsize:
-        raise ValueError(f"{len(content) - file.tell():,} bytes of data")
-    return np.frombuffer(content, dtype, length, file.tell())
 
 
 class _Tar:
