@@ -5,6 +5,7 @@ Hydra is imported here alone, and only once a verb is known, so that `llmtrain -
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import standard_streams
+from llmtrain.config import short
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
 from llmtrain.overrides import (
@@ -232,6 +234,17 @@ def _runner(verb: str) -> Callable[[Mapping[str, Any]], int | None]:
     return getattr(importlib.import_module(VERBS[name][0]), function or "run")
 
 
+def _run_verb_on(composed: dict[str, Any], verb: str) -> int:
+    """Run a verb; return its exit code. A path that no file system takes is the user's, wherever it stood."""
+    try:
+        return _runner(verb)(composed) or 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        allowed = "at most 255 bytes between two slashes"
+        raise ConfigError(Problem(short(str(error.filename)), "a name that is too long", allowed)) from error
+
+
 def _run_hydra(verb: str, arguments: list[str]) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -271,7 +284,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / name)
             if verb in DOES_MORE_THAN_PRINT:
                 standard_streams.go_on_without_output()
-            codes.append(_runner(verb)(composed) or 0)
+            codes.append(_run_verb_on(composed, verb))
             if multirun and codes[-1] == INTERRUPTED_EXIT_CODE:
                 raise _SweepInterrupted
         except UserError as error:

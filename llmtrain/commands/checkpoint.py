@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import decode, require
-from llmtrain.errors import CheckpointError, Problem
+from llmtrain.errors import CheckpointError, Problem, printable
 from llmtrain.shards import Box, matrix_shape
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def show(mapping: Mapping[str, Any]) -> None:
         "files": f"{len(manifest['files'])}, {checkpoint.bytes:,} bytes",
     }
     for name, fact in facts.items():
-        print(f"{name:<12}{fact}")
+        print(f"{name:<12}{printable(str(fact))}")
     if config.tensors:
         _print_tensors(entries)
 

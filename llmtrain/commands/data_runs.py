@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -190,7 +191,8 @@ class Run:
             got = f"{path}, which the run's folder names"
             allowed = "an address that you give, since what lies there is fetched"
             raise ConfigError(Problem(where, got, allowed, f"give {where}={path} if you trust it"))
-        if Path(path).expanduser().exists():
+        # As Path.exists, which raises for a name that is too long.
+        if os.path.exists(Path(path).expanduser()):
             return path
         return str(Path(self._folder) / path)
 

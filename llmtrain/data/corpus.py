@@ -87,7 +87,7 @@ class Corpus:
             place = Elsewhere(str(path), cache)
         else:
             place = Folder(Path(path))
-            if not (Path(path) / MANIFEST_NAME).is_file():
+            if not os.path.isfile(Path(path) / MANIFEST_NAME):
                 raise DataError(not_a_corpus(Path(path)))
         manifest = parse_manifest(place.read(MANIFEST_NAME, MANIFEST_BYTES), place.name(MANIFEST_NAME))
         corpus = cls(place, manifest, _tokenizer(place, manifest))

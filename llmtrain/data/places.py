@@ -184,7 +184,7 @@ class Elsewhere:
 def not_a_corpus(path: Path) -> Problem:
     """What stands at a path that holds no manifest."""
     remedy = "make one with: llmtrain prepare source=… output=…"
-    if not path.exists():
+    if not os.path.exists(path):
         return Problem(str(path), "no such folder", "a corpus", remedy)
     if not path.is_dir():
         return Problem(str(path), "a file", "the folder of a corpus", remedy)

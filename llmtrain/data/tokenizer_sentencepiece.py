@@ -115,10 +115,12 @@ def _roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
     """Role → id: what the model says, and what the special pieces of BERT's relatives are called."""
     named = {role: getattr(processor, f"{role}_id")() for role in ("unk", "bos", "eos", "pad")}
     roles = {role: i for role, i in named.items() if i >= 0}
+    size = processor.get_piece_size()
     for role, names in _KNOWN.items():
         for i in map(processor.piece_to_id, names):
-            # A piece of text may be called so too.
-            if role not in roles and (processor.is_control(i) or _is_user_defined(processor, i)):
+            # A piece of text may be called so too; and where a model has no unknown piece, its id is none.
+            is_special = 0 <= i < size and (processor.is_control(i) or _is_user_defined(processor, i))
+            if role not in roles and is_special:
                 roles[role] = i
     return roles
 

@@ -75,6 +75,7 @@ def mistakes(
         (["data.path="], ["data.path", "nothing", "a path"]),
         (["checkpoint.resume="], ["checkpoint.resume", "nothing", "a path"]),
         (["run.dir=r\udce9"], ["run.dir", "a path in UTF-8"]),
+        ([f"checkpoint.resume={'r' * 300}"], ["rrr…", "a name that is too long", "255 bytes"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
