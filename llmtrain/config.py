@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 import reprlib
 import types
 import typing
@@ -19,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from llmtrain.errors import ConfigError, Problem, nearest
 
+_IS_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MISSING = "???"
 """What YAML holds for a key that the user must give."""
 LARGEST_INT = 2**63 - 1
@@ -267,7 +270,11 @@ def _decode_scalar(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
     if hint is str and (isinstance(raw, str) or (is_number and not reading.is_json)):
         return str(raw)
     if hint is Path and isinstance(raw, (str, Path)) and str(raw) != "":
-        return Path(raw).expanduser()
+        if not _IS_URL.match(str(raw)):
+            # As Path.expanduser, which raises for a user that is not known.
+            return Path(os.path.expanduser(raw))
+        # Of which a path would make a folder `https:`, with all that the address keeps secret.
+        allowed = "a path on this machine"
     reading.problems.append(Problem(where, show(raw), allowed))
     return _INVALID
 

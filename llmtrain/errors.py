@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from llmtrain.urls import without_credentials
+
 EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 75
 """Of a run that was asked to stop before its end, under every launcher: the same command goes on (sysexits'
@@ -46,7 +48,8 @@ class Problem:
             parts.append(f"allowed: {self.allowed}")
         if self.remedy:
             parts.append(self.remedy)
-        return "; ".join(printable(_clipped(" ".join(part.split()))) for part in parts)
+        shown = (without_credentials(" ".join(part.split())) for part in parts)
+        return "; ".join(printable(_clipped(part)) for part in shown)
 
 
 class UserError(Exception):

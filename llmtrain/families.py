@@ -13,6 +13,7 @@ from llmtrain.config import show
 from llmtrain.data.corpora import Corpora, open_corpora
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.files import at_home
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
 from llmtrain.models.configs import ModelConfig, TransformerConfig
@@ -367,7 +368,7 @@ def open_sources(
         splits = corpora.splits(split, optional)
         return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
     if isinstance(model, Seq2SeqConfig):
-        cache = data.cache.dir.expanduser()
+        cache = at_home(data.cache.dir)
         text_length, source_length, target_length = model.objective.lengths(sequence_length)
         if model.objective.kind == "pairs":
             splits = corpora.splits(split, optional)
@@ -382,7 +383,7 @@ def open_sources(
             sequence_length,
             packing=data.packing,
             overlap=data.overlap,
-            cache=data.cache.dir.expanduser(),
+            cache=at_home(data.cache.dir),
         )
         for name, tokens in corpora.splits(split, optional).items()
     }

@@ -93,6 +93,11 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
+def at_home(path: str | Path) -> Path:
+    """Return `path` with the user's home for its `~`. Path.expanduser raises for a user that is not known."""
+    return Path(os.path.expanduser(path))
+
+
 def stays_inside(name: object) -> bool:
     """Return whether `name`, from a manifest, is a relative path without `..`: then the file lies in the
     manifest's folder."""

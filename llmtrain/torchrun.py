@@ -40,7 +40,7 @@ from llmtrain.errors import (
     Problem,
     UserError,
 )
-from llmtrain.files import write_atomically
+from llmtrain.files import at_home, write_atomically
 from llmtrain.orphans import end_with_launcher
 from llmtrain.parallel.forwarding import Forwarder
 from llmtrain.parallel.hosts import Hosts, Route, hosts_from_environment, keep_to, route_to
@@ -85,10 +85,10 @@ def shell_code(exit_code: int) -> int:
 def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path:
     """LOG_DIR, or logs/ in the run folder that the overrides name (as conf/train.yaml does without them)."""
     if environment.get("LOG_DIR"):
-        return Path(environment["LOG_DIR"]).expanduser().absolute()
+        return at_home(environment["LOG_DIR"]).absolute()
     given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
     run_folder = given.get("run.dir") or f"runs/{given.get('run.name') or 'default'}"
-    return Path(run_folder).expanduser().absolute() / "logs"
+    return at_home(run_folder).absolute() / "logs"
 
 
 def keep_previous(log: Path) -> None:

@@ -16,6 +16,7 @@ from llmtrain.data.train_config import CacheConfig, ImageDataConfig, TokenDataCo
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.families import model_config_type, open_data, open_sources
+from llmtrain.files import at_home
 from llmtrain.models.configs import ModelConfig
 from llmtrain.reading import parse_object, parse_yaml, read_decoded
 from llmtrain.track.jsonl import read_metrics
@@ -192,7 +193,7 @@ class Run:
             allowed = "an address that you give, since what lies there is fetched"
             raise ConfigError(Problem(where, got, allowed, f"give {where}={path} if you trust it"))
         # As Path.exists, which raises for a name that is too long.
-        if os.path.exists(Path(path).expanduser()):
+        if os.path.exists(at_home(path)):
             return path
         return str(Path(self._folder) / path)
 

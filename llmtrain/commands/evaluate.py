@@ -19,6 +19,7 @@ from llmtrain.config import decode, encode, require
 from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import corpora_problems, data_problems, family_of, open_data, open_dataset
+from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
@@ -72,7 +73,7 @@ class EvaluateConfig:
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raises UserError for whatever a user can mend."""
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
-    output = None if config.output is None else config.output.expanduser()
+    output = None if config.output is None else at_home(config.output)
     if output is not None:
         check_output(output)
     corpora = open_data(config.data)

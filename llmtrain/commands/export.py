@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llmtrain.config import decode, require_utf8
 from llmtrain.errors import Problem
+from llmtrain.files import at_home
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     trained = load_trained(config.checkpoint)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    output = config.output.expanduser()
+    output = at_home(config.output)
     huggingface.export_folder(
         trained.config,
         trained.weights,

@@ -16,6 +16,7 @@ from llmtrain.commands.output import check_output, write_output
 from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
+from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
@@ -51,7 +52,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     """
     config = decode(GenerateCommandConfig, mapping)
     prompts = list(config.prompt) if config.prompt_file is None else _read_lines(config.prompt_file)
-    output = None if config.output is None else config.output.expanduser()
+    output = None if config.output is None else at_home(config.output)
     if output is not None:
         check_output(output)
 
@@ -156,6 +157,6 @@ def _ways(
 def _read_lines(path: Path) -> list[str]:
     """Raises DataError for what is no text file."""
     try:
-        return path.expanduser().read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return at_home(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(Problem("prompt_file", f"{path} ({error})", "a text file")) from error

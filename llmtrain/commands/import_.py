@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtrain.config import decode, encode, require_utf8
 from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.files import at_home
 from llmtrain.parallel import launcher
 
 
@@ -42,7 +43,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.commands.loading import fresh_note, listed, unknown_note
     from llmtrain.families import skeleton_of
 
-    source, output = config.source.expanduser(), config.output.expanduser()
+    source, output = at_home(config.source), at_home(config.output)
     imported, tokenizer = read_foreign(source, config.tokenizer)
     model = imported.config
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:

@@ -22,6 +22,7 @@ from llmtrain.config import decode, decode_json, short
 from llmtrain.data.tokenizer_folder import find_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.families import model_config_type, skeleton_of
+from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import end_ids, unheeded
 from llmtrain.models.configs import ModelConfig
@@ -146,7 +147,7 @@ class TrainedModel:
 
 def load_trained(path: Path) -> TrainedModel:
     """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged."""
-    path = path.expanduser()
+    path = at_home(path)
     if path.is_file():
         remedy = f"import it first: llmtrain import source={path} output=…"
         raise CheckpointError(Problem(str(path), "a file", "a run, checkpoint or model folder", remedy))
@@ -191,7 +192,7 @@ def describe(path: Path) -> tuple[ModelConfig, Path | None, Origin | None]:
     """The model that `load_trained` would find, its tokenizer's file and its origin, without a look at the
     weights.
     Raises CheckpointError as it does."""
-    path = path.expanduser()
+    path = at_home(path)
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
         return imported.config, find_tokenizer(path), imported.origin

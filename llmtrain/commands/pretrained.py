@@ -12,6 +12,7 @@ from llmtrain.data.corpora import Corpora
 from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.families import skeleton_of
+from llmtrain.files import at_home
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.origin import Origin
@@ -66,7 +67,7 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
         raise ConfigError(Problem("model.path", "nothing", allowed, "give model.path=…"))
     from llmtrain.commands.loading import describe, describe_checkpoint
 
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     try:
         config, tokenizer, origin = describe(folder)
     except CheckpointError:
@@ -84,12 +85,12 @@ def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
     from llmtrain.checkpoint import retention, store
 
     resume = mapping["checkpoint"]["resume"]
-    own = Path(mapping["run"]["dir"]).expanduser() / "checkpoints"
+    own = at_home(mapping["run"]["dir"]) / "checkpoints"
     if resume == "never":
         return None
     held = retention.list_steps(own)
     if not held and resume != "auto":
-        held = retention.list_held(Path(resume).expanduser())
+        held = retention.list_held(at_home(resume))
     if not held:
         return None
     checkpoint = store.Checkpoint.open(held[-1])

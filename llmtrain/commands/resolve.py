@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from llmtrain.commands.pretrained import Pretrained, expand
@@ -22,6 +21,7 @@ from llmtrain.families import (
     open_data,
     recompute_problems,
 )
+from llmtrain.files import at_home
 from llmtrain.models.config import SimpleCNNConfig
 from llmtrain.optim.config import schedule_problems
 from llmtrain.parallel import launcher
@@ -120,9 +120,9 @@ def resolve(
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:
     resume = config.checkpoint.resume
-    if resume in ("auto", "never") or Path(resume).expanduser().exists():
+    if resume in ("auto", "never") or at_home(resume).exists():
         return []
-    if Path(resume).expanduser().resolve().is_relative_to(config.run.dir.expanduser().resolve()):
+    if at_home(resume).resolve().is_relative_to(at_home(config.run.dir).resolve()):
         return []  # retention may have deleted what an earlier start went back to
     return [
         Problem(

@@ -31,7 +31,7 @@ from llmtrain.data.train_config import CacheConfig
 from llmtrain.data.transport import Transport
 from llmtrain.data.transport_source import UPLOAD_AGAIN
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import checksum, disk_problem, is_disk_full, stamp_of, write_atomically
+from llmtrain.files import at_home, checksum, disk_problem, is_disk_full, stamp_of, write_atomically
 from llmtrain.urls import without_credentials
 
 PARTIAL = ".partial"
@@ -81,7 +81,7 @@ class Cache:
 
     def __init__(self, config: CacheConfig) -> None:
         self._config = config
-        self._folder = config.dir.expanduser()
+        self._folder = at_home(config.dir)
         self._counts = dict.fromkeys(Counters.__dataclass_fields__, 0)
         self._counts_lock = threading.Lock()
         self._transport = Transport(

@@ -15,6 +15,7 @@ from llmtrain.data.places import Elsewhere
 from llmtrain.data.train_config import TokenDataConfig
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
+from llmtrain.files import at_home
 
 if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer
@@ -122,7 +123,7 @@ def open_corpora(data: TokenDataConfig) -> Corpora:
         remote = is_remote(path)
         try:
             opened[name] = Corpus.open(
-                path if remote else Path(path).expanduser(),
+                path if remote else at_home(path),
                 data.verify,
                 on_bad_shard=data.on_bad_shard,
                 cache=Cache(data.cache) if remote else None,

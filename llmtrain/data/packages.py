@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from llmtrain.errors import DataError, Problem
+from llmtrain.files import at_home
 
 PREFIX = "package:"
 
@@ -35,6 +36,6 @@ def resolve_package_path(path: str) -> Path:
     Raises DataError as `package_root`.
     """
     if not path.startswith(PREFIX):
-        return Path(path).expanduser()
+        return at_home(path)
     root, inside = package_root(path)
     return root / inside

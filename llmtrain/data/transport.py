@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
 from llmtrain.data.shards import ShardError
@@ -47,8 +47,18 @@ def join(root: str, name: str) -> str:
     """The URL of file `name` (a path with /) below `root`; the query of a web address stays at its end."""
     if not is_http(root):
         return f"{root.rstrip('/')}/{name}"
-    parts = urlsplit(root)
+    parts = _parts(root)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+
+
+def _parts(url: str) -> SplitResult:
+    """Raises DataError for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        _ = is_http(url) and parts.port
+    except ValueError:  # whose text may be a part of a password
+        raise DataError(Problem(without_credentials(url), "no URL", "scheme://host/path")) from None
+    return parts
 
 
 class Transport:
@@ -176,8 +186,9 @@ class Transport:
             )
 
     def _open(self, url: str) -> Source:
+        parts = _parts(url)
         if is_http(url):
-            return HttpFile(url, self._pool(urlsplit(url)), self._timeout)
+            return HttpFile(url, self._pool(parts), self._timeout)
         if url.startswith(("s3://", "s3a://")):
             return S3File(url, self._timeout)
         return StoreFile(url)

@@ -6,12 +6,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
+from llmtrain.config import show
 from llmtrain.data.shards import ShardError
 from llmtrain.data.transport_source import UPLOAD_AGAIN, PassingError, refuse_longer, scrubbed, wrong_size
 from llmtrain.errors import DataError, Problem
@@ -21,7 +22,12 @@ HTTP_CHUNK_BYTES = 1 << 18
 LEAST_RATE = 1024
 """Bytes a second; what is slower, for as long as a silence may last, has failed: a server that sends a byte
 now and then would keep a reader for ever."""
+HEADER_BYTES = 1 << 20
+"""Of all headers of an answer; what frames the pieces of its body, besides the body, for one reading."""
+FEW_PIECES, SMALL_PIECE = 4096, 64
+"""More pieces than this of fewer bytes on the average take time and bring nothing."""
 MOST_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 _PASSING_STATUSES = (408, 425, 429)
@@ -42,14 +48,13 @@ class HttpFile:
         if credentials:
             self._headers |= make_headers(basic_auth=credentials)
         self._seconds = timeout
-        # Waiting and trying again is done above.
-        retries = Retry(
-            connect=0, read=0, status=0, other=0, redirect=MOST_REDIRECTS, respect_retry_after_header=False
-        )
+        # Waiting and trying again is done above, and redirects below: urllib3 reads what comes with one.
+        retries = Retry(connect=0, read=0, status=0, other=0, redirect=0, respect_retry_after_header=False)
         self._options = {
             "preload_content": False,
             "timeout": Timeout(connect=timeout, read=timeout),
             "retries": retries,
+            "redirect": False,
         }
         self.version = ""
 
@@ -62,17 +67,41 @@ class HttpFile:
             response.close()
 
     def _request(self, offset: int) -> Any:
-        from urllib3.exceptions import HTTPError
-
         headers = dict(self._headers)
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if self.version:
                 headers["If-Range"] = self.version
+        address = self._address
+        for _ in range(MOST_REDIRECTS + 1):
+            response = self._ask(address, headers)
+            if response.status not in _REDIRECTS:
+                return response
+            response.close()
+            before, address = address, self._redirected(address, response.headers.get("Location", ""))
+            if urlsplit(before)[:2] != urlsplit(address)[:2]:
+                headers.pop("authorization", None)
+        raise DataError(Problem(without_credentials(self._url), "too many redirects", f"{MOST_REDIRECTS}"))
+
+    def _ask(self, address: str, headers: Mapping[str, str]) -> Any:
+        from urllib3.exceptions import HTTPError
+
         try:
-            return self._pool.request("GET", self._address, headers=headers, **self._options)
+            return self._pool.request("GET", address, headers=headers, **self._options)
         except HTTPError as error:
             raise self._failure(error) from error
+
+    def _redirected(self, address: str, location: str) -> str:
+        """Where an answer sends its asker. Raises DataError for what is no web address."""
+        try:
+            parts = urlsplit(urljoin(address, location))
+            is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            is_web = False
+        if not is_web:
+            got = f"a redirect to {show(location)}"
+            raise DataError(Problem(without_credentials(self._url), got, "a web address", "check the URL"))
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
     def chunks(self, offset: int, size: int | None, at_most: int) -> Iterator[tuple[int, bytes]]:
         from urllib3.exceptions import HTTPError
@@ -85,7 +114,12 @@ class HttpFile:
             end = total if size is None else size
             if size is None:
                 refuse_longer(self._url, end, at_most)
-            while chunk := response.read1(HTTP_CHUNK_BYTES, decode_content=False):
+            pieces, begin = 0, place
+            while chunk := self._read(response):
+                pieces += 1
+                if pieces > FEW_PIECES and place - begin < pieces * SMALL_PIECE:
+                    got = f"an answer in {pieces:,} pieces of {(place - begin) / pieces:.0f} bytes"
+                    raise DataError(Problem(without_credentials(self._url), got, "larger pieces"))
                 if end is not None and place + len(chunk) > end:
                     raise ShardError(wrong_size(self._url, place + len(chunk), end))
                 refuse_longer(self._url, place + len(chunk), at_most)
@@ -97,6 +131,12 @@ class HttpFile:
             raise self._failure(error) from error
         finally:
             response.close()
+
+    def _read(self, response: Any) -> bytes:
+        # Besides what is asked for, headers of pieces come and are read in there.
+        response.meter.allow(4 * HTTP_CHUNK_BYTES + HEADER_BYTES)
+        chunk: bytes = response.read1(HTTP_CHUNK_BYTES, decode_content=False)
+        return chunk
 
     def _answer(self, response: Any, offset: int) -> tuple[int, int | None]:
         """Where the body begins in the file, and how long the file is, if the server says so."""
@@ -152,15 +192,26 @@ def pool_manager(proxy: str, most: int) -> Any:
     import urllib3
     from urllib3.connection import HTTPConnection, HTTPSConnection
 
-    class Plain(HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
-            self.sock = _paced(self.sock)
+    class Metered:
+        sock: Any
 
-    class Secure(HTTPSConnection):
         def connect(self) -> None:
-            super().connect()
-            self.sock = _paced(self.sock)
+            super().connect()  # type: ignore[misc]
+            self.meter = _Meter()
+            self.sock = _metered(self.sock, self.meter)
+
+        def getresponse(self) -> Any:
+            # Of which there may be any number before the one that counts.
+            self.meter.allow(HEADER_BYTES)
+            response = super().getresponse()  # type: ignore[misc]
+            response.meter = self.meter
+            return response
+
+    class Plain(Metered, HTTPConnection):
+        pass
+
+    class Secure(Metered, HTTPSConnection):
+        pass
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain
@@ -173,29 +224,45 @@ def pool_manager(proxy: str, most: int) -> Any:
     return manager
 
 
-class _PacedSocket(socket.socket):
-    """A socket, which has no room for what `_paced` hangs on it."""
+class _Meter:
+    """What comes over a connection, where no reader above sees it as well: in lines of a header, say."""
+
+    def __init__(self) -> None:
+        self._waited, self._received = 0.0, 0
+        self._left = 0
+
+    def allow(self, num_bytes: int) -> None:
+        """From here on so many may come, until this is called again."""
+        self._left = num_bytes
+
+    def count(self, num_bytes: int, seconds: float, patience: float | None) -> None:
+        """Raise TimeoutError when too little came for too long, OSError when more came than may."""
+        self._left -= num_bytes
+        if self._left < 0:
+            raise OSError("a header without end")
+        self._waited, self._received = self._waited + seconds, self._received + num_bytes
+        if self._waited > (patience or self._waited):
+            if self._received < LEAST_RATE * self._waited:
+                raise TimeoutError(f"{self._received} bytes in {self._waited:.0f} s")
+            self._waited, self._received = 0.0, 0
 
 
-def _paced(connected: Any) -> Any:
-    """A socket that raises TimeoutError when it waits too long for too little: over lines of a header, which
-    no reader above sees, as well."""
+class _MeteredSocket(socket.socket):
+    """A socket, which has no room for what `_metered` hangs on it."""
+
+
+def _metered(connected: Any, meter: _Meter) -> Any:
+    """The socket, each of whose answers `meter` counts."""
     if type(connected) is socket.socket:
         seconds = connected.gettimeout()
-        connected = _PacedSocket(fileno=connected.detach())
+        connected = _MeteredSocket(fileno=connected.detach())
         connected.settimeout(seconds)
     receive = connected.recv_into
-    waited, received = 0.0, 0
 
     def recv_into(*arguments: Any, **named: Any) -> int:
-        nonlocal waited, received
         began = time.monotonic()
         count: int = receive(*arguments, **named)
-        waited, received = waited + time.monotonic() - began, received + count
-        if waited > (connected.gettimeout() or waited):
-            if received < LEAST_RATE * waited:
-                raise TimeoutError(f"{received} bytes in {waited:.0f} s")
-            waited, received = 0.0, 0
+        meter.count(count, time.monotonic() - began, connected.gettimeout())
         return count
 
     connected.recv_into = recv_into

@@ -51,7 +51,7 @@ def scrubbed(text: str, url: str) -> str:
     parts = urlsplit(url)
     user = parts.netloc.rpartition("@")[0]
     text = text.replace(url, without_credentials(url))
-    for secret in (user, parts.query if is_http(url) else "", unquote(user.partition(":")[2])):
+    for secret in (user, parts.query, parts.fragment, unquote(user.partition(":")[2])):
         if secret:
             text = text.replace(secret, "…")
     return text

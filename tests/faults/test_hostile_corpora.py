@@ -260,9 +260,45 @@ def dripping_chunk() -> Iterable[bytes]:
         time.sleep(0.2)
 
 
+def redirecting() -> Iterable[bytes]:
+    yield b"HTTP/1.1 302 Found\r\nLocation: /b\r\n\r\n"
+    while True:
+        yield b"x" * (1 << 20)
+
+
+def going_on() -> Iterable[bytes]:
+    while True:
+        yield b"HTTP/1.1 100 Continue\r\n\r\n" * 1000
+
+
+def trailing() -> Iterable[bytes]:
+    yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    while True:
+        yield b"A: b\r\n" * 1000
+
+
+def by_the_byte() -> Iterable[bytes]:
+    yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    while True:
+        yield b"1\r\n{\r\n" * 1000
+
+
+def redirected(location: bytes) -> Callable[[], Iterable[bytes]]:
+    return lambda: [b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\n\r\n"]
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
+        (redirecting, "got too many redirects; allowed: 5"),
+        (going_on, "a header without end"),
+        (trailing, "a header without end"),
+        (by_the_byte, "pieces of 1 bytes; allowed: larger pieces"),
+        (redirected(b"http://["), "got a redirect to 'http://['; allowed: a web address"),
+        (redirected(b"http://[::1"), "got a redirect to"),
+        (redirected(b"http://\x1b[31m/"), "got a redirect to"),
+        (redirected(b"http://h:x/"), "got a redirect to"),
+        (redirected(b"ftp://h/"), "got a redirect to"),
         (endless, "got a file of 268,"),
         (long, "got a file of 8,589,934,592 bytes or more; allowed: 268,435,456 bytes at most"),
         (dripping, "got no answer that can be used in 2 attempts (no byte, or hardly any, for 1 s)"),
@@ -271,8 +307,7 @@ def dripping_chunk() -> Iterable[bytes]:
         (lambda: [b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"], "no JSON"),
         (lambda: [b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"], "no JSON"),
         (lambda: [b"HTTP/1.1 503 No\r\nRetry-After: " + b"9" * 5000 + b"\r\n\r\n"], "HTTP 503"),
-        (lambda: [b"HTTP/1.1 302 Go\r\nLocation: file:///etc/passwd\r\n\r\n"], "manifest.json"),
-        (lambda: [b"HTTP/1.1 302 Go\r\nLocation: /manifest.json\r\n\r\n"], "too many redirects"),
+        (redirected(b"file:///etc/passwd"), "got a redirect to 'file:///etc/passwd'"),
         (lambda: [b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n{}\x1b"], "no JSON"),
         (lambda: [b"\x1b]0;title\x07"], "manifest.json"),
     ],
@@ -288,6 +323,26 @@ def test_a_server_that_means_no_good(cache: Cache, answer: Callable[[], Iterable
     assert len(message.splitlines()) == 1
     assert message.isprintable()
     assert time.monotonic() - began < 30
+
+
+def test_credentials_do_not_follow_a_redirect_to_another_host(path: Path, cache: Cache):
+    with FileServer(path) as server, FileServer(path) as other:
+        server.faults.password = "user:s3cret"
+        server.faults.redirects["tokenizer.model"] = f"{other.url}/tokenizer.model"
+        server.faults.redirects["train/index.npy"] = "/validation/../train/index.npy"
+        server.faults.redirects["validation/../train/index.npy"] = "/train/lengths.npy"
+        read = Corpus.open(server.url.replace("//", "//user:s3cret@"), cache=cache)
+        assert [request.authorization for request in other.log] == [None]
+        assert {request.authorization for request in server.log} != {None}
+        with pytest.raises(DataError, match=r"index\.npy"):
+            read.split("train")
+
+
+@pytest.mark.parametrize("url", ["https://u:S3CRET@[::1/x", "http://h:S3CRET/x", "https://u:S3CRET@[zz]/x"])
+def test_what_is_no_url_is_told_without_its_password(cache: Cache, url: str):
+    message = refusal(url, cache)
+    assert "got no URL" in message
+    assert "S3CRET" not in message.replace("h:S3CRET", "")
 
 
 def test_a_long_wait_that_a_server_asks_for_is_told(

@@ -10,8 +10,9 @@ import llmtrain
 
 PACKAGE = Path(llmtrain.__file__).parent
 ORDER = (
+    {"urls"},
     {"errors"},
-    {"config", "files", "git", "hashing", "orphans", "shards", "standard_streams", "sweeps", "urls"},
+    {"config", "files", "git", "hashing", "orphans", "shards", "standard_streams", "sweeps"},
     {"reading"},
     {"models", "optim", "track"},
     {"objectives", "data"},

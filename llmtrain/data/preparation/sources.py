@@ -28,6 +28,7 @@ from llmtrain.data.preparation.scan import LeftOut, Scan, look, scan_problem, sh
 from llmtrain.data.preparation.streams import COLUMNS, Part, SourceFile, Unit
 from llmtrain.data.transport import is_remote
 from llmtrain.errors import DataError, Problem
+from llmtrain.files import at_home
 from llmtrain.reading import open_regular
 from llmtrain.urls import without_credentials
 
@@ -117,7 +118,7 @@ def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[Sour
     for key, places in (("source", sources), ("target_source", targets)):
         found.append([])
         for place in places:
-            path = Path(place).expanduser()
+            path = at_home(place)
             try:
                 status = None if is_remote(place) else look(path)
             except OSError as error:
