@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from llmtrain.errors import ConfigError, Problem, nearest
 
-_IS_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_IS_URL = re.compile(r"[\"']?[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MISSING = "???"
 """What YAML holds for a key that the user must give."""
 LARGEST_INT = 2**63 - 1

@@ -112,10 +112,15 @@ def links_out_of(folder: Path) -> list[Path]:
     """The entries of `folder`, a level deep, that are links to places outside of it."""
     inside = folder.resolve()
     return [
-        entry
-        for entry in sorted(folder.iterdir())
-        if entry.is_symlink() and not entry.resolve().is_relative_to(inside)
+        entry for entry in sorted(folder.iterdir()) if entry.is_symlink() and not _leads_into(entry, inside)
     ]
+
+
+def _leads_into(link: Path, inside: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(inside)
+    except RuntimeError:  # of links that lead to each other
+        return False
 
 
 def write_json_atomically(path: Path, value: Any, indent: int | None = 1) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +22,12 @@ from llmtrain.files import open_regular
 
 SETTINGS_BYTES = 16 << 20
 """More than any file of settings that people or programs write."""
+MOST_JSON_VALUES = 1_000_000
 MOST_VALUES = 100_000
 """Of a section in YAML; ours have some hundreds."""
 MOST_PROBLEMS = 8
 """Told of one file: the rest is of the same kind."""
+LONGEST_YAML_NUMBER = 100
 LONGEST_NUMBER = 4300
 """Digits; Python's own bound of what it turns into an int."""
 _HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
@@ -56,19 +59,29 @@ def read_bytes(path: Path, at_most: int) -> bytes:
     return content
 
 
+class _TooManyError(Exception):
+    """More values than may be."""
+
+
 class _KeyTwiceError(Exception):
     """A key that stands twice in an object."""
 
 
-def parse_json(content: bytes | str, *, unique: bool = False, utf8: bool = False) -> Any:
+def parse_json(
+    content: bytes | str, *, unique: bool = False, utf8: bool = False, most: int = MOST_JSON_VALUES
+) -> Any:
     """Return the value of a JSON text. Raises ValueError, with a short reason, for what is none.
 
+    most: values that it may hold: each takes some 75 bytes of memory, and may take three of the file.
     unique: refuse a key that stands twice in an object.
     utf8: refuse halves of characters, which no text that is written, and no library, takes; file names may
         hold them.
     """
     try:
         text = content if isinstance(content, str) else content.decode()
+        values = sum(map(text.count, ",[{"))
+        if values > most:
+            raise _TooManyError(f"{values:,} values, more than {most:,}")
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except UnicodeDecodeError as error:
         raise ValueError(f"no UTF-8 at byte {error.start:,}") from None
@@ -76,6 +89,8 @@ def parse_json(content: bytes | str, *, unique: bool = False, utf8: bool = False
         raise ValueError("brackets within brackets, too many") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from None
+    except _TooManyError as error:
+        raise ValueError(str(error)) from None
     except _KeyTwiceError as error:
         raise ValueError(f"the key {show(error.args[0])} twice") from None
     except ValueError:
@@ -98,9 +113,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_object(content: bytes | str, *, unique: bool = False, utf8: bool = False) -> dict[str, Any]:
+def parse_object(
+    content: bytes | str, *, unique: bool = False, utf8: bool = False, most: int = MOST_JSON_VALUES
+) -> dict[str, Any]:
     """Return the object of a JSON text. Raises ValueError for what is none, as `parse_json`."""
-    value = parse_json(content, unique=unique, utf8=utf8)
+    value = parse_json(content, unique=unique, utf8=utf8, most=most)
     if not isinstance(value, dict):
         raise ValueError(f"{kind_of(value)} in place of an object")
     return value
@@ -113,7 +130,7 @@ def parse_yaml(content: bytes) -> dict[str, Any]:
 
     try:
         # The safe loader too, in C where it was built.
-        value = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        value = yaml.load(content, _yaml_loader())  # noqa: S506
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f" in line {mark.line + 1}"
@@ -126,6 +143,26 @@ def parse_yaml(content: bytes) -> dict[str, Any]:
         raise ValueError(f"{kind_of(value)} in place of a section of keys")
     _refuse_multiplied(value)
     return value
+
+
+@cache
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader, for which a number is no longer than numbers are: the time for one of many
+    digits, or of many parts by 60, grows with the square of its length."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        pass
+
+    def construct(loader: Any, node: Any) -> Any:
+        if len(node.value) > LONGEST_YAML_NUMBER:
+            raise ValueError("a number of many digits")
+        kind = node.tag.rpartition(":")[2]
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", construct)
+    return Loader
 
 
 def _refuse_multiplied(value: Any) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, TextIO, cast
 
 from llmtrain.errors import EXIT_CODE, Problem
+from llmtrain.urls import without_credentials
 
 PIPE_CLOSED = 141
 """Exit code when who reads what is printed has left, as a shell gives it for SIGPIPE."""
@@ -92,6 +93,18 @@ class _Unchanged:
 def without_steering(text: str) -> str:
     """Return `text` with control characters, but for line ends and tabs, by their backslash escapes."""
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def tell(text: str) -> None:
+    """Say on standard error what a person should know; names of others in it steer nothing and give no secret
+    away."""
+    print(clean(text), file=sys.stderr, flush=True)
+
+
+def clean(text: str) -> str:
+    """Return what is told of names in files of others: without what steers a terminal, and without what URLs
+    keep secret."""
+    return without_steering(without_credentials(text))
 
 
 def unchanged(stream: TextIO) -> TextIO:

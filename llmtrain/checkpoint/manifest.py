@@ -19,8 +19,9 @@ from llmtrain.reading import decode_file, parse_object, read_bytes
 FORMAT = "llmtrain-checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 1 << 30
-"""More than the manifest of ten thousand ranks."""
+MANIFEST_BYTES = 256 << 20
+MANIFEST_VALUES = 10_000_000
+"""A million boxes, as of a thousand ranks of a model with three hundred weights."""
 WEIGHT = "weight"
 BYTES_PER_ELEMENT = 4
 _XXH3 = re.compile(r"[0-9a-f]{32}")
@@ -147,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     where = str(folder / MANIFEST)
     try:
-        manifest = parse_object(read_bytes(folder / MANIFEST, MANIFEST_BYTES))
+        manifest = parse_object(read_bytes(folder / MANIFEST, MANIFEST_BYTES), most=MANIFEST_VALUES)
     except FileNotFoundError:
         raise CheckpointError(Problem(str(folder), "no manifest.json", "a checkpoint folder")) from None
     except OSError as error:

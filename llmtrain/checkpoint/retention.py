@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,11 +15,14 @@ from llmtrain.errors import CheckpointError, Problem
 from llmtrain.parallel import distributed
 
 Say = Callable[[str], None]
+_NAME = re.compile(r"step-[0-9]{8,18}")
 
 
 def list_steps(root: Path) -> list[Path]:
     """Committed checkpoint folders under `root`, oldest first."""
-    return sorted(path for path in root.glob("step-*") if (path / MANIFEST).exists())
+    return sorted(
+        path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and os.path.exists(path / MANIFEST)
+    )
 
 
 def list_held(path: Path) -> list[Path]:

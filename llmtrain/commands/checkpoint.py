@@ -7,7 +7,6 @@ for all of them where that makes sense. Memory is bounded by a tensor, or by a b
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.config import decode, require
 from llmtrain.errors import CheckpointError, Problem, printable
 from llmtrain.shards import Box, matrix_shape
+from llmtrain.standard_streams import tell
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.store import Checkpoint, Reader
@@ -82,7 +82,7 @@ def show(mapping: Mapping[str, Any]) -> None:
 
     config = decode(ShowConfig, mapping)
     is_one = (config.path / MANIFEST).exists()
-    checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, _warn)
+    checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, tell)
     run = () if checkpoint.is_imported else ("config", "layout", "position")
     checkpoint.require("saved_at", "model", *run)
     manifest = checkpoint.manifest
@@ -186,7 +186,7 @@ def diff(mapping: Mapping[str, Any]) -> int:
     from llmtrain.checkpoint.store import Reader
 
     config = decode(DiffConfig, mapping)
-    a, b = (find(path, _warn) for path in (config.path, config.other))
+    a, b = (find(path, tell) for path in (config.path, config.other))
     print(f"a  {a.path}\nb  {b.path}")
     told = list(_differences_of_manifests(a, b))
     for line in told:
@@ -309,7 +309,7 @@ def prune(mapping: Mapping[str, Any]) -> None:
     is_run = not config.dry_run and (root.parent / ".lock").exists()
     held = RunFolder(root.parent) if is_run else None
     try:
-        current = retention.find(root, _warn)
+        current = retention.find(root, tell)
         doomed = retention.unkept(
             root,
             current.path,
@@ -344,7 +344,3 @@ def _step_folders(path: Path) -> list[Path]:
         return found
     got = "no checkpoint" if path.exists() else "no such folder"
     raise CheckpointError(Problem(str(path), got, "a run folder or a checkpoint folder (step-…)"))
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

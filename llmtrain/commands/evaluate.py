@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.bert_config import BertConfig
 from llmtrain.models.seq2seq_config import Seq2SeqConfig
 from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.standard_streams import tell
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +192,7 @@ class TargetCounter:
 
 def _say_skipped(shard: str, samples: int) -> None:
     text = f"warning: {shard} is bad: its {samples:,} sequences are left out"
-    print(text, file=sys.stderr, flush=True)
+    tell(text)
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from llmtrain.config import decode, require_utf8
 from llmtrain.errors import Problem
 from llmtrain.files import at_home
+from llmtrain.standard_streams import tell
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ def run(mapping: Mapping[str, Any]) -> None:
         origin=trained.origin,
         end_id=trained.own_end_id,
     )
-    print(f"exported {trained.source} to {output}", file=sys.stderr)
+    tell(f"exported {trained.source} to {output}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from llmtrain.config import decode, encode, require_utf8
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import at_home
 from llmtrain.parallel import launcher
+from llmtrain.standard_streams import tell
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     path = save_imported(output, imported.weights, shapes, description, tokenizer, overwrite=config.overwrite)
-    _say(f"imported {model.family}, {model.parameter_count():,} parameters, from {source} to {path}")
+    tell(f"imported {model.family}, {model.parameter_count():,} parameters, from {source} to {path}")
     if tokenizer is None:
-        _say("no tokenizer came with it: text needs one, give tokenizer=…")
+        tell("no tokenizer came with it: text needs one, give tokenizer=…")
     if imported.left_out:
-        _say(f"left out, since our model has no use for it: {listed(imported.left_out)}")
+        tell(f"left out, since our model has no use for it: {listed(imported.left_out)}")
     if imported.unknown:
-        _say(unknown_note(imported.unknown))
+        tell(unknown_note(imported.unknown))
     if imported.fresh:
-        _say(fresh_note(imported.fresh))
-    _say(f"train on: llmtrain train model=pretrained model.path={config.output} data.path=…")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+        tell(fresh_note(imported.fresh))
+    tell(f"train on: llmtrain train model=pretrained model.path={config.output} data.path=…")

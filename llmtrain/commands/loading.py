@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,6 +27,7 @@ from llmtrain.generation.folder import end_ids, unheeded
 from llmtrain.models.configs import ModelConfig
 from llmtrain.parallel import distributed
 from llmtrain.shards import Shard, matrix_shape
+from llmtrain.standard_streams import tell
 
 if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ class TrainedModel:
         """`config` with what the folder says where it says nothing. longest: tokens of a prompt."""
         said = {} if self.origin is None else self.origin.generation
         if ignored := unheeded(said):
-            print(f"note: not heeded of the folder's generation settings: {listed(ignored)}", file=sys.stderr)
+            tell(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
         has_sources = self.config.family == "seq2seq"
         settings = config.resolved(has_sources=has_sources, said=said)
         if config.max_new_tokens is not None or not said:
@@ -154,9 +154,9 @@ def load_trained(path: Path) -> TrainedModel:
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
         if imported.fresh:
-            print(fresh_note(imported.fresh), file=sys.stderr)
+            tell(fresh_note(imported.fresh))
         if imported.unknown:
-            print(unknown_note(imported.unknown), file=sys.stderr)
+            tell(unknown_note(imported.unknown))
         return TrainedModel(
             path,
             imported.config,
@@ -168,11 +168,11 @@ def load_trained(path: Path) -> TrainedModel:
             imported.dtype,
             imported.origin,
         )
-    checkpoint = retention.find(path, lambda text: print(text, file=sys.stderr))
+    checkpoint = retention.find(path, tell)
     is_ours = not checkpoint.is_imported
     fresh = tuple(checkpoint.manifest.get("fresh", ()))
     if fresh:
-        print(fresh_note(fresh), file=sys.stderr)
+        tell(fresh_note(fresh))
     return TrainedModel(
         source=checkpoint.path,
         config=config_of(checkpoint),

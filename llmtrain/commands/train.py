@@ -16,6 +16,7 @@ from llmtrain.families import open_dataset, open_sources
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel import launcher, stopping
 from llmtrain.plan.estimate import estimate
+from llmtrain.standard_streams import tell
 from llmtrain.train.config import recorded
 from llmtrain.urls import without_credentials_in
 
@@ -50,7 +51,7 @@ def _run(mapping: Mapping[str, Any]) -> int:
     resolved = resolve(mapping)
     plan = estimate(resolved.config.model, resolved.layout, resolved.config)
     if launcher.rank() == 0:
-        _say(plan.summary())
+        tell(plan.summary())
     plan.refuse_if_too_large()
 
     from llmtrain.engine.allocator import Heap, keep_freed_memory
@@ -282,7 +283,7 @@ class Session:
             if self._progress is not None:
                 self._progress.message(text)
             else:
-                _say(text)
+                tell(text)
 
     def _validation_dataset(self) -> Dataset | None:
         config = self.config
@@ -357,7 +358,3 @@ class Session:
 
 def _left_out(shard: str, samples: int) -> str:
     return f"warning: {shard} is bad: its {samples:,} sequences are left empty"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -18,8 +18,9 @@ VERSION = 3
 READABLE = (1, 2, 3)
 """Version 1 lacks lengths.npy, version 2 the manifest's own checksum."""
 MANIFEST_NAME = "manifest.json"
-MANIFEST_BYTES = 256 << 20
-"""More than the manifest of a million shards."""
+MANIFEST_BYTES = 64 << 20
+"""More than the manifest of 300,000 shards."""
+MANIFEST_VALUES = 4_000_000
 STAMP_NAME = ".verified.json"
 UNFINISHED_NAME = ".prepare"
 """Folder in which `llmtrain prepare` keeps its work until the corpus is whole."""
@@ -142,7 +143,7 @@ def _require_counts(entry: Any, *names: str) -> Iterator[Problem]:
 def parse_manifest(content: bytes, where: str) -> Manifest:
     """Raises DataError, naming `where`, for what is no manifest of a version that can be read."""
     try:
-        raw = parse_object(content)
+        raw = parse_object(content, most=MANIFEST_VALUES)
     except ValueError as error:
         raise DataError(Problem(where, str(error), "a corpus manifest", PREPARE_AGAIN)) from None
     if raw.get("format") != FORMAT:

@@ -21,6 +21,7 @@ from llmtrain.data.cache import Cache, RemoteFile
 from llmtrain.data.manifest import (
     MANIFEST_BYTES,
     MANIFEST_NAME,
+    MANIFEST_VALUES,
     PREPARE_AGAIN,
     STAMP_NAME,
     UNFINISHED_NAME,
@@ -257,6 +258,6 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _read_stamps(path: Path) -> dict[str, list[Any]]:
     try:
-        return parse_object(read_bytes(path, MANIFEST_BYTES))
+        return parse_object(read_bytes(path, MANIFEST_BYTES), most=MANIFEST_VALUES)
     except (OSError, ValueError):
         return {}

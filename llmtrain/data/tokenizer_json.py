@@ -36,6 +36,8 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
 """Files that stand beside tokenizer.json."""
 _ALLOWED = "tokenizer.json of the tokenizers library"
+MOST_VALUES = 8_000_000
+"""Pieces and merges, three values each; the largest tokenizers that are known have a million of both."""
 SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _KNOWN = {
@@ -288,7 +290,7 @@ def _roles(
 
 def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
     try:
-        return parse_object(content, unique=unique, utf8=True)
+        return parse_object(content, unique=unique, utf8=True, most=MOST_VALUES)
     except ValueError as error:
         raise _no_tokenizer(where, str(error)) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from llmtrain.errors import TrainingError
 from llmtrain.reading import parse_object
 from llmtrain.track.base import Metrics
 
+METRICS_BYTES = 4 << 30
+"""More than ten million steps."""
 LONGEST_LINE = 1 << 20
 """Bytes; a step has some hundreds."""
 
@@ -60,6 +63,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, "rb", opener=files.open_regular) as file:
+        if (size := os.fstat(file.fileno()).st_size) > METRICS_BYTES:
+            raise OSError(errno.EINVAL, f"a file of {size:,} bytes, more than {METRICS_BYTES:,}", str(path))
         while line := file.readline(LONGEST_LINE):
             try:
                 record = parse_object(line)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from llmtrain.standard_streams import unchanged, without_steering
+from llmtrain.standard_streams import clean, unchanged
 
 _GIB = 2**30
 
@@ -48,7 +48,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line of its own, which stays."""
-        self._console.print(Text(without_steering(text)), soft_wrap=True)
+        self._console.print(Text(clean(text)), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last line standing."""

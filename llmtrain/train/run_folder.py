@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -46,11 +47,16 @@ class RunFolder:
             self._lock: IO[str] = files.open_no_link(path / ".lock", "a+")
         except OSError as error:
             raise CheckpointError(files.disk_problem(error, path, key="run.dir")) from error
+        status = os.fstat(self._lock.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            self._lock.close()
+            got = "a file that has another name too, or none at all"
+            raise CheckpointError(Problem(str(path / ".lock"), got, "a file of the run's own", "remove it"))
         try:
             files.lock(self._lock, path)
         except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            said = os.pread(self._lock.fileno(), 200, 0).decode(errors="replace").strip()
+            holder = said or "another process"
             self._lock.close()
             raise CheckpointError(
                 Problem(
@@ -96,9 +102,7 @@ class RunFolder:
             else:
                 (self.path / "git.diff").unlink(missing_ok=True)
         except OSError as error:
-            if not files.is_disk_full(error):
-                raise
-            raise TrainingError(files.disk_problem(error, self.path)) from error
+            raise TrainingError(files.disk_problem(error, Path(error.filename or self.path))) from error
 
 
 def environment() -> dict[str, Any]:

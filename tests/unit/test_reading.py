@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 
 import pytest
+import yaml
 
 from llmtrain import reading
 from llmtrain.errors import DataError
@@ -136,3 +137,20 @@ def test_half_a_character_is_refused_where_it_may_not_be_and_two_halves_are_one(
         with pytest.raises(ValueError, match="half a character"):
             reading.parse_json(content, utf8=True)
         reading.parse_json(content)  # as a name of a file that is no UTF-8
+
+
+def test_more_values_than_may_be_take_no_memory():
+    with pytest.raises(ValueError, match="3,000,000 values, more than 1,000,000"):
+        reading.parse_json(b"[" + b"[]," * 1_499_999 + b"[]]")
+    assert len(reading.parse_json(b"[" + b"0," * 99_999 + b"0]")) == 100_000
+
+
+@pytest.mark.parametrize("number", ["1" + ":1" * 500_000, "1" * 500_000, "1." + "1" * 500_000])
+def test_a_number_in_yaml_takes_no_time(number: str):
+    with pytest.raises(ValueError, match="no YAML: a date or a number that is none"):
+        reading.parse_yaml(f"a: {number}".encode())
+
+
+def test_yaml_is_read_as_ever():
+    content = b"a: 1\nb: 1.5\nc: 1:30\nd: 0x10\ne: 1e3\nf: 1.0e+3\ng: [true, null, x]\nh: .inf"
+    assert reading.parse_yaml(content) == yaml.safe_load(content)

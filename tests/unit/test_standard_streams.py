@@ -125,6 +125,7 @@ from llmtrain import standard_streams
 standard_streams.take_over()
 print("a\\x1b]0;title\\x07\\x1b[31mred\\x9b2J\\r\\tb  \\u3000c")
 print("\\x1b[31mred\\x1b[0m \\x1b[2J 5 %\\r", file=sys.stderr)
+standard_streams.tell("done\\r\\x1b[8m https://u:S@h/x?sig=S\\nmore")
 standard_streams.print_text("\\x1b[31m of a model")
 Console(file=standard_streams.unchanged(sys.stdout), force_terminal=True).print("[bold]live")
 """
@@ -136,7 +137,7 @@ def test_nothing_steers_the_terminal_but_what_is_to():
     assert first == r"a\x1b]0;title\x07\x1b[31mred\x9b2J\r" + "\tb  \u3000c"
     assert asked == "\x1b[31m of a model"
     assert live.startswith("\x1b[1mlive")
-    assert done.stderr.decode() == "\x1b[31mred\x1b[0m \\x1b[2J 5 %\r\n"
+    assert done.stderr.decode() == "\x1b[31mred\x1b[0m \\x1b[2J 5 %\r\ndone\\r\\x1b[8m https://h/x\nmore\n"
 
 
 def test_a_terminal_is_not_steered_by_generated_text():

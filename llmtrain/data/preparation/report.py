@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmtrain.data.preparation.clean import CleanCounts
-from llmtrain.standard_streams import unchanged, without_steering
+from llmtrain.standard_streams import clean, unchanged
 
 
 @dataclass
@@ -147,9 +147,9 @@ class Progress:
 
     def say(self, line: str) -> None:
         if self.bars is not None:
-            self.bars.console.print(without_steering(line), highlight=False, soft_wrap=True, markup=False)
+            self.bars.console.print(clean(line), highlight=False, soft_wrap=True, markup=False)
         elif not self.quiet:
-            print(line, flush=True)
+            print(clean(line), flush=True)
 
     def __enter__(self) -> Progress:
         if self.bars is not None:

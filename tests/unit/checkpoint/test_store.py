@@ -217,6 +217,14 @@ def test_newest_good(tmp_path: Path):
     assert len(said) == 2
 
 
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path):
+    path = save(tmp_path, [Owner(MATRIX)], 1).path
+    for name in ("step-00000002\r\x1b[8mhidden", "step-2", "step-", "step-0000000a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    assert retention.list_steps(tmp_path) == [path]
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"format": "x"}', '{"format": "llmtrain-checkpoint", "version": 99}']
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain import git
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, TrainingError
 from llmtrain.train.run_folder import RunFolder
 
 
@@ -97,6 +97,42 @@ def test_parts_that_lead_out_of_a_folder_are_refused(tmp_path: Path, part: str, 
         RunFolder(run)
     assert (tmp_path / "outside").read_text() == "precious"
     assert not (run / ".lock").exists() or part == ".lock"
+
+
+def test_links_that_lead_to_each_other_are_refused(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="a link that leads out of it: loop → loop"):
+        RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["hard link", "pipe"])
+def test_a_lock_that_is_another_s_file_is_not_written(tmp_path: Path, kind: str):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "run/.lock")
+    else:
+        (tmp_path / "run/.lock").hardlink_to(tmp_path / "precious")
+    with pytest.raises(CheckpointError, match=r"got a (file that has another|place that cannot)"):
+        RunFolder(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_a_held_lock_says_is_shown_in_part(tmp_path: Path):
+    lock = tmp_path / ".lock"
+    lock.write_bytes(b"\xff\x1b[2J" + b"x" * 100_000)
+    with open(lock, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match=r"in use by .\\x1b\[2Jxxx") as caught:
+            RunFolder(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "data.json", "git.json"])
+def test_a_folder_in_place_of_a_file_is_told(checkout: Path, tmp_path: Path, name: str):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"got a place that cannot be written \(Is a directory\)"):
+        describe(tmp_path / "run")
 
 
 def test_links_inside_a_folder_and_to_it_are_taken(tmp_path: Path):
