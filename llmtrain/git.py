@@ -9,13 +9,20 @@ repository only its commit, index and objects. The user's own ~/.gitconfig holds
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import tempfile
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 MAX_DIFF_BYTES = 2**20
-_SECONDS = 20
+MAX_READ_BYTES = 2**24
+"""Of a diff, whose length is told up to here."""
+MEMORY_BYTES = 2**30
+_SECONDS, _DIFF_SECONDS = 5, 20
+_PARTS = ("HEAD", "config", "packed-refs", "index", "objects/info/alternates", "info/attributes", "commondir")
 
 _READ = ("core.filemode", "core.symlinks", "core.ignorecase", "core.autocrlf", "core.eol", "core.safecrlf")
 """Settings of the repository that decide what counts as a change, and run nothing."""
@@ -35,14 +42,15 @@ def git_state() -> tuple[dict[str, Any], bytes]:
 
 def head_commit() -> str | None:
     """The commit that is checked out in the working folder; None outside of a checkout."""
-    return _line("rev-parse", "HEAD")
+    return _line("rev-parse", "HEAD") if _is_plain() else None
 
 
 def cut(diff: bytes) -> bytes:
     """The diff, or its first MAX_DIFF_BYTES under a line that says so."""
     if len(diff) <= MAX_DIFF_BYTES:
         return diff
-    note = f"# cut: the first {MAX_DIFF_BYTES:,} of {len(diff):,} bytes\n"
+    more = "more than " if len(diff) >= MAX_READ_BYTES else ""
+    note = f"# cut: the first {MAX_DIFF_BYTES:,} of {more}{len(diff):,} bytes\n"
     return note.encode() + diff[:MAX_DIFF_BYTES]
 
 
@@ -51,7 +59,7 @@ def _diff(commit: str) -> bytes | None:
     top = _line("rev-parse", "--show-toplevel")
     index = _path("index")
     objects = _path("objects")
-    if top is None or index is None or objects is None:
+    if top is None or index is None or objects is None or not _belongs_to(top):
         return None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,13 +77,32 @@ def _diff(commit: str) -> bytes | None:
             "GIT_ALLOW_PROTOCOL": "none",  # objects that a partial clone lacks are not fetched
         }
         # A submodule is a repository of its own, with a configuration of its own.
-        return _git("-C", top, "diff", "--no-ext-diff", "--ignore-submodules=all", commit, "--", **own)
+        return _git(
+            "-C",
+            top,
+            "diff",
+            "--no-ext-diff",
+            "--ignore-submodules=all",
+            commit,
+            "--",
+            seconds=_DIFF_SECONDS,
+            **own,
+        )
+
+
+def _belongs_to(top: str) -> bool:
+    """Whether the repository is that of the files in `top`, where the working folder is: its own settings may
+    name any folder, whose content the diff would then show."""
+    own = _line("rev-parse", "--absolute-git-dir")
+    is_inside = Path.cwd().is_relative_to(Path(top).resolve())
+    return is_inside and own is not None and _line("-C", top, "rev-parse", "--absolute-git-dir") == own
 
 
 def _config() -> str:
     settings = {name: value for name in _READ if (value := _line("config", "--get", name)) is not None}
     lines = ["[core]", "\trepositoryformatversion = 1", "\tbare = false", "\tfsmonitor = false"]
-    lines += [f"\thooksPath = {os.devnull}"]
+    # Larger files are said to differ, and are not compared line by line.
+    lines += [f"\thooksPath = {os.devnull}", "\tbigFileThreshold = 8m"]
     lines += [f"\t{name.partition('.')[2]} = {value}" for name, value in settings.items() if value.isalpha()]
     lines += ["[extensions]", f"\tobjectFormat = {_line('rev-parse', '--show-object-format') or 'sha1'}"]
     return "\n".join(lines) + "\n"
@@ -92,16 +119,43 @@ def _line(*arguments: str) -> str | None:
     return None if said is None else os.fsdecode(said).removesuffix("\n")
 
 
-def _git(*arguments: str, **environment: str) -> bytes | None:
+def _git(*arguments: str, seconds: float = _SECONDS, **environment: str) -> bytes | None:
+    """Return what a git command prints, up to MAX_READ_BYTES of it; None if it fails, takes longer or wants
+    more memory."""
     try:
         # The git that the user's own PATH names, with words of ours alone.
-        done = subprocess.run(  # noqa: S603
+        running = subprocess.Popen(  # noqa: S603
             ["git", "--no-pager", *arguments],  # noqa: S607
-            capture_output=True,
-            timeout=_SECONDS,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env={**os.environ, **environment},
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return None
-    return done.stdout if done.returncode == 0 else None
+    with suppress(OSError):
+        resource.prlimit(running.pid, resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    assert running.stdout is not None
+    timer = threading.Timer(seconds, running.kill)
+    timer.start()
+    try:
+        said = running.stdout.read(MAX_READ_BYTES)
+        if is_whole := len(said) < MAX_READ_BYTES:
+            running.wait()
+        running.kill()
+        code = running.wait()
+    finally:
+        timer.cancel()
+        running.stdout.close()
+    return said if code == 0 or not is_whole else None
+
+
+def _is_plain() -> bool:
+    """Whether what git reads first of the repository is made of files: it would wait at a pipe, and read a
+    device for ever."""
+    folder = next(
+        (parent / ".git" for parent in (Path.cwd(), *Path.cwd().parents) if (parent / ".git").exists()), None
+    )
+    if folder is None or not folder.is_dir():
+        return True
+    return all(path.is_file() or not path.exists() for path in (folder / part for part in _PARTS))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _LONGEST_REASON = 200
+_ADDRESS = re.compile(r" (object )?at 0x[0-9a-f]+")
 
 
 def parse_array(data: bytes) -> np.ndarray:
@@ -21,14 +23,18 @@ def parse_array(data: bytes) -> np.ndarray:
         shape, in_columns, dtype = _READERS[np.lib.format.read_magic(stream)](stream)
     except Exception as error:
         # numpy evaluates the header as Python: whatever is wrong with it may be raised.
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        reason = _ADDRESS.sub("", " ".join(str(error).split()))[:_LONGEST_REASON]
         raise ValueError(f"no array ({reason})") from error
     if dtype.hasobject:
         raise ValueError("an array of Python's objects")
     count, place = 1, stream.tell()
     for length in shape:
         count *= length
-    if min(shape, default=0) < 0 or len(data) - place != count * dtype.itemsize:
+    # numpy takes True for a length.
+    if (
+        any(type(length) is not int or length < 0 for length in shape)
+        or len(data) - place != count * dtype.itemsize
+    ):
         sides = " × ".join(f"{length:,}" for length in shape)
         raise ValueError(f"{len(data) - place:,} bytes of an array of {sides} {dtype}")
     array = np.frombuffer(data, dtype, count, place)

@@ -19,7 +19,7 @@ from llmtrain.errors import DataError, Problem
 
 TOKENIZER_BYTES = 128 << 20
 """Four times the largest tokenizer.json that models are known to come with."""
-VOCABULARY_BYTES = 16 << 20
+VOCABULARY_BYTES = 8 << 20
 """Of vocab.txt, vocab.json and merges.txt, which only older tokenizers have."""
 MOST_GROWTH = 100
 """Times that a text may grow before it is cut, or after it was joined, by what replaces its parts."""
@@ -27,6 +27,12 @@ MOST_CHARSMAP_BYTES = 256
 """Of what stands for a character; the longest of Unicode's compatibility forms has 33."""
 MOST_WORD_CHARS = 10_000
 """Of a word that WordPieces are looked for in; the time for one grows with their square."""
+MOST_PIECE_CHARS = 8192
+"""Of a piece of a vocabulary; known ones have some hundred spaces at most."""
+MOST_PATTERN_CHARS = 1 << 16
+"""Of a regular expression; known ones have some hundreds."""
+MOST_ADDED_IDS = 1000
+"""Around a text by a tokenizer's template; known ones put two or three."""
 MOST_MARK_CHARS = 16
 """Of what every piece within a word, or at its end, has besides its text."""
 _FREE_IDS = 1 << 16
@@ -65,7 +71,11 @@ def check_steps(spec: dict[str, Any]) -> None:
         mark = model.get(key)
         if isinstance(mark, str) and len(mark) > MOST_MARK_CHARS:
             raise ValueError(f"{key} of {len(mark):,} characters, more than {MOST_MARK_CHARS}")
+    _check_lengths(spec, model)
     _check_merges(model)
+    added = _added_by(spec.get("post_processor"))
+    if added > MOST_ADDED_IDS:
+        raise ValueError(f"post_processor: {added:,} ids around a text, more than {MOST_ADDED_IDS:,}")
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         try:
             growth = _growth(spec.get(key))
@@ -73,6 +83,39 @@ def check_steps(spec: dict[str, Any]) -> None:
             raise ValueError(f"{key}: steps within steps, too many") from None
         if growth > MOST_GROWTH:
             raise ValueError(f"{key}: steps that make texts {growth:,.0f} times as long")
+
+
+def _check_lengths(spec: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise ValueError for a piece or an added token that is longer than any is: what the library makes of
+    them grows with the square of it."""
+    vocabulary, added = model.get("vocab"), spec.get("added_tokens")
+    pieces = [piece[0] if isinstance(piece, list) and piece else piece for piece in vocabulary or ()]
+    pieces += [token.get("content") for token in added or () if isinstance(token, dict)]
+    longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
+    if longest > MOST_PIECE_CHARS:
+        raise ValueError(f"a piece of {longest:,} characters, more than {MOST_PIECE_CHARS:,}")
+
+
+def _added_by(step: Any) -> int:
+    """How many ids a post-processor puts around a text, or around two."""
+    if not isinstance(step, dict):
+        return 0
+    steps = step.get("processors")
+    tokens = step.get("special_tokens")
+    counts: dict[Any, int] = {}
+    if isinstance(tokens, dict):
+        counts = {name: len(token["ids"]) for name, token in tokens.items() if _has_ids(token)}
+    own = 0
+    for template in (step.get("single"), step.get("pair")):
+        for piece in template if isinstance(template, list) else ():
+            token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+            name = token.get("id") if isinstance(token, dict) else None
+            own += counts.get(name, 1) if isinstance(name, str) else 0
+    return own + sum(map(_added_by, steps if isinstance(steps, list) else ()))
+
+
+def _has_ids(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("ids"), list)
 
 
 def _check_merges(model: dict[str, Any]) -> None:
@@ -88,17 +131,25 @@ def _check_merges(model: dict[str, Any]) -> None:
             raise ValueError(f"the merge {show(merge)} whose second piece does not begin with {show(prefix)}")
 
 
+def _check_pattern(pattern: Any) -> None:
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(regex, str) and len(regex) > MOST_PATTERN_CHARS:
+        raise ValueError(f"a pattern of {len(regex):,} characters, more than {MOST_PATTERN_CHARS:,}")
+
+
 def _growth(step: Any) -> float:
     """Times that a text may grow in a step and those within it, however the step is called."""
     if isinstance(step, list):
         return prod(map(_growth, step))
     if not isinstance(step, dict):
         return 1.0
-    own = 1.0
+    # A character beyond the first 128 becomes two, each of which is one of them.
+    own = 2.0 if step.get("type") == "ByteLevel" else 1.0
     content, pattern = step.get("content"), step.get("pattern")
     if isinstance(content, str) and pattern is not None:
         literal = pattern.get("String") if isinstance(pattern, dict) else pattern
         own *= max(1.0, len(content) / max(1, len(literal) if isinstance(literal, str) else 1))
+    _check_pattern(pattern)
     if isinstance(step.get("prepend"), str):
         own *= 1 + len(step["prepend"])
     if isinstance(charsmap := step.get("precompiled_charsmap"), str):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from llmtrain.git import git_state
+from llmtrain.git import cut, git_state
 
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b")
 
@@ -134,3 +136,38 @@ def test_a_repository_runs_nothing(checkout: Path, tmp_path: Path):
     (checkout / "package/more.py").write_text("changed\n")
     git_state()
     assert not ran.exists(), ran.read_text()
+
+
+@pytest.mark.parametrize("part", ["HEAD", "config", "packed-refs", "index", "objects/info/alternates"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_within_a_repository_costs_no_time(checkout: Path, part: str, kind: str):
+    path = checkout / ".git" / part
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    began = time.monotonic()
+    assert git_state()[0]["commit"] is None
+    assert time.monotonic() - began < 3
+
+
+def test_a_work_tree_elsewhere_is_not_shown(checkout: Path, tmp_path: Path):
+    """The repository names a folder of the user's, and holds an empty file of the name of one there."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/id_rsa").write_text("s3cret\n")
+    empty = git(checkout, "hash-object", "-w", "--stdin", "--no-filters", "/dev/null").splitlines()[0]
+    git(checkout, "update-index", "--add", "--cacheinfo", f"100644,{empty},id_rsa")
+    git(checkout, "commit", "-qm", "second")
+    git(checkout, "config", "core.worktree", str(tmp_path / "home"))
+    state, diff = git_state()
+    assert (state["clean"], diff) == (None, b"")
+
+
+def test_a_large_diff_is_read_in_part(checkout: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llmtrain.git.MAX_READ_BYTES", 10_000)
+    monkeypatch.setattr("llmtrain.git.MAX_DIFF_BYTES", 5_000)
+    (checkout / "code.py").write_text("new\n" * 100_000)
+    state, diff = git_state()
+    assert (state["clean"], len(diff)) == (False, 10_000)
+    assert cut(diff).startswith(b"# cut: the first 5,000 of more than 10,000 bytes\n")

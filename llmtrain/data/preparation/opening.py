@@ -192,7 +192,7 @@ class _ZstdStream(io.RawIOBase):
 
         self._zstandard = zstandard
         self._file = packed
-        self._window = 0
+        self._decompressor: Any = None
         self._frame: Any = None
         self._output = memoryview(b"")
 
@@ -206,12 +206,13 @@ class _ZstdStream(io.RawIOBase):
                 data = data or self._file.read(_ZSTD_INPUT_BYTES)
                 if not data:
                     return 0
-                # The first frame's window was compared with what is free; no later one may take more.
-                self._window = self._window or max(_window_of(data), COMMON_WINDOW)
-                if self._window > max(COMMON_WINDOW, psutil.virtual_memory().available):
-                    raise MemoryError
-                decompressor = self._zstandard.ZstdDecompressor(max_window_size=self._window)
-                self._frame = decompressor.decompressobj()
+                if self._decompressor is None:
+                    # The first frame's window was compared with what is free; no later one may take more.
+                    window = max(_window_of(data), COMMON_WINDOW)
+                    if window > COMMON_WINDOW and window > psutil.virtual_memory().available:
+                        raise MemoryError
+                    self._decompressor = self._zstandard.ZstdDecompressor(max_window_size=window)
+                self._frame = self._decompressor.decompressobj()
             else:
                 data = self._file.read(_ZSTD_INPUT_BYTES)
                 if not data:

@@ -59,6 +59,19 @@ def with_model(**keys: Any) -> Callable[[Json], None]:
     return lambda spec: spec["model"].update(keys)
 
 
+def template(times: int, ids: int) -> Json:
+    """A post-processor that puts so many ids, so many times, before a text."""
+    special = {"SpecialToken": {"id": "X", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {"X": {"id": "X", "ids": [0] * ids, "tokens": ["a"] * ids}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*[special] * times, text],
+        "pair": [text],
+        "special_tokens": tokens,
+    }
+
+
 DOUBLED = replace({"String": "a"}, "aa")
 
 
@@ -91,6 +104,26 @@ DOUBLED = replace({"String": "a"}, "aa")
         (with_model(continuing_subword_prefix="#", merges=["a é"]), "whose second piece does not begin"),
         (with_model(continuing_subword_prefix="x" * 100), "continuing_subword_prefix of 100 characters"),
         (with_model(max_input_chars_per_word=10**18), "max_input_chars_per_word"),
+        (
+            with_normalizer(sequence(*[{"type": "ByteLevel"}] * 24)),
+            "normalizer: steps that make texts 16,777,216",
+        ),
+        (
+            lambda spec: spec.update(post_processor=template(1000, 100_000)),
+            "post_processor: 100,000,000 ids around a text, more than 1,000",
+        ),
+        (
+            lambda spec: spec.update(
+                post_processor={"type": "Sequence", "processors": [template(10, 30)] * 4}
+            ),
+            "post_processor: 1,200 ids around a text",
+        ),
+        (lambda spec: spec["added_tokens"][0].update(content="x" * 10_000), "a piece of 10,000 characters"),
+        (lambda spec: spec["model"]["vocab"].update({"x" * 10_000: 390}), "a piece of 10,000 characters"),
+        (
+            with_normalizer(replace({"Regex": "a|" * 50_000 + "b"}, "x")),
+            "a pattern of 100,001 characters",
+        ),
         # It would panic.
         (with_normalizer(replace({"Regex": ""}, "xx")), "got no tokenizer (index out of bounds"),
         (lambda spec: spec.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "chunk size must be"),
