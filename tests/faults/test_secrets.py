@@ -20,7 +20,7 @@ def test_a_run_keeps_no_secret_of_its_url(corpus: Path, tmp_path: Path):
     """In its files, in what W&B would upload and in what it printed; and it resumes as ever."""
     run = tmp_path / "run"
     with FileServer(corpus) as served:
-        url = served.url.replace("://", "://reader:hunter2@") + "?signed=3f9asignature"
+        url = served.url.replace("://", "://reader:hunter2@") + "?code=a,3f9asignature"
         command = ["train", *TINY_GPT, "device=cpu", f"data.path={url}", f"data.cache.dir={tmp_path}/cache"]
         command += [f"run.dir={run}", "track=[jsonl,tensorboard,wandb]", "evaluation.max_samples=8"]
         for steps in (2, 4):
