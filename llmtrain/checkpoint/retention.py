@@ -15,7 +15,8 @@ from llmtrain.errors import CheckpointError, Problem
 from llmtrain.parallel import distributed
 
 Say = Callable[[str], None]
-_NAME = re.compile(r"step-[0-9]{8,18}")
+_NAME = re.compile(r"step-[0-9]{8,18}(-[0-9]{1,20})?")
+"""Of a checkpoint, or of one that was set aside."""
 
 
 def list_steps(root: Path) -> list[Path]:

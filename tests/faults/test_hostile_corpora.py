@@ -213,7 +213,7 @@ def test_an_index_beyond_memory_is_refused_before_it_is_read(path: Path):
 def test_a_manifest_beyond_all_bounds_is_refused_before_it_is_read(path: Path):
     with open(path / "manifest.json", "ab") as file:
         file.truncate(8 << 30)
-    assert "manifest.json: got a file of 8,589,934,592 bytes, more than 268,435,456" in refusal(path)
+    assert "manifest.json: got a file of 8,589,934,592 bytes, more than 67,108,864" in refusal(path)
 
 
 # Servers.
@@ -299,8 +299,8 @@ def redirected(location: bytes) -> Callable[[], Iterable[bytes]]:
         (redirected(b"http://\x1b[31m/"), "got a redirect to"),
         (redirected(b"http://h:x/"), "got a redirect to"),
         (redirected(b"ftp://h/"), "got a redirect to"),
-        (endless, "got a file of 268,"),
-        (long, "got a file of 8,589,934,592 bytes or more; allowed: 268,435,456 bytes at most"),
+        (endless, "got a file of 67,"),
+        (long, "got a file of 8,589,934,592 bytes or more; allowed: 67,108,864 bytes at most"),
         (dripping, "got no answer that can be used in 2 attempts (no byte, or hardly any, for 1 s)"),
         (dripping_header, "got no answer that can be used in 2 attempts (no byte, or hardly any, for 1 s)"),
         (dripping_chunk, "got no answer that can be used in 2 attempts (no byte, or hardly any, for 1 s)"),

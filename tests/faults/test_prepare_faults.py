@@ -281,7 +281,8 @@ def test_a_worker_that_the_system_kills_is_told(runner: Path):
     process = start(runner, "corpus", workers=2)
     parent = psutil.Process(process.pid)
     deadline = time.monotonic() + 30
-    while not (workers := [p for p in parent.children() if "spawn_main" in " ".join(p.cmdline())]):
+    # Both: the library's own thread fails, in so many lines, where one dies while the other is begun.
+    while len(workers := [p for p in parent.children() if "spawn_main" in " ".join(p.cmdline())]) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     workers[0].kill()
