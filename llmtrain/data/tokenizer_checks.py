@@ -89,8 +89,10 @@ def _check_lengths(spec: dict[str, Any], model: dict[str, Any]) -> None:
     """Raise ValueError for a piece or an added token that is longer than any is: what the library makes of
     them grows with the square of it."""
     vocabulary, added = model.get("vocab"), spec.get("added_tokens")
-    pieces = [piece[0] if isinstance(piece, list) and piece else piece for piece in vocabulary or ()]
-    pieces += [token.get("content") for token in added or () if isinstance(token, dict)]
+    listed = vocabulary if isinstance(vocabulary, (dict, list)) else ()
+    pieces = [piece[0] if isinstance(piece, list) and piece else piece for piece in listed]
+    listed = added if isinstance(added, list) else ()
+    pieces += [token.get("content") for token in listed if isinstance(token, dict)]
     longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
     if longest > MOST_PIECE_CHARS:
         raise ValueError(f"a piece of {longest:,} characters, more than {MOST_PIECE_CHARS:,}")

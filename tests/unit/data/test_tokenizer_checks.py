@@ -119,6 +119,8 @@ DOUBLED = replace({"String": "a"}, "aa")
             "post_processor: 1,200 ids around a text",
         ),
         (lambda spec: spec["added_tokens"][0].update(content="x" * 10_000), "a piece of 10,000 characters"),
+        (with_model(vocab=5), "got no tokenizer (invalid type"),
+        (lambda spec: spec.update(added_tokens=5), "got no tokenizer (invalid type"),
         (lambda spec: spec["model"]["vocab"].update({"x" * 10_000: 390}), "a piece of 10,000 characters"),
         (
             with_normalizer(replace({"Regex": "a|" * 50_000 + "b"}, "x")),
