@@ -362,3 +362,14 @@ def test_a_checkpoint_that_says_other_things(folder: Path, tmp_path: Path, chang
         load_trained(tmp_path / "ours")
     assert said in str(failure.value)
     assert str(checkpoint.path) in str(failure.value)
+
+
+def test_weights_that_are_not_finite_are_used_for_nothing(tmp_path: Path) -> None:
+    """Neither of a folder nor of a checkpoint."""
+    spoiled = weights(GPT(LLAMA))
+    spoiled["blocks.1.mlp.down.weight"][3, 5] = float("nan")
+    export_folder(LLAMA, spoiled, None, tmp_path / "theirs")
+    with pytest.raises(
+        CheckpointError, match=r"theirs: got numbers that are NaN or infinite: 1 in blocks\.1\.mlp"
+    ):
+        load_trained(tmp_path / "theirs").build(torch.device("cpu"))
