@@ -42,6 +42,10 @@ class Problem:
         """The same problem with its config key placed under `prefix`."""
         return replace(self, where=f"{prefix}.{self.where}") if prefix else self
 
+    def of_file(self, file: str, section: str) -> Problem:
+        """The same problem with its key placed in a section of a file."""
+        return replace(self, where=f"{file}: {section}.{self.where.removeprefix(f'{section}.')}")
+
     def __str__(self) -> str:
         parts = [f"{self.where}: got {self.got}"]
         if self.allowed:

@@ -83,7 +83,7 @@ _LAYER = "model.layers."
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is, or claims to be, GGUF: by its name, or a file by its first bytes."""
+    """Return whether `path` ends in .gguf, or is a file that begins as GGUF files do."""
     if path.is_dir() or not path.exists():
         return False
     if path.suffix.lower() == ".gguf":

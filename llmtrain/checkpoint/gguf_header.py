@@ -24,9 +24,9 @@ MAGIC = b"GGUF"
 HEADER_BYTES = 64 << 20
 """More than a vocabulary of two million tokens takes, with its merges."""
 MOST_NAMES = 1 << 16
-"""Of keys, and of tensors."""
+"""Most keys, and most tensors, that a file may have."""
 MOST_TEXTS = 1 << 22
-"""Of one key: tokens, or merges."""
+"""Most texts in the list of one key, such as tokens or merges."""
 MOST_DIMS = 4
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
@@ -39,7 +39,7 @@ Value = bool | int | float | str | list[str] | np.ndarray
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies."""
+    """The shape and format of a tensor, and its bytes in the file."""
 
     shape: tuple[int, ...]
     """As torch has it: rows first."""
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says, and where its tensors lie."""
+    """The metadata of a file, and the places of its tensors."""
 
     values: Mapping[str, Value]
     tensors: Mapping[str, Place]

@@ -151,10 +151,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = parse_object(read_bytes(folder / MANIFEST, MANIFEST_BYTES), most=MANIFEST_VALUES)
     except FileNotFoundError:
         raise CheckpointError(Problem(str(folder), "no manifest.json", "a checkpoint folder")) from None
-    except OSError as error:
-        raise CheckpointError(Problem(where, f"an unreadable manifest ({error.strerror})")) from None
-    except ValueError as error:
-        raise CheckpointError(Problem(where, f"an unreadable manifest ({error})")) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(Problem(where, f"an unreadable manifest ({reason})")) from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(Problem(where, "another kind of file", FORMAT))
     if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
@@ -165,7 +164,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         remedy = "name another step's folder"
         raise CheckpointError(Problem(where, "an altered manifest", "what was written", remedy))
     decode_file(_Manifest, manifest, where, CheckpointError)
-    if found := next(_tensor_problems(manifest), None):
+    if found := _tensor_problem(manifest):
         raise CheckpointError(Problem(f"{where}: {found.where}", found.got, found.allowed))
     return manifest
 
@@ -174,44 +173,38 @@ def _folder_of(step: Any) -> str | None:
     return step_folder(step) if type(step) is int else None
 
 
-def _tensor_problems(manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """What keeps `tensors` from being kind → name → shape and boxes, in files that are listed and large
-    enough for them."""
+def _tensor_problem(manifest: Mapping[str, Any]) -> Problem | None:
+    """Return the first thing that keeps `tensors` from being kind → name → shape and boxes, in files that are
+    listed and large enough for them; None where nothing does."""
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     needed = dict.fromkeys(sizes, 0)
     kinds = manifest.get("tensors")
     if not isinstance(kinds, dict) or not kinds.get(WEIGHT):
-        yield Problem("tensors", show(kinds), f"a section of keys, {WEIGHT} among them")
-        return
+        return Problem("tensors", show(kinds), f"a section of keys, {WEIGHT} among them")
     for kind, entries in kinds.items():
         if not isinstance(entries, dict):
-            yield Problem(f"tensors.{kind}", show(entries), "a section of keys")
-            return
+            return Problem(f"tensors.{kind}", show(entries), "a section of keys")
         for name, entry in entries.items():
             where = f"tensors.{kind}.{name}"
             if not isinstance(entry, dict) or not _are_sizes(entry.get("shape")):
-                yield Problem(where, show(entry), "a shape and boxes")
-                return
-            boxes = entry.get("boxes")
+                return Problem(where, show(entry), "a shape and boxes")
+            boxes, covered = entry.get("boxes"), 0
             if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
                 odd = next((b for b in boxes if not _is_box(b)), None) if isinstance(boxes, list) else boxes
-                yield Problem(f"{where}.boxes", show(odd), "a list of [file, key, [four sizes]]")
-                return
-            for file, _, box in boxes:
+                return Problem(f"{where}.boxes", show(odd), "a list of [file, key, [four sizes]]")
+            for file, _, (_, _, rows, columns) in boxes:
                 if file not in needed:
-                    yield Problem(
-                        f"{where}.boxes", f"the file {file!r}", "files that are listed with a checksum"
-                    )
-                    return
-                needed[file] += BYTES_PER_ELEMENT * box[2] * box[3]
-            covered = sum(box[2] * box[3] for _, _, box in boxes)
-            if covered != prod(entry["shape"]):
+                    allowed = "files that are listed with a checksum"
+                    return Problem(f"{where}.boxes", f"the file {file!r}", allowed)
+                needed[file] += BYTES_PER_ELEMENT * rows * columns
+                covered += rows * columns
+            if covered != (numel := prod(entry["shape"])):
                 got = f"{covered:,} elements in boxes"
-                yield Problem(where, got, f"{prod(entry['shape']):,}, as its shape {entry['shape']} has")
-                return
+                return Problem(where, got, f"{numel:,}, as its shape {entry['shape']} has")
     for file, size in needed.items():
         if size > sizes[file]:
-            yield Problem("tensors", f"{size:,} bytes in {file}", f"{sizes[file]:,}, as many as it has")
+            return Problem("tensors", f"{size:,} bytes in {file}", f"{sizes[file]:,}, as many as it has")
+    return None
 
 
 def _is_box(box: Any) -> bool:

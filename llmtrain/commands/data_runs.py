@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -165,11 +165,8 @@ class Run:
         try:
             return decode(kind(section), section)
         except ConfigError as error:
-            where = self.path / "config.yaml"
-            raise CheckpointError(
-                replace(problem, where=f"{where}: {name}.{problem.where.removeprefix(f'{name}.')}")
-                for problem in error.problems
-            ) from error
+            file = str(self.path / "config.yaml")
+            raise CheckpointError(problem.of_file(file, name) for problem in error.problems) from error
 
     def _place(self, name: str) -> str:
         """Where a corpus is now."""

@@ -237,10 +237,7 @@ def config_of(checkpoint: store.Checkpoint) -> ModelConfig:
         config: ModelConfig = decode(model_config_type(model), model)
         expected = config.parameter_count()
     except ConfigError as error:
-        raise CheckpointError(
-            replace(problem, where=f"{where}: model.{problem.where.removeprefix('model.')}")
-            for problem in error.problems
-        ) from error
+        raise CheckpointError(problem.of_file(where, "model") for problem in error.problems) from error
     if (stored := sum(map(prod, shapes))) != expected:
         got = f"a model of {expected:,} parameters"
         raise CheckpointError(Problem(f"{where}: model", got, f"{stored:,}, as many as are stored"))

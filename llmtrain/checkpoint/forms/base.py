@@ -19,9 +19,9 @@ from llmtrain.config import LARGEST_INT, show
 from llmtrain.errors import CheckpointError, Problem
 
 MOST_LAYERS = 4096
-"""Of any model; those here are built one by one."""
+"""No known model has as many. Each takes time and memory to build."""
 LARGEST_ID = 2**31 - 1
-"""Of a token."""
+"""The largest id that a token may have."""
 
 # Tensors: ours ↔ theirs.
 
@@ -216,7 +216,7 @@ class Settings:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that is one to torch too."""
+    """Return whether `value` is a finite number that a float can hold; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
