@@ -82,7 +82,7 @@ def trace(mapping: Mapping[str, Any]) -> int:
 
 def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
     """Columns that say nothing are left out: the corpus of a run over one, documents of images."""
-    from llmtrain.data.datasets import EMPTY
+    from llmtrain.data.datasets.base import EMPTY
 
     columns = {
         "step": len({record["step"] for record in records}) > 1,

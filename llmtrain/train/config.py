@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.configs import ModelConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
