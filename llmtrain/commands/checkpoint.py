@@ -37,7 +37,7 @@ class VerifyConfig:
 def verify(mapping: Mapping[str, Any]) -> None:
     """A line for each checkpoint. Raises CheckpointError with what is wrong with any of them."""
     from llmtrain.checkpoint.store import Checkpoint
-    from llmtrain.commands.loading import config_of
+    from llmtrain.interchange.trained import config_of
 
     config = decode(VerifyConfig, mapping)
     problems: list[Problem] = []

@@ -15,11 +15,11 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmtrain.commands.data_runs import METRICS, MovedConfig, Run, recorded_digests, steps_of
 from llmtrain.commands.data_show import show
 from llmtrain.config import decode, require
 from llmtrain.errors import FEW, CheckpointError, ConfigError, Problem
 from llmtrain.files import disk_problem, write_atomically
+from llmtrain.train.recorded_data import METRICS, MovedConfig, Run, recorded_digests, steps_of
 
 __all__ = ["digest", "show", "trace"]
 

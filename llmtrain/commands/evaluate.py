@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,26 +10,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmtrain import files
-from llmtrain.commands.bleu import check_bleu, translation_figures
-from llmtrain.commands.output import check_output, write_output
-from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode, require
 from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.families import corpora_problems, data_problems, family_of, open_data, open_dataset
 from llmtrain.files import at_home
+from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.models.bert.config import BertConfig
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.objectives.reading import corpora_problems, data_problems, open_data, open_dataset
+from llmtrain.output import check_output, write_output
 from llmtrain.standard_streams import tell
 
 if TYPE_CHECKING:
     import torch
 
-    from llmtrain.commands.loading import TrainedModel
     from llmtrain.corpus.corpora import Corpora
     from llmtrain.data.loader import MicroBatch
+    from llmtrain.interchange.trained import TrainedModel
 
 COUNT_WINDOW = 2**20
 """Tokens read at once while counting."""
@@ -78,18 +74,20 @@ def run(mapping: Mapping[str, Any]) -> None:
         check_output(output)
     corpora = open_data(config.data)
 
-    from llmtrain.commands.loading import load_trained
     from llmtrain.data.loader import evaluation_batches
     from llmtrain.distributed import processes
     from llmtrain.engine.evaluation import evaluate_batches
+    from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
     if config.bleu:
-        check_bleu(trained.config, config.parallel)
+        check_bleu(trained.objective, config.parallel)
     length = _sequence_length(config, trained)
-    dataset = open_dataset(trained.config, config.data, corpora, config.split, length, _say_skipped)
-    objective = family_of(trained.config).objective(trained.config, config.data)
+    dataset = open_dataset(
+        trained.objective, trained.config, config.data, corpora, config.split, length, _say_skipped
+    )
+    objective = trained.objective.build(trained.config, config.data, corpora)
     device = processes.pick_device(config.device)
     mesh = start_sharing(
         config.parallel,
@@ -132,16 +130,10 @@ def run(mapping: Mapping[str, Any]) -> None:
         "loss": totals.loss,
         **totals.metrics,
     }
+    num_bytes = 0
     if counter is not None and corpora is not None:
-        # Of the tokens alone, where the loss has more in it.
-        of_tokens = totals.metrics.get("masked_loss", totals.metrics.get("token_loss", totals.loss))
-        figures["perplexity"] = math.exp(min(of_tokens, 700.0))
-    if (
-        counter is not None
-        and corpora is not None
-        and not isinstance(trained.config, BertConfig | Seq2SeqConfig | XLNetConfig)
-    ):
-        figures["bits_per_byte"] = totals.loss_sum / math.log(2) / max(1, counter.num_bytes(corpora))
+        num_bytes = counter.num_bytes(corpora)
+    figures |= objective.figures(totals.loss, totals.num_targets, totals.metrics, num_bytes)
     if counter is not None and corpora is not None and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)
     figures |= translated
@@ -196,7 +188,8 @@ def _say_skipped(shard: str, samples: int) -> None:
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:
-    problems = data_problems(trained.config, config.data) + corpora_problems(trained.config, corpora)
+    problems = data_problems(trained.objective, config.data)
+    problems += corpora_problems(trained.objective, corpora)
     if corpora is not None and trained.tokenizer_path is not None:
         ours = corpora.tokenizer_sha256
         theirs = trained.tokenizer().sha256
@@ -226,7 +219,7 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | Non
 
 
 def _sequence_length(config: EvaluateConfig, trained: TrainedModel) -> int:
-    longest = getattr(trained.config, "max_sequence_length", None)
+    longest = trained.config.max_sequence_length
     usual = min(longest or USUAL_LENGTH, USUAL_LENGTH)
     length = config.sequence_length or trained.sequence_length or usual
     if longest is not None and length > longest:

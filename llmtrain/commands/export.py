@@ -35,8 +35,8 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     import torch
 
-    from llmtrain.commands.loading import load_trained
     from llmtrain.interchange import huggingface
+    from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(config.checkpoint)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -3,33 +3,28 @@ an XLNet puts for [MASK]."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import files
-from llmtrain.commands.answer import Texts
-from llmtrain.commands.output import check_output, write_output
-from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode
+from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.files import at_home
+from llmtrain.generation.answer import Texts, refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.models.bert.config import BertConfig
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.generation.progress import Progress
+from llmtrain.models.registry import family_of
+from llmtrain.output import check_output, write_output
 from llmtrain.standard_streams import print_text
 
 if TYPE_CHECKING:
-    from llmtrain.commands.loading import TrainedModel
+    from llmtrain.interchange.trained import TrainedModel
 
 TOP_K = 5
 """Pieces shown for each [MASK] unless generate.top_k says otherwise."""
-PROGRESS_SECONDS = 5.0
-"""Between two lines that say how many prompts are done."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +51,17 @@ def run(mapping: Mapping[str, Any]) -> None:
     if output is not None:
         check_output(output)
 
-    from llmtrain.commands.loading import load_trained
     from llmtrain.distributed import processes
     from llmtrain.generation.generate import generate
+    from llmtrain.generation.settings import resolved_for, text_ends
+    from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(config.checkpoint)
-    if trained.config.family == "simple_cnn":
+    family = family_of(trained.config)
+    if family.kind == "classifier":
         raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))
-    if isinstance(trained.config, BertConfig | XLNetConfig):
-        from llmtrain.commands.fill import fill_prompts
+    if family.filling is not None:
+        from llmtrain.generation.blanks import fill_prompts
 
         problems = []
         if output is not None:
@@ -79,9 +76,9 @@ def run(mapping: Mapping[str, Any]) -> None:
         )
         return
     ids, eos_id, show = _ways(trained, prompts)
-    settings = trained.resolve_generation(config.generate, max(map(len, ids), default=1))
-    if isinstance(trained.config, Seq2SeqConfig):
-        refuse_pipeline(config.parallel)
+    settings = resolved_for(trained, config.generate, max(map(len, ids), default=1))
+    if family.kind == "encoder_decoder":
+        refuse_pipeline_of_answers(config.parallel)
         if config.prompt_file is None and config.prompt == ("",):
             remedy = "give prompt=… or prompt_file=…"
             raise ConfigError(Problem("prompt", "nothing", "a text that the model reads", remedy))
@@ -95,7 +92,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if output is not None and processes.is_main():
         on_done = Progress(len(prompts))
     try:
-        found = generate(model, ids, settings, eos_ids=trained.end_ids(eos_id), on_done=on_done)
+        found = generate(model, ids, settings, eos_ids=text_ends(trained, eos_id), on_done=on_done)
     except UserError as error:  # all ranks look at the same prompts
         raise processes.everywhere(error) from None
     if not processes.is_main():
@@ -111,32 +108,11 @@ def run(mapping: Mapping[str, Any]) -> None:
             print_text("---")
 
 
-class Progress:
-    """Says on stderr how many prompts are done, every few seconds."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._done, self._said = count, 0, time.monotonic()
-
-    def __call__(self, index: int) -> None:
-        self._done += 1
-        if time.monotonic() - self._said > PROGRESS_SECONDS:
-            self._said = time.monotonic()
-            print(f"{self._done:,} of {self._count:,} done", file=sys.stderr, flush=True)
-
-
-def refuse_pipeline(parallel: SharingConfig) -> None:
-    """Raise ConfigError for an encoder–decoder that is to write text in a pipeline."""
-    if parallel.pipeline > 1:
-        allowed = "1 where an encoder–decoder writes text: sources go through its encoder once"
-        remedy = f"give parallel.tensor={parallel.pipeline * parallel.tensor}"
-        raise ConfigError(Problem("parallel.pipeline", str(parallel.pipeline), allowed, remedy))
-
-
 def _ways(
     trained: TrainedModel, prompts: Sequence[str]
 ) -> tuple[list[list[int]], int, Callable[[int, list[int]], str]]:
     """Ids of each prompt, the id that ends a text, and (number of a prompt, what was found) → its text."""
-    if isinstance(trained.config, Seq2SeqConfig):
+    if family_of(trained.config).kind == "encoder_decoder":
         texts = Texts(trained)
         return (
             [texts.source(prompt) for prompt in prompts],

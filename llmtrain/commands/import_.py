@@ -38,10 +38,10 @@ def run(mapping: Mapping[str, Any]) -> None:
             Problem("import", f"{launcher.world_size()} processes", "one", "start it without torchrun")
         )
 
-    from llmtrain.commands.loading import fresh_note, listed, unknown_note
-    from llmtrain.families import skeleton_of
     from llmtrain.interchange.foreign import read_foreign
     from llmtrain.interchange.imported import save_imported
+    from llmtrain.interchange.trained import fresh_note, listed, unknown_note
+    from llmtrain.models.registry import skeleton_of
 
     source, output = at_home(config.source), at_home(config.output)
     imported, tokenizer = read_foreign(source, config.tokenizer)

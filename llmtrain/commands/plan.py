@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmtrain.commands.resolve import resolve
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.plan.estimate import estimate
+from llmtrain.train.resolve import resolve
 
 
 def run(mapping: Mapping[str, Any]) -> None:

@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.commands.resolve import Resolved, resolve
-from llmtrain.commands.start import start_ranks
 from llmtrain.config import encode
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, DataError
-from llmtrain.families import open_dataset, open_sources
+from llmtrain.objectives.reading import open_dataset
 from llmtrain.optim.schedules import multiplier
 from llmtrain.plan.estimate import estimate
 from llmtrain.standard_streams import tell
 from llmtrain.train.config import recorded
+from llmtrain.train.resolve import Resolved, resolve
+from llmtrain.train.start import start_ranks
 from llmtrain.urls import without_credentials_in
 
 if TYPE_CHECKING:
@@ -102,7 +102,6 @@ class Session:
         """→ whether all steps are done, not interrupted."""
         from llmtrain.data.loader import Loader
         from llmtrain.distributed import processes, union
-        from llmtrain.families import family_of
         from llmtrain.train.loop import Hooks, Schedule, train
         from llmtrain.train.resume import find_resume
         from llmtrain.train.streaming import open_stream, plan_timeline
@@ -111,7 +110,7 @@ class Session:
         # Whatever may be refused is looked at before anything is built.
         length = config.batch.sequence_length
         training = processes.agree(
-            lambda: open_sources(config.model, config.data, self.corpora, "train", length)
+            lambda: config.objective.open(config.model, config.data, self.corpora, "train", length)
         )
         validation = processes.agree(self._validation_dataset)
         resume = find_resume(config, self._data_facts(), self._say)
@@ -135,9 +134,9 @@ class Session:
                 on_skip=self._on_skip,
             )
         )
-        objective = family_of(config.model).objective(config.model, config.data)
+        objective = config.objective.build(config.model, config.data, self.corpora)
         from llmtrain.checkpoint.finite import FiniteCheck
-        from llmtrain.commands.build import build_engine
+        from llmtrain.engine.build import build_engine
 
         check = FiniteCheck()
         weights = self._starting_weights(check) if checkpoint is None else None
@@ -226,7 +225,7 @@ class Session:
 
     def _starting_weights(self, check: FiniteCheck) -> Source | None:
         """Those of `model=pretrained`, which `check` sees; None: the seed's."""
-        from llmtrain.commands.pretrained import open_weights
+        from llmtrain.train.pretrained import open_weights
 
         if self.pretrained is None:
             return None
@@ -292,6 +291,7 @@ class Session:
         try:
             self._say_what_is_not_evaluated()
             return open_dataset(
+                config.objective,
                 config.model,
                 config.data,
                 self.corpora,

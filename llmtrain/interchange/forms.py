@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.bert import huggingface as bert
-from llmtrain.models.encoder_decoder import huggingface as seq2seq
-from llmtrain.models.gpt.huggingface import gemma, gpt2, llama, olmo, phi3
 from llmtrain.models.huggingface.form import Form
-from llmtrain.models.xlnet import huggingface as xlnet
+from llmtrain.models.registry import families
 
-FORMS: dict[str, Form] = {
-    form.model_type: form
-    for form in (
-        gpt2.GPT2,
-        llama.LLAMA,
-        llama.MISTRAL,
-        llama.MINISTRAL,
-        llama.QWEN2,
-        llama.QWEN3,
-        llama.SMOLLM3,
-        phi3.PHI3,
-        gemma.GEMMA,
-        gemma.GEMMA2,
-        gemma.GEMMA3,
-        gemma.GEMMA3_WITH_IMAGES,
-        olmo.OLMO2,
-        olmo.OLMO3,
-        bert.BERT,
-        bert.ROBERTA,
-        xlnet.XLNET,
-        seq2seq.T5,
-        seq2seq.BART,
-    )
-}
-"""model_type of config.json → form; the first that a model fits is what it is exported as."""
+
+@cache
+def forms() -> dict[str, Form]:
+    """Return model_type of config.json → form; the first that a model fits is what it is exported as."""
+    return {form.model_type: form for family in families().values() for form in family.huggingface()}
 
 
 def form_of(config: Any, came_from: str | None = None) -> Form:
@@ -44,17 +22,17 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
     came_from: model_type of the folder that it came from, which is taken if it still fits."""
     misfits = {
         name: form.misfits(config)
-        for name, form in FORMS.items()
+        for name, form in forms().items()
         if isinstance(config, form.config) and form.part is None
     }
     fitting = [name for name, keys in misfits.items() if not keys]
     if fitting:
-        return FORMS[came_from if came_from in fitting else fitting[0]]
+        return forms()[came_from if came_from in fitting else fitting[0]]
     elsewhere = "such a model can be trained and used here, not exported"
     if not misfits:
-        families = sorted({form.config().family for form in FORMS.values()})
+        exported = sorted(family.name for family in families().values() if family.huggingface())
         raise ConfigError(
-            Problem("checkpoint", f"a model of family {config.family}", ", ".join(families), elsewhere)
+            Problem("checkpoint", f"a model of family {config.family}", ", ".join(exported), elsewhere)
         )
     nearest = min(misfits, key=lambda name: len(misfits[name]))
     got = ", ".join(f"{key}={getattr(config, key)}" for key in misfits[nearest])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmtrain.config import show
 from llmtrain.errors import CheckpointError, Problem
-from llmtrain.interchange.forms import FORMS
+from llmtrain.interchange.forms import forms
 from llmtrain.interchange.gguf_header import MAGIC, Metadata, read_header
 from llmtrain.interchange.huggingface import Imported, import_stored
 from llmtrain.interchange.huggingface_weights import Stored
@@ -262,7 +262,7 @@ def import_gguf(file: GgufFile) -> Imported:
     """
     stored = GgufTensors(file)
     theirs = Settings(file.path, file.config, stored)
-    imported = import_stored(file.path, _respelled(FORMS[file.config["model_type"]]), theirs, stored)
+    imported = import_stored(file.path, _respelled(forms()[file.config["model_type"]]), theirs, stored)
     # Its settings are no whole config.json.
     return dataclasses.replace(imported, origin=Origin.of({}, imported.config, _generation(file)))
 

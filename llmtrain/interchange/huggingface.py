@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llmtrain import files
 from llmtrain.config import decode, short, show
 from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
-from llmtrain.interchange.forms import FORMS, form_of
+from llmtrain.interchange.forms import form_of, forms
 from llmtrain.interchange.generation_settings import FILE as GENERATION
 from llmtrain.interchange.generation_settings import read_generation, write_generation
 from llmtrain.interchange.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
@@ -126,17 +126,17 @@ class Imported:
 
 
 def import_folder(path: Path) -> Imported:
-    """Read a folder of one of `FORMS`.
+    """Read a folder of one of `forms()`.
 
     Raises CheckpointError for a folder, architecture, setting or tensor that can't be taken.
     """
     path = Path(path)
     content = read_json(path / CONFIG)
     architecture = content.get("model_type")
-    if not isinstance(architecture, str) or architecture not in FORMS:
-        raise CheckpointError(Problem(f"{path / CONFIG}: model_type", show(architecture), ", ".join(FORMS)))
+    if not isinstance(architecture, str) or architecture not in forms():
+        raise CheckpointError(Problem(f"{path / CONFIG}: model_type", show(architecture), ", ".join(forms())))
     stored = StoredTensors(path)
-    form = FORMS[architecture]
+    form = forms()[architecture]
     whole = Settings(path / CONFIG, Asked(content), stored, lambda: _special_ids(path))
     whole.require("quantization_config")
     parts = [whole] if form.part is None else [whole, form.part(whole)]

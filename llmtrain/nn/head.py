@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import add_product_, linear, product
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-IGNORE_INDEX = -100
-"""Label of a position that bears no loss; torch's own default."""
 
 LOGITS_PER_CHUNK = 2**23
 """Logits held at once."""

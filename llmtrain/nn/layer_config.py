@@ -11,27 +11,8 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
+from llmtrain.nn.model_config import OfVocabulary
 from llmtrain.nn.rope_config import RopeScaling
-
-
-class OfVocabulary:
-    """A config with a vocabulary, which may not be known yet."""
-
-    vocab_size: int | None
-    hidden_size: int
-
-    def _vocab(self) -> int:
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not resolved yet")
-        return self.vocab_size
-
-    def vocabulary_problems(self) -> Iterator[Problem]:
-        size = self.vocab_size
-        yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
-
-    def head_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of the head's matrices, on one of `tensor` processes that divide the vocabulary."""
-        return -(-self._vocab() // tensor) * self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -226,9 +207,11 @@ class LayerConfig:
         )
 
 
-class OfBlocks(OfVocabulary):
-    """A config whose layers are made of a LayerConfig's parts, each head with keys and values of its own."""
+class OfLayers(OfVocabulary):
+    """A config of a model whose layers are attention and an MLP."""
 
+    hidden_size: int
+    num_layers: int
     num_heads: int
 
     @property
@@ -247,3 +230,12 @@ class OfBlocks(OfVocabulary):
     @property
     def mlp_width(self) -> int:
         return self.blocks.mlp_width
+
+    def layer_matrix_count(self, tensor: int = 1) -> int:
+        """Return the weights of one layer's matrices, on one of `tensor` ranks that divide them."""
+        return self.blocks.layer_matrix_count(tensor)
+
+    def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:
+        """Return the multiplications of each step for one token of a sequence, attention's included."""
+        layer = self.layer_matrix_count(tensor) + sequence_length * self.num_heads * self.head_width
+        return [0, *[layer] * self.num_layers, self.head_matrix_count(tensor)]

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from llmtrain.nn.head import TiedHeadModel
@@ -17,8 +18,20 @@ class Stage(NamedTuple):
 
     modules: dict[str, nn.Module]
     """Canonical name → module."""
-    run: Callable[[Tensor, Any], Tensor]
-    """(what the step before gave, the model's context) → what the next takes."""
+    run: Callable[[Tensor, Any], Any]
+    """(what the step before gave, the model's context) → what the next takes; of the last step logits, the
+    summed loss, or sums by name."""
+
+
+class ZeroSums(dict[str, Tensor]):
+    """Sums by name of a pipeline stage that has none of them: each is 0."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.zeros((), device=self._device)
 
 
 class StagedModel(TiedHeadModel):
@@ -32,10 +45,10 @@ class StagedModel(TiedHeadModel):
     def context(self, tokens_BT: Tensor, *_: Any, **arguments: Any) -> Context:
         """What all stages of one forward share; tells of the arguments, and of what forward then gives."""
 
-    def forward(self, tokens_BT: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, tokens_BT: Tensor, **arguments: Any) -> Any:
         """Token ids → what `context` says of these arguments. A cache among them takes these tokens."""
         context = self.context(tokens_BT, **arguments)
-        x = tokens_BT
+        x: Any = tokens_BT
         for stage in self.stages():
             x = stage.run(x, context)
         if context.cache is not None:

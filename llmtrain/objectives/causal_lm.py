@@ -5,20 +5,45 @@ Dim names: B rows, T sequence length, W = T + 1 tokens of a window.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import nn
 
-from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,
     LossOfModel,
+    ObjectiveConfig,
+    Shown,
     Terms,
     positions_in_documents,
+    tensors,
 )
+from llmtrain.objectives.text import Spelling, indented
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.data.trace import Part
+
+
+@dataclass(frozen=True)
+class CausalLMConfig(ObjectiveConfig):
+    """Each token given those before it in its document."""
+
+    teaches: ClassVar = ("decoder",)
+    paired: ClassVar = "taken"
+
+    kind: Literal["causal_lm"] = "causal_lm"
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> CausalLM:
+        return CausalLM(document_mask=data.document_mask)
 
 
 class CausalLM(LossOfModel):
@@ -52,24 +77,55 @@ class CausalLM(LossOfModel):
         if "contexts" in raw:
             is_target_BT &= ~raw["contexts"][:, 1:]
         batch = {
-            "tokens": torch.from_numpy(np.ascontiguousarray(tokens_BW[:, :-1])),
-            "labels": torch.from_numpy(np.where(is_target_BT, tokens_BW[:, 1:], IGNORE_INDEX)),
+            "tokens": tokens_BW[:, :-1],
+            "labels": np.where(is_target_BT, tokens_BW[:, 1:], IGNORE_INDEX),
         }
         # Padding after the last token needs no mask of its own: attention is causal.
         has_boundary = bool((documents_BW[:, :-1] > 0).any())
         if self._document_mask and has_boundary:
-            batch["positions"] = torch.from_numpy(positions_in_documents(inputs_BT))
-            batch["documents"] = torch.from_numpy(np.ascontiguousarray(inputs_BT))
-        return batch
+            batch["positions"] = positions_in_documents(inputs_BT)
+            batch["documents"] = inputs_BT
+        return tensors(batch)
 
     def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
         """Every row's tokens from part · T / parts on, T / parts of them, each with the label that it
         has in the whole row and its place there. Documents stay whole: attention is over all tokens."""
         T = batch["tokens"].shape[1]
         here = slice(part * (T // parts), (part + 1) * (T // parts))
-        positions = batch.get("positions", torch.arange(T, device=batch["tokens"].device)[None])
+        positions = batch.get("positions")
+        if positions is None:
+            positions = (batch["tokens"][:1] * 0 + 1).cumsum(dim=1) - 1
         sliced = {"tokens": batch["tokens"], "labels": batch["labels"], "positions": positions}
         return {**batch, **{key: value[:, here] for key, value in sliced.items()}}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         return self(model, batch)
+
+    def figures(
+        self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
+    ) -> dict[str, float]:
+        """Add "perplexity", and "bits_per_byte" of the text that the targets stand for."""
+        bits = loss * num_targets / math.log(2) / max(1, num_bytes)
+        return {**super().figures(loss, num_targets, metrics, num_bytes), "bits_per_byte": bits}
+
+    def show(
+        self,
+        row: Mapping[str, np.ndarray],
+        raw: Mapping[str, np.ndarray],
+        text: Spelling,
+        parts: Callable[[], Iterable[Part]],
+    ) -> Shown:
+        """Return each document by itself, with marks around what bears no loss."""
+        tokens_W = raw["tokens"][0]
+        # The first token of a row has nothing before it in the row.
+        bears_loss_W = np.concatenate([[False], row["labels"] != IGNORE_INDEX])
+        lines, position = [], 0
+        for part in parts():
+            here = slice(position, position + part.tokens)
+            position += part.tokens
+            file = PurePosixPath(part.shard).name
+            lines.append(f"  document {part.document} of {file}, {part.tokens} tokens")
+            lines += indented(text.with_marks(tokens_W[here], bears_loss_W[here]))
+        if position < len(tokens_W):
+            lines.append(f"  padding, {len(tokens_W) - position} tokens without loss")
+        return Shown(f"{int(bears_loss_W.sum())} tokens with loss", lines)

@@ -5,13 +5,56 @@ Dim names: B samples, C classes, H and W the image's sides.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from llmtrain.nn.head import IGNORE_INDEX
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets
+import numpy as np
+
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.nn.model_config import Row
+from llmtrain.objectives.base import (
+    DROPOUT_KEYS,
+    Batch,
+    ObjectiveConfig,
+    Shown,
+    Terms,
+    count_targets,
+    ratio,
+    tensors,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.data.datasets.base import Dataset
+    from llmtrain.data.trace import Part
+    from llmtrain.objectives.text import Spelling
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(ObjectiveConfig):
+    """The label of an image."""
+
+    teaches: ClassVar = ("classifier",)
+    data: ClassVar = "images"
+
+    kind: Literal["classification"] = "classification"
+
+    def row(self, sequence_length: int) -> Row:
+        """An image counts as one token."""
+        return Row(1, predicted=1)
+
+    def open(
+        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+    ) -> dict[str, Dataset]:
+        from llmtrain.data.datasets.images import Images
+
+        return {"": Images.open(data.path, split, model.num_classes)}
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> Classification:
+        return Classification()
 
 
 class Classification:
@@ -21,21 +64,38 @@ class Classification:
         """{"images": float32 (B, 1, H, W), "labels": int64 (B), negative for an empty sample} → the same
         as tensors, with IGNORE_INDEX for negative labels."""
         labels_B = np.where(raw["labels"] < 0, IGNORE_INDEX, raw["labels"])
-        return {"images": torch.from_numpy(raw["images"]), "labels": torch.from_numpy(labels_B)}
+        return tensors({"images": raw["images"], "labels": labels_B})
 
     def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"], IGNORE_INDEX))
+        return int(count_targets(batch["labels"]))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
         loss_sum = model(batch["images"], labels_B=batch["labels"], dropout_keys_B=batch.get(DROPOUT_KEYS))
-        return Terms(loss_sum, count_targets(batch["labels"], IGNORE_INDEX))
+        return Terms(loss_sum, count_targets(batch["labels"]))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds the metric "accuracy": correct predictions and all."""
+        import torch.nn.functional as F
+
         labels_B = batch["labels"]
         logits_BC = model(batch["images"]).float()
         loss_sum = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
         # No class is IGNORE_INDEX, so an empty sample is never correct.
         correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
-        num_targets = count_targets(labels_B, IGNORE_INDEX)
-        return Terms(loss_sum, num_targets, {"accuracy": torch.stack([correct, num_targets])})
+        num_targets = count_targets(labels_B)
+        return Terms(loss_sum, num_targets, {"accuracy": ratio(correct, num_targets)})
+
+    def figures(
+        self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
+    ) -> dict[str, float]:
+        return {}
+
+    def show(
+        self,
+        row: Mapping[str, np.ndarray],
+        raw: Mapping[str, np.ndarray],
+        text: Spelling,
+        parts: Callable[[], Iterable[Part]],
+    ) -> Shown:
+        """Return the label; the image has no text."""
+        return Shown(f"label {int(row['labels'])}", [])

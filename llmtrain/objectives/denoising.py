@@ -6,15 +6,68 @@ Dim names: B rows, M places, N tokens of all rows, K gaps of all rows, G sentenc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.config import require
+from llmtrain.errors import Problem
 from llmtrain.objectives.draws import choose, uniform, uniform_of_rows
-from llmtrain.objectives.seq2seq import OneText, numbers_within
+from llmtrain.objectives.seq2seq import OneText, OneTextConfig, Widths, numbers_within
+
+if TYPE_CHECKING:
+    from llmtrain.corpus.corpora import Corpora
 
 _IS_PERMUTED, _SENTENCE, _GAP_LENGTH, _GAP_PLACE, _ONE_TOKEN, _IS_ROTATED, _ROTATION = range(7)
 """What a hash decides."""
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(OneTextConfig):
+    """A text with noise → the text (BART, arXiv:1910.13461)."""
+
+    kind: Literal["denoising"] = "denoising"
+    infilling: float = 0.3
+    """Share of the tokens that lie in gaps, each of which one [MASK] stands for; their lengths are Poisson's,
+    0 among them."""
+    mean_span: float = 3.0
+    """Mean tokens of a gap."""
+    masking: float = 0.0
+    """Share of the tokens that [MASK] replaces one by one."""
+    deletion: float = 0.0
+    """Share of the tokens that are left out without a trace."""
+    permutation: float = 1.0
+    """Share of the rows whose sentences stand in another order."""
+    rotation: float = 0.0
+    """Share of the rows that begin at a token drawn at random, what was before it behind."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("infilling", "masking", "deletion", "permutation", "rotation"):
+            yield from require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        yield from require(1 <= self.mean_span <= 64, "mean_span", self.mean_span, "1 to 64")
+        noise = self.infilling + self.masking + self.deletion
+        yield from require(noise < 1, "infilling", f"{noise:g} with masking and deletion", "less than 1")
+        asks = noise > 0 or self.permutation > 0 or self.rotation > 0
+        yield from require(asks, "infilling", 0, "some kind of noise above 0")
+
+    def widths(self, sequence_length: int) -> Widths:
+        """One token less of text, for the end."""
+        return self.widths_of_text(sequence_length - 1)
+
+    def widths_of_text(self, text: int) -> Widths:
+        return Widths(text, text + 1, text + 1)
+
+    def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
+        if model.mask_id is not None:
+            return model, needed
+        mask_id = corpora.special_ids.get("mask", needed)
+        return replace(model, mask_id=mask_id), max(needed, mask_id + 1)
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> Denoising:
+        assert corpora is not None
+        return Denoising(model, self, corpora.load_tokenizer().sentence_ends())
 
 
 class Denoising(OneText):
@@ -25,15 +78,16 @@ class Denoising(OneText):
     only while its source is no longer than its text.
     """
 
-    def __init__(self, config: Seq2SeqConfig, sentence_ends_V: np.ndarray) -> None:
-        """sentence_ends_V: whether each id ends a sentence, bool. Raises ValueError before the vocabulary is
-        resolved."""
-        super().__init__(config)
-        if config.mask_id is None:
+    def __init__(self, model: Any, config: DenoisingConfig, sentence_ends_V: np.ndarray) -> None:
+        """sentence_ends_V: whether each id ends a sentence, bool. Raise ValueError before the model's special
+        ids are resolved."""
+        super().__init__(model, config.widths_of_text)
+        if model.mask_id is None:
             raise ValueError("the special ids are not resolved yet")
-        self._mask_id = config.mask_id
+        self._config = config
+        self._mask_id = model.mask_id
         self._sentence_ends_V = sentence_ends_V
-        self._lengths_until = _poisson_distribution(config.objective.mean_span)
+        self._lengths_until = _poisson_distribution(config.mean_span)
 
     def corrupt(
         self, text: np.ndarray, lengths_B: np.ndarray, keys_B: np.ndarray

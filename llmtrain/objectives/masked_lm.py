@@ -8,28 +8,122 @@ V vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import nn
 
-from llmtrain.models.bert.config import BertConfig
-from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,
     LossOfModel,
+    ObjectiveConfig,
+    Shown,
+    SpecialIds,
     Terms,
     count_targets,
     positions_in_documents,
+    ratio,
+    tensors,
 )
 from llmtrain.objectives.draws import uniform, uniform_of_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.data.datasets.base import Dataset
+    from llmtrain.data.trace import Part
+    from llmtrain.objectives.text import Spelling
+    from llmtrain.tokenizers.base import Tokenizer
 
 _PADDING = -1
 """Document of a place without a token."""
 _CHOSEN, _REPLACED, _DRAWN, _IS_PAIR, _CUT = range(5)
 """What a hash decides."""
+
+
+@dataclass(frozen=True)
+class MaskedLMConfig(ObjectiveConfig):
+    """Which tokens are hidden, and what besides them is predicted (arXiv:1810.04805, section 3.1)."""
+
+    teaches: ClassVar = ("encoder",)
+
+    kind: Literal["mlm"] = "mlm"
+    pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
+    """`next_sentence`: whether text B follows text A (arXiv:1810.04805); `sentence_order`: which of two
+    neighbours comes first (ALBERT, arXiv:1909.11942); `none`: whole rows of tokens (RoBERTa,
+    arXiv:1907.11692)."""
+    share: float = 0.15
+    """Share of the tokens that are predicted."""
+    masked: float = 0.8
+    """Of those, the share that [MASK] replaces."""
+    random: float = 0.1
+    """Of those, the share that a random token replaces; the others stay."""
+    whole_words: bool = False
+    """All tokens of a word are chosen together."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
+        for name in ("masked", "random"):
+            yield from require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        both = self.masked + self.random
+        yield from require(both <= 1 + 1e-9, "masked", f"{both:g} with random", "1 or less together")
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.pairs != "none"
+
+    def row(self, sequence_length: int) -> Row:
+        return Row(sequence_length, predicted=self.share * sequence_length)
+
+    def fitted(self, model: Any) -> Any:
+        return replace(model, pair_head=self.has_pairs)
+
+    def data_problems(self, data: Any) -> Iterator[Problem]:
+        if self.has_pairs and data.packing != "concat":
+            allowed = "concat with objective.pairs: a row holds one pair of texts"
+            yield Problem("data.packing", data.packing, allowed, "give data.packing=concat")
+
+    def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
+        """Those of the tokenizer where it has all three, else the first behind the corpus' vocabulary."""
+        needed = corpora.vocab_size
+        if model.mask_id is None:
+            own = corpora.special_ids if {"mask", "cls", "sep"} <= corpora.special_ids.keys() else {}
+            ids = [own.get(role, needed + n) for n, role in enumerate(("mask", "cls", "sep"))]
+            model = replace(model, mask_id=ids[0], cls_id=ids[1], sep_id=ids[2])
+        needed = max(needed, *(i + 1 for i in model.special_ids))
+        return SpecialIds(model, needed, " with [MASK], [CLS] and [SEP]")
+
+    def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
+        return dict(zip(model.special_ids, ("[MASK]", "[CLS]", "[SEP]"), strict=True))
+
+    def open(
+        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+    ) -> dict[str, Dataset]:
+        if not self.has_pairs:
+            return super().open(model, data, corpora, split, sequence_length)
+        from llmtrain.data.datasets.pairs import Passages
+
+        splits = self.splits(data, corpora, split)
+        return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> MaskedLM:
+        word_starts = text_ids = None
+        if corpora is not None and self.whole_words:
+            word_starts = corpora.load_tokenizer().word_starts()
+        has_special_ids_inside = model.num_text_ids > min(model.special_ids)
+        is_own_mask = corpora is not None and corpora.special_ids.get("mask") == model.mask_id
+        if corpora is not None and has_special_ids_inside and is_own_mask:
+            text_ids = corpora.load_tokenizer().ordinary_ids()
+        return MaskedLM(
+            model, self, document_mask=data.document_mask, word_starts_V=word_starts, text_ids=text_ids
+        )
 
 
 class MaskedLM(LossOfModel):
@@ -39,6 +133,7 @@ class MaskedLM(LossOfModel):
     the tokens' loss and a mean of the pairs'.
     """
 
+    perplexity_of: ClassVar = "masked_loss"
     names: ClassVar = {
         "tokens": "tokens_BT",
         "positions": "positions_BT",
@@ -51,7 +146,8 @@ class MaskedLM(LossOfModel):
 
     def __init__(
         self,
-        config: BertConfig,
+        model: Any,
+        config: MaskedLMConfig,
         *,
         document_mask: bool = True,
         word_starts_V: np.ndarray | None = None,
@@ -59,11 +155,11 @@ class MaskedLM(LossOfModel):
     ) -> None:
         """document_mask: packed documents don't attend to each other, and positions count from 0 in each.
         word_starts_V: whether each id begins a word, bool, for `whole_words`. text_ids: what a random token
-        is drawn from, int64; None: all below the config's num_text_ids."""
+        is drawn from, int64; None: all below the model's num_text_ids."""
         self._document_mask = document_mask
-        self._config = config.objective
-        self._mask_id, self._cls_id, self._sep_id = config.special_ids
-        self._text_ids = np.arange(config.num_text_ids) if text_ids is None else text_ids
+        self._config = config
+        self._mask_id, self._cls_id, self._sep_id = model.special_ids
+        self._text_ids = np.arange(model.num_text_ids) if text_ids is None else text_ids
         if self._config.whole_words and word_starts_V is None:
             raise ValueError("whole_words needs word_starts_V")
         self._word_starts_V = word_starts_V if self._config.whole_words else None
@@ -85,21 +181,46 @@ class MaskedLM(LossOfModel):
         else:
             arrays, may_hide_BT = self._paired(raw, keys_B)
         arrays["tokens"], arrays["labels"] = self._hide(arrays["tokens"], may_hide_BT, keys_B)
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return tensors(arrays)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds "masked_accuracy" of hidden tokens; with pairs also "masked_loss" of the tokens alone,
         "pair_accuracy" and "pair_loss"."""
-        num_targets = count_targets(batch["labels"], IGNORE_INDEX)
-        # A pipeline's stages before the last have a single 0.
-        sums = model(**self.arguments(batch), with_metrics=True).expand(6)
-        loss_sum, token_loss, correct, pair_loss, pair_correct, num_pairs = sums
-        metrics = {"masked_accuracy": torch.stack([correct, num_targets])}
+        num_targets = count_targets(batch["labels"])
+        sums = model(**self.arguments(batch), with_metrics=True)
+        metrics = {"masked_accuracy": ratio(sums["correct"], num_targets)}
         if self._config.pairs != "none":
-            metrics["masked_loss"] = torch.stack([token_loss, num_targets])
-            metrics["pair_accuracy"] = torch.stack([pair_correct, num_pairs])
-            metrics["pair_loss"] = torch.stack([pair_loss, num_pairs])
-        return Terms(loss_sum, num_targets, metrics)
+            metrics["masked_loss"] = ratio(sums["token_loss"], num_targets)
+            metrics["pair_accuracy"] = ratio(sums["pair_correct"], sums["pairs"])
+            metrics["pair_loss"] = ratio(sums["pair_loss"], sums["pairs"])
+        return Terms(sums["loss"], num_targets, metrics)
+
+    def show(
+        self,
+        row: Mapping[str, np.ndarray],
+        raw: Mapping[str, np.ndarray],
+        text: Spelling,
+        parts: Callable[[], Iterable[Part]],
+    ) -> Shown:
+        """Return the row with what is asked for where tokens are hidden; documents, and texts of a pair,
+        apart."""
+        tokens, labels = row["tokens"], row["labels"]
+        documents = row.get("documents", np.zeros(len(tokens), np.int32))
+        asked = labels != IGNORE_INDEX
+        marked = {
+            position: f"⟦{text.name(tokens[position])}→{text.name(labels[position])}⟧"
+            for position in np.flatnonzero(asked).tolist()
+        }
+        facts = f"{int((documents >= 0).sum())} tokens, {int(asked.sum())} of them asked for"
+        if "pair_labels" in row:
+            label = int(row["pair_labels"])
+            meanings = {
+                "next_sentence": ("the second follows the first", "the second is of another document"),
+                "sentence_order": ("in their order", "the second came first"),
+            }[self._config.pairs]
+            facts += f", pair {label}: {meanings[label]}"
+            documents = np.where(documents >= 0, row["segments"], documents)
+        return Shown(facts, text.documents(tokens, documents, marked))
 
     def _hide(
         self, tokens_BT: np.ndarray, may_hide_BT: np.ndarray, keys_B: np.ndarray

@@ -8,19 +8,75 @@ Dim names: B rows, T sequence length, W = T + 1 tokens of a window, M predicted 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import nn
 
-from llmtrain.models.xlnet.config import XLNetConfig
-from llmtrain.nn.head import IGNORE_INDEX
-from llmtrain.objectives.base import DROPOUT_KEYS, Batch, LossOfModel, Terms, count_targets
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.nn.model_config import Row
+from llmtrain.objectives.base import (
+    DROPOUT_KEYS,
+    Batch,
+    LossOfModel,
+    ObjectiveConfig,
+    Shown,
+    Terms,
+    count_targets,
+    ratio,
+    tensors,
+)
 from llmtrain.objectives.draws import uniform, uniform_of_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.data.trace import Part
+    from llmtrain.objectives.text import Spelling
 
 _LENGTH, _PLACE, _ORDER, _BEGIN = range(4)
 """What a hash decides."""
+
+
+@dataclass(frozen=True)
+class PermutedLMConfig(ObjectiveConfig):
+    """Which tokens are predicted, in which order (arXiv:1906.08237, sections 2.2, 2.3 and 3.1)."""
+
+    teaches: ClassVar = ("permuted_encoder",)
+
+    kind: Literal["permuted_lm"] = "permuted_lm"
+    predict_every: int = 6
+    """One token in so many is predicted: the paper's K."""
+    max_span: int = 5
+    """Tokens of the longest span that is predicted together; lengths are uniform from 1 on."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.predict_every >= 2, "predict_every", self.predict_every, "2 or more")
+        yield from require(self.max_span >= 1, "max_span", self.max_span, "1 or more")
+
+    def num_predicted(self, sequence_length: int) -> int:
+        """Places of a row that are predicted, M: the same for every row. None of a row that is shorter than
+        predict_every."""
+        return sequence_length // self.predict_every
+
+    def row(self, sequence_length: int) -> Row:
+        return Row(sequence_length, predicted=self.num_predicted(sequence_length))
+
+    def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
+        shortest = self.predict_every
+        yield from require(
+            sequence_length >= shortest,
+            "batch.sequence_length",
+            sequence_length,
+            f"{shortest} or more, objective.predict_every",
+        )
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> PermutedLM:
+        return PermutedLM(self, document_mask=data.document_mask, has_segments=model.has_segments)
 
 
 class PermutedLM(LossOfModel):
@@ -40,11 +96,13 @@ class PermutedLM(LossOfModel):
         DROPOUT_KEYS: "dropout_keys_B",
     }
 
-    def __init__(self, config: XLNetConfig, *, document_mask: bool = True) -> None:
-        """document_mask: packed documents don't attend to each other."""
+    def __init__(
+        self, config: PermutedLMConfig, *, document_mask: bool = True, has_segments: bool = True
+    ) -> None:
+        """document_mask: packed documents don't attend to each other. has_segments: of the model."""
         self._document_mask = document_mask
-        self._config = config.objective
-        self._has_segments = config.has_segments
+        self._config = config
+        self._has_segments = has_segments
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """{"keys": int64 (B,); "tokens", "documents": (B, W), documents negative where no token is; and,
@@ -52,7 +110,7 @@ class PermutedLM(LossOfModel):
         taken → {"tokens": (B, T); "order": (B, T), 0 for what is not predicted, then a number each;
         "targets": (B, M), the drawn places, ascending; "labels": (B, M), their tokens or IGNORE_INDEX},
         int64; where a row holds more than one document or padding, "documents": (B, T) int32; and for a
-        config with segments "segments": (B, T) int64, all 0: each of a row's texts is one."""
+        model with segments "segments": (B, T) int64, all 0: each of a row's texts is one."""
         keys_B, tokens_BT = raw["keys"], raw["tokens"][:, :-1]
         documents_BT, following_BT = raw["documents"][:, :-1], raw["documents"][:, 1:]
         # Where a document ends is seen anyway.
@@ -74,14 +132,29 @@ class PermutedLM(LossOfModel):
             arrays["documents"] = documents_BT
         if self._has_segments:
             arrays["segments"] = np.zeros_like(order_BT)
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return tensors(arrays)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds "permuted_accuracy": predicted tokens that were right, and all."""
-        num_targets = count_targets(batch["labels"], IGNORE_INDEX)
-        # A pipeline's stages before the last have a single 0.
-        loss_sum, correct = model(**self.arguments(batch), with_metrics=True).expand(2)
-        return Terms(loss_sum, num_targets, {"permuted_accuracy": torch.stack([correct, num_targets])})
+        num_targets = count_targets(batch["labels"])
+        sums = model(**self.arguments(batch), with_metrics=True)
+        return Terms(sums["loss"], num_targets, {"permuted_accuracy": ratio(sums["correct"], num_targets)})
+
+    def show(
+        self,
+        row: Mapping[str, np.ndarray],
+        raw: Mapping[str, np.ndarray],
+        text: Spelling,
+        parts: Callable[[], Iterable[Part]],
+    ) -> Shown:
+        """Return the row, each predicted token with its rank in the order of prediction."""
+        tokens, order = row["tokens"], row["order"]
+        documents = row.get("documents", np.zeros(len(tokens), np.int32))
+        asked = np.flatnonzero(order > 0)
+        ranks = {i: rank for rank, i in enumerate(np.argsort(order[asked], kind="stable"), 1)}
+        marked = {p: f"⟦{ranks[i]}: {text.name(tokens[p])}⟧" for i, p in enumerate(asked.tolist())}
+        facts = f"{int((documents >= 0).sum())} tokens, {len(asked)} of them predicted"
+        return Shown(facts, text.documents(tokens, documents, marked))
 
     def _places(self, keys_B: np.ndarray, T: int) -> np.ndarray:
         """Spans of 1 to max_span neighbours, each of L anywhere in a context of K·L tokens, K being

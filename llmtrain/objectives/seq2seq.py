@@ -6,25 +6,173 @@ Dim names: B rows, S source tokens, T target tokens, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.files import at_home
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,
     LossOfModel,
+    ObjectiveConfig,
+    Shown,
+    SpecialIds,
     Terms,
     count_targets,
     positions_in_documents,
+    ratio,
+    tensors,
 )
+from llmtrain.objectives.text import indented
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.data.datasets.base import Dataset
+    from llmtrain.data.trace import Part
+    from llmtrain.objectives.text import Spelling
+    from llmtrain.tokenizers.base import Tokenizer
+
+SHORTEST_TEXT = 8
+"""Tokens that a row of text must hold at least to be worth corrupting."""
 
 NO_PAIR = -1
 """Pair of a place without a token."""
+
+
+class Widths(NamedTuple):
+    """Tokens of one row. They depend on the config alone, never on the text: pipelines see one shape, and a
+    row is the same in any batch."""
+
+    text: int
+    """Of the corpus, where both sides are made of one text; 0 with pairs."""
+    source: int
+    """The encoder's input."""
+    target: int
+    """The decoder's input, and its labels."""
+
+
+class SourceTargetConfig(ObjectiveConfig):
+    """Base of the objectives of encoder–decoders."""
+
+    teaches: ClassVar = ("encoder_decoder",)
+
+    def widths(self, sequence_length: int) -> Widths:
+        """Return what `batch.sequence_length`, the most tokens of the encoder's input, comes to."""
+        raise NotImplementedError
+
+    def row(self, sequence_length: int) -> Row:
+        _, source, target = self.widths(sequence_length)
+        return Row(source, target, predicted=target)
+
+    def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
+        """A start that is not the end - one that also ends documents would say that nothing follows - and
+        what else the objective marks texts by; behind the corpus' vocabulary where the tokenizer has none."""
+        own, needed = corpora.special_ids, corpora.vocab_size
+        eos_id = corpora.eos_id if model.eos_id is None else model.eos_id
+        start_id = model.start_id
+        if start_id is None:
+            start_id = own["bos"] if own.get("bos", eos_id) != eos_id else needed
+            needed = max(needed, start_id + 1)
+        model = replace(model, start_id=start_id, eos_id=eos_id)
+        model, needed = self._marks(model, corpora, needed)
+        ids = (model.start_id, model.mask_id, model.sentinel_id, model.eos_id)
+        needed = max(needed, *(i + 1 for i in ids if i is not None))
+        return SpecialIds(model, needed, f" with what objective={self.kind} marks texts by")
+
+    def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
+        """Return the model with further ids, and the rows that its embedding needs."""
+        return model, needed
+
+    def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
+        eos_id = tokenizer.eos_id
+        names = {eos_id: tokenizer.pieces()[eos_id]}
+        if model.mask_id is not None:
+            names[model.mask_id] = "[MASK]"
+        if model.sentinel_id is not None:
+            names |= {model.sentinel_id - i: f"<extra_{i}>" for i in range(model.num_sentinels or 0)}
+        return names
+
+
+@dataclass(frozen=True)
+class PairedTextConfig(SourceTargetConfig):
+    """Sources and targets of a corpus of paired texts."""
+
+    paired: ClassVar = "needed"
+
+    kind: Literal["seq2seq"] = "seq2seq"
+    target_length: int | None = None
+    """Tokens of the decoder's input; null: batch.sequence_length, which is the encoder's."""
+
+    def problems(self) -> Iterator[Problem]:
+        length = self.target_length
+        yield from require(length is None or length >= 2, "target_length", length, "2 or more, or null")
+
+    def widths(self, sequence_length: int) -> Widths:
+        return Widths(0, sequence_length, self.target_length or sequence_length)
+
+    def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
+        longest, target = model.max_sequence_length, self.target_length or 0
+        yield from require(
+            longest is None or target <= longest,
+            "objective.target_length",
+            target,
+            f"1 to model.max_sequence_length={longest}",
+        )
+
+    def data_problems(self, data: Any) -> Iterator[Problem]:
+        if data.packing != "concat":
+            allowed = "concat with objective=seq2seq, which lays whole pairs into rows"
+            yield Problem("data.packing", data.packing, allowed, "leave it out")
+        if not data.document_mask:
+            allowed = "true with objective=seq2seq: pairs in a row are texts of their own"
+            yield Problem("data.document_mask", "false", allowed, "leave it out")
+
+    def open(
+        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+    ) -> dict[str, Dataset]:
+        from llmtrain.data.datasets.paired_rows import PairedRows
+
+        _, source, target = self.widths(sequence_length)
+        cache = at_home(data.cache.dir)
+        splits = self.splits(data, corpora, split)
+        return {name: PairedRows(tokens, source, target, cache=cache) for name, tokens in splits.items()}
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> PairedText:
+        return PairedText(model)
+
+
+class OneTextConfig(SourceTargetConfig):
+    """Base of the objectives that make source and target out of one text."""
+
+    def widths_of_text(self, text: int) -> Widths:
+        """Return what rows of so many tokens of the corpus come to, ends included."""
+        raise NotImplementedError
+
+    def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
+        text = self.widths(sequence_length).text
+        if text < SHORTEST_TEXT:
+            least = next(n for n in range(SHORTEST_TEXT, 1 << 12) if self.widths(n).text >= SHORTEST_TEXT)
+            allowed = f"{least} or more with {self.kind}"
+            yield Problem("batch.sequence_length", str(sequence_length), allowed)
+
+    def data_problems(self, data: Any) -> Iterator[Problem]:
+        if data.overlap:
+            allowed = f"0 with objective={self.kind}, which would ask for what two rows share twice"
+            yield Problem("data.overlap", str(data.overlap), allowed)
+
+    def open(
+        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+    ) -> dict[str, Dataset]:
+        return super().open(model, data, corpora, split, self.widths(sequence_length).text)
 
 
 class Examples(NamedTuple):
@@ -43,6 +191,7 @@ class Examples(NamedTuple):
 class Seq2Seq(LossOfModel, ABC):
     """Loss of each token of a target given those before it and its source."""
 
+    perplexity_of: ClassVar = "token_loss"
     names: ClassVar = {
         "sources": "sources_BS",
         "tokens": "tokens_BT",
@@ -54,11 +203,11 @@ class Seq2Seq(LossOfModel, ABC):
         DROPOUT_KEYS: "dropout_keys_B",
     }
 
-    def __init__(self, config: Seq2SeqConfig) -> None:
-        """Raises ValueError before the vocabulary is resolved."""
-        if config.start_id is None:
+    def __init__(self, model: Any) -> None:
+        """model: config of an encoder–decoder. Raise ValueError before its special ids are resolved."""
+        if model.start_id is None:
             raise ValueError("the special ids are not resolved yet")
-        self._start_id = config.start_id
+        self._start_id = model.start_id
 
     @abstractmethod
     def examples(self, raw: dict[str, np.ndarray]) -> Examples:
@@ -86,20 +235,43 @@ class Seq2Seq(LossOfModel, ABC):
             batch["documents"] = documents_BT
             batch["source_positions"] = positions_in_documents(source_documents_BS)
             batch["positions"] = positions_in_documents(documents_BT)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return tensors(batch)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Adds "token_accuracy", of targets that are the likeliest token, and "token_loss", their
         cross-entropy without what label smoothing adds to the loss."""
-        num_targets = count_targets(batch["labels"], IGNORE_INDEX)
-        # A pipeline's stages before the last have a single 0.
-        sums = model(**self.arguments(batch), with_metrics=True).expand(3)
-        loss_sum, token_loss, correct = sums
+        num_targets = count_targets(batch["labels"])
+        sums = model(**self.arguments(batch), with_metrics=True)
         metrics = {
-            "token_accuracy": torch.stack([correct, num_targets]),
-            "token_loss": torch.stack([token_loss, num_targets]),
+            "token_accuracy": ratio(sums["correct"], num_targets),
+            "token_loss": ratio(sums["token_loss"], num_targets),
         }
-        return Terms(loss_sum, num_targets, metrics)
+        return Terms(sums["loss"], num_targets, metrics)
+
+    def show(
+        self,
+        row: Mapping[str, np.ndarray],
+        raw: Mapping[str, np.ndarray],
+        text: Spelling,
+        parts: Callable[[], Iterable[Part]],
+    ) -> Shown:
+        """Return each pair's source and target."""
+        sources, targets = row["sources"], row["labels"]
+        source_documents = row.get("source_documents", np.zeros(len(sources), np.int32))
+        documents = row.get("documents", np.zeros(len(targets), np.int32))
+        pairs = int(source_documents.max(initial=-1)) + 1
+        lines = []
+        for pair in range(pairs):
+            if pairs > 1:
+                lines.append(f"  pair {pair}")
+            for side, tokens, numbers in (
+                ("source", sources, source_documents),
+                ("target", targets, documents),
+            ):
+                lines += indented(text.spell(tokens[numbers == pair], {}), f"{side}  ")
+        counts = int((source_documents >= 0).sum()), int((documents >= 0).sum())
+        named = f", {pairs} pairs" if pairs > 1 else ""
+        return Shown(f"{counts[0]} tokens of source, {counts[1]} of target{named}", lines)
 
 
 class PairedText(Seq2Seq):
@@ -118,19 +290,19 @@ class OneText(Seq2Seq):
     stand in it as tokens.
     """
 
-    def __init__(self, config: Seq2SeqConfig) -> None:
-        """Raises ValueError before the vocabulary is resolved."""
-        super().__init__(config)
-        if config.eos_id is None:
+    def __init__(self, model: Any, widths: Callable[[int], Widths]) -> None:
+        """widths: tokens of text → widths of a row. Raise ValueError before special ids are resolved."""
+        super().__init__(model)
+        if model.eos_id is None:
             raise ValueError("the special ids are not resolved yet")
-        self._eos_id = config.eos_id
-        self._config = config.objective
+        self._eos_id = model.eos_id
+        self._widths = widths
 
     def examples(self, raw: dict[str, np.ndarray]) -> Examples:
         """{"tokens", "documents": (B, W), documents negative behind the last token; "keys": (B,)}; all tokens
         of a row but the last are taken. S and T depend on W."""
         L = raw["tokens"].shape[1] - 1
-        _, S, T = self._config.lengths_of_text(L)
+        _, S, T = self._widths(L)
         is_text_BL = raw["documents"][:, :L] >= 0
         lengths_B = is_text_BL.sum(axis=1)
         # Of a single token nothing can be asked.

@@ -5,14 +5,96 @@ Dim names: B rows, M places, K gaps of all rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
 import numpy as np
 
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.config import require
+from llmtrain.errors import Problem
 from llmtrain.objectives.draws import choose
-from llmtrain.objectives.seq2seq import OneText, numbers_within
+from llmtrain.objectives.seq2seq import OneText, OneTextConfig, Widths, numbers_within
+
+if TYPE_CHECKING:
+    from llmtrain.corpus.corpora import Corpora
 
 _KEPT, _HIDDEN = range(2)
 """What a hash decides."""
+
+
+@dataclass(frozen=True)
+class SpanCorruptionConfig(OneTextConfig):
+    """A text with gaps → what was in them (T5, arXiv:1910.10683)."""
+
+    fills_gaps: ClassVar = True
+
+    kind: Literal["span_corruption"] = "span_corruption"
+    share: float = 0.15
+    """Share of the tokens that lie in gaps."""
+    mean_span: float = 3.0
+    """Mean tokens of a gap."""
+    num_sentinels: int = 100
+    """Ids that mark gaps: the most gaps of a row."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
+        yield from require(1 <= self.mean_span <= 64, "mean_span", self.mean_span, "1 to 64")
+        yield from require(self.num_sentinels >= 1, "num_sentinels", self.num_sentinels, "1 or more")
+
+    def widths(self, sequence_length: int) -> Widths:
+        """As many tokens of text as leave an input of that length once gaps are sentinels (section 3.1.4: 568
+        for 512 at 15 % and 3)."""
+        # What remains of a text grows with it.
+        texts = np.arange(int(sequence_length / (1 - self.share)) + 4)
+        hidden, gaps = self.gaps_of(texts)
+        longest = np.searchsorted(texts - hidden + gaps + 1, sequence_length, side="right")
+        return self.widths_of_text(int(longest) - 1)
+
+    def widths_of_text(self, text: int) -> Widths:
+        hidden, gaps = self.gaps_of_one(text)
+        return Widths(text, text - hidden + gaps + 1, hidden + gaps + 1)
+
+    def gaps_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Span corruption of texts of so many tokens → (tokens in gaps, gaps), int64 of the same shape. A
+        text of a single token has none."""
+        n = np.asarray(lengths, dtype=np.int64)
+        hidden = np.clip(np.floor(n * self.share + 0.5).astype(np.int64), 1, np.maximum(n - 1, 1))
+        hidden = np.where(n > 1, hidden, 0)
+        gaps = np.maximum(np.floor(hidden / self.mean_span + 0.5).astype(np.int64), np.minimum(hidden, 1))
+        # A gap follows a token that stays.
+        return hidden, np.minimum(gaps, n - hidden)
+
+    def gaps_of_one(self, text: int) -> tuple[int, int]:
+        """`gaps_of` one text of so many tokens."""
+        hidden, gaps = self.gaps_of(np.array(text))
+        return int(hidden), int(gaps)
+
+    def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
+        yield from super().length_problems(sequence_length, model)
+        _, gaps = self.gaps_of_one(self.widths(sequence_length).text)
+        yield from require(
+            gaps <= self.num_sentinels,
+            "objective.num_sentinels",
+            self.num_sentinels,
+            f"{gaps} or more, the gaps of a row with batch.sequence_length={sequence_length}",
+        )
+
+    def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
+        """Sentinels: the tokenizer's where it has enough, in T5's order, else the embedding's last rows."""
+        count, sentinel_id = self.num_sentinels, model.sentinel_id
+        if sentinel_id is None:
+            theirs = corpora.sentinel_ids[:count]
+            if len(theirs) == count and theirs == tuple(range(theirs[0], theirs[0] - count, -1)):
+                sentinel_id = theirs[0]
+            else:
+                ids = (model.start_id, model.mask_id, model.eos_id)
+                needed = max(needed, *(i + 1 for i in ids if i is not None)) + count
+                sentinel_id = (model.vocab_size or needed) - 1
+        return replace(model, sentinel_id=sentinel_id, num_sentinels=count), needed
+
+    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> SpanCorruption:
+        return SpanCorruption(model, self)
 
 
 class SpanCorruption(OneText):
@@ -24,12 +106,13 @@ class SpanCorruption(OneText):
     of cutting is as likely.
     """
 
-    def __init__(self, config: Seq2SeqConfig) -> None:
-        """Raises ValueError before the vocabulary is resolved."""
-        super().__init__(config)
-        if config.sentinel_id is None:
+    def __init__(self, model: Any, config: SpanCorruptionConfig) -> None:
+        """Raise ValueError before the model's special ids are resolved."""
+        super().__init__(model, config.widths_of_text)
+        if model.sentinel_id is None:
             raise ValueError("the sentinels are not resolved yet")
-        self._sentinel_id = config.sentinel_id
+        self._sentinel_id = model.sentinel_id
+        self._config = config
 
     def corrupt(
         self, text: np.ndarray, lengths_B: np.ndarray, keys_B: np.ndarray

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.nn.stages import Stage
+from llmtrain.nn.stages import Stage, ZeroSums
 from llmtrain.nn.transformer import Context, KVCache
 from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.mesh import Mesh
@@ -100,12 +100,12 @@ class PipelineStage(nn.Module):
         # Hidden states behind the first block are of a part of the tokens.
         self._token_parts = layout.tensor if layout.tensor_sequence else 1
 
-    def run(self, x: Tensor | None, *, tokens_BT: Tensor, **arguments: Any) -> Tensor:
+    def run(self, x: Tensor | None, *, tokens_BT: Tensor, **arguments: Any) -> Any:
         """These steps over one batch; `x` is the previous stage's output (B, T, D), None on the first.
         → (B, T, D), on the last stage logits, or with labels the summed loss."""
         return self._through(x, tokens_BT, self._make_context(tokens_BT, **arguments))
 
-    def _through(self, x: Tensor | None, tokens_BT: Tensor, context: Context) -> Tensor:
+    def _through(self, x: Tensor | None, tokens_BT: Tensor, context: Context) -> Any:
         if x is None:
             x = tokens_BT
         for step in self.steps:
@@ -113,7 +113,7 @@ class PipelineStage(nn.Module):
         return x
 
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, tokens_BT: Tensor, **arguments: Any) -> Any:
         """The whole model's forward, by all processes of the pipeline together, for evaluation and
         generation: the summed loss on the last stage and 0 on others; without labels all get the logits.
 
@@ -133,7 +133,10 @@ class PipelineStage(nn.Module):
         if not mesh.is_last_stage:
             dist.send(y.contiguous(), mesh.stage_rank(stage + 1))
         if context.labels is not None:
-            return y if mesh.is_last_stage else torch.zeros((), device=y.device)
+            if mesh.is_last_stage:
+                return y
+            sums = ZeroSums(y.device)
+            return sums if arguments.get("with_metrics") else sums["loss"]
         return self._from_last_stage(y)
 
     def _from_last_stage(self, y: Tensor) -> Tensor:

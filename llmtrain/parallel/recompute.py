@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.nn.linear import KERNELS
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.nn.transformer import Context
-from llmtrain.parallel.config import RecomputeConfig
 
 Forward = Callable[[Tensor, Context], Tensor]
 

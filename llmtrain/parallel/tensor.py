@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,11 +44,9 @@ from llmtrain.nn.dropout import Dropout
 from llmtrain.nn.head import LanguageModelHead, capped, summed_cross_entropy
 from llmtrain.nn.linear import linear
 from llmtrain.nn.norms import AllHeadsNorm
+from llmtrain.nn.sharding import Role, Table
 from llmtrain.parallel.mesh import Mesh, all_sum_over
 from llmtrain.tensor_boxes import Shard
-
-Role = Literal["column", "row", "embedding", "head", "heads", "all_heads", "shared"]
-Table = Mapping[str, Role]
 
 _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "column": {"weight": 0, "bias": 0},

@@ -11,17 +11,17 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.configs import ModelConfig, TransformerConfig
-from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.registry import family_of
+from llmtrain.nn.memory import Conditions
+from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan import machine
-from llmtrain.plan.activations import Conditions
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.memory import GIB, Memory, memory_per_process, start_bytes
 
@@ -44,9 +44,19 @@ class _Checkpoints(Protocol):
     def asynchronous(self) -> bool: ...
 
 
+class Workload(Protocol):
+    """What the estimate reads of an objective's config."""
+
+    @property
+    def data(self) -> str: ...
+    def row(self, sequence_length: int) -> Row: ...
+
+
 class RunSettings(Protocol):
     """What the estimate reads of a run's config."""
 
+    @property
+    def objective(self) -> Workload: ...
     @property
     def precision(self) -> Precision: ...
     @property
@@ -72,6 +82,7 @@ class Plan:
     """A run in figures."""
 
     model: ModelConfig
+    objective: Workload
     layout: Layout
     precision: Precision
     optimizer: OptimizerConfig
@@ -89,7 +100,7 @@ class Plan:
     @cached_property
     def flops_per_token(self) -> float:
         """Forward and backward; an image counts as one token."""
-        return self.model.flops_per_token(self.layout.sequence_length)
+        return self.model.flops_per_token(self.row)
 
     @cached_property
     def memory(self) -> Memory:
@@ -108,9 +119,14 @@ class Plan:
         return idle / (self.layout.accumulation + idle)
 
     @property
+    def row(self) -> Row:
+        """What the model takes of one row of a batch."""
+        return self.objective.row(self.layout.sequence_length)
+
+    @property
     def unit(self) -> str:
         """What the model takes one at a time."""
-        return "image" if isinstance(self.model, SimpleCNNConfig) else "token"
+        return self.objective.data.removesuffix("s")
 
     @property
     def tokens_per_step(self) -> int:
@@ -250,7 +266,7 @@ class Plan:
     def _changes(self) -> Iterator[tuple[Layout, RecomputeConfig]]:
         layout, now = self.layout, self.conditions.recompute
         recomputes = [now]
-        if isinstance(self.model, TransformerConfig) and now.mode in ("none", "selective"):
+        if family_of(self.model).has_stages and now.mode in ("none", "selective"):
             recomputes.append(RecomputeConfig("full"))
         changes = [
             (to, recompute)
@@ -276,15 +292,16 @@ class Plan:
     def _tensor_sizes(self) -> list[int]:
         """Those of the tensor axis that the model and one host allow, today's first."""
         now = self.layout.tensor
-        if not isinstance(self.model, TransformerConfig):
+        model: Any = self.model
+        if not family_of(model).has_stages:
             return [now]
         host = self.cluster.devices_per_node or self.layout.world_size
         larger = [
             size
             for size in range(now + 1, host + 1)
             if host % size == 0
-            and self.model.kv_heads % (size * self.layout.sequence) == 0
-            and self.model.mlp_width % size == 0
+            and model.kv_heads % (size * self.layout.sequence) == 0
+            and model.mlp_width % size == 0
             and self.layout.sequence_length % (size * self.layout.sequence) == 0
         ]
         return [now, *larger]
@@ -305,6 +322,7 @@ class Plan:
     def _memory(self, layout: Layout, recompute: RecomputeConfig) -> Memory:
         return memory_per_process(
             self.model,
+            self.row,
             layout,
             precision=self.precision,
             optimizer=self.optimizer,
@@ -356,7 +374,7 @@ def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
 
     Raises ConfigError when the vocabulary is not known yet.
     """
-    if not isinstance(model, SimpleCNNConfig) and model.vocab_size is None:
+    if isinstance(model, OfVocabulary) and model.vocab_size is None:
         raise ConfigError(
             Problem("model.vocab_size", "nothing", "a whole number", "give it, or a corpus by data.path=…")
         )
@@ -368,6 +386,7 @@ def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
         available = machine.memory_bytes() // machine.processes_here(layout.world_size)
     return Plan(
         model=model,
+        objective=settings.objective,
         layout=layout,
         precision=settings.precision,
         optimizer=settings.optimizer,

@@ -5,20 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llmtrain.models.configs import ModelConfig, TransformerConfig
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.registry import family_of
+from llmtrain.nn.memory import Activations, Conditions, Division, ModelMemory, Numbers
+from llmtrain.nn.model_config import ModelConfig, Row
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.layout import Layout, Precision
-from llmtrain.plan.activations import (
-    Conditions,
-    Numbers,
-    activations,
-    block_places,
-    head_bytes,
-    head_places,
-    low_precision_copies,
-)
 
 GIB = 2**30
 
@@ -66,6 +58,7 @@ class Memory:
 
 def memory_per_process(
     model: ModelConfig,
+    row: Row,
     layout: Layout,
     *,
     precision: Precision,
@@ -79,8 +72,9 @@ def memory_per_process(
     Below ZeRO 1 weights are fp32 and low precision is autocast's; from ZeRO 1 on weights and activations
     are in the low precision over sharded fp32 masters (arXiv:1910.02054).
     """
+    shared = (precision, optimizer, conditions, asynchronous_checkpoints)
     stages = [
-        _of_stage(model, layout, stage, steps, precision, optimizer, conditions, asynchronous_checkpoints)
+        _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
     ]
     return max(stages, key=lambda memory: memory.total)
@@ -88,6 +82,7 @@ def memory_per_process(
 
 def _of_stage(
     model: ModelConfig,
+    row: Row,
     layout: Layout,
     stage: int,
     steps: range,
@@ -100,12 +95,16 @@ def _of_stage(
     is_low = precision != "fp32"
     stored = weight_bytes(precision, layout)
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
+    memory = model_memory(model, row, numbers, layout, conditions)
     state = optimizer_slots(optimizer) * 4 * P
     # bf16 gradients are added up in fp32; ZeRO 1 keeps both.
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
-        copies = low_precision_copies(model, steps, layout.tensor, conditions) if is_low else 0
+        copies = 0
+        if is_low and memory is not None and conditions.has_bf16:
+            # A processor without bf16 rounds weights in passing, at each product.
+            copies = memory.low_precision_copies(steps)
         weights = 4 * P + 2 * copies
         gradients, masters, buffers = 4 * P, 0, (4 * P if replicas > 1 else 0)
         owned = _share(P, replicas)
@@ -128,25 +127,32 @@ def _of_stage(
         if _is_away(layout.offload_parameters, conditions.device):
             weights -= stored * _share(P, replicas)
 
-    of_micro_batch = activations(model, numbers, layout, conditions, steps)
+    of_micro_batch = Activations(0, 0) if memory is None else memory.activations(steps)
     in_flight = min(layout.pipeline - stage, layout.accumulation)
     has_head = stage == layout.pipeline - 1
-    handed_on = 0
-    if isinstance(model, TransformerConfig) and not has_head:
-        handed_on = block_places(model, layout) * model.hidden_size * numbers.residual
+    handed_on = 0 if memory is None or has_head else memory.between_layers() * numbers.residual
     is_copied = asynchronous_checkpoints and conditions.device == "cpu"
-    asked = head_places(model, layout)
-    logits = head_bytes(model, numbers, tokens=asked, device=conditions.device, tensor=layout.tensor)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=masters + state,
         activations=in_flight * (of_micro_batch.kept + handed_on) + of_micro_batch.working,
-        logits=logits if has_head else 0,
+        logits=memory.head_bytes() if memory is not None and has_head else 0,
         buffers=buffers,
         checkpoint_copy=4 * (1 + optimizer_slots(optimizer)) * owned if is_copied else 0,
         runtime=RUNTIME_BYTES[conditions.device],
     )
+
+
+def model_memory(
+    model: ModelConfig, row: Row, numbers: Numbers, layout: Layout, conditions: Conditions
+) -> ModelMemory | None:
+    """Return what the model's family counts of activations and head; None where it counts nothing."""
+    memory = family_of(model).memory
+    division = Division(
+        layout.micro_size, layout.sequence_length, layout.tensor, layout.sequence, layout.tensor_sequence
+    )
+    return None if memory is None else memory(model, row, numbers, division, conditions)
 
 
 def _is_away(offload: str, device: str) -> bool:
@@ -170,47 +176,30 @@ def weight_bytes(precision: Precision, layout: Layout) -> int:
 
 def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
     """The steps of the model's forward that each pipeline stage runs: embedding, blocks, head."""
-    if not isinstance(model, TransformerConfig):
-        return [range(1)]
     by_time = layout.balance == "time"
     return _divided(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
 
 
 @lru_cache(maxsize=64)
-def _divided(
-    model: TransformerConfig, pipeline: int, tensor: int, sequence_length: int | None
-) -> list[range]:
+def _divided(model: ModelConfig, pipeline: int, tensor: int, sequence_length: int | None) -> list[range]:
     """By parameters, or by the multiplications of a token of so long a sequence."""
     counts = model.step_parameter_counts(tensor)
-    if sequence_length is None:
-        pass
-    elif isinstance(model, Seq2SeqConfig):
+    if len(counts) == 1:
+        return [range(1)]
+    if sequence_length is not None:
         counts = model.step_multiplications(tensor, sequence_length)
-    else:
-        block = model.layer_matrix_count(tensor) + sequence_length * model.num_heads * model.head_width
-        counts = [0, *[block] * model.num_layers, model.head_matrix_count(tensor)]
     return stage_runs([float(count) for count in counts], pipeline)
 
 
 def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> int:
     """Parameters of one process that runs `steps`, before ZeRO divides them among replicas."""
-    if not isinstance(model, TransformerConfig):
-        return model.parameter_count()
     counts = model.step_parameter_counts(layout.tensor)
-    count = sum(counts[step] for step in steps)
-    if isinstance(model, Seq2SeqConfig):
-        return count - model.repeated_count(steps, layout.tensor)
-    if model.tie_embeddings and len(steps) == len(counts):
-        assert model.vocab_size is not None
-        count -= -(-model.vocab_size // layout.tensor) * model.hidden_size
-    return count
+    return sum(counts[step] for step in steps) - model.repeated_count(steps, layout.tensor)
 
 
 def largest_parameter_count(model: ModelConfig, layout: Layout) -> int:
     """Elements of the largest single parameter of one process, before ZeRO divides it."""
-    if isinstance(model, TransformerConfig):
-        return model.largest_parameter_count(layout.tensor)
-    return model.largest_parameter_count()
+    return model.largest_parameter_count(layout.tensor)
 
 
 def optimizer_slots(config: OptimizerConfig) -> int:

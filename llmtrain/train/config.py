@@ -11,11 +11,11 @@ from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
 from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
-from llmtrain.models.configs import ModelConfig
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.registry import family_of
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
-from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
@@ -75,6 +75,7 @@ class TrainConfig:
 
     run: RunConfig
     model: ModelConfig
+    objective: ObjectiveConfig
     data: TokenDataConfig | ImageDataConfig
     batch: BatchConfig
     parallel: ParallelConfig
@@ -105,15 +106,7 @@ class TrainConfig:
                 self.data.overlap,
                 f"less than batch.sequence_length={self.batch.sequence_length}",
             )
-        if isinstance(self.model, XLNetConfig):
-            shortest = self.model.objective.predict_every
-            yield from require(
-                self.batch.sequence_length >= shortest,
-                "batch.sequence_length",
-                self.batch.sequence_length,
-                f"{shortest} or more, model.objective.predict_every",
-            )
-        positions = getattr(self.model, "max_sequence_length", None)
+        positions = self.model.max_sequence_length
         yield from require(
             positions is None or self.batch.sequence_length <= positions,
             "batch.sequence_length",
@@ -121,15 +114,16 @@ class TrainConfig:
             f"1 to model.max_sequence_length={positions}",
             f"shorten it or set model.max_sequence_length={self.batch.sequence_length}",
         )
-        if isinstance(self.model, Seq2SeqConfig):
-            yield from self.model.objective.length_problems(self.batch.sequence_length)
-            target = self.model.objective.target_length or 0
-            yield from require(
-                positions is None or target <= positions,
-                "model.objective.target_length",
-                target,
-                f"1 to model.max_sequence_length={positions}",
-            )
+        kind = family_of(self.model).kind
+        yield from require(
+            kind in self.objective.teaches,
+            "objective",
+            f"{self.objective.kind} with model.family={self.model.family}, a model of kind {kind}",
+            f"an objective of {kind}s",
+            f"give another objective=…, or a model of kind {' or '.join(self.objective.teaches)}",
+        )
+        if kind in self.objective.teaches:
+            yield from self.objective.length_problems(self.batch.sequence_length, self.model)
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:

@@ -36,9 +36,9 @@ class RunObserver:
         self._failure: UserError | None = None
         self._device_type = device.type
         self._meter = throughput.ThroughputMeter()
-        # An image is one token of its family: one target a sample.
-        self._units = config.batch.sequence_length if config.data.kind == "tokens" else 1
-        self._flops = config.model.flops_per_token(config.batch.sequence_length)
+        row = config.objective.row(config.batch.sequence_length)
+        self._units = config.batch.sequence_length if config.objective.data == "tokens" else 1
+        self._flops = config.model.flops_per_token(row)
         self._global_size = layout.global_size
         self._processes = layout.world_size
         self._peak: PeakKeeper | None = None

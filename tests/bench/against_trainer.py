@@ -95,12 +95,11 @@ def main(contests: Mapping[str, Contest], module: str, description: str) -> None
 
 def _prepare(contest: Contest, overrides: Sequence[str]) -> tuple[Any, Any, list[list[Any]]]:
     """The resolved run, its objective, and the micro-batches of each step."""
-    from llmtrain.commands.resolve import resolve
-    from llmtrain.families import family_of
+    from llmtrain.train.resolve import resolve
     from tests.support.training import compose, open_loader
 
     resolved = resolve(compose([*contest.overrides, f"train.steps={STEPS}", *overrides]))
-    objective = family_of(resolved.config.model).objective(resolved.config.model, resolved.config.data)
+    objective = resolved.config.objective.build(resolved.config.model, resolved.config.data, resolved.corpora)
     loader = open_loader(resolved)
     batches = [step.micro_batches for step, _ in zip(loader.steps(0), range(STEPS), strict=False)]
     return resolved, objective, batches
@@ -109,8 +108,8 @@ def _prepare(contest: Contest, overrides: Sequence[str]) -> tuple[Any, Any, list
 def run_ours(contest: Contest, overrides: Sequence[str]) -> list[Step]:
     import torch
 
-    from llmtrain.commands.build import build_engine
     from llmtrain.distributed import processes
+    from llmtrain.engine.build import build_engine
 
     resolved, objective, batches = _prepare(contest, overrides)
     device = torch.device("cpu")
@@ -128,8 +127,8 @@ def run_trainer(contest: Contest, overrides: Sequence[str]) -> list[Step]:
     import torch
     import transformers
 
-    from llmtrain.commands.loading import build_module
     from llmtrain.interchange.huggingface import export_folder
+    from llmtrain.interchange.trained import build_module
     from llmtrain.nn.initialize import initialize
 
     resolved, _, batches = _prepare(contest, overrides)

@@ -24,11 +24,10 @@ import torch
 
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.store import Checkpoint
-from llmtrain.commands.build import build_engine
-from llmtrain.commands.resolve import resolve
 from llmtrain.engine.allocator import keep_freed_memory
 from llmtrain.engine.base import Engine
-from llmtrain.families import family_of
+from llmtrain.engine.build import build_engine
+from llmtrain.train.resolve import resolve
 from tests.support.training import compose
 
 
@@ -116,7 +115,7 @@ def trained(model: str) -> Engine:
     mapping["data"].pop("path")
     resolved = resolve(mapping, data_optional=True)
     config = resolved.config
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     engine = build_engine(config, resolved.layout, torch.device("cpu"), objective, None)
     for parameter in engine.model.parameters():
         parameter.grad = torch.zeros_like(parameter)

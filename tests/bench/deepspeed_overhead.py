@@ -15,14 +15,13 @@ from collections.abc import Callable
 
 import torch
 
-from llmtrain.commands.build import build_engine
-from llmtrain.commands.loading import build_module
-from llmtrain.commands.resolve import resolve
 from llmtrain.data.loader import MicroBatch
 from llmtrain.distributed import processes
-from llmtrain.families import family_of
+from llmtrain.engine.build import build_engine
+from llmtrain.interchange.trained import build_module
 from llmtrain.nn.initialize import initialize
 from llmtrain.optim.optimizers import build_optimizer
+from llmtrain.train.resolve import resolve
 from tests.support.training import compose, open_loader
 
 STEPS_A_ROUND = 2
@@ -54,7 +53,7 @@ def prepare(
     overrides += ["batch.sequence_length=256", "engine=deepspeed", f"parallel.zero={zero}"]
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     engine = build_engine(config, layout, device, objective, None)
     steps = open_loader(resolved).steps()
     batches: list[list[MicroBatch]] = [next(steps).micro_batches for _ in range(4)]

@@ -41,16 +41,15 @@ def prepare(overrides: list[str], threads: int) -> int:
     """Build an engine in this rank and take its first steps; → tokens of a step."""
     import torch
 
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
     from llmtrain.engine.allocator import keep_freed_memory
-    from llmtrain.families import family_of
+    from llmtrain.engine.build import build_engine
+    from llmtrain.train.resolve import resolve
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     _ready.clear()
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
     loader = open_loader(resolved)

@@ -23,16 +23,15 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from llmtrain.commands.build import build_engine
-from llmtrain.commands.resolve import resolve
 from llmtrain.corpus.corpus import Corpus
 from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin
 from llmtrain.data.stream import Stream
 from llmtrain.engine.allocator import keep_freed_memory
-from llmtrain.families import family_of
+from llmtrain.engine.build import build_engine
 from llmtrain.objectives.causal_lm import CausalLM
+from llmtrain.train.resolve import resolve
 from tests.support.training import compose
 
 SECONDS = 2.0
@@ -96,7 +95,7 @@ def bench_waiting(path: Path, sequence_length: int, micro_size: int) -> None:
     overrides = ["model=gpt_tiny", f"data.path={path}", f"batch.sequence_length={sequence_length}"]
     overrides += [f"batch.global_size={micro_size}", f"batch.micro_size={micro_size}"]
     resolved = resolve(compose(overrides))
-    objective = family_of(resolved.config.model).objective(resolved.config.model, resolved.config.data)
+    objective = resolved.config.objective.build(resolved.config.model, resolved.config.data, resolved.corpora)
     engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), objective, None)
     print(f"\nsteps of gpt_tiny, {micro_size} sequences each: how long they stand still for data")
     for workers in (0, 1, 2):

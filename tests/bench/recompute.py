@@ -22,7 +22,7 @@ from llmtrain.engine.allocator import keep_freed_memory
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn.initialize import initialize
-from llmtrain.parallel.config import RecomputeConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.plan.activations import Conditions, Numbers, activations

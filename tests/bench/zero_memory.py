@@ -35,11 +35,11 @@ def held_bytes(overrides: tuple[str, ...]) -> tuple[int, int, int, int]:
     import numpy as np
     import torch
 
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
     from llmtrain.data.loader import MicroBatch
     from llmtrain.engine import deepspeed
+    from llmtrain.engine.build import build_engine
     from llmtrain.objectives.causal_lm import CausalLM
+    from llmtrain.train.resolve import resolve
     from tests.support.training import compose
 
     def storages(tensors: list[torch.Tensor]) -> dict[int, int]:

@@ -111,7 +111,7 @@ def check_export(checkpoint: Path, corpus: Path, output: Path) -> None:
     """A checkpoint of many ranks exports to Hugging Face with equal logits."""
     from transformers import AutoModelForCausalLM
 
-    from llmtrain.commands.loading import load_trained
+    from llmtrain.interchange.trained import load_trained
 
     done = llmtrain("export", f"checkpoint={checkpoint}", f"output={output}")
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import xxhash
 
-from llmtrain.commands.resolve import resolve
 from llmtrain.corpus import transport
 from llmtrain.corpus.cache import Cache, CacheConfig, RemoteFile
 from llmtrain.corpus.tar_files import ShardError
@@ -27,6 +26,7 @@ from llmtrain.errors import DataError, UserError
 from llmtrain.prepare.config import PrepareConfig, SplitConfig
 from llmtrain.prepare.job import prepare
 from llmtrain.tokenizers.config import TokenizerConfig
+from llmtrain.train.resolve import resolve
 from tests.support.corpora import write_text
 from tests.support.servers import Faults, FileServer, s3_client, s3_server, upload
 from tests.support.training import REPOSITORY, TINY_GPT, compose, open_loader

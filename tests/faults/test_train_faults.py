@@ -159,7 +159,7 @@ def on_import(name):
 
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name == "llmtrain.commands.build":
+        if name == "llmtrain.engine.build":
             sys.meta_path.remove(self)
             on_import(name)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.commands.loading import build_module
-from llmtrain.commands.resolve import resolve
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate
+from llmtrain.interchange.trained import build_module
 from llmtrain.nn.initialize import initialize
+from llmtrain.train.resolve import resolve
 from tests.gpu.runs import family_overrides, no_tf32
 from tests.gpu.table import Row, judged
 from tests.support.training import compose

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from llmtrain.commands.loading import build_module
-from llmtrain.commands.resolve import resolve
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
+from llmtrain.interchange.trained import build_module
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch
 from llmtrain.objectives.classification import Classification
+from llmtrain.train.resolve import resolve
 from tests.gpu.runs import distance, family_overrides, no_tf32, objective_of
 from tests.gpu.table import Row, judged
 from tests.parity.matrix import FAMILIES

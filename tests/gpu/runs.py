@@ -39,16 +39,15 @@ def family_overrides(family: str, device: str, folder: Path) -> tuple[str, ...]:
 
 
 def objective_of(resolved: Any) -> Any:
-    from llmtrain.families import family_of
 
-    return family_of(resolved.config.model).objective(resolved.config.model, resolved.config.data)
+    return resolved.config.objective.build(resolved.config.model, resolved.config.data, resolved.corpora)
 
 
 def engine_of(overrides: Sequence[str]) -> tuple[Any, Any]:
     """(engine, loader) as `llmtrain train` makes them."""
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
     from llmtrain.distributed import processes
+    from llmtrain.engine.build import build_engine
+    from llmtrain.train.resolve import resolve
 
     resolved = resolve(compose(overrides))
     device = processes.pick_device(resolved.config.device)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from llmtrain.commands.resolve import resolve
 from llmtrain.plan.estimate import estimate
 from llmtrain.track.peak import PeakKeeper
 from llmtrain.track.throughput import memory_bytes
+from llmtrain.train.resolve import resolve
 from tests.bench.against_trainer import rows_of, trainer_steps
 from tests.gpu.runs import corpus, engine_of
 from tests.gpu.table import Row, judged

@@ -88,7 +88,7 @@ FAMILIES = {
         *_HEADS,
         "model.mlp_hidden_size=48",
         "batch.sequence_length=48",
-        "model.objective.target_length=40",
+        "objective.target_length=40",
         "model.activation=gelu",
     ),
     "T5": (
@@ -96,7 +96,7 @@ FAMILIES = {
         *_HEADS,
         "model.head_dim=16",
         "model.mlp_hidden_size=48",
-        "model.objective.num_sentinels=20",
+        "objective.num_sentinels=20",
         "model.activation=gelu",
     ),
     "BART": ("model=bart_tiny", *_HEADS, "model.mlp_hidden_size=48"),

@@ -20,10 +20,9 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     weights had changed by the time that the second was on the disk."""
     from llmtrain.checkpoint import saver as saver_module
     from llmtrain.checkpoint import store
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
     from llmtrain.distributed import processes
-    from llmtrain.families import family_of
+    from llmtrain.engine.build import build_engine
+    from llmtrain.train.resolve import resolve
 
     class SlowCopier(saver_module.Copier):
         def copy(self, share: store.Share) -> store.Share:
@@ -32,7 +31,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
 
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
     loader = open_loader(resolved)
     batches = loader.steps(0)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.interchange.huggingface import export_folder
-from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
-from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.nn.initialize import initialize
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.objectives.masked_lm import MaskedLMConfig
 
 pytestmark = pytest.mark.slow
 

@@ -23,8 +23,8 @@ from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import attention
-from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.nn.initialize import initialize
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.causal_lm import CausalLM
 from tests.support.corpora import EOS, random_documents, write_corpus
 from tests.support.training import REPOSITORY

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llmtrain.config import decode
-from llmtrain.interchange.forms import FORMS
+from llmtrain.interchange.forms import forms
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.huggingface.form import Settings
 from llmtrain.nn.rotary import rotary_tables
@@ -96,7 +96,7 @@ def test_angles_are_theirs(keys: str, length: int, tmp_path: Path) -> None:
     embedding = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     expected = torch.stack(embedding(torch.zeros(1), torch.arange(length)[None]))[:, 0, :, :8]
 
-    form = FORMS["llama"]
+    form = forms()["llama"]
     config = decode(GPTConfig, form.read_config(Settings(tmp_path / "config.json", content)))
     torch.testing.assert_close(tables(config, length), expected, atol=1e-5, rtol=0)
     # And what an export says is read alike, by both.

@@ -30,13 +30,12 @@ def start_peak(overrides: list[str]) -> tuple[int, int]:
     """(bytes that this rank grew by at most while its engine was built, parameters of the whole model)."""
     import torch
 
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
-    from llmtrain.families import family_of
+    from llmtrain.engine.build import build_engine
+    from llmtrain.train.resolve import resolve
 
     resolved = resolve(compose([*overrides, "batch.global_size=8"]), data_optional=True)
     config = resolved.config
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew

@@ -141,7 +141,7 @@ def read_rows_cache(changed: Path) -> None:
 def read_checkpoint(changed: Path) -> None:
     """As `checkpoint verify` and `show`, evaluation, resuming and `train model=pretrained` do."""
     from llmtrain.commands import checkpoint as verbs
-    from llmtrain.commands.loading import load_trained
+    from llmtrain.interchange.trained import load_trained
 
     folder = changed.parent
 
@@ -177,11 +177,11 @@ def _restore(folder: Path) -> None:
 def _resume(resume: str) -> None:
     import yaml
 
-    from llmtrain.commands.resolve import VARIANTS
     from llmtrain.config import decode
     from llmtrain.corpus.manifest import parse_manifest
-    from llmtrain.families import open_data, open_sources
+    from llmtrain.objectives.reading import open_data
     from llmtrain.train.config import TrainConfig
+    from llmtrain.train.resolve import VARIANTS
     from llmtrain.train.resume import find_resume
     from llmtrain.train.streaming import plan_timeline
 
@@ -192,7 +192,7 @@ def _resume(resume: str) -> None:
     facts = {"tokenizer_sha256": manifest.tokenizer.sha256}
     resumed = find_resume(config, facts, _say)
     if resumed is not None:
-        sources = open_sources(config.model, config.data, open_data(config.data), "train", SEQUENCE)
+        sources = config.objective.open(config.model, config.data, open_data(config.data), "train", SEQUENCE)
         plan_timeline(config, sources, resumed.timeline, resumed.checkpoint.step, _say)
         resumed.note_evaluation(1.0)
 
@@ -232,8 +232,8 @@ def read_went_back(changed: Path) -> None:
 def read_foreign(changed: Path) -> None:
     """As `import`, and `evaluate` and `generate` on the folder itself."""
     from llmtrain.commands import import_
-    from llmtrain.commands.loading import load_trained
     from llmtrain.generation.config import GenerateConfig
+    from llmtrain.interchange.trained import load_trained
 
     source = changed if changed.suffix == ".gguf" else changed.parent
 

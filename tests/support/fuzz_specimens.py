@@ -132,24 +132,23 @@ def _write_run() -> None:
     import yaml
 
     from llmtrain.checkpoint import store
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
     from llmtrain.config import encode
     from llmtrain.data.loader import Loader
     from llmtrain.data.trace import digest_of
     from llmtrain.distributed import processes
-    from llmtrain.families import family_of, open_sources
+    from llmtrain.engine.build import build_engine
     from llmtrain.train.config import recorded
+    from llmtrain.train.resolve import resolve
     from llmtrain.train.streaming import open_stream, plan_timeline
     from tests.support.training import compose
 
     resolved = resolve(compose(OVERRIDES))
     config, corpora = resolved.config, resolved.corpora
     assert corpora is not None
-    sources = open_sources(config.model, config.data, corpora, "train", config.batch.sequence_length)
+    sources = config.objective.open(config.model, config.data, corpora, "train", config.batch.sequence_length)
     timeline = plan_timeline(config, sources, None, 0, print)
     stream = open_stream(config.data, sources, timeline, seed=config.seed)
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     engine = build_engine(config, resolved.layout, processes.pick_device("cpu"), objective, None)
     loader = Loader(stream, objective.collate, micro_size=2)
     for _, batch in zip(range(STEPS), loader.steps(0), strict=False):
@@ -196,11 +195,11 @@ def _write_models() -> None:
     from safetensors.torch import load_file
 
     from llmtrain.commands import import_
-    from llmtrain.families import family_of
     from llmtrain.interchange.huggingface import export_folder
     from llmtrain.models.bert.config import BertConfig
     from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
     from llmtrain.models.gpt.config import GPTConfig
+    from llmtrain.models.registry import family_of
     from llmtrain.models.xlnet.config import XLNetConfig
     from llmtrain.nn.initialize import initialize
     from llmtrain.tokenizers.folder import load_tokenizer

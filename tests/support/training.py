@@ -56,16 +56,15 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
     at `start_step`."""
     from llmtrain.data.loader import Loader
     from llmtrain.distributed import processes
-    from llmtrain.families import family_of, open_sources
     from llmtrain.train.streaming import open_stream, plan_timeline
 
     config, layout = resolved.config, resolved.layout
     length = config.batch.sequence_length
-    sources = open_sources(config.model, config.data, resolved.corpora, "train", length)
+    sources = config.objective.open(config.model, config.data, resolved.corpora, "train", length)
     timeline = plan_timeline(config, sources, before, start_step, print)
     return Loader(
         open_stream(config.data, sources, timeline, seed=config.seed),
-        family_of(config.model).objective(config.model, config.data).collate,
+        config.objective.build(config.model, config.data, resolved.corpora).collate,
         micro_size=layout.micro_size,
         data_rank=layout.coordinates(processes.rank()).data,
         data_size=layout.data,
@@ -86,22 +85,22 @@ def train_steps(
     import tempfile
 
     from llmtrain.checkpoint import store
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.loading import build_module, load_weights
-    from llmtrain.commands.pretrained import open_weights
-    from llmtrain.commands.resolve import resolve
     from llmtrain.config import encode
     from llmtrain.distributed import processes
-    from llmtrain.families import family_of, open_dataset
+    from llmtrain.engine.build import build_engine
+    from llmtrain.interchange.trained import build_module, load_weights
     from llmtrain.nn.initialize import initialize
+    from llmtrain.objectives.reading import open_dataset
     from llmtrain.optim.schedules import multiplier
     from llmtrain.train.evaluation import evaluate_dataset
+    from llmtrain.train.pretrained import open_weights
+    from llmtrain.train.resolve import resolve
 
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
     place = processes.pick_device(device)
     processes.start(place, single_process_group=config.engine == "deepspeed")
-    objective = family_of(config.model).objective(config.model, config.data)
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
     checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, place)
     initialize(fresh, config.seed)
@@ -113,7 +112,9 @@ def train_steps(
     initial_weights = {name: p.detach().cpu().numpy() for name, p in fresh.named_parameters()}
     engine = build_engine(config, layout, place, objective, checkpoint, source)
     length = config.batch.sequence_length
-    validation = open_dataset(config.model, config.data, resolved.corpora, "validation", length)
+    validation = open_dataset(
+        config.objective, config.model, config.data, resolved.corpora, "validation", length
+    )
     data_rank = layout.coordinates(processes.rank()).data
     start = checkpoint.step if checkpoint else 0
     before = checkpoint.manifest["timeline"] if checkpoint else None

@@ -1,0 +1,57 @@
+"""BERT and RoBERTa: bidirectional encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.bert.memory import BertMemory
+from llmtrain.models.bert.sharding import table
+from llmtrain.models.family import Family, Filling
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.models.huggingface.form import Form
+    from llmtrain.tokenizers.base import Tokenizer
+
+
+def _build(config: BertConfig) -> nn.Module:
+    from llmtrain.models.bert.model import Bert
+
+    return Bert(config)
+
+
+def _objective(config: BertConfig) -> Mapping[str, Any]:
+    """Pairs where the model has a head for them, or segments to tell their texts apart."""
+    has_pairs = config.num_segments >= 2 if config.pair_head is None else config.pair_head
+    return {"kind": "mlm", "pairs": "next_sentence" if has_pairs else "none"}
+
+
+def _filling(config: BertConfig, tokenizer: Tokenizer) -> Filling:
+    """A tokenizer with a [CLS] of its own is that of a model which saw it with every text."""
+    mask_id, cls_id, sep_id = config.special_ids
+    has_cls = config.pair_head or tokenizer.special_ids.get("cls") == cls_id
+    return Filling(mask_id, [cls_id], [sep_id]) if has_cls else Filling(mask_id, [], [tokenizer.eos_id])
+
+
+def _huggingface() -> tuple[Form, ...]:
+    from llmtrain.models.bert.huggingface import BERT, ROBERTA
+
+    return BERT, ROBERTA
+
+
+FAMILIES = (
+    Family(
+        BertConfig,
+        "encoder",
+        _build,
+        _objective,
+        sharding=table,
+        memory=BertMemory,
+        has_stages=True,
+        huggingface=_huggingface,
+        filling=_filling,
+    ),
+)

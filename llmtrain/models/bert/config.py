@@ -1,4 +1,4 @@
-"""What describes a BERT and what it learns by: frozen dataclasses with their arithmetic, free of torch.
+"""What describes a BERT, with its arithmetic. Free of torch.
 
 Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
 """
@@ -6,42 +6,18 @@ Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.nn.layer_config import LayerConfig, OfBlocks
+from llmtrain.nn.layer_config import LayerConfig, OfLayers
+from llmtrain.nn.model_config import Row
 
 
 @dataclass(frozen=True)
-class MaskedLMConfig:
-    """Which tokens are hidden, and what besides them is predicted (arXiv:1810.04805, section 3.1)."""
-
-    pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
-    """`next_sentence`: whether text B follows text A (arXiv:1810.04805); `sentence_order`: which of two
-    neighbours comes first (ALBERT, arXiv:1909.11942); `none`: whole rows of tokens (RoBERTa,
-    arXiv:1907.11692)."""
-    share: float = 0.15
-    """Of the tokens that are predicted."""
-    masked: float = 0.8
-    """Of those, the share that [MASK] replaces."""
-    random: float = 0.1
-    """Of those, the share that a random token replaces; the others stay."""
-    whole_words: bool = False
-    """All tokens of a word are chosen together."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
-        for name in ("masked", "random"):
-            yield from require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
-        both = self.masked + self.random
-        yield from require(both <= 1 + 1e-9, "masked", f"{both:g} with random", "1 or less together")
-
-
-@dataclass(frozen=True)
-class BertConfig(OfBlocks):
+class BertConfig(OfLayers):
     """A bidirectional encoder; covers BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692)."""
 
     family: Literal["bert"] = "bert"
@@ -69,9 +45,10 @@ class BertConfig(OfBlocks):
     norm_eps: float = 1e-12
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
+    pair_head: bool | None = None
+    """A pooler, and a head that tells something of a pair of texts; null: where the objective needs one."""
     dropout: float = 0.1
     init_std: float = 0.02
-    objective: MaskedLMConfig = field(default_factory=MaskedLMConfig)
 
     @cached_property
     def blocks(self) -> LayerConfig:
@@ -85,11 +62,6 @@ class BertConfig(OfBlocks):
             norm_eps=self.norm_eps,
             dropout=self.dropout,
         )
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether it has a pooler, and a head for pairs of texts."""
-        return self.objective.pairs != "none"
 
     @property
     def special_ids(self) -> tuple[int, int, int]:
@@ -123,21 +95,17 @@ class BertConfig(OfBlocks):
         )
         yield from require(len(set(given)) == len(given), "mask_id", self.mask_id, "other ids for each")
         yield from require(
-            not self.has_pairs or self.num_segments >= 2,
+            not self.pair_head or self.num_segments >= 2,
             "num_segments",
             self.num_segments,
-            f"2 with objective.pairs={self.objective.pairs}",
+            "2 with model.pair_head=true, which objectives over pairs of texts need",
             "give objective=mlm, or model.num_segments=2",
         )
-
-    def layer_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of one block's matrices, on one of `tensor` processes that divide them."""
-        return self.blocks.layer_matrix_count(tensor)
 
     def head_matrix_count(self, tensor: int = 1) -> int:
         """Weights of the heads' matrices, on one of `tensor` processes that divide the vocabulary."""
         D = self.hidden_size
-        pairs = D * D + 2 * D if self.has_pairs else 0
+        pairs = D * D + 2 * D if self.pair_head else 0
         return -(-self._vocab() // tensor) * D + D * D + pairs
 
     def layer_parameter_count(self, tensor: int = 1) -> int:
@@ -150,7 +118,7 @@ class BertConfig(OfBlocks):
         D, V = self.hidden_size, -(-self._vocab() // tensor)
         positions = self.max_sequence_length + self.position_offset
         # Biases and a norm.
-        heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.has_pairs else 0)
+        heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.pair_head else 0)
         return [
             (V + positions + self.num_segments + 2) * D,
             *[self.layer_parameter_count(tensor)] * self.num_layers,
@@ -164,15 +132,10 @@ class BertConfig(OfBlocks):
         positions = self.max_sequence_length * D
         return max(largest_of_layers, -(-self._vocab() // tensor) * D, positions, D * D)
 
-    def parameter_count(self) -> int:
-        """All parameters, a tied head counted once. Needs vocab_size."""
-        tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
-        return sum(self.step_parameter_counts()) - tied
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, of the head's for the
-        tokens that are predicted alone, and attention's 12 · L · D · T."""
+    def flops_per_token(self, row: Row) -> float:
+        """Return forward and backward FLOPs of one token: 6 per weight of a matrix product, of the head's
+        for the tokens that are predicted alone, and attention's 12 · L · D · T."""
         D = self.hidden_size
-        head = self.objective.share * (self._vocab() * D + D * D)
+        head = row.predicted / row.tokens * (self._vocab() * D + D * D)
         matrices = self.num_layers * self.layer_matrix_count() + head
-        return 6.0 * matrices + 12.0 * self.num_layers * D * sequence_length
+        return 6.0 * matrices + 12.0 * self.num_layers * D * row.tokens

@@ -103,7 +103,7 @@ def _bert_entries(config: BertConfig) -> list[Entry]:
         }
     )
     entries += _head_entries(config, "cls.predictions.bias", "cls.predictions.decoder")
-    if config.has_pairs:
+    if config.pair_head:
         entries += same_all({"pooler": "bert.pooler.dense", "pair_head": "cls.seq_relationship"})
     return entries
 
@@ -129,7 +129,7 @@ def _names(names: Collection[str], config: BertConfig, prefix: str, bias: str, d
             if bias in names:
                 continue
             theirs = bias
-        if theirs.startswith(f"{prefix}.pooler.") and not config.has_pairs:
+        if theirs.startswith(f"{prefix}.pooler.") and not config.pair_head:
             left_out.append(name)
             continue
         used[name] = theirs
@@ -147,8 +147,8 @@ def _roberta_misfits(config: BertConfig) -> dict[str, str]:
     misfits = {} if config.position_offset else {"position_offset": "1 or more"}
     if config.activation != "gelu":
         misfits["activation"] = "gelu"
-    if config.has_pairs:
-        misfits["objective"] = "pairs=none"
+    if config.pair_head:
+        misfits["pair_head"] = "false"
     return misfits
 
 
@@ -170,7 +170,7 @@ def _write_config(config: BertConfig) -> dict[str, Any]:
 
 
 def _write_bert_config(config: BertConfig) -> dict[str, Any]:
-    architecture = "BertForPreTraining" if config.has_pairs else "BertForMaskedLM"
+    architecture = "BertForPreTraining" if config.pair_head else "BertForMaskedLM"
     return {"architectures": [architecture], **_write_config(config)}
 
 
@@ -226,7 +226,7 @@ def _read_bert_config(theirs: Settings) -> dict[str, Any]:
     return {
         **_read_config(theirs, "bert", "cls.predictions.decoder", 0),
         "activation": theirs.choice("hidden_act", _ACTIVATIONS, "gelu"),
-        "objective": {"pairs": "next_sentence" if has_pairs else "none"},
+        "pair_head": has_pairs,
     }
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.nn.attention import Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
-from llmtrain.nn.head import IGNORE_INDEX, LanguageModelHead
+from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.transformer import ACTIVATIONS, Block, Context
@@ -52,8 +53,8 @@ class Bert(StagedModel):
         self.transform = Linear(D, D)
         self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = LanguageModelHead(D, config.vocab_size, bias=True)
-        self.pooler = Linear(D, D) if config.has_pairs else None
-        self.pair_head = Linear(D, 2) if config.has_pairs else None
+        self.pooler = Linear(D, D) if config.pair_head else None
+        self.pair_head = Linear(D, 2) if config.pair_head else None
         self._tie()
 
     def stages(self) -> list[Stage]:
@@ -102,8 +103,8 @@ class Bert(StagedModel):
         pair_labels_B: class of each row's pair, IGNORE_INDEX where it is not asked; for a config with
             pairs. A row's first token is [CLS].
         dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, (6,) fp32: the loss, that of tokens alone, tokens predicted right, the
-            loss of pairs alone, pairs predicted right, pairs.
+        with_metrics: with labels, sums by name: "loss", "token_loss" of tokens alone, "correct" tokens,
+            "pair_loss" of pairs alone, "pair_correct" pairs, and "pairs", their number.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -144,7 +145,7 @@ class Bert(StagedModel):
             x_BTD = x_BTD + self.segments(segments_BT)
         return self.dropout(self.embedding_norm(x_BTD), context.dropout_keys)
 
-    def _finish(self, x_BTD: Tensor, context: BertContext) -> Tensor:
+    def _finish(self, x_BTD: Tensor, context: BertContext) -> Tensor | dict[str, Tensor]:
         if context.labels is None:
             return self.head(self._transformed(x_BTD))
         asked_BT = context.labels != IGNORE_INDEX
@@ -164,7 +165,14 @@ class Bert(StagedModel):
         if not context.with_metrics:
             return loss
         correct = (self.head(hidden_MD).argmax(-1) == labels_M).sum()
-        return torch.stack([loss, token_loss, correct, pair_loss, pair_correct, num_pairs])
+        return {
+            "loss": loss,
+            "token_loss": token_loss,
+            "correct": correct,
+            "pair_loss": pair_loss,
+            "pair_correct": pair_correct,
+            "pairs": num_pairs,
+        }
 
     def _transformed(self, x: Tensor) -> Tensor:
         """What the head reads: (…, D) → (…, D)."""

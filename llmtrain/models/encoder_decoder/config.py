@@ -1,5 +1,4 @@
-"""What describes an encoder–decoder and what it learns by: frozen dataclasses with their arithmetic, free of
-torch.
+"""What describes an encoder–decoder, with its arithmetic. Free of torch.
 
 Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, F mlp_hidden_size, R relative_buckets,
 L num_layers, M num_decoder_layers, S source tokens, T target tokens.
@@ -8,18 +7,18 @@ L num_layers, M num_decoder_layers, S source tokens, T target tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
-from llmtrain.nn.layer_config import LayerConfig, OfBlocks
+from llmtrain.nn.layer_config import LayerConfig, OfLayers
+from llmtrain.nn.model_config import Row
 
 
 @dataclass(frozen=True)
-class Seq2SeqConfig(OfBlocks):
+class Seq2SeqConfig(OfLayers):
     """An encoder–decoder; covers the Transformer (arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
     (arXiv:1910.13461)."""
 
@@ -33,6 +32,8 @@ class Seq2SeqConfig(OfBlocks):
     sentinel_id: int | None = None
     """Id of the first gap's sentinel for span corruption, those of further gaps count DOWN from it (T5's
     order); null: the last row of the embedding."""
+    num_sentinels: int | None = None
+    """Ids that mark gaps, from sentinel_id down; null: as many as the objective has."""
     eos_id: int | None = None
     """Id that ends a source and a target; null: the tokenizer's."""
     max_sequence_length: int | None = None
@@ -82,7 +83,6 @@ class Seq2SeqConfig(OfBlocks):
     """Share of each target that is spread evenly over the vocabulary."""
     init_std: float | None = None
     """Deviation of all weights at first; null: by the width of what each reads."""
-    objective: Seq2SeqObjectiveConfig = field(default_factory=Seq2SeqObjectiveConfig)
 
     @cached_property
     def blocks(self) -> LayerConfig:
@@ -198,16 +198,11 @@ class Seq2SeqConfig(OfBlocks):
         positions = self._positions() * D if self.positions == "learned" else 0
         return max(divided, self.head_matrix_count(tensor), positions)
 
-    def parameter_count(self) -> int:
-        """All parameters, shared ones counted once. Needs vocab_size."""
-        counts = self.step_parameter_counts()
-        return sum(counts) - self.repeated_count(range(len(counts)))
-
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, row: Row) -> float:
         """Forward and backward FLOPs of a row over its source tokens, which are those that are counted:
         6 per weight of a matrix product for each token that it reads, and attention's 12 · N · H for each
         pair of tokens, half of them in the decoder's triangle (PaLM, arXiv:2204.02311, appendix B)."""
-        _, S, T = self.objective.lengths(sequence_length)
+        S, T = row.tokens, row.target
         L, M, inner = self.num_layers, self.decoder_layers, self.num_heads * self.head_width
         encoder, decoder = self._layer_matrices()
         keys_values = 2 * self.hidden_size * inner

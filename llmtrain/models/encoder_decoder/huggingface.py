@@ -183,7 +183,7 @@ def _write_t5_config(config: Seq2SeqConfig) -> dict[str, Any]:
         **_special_ids(config),
         # No keys of theirs: where our own sentinels stand.
         "sentinel_id": config.sentinel_id,
-        "num_sentinels": config.objective.num_sentinels,
+        "num_sentinels": config.num_sentinels,
     }
 
 
@@ -212,7 +212,7 @@ def _read_t5_config(theirs: Settings) -> dict[str, Any]:
         "tie_embeddings": theirs.is_tied("lm_head.weight", "shared.weight", True),
         "dropout": theirs.number("dropout_rate", 0.1),
         "sentinel_id": theirs.content.get("sentinel_id"),
-        "objective": {"kind": "span_corruption", "num_sentinels": theirs.whole("num_sentinels", 100)},
+        "num_sentinels": theirs.whole("num_sentinels", 100),
     }
 
 
@@ -322,7 +322,6 @@ def _read_bart_config(theirs: Settings) -> dict[str, Any]:
         "tie_embeddings": theirs.is_tied("lm_head.weight", "model.shared.weight", True),
         "dropout": theirs.number("dropout", 0.1),
         "init_std": theirs.number("init_std", 0.02),
-        "objective": {"kind": "denoising"},
     }
 
 

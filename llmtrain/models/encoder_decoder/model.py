@@ -16,8 +16,9 @@ from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.layers import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
 from llmtrain.nn.attention import CrossDocuments, Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
-from llmtrain.nn.head import IGNORE_INDEX, LanguageModelHead
+from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions
@@ -267,7 +268,7 @@ class EncoderDecoder(StagedModel):
         source_BSD, target_BTD = sides(x_BUD, context)
         return torch.cat((self.encoder_norm(source_BSD), target_BTD), dim=1)
 
-    def _finish(self, x_BUD: Tensor, context: PairContext) -> Tensor:
+    def _finish(self, x_BUD: Tensor, context: PairContext) -> Tensor | dict[str, Tensor]:
         x_BTD = sides(x_BUD, context)[1]
         if self.decoder_norm is not None:
             x_BTD = self.decoder_norm(x_BTD)
@@ -282,7 +283,7 @@ class EncoderDecoder(StagedModel):
         hidden_MD, labels_M = x_BTD[asked_BT], context.labels[asked_BT]
         plain = self.head(hidden_MD, labels_M) if self.config.label_smoothing > 0 else loss
         correct = (self.head(hidden_MD).argmax(-1) == labels_M).sum()
-        return torch.stack([loss, plain, correct])
+        return {"loss": loss, "token_loss": plain, "correct": correct}
 
 
 def sinusoids(places_BT: Tensor, width: int) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.nn.layer_config import LayerConfig, OfVocabulary
+from llmtrain.nn.layer_config import LayerConfig, OfLayers
+from llmtrain.nn.model_config import Row
 
 
 @dataclass(frozen=True)
-class GPTConfig(LayerConfig, OfVocabulary):
+class GPTConfig(LayerConfig, OfLayers):
     """A causal decoder; covers GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783), Mistral
     (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3 (arXiv:2403.08295,
     2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
@@ -43,7 +44,7 @@ class GPTConfig(LayerConfig, OfVocabulary):
     def problems(self) -> Iterator[Problem]:
         length = self.max_sequence_length
         yield from require(length >= 1, "max_sequence_length", length, "1 or more")
-        yield from super().problems()
+        yield from LayerConfig.problems(self)
         yield from self.vocabulary_problems()
         cap = self.logit_softcap
         yield from require(cap is None or cap > 0, "logit_softcap", cap, "more than 0, or null")
@@ -64,16 +65,11 @@ class GPTConfig(LayerConfig, OfVocabulary):
         positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
         return max(self.largest_layer_parameter_count(tensor), self.head_matrix_count(tensor), positions)
 
-    def parameter_count(self) -> int:
-        """All parameters, a tied head counted once. Needs vocab_size."""
-        tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
-        return sum(self.step_parameter_counts()) - tied
-
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, row: Row) -> float:
         """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
         12 · N · H · S of each layer over the S keys that it sees on average, T/2 for the causal triangle
         (PaLM, arXiv:2204.02311, appendix B)."""
-        attention_width = self.num_heads * self.head_width
+        sequence_length, attention_width = row.tokens, self.num_heads * self.head_width
         matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
         keys = 0.0
         for layer in range(self.num_layers):

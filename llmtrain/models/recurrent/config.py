@@ -8,7 +8,7 @@ from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.nn.layer_config import OfVocabulary
+from llmtrain.nn.model_config import OfVocabulary, Row
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,14 @@ class LSTMConfig(OfVocabulary):
         yield from require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
-    def parameter_count(self) -> int:
-        """All parameters, a tied head counted once. Needs vocab_size."""
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Return all parameters as one step, a tied head counted once. Needs vocab_size."""
         V, D = self._vocab(), self.hidden_size
-        return V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)
+        return [V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)]
 
-    def largest_parameter_count(self) -> int:
-        """Elements of the largest single parameter."""
+    def largest_parameter_count(self, tensor: int = 1) -> int:
         return max(self._vocab(), 4 * self.hidden_size) * self.hidden_size
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, row: Row) -> float:
         """Forward and backward FLOPs of one token; does not depend on the sequence length."""
         return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self._vocab() * self.hidden_size)

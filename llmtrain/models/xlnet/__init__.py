@@ -1,0 +1,50 @@
+"""XLNet: an encoder that predicts tokens in any order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmtrain.models.family import Family, Filling
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.xlnet.memory import XLNetMemory
+from llmtrain.models.xlnet.sharding import table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmtrain.models.huggingface.form import Form
+    from llmtrain.tokenizers.base import Tokenizer
+
+
+def _build(config: XLNetConfig) -> nn.Module:
+    from llmtrain.models.xlnet.model import XLNet
+
+    return XLNet(config)
+
+
+def _filling(config: XLNetConfig, tokenizer: Tokenizer) -> Filling:
+    """XLNet's own tokenizer puts <sep> and <cls> behind every text."""
+    own = tokenizer.special_ids
+    is_own = {"sep", "cls"} <= own.keys()
+    return Filling(None, [], [own["sep"], own["cls"]] if is_own else [tokenizer.eos_id])
+
+
+def _huggingface() -> tuple[Form, ...]:
+    from llmtrain.models.xlnet.huggingface import XLNET
+
+    return (XLNET,)
+
+
+FAMILIES = (
+    Family(
+        XLNetConfig,
+        "permuted_encoder",
+        _build,
+        lambda config: {"kind": "permuted_lm"},
+        sharding=table,
+        memory=XLNetMemory,
+        has_stages=True,
+        huggingface=_huggingface,
+        filling=_filling,
+    ),
+)

@@ -1,42 +1,23 @@
-"""What describes an XLNet and what it learns by: frozen dataclasses with their arithmetic, free of torch.
+"""What describes an XLNet, with its arithmetic. Free of torch.
 
-Dim names: V vocabulary, D hidden_size, L num_layers, N num_heads, T sequence length, M tokens that are
-predicted.
+Dim names: V vocabulary, D hidden_size, L num_layers, N num_heads, T sequence length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.nn.layer_config import LayerConfig, OfBlocks
+from llmtrain.nn.layer_config import LayerConfig, OfLayers
+from llmtrain.nn.model_config import Row
 
 
 @dataclass(frozen=True)
-class PermutedLMConfig:
-    """Which tokens are predicted, in which order (arXiv:1906.08237, sections 2.2, 2.3 and 3.1)."""
-
-    predict_every: int = 6
-    """One token in so many is predicted: the paper's K."""
-    max_span: int = 5
-    """Tokens of the longest span that is predicted together; lengths are uniform from 1 on."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from require(self.predict_every >= 2, "predict_every", self.predict_every, "2 or more")
-        yield from require(self.max_span >= 1, "max_span", self.max_span, "1 or more")
-
-    def num_predicted(self, sequence_length: int) -> int:
-        """Places of a row that are predicted, M: the same for every row. None of a row that is shorter than
-        predict_every."""
-        return sequence_length // self.predict_every
-
-
-@dataclass(frozen=True)
-class XLNetConfig(OfBlocks):
+class XLNetConfig(OfLayers):
     """A two-stream encoder with relative positions (arXiv:1906.08237); without the recurrence over segments
     of a text (Transformer-XL, arXiv:1901.02860), whose relative positions it has."""
 
@@ -57,7 +38,6 @@ class XLNetConfig(OfBlocks):
     """The head shares the token embedding's weight."""
     dropout: float = 0.1
     init_std: float = 0.02
-    objective: PermutedLMConfig = field(default_factory=PermutedLMConfig)
 
     @cached_property
     def blocks(self) -> LayerConfig:
@@ -78,11 +58,6 @@ class XLNetConfig(OfBlocks):
         yield from require(
             self.hidden_size % 2 == 0, "hidden_size", self.hidden_size, "an even number: sines and cosines"
         )
-
-    def num_places(self, sequence_length: int) -> int:
-        """Hidden states of a row between blocks in training, T + M: of its tokens, and of those that are
-        predicted."""
-        return sequence_length + self.objective.num_predicted(sequence_length)
 
     def layer_matrix_count(self, tensor: int = 1) -> int:
         """Weights of one block's matrices, on one of `tensor` processes that divide them: query, key, value,
@@ -113,18 +88,13 @@ class XLNetConfig(OfBlocks):
         D = self.hidden_size
         return max(2 * D * D // tensor, D * self.mlp_width // tensor, self.head_matrix_count(tensor))
 
-    def parameter_count(self) -> int:
-        """All parameters, a tied head counted once. Needs vocab_size."""
-        tied = self.head_matrix_count() if self.tie_embeddings else 0
-        return sum(self.step_parameter_counts()) - tied
-
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, row: Row) -> float:
         """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's, whose
         scores are of contents and of positions, 18 · L · D · T. The query stream adds one place in
         predict_every, without keys and values; the head is of these alone. The projection of positions, one
         for all rows of a batch, is left out."""
-        D, T = self.hidden_size, sequence_length
-        share = self.objective.num_predicted(T) / T
+        D, T = self.hidden_size, row.tokens
+        share = row.predicted / T
         per_place = 2 * D * D + 2 * D * self.mlp_width  # query, output, up and down
         matrices = self.num_layers * (per_place * (1 + share) + 2 * D * D) + self._vocab() * D * share
         return 6.0 * matrices + 18.0 * self.num_layers * D * T * (1 + share)

@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.nn.dropout import HIDDEN, AttentionDropout, Dropout
-from llmtrain.nn.head import IGNORE_INDEX, LanguageModelHead
+from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear, einsum
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.transformer import MLP, Context, PerHead
@@ -265,7 +266,7 @@ class XLNet(StagedModel):
             x_BQD = torch.cat([x_BQD, g_BMD], dim=1)
         return self.dropout(x_BQD, context.dropout_keys)
 
-    def _finish(self, x_BQD: Tensor, context: XLNetContext) -> Tensor:
+    def _finish(self, x_BQD: Tensor, context: XLNetContext) -> Tensor | dict[str, Tensor]:
         if context.targets is not None:
             x_BQD = x_BQD[:, x_BQD.shape[1] - context.targets.shape[1] :]
         x_BQD = self.head_dropout(x_BQD, context.dropout_keys)
@@ -274,7 +275,7 @@ class XLNet(StagedModel):
             return loss
         asked_BM = context.labels != IGNORE_INDEX
         correct = (self.head(x_BQD[asked_BM]).argmax(-1) == context.labels[asked_BM]).sum()
-        return torch.stack([loss, correct])
+        return {"loss": loss, "correct": correct}
 
 
 def _distances(config: XLNetConfig, places_T: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from llmtrain.cli import main as cli
-from llmtrain.commands.resolve import resolve
 from llmtrain.config import encode
 from llmtrain.distributed import launcher
 from llmtrain.families import FAMILIES, OBJECTIVES, objective_problems
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.standard_streams import PIPE_CLOSED
 from llmtrain.track.config import TrackConfig
+from llmtrain.train.resolve import resolve
 from llmtrain.train.run_folder import environment
 from tests.support.training import REPOSITORY, compose
 

@@ -29,7 +29,7 @@ CORPUS_IDS = 320
 @pytest.fixture(scope="module", params=["mlm", "mlm_nsp", "mlm_sop"])
 def run(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / request.param
-    words = ["model.objective.whole_words=true"] if request.param == "mlm" else []
+    words = ["objective.whole_words=true"] if request.param == "mlm" else []
     arguments = [*TINY, f"objective={request.param}", *words, f"data.path={corpus}", f"run.dir={folder}"]
     assert cli.run_verb("train", arguments) == 0
     return folder

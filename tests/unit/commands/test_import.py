@@ -18,16 +18,16 @@ from llmtrain.checkpoint.retention import find
 from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.cli import main as cli
 from llmtrain.commands import export, import_
-from llmtrain.commands.loading import load_trained
-from llmtrain.commands.resolve import resolve
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.interchange.huggingface import export_folder
 from llmtrain.interchange.imported import save_imported
+from llmtrain.interchange.trained import load_trained
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
+from llmtrain.train.resolve import resolve
 from llmtrain.train.run_folder import RunFolder
 from tests.support.corpora import write_manifest
 from tests.support.training import compose

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from llmtrain.cli import main as cli
-from llmtrain.commands.answer import Texts
-from llmtrain.commands.bleu import pairs_of
-from llmtrain.commands.loading import TrainedModel, load_trained
 from llmtrain.corpus.config import TokenDataConfig
-from llmtrain.families import open_data, open_dataset
+from llmtrain.generation.answer import Texts
+from llmtrain.generation.bleu import pairs_of
+from llmtrain.interchange.trained import TrainedModel, load_trained
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
+from llmtrain.objectives.reading import open_data, open_dataset
 from llmtrain.tokenizers.folder import load_tokenizer
 
 TINY = (

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.commands.fill import encode_prompt
 from llmtrain.errors import CheckpointError
+from llmtrain.generation.blanks import encode_prompt
 from llmtrain.generation.fill import BLANK, fill_masks
-from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn.initialize import initialize
+from llmtrain.objectives.masked_lm import MaskedLMConfig
 from llmtrain.tokenizers.folder import load_tokenizer
 
 V, MASK = 30, 30

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from llmtrain.commands.loading import listed, unknown_note
 from llmtrain.errors import CheckpointError
-from llmtrain.families import skeleton_of
 from llmtrain.interchange.huggingface import export_folder, import_folder
+from llmtrain.interchange.trained import listed, unknown_note
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.registry import skeleton_of
 from llmtrain.models.xlnet.config import XLNetConfig
 
 TRILLION = 10**12

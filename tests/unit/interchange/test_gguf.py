@@ -13,11 +13,11 @@ import sentencepiece
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from llmtrain.commands.loading import build_module, load_weights
 from llmtrain.errors import CheckpointError
 from llmtrain.interchange.foreign import read_foreign
 from llmtrain.interchange.gguf import GgufFile, import_gguf
 from llmtrain.interchange.huggingface import export_folder
+from llmtrain.interchange.trained import build_module, load_weights
 from tests.support.gguf_files import permuted, small_model, write_gguf
 from tests.support.tokenizers import texts, train_tokenizer
 

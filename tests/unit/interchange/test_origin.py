@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import CheckpointError
-from llmtrain.families import family_of
 from llmtrain.interchange.huggingface import export_folder, import_folder
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.registry import family_of
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.nn.initialize import initialize
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
-from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.nn.initialize import initialize, match_initializers
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.objectives.masked_lm import MaskedLMConfig
 
 B, T, V = 3, 12, 40
 PAIRS = MaskedLMConfig(pairs="next_sentence")

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from llmtrain.config import decode
-from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.models.bert.model import Bert
-from llmtrain.models.configs import ModelConfig
+from llmtrain.models.registry import model_config_type, skeleton_of
+from llmtrain.nn.model_config import ModelConfig
 from tests.support.training import REPOSITORY
 
 PRESETS = REPOSITORY / "conf/model"
@@ -95,7 +95,7 @@ def test_parameter_count(name: str) -> None:
 def test_no_form_loads_the_compiler_of_torch() -> None:
     """It takes seconds of each start."""
     code = (
-        "import sys, torch; from llmtrain.commands.loading import build_module;"
+        "import sys, torch; from llmtrain.interchange.trained import build_module;"
         "from tests.unit.models.test_presets import FORMS, load;"
         "[build_module(load(name), torch.device('cpu')) for name in FORMS];"
         "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"

@@ -14,8 +14,8 @@ from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.model import EncoderDecoder, sinusoids
 from llmtrain.nn import attention
 from llmtrain.nn.dropout import Dropout, sample_keys
-from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.nn.initialize import initialize, match_initializers
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.transformer import RelativePositions
 
 S, T, V = 23, 17, 40

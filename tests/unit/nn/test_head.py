@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.nn import head as head_module
-from llmtrain.nn.head import IGNORE_INDEX, LanguageModelHead, summed_cross_entropy
+from llmtrain.nn.head import LanguageModelHead, summed_cross_entropy
+from llmtrain.nn.labels import IGNORE_INDEX
 
 B, T, D, V = 3, 17, 24, 50
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain.commands.resolve import resolve
-from llmtrain.families import family_of
+from llmtrain.models.registry import family_of
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS
+from llmtrain.train.resolve import resolve
 from tests.parity.matrix import FAMILIES, TRANSFORMER
 from tests.support.training import compose, open_loader
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig, Seq2SeqObjectiveConfig
-from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.denoising import Denoising
 from llmtrain.objectives.seq2seq import OneText
 from llmtrain.objectives.span_corruption import SpanCorruption
@@ -217,4 +217,4 @@ def test_keys_of_another_kind_are_named() -> None:
     objective = Seq2SeqObjectiveConfig(kind="span_corruption", infilling=0.5, target_length=9)
     assert [problem.where for problem in objective.problems()] == ["target_length", "infilling"]
     long = replace(objective, infilling=0.3, target_length=None)
-    assert [problem.where for problem in long.length_problems(4096)] == ["model.objective.num_sentinels"]
+    assert [problem.where for problem in long.length_problems(4096)] == ["objective.num_sentinels"]

@@ -8,26 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.commands.resolve import Resolved, resolve
 from llmtrain.data.loader import KEYS, Loader
 from llmtrain.data.stream import Places, Stream
-from llmtrain.families import family_of, open_sources
-from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.base import Batch, Objective
+from llmtrain.train.resolve import Resolved, resolve
 from llmtrain.train.streaming import open_stream, plan_timeline
 from tests.support.training import compose
 
 OBJECTIVES = {
     "causal_lm": ["model=gpt_tiny"],
     "mlm": ["model=bert_tiny", "objective=mlm"],
-    "mlm of words": ["model=bert_tiny", "objective=mlm", "model.objective.whole_words=true"],
+    "mlm of words": ["model=bert_tiny", "objective=mlm", "objective.whole_words=true"],
     "mlm, best fit": ["model=bert_tiny", "objective=mlm", "data.packing=best_fit"],
     "mlm_nsp": ["model=bert_tiny", "objective=mlm_nsp"],
     "mlm_sop": ["model=bert_tiny", "objective=mlm_sop"],
     "permuted_lm": ["model=xlnet_tiny", "objective=permuted_lm"],
     "span_corruption": ["model=t5_tiny", "objective=span_corruption"],
     "span_corruption, best fit": ["model=t5_tiny", "objective=span_corruption", "data.packing=best_fit"],
-    "denoising": ["model=bart_tiny", "objective=denoising", "model.objective.rotation=0.5"],
+    "denoising": ["model=bart_tiny", "objective=denoising", "objective.rotation=0.5"],
     "seq2seq": ["model=transformer_tiny", "objective=seq2seq"],
 }
 DRAWN = {*OBJECTIVES} - {"causal_lm", "seq2seq"}
@@ -39,9 +38,9 @@ class Reading:
 
     def __init__(self, resolved: Resolved) -> None:
         config = resolved.config
-        self.objective: Objective = family_of(config.model).objective(config.model, config.data)
+        self.objective: Objective = config.objective.build(config.model, config.data, resolved.corpora)
         length = config.batch.sequence_length
-        self.sources = open_sources(config.model, config.data, resolved.corpora, "train", length)
+        self.sources = config.objective.open(config.model, config.data, resolved.corpora, "train", length)
         timeline = plan_timeline(config, self.sources, None, 0, print)
         self.stream: Stream = open_stream(config.data, self.sources, timeline, seed=config.seed)
 

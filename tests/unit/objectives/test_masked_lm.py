@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
-from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.nn.initialize import initialize
-from llmtrain.objectives.masked_lm import MaskedLM
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.objectives.masked_lm import MaskedLM, MaskedLMConfig
 
 V, MASK, CLS, SEP = 100, 100, 101, 102
 CONFIG = BertConfig(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.models.xlnet.config import PermutedLMConfig, XLNetConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
-from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.nn.initialize import initialize
-from llmtrain.objectives.permuted_lm import PermutedLM
+from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
 
 V = 100
 CONFIG = XLNetConfig(vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, has_segments=False, dropout=0.0)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.commands.resolve import resolve
 from llmtrain.distributed import toolchain
 from llmtrain.errors import UserError
 from llmtrain.parallel.layout import BatchConfig, Layout, ParallelConfig, plan_layout
+from llmtrain.train.resolve import resolve
 from tests.support.training import compose
 
 BATCH = ("batch.global_size=8", "batch.micro_size=2", "batch.sequence_length=32")

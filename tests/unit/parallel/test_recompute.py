@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmtrain.commands.resolve import resolve
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError
 from llmtrain.models.gpt.config import GPTConfig
@@ -20,8 +19,9 @@ from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import attention
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.nn.initialize import initialize
-from llmtrain.parallel.config import RecomputeConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.recompute import apply_recompute
+from llmtrain.train.resolve import resolve
 from tests.support import ranks
 from tests.support.memory import Allocated, allocated
 from tests.support.training import TINY_GPT, compose
@@ -239,7 +239,7 @@ import torch
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn.initialize import initialize
-from llmtrain.parallel.config import RecomputeConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.recompute import apply_recompute
 
 def resident(line):
@@ -326,9 +326,9 @@ def steps_of_layout(layout: str, mode: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of steps, made as `llmtrain train` makes them."""
     import numpy as np
 
-    from llmtrain.commands.build import build_engine
     from llmtrain.data.loader import MicroBatch
     from llmtrain.distributed import processes
+    from llmtrain.engine.build import build_engine
     from llmtrain.objectives.causal_lm import CausalLM
 
     overrides = [*TINY_GPT, "model.vocab_size=60", "model.dropout=0.1", f"recompute={mode}", *layout.split()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrain.commands.resolve import resolve
 from llmtrain.errors import UserError
+from llmtrain.train.resolve import resolve
 from tests.support.training import compose
 from tests.support.warm import llmtrain
 
@@ -161,7 +161,7 @@ CASES = [
     ),
     (("model=bert_tiny", "data.packing=best_fit"), 1, "data.packing:", "one pair of texts", "packing=concat"),
     (("model=roberta_base", "objective=mlm_nsp"), 1, "model.num_segments:", "2 with", "objective=mlm"),
-    (("model=bert_tiny", "model.objective.random=0.5"), 1, "model.objective.masked:", "1 or less", ""),
+    (("model=bert_tiny", "objective.random=0.5"), 1, "objective.masked:", "1 or less", ""),
     (("model=bert_tiny", "+model.mask_id=7"), 1, "model.mask_id:", "all three special ids", ""),
     (("model=gpt_tiny", "objective=mlm"), 1, "objective:", "null", "model=… of bert"),
     (("model=t5_tiny", "parallel.sequence=2"), 2, "parallel.sequence:", "seq2seq can be divided over", ""),
@@ -169,9 +169,9 @@ CASES = [
     (("model=t5_tiny", "batch.sequence_length=5"), 1, "batch.sequence_length:", "with span_corruption", ""),
     (("model=bart_tiny", "batch.sequence_length=300"), 1, "batch.sequence_length:", "=256", "shorten it"),
     (
-        ("model=bart_tiny", "objective=seq2seq", "model.objective.target_length=300"),
+        ("model=bart_tiny", "objective=seq2seq", "objective.target_length=300"),
         1,
-        "model.objective.target_length:",
+        "objective.target_length:",
         "1 to model.max_sequence_length=256",
         "",
     ),

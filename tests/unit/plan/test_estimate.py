@@ -13,8 +13,8 @@ from llmtrain.errors import ConfigError
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision, plan_layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig

@@ -15,7 +15,6 @@ from torch import nn
 
 from llmtrain.config import decode
 from llmtrain.engine import deepspeed as deepspeed_engine
-from llmtrain.families import family_of, model_config_type
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.models.convolutional.config import SimpleCNNConfig
@@ -27,15 +26,16 @@ from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent import model as recurrent
 from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn import attention, head
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.linear import way_of
+from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.permuted_lm import PermutedLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.pipeline import PipelineStage
 from llmtrain.parallel.recompute import apply_recompute

@@ -28,12 +28,12 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
     import numpy as np
     import torch
 
-    from llmtrain.commands.build import build_engine
-    from llmtrain.commands.resolve import resolve
     from llmtrain.data.loader import MicroBatch
     from llmtrain.distributed import processes
+    from llmtrain.engine.build import build_engine
     from llmtrain.objectives.causal_lm import CausalLM
     from llmtrain.plan.estimate import estimate
+    from llmtrain.train.resolve import resolve
     from tests.support.training import compose
 
     def live_tensors() -> list[torch.Tensor]:

@@ -1,23 +1,41 @@
-"""Bytes that blocks of attention keep for the backward pass, by kind of block.
+"""Bytes that a model keeps on one rank from the forward to the backward pass: what every family's memory.py
+is made of. Free of torch.
 
 The way of counting is that of Korthikanti et al. (arXiv:2205.05198, section 4), over what these modules
-really keep: attention keeps a T² term on the CPU alone.
+really keep: attention keeps a T² term on the CPU alone. Tests compare with what torch keeps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.models.xlnet.config import XLNetConfig
-from llmtrain.nn.layer_config import LayerConfig
-from llmtrain.parallel.config import RecomputeConfig
-from llmtrain.parallel.layout import Layout
+from llmtrain.nn.layer_config import LayerConfig, OfLayers
+from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
+from llmtrain.nn.recompute_config import RecomputeConfig
 
 ATTENTION_BLOCK = 128
 LONGEST_BLOCKWISE = 2048
-"""As in models/attention.py; a test compares."""
+"""As in nn/attention.py; a test compares."""
+LOGITS_PER_CHUNK = 2**23
+"""As in nn/head.py; a test compares."""
+
+AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the ranks of a layout divide a model's work, as far as its memory depends on it."""
+
+    micro_size: int
+    """Rows of a micro-batch."""
+    sequence_length: int
+    tensor: int = 1
+    sequence: int = 1
+    tensor_sequence: bool = False
+    """The ranks of a tensor group divide tokens between the matrices (arXiv:2205.05198)."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +69,69 @@ class Activations(NamedTuple):
     """While a block is recomputed, besides."""
 
 
-def divided(model: LayerConfig | XLNetConfig, steps: range, recompute: RecomputeConfig) -> tuple[int, int]:
-    """How many blocks among `steps` are recomputed, and how many are not."""
-    blocks = [step - 1 for step in steps if 1 <= step <= model.num_layers]
-    recomputed = sum(recompute.covers(block) for block in blocks)
-    return recomputed, len(blocks) - recomputed
+@dataclass(frozen=True)
+class ModelMemory(ABC, Generic[AnyConfig]):
+    """Memory of one rank for one micro-batch; each family has a subclass."""
+
+    model: AnyConfig
+    row: Row
+    numbers: Numbers
+    layout: Division
+    conditions: Conditions
+
+    @abstractmethod
+    def activations(self, steps: range) -> Activations:
+        """Return what `steps` of the forward pass keep, the loss aside."""
+
+    @abstractmethod
+    def low_precision_copies(self, steps: range) -> int:
+        """Return the weights of which autocast holds low-precision copies at once: of linear layers, and of
+        recomputed layers one at a time; the head's are part of `head_bytes`."""
+
+    def between_layers(self) -> int:
+        """Return the elements that one layer hands to the next."""
+        return 0
+
+    def head_bytes(self) -> int:
+        """Return an upper estimate of the bytes of head and loss at their peak."""
+        return 0
+
+    def layers_of(self, steps: range, count: int) -> Iterator[tuple[int, bool]]:
+        """Yield the layers, from 0, among `steps` of a model of `count` layers, and whether each is
+        recomputed."""
+        for step in steps:
+            if 1 <= step <= count:
+                yield step - 1, self.conditions.recompute.covers(step - 1)
+
+
+def vocabulary_head_bytes(
+    model: OfVocabulary,
+    numbers: Numbers,
+    *,
+    tokens: int,
+    device: str,
+    tensor: int = 1,
+    has_softcap: bool = False,
+) -> int:
+    """Return an upper estimate of the bytes of a language model's head and loss at their peak, on one of
+    `tensor` ranks: chunks of logits, the gradients of the hidden states and of the head's weight, and in low
+    precision copies of both. tokens: hidden states that the head reads."""
+    assert model.vocab_size is not None
+    V, D = -(-model.vocab_size // tensor), model.hidden_size
+    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
+    is_last = chunk == tokens
+    # Over several processes the softmax is fairscale's: copies, exponentials and a gradient, in fp32.
+    besides = 16 if tensor > 1 else 0
+    if has_softcap:
+        besides += 2 * numbers.compute  # the cap's slopes, and the tanh's square
+    if numbers.compute == 4:
+        # Logits and log-probabilities, beside the chunk before.
+        softmax = chunk * V * (4 * (2 if is_last else 3) + besides)
+        return softmax + tokens * D * 4 + V * D * 4
+    softmax = chunk * V * ((10 if is_last else 16) + besides)
+    # A chunk's weight gradient is made in low precision, and on a cpu added through an fp32 copy.
+    addition = chunk * V * 6 + V * D * (2 + (4 if device == "cpu" else 0))
+    return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
 
 
 @dataclass(frozen=True)
@@ -64,11 +140,11 @@ class TransformerToken:
 
     model: LayerConfig
     numbers: Numbers
-    layout: Layout
+    layout: Division
     conditions: Conditions
     causal: bool = True
 
-    def activations(self, steps: range) -> Activations:
+    def of_steps(self, steps: range) -> Activations:
         model, mode = self.model, self.conditions.recompute.mode
         covers = self.conditions.recompute.covers
         windows = [(covers(step - 1), model.window_of(step - 1)) for step in steps if self._is_block(step)]
@@ -212,147 +288,43 @@ class TransformerToken:
         return self.layout.sequence_length * self.layout.sequence
 
 
-@dataclass(frozen=True)
-class XLNetRow:
-    """Bytes of a micro-batch, row by row: Q = T + M hidden states between blocks, T of them keys.
+AnyLayers = TypeVar("AnyLayers", bound=OfLayers)
 
-    What each matrix product takes is kept, of scores the softmax alone, and what the blocks share once."""
 
-    model: XLNetConfig
-    numbers: Numbers
-    layout: Layout
-    conditions: Conditions
+class LayersMemory(ModelMemory[AnyLayers]):
+    """A stack of layers over one sequence, with a language model's head."""
+
+    causal: ClassVar[bool]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on this rank."""
+        return self.layout.micro_size * self.row.tokens // self.layout.sequence
 
     def activations(self, steps: range) -> Activations:
-        model, layout, mode = self.model, self.layout, self.conditions.recompute.mode
-        B, T, D = layout.micro_size, layout.sequence_length, model.hidden_size
-        Q, residual = model.num_places(T), self.numbers.residual
-        recomputed, plain = divided(model, steps, self.conditions.recompute)
-        block = B * self._block() + self._distances()
-        kept = plain * block
-        if recomputed:
-            away = mode == "offload" and self.conditions.device != "cpu"
-            kept += recomputed * (0 if away else B * Q * D * residual)
-            kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
-        if plain or recomputed:
-            # Of each query and key the distance, what is not seen, other segments; sines of distances.
-            kept += B * Q * T * (8 + 1 + int(model.has_segments)) + (2 * T - 1) * D * 4
-        if 0 in steps:
-            kept += 8 * B * Q + (B * Q * D * residual if model.dropout > 0 else 0)
-        if model.num_layers + 1 in steps and model.dropout > 0:
-            kept += B * (Q - T) * D * residual
-        return Activations(kept, block if recomputed else 0)
+        layers = self.model.blocks
+        token = TransformerToken(layers, self.numbers, self.layout, self.conditions, self.causal)
+        kept, working = token.of_steps(steps)
+        return Activations(self.tokens * kept, self.tokens * working)
 
-    def _block(self) -> int:
-        model, tensor, T = self.model, self.layout.tensor, self.layout.sequence_length
-        compute, residual = self.numbers.compute, self.numbers.residual
-        D, F, A, N, Q = (
-            model.hidden_size,
-            model.mlp_width // tensor,
-            model.hidden_size // tensor,
-            model.num_heads // tensor,
-            model.num_places(T),
-        )
-        softmax = compute if self.conditions.device == "cpu" else residual
-        of_place = 2 * (D * residual + 8)  # the norms' inputs
-        # Inputs of query, output, up and down, and of the activation; queries with two biases, or three.
-        of_place += compute * (2 * D + A + 2 * F + 2 * A)
-        of_place += N * T * softmax
-        if model.has_segments:
-            of_place += compute * (A + N + T)
-        if model.dropout > 0:
-            of_place += 2 * D * residual + 2 * N * T * compute  # masks, and weights that are left
-        of_key = compute * (D + 2 * A)  # the tokens' hidden states alone, keys and values
-        return Q * of_place + T * of_key
+    def between_layers(self) -> int:
+        return self.tokens * self.model.hidden_size
 
-    def _distances(self) -> int:
-        """Their keys, which all rows share."""
-        return (
-            (2 * self.layout.sequence_length - 1)
-            * self.model.hidden_size
-            // self.layout.tensor
-            * (self.numbers.compute)
+    def head_bytes(self) -> int:
+        return vocabulary_head_bytes(
+            self.model,
+            self.numbers,
+            tokens=self.tokens,
+            device=self.conditions.device,
+            tensor=self.layout.tensor,
         )
 
-    def _linear_outputs(self) -> int:
-        """What selective recomputation keeps."""
-        model, tensor, T = self.model, self.layout.tensor, self.layout.sequence_length
-        D, A, Q = model.hidden_size, model.hidden_size // tensor, model.num_places(T)
-        of_rows = Q * (A + model.mlp_width // tensor + 2 * D) + 2 * T * A
-        return (self.layout.micro_size * of_rows + (2 * T - 1) * A) * self.numbers.compute
+    def low_precision_copies(self, steps: range) -> int:
+        layers, tensor = self.model.blocks, self.layout.tensor
+        layer = layers.layer_parameter_count(tensor) - layers.layer_norm_parameter_count(tensor)
+        return layer * self.copied_layers(steps)
 
-
-@dataclass(frozen=True)
-class PairRow:
-    """Bytes of a micro-batch of an encoder–decoder: what its layers keep of their own side, and the tensor of
-    both sides that goes from one to the next."""
-
-    model: Seq2SeqConfig
-    numbers: Numbers
-    layout: Layout
-    conditions: Conditions
-
-    def activations(self, steps: range | None) -> Activations:
-        model, residual, recompute = self.model, self.numbers.residual, self.conditions.recompute
-        L, last = model.num_layers, model.num_layers + model.decoder_layers
-        _, S, T = model.objective.lengths(self.layout.sequence_length)
-        steps = range(last + 2) if steps is None else steps
-        between = (S + T) * model.hidden_size * residual
-        kept, working = 0, 0
-        for step in steps:
-            if not 1 <= step <= last:
-                continue
-            block = self._encoder_block(S) if step <= L else self._decoder_block(S, T)
-            if not recompute.covers(step - 1):
-                kept += block + self._kept_by_norm(T if step <= L else S)
-                continue
-            working = max(working, block)
-            away = recompute.mode == "offload" and self.conditions.device != "cpu"
-            kept += 0 if away else between
-            kept += self._linear_outputs(step <= L, S, T) if recompute.mode == "selective" else 0
-        if 0 in steps:
-            kept += 8 * (S + T) + (between if model.dropout > 0 else 0)
-            kept += between if model.embedding_norm else 0
-        for step, length, other in ((L, S, T), (last + 1, T, S)):
-            if step in steps and model.norm_first:
-                kept += length * self._side(length, causal=True).norm() + self._kept_by_norm(other)
-        B = self.layout.micro_size
-        return Activations(B * kept, B * working)
-
-    def _kept_by_norm(self, places: int) -> int:
-        """Of the other side's places: a norm that begins a step keeps the whole of what it takes a side of,
-        unless it takes a copy in fp32."""
-        model, residual = self.model, self.numbers.residual
-        copies = model.norm == "rmsnorm" and residual == 2 and self.conditions.device == "cpu"
-        return places * model.hidden_size * residual if model.norm_first and not copies else 0
-
-    def _side(self, length: int, *, causal: bool) -> TransformerToken:
-        layout = replace(self.layout, sequence_length=length)
-        return TransformerToken(self.model.blocks, self.numbers, layout, self.conditions, causal)
-
-    def _encoder_block(self, S: int) -> int:
-        return S * self._side(S, causal=False).block()
-
-    def _decoder_block(self, S: int, T: int) -> int:
-        """With the inputs of cross-attention's query, output and key_value, its norm, and attention."""
-        model, compute, tensor = self.model, self.numbers.compute, self.layout.tensor
-        side, D = self._side(T, causal=True), model.hidden_size
-        N = model.num_heads // tensor
-        inner = N * model.head_width
-        of_target = side.norm() + compute * (D + 2 * inner + (D if model.dropout > 0 else 0))
-        of_source = compute * (D + 2 * inner)
-        pairs = compute * N * T * S
-        if model.dropout > 0 and self.conditions.exact_dropout:
-            pairs *= 3  # the softmax, dropout's mask and what it leaves
-        elif self.conditions.device != "cpu":
-            pairs = T * S if self.conditions.document_mask else 0
-        return T * (side.block() + of_target) + S * of_source + pairs
-
-    def _linear_outputs(self, is_encoder: bool, S: int, T: int) -> int:
-        """What selective recomputation keeps."""
-        side = self._side(S if is_encoder else T, causal=not is_encoder)
-        if is_encoder:
-            return S * side.linear_outputs()
-        inner = self.model.num_heads * self.model.head_width // self.layout.tensor
-        cross = T * (inner + self.model.hidden_size) + 2 * S * inner
-        return T * side.linear_outputs() + cross * self.numbers.compute
+    def copied_layers(self, steps: range) -> int:
+        """Return how many layers among `steps` have low-precision copies of their weights at once."""
+        recomputed = [again for _, again in self.layers_of(steps, self.model.num_layers)]
+        return recomputed.count(False) + min(1, recomputed.count(True))

@@ -6,33 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmtrain.commands.pretrained import Pretrained, expand
-from llmtrain.commands.vocabulary import resolve_vocabulary
 from llmtrain.config import decode
 from llmtrain.corpus.config import data_config_type
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
-from llmtrain.families import (
-    corpora_problems,
-    data_problems,
-    model_config_type,
-    model_shape,
-    objective_problems,
-    open_data,
-    recompute_problems,
-)
 from llmtrain.files import at_home
-from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.registry import family_of, model_config_type
+from llmtrain.nn.model_config import ModelConfig, OfVocabulary
+from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
+from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
 from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.parallel.model_shape import shape_of
 from llmtrain.train.config import TrainConfig
+from llmtrain.train.pretrained import Pretrained, expand
+from llmtrain.train.vocabulary import resolve_vocabulary
 
 NO_PATH = "(none)"
 ASSUMED_VOCABULARY = 8192
 """That of `llmtrain prepare`'s default tokenizer."""
 
-VARIANTS = {"model": model_config_type, "data": data_config_type}
+VARIANTS = {"model": model_config_type, "objective": objective_config_type, "data": data_config_type}
 
 
 @dataclass(frozen=True)
@@ -60,22 +56,16 @@ def resolve(
     if without_data:
         mapping = {**mapping, "data": {**section, "path": NO_PATH}}
     mapping, pretrained = expand(mapping)
-    model_section = mapping.get("model", {})
-    problems = objective_problems(model_section)
-    # Else another objective stands in below, which wants other data than the one that was meant.
-    fits_family = not problems
-    if not fits_family:
-        mapping = {**mapping, "model": {k: v for k, v in model_section.items() if k != "objective"}}
-    try:
-        config = decode(TrainConfig, mapping, VARIANTS)
-    except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from error
+    mapping = {**mapping, "objective": objective_section(mapping)}
+    config = decode(TrainConfig, mapping, VARIANTS)
+    config = replace(config, model=config.objective.fitted(config.model))
     world_size = launcher.world_size() if world_size is None else world_size
-    problems += data_problems(config.model, config.data)
+    problems = data_problems(config.objective, config.data)
+    fits_data = not problems
     problems += [
         problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
     ]
-    problems += recompute_problems(config.model, config.recompute)
+    problems += _recompute_problems(config.model, config.recompute)
     problems += _resume_problems(config)
     layout: Layout | None = None
     corpora: Corpora | None = None
@@ -91,7 +81,7 @@ def resolve(
             precision=config.precision,
             world_size=world_size,
             device=config.cluster.device or launcher.likely_device(config.device),
-            model=model_shape(config.model),
+            model=shape_of(config.model),
             max_grad_norm=config.optimizer.max_grad_norm,
             exact_dropout=config.exact_dropout,
             implementation=config.optimizer.implementation,
@@ -100,16 +90,15 @@ def resolve(
     except ConfigError as error:
         problems += error.problems
     if without_data:
-        if not isinstance(model, SimpleCNNConfig) and model.vocab_size is None:
-            model = replace(model, vocab_size=ASSUMED_VOCABULARY)
-    elif not data_problems(config.model, config.data):
+        if isinstance(model, OfVocabulary) and model.vocab_size is None:
+            model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
+    elif fits_data:
         try:
             corpora = open_data(config.data)
             if pretrained is not None and corpora is not None and (found := pretrained.problems(corpora)):
                 raise ConfigError(found)
-            model = resolve_vocabulary(config.model, corpora)
-            if fits_family:
-                problems += corpora_problems(config.model, corpora)
+            model = resolve_vocabulary(config.model, config.objective, corpora)
+            problems += corpora_problems(config.objective, corpora)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -132,3 +121,25 @@ def _resume_problems(config: TrainConfig) -> list[Problem]:
             "auto starts anew where there is nothing to resume",
         )
     ]
+
+
+def objective_section(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `objective` section of a run; where it names none, the one of the model's family.
+
+    Raise ConfigError for a model whose section is wrong."""
+    section = mapping.get("objective")
+    if section:
+        return section
+    model = mapping.get("model") or {}
+    try:
+        config: ModelConfig = decode(model_config_type(model), model)
+    except ConfigError as error:
+        raise ConfigError(problem.within("model") for problem in error.problems) from error
+    return family_of(config).objective(config)
+
+
+def _recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[Problem]:
+    if recompute.mode == "none" or family_of(model).has_stages:
+        return []
+    got = f"{recompute.mode} with model.family={model.family}, which has no blocks"
+    return [Problem("recompute.mode", got, "none", "give recompute=none")]

@@ -1,18 +1,18 @@
-"""`llmtrain generate` with a BERT or an XLNet: prompts with [MASK] in them, completed."""
+"""Prompts with [MASK] in them, completed by a model that fills blanks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.commands.sharing import SharingConfig, start_sharing
+from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem, UserError
-from llmtrain.models.bert.config import BertConfig
-from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.family import Filling
+from llmtrain.models.registry import family_of
 from llmtrain.standard_streams import print_text
 
 if TYPE_CHECKING:
-    from llmtrain.commands.loading import TrainedModel
+    from llmtrain.interchange.trained import TrainedModel
     from llmtrain.tokenizers.base import Tokenizer
 
 MASK = "[MASK]"
@@ -31,11 +31,11 @@ def fill_prompts(
     from llmtrain.distributed import processes
     from llmtrain.generation.fill import BLANK, fill_masks
 
-    config = trained.config
-    assert isinstance(config, BertConfig | XLNetConfig)
-    longest = config.max_sequence_length if isinstance(config, BertConfig) else None
-    tokenizer = trained.tokenizer()
-    rows = [encode_prompt(prompt, tokenizer, config) for prompt in prompts]
+    longest, tokenizer = trained.config.max_sequence_length, trained.tokenizer()
+    fills = family_of(trained.config).filling
+    assert fills is not None
+    filling = fills(trained.config, tokenizer)
+    rows = [encode_prompt(prompt, tokenizer, filling) for prompt in prompts]
     problems = []
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         where = "prompt" if len(prompts) == 1 else f"prompt[{number}]"
@@ -52,7 +52,7 @@ def fill_prompts(
     device = processes.pick_device(device_name)
     mesh = start_sharing(sharing, trained, encoded, device, micro_size=1, sequence_length=max(map(len, rows)))
     model = trained.build_over(mesh, device)
-    mask_id = config.special_ids[0] if isinstance(config, BertConfig) else BLANK
+    mask_id = BLANK if filling.mask_id is None else filling.mask_id
     for prompt, row in zip(prompts, rows, strict=True):
         try:
             found = fill_masks(model, row, mask_id, top_k, tokenizer.vocab_size)
@@ -67,25 +67,19 @@ def fill_prompts(
             print(f"  {MASK} {number}: {shown}", flush=True)
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, config: BertConfig | XLNetConfig) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: Tokenizer, filling: Filling) -> list[int]:
     """Ids of a prompt with mask_id, or BLANK, for each [MASK], between the special tokens that the model saw
     in training. A space before [MASK] belongs to the piece that it stands for."""
     from llmtrain.generation.fill import BLANK
 
-    mask_id = config.special_ids[0] if isinstance(config, BertConfig) else BLANK
+    mask_id = BLANK if filling.mask_id is None else filling.mask_id
     parts = prompt.split(MASK)
     ids: list[int] = []
     for number, part in enumerate(parts):
         is_last = number == len(parts) - 1
         ids += tokenizer.encode(part if is_last else part.removesuffix(" "))
         ids += [] if is_last else [mask_id]
-    # A tokenizer with a [CLS] of its own is that of a model which saw it with every text.
-    if not isinstance(config, BertConfig):
-        own = tokenizer.special_ids  # XLNet has both at the end
-        return [*ids, own["sep"], own["cls"]] if {"sep", "cls"} <= own.keys() else [*ids, tokenizer.eos_id]
-    _, cls_id, sep_id = config.special_ids
-    has_cls = config.has_pairs or tokenizer.special_ids.get("cls") == cls_id
-    return [cls_id, *ids, sep_id] if has_cls else [*ids, tokenizer.eos_id]
+    return [*filling.first_ids, *ids, *filling.last_ids]
 
 
 def _filled(prompt: str, tokens: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.config import MISSING, encode
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import CheckpointError, ConfigError, Problem
-from llmtrain.families import skeleton_of
 from llmtrain.files import at_home
+from llmtrain.models.registry import skeleton_of
 from llmtrain.tokenizers.folder import load_tokenizer
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.store import Checkpoint
-    from llmtrain.commands.loading import TrainedModel
-    from llmtrain.models.configs import ModelConfig
+    from llmtrain.interchange.trained import TrainedModel
     from llmtrain.models.huggingface.origin import Origin
+    from llmtrain.nn.model_config import ModelConfig
 
 FAMILY = "pretrained"
 """What `model.family` says; a folder gives the real one."""
@@ -65,18 +65,20 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
     if path in (None, MISSING):
         allowed = "an import, a run, a checkpoint or a Hugging Face folder"
         raise ConfigError(Problem("model.path", "nothing", allowed, "give model.path=…"))
-    from llmtrain.commands.loading import describe, describe_checkpoint
+    from llmtrain.interchange.trained import describe, describe_checkpoint
 
     folder = at_home(path)
     try:
-        config, tokenizer, origin = describe(folder)
+        found = describe(folder)
     except CheckpointError:
         begun = _begun(mapping, folder)
         if begun is None:
             raise
-        config, tokenizer, origin = describe_checkpoint(begun)
-    model = _merged(encode(config), changes)
-    return {**mapping, "model": model}, Pretrained(folder, tokenizer, origin)
+        found = describe_checkpoint(begun)
+    model = _merged(encode(found.config), changes)
+    objective = mapping.get("objective") or encode(found.objective)
+    expanded = {**mapping, "model": model, "objective": objective}
+    return expanded, Pretrained(folder, found.tokenizer, found.origin)
 
 
 def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
@@ -115,7 +117,7 @@ def _merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 def open_weights(pretrained: Pretrained, model: ModelConfig) -> TrainedModel:
     """The weights that `model` starts from. Raises CheckpointError, one line each, for parameters that they
     lack or hold in another shape; parameters that the model lacks are left."""
-    from llmtrain.commands.loading import load_trained
+    from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(pretrained.path)
     theirs, ours = _shapes(trained.config), _shapes(model)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.engine.sharing import SharingConfig
+from llmtrain.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from llmtrain.commands.loading import TrainedModel
+    from llmtrain.interchange.trained import TrainedModel
     from llmtrain.tokenizers.base import Tokenizer
 
 MARK = re.compile(r"<extra_(?:id_)?(\d+)>")
@@ -25,13 +26,12 @@ class Texts:
 
     def __init__(self, trained: TrainedModel) -> None:
         """Raises CheckpointError when there is no tokenizer with the weights."""
-        config = trained.config
-        assert isinstance(config, Seq2SeqConfig)
+        config: Any = trained.config
         self.tokenizer: Tokenizer = trained.tokenizer()
         self.eos_id = self.tokenizer.eos_id if config.eos_id is None else config.eos_id
         self._num_sentinels = 0
-        if config.sentinel_id is not None and config.objective.kind == "span_corruption":
-            self._sentinel_id, self._num_sentinels = config.sentinel_id, config.objective.num_sentinels
+        if config.sentinel_id is not None and trained.objective.fills_gaps:
+            self._sentinel_id, self._num_sentinels = config.sentinel_id, config.num_sentinels or 0
         # BART saw <s> before every text; models trained here see texts with their ends alone.
         own_cls = self.tokenizer.special_ids.get("cls")
         self._first_ids = [] if own_cls is None or trained.sequence_length is not None else [own_cls]
@@ -72,3 +72,11 @@ class Texts:
         fills = dict(zip(found[::2], found[1::2], strict=True))
         # A gap of which the model wrote nothing stays.
         return MARK.sub(lambda mark: fills.get(mark[1], mark[0]).strip(), text)
+
+
+def refuse_pipeline_of_answers(parallel: SharingConfig) -> None:
+    """Raise ConfigError for an encoder–decoder that is to write text in a pipeline."""
+    if parallel.pipeline > 1:
+        allowed = "1 where an encoder–decoder writes text: sources go through its encoder once"
+        remedy = f"give parallel.tensor={parallel.pipeline * parallel.tensor}"
+        raise ConfigError(Problem("parallel.pipeline", str(parallel.pipeline), allowed, remedy))

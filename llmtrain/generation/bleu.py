@@ -9,31 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtrain.commands.answer import Texts
-from llmtrain.commands.generate import Progress, refuse_pipeline
-from llmtrain.commands.sharing import SharingConfig
+from llmtrain.engine.sharing import SharingConfig
 from llmtrain.errors import ConfigError, Problem, UserError
+from llmtrain.generation.answer import Texts, refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.models.configs import ModelConfig
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.generation.progress import Progress
+from llmtrain.generation.settings import resolved_for, text_ends
+from llmtrain.objectives.base import ObjectiveConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.commands.loading import TrainedModel
     from llmtrain.data.datasets.base import Dataset
+    from llmtrain.interchange.trained import TrainedModel
     from llmtrain.parallel.mesh import Mesh
 
 ROWS_READ = 64
 """Rows of a dataset read at once."""
 
 
-def check_bleu(model: ModelConfig, parallel: SharingConfig) -> None:
+def check_bleu(objective: ObjectiveConfig, parallel: SharingConfig) -> None:
     """Raise ConfigError for a model that learns from no pairs, pipelines, and without sacrebleu."""
-    if not isinstance(model, Seq2SeqConfig) or model.objective.kind != "pairs":
+    if objective.paired != "needed":
         got = "true with a model that did not learn from pairs of texts"
-        raise ConfigError(Problem("bleu", got, "false", "give one of model.objective.kind=pairs"))
-    refuse_pipeline(parallel)
+        raise ConfigError(Problem("bleu", got, "false", "give one that was trained with objective=seq2seq"))
+    refuse_pipeline_of_answers(parallel)
     if importlib.util.find_spec("sacrebleu") is None:
         install = 'pip install "llmtrain[translate]"'
         raise ConfigError(Problem("bleu", "true without the package sacrebleu", "", install))
@@ -62,7 +62,7 @@ def translation_figures(
     progress = Progress(len(own)) if processes.is_main() else None
     try:
         sources = [source for source, _ in own]
-        settings, ends = trained.resolve_generation(config, 1), trained.end_ids(texts.eos_id)
+        settings, ends = resolved_for(trained, config, 1), text_ends(trained, texts.eos_id)
         found = generate(model, sources, settings, eos_ids=ends, on_done=progress)
     except UserError as error:  # too long a pair or a diverged model: what one rank finds, others may not
         error.everywhere = True if places == 1 else None

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtrain.distributed import launcher
 from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.families import model_shape
+from llmtrain.nn.model_config import ModelConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
+from llmtrain.parallel.model_shape import shape_of
 
 if TYPE_CHECKING:
     import torch
 
-    from llmtrain.commands.loading import TrainedModel
     from llmtrain.corpus.corpora import Corpora
     from llmtrain.parallel.mesh import Mesh
+
+
+class Trained(Protocol):
+    """What is asked of a trained model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def source(self) -> Path: ...
+    @property
+    def step(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class SharingConfig:
 
 def start_sharing(
     sharing: SharingConfig,
-    trained: TrainedModel,
+    trained: Trained,
     config: Mapping[str, Any],
     device: torch.device,
     *,
@@ -68,7 +80,7 @@ def start_sharing(
         precision="fp32",
         world_size=world_size,
         device=device.type,
-        model=model_shape(trained.config),
+        model=shape_of(trained.config),
     )
     facts = run_facts(config, device.type, None if corpora is None else corpora.fingerprint)
     remedy = "name one checkpoint's folder, the same on all ranks"

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from llmtrain.commands.resolve import Resolved
 from llmtrain.config import encode
 from llmtrain.corpus.packages import resolve_package_path
 from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import DataError
+from llmtrain.train.resolve import Resolved
 
 if TYPE_CHECKING:
     import torch

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +17,15 @@ from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
 from llmtrain.config import decode, decode_json, short
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
-from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.files import at_home
-from llmtrain.generation.config import GenerateConfig
-from llmtrain.generation.folder import end_ids, unheeded
 from llmtrain.interchange import huggingface
 from llmtrain.interchange.generation_settings import check_generation
-from llmtrain.models.configs import ModelConfig
 from llmtrain.models.huggingface.form import Settings
 from llmtrain.models.huggingface.origin import Origin
+from llmtrain.models.registry import family_of, model_config_type, skeleton_of
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.registry import objective_config_type
 from llmtrain.standard_streams import tell
 from llmtrain.tensor_boxes import Shard, matrix_shape
 from llmtrain.tokenizers.folder import find_tokenizer
@@ -47,6 +47,8 @@ class TrainedModel:
     source: Path
     """The folder that they came from."""
     config: ModelConfig
+    objective: ObjectiveConfig
+    """What it learned by; of a folder that does not say, what models of its family learn by."""
     weights: Mapping[str, torch.Tensor]
     """Canonical name → fp32."""
     tokenizer_path: Path | None
@@ -73,7 +75,7 @@ class TrainedModel:
     def build_over(self, mesh: Mesh, device: torch.device) -> nn.Module:
         """The part of it that this process of `mesh` holds, which is called as the whole is, by all
         processes together. Raises CheckpointError, on all of them, for weights that are not finite."""
-        from llmtrain.commands.build import build_for_use
+        from llmtrain.engine.build import build_for_use
 
         if mesh.layout.world_size == 1:
             return self.build(device)
@@ -110,31 +112,6 @@ class TrainedModel:
             return None
         return self.tokenizer().eos_id
 
-    def end_ids(self, eos_id: int) -> tuple[int, ...]:
-        """Ids any of which ends what it writes: those of the folder that it came from, and what ended the
-        texts that it was trained on here. eos_id: of its tokenizer, where no folder says any."""
-        said = () if self.origin is None else end_ids(self.origin.generation)
-        if said and self.own_end_id is None:
-            return said
-        return tuple(dict.fromkeys((*said, eos_id)))
-
-    def resolve_generation(self, config: GenerateConfig, longest: int) -> GenerateConfig:
-        """`config` with what the folder says where it says nothing. longest: tokens of a prompt."""
-        said = {} if self.origin is None else self.origin.generation
-        if ignored := unheeded(said):
-            tell(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
-        has_sources = self.config.family == "seq2seq"
-        settings = config.resolved(has_sources=has_sources, said=said)
-        if config.max_new_tokens is not None or not said:
-            return settings
-        # A target begins with a token that counts.
-        used = 1 if has_sources else longest
-        room = [getattr(self.config, "max_sequence_length", None)]
-        if said.get("max_new_tokens") is None:
-            room.append(said.get("max_length"))
-        fitting = min([length - used for length in room if length is not None], default=settings.new_tokens)
-        return replace(settings, max_new_tokens=max(1, min(settings.new_tokens, fitting)))
-
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""
         from llmtrain.tokenizers.folder import load_tokenizer
@@ -161,6 +138,7 @@ def load_trained(path: Path) -> TrainedModel:
         return TrainedModel(
             path,
             imported.config,
+            _usual_objective(imported.config),
             imported.weights,
             find_tokenizer(path),
             None,
@@ -176,7 +154,8 @@ def load_trained(path: Path) -> TrainedModel:
         tell(fresh_note(fresh))
     return TrainedModel(
         source=checkpoint.path,
-        config=config_of(checkpoint),
+        config=(config := config_of(checkpoint)),
+        objective=objective_of(checkpoint, config),
         weights=checkpoint.weights(),
         tokenizer_path=checkpoint.tokenizer,
         step=checkpoint.step,
@@ -189,14 +168,23 @@ def load_trained(path: Path) -> TrainedModel:
     )
 
 
-def describe(path: Path) -> tuple[ModelConfig, Path | None, Origin | None]:
-    """The model that `load_trained` would find, its tokenizer's file and its origin, without a look at the
-    weights.
-    Raises CheckpointError as it does."""
+class Described(NamedTuple):
+    """What a folder says of its model, without a look at the weights."""
+
+    config: ModelConfig
+    objective: ObjectiveConfig
+    tokenizer: Path | None
+    """Its file."""
+    origin: Origin | None
+
+
+def describe(path: Path) -> Described:
+    """Return what `load_trained` would find. Raise CheckpointError as it does."""
     path = at_home(path)
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
-        return imported.config, find_tokenizer(path), imported.origin
+        usual = _usual_objective(imported.config)
+        return Described(imported.config, usual, find_tokenizer(path), imported.origin)
     held = retention.list_held(path)
     if not held:
         got = "no checkpoint" if path.exists() else "no such folder"
@@ -205,9 +193,31 @@ def describe(path: Path) -> tuple[ModelConfig, Path | None, Origin | None]:
     return describe_checkpoint(store.Checkpoint.open(held[-1]))
 
 
-def describe_checkpoint(checkpoint: store.Checkpoint) -> tuple[ModelConfig, Path | None, Origin | None]:
-    """Its model, its tokenizer's file and its origin."""
-    return config_of(checkpoint), checkpoint.tokenizer, _origin_of(checkpoint)
+def describe_checkpoint(checkpoint: store.Checkpoint) -> Described:
+    """Return what a checkpoint says of its model."""
+    config = config_of(checkpoint)
+    objective = objective_of(checkpoint, config)
+    return Described(config, objective, checkpoint.tokenizer, _origin_of(checkpoint))
+
+
+def objective_of(checkpoint: store.Checkpoint, config: ModelConfig) -> ObjectiveConfig:
+    """Return what the model learned by; of an import, what models of its family learn by.
+
+    Raise CheckpointError for an objective that is none."""
+    section = (checkpoint.manifest.get("config") or {}).get("objective")
+    if not section:
+        return _usual_objective(config)
+    where = str(checkpoint.path / MANIFEST)
+    try:
+        return decode(objective_config_type(section), section)
+    except ConfigError as error:
+        problems = (problem.of_file(where, "config.objective") for problem in error.problems)
+        raise CheckpointError(problems) from error
+
+
+def _usual_objective(config: ModelConfig) -> ObjectiveConfig:
+    section = family_of(config).objective(config)
+    return decode(objective_config_type(section), section)
 
 
 def fresh_note(names: tuple[str, ...]) -> str:

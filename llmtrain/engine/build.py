@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.families import family_of, skeleton_of
-from llmtrain.models.configs import ModelConfig
+from llmtrain.models.registry import family_of, skeleton_of
+from llmtrain.nn.model_config import ModelConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.train.config import TrainConfig
 
@@ -79,7 +79,7 @@ def build_engine(
     if layout.tensor > 1:
         from llmtrain.parallel.tensor import mark_parameters
 
-        table = family_of(config.model).tensor_table
+        table = family_of(config.model).sharding
         assert table is not None
         mark_parameters(parameters, shards, table(config.model), mesh)
     apply_recompute(model, config.recompute)
@@ -167,7 +167,7 @@ def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shar
     if mesh.layout.tensor > 1:
         from llmtrain.parallel.tensor import shard_tensors
 
-        table = family_of(config).tensor_table
+        table = family_of(config).sharding
         assert table is not None
         shards = shard_tensors(model, table(config), mesh)
     if mesh.layout.sequence > 1:

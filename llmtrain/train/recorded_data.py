@@ -15,9 +15,12 @@ from llmtrain.corpus.config import CacheConfig, ImageDataConfig, TokenDataConfig
 from llmtrain.corpus.transport import is_remote
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
-from llmtrain.families import model_config_type, open_data, open_sources
 from llmtrain.files import at_home
-from llmtrain.models.configs import ModelConfig
+from llmtrain.models.registry import model_config_type
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.reading import open_data
+from llmtrain.objectives.registry import objective_config_type
 from llmtrain.reading import parse_object, parse_yaml, read_decoded
 from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.streaming import Order, open_stream
@@ -53,6 +56,7 @@ class _Config:
 
     data: Mapping[str, Any]
     model: Mapping[str, Any]
+    objective: Mapping[str, Any]
     train: _Train
 
 
@@ -82,6 +86,7 @@ class Opened:
     corpora: Corpora | None
     data: TokenDataConfig | ImageDataConfig
     model: ModelConfig
+    objective: ObjectiveConfig
 
     def skipped(self, step: int) -> Skipped:
         """The shards that `step` leaves out, as they are now."""
@@ -128,11 +133,12 @@ class Run:
             settings = Order.of(segment, str(self.path / "data.json"))
             data = self._data_config(segment, settings)
             model: ModelConfig = self._decoded("model", model_config_type)
+            objective: ObjectiveConfig = self._decoded("objective", objective_config_type)
             corpora = open_data(data)
-            sources = open_sources(model, data, corpora, "train", settings.sequence_length)
+            sources = objective.open(model, data, corpora, "train", settings.sequence_length)
             self._check_same(data, settings, sources)
             stream = open_stream(data, sources, timeline, seed=settings.seed)
-            self._opened = segment, Opened(stream, sources, corpora, data, model)
+            self._opened = segment, Opened(stream, sources, corpora, data, model, objective)
         return self._opened[1]
 
     def _data_config(self, segment: Segment, settings: Order) -> TokenDataConfig | ImageDataConfig:

@@ -1,0 +1,11 @@
+"""What tensor parallelism divides of a BERT."""
+
+from __future__ import annotations
+
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.nn.sharding import LAYERS, VOCABULARY, Table
+
+
+def table(config: BertConfig) -> Table:
+    """Return name pattern → role."""
+    return {**VOCABULARY, **LAYERS}

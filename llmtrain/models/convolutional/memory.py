@@ -1,0 +1,21 @@
+"""Memory of a convolutional network on one rank. Free of torch."""
+
+from __future__ import annotations
+
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.nn.memory import Activations, ModelMemory
+
+
+class SimpleCNNMemory(ModelMemory[SimpleCNNConfig]):
+    """Of an image: input, both convolutions' rectified outputs, both pools' outputs and int64 indices, the
+    hidden layer, log-probabilities."""
+
+    def activations(self, steps: range) -> Activations:
+        kept = 784 + 32 * 784 + 32 * 196 + 64 * 196 + 64 * 49 + 128
+        hidden_dropout = 128 if self.model.dropout > 0 else 0
+        indices = 8 * (32 * 196 + 64 * 49)
+        per_image = (kept + hidden_dropout) * self.numbers.compute + indices + 4 * self.model.num_classes + 8
+        return Activations(self.layout.micro_size * per_image, 0)
+
+    def low_precision_copies(self, steps: range) -> int:
+        return self.model.parameter_count()

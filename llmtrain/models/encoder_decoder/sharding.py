@@ -1,0 +1,25 @@
+"""What tensor parallelism divides of an encoder–decoder."""
+
+from __future__ import annotations
+
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.nn.sharding import VOCABULARY, Role, Table
+
+
+def table(config: Seq2SeqConfig) -> Table:
+    """Return name pattern → role."""
+    divided: dict[str, Role] = {
+        **VOCABULARY,
+        "*.attention.qkv": "column",
+        "*.attention.output": "row",
+        "decoder.*.cross_attention.query": "column",
+        "decoder.*.cross_attention.key_value": "column",
+        "decoder.*.cross_attention.output": "row",
+        "*.mlp.up": "column",
+        "*.mlp.down": "row",
+    }
+    if config.gated_mlp:
+        divided["*.mlp.gate"] = "column"
+    if config.positions == "relative":
+        divided["*.attention.relative"] = "heads"
+    return divided

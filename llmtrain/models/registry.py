@@ -1,0 +1,68 @@
+"""All families of models: the package's, and those that other packages bring by the entry point
+`llmtrain.families`, each naming a Family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.config import show
+from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.models import bert, convolutional, encoder_decoder, gpt, recurrent, xlnet
+from llmtrain.models.family import Family
+from llmtrain.nn.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FAMILIES = (
+    *gpt.FAMILIES,
+    *bert.FAMILIES,
+    *xlnet.FAMILIES,
+    *encoder_decoder.FAMILIES,
+    *recurrent.FAMILIES,
+    *convolutional.FAMILIES,
+)
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return name → family. Raise ConfigError for an installed family that cannot be loaded or whose name is
+    taken."""
+    found = {family.name: family for family in FAMILIES}
+    for entry in entry_points(group="llmtrain.families"):
+        try:
+            family = entry.load()
+        except Exception as error:
+            raise _refusal(entry.value, f"{type(error).__name__}: {error}", "an importable Family") from error
+        if not isinstance(family, Family) or family.name in found:
+            got = f"family {family.name}" if isinstance(family, Family) else type(family).__name__
+            raise _refusal(entry.value, got, f"a Family named otherwise than {', '.join(found)}")
+        found[family.name] = family
+    return found
+
+
+def _refusal(where: str, got: str, allowed: str) -> ConfigError:
+    return ConfigError(Problem(f"entry point {where}", got, allowed, "mend or uninstall its package"))
+
+
+def family_of(model: ModelConfig) -> Family:
+    return families()[model.family]
+
+
+def model_config_type(section: Mapping[str, Any]) -> type[ModelConfig]:
+    """Return the dataclass of a `model` section, by its `family`. Raise ConfigError for an unknown one."""
+    name = section.get("family", "gpt")
+    if not isinstance(name, str) or name not in families():
+        raise ConfigError(Problem("model.family", show(name), nearest(str(name), list(families()))))
+    return families()[name].config
+
+
+def skeleton_of(model: ModelConfig) -> nn.Module:
+    """Return the module on the meta device: every parameter has its shape and no values."""
+    from llmtrain.nn.initialize import on_meta
+
+    with on_meta():
+        return family_of(model).build(model)

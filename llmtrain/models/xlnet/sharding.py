@@ -1,0 +1,23 @@
+"""What tensor parallelism divides of an XLNet."""
+
+from __future__ import annotations
+
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.nn.sharding import VOCABULARY, Role, Table
+
+
+def table(config: XLNetConfig) -> Table:
+    """Return name pattern → role."""
+    divided: dict[str, Role] = {
+        **VOCABULARY,
+        "blocks.*.attention.query": "column",
+        "blocks.*.attention.key_value": "column",
+        "blocks.*.attention.position": "column",
+        "blocks.*.attention.*_bias": "heads",
+        "blocks.*.attention.output": "row",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+    }
+    if config.has_segments:
+        divided["blocks.*.attention.segments"] = "heads"
+    return divided

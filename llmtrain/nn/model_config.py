@@ -1,0 +1,97 @@
+"""Arithmetic that plans and reports ask of every model's config. Free of torch.
+
+Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one row of a batch, as an objective lays it out for a model."""
+
+    tokens: int
+    """Tokens that the model reads and that throughput counts; of an encoder–decoder, those of the source."""
+    target: int = 0
+    """Tokens that an encoder–decoder's decoder reads."""
+    predicted: float = 0.0
+    """Tokens whose labels bear a loss, on average."""
+
+
+class ModelConfig:
+    """Base of all model configs: frozen dataclasses with a `family`, and exact counts of parameters.
+
+    A forward pass consists of steps - embedding, every layer, head - which pipeline stages divide; a model
+    that cannot be divided is a single step.
+    """
+
+    family: str
+    dropout: float
+    max_sequence_length: int | None = None
+    """Longest sequence, in tokens; None: no limit."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what is wrong with the values."""
+        yield from ()
+
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Return the parameters of each step on one of `tensor` ranks that divide matrices and vocabulary."""
+        raise NotImplementedError
+
+    def repeated_count(self, steps: range, tensor: int = 1) -> int:
+        """Return the parameters that several of `steps` share, counted once for each step but the first."""
+        return 0
+
+    def largest_parameter_count(self, tensor: int = 1) -> int:
+        """Return the elements of the largest single parameter on one of `tensor` ranks."""
+        raise NotImplementedError
+
+    def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:
+        """Return the multiplications of each step for one token, on one of `tensor` ranks."""
+        return self.step_parameter_counts(tensor)
+
+    def parameter_count(self) -> int:
+        """Return the number of all parameters, shared ones counted once. Needs the vocabulary's size."""
+        counts = self.step_parameter_counts()
+        return sum(counts) - self.repeated_count(range(len(counts)))
+
+    def flops_per_token(self, row: Row) -> float:
+        """Return forward and backward FLOPs of one counted token of `row`; of images, of one image."""
+        raise NotImplementedError
+
+
+class OfVocabulary(ModelConfig):
+    """A config with a vocabulary, whose size may not be known yet."""
+
+    vocab_size: int | None
+    hidden_size: int
+    tie_embeddings: bool
+
+    def _vocab(self) -> int:
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        return self.vocab_size
+
+    def vocabulary_problems(self) -> Iterator[Problem]:
+        size = self.vocab_size
+        yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
+
+    def head_matrix_count(self, tensor: int = 1) -> int:
+        """Return the weights of the head's matrices, on one of `tensor` ranks that divide the vocabulary."""
+        return self.embedding_count(tensor)
+
+    def embedding_count(self, tensor: int = 1) -> int:
+        """Return the weights of the token embedding, on one of `tensor` ranks that divide the vocabulary."""
+        return -(-self._vocab() // tensor) * self.hidden_size
+
+    def repeated_count(self, steps: range, tensor: int = 1) -> int:
+        """Return the tied head's weight where both the first and the last step are among `steps`."""
+        last = len(self.step_parameter_counts()) - 1
+        is_shared = self.tie_embeddings and last > 0 and 0 in steps and last in steps
+        return self.embedding_count(tensor) if is_shared else 0

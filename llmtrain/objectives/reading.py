@@ -1,0 +1,64 @@
+"""What an objective reads: whether data fit it, and the datasets that it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.corpus.config import DataConfig, TokenDataConfig
+from llmtrain.corpus.corpora import Corpora, open_corpora
+from llmtrain.errors import Problem
+from llmtrain.objectives.base import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from llmtrain.data.datasets.base import Dataset
+
+_REMEDIES = {"tokens": "add data=tokens data.path=…", "images": "add data=mnist"}
+
+
+def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]:
+    """Return what keeps the objective from learning from this kind of data."""
+    if data.kind == objective.data:
+        return list(objective.data_problems(data))
+    got = f"{data.kind!r} with objective.kind={objective.kind}"
+    return [Problem("data.kind", got, objective.data, _REMEDIES[objective.data])]
+
+
+def corpora_problems(objective: ObjectiveConfig, corpora: Corpora | None) -> list[Problem]:
+    """Return what keeps the objective from learning from these corpora: it needs pairs, or texts that are
+    none."""
+    if corpora is None or objective.paired == "taken" or corpora.paired == (objective.paired == "needed"):
+        return []
+    if objective.paired == "needed":
+        got, allowed = f"{corpora.where}, a corpus of single texts", f"pairs with objective={objective.kind}"
+        remedy = "prepare it with target_field=… or target_source=…, or give another objective=…"
+    else:
+        got, allowed = f"{corpora.where}, a corpus of pairs", "single texts with this objective"
+        remedy = "give an encoder–decoder with objective=seq2seq, or prepare the texts without target_field"
+    return [Problem("data.path", got, allowed, remedy)]
+
+
+def open_data(data: DataConfig) -> Corpora | None:
+    """Return the corpora that the section names; None for images. Raise DataError when they cannot be had."""
+    return open_corpora(data) if isinstance(data, TokenDataConfig) else None
+
+
+def open_dataset(
+    objective: ObjectiveConfig,
+    model: Any,
+    data: DataConfig,
+    corpora: Corpora | None,
+    split: str,
+    sequence_length: int,
+    on_skip: Callable[[str, int], None] = lambda file, samples: None,
+) -> Dataset:
+    """Return the samples of one split of all corpora, for evaluation.
+
+    on_skip: called with (file, samples) of each damaged tar file that is left out as data.on_bad_shard says.
+    Raise DataError when they cannot be had."""
+    from llmtrain.data.datasets.base import Concatenation, WithoutBadShards
+
+    sources = list(objective.open(model, data, corpora, split, sequence_length).values())
+    if isinstance(data, TokenDataConfig) and data.on_bad_shard == "skip":
+        sources = [WithoutBadShards(dataset, on_skip) for dataset in sources]
+    return sources[0] if len(sources) == 1 else Concatenation(sources)

@@ -1,0 +1,37 @@
+"""All objectives: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmtrain.config import show
+from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.causal_lm import CausalLMConfig
+from llmtrain.objectives.classification import ClassificationConfig
+from llmtrain.objectives.denoising import DenoisingConfig
+from llmtrain.objectives.masked_lm import MaskedLMConfig
+from llmtrain.objectives.permuted_lm import PermutedLMConfig
+from llmtrain.objectives.seq2seq import PairedTextConfig
+from llmtrain.objectives.span_corruption import SpanCorruptionConfig
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "causal_lm": CausalLMConfig,
+    "mlm": MaskedLMConfig,
+    "permuted_lm": PermutedLMConfig,
+    "seq2seq": PairedTextConfig,
+    "span_corruption": SpanCorruptionConfig,
+    "denoising": DenoisingConfig,
+    "classification": ClassificationConfig,
+}
+"""`objective.kind` → config."""
+
+
+def objective_config_type(section: Mapping[str, Any]) -> type[ObjectiveConfig]:
+    """Return the dataclass of an `objective` section, by its `kind`. Raise ConfigError for an unknown one."""
+    kind = section.get("kind")
+    if not isinstance(kind, str) or kind not in OBJECTIVES:
+        allowed = nearest(str(kind), list(OBJECTIVES))
+        raise ConfigError(Problem("objective.kind", show(kind), allowed, "give objective=…"))
+    return OBJECTIVES[kind]

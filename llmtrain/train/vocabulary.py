@@ -1,0 +1,34 @@
+"""The ids that a model has for what its corpora hold and its objective marks texts by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from llmtrain.corpus.corpora import Corpora
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.nn.model_config import OfVocabulary
+from llmtrain.objectives.base import ObjectiveConfig
+
+
+def resolve_vocabulary(model: Any, objective: ObjectiveConfig, corpora: Corpora | None) -> Any:
+    """Return the model's config with its vocabulary known: null takes the corpus' and the special tokens that
+    the objective needs.
+
+    Raise ConfigError when the corpus has ids that the model's embedding lacks.
+    """
+    if corpora is None or not isinstance(model, OfVocabulary):
+        return model
+    model, needed, marks = objective.special_ids(model, corpora)
+    if model.vocab_size is None:
+        return replace(model, vocab_size=needed)
+    if model.vocab_size < needed:
+        raise ConfigError(
+            Problem(
+                "model.vocab_size",
+                str(model.vocab_size),
+                f"{needed} or more, the vocabulary of {corpora.where}{marks}",
+                "set model.vocab_size=null to take the corpus'",
+            )
+        )
+    return model
