@@ -84,9 +84,13 @@ class ModelMemory(ABC, Generic[AnyConfig]):
         """Return what `steps` of the forward pass keep, the loss aside."""
 
     @abstractmethod
-    def low_precision_copies(self, steps: range) -> int:
+    def copied_weights(self, steps: range) -> int:
         """Return the weights of which autocast holds low-precision copies at once: of linear layers, and of
         recomputed layers one at a time; the head's are part of `head_bytes`."""
+
+    def low_precision_copies(self, steps: range) -> int:
+        """Return `copied_weights`; a processor without bf16 rounds weights in passing, at each product."""
+        return self.copied_weights(steps) if self.conditions.has_bf16 else 0
 
     def between_layers(self) -> int:
         """Return the elements that one layer hands to the next."""
@@ -319,7 +323,7 @@ class LayersMemory(ModelMemory[AnyLayers]):
             tensor=self.layout.tensor,
         )
 
-    def low_precision_copies(self, steps: range) -> int:
+    def copied_weights(self, steps: range) -> int:
         layers, tensor = self.model.blocks, self.layout.tensor
         layer = layers.layer_parameter_count(tensor) - layers.layer_norm_parameter_count(tensor)
         return layer * self.copied_layers(steps)

@@ -101,10 +101,7 @@ def _of_stage(
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
-        copies = 0
-        if is_low and memory is not None and conditions.has_bf16:
-            # A processor without bf16 rounds weights in passing, at each product.
-            copies = memory.low_precision_copies(steps)
+        copies = memory.low_precision_copies(steps) if is_low and memory is not None else 0
         weights = 4 * P + 2 * copies
         gradients, masters, buffers = 4 * P, 0, (4 * P if replicas > 1 else 0)
         owned = _share(P, replicas)

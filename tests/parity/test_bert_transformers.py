@@ -16,7 +16,6 @@ from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.labels import IGNORE_INDEX
-from llmtrain.objectives.masked_lm import MaskedLMConfig
 
 pytestmark = pytest.mark.slow
 
@@ -30,9 +29,9 @@ BERT = BertConfig(
     max_sequence_length=T,
     dropout=0.0,
     init_std=0.2,
-    objective=MaskedLMConfig(pairs="next_sentence"),
+    pair_head=True,
 )
-ROBERTA = replace(BERT, position_offset=2, num_segments=0, norm_eps=1e-5, objective=MaskedLMConfig())
+ROBERTA = replace(BERT, position_offset=2, num_segments=0, norm_eps=1e-5, pair_head=False)
 
 
 def make(config: BertConfig) -> Bert:

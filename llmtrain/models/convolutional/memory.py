@@ -17,5 +17,5 @@ class SimpleCNNMemory(ModelMemory[SimpleCNNConfig]):
         per_image = (kept + hidden_dropout) * self.numbers.compute + indices + 4 * self.model.num_classes + 8
         return Activations(self.layout.micro_size * per_image, 0)
 
-    def low_precision_copies(self, steps: range) -> int:
+    def copied_weights(self, steps: range) -> int:
         return self.model.parameter_count()

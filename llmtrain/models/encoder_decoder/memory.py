@@ -27,7 +27,7 @@ class EncoderDecoderMemory(ModelMemory[Seq2SeqConfig]):
             tensor=self.layout.tensor,
         )
 
-    def low_precision_copies(self, steps: range) -> int:
+    def copied_weights(self, steps: range) -> int:
         encoder, decoder = self.model.layer_copies_count(self.layout.tensor)
         L, count = self.model.num_layers, self.model.num_layers + self.model.decoder_layers
         sizes = [(encoder if i < L else decoder, again) for i, again in self.layers_of(steps, count)]

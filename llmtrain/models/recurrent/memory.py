@@ -26,6 +26,6 @@ class LSTMMemory(ModelMemory[LSTMConfig]):
             device=self.conditions.device,
         )
 
-    def low_precision_copies(self, steps: range) -> int:
+    def copied_weights(self, steps: range) -> int:
         D = self.model.hidden_size
         return self.model.num_layers * (8 * D * D + 8 * D)

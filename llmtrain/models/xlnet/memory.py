@@ -31,7 +31,7 @@ class XLNetMemory(LayersMemory[XLNetConfig]):
             tensor=self.layout.tensor,
         )
 
-    def low_precision_copies(self, steps: range) -> int:
+    def copied_weights(self, steps: range) -> int:
         model, tensor = self.model, self.layout.tensor
         layer = model.layer_matrix_count(tensor) + model.mlp_width // tensor + model.hidden_size
         return layer * self.copied_layers(steps)

@@ -12,8 +12,8 @@ import yaml
 from llmtrain.cli import main as cli
 from llmtrain.config import encode
 from llmtrain.distributed import launcher
-from llmtrain.families import FAMILIES, OBJECTIVES, objective_problems
 from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.objectives.registry import objective_config_type
 from llmtrain.standard_streams import PIPE_CLOSED
 from llmtrain.track.config import TrackConfig
 from llmtrain.train.resolve import resolve
@@ -154,21 +154,28 @@ def test_every_preset_composes_and_decodes():
         mapping = compose([f"model={model}", *data, "batch.sequence_length=128"], "plan")
         mapping.pop("world_size")
         assert resolve(mapping, 1, data_optional=True).config.model.parameter_count() > 0
-    tiny = {"bert": "bert_tiny", "xlnet": "xlnet_tiny", "seq2seq": "bart_tiny"}
-    told = {objective: family for family, objectives in OBJECTIVES.items() for objective in objectives}
-    assert set(told) == set(cli.group_options("objective"))
-    for objective, family in told.items():
-        both = [f"model={tiny[family]}", f"objective={objective}"]
-        mapping = compose([*both, "batch.sequence_length=96"], "plan")
-        mapping.pop("world_size")
-        config = resolve(mapping, 1, data_optional=True).config.model
-        assert encode(config.objective).items() >= mapping["model"]["objective"].items()
-        # With a model of another family each is one line that says so.
-        given = yaml.safe_load((cli.conf_folder() / "objective" / f"{objective}.yaml").read_text())
-        for other in {*FAMILIES} - {family}:
-            (problem,) = objective_problems({"family": other, "objective": given})
-            assert problem.where == "objective"
-            assert problem.got.startswith(f"one of {family} ({', '.join(OBJECTIVES[family])})")
+    tiny = {
+        "encoder": "bert_tiny",
+        "permuted_encoder": "xlnet_tiny",
+        "encoder_decoder": "bart_tiny",
+        "decoder": "gpt_tiny",
+        "classifier": "simple_cnn",
+    }
+    for option in cli.group_options("objective"):
+        given = yaml.safe_load((cli.conf_folder() / "objective" / f"{option}.yaml").read_text())
+        (kind,) = objective_config_type(given).teaches
+        data = ["data=mnist"] if kind == "classifier" else []
+        for other, model in tiny.items():
+            words = [f"model={model}", f"objective={option}", "batch.sequence_length=96", *data]
+            mapping = compose(words, "plan")
+            mapping.pop("world_size")
+            if other == kind:
+                config = resolve(mapping, 1, data_optional=True).config
+                assert encode(config.objective).items() >= mapping["objective"].items()
+                continue
+            with pytest.raises(ConfigError) as refusal:
+                resolve(mapping, 1, data_optional=True)
+            assert [problem.where for problem in refusal.value.problems] == ["objective"]
     for experiment in cli.group_options("experiment"):
         place = [] if experiment == "mnist_cnn" else ["data.path=null"]
         mapping = compose([f"experiment={experiment}", *place], "plan")

@@ -13,8 +13,8 @@ from llmtrain.generation.answer import Texts
 from llmtrain.generation.bleu import pairs_of
 from llmtrain.interchange.trained import TrainedModel, load_trained
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
 from llmtrain.objectives.reading import open_data, open_dataset
+from llmtrain.objectives.span_corruption import SpanCorruptionConfig
 from llmtrain.tokenizers.folder import load_tokenizer
 
 TINY = (
@@ -60,7 +60,7 @@ def test_bleu(run: Path, paired_corpus: Path, tmp_path: Path, capsys: pytest.Cap
     # The same by hand: translate the sources as a file, and compare with the targets.
     trained = load_trained(run)
     data = TokenDataConfig(path=str(paired_corpus))
-    dataset = open_dataset(trained.config, data, open_data(data), "validation", 48)
+    dataset = open_dataset(trained.objective, trained.config, data, open_data(data), "validation", 48)
     texts = Texts(trained)
     pairs = [(texts.target(source), texts.target(target)) for source, target in pairs_of(dataset, 2)]
     lines = tmp_path / "sources.txt"
@@ -103,9 +103,13 @@ def test_gaps_of_a_text_are_filled(corpus: Path) -> None:
         start_id=n,
         sentinel_id=n + 4,
         eos_id=tokenizer.eos_id,
-        objective=Seq2SeqObjectiveConfig(kind="span_corruption", num_sentinels=4),
+        num_sentinels=4,
     )
-    texts = Texts(TrainedModel(corpus, config, {}, corpus / "tokenizer.model", 1, 32))
+    texts = Texts(
+        TrainedModel(
+            corpus, config, SpanCorruptionConfig(num_sentinels=4), {}, corpus / "tokenizer.model", 1, 32
+        )
+    )
     prompt = "the <extra_id_0> was <extra_id_1>."
     ids = texts.source(prompt)
     assert [token for token in ids if token >= n] == [n + 4, n + 3]

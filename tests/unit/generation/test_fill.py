@@ -12,10 +12,11 @@ from llmtrain.generation.blanks import encode_prompt
 from llmtrain.generation.fill import BLANK, fill_masks
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
+from llmtrain.models.family import Filling
+from llmtrain.models.registry import family_of
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn.initialize import initialize
-from llmtrain.objectives.masked_lm import MaskedLMConfig
 from llmtrain.tokenizers.folder import load_tokenizer
 
 V, MASK = 30, 30
@@ -68,12 +69,18 @@ def test_prompts_become_rows_as_in_training(corpus: Path) -> None:
     tokenizer = load_tokenizer(corpus / "tokenizer.model")
     n = tokenizer.vocab_size
     ids = {"vocab_size": n + 3, "mask_id": n, "cls_id": n + 1, "sep_id": n + 2}
-    config = BertConfig(**ids, objective=MaskedLMConfig(pairs="next_sentence"))  # type: ignore[arg-type]
-    row = encode_prompt("the film was a [MASK] story[MASK].", tokenizer, config)
+    config = BertConfig(**ids, pair_head=True)  # type: ignore[arg-type]
+
+    def filling(config: BertConfig) -> Filling:
+        fills = family_of(config).filling
+        assert fills is not None
+        return fills(config, tokenizer)
+
+    row = encode_prompt("the film was a [MASK] story[MASK].", tokenizer, filling(config))
     assert (row[0], row[-1], row.count(n)) == (n + 1, n + 2, 2)
     first, second = (place for place, token in enumerate(row) if token == n)
     assert tokenizer.decode(row[1:first]) == "the film was a"
     assert tokenizer.decode(row[first + 1 : second]) == " story"
     assert tokenizer.decode(row[second + 1 : -1]) == "."
-    plain = encode_prompt("the [MASK]", tokenizer, BertConfig(**ids))  # type: ignore[arg-type]
+    plain = encode_prompt("the [MASK]", tokenizer, filling(BertConfig(**ids)))  # type: ignore[arg-type]
     assert plain == [*tokenizer.encode("the"), n, tokenizer.eos_id]

@@ -13,10 +13,8 @@ from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.nn.initialize import initialize, match_initializers
 from llmtrain.nn.labels import IGNORE_INDEX
-from llmtrain.objectives.masked_lm import MaskedLMConfig
 
 B, T, V = 3, 12, 40
-PAIRS = MaskedLMConfig(pairs="next_sentence")
 CONFIG = BertConfig(
     vocab_size=V,
     max_sequence_length=T,
@@ -25,11 +23,11 @@ CONFIG = BertConfig(
     num_heads=3,
     dropout=0.0,
     init_std=0.3,
-    objective=PAIRS,
+    pair_head=True,
 )
 FORMS = {
     "bert": CONFIG,
-    "roberta": replace(CONFIG, objective=MaskedLMConfig(), num_segments=0, position_offset=2),
+    "roberta": replace(CONFIG, pair_head=False, num_segments=0, position_offset=2),
     "untied": replace(CONFIG, tie_embeddings=False),
 }
 

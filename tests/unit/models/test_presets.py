@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 
-from llmtrain.config import decode
 from llmtrain.models.bert.model import Bert
-from llmtrain.models.registry import model_config_type, skeleton_of
+from llmtrain.models.registry import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
+from tests.support.presets import preset, preset_section, usual_objective
 from tests.support.training import REPOSITORY
 
 PRESETS = REPOSITORY / "conf/model"
@@ -66,8 +65,8 @@ ROUNDED = {
 
 
 def load(name: str) -> ModelConfig:
-    mapping = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    config: ModelConfig = decode(model_config_type(mapping), mapping)
+    config: ModelConfig = preset(PRESETS / f"{name}.yaml")
+    config = usual_objective(config).fitted(config)
     if getattr(config, "vocab_size", 0) is None:
         config = replace(config, vocab_size=8192)
     return config
@@ -119,7 +118,7 @@ def test_encoder_with_pooler(name: str, published: int) -> None:
 def test_presets_state_every_choice() -> None:
     """A reader of a preset sees each field that its form depends on."""
     for name in NAMES:
-        mapping = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+        mapping = preset_section(PRESETS / f"{name}.yaml")
         if mapping["family"] == "gpt":
             assert {
                 "vocab_size",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,28 +9,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.models.encoder_decoder.config import Seq2SeqConfig, Seq2SeqObjectiveConfig
+from llmtrain.config import decode
+from llmtrain.errors import ConfigError
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.nn.labels import IGNORE_INDEX
-from llmtrain.objectives.denoising import Denoising
+from llmtrain.objectives.denoising import Denoising, DenoisingConfig
+from llmtrain.objectives.registry import objective_config_type
 from llmtrain.objectives.seq2seq import OneText
-from llmtrain.objectives.span_corruption import SpanCorruption
+from llmtrain.objectives.span_corruption import SpanCorruption, SpanCorruptionConfig
 
 EOS, PERIOD, START, MASK, LAST_SENTINEL = 2, 3, 100, 101, 201
 SENTENCE_ENDS = np.arange(100) == PERIOD
 
 
 def make(**settings: Any) -> OneText:
-    objective = Seq2SeqObjectiveConfig(**settings)
-    assert not [*objective.problems()]
-    config = Seq2SeqConfig(
+    config = decode(objective_config_type(settings), settings)
+    model = Seq2SeqConfig(
         vocab_size=202,
         start_id=START,
         mask_id=MASK,
         sentinel_id=LAST_SENTINEL,
         eos_id=EOS,
-        objective=objective,
     )
-    return Denoising(config, SENTENCE_ENDS) if objective.kind == "denoising" else SpanCorruption(config)
+    if isinstance(config, SpanCorruptionConfig):
+        return SpanCorruption(model, config)
+    assert isinstance(config, DenoisingConfig)
+    return Denoising(model, config, SENTENCE_ENDS)
 
 
 def texts(lengths: list[int], width: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -69,11 +72,11 @@ def sides(batch: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
 )
 def test_gaps_filled_in_are_the_text(lengths: list[int], share: float, mean_span: float, seed: int) -> None:
     objective = make(kind="span_corruption", share=share, mean_span=mean_span)
-    width = objective._config.lengths(64).text + 1
+    width = objective._config.widths(64).text + 1
     lengths = [min(length, width - 1) for length in lengths]
     raw = texts(lengths, width, seed)
     batch = objective.collate(raw)
-    assert batch["sources"].shape == (len(lengths), objective._config.lengths(64).source)
+    assert batch["sources"].shape == (len(lengths), objective._config.widths(64).source)
     for row, length in enumerate(lengths):
         source, target = sides(batch, row)
         if length < 2:
@@ -202,7 +205,7 @@ def test_shares_of_noise_are_what_the_config_says() -> None:
 @pytest.mark.parametrize("settings", [{"kind": "span_corruption"}, {"kind": "denoising", "rotation": 0.5}])
 def test_a_row_is_the_same_in_any_batch(settings: dict[str, Any]) -> None:
     objective = make(**settings)
-    width = objective._config.lengths(64).text + 1
+    width = objective._config.widths(64).text + 1
     raw = texts([width - 1, 13, 0, width - 1, 40, 2], width)
     whole = objective.examples(raw)
     for row in range(6):
@@ -214,7 +217,8 @@ def test_a_row_is_the_same_in_any_batch(settings: dict[str, Any]) -> None:
 
 
 def test_keys_of_another_kind_are_named() -> None:
-    objective = Seq2SeqObjectiveConfig(kind="span_corruption", infilling=0.5, target_length=9)
-    assert [problem.where for problem in objective.problems()] == ["target_length", "infilling"]
-    long = replace(objective, infilling=0.3, target_length=None)
-    assert [problem.where for problem in long.length_problems(4096)] == ["objective.num_sentinels"]
+    with pytest.raises(ConfigError) as refusal:
+        decode(SpanCorruptionConfig, {"infilling": 0.5, "target_length": 9})
+    assert {problem.where for problem in refusal.value.problems} == {"target_length", "infilling"}
+    problems = SpanCorruptionConfig().length_problems(4096, Seq2SeqConfig())
+    assert [problem.where for problem in problems] == ["objective.num_sentinels"]

@@ -31,8 +31,8 @@ CONFIG = BertConfig(
 def objective(
     word_starts_V: np.ndarray | None = None, document_mask: bool = True, **settings: object
 ) -> MaskedLM:
-    config = replace(CONFIG, objective=MaskedLMConfig(**settings))  # type: ignore[arg-type]
-    return MaskedLM(config, word_starts_V=word_starts_V, document_mask=document_mask)
+    config = MaskedLMConfig(**settings)  # type: ignore[arg-type]
+    return MaskedLM(config.fitted(CONFIG), config, word_starts_V=word_starts_V, document_mask=document_mask)
 
 
 def rows(B: int = 400, T: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
@@ -193,8 +193,7 @@ def test_empty_samples_add_nothing_and_evaluation_agrees(pairs: str) -> None:
     else:
         empty["passage_lengths"][2:] = empty["other_lengths"][2:] = 0
     learned = objective(pairs=pairs)
-    config = replace(CONFIG, objective=MaskedLMConfig(pairs=pairs))  # type: ignore[arg-type]
-    model = Bert(config).eval()
+    model = Bert(replace(CONFIG, pair_head=pairs != "none")).eval()
     initialize(model, seed=1)
     filled, alone = learned.collate(empty), learned.collate({key: value[:2] for key, value in raw.items()})
     with torch.no_grad():

@@ -27,7 +27,7 @@ def rows(B: int = 400, T: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("K", "longest", "T"), [(6, 5, 64), (6, 5, 7), (3, 1, 33), (2, 4, 30)])
 def test_places_are_spans_in_contexts_of_k_tokens_each(K: int, longest: int, T: int) -> None:
-    config = XLNetConfig(vocab_size=V, objective=PermutedLMConfig(K, longest))
+    config = PermutedLMConfig(predict_every=K, max_span=longest)
     raw = rows(T=T)
     targets = PermutedLM(config).collate(raw)["targets"].numpy()
     assert targets.shape == (400, T // K)
@@ -45,7 +45,7 @@ def test_places_are_spans_in_contexts_of_k_tokens_each(K: int, longest: int, T: 
 
 def test_lengths_of_spans_are_uniform() -> None:
     """A span's neighbours seldom touch it in long rows with a large K."""
-    config = XLNetConfig(vocab_size=V, objective=PermutedLMConfig(40, 3))
+    config = PermutedLMConfig(predict_every=40, max_span=3)
     targets = PermutedLM(config).collate(rows(T=40 * 60))["targets"].numpy()
     lengths = [len(run) for row in targets for run in np.split(row, np.flatnonzero(np.diff(row) > 1) + 1)]
     shares = np.bincount(lengths, minlength=4)[1:4] / len(lengths)
@@ -54,7 +54,10 @@ def test_lengths_of_spans_are_uniform() -> None:
 
 def test_labels_are_the_tokens_and_the_order_is_a_random_one() -> None:
     raw = rows()
-    batch = {name: tensor.numpy() for name, tensor in PermutedLM(CONFIG).collate(raw).items()}
+    batch = {
+        name: tensor.numpy()
+        for name, tensor in PermutedLM(PermutedLMConfig(), has_segments=False).collate(raw).items()
+    }
     assert set(batch) == {"tokens", "order", "targets", "labels"}
     tokens, targets, order = batch["tokens"], batch["targets"], batch["order"]
     assert (tokens == raw["tokens"][:, :-1]).all()
@@ -70,12 +73,14 @@ def test_labels_are_the_tokens_and_the_order_is_a_random_one() -> None:
 
 def test_choices_follow_the_samples_key_alone() -> None:
     raw = rows()
-    whole = PermutedLM(CONFIG).collate(raw)
+    whole = PermutedLM(PermutedLMConfig(), has_segments=False).collate(raw)
     order = np.random.default_rng(3).permutation(len(raw["keys"]))[:7]
-    some = PermutedLM(CONFIG).collate({key: value[order] for key, value in raw.items()})
+    some = PermutedLM(PermutedLMConfig(), has_segments=False).collate(
+        {key: value[order] for key, value in raw.items()}
+    )
     for name, tensor in some.items():
         assert torch.equal(tensor, whole[name][order])
-    again = PermutedLM(CONFIG).collate({**raw, "keys": raw["keys"] + 1})
+    again = PermutedLM(PermutedLMConfig(), has_segments=False).collate({**raw, "keys": raw["keys"] + 1})
     both = (whole["order"] > 0) & (again["order"] > 0)
     assert both.float().mean() == pytest.approx((10 / 64) ** 2, abs=0.005)
 
@@ -86,7 +91,7 @@ def test_ends_padding_and_contexts_are_not_predicted() -> None:
     raw["documents"][:, 50:] = -1
     contexts = np.zeros_like(raw["documents"], dtype=bool)
     contexts[:, 20:25] = True
-    batch = PermutedLM(CONFIG).collate({**raw, "contexts": contexts})
+    batch = PermutedLM(PermutedLMConfig(), has_segments=False).collate({**raw, "contexts": contexts})
     ordered_T = (batch["order"] > 0).any(0).numpy()
     expected_T = np.ones(64, dtype=bool)
     expected_T[[19, 49]] = False

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from llmtrain.config import decode
 from llmtrain.engine import deepspeed as deepspeed_engine
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
@@ -21,36 +19,39 @@ from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.convolutional.model import SimpleCNN
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.model import EncoderDecoder
-from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent import model as recurrent
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.registry import family_of, model_config_type
+from llmtrain.models.registry import family_of
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn import attention, head
+from llmtrain.nn import memory as nn_memory
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.linear import way_of
+from llmtrain.nn.memory import Conditions, ModelMemory, Numbers
+from llmtrain.nn.model_config import ModelConfig, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
-from llmtrain.objectives.permuted_lm import PermutedLM
+from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.pipeline import PipelineStage
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tensor import shard_tensors
-from llmtrain.plan import activations, blocks, machine, memory
-from llmtrain.plan.activations import Conditions, ModelConfig, Numbers, low_precision_copies
+from llmtrain.plan import machine, memory
 from llmtrain.plan.memory import (
     Memory,
     held_parameter_count,
     memory_per_process,
+    model_memory,
     optimizer_slots,
     stage_steps,
     start_bytes,
 )
 from tests.support.memory import allocated
+from tests.support.presets import preset, row_of
 
 CONF = Path(__file__).parents[3] / "conf"
 TOLERANCE = 0.03
@@ -119,16 +120,32 @@ def autocast(precision: str) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
 
 
-def kept_by(model: ModelConfig, numbers: Numbers, B: int, T: int, **conditions: Any) -> int:
-    """As estimated, on one process on the CPU."""
+def memory_of(
+    model: ModelConfig, numbers: Numbers, B: int, T: int, conditions: Conditions, row: Row | None = None
+) -> ModelMemory:
+    """Of one rank that no other shares the model with."""
     layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
-    return activations.activations(model, numbers, layout, Conditions("cpu", **conditions)).kept
+    found = model_memory(model, row or row_of(model, T), numbers, layout, conditions)
+    assert found is not None
+    return found
+
+
+def all_steps(model: ModelConfig) -> range:
+    return range(len(model.step_parameter_counts()))
+
+
+def kept_by(
+    model: ModelConfig, numbers: Numbers, B: int, T: int, row: Row | None = None, **conditions: Any
+) -> int:
+    """As estimated, on one process on the CPU."""
+    found = memory_of(model, numbers, B, T, Conditions("cpu", **conditions), row)
+    return found.activations(all_steps(model)).kept
 
 
 def kept_copies(model: ModelConfig, recompute: RecomputeConfig = NOTHING) -> int:
     """Bytes of autocast's copies of weights on this machine's processor."""
     conditions = Conditions("cpu", recompute=recompute, has_bf16=way_of(torch.bfloat16) == "torch")
-    return 2 * low_precision_copies(model, None, 1, conditions)
+    return 2 * memory_of(model, Numbers(2, 4), B, T, conditions).low_precision_copies(all_steps(model))
 
 
 NUMBERS = {"fp32": Numbers(4, 4), "autocast": Numbers(2, 4), "bf16": Numbers(2, 2)}
@@ -211,7 +228,7 @@ def test_xlnet_activations(mode: str, dropout: float, has_segments: bool, precis
     recompute = RecomputeConfig(mode)  # type: ignore[arg-type]
     model = built(XLNet(config), precision)
     apply_recompute(model, recompute)
-    learned = PermutedLM(config)
+    learned = PermutedLM(PermutedLMConfig(), has_segments=has_segments)
     raw = {"tokens": np.zeros((B, T + 1), np.int64), "documents": np.zeros((B, T + 1), np.int32)}
     batch = learned.collate(raw | {"keys": np.arange(B)})
     batch["labels"][:] = -100
@@ -235,7 +252,6 @@ PAIRS = Seq2SeqConfig(
     num_layers=2,
     num_decoder_layers=3,
     num_heads=6,
-    objective=Seq2SeqObjectiveConfig(target_length=72),
 )
 T5_FORM = replace(
     PAIRS,
@@ -269,7 +285,8 @@ def test_seq2seq_activations(form: Seq2SeqConfig, mode: Any, dropout: float, pre
             return model(tokens_BT, sources_BS=sources_BS, labels_BT=tokens_BT, dropout_keys_B=keys_B)
 
     numbers = NUMBERS[precision]
-    expected = kept_by(config, numbers, B, S, document_mask=False, recompute=recompute)
+    row = PairedTextConfig(target_length=targets).row(S)
+    expected = kept_by(config, numbers, B, S, row, document_mask=False, recompute=recompute)
     expected += B * targets * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast" and mode == "none":
         expected += kept_copies(config)
@@ -289,7 +306,7 @@ def test_gpt_activations_of_longer_sequences(
     """200 tokens are two blocks of attention, or past the longest that is done in blocks. Documents as long
     as these leave no key out of a block: the estimate is of the most."""
     monkeypatch.setattr(attention, "LONGEST", longest)
-    monkeypatch.setattr(blocks, "LONGEST_BLOCKWISE", longest)
+    monkeypatch.setattr(nn_memory, "LONGEST_BLOCKWISE", longest)
     config = GPTConfig(**{**form, "max_sequence_length": 200})
     model = built(GPT(config), "fp32")
     tokens_BT = torch.randint(V, (2, 200))
@@ -320,11 +337,11 @@ def test_lstm_activations(
             return model(tokens_BT, labels_BT=tokens_BT)
 
     numbers, conditions = NUMBERS[precision], Conditions("cpu", has_bf16=has_bf16)
-    layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
-    expected = activations.activations(config, numbers, layout, conditions).kept
+    planned = memory_of(config, numbers, B, T, conditions)
+    expected = planned.activations(range(1)).kept
     expected += B * T * hidden_size * numbers.compute + 4 * V * hidden_size
     if precision == "autocast":
-        expected += 2 * low_precision_copies(config, None, 1, conditions)
+        expected += 2 * planned.low_precision_copies(range(1))
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
@@ -341,7 +358,7 @@ def test_peak_of_the_head(
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (head, activations):
+    for module in (head, nn_memory):
         monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 2**18)
     model = head.LanguageModelHead(hidden_size, vocab_size, softcap=softcap)
     torch.nn.init.normal_(model.weight, std=0.02)
@@ -357,7 +374,7 @@ def test_peak_of_the_head(
             now += event.nbytes()
             peak = max(peak, now)
     config = GPTConfig(vocab_size=vocab_size, hidden_size=hidden_size, logit_softcap=softcap)
-    expected = activations.head_bytes(config, NUMBERS[precision], tokens=tokens, device="cpu")
+    expected = memory_of(config, NUMBERS[precision], 1, tokens, Conditions("cpu")).head_bytes()
     assert 0.4 * expected <= peak <= 1.05 * expected, "an upper estimate"
 
 
@@ -388,9 +405,9 @@ def test_optimizer_state(name: str, momentum: float) -> None:
 
 
 def test_constants_are_those_of_the_models_and_the_engine() -> None:
-    assert activations.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
-    assert blocks.ATTENTION_BLOCK == attention.BLOCK
-    assert blocks.LONGEST_BLOCKWISE == attention.LONGEST
+    assert nn_memory.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
+    assert nn_memory.ATTENTION_BLOCK == attention.BLOCK
+    assert nn_memory.LONGEST_BLOCKWISE == attention.LONGEST
     assert memory.DEEPSPEED_BUCKET_ELEMENTS == deepspeed_engine.MAX_BUCKET_ELEMENTS
     config = deepspeed_engine.deepspeed_config(
         layout(zero=3, data=4), "bf16", OptimizerConfig(), 10**12, "cuda"
@@ -406,6 +423,7 @@ def layout(*, zero: int = 0, data: int = 1, micro_size: int = 2) -> Layout:
 def planned(model: ModelConfig, precision: str = "bf16", **settings: int) -> Memory:
     return memory_per_process(
         model,
+        row_of(model, 16),
         layout(**settings),
         precision=precision,  # type: ignore[arg-type]
         optimizer=OptimizerConfig(),
@@ -418,7 +436,9 @@ def test_zero_shards_term_by_term() -> None:
     P = model.parameter_count()
     plans = [planned(model, zero=zero, data=8) for zero in range(4)]
     terms = [(m.weights, m.gradients, m.optimizer) for m in plans]
-    copies = 2 * low_precision_copies(model, None, 1, Conditions("cuda"))
+    copies = 2 * memory_of(model, Numbers(2, 4), 1, 16, Conditions("cuda")).low_precision_copies(
+        all_steps(model)
+    )
     assert terms[0] == (4 * P + copies, 4 * P, 8 * P)
     assert terms[1] == (2 * P, 6 * P, 12 * P // 8)
     assert terms[2] == (2 * P, 4 * P // 8, 12 * P // 8)
@@ -491,11 +511,6 @@ PRESETS = sorted(
 )
 
 
-def preset(path: Path) -> Any:
-    mapping = yaml.safe_load(path.read_text())
-    return decode(model_config_type(mapping), mapping)
-
-
 @pytest.mark.parametrize(
     ("path", "tensor"),
     [(path, tensor) for path in PRESETS for tensor in (1, 2, 4) if preset(path).kv_heads % tensor == 0],
@@ -511,7 +526,7 @@ def test_parameters_of_each_step_and_stage(path: Path, tensor: int) -> None:
         model: Any = family_of(config).build(config)
     shape = Layout(tensor, 1, tensor, 1, 1, 0, 1, 1, 1, 16)
     mesh: Any = SimpleNamespace(layout=shape, coordinates=shape.coordinates(tensor - 1))
-    table = family_of(config).tensor_table
+    table = family_of(config).sharding
     assert table is not None
     shard_tensors(model, table(config), mesh)
     counts = [
@@ -580,6 +595,7 @@ def of_layout(recompute: str = "none", every: int = 1, model: GPTConfig = GPT_1B
     batch = at["data"] * at["micro_size"] * at["accumulation"]
     return memory_per_process(
         model,
+        row_of(model, 1024),
         Layout(world_size=world, global_size=batch, sequence_length=1024, **at),
         precision="bf16",
         optimizer=OptimizerConfig(),
@@ -608,9 +624,8 @@ def test_only_documents_that_no_kernel_takes_one_by_one_have_a_mask() -> None:
 
     def kept(compute: int, document_mask: bool, **settings: Any) -> int:
         model = GPTConfig(**{**GPT2_FORM, "hidden_size": 96, "num_heads": 4, **settings})
-        layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
         conditions = Conditions("cuda", document_mask, exact_dropout=False)
-        return activations.activations(model, Numbers(compute, 4), layout, conditions).kept
+        return memory_of(model, Numbers(compute, 4), B, T, conditions).activations(all_steps(model)).kept
 
     def mask(compute: int, **settings: Any) -> int:
         return kept(compute, True, **settings) - kept(compute, False, **settings)
@@ -653,6 +668,7 @@ def test_what_is_offloaded_takes_no_memory_of_a_gpu() -> None:
     assert of_layout(zero=3, data=4, offload_parameters="cpu").weights == 0
     on_cpu = memory_per_process(
         GPT_1B,
+        row_of(GPT_1B, 16),
         replace(layout(zero=3, data=4), offload_optimizer="cpu"),
         precision="bf16",
         optimizer=OptimizerConfig(),
@@ -667,6 +683,7 @@ def test_copy_of_an_asynchronous_checkpoint() -> None:
     def copied(device: str, zero: int, asynchronous: bool = True) -> int:
         return memory_per_process(
             GPT_1B,
+            row_of(GPT_1B, 16),
             layout(zero=zero, data=4),
             precision="bf16",
             optimizer=OptimizerConfig(),
@@ -697,6 +714,7 @@ def test_a_process_starts_with_its_own_part(path: Path) -> None:
             start = start_bytes(config, shape, precision, "cuda")  # type: ignore[arg-type]
             later = memory_per_process(
                 config,
+                row_of(config, 16),
                 shape,
                 precision=precision,  # type: ignore[arg-type]
                 optimizer=OptimizerConfig(),
