@@ -75,8 +75,24 @@ def leaves(hint: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     elif typing.get_origin(hint) in _UNIONS and any(map(_is_section, arguments)):
         for argument in filter(_is_section, arguments):
             yield from leaves(argument, key)
+    elif kinds := kinds_of(hint):
+        for kind in kinds:
+            yield from leaves(kind, key)
     else:
         yield key, hint
+
+
+def kinds_of(hint: Any) -> list[type]:
+    """Return the dataclasses that a plain base class stands for, in the order of their names."""
+    if not isinstance(hint, type) or dataclasses.is_dataclass(hint):
+        return []
+    found: set[type] = set()
+    waiting: list[type] = [hint]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        found.update(kind for kind in below if dataclasses.is_dataclass(kind))
+        waiting += below
+    return sorted(found, key=lambda kind: kind.__name__)
 
 
 def _is_section(hint: Any) -> bool:

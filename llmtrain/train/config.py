@@ -15,6 +15,7 @@ from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.registry import OBJECTIVES
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
@@ -115,15 +116,13 @@ class TrainConfig:
             f"shorten it or set model.max_sequence_length={self.batch.sequence_length}",
         )
         kind = family_of(self.model).kind
-        yield from require(
-            kind in self.objective.teaches,
-            "objective",
-            f"{self.objective.kind} with model.family={self.model.family}, a model of kind {kind}",
-            f"an objective of {kind}s",
-            f"give another objective=…, or a model of kind {' or '.join(self.objective.teaches)}",
-        )
         if kind in self.objective.teaches:
             yield from self.objective.length_problems(self.batch.sequence_length, self.model)
+            return
+        got = f"{self.objective.kind} with model.family={self.model.family}"
+        allowed = ", ".join(name for name, config in OBJECTIVES.items() if kind in config.teaches)
+        remedy = f"give another objective=…, or a model of kind {' or '.join(self.objective.teaches)}"
+        yield Problem("objective", got, allowed, remedy)
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:

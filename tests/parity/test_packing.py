@@ -14,19 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
-from llmtrain.config import decode
 from llmtrain.corpus.corpus import Corpus, TokenSplit
 from llmtrain.data.datasets.base import TokenSequences
-from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import attention
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.causal_lm import CausalLM
 from tests.support.corpora import EOS, random_documents, write_corpus
+from tests.support.presets import preset as preset_of
 from tests.support.training import REPOSITORY
 
 T = 96
@@ -59,7 +57,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TokenSplit:
 
 def build(form: str) -> GPT:
     """The preset's form, small, with weights so large that what a token sees shows in its loss."""
-    preset = decode(GPTConfig, yaml.safe_load((REPOSITORY / f"conf/model/{form}.yaml").read_text()))
+    preset = preset_of(REPOSITORY / f"conf/model/{form}.yaml")
     model = GPT(
         replace(preset, vocab_size=100, hidden_size=64, num_layers=2, mlp_hidden_size=96, init_std=0.2)
     )

@@ -13,7 +13,7 @@ from llmtrain.commands.evaluate import EvaluateConfig
 from llmtrain.commands.export import ExportConfig
 from llmtrain.commands.generate import GenerateCommandConfig
 from llmtrain.commands.import_ import ImportConfig
-from llmtrain.config import decode, leaves
+from llmtrain.config import decode, kinds_of, leaves
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.nn.rope_config import RopeScaling
 from llmtrain.prepare.config import PrepareConfig
@@ -54,7 +54,7 @@ def sections(hint: Any) -> set[type]:
     if dataclasses.is_dataclass(hint):
         below = typing.get_type_hints(hint).values()
         return {typing.cast(type, hint)}.union(*map(sections, below))
-    return set().union(*map(sections, typing.get_args(hint)))
+    return set().union(*map(sections, [*typing.get_args(hint), *kinds_of(hint)]))
 
 
 SECTIONS = sorted(set().union(*map(sections, CONFIGS)), key=str)

@@ -103,7 +103,9 @@ def test_the_loss_is_of_asked_tokens_and_their_rows_pairs(tokens_BT: Tensor) -> 
     asked = {"labels_BT": labels_BT, "pair_labels_B": torch.tensor([1, 0, IGNORE_INDEX])}
     logits = model(tokens_BT)
     token_loss = F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), reduction="sum")
-    loss, alone, correct, pair_loss, pair_correct, num_pairs = model(tokens_BT, **asked, with_metrics=True)
+    sums = model(tokens_BT, **asked, with_metrics=True)
+    loss, alone, correct, num_pairs = (sums[n] for n in ("loss", "token_loss", "correct", "pairs"))
+    pair_loss, pair_correct = sums["pair_loss"], sums["pair_correct"]
     torch.testing.assert_close(model(tokens_BT, **asked), loss)
     torch.testing.assert_close(alone, token_loss)
     assert correct == (logits.argmax(-1) == labels_BT).sum()

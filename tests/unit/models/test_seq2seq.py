@@ -182,7 +182,8 @@ def test_metrics() -> None:
     labels_BT = random_ids(1, T, seed=9).where(row["documents_BT"] >= 0, torch.tensor(IGNORE_INDEX))
     logits, labels = model(**row)[0], labels_BT[0]
     labels[0] = logits[0].argmax()
-    loss, plain, correct = model(**row, labels_BT=labels_BT, with_metrics=True)
+    sums = model(**row, labels_BT=labels_BT, with_metrics=True)
+    loss, plain, correct = sums["loss"], sums["token_loss"], sums["correct"]
     expected = [F.cross_entropy(logits, labels, reduction="sum", label_smoothing=x) for x in (0.2, 0.0)]
     torch.testing.assert_close(torch.stack([loss, plain]), torch.stack(expected), rtol=1e-5, atol=1e-5)
     assert correct == (logits.argmax(-1) == labels).sum() > 0

@@ -151,7 +151,8 @@ def test_the_loss_is_of_labels_that_are_asked(tokens_BT: Tensor, asked: dict[str
     model = make()
     logits = model(tokens_BT, **asked)
     labels_BM = torch.tensor([[3, IGNORE_INDEX, 8], [int(logits[1, 0].argmax()), 5, 1]])
-    loss, correct = model(tokens_BT, labels_BM=labels_BM, with_metrics=True, **asked)
+    sums = model(tokens_BT, labels_BM=labels_BM, with_metrics=True, **asked)
+    loss, correct = sums["loss"], sums["correct"]
     expected = F.cross_entropy(logits.flatten(0, 1), labels_BM.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(model(tokens_BT, labels_BM=labels_BM, **asked), expected)

@@ -16,6 +16,10 @@ V = 100
 CONFIG = XLNetConfig(vocab_size=V, hidden_size=16, num_layers=1, num_heads=2, has_segments=False, dropout=0.0)
 
 
+def plain() -> PermutedLM:
+    return PermutedLM(PermutedLMConfig(), has_segments=False)
+
+
 def rows(B: int = 400, T: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     return {
@@ -54,10 +58,7 @@ def test_lengths_of_spans_are_uniform() -> None:
 
 def test_labels_are_the_tokens_and_the_order_is_a_random_one() -> None:
     raw = rows()
-    batch = {
-        name: tensor.numpy()
-        for name, tensor in PermutedLM(PermutedLMConfig(), has_segments=False).collate(raw).items()
-    }
+    batch = {name: tensor.numpy() for name, tensor in plain().collate(raw).items()}
     assert set(batch) == {"tokens", "order", "targets", "labels"}
     tokens, targets, order = batch["tokens"], batch["targets"], batch["order"]
     assert (tokens == raw["tokens"][:, :-1]).all()
@@ -73,14 +74,12 @@ def test_labels_are_the_tokens_and_the_order_is_a_random_one() -> None:
 
 def test_choices_follow_the_samples_key_alone() -> None:
     raw = rows()
-    whole = PermutedLM(PermutedLMConfig(), has_segments=False).collate(raw)
+    whole = plain().collate(raw)
     order = np.random.default_rng(3).permutation(len(raw["keys"]))[:7]
-    some = PermutedLM(PermutedLMConfig(), has_segments=False).collate(
-        {key: value[order] for key, value in raw.items()}
-    )
+    some = plain().collate({key: value[order] for key, value in raw.items()})
     for name, tensor in some.items():
         assert torch.equal(tensor, whole[name][order])
-    again = PermutedLM(PermutedLMConfig(), has_segments=False).collate({**raw, "keys": raw["keys"] + 1})
+    again = plain().collate({**raw, "keys": raw["keys"] + 1})
     both = (whole["order"] > 0) & (again["order"] > 0)
     assert both.float().mean() == pytest.approx((10 / 64) ** 2, abs=0.005)
 
@@ -91,7 +90,7 @@ def test_ends_padding_and_contexts_are_not_predicted() -> None:
     raw["documents"][:, 50:] = -1
     contexts = np.zeros_like(raw["documents"], dtype=bool)
     contexts[:, 20:25] = True
-    batch = PermutedLM(PermutedLMConfig(), has_segments=False).collate({**raw, "contexts": contexts})
+    batch = plain().collate({**raw, "contexts": contexts})
     ordered_T = (batch["order"] > 0).any(0).numpy()
     expected_T = np.ones(64, dtype=bool)
     expected_T[[19, 49]] = False
@@ -100,7 +99,7 @@ def test_ends_padding_and_contexts_are_not_predicted() -> None:
     is_asked = batch["labels"] != IGNORE_INDEX
     assert torch.equal(is_asked, batch["order"].gather(1, batch["targets"]) > 0)
     assert torch.equal(batch["documents"], torch.from_numpy(raw["documents"][:, :-1]))
-    open_rows = PermutedLM(CONFIG, document_mask=False).collate(raw)
+    open_rows = PermutedLM(PermutedLMConfig(), document_mask=False, has_segments=False).collate(raw)
     assert open_rows["documents"].unique().tolist() == [-1, 0]
 
 
@@ -110,7 +109,7 @@ def test_empty_samples_add_nothing_and_evaluation_agrees(has_segments: bool) -> 
     raw = rows(5, 32)
     empty = {key: value.copy() for key, value in raw.items()}
     empty["documents"][2:] = -1
-    learned = PermutedLM(config)
+    learned = PermutedLM(PermutedLMConfig(), has_segments=has_segments)
     model = XLNet(config).eval()
     initialize(model, seed=1)
     filled, alone = learned.collate(empty), learned.collate({key: value[:2] for key, value in raw.items()})

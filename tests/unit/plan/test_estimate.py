@@ -14,14 +14,17 @@ from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision, plan_layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.estimate import Plan, duration, estimate, gib, quantity
+from tests.support.presets import preset, usual_objective
 
 CONF = Path(__file__).parents[3] / "conf"
-LLAMA_8B = decode(GPTConfig, yaml.safe_load((CONF / "model/llama3_8b.yaml").read_text()))
+LLAMA_8B = preset(CONF / "model/llama3_8b.yaml")
 H100 = decode(ClusterConfig, yaml.safe_load((CONF / "cluster/h100_80g.yaml").read_text()))
 
 
@@ -42,6 +45,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Settings:
+    objective: ObjectiveConfig = field(default_factory=CausalLMConfig)
     precision: Precision = "bf16"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     cluster: ClusterConfig = H100
@@ -70,7 +74,7 @@ def planned(
         world_size=world_size,
         device="cuda",
     )
-    return estimate(model, layout, settings)
+    return estimate(model, layout, replace(settings, objective=usual_objective(model)))
 
 
 def test_what_fits() -> None:
@@ -115,7 +119,7 @@ def test_more_processes_are_named_when_nothing_less_helps() -> None:
 
 def test_nothing_fits() -> None:
     small = replace(H100, memory_bytes=4_000_000_000)
-    gpt3 = decode(GPTConfig, yaml.safe_load((CONF / "model/gpt3_175b.yaml").read_text()))
+    gpt3 = preset(CONF / "model/gpt3_175b.yaml")
     with pytest.raises(ConfigError, match=r"or take a smaller model$"):
         planned(
             gpt3, BatchConfig(8, 1, 2048), world_size=8, settings=Settings(cluster=small)
@@ -167,7 +171,7 @@ def test_a_pipeline_is_told_with_its_bubble() -> None:
 
 def test_searching_a_large_space_is_quick() -> None:
     """Counted in calls, not in seconds."""
-    gpt3 = decode(GPTConfig, yaml.safe_load((CONF / "model/gpt3_175b.yaml").read_text()))
+    gpt3 = preset(CONF / "model/gpt3_175b.yaml")
     plan = planned(gpt3, BatchConfig(1536, 6, 2048), world_size=64, tensor=2, pipeline=8, zero=1)
     assert sum(1 for _ in plan._changes()) < 2000
 

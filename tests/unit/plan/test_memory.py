@@ -34,6 +34,7 @@ from llmtrain.nn.memory import Conditions, ModelMemory, Numbers
 from llmtrain.nn.model_config import ModelConfig, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
+from llmtrain.objectives.seq2seq import PairedTextConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel.layout import Layout

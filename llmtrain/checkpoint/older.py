@@ -1,0 +1,44 @@
+"""Manifests of versions before, read as today's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest of version 2, or a run's configuration, with the objective beside the model.
+
+    It stood inside the model, whose heads, and numbers of marks, followed from it."""
+    config = description.get("config")
+    found = dict(description)
+    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
+        model, objective = separated(config["model"])
+        found["config"] = {**config, "model": model, "objective": objective}
+    if isinstance(description.get("model"), Mapping):
+        found["model"], _ = separated(description["model"])
+    return found
+
+
+def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return a `model` section without the objective, and the `objective` section; None where it had none."""
+    rest = dict(model)
+    given = rest.pop("objective", None)
+    family = rest.get("family")
+    if not isinstance(given, Mapping):
+        kinds = {"gpt": "causal_lm", "lstm": "causal_lm", "simple_cnn": "classification"}
+        return rest, {"kind": kinds[family]} if family in kinds else None
+    if family == "bert":
+        rest["pair_head"] = given.get("pairs", "none") != "none"
+        return rest, {**given, "kind": "mlm"}
+    if family == "xlnet":
+        return rest, {**given, "kind": "permuted_lm"}
+    kind = "seq2seq" if given.get("kind", "pairs") == "pairs" else given["kind"]
+    keys = {
+        "seq2seq": ("target_length",),
+        "span_corruption": ("mean_span", "share", "num_sentinels"),
+        "denoising": ("mean_span", "infilling", "masking", "deletion", "permutation", "rotation"),
+    }
+    if rest.get("sentinel_id") is not None:
+        rest["num_sentinels"] = given.get("num_sentinels", 100)
+    return rest, {key: given[key] for key in keys.get(kind, ()) if key in given} | {"kind": kind}
