@@ -30,6 +30,7 @@ DIFFERENT = 1
 @dataclass(frozen=True)
 class TraceConfig:
     run: Path
+    """A run folder."""
     step: str
     """N, or FIRST:LAST, both with it."""
     output: Path | None = None
@@ -113,6 +114,7 @@ def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
 @dataclass(frozen=True)
 class DigestConfig:
     run: Path
+    """A run folder."""
     steps: int | None = None
     """null: all that are recorded."""
 

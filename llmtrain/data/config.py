@@ -57,7 +57,9 @@ class SplitConfig:
     """Shares of the documents held out; a hash of the document alone decides where it goes."""
 
     validation: float = 0.05
+    """Share of the documents in the validation split."""
     test: float = 0.05
+    """Share of the documents in the test split."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("validation", "test"):

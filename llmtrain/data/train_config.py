@@ -41,6 +41,7 @@ class Stage:
     step: int
     """The first optimizer step that draws so."""
     mixture: Mapping[str, float]
+    """Corpus → weight by tokens from that step on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class TokenDataConfig:
     curriculum: tuple[Stage, ...] = ()
     """Other mixtures from later steps on."""
     kind: Literal["tokens"] = "tokens"
+    """Tokens of text."""
     packing: Literal["concat", "best_fit"] = "concat"
     """`concat` cuts the token stream into rows; `best_fit` lays whole documents into them."""
     overlap: int = 0
@@ -174,6 +176,7 @@ class ImageDataConfig:
     with a picture (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an installed
     Python package."""
     kind: Literal["images"] = "images"
+    """Labelled images."""
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
 

@@ -42,13 +42,17 @@ class GPTConfig(OfVocabulary):
     2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
 
     family: Literal["gpt"] = "gpt"
+    """A decoder."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary."""
     max_sequence_length: int = 1024
     """Longest sequence, in tokens; the number of learned positions."""
     hidden_size: int = 768
+    """Width of the model: elements of the vector that stands for a token."""
     num_layers: int = 12
+    """Number of layers."""
     num_heads: int = 12
+    """Attention heads of a layer."""
     num_kv_heads: int | None = None
     """Key and value heads of grouped-query attention (arXiv:2305.13245); null: as many as num_heads."""
     head_dim: int | None = None
@@ -56,17 +60,22 @@ class GPTConfig(OfVocabulary):
     mlp_hidden_size: int | None = None
     """Width of the MLP; null: 4 · hidden_size."""
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
+    """Nonlinearity of the MLP."""
     gated_mlp: bool = False
     """SwiGLU form (arXiv:2002.05202): down(act(gate(x)) · up(x)), three matrices."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of the norms."""
     norm_eps: float = 1e-5
+    """Added to the variance, or mean square, in norms."""
     norm_place: Literal["before", "after", "both"] = "before"
     """Of a block's norms: before attention and MLP, x + f(norm(x)); after them, x + norm(f(x)) (OLMo 2); or
     both (Gemma 2)."""
     norm_adds_one: bool = False
     """RMS norms multiply by 1 + weight (Gemma)."""
     positions: Literal["learned", "rope"] = "learned"
+    """learned: an embedding of each position; rope: rotary positions (arXiv:2104.09864)."""
     rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     """Share of a head's dims that rotary positions turn: the first of them."""
@@ -100,7 +109,9 @@ class GPTConfig(OfVocabulary):
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
     dropout: float = 0.0
+    """Probability that dropout zeroes an element; 0 turns it off."""
     init_std: float = 0.02
+    """Standard deviation of initial weights."""
 
     @property
     def blocks(self) -> GPTConfig:
@@ -304,6 +315,7 @@ class LSTMConfig(OfVocabulary):
     """An LSTM language model (Zaremba et al., arXiv:1409.2329)."""
 
     family: Literal["lstm"] = "lstm"
+    """A recurrent language model."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary."""
     hidden_size: int = 256
@@ -335,7 +347,9 @@ class SimpleCNNConfig:
     """Two convolutions and two linear layers for 28×28 digits (the LeNet line, LeCun et al. 1998)."""
 
     family: Literal["simple_cnn"] = "simple_cnn"
+    """A convolutional classifier of images."""
     num_classes: int = 10
+    """Number of labels."""
     dropout: float = 0.0
 
     def problems(self) -> Iterator[Problem]:

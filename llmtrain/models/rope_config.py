@@ -27,9 +27,11 @@ class RopeScaling:
     """llama3 stretches in full what turns less often within the original context, and nothing that turns more
     often than `high_frequency_factor`."""
     high_frequency_factor: float = 4.0
+    """See `low_frequency_factor`."""
     beta_slow: float = 1.0
     """yarn's two, as llama3's."""
     beta_fast: float = 32.0
+    """See `beta_slow`."""
     truncate: bool = True
     """yarn: between the two it begins and ends at whole dims."""
     attention_factor: float | None = None

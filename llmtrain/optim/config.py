@@ -19,6 +19,7 @@ class OptimizerConfig:
     """One of torch.optim's optimizers; each reads the fields that its own formula has."""
 
     name: OptimizerName = "adamw"
+    """The optimizer."""
     lr: float = 3e-4
     """Peak learning rate; the schedule multiplies it."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -82,6 +83,7 @@ class ScheduleConfig:
     """The learning rate over a run, as a multiple of optimizer.lr: warm-up, then the named shape."""
 
     name: ScheduleName = "cosine"
+    """The shape behind the warm-up."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; null: a twentieth of the run, at most 2,000."""
     min_ratio: float = 0.1

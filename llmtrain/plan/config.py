@@ -15,6 +15,7 @@ class ClusterConfig:
     """The machines a run is meant for; all null: this machine."""
 
     name: str = "local"
+    """Name that messages use."""
     device: Literal["cpu", "cuda"] | None = None
     """null: what this machine has."""
     devices_per_node: int | None = None
