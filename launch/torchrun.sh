@@ -14,4 +14,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 find_python
-exec "$python" -m llmtrain.torchrun "$@"
+exec "$python" -m llmtrain.distributed.torchrun "$@"

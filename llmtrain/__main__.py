@@ -1,4 +1,4 @@
-from llmtrain.cli import main
+from llmtrain.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,22 +10,24 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtrain.config import show
-from llmtrain.data.corpora import Corpora, open_corpora
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.corpora import Corpora, open_corpora
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.files import at_home
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.configs import ModelConfig, TransformerConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import ModelShape
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.data.datasets import Dataset
+    from llmtrain.data.datasets.base import Dataset
     from llmtrain.objectives.base import Objective
     from llmtrain.parallel.tensor import Role, Table
 
@@ -59,7 +61,7 @@ class Family:
 
 
 def _gpt(config: GPTConfig) -> nn.Module:
-    from llmtrain.models.gpt import GPT
+    from llmtrain.models.gpt.model import GPT
 
     return GPT(config)
 
@@ -88,7 +90,7 @@ def _gpt_table(config: GPTConfig) -> Table:
 
 
 def _bert(config: BertConfig) -> nn.Module:
-    from llmtrain.models.bert import Bert
+    from llmtrain.models.bert.model import Bert
 
     return Bert(config)
 
@@ -98,7 +100,7 @@ def _bert_table(config: BertConfig) -> Table:
 
 
 def _xlnet(config: XLNetConfig) -> nn.Module:
-    from llmtrain.models.xlnet import XLNet
+    from llmtrain.models.xlnet.model import XLNet
 
     return XLNet(config)
 
@@ -121,7 +123,7 @@ def _xlnet_table(config: XLNetConfig) -> Table:
 
 
 def _seq2seq(config: Seq2SeqConfig) -> nn.Module:
-    from llmtrain.models.seq2seq import EncoderDecoder
+    from llmtrain.models.encoder_decoder.model import EncoderDecoder
 
     return EncoderDecoder(config)
 
@@ -146,13 +148,13 @@ def _seq2seq_table(config: Seq2SeqConfig) -> Table:
 
 
 def _lstm(config: LSTMConfig) -> nn.Module:
-    from llmtrain.models.recurrent import LSTMLanguageModel
+    from llmtrain.models.recurrent.model import LSTMLanguageModel
 
     return LSTMLanguageModel(config)
 
 
 def _simple_cnn(config: SimpleCNNConfig) -> nn.Module:
-    from llmtrain.models.convolutional import SimpleCNN
+    from llmtrain.models.convolutional.model import SimpleCNN
 
     return SimpleCNN(config)
 
@@ -238,7 +240,7 @@ def family_of(model: ModelConfig) -> Family:
 
 def skeleton_of(model: ModelConfig) -> nn.Module:
     """The module on the meta device: every parameter has its shape and no values."""
-    from llmtrain.models.initialize import on_meta
+    from llmtrain.nn.initialize import on_meta
 
     with on_meta():
         return family_of(model).build(model)
@@ -355,10 +357,10 @@ def open_sources(
     """Corpus → the numbered samples of its split; "" where there is one alone. Corpora without held-out
     text are left out, and those without training text that none is drawn of. Raises DataError when they
     cannot be had."""
-    from llmtrain.data.datasets import TokenSequences
-    from llmtrain.data.images import Images
-    from llmtrain.data.paired_rows import PairedRows
-    from llmtrain.data.pairs import Passages
+    from llmtrain.data.datasets.base import TokenSequences
+    from llmtrain.data.datasets.images import Images
+    from llmtrain.data.datasets.paired_rows import PairedRows
+    from llmtrain.data.datasets.pairs import Passages
 
     if isinstance(data, ImageDataConfig):
         return {"": Images.open(data.path, split, getattr(model, "num_classes", 10))}
@@ -399,7 +401,7 @@ def open_dataset(
 ) -> Dataset:
     """The samples of one split of all corpora, for evaluation. on_skip: told (shard, samples) of each bad
     shard that is left out as data.on_bad_shard says. Raises DataError when they cannot be had."""
-    from llmtrain.data.datasets import Concatenation, WithoutBadShards
+    from llmtrain.data.datasets.base import Concatenation, WithoutBadShards
 
     sources: list[Dataset] = list(open_sources(model, data, corpora, split, sequence_length).values())
     if isinstance(data, TokenDataConfig) and data.on_bad_shard == "skip":

@@ -46,6 +46,15 @@ def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text().splitlines()) < LONGEST_README
 
 
+def test_the_map_of_rooms_is_complete():
+    package = REPOSITORY / "llmtrain"
+    rows = re.findall(r"^\| (`[^|]*) \|", (package / "README.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders <= named
+    assert named <= folders | {path.stem for path in package.glob("*.py")}
+
+
 def test_every_page_is_linked():
     """From the README, or from a page that it leads to."""
     found: set[Path] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from llmtrain.shards import Box
+from llmtrain.tensor_boxes import Box
 
 
 def cover_problem(whole: Box, boxes: Sequence[Box]) -> str | None:

@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import require, show
 from llmtrain.data.mixture import Segment, timeline_problems
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.files import checksum_of_json, stays_inside
+from llmtrain.models.huggingface.origin import Origin
 from llmtrain.reading import decode_file, parse_object, read_bytes
 
 FORMAT = "llmtrain-checkpoint"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.checkpoint.store import MANIFEST, Checkpoint, remove, step_folder
+from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, Problem
-from llmtrain.parallel import distributed
 
 Say = Callable[[str], None]
 _NAME = re.compile(r"step-[0-9]{8,18}(-[0-9]{1,20})?")
@@ -37,13 +37,13 @@ def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint under `root`, and what is wrong with newer ones, which is also said;
     ranks share the checking and agree on the answer."""
     rejected: list[str] = []
-    for path in reversed(distributed.from_main(list_steps(root))):
+    for path in reversed(processes.from_main(list_steps(root))):
         try:
             checkpoint = Checkpoint.open(path)
-            damage = checkpoint.damage(distributed.rank(), distributed.world_size())
+            damage = checkpoint.damage(processes.rank(), processes.world_size())
         except CheckpointError as error:
             checkpoint, damage = None, str(error)
-        damages = [found for found in distributed.gather(damage) if found]
+        damages = [found for found in processes.gather(damage) if found]
         if checkpoint is not None and not damages:
             return checkpoint, rejected
         rejected.append(f"{path.name}: {damages[0]}")
@@ -56,8 +56,8 @@ def find(path: Path, say: Say) -> Checkpoint:
     folder; ranks share the checking. Raises CheckpointError when there is none or it is damaged."""
     if (path / MANIFEST).exists():
         checkpoint = Checkpoint.open(path)
-        damage = checkpoint.damage(distributed.rank(), distributed.world_size())
-        if damages := [found for found in distributed.gather(damage) if found]:
+        damage = checkpoint.damage(processes.rank(), processes.world_size())
+        if damages := [found for found in processes.gather(damage) if found]:
             got = f"a damaged checkpoint ({damages[0]})"
             raise CheckpointError(Problem(str(path), got, remedy="name another step's folder"))
         return checkpoint

@@ -15,8 +15,8 @@ import torch
 
 from llmtrain.checkpoint import store
 from llmtrain.checkpoint.store import Part, Share
+from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
-from llmtrain.parallel import distributed
 
 Then = Callable[[Path], None]
 
@@ -89,7 +89,7 @@ class Pending:
                 self._stream.synchronize()
             self._is_copied.set()
             self._written = store.write_share(
-                self.partial, distributed.rank(), copied, go_on=lambda: not self._is_called_off.is_set()
+                self.partial, processes.rank(), copied, go_on=lambda: not self._is_called_off.is_set()
             )
         except Exception as error:  # told to all ranks by hand_in
             self._problem = store.why(error, self.partial)
@@ -114,7 +114,7 @@ class Pending:
         if not self._is_handed_in:
             shares = store.hand_in(self.partial, self._written, self._problem)
             self._is_handed_in = True
-            if distributed.is_main():
+            if processes.is_main():
                 self._thread = threading.Thread(target=self._assemble, args=(shares,), daemon=True)
                 self._thread.start()
             return False
@@ -182,7 +182,7 @@ class Saver:
         if self._pending is None:
             return
         busy = torch.tensor([float(self._pending.is_busy)], device=self._pending.device)
-        if distributed.all_sum(busy).item() == 0:
+        if processes.all_sum(busy).item() == 0:
             self._advance()
 
     def finish(self) -> None:
@@ -204,6 +204,6 @@ class Saver:
         """Drop the pending checkpoint, for a rank that fails while others may not: no collective."""
         if self._pending is not None:
             self._pending.call_off()
-            if distributed.is_main():
+            if processes.is_main():
                 shutil.rmtree(self._pending.partial, ignore_errors=True)
             self._pending = None

@@ -11,7 +11,7 @@ The folder has a temporary name until all of it is on the disk, so that a kill a
 earlier checkpoints and no half of this one. Nothing in it is unpickled.
 
 This module is the format: how a rank's share is written, how all become a checkpoint, how one is read.
-saver.py says when; llmtrain/shards.py what a box is.
+saver.py says when; llmtrain/tensor_boxes.py what a box is.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from llmtrain import files
 from llmtrain.checkpoint.cover import cover_problem
 from llmtrain.checkpoint.manifest import FORMAT, MANIFEST, VERSION, WEIGHT, read_manifest, step_folder
 from llmtrain.checkpoint.writer import write_safetensors
-from llmtrain.data.tokenizer import TOKENIZER_FILES
+from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine, optimizer_slot, optimizer_tensors, set_optimizer_counter
 from llmtrain.errors import CheckpointError, Problem, TrainingError, nearest
-from llmtrain.parallel import distributed
-from llmtrain.shards import Box, Shard, whole
+from llmtrain.tensor_boxes import Box, Shard, whole
+from llmtrain.tokenizers.base import TOKENIZER_FILES
 
 DELETED = ".deleted-"
 REPLACED = ".replaced-"
@@ -105,7 +105,7 @@ def begin(root: Path, step: int) -> Path:
         except OSError as error:
             raise _failure(*why(error, partial), partial) from error
 
-    distributed.on_main(make)
+    processes.on_main(make)
     return partial
 
 
@@ -134,14 +134,14 @@ def hand_in(
 
     Raises TrainingError on all ranks when any of them met a problem; what was written is removed then.
     """
-    raise_if_any(distributed.gather(problem), partial)
-    return [share for share in distributed.gather_to_main(written) if share is not None]
+    raise_if_any(processes.gather(problem), partial)
+    return [share for share in processes.gather_to_main(written) if share is not None]
 
 
 def conclude(partial: Path, step: int, problem: tuple[str, str] | None) -> Path:
     """After rank 0 has assembled the shares or met a `problem`: → the checkpoint's path, on all ranks.
     Raises as `hand_in`."""
-    raise_if_any([distributed.from_main(problem)], partial)
+    raise_if_any([processes.from_main(problem)], partial)
     return partial.parent / step_folder(step)
 
 
@@ -156,11 +156,11 @@ def save(
     partial = begin(root, step)
     written, problem = None, None
     try:
-        written = write_share(partial, distributed.rank(), collect(engine))
+        written = write_share(partial, processes.rank(), collect(engine))
     except Exception as error:  # told to all ranks by hand_in
         problem = why(error, partial)
     shares = hand_in(partial, written, problem)
-    if distributed.is_main():
+    if processes.is_main():
         try:
             assemble(partial, step, shares, describe(engine, step, description), tokenizer)
         except Exception as error:
@@ -264,7 +264,7 @@ def tidy(root: Path) -> None:
 
 def why(error: Exception, partial: Path) -> tuple[str, str]:
     """What kept this rank from writing, and what to do before the next attempt, to be told to all."""
-    share = f"while writing rank {distributed.rank()}'s share"
+    share = f"while writing rank {processes.rank()}'s share"
     if files.is_disk_full(error):
         folder = next(folder for folder in partial.parents if folder.exists())
         free = shutil.disk_usage(folder).free
@@ -276,11 +276,11 @@ def raise_if_any(reasons: Iterable[tuple[str, str] | None], partial: Path) -> No
     """Raise TrainingError, alike on all ranks, for the first rank's reason; what was written is removed."""
     for reason in reasons:
         if reason is not None:
-            raise distributed.everywhere(_failure(*reason, partial))
+            raise processes.everywhere(_failure(*reason, partial))
 
 
 def _failure(got: str, first: str, partial: Path) -> TrainingError:
-    if distributed.is_main():
+    if processes.is_main():
         shutil.rmtree(partial, ignore_errors=True)
     kept = any(partial.parent.glob("step-*"))
     remedy = "earlier checkpoints are whole: " if kept else "no checkpoint was written: "

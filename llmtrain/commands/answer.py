@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 
 if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.tokenizer import Tokenizer
+    from llmtrain.tokenizers.base import Tokenizer
 
 MARK = re.compile(r"<extra_(?:id_)?(\d+)>")
 """As `llmtrain data show` writes it, or as T5's own tokenizer does."""

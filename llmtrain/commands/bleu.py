@@ -15,13 +15,13 @@ from llmtrain.commands.sharing import SharingConfig
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.models.configs import ModelConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.datasets import Dataset
+    from llmtrain.data.datasets.base import Dataset
     from llmtrain.parallel.mesh import Mesh
 
 ROWS_READ = 64
@@ -51,15 +51,15 @@ def translation_figures(
     corpus' targets as the tokenizer writes them. On rank 0; on others nothing.
 
     All processes call it together; data-parallel ones share the pairs."""
+    from llmtrain.distributed import processes
     from llmtrain.generation.generate import generate
-    from llmtrain.parallel import distributed
 
     texts = Texts(trained)
     num_rows = len(dataset) if max_samples is None else min(len(dataset), max_samples)
     pairs = list(pairs_of(dataset, num_rows))
     place, places = mesh.coordinates.data, mesh.layout.data
     own = pairs[place::places]
-    progress = Progress(len(own)) if distributed.is_main() else None
+    progress = Progress(len(own)) if processes.is_main() else None
     try:
         sources = [source for source, _ in own]
         settings, ends = trained.resolve_generation(config, 1), trained.end_ids(texts.eos_id)
@@ -71,8 +71,8 @@ def translation_figures(
     speaks = mesh.coordinates.tensor == 0
     written = [texts.target(ids) for ids in found] if speaks else []
     references = [texts.target(target) for _, target in own] if speaks else []
-    gathered = distributed.gather_to_main((written, references))
-    if not distributed.is_main():
+    gathered = processes.gather_to_main((written, references))
+    if not processes.is_main():
         return {}
     from sacrebleu.metrics import BLEU
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
     from llmtrain.parallel.pipeline import SharedWeight
-    from llmtrain.shards import Shard
+    from llmtrain.tensor_boxes import Shard
 
 
 def build_engine(
@@ -139,7 +139,7 @@ def build_for_use(config: ModelConfig, mesh: Mesh, device: torch.device, source:
 
 def seed_source(model: nn.Module, seed: int) -> Source:
     """The values that the model's own table and the seed give."""
-    from llmtrain.models.initialize import fill, match_initializers
+    from llmtrain.nn.initialize import fill, match_initializers
 
     names = [name for name, _ in model.named_parameters()]
     table = match_initializers(model.initializers(), names)  # type: ignore[operator]
@@ -182,6 +182,6 @@ def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shar
 
 
 def _whole(parameter: nn.Parameter) -> Shard:
-    from llmtrain.shards import Shard
+    from llmtrain.tensor_boxes import Shard
 
     return Shard(tuple(parameter.shape))

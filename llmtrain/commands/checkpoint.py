@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import decode, require
 from llmtrain.errors import CheckpointError, Problem, printable
-from llmtrain.shards import Box, matrix_shape
 from llmtrain.standard_streams import tell
+from llmtrain.tensor_boxes import Box, matrix_shape
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.store import Checkpoint, Reader

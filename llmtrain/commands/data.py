@@ -32,7 +32,7 @@ class TraceConfig:
     run: Path
     """A run folder."""
     step: str
-    """N, or FIRST:LAST, both with it."""
+    """A step N, or FIRST:LAST, both included."""
     output: Path | None = None
     """A file for one JSON object a document; null: a table is printed."""
     data: MovedConfig = field(default_factory=MovedConfig)
@@ -83,7 +83,7 @@ def trace(mapping: Mapping[str, Any]) -> int:
 
 def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
     """Columns that say nothing are left out: the corpus of a run over one, documents of images."""
-    from llmtrain.data.datasets import EMPTY
+    from llmtrain.data.datasets.base import EMPTY
 
     columns = {
         "step": len({record["step"] for record in records}) > 1,
@@ -116,7 +116,7 @@ class DigestConfig:
     run: Path
     """A run folder."""
     steps: int | None = None
-    """null: all that are recorded."""
+    """Number of steps from the first on; null: all that are recorded."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more, or null")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtrain.config import LARGEST_INT, decode, encode
-from llmtrain.data import packages
+from llmtrain.corpus import packages
+from llmtrain.corpus.config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.transport import is_remote
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
-from llmtrain.data.train_config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
-from llmtrain.data.transport import is_remote
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.families import model_config_type, open_data, open_sources
 from llmtrain.files import at_home
@@ -23,8 +23,8 @@ from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.streaming import Order, open_stream
 
 if TYPE_CHECKING:
-    from llmtrain.data.corpora import Corpora
-    from llmtrain.data.datasets import Dataset
+    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.stream import Skipped, Stream
 
 METRICS = "metrics.jsonl"

@@ -16,8 +16,8 @@ import numpy as np
 from llmtrain.commands.data_runs import MovedConfig, Opened, Run, steps_of
 from llmtrain.commands.vocabulary import resolve_vocabulary
 from llmtrain.config import decode, encode, require
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.data.mixture import begin
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.families import (
     corpora_problems,
@@ -28,10 +28,10 @@ from llmtrain.families import (
     open_data,
     open_sources,
 )
-from llmtrain.models.bert_config import BertConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.configs import ModelConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.train.streaming import open_stream, source_shares
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ShowConfig:
     """A run folder; null: the first samples of a stream over data.path."""
     data: TokenDataConfig | ImageDataConfig | MovedConfig
     step: str | None = None
-    """N, or FIRST:LAST, of a run; null: 1."""
+    """A step N of a run, or FIRST:LAST; null: 1."""
     sequence_length: int = 256
     """Tokens of one sequence, without a run."""
     seed: int = 0
@@ -172,7 +172,7 @@ class _Printer:
         self._names = self._special_names()
 
     def print(self, title: str, sample: Sample) -> None:
-        from llmtrain.data.datasets import EMPTY
+        from llmtrain.data.datasets.base import EMPTY
         from llmtrain.data.loader import KEYS
         from llmtrain.data.stream import Places
 
@@ -203,7 +203,7 @@ class _Printer:
     def _documents(self, sample: Sample, labels_T: np.ndarray, tokens_W: np.ndarray) -> Shown:
         """Each document by itself, with marks around what bears no loss."""
         from llmtrain.data.trace import parts_of
-        from llmtrain.models.head import IGNORE_INDEX
+        from llmtrain.nn.head import IGNORE_INDEX
 
         # The first token of a row has nothing before it in the row.
         bears_loss_W = np.concatenate([[False], labels_T != IGNORE_INDEX])
@@ -228,7 +228,7 @@ class _Printer:
 
     def _masked(self, row: Mapping[str, np.ndarray]) -> Shown:
         """The row with what is asked for where tokens are hidden; documents, and texts of a pair, apart."""
-        from llmtrain.models.head import IGNORE_INDEX
+        from llmtrain.nn.head import IGNORE_INDEX
 
         model = self._opened.model
         assert isinstance(model, BertConfig)

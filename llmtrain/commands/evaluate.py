@@ -15,21 +15,21 @@ from llmtrain.commands.bleu import check_bleu, translation_figures
 from llmtrain.commands.output import check_output, write_output
 from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.config import decode, encode, require
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import corpora_problems, data_problems, family_of, open_data, open_dataset
 from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.standard_streams import tell
 
 if TYPE_CHECKING:
     import torch
 
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.corpora import Corpora
+    from llmtrain.corpus.corpora import Corpora
     from llmtrain.data.loader import MicroBatch
 
 COUNT_WINDOW = 2**20
@@ -53,7 +53,8 @@ class EvaluateConfig:
     micro_size: int = 8
     """Sequences in one forward pass."""
     sequence_length: int | None = None
-    """null: as in training; of a model that was trained elsewhere 1024, or its longest."""
+    """Tokens of one sequence; null: as in training; of a model that was trained elsewhere 1024, or its
+    longest."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of matrix products."""
     device: str = "auto"
@@ -85,8 +86,8 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     from llmtrain.commands.loading import load_trained
     from llmtrain.data.loader import evaluation_batches
+    from llmtrain.distributed import processes
     from llmtrain.engine.evaluation import evaluate_batches
-    from llmtrain.parallel import distributed
 
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
@@ -95,7 +96,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     length = _sequence_length(config, trained)
     dataset = open_dataset(trained.config, config.data, corpora, config.split, length, _say_skipped)
     objective = family_of(trained.config).objective(trained.config, config.data)
-    device = distributed.pick_device(config.device)
+    device = processes.pick_device(config.device)
     mesh = start_sharing(
         config.parallel,
         trained,
@@ -127,7 +128,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     translated = {}
     if config.bleu:
         translated = translation_figures(trained, model, dataset, config.generate, mesh, config.max_samples)
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     figures: dict[str, Any] = {
         "checkpoint": str(trained.source),
@@ -172,10 +173,10 @@ class TargetCounter:
         """Take in what the other ranks counted, of those that are `counted`."""
         import torch
 
-        from llmtrain.parallel import distributed
+        from llmtrain.distributed import processes
 
         counts_V = torch.from_numpy(self._counts_V).to(device) * counted
-        self._counts_V = distributed.all_sum(counts_V).cpu().numpy()
+        self._counts_V = processes.all_sum(counts_V).cpu().numpy()
 
     def num_bytes(self, corpora: Corpora) -> int:
         """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""

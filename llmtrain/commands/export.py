@@ -20,7 +20,7 @@ class ExportConfig:
     output: Path
     """A folder that does not exist yet or is empty."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """null: that of an untrained import's source; else fp32."""
+    """Number format of the weights; null: that of an untrained import's source, else fp32."""
     overwrite: bool = False
     """Replace another model's folder."""
 
@@ -35,8 +35,8 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     import torch
 
-    from llmtrain.checkpoint import huggingface
     from llmtrain.commands.loading import load_trained
+    from llmtrain.interchange import huggingface
 
     trained = load_trained(config.checkpoint)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

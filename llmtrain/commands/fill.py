@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.commands.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem, UserError
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.standard_streams import print_text
 
 if TYPE_CHECKING:
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.tokenizer import Tokenizer
+    from llmtrain.tokenizers.base import Tokenizer
 
 MASK = "[MASK]"
 
@@ -28,8 +28,8 @@ def fill_prompts(
 ) -> None:
     """Print each prompt with the likeliest token for every [MASK], and below it each one's `top_k` with
     their probabilities. Raises ConfigError for prompts without [MASK], or too long."""
+    from llmtrain.distributed import processes
     from llmtrain.generation.fill import BLANK, fill_masks
-    from llmtrain.parallel import distributed
 
     config = trained.config
     assert isinstance(config, BertConfig | XLNetConfig)
@@ -49,7 +49,7 @@ def fill_prompts(
             problems.append(Problem(where, f"{len(row)} tokens", allowed, "shorten it"))
     if problems:
         raise ConfigError(problems)
-    device = distributed.pick_device(device_name)
+    device = processes.pick_device(device_name)
     mesh = start_sharing(sharing, trained, encoded, device, micro_size=1, sequence_length=max(map(len, rows)))
     model = trained.build_over(mesh, device)
     mask_id = config.special_ids[0] if isinstance(config, BertConfig) else BLANK
@@ -57,8 +57,8 @@ def fill_prompts(
         try:
             found = fill_masks(model, row, mask_id, top_k, tokenizer.vocab_size)
         except UserError as error:  # all ranks look at the same prompts
-            raise distributed.everywhere(error) from None
-        if not distributed.is_main():
+            raise processes.everywhere(error) from None
+        if not processes.is_main():
             continue
         best = [candidates[0][0] for candidates in found]
         print_text(_filled(prompt, best, tokenizer))

@@ -18,9 +18,9 @@ from llmtrain.config import decode, encode
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.standard_streams import print_text
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def run(mapping: Mapping[str, Any]) -> None:
         check_output(output)
 
     from llmtrain.commands.loading import load_trained
+    from llmtrain.distributed import processes
     from llmtrain.generation.generate import generate
-    from llmtrain.parallel import distributed
 
     trained = load_trained(config.checkpoint)
     if trained.config.family == "simple_cnn":
@@ -88,20 +88,20 @@ def run(mapping: Mapping[str, Any]) -> None:
         if config.prompt_file is None and config.prompt == ("",):
             remedy = "give prompt=… or prompt_file=…"
             raise ConfigError(Problem("prompt", "nothing", "a text that the model reads", remedy))
-    device = distributed.pick_device(config.device)
+    device = processes.pick_device(config.device)
     longest = max(map(len, ids), default=1) + settings.new_tokens
     mesh = start_sharing(
         config.parallel, trained, encode(config), device, micro_size=1, sequence_length=longest
     )
     model = trained.build_over(mesh, device)
     on_done = None
-    if output is not None and distributed.is_main():
+    if output is not None and processes.is_main():
         on_done = Progress(len(prompts))
     try:
         found = generate(model, ids, settings, eos_ids=trained.end_ids(eos_id), on_done=on_done)
     except UserError as error:  # all ranks look at the same prompts
-        raise distributed.everywhere(error) from None
-    if not distributed.is_main():
+        raise processes.everywhere(error) from None
+    if not processes.is_main():
         return
     shown = [show(number, text) for number, text in enumerate(found)]
     if output is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config import decode, encode, require_utf8
+from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import at_home
-from llmtrain.parallel import launcher
 from llmtrain.standard_streams import tell
 
 
@@ -38,10 +38,10 @@ def run(mapping: Mapping[str, Any]) -> None:
             Problem("import", f"{launcher.world_size()} processes", "one", "start it without torchrun")
         )
 
-    from llmtrain.checkpoint.foreign import read_foreign
-    from llmtrain.checkpoint.imported import save_imported
     from llmtrain.commands.loading import fresh_note, listed, unknown_note
     from llmtrain.families import skeleton_of
+    from llmtrain.interchange.foreign import read_foreign
+    from llmtrain.interchange.imported import save_imported
 
     source, output = at_home(config.source), at_home(config.output)
     imported, tokenizer = read_foreign(source, config.tokenizer)

@@ -11,28 +11,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmtrain.checkpoint import huggingface, retention, store
+from llmtrain.checkpoint import retention, store
 from llmtrain.checkpoint.finite import FiniteCheck
-from llmtrain.checkpoint.forms.base import Settings
-from llmtrain.checkpoint.generation_settings import check_generation
 from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
-from llmtrain.checkpoint.origin import Origin
 from llmtrain.config import decode, decode_json, short
-from llmtrain.data.tokenizer_folder import find_tokenizer
+from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import end_ids, unheeded
+from llmtrain.interchange import huggingface
+from llmtrain.interchange.generation_settings import check_generation
 from llmtrain.models.configs import ModelConfig
-from llmtrain.parallel import distributed
-from llmtrain.shards import Shard, matrix_shape
+from llmtrain.models.huggingface.form import Settings
+from llmtrain.models.huggingface.origin import Origin
 from llmtrain.standard_streams import tell
+from llmtrain.tensor_boxes import Shard, matrix_shape
+from llmtrain.tokenizers.folder import find_tokenizer
 
 if TYPE_CHECKING:
-    from llmtrain.data.tokenizer import Tokenizer
     from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
+    from llmtrain.tokenizers.base import Tokenizer
 
 
 NAMES_SHOWN = 20
@@ -83,7 +84,7 @@ class TrainedModel:
             check.look(name, out)
 
         model = build_for_use(self.config, mesh, device, source)
-        distributed.agree(lambda: check.refuse(str(self.source)))
+        processes.agree(lambda: check.refuse(str(self.source)))
         return model
 
     def reader(self) -> Source:
@@ -136,7 +137,7 @@ class TrainedModel:
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""
-        from llmtrain.data.tokenizer_folder import load_tokenizer
+        from llmtrain.tokenizers.folder import load_tokenizer
 
         if self.tokenizer_path is None:
             raise CheckpointError(

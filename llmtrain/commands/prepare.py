@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from llmtrain.config import decode
-from llmtrain.data.config import PrepareConfig
-from llmtrain.data.prepare import prepare
-from llmtrain.parallel import launcher
+from llmtrain.distributed import launcher
+from llmtrain.prepare.config import PrepareConfig
+from llmtrain.prepare.job import prepare
 
 
 def run(mapping: Mapping[str, Any]) -> None:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import MISSING, encode
-from llmtrain.data.corpora import Corpora
-from llmtrain.data.tokenizer_folder import load_tokenizer
+from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.families import skeleton_of
 from llmtrain.files import at_home
+from llmtrain.tokenizers.folder import load_tokenizer
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.origin import Origin
     from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.commands.loading import TrainedModel
     from llmtrain.models.configs import ModelConfig
+    from llmtrain.models.huggingface.origin import Origin
 
 FAMILY = "pretrained"
 """What `model.family` says; a folder gives the real one."""

@@ -9,8 +9,9 @@ from typing import Any
 from llmtrain.commands.pretrained import Pretrained, expand
 from llmtrain.commands.vocabulary import resolve_vocabulary
 from llmtrain.config import decode
-from llmtrain.data.corpora import Corpora
-from llmtrain.data.train_config import data_config_type
+from llmtrain.corpus.config import data_config_type
+from llmtrain.corpus.corpora import Corpora
+from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.families import (
     corpora_problems,
@@ -22,9 +23,8 @@ from llmtrain.families import (
     recompute_problems,
 )
 from llmtrain.files import at_home
-from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.optim.config import schedule_problems
-from llmtrain.parallel import launcher
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.train.config import TrainConfig
 

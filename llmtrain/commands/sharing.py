@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtrain.distributed import launcher
+from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import model_shape
-from llmtrain.parallel import launcher
-from llmtrain.parallel.agreement import Fact, run_facts
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
 
 if TYPE_CHECKING:
     import torch
 
     from llmtrain.commands.loading import TrainedModel
-    from llmtrain.data.corpora import Corpora
+    from llmtrain.corpus.corpora import Corpora
     from llmtrain.parallel.mesh import Mesh
 
 
@@ -47,7 +47,7 @@ def start_sharing(
     shares_samples: processes that the model leaves see samples of their own; otherwise there may be none.
     Raises ConfigError for a division that does not add up, LaunchError for ranks that differ.
     """
-    from llmtrain.parallel import distributed
+    from llmtrain.distributed import processes
     from llmtrain.parallel.mesh import Mesh
 
     world_size, model_size = launcher.world_size(), sharing.tensor * sharing.pipeline
@@ -74,5 +74,5 @@ def start_sharing(
     remedy = "name one checkpoint's folder, the same on all ranks"
     facts["checkpoint found"] = Fact(trained.source.name, remedy)
     facts["step of the checkpoint"] = Fact(trained.step, remedy)
-    distributed.start(device, facts=facts)
+    processes.start(device, facts=facts)
     return Mesh(layout)

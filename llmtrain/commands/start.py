@@ -8,9 +8,9 @@ import xxhash
 
 from llmtrain.commands.resolve import Resolved
 from llmtrain.config import encode
-from llmtrain.data.packages import resolve_package_path
+from llmtrain.corpus.packages import resolve_package_path
+from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import DataError
-from llmtrain.parallel.agreement import Fact, run_facts
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,12 @@ def start_ranks(resolved: Resolved, device: torch.device) -> None:
 
     Raises LaunchError when ranks are missing or differ.
     """
-    from llmtrain.parallel import distributed
+    from llmtrain.distributed import processes
 
     facts = run_facts(encode(resolved.config), device.type, _fingerprint(resolved))
     if resolved.pretrained is not None:
         facts["model.path"] = Fact(resolved.pretrained.path.name, "start all ranks with the same command")
-    distributed.start(device, single_process_group=resolved.config.engine == "deepspeed", facts=facts)
+    processes.start(device, single_process_group=resolved.config.engine == "deepspeed", facts=facts)
 
 
 def _fingerprint(resolved: Resolved) -> str | None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.commands.resolve import Resolved, resolve
 from llmtrain.commands.start import start_ranks
 from llmtrain.config import encode
+from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, DataError
 from llmtrain.families import open_dataset, open_sources
 from llmtrain.optim.schedules import multiplier
-from llmtrain.parallel import launcher, stopping
 from llmtrain.plan.estimate import estimate
 from llmtrain.standard_streams import tell
 from llmtrain.train.config import recorded
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from llmtrain.checkpoint.finite import FiniteCheck
     from llmtrain.checkpoint.store import Checkpoint
-    from llmtrain.data.datasets import Dataset
+    from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.stream import Stream
     from llmtrain.engine.allocator import Heap
     from llmtrain.engine.evaluation import Totals
     from llmtrain.parallel.materialize import Source
-    from llmtrain.shards import Shard
+    from llmtrain.tensor_boxes import Shard
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
     from llmtrain.train.observer import RunObserver
@@ -54,10 +54,10 @@ def _run(mapping: Mapping[str, Any]) -> int:
         tell(plan.summary())
     plan.refuse_if_too_large()
 
+    from llmtrain.distributed import processes
     from llmtrain.engine.allocator import Heap, keep_freed_memory
-    from llmtrain.parallel import distributed
 
-    device = distributed.pick_device(resolved.config.device)
+    device = processes.pick_device(resolved.config.device)
     heap = Heap(plan.memory.total) if device.type == "cpu" and keep_freed_memory() else None
     start_ranks(resolved, device)
     session = Session(resolved, device, heap, started)
@@ -75,7 +75,7 @@ class Session:
 
     def __init__(self, resolved: Resolved, device: Any, heap: Heap | None, started: float) -> None:
         from llmtrain.checkpoint.saver import Saver
-        from llmtrain.parallel import distributed
+        from llmtrain.distributed import processes
         from llmtrain.train.run_folder import RunFolder
 
         self.config, self.layout, self.corpora = resolved.config, resolved.layout, resolved.corpora
@@ -87,12 +87,12 @@ class Session:
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
-        self.rank = self.layout.coordinates(distributed.rank()).data
+        self.rank = self.layout.coordinates(processes.rank()).data
 
         def hold_folder() -> None:
             self._folder = RunFolder(self.config.run.dir)
 
-        distributed.on_main(hold_folder)
+        processes.on_main(hold_folder)
 
     @property
     def root(self) -> Path:
@@ -101,8 +101,8 @@ class Session:
     def train(self) -> bool:
         """→ whether all steps are done, not interrupted."""
         from llmtrain.data.loader import Loader
+        from llmtrain.distributed import processes, union
         from llmtrain.families import family_of
-        from llmtrain.parallel import distributed, union
         from llmtrain.train.loop import Hooks, Schedule, train
         from llmtrain.train.resume import find_resume
         from llmtrain.train.streaming import open_stream, plan_timeline
@@ -110,10 +110,10 @@ class Session:
         config, layout = self.config, self.layout
         # Whatever may be refused is looked at before anything is built.
         length = config.batch.sequence_length
-        training = distributed.agree(
+        training = processes.agree(
             lambda: open_sources(config.model, config.data, self.corpora, "train", length)
         )
-        validation = distributed.agree(self._validation_dataset)
+        validation = processes.agree(self._validation_dataset)
         resume = find_resume(config, self._data_facts(), self._say)
         checkpoint = resume.checkpoint if resume is not None else None
         start_step = checkpoint.step if checkpoint is not None else 0
@@ -125,7 +125,7 @@ class Session:
         timeline = plan_timeline(
             config, training, resume.timeline if resume is not None else None, start_step, self._say
         )
-        stream = distributed.agree(
+        stream = processes.agree(
             lambda: open_stream(
                 config.data,
                 training,
@@ -144,8 +144,8 @@ class Session:
         engine = build_engine(config, layout, self.device, objective, checkpoint, weights)
         if self.pretrained is not None:
             where = f"model.path={self.pretrained.path}"
-            distributed.agree(lambda: check.refuse(where))
-        observer = distributed.agree(lambda: self._open_observer(stream, start_step, resume))
+            processes.agree(lambda: check.refuse(where))
+        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume))
         loader = Loader(
             stream,
             objective.collate,
@@ -176,7 +176,7 @@ class Session:
             )
 
         def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
-            state = distributed.from_main(self._trackers.state() if self._trackers is not None else None)
+            state = processes.from_main(self._trackers.state() if self._trackers is not None else None)
             facts = {
                 "validation_loss": validation_loss,
                 "evaluation_owed": evaluation_owed,
@@ -209,7 +209,7 @@ class Session:
             ),
             asked_to_stop=lambda: stopping.request.asked,
         )
-        distributed.on_main(observer.raise_failure)
+        processes.on_main(observer.raise_failure)
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; the same command resumes")
             return False
@@ -246,10 +246,10 @@ class Session:
             self._heap.after_step()
 
     def _on_saved(self, step: int, path: Path) -> None:
-        from llmtrain.parallel import distributed
+        from llmtrain.distributed import processes
 
         self._say(f"step {step:,}: checkpoint {path}")
-        if distributed.is_main():
+        if processes.is_main():
             self._prune(path)
 
     def _prune(self, current: Path) -> None:
@@ -320,17 +320,17 @@ class Session:
         }
 
     def _open_observer(self, stream: Stream, start_step: int, resume: Resume | None) -> RunObserver:
-        from llmtrain.parallel import distributed
+        from llmtrain.distributed import processes
         from llmtrain.train.observer import RunObserver
 
         config = self.config
-        if not distributed.is_main():
+        if not processes.is_main():
             return RunObserver(config, self.layout, self.device, None, None)
         from llmtrain.track.progress import Progress
         from llmtrain.track.trackers import open_trackers
 
         assert self._folder is not None
-        facts = {"device": str(self.device), "world_size": distributed.world_size()}
+        facts = {"device": str(self.device), "world_size": processes.world_size()}
         if self.pretrained is not None:
             facts["started_from"] = str(self.pretrained.path)
         self._folder.describe(

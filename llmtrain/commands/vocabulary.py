@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmtrain.data.corpora import Corpora
+from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import SimpleCNNConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.configs import ModelConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 
 
 def resolve_vocabulary(model: ModelConfig, corpora: Corpora | None) -> ModelConfig:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from llmtrain.data.datasets import EMPTY, Dataset
+from llmtrain.data.datasets.base import EMPTY, Dataset
 from llmtrain.data.order import epoch_key, rank_slice, sample_keys
 from llmtrain.data.stream import Stream, digest
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from llmtrain.data.datasets import EMPTY, Dataset, ReadsShards, gather
+from llmtrain.data.datasets.base import EMPTY, Dataset, ReadsShards, gather
 from llmtrain.data.mixture import Timeline
 from llmtrain.data.order import BlockOrder, epoch_key, sample_keys
 from llmtrain.errors import DataError, Problem

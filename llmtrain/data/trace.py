@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from llmtrain.data.datasets import EMPTY, Dataset, NamesDocuments
+from llmtrain.data.datasets.base import EMPTY, Dataset, NamesDocuments
 from llmtrain.data.mixture import Timeline
 from llmtrain.data.stream import Skipped, Stream, combine_digests, digest
 

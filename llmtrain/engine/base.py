@@ -19,17 +19,17 @@ from torch import nn
 
 from llmtrain.data.loader import MicroBatch
 from llmtrain.data.stream import combine_digests
+from llmtrain.distributed import processes
 from llmtrain.engine.evaluation import Totals, sum_over_batches
 from llmtrain.engine.modules import to_device
-from llmtrain.models.dropout import sample_keys
+from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel import distributed
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.parallel.materialize import Source
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.shards import Box, Shard
+from llmtrain.tensor_boxes import Box, Shard
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ class Engine(ABC):
         if counted and self.mesh.coordinates.sequence == 0:
             counts[1] = sum(micro.digest for micro in micro_batches)
             counts[2] = sum(micro.num_skipped for micro in micro_batches)
-        summed = distributed.all_sum(torch.from_numpy(counts).to(self.device)).tolist()
+        summed = processes.all_sum(torch.from_numpy(counts).to(self.device)).tolist()
         num_targets, data_digest, num_skipped = summed[0], combine_digests(summed[1]), summed[2]
         if num_targets == 0:
             # Weight decay and momentum would move weights that no sample asked to move.
             asked = torch.tensor(int(stop_requested()), device=self.device)
-            stop = bool(distributed.all_sum(asked).item())
+            stop = bool(processes.all_sum(asked).item())
             return StepResult(0.0, 0, 0.0, {}, True, stop, data_digest, num_skipped)
         scale = self.mesh.replicas / num_targets
 
@@ -201,7 +201,7 @@ class Engine(ABC):
                 *(number for name in sorted(metrics) for number in metrics[name].double()),
             ]
         )
-        sums = distributed.all_sum(totals).tolist()
+        sums = processes.all_sum(totals).tolist()
         loss = sums[0] / num_targets
         if not math.isfinite(loss):
             finite = per_micro.isfinite().tolist()
@@ -279,7 +279,7 @@ class Engine(ABC):
         norm = total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         if self.layout.model > 1:
             square = norm.double().square() if self.mesh.replica == 0 else torch.zeros_like(norm).double()
-            norm = distributed.all_sum(square).sqrt().float()
+            norm = processes.all_sum(square).sqrt().float()
         if max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], max_grad_norm, norm)
         return float(norm)
@@ -335,7 +335,7 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Global sample numbers of all ranks' `micro_batches`."""
-    gathered = distributed.gather([int(sample) for micro in micro_batches for sample in micro.samples])
+    gathered = processes.gather([int(sample) for micro in micro_batches for sample in micro.samples])
     return sorted({sample for of_rank in gathered for sample in of_rank})
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmtrain.distributed import launcher, processes, toolchain
 from llmtrain.errors import Problem, TrainingError
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import Shapes, parameter_groups
-from llmtrain.parallel import distributed, launcher, toolchain
 from llmtrain.parallel.upstream import free_kernels, import_deepspeed
 
 
@@ -51,7 +51,7 @@ def build_cpu_adam(
                 )
             ) from error
 
-    optimizer = distributed.agree(build)
+    optimizer = processes.agree(build)
     optimizer.register_step_pre_hook(_start_from_state)
     return optimizer
 

@@ -17,7 +17,7 @@ from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.upstream import free_kernels, import_deepspeed
-from llmtrain.shards import Shard
+from llmtrain.tensor_boxes import Shard
 
 MAX_BUCKET_ELEMENTS = 200_000_000
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
+from llmtrain.distributed import processes
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
 from llmtrain.objectives.base import Batch, Objective, Terms
-from llmtrain.parallel import distributed
 from llmtrain.parallel.layout import Precision
 
 
@@ -51,7 +51,7 @@ def sum_over_batches(
     totals = torch.stack([sums[name] for name in names])
     reduced = {
         name: (total, count)
-        for name, (total, count) in zip(names, distributed.all_sum(totals).tolist(), strict=True)
+        for name, (total, count) in zip(names, processes.all_sum(totals).tolist(), strict=True)
     }
     loss_sum, num_targets = reduced.pop("")
     return Totals(loss_sum, int(num_targets), reduced)

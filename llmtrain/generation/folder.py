@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmtrain.checkpoint.generation_keys import HEEDED, OF_NO_EFFECT, PLAIN
 from llmtrain.config import show
+from llmtrain.models.huggingface.generation_keys import HEEDED, OF_NO_EFFECT, PLAIN
 
 TOP_K = 50
 """Of transformers, where a model is to be sampled and top_k is not said."""

@@ -18,7 +18,7 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.generation.beam import beam_search
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.rows import Rows, has_sources
-from llmtrain.models.linear import packed_weights
+from llmtrain.nn.linear import packed_weights
 
 OnToken = Callable[[int, int], None]
 """Called with (prompt index, token) as each token is drawn; with beams, when their text is found."""

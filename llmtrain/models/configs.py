@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 
 TransformerConfig = GPTConfig | BertConfig | XLNetConfig | Seq2SeqConfig
 """Those with blocks of attention, which tensor parallelism, pipelines and recomputation divide and repeat;

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.nn.head import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,

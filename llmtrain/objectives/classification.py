@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Terms, count_targets
 
 

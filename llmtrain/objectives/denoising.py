@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.objectives.draws import choose, uniform, uniform_of_rows
 from llmtrain.objectives.seq2seq import OneText, numbers_within
 

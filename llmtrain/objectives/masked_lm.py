@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, LossOfModel, Terms, count_targets
 from llmtrain.objectives.draws import uniform, uniform_of_rows
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,

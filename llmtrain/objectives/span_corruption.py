@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.objectives.draws import choose
 from llmtrain.objectives.seq2seq import OneText, numbers_within
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from llmtrain.config import require
+from llmtrain.distributed import toolchain
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.optim.config import Implementation
-from llmtrain.parallel import toolchain
 
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["local", "deepspeed"]

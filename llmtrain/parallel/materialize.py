@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from llmtrain.shards import Shard
+from llmtrain.tensor_boxes import Shard
 
 Source = Callable[[Tensor, str, Shard, int], None]
 """(out, name, shard, start): puts elements of the flattened shard, from `start` on, into `out` (1-D)."""

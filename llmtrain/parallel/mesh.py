@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtrain.parallel import distributed
+from llmtrain.distributed import processes
 from llmtrain.parallel.layout import Coordinates, Layout
 
 _GROUPS: dict[tuple[tuple[int, ...], ...], Any] = {}
@@ -26,7 +26,7 @@ class Mesh:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.coordinates = layout.coordinates(distributed.rank())
+        self.coordinates = layout.coordinates(processes.rank())
         self.replicas = layout.data * layout.sequence
         """Processes that hold the same weights."""
         self.replica = self.coordinates.data * layout.sequence + self.coordinates.sequence
@@ -80,7 +80,7 @@ class Mesh:
             # Every rank makes every group, in one order, as torch asks for.
             for ranks in division:
                 group = dist.new_group(list(ranks))
-                if distributed.rank() in ranks:
+                if processes.rank() in ranks:
                     _GROUPS[division] = group
             _GROUPS.setdefault(division, None)
         return _GROUPS[division]

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.models.stages import Stage
-from llmtrain.models.transformer import Context, KVCache
+from llmtrain.nn.stages import Stage
+from llmtrain.nn.transformer import Context, KVCache
 from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.tensor import VocabParallelEmbedding

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from llmtrain.models.linear import KERNELS
-from llmtrain.models.transformer import Context
+from llmtrain.nn.linear import KERNELS
+from llmtrain.nn.transformer import Context
 from llmtrain.parallel.config import RecomputeConfig
 
 Forward = Callable[[Tensor, Context], Tensor]

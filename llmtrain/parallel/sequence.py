@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmtrain.models.attention import Documents
-from llmtrain.models.dropout import AttentionDropout
+from llmtrain.nn.attention import Documents
+from llmtrain.nn.dropout import AttentionDropout
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.upstream import import_deepspeed
 

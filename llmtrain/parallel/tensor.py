@@ -40,12 +40,12 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from llmtrain.models.dropout import Dropout
-from llmtrain.models.head import LanguageModelHead, capped, summed_cross_entropy
-from llmtrain.models.linear import linear
-from llmtrain.models.norms import AllHeadsNorm
+from llmtrain.nn.dropout import Dropout
+from llmtrain.nn.head import LanguageModelHead, capped, summed_cross_entropy
+from llmtrain.nn.linear import linear
+from llmtrain.nn.norms import AllHeadsNorm
 from llmtrain.parallel.mesh import Mesh, all_sum_over
-from llmtrain.shards import Shard
+from llmtrain.tensor_boxes import Shard
 
 Role = Literal["column", "row", "embedding", "head", "heads", "all_heads", "shared"]
 Table = Mapping[str, Role]

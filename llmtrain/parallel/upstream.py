@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtrain.parallel import launcher, toolchain
+from llmtrain.distributed import launcher, toolchain
 
 
 def import_deepspeed() -> Any:

@@ -4,11 +4,13 @@ works on a chunk of the logits. What blocks keep is counted in blocks.py. Tests 
 
 from __future__ import annotations
 
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.configs import ModelConfig, TransformerConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.blocks import (
     Activations,

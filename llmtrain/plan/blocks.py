@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 
@@ -51,7 +51,7 @@ class Activations(NamedTuple):
     """While a block is recomputed, besides."""
 
 
-def divided(model: GPTConfig | XLNetConfig, steps: range, recompute: RecomputeConfig) -> tuple[int, int]:
+def divided(model: LayerConfig | XLNetConfig, steps: range, recompute: RecomputeConfig) -> tuple[int, int]:
     """How many blocks among `steps` are recomputed, and how many are not."""
     blocks = [step - 1 for step in steps if 1 <= step <= model.num_layers]
     recomputed = sum(recompute.covers(block) for block in blocks)
@@ -62,7 +62,7 @@ def divided(model: GPTConfig | XLNetConfig, steps: range, recompute: RecomputeCo
 class TransformerToken:
     """Bytes a token at hand, which is one of `layout.sequence` processes' tokens."""
 
-    model: GPTConfig
+    model: LayerConfig
     numbers: Numbers
     layout: Layout
     conditions: Conditions

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.config import SimpleCNNConfig
 from llmtrain.models.configs import ModelConfig, TransformerConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel import launcher
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan import machine

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llmtrain.models.configs import ModelConfig, TransformerConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.layout import Layout, Precision

@@ -35,7 +35,7 @@ class WandbConfig:
     entity: str | None = None
     """User or team; null: the account's default."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """null: what WANDB_MODE says, else online."""
+    """Where the run is logged; null: what WANDB_MODE says, else online."""
     group: str | None = None
     """Group of runs that it is shown with; null: none."""
     tags: tuple[str, ...] = ()

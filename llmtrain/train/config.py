@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.configs import ModelConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
@@ -90,7 +90,7 @@ class TrainConfig:
     precision: Precision = "fp32"
     """Number format of matrix products."""
     engine: Literal["auto", "local", "deepspeed"] = "auto"
-    """auto: deepspeed where ZeRO asks for it, else local."""
+    """What runs the steps; auto: deepspeed where ZeRO asks for it, else local."""
     seed: int = 0
     """Seed of initial weights, the order of samples and dropout."""
     exact_dropout: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from llmtrain.data.datasets import Dataset
+from llmtrain.data.datasets.base import Dataset
 from llmtrain.data.loader import MicroBatch, evaluation_batches
 from llmtrain.engine.base import Engine
 from llmtrain.engine.evaluation import Totals

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmtrain.data.loader import Loader
+from llmtrain.distributed import processes
+from llmtrain.distributed.lookout import Lookout, StoppedError
 from llmtrain.engine.base import Engine, NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
-from llmtrain.parallel import distributed
-from llmtrain.parallel.lookout import Lookout, StoppedError
 
 
 class Observer(Protocol):
@@ -134,7 +134,7 @@ def train(
         except NonFiniteError as error:
             hooks.finish_save()
             failure = TrainingError(_non_finite(step + 1, error, saved_step))
-            raise distributed.everywhere(failure) from error
+            raise processes.everywhere(failure) from error
         done, stopped = step + 1, result.stop
         data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
         observer.on_step(done, result, lr, time.perf_counter() - started, data)

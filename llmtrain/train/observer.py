@@ -9,7 +9,7 @@ import torch
 from llmtrain.engine.base import StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import UserError
-from llmtrain.models.linear import product
+from llmtrain.nn.linear import product
 from llmtrain.parallel.layout import Layout
 from llmtrain.track import throughput
 from llmtrain.track.base import Metrics

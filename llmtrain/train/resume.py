@@ -11,9 +11,9 @@ from llmtrain import files
 from llmtrain.checkpoint import retention, store
 from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.config import decode, encode
+from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.files import at_home
-from llmtrain.parallel import distributed
 from llmtrain.reading import SETTINGS_BYTES, read_decoded
 from llmtrain.train.changes import changed_settings
 from llmtrain.train.config import TrainConfig, model_differences, recorded
@@ -48,7 +48,7 @@ class Resume:
 
     def note_evaluation(self, validation_loss: float | None) -> None:
         """The evaluation that was owed is made; all ranks say so."""
-        distributed.on_main(lambda: store.note_evaluation(self.checkpoint.path, validation_loss))
+        processes.on_main(lambda: store.note_evaluation(self.checkpoint.path, validation_loss))
 
 
 def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:
@@ -58,9 +58,9 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
     or optimizer, or when `never` meets a folder with checkpoints. Nothing is moved before all is checked.
     """
     root = config.run.dir / "checkpoints"
-    distributed.on_main(lambda: store.tidy(root))
+    processes.on_main(lambda: store.tidy(root))
     resume = config.checkpoint.resume
-    held = distributed.from_main(retention.list_steps(root))
+    held = processes.from_main(retention.list_steps(root))
     if resume == "never":
         if held:
             remedy = "use checkpoint.resume=auto to go on, or another run.dir"
@@ -70,7 +70,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
         return None
     named = None if resume == "auto" else at_home(resume).resolve()
     is_own = named is None or named.is_relative_to(root.parent.resolve())
-    went_back = named is not None and distributed.from_main(_went_back_to(root) == str(named))
+    went_back = named is not None and processes.from_main(_went_back_to(root) == str(named))
     if named is not None and (went_back or (held and not is_own)):
         why = "the run went back to it before" if is_own else "it has checkpoints of its own"
         say(f"checkpoint.resume={resume}: not taken again, {root.parent} goes on from its newest ({why})")
@@ -93,7 +93,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
         raise _refusal(Problem(where, got, "a run, or one of its checkpoints", remedy))
     _check_same_model(config, checkpoint, data)
     if is_own:
-        distributed.on_main(lambda: _go_back(root, checkpoint.step, named, say))
+        processes.on_main(lambda: _go_back(root, checkpoint.step, named, say))
     say(f"resuming from {checkpoint.path} (step {checkpoint.step:,})")
     for change in changed_settings(checkpoint.manifest["config"], recorded(config)):
         say(f"note: {change}")
@@ -117,7 +117,7 @@ def _go_back(root: Path, step: int, named: Path | None, say: Say) -> None:
 
 
 def _refusal(problem: Problem) -> UserError:
-    return distributed.everywhere(CheckpointError(problem))
+    return processes.everywhere(CheckpointError(problem))
 
 
 def _with_defaults(config: TrainConfig, model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -159,4 +159,4 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
             )
         )
     if problems:
-        raise distributed.everywhere(CheckpointError(problems))
+        raise processes.everywhere(CheckpointError(problems))

@@ -23,9 +23,9 @@ from typing import IO, Any
 import yaml
 
 from llmtrain import files
+from llmtrain.distributed import launcher
 from llmtrain.errors import CheckpointError, Problem, TrainingError
 from llmtrain.git import cut, git_state
-from llmtrain.parallel import launcher
 from llmtrain.urls import without_credentials
 
 PACKAGES = (

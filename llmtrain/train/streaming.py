@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtrain.config import require
-from llmtrain.data.datasets import Dataset
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.data.datasets.base import Dataset
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, samples_of_epoch
-from llmtrain.data.train_config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.reading import decode_file
 from llmtrain.train.config import TrainConfig

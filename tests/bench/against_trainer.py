@@ -110,11 +110,11 @@ def run_ours(contest: Contest, overrides: Sequence[str]) -> list[Step]:
     import torch
 
     from llmtrain.commands.build import build_engine
-    from llmtrain.parallel import distributed
+    from llmtrain.distributed import processes
 
     resolved, objective, batches = _prepare(contest, overrides)
     device = torch.device("cpu")
-    distributed.start(device)
+    processes.start(device)
     engine = build_engine(resolved.config, resolved.layout, device, objective, None)
     steps = []
     for micro_batches in batches:
@@ -128,9 +128,9 @@ def run_trainer(contest: Contest, overrides: Sequence[str]) -> list[Step]:
     import torch
     import transformers
 
-    from llmtrain.checkpoint.huggingface import export_folder
     from llmtrain.commands.loading import build_module
-    from llmtrain.models.initialize import initialize
+    from llmtrain.interchange.huggingface import export_folder
+    from llmtrain.nn.initialize import initialize
 
     resolved, _, batches = _prepare(contest, overrides)
     config = resolved.config

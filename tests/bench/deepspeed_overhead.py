@@ -19,10 +19,10 @@ from llmtrain.commands.build import build_engine
 from llmtrain.commands.loading import build_module
 from llmtrain.commands.resolve import resolve
 from llmtrain.data.loader import MicroBatch
+from llmtrain.distributed import processes
 from llmtrain.families import family_of
-from llmtrain.models.initialize import initialize
+from llmtrain.nn.initialize import initialize
 from llmtrain.optim.optimizers import build_optimizer
-from llmtrain.parallel import distributed
 from tests.support.training import compose, open_loader
 
 STEPS_A_ROUND = 2
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     device = torch.device("cpu")
-    distributed.start(device, single_process_group=True)
+    processes.start(device, single_process_group=True)
     print(f"{'deepspeed at one rank':<24}{'tokens/s':>10}{'bare loop':>11}{'ratio':>8}")
     for zero in options.zero:
         ours, bare, tokens = prepare(options.corpus, zero, device)

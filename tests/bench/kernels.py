@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models.attention import attend
-from llmtrain.models.head import summed_cross_entropy
+from llmtrain.nn.attention import attend
+from llmtrain.nn.head import summed_cross_entropy
 
 TOKENS, WIDTH, VOCABULARY = 4096, 512, 8192
 BATCH, HEADS, LENGTH, HEAD_DIM = 8, 8, 512, 64

@@ -25,8 +25,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from llmtrain.commands.build import build_engine
 from llmtrain.commands.resolve import resolve
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import TokenSequences
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin
 from llmtrain.data.stream import Stream

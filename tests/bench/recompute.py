@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from llmtrain.engine.allocator import keep_freed_memory
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.nn.initialize import initialize
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.recompute import apply_recompute

@@ -232,8 +232,8 @@ def read_batches(micro_size: int, workers: int) -> Reader:
 
 
 def _stream(corpus: Path, width: int, packing: str) -> tuple[Any, Any]:
-    from llmtrain.data.corpus import Corpus
-    from llmtrain.data.datasets import TokenSequences
+    from llmtrain.corpus.corpus import Corpus
+    from llmtrain.data.datasets.base import TokenSequences
     from llmtrain.data.mixture import begin
     from llmtrain.data.stream import Stream
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import TokenSequences
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.manifest import fingerprint_of
+from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.data.loader import Loader
-from llmtrain.data.manifest import fingerprint_of
 from llmtrain.data.mixture import begin
 from llmtrain.data.order import BlockOrder
 from llmtrain.data.stream import Stream

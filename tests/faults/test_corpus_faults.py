@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import TokenSequences
-from llmtrain.data.shards import ShardError
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.tar_files import ShardError
+from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus, write_manifest
 

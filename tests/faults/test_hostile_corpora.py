@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from llmtrain.data import transport
-from llmtrain.data.cache import Cache, CacheConfig
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import TokenSequences
+from llmtrain.corpus import transport
+from llmtrain.corpus.cache import Cache, CacheConfig
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus, write_manifest
 from tests.support.servers import FileServer, RawServer

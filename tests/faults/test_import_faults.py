@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.checkpoint.retention import find
 from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.commands import import_
 from llmtrain.errors import CheckpointError
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
+from llmtrain.interchange.huggingface import export_folder
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
 
 pytestmark = pytest.mark.slow
 

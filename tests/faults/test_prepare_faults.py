@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-from llmtrain.data.config import PrepareConfig
-from llmtrain.data.files import disk_errors
-from llmtrain.data.prepare import prepare
 from llmtrain.errors import DataError
+from llmtrain.prepare.config import PrepareConfig
+from llmtrain.prepare.files import disk_errors
+from llmtrain.prepare.job import prepare
 
 # Small units make many steps of little text. Spawned workers run the part above `main` too. With
 # DIE_AT=n the process kills itself and its whole group at its n-th rename, before it (DIE=before) or
@@ -26,7 +26,10 @@ from llmtrain.errors import DataError
 # name count.
 RUNNER = """
 import json, os, signal, sys
-from llmtrain.data.preparation import blocks, near, peers, streams
+from llmtrain.prepare import blocks
+from llmtrain.prepare import near
+from llmtrain.prepare import peers
+from llmtrain.prepare import streams
 streams.UNIT_BYTES, blocks.BLOCK_BYTES, near.RANGE_DOCUMENTS = 6_000, 2_500, 90
 peers.HEARTBEAT_SECONDS, peers.LONGEST_LOOK = 0.1, 0.1
 
@@ -46,14 +49,14 @@ if "DIE_AT" in os.environ:
     os.replace = replace_and_die
 if "SLOW" in os.environ:
     import time
-    from llmtrain.data.preparation import tasks
+    from llmtrain.prepare import tasks
     real = tasks.clean
     tasks.clean = lambda *arguments: time.sleep(0.5) or real(*arguments)
 
 if __name__ == "__main__":
     from llmtrain.config import decode
-    from llmtrain.data.config import PrepareConfig
-    from llmtrain.data.prepare import prepare
+    from llmtrain.prepare.config import PrepareConfig
+    from llmtrain.prepare.job import prepare
     from llmtrain.errors import UserError
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("SIZE", 1))
     try:

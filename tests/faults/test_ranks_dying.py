@@ -104,7 +104,7 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes(
     corpus: Path, tmp_path: Path, launches: list[Launch]
 ):
     run, victim, step = tmp_path / "run", random.randrange(4), random.randrange(5, 15)
-    words = ["llmtrain.torchrun", *command(corpus, run, steps=40)]
+    words = ["llmtrain.distributed.torchrun", *command(corpus, run, steps=40)]
     launches.append(Launch(words, run, NPROC_PER_NODE="4"))
     launches[0].rank_at(victim, step).send_signal(signal.SIGKILL)
     code, output = launches[0].finish()
@@ -146,7 +146,7 @@ def test_under_plain_torchrun_the_survivors_are_quiet(
     assert f"exitcode  : {dict(zip(DEATHS.values(), (7, 1, 2), strict=True))[death]}" in output
 
 
-@pytest.mark.parametrize("launcher", ["llmtrain.torchrun", "torch.distributed.run"])
+@pytest.mark.parametrize("launcher", ["llmtrain.distributed.torchrun", "torch.distributed.run"])
 def test_ranks_end_with_a_killed_launcher(
     corpus: Path, tmp_path: Path, launches: list[Launch], launcher: str
 ):
@@ -162,7 +162,7 @@ def test_ranks_end_with_a_killed_launcher(
     assert len(gone) >= 2
     wait_until_free(run)
     said = launches[0].launcher.communicate()[0]
-    if launcher == "llmtrain.torchrun":
+    if launcher == "llmtrain.distributed.torchrun":
         said = "".join((run / f"logs/rank{rank}.log").read_text() for rank in (0, 1))
     for rank in (0, 1):
         assert said.count(f"llmtrain: error: rank {rank}: got a launcher (process ") == 1, said
@@ -180,7 +180,7 @@ def test_a_launcher_that_is_asked_to_stop_lets_its_ranks_save(
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     run = tmp_path / "run"
-    words = ["llmtrain.torchrun", *command(corpus, run, steps=100_000), "checkpoint.every=null"]
+    words = ["llmtrain.distributed.torchrun", *command(corpus, run, steps=100_000), "checkpoint.every=null"]
     launches.append(Launch(words, run, NPROC_PER_NODE="2"))
     launches[0].rank_at(0, 3)
     launches[0].launcher.send_signal(number)
@@ -193,7 +193,7 @@ def test_a_launcher_that_is_asked_to_stop_lets_its_ranks_save(
 
 def test_a_launcher_kills_ranks_that_take_too_long(corpus: Path, tmp_path: Path, launches: list[Launch]):
     run = tmp_path / "run"
-    words = ["llmtrain.torchrun", *command(corpus, run, steps=100_000)]
+    words = ["llmtrain.distributed.torchrun", *command(corpus, run, steps=100_000)]
     launches.append(Launch(words, run, NPROC_PER_NODE="2", STOP_TIMEOUT="0.5"))
     launches[0].rank_at(1, 3).send_signal(signal.SIGSTOP)
     launches[0].launcher.terminate()
@@ -223,8 +223,8 @@ def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_pat
 LEAVING = """
 import os, sys, time
 import torch
-from llmtrain import cli
-from llmtrain.parallel import distributed
+from llmtrain.cli import main as cli
+from llmtrain.distributed import processes
 
 sys.stdout.flush()
 for turn, port in enumerate(map(int, sys.argv[1:])):
@@ -233,10 +233,10 @@ for turn, port in enumerate(map(int, sys.argv[1:])):
         child = os.fork()
         if child == 0:
             os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            distributed.start(torch.device("cpu"))
+            processes.start(torch.device("cpu"))
             for _ in range(5):
-                distributed.all_sum(torch.ones(1000))
-            distributed.gather({"rank": rank})
+                processes.all_sum(torch.ones(1000))
+            processes.gather({"rank": rank})
             cli.finish(0 if turn % 2 else 2)
         children.append(child)
     print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)

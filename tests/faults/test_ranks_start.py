@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.data.corpus import Corpus
+from llmtrain.corpus.corpus import Corpus
 from tests.support.corpora import write_text
 from tests.support.training import TINY_GPT
 from tests.support.warm import finish, llmtrain, rank_environment, start

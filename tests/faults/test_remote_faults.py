@@ -19,13 +19,14 @@ import pytest
 import xxhash
 
 from llmtrain.commands.resolve import resolve
-from llmtrain.data import transport
-from llmtrain.data.cache import Cache, CacheConfig, RemoteFile
-from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
+from llmtrain.corpus import transport
+from llmtrain.corpus.cache import Cache, CacheConfig, RemoteFile
+from llmtrain.corpus.tar_files import ShardError
 from llmtrain.data.loader import Loader
-from llmtrain.data.prepare import prepare
-from llmtrain.data.shards import ShardError
 from llmtrain.errors import DataError, UserError
+from llmtrain.prepare.config import PrepareConfig, SplitConfig
+from llmtrain.prepare.job import prepare
+from llmtrain.tokenizers.config import TokenizerConfig
 from tests.support.corpora import write_text
 from tests.support.servers import Faults, FileServer, s3_client, s3_server, upload
 from tests.support.training import REPOSITORY, TINY_GPT, compose, open_loader
@@ -38,8 +39,8 @@ STEPS = 120
 READER = """
 import hashlib, json, sys
 import numpy as np
-from llmtrain.data import transport
-from llmtrain.data.cache import Cache, CacheConfig
+from llmtrain.corpus import transport
+from llmtrain.corpus.cache import Cache, CacheConfig
 from pathlib import Path
 
 transport.FIRST_WAIT = 0.01

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models import attention
-from llmtrain.models.attention import Documents
+from llmtrain.nn import attention
+from llmtrain.nn.attention import Documents
 from tests.gpu.runs import distance, no_tf32
 from tests.gpu.table import Row, judged
 

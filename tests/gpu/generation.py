@@ -13,7 +13,7 @@ from llmtrain.commands.loading import build_module
 from llmtrain.commands.resolve import resolve
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate
-from llmtrain.models.initialize import initialize
+from llmtrain.nn.initialize import initialize
 from tests.gpu.runs import family_overrides, no_tf32
 from tests.gpu.table import Row, judged
 from tests.support.training import compose

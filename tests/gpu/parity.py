@@ -12,9 +12,9 @@ import torch
 from llmtrain.commands.loading import build_module
 from llmtrain.commands.resolve import resolve
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
-from llmtrain.models.config import SimpleCNNConfig
-from llmtrain.models.dropout import sample_keys
-from llmtrain.models.initialize import initialize
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.nn.dropout import sample_keys
+from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch
 from llmtrain.objectives.classification import Classification
 from tests.gpu.runs import distance, family_overrides, no_tf32, objective_of

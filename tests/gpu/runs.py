@@ -48,11 +48,11 @@ def engine_of(overrides: Sequence[str]) -> tuple[Any, Any]:
     """(engine, loader) as `llmtrain train` makes them."""
     from llmtrain.commands.build import build_engine
     from llmtrain.commands.resolve import resolve
-    from llmtrain.parallel import distributed
+    from llmtrain.distributed import processes
 
     resolved = resolve(compose(overrides))
-    device = distributed.pick_device(resolved.config.device)
-    distributed.start(device, single_process_group=resolved.config.engine == "deepspeed")
+    device = processes.pick_device(resolved.config.device)
+    processes.start(device, single_process_group=resolved.config.engine == "deepspeed")
     engine = build_engine(resolved.config, resolved.layout, device, objective_of(resolved), None)
     return engine, open_loader(resolved)
 

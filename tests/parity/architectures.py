@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtrain.checkpoint.huggingface import export_folder, import_folder
 from llmtrain.commands.loading import build_module, load_weights
+from llmtrain.interchange.huggingface import export_folder, import_folder
 
 V, T = 120, 48
 LENGTHS = (T, 31, 10)

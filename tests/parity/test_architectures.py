@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
-from llmtrain.checkpoint.huggingface import export_folder, import_folder
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate
+from llmtrain.interchange.huggingface import export_folder, import_folder
 from tests.parity.architectures import (
     ARCHITECTURES,
     TOLERANCE,

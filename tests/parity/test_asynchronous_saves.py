@@ -22,8 +22,8 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     from llmtrain.checkpoint import store
     from llmtrain.commands.build import build_engine
     from llmtrain.commands.resolve import resolve
+    from llmtrain.distributed import processes
     from llmtrain.families import family_of
-    from llmtrain.parallel import distributed
 
     class SlowCopier(saver_module.Copier):
         def copy(self, share: store.Share) -> store.Share:
@@ -49,7 +49,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     beside = Path(root) / "beside" / waited.name
     later = store.save(Path(root) / "later", 2, engine, {}, None)
     files = [store.Checkpoint.open(path).manifest["files"] for path in (waited, beside, later)]
-    distributed.barrier()
+    processes.barrier()
     return files[0], files[1], files[2] != files[0]
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.huggingface import export_folder
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize
+from llmtrain.interchange.huggingface import export_folder
+from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize
 
 pytestmark = pytest.mark.slow
 

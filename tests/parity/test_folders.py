@@ -23,13 +23,13 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from llmtrain import cli
-from llmtrain.checkpoint.huggingface import export_folder
-from llmtrain.data.config import TokenizerConfig
-from llmtrain.data.tokenizer_folder import load_tokenizer
-from llmtrain.data.tokenizer_sentencepiece import train
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig as OurBertConfig
+from llmtrain.cli import main as cli
+from llmtrain.interchange.huggingface import export_folder
+from llmtrain.models.bert.config import BertConfig as OurBertConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.tokenizers.config import TokenizerConfig
+from llmtrain.tokenizers.folder import load_tokenizer
+from llmtrain.tokenizers.sentencepiece import train
 from tests.support import warm
 from tests.support.gguf_files import small_model, write_gguf
 from tests.support.tokenizers import texts, write_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.models import linear
+from llmtrain.nn import linear
 from tests.parity.matrix import TOLERANCES, deviation
 from tests.support import ranks
 from tests.support.training import Trace, train_steps

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.parallel import toolchain
+from llmtrain.distributed import toolchain
 from tests.parity.matrix import STEPS, TOLERANCES, Tolerance, deviation
 from tests.parity.test_resume import assert_bitwise_resume
 from tests.support import ranks

@@ -18,13 +18,13 @@ import yaml
 from torch import Tensor
 
 from llmtrain.config import decode
-from llmtrain.data.corpus import Corpus, TokenSplit
-from llmtrain.data.datasets import TokenSequences
-from llmtrain.models import attention
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize
+from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.data.datasets.base import TokenSequences
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.nn import attention
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.causal_lm import CausalLM
 from tests.support.corpora import EOS, random_documents, write_corpus
 from tests.support.training import REPOSITORY

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llmtrain.checkpoint.forms import FORMS
-from llmtrain.checkpoint.forms.base import Settings
 from llmtrain.config import decode
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.rotary import rotary_tables
+from llmtrain.interchange.forms import FORMS
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.huggingface.form import Settings
+from llmtrain.nn.rotary import rotary_tables
 
 SIZES = {
     "model_type": "llama",

@@ -10,12 +10,12 @@ import pytest
 import sentencepiece
 import torch
 
-from llmtrain.checkpoint.huggingface import export_folder
-from llmtrain.data.config import TokenizerConfig
-from llmtrain.data.tokenizer_folder import load_tokenizer
-from llmtrain.data.tokenizer_sentencepiece import train
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
+from llmtrain.interchange.huggingface import export_folder
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.tokenizers.config import TokenizerConfig
+from llmtrain.tokenizers.folder import load_tokenizer
+from llmtrain.tokenizers.sentencepiece import train
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.forms.xlnet import XLNET
-from llmtrain.checkpoint.huggingface import export_folder, import_folder
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize
-from llmtrain.models.xlnet import XLNet
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.interchange.huggingface import export_folder, import_folder
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.xlnet.huggingface import XLNET
+from llmtrain.models.xlnet.model import XLNet
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.shards import Shard
+from llmtrain.tensor_boxes import Shard
 
 
 def whole_setup(model: nn.Module, layout: Layout, optimizer: OptimizerConfig) -> Setup:

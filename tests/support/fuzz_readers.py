@@ -41,10 +41,10 @@ FEW_ROWS = 32
 
 def read_corpus(changed: Path) -> None:
     """As training, evaluation and `data show` do."""
-    from llmtrain.data.corpora import open_corpora
-    from llmtrain.data.corpus import Corpus
-    from llmtrain.data.tokenizer_folder import load_tokenizer
-    from llmtrain.data.train_config import CacheConfig, TokenDataConfig
+    from llmtrain.corpus.config import CacheConfig, TokenDataConfig
+    from llmtrain.corpus.corpora import open_corpora
+    from llmtrain.corpus.corpus import Corpus
+    from llmtrain.tokenizers.folder import load_tokenizer
 
     folder = changed.parts[0] if changed.parts[0] in ("corpus", "pairs") else "corpus"
     cache = Path("cache")
@@ -82,7 +82,7 @@ def _each(*works: Callable[[], object]) -> None:
 
 
 def _read_split(split: Any, cache: Path) -> None:
-    from llmtrain.data.datasets import TokenSequences
+    from llmtrain.data.datasets.base import TokenSequences
 
     def rows(packing: Any) -> None:
         dataset = TokenSequences(
@@ -125,8 +125,8 @@ def _show(path: str, packing: str, objective: Mapping[str, Any]) -> None:
 
 
 def read_rows_cache(changed: Path) -> None:
-    from llmtrain.data.corpus import Corpus
-    from llmtrain.data.datasets import TokenSequences
+    from llmtrain.corpus.corpus import Corpus
+    from llmtrain.data.datasets.base import TokenSequences
 
     split = Corpus.open("corpus").split("train")
     rows = TokenSequences(split, SEQUENCE, packing="best_fit", cache=Path("cache"))
@@ -179,7 +179,7 @@ def _resume(resume: str) -> None:
 
     from llmtrain.commands.resolve import VARIANTS
     from llmtrain.config import decode
-    from llmtrain.data.manifest import parse_manifest
+    from llmtrain.corpus.manifest import parse_manifest
     from llmtrain.families import open_data, open_sources
     from llmtrain.train.config import TrainConfig
     from llmtrain.train.resume import find_resume
@@ -250,8 +250,8 @@ def read_foreign(changed: Path) -> None:
 
 
 def read_tokenizer(changed: Path) -> None:
-    from llmtrain.checkpoint.huggingface_tokenizer import tokenizer_files
-    from llmtrain.data.tokenizer_folder import load_tokenizer
+    from llmtrain.interchange.huggingface_tokenizer import tokenizer_files
+    from llmtrain.tokenizers.folder import load_tokenizer
 
     tokenizer = load_tokenizer(changed if changed.suffix == ".model" else changed.parent)
     _use_tokenizer(tokenizer)
@@ -274,11 +274,11 @@ def _use_tokenizer(tokenizer: Any) -> None:
 
 def read_source(changed: Path) -> None:
     """As prepare's first stage does; what comes behind it sees clean text alone."""
-    from llmtrain.data.config import FiltersConfig
-    from llmtrain.data.preparation import tasks
-    from llmtrain.data.preparation.opening import refuse_long_windows
-    from llmtrain.data.preparation.sources import find_files, plan_units
-    from llmtrain.data.preparation.tars import Vocabulary
+    from llmtrain.prepare import tasks
+    from llmtrain.prepare.config import FiltersConfig
+    from llmtrain.prepare.opening import refuse_long_windows
+    from llmtrain.prepare.sources import find_files, plan_units
+    from llmtrain.prepare.tars import Vocabulary
 
     fields = ("en", "es") if changed.suffix == ".tsv" else ("text",)
     vocabulary = Vocabulary(300, 2) if changed.name == "tokens.tar" else None
@@ -292,7 +292,7 @@ def read_source(changed: Path) -> None:
 
 
 def read_images(changed: Path) -> None:
-    from llmtrain.data.images import Images
+    from llmtrain.data.datasets.images import Images
 
     images = Images.open(str(changed), "train")
     images.get(np.arange(len(images)))

@@ -103,8 +103,9 @@ def _write_tar(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 def _write_corpora() -> None:
-    from llmtrain.data.config import PrepareConfig, SplitConfig, TokenizerConfig
-    from llmtrain.data.prepare import prepare
+    from llmtrain.prepare.config import PrepareConfig, SplitConfig
+    from llmtrain.prepare.job import prepare
+    from llmtrain.tokenizers.config import TokenizerConfig
 
     settings: dict[str, Any] = {
         "split": SplitConfig(0.2, 0.1),
@@ -136,8 +137,8 @@ def _write_run() -> None:
     from llmtrain.config import encode
     from llmtrain.data.loader import Loader
     from llmtrain.data.trace import digest_of
+    from llmtrain.distributed import processes
     from llmtrain.families import family_of, open_sources
-    from llmtrain.parallel import distributed
     from llmtrain.train.config import recorded
     from llmtrain.train.streaming import open_stream, plan_timeline
     from tests.support.training import compose
@@ -149,7 +150,7 @@ def _write_run() -> None:
     timeline = plan_timeline(config, sources, None, 0, print)
     stream = open_stream(config.data, sources, timeline, seed=config.seed)
     objective = family_of(config.model).objective(config.model, config.data)
-    engine = build_engine(config, resolved.layout, distributed.pick_device("cpu"), objective, None)
+    engine = build_engine(config, resolved.layout, processes.pick_device("cpu"), objective, None)
     loader = Loader(stream, objective.collate, micro_size=2)
     for _, batch in zip(range(STEPS), loader.steps(0), strict=False):
         engine.train_step(batch.micro_batches, lr=0.001)
@@ -194,15 +195,15 @@ def _write_models() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from llmtrain.checkpoint.huggingface import export_folder
     from llmtrain.commands import import_
-    from llmtrain.data.tokenizer_folder import load_tokenizer
     from llmtrain.families import family_of
-    from llmtrain.models.bert_config import BertConfig
-    from llmtrain.models.config import GPTConfig
-    from llmtrain.models.initialize import initialize
-    from llmtrain.models.seq2seq_config import Seq2SeqConfig
-    from llmtrain.models.xlnet_config import XLNetConfig
+    from llmtrain.interchange.huggingface import export_folder
+    from llmtrain.models.bert.config import BertConfig
+    from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+    from llmtrain.models.gpt.config import GPTConfig
+    from llmtrain.models.xlnet.config import XLNetConfig
+    from llmtrain.nn.initialize import initialize
+    from llmtrain.tokenizers.folder import load_tokenizer
 
     shape: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
     gpt2 = GPTConfig(**shape, max_sequence_length=32)
@@ -264,7 +265,7 @@ def fix_corpus(changed: Path) -> None:
     """Have manifest.json vouch for the file that was changed, and for itself."""
     import xxhash
 
-    from llmtrain.data.manifest import fingerprint_of
+    from llmtrain.corpus.manifest import fingerprint_of
     from llmtrain.files import checksum_of_json
 
     folder = Path(changed.parts[0] if changed.parts[0] in ("corpus", "pairs") else "corpus")
@@ -313,7 +314,7 @@ def _write_tokenizers() -> None:
 def _write_gguf(weights: Mapping[str, Any]) -> None:
     from tokenizers import Tokenizer
 
-    from llmtrain.data.tokenizer_folder import load_tokenizer
+    from llmtrain.tokenizers.folder import load_tokenizer
     from tests.support.gguf_files import write_gguf
 
     Path("gguf").mkdir()

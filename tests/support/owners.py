@@ -12,7 +12,7 @@ import torch
 from llmtrain.checkpoint import store
 from llmtrain.engine.base import Fragment
 from llmtrain.parallel.layout import Layout
-from llmtrain.shards import Shard
+from llmtrain.tensor_boxes import Shard
 
 
 class Cut(NamedTuple):

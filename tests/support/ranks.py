@@ -81,10 +81,10 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     }
     import torch
 
-    from llmtrain.parallel import distributed
+    from llmtrain.distributed import processes
 
     torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"), single_process_group=True)
+    processes.start(torch.device("cpu"), single_process_group=True)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -26,8 +26,8 @@ def compose(overrides: Sequence[str], verb: str = "train") -> dict[str, Any]:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from llmtrain.cli import conf_folder
-    from llmtrain.overrides import quote, text_keys
+    from llmtrain.cli.main import conf_folder
+    from llmtrain.cli.overrides import quote, text_keys
 
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         quoted = [quote(override, text_keys(verb)) for override in overrides]
@@ -55,8 +55,8 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
     """What this process' rank reads of a run's training data; `before`: the encoded timeline of a checkpoint
     at `start_step`."""
     from llmtrain.data.loader import Loader
+    from llmtrain.distributed import processes
     from llmtrain.families import family_of, open_sources
-    from llmtrain.parallel import distributed
     from llmtrain.train.streaming import open_stream, plan_timeline
 
     config, layout = resolved.config, resolved.layout
@@ -67,7 +67,7 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
         open_stream(config.data, sources, timeline, seed=config.seed),
         family_of(config.model).objective(config.model, config.data).collate,
         micro_size=layout.micro_size,
-        data_rank=layout.coordinates(distributed.rank()).data,
+        data_rank=layout.coordinates(processes.rank()).data,
         data_size=layout.data,
     )
 
@@ -91,16 +91,16 @@ def train_steps(
     from llmtrain.commands.pretrained import open_weights
     from llmtrain.commands.resolve import resolve
     from llmtrain.config import encode
+    from llmtrain.distributed import processes
     from llmtrain.families import family_of, open_dataset
-    from llmtrain.models.initialize import initialize
+    from llmtrain.nn.initialize import initialize
     from llmtrain.optim.schedules import multiplier
-    from llmtrain.parallel import distributed
     from llmtrain.train.evaluation import evaluate_dataset
 
     resolved = resolve(compose(overrides))
     config, layout = resolved.config, resolved.layout
-    place = distributed.pick_device(device)
-    distributed.start(place, single_process_group=config.engine == "deepspeed")
+    place = processes.pick_device(device)
+    processes.start(place, single_process_group=config.engine == "deepspeed")
     objective = family_of(config.model).objective(config.model, config.data)
     checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, place)
@@ -114,7 +114,7 @@ def train_steps(
     engine = build_engine(config, layout, place, objective, checkpoint, source)
     length = config.batch.sequence_length
     validation = open_dataset(config.model, config.data, resolved.corpora, "validation", length)
-    data_rank = layout.coordinates(distributed.rank()).data
+    data_rank = layout.coordinates(processes.rank()).data
     start = checkpoint.step if checkpoint else 0
     before = checkpoint.manifest["timeline"] if checkpoint else None
     loader = open_loader(resolved, before, start)
@@ -130,8 +130,8 @@ def train_steps(
         "config": encode(config),
         "timeline": loader.stream.timeline.encode(),
     }
-    folder = save_to or distributed.from_main(tempfile.mkdtemp())
+    folder = save_to or processes.from_main(tempfile.mkdtemp())
     saved = store.save(Path(folder), stop, engine, description, None)
     weights = {name: weight.numpy() for name, weight in store.Checkpoint.open(saved).weights().items()}
-    distributed.barrier()
+    processes.barrier()
     return Trace(losses, grad_norms, weights, initial_weights, validation_loss)

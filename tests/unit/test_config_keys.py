@@ -14,9 +14,9 @@ from llmtrain.commands.export import ExportConfig
 from llmtrain.commands.generate import GenerateCommandConfig
 from llmtrain.commands.import_ import ImportConfig
 from llmtrain.config import decode, leaves
-from llmtrain.data.config import PrepareConfig
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.rope_config import RopeScaling
+from llmtrain.nn.rope_config import RopeScaling
+from llmtrain.prepare.config import PrepareConfig
 from llmtrain.train.config import TrainConfig
 
 CONFIGS = (

@@ -1,4 +1,4 @@
-"""launch/ and llmtrain.torchrun: what is found in the environment, and how a user's mistakes are told."""
+"""launch/ and distributed.torchrun: what the environment tells, and how mistakes of a user are told."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import torchrun
+from llmtrain.distributed import hosts, torchrun
+from llmtrain.distributed.hosts import Hosts
 from llmtrain.errors import ConfigError
-from llmtrain.parallel import hosts
-from llmtrain.parallel.hosts import Hosts
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
@@ -127,7 +126,7 @@ def test_a_host_that_cannot_be_resolved():
 @pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.2\r\n", b""])
 def test_a_port_that_another_program_answers_on_is_refused(greeting: bytes, monkeypatch: pytest.MonkeyPatch):
     """torch's store waits for its word without end."""
-    from llmtrain.parallel.rendezvous import Rendezvous
+    from llmtrain.distributed.rendezvous import Rendezvous
 
     monkeypatch.setattr(hosts, "ANSWER_SECONDS", 1)
     connections = []
@@ -228,7 +227,7 @@ def test_a_report_that_is_none_tells_no_exit_code(tmp_path: Path):
 
 def test_mistakes_need_no_torch():
     """They must answer at once, and importing torch takes seconds."""
-    code = "import sys; from llmtrain.torchrun import main; code = main(['x=1'])\n"
+    code = "import sys; from llmtrain.distributed.torchrun import main; code = main(['x=1'])\n"
     code += "assert 'torch' not in sys.modules; sys.exit(code)"
     environment = {**os.environ, "NNODES": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

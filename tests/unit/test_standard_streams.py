@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.cli import DOES_MORE_THAN_PRINT, SECOND_VERBS, VERBS
+from llmtrain.cli.main import DOES_MORE_THAN_PRINT, SECOND_VERBS, VERBS
 from llmtrain.standard_streams import PIPE_CLOSED, OutputLost, _Stream
 from tests.support.training import REPOSITORY, TINY_GPT
 
@@ -85,7 +85,7 @@ def test_preparing_goes_on_without_output(how: str, tmp_path: Path):
 def test_a_launcher_goes_on_without_output(how: str, corpus: Path, tmp_path: Path):
     settings = [*TINY_GPT, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
     settings += ["train.steps=2", "evaluation.every=null", "evaluation.at_start=false"]
-    assert run(settings, output=how, error=how, module="llmtrain.torchrun") == (0, "")
+    assert run(settings, output=how, error=how, module="llmtrain.distributed.torchrun") == (0, "")
     assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
 
 

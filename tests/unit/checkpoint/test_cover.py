@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.checkpoint.cover import cover_problem
-from llmtrain.shards import Box, Shard, whole
+from llmtrain.tensor_boxes import Box, Shard, whole
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from llmtrain.checkpoint import saver as saver_module
 from llmtrain.checkpoint import store, writer
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.saver import Copier, Saver
+from llmtrain.distributed import processes
 from llmtrain.errors import TrainingError
-from llmtrain.parallel import distributed
-from llmtrain.shards import Shard
+from llmtrain.tensor_boxes import Shard
 from tests.support import ranks
 from tests.support.owners import Cut, Owner, whole_cuts
 
@@ -212,7 +212,7 @@ def test_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def save_on_ranks(root: str, fails_on: int | None) -> tuple[str, int, bool]:
     """Two saves on all ranks, of which one rank's second does not fit; → (error, polls until the first was
     whole, whether a later save works)."""
-    rank, size = distributed.rank(), distributed.world_size()
+    rank, size = processes.rank(), processes.world_size()
     cuts = whole_cuts(TENSORS)
     flat = Cut("a.w", Shard((4, 6)), 0, 24)
     ends = [24 * i // size for i in range(size + 1)]
@@ -235,7 +235,7 @@ def save_on_ranks(root: str, fails_on: int | None) -> tuple[str, int, bool]:
             message = str(error)
     saver.save(3, owner, {}, None)  # type: ignore[arg-type]
     saver.finish()
-    return message, polls, distributed.gather(rank) == list(range(size))
+    return message, polls, processes.gather(rank) == list(range(size))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmtrain.checkpoint import retention, store
 from llmtrain.errors import CheckpointError, TrainingError
-from llmtrain.shards import Box, Shard
+from llmtrain.tensor_boxes import Box, Shard
 from tests.support.corpora import write_manifest
 from tests.support.owners import Cut, Owner, save, take
 

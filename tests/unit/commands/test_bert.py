@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain import cli
+from llmtrain.cli import main as cli
 
 TINY = (
     "model=bert_tiny",

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmtrain import cli
 from llmtrain.checkpoint.retention import list_steps
+from llmtrain.cli import main as cli
 from llmtrain.commands import checkpoint as verbs
 from llmtrain.data.mixture import begin
 from tests.support.corpora import write_manifest

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llmtrain import cli
+from llmtrain.cli import main as cli
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.servers import FileServer
 from tests.support.training import TINY_GPT

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain import cli
+from llmtrain.cli import main as cli
 from tests.support.corpora import write_pairs
 
 
@@ -22,8 +22,8 @@ def show(capsys: pytest.CaptureFixture[str], *overrides: str) -> list[str]:
 @pytest.fixture(scope="session")
 def text(corpus: Path) -> str:
     """All training text, in its order, as a row may hold it."""
-    from llmtrain.data.corpus import Corpus
-    from llmtrain.data.tokenizer_folder import load_tokenizer
+    from llmtrain.corpus.corpus import Corpus
+    from llmtrain.tokenizers.folder import load_tokenizer
 
     opened = Corpus.open(corpus)
     tokens, _ = opened.split("train").read(0, opened.manifest.splits["train"].num_tokens)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint.huggingface import export_folder
 from llmtrain.commands import evaluate
 from llmtrain.errors import ConfigError
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
+from llmtrain.interchange.huggingface import export_folder
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.nn.initialize import initialize
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.training import compose
 

@@ -14,20 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmtrain import cli
-from llmtrain.checkpoint.huggingface import export_folder
-from llmtrain.checkpoint.imported import save_imported
 from llmtrain.checkpoint.retention import find
 from llmtrain.checkpoint.store import Checkpoint
+from llmtrain.cli import main as cli
 from llmtrain.commands import export, import_
 from llmtrain.commands.loading import load_trained
 from llmtrain.commands.resolve import resolve
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
+from llmtrain.interchange.huggingface import export_folder
+from llmtrain.interchange.imported import save_imported
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
 from llmtrain.train.run_folder import RunFolder
 from tests.support.corpora import write_manifest
 from tests.support.training import compose
@@ -307,8 +307,8 @@ def test_what_cannot_be_started_from(folder: Path, corpus: Path, tmp_path: Path)
 
 
 def test_another_tokenizer(folder: Path, corpus: Path, tmp_path: Path) -> None:
-    from llmtrain.data.config import TokenizerConfig
-    from llmtrain.data.tokenizer_sentencepiece import train as train_tokenizer
+    from llmtrain.tokenizers.config import TokenizerConfig
+    from llmtrain.tokenizers.sentencepiece import train as train_tokenizer
 
     text = "the quick brown fox jumps over the lazy dog, again and again and again. "
     (tmp_path / "other.model").write_bytes(

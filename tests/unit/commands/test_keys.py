@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain import cli
+from llmtrain.cli import main
+from llmtrain.cli.overrides import CONFIGS, config_of
 from llmtrain.commands.keys import type_words
 from llmtrain.config import leaves
-from llmtrain.overrides import CONFIGS, config_of
 from tests.support.training import REPOSITORY
 
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.*) \|$", re.MULTILINE)
@@ -22,7 +22,7 @@ def page() -> str:
 
 
 def test_the_page_is_what_the_command_prints(page: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.print_keys([]) == 0
+    assert main.print_keys([]) == 0
     assert capsys.readouterr().out == page, "run: llmtrain keys > conf/README.md"
 
 
@@ -72,7 +72,7 @@ def test_types_in_words(hint: object, words: str):
 
 
 def test_a_word_behind_it_is_refused(capsys: pytest.CaptureFixture[str]):
-    assert cli.print_keys(["optimizer"]) == 2
+    assert main.print_keys(["optimizer"]) == 2
     assert capsys.readouterr().err.startswith(
         "llmtrain: error: llmtrain keys: got 'optimizer'; allowed: nothing"
     )

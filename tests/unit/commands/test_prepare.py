@@ -5,7 +5,7 @@ import os
 import pytest
 
 from llmtrain.commands import prepare as command
-from llmtrain.data.config import PrepareConfig
+from llmtrain.prepare.config import PrepareConfig
 
 Started = list[tuple[PrepareConfig, int, int, str]]
 MAPPING = {"source": ["a.txt"], "output": "corpus"}

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain import cli
+from llmtrain.cli import main as cli
 from llmtrain.commands.answer import Texts
 from llmtrain.commands.bleu import pairs_of
 from llmtrain.commands.loading import TrainedModel, load_trained
-from llmtrain.data.tokenizer_folder import load_tokenizer
-from llmtrain.data.train_config import TokenDataConfig
+from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.families import open_data, open_dataset
-from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
+from llmtrain.tokenizers.folder import load_tokenizer
 
 TINY = (
     "model=transformer_tiny",

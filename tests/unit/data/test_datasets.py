@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.corpus import Corpus, TokenSplit
-from llmtrain.data.datasets import EMPTY, PADDING_DOCUMENT, Concatenation, TokenSequences, WithoutBadShards
+from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.data.datasets.base import (
+    EMPTY,
+    PADDING_DOCUMENT,
+    Concatenation,
+    TokenSequences,
+    WithoutBadShards,
+)
 from llmtrain.errors import DataError
 from tests.support.corpora import EOS, random_documents, stream_of, write_corpus
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llmtrain.data.datasets import EMPTY
-from llmtrain.data.images import Images
-from llmtrain.data.preparation import opening
+from llmtrain.data.datasets.base import EMPTY
+from llmtrain.data.datasets.images import Images
 from llmtrain.errors import DataError
+from llmtrain.prepare import opening
 
 
 def image_rows(num_rows: int, seed: int = 0) -> list[str]:

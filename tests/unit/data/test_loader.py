@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.data.datasets import EMPTY
+from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.data.mixture import begin
 from llmtrain.data.stream import Stream

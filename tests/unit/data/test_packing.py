@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.data.packing import Rows, best_fit, count_rows
+from llmtrain.data.datasets.packing import Rows, best_fit, count_rows
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import EMPTY
-from llmtrain.data.paired_rows import PairedRows
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.data.datasets.base import EMPTY
+from llmtrain.data.datasets.paired_rows import PairedRows
 from llmtrain.errors import DataError
 from tests.support.corpora import EOS, Documents, random_documents, write_corpus, write_manifest
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data.corpus import Corpus, TokenSplit
-from llmtrain.data.datasets import EMPTY, ReadsShards
+from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.data.datasets.base import EMPTY, ReadsShards
+from llmtrain.data.datasets.pairs import Passages
 from llmtrain.data.mixture import begin
-from llmtrain.data.pairs import Passages
 from llmtrain.data.stream import Stream
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus

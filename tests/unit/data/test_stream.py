@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from torch.distributed import HashStore
 
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import EMPTY, TokenSequences
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.data.datasets.base import EMPTY, TokenSequences
 from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, combine_digests, digest
+from llmtrain.distributed.union import Union
 from llmtrain.errors import DataError
-from llmtrain.parallel.union import Union
 from tests.support.corpora import random_documents, write_corpus
 
 G = 6

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.data.corpus import Corpus
-from llmtrain.data.datasets import EMPTY, TokenSequences
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.data.datasets.base import EMPTY, TokenSequences
 from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin
 from llmtrain.data.stream import Stream, combine_digests

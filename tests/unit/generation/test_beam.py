@@ -12,12 +12,13 @@ import torch
 from llmtrain.errors import ConfigError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate
-from llmtrain.models.config import GPTConfig, LSTMConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
-from llmtrain.models.recurrent import LSTMLanguageModel
-from llmtrain.models.seq2seq import EncoderDecoder
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.model import EncoderDecoder
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.nn.initialize import initialize
 
 V, LENGTH, EOS, START = 5, 3, 4, 0
 PROMPTS = [[1, 2, 3], [2, 1], [3, 0, 1], [1]]

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from llmtrain.commands.fill import encode_prompt
-from llmtrain.data.tokenizer_folder import load_tokenizer
 from llmtrain.errors import CheckpointError
 from llmtrain.generation.fill import BLANK, fill_masks
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
-from llmtrain.models.initialize import initialize
-from llmtrain.models.xlnet import XLNet
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.xlnet.model import XLNet
+from llmtrain.nn.initialize import initialize
+from llmtrain.tokenizers.folder import load_tokenizer
 
 V, MASK = 30, 30
 

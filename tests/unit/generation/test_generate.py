@@ -13,10 +13,11 @@ from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import unheeded
 from llmtrain.generation.generate import generate, sample
-from llmtrain.models.config import GPTConfig, LSTMConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
-from llmtrain.models.recurrent import LSTMLanguageModel
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.nn.initialize import initialize
 from tests.support.training import compose
 
 V, T = 64, 32

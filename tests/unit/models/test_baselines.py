@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmtrain.models.config import LSTMConfig, SimpleCNNConfig
-from llmtrain.models.convolutional import SimpleCNN
-from llmtrain.models.initialize import initialize
-from llmtrain.models.recurrent import LSTMLanguageModel
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.convolutional.model import SimpleCNN
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.nn.initialize import initialize
 
 V = 64
 

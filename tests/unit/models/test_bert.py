@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize, match_initializers
+from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize, match_initializers
 
 B, T, V = 3, 12, 40
 PAIRS = MaskedLMConfig(pairs="next_sentence")

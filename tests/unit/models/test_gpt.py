@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
-from llmtrain.models.rope_config import RopeScaling
-from llmtrain.models.rotary import rotary_frequencies
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.nn.initialize import initialize
+from llmtrain.nn.rope_config import RopeScaling
+from llmtrain.nn.rotary import rotary_frequencies
 
 V, T = 64, 24
 GPT2 = GPTConfig(vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, max_sequence_length=T, init_std=0.2)

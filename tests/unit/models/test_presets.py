@@ -12,7 +12,7 @@ import yaml
 
 from llmtrain.config import decode
 from llmtrain.families import model_config_type, skeleton_of
-from llmtrain.models.bert import Bert
+from llmtrain.models.bert.model import Bert
 from llmtrain.models.configs import ModelConfig
 from tests.support.training import REPOSITORY
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models import attention
-from llmtrain.models.dropout import Dropout, sample_keys
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize, match_initializers
-from llmtrain.models.seq2seq import EncoderDecoder, sinusoids
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.transformer import RelativePositions
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.model import EncoderDecoder, sinusoids
+from llmtrain.nn import attention
+from llmtrain.nn.dropout import Dropout, sample_keys
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize, match_initializers
+from llmtrain.nn.transformer import RelativePositions
 
 S, T, V = 23, 17, 40
 TRANSFORMER = Seq2SeqConfig(

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize, match_initializers
-from llmtrain.models.xlnet import XLNet
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.xlnet.model import XLNet
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize, match_initializers
 
 B, T, V = 2, 12, 40
 CONFIG = XLNetConfig(

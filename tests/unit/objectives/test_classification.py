@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.models.config import SimpleCNNConfig
-from llmtrain.models.convolutional import SimpleCNN
-from llmtrain.models.initialize import initialize
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.convolutional.model import SimpleCNN
+from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.classification import Classification
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.seq2seq_config import Seq2SeqConfig, Seq2SeqObjectiveConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig, Seq2SeqObjectiveConfig
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.denoising import Denoising
 from llmtrain.objectives.seq2seq import OneText
 from llmtrain.objectives.span_corruption import SpanCorruption

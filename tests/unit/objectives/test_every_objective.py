@@ -12,7 +12,7 @@ from llmtrain.commands.resolve import Resolved, resolve
 from llmtrain.data.loader import KEYS, Loader
 from llmtrain.data.stream import Places, Stream
 from llmtrain.families import family_of, open_sources
-from llmtrain.models.head import IGNORE_INDEX
+from llmtrain.nn.head import IGNORE_INDEX
 from llmtrain.objectives.base import Batch, Objective
 from llmtrain.train.streaming import open_stream, plan_timeline
 from tests.support.training import compose

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig, MaskedLMConfig
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize
+from llmtrain.models.bert.config import BertConfig, MaskedLMConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.masked_lm import MaskedLM
 
 V, MASK, CLS, SEP = 100, 100, 101, 102

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.models.head import IGNORE_INDEX
-from llmtrain.models.initialize import initialize
-from llmtrain.models.xlnet import XLNet
-from llmtrain.models.xlnet_config import PermutedLMConfig, XLNetConfig
+from llmtrain.models.xlnet.config import PermutedLMConfig, XLNetConfig
+from llmtrain.models.xlnet.model import XLNet
+from llmtrain.nn.head import IGNORE_INDEX
+from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.permuted_lm import PermutedLM
 
 V = 100

@@ -17,17 +17,17 @@ def losses(name: str, zero: int | None) -> list[float]:
     import torch
 
     from llmtrain.data.loader import MicroBatch
+    from llmtrain.distributed import processes
     from llmtrain.engine.deepspeed import DeepSpeedEngine
     from llmtrain.engine.local import LocalEngine
-    from llmtrain.models.config import GPTConfig
-    from llmtrain.models.gpt import GPT
-    from llmtrain.models.initialize import initialize
+    from llmtrain.models.gpt.config import GPTConfig
+    from llmtrain.models.gpt.model import GPT
+    from llmtrain.nn.initialize import initialize
     from llmtrain.optim.config import OptimizerConfig
-    from llmtrain.parallel import distributed
     from llmtrain.parallel.layout import Layout
     from tests.support.engines import whole_setup
 
-    size, rank = distributed.world_size(), distributed.rank()
+    size, rank = processes.world_size(), processes.rank()
     model = GPT(GPTConfig(vocab_size=100, max_sequence_length=16, hidden_size=32, num_layers=2, num_heads=4))
     initialize(model, 0)
     layout = Layout(size, size, 1, 1, 1, zero or 0, 1, 2, 2 * size, 16)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llmtrain.commands.resolve import resolve
+from llmtrain.distributed import toolchain
 from llmtrain.errors import UserError
-from llmtrain.parallel import toolchain
 from llmtrain.parallel.layout import BatchConfig, Layout, ParallelConfig, plan_layout
 from tests.support.training import compose
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from llmtrain.commands.resolve import resolve
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError
-from llmtrain.models import attention
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.dropout import sample_keys
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.nn import attention
+from llmtrain.nn.dropout import sample_keys
+from llmtrain.nn.initialize import initialize
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.recompute import apply_recompute
 from tests.support import ranks
@@ -236,9 +236,9 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.models.config import GPTConfig
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.nn.initialize import initialize
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.recompute import apply_recompute
 
@@ -328,11 +328,11 @@ def steps_of_layout(layout: str, mode: str) -> list[tuple[float, float]]:
 
     from llmtrain.commands.build import build_engine
     from llmtrain.data.loader import MicroBatch
+    from llmtrain.distributed import processes
     from llmtrain.objectives.causal_lm import CausalLM
-    from llmtrain.parallel import distributed
 
     overrides = [*TINY_GPT, "model.vocab_size=60", "model.dropout=0.1", f"recompute={mode}", *layout.split()]
-    resolved = resolve(compose(overrides), distributed.world_size(), data_optional=True)
+    resolved = resolve(compose(overrides), processes.world_size(), data_optional=True)
     engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), CausalLM(), None)
     generator = torch.Generator().manual_seed(engine.mesh.coordinates.data)
     found = []

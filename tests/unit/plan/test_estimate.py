@@ -10,7 +10,9 @@ import yaml
 
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError
-from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.config import RecomputeConfig
 from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision, plan_layout

@@ -16,19 +16,22 @@ from torch import nn
 from llmtrain.config import decode
 from llmtrain.engine import deepspeed as deepspeed_engine
 from llmtrain.families import family_of, model_config_type
-from llmtrain.models import attention, head, recurrent
-from llmtrain.models.bert import Bert
-from llmtrain.models.bert_config import BertConfig
-from llmtrain.models.config import GPTConfig, LSTMConfig, SimpleCNNConfig
-from llmtrain.models.convolutional import SimpleCNN
-from llmtrain.models.gpt import GPT
-from llmtrain.models.initialize import initialize
-from llmtrain.models.linear import way_of
-from llmtrain.models.objective_config import Seq2SeqObjectiveConfig
-from llmtrain.models.seq2seq import EncoderDecoder
-from llmtrain.models.seq2seq_config import Seq2SeqConfig
-from llmtrain.models.xlnet import XLNet
-from llmtrain.models.xlnet_config import XLNetConfig
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.bert.model import Bert
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.models.convolutional.model import SimpleCNN
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.model import EncoderDecoder
+from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
+from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
+from llmtrain.models.recurrent import model as recurrent
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.xlnet.config import XLNetConfig
+from llmtrain.models.xlnet.model import XLNet
+from llmtrain.nn import attention, head
+from llmtrain.nn.initialize import initialize
+from llmtrain.nn.linear import way_of
 from llmtrain.objectives.permuted_lm import PermutedLM
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import build_optimizer

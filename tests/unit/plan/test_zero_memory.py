@@ -31,8 +31,8 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
     from llmtrain.commands.build import build_engine
     from llmtrain.commands.resolve import resolve
     from llmtrain.data.loader import MicroBatch
+    from llmtrain.distributed import processes
     from llmtrain.objectives.causal_lm import CausalLM
-    from llmtrain.parallel import distributed
     from llmtrain.plan.estimate import estimate
     from tests.support.training import compose
 
@@ -52,7 +52,7 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
             {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in earlier_places}.values()
         )
 
-    resolved = resolve(compose([*MODEL, *overrides]), distributed.world_size(), data_optional=True)
+    resolved = resolve(compose([*MODEL, *overrides]), processes.world_size(), data_optional=True)
     config, layout = resolved.config, resolved.layout
     engine = build_engine(config, layout, torch.device("cpu"), CausalLM(), None)
     found = 0

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from llmtrain.config import encode
-from llmtrain.models.config import GPTConfig
+from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.train.config import model_differences
 
 MODEL = GPTConfig(vocab_size=320)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from llmtrain.distributed import lookout, processes
 from llmtrain.engine.base import NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import TrainingError
-from llmtrain.parallel import distributed, lookout
 from llmtrain.train.loop import Hooks, Outcome, Schedule, train
 from tests.support import ranks
 
@@ -110,7 +110,7 @@ def test_an_evaluation_that_is_owed_comes_first():
 def look(asked_after: int) -> int:
     """After how many parts this rank stops, of which the second rank is asked to at `asked_after`."""
     parts = 0
-    watch = lookout.Lookout(lambda: distributed.rank() == 1 and parts >= asked_after, torch.device("cpu"))
+    watch = lookout.Lookout(lambda: processes.rank() == 1 and parts >= asked_after, torch.device("cpu"))
     try:
         while parts < 10_000:
             parts += 1

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from llmtrain.parallel.stopping import SIGNALS, STOPPING, StopRequest
+from llmtrain.distributed.stopping import SIGNALS, STOPPING, StopRequest
 
 
 @pytest.mark.parametrize("first", SIGNALS)
@@ -45,7 +45,7 @@ def test_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
 
 IN_C = """
 import ctypes
-from llmtrain.parallel.stopping import request
+from llmtrain.distributed.stopping import request
 
 with request.listening():
     print("listening", flush=True)
@@ -55,7 +55,7 @@ with request.listening():
 """
 COMPOSING = """
 import time
-from llmtrain import cli
+from llmtrain.cli import main as cli
 
 def run_verb(*_):
     print("composing", flush=True)

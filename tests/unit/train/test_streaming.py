@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from llmtrain.config import decode
+from llmtrain.corpus.config import Stage, TokenDataConfig, data_config_type
 from llmtrain.data.mixture import Timeline
-from llmtrain.data.train_config import Stage, TokenDataConfig, data_config_type
 from llmtrain.families import model_config_type
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.streaming import open_stream, plan_timeline

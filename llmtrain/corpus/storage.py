@@ -1,0 +1,263 @@
+"""Where a corpus' files are: in a folder, or elsewhere behind a bounded cache.
+
+Shards come from here as local files that are what their manifest says; whatever is not raises ShardError
+with the shard's name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+
+from llmtrain.corpus.cache import Cache, RemoteFile
+from llmtrain.corpus.manifest import (
+    MANIFEST_BYTES,
+    MANIFEST_NAME,
+    MANIFEST_VALUES,
+    PREPARE_AGAIN,
+    STAMP_NAME,
+    UNFINISHED_NAME,
+    ShardEntry,
+)
+from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.transport import join
+from llmtrain.errors import DataError, Problem
+from llmtrain.files import checksum, stamp_of, write_json_atomically
+from llmtrain.reading import open_regular, parse_object, read_bytes
+from llmtrain.urls import without_credentials
+
+Problems = dict[str, Problem]
+"""File of a shard → what is wrong with it."""
+
+
+class Place(Protocol):
+    """Where the files of one corpus are."""
+
+    def name(self, file: str) -> str:
+        """A file as messages call it."""
+
+    def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
+        """A small file, whole. Raises DataError where it cannot be read, has more than `at_most` bytes or is
+        not what its checksum says."""
+
+    def local(self, file: str, content: bytes) -> Path:
+        """A local file that holds `content`, which `file` was found to hold."""
+
+    is_kept: bool
+    """Whether files that are open stay where they are: one that is gone has been changed."""
+
+    def open_shard(self, entry: ShardEntry) -> int:
+        """A file descriptor of the shard's content, which the caller closes. Raises ShardError where it
+        cannot be had."""
+
+    def want(self, entries: Sequence[ShardEntry]) -> None:
+        """These will be asked for soon, in this order."""
+
+    def find_problems(self, entries: Iterable[ShardEntry], checksums: bool) -> Problems:
+        """Which of them are missing, truncated or, with `checksums`, altered, as far as it can be told
+        before they are needed."""
+
+
+class Folder:
+    """A corpus on a local or shared file system."""
+
+    is_kept = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._seen: dict[str, tuple[int, ...]] = {}
+        """What each shard's file was like when it was first opened."""
+
+    def name(self, file: str) -> str:
+        return str(self.root / file)
+
+    def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
+        path = self.root / file
+        try:
+            content = read_bytes(path, at_most)
+        except OSError as error:
+            raise DataError(_unreadable(str(path), error)) from error
+        return check_content(content, xxh3_128, str(path))
+
+    def local(self, file: str, content: bytes) -> Path:
+        return self.root / file
+
+    def open_shard(self, entry: ShardEntry) -> int:
+        path = self.root / entry.file
+        try:
+            descriptor = open_regular(path)
+        except OSError as error:
+            raise ShardError(_unreadable(str(path), error)) from error
+        try:
+            self._check(path, entry, os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check(self, path: Path, entry: ShardEntry, status: os.stat_result) -> None:
+        if status.st_size != entry.bytes:
+            raise ShardError(_wrong_size(str(path), status.st_size, entry.bytes))
+        now = stamp_of(status)
+        if self._seen.setdefault(entry.file, now) != now:
+            found = _checksum(path)
+            if found != entry.xxh3_128:
+                got = "a shard that was changed while the job runs"
+                raise ShardError(Problem(str(path), got, f"xxh3_128 {entry.xxh3_128}", PREPARE_AGAIN))
+            self._seen[entry.file] = now
+
+    def want(self, entries: Sequence[ShardEntry]) -> None:
+        return None
+
+    def find_problems(self, entries: Iterable[ShardEntry], checksums: bool) -> Problems:
+        entries = list(entries)
+        found = dict(_size_problems(self.root, entries))
+        if checksums:
+            found |= self._altered([entry for entry in entries if entry.file not in found])
+        return found
+
+    def _altered(self, entries: Sequence[ShardEntry]) -> Problems:
+        """Compare every shard with its checksum.
+
+        A stamp beside the manifest remembers what was found good (size and times of each file), so that
+        only the first start reads the shards, and of many processes that start together only one does;
+        a folder that cannot be written is read at each start by each.
+        """
+        stamp_path = self.root / STAMP_NAME
+        with _one_at_a_time(self.root / MANIFEST_NAME):
+            stamps = _read_stamps(stamp_path)
+            # The stamp is taken before reading, so that a change while reading is seen next time.
+            new = {entry.file: [entry.xxh3_128, *_stamp(self.root / entry.file)] for entry in entries}
+            unseen = [entry for entry in entries if stamps.get(entry.file) != new[entry.file]]
+            if not unseen:
+                return {}
+            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+                checksums = list(pool.map(lambda entry: _checksum(self.root / entry.file), unseen))
+            altered = {}
+            for entry, found in zip(unseen, checksums, strict=True):
+                if found != entry.xxh3_128:
+                    del new[entry.file]
+                    got = "an altered shard: its content does not match its checksum"
+                    allowed = f"xxh3_128 {entry.xxh3_128}"
+                    altered[entry.file] = Problem(self.name(entry.file), got, allowed, PREPARE_AGAIN)
+            # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
+            with suppress(OSError):
+                write_json_atomically(stamp_path, new)
+        return altered
+
+
+class Elsewhere:
+    """A corpus behind a URL, read through a local cache."""
+
+    is_kept = False
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self.url = url
+        self.cache = cache
+
+    def name(self, file: str) -> str:
+        return without_credentials(join(self.url, file))
+
+    def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
+        return self.cache.read_small(join(self.url, file), at_most, xxh3_128)
+
+    def local(self, file: str, content: bytes) -> Path:
+        return self.cache.keep(content, Path(file).suffix)
+
+    def open_shard(self, entry: ShardEntry) -> int:
+        return self.cache.open(join(self.url, entry.file), entry.bytes, entry.xxh3_128)
+
+    def want(self, entries: Sequence[ShardEntry]) -> None:
+        self.cache.want([RemoteFile(join(self.url, e.file), e.bytes, e.xxh3_128) for e in entries])
+
+    def find_problems(self, entries: Iterable[ShardEntry], checksums: bool) -> Problems:
+        return {}  # known when they arrive
+
+
+def not_a_corpus(path: Path) -> Problem:
+    """What stands at a path that holds no manifest."""
+    remedy = "make one with: llmtrain prepare source=… output=…"
+    if not os.path.exists(path):
+        return Problem(str(path), "no such folder", "a corpus", remedy)
+    if not path.is_dir():
+        return Problem(str(path), "a file", "the folder of a corpus", remedy)
+    if (path / UNFINISHED_NAME).exists():
+        return Problem(str(path), "an unfinished corpus", "a whole one", "run its llmtrain prepare again")
+    names = sorted(entry.name for entry in os.scandir(path))
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    got = f"a folder without {MANIFEST_NAME} (holds {shown or 'nothing'})"
+    return Problem(str(path), got, "a corpus", remedy)
+
+
+def check_content(content: bytes, xxh3_128: str | None, where: str) -> bytes:
+    """`content`, if it is what its checksum says; raises DataError otherwise."""
+    if xxh3_128 is not None and xxhash.xxh3_128_hexdigest(content) != xxh3_128:
+        got = "an altered file: its content does not match its checksum"
+        raise DataError(Problem(where, got, f"xxh3_128 {xxh3_128}", PREPARE_AGAIN))
+    return content
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        return stamp_of(os.stat(path))
+    except OSError as error:
+        raise ShardError(_unreadable(str(path), error)) from error
+
+
+def _size_problems(root: Path, entries: Iterable[ShardEntry]) -> Iterator[tuple[str, Problem]]:
+    prefix = str(root)
+    for entry in entries:
+        path = os.path.join(prefix, entry.file)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            yield entry.file, _unreadable(path, error)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            yield entry.file, Problem(path, "no file", "a file of the corpus", PREPARE_AGAIN)
+        elif status.st_size != entry.bytes:
+            yield entry.file, _wrong_size(path, status.st_size, entry.bytes)
+
+
+def _unreadable(path: str, error: OSError) -> Problem:
+    if isinstance(error, FileNotFoundError):
+        return Problem(path, "no such file", "a file of the corpus", PREPARE_AGAIN)
+    return Problem(path, str(error.strerror), "a readable file", "check its permissions and its disk")
+
+
+def _wrong_size(path: str, size: int, expected: int) -> Problem:
+    kind = "a truncated shard" if size < expected else "a shard that is too long"
+    return Problem(path, f"{kind} of {size} bytes", f"{expected} bytes", PREPARE_AGAIN)
+
+
+def _checksum(path: Path) -> str:
+    try:
+        return checksum(path)
+    except OSError as error:
+        raise ShardError(_unreadable(str(path), error)) from error
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock on `path` against other processes; none where the stamp that they wait for can't be
+    written, or the file system has no locks."""
+    with open(path, "rb", opener=open_regular) as file:
+        if os.access(path.parent, os.W_OK):
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_stamps(path: Path) -> dict[str, list[Any]]:
+    try:
+        return parse_object(read_bytes(path, MANIFEST_BYTES), most=MANIFEST_VALUES)
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,271 @@
+"""Datasets: numbered samples, read a micro-batch at a time.
+
+Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), P pieces, S shards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import xxhash
+
+from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.data.datasets.rows import BestFit, Packing, Pieces, Windows
+from llmtrain.data.datasets.samples import SamplesOfSplit
+from llmtrain.errors import DataError, Problem
+
+EMPTY = -1
+"""The index of a sample without targets; fills micro-batches so that all ranks make equally many."""
+
+PADDING_DOCUMENT = -1
+"""The document number of places that hold no token."""
+
+
+class Dataset(Protocol):
+    """Numbered samples, in shards: those of a shard follow one another."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex; changes with the content and the number of samples."""
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard, int64 (S,)."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Samples of these numbers (each in [0, len) or EMPTY), stacked along the first axis.
+
+        Safe to call from several threads."""
+
+    def describe(self) -> str:
+        """One line for a person."""
+
+
+@runtime_checkable
+class ReadsShards(Protocol):
+    """A dataset that reads its shards when it needs them."""
+
+    @property
+    def shard_names(self) -> list[str]:
+        """As messages call them."""
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These will be read soon, in this order."""
+
+    def find_bad(self, shards: Sequence[int]) -> list[int]:
+        """Which of these cannot be read."""
+
+
+@runtime_checkable
+class NamesDocuments(Protocol):
+    """A dataset that knows which documents are in a sample."""
+
+    def where(self, index: int) -> list[tuple[str, int, int]]:
+        """(shard, document, tokens) of each document in a sample."""
+
+
+class TokenSequences(SamplesOfSplit):
+    """A token stream cut into rows of W = T + 1 tokens: T inputs and, shifted by one, their T targets.
+
+    A row's tokens are of one shard. Packed by `concat` a shard's row i holds its tokens [i·T, i·T + T + 1),
+    so that neighbours share one token; the last is padded. By `best_fit` rows hold whole documents. Either
+    way every token but the first of its document is a target in exactly one row; an objective leaves out
+    those whose predecessor belongs to another document. (With `concat` a shard's first token is no
+    target, nor is it otherwise: a shard begins with a document.)
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        sequence_length: int,
+        *,
+        packing: Literal["concat", "best_fit"] = "concat",
+        overlap: int = 0,
+        cache: Path | None = None,
+    ) -> None:
+        """overlap: tokens that a part of a document longer than a row repeats of the part before it, as
+        context; best_fit alone has such parts. cache: a folder that remembers how many rows best_fit makes.
+
+        Raises DataError for a split whose shards hold no target, and for an overlap of a whole row.
+        """
+        if overlap >= sequence_length:
+            got = f"{overlap} with sequences of {sequence_length}"
+            raise DataError(Problem("data.overlap", got, f"0 to {sequence_length - 1}, which leave a target"))
+        key = f"{sequence_length}" if packing == "concat" else f"{sequence_length}/best_fit/{overlap}"
+        super().__init__(split, key)
+        self.sequence_length = sequence_length
+        self._packing: Packing
+        if packing == "concat":
+            self._packing = Windows(split, sequence_length)
+        else:
+            self._packing = BestFit(split, sequence_length, overlap, cache)
+        self._set_sizes(self._packing.shard_sizes)
+        if len(self) == 0:
+            remedy = "prepare more text, or a larger share for this split"
+            raise DataError(Problem(f"split {split.name}", f"{split.num_tokens} tokens", "2 or more", remedy))
+        self._has_contexts = packing == "best_fit" and overlap > 0
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Mean tokens of a row that are of the corpus."""
+        return self._split.num_tokens / len(self)
+
+    @property
+    def padding(self) -> float:
+        """Share of the rows' places for targets that hold no token."""
+        return max(0.0, 1.0 - self._packing.num_places / (len(self) * self.sequence_length))
+
+    def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """{"tokens": int64 (M, W); "documents": int32 (M, W), the document's number within the row,
+        from 0, PADDING_DOCUMENT where no token is}; and, when parts of documents overlap, "contexts":
+        bool (M, W), True where a token is seen but not predicted."""
+        M, W = len(indices), self.sequence_length + 1
+        pieces = self.pieces(indices)
+        places = pieces.rows * W + pieces.columns
+        ids_MW = self._read(pieces, M)
+        begins = self._packing.document_begins(pieces)
+        documents_MW = np.zeros((M, W), dtype=np.int32)
+        documents_MW.reshape(-1)[places[begins[0]] + begins[1]] = 1
+        np.cumsum(documents_MW, axis=1, out=documents_MW)
+        filled_M = np.bincount(pieces.rows, weights=pieces.lengths, minlength=M)
+        for row in np.flatnonzero(filled_M < W).tolist():
+            documents_MW[row, int(filled_M[row]) :] = PADDING_DOCUMENT
+        raw: dict[str, np.ndarray] = {"tokens": ids_MW.astype(np.int64), "documents": documents_MW}
+        if self._has_contexts:
+            assert pieces.contexts is not None
+            offsets = np.arange(int(pieces.contexts.sum()))
+            offsets -= np.repeat(np.cumsum(pieces.contexts) - pieces.contexts, pieces.contexts)
+            contexts = np.zeros(M * W, dtype=bool)
+            contexts[np.repeat(places, pieces.contexts) + offsets] = True
+            raw["contexts"] = contexts.reshape(M, W)
+        return raw
+
+    def tokens(self, indices: np.ndarray) -> np.ndarray:
+        """The samples' token ids alone, (M, W) of the corpus' type, 0 where no token is."""
+        return self._read(self.pieces(indices), len(indices))
+
+    def pieces(self, indices: np.ndarray) -> Pieces:
+        """What spans of the stream the samples of these numbers hold; an EMPTY one has none."""
+        rows = np.flatnonzero(indices != EMPTY)
+        shards = self._shards_of(indices[rows])
+        return self._packing.pieces(rows, shards, indices[rows] - self._firsts[shards])
+
+    def _read(self, pieces: Pieces, num_rows: int) -> np.ndarray:
+        W = self.sequence_length + 1
+        ids_MW = np.zeros((num_rows, W), dtype=self._split.dtype)
+        places = pieces.rows * W + pieces.columns
+        self._split.read_spans(pieces.starts, pieces.lengths, ids_MW.reshape(-1), places)
+        return ids_MW
+
+    def where(self, index: int) -> list[tuple[str, int, int]]:
+        """(shard, document, tokens) of each document in a sample: the shard's name, the document's number
+        within the shard, and how many of the sample's tokens are its."""
+        pieces = self.pieces(np.array([index]))
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        ends = self._split.shard_starts[shard] + np.cumsum(self._split.lengths_of(shard))
+        found = []
+        for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+            first = int(np.searchsorted(ends, start, side="right"))
+            while length > 0:
+                taken = min(length, int(ends[first]) - start)
+                found.append((self._split.shard_names[shard], first, taken))
+                first, start, length = first + 1, start + taken, length - taken
+        return found
+
+    def describe(self) -> str:
+        split = self._split
+        padding = f", {100 * self.padding:.2f} % padding" if isinstance(self._packing, BestFit) else ""
+        return (
+            f"{split.name}: {split.num_tokens:,} tokens of {split.num_documents:,} documents "
+            f"in {len(self):,} sequences of {self.sequence_length}{padding}"
+        )
+
+
+class WithoutBadShards:
+    """A dataset whose shards that cannot be read hold EMPTY samples, for evaluation."""
+
+    def __init__(self, dataset: Dataset, on_skip: Callable[[str, int], None]) -> None:
+        """on_skip: told (shard, samples) of each that is left out."""
+        self._dataset = dataset
+        self._on_skip = on_skip
+        self.shard_sizes = dataset.shard_sizes
+        self._ends = np.cumsum(self.shard_sizes)
+        self._is_bad: dict[int, bool] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._dataset.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Raises DataError when no shard is left."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        bad = [shard for shard in np.unique(shards[indices != EMPTY]).tolist() if self._find_bad(shard)]
+        return self._dataset.get(np.where(np.isin(shards, bad), EMPTY, indices))
+
+    def describe(self) -> str:
+        return self._dataset.describe()
+
+    def _find_bad(self, shard: int) -> bool:
+        dataset = self._dataset
+        if not isinstance(dataset, ReadsShards):
+            return False
+        with self._lock:
+            if shard not in self._is_bad:
+                self._is_bad[shard] = bool(dataset.find_bad([shard]))
+                if self._is_bad[shard]:
+                    self._on_skip(dataset.shard_names[shard], int(self.shard_sizes[shard]))
+            num_bad = sum(self._is_bad.values())
+        if num_bad == np.count_nonzero(self.shard_sizes):
+            got = f"none that can be read of {num_bad} shards"
+            raise DataError(Problem(f"data.path ({dataset.shard_names[shard]})", got, "one or more"))
+        return self._is_bad[shard]
+
+
+class Concatenation:
+    """Several datasets one behind the other, for evaluation."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+        self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(d) for d in datasets])])
+        self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in datasets])
+
+    @property
+    def fingerprint(self) -> str:
+        together = "/".join(dataset.fingerprint for dataset in self._datasets)
+        return xxhash.xxh3_128_hexdigest(together.encode())
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        sources = np.clip(np.searchsorted(self._firsts, indices, side="right") - 1, 0, None)
+        inner = np.where(indices == EMPTY, EMPTY, indices - self._firsts[sources])
+        return gather(self._datasets, sources, inner)
+
+    def describe(self) -> str:
+        return "; ".join(dataset.describe() for dataset in self._datasets)
+
+
+def gather(datasets: Sequence[Dataset], sources: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Samples `indices` (M,) of the datasets `sources` (M,), stacked in that order."""
+    used = np.unique(sources).tolist()
+    if len(used) == 1:
+        return datasets[used[0]].get(indices)
+    raw: dict[str, np.ndarray] = {}
+    for source in used:
+        chosen = np.flatnonzero(sources == source)
+        for key, values in datasets[source].get(indices[chosen]).items():
+            if key not in raw:
+                raw[key] = np.empty((len(indices), *values.shape[1:]), dtype=values.dtype)
+            raw[key][chosen] = values
+    return raw

@@ -1,0 +1,94 @@
+"""The wish to stop: signals that ask this process to end, once what it has done is saved.
+
+Schedulers warn by SIGTERM or, as Slurm users ask it to, SIGUSR1; a person presses Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from llmtrain.distributed import launcher
+from llmtrain.errors import INTERRUPTED_EXIT_CODE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = "\nllmtrain: stopping and saving; press Ctrl-C again to quit without saving\n"
+NOTHING_TO_SAVE = "\nllmtrain: stopped before the first step as asked; nothing new was to be saved\n"
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and what then happens at once: until `save_first` there is
+    nothing to save, and it ends; from there on the request is noted, and a second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._saves_first = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals as requests; in the main thread alone."""
+        self.asked = self._saves_first = False
+        with listening(SIGNALS, on_signal=self._on_signal, at_once=self._end_at_once):
+            yield
+
+    def save_first(self) -> None:
+        """From now on there may be something to save."""
+        self._saves_first = True
+
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
+        if not self.asked and self._saves_first:
+            _say(STOPPING)
+        self.asked = True
+
+    def _end_at_once(self, _number: int) -> None:
+        if not self._saves_first:
+            _say(NOTHING_TO_SAVE)
+            os._exit(INTERRUPTED_EXIT_CODE)
+
+
+request = StopRequest()
+"""This process'."""
+
+
+@contextmanager
+def listening(
+    numbers: Sequence[signal.Signals],
+    on_signal: Callable[[int], None] = lambda number: None,
+    at_once: Callable[[int], None] = lambda number: None,
+) -> Iterator[None]:
+    """Answer signals: by `on_signal` in the main thread, when a call into C lets go of it, and by `at_once`
+    in a thread of its own, whatever the main one does."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def read() -> None:
+        # Python writes each signal's number here.
+        with ours:
+            while received := ours.recv(64):
+                for number in received:
+                    if number in numbers:
+                        at_once(number)
+
+    before = {number: signal.signal(number, lambda number, _frame: on_signal(number)) for number in numbers}
+    wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=read, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        theirs.close()
+
+
+def _say(text: str) -> None:
+    if launcher.rank() == 0:
+        # print() may not be called again while the main thread is within one; and who read may be gone.
+        with suppress(OSError):
+            os.write(2, text.encode())

@@ -1,0 +1,192 @@
+"""A tokenizer as the files that Hugging Face's fast tokenizers read.
+
+Those of a tokenizer that came so are written as they came. The JSON of a sentencepiece model is made here,
+without their library. Its ids are those of sentencepiece, but for
+- ties between equally likely segmentations, which sentencepiece breaks by the rounding of fp32 sums:
+  about one token in 80,000, in texts of that length;
+- a literal `<0x41>` in a text whose vocabulary has no `<`;
+- user-defined symbols of a foreign model that also puts a space before every text.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from llmtrain.errors import DataError, Problem
+from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.tokenizers.folder import load_tokenizer
+from llmtrain.tokenizers.huggingface import JsonTokenizer
+
+SPACE = "▁"
+
+
+def tokenizer_files(
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    where: str,
+    model_ids: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, bytes | str | Any]:
+    """File name → content: bytes, text, or what is to be written as JSON.
+
+    max_length: the model's context in tokens; None: without a bound. `where` names the tokenizer's file in a
+        refusal.
+    model_ids: role → id of the model's special tokens; those behind a sentencepiece model's are added to it.
+    Raises DataError for a kind of sentencepiece model that has no fast form.
+    """
+    if isinstance(tokenizer, JsonTokenizer):
+        return dict(tokenizer.files)
+    return {
+        SENTENCEPIECE_FILE: tokenizer.content,
+        **_json_of_sentencepiece(tokenizer, max_length, where, model_ids),
+    }
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that it has."""
+    roles = ("bos", "eos", "pad")
+    return {
+        f"{role}_token_id": tokenizer.special_ids[role] for role in roles if role in tokenizer.special_ids
+    }
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Raises DataError when it can't be read, is none, or has more ids than the model's vocabulary of
+    `vocab_size` rows."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            Problem(
+                str(path),
+                f"a tokenizer of {tokenizer.vocab_size:,} ids",
+                f"at most the model's vocab_size of {vocab_size:,}",
+                "give the tokenizer that the model was trained with",
+            )
+        )
+    return tokenizer
+
+
+def _json_of_sentencepiece(
+    tokenizer: Tokenizer, max_length: int | None, where: str, model_ids: Mapping[str, int]
+) -> dict[str, Any]:
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    spec = proto.ModelProto.FromString(tokenizer.content)
+    kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
+    kind = spec.trainer_spec.model_type
+    if kind not in kinds or spec.trainer_spec.treat_whitespace_as_suffix:
+        name = proto.TrainerSpec.ModelType.Name(kind).lower()
+        suffix = " with spaces as suffixes" if spec.trainer_spec.treat_whitespace_as_suffix else ""
+        raise DataError(
+            Problem(
+                where,
+                f"a sentencepiece model of kind {name}{suffix}",
+                "unigram or bpe, spaces before words",
+                "export without a tokenizer, or train with another",
+            )
+        )
+    types = proto.ModelProto.SentencePiece
+    added = [
+        _added_token(i, piece.piece, special=piece.type != types.USER_DEFINED)
+        for i, piece in enumerate(spec.pieces)
+        if piece.type in (types.CONTROL, types.UNKNOWN, types.USER_DEFINED)
+    ]
+    special = {role: spec.pieces[i].piece for role, i in tokenizer.special_ids.items()}
+    # By id, as the library numbers them.
+    behind = sorted((i, role) for role, i in model_ids.items() if i >= tokenizer.vocab_size)
+    for i, role in behind:
+        special[role] = f"[{role.upper()}]"
+        added.append(_added_token(i, special[role], special=True))
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": _normalizer(spec.normalizer_spec),
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": _decoder(spec.normalizer_spec),
+        # Of the library's, which looks it up: the model may say one that it has not.
+        "model": kinds[kind](spec, types, tokenizer.unk_id or 0),
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        # As sentencepiece: `</s>` in a text is four characters, not the end of it. But [MASK] is one token.
+        "split_special_tokens": not behind,
+        **{f"{name}_token": piece for name, piece in special.items()},
+    }
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+def _unigram(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
+    textual = (types.NORMAL, types.USER_DEFINED)
+    lowest = min((piece.score for piece in spec.pieces if piece.type in textual), default=0.0)
+    # Fast tokenizers match every vocabulary entry as text, sentencepiece only textual ones: control and
+    # byte pieces must lose against any other segmentation of what spells them, at most 6 characters.
+    never = 16 * lowest - 100.0
+    return {
+        "type": "Unigram",
+        "unk_id": unk_id,
+        "vocab": [[piece.piece, piece.score if piece.type in textual else never] for piece in spec.pieces],
+        "byte_fallback": spec.trainer_spec.byte_fallback,
+    }
+
+
+def _bpe(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
+    # sentencepiece merges the neighbours whose union scores highest; a merge list says so in order.
+    rank = {
+        piece.piece: (-piece.score, i) for i, piece in enumerate(spec.pieces) if piece.type == types.NORMAL
+    }
+    merges = [
+        (rank[whole], cut, [whole[:cut], whole[cut:]])
+        for whole in rank
+        for cut in range(1, len(whole))
+        if whole[:cut] in rank and whole[cut:] in rank
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": spec.pieces[unk_id].piece,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": spec.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.piece: i for i, piece in enumerate(spec.pieces)},
+        "merges": [pair for _, _, pair in sorted(merges)],
+    }
+
+
+def _normalizer(spec: Any) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        for extra, left in ((r"\A +", ""), (r" +\z", ""), (" {2,}", " ")):
+            steps.append({"type": "Replace", "pattern": {"Regex": extra}, "content": left})
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _decoder(spec: Any) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _added_token(i: int, content: str, *, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": content, **flags, "special": special}

@@ -1,0 +1,144 @@
+"""Weights from elsewhere as a checkpoint of ours, at step 0: without an optimizer's state, without a run.
+
+    output/checkpoints/step-00000000/
+      weights-00001.safetensors   as store.py's, each tensor in one box
+      tokenizer.model             or tokenizer.bundle.json
+      manifest.json
+
+A tensor is in memory at a time. The checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import tempfile
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain import files
+from llmtrain.checkpoint import retention, store
+from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.writer import write_safetensors
+from llmtrain.errors import CheckpointError, Problem
+from llmtrain.tensor_boxes import matrix_shape, whole
+from llmtrain.tokenizers.base import Tokenizer
+
+FILE_BYTES = 4 * 2**30
+"""Of one file: ranks share the checking of a checkpoint by files."""
+
+
+def save_imported(
+    output: Path,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    description: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    *,
+    overwrite: bool = False,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write `weights` (canonical name → tensor, read once each) into `output`; → the checkpoint's path.
+
+    shapes: of all weights, in the order in which they are written.
+    description: JSON that goes into the manifest: imported_from, the model's config, ….
+    overwrite: replace an earlier import.
+
+    Raises CheckpointError for weights that are not finite, and for an output that is something else, or
+    cannot be written.
+    """
+    root = output / "checkpoints"
+    _refuse_foreign(output, root, overwrite)
+    partial = root / f".{store.step_folder(0)}.partial"
+    check = FiniteCheck()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        store.tidy(root)
+        partial.mkdir()
+        groups = _groups(shapes, file_bytes)
+        shares = [
+            _write(partial, number, group, weights, shapes, check) for number, group in enumerate(groups, 1)
+        ]
+        check.refuse(description["imported_from"])
+        facts = {
+            "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "position": {"step": 0},
+            **description,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None if tokenizer is None else tokenizer.save(Path(folder))
+            store.assemble(partial, 0, shares, facts, saved)
+    except OSError as error:
+        remedy = "make room, then import again"
+        raise CheckpointError(files.disk_problem(error, output, if_full=remedy)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root / store.step_folder(0)
+
+
+def _refuse_foreign(output: Path, root: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    got, remedy = "something that is no import", "choose another output"
+    if root.is_dir() and {path.name for path in output.iterdir()} == {root.name}:
+        try:
+            held = [store.Checkpoint.open(path) for path in retention.list_steps(root)]
+        except CheckpointError:
+            held = []
+        if all(checkpoint.is_imported for checkpoint in held):
+            if overwrite or not held:
+                return
+            got, remedy = "an earlier import", "choose another output, or set overwrite=true"
+    raise CheckpointError(Problem(str(output), got, "a new or empty folder", remedy))
+
+
+def _groups(shapes: Mapping[str, tuple[int, ...]], file_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each file, in order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        needed = 4 * prod(shape)
+        if groups[-1] and size + needed > file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += needed
+    return groups
+
+
+def _write(
+    partial: Path,
+    number: int,
+    names: list[str],
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    check: FiniteCheck,
+) -> dict[str, Any]:
+    """One file; → what was written, for the manifest."""
+    keys = {f"{store.WEIGHT}/{name}@0,0": name for name in names}
+
+    def fetch(key: str) -> Tensor:
+        weight = weights[keys[key]]
+        check.look(keys[key], weight)
+        return weight.to(torch.float32).reshape(matrix_shape(shapes[keys[key]]))
+
+    announced = [
+        (key, torch.empty(matrix_shape(shapes[name]), dtype=torch.float32, device="meta"))
+        for key, name in keys.items()
+    ]
+    path = partial / f"weights-{number:05d}.safetensors"
+    written = write_safetensors(path, announced, fetch=fetch)
+    files.sync_folder(partial)
+    return {
+        "file": {"file": path.name, "bytes": written.bytes, "xxh3_128": written.checksum},
+        "places": [
+            (store.WEIGHT, name, shapes[name], key, tuple(whole(shapes[name]))) for key, name in keys.items()
+        ],
+        "counters": {},
+        "scaler": {},
+    }

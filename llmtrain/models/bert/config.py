@@ -1,0 +1,179 @@
+"""What describes a BERT and what it learns by: frozen dataclasses with their arithmetic, free of torch.
+
+Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.nn.layer_config import LayerConfig, OfBlocks
+
+
+@dataclass(frozen=True)
+class MaskedLMConfig:
+    """Which tokens are hidden, and what besides them is predicted (arXiv:1810.04805, section 3.1)."""
+
+    pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
+    """`next_sentence`: whether text B follows text A (arXiv:1810.04805); `sentence_order`: which of two
+    neighbours comes first (ALBERT, arXiv:1909.11942); `none`: whole rows of tokens (RoBERTa,
+    arXiv:1907.11692)."""
+    share: float = 0.15
+    """Of the tokens that are predicted."""
+    masked: float = 0.8
+    """Of those, the share that [MASK] replaces."""
+    random: float = 0.1
+    """Of those, the share that a random token replaces; the others stay."""
+    whole_words: bool = False
+    """All tokens of a word are chosen together."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
+        for name in ("masked", "random"):
+            yield from require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        both = self.masked + self.random
+        yield from require(both <= 1 + 1e-9, "masked", f"{both:g} with random", "1 or less together")
+
+
+@dataclass(frozen=True)
+class BertConfig(OfBlocks):
+    """A bidirectional encoder; covers BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692)."""
+
+    family: Literal["bert"] = "bert"
+    """An encoder."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary and the three special tokens."""
+    mask_id: int | None = None
+    """Id of [MASK]; null: the tokenizer's where it has all three, else the first behind the corpus'
+    vocabulary."""
+    cls_id: int | None = None
+    """Id of [CLS], which begins a pair of texts; null: the tokenizer's, or the second."""
+    sep_id: int | None = None
+    """Id of [SEP], which ends each text of a pair; null: the tokenizer's, or the third."""
+    max_sequence_length: int = 512
+    """Longest sequence, in tokens."""
+    position_offset: int = 0
+    """The first position's row; RoBERTa's is 2."""
+    num_segments: int = 2
+    """Rows of the segment embedding; 0: none."""
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_hidden_size: int | None = None
+    """Width of the MLP; null: 4 · hidden_size."""
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    norm_eps: float = 1e-12
+    tie_embeddings: bool = True
+    """The head shares the token embedding's weight."""
+    dropout: float = 0.1
+    init_std: float = 0.02
+    objective: MaskedLMConfig = field(default_factory=MaskedLMConfig)
+
+    @cached_property
+    def blocks(self) -> LayerConfig:
+        """What its attention and MLPs are made of."""
+        return LayerConfig(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            mlp_hidden_size=self.mlp_hidden_size,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+        )
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it has a pooler, and a head for pairs of texts."""
+        return self.objective.pairs != "none"
+
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        """Of [MASK], [CLS] and [SEP]. Raises ValueError before they are resolved."""
+        if self.mask_id is None or self.cls_id is None or self.sep_id is None:
+            raise ValueError("the special ids are not resolved yet")
+        return self.mask_id, self.cls_id, self.sep_id
+
+    @property
+    def num_text_ids(self) -> int:
+        """Ids that texts' tokens have are below it: the special ones stand behind them, where they were not
+        given otherwise."""
+        mask_id, cls_id, sep_id = self.special_ids
+        return mask_id if (cls_id, sep_id) == (mask_id + 1, mask_id + 2) else self._vocab()
+
+    def problems(self) -> Iterator[Problem]:
+        length = self.max_sequence_length
+        yield from require(length >= 1, "max_sequence_length", length, "1 or more")
+        yield from self.vocabulary_problems()
+        yield from self.blocks.problems()
+        for name in ("mask_id", "cls_id", "sep_id", "position_offset", "num_segments"):
+            value = getattr(self, name)
+            allowed = "0 or more, or null" if name.endswith("_id") else "0 or more"
+            yield from require(value is None or value >= 0, name, value, allowed)
+            if self.vocab_size is not None and name.endswith("_id") and value is not None:
+                allowed = f"less than vocab_size={self.vocab_size}, or null"
+                yield from require(value < self.vocab_size, name, value, allowed)
+        given = [i for i in (self.mask_id, self.cls_id, self.sep_id) if i is not None]
+        yield from require(
+            len(given) in (0, 3), "mask_id", self.mask_id, "all three special ids, or null for all"
+        )
+        yield from require(len(set(given)) == len(given), "mask_id", self.mask_id, "other ids for each")
+        yield from require(
+            not self.has_pairs or self.num_segments >= 2,
+            "num_segments",
+            self.num_segments,
+            f"2 with objective.pairs={self.objective.pairs}",
+            "give objective=mlm, or model.num_segments=2",
+        )
+
+    def layer_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of one block's matrices, on one of `tensor` processes that divide them."""
+        return self.blocks.layer_matrix_count(tensor)
+
+    def head_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of the heads' matrices, on one of `tensor` processes that divide the vocabulary."""
+        D = self.hidden_size
+        pairs = D * D + 2 * D if self.has_pairs else 0
+        return -(-self._vocab() // tensor) * D + D * D + pairs
+
+    def layer_parameter_count(self, tensor: int = 1) -> int:
+        """Parameters of one block, on one of `tensor` processes that divide its matrices."""
+        return self.blocks.layer_parameter_count(tensor)
+
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Parameters of each step of a forward - embeddings, every block, heads - on one of `tensor`
+        processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        D, V = self.hidden_size, -(-self._vocab() // tensor)
+        positions = self.max_sequence_length + self.position_offset
+        # Biases and a norm.
+        heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.has_pairs else 0)
+        return [
+            (V + positions + self.num_segments + 2) * D,
+            *[self.layer_parameter_count(tensor)] * self.num_layers,
+            heads,
+        ]
+
+    def largest_parameter_count(self, tensor: int = 1) -> int:
+        """Elements of the largest single parameter, on one of `tensor` processes."""
+        D = self.hidden_size
+        largest_of_layers = self.blocks.largest_layer_parameter_count(tensor)
+        positions = self.max_sequence_length * D
+        return max(largest_of_layers, -(-self._vocab() // tensor) * D, positions, D * D)
+
+    def parameter_count(self) -> int:
+        """All parameters, a tied head counted once. Needs vocab_size."""
+        tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
+        return sum(self.step_parameter_counts()) - tied
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, of the head's for the
+        tokens that are predicted alone, and attention's 12 · L · D · T."""
+        D = self.hidden_size
+        head = self.objective.share * (self._vocab() * D + D * D)
+        matrices = self.num_layers * self.layer_matrix_count() + head
+        return 6.0 * matrices + 12.0 * self.num_layers * D * sequence_length

@@ -1,0 +1,173 @@
+"""BERT (Devlin et al., arXiv:1810.04805), and RoBERTa (arXiv:1907.11692) by its config.
+
+Dim names: B batch, T sequence, M tokens that are predicted, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.models.bert.config import BertConfig
+from llmtrain.nn.attention import Documents
+from llmtrain.nn.dropout import HIDDEN, Dropout
+from llmtrain.nn.head import IGNORE_INDEX, LanguageModelHead
+from llmtrain.nn.initialize import Constant, Initializer, Normal
+from llmtrain.nn.linear import Linear
+from llmtrain.nn.stages import Stage, StagedModel
+from llmtrain.nn.transformer import ACTIVATIONS, Block, Context
+
+
+@dataclass(frozen=True)
+class BertContext(Context):
+    """What all stages of one forward share."""
+
+    segments: Tensor | None = None
+    """0 for tokens of text A, 1 for those of text B, (B, T); None: all 0."""
+    pair_labels: Tensor | None = None
+    """Class of each row's pair, (B,), IGNORE_INDEX where none counts."""
+    with_metrics: bool = False
+
+
+class Bert(StagedModel):
+    """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        self.config = config
+        D = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.positions = nn.Embedding(config.position_offset + config.max_sequence_length, D)
+        self.segments = nn.Embedding(config.num_segments, D) if config.num_segments else None
+        self.embedding_norm = nn.LayerNorm(D, eps=config.norm_eps)
+        self.dropout = Dropout(config.dropout, -1, HIDDEN)
+        self.blocks = nn.ModuleList(
+            Block(config.blocks, layer, norm_first=False, causal=False) for layer in range(config.num_layers)
+        )
+        self.transform = Linear(D, D)
+        self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
+        self.head = LanguageModelHead(D, config.vocab_size, bias=True)
+        self.pooler = Linear(D, D) if config.has_pairs else None
+        self.pair_head = Linear(D, 2) if config.has_pairs else None
+        self._tie()
+
+    def stages(self) -> list[Stage]:
+        """The steps that forward runs, in order: embeddings, each block, heads."""
+        embeddings: dict[str, nn.Module] = {
+            "embedding": self.embedding,
+            "positions": self.positions,
+            "embedding_norm": self.embedding_norm,
+        }
+        heads: dict[str, nn.Module] = {
+            "transform": self.transform,
+            "transform_norm": self.transform_norm,
+            "head": self.head,
+        }
+        if self.segments is not None:
+            embeddings["segments"] = self.segments
+        if self.pooler is not None and self.pair_head is not None:
+            heads |= {"pooler": self.pooler, "pair_head": self.pair_head}
+        return [
+            Stage(embeddings, self._embed),
+            *(Stage({f"blocks.{i}": block}, block) for i, block in enumerate(self.blocks)),
+            Stage(heads, self._finish),
+        ]
+
+    def context(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        pair_labels_B: Tensor | None = None,
+        dropout_keys_B: Tensor | None = None,
+        with_metrics: bool = False,
+    ) -> BertContext:
+        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM over
+        predicted tokens of their cross-entropy and, with pair labels, of that of their row's pair, in nats,
+        0-d fp32.
+
+        positions_BT: place of each token in its document; None counts from 0.
+        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
+            document. Padding is a document of its own. None: a row is one document.
+        segments_BT: 0 for tokens of text A, 1 for those of text B; None: all 0.
+        labels_BT: what stood at each place, IGNORE_INDEX where it is not asked.
+        pair_labels_B: class of each row's pair, IGNORE_INDEX where it is not asked; for a config with
+            pairs. A row's first token is [CLS].
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        with_metrics: with labels, (6,) fp32: the loss, that of tokens alone, tokens predicted right, the
+            loss of pairs alone, pairs predicted right, pairs.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        return BertContext(
+            positions=positions_BT,
+            documents=None if documents_BT is None else Documents(documents_BT, causal=False),
+            labels=labels_BT,
+            dropout_keys=dropout_keys_B,
+            segments=segments_BT,
+            pair_labels=pair_labels_B,
+            with_metrics=with_metrics,
+        )
+
+    def initializers(self) -> dict[str, Initializer]:
+        """BERT's initialization: every weight N(0, init_std), norms 1, biases 0."""
+        normal = Normal(self.config.init_std)
+        table: dict[str, Initializer] = {
+            "embedding.weight": normal,
+            "positions.weight": normal,
+            "blocks.*.attention.*.weight": normal,
+            "blocks.*.mlp.*.weight": normal,
+            "transform.weight": normal,
+            "*norm.weight": Constant(1.0),
+            "*.bias": Constant(0.0),
+        }
+        if self.segments is not None:
+            table["segments.weight"] = normal
+        if self.pooler is not None:
+            table |= {"pooler.weight": normal, "pair_head.weight": normal}
+        if not self.config.tie_embeddings:
+            table["head.weight"] = normal
+        return table
+
+    def _embed(self, tokens_BT: Tensor, context: BertContext) -> Tensor:
+        x_BTD = self.embedding(tokens_BT) + self.positions(context.positions + self.config.position_offset)
+        if self.segments is not None:
+            segments_BT = torch.zeros_like(tokens_BT) if context.segments is None else context.segments
+            x_BTD = x_BTD + self.segments(segments_BT)
+        return self.dropout(self.embedding_norm(x_BTD), context.dropout_keys)
+
+    def _finish(self, x_BTD: Tensor, context: BertContext) -> Tensor:
+        if context.labels is None:
+            return self.head(self._transformed(x_BTD))
+        asked_BT = context.labels != IGNORE_INDEX
+        hidden_MD, labels_M = self._transformed(x_BTD[asked_BT]), context.labels[asked_BT]
+        token_loss = self.head(hidden_MD, labels_M)
+        loss, zero = token_loss, torch.zeros_like(token_loss)
+        pair_loss, pair_correct, num_pairs = zero, zero, zero
+        if self.pooler is not None and self.pair_head is not None and context.pair_labels is not None:
+            pair_logits_B2 = self.pair_head(self.pooler(x_BTD[:, 0]).tanh()).float()
+            losses_B = F.cross_entropy(
+                pair_logits_B2, context.pair_labels, ignore_index=IGNORE_INDEX, reduction="none"
+            )
+            loss = loss + (losses_B * asked_BT.sum(1)).sum()
+            pair_loss = losses_B.sum()
+            pair_correct = (pair_logits_B2.argmax(1) == context.pair_labels).sum()
+            num_pairs = (context.pair_labels != IGNORE_INDEX).sum()
+        if not context.with_metrics:
+            return loss
+        correct = (self.head(hidden_MD).argmax(-1) == labels_M).sum()
+        return torch.stack([loss, token_loss, correct, pair_loss, pair_correct, num_pairs])
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        """What the head reads: (…, D) → (…, D)."""
+        activation = ACTIVATIONS[self.config.activation]
+        transformed: Tensor = self.transform_norm(activation(self.transform(x)))
+        return transformed

@@ -1,0 +1,39 @@
+"""What describes a convolutional network, with its arithmetic. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+
+
+@dataclass(frozen=True)
+class SimpleCNNConfig:
+    """Two convolutions and two linear layers for 28×28 digits (the LeNet line, LeCun et al. 1998)."""
+
+    family: Literal["simple_cnn"] = "simple_cnn"
+    """A convolutional classifier of images."""
+    num_classes: int = 10
+    """Number of labels."""
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.num_classes >= 2, "num_classes", self.num_classes, "2 or more")
+        yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
+
+    def parameter_count(self) -> int:
+        """conv 1→32, conv 32→64 (both 3×3), fc 3136→128→classes, each with a bias."""
+        C = self.num_classes
+        return (9 * 32 + 32) + (9 * 32 * 64 + 64) + (3136 * 128 + 128) + (128 * C + C)
+
+    def largest_parameter_count(self) -> int:
+        """Elements of the largest single parameter."""
+        return 128 * max(3136, self.num_classes)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one image; an image is this family's token."""
+        convolutions = 28 * 28 * 9 * 32 + 14 * 14 * 9 * 32 * 64
+        return 6.0 * (convolutions + 3136 * 128 + 128 * self.num_classes)

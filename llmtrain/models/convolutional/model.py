@@ -1,0 +1,53 @@
+"""A small convolutional classifier of 28×28 digits (the LeNet line, LeCun et al. 1998).
+
+Dim names: B batch, C classes, D hidden width; image tensors carry channels, height and width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.models.convolutional.config import SimpleCNNConfig
+from llmtrain.nn.dropout import HIDDEN, Dropout
+from llmtrain.nn.initialize import Initializer, Uniform
+from llmtrain.nn.linear import Linear
+
+
+class SimpleCNN(nn.Module):
+    """conv 1→32, pool, conv 32→64, pool, fc 3136→128→classes."""
+
+    def __init__(self, config: SimpleCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
+        self.fc1 = Linear(64 * 7 * 7, 128)
+        self.fc2 = Linear(128, config.num_classes)
+        self.dropout = Dropout(config.dropout, 0, HIDDEN)
+
+    def forward(
+        self, images_B1HW: Tensor, labels_B: Tensor | None = None, dropout_keys_B: Tensor | None = None
+    ) -> Tensor:
+        """Images (B, 1, 28, 28) → logits (B, C); with labels the SUM of cross-entropy in nats over
+        labels other than -100, 0-d fp32. Dropout's mask is made from dropout_keys_B; None: by torch's
+        generator."""
+        x = F.max_pool2d(F.relu(self.conv1(images_B1HW)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x_BD = F.relu(self.fc1(x.flatten(1)))
+        # To dropout an image is a sequence of one.
+        x_BD = self.dropout(x_BD[:, None], dropout_keys_B)[:, 0]
+        logits_BC = self.fc2(x_BD)
+        if labels_B is None:
+            return logits_BC
+        return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+
+    def initializers(self) -> dict[str, Initializer]:
+        """torch's own default, Kaiming uniform (arXiv:1502.01852) with a = sqrt(5), and its biases.
+
+        | parameter             | value                                           |
+        |-----------------------|-------------------------------------------------|
+        | weights and biases    | uniform ±1/sqrt(inputs of one output: 9, 288, 3136, 128) |
+        """
+        inputs = {"conv1": 9, "conv2": 9 * 32, "fc1": 64 * 7 * 7, "fc2": 128}
+        return {f"{name}.*": Uniform(n**-0.5) for name, n in inputs.items()}

@@ -1,0 +1,243 @@
+"""What describes an encoder–decoder and what it learns by: frozen dataclasses with their arithmetic, free of
+torch.
+
+Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, F mlp_hidden_size, R relative_buckets,
+L num_layers, M num_decoder_layers, S source tokens, T target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.models.encoder_decoder.objective_config import Seq2SeqObjectiveConfig
+from llmtrain.nn.layer_config import LayerConfig, OfBlocks
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(OfBlocks):
+    """An encoder–decoder; covers the Transformer (arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
+    (arXiv:1910.13461)."""
+
+    family: Literal["seq2seq"] = "seq2seq"
+    """An encoder–decoder."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary and the special tokens that are missing."""
+    start_id: int | None = None
+    """Id that begins the decoder's input; null: the first behind the corpus' vocabulary."""
+    mask_id: int | None = None
+    """Id of [MASK] for denoising; null: the second."""
+    sentinel_id: int | None = None
+    """Id of the first gap's sentinel for span corruption, those of further gaps count DOWN from it (T5's
+    order); null: the last row of the embedding."""
+    eos_id: int | None = None
+    """Id that ends a source and a target; null: the tokenizer's."""
+    max_sequence_length: int | None = None
+    """Most tokens of a source, and of a target: the number of learned positions; null, with positions of
+    another kind: any."""
+    hidden_size: int = 512
+    num_layers: int = 6
+    """Of the encoder."""
+    num_decoder_layers: int | None = None
+    """null: num_layers."""
+    num_heads: int = 8
+    head_dim: int | None = None
+    """Width of one head; null: hidden_size / num_heads."""
+    mlp_hidden_size: int | None = None
+    """Width of the MLP; null: 4 · hidden_size."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "relu"
+    gated_mlp: bool = False
+    """down(act(gate(x)) · up(x)), three matrices (T5 1.1; arXiv:2002.05202)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-6
+    norm_first: bool = False
+    """Norms stand before attention and MLP, and behind the last layer of each side; else behind each sum."""
+    embedding_norm: bool = False
+    """Norms behind the embeddings."""
+    positions: Literal["sinusoidal", "learned", "relative"] = "sinusoidal"
+    """sinusoidal: arXiv:1706.03762, section 3.5; learned: of sources and of targets; relative: biases of
+    self-attention by distance (arXiv:1910.10683, section 2.1), shared by the layers of a side."""
+    position_offset: int = 0
+    """The first learned position's row; BART's is 2."""
+    relative_buckets: int = 32
+    """Biases that the distances of relative positions are sorted into."""
+    relative_max_distance: int = 128
+    """Distances from here on share a bucket."""
+    scale_embedding: bool = True
+    """Embeddings are multiplied by sqrt(D)."""
+    scale_attention: bool = True
+    """Scores are divided by sqrt(H)."""
+    scale_logits: bool = False
+    """What the head reads is divided by sqrt(D)."""
+    bias: bool = True
+    """Biases in all linear layers and LayerNorms."""
+    head_bias: bool = False
+    """A bias of each token's logit."""
+    tie_embeddings: bool = True
+    """The head shares the embedding's weight; sources and targets always share one embedding."""
+    dropout: float = 0.1
+    """Of embeddings, of what attention and MLPs add, and of attention's weights."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the vocabulary."""
+    init_std: float | None = None
+    """Deviation of all weights at first; null: by the width of what each reads."""
+    objective: Seq2SeqObjectiveConfig = field(default_factory=Seq2SeqObjectiveConfig)
+
+    @cached_property
+    def blocks(self) -> LayerConfig:
+        """What attention, MLPs and norms are made of."""
+        return LayerConfig(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers + self.decoder_layers,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            mlp_hidden_size=self.mlp_hidden_size,
+            activation=self.activation,
+            gated_mlp=self.gated_mlp,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            bias=self.bias,
+            dropout=self.dropout,
+        )
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
+    def problems(self) -> Iterator[Problem]:
+        yield from self.vocabulary_problems()
+        yield from self.blocks.problems()
+        yield from require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        got = self.num_decoder_layers
+        yield from require(got is None or got >= 1, "num_decoder_layers", got, "1 or more, or null")
+        for name in ("start_id", "mask_id", "sentinel_id", "eos_id", "position_offset"):
+            value = getattr(self, name)
+            allowed = "0 or more, or null" if name.endswith("_id") else "0 or more"
+            yield from require(value is None or value >= 0, name, value, allowed)
+            if self.vocab_size is not None and name.endswith("_id") and value is not None:
+                allowed = f"less than vocab_size={self.vocab_size}, or null"
+                yield from require(value < self.vocab_size, name, value, allowed)
+        yield from require(
+            (self.max_sequence_length or 0) >= 1 or self.positions != "learned",
+            "max_sequence_length",
+            self.max_sequence_length,
+            "1 or more with positions=learned",
+        )
+        yield from require(
+            self.relative_buckets >= 4 and self.relative_buckets % 4 == 0,
+            "relative_buckets",
+            self.relative_buckets,
+            "a multiple of 4",
+        )
+        yield from require(
+            self.relative_max_distance > self.relative_buckets // 2,
+            "relative_max_distance",
+            self.relative_max_distance,
+            f"more than {self.relative_buckets // 2}, half of relative_buckets",
+        )
+        yield from require(
+            0.0 <= self.label_smoothing < 1.0,
+            "label_smoothing",
+            self.label_smoothing,
+            "0 up to, not including, 1",
+        )
+
+    def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:
+        """What each step - embeddings, every block, head - multiplies for a token, on one of `tensor`
+        processes that divide its matrices."""
+        encoder, decoder = (count // tensor for count in self._layer_matrices())
+        attended = sequence_length * self.num_heads * self.head_width
+        return [
+            0,
+            *[encoder + attended] * self.num_layers,
+            *[decoder + 2 * attended] * self.decoder_layers,
+            self.head_matrix_count(tensor),
+        ]
+
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Parameters of each step of a forward - embeddings, every block, head - on one of `tensor`
+        processes, the vocabulary padded to divide. A tied head is in the first and the last, and every
+        block has its side's biases of distances."""
+        D = self.hidden_size
+        norm = self.blocks.layer_norm_parameter_count() // 2
+        vocabulary = -(-self._vocab() // tensor)
+        encoder, decoder = self.layer_copies_count(tensor)
+        encoder_layers = [encoder + 2 * norm] * self.num_layers
+        decoder_layers = [decoder + 3 * norm] * self.decoder_layers
+        embeddings, head = vocabulary * D, vocabulary * (D + (1 if self.head_bias else 0))
+        if self.positions == "learned":
+            embeddings += 2 * self._positions() * D
+        if self.embedding_norm:
+            embeddings += 2 * norm
+        if self.norm_first:
+            encoder_layers[-1] += norm
+            head += norm
+        if self.positions == "relative":
+            relative = self._relative_count(tensor)
+            encoder_layers = [count + relative for count in encoder_layers]
+            decoder_layers = [count + relative for count in decoder_layers]
+        return [embeddings, *encoder_layers, *decoder_layers, head]
+
+    def repeated_count(self, steps: range, tensor: int = 1) -> int:
+        """Parameters that more than one of `steps` has, each time but the first."""
+        last = self.num_layers + self.decoder_layers + 1
+        repeated = 0
+        if self.tie_embeddings and 0 in steps and last in steps:
+            repeated += self.head_matrix_count(tensor)
+        if self.positions == "relative":
+            for side in (range(1, self.num_layers + 1), range(self.num_layers + 1, last)):
+                layers = sum(step in side for step in steps)
+                repeated += max(0, layers - 1) * self._relative_count(tensor)
+        return repeated
+
+    def largest_parameter_count(self, tensor: int = 1) -> int:
+        """Elements of the largest single parameter, on one of `tensor` processes."""
+        D, inner = self.hidden_size, self.num_heads * self.head_width
+        divided = max(3 * inner, self.mlp_width) * D // tensor
+        positions = self._positions() * D if self.positions == "learned" else 0
+        return max(divided, self.head_matrix_count(tensor), positions)
+
+    def parameter_count(self) -> int:
+        """All parameters, shared ones counted once. Needs vocab_size."""
+        counts = self.step_parameter_counts()
+        return sum(counts) - self.repeated_count(range(len(counts)))
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of a row over its source tokens, which are those that are counted:
+        6 per weight of a matrix product for each token that it reads, and attention's 12 · N · H for each
+        pair of tokens, half of them in the decoder's triangle (PaLM, arXiv:2204.02311, appendix B)."""
+        _, S, T = self.objective.lengths(sequence_length)
+        L, M, inner = self.num_layers, self.decoder_layers, self.num_heads * self.head_width
+        encoder, decoder = self._layer_matrices()
+        keys_values = 2 * self.hidden_size * inner
+        weights = L * encoder * S + M * ((decoder - keys_values) * T + keys_values * S)
+        weights += self.head_matrix_count() * T
+        attended = inner * (L * S * S + M * (T * T / 2 + T * S))
+        return (6.0 * weights + 12.0 * attended) / S
+
+    def layer_copies_count(self, tensor: int = 1) -> tuple[int, int]:
+        """Weights and biases of the linear layers of one layer of the encoder, and of the decoder, on one of
+        `tensor` processes."""
+        D, inner = self.hidden_size, self.num_heads * self.head_width
+        attention = 3 * inner // tensor + D if self.bias else 0
+        mlp = self.mlp_width * (2 if self.gated_mlp else 1) // tensor + D if self.bias else 0
+        encoder, decoder = (count // tensor for count in self._layer_matrices())
+        return encoder + attention + mlp, decoder + 2 * attention + mlp
+
+    def _relative_count(self, tensor: int) -> int:
+        """Biases by distance of one side."""
+        return self.num_heads * self.relative_buckets // tensor
+
+    def _layer_matrices(self) -> tuple[int, int]:
+        """Weights of the matrices of one layer of the encoder, and of the decoder."""
+        D, inner = self.hidden_size, self.num_heads * self.head_width
+        attention, mlp = 4 * D * inner, (3 if self.gated_mlp else 2) * D * self.mlp_width
+        return attention + mlp, 2 * attention + mlp
+
+    def _positions(self) -> int:
+        """Rows of each side's learned positions."""
+        return (self.max_sequence_length or 0) + self.position_offset

@@ -1,0 +1,300 @@
+"""The encoder–decoder: the Transformer (Vaswani et al., arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
+(arXiv:1910.13461) by config.
+
+Dim names: B batch, S source tokens, T target tokens, U = S + T places of both, M targets that count, D hidden
+width, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.models.encoder_decoder.layers import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
+from llmtrain.nn.attention import CrossDocuments, Documents
+from llmtrain.nn.dropout import HIDDEN, Dropout
+from llmtrain.nn.head import IGNORE_INDEX, LanguageModelHead
+from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow
+from llmtrain.nn.norms import make_norm
+from llmtrain.nn.stages import Stage, StagedModel
+from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions
+
+
+class EncoderDecoder(StagedModel):
+    """Source and target ids → logits of the targets, or → the summed loss. `config.vocab_size` must be
+    resolved."""
+
+    config: Seq2SeqConfig
+
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        self.config = config
+        D, M = config.hidden_size, config.decoder_layers
+        relative = None
+        if config.positions == "relative":
+            relative = RelativePositions(config.relative_buckets, config.relative_max_distance)
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.source_positions, self.target_positions = _learned_positions(config), _learned_positions(config)
+        self.source_norm = make_norm(config.blocks) if config.embedding_norm else None
+        self.target_norm = make_norm(config.blocks) if config.embedding_norm else None
+        self.dropout = Dropout(config.dropout, -1, HIDDEN)
+        self.encoder = nn.ModuleList(
+            EncoderBlock(config, layer, relative) for layer in range(config.num_layers)
+        )
+        self.encoder_norm = make_norm(config.blocks) if config.norm_first else None
+        self.decoder = nn.ModuleList(DecoderBlock(config, layer, relative) for layer in range(M))
+        self.decoder_norm = make_norm(config.blocks) if config.norm_first else None
+        self.head = LanguageModelHead(D, config.vocab_size, bias=config.head_bias)
+        self._tie()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All layers in order."""
+        return cast(list[Block], [*self.encoder, *self.decoder])
+
+    def stages(self) -> list[Stage]:
+        """The steps that forward runs, in order: embeddings of both sides, each layer, head. The encoder's
+        last norm is its last layer's."""
+        embeddings: dict[str, nn.Module] = {"embedding": self.embedding}
+        for name in ("source_positions", "target_positions", "source_norm", "target_norm"):
+            if (module := getattr(self, name)) is not None:
+                embeddings[name] = module
+        *encoder, last = [Stage({f"encoder.{i}": block}, block) for i, block in enumerate(self.encoder)]
+        heads: dict[str, nn.Module] = {"head": self.head}
+        if self.encoder_norm is not None and self.decoder_norm is not None:
+            last = Stage({**last.modules, "encoder_norm": self.encoder_norm}, self._finish_encoder)
+            heads["decoder_norm"] = self.decoder_norm
+        return [
+            Stage(embeddings, self._embed),
+            *encoder,
+            last,
+            *(Stage({f"decoder.{i}": block}, block) for i, block in enumerate(self.decoder)),
+            Stage(heads, self._finish),
+        ]
+
+    def context(
+        self,
+        tokens_BT: Tensor,
+        *,
+        sources_BS: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        source_positions_BS: Tensor | None = None,
+        source_documents_BS: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        cache: SourceCache | None = None,
+        dropout_keys_B: Tensor | None = None,
+        with_metrics: bool = False,
+    ) -> PairContext:
+        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM of
+        cross-entropy in nats, smoothed by config.label_smoothing, 0-d fp32.
+
+        tokens_BT: the decoder's input: the target behind its start token.
+        positions_BT, source_positions_BS: place of each token in its text; None counts from 0, or from what
+            the cache holds.
+        documents_BT, source_documents_BS: number of the pair within the row that each token belongs to, −1
+            where no token is; a token sees its pair alone. None: a row is one pair.
+        labels_BT: the token that should follow at each place (already shifted), IGNORE_INDEX where none
+            counts.
+        cache: of `new_cache`, instead of sources; forward adds these tokens to it.
+        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
+        with_metrics: with labels, (3,) fp32: the loss, the cross-entropy without smoothing, and the number
+            of tokens predicted right.
+
+        Raises ValueError for both or neither of sources and a cache.
+        """
+        if (sources_BS is None) == (cache is None):
+            raise ValueError("give sources, or a cache made of them, and not both")
+        past = 0 if cache is None else cache.length
+        if positions_BT is None:
+            T = tokens_BT.shape[1]
+            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)[None]
+        if cache is not None:
+            source_documents_BS = cache.source_documents
+        crossing = None
+        if documents_BT is not None or source_documents_BS is not None:
+            ids_BT = torch.zeros_like(tokens_BT) if documents_BT is None else documents_BT
+            ids_BS = source_documents_BS
+            if ids_BS is None:
+                assert sources_BS is not None
+                ids_BS = torch.zeros_like(sources_BS)
+            crossing = CrossDocuments(ids_BT, ids_BS)
+        encoder = None
+        if sources_BS is not None:
+            encoder = self._encoder_context(
+                sources_BS, source_positions_BS, source_documents_BS, dropout_keys_B
+            )
+        return PairContext(
+            positions=positions_BT,
+            documents=None if documents_BT is None else Documents(documents_BT),
+            labels=labels_BT,
+            cache=cache,
+            dropout_keys=dropout_keys_B,
+            sources=sources_BS,
+            encoder=encoder,
+            crossing=crossing,
+            with_metrics=with_metrics,
+        )
+
+    @torch.no_grad()
+    def new_cache(
+        self,
+        max_length: int,
+        *,
+        sources_BS: Tensor,
+        source_documents_BS: Tensor | None = None,
+    ) -> SourceCache:
+        """A cache for `max_length` target tokens a row, with what the decoder needs of the sources, which are
+        encoded here, once.
+
+        source_documents_BS: 0 for tokens, −1 for the padding behind them; None: there is none.
+        """
+        nothing_B0 = sources_BS[:, :0]
+        context = PairContext(
+            positions=nothing_B0,
+            sources=sources_BS,
+            encoder=self._encoder_context(sources_BS, None, source_documents_BS, None),
+        )
+        x_BSD = self._embed(nothing_B0, context)
+        for stage in self.stages()[1 : 1 + self.config.num_layers]:
+            x_BSD = stage.run(x_BSD, context)
+        decoder = cast(list[DecoderBlock], list(self.decoder))
+        keys_values = [block.cross_attention.keys_and_values(x_BSD) for block in decoder]
+        return SourceCache(max_length, keys_values, source_documents_BS)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """By `init_std`, or without it so that each layer keeps the scale of what it reads (T5's own, and in
+        square matrices the variance of the Transformer's Glorot initialization).
+
+        | parameter                         | with init_std   | without                                   |
+        |-----------------------------------|-----------------|-------------------------------------------|
+        | embedding                         | N(0, std)       | N(0, 1), over what it is scaled by        |
+        | positions                         | N(0, std)       | N(0, 1)                                   |
+        | biases by distance                | N(0, std)       | N(0, 1/√D)                                |
+        | other matrices                    | N(0, std)       | N(0, 1/√inputs)                           |
+        | queries of unscaled attention     | N(0, std)       | N(0, 1/√(inputs · H))                     |
+        | untied head                       | N(0, std)       | N(0, 1/√D)                                |
+        | norms, biases                     | 1, 0            | 1, 0                                      |
+        """
+        config = self.config
+        D, H = config.hidden_size, config.head_width
+
+        def normal(std: float) -> Normal:
+            return Normal(std if config.init_std is None else config.init_std)
+
+        read = normal(D**-0.5)
+        query, packed = read, cast(Initializer, read)
+        if not config.scale_attention and config.init_std is None:
+            query = Normal((D * H) ** -0.5)
+            packed = NormalByRow((query.std, read.std, read.std), H)
+        tied_as_is = config.tie_embeddings and not config.scale_logits
+        table: dict[str, Initializer] = {
+            "embedding.weight": normal(D**-0.5 if config.scale_embedding or tied_as_is else 1.0),
+            "*.attention.qkv.weight": packed,
+            "decoder.*.cross_attention.query.weight": query,
+            "decoder.*.cross_attention.key_value.weight": read,
+            "*attention.output.weight": normal((config.num_heads * H) ** -0.5),
+            "*.mlp.up.weight": read,
+            "*.mlp.down.weight": normal(config.mlp_width**-0.5),
+            "*norm.weight": Constant(1.0),
+        }
+        if config.positions == "learned":
+            table["*_positions.weight"] = normal(1.0)
+        if config.positions == "relative":
+            table["*.attention.relative.weight"] = read
+        if config.gated_mlp:
+            table["*.mlp.gate.weight"] = read
+        if not config.tie_embeddings:
+            table["head.weight"] = read
+        if config.bias or config.head_bias:
+            table["*.bias"] = Constant(0.0)
+        return table
+
+    def _tie(self) -> None:
+        super()._tie()
+        for layers in (self.encoder, self.decoder):
+            tables = [cast(Block, layer).attention.relative for layer in layers]
+            for table in tables[1:]:
+                if table is not None:
+                    table.weight = cast(PerHead, tables[0]).weight
+
+    def _encoder_context(
+        self,
+        sources_BS: Tensor,
+        positions_BS: Tensor | None,
+        documents_BS: Tensor | None,
+        dropout_keys_B: Tensor | None,
+    ) -> Context:
+        if positions_BS is None:
+            positions_BS = torch.arange(sources_BS.shape[1], device=sources_BS.device)[None]
+        return Context(
+            positions=positions_BS,
+            documents=None if documents_BS is None else Documents(documents_BS, causal=False),
+            dropout_keys=dropout_keys_B,
+        )
+
+    def _embed(self, tokens_BT: Tensor, context: PairContext) -> Tensor:
+        ids_BU = tokens_BT if context.sources is None else torch.cat((context.sources, tokens_BT), dim=1)
+        x_BUD = self.embedding(ids_BU)
+        if self.config.scale_embedding:
+            x_BUD = x_BUD * self.config.hidden_size**0.5
+        source_BSD, target_BTD = sides(x_BUD, context)
+        target_BTD = self._placed(target_BTD, context.positions, self.target_positions, self.target_norm)
+        if context.encoder is not None:
+            places_BS = context.encoder.positions
+            source_BSD = self._placed(source_BSD, places_BS, self.source_positions, self.source_norm)
+        return self.dropout(torch.cat((source_BSD, target_BTD), dim=1), context.dropout_keys)
+
+    def _placed(
+        self, x_BTD: Tensor, places_BT: Tensor, learned: nn.Module | None, norm: nn.Module | None
+    ) -> Tensor:
+        """Embeddings with their places in them, of one side."""
+        if learned is not None:
+            x_BTD = x_BTD + learned(places_BT + self.config.position_offset)
+        elif self.config.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoids(places_BT, self.config.hidden_size).to(x_BTD.dtype)
+        return x_BTD if norm is None else norm(x_BTD)
+
+    def _finish_encoder(self, x_BUD: Tensor, context: PairContext) -> Tensor:
+        x_BUD = self.encoder[-1](x_BUD, context)
+        if context.encoder is None or self.encoder_norm is None:
+            return x_BUD
+        source_BSD, target_BTD = sides(x_BUD, context)
+        return torch.cat((self.encoder_norm(source_BSD), target_BTD), dim=1)
+
+    def _finish(self, x_BUD: Tensor, context: PairContext) -> Tensor:
+        x_BTD = sides(x_BUD, context)[1]
+        if self.decoder_norm is not None:
+            x_BTD = self.decoder_norm(x_BTD)
+        if self.config.scale_logits:
+            x_BTD = x_BTD * self.config.hidden_size**-0.5
+        if context.labels is None:
+            return self.head(x_BTD)
+        loss: Tensor = self.head(x_BTD, context.labels, self.config.label_smoothing)
+        if not context.with_metrics:
+            return loss
+        asked_BT = context.labels != IGNORE_INDEX
+        hidden_MD, labels_M = x_BTD[asked_BT], context.labels[asked_BT]
+        plain = self.head(hidden_MD, labels_M) if self.config.label_smoothing > 0 else loss
+        correct = (self.head(hidden_MD).argmax(-1) == labels_M).sum()
+        return torch.stack([loss, plain, correct])
+
+
+def sinusoids(places_BT: Tensor, width: int) -> Tensor:
+    """sin(place / 10000^(2i/D)) at dim 2i, its cosine at 2i + 1, (B, T, D) fp32 (arXiv:1706.03762, section
+    3.5)."""
+    exponents = torch.arange(0, width, 2, device=places_BT.device).float() / width
+    angles = places_BT[..., None].float() * 10_000.0**-exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
+
+
+def _learned_positions(config: Seq2SeqConfig) -> nn.Embedding | None:
+    if config.positions != "learned":
+        return None
+    assert config.max_sequence_length is not None
+    return nn.Embedding(config.position_offset + config.max_sequence_length, config.hidden_size)

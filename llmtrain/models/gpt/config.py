@@ -1,0 +1,84 @@
+"""What describes a GPT, with its arithmetic. Free of torch.
+
+Counts are exact: tests compare `parameter_count()` with the module on the meta device, for every preset.
+
+Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.nn.layer_config import LayerConfig, OfVocabulary
+
+
+@dataclass(frozen=True)
+class GPTConfig(LayerConfig, OfVocabulary):
+    """A causal decoder; covers GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783), Mistral
+    (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3 (arXiv:2403.08295,
+    2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
+
+    family: Literal["gpt"] = "gpt"
+    """A decoder."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary."""
+    max_sequence_length: int = 1024
+    """Longest sequence, in tokens; the number of learned positions."""
+    scale_embedding: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size) (Gemma)."""
+    logit_softcap: float | None = None
+    """Logits s become cap · tanh(s / cap) (Gemma 2); null: they stay."""
+    tie_embeddings: bool = True
+    """The head shares the token embedding's weight."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+
+    @property
+    def blocks(self) -> LayerConfig:
+        """What attention and MLPs are made of, as in the other families: itself."""
+        return self
+
+    def problems(self) -> Iterator[Problem]:
+        length = self.max_sequence_length
+        yield from require(length >= 1, "max_sequence_length", length, "1 or more")
+        yield from super().problems()
+        yield from self.vocabulary_problems()
+        cap = self.logit_softcap
+        yield from require(cap is None or cap > 0, "logit_softcap", cap, "more than 0, or null")
+
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Parameters of each step of a forward - embedding, every block, norm with head - on one of
+        `tensor` processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        vocabulary = -(-self._vocab() // tensor) * self.hidden_size
+        positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
+        return [
+            vocabulary + positions,
+            *[self.layer_parameter_count(tensor)] * self.num_layers,
+            self._norm_parameter_count() + vocabulary,
+        ]
+
+    def largest_parameter_count(self, tensor: int = 1) -> int:
+        """Elements of the largest single parameter, on one of `tensor` processes."""
+        positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
+        return max(self.largest_layer_parameter_count(tensor), self.head_matrix_count(tensor), positions)
+
+    def parameter_count(self) -> int:
+        """All parameters, a tied head counted once. Needs vocab_size."""
+        tied = self._vocab() * self.hidden_size if self.tie_embeddings else 0
+        return sum(self.step_parameter_counts()) - tied
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
+        12 · N · H · S of each layer over the S keys that it sees on average, T/2 for the causal triangle
+        (PaLM, arXiv:2204.02311, appendix B)."""
+        attention_width = self.num_heads * self.head_width
+        matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
+        keys = 0.0
+        for layer in range(self.num_layers):
+            window = min(self.window_of(layer) or sequence_length, sequence_length)
+            keys += window - window**2 / (2 * sequence_length)
+        return 6.0 * matrices + 12.0 * attention_width * keys

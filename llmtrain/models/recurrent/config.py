@@ -1,0 +1,43 @@
+"""What describes an LSTM language model, with its arithmetic. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.nn.layer_config import OfVocabulary
+
+
+@dataclass(frozen=True)
+class LSTMConfig(OfVocabulary):
+    """An LSTM language model (Zaremba et al., arXiv:1409.2329)."""
+
+    family: Literal["lstm"] = "lstm"
+    """A recurrent language model."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary."""
+    hidden_size: int = 256
+    num_layers: int = 2
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "1 or more")
+        yield from require(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
+
+    def parameter_count(self) -> int:
+        """All parameters, a tied head counted once. Needs vocab_size."""
+        V, D = self._vocab(), self.hidden_size
+        return V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)
+
+    def largest_parameter_count(self) -> int:
+        """Elements of the largest single parameter."""
+        return max(self._vocab(), 4 * self.hidden_size) * self.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token; does not depend on the sequence length."""
+        return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self._vocab() * self.hidden_size)

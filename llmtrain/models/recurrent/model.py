@@ -1,0 +1,115 @@
+"""An LSTM language model (Zaremba et al., arXiv:1409.2329).
+
+Dim names: B batch, T sequence, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.nn.dropout import HIDDEN, Dropout
+from llmtrain.nn.head import LanguageModelHead, TiedHeadModel
+from llmtrain.nn.initialize import Initializer, Uniform
+
+
+class LSTM(nn.LSTM):
+    """`nn.LSTM` of rows; in fp32 where autocast asks for a low precision that this CPU has no kernel for, at
+    which torch would stop."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size, batch_first=True)
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if x_BTD.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or has_low_precision_kernel():
+            return super().forward(x_BTD, state)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x_BTD.float(), state)
+
+
+def has_low_precision_kernel() -> bool:
+    """Whether this CPU runs an LSTM in bf16; plan/machine.py tells it without torch."""
+    name = "_is_mkldnn_bf16_supported"
+    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+
+
+class LSTMCache:
+    """The hidden and cell state after the tokens seen so far, for generation."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.states: list[tuple[Tensor, Tensor]] = []
+        """h and c of each layer, (1, B, D) each; none before the first token."""
+
+    def select(self, rows_R: Tensor) -> None:
+        """Hold these rows alone from now on, in this order; one may come several times."""
+        self.states = [(h[:, rows_R], c[:, rows_R]) for h, c in self.states]
+
+    reorder = select
+
+
+class LSTMLanguageModel(TiedHeadModel):
+    """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
+
+    def __init__(self, config: LSTMConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not resolved yet")
+        self.config = config
+        D = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.dropout = Dropout(config.dropout, -1, HIDDEN)
+        self.layers = nn.ModuleList(LSTM(D, D) for _ in range(config.num_layers))
+        self.layer_dropouts = nn.ModuleList(
+            Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
+        )
+        self.head = LanguageModelHead(D, config.vocab_size)
+        self._tie()
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        cache: LSTMCache | None = None,
+        dropout_keys_B: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
+
+        positions_BT and documents_BT are taken for the decoders' sake and not used: the state flows
+        over document boundaries, which the end-of-text token marks. Dropout is of what flows from layer to
+        layer, never from token to token, by masks made from dropout_keys_B; None: from torch's generator.
+        last_only: logits of the last token alone, (B, 1, V).
+        """
+        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        after = []
+        x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
+        for layer, dropout, state in zip(self.layers, self.layer_dropouts, before, strict=True):
+            x_BTD, state = layer(x_BTD, state)
+            x_BTD = dropout(x_BTD, dropout_keys_B)
+            after.append(state)
+        if cache is not None:
+            cache.states = after
+            cache.length += tokens_BT.shape[1]
+        return self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
+
+    def new_cache(self, max_length: int) -> LSTMCache:
+        """An empty state; it takes the same room at any length."""
+        return LSTMCache()
+
+    def initializers(self) -> dict[str, Initializer]:
+        """| parameter                         | value                  |
+        |-----------------------------------|------------------------|
+        | embedding, head (if untied), LSTM | uniform ±1/sqrt(D)     |
+        """
+        uniform = Uniform(self.config.hidden_size**-0.5)
+        table: dict[str, Initializer] = {"embedding.weight": uniform, "layers.*": uniform}
+        if not self.config.tie_embeddings:
+            table["head.weight"] = uniform
+        return table

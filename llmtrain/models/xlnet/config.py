@@ -1,0 +1,131 @@
+"""What describes an XLNet and what it learns by: frozen dataclasses with their arithmetic, free of torch.
+
+Dim names: V vocabulary, D hidden_size, L num_layers, N num_heads, T sequence length, M tokens that are
+predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.nn.layer_config import LayerConfig, OfBlocks
+
+
+@dataclass(frozen=True)
+class PermutedLMConfig:
+    """Which tokens are predicted, in which order (arXiv:1906.08237, sections 2.2, 2.3 and 3.1)."""
+
+    predict_every: int = 6
+    """One token in so many is predicted: the paper's K."""
+    max_span: int = 5
+    """Tokens of the longest span that is predicted together; lengths are uniform from 1 on."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.predict_every >= 2, "predict_every", self.predict_every, "2 or more")
+        yield from require(self.max_span >= 1, "max_span", self.max_span, "1 or more")
+
+    def num_predicted(self, sequence_length: int) -> int:
+        """Places of a row that are predicted, M: the same for every row. None of a row that is shorter than
+        predict_every."""
+        return sequence_length // self.predict_every
+
+
+@dataclass(frozen=True)
+class XLNetConfig(OfBlocks):
+    """A two-stream encoder with relative positions (arXiv:1906.08237); without the recurrence over segments
+    of a text (Transformer-XL, arXiv:1901.02860), whose relative positions it has."""
+
+    family: Literal["xlnet"] = "xlnet"
+    """An encoder of two streams."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the corpus' vocabulary."""
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_hidden_size: int | None = None
+    """Width of the MLP; null: 4 · hidden_size."""
+    has_segments: bool = True
+    """Each head tells tokens of its own segment from others, where rows hold several texts. Training here is
+    on single texts, and teaches nothing of it."""
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    norm_eps: float = 1e-12
+    tie_embeddings: bool = True
+    """The head shares the token embedding's weight."""
+    dropout: float = 0.1
+    init_std: float = 0.02
+    objective: PermutedLMConfig = field(default_factory=PermutedLMConfig)
+
+    @cached_property
+    def blocks(self) -> LayerConfig:
+        """What its MLPs are made of."""
+        return LayerConfig(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            mlp_hidden_size=self.mlp_hidden_size,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+        )
+
+    def problems(self) -> Iterator[Problem]:
+        yield from self.vocabulary_problems()
+        yield from self.blocks.problems()
+        yield from require(
+            self.hidden_size % 2 == 0, "hidden_size", self.hidden_size, "an even number: sines and cosines"
+        )
+
+    def num_places(self, sequence_length: int) -> int:
+        """Hidden states of a row between blocks in training, T + M: of its tokens, and of those that are
+        predicted."""
+        return sequence_length + self.objective.num_predicted(sequence_length)
+
+    def layer_matrix_count(self, tensor: int = 1) -> int:
+        """Weights of one block's matrices, on one of `tensor` processes that divide them: query, key, value,
+        position, output, up and down."""
+        D = self.hidden_size
+        return (5 * D * D + 2 * D * self.mlp_width) // tensor
+
+    def layer_parameter_count(self, tensor: int = 1) -> int:
+        """Parameters of one block, on one of `tensor` processes that divide its matrices: numbers of each
+        head and the biases of what is divided by outputs are divided too."""
+        D = self.hidden_size
+        of_heads = (5 if self.has_segments else 2) * D
+        divided = self.layer_matrix_count() + of_heads + self.mlp_width
+        return divided // tensor + D + 4 * D
+
+    def step_parameter_counts(self, tensor: int = 1) -> list[int]:
+        """Parameters of each step of a forward - embeddings, every block, head - on one of `tensor`
+        processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        vocabulary = -(-self._vocab() // tensor)
+        return [
+            (vocabulary + 1) * self.hidden_size,
+            *[self.layer_parameter_count(tensor)] * self.num_layers,
+            vocabulary * (self.hidden_size + 1),
+        ]
+
+    def largest_parameter_count(self, tensor: int = 1) -> int:
+        """Elements of the largest single parameter, on one of `tensor` processes."""
+        D = self.hidden_size
+        return max(2 * D * D // tensor, D * self.mlp_width // tensor, self.head_matrix_count(tensor))
+
+    def parameter_count(self) -> int:
+        """All parameters, a tied head counted once. Needs vocab_size."""
+        tied = self.head_matrix_count() if self.tie_embeddings else 0
+        return sum(self.step_parameter_counts()) - tied
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's, whose
+        scores are of contents and of positions, 18 · L · D · T. The query stream adds one place in
+        predict_every, without keys and values; the head is of these alone. The projection of positions, one
+        for all rows of a batch, is left out."""
+        D, T = self.hidden_size, sequence_length
+        share = self.objective.num_predicted(T) / T
+        per_place = 2 * D * D + 2 * D * self.mlp_width  # query, output, up and down
+        matrices = self.num_layers * (per_place * (1 + share) + 2 * D * D) + self._vocab() * D * share
+        return 6.0 * matrices + 18.0 * self.num_layers * D * T * (1 + share)

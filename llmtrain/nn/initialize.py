@@ -1,0 +1,172 @@
+"""Weights from a seed, the same whatever the layout.
+
+A model says by a table what its parameters start from (`initializers()`: name pattern → initializer);
+a value is a function of (seed, parameter name, row and column in the whole parameter) alone. A rank can
+so make its own shard, and no more than the shard's edges of others, of the one model that every layout
+shares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from llmtrain.tensor_boxes import Box, Shard, matrix_shape
+
+_FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_})
+
+TILE = 256
+"""Rows and columns drawn from one generator. Part of the definition: another value, another model."""
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules on the meta device, without filling their parameters.
+
+    To fill them torch would import its compiler, which takes seconds at each start.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        settings = kwargs or {}
+        if function in _FILLS or getattr(function, "__module__", None) == nn.init.__name__:
+            filled = args[0] if args else settings["tensor"]
+            if filled.is_meta:
+                return filled
+        return function(*args, **settings)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(0, std²)."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class NormalByRow:
+    """N(0, std²), each `rows` rows with the next of `stds` in turn: parts that are packed into one matrix."""
+
+    stds: tuple[float, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform between -bound and bound."""
+
+    bound: float
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+
+Initializer = Normal | NormalByRow | Uniform | Constant
+
+
+def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -> dict[str, Initializer]:
+    """The initializer of each parameter name.
+
+    Raises ValueError unless each name matches exactly one pattern and each pattern some name.
+    """
+    matched: dict[str, Initializer] = {}
+    used: set[str] = set()
+    for name in names:
+        patterns = [pattern for pattern in table if fnmatchcase(name, pattern)]
+        if len(patterns) != 1:
+            raise ValueError(f"parameter {name} matches {patterns or 'no pattern'}; it needs exactly one")
+        used.update(patterns)
+        matched[name] = table[patterns[0]]
+    unused = sorted(set(table) - used)
+    if unused:
+        raise ValueError(f"initializer patterns that match no parameter: {', '.join(unused)}")
+    return matched
+
+
+def fill_box(name: str, initializer: Initializer, seed: int, shape: tuple[int, ...], box: Box) -> Tensor:
+    """The elements of `box` in the parameter `name` of `shape`: (rows, columns) fp32, on the CPU.
+
+    Costs what the tiles that the box touches cost."""
+    if isinstance(initializer, Constant):
+        return torch.full((box.rows, box.columns), initializer.value)
+    rows, columns = matrix_shape(shape)
+    values = torch.empty(box.rows, box.columns)
+    for top in range(box.row // TILE * TILE, box.row + box.rows, TILE):
+        for left in range(box.column // TILE * TILE, box.column + box.columns, TILE):
+            tile = Box(top, left, min(TILE, rows - top), min(TILE, columns - left))
+            drawn = torch.empty(tile.rows, tile.columns)
+            _draw(drawn, initializer, _generator(seed, name, top, left), top)
+            part = tile.intersection(box)
+            assert part is not None
+            _rows(values, box, part).copy_(_rows(drawn, tile, part))
+    return values
+
+
+def _rows(values: Tensor, box: Box, part: Box) -> Tensor:
+    """The elements of `part` in the `values` of `box`."""
+    row, column = part.row - box.row, part.column - box.column
+    return values[row : row + part.rows, column : column + part.columns]
+
+
+@torch.no_grad()
+def fill(out: Tensor, name: str, initializer: Initializer, seed: int, shard: Shard, start: int = 0) -> None:
+    """Put the elements of the flattened `shard` from `start` on into `out` (1-D, any device, any dtype);
+    padding becomes 0."""
+    if shard.is_padded:
+        out.zero_()
+    for box, place in shard.pieces(start, start + out.numel()):
+        # By bands, so that a large parameter is never held twice.
+        for top in range(0, box.rows, 4 * TILE):
+            band = box._replace(row=box.row + top, rows=min(4 * TILE, box.rows - top))
+            begin = place.start + top * box.columns
+            values = fill_box(name, initializer, seed, shard.shape, band)
+            out[begin : begin + band.numel] = values.view(-1).to(out.device, out.dtype)
+
+
+def initialize(model: nn.Module, seed: int, shards: Mapping[str, Shard] | None = None) -> None:
+    """Fill every parameter of `model` that is not on the meta device by the model's own table.
+
+    shards: what part of the whole a parameter is; those not named are whole.
+
+    Raises ValueError for a table that doesn't fit the parameters.
+    """
+    parameters = dict(model.named_parameters())
+    table = model.initializers()  # type: ignore[operator]
+    for name, initializer in match_initializers(table, parameters).items():
+        parameter = parameters[name]
+        if parameter.device.type != "meta":
+            shard = (shards or {}).get(name, Shard(tuple(parameter.shape)))
+            fill(parameter.detach().view(-1), name, initializer, seed, shard)
+
+
+def _generator(seed: int, name: str, top: int, left: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{top}\0{left}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def _draw(
+    out: Tensor, initializer: Normal | NormalByRow | Uniform, generator: torch.Generator, first_row: int
+) -> None:
+    match initializer:
+        case Normal(std):
+            out.normal_(0.0, std, generator=generator)
+        case NormalByRow(stds, rows):
+            row = torch.arange(first_row, first_row + out.shape[0])
+            out.normal_(generator=generator).mul_(torch.tensor(stds)[row // rows % len(stds), None])
+        case Uniform(bound):
+            out.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,376 @@
+"""The parts of a transformer: norms, positions, attention, MLP, block, key-value cache.
+
+Dim names: B batch, T sequence, S keys (T, or what the cache holds with it), D hidden width,
+N query heads, K key-value heads, G = N/K query heads a key-value head, H head width, R of its dims that are
+turned by positions, F MLP width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llmtrain.nn.attention import CrossDocuments, Documents, attend
+from llmtrain.nn.dropout import HIDDEN, AttentionDropout, Dropout
+from llmtrain.nn.layer_config import LayerConfig
+from llmtrain.nn.linear import Linear
+from llmtrain.nn.norms import make_head_norm, make_norm
+from llmtrain.nn.rotary import rotate
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for generation.
+
+    Room for `max_length` tokens a layer is taken at the first append, in the shape, type and place of
+    what is appended; nothing is copied later.
+    """
+
+    def __init__(self, num_layers: int, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        """Tokens held; the model's forward moves it after its last layer."""
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def append(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new tokens behind those held; returns all keys and values, (B, K, S, H) each.
+
+        Raises ValueError past max_length."""
+        B, K, T, H = k_BKTH.shape
+        end = self.length + T
+        if end > self.max_length:
+            raise ValueError(f"a cache of {self.max_length} tokens cannot take {end}")
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            keys = k_BKTH.new_empty(B, K, self.max_length, H)
+            values = v_BKTH.new_empty(B, K, self.max_length, H)
+            self._keys[layer], self._values[layer] = keys, values
+        keys[:, :, self.length : end] = k_BKTH
+        values[:, :, self.length : end] = v_BKTH
+        return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows_R: Tensor) -> None:
+        """Hold these rows alone from now on, in this order; one may come several times."""
+        self._put([None if held is None else held[rows_R] for held in self._held()])
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Let row b go on from what row rows_B[b] holds of its tokens. What is held of a source stays: rows
+        change places with those of the same source alone."""
+        for held in self._held():
+            if held is not None:
+                held[:, :, : self.length] = held[rows_B, :, : self.length]
+
+    def _held(self) -> list[Tensor | None]:
+        return [*self._keys, *self._values]
+
+    def _put(self, held: list[Tensor | None]) -> None:
+        self._keys, self._values = held[: len(self._keys)], held[len(self._keys) :]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all stages of one forward share."""
+
+    positions: Tensor
+    """Place of each token in its document, (B, T), or (1, T) when all rows are alike."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosine and sine of the rotary angles, (B or 1, T, 1, R/2) fp32; None with learned positions."""
+    documents: Documents | None = None
+    """Those that the rows hold; None: a row is one."""
+    labels: Tensor | None = None
+    """The token that should follow each, (B, T), -100 where none counts; None: logits are wanted."""
+    cache: KVCache | None = None
+    dropout_keys: Tensor | None = None
+    """A key for each row, (B,), that dropout's masks are made from; None: torch's generator."""
+    last_only: bool = False
+    """Logits are wanted of the last token alone."""
+    local_rotary: tuple[Tensor, Tensor] | None = None
+    """As `rotary`, of layers with a window, where they have others."""
+
+    @property
+    def num_places(self) -> int:
+        """Hidden states of a row between blocks."""
+        return self.positions.shape[1]
+
+
+class PerHead(nn.Module):
+    """Learned numbers of each head, (N, width): positions' biases, vectors added to queries.
+
+    Their rows are divided as heads are; forward asks the weight how many are here."""
+
+    def __init__(self, num_heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, width))
+
+    def forward(self) -> Tensor:
+        """(N, width)."""
+        return self.weight
+
+
+@dataclass(frozen=True)
+class RelativePositions:
+    """Biases of attention by the distance from query to key, learned by buckets: near distances have one
+    each, farther ones share (T5, arXiv:1910.10683, section 2.1)."""
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    """All distances from here on share the last bucket."""
+
+    def buckets(self, distances: Tensor, *, both_ways: bool) -> Tensor:
+        """The bucket of each distance, key − query, int64; the first half of them is for keys before the
+        query if there are others, else all are."""
+        count = self.num_buckets // 2 if both_ways else self.num_buckets
+        first = (distances > 0) * count if both_ways else torch.zeros_like(distances)
+        n = distances.abs() if both_ways else (-distances).clamp(min=0)
+        exact = count // 2
+        octaves = torch.log(n.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        shared = (exact + (octaves * (count - exact)).long()).clamp(max=count - 1)
+        return first + torch.where(n < exact, n, shared)
+
+    def bias(self, weight_NR: Tensor, T: int, S: int, *, both_ways: bool) -> Tensor:
+        """What is added to the scores of the last T of S tokens with all of them, (N, T, S); `weight_NR`
+        holds each head's bias for each bucket."""
+        # By the CPU's logarithm: at a bucket's border another one's may round to the next.
+        buckets_D = self.buckets(torch.arange(1 - S, T, device="cpu"), both_ways=both_ways)
+        along_ND = weight_NR[:, buckets_D.to(weight_NR.device)]
+        bias_NTS: Tensor = _ByDistance.apply(along_ND, T)
+        return bias_NTS
+
+
+class _ByDistance(torch.autograd.Function):
+    """(N, S + T − 1), a number for each distance from 1 − S up → (N, T, S), that of s − (S − T + t)."""
+
+    @staticmethod
+    def forward(ctx: Any, along_ND: Tensor, T: int) -> Tensor:
+        return along_ND.unfold(1, along_ND.shape[1] - T + 1, 1).flip(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (grad_NTS,) = gradients
+        N, T, S = grad_NTS.shape
+        # Read with one column less, each row stands one place further right: diagonals become columns.
+        padded = grad_NTS.new_zeros(N, T, S + T)
+        padded[:, :, :S] = grad_NTS.flip(1)
+        sheared = padded.flatten(1)[:, : T * (S + T - 1)].unflatten(1, (T, S + T - 1))
+        return sheared.sum(1), None
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
+
+    Rows of `qkv.weight` stand by key-value head: its G query heads, its key, its value. A slice of
+    whole groups is a tensor-parallel shard, and forward asks the weight, not the config, how many
+    groups it holds.
+    """
+
+    attend: Callable[..., Tensor]
+    """Attention itself; sequence parallelism puts its exchange around it."""
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        layer: int,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        relative: RelativePositions | None = None,
+    ) -> None:
+        """causal: a token sees itself and those before it; else all of its document.
+        scale: of the scores; None: 1 / sqrt(head_dim)."""
+        super().__init__()
+        self.layer = layer
+        self.causal = causal
+        self.window = config.window_of(layer)
+        self.has_rotary = layer not in config.no_rope_layers
+        self.has_local_rotary = self.window is not None and config.local_rope_theta is not None
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_width
+        self.queries_per_kv = config.num_heads // config.kv_heads
+        self.dropout = config.dropout
+        self.first_head = 0
+        """Number in the whole layer of the first query head held here."""
+        scalar = config.query_pre_attn_scalar
+        if scale is None and scalar is not None and scalar != self.head_dim:
+            scale = scalar**-0.5
+        self.attend = functools.partial(attend, scale=scale, softcap=config.attention_softcap)
+        self.positions = relative
+        self.relative = None if relative is None else PerHead(config.num_heads, relative.num_buckets)
+        qkv_width = config.kv_heads * (self.queries_per_kv + 2) * self.head_dim
+        self.qkv = Linear(config.hidden_size, qkv_width, bias=config.has_qkv_bias)
+        self.query_norm = make_head_norm(config, config.num_heads) if config.qk_norm else None
+        self.key_norm = make_head_norm(config, config.kv_heads) if config.qk_norm else None
+        self.output = Linear(
+            config.num_heads * self.head_dim, config.hidden_size, bias=config.has_output_bias
+        )
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
+        q_BTKGH, k_BTKH, v_BTKH = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q_BTNH = q_BTKGH.flatten(2, 3)
+        if self.query_norm is not None and self.key_norm is not None:
+            # Autocast may leave a norm's output in fp32.
+            q_BTNH = self.query_norm(q_BTNH).to(v_BTKH.dtype)
+            k_BTKH = self.key_norm(k_BTKH).to(v_BTKH.dtype)
+        rotary = context.local_rotary if self.has_local_rotary else context.rotary
+        if rotary is not None and self.has_rotary:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
+        q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        dropout = None
+        if self.training and self.dropout > 0.0:
+            dropout = AttentionDropout(self.dropout, self.layer, context.dropout_keys, self.first_head)
+        bias = {}
+        if self.positions is not None and self.relative is not None:
+            both_ways = not self.causal
+            bias["bias_NTS"] = self.positions.bias(
+                self.relative(), q.shape[2], k.shape[2], both_ways=both_ways
+            )
+        y_BNTH = self.attend(
+            q,
+            k,
+            v,
+            documents=context.documents,
+            dropout=dropout,
+            causal=self.causal,
+            window=self.window,
+            **bias,
+        )
+        return self.output(y_BNTH.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of one sequence to another (arXiv:1706.03762, section 3.2.3).
+
+    Rows of `key_value.weight` stand by head, its key and its value, so that a slice of whole heads is a
+    tensor-parallel shard.
+    """
+
+    def __init__(self, config: LayerConfig, layer: int, *, scale: float | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_width
+        self.dropout = config.dropout
+        self.first_head = 0
+        """Number in the whole layer of the first head held here."""
+        self.attend = attend if scale is None else functools.partial(attend, scale=scale)
+        D, width = config.hidden_size, config.num_heads * config.head_width
+        self.query = Linear(D, width, bias=config.bias)
+        self.key_value = Linear(D, 2 * width, bias=config.bias)
+        self.output = Linear(width, D, bias=config.bias)
+
+    def keys_and_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what is attended to, (B, N, S, H) each."""
+        kv_BSN2H = self.key_value(source_BSD).unflatten(-1, (-1, 2, self.head_dim))
+        k_BSNH, v_BSNH = kv_BSN2H.unbind(-2)
+        return k_BSNH.transpose(1, 2), v_BSNH.transpose(1, 2)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        documents: CrossDocuments | None,
+        dropout_keys: Tensor | None,
+    ) -> Tensor:
+        q_BNTH = self.query(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        dropout = None
+        if self.training and self.dropout > 0.0:
+            dropout = AttentionDropout(self.dropout, self.layer, dropout_keys, self.first_head)
+        y_BNTH = self.attend(q_BNTH, *keys_values, documents=documents, dropout=dropout, causal=False)
+        return self.output(y_BNTH.transpose(1, 2).flatten(2))
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) · up(x)) (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.mlp_width
+        self.activation = config.activation
+        self.gate = Linear(D, F_, bias=config.bias) if config.gated_mlp else None
+        self.up = Linear(D, F_, bias=config.bias)
+        self.down = Linear(F_, D, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(act(self.up(x_BTD)))
+        return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each added to what it reads.
+
+    Norms stand where `config.norm_place` says: before each, x + f(norm(x)), as in GPT-2, Llama and T5; after
+    it, x + norm(f(x)); or both. Or behind the sum, norm(x + f(x)), as in the Transformer (arXiv:1706.03762),
+    BERT and BART.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        layer: int,
+        *,
+        norm_first: bool = True,
+        causal: bool = True,
+        scale: float | None = None,
+        relative: RelativePositions | None = None,
+    ) -> None:
+        """Arguments after `norm_first` as Attention's."""
+        super().__init__()
+        self.norm_first = norm_first
+        has_before, has_after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = make_norm(config) if has_before else nn.Identity()
+        self.attention = Attention(config, layer, causal=causal, scale=scale, relative=relative)
+        self.attention_output_norm = make_norm(config) if has_after else nn.Identity()
+        self.mlp_norm = make_norm(config) if has_before else nn.Identity()
+        self.mlp = MLP(config)
+        self.mlp_output_norm = make_norm(config) if has_after else nn.Identity()
+        self.attention_dropout = Dropout(config.dropout, layer, HIDDEN)
+        self.mlp_dropout = Dropout(config.dropout, layer, HIDDEN + 1)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        return self.with_mlp(self.with_attention(x_BTD, context), context)
+
+    def with_attention(self, x_BTD: Tensor, context: Context) -> Tensor:
+        def attention(x_BTD: Tensor) -> Tensor:
+            return self.attention_output_norm(self.attention(x_BTD, context))
+
+        return self.add(x_BTD, attention, self.attention_norm, self.attention_dropout, context)
+
+    def with_mlp(self, x_BTD: Tensor, context: Context) -> Tensor:
+        def mlp(x_BTD: Tensor) -> Tensor:
+            return self.mlp_output_norm(self.mlp(x_BTD))
+
+        return self.add(x_BTD, mlp, self.mlp_norm, self.mlp_dropout, context)
+
+    def add(
+        self,
+        x_BTD: Tensor,
+        function: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        dropout: Dropout,
+        context: Context,
+    ) -> Tensor:
+        """x + function(x), with its norm where the block has norms."""
+        y_BTD = function(norm(x_BTD) if self.norm_first else x_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, context.dropout_keys)
+        return x_BTD if self.norm_first else norm(x_BTD)

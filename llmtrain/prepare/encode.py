@@ -1,0 +1,278 @@
+"""Clean blocks → token ids on disk → samples and shards, whose borders depend on the tokens alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrain.corpus.tar_files import Sample, sample_bytes, token_dtype, write_shard
+from llmtrain.prepare.blocks import Block, save_array, splits_of_block
+from llmtrain.prepare.clean import SEPARATOR_BYTE
+from llmtrain.prepare.config import SplitConfig
+from llmtrain.prepare.files import write_marker
+from llmtrain.prepare.long_texts import encode_text
+from llmtrain.prepare.streams import TOKEN_DTYPE
+from llmtrain.tokenizers.base import Tokenizer
+from llmtrain.tokenizers.folder import load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """A block's ids: NAME.tokens holds the documents of train, validation and test one behind the
+    other, each followed by eos; NAME.lengths.npy their lengths in tokens. Lists have one value a split."""
+
+    path: str
+    num_documents: list[int]
+    num_tokens: list[int]
+    num_bytes: list[int]
+    num_unknown: int
+    num_tokenless: int = 0
+    """Documents (pairs) left out because they, or a side, have no token."""
+    specials: dict[str, int] = field(default_factory=dict)
+    """Special token → how often texts spell it out."""
+
+    @property
+    def tokens_path(self) -> Path:
+        return Path(self.path + ".tokens")
+
+    @property
+    def lengths_path(self) -> Path:
+        return Path(self.path + ".lengths.npy")
+
+
+def encode_block(
+    block: Block,
+    number: int,
+    dropped_paths: Sequence[Path],
+    split: SplitConfig,
+    tokenizer_path: Path,
+    tokenizer_sha256: str,
+    specials_are_text: bool,
+    is_paired: bool,
+    path: Path,
+) -> int:
+    """Encode a block's kept documents, a pair as two, to files named `path`; path.json, written last, tells
+    them finished. Returns the block's number."""
+    tokenizer, specials = _tokenizer(tokenizer_path, tokenizer_sha256, specials_are_text)
+    dtype = token_dtype(tokenizer.vocab_size)
+    documents = block.documents()
+    encoded = EncodedBlock(str(path), [], [], [], 0)
+    lengths: list[np.ndarray] = []
+    num_unknown = num_tokenless = 0
+    spelled_out: Counter[str] = Counter()
+    byte_lengths = tokenizer.token_byte_lengths() if block.is_tokenized else np.zeros(0, np.int32)
+    with open(encoded.tokens_path, "wb") as file:
+        for chosen in splits_of_block(documents, number, dropped_paths, split):
+            num_documents = num_tokens = num_bytes = 0
+            for batch in block.read(documents, chosen):
+                if block.is_tokenized:
+                    ids = [np.frombuffer(document, TOKEN_DTYPE).astype(np.int32) for document in batch]
+                    num_bytes += int(sum(byte_lengths[document].sum() for document in ids))
+                else:
+                    if is_paired:
+                        batch = [side for pair in batch for side in pair.split(SEPARATOR_BYTE)]
+                    spelled_out += count_specials(specials, batch)
+                    ids = encode_documents(tokenizer, batch)
+                    kept = with_tokens(ids, 2 if is_paired else 1)
+                    num_tokenless += (len(ids) - len(kept)) // (2 if is_paired else 1)
+                    ids = [ids[i] for i in kept]
+                    num_bytes += sum(len(batch[i]) for i in kept)
+                if not ids:
+                    continue
+                num_documents += len(ids)
+                sizes = np.fromiter(map(len, ids), np.int64, len(ids)) + 1
+                joined = np.concatenate(
+                    [*chain.from_iterable(zip(ids, repeat(_eos(tokenizer)), strict=False))]
+                )
+                if tokenizer.unk_id is not None:
+                    num_unknown += int(np.count_nonzero(joined == tokenizer.unk_id))
+                file.write(joined.astype(dtype).data.cast("B"))
+                lengths.append(sizes)
+                num_tokens += len(joined)
+            encoded.num_documents.append(num_documents)
+            encoded.num_tokens.append(num_tokens)
+            encoded.num_bytes.append(num_bytes)
+    save_array(encoded.lengths_path, np.concatenate([np.zeros(0, np.int64), *lengths]).astype("<u4"))
+    encoded = replace(
+        encoded, num_unknown=num_unknown, num_tokenless=num_tokenless, specials=dict(spelled_out)
+    )
+    write_marker(Path(f"{path}.json"), asdict(encoded))
+    block.text_path.unlink(missing_ok=True)
+    return number
+
+
+def finished_block(path: Path, dtype: np.dtype) -> EncodedBlock | None:
+    """The block at `path` if an earlier run finished it whole."""
+    try:
+        encoded = EncodedBlock(**json.loads(Path(f"{path}.json").read_text()))
+        whole = encoded.tokens_path.stat().st_size == sum(encoded.num_tokens) * dtype.itemsize
+        return encoded if whole and encoded.lengths_path.stat().st_size else None
+    except (OSError, ValueError):
+        return None
+
+
+def encode_documents(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
+    """Ids of UTF-8 documents, int32; those of a long one in parts that are joined."""
+    longest = tokenizer.longest_text_bytes
+    if max(map(len, documents)) <= longest:
+        return tokenizer.encode_arrays(documents)
+    return [encode_text(tokenizer, document, longest) for document in documents]
+
+
+def with_tokens(ids: list[np.ndarray], together: int) -> list[int]:
+    """Numbers of the documents that have tokens; so many in a row, of which each must have some, stay
+    `together`."""
+    groups = (range(first, first + together) for first in range(0, len(ids), together))
+    return [i for group in groups if all(len(ids[i]) for i in group) for i in group]
+
+
+def count_specials(specials: Mapping[bytes, list[str]], documents: list[bytes]) -> Counter[str]:
+    """How often the documents spell out each of the special tokens; `specials` has them by what they begin
+    with. Few texts hold any of that, and looking for each of hundreds would take long."""
+    joined = b"\n".join(documents)
+    found = (token for beginning, tokens in specials.items() if beginning in joined for token in tokens)
+    return +Counter({token: joined.count(token.encode()) for token in found})
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: Path, sha256: str, specials_are_text: bool) -> tuple[Tokenizer, dict[bytes, list[str]]]:
+    """The tokenizer, and the special tokens that it would find in texts by their first three bytes. Loaded
+    once a process; the hash tells models apart that stood at one path in turn."""
+    tokenizer = load_tokenizer(path)
+    specials: dict[bytes, list[str]] = {}
+    for token in tokenizer.typed_specials():
+        specials.setdefault(token.encode()[:3], []).append(token)
+    if specials_are_text:
+        tokenizer.take_specials_for_text()
+    return tokenizer, specials
+
+
+def _eos(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array([tokenizer.eos_id], np.int32)
+
+
+# -------------------------------------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Documents [document_start, document_stop) and their tokens within one encoded block's files."""
+
+    block: EncodedBlock
+    token_start: int
+    token_stop: int
+    document_start: int
+    document_stop: int
+
+
+SamplePieces = list[Piece]
+
+
+def split_lengths(encoded: Iterable[EncodedBlock], split: int) -> Iterator[np.ndarray]:
+    """Tokens of each of a split's documents with their eos, block by block."""
+    for block in encoded:
+        first = sum(block.num_documents[:split])
+        yield np.load(block.lengths_path, mmap_mode="r")[first : first + block.num_documents[split]]
+
+
+def plan_samples(
+    encoded: Sequence[EncodedBlock], split: int, sample_tokens: int, together: int = 1
+) -> Iterator[SamplePieces]:
+    """Consecutive whole documents of a split, as few as make sample_tokens together; so many of a block's
+    documents `together` are never parted."""
+    pieces: SamplePieces = []
+    filled = 0
+    for block, lengths in zip(encoded, split_lengths(encoded, split), strict=True):
+        token = sum(block.num_tokens[:split])
+        document = sum(block.num_documents[:split])
+        ends = np.cumsum(lengths, dtype=np.int64)
+        done_documents, done_tokens = 0, 0
+        while done_documents < len(ends):
+            last = int(np.searchsorted(ends, done_tokens + sample_tokens - filled))
+            stop = min(-(-(last + 1) // together) * together, len(ends))
+            tokens_stop = int(ends[stop - 1])
+            pieces.append(
+                Piece(
+                    block,
+                    token + done_tokens,
+                    token + tokens_stop,
+                    document + done_documents,
+                    document + stop,
+                )
+            )
+            filled += tokens_stop - done_tokens
+            done_documents, done_tokens = stop, tokens_stop
+            if filled >= sample_tokens:
+                yield pieces
+                pieces, filled = [], 0
+    if pieces:
+        yield pieces
+
+
+def plan_shards(
+    samples: Iterator[SamplePieces], dtype: np.dtype, shard_bytes: int
+) -> Iterator[list[SamplePieces]]:
+    """Consecutive samples, as few as make shard_bytes together."""
+    shard: list[SamplePieces] = []
+    size = 0
+    for sample in samples:
+        shard.append(sample)
+        size += sample_bytes(
+            sum(piece.token_stop - piece.token_start for piece in sample),
+            sum(piece.document_stop - piece.document_start for piece in sample),
+            dtype,
+        )
+        if size >= shard_bytes:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def write_planned_shard(
+    path: Path, shard: int, first_sample: int, samples: list[SamplePieces], dtype: np.dtype, done_path: Path
+) -> dict[str, Any]:
+    """Write one shard; done_path, written last, holds the result for a run that goes on after a kill."""
+    split = path.parent.name
+    made = (
+        _read_sample(f"{split}-{number:09d}", pieces, dtype)
+        for number, pieces in enumerate(samples, first_sample)
+    )
+    entry, rows = write_shard(path, made, shard)
+    result = {"split": split, "shard": shard, "entry": entry, "rows": rows.tolist()}
+    write_marker(done_path, result)
+    return result
+
+
+def _read_sample(key: str, pieces: SamplePieces, dtype: np.dtype) -> Sample:
+    tokens = [
+        np.fromfile(
+            p.block.tokens_path, dtype, p.token_stop - p.token_start, offset=p.token_start * dtype.itemsize
+        )
+        for p in pieces
+    ]
+    lengths = [
+        np.load(p.block.lengths_path, mmap_mode="r")[p.document_start : p.document_stop] for p in pieces
+    ]
+    return Sample(
+        key, np.concatenate(tokens), np.cumsum(np.concatenate(lengths), dtype=np.int64).astype("<u4")
+    )
+
+
+def finished_shard(path: Path, done_path: Path) -> dict[str, Any] | None:
+    """What the shard at `path` was finished with, if it was."""
+    try:
+        done = json.loads(done_path.read_text())
+        return done if path.stat().st_size == done["entry"]["bytes"] else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,149 @@
+"""What a worker does in each stage, and how a later run or another process finds it done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from llmtrain.errors import DataError, Problem
+from llmtrain.files import write_atomically
+from llmtrain.hashing import mix
+from llmtrain.prepare import blocks as block_files
+from llmtrain.prepare.blocks import Block, BlockWriter
+from llmtrain.prepare.clean import SEPARATOR, CleanCounts, clean, clean_pairs, take_tokenized
+from llmtrain.prepare.config import FiltersConfig, SplitConfig
+from llmtrain.prepare.files import write_marker
+from llmtrain.prepare.filters import keep
+from llmtrain.prepare.opening import out_of_memory
+from llmtrain.prepare.read import read_part, undecodable
+from llmtrain.prepare.remote import at_hand
+from llmtrain.prepare.streams import Pairs, Tokens, Unit
+from llmtrain.prepare.tars import Vocabulary
+from llmtrain.prepare.workers import count
+from llmtrain.tokenizers.config import TokenizerConfig
+from llmtrain.tokenizers.sentencepiece import train
+
+
+def read_unit(
+    number: int,
+    unit: Unit,
+    folder: Path,
+    fields: Sequence[str],
+    txt_document: str,
+    quoting: str,
+    normalization: str,
+    vocabulary: Vocabulary | None,
+    filters: FiltersConfig,
+) -> int:
+    """Read and clean a unit into blocks; its folder takes its name when it is whole."""
+    temporary = folder / f".{number:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    writer = BlockWriter(temporary)
+    counts = CleanCounts()
+    for wanted in unit:
+        with at_hand(wanted, temporary) as part:
+            try:
+                for batch in read_part(part, fields, txt_document, temporary, vocabulary, counts, quoting):
+                    if isinstance(batch, Tokens):
+                        writer.add(take_tokenized(batch, counts), is_tokenized=True)
+                    else:
+                        cleaned = (
+                            clean_pairs(batch, normalization, counts)
+                            if isinstance(batch, Pairs)
+                            else clean(batch, normalization, counts)
+                        )
+                        writer.add(keep(cleaned, filters, counts.filtered))
+                    count(len(batch.sources if isinstance(batch, Pairs) else batch))
+            except UnicodeDecodeError as error:
+                raise undecodable(part) from error
+            except MemoryError as error:
+                raise out_of_memory(part.file) from error
+    blocks = [
+        [block.path.name, block.num_documents, block.num_bytes, block.is_tokenized]
+        for block in writer.close()
+    ]
+    write_marker(temporary / "unit.json", {"blocks": blocks, "counts": asdict(counts)})
+    final = folder / f"{number:06d}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    return number
+
+
+def finished_unit(folder: Path) -> tuple[list[Block], CleanCounts] | None:
+    """The blocks and counts of a unit that an earlier run finished whole."""
+    try:
+        unit = json.loads((folder / "unit.json").read_text())
+        blocks = [Block(folder / name, *numbers) for name, *numbers in unit["blocks"]]
+        for block in blocks:
+            # Text goes when a block is encoded; a power failure may leave files empty.
+            if block.text_path.exists() and block.text_path.stat().st_size != block.num_bytes:
+                return None
+            if not block.documents_path.stat().st_size or not block.hashes_path.stat().st_size:
+                return None
+        return blocks, CleanCounts(**unit["counts"])
+    except (OSError, ValueError):
+        return None
+
+
+def find_duplicates(blocks: list[Block], number: int, ranges: int, path: Path) -> int:
+    temporary = path.with_suffix(".tmp")
+    block_files.save_array(temporary, block_files.duplicates(blocks, number, ranges))
+    os.replace(temporary, path)
+    return number
+
+
+def train_tokenizer(
+    blocks: list[Block],
+    dropped_paths: list[Path],
+    split: SplitConfig,
+    config: TokenizerConfig,
+    seed: int,
+    path: Path,
+) -> int:
+    documents = list(_training_documents(blocks, dropped_paths, split, config.train_bytes, seed))
+    if not documents:
+        raise DataError(
+            Problem(
+                "source",
+                "no training document to train a tokenizer on",
+                "",
+                "add text or lower split.validation and split.test",
+            )
+        )
+    write_atomically(path, train(documents, config))
+    return 0
+
+
+def _training_documents(
+    blocks: list[Block], dropped_paths: list[Path], split: SplitConfig, train_bytes: int, seed: int
+) -> Iterator[str]:
+    """Training documents of about train_bytes together, chosen by the document and the seed alone."""
+    total = 0
+    for number, block in enumerate(blocks):
+        documents = block.documents()
+        sizes = np.diff(documents["end"], prepend=np.uint64(0))
+        total += int(sizes[block_files.splits_of_block(documents, number, dropped_paths, split)[0]].sum())
+    share = min(1.0, train_bytes / max(total, 1))
+    left = train_bytes
+    for number, block in enumerate(blocks):
+        documents = block.documents()
+        chosen = block_files.splits_of_block(documents, number, dropped_paths, split)[0]
+        if share < 1.0:
+            chosen = chosen[_mixed(documents["key"][chosen], seed) < share * 2.0**64]
+        for batch in block.read(documents, chosen):
+            for document in batch:
+                if len(document) <= left:
+                    left -= len(document)
+                    yield from document.decode().split(SEPARATOR)
+
+
+def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Keys → other uniform 64-bit numbers, by seed."""
+    return mix(keys ^ np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64))

@@ -1,0 +1,300 @@
+"""The `tokenizer.json` of Hugging Face folders: byte-level BPE (Radford et al. 2019), WordPiece (Schuster and
+Nakajima 2012), Unigram and BPE with metaspaces, run by the `tokenizers` library.
+
+Ids are those of transformers' AutoTokenizer with add_special_tokens=False; special tokens spelled out in a
+text are taken for themselves, as there, or for text (split_special_tokens=True there). Corpora and
+checkpoints carry one file, a bundle: the folder's tokenizer files as they came, of which an export makes them
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, Literal
+
+import numpy as np
+
+from llmtrain.errors import DataError, Problem
+from llmtrain.reading import decode_file, parse_object
+from llmtrain.tokenizers.base import BUNDLE_FILE, PROBES, ROLES, Tokenizer
+from llmtrain.tokenizers.checks import check_ids, check_steps, library_errors, without_stderr
+
+# The library's own threads would come on top of a worker a core, and may not be forked. Read at each call.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FORMAT = "llmtrain-tokenizer"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
+"""Files that stand beside tokenizer.json."""
+_ALLOWED = "tokenizer.json of the tokenizers library"
+MOST_VALUES = 8_000_000
+"""Pieces and merges, three values each; the largest tokenizers that are known have a million of both."""
+SPACE = "▁"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_KNOWN = {
+    "mask": ("[MASK]", "<mask>"),
+    "cls": ("[CLS]", "<cls>"),
+    "sep": ("[SEP]", "<sep>"),
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "bos": ("<s>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("</s>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+"""What tokens of each role are called where nothing else says what they are for."""
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token with its options, of which the text alone is needed."""
+
+    content: str
+
+
+Token = str | AddedToken | None
+
+
+def text_of(token: Token) -> str | None:
+    """A token's text."""
+    return token.content if isinstance(token, AddedToken) else token
+
+
+@dataclass(frozen=True)
+class _SpecialTokens:
+    """What tokenizer_config.json and special_tokens_map.json say of roles."""
+
+    mask_token: Token = None
+    cls_token: Token = None
+    sep_token: Token = None
+    pad_token: Token = None
+    bos_token: Token = None
+    eos_token: Token = None
+    unk_token: Token = None
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """A bundle's content."""
+
+    format: Literal["llmtrain-tokenizer"]
+    version: int
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Another version may have none."""
+
+
+class JsonTokenizer(Tokenizer):
+    """A bundle of `tokenizer.json` and what stood beside it."""
+
+    file_name = BUNDLE_FILE
+
+    def __init__(self, files: Mapping[str, str], where: str) -> None:
+        """files: name → text of tokenizer.json and of those COMPANIONS that there are. `where`: as messages
+        call it. Raises DataError for text that is no tokenizer."""
+        from tokenizers import Tokenizer as Library
+
+        self._where = where
+        # What is checked here is to be what the library reads.
+        spec = _object(files[TOKENIZER], where, unique=True)
+        try:
+            check_steps(spec)
+        except ValueError as error:
+            raise _no_tokenizer(where, str(error)) from None
+        with without_stderr(), library_errors(where, "no tokenizer", _ALLOWED):
+            self._library = Library.from_str(files[TOKENIZER])
+            # Kept in files for inference; here they would cut and fill documents.
+            self._library.no_padding()
+            self._library.no_truncation()
+            ids = self._library.get_vocab(with_added_tokens=True)
+            self._added = self._library.get_added_tokens_decoder()
+            self._try_out()
+        if not ids:
+            raise _no_tokenizer(where, "its vocabulary is empty")
+        self.files = {TOKENIZER: files[TOKENIZER], **{n: files[n] for n in COMPANIONS if n in files}}
+        self.vocab_size = max(ids.values()) + 1
+        check_ids(self.vocab_size - 1, len(ids), where)
+        self._style = _Style.of(spec)
+        said = [
+            _said(_object(files[name], f"{where}: {name}"), f"{where}: {name}")
+            for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+            if name in files
+        ]
+        bundle = {"format": FORMAT, "version": 1, "files": self.files}
+        super().__init__(
+            json.dumps(bundle, indent=1, ensure_ascii=False).encode() + b"\n",
+            _roles(spec, said, ids, self._added),
+            where,
+        )
+
+    def _try_out(self) -> None:
+        """Let it panic here, if it does. What else it raises on a text is told where there is one."""
+        for probe in PROBES:
+            with suppress(Exception):
+                self._library.decode(self._library.encode(probe).ids)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return library_errors(self._where, "a tokenizer that fails on a text", _ALLOWED)
+
+    @cached_property
+    def first_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Those that the file's post-processor writes: the bos of Llama 3 and Mistral, the cls of BERT."""
+        with self._errors():
+            encoding = self._library.encode("a")
+        # Ids of the text have its number, those around it None.
+        count = len(list(takewhile(lambda number: number is None, encoding.sequence_ids)))
+        return tuple(encoding.ids[:count])
+
+    def typed_specials(self) -> list[str]:
+        if self._library.encode_special_tokens:
+            return []
+        return [token.content for token in self._added.values() if token.special]
+
+    def take_specials_for_text(self) -> None:
+        spec, typed = json.loads(self.files[TOKENIZER]), {*self.typed_specials()}
+        vocabulary = spec["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            # Unigrams find special tokens among their pieces: call them what no text holds.
+            spec["model"]["vocab"] = [[f"\0{p}" if p in typed else p, score] for p, score in vocabulary]
+            with self._errors():
+                self._library = type(self._library).from_str(json.dumps(spec))
+                self._library.no_padding()
+                self._library.no_truncation()
+        self._library.encode_special_tokens = True
+
+    def pieces(self) -> list[str]:
+        pieces = [""] * self.vocab_size
+        for piece, i in self._library.get_vocab(with_added_tokens=True).items():
+            pieces[i] = piece
+        return pieces
+
+    def encode(self, text: str) -> list[int]:
+        with self._errors():
+            return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
+        decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
+        with self._errors():
+            encodings = self._library.encode_batch_fast(decoded, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with self._errors():
+            return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def word_starts(self) -> np.ndarray:
+        starts = np.array([self._style.starts_word(piece) for piece in self.pieces()])
+        starts[[i for i, token in self._added.items() if token.special]] = True
+        return starts
+
+    def token_byte_lengths(self) -> np.ndarray:
+        """Exact for tokenizers that keep all text. A WordPiece that begins with a letter or a digit counts
+        the space before it, which its texts lose."""
+        lengths = np.array([self._style.num_bytes(piece) for piece in self.pieces()], np.int32)
+        for i, token in self._added.items():
+            lengths[i] = 0 if token.special else len(token.content.encode())
+        if self.unk_id is not None:
+            lengths[self.unk_id] = 0
+        return lengths
+
+
+class _Style:
+    """How a vocabulary writes spaces and bytes."""
+
+    def __init__(self, byte_level: bool, byte_fallback: bool, prefix: str | None, suffix: str | None) -> None:
+        self.byte_level, self.byte_fallback = byte_level, byte_fallback
+        self.prefix, self.suffix = prefix, suffix
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> _Style:
+        model = spec.get("model") or {}
+        byte_level = any('"ByteLevel"' in json.dumps(spec.get(p)) for p in ("pre_tokenizer", "decoder"))
+        is_wordpiece = model.get("type") == "WordPiece"
+        prefix = model.get("continuing_subword_prefix") or ("##" if is_wordpiece else None)
+        suffix = model.get("end_of_word_suffix") or None
+        return cls(byte_level, bool(model.get("byte_fallback")), prefix, suffix)
+
+    def starts_word(self, piece: str) -> bool:
+        if self.byte_level:
+            # A space, and the tab and line ends that words follow as well.
+            return piece[:1] in "ĠĊĉč"
+        return not piece.startswith(self.prefix) if self.prefix else piece.startswith(SPACE)
+
+    def num_bytes(self, piece: str) -> int:
+        if self.byte_level:
+            return len(piece)  # a character for each byte
+        if self.byte_fallback and _BYTE.fullmatch(piece):
+            return 1
+        if self.prefix:
+            bare = piece.removeprefix(self.prefix)
+            return len(bare.encode()) + (bare == piece and piece[:1].isalnum())
+        if self.suffix and piece.endswith(self.suffix):
+            return len(piece.removesuffix(self.suffix).encode()) + 1
+        return len(piece.replace(SPACE, " ").encode())
+
+
+def unbundle(content: str, where: str) -> JsonTokenizer | None:
+    """The tokenizer of a bundle; None for JSON that is none. Raises DataError for a damaged one."""
+    content_of = _object(content, where)
+    if content_of.get("format") != FORMAT:
+        return None
+    bundle = decode_file(_Bundle, content_of, where, DataError)
+    if bundle.version != 1:
+        raise DataError(
+            Problem(where, f"version {bundle.version}", "version 1", "use the llmtrain that wrote it")
+        )
+    if TOKENIZER not in bundle.files:
+        raise _no_tokenizer(where, f"a bundle without {TOKENIZER}")
+    return JsonTokenizer(bundle.files, where)
+
+
+def make_config(special: Mapping[str, str]) -> str:
+    """A tokenizer_config.json for a tokenizer.json that came without one. special: role → token."""
+    roles = {f"{role}_token": token for role, token in special.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _said(content: dict[str, Any], where: str) -> dict[str, str | None]:
+    """Return the token that a file names for each role of which it says anything; None: it has none."""
+    tokens = decode_file(_SpecialTokens, content, where, DataError)
+    keys = [f"{role}_token" for role in ROLES]
+    return {key: text_of(getattr(tokens, key)) for key in keys if key in content}
+
+
+def _roles(
+    spec: Mapping[str, Any], said: Sequence[Mapping[str, str | None]], ids: Mapping[str, int], added: Any
+) -> dict[str, int]:
+    """Role → id: what tokenizer_config.json says, else special_tokens_map.json, else tokenizer.json's
+    post-processor, else what added tokens are called."""
+    names = {token.content for token in added.values()}
+    processor = spec.get("post_processor") or {}
+    roles = {}
+    for role in ROLES:
+        key = f"{role}_token"
+        tokens = [of_file[key] for of_file in said if key in of_file]
+        if isinstance(processor.get(role), list):  # BertProcessing and RobertaProcessing: [token, id]
+            tokens += processor[role][:1]
+        tokens += [next((token for token in _KNOWN[role] if token in names), None)]
+        # Where a file says null, the tokenizer has none.
+        if tokens[0] is not None and tokens[0] in ids:
+            roles[role] = ids[tokens[0]]
+    return roles
+
+
+def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
+    try:
+        return parse_object(content, unique=unique, utf8=True, most=MOST_VALUES)
+    except ValueError as error:
+        raise _no_tokenizer(where, str(error)) from None
+
+
+def _no_tokenizer(where: str, reason: str) -> DataError:
+    reason = " ".join(reason.split())[:200]
+    return DataError(Problem(where, f"no tokenizer ({reason})", _ALLOWED))

@@ -1,0 +1,222 @@
+"""Sentencepiece tokenizers: load, encode, decode, train (Kudo and Richardson, arXiv:1808.06226).
+
+A tokenizer trained here is lossless: decode(encode(x)) == x for every text without U+2581, the
+character with which sentencepiece writes a space. Characters without a piece become their bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from importlib import import_module
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from llmtrain.errors import DataError, Problem
+from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.tokenizers.checks import check_charsmap
+from llmtrain.tokenizers.config import SPECIAL_TOKENS, TokenizerConfig
+
+SPACE = "▁"
+# Sums over threads are floating point: a fixed number makes the model the same on every machine.
+TRAINING_THREADS = 8
+# Longer than any word, short enough that sentencepiece's lattices stay small.
+SENTENCE_BYTES = 4096
+LONGEST_UNIGRAM_BYTES = 16 << 20
+"""They take 11 bytes of memory for each."""
+_KNOWN = {
+    "mask": ("<mask>", "[MASK]"),
+    "cls": ("<cls>", "[CLS]"),
+    "sep": ("<sep>", "[SEP]"),
+    "pad": ("<pad>", "[PAD]"),
+}
+"""What special pieces are called, of XLNet and ALBERT say, that a model has no field for."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    file_name = SENTENCEPIECE_FILE
+
+    def __init__(self, model: bytes, where: str = "tokenizer") -> None:
+        """Raises DataError for bytes that are no model, or a model that cannot separate documents."""
+        try:
+            # Of no bytes the library makes a processor that is none.
+            if not model:
+                raise ValueError("an empty file")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.get_piece_size()
+            self.pieces()
+            scores = self._processor.get_score(list(range(self.vocab_size)))
+            if not np.isfinite(scores).all():
+                raise ValueError("scores that are no numbers")
+            for normalizer in (spec := _spec(model, where)).normalizer_spec, spec.denormalizer_spec:
+                if charsmap := normalizer.precompiled_charsmap:
+                    check_charsmap(charsmap)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                Problem(where, f"no sentencepiece model ({reason})", "a .model file of sentencepiece")
+            ) from error
+        super().__init__(model, _roles(self._processor), where)
+
+    @cached_property
+    def longest_text_bytes(self) -> int:  # type: ignore[override]
+        """Of unigrams more, whose scores are sums of float32 from the first piece on: what rounding decides
+        comes out otherwise where a part begins."""
+        spec = _spec(self.content, "tokenizer")
+        is_unigram = spec.trainer_spec.model_type == spec.trainer_spec.UNIGRAM
+        return LONGEST_UNIGRAM_BYTES if is_unigram else super().longest_text_bytes
+
+    def typed_specials(self) -> list[str]:
+        pieces = self.pieces()
+        special = {*self.special_ids.values(), *self.sentinel_ids}
+        return [pieces[i] for i in sorted(special) if _is_user_defined(self._processor, i)]
+
+    def take_specials_for_text(self) -> None:
+        spec, typed = _spec(self.content, "tokenizer"), {*self.typed_specials()}
+        for piece in spec.pieces:
+            if piece.piece in typed:
+                piece.type = spec.SentencePiece.CONTROL
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
+
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
+        return self._processor.encode([*texts], out_type="numpy", num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def word_starts(self) -> np.ndarray:
+        is_control = self._processor.is_control
+        return np.array([is_control(i) or piece.startswith(SPACE) for i, piece in enumerate(self.pieces())])
+
+    def token_byte_lengths(self) -> np.ndarray:
+        processor = self._processor
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        for i, piece in enumerate(self.pieces()):
+            if processor.is_control(i) or processor.is_unused(i) or processor.is_unknown(i):
+                continue
+            lengths[i] = 1 if processor.is_byte(i) else len(piece.replace(SPACE, " ").encode())
+        return lengths
+
+
+def _roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+    """Role → id: what the model says, and what the special pieces of BERT's relatives are called."""
+    named = {role: getattr(processor, f"{role}_id")() for role in ("unk", "bos", "eos", "pad")}
+    roles = {role: i for role, i in named.items() if i >= 0}
+    size = processor.get_piece_size()
+    for role, names in _KNOWN.items():
+        for i in map(processor.piece_to_id, names):
+            # A piece of text may be called so too; and where a model has no unknown piece, its id is none.
+            is_special = 0 <= i < size and (processor.is_control(i) or _is_user_defined(processor, i))
+            if role not in roles and is_special:
+                roles[role] = i
+    return roles
+
+
+def _is_user_defined(processor: sentencepiece.SentencePieceProcessor, i: int) -> bool:
+    """The library asks for every kind but this one. Such pieces are matched whole, wherever they stand."""
+    piece = processor.id_to_piece(i)
+    return not processor.is_unknown(i) and piece in processor.encode(f"a{piece}b", out_type=str)
+
+
+def _spec(model: bytes, where: str) -> Any:
+    """What a model file says. Raises DataError for bytes that are no model."""
+    proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    try:
+        return proto.ModelProto.FromString(model)
+    except Exception as error:  # protobuf's own class, which lies in its C extension
+        raise DataError(Problem(where, f"no sentencepiece model ({error})", "a .model file")) from error
+
+
+def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
+    """`model` with the tokens `added` behind its pieces: T5's sentinels, which its texts may spell, and
+    control tokens, which they may not. Raises DataError for bytes that are no model."""
+    spec = _spec(model, where)
+    for token in added:
+        kind = spec.SentencePiece.USER_DEFINED if "extra_id" in token else spec.SentencePiece.CONTROL
+        spec.pieces.add(piece=token, score=0.0, type=kind)
+    return spec.SerializeToString()
+
+
+def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:
+    """Train a model and return its bytes; they depend on the documents and the config alone.
+
+    Raises DataError when the data do not allow the vocabulary, with the nearest size that they do.
+    """
+    model = io.BytesIO()
+    sentences = (sentence for document in documents for sentence in _sentences(document))
+    # Of documents of white space alone a space can be learned.
+    first = next(sentences, " ")
+    unk, bos, eos, pad = range(len(SPECIAL_TOKENS))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=chain([first], sentences),
+            model_writer=model,
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            # Else a text without spaces gives a vocabulary that cannot write one.
+            required_chars=SPACE,
+            split_digits=config.split_digits,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 30,
+            unk_id=unk,
+            bos_id=bos,
+            eos_id=eos,
+            pad_id=pad,
+            num_threads=TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(_training_problem(str(error), config)) from error
+    return model.getvalue()
+
+
+def _sentences(document: str) -> Iterator[str]:
+    """Lines, cut before a space where they are long: pieces never reach over either."""
+    for line in document.split("\n"):
+        start = 0
+        while len(line) - start > SENTENCE_BYTES:
+            space = line.rfind(" ", start + 1, start + SENTENCE_BYTES)
+            stop = space if space > 0 else start + SENTENCE_BYTES
+            yield line[start:stop]
+            start = stop
+        if line[start:].strip():
+            yield line[start:]
+
+
+def _training_problem(message: str, config: TokenizerConfig) -> Problem:
+    where = "tokenizer.vocab_size"
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
+        return Problem(
+            where,
+            f"{config.vocab_size}, more than the training documents allow",
+            f"at most {most[1]} with this text",
+            f"set {where}={most[1]} or add text",
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return Problem(
+            where,
+            f"{config.vocab_size}, fewer than the characters of the training documents need",
+            f"at least {least[1]} with this text (256 bytes, special tokens and its characters)",
+            "raise it, or lower tokenizer.character_coverage",
+        )
+    return Problem(
+        "tokenizer", f"a training failure of sentencepiece: {message}", "", "try tokenizer.kind=bpe"
+    )
