@@ -136,9 +136,9 @@ def test_the_two_commands(tmp_path: Path):
     script = quickstart.split()[0]
     source = tmp_path / "reviews.csv"
     with open(REVIEWS, encoding="utf-8") as file:
-        source.write_text("".join(islice(file, 4000)))
-    shorter = ["train.steps=60", "batch.global_size=4", "batch.micro_size=4", "batch.sequence_length=64"]
-    shorter += ["checkpoint.every=20", "evaluation.every=60", "evaluation.max_samples=32"]
+        source.write_text("".join(islice(file, 1500)))
+    shorter = ["train.steps=40", "batch.global_size=4", "batch.micro_size=4", "batch.sequence_length=64"]
+    shorter += ["checkpoint.every=10", "evaluation.every=40", "evaluation.max_samples=32"]
     # The environment of this test is set up already; pip must not run in the middle of the tests.
     done = run(
         [f"{REPOSITORY}/{script}", *shorter],

@@ -90,7 +90,7 @@ class Form(NamedTuple):
     """One of the shapes that a section may have."""
 
     label: str
-    """`family=gpt` or the like; "" of a section's only form."""
+    """What tells it from the others; "" of a section's only form."""
     cls: type
 
 
@@ -222,11 +222,13 @@ def _forms(hint: Any) -> list[Form]:
 
 
 def _label(cls: type) -> str:
-    """`family=gpt`: the field whose only value tells this form from the others."""
+    """What tells a form from the others: `family=gpt`, a field with one possible value, else the beginning of
+    the docstring."""
     for name, hint, default in _fields(cls):
         if typing.get_origin(hint) is Literal and len(typing.get_args(hint)) == 1:
             return f"`{name}={default}`"
-    return "with a run"
+    words = re.split(r"[;.(:]", _summary(cls))[0].strip()
+    return words[:1].lower() + words[1:]
 
 
 @cache
