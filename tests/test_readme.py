@@ -118,9 +118,9 @@ def test_the_tour(tour: Path):
 
 
 @pytest.mark.parametrize("page", sorted(NEEDS))
-def test_page(page: str, tour: Path, programs: Path, tmp_path: Path):
+def test_page(page: str, request: pytest.FixtureRequest, programs: Path, tmp_path: Path):
     for name in NEEDS[page]:
-        shutil.copytree(tour / name, tmp_path / name)
+        shutil.copytree(request.getfixturevalue("tour") / name, tmp_path / name)
     run_page(page, tmp_path, programs)
 
 
