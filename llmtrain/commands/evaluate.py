@@ -43,12 +43,18 @@ class EvaluateConfig:
     data: TokenDataConfig | ImageDataConfig
     parallel: SharingConfig = field(default_factory=SharingConfig)
     split: str = "validation"
+    """train, validation or test."""
     max_samples: int | None = None
+    """Number of sequences to evaluate; null: all."""
     micro_size: int = 8
+    """Sequences in one forward pass."""
     sequence_length: int | None = None
-    """null: as in training; of a model that was trained elsewhere USUAL_LENGTH, or its longest."""
+    """Tokens of one sequence; null: as in training; of a model that was trained elsewhere 1024, or its
+    longest."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of matrix products."""
     device: str = "auto"
+    """auto, cpu or cuda; auto: a GPU where there is one."""
     bleu: bool = False
     """Also BLEU of what an encoder–decoder writes for the sources of pairs, as `generate` says."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)

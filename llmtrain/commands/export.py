@@ -20,7 +20,7 @@ class ExportConfig:
     output: Path
     """A folder that does not exist yet or is empty."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """null: that of an untrained import's source; else fp32."""
+    """Number format of the weights; null: that of an untrained import's source, else fp32."""
     overwrite: bool = False
     """Replace another model's folder."""
 

@@ -34,10 +34,13 @@ class GenerateCommandConfig:
     generate: GenerateConfig
     parallel: SharingConfig = field(default_factory=SharingConfig)
     prompt: tuple[str, ...] = ("",)
+    """A text, or a list of texts."""
     prompt_file: Path | None = None
+    """A file with one prompt a line, in place of `prompt`."""
     output: Path | None = None
     """A file for what is printed otherwise, one line a prompt."""
     device: str = "auto"
+    """auto, cpu or cuda; auto: a GPU where there is one."""
 
 
 def run(mapping: Mapping[str, Any]) -> None:

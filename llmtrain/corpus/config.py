@@ -13,7 +13,7 @@ from llmtrain.errors import ConfigError, Problem, nearest
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where the shards of a remote corpus (a URL) lie while they are used."""
+    """Where the tar files of a remote corpus (a URL) lie while they are used."""
 
     dir: Path = field(default_factory=lambda: Path("~/.cache/llmtrain/shards").expanduser())
     """A folder on a disk of this machine, which all of a user's runs and ranks there may share."""
@@ -41,6 +41,7 @@ class Stage:
     step: int
     """The first optimizer step that draws so."""
     mixture: Mapping[str, float]
+    """Corpus → weight by tokens from that step on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class TokenDataConfig:
     curriculum: tuple[Stage, ...] = ()
     """Other mixtures from later steps on."""
     kind: Literal["tokens"] = "tokens"
+    """Tokens of text."""
     packing: Literal["concat", "best_fit"] = "concat"
     """`concat` cuts the token stream into rows; `best_fit` lays whole documents into them."""
     overlap: int = 0
@@ -65,17 +67,17 @@ class TokenDataConfig:
     document_mask: bool = True
     """Documents packed into one sequence don't attend to each other."""
     shuffle_shards: int = 16
-    """Shards among which sequences are shuffled; as many are in use at a time."""
+    """Tar files among which sequences are shuffled; as many are in use at a time."""
     drop_last: bool = False
     """An epoch ends with its last whole step; what is left over is not used in it."""
     workers: int = 2
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
     verify: Literal["size", "checksum"] = "checksum"
-    """`checksum` reads each shard once and remembers it beside the corpus; `size` compares sizes alone."""
+    """`checksum` reads each tar file once and remembers it beside the corpus; `size` compares sizes alone."""
     on_bad_shard: Literal["error", "skip"] = "error"
-    """A shard that stays bad ends the run, or its sequences are left empty on all ranks."""
+    """A tar file that stays bad ends the run, or its sequences are left empty on all ranks."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """Where shards that come from elsewhere are kept."""
+    """Where tar files that come from elsewhere are kept."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
@@ -174,6 +176,7 @@ class ImageDataConfig:
     with a picture (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an installed
     Python package."""
     kind: Literal["images"] = "images"
+    """Labelled images."""
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
 

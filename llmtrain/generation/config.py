@@ -46,6 +46,7 @@ class GenerateConfig:
     """Stop when num_beams texts have ended; false, and null: when what is still open, scored at its length,
     is below all of them."""
     seed: int = 0
+    """Seed of the sampled tokens."""
     batch_size: int = 16
     """Most prompts run together: those of equal length, and sources of similar."""
 

@@ -21,8 +21,11 @@ class LayerConfig:
     own keys."""
 
     hidden_size: int = 768
+    """Width of the model: elements of the vector that stands for a token."""
     num_layers: int = 12
+    """Number of layers."""
     num_heads: int = 12
+    """Attention heads of a layer."""
     num_kv_heads: int | None = None
     """Key and value heads of grouped-query attention (arXiv:2305.13245); null: as many as num_heads."""
     head_dim: int | None = None
@@ -30,17 +33,22 @@ class LayerConfig:
     mlp_hidden_size: int | None = None
     """Width of the MLP; null: 4 · hidden_size."""
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
+    """Nonlinearity of the MLP."""
     gated_mlp: bool = False
     """SwiGLU form (arXiv:2002.05202): down(act(gate(x)) · up(x)), three matrices."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of the norms."""
     norm_eps: float = 1e-5
+    """Added to the variance, or mean square, in norms."""
     norm_place: Literal["before", "after", "both"] = "before"
     """Of a block's norms: before attention and MLP, x + f(norm(x)); after them, x + norm(f(x)) (OLMo 2); or
     both (Gemma 2)."""
     norm_adds_one: bool = False
     """RMS norms multiply by 1 + weight (Gemma)."""
     positions: Literal["learned", "rope"] = "learned"
+    """learned: an embedding of each position; rope: rotary positions (arXiv:2104.09864)."""
     rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     """Share of a head's dims that rotary positions turn: the first of them."""
@@ -68,6 +76,7 @@ class LayerConfig:
     qk_norm_over: Literal["head", "all_heads"] = "head"
     """Each head's dims by themselves (Qwen 3, Gemma 3), or those of all heads together (OLMo 2)."""
     dropout: float = 0.0
+    """Probability that dropout zeroes an element; 0 turns it off."""
 
     @property
     def kv_heads(self) -> int:

@@ -18,7 +18,7 @@ class RecomputeConfig:
     """selective: all but the outputs of linear layers (arXiv:2205.05198); full: whole blocks from their
     inputs; offload: as full, with the inputs kept in host memory."""
     every: int = 1
-    """Of how many blocks one is recomputed, the first one first."""
+    """Recompute every k-th layer, from the first on."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.every >= 1, "every", self.every, "1 or more")

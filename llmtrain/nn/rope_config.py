@@ -20,16 +20,18 @@ class RopeScaling:
     original context; yarn: wavelengths by how often they turn within it (arXiv:2309.00071); longrope: each by
     a number of its own (arXiv:2402.13753)."""
     factor: float = 8.0
-    """Of how much longer texts are; longrope has it in its numbers."""
+    """How many times longer texts are than the original context; longrope has it in its numbers."""
     original_max_sequence_length: int = 8192
     """Context, in tokens, before stretching; of no use to linear."""
     low_frequency_factor: float = 1.0
     """llama3 stretches in full what turns less often within the original context, and nothing that turns more
     often than `high_frequency_factor`."""
     high_frequency_factor: float = 4.0
+    """llama3: see `low_frequency_factor`."""
     beta_slow: float = 1.0
-    """yarn's two, as llama3's."""
+    """yarn: as `low_frequency_factor`, in turns within the original context."""
     beta_fast: float = 32.0
+    """yarn: as `high_frequency_factor`."""
     truncate: bool = True
     """yarn: between the two it begins and ends at whole dims."""
     attention_factor: float | None = None
@@ -38,7 +40,7 @@ class RopeScaling:
     short_factors: tuple[float, ...] = ()
     """longrope: what each wavelength is multiplied by in texts within the original context."""
     long_factors: tuple[float, ...] = ()
-    """And in longer ones."""
+    """longrope: the same in longer texts."""
 
     @property
     def depends_on_length(self) -> bool:

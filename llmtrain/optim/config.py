@@ -19,6 +19,7 @@ class OptimizerConfig:
     """One of torch.optim's optimizers; each reads the fields that its own formula has."""
 
     name: OptimizerName = "adamw"
+    """The optimizer."""
     lr: float = 3e-4
     """Peak learning rate; the schedule multiplies it."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -26,7 +27,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the denominator (all but sgd)."""
     weight_decay: float = 0.1
-    """On weights of two or more dims; adamw decouples it (arXiv:1711.05101), others add it to gradients."""
+    """Decay of weights of two or more dims; adamw decouples it (arXiv:1711.05101), others add it to
+    gradients."""
     momentum: float = 0.0
     """Momentum (sgd, rmsprop)."""
     alpha: float = 0.99
@@ -37,7 +39,7 @@ class OptimizerConfig:
     """Whose kernel steps (adamw, adam): `deepspeed` is its CPUAdam, for state in host memory
     (parallel.offload_optimizer), compiled at first use."""
     max_grad_norm: float = 1.0
-    """Longest gradient, as a Euclidean norm over all parameters, before it is scaled down; 0: never."""
+    """Scale gradients down to this Euclidean norm over all parameters; 0: never."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0.0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
@@ -82,10 +84,11 @@ class ScheduleConfig:
     """The learning rate over a run, as a multiple of optimizer.lr: warm-up, then the named shape."""
 
     name: ScheduleName = "cosine"
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; null: a twentieth of the run, at most 2,000."""
     min_ratio: float = 0.1
-    """Where the decay ends (cosine, linear, wsd)."""
+    """Share of optimizer.lr that the decay ends at (cosine, linear, wsd)."""
     decay_steps: int | None = None
     """Steps of decay at the end of the run (wsd); null: a fifth of the run."""
 

@@ -15,12 +15,13 @@ class ClusterConfig:
     """The machines a run is meant for; all null: this machine."""
 
     name: str = "local"
+    """Name that messages use."""
     device: Literal["cpu", "cuda"] | None = None
-    """null: what this machine has."""
+    """Kind of device; null: what this machine has."""
     devices_per_node: int | None = None
     """Processes that share one host."""
     memory_bytes: int | None = None
-    """Of one device; null: this machine's."""
+    """Memory of one device; null: this machine's."""
     peak_flops: Mapping[str, float] = field(default_factory=dict)
     """Dense matrix FLOPs per second of one device by precision (fp32, bf16, fp16), as its vendor says."""
 

@@ -17,7 +17,9 @@ class SplitConfig:
     """Shares of the documents held out; a hash of the document alone decides where it goes."""
 
     validation: float = 0.05
+    """Share of the documents in the validation split."""
     test: float = 0.05
+    """Share of the documents in the test split."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("validation", "test"):
@@ -40,7 +42,7 @@ class NearDuplicatesConfig:
     """Share of its runs of words that a document shares with an earlier one (Jaccard's measure, estimated);
     null: only exact duplicates go."""
     shingle_words: int = 5
-    """Words in a run."""
+    """Words in one of these runs."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(
@@ -58,7 +60,7 @@ class FiltersConfig:
     extra `filters`."""
 
     languages: tuple[str, ...] = ()
-    """ISO 639-1 codes of the languages that stay; none: all."""
+    """ISO 639-1 codes of the languages to keep; none: all."""
     language_confidence: float = 0.5
     """Least probability of the language that is found."""
     quality: Literal["gopher"] | None = None
@@ -92,8 +94,8 @@ class PrepareConfig:
     txt_document: Literal["auto", "file", "line", "paragraph"] = "auto"
     """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
     quoting: Literal["auto", "double", "none"] = "auto"
-    """What quotes are in tables. double: they stand around values that hold delimiters, line ends or quotes,
-    these doubled. none: text as all else. auto: double in .csv, none in .tsv."""
+    """What quotes mean in tables. double: they enclose values that hold delimiters, line ends or quotes, and
+    these are doubled. none: they are text. auto: double in .csv, none in .tsv."""
     normalization: Literal["none", "nfc", "nfkc"] = "nfc"
     """Unicode normalization form (Unicode Standard Annex 15)."""
     near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
@@ -101,15 +103,15 @@ class PrepareConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     sample_tokens: int = 1 << 18
-    """About as many tokens in one sample of a shard; a sample holds whole documents."""
+    """About how many tokens one member of a tar file holds; a member holds whole documents."""
     shard_bytes: int = 64 << 20
-    """About as many bytes in one shard."""
+    """About how many bytes one tar file has."""
     workers: int | None = None
     """Workers of each process that is launched; null: one a core. The result does not depend on it."""
     peer_timeout: float = 600.0
     """Seconds that the processes of one job wait for a sign of life of each other."""
     seed: int = 0
-    """Chooses the tokenizer's training documents."""
+    """Seed of the choice of documents that the tokenizer is trained on."""
     overwrite: bool = False
     """Replace a corpus of other sources or settings that stands in the output folder."""
 

@@ -31,13 +31,17 @@ class WandbConfig:
     """A Weights & Biases run, named as the run is."""
 
     project: str = "llmtrain"
+    """Project that the run belongs to."""
     entity: str | None = None
     """User or team; null: the account's default."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """null: what WANDB_MODE says, else online."""
+    """Where the run is logged; null: what WANDB_MODE says, else online."""
     group: str | None = None
+    """Group of runs that it is shown with; null: none."""
     tags: tuple[str, ...] = ()
+    """Tags of the run."""
     notes: str | None = None
+    """A description of the run; null: none."""
 
 
 @dataclass(frozen=True)

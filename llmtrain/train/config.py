@@ -28,6 +28,7 @@ class RunConfig:
     """Where the run lives."""
 
     name: str
+    """Name of the run, in its folder's name and in trackers."""
     dir: Path
     """Folder of checkpoints, metrics and the resolved config; made when missing."""
 
@@ -89,13 +90,16 @@ class TrainConfig:
     track: TrackConfig
     cluster: ClusterConfig
     precision: Precision = "fp32"
+    """Number format of matrix products."""
     engine: Literal["auto", "local", "deepspeed"] = "auto"
-    """auto: deepspeed where ZeRO asks for it, else local."""
+    """What runs the steps; auto: deepspeed where ZeRO asks for it, else local."""
     seed: int = 0
+    """Seed of initial weights, the order of samples and dropout."""
     exact_dropout: bool = True
-    """Dropout's masks are functions of (seed, sample, layer, place), the same at every layout; false: of a
+    """Dropout's masks are functions of (seed, sample, layer, position), the same at every layout; false: of a
     generator, which lets fused attention kernels make them."""
     device: str = "auto"
+    """auto, cpu or cuda; auto: a GPU where there is one."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")

@@ -41,7 +41,10 @@ class MovedConfig:
     """Where a run's corpora are now; what is left out is where the run found it."""
 
     path: str | None = None
+    """The corpus, or of a mixture the folder or URL that holds its corpora; null: where the run read
+    it."""
     sources: Mapping[str, str] = field(default_factory=dict)
+    """Corpus of a mixture → its path. An address that only the run folder names is not fetched."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
 

@@ -45,16 +45,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
+    """File below the folder → its bytes; pages are for readers of the checkout."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
 
 
 def test_conf_launch_and_every_module_came_along(installed: Path):
     for name in ("conf", "launch"):
         assert content(installed / "llmtrain" / name) == content(REPOSITORY / name)
+        assert not list((installed / "llmtrain" / name).glob("*.md"))
     ours = {name for name in content(REPOSITORY / "llmtrain") if name.endswith(".py")}
     assert ours <= set(content(installed / "llmtrain"))
 

@@ -1,7 +1,7 @@
-"""The parity matrix: what is run, and what it is held to; the README's support table is written from it.
+"""The parity matrix: what is run, and what it is held to; README.md beside it shows its table.
 
     python -m tests.parity.matrix           # run every cell and print the table
-    python -m tests.parity.matrix --write   # and put it into the README
+    python -m tests.parity.matrix --write   # and put it into README.md
 
 Each cell trains the same tiny model on the same samples as one plain fp32 process does, and compares the
 losses and gradient norms of every step, the validation loss, and the weights after the last one.
@@ -31,9 +31,10 @@ import numpy as np
 
 from tests.support import ranks
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
-from tests.support.training import REPOSITORY, TINY_GPT, Trace, train_steps
+from tests.support.training import TINY_GPT, Trace, train_steps
 
 STEPS = 4
+README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
 
 _SIZE = (
@@ -402,8 +403,8 @@ class Matrix:
 
 
 def readme_table() -> str:
-    """The table that the README shows."""
-    text = (REPOSITORY / "README.md").read_text()
+    """The table that README.md shows."""
+    text = README.read_text()
     return text.split(BEGIN)[1].split(END)[0].strip()
 
 
@@ -418,10 +419,9 @@ def _main(arguments: list[str]) -> None:
         table = matrix.table()
     print(table)
     if "--write" in arguments:
-        readme = REPOSITORY / "README.md"
-        before, _, rest = readme.read_text().partition(BEGIN)
+        before, _, rest = README.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class BertConfig(OfLayers):
     """A bidirectional encoder; covers BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692)."""
 
     family: Literal["bert"] = "bert"
+    """An encoder."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary and the three special tokens."""
     mask_id: int | None = None

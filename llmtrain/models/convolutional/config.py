@@ -16,7 +16,9 @@ class SimpleCNNConfig(ModelConfig):
     """Two convolutions and two linear layers for 28×28 digits (the LeNet line, LeCun et al. 1998)."""
 
     family: Literal["simple_cnn"] = "simple_cnn"
+    """A convolutional classifier of images."""
     num_classes: int = 10
+    """Number of labels."""
     dropout: float = 0.0
 
     def problems(self) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ class Seq2SeqConfig(OfLayers):
     (arXiv:1910.13461)."""
 
     family: Literal["seq2seq"] = "seq2seq"
+    """An encoder–decoder."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary and the special tokens that are missing."""
     start_id: int | None = None
@@ -64,6 +65,7 @@ class Seq2SeqConfig(OfLayers):
     position_offset: int = 0
     """The first learned position's row; BART's is 2."""
     relative_buckets: int = 32
+    """Biases that the distances of relative positions are sorted into."""
     relative_max_distance: int = 128
     """Distances from here on share a bucket."""
     scale_embedding: bool = True
@@ -75,6 +77,7 @@ class Seq2SeqConfig(OfLayers):
     bias: bool = True
     """Biases in all linear layers and LayerNorms."""
     head_bias: bool = False
+    """A bias of each token's logit."""
     tie_embeddings: bool = True
     """The head shares the embedding's weight; sources and targets always share one embedding."""
     dropout: float = 0.1

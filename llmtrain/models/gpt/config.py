@@ -24,6 +24,7 @@ class GPTConfig(LayerConfig, OfLayers):
     2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
 
     family: Literal["gpt"] = "gpt"
+    """A decoder."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary."""
     max_sequence_length: int = 1024
@@ -31,10 +32,11 @@ class GPTConfig(LayerConfig, OfLayers):
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size) (Gemma)."""
     logit_softcap: float | None = None
-    """The same of the head's logits."""
+    """Logits s become cap · tanh(s / cap) (Gemma 2); null: they stay."""
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
     init_std: float = 0.02
+    """Standard deviation of initial weights."""
 
     @property
     def blocks(self) -> LayerConfig:

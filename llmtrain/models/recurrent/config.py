@@ -16,6 +16,7 @@ class LSTMConfig(OfVocabulary):
     """An LSTM language model (Zaremba et al., arXiv:1409.2329)."""
 
     family: Literal["lstm"] = "lstm"
+    """A recurrent language model."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary."""
     hidden_size: int = 256

@@ -22,6 +22,7 @@ class XLNetConfig(OfLayers):
     of a text (Transformer-XL, arXiv:1901.02860), whose relative positions it has."""
 
     family: Literal["xlnet"] = "xlnet"
+    """An encoder of two streams."""
     vocab_size: int | None = None
     """Rows of the embedding; null takes the corpus' vocabulary."""
     hidden_size: int = 768
