@@ -23,6 +23,8 @@ MANIFEST_BYTES = 256 << 20
 MANIFEST_VALUES = 10_000_000
 """A million boxes, as of a thousand ranks of a model with three hundred weights."""
 WEIGHT = "weight"
+OPTIMIZER = "optimizer."
+"""Prefix of the kinds that are optimizer state: `optimizer.exp_avg`."""
 BYTES_PER_ELEMENT = 4
 _XXH3 = re.compile(r"[0-9a-f]{32}")
 _RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
@@ -121,6 +123,9 @@ class _Manifest:
     trackers: Mapping[str, _Tracker] | None = None
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()
+    """Parameters whose values no training has seen."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that did not train; all did where nothing is said."""
     left_out: tuple[str, ...] = ()
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     imported_from: str | None = None

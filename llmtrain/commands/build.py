@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.families import family_of, skeleton_of
 from llmtrain.models.configs import ModelConfig
+from llmtrain.optim.freezing import freeze
 from llmtrain.parallel.layout import Layout
 from llmtrain.train.config import TrainConfig
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.engine.base import Engine
     from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
@@ -45,6 +46,7 @@ def build_engine(
 
     mesh = Mesh(layout)
     model = skeleton_of(config.model)
+    freeze(model, config.train.freeze)
     source = weights or seed_source(model, config.seed)
     if checkpoint is not None:
         source = _checkpoint_source(checkpoint)
@@ -151,7 +153,8 @@ def seed_source(model: nn.Module, seed: int) -> Source:
 
 
 def _checkpoint_source(checkpoint: Checkpoint) -> Source:
-    from llmtrain.checkpoint.store import WEIGHT, Reader
+    from llmtrain.checkpoint.manifest import WEIGHT
+    from llmtrain.checkpoint.reader import Reader
 
     reader = Reader(checkpoint)
 

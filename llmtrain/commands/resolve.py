@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +16,21 @@ from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.families import (
     corpora_problems,
     data_problems,
+    family_of,
     model_config_type,
     model_shape,
     objective_problems,
     open_data,
     recompute_problems,
+    skeleton_of,
 )
 from llmtrain.files import at_home
+from llmtrain.models.configs import ModelConfig
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.optim.config import schedule_problems
+from llmtrain.optim.freezing import freeze, freeze_problems
 from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
 
 NO_PATH = "(none)"
@@ -44,6 +49,8 @@ class Resolved:
     corpora: Corpora | None
     pretrained: Pretrained | None = None
     """The weights that training starts from; None: the seed's."""
+    trainable: Trainable | None = None
+    """What trains where `train.freeze` keeps some parameters; None: all."""
 
 
 def resolve(
@@ -115,7 +122,27 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    return Resolved(replace(config, model=model, engine=engine), layout, corpora, pretrained)
+    config = replace(config, model=model, engine=engine)
+    return Resolved(config, layout, corpora, pretrained, _trainable(model, config.train.freeze))
+
+
+def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:
+    """What of the model trains besides what `patterns` freeze. Raises ConfigError for a pattern that matches
+    nothing, and where nothing is left."""
+    if not patterns:
+        return None
+    skeleton = skeleton_of(model)
+    if problems := list(freeze_problems([name for name, _ in skeleton.named_parameters()], patterns)):
+        raise ConfigError(problems)
+    freeze(skeleton, patterns)
+    steps = [stage.modules.values() for stage in skeleton.stages()] if family_of(model).has_stages else []  # type: ignore[operator]
+    shares = []
+    for modules in steps or [[skeleton]]:
+        held = {p: p.numel() for module in modules for p in module.parameters()}
+        trained = sum(count for p, count in held.items() if p.requires_grad)
+        shares.append(trained / max(1, sum(held.values())))
+    trains = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    return Trainable(trains, tuple(shares))
 
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.commands.build import build_engine
 from llmtrain.commands.resolve import resolve
 from llmtrain.engine.allocator import keep_freed_memory

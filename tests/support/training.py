@@ -86,6 +86,7 @@ def train_steps(
     import tempfile
 
     from llmtrain.checkpoint import store
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.commands.build import build_engine
     from llmtrain.commands.loading import build_module, load_weights
     from llmtrain.commands.pretrained import open_weights
@@ -102,7 +103,7 @@ def train_steps(
     place = processes.pick_device(device)
     processes.start(place, single_process_group=config.engine == "deepspeed")
     objective = family_of(config.model).objective(config.model, config.data)
-    checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
+    checkpoint = Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, place)
     initialize(fresh, config.seed)
     source = None
@@ -132,6 +133,6 @@ def train_steps(
     }
     folder = save_to or processes.from_main(tempfile.mkdtemp())
     saved = store.save(Path(folder), stop, engine, description, None)
-    weights = {name: weight.numpy() for name, weight in store.Checkpoint.open(saved).weights().items()}
+    weights = {name: weight.numpy() for name, weight in Checkpoint.open(saved).weights().items()}
     processes.barrier()
     return Trace(losses, grad_norms, weights, initial_weights, validation_loss)
