@@ -89,7 +89,7 @@ def kinds_of(hint: Any) -> list[type]:
     found: set[type] = set()
     waiting: list[type] = [hint]
     while waiting:
-        below = waiting.pop().__subclasses__()
+        below: list[type] = waiting.pop().__subclasses__()
         found.update(kind for kind in below if dataclasses.is_dataclass(kind))
         waiting += below
     return sorted(found, key=lambda kind: kind.__name__)

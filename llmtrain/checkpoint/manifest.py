@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from llmtrain.checkpoint.older import with_objective
 from llmtrain.config import require, show
 from llmtrain.data.mixture import Segment, timeline_problems
 from llmtrain.errors import CheckpointError, Problem
@@ -17,12 +18,16 @@ from llmtrain.models.huggingface.origin import Origin
 from llmtrain.reading import decode_file, parse_object, read_bytes
 
 FORMAT = "llmtrain-checkpoint"
-VERSION = 2
+VERSION = 3
+"""Since 3 the objective stands beside the model, and frozen parameters are named."""
+READABLE = (2, VERSION)
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 256 << 20
 MANIFEST_VALUES = 10_000_000
 """A million boxes, as of a thousand ranks of a model with three hundred weights."""
 WEIGHT = "weight"
+OPTIMIZER = "optimizer."
+"""Prefix of the kinds that are optimizer state: `optimizer.exp_avg`."""
 BYTES_PER_ELEMENT = 4
 _XXH3 = re.compile(r"[0-9a-f]{32}")
 _RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
@@ -121,6 +126,9 @@ class _Manifest:
     trackers: Mapping[str, _Tracker] | None = None
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()
+    """Parameters whose values no training has seen."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that did not train; all did where nothing is said."""
     left_out: tuple[str, ...] = ()
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     imported_from: str | None = None
@@ -156,9 +164,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(Problem(where, f"an unreadable manifest ({reason})")) from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(Problem(where, "another kind of file", FORMAT))
-    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] not in READABLE:
         version, remedy = show(manifest.get("version")), "use the llmtrain that wrote it"
-        raise CheckpointError(Problem(str(folder), f"version {version}", f"version {VERSION}", remedy))
+        raise CheckpointError(
+            Problem(str(folder), f"version {version}", " or ".join(map(str, READABLE)), remedy)
+        )
     is_renamed = folder.name.startswith("step-") and folder.name != _folder_of(manifest.get("step"))
     if manifest.get("checksum") != checksum_of_json(manifest) or is_renamed:
         remedy = "name another step's folder"
@@ -166,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     decode_file(_Manifest, manifest, where, CheckpointError)
     if found := _tensor_problem(manifest):
         raise CheckpointError(Problem(f"{where}: {found.where}", found.got, found.allowed))
-    return manifest
+    return manifest if manifest["version"] == VERSION else {**with_objective(manifest), "version": VERSION}
 
 
 def _folder_of(step: Any) -> str | None:

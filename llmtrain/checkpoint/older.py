@@ -7,21 +7,26 @@ from typing import Any
 
 
 def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest of version 2, or a run's configuration, with the objective beside the model.
-
-    It stood inside the model, whose heads, and numbers of marks, followed from it."""
-    config = description.get("config")
+    """Return a manifest of version 2 with the objective beside the model."""
     found = dict(description)
-    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
-        model, objective = separated(config["model"])
-        found["config"] = {**config, "model": model, "objective": objective}
+    if isinstance(description.get("config"), Mapping):
+        found["config"] = run_with_objective(description["config"])
     if isinstance(description.get("model"), Mapping):
         found["model"], _ = separated(description["model"])
     return found
 
 
+def run_with_objective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with an `objective` section, which stood inside that of the model."""
+    if "objective" in config or not isinstance(config.get("model"), Mapping):
+        return dict(config)
+    model, objective = separated(config["model"])
+    return {**config, "model": model, "objective": objective}
+
+
 def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return a `model` section without the objective, and the `objective` section; None where it had none."""
+    """Return a `model` section without the objective, and the `objective` section; None where it had none.
+    The model's heads and number of sentinels followed from the objective."""
     rest = dict(model)
     given = rest.pop("objective", None)
     family = rest.get("family")

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtrain.checkpoint.store import MANIFEST, Checkpoint, remove, step_folder
+from llmtrain.checkpoint.manifest import MANIFEST, step_folder
+from llmtrain.checkpoint.reader import Checkpoint
+from llmtrain.checkpoint.store import remove
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, Problem
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Copier:
         self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
 
     def copy(self, share: Share) -> Share:
-        return Share([self._copy(part) for part in share.parts], share.counters, share.scaler)
+        parts = [part if part.is_constant else self._copy(part) for part in share.parts]
+        return replace(share, parts=parts)
 
     def _copy(self, part: Part) -> Part:
         place, size = (part.kind, part.name, part.start), part.values.numel()

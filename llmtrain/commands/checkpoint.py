@@ -18,7 +18,7 @@ from llmtrain.standard_streams import tell
 from llmtrain.tensor_boxes import Box, matrix_shape
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.store import Checkpoint, Reader
+    from llmtrain.checkpoint.reader import Checkpoint, Reader
 
 DIFFERENT = 1
 """Exit code of `diff`, as that of the command of this name."""
@@ -37,7 +37,7 @@ class VerifyConfig:
 
 def verify(mapping: Mapping[str, Any]) -> None:
     """A line for each checkpoint. Raises CheckpointError with what is wrong with any of them."""
-    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.interchange.trained import config_of
 
     config = decode(VerifyConfig, mapping)
@@ -79,8 +79,9 @@ class ShowConfig:
 
 def show(mapping: Mapping[str, Any]) -> None:
     """What a checkpoint is, as its manifest says."""
+    from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.checkpoint.retention import find
-    from llmtrain.checkpoint.store import MANIFEST, WEIGHT, Checkpoint
 
     config = decode(ShowConfig, mapping)
     is_one = (config.path / MANIFEST).exists()
@@ -186,8 +187,8 @@ class Distance:
 
 def diff(mapping: Mapping[str, Any]) -> int:
     """How far two checkpoints are apart; → 0, or DIFFERENT."""
+    from llmtrain.checkpoint.reader import Reader
     from llmtrain.checkpoint.retention import find
-    from llmtrain.checkpoint.store import Reader
 
     config = decode(DiffConfig, mapping)
     a, b = (find(path, tell) for path in (config.path, config.other))
@@ -343,7 +344,7 @@ def prune(mapping: Mapping[str, Any]) -> None:
 
 def _step_folders(path: Path) -> list[Path]:
     """The step's folder that `path` is, or all of a run. Raises CheckpointError when there is none."""
-    from llmtrain.checkpoint.store import MANIFEST
+    from llmtrain.checkpoint.manifest import MANIFEST
 
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         return [path]

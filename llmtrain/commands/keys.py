@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from llmtrain.config import MISSING, encode
+from llmtrain.config import MISSING, encode, kinds_of
 
 INTRODUCTION = """\
 # Configuration
@@ -215,9 +215,11 @@ def _forms(hint: Any) -> list[Form]:
     """The dataclasses that a section may be; none of a value."""
     if dataclasses.is_dataclass(hint):
         return [Form("", typing.cast(type, hint))]
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return []
-    classes = [typing.cast(type, each) for each in typing.get_args(hint) if dataclasses.is_dataclass(each)]
+    classes = kinds_of(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        classes = [
+            typing.cast(type, each) for each in typing.get_args(hint) if dataclasses.is_dataclass(each)
+        ]
     return [Form(_label(cls) if len(classes) > 1 else "", cls) for cls in classes]
 
 

@@ -17,6 +17,6 @@ def run(mapping: Mapping[str, Any]) -> None:
     if world_size is not None and (not isinstance(world_size, int) or world_size < 1):
         raise ConfigError(Problem("world_size", repr(world_size), "1 or more, or null"))
     resolved = resolve(settings, world_size, data_optional=True)
-    plan = estimate(resolved.config.model, resolved.layout, resolved.config)
+    plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
     print(plan.table())
     plan.refuse_if_too_large()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtrain.checkpoint.finite import FiniteCheck
-    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.stream import Stream
     from llmtrain.engine.allocator import Heap
@@ -49,7 +49,7 @@ def run(mapping: Mapping[str, Any]) -> int:
 def _run(mapping: Mapping[str, Any]) -> int:
     started = time.perf_counter()
     resolved = resolve(mapping)
-    plan = estimate(resolved.config.model, resolved.layout, resolved.config)
+    plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
     if launcher.rank() == 0:
         tell(plan.summary())
     plan.refuse_if_too_large()

@@ -20,16 +20,19 @@ from torch import nn
 from llmtrain.data.loader import MicroBatch
 from llmtrain.data.stream import combine_digests
 from llmtrain.distributed import processes
-from llmtrain.engine.evaluation import Totals, sum_over_batches
+from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches
 from llmtrain.engine.modules import to_device
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.optim.optimizers import build_optimizer
+from llmtrain.optim.optimizers import Shapes, build_optimizer
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.parallel.materialize import Source
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Box, Shard
+
+_LOSS_AND_STOP = "/loss and stop"
+"""Name of a step's own pair among the metrics', which have no slash."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ class Fragment:
     """Elements [start, stop) of the flattened `shard` of one parameter, in the form in which this rank owns
     them.
 
-    `holder` is the fp32 tensor that the optimizer updates; the fragment lies in its flattened form
-    from `offset` on. Checkpoints read and write fragments by their boxes in the whole parameter, so that
-    they know no layout.
+    `holder` is the fp32 tensor that the optimizer updates, or a frozen weight; the fragment lies in its
+    flattened form from `offset` on. Checkpoints read and write fragments by their boxes in the whole
+    parameter, so that they know no layout.
     """
 
     name: str
@@ -82,6 +85,9 @@ class Fragment:
     stop: int
     holder: torch.Tensor
     offset: int
+    trains: bool = True
+    """The optimizer has state for it; a frozen weight's holder is what the forward pass reads, in the type in
+    which it is held."""
 
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This fragment's part, 1-D, of a tensor shaped like `holder`."""
@@ -110,7 +116,8 @@ class Setup:
     objective: Objective
     mesh: Mesh
     parameters: Mapping[str, nn.Parameter]
-    """What this process holds, by canonical name: the same as that of the whole model's parameter."""
+    """What this process holds, by canonical name: the same as that of the whole model's parameter. Those
+    without `requires_grad` are frozen: they have no gradient and no state of the optimizer."""
     shards: Mapping[str, Shard]
     """What part of the whole each of them is."""
     device: torch.device
@@ -139,7 +146,9 @@ class Engine(ABC):
         self.mesh = setup.mesh
         self.layout = setup.mesh.layout
         self.device = setup.device
-        self.named = [(name, p) for name, p in setup.parameters.items() if p.requires_grad]
+        self.trainable = [(name, p) for name, p in setup.parameters.items() if p.requires_grad]
+        self.frozen = [(name, p) for name, p in setup.parameters.items() if not p.requires_grad]
+        self._sums = NamedSums()
 
     def train_step(
         self,
@@ -175,8 +184,8 @@ class Engine(ABC):
         if num_targets == 0:
             # Weight decay and momentum would move weights that no sample asked to move.
             asked = torch.tensor(int(stop_requested()), device=self.device)
-            stop = bool(processes.all_sum(asked).item())
-            return StepResult(0.0, 0, 0.0, {}, True, stop, data_digest, num_skipped)
+            stops = bool(processes.all_sum(asked).item())
+            return StepResult(0.0, 0, 0.0, {}, True, stops, data_digest, num_skipped)
         scale = self.mesh.replicas / num_targets
 
         def run(i: int) -> Batch:
@@ -194,15 +203,10 @@ class Engine(ABC):
                 metrics[name] = metrics.get(name, torch.zeros_like(value)) + value * counted
 
         per_micro = torch.stack(losses)
-        totals = torch.stack(
-            [
-                per_micro.sum(),
-                torch.tensor(float(stop_requested()), dtype=torch.float64, device=self.device),
-                *(number for name in sorted(metrics) for number in metrics[name].double()),
-            ]
-        )
-        sums = processes.all_sum(totals).tolist()
-        loss = sums[0] / num_targets
+        stop = torch.tensor(float(stop_requested()), dtype=torch.float64, device=self.device)
+        sums = self._sums.over_ranks({_LOSS_AND_STOP: torch.stack([per_micro.sum(), stop]), **metrics})
+        loss_sum, num_asked = sums.pop(_LOSS_AND_STOP)
+        loss = loss_sum / num_targets
         if not math.isfinite(loss):
             finite = per_micro.isfinite().tolist()
             bad = [micro for micro, ok in zip(micro_batches, finite, strict=True) if not ok]
@@ -214,12 +218,9 @@ class Engine(ABC):
             loss=loss,
             num_targets=num_targets,
             grad_norm=grad_norm,
-            metrics={
-                name: total / max(1.0, count)
-                for name, total, count in zip(sorted(metrics), sums[2::2], sums[3::2], strict=True)
-            },
+            metrics={name: total / max(1.0, count) for name, (total, count) in sums.items()},
             skipped=skipped,
-            stop=sums[1] > 0,
+            stop=num_asked > 0,
             data_digest=data_digest,
             num_skipped=num_skipped,
         )
@@ -264,8 +265,13 @@ class Engine(ABC):
     def _update(self, lr: float) -> tuple[float, bool]:
         """Clip, step the optimizer with `lr`, clear gradients; → (gradient norm, step was skipped)."""
 
+    def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], Shapes]:
+        """What the optimizer steps, by name, and the shapes of the whole parameters."""
+        return self.trainable, self.setup.shapes
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.setup.optimizer, self.named, self.device.type, self.setup.shapes)
+        named, shapes = self._optimized()
+        return build_optimizer(self.setup.optimizer, named, self.device.type, shapes)
 
     def _answers_for(self, name: str) -> bool:
         """Whether this process, of those with one replica's model, is the one that counts the parameter."""
@@ -274,19 +280,22 @@ class Engine(ABC):
     def _clip(self, max_grad_norm: float) -> float:
         """Scale the gradients, summed over replicas already, down to `max_grad_norm` (0: leave them);
         → their norm over the whole model."""
-        counted = [p for name, p in self.named if self._answers_for(name)]
+        counted = [p for name, p in self.trainable if self._answers_for(name)]
         gradients = [p.grad for p in counted if p.grad is not None]
         norm = total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         if self.layout.model > 1:
             square = norm.double().square() if self.mesh.replica == 0 else torch.zeros_like(norm).double()
             norm = processes.all_sum(square).sqrt().float()
         if max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.named], max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in self.trainable], max_grad_norm, norm)
         return float(norm)
 
-    def _whole_fragments(self) -> list[Fragment]:
-        """All that this process holds, where nothing is sharded over replicas."""
-        return [Fragment(name, self.setup.shards[name], 0, p.numel(), p, 0) for name, p in self.named]
+    def _whole_fragments(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
+        """Those of parameters that no replica shares with another."""
+        return [
+            Fragment(name, self.setup.shards[name], 0, p.numel(), p, 0, p.requires_grad)
+            for name, p in parameters
+        ]
 
     def _each_replicas_share(self, fragments: list[Fragment]) -> list[Fragment]:
         """Of fragments that all replicas hold, every n-th, so that each is written once."""
@@ -300,7 +309,8 @@ class Engine(ABC):
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:
-        """What this rank owns: over all ranks, each element of each parameter exactly once."""
+        """What this rank owns: over all ranks, each element of each parameter exactly once, frozen ones
+        included."""
 
     def held_fragments(self) -> list[Fragment]:
         """What this rank must be given on resume: its own fragments and its copies of others'."""

@@ -6,18 +6,19 @@ part alone, with values from the seed or a checkpoint; what wraps forwards; the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llmtrain.models.registry import family_of, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
-from llmtrain.parallel.layout import Layout
-from llmtrain.train.config import TrainConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.freezing import freeze
+from llmtrain.parallel.layout import Layout, Precision
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmtrain.checkpoint.store import Checkpoint
     from llmtrain.engine.base import Engine
     from llmtrain.parallel.materialize import Source
     from llmtrain.parallel.mesh import Mesh
@@ -25,12 +26,51 @@ if TYPE_CHECKING:
     from llmtrain.tensor_boxes import Shard
 
 
+class _Freezes(Protocol):
+    @property
+    def freeze(self) -> tuple[str, ...]: ...
+
+
+class Settings(Protocol):
+    """What an engine depends on of a run's config."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def recompute(self) -> RecomputeConfig: ...
+    @property
+    def train(self) -> _Freezes: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def engine(self) -> Literal["auto", "local", "deepspeed"]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def exact_dropout(self) -> bool: ...
+
+
+class Weights(Protocol):
+    """Stored weights, of which any part can be read."""
+
+    def read_into(self, out: torch.Tensor, name: str, shard: Shard, start: int) -> None: ...
+
+
+class Restorable(Protocol):
+    """A checkpoint."""
+
+    def weights(self) -> Weights: ...
+    def restore(self, engine: Engine) -> None: ...
+
+
 def build_engine(
-    config: TrainConfig,
+    config: Settings,
     layout: Layout,
     device: torch.device,
     objective: Any,
-    checkpoint: Checkpoint | None,
+    checkpoint: Restorable | None,
     weights: Source | None = None,
 ) -> Engine:
     """The engine that `config` names, at the checkpoint's state, or at the start: from `weights`, or from the
@@ -45,9 +85,10 @@ def build_engine(
 
     mesh = Mesh(layout)
     model = skeleton_of(config.model)
+    freeze(model, config.train.freeze)
     source = weights or seed_source(model, config.seed)
     if checkpoint is not None:
-        source = _checkpoint_source(checkpoint)
+        source = checkpoint.weights().read_into
     shards = _divide(model, config.model, mesh)
     stage = None
     held: list[nn.Module] = [model]
@@ -146,17 +187,6 @@ def seed_source(model: nn.Module, seed: int) -> Source:
 
     def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
         fill(out, name, table[name], seed, shard, start)
-
-    return source
-
-
-def _checkpoint_source(checkpoint: Checkpoint) -> Source:
-    from llmtrain.checkpoint.store import WEIGHT, Reader
-
-    reader = Reader(checkpoint)
-
-    def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
-        reader.read_into(out, WEIGHT, name, shard, start)
 
     return source
 

@@ -14,7 +14,7 @@ from llmtrain.distributed import launcher, processes, toolchain
 from llmtrain.errors import Problem, TrainingError
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import Shapes, parameter_groups
-from llmtrain.parallel.upstream import free_kernels, import_deepspeed
+from llmtrain.parallel import upstream
 
 
 def build_cpu_adam(
@@ -24,11 +24,11 @@ def build_cpu_adam(
 
     Its state is that of torch's: exp_avg, exp_avg_sq, step. Raises TrainingError when it cannot be compiled.
     """
-    import_deepspeed()
+    upstream.import_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     os.environ["PATH"] = toolchain.executables()
-    free_kernels()
+    upstream.free_kernels()
     folder = toolchain.build_folder("cpu_adam")
     if launcher.local_rank() == 0 and not (folder / "cpu_adam.so").exists():
         print(f"compiling DeepSpeed's CPU Adam in {folder}, some minutes, once", file=sys.stderr, flush=True)
@@ -57,16 +57,7 @@ def build_cpu_adam(
 
 
 def _start_from_state(optimizer: Any, _args: Any, _kwargs: Any) -> None:
-    """Make the next step a function of the state alone.
-
-    The kernel keeps a step counter and running powers of the betas, product by product, which a resumed
-    process would not have; after a step number 0, of nothing, it takes the powers of the number it gets.
-    """
-    nothing = torch.empty(0)
-    group = optimizer.param_groups[0]
-    optimizer.ds_opt_adam.adam_update(
-        optimizer.opt_id, 0, group["lr"], *group["betas"], group["eps"], 0.0, True, *[nothing] * 4
-    )
+    upstream.start_cpu_adam_from_state(optimizer)
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = int(state["step"])  # a checkpoint gives a tensor, as torch's optimizers keep it

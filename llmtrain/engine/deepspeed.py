@@ -14,13 +14,12 @@ from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
+from llmtrain.parallel import upstream
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.upstream import free_kernels, import_deepspeed
 from llmtrain.tensor_boxes import Shard
 
 MAX_BUCKET_ELEMENTS = 200_000_000
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def deepspeed_config(
@@ -102,10 +101,8 @@ def zero_3_partitioner(
 ) -> Callable[[nn.Parameter], None]:
     """What turns a whole parameter into this rank's share of it, as DeepSpeed's `zero.Init` does: memory
     grows by shares while a model is built."""
-    deepspeed = import_deepspeed()
-    from deepspeed.utils import groups
-
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, of an engine that this process had before
+    deepspeed = upstream.import_deepspeed()
+    upstream.forget_hierarchical_groups()
     init = deepspeed.zero.Init(
         module=nn.Module(),
         data_parallel_group=mesh.replica_group,
@@ -113,13 +110,7 @@ def zero_3_partitioner(
         config_dict_or_path=config,
         mpu=mesh,
     )
-
-    def partition(parameter: nn.Parameter) -> None:
-        # Init's own way broadcasts the whole parameter first; values are made later, share by share.
-        init._convert_to_deepspeed_param(parameter)
-        parameter.partition()  # type: ignore[attr-defined]
-
-    return partition
+    return upstream.partitioner(init)
 
 
 class DeepSpeedEngine(Engine):
@@ -134,9 +125,9 @@ class DeepSpeedEngine(Engine):
     def _initialize(self, module: nn.Module, mpu: Any) -> Any:
         setup = self.setup
         config = config_of(setup.layout, setup.precision, setup.optimizer, setup.shards, self.device)
-        deepspeed = import_deepspeed()
+        deepspeed = upstream.import_deepspeed()
         if setup.layout.quantized_weights or setup.layout.quantized_gradients:
-            free_kernels()  # ZeRO++ compiles some
+            upstream.free_kernels()  # ZeRO++ compiles some
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever the log level
             engine, *_ = deepspeed.initialize(
                 model=module,
@@ -152,11 +143,12 @@ class DeepSpeedEngine(Engine):
             return super()._make_optimizer()
         from llmtrain.engine.cpu_adam import build_cpu_adam
 
-        return build_cpu_adam(self.setup.optimizer, self.named, self.setup.shapes)
+        return build_cpu_adam(self.setup.optimizer, *self._optimized())
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self._engine.optimizer.optimizer if self.layout.zero > 0 else self._engine.optimizer
+        own = self._engine.optimizer
+        return upstream.torch_optimizer(own) if self.layout.zero > 0 else own
 
     def _module(self) -> nn.Module:
         return self._engine
@@ -188,61 +180,50 @@ class DeepSpeedEngine(Engine):
 
     def held_fragments(self) -> list[Fragment]:
         if self.layout.zero == 0:
-            return self._whole_fragments()
-        return list(self._zero_3_fragments() if self.layout.zero == 3 else self._zero_1_2_fragments())
+            return self._whole_fragments(self.setup.parameters.items())
+        if self.layout.zero == 3:
+            return list(self._zero_3_fragments())
+        return [*self._zero_1_2_fragments(), *self._whole_fragments(self.frozen)]
 
     def fragments(self) -> list[Fragment]:
         if self.layout.zero == 0:
-            return self._each_replicas_share(self._whole_fragments())
-        return [fragment for fragment in self.held_fragments() if self._answers_for(fragment.name)]
+            return self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
+        if self.layout.zero == 3:
+            return [fragment for fragment in self._zero_3_fragments() if self._answers_for(fragment.name)]
+        masters = [fragment for fragment in self._zero_1_2_fragments() if self._answers_for(fragment.name)]
+        # All replicas hold the whole of what is frozen.
+        return [*masters, *self._each_replicas_share(self._whole_fragments(self.frozen))]
 
     def _zero_1_2_fragments(self) -> Iterator[Fragment]:
-        zero = self._engine.optimizer
-        # ZeRO 1 in bf16 runs under another DeepSpeed class than the rest, with other names inside.
-        flats = getattr(zero, "fp32_groups_flat_partition", None) or zero.single_partition_of_fp32_groups
-        for name, parameter in self.named:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                continue
-            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            yield Fragment(
-                name,
-                self.setup.shards[name],
-                start,
-                start + length,
-                flats[mapping.param_group_index],
-                mapping.hp_fragment_address.start,
-            )
+        for name, parameter in self.trainable:
+            held = upstream.master_below_zero_3(self._engine.optimizer, parameter)
+            if held is not None:
+                yield self._fragment(name, held, trains=True)
 
     def _zero_3_fragments(self) -> Iterator[Fragment]:
-        zero = self._engine.optimizer
-        for name, parameter in self.named:
-            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-            numel, share = parameter.ds_numel, parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            start = self.mesh.replica * share
-            stop = min(numel, start + share)
-            if start < stop:
-                holder = zero.fp32_partitioned_groups_flat[group]
-                yield Fragment(name, self.setup.shards[name], start, stop, holder, offset)
+        replica = self.mesh.replica
+        for name, parameter in self.setup.parameters.items():
+            trains = parameter.requires_grad
+            held = (
+                upstream.master_of_zero_3(self._engine.optimizer, parameter, replica)
+                if trains
+                else upstream.frozen_of_zero_3(parameter, replica)
+            )
+            if held is not None:
+                yield self._fragment(name, held, trains)
+
+    def _fragment(self, name: str, held: upstream.Held, trains: bool) -> Fragment:
+        return Fragment(
+            name, self.setup.shards[name], held.start, held.stop, held.holder, held.offset, trains
+        )
 
     def refresh_weights(self) -> None:
-        zero = self._engine.optimizer
         if self.layout.zero == 3:
-            for group in range(len(zero.fp16_groups)):
-                zero.fp16_partitioned_groups_flat[group].data.copy_(
-                    zero.fp32_partitioned_groups_flat[group].data
-                )
-                zero._unflatten_partitioned_parameters(group)
-            zero.invalidate_secondary_tensor()
+            upstream.refresh_zero_3(self._engine.optimizer, [p for _, p in self.frozen])
         # Below ZeRO 3 the module got its whole weights before this engine was built.
 
     def scaler_state(self) -> dict[str, float]:
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if scaler is None or not hasattr(scaler, "cur_iter"):
-            return {}
-        return {name: float(getattr(scaler, name)) for name in _SCALER_STATE}
+        return upstream.scaler_state(self._engine.optimizer)
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        for name, value in ((name, state[name]) for name in _SCALER_STATE if name in state):
-            setattr(scaler, name, value if name == "cur_scale" else int(value))
+        upstream.load_scaler_state(self._engine.optimizer, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,40 @@ class Totals:
         return {name: total / max(1.0, count) for name, (total, count) in self.metric_sums.items()}
 
 
+LOSS = "/loss"
+"""Name of the loss among sums: no metric's name has a slash."""
+
+
+class NamedSums:
+    """Sums pairs of numbers over ranks by name; a rank that lacks a name adds nothing to it."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        """Those that all ranks agreed on, in the order in which they travel."""
+
+    def over_ranks(self, pairs: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+        """Return the sum of each pair over all ranks, by any rank's name. A collective.
+
+        pairs: name → tensor (2,), at least one, all on one device.
+        """
+        device = next(iter(pairs.values())).device
+        summed, unknown = self._sum(pairs, device)
+        if unknown:  # on any rank: all of them agree anew
+            self._names = tuple(sorted({name for names in processes.gather(list(pairs)) for name in names}))
+            summed, _ = self._sum(pairs, device)
+        return summed
+
+    def _sum(
+        self, pairs: Mapping[str, torch.Tensor], device: torch.device
+    ) -> tuple[dict[str, tuple[float, float]], bool]:
+        """→ (the sums of the agreed names, whether any rank has a name that is not one of them)."""
+        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        unknown = torch.full_like(nothing, float(not pairs.keys() <= set(self._names)))
+        rows = [unknown, *(pairs.get(name, nothing).detach().double() for name in self._names)]
+        (first, _), *others = processes.all_sum(torch.stack(rows)).tolist()
+        return {name: (a, b) for name, (a, b) in zip(self._names, others, strict=True)}, first > 0
+
+
 def sum_over_batches(
     compute: Callable[[Batch], Terms], batches: Iterable[Batch], counted: bool = True
 ) -> Totals:
@@ -43,17 +77,12 @@ def sum_over_batches(
         for batch in batches:
             terms = compute(batch)
             whole = torch.stack([terms.loss_sum.double(), terms.num_targets.double()])
-            for name, value in {"": whole, **terms.metrics}.items():
+            for name, value in {LOSS: whole, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
-    names = sorted(sums)
-    if not names:  # on no rank then, since all bring equally many
+    if not sums:  # on no rank then, since all bring equally many
         return Totals(0.0, 0)
-    totals = torch.stack([sums[name] for name in names])
-    reduced = {
-        name: (total, count)
-        for name, (total, count) in zip(names, processes.all_sum(totals).tolist(), strict=True)
-    }
-    loss_sum, num_targets = reduced.pop("")
+    reduced = NamedSums().over_ranks(sums)
+    loss_sum, num_targets = reduced.pop(LOSS)
     return Totals(loss_sum, int(num_targets), reduced)
 
 

@@ -86,7 +86,7 @@ class LocalEngine(Engine):
         self._scaler = torch.amp.GradScaler(device) if setup.precision == "fp16" else None  # type: ignore[attr-defined]
         self._averager: GradientAverager | None = None
         if self.mesh.replicas > 1:
-            self._averager = GradientAverager([p for _, p in self.named], self.mesh.replica_group)
+            self._averager = GradientAverager([p for _, p in self.trainable], self.mesh.replica_group)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -126,10 +126,10 @@ class LocalEngine(Engine):
         return norm, skipped
 
     def held_fragments(self) -> list[Fragment]:
-        return self._whole_fragments()
+        return self._whole_fragments(self.setup.parameters.items())
 
     def fragments(self) -> list[Fragment]:
-        return self._each_replicas_share(self._whole_fragments())
+        return self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
 
     def refresh_weights(self) -> None:
         """The fragments are the weights."""

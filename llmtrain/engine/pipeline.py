@@ -15,8 +15,9 @@ from llmtrain.engine.base import Setup
 from llmtrain.engine.deepspeed import DeepSpeedEngine
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, NamesArguments, Terms
+from llmtrain.optim.optimizers import Shapes
+from llmtrain.parallel import upstream
 from llmtrain.parallel.pipeline import PipelineStage, SharedWeight
-from llmtrain.parallel.upstream import import_deepspeed
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -37,7 +38,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._whole = ObjectiveModule(stage, setup.objective, autocast(precision, setup.device))
 
     def _initialize(self, module: nn.Module, mpu: Any) -> Any:
-        deepspeed = import_deepspeed()
+        deepspeed = upstream.import_deepspeed()
         from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
         layout, mesh = self.layout, self.mesh
@@ -51,23 +52,23 @@ class PipelineEngine(DeepSpeedEngine):
             )
         for name, (stages, path) in self._shared.items():
             group = mesh.group_of_stages(*stages)
-            if path is None:
+            if path is None or not self.setup.parameters[name].requires_grad:
                 continue
-            holder: Any = self.model.get_submodule(path)
-            key = name.replace(".", "_")
-            pipeline.tied_modules[key] = holder
-            pipeline.tied_comms[key] = {
-                "ranks": [mesh.stage_rank(stage) for stage in stages],
-                "group": group,
-                "weight_attr": ["weight"],
-                "module": holder,
-            }
-            # Counted in the norm where it is owned.
-            holder.weight.ds_pipe_replicated = not self._answers_for(name)
+            upstream.tie_over_stages(
+                pipeline,
+                name.replace(".", "_"),
+                self.model.get_submodule(path),
+                [mesh.stage_rank(stage) for stage in stages],
+                group,
+                counted=self._answers_for(name),
+            )
         engine = super()._initialize(pipeline, None)
-        engine._train_schedule = lambda: _without_step(engine)
-        engine.steps_per_print = lambda: None  # or it prints before its first step is counted
+        self._make_step = upstream.step_apart(engine)
         return engine
+
+    def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], Shapes]:
+        anchor = self._replay.anchor
+        return super()._optimized() if anchor is None else ([("anchor", anchor)], {"anchor": (1,)})
 
     def _module(self) -> nn.Module:
         return self._whole
@@ -80,7 +81,7 @@ class PipelineEngine(DeepSpeedEngine):
         return self._replay.terms(count)
 
     def _step(self) -> None:
-        self._engine._exec_optimizer_step()
+        self._make_step()
 
     def _answers_for(self, name: str) -> bool:
         is_first = name not in self._shared or self._stage.number == self._shared[name].stages[0]
@@ -96,6 +97,11 @@ class _Replay(nn.Module):
         self._objective: Any = setup.objective
         self._mesh = setup.mesh
         self._autocast = autocast(setup.precision if setup.layout.zero == 0 else "fp32", setup.device)
+        self.anchor: nn.Parameter | None = None
+        if not any(p.requires_grad for p in setup.parameters.values()):
+            # DeepSpeed wants something to step on each stage, and runs a backward pass through it.
+            dtype = next(iter(setup.parameters.values())).dtype
+            self.anchor = nn.Parameter(torch.zeros(1, dtype=dtype, device=setup.device))
         self._losses: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -109,6 +115,8 @@ class _Replay(nn.Module):
         self._targets.append(torch.tensor(self._objective.target_count(batch), device=x.device))
         with self._autocast:
             y = self.stage.run(None if self._mesh.is_first_stage else x, **self._objective.arguments(batch))
+        if self.anchor is not None:
+            y = _Anchored.apply(y, self.anchor)
         if not self._mesh.is_last_stage:
             return y
         self._losses.append(y.detach())
@@ -121,15 +129,15 @@ class _Replay(nn.Module):
         return [Terms(loss, targets) for loss, targets in zip(losses, self._targets, strict=True)]
 
 
-def _without_step(engine: Any) -> Any:
-    """The schedule of one batch up to the reduced gradients: the loss is looked at before weights change."""
-    from deepspeed.runtime.pipe import schedule
+class _Anchored(torch.autograd.Function):
+    """(x, anchor) → x, with a graph through the anchor, whose gradient is 0."""
 
-    class UpToGradients(schedule.TrainSchedule):
-        def steps(self) -> Any:
-            for commands in super().steps():
-                yield [c for c in commands if not isinstance(c, schedule.OptimizerStep)]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(anchor)
+        return x.view_as(x)
 
-    return UpToGradients(
-        micro_batches=engine.micro_batches, stages=engine.num_stages, stage_id=engine.stage_id
-    )
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (anchor,) = ctx.saved_tensors
+        return gradients[0], torch.zeros_like(anchor)

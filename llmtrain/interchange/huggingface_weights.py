@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmtrain.config import short, show
 from llmtrain.errors import CheckpointError, Problem
-from llmtrain.reading import SETTINGS_BYTES, open_regular, parse_object, read_bytes
+from llmtrain.reading import SETTINGS_BYTES, parse_object, read_bytes
+from llmtrain.safetensors_files import open_safetensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Stored types that are taken as they are; others are codes of a quantization."""
-HEADER_BYTES = 16 << 20
-"""What a file says of its tensors: 100 bytes for each."""
 INDEX_BYTES = 64 << 20
 MOST_DIMS = 8
 """Of a tensor; torch's printer and others recurse over them."""
-_LENGTH_BYTES = 8
 _BUFFERS = ("position_ids", "token_type_ids")
 """Ends of names: buffers of places and of zeros that older releases of transformers stored."""
 
@@ -93,33 +90,6 @@ class StoredTensors(Stored):
             raise CheckpointError(problem.within(str(self._path)))
         tensor: Tensor = stored.get_tensor(name)
         return tensor
-
-
-def open_safetensors(file: Path) -> Any:
-    """Open a file of safetensors, from which tensors are read when asked for. The library checks that they
-    lie within it, one behind the other, each as long as its shape and type say.
-
-    Raises CheckpointError for a damaged one.
-    """
-    try:
-        _check_header(file)
-        return safe_open(file, framework="pt")
-    except OSError as error:
-        got, remedy = str(error.strerror), ""
-    except (SafetensorError, ValueError) as error:
-        got, remedy = f"a damaged file ({error})", "copy it again"
-    raise CheckpointError(Problem(str(file), got, "safetensors", remedy))
-
-
-def _check_header(file: Path) -> None:
-    """Raise OSError for what is no file, ValueError for a header that is too long or names a tensor twice,
-    of which the library would take either."""
-    with open(file, "rb", opener=open_regular) as opened:
-        room = os.fstat(opened.fileno()).st_size - _LENGTH_BYTES
-        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-        if room < 0 or length > min(room, HEADER_BYTES):
-            raise ValueError(f"a header of {length:,} bytes, more than {min(max(room, 0), HEADER_BYTES):,}")
-        parse_object(opened.read(length), unique=True, utf8=True)
 
 
 def _files(path: Path) -> dict[str, set[str] | None]:

@@ -24,6 +24,8 @@ from torch import Tensor
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
 from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.manifest import WEIGHT, step_folder
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.writer import write_safetensors
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.tensor_boxes import matrix_shape, whole
@@ -54,7 +56,7 @@ def save_imported(
     """
     root = output / "checkpoints"
     _refuse_foreign(output, root, overwrite)
-    partial = root / f".{store.step_folder(0)}.partial"
+    partial = root / f".{step_folder(0)}.partial"
     check = FiniteCheck()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def save_imported(
         raise CheckpointError(files.disk_problem(error, output, if_full=remedy)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return root / store.step_folder(0)
+    return root / step_folder(0)
 
 
 def _refuse_foreign(output: Path, root: Path, overwrite: bool) -> None:
@@ -87,7 +89,7 @@ def _refuse_foreign(output: Path, root: Path, overwrite: bool) -> None:
     got, remedy = "something that is no import", "choose another output"
     if root.is_dir() and {path.name for path in output.iterdir()} == {root.name}:
         try:
-            held = [store.Checkpoint.open(path) for path in retention.list_steps(root)]
+            held = [Checkpoint.open(path) for path in retention.list_steps(root)]
         except CheckpointError:
             held = []
         if all(checkpoint.is_imported for checkpoint in held):
@@ -120,7 +122,7 @@ def _write(
     check: FiniteCheck,
 ) -> dict[str, Any]:
     """One file; → what was written, for the manifest."""
-    keys = {f"{store.WEIGHT}/{name}@0,0": name for name in names}
+    keys = {f"{WEIGHT}/{name}@0,0": name for name in names}
 
     def fetch(key: str) -> Tensor:
         weight = weights[keys[key]]
@@ -137,7 +139,7 @@ def _write(
     return {
         "file": {"file": path.name, "bytes": written.bytes, "xxh3_128": written.checksum},
         "places": [
-            (store.WEIGHT, name, shapes[name], key, tuple(whole(shapes[name]))) for key, name in keys.items()
+            (WEIGHT, name, shapes[name], key, tuple(whole(shapes[name]))) for key, name in keys.items()
         ],
         "counters": {},
         "scaler": {},

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from llmtrain.checkpoint import retention, store
+from llmtrain.checkpoint import retention
 from llmtrain.checkpoint.finite import FiniteCheck
 from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
+from llmtrain.checkpoint.reader import Checkpoint, Weights
 from llmtrain.config import decode, decode_json, short
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
@@ -92,7 +93,7 @@ class TrainedModel:
     def reader(self) -> Source:
         """What gives any part of any weight."""
         weights = self.weights
-        if isinstance(weights, store.Weights):
+        if isinstance(weights, Weights):
             return weights.read_into
 
         def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
@@ -190,17 +191,17 @@ def describe(path: Path) -> Described:
         got = "no checkpoint" if path.exists() else "no such folder"
         allowed = "a run, a checkpoint, an import or a Hugging Face folder"
         raise CheckpointError(Problem(str(path), got, allowed))
-    return describe_checkpoint(store.Checkpoint.open(held[-1]))
+    return describe_checkpoint(Checkpoint.open(held[-1]))
 
 
-def describe_checkpoint(checkpoint: store.Checkpoint) -> Described:
+def describe_checkpoint(checkpoint: Checkpoint) -> Described:
     """Return what a checkpoint says of its model."""
     config = config_of(checkpoint)
     objective = objective_of(checkpoint, config)
     return Described(config, objective, checkpoint.tokenizer, _origin_of(checkpoint))
 
 
-def objective_of(checkpoint: store.Checkpoint, config: ModelConfig) -> ObjectiveConfig:
+def objective_of(checkpoint: Checkpoint, config: ModelConfig) -> ObjectiveConfig:
     """Return what the model learned by; of an import, what models of its family learn by.
 
     Raise CheckpointError for an objective that is none."""
@@ -237,7 +238,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(printable(short(name)) for name in names[:NAMES_SHOWN]) + more
 
 
-def config_of(checkpoint: store.Checkpoint) -> ModelConfig:
+def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model that a checkpoint says it holds. Raises CheckpointError for one that its weights are not."""
     checkpoint.require("model", *(() if checkpoint.is_imported else ("config",)))
     model = checkpoint.manifest["model"]
@@ -255,7 +256,7 @@ def config_of(checkpoint: store.Checkpoint) -> ModelConfig:
     return config
 
 
-def _check_layers(checkpoint: store.Checkpoint, name: str, model: Mapping[str, Any]) -> None:
+def _check_layers(checkpoint: Checkpoint, name: str, model: Mapping[str, Any]) -> None:
     """Raise CheckpointError for more layers than there are weights, before anything is made of each."""
     most = len(checkpoint.manifest["tensors"][WEIGHT])
     for key, value in model.items():
@@ -265,7 +266,7 @@ def _check_layers(checkpoint: store.Checkpoint, name: str, model: Mapping[str, A
             raise CheckpointError(Problem(where, f"{value:,}", allowed))
 
 
-def _origin_of(checkpoint: store.Checkpoint) -> Origin | None:
+def _origin_of(checkpoint: Checkpoint) -> Origin | None:
     said = checkpoint.manifest.get("origin")
     if said is None:
         return None

@@ -41,6 +41,7 @@ class CausalLMConfig(ObjectiveConfig):
     paired: ClassVar = "taken"
 
     kind: Literal["causal_lm"] = "causal_lm"
+    """What is learned."""
 
     def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> CausalLM:
         return CausalLM(document_mask=data.document_mask)

@@ -43,12 +43,17 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig) -> None:
         return
     for number, block in enumerate(cast(nn.ModuleList, model.blocks)):
         if config.covers(number):
-            block.forward = functools.partial(_forward, block.forward, wrap(block))
+            trains = any(parameter.requires_grad for parameter in block.parameters())
+            block.forward = functools.partial(_forward, block.forward, wrap(block), trains)
 
 
-def _forward(plain: Forward, recomputed: Forward, x_BTD: Tensor, context: Context) -> Tensor:
-    """`plain` where nothing is kept anyway or where a second run would fill the cache twice."""
-    if not torch.is_grad_enabled() or context.cache is not None:
+def _forward(plain: Forward, recomputed: Forward, trains: bool, x_BTD: Tensor, context: Context) -> Tensor:
+    """`plain` where nothing is kept anyway or where a second run would fill the cache twice.
+
+    trains: whether the block has parameters that do; where it has none, gradients may not come so far.
+    """
+    has_gradient = torch.is_grad_enabled() and (trains or x_BTD.requires_grad)
+    if not has_gradient or context.cache is not None:
         return plain(x_BTD, context)
     return recomputed(x_BTD, context)
 

@@ -89,7 +89,7 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
                 shard = Shard(tuple(parameter.shape), dim, mesh.coordinates.tensor, layout.tensor)
                 if parameter not in parts:
                     local = torch.empty(shard.local_shape, dtype=parameter.dtype, device=parameter.device)
-                    parts[parameter] = nn.Parameter(local)
+                    parts[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
                 part.register_parameter(key, parts[parameter])
                 shards[f"{name}.{key}"] = shard
             model.set_submodule(name, part)
@@ -123,7 +123,7 @@ def mark_parameters(
         sees_a_part |= any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in shared)
         if shards[name].count > 1:
             parameter.model_parallel = True  # type: ignore[attr-defined]
-        elif sees_a_part:
+        elif sees_a_part and parameter.requires_grad:
             parameter.register_hook(lambda grad: all_sum_over(grad.clone(), mesh.tensor_group))
 
 

@@ -1,16 +1,105 @@
-"""DeepSpeed as llmtrain needs it: quiet, and with nothing compiled at first use."""
+"""DeepSpeed as llmtrain needs it: quiet, with nothing compiled at first use, and all that is read or changed
+here of what it does not document.
+
+Nothing else in llmtrain names an attribute of DeepSpeed's that is not in its manual. Written from the source
+of the release VERSION; UNDOCUMENTED says what of it must be there.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import os
+import re
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from llmtrain.distributed import launcher, toolchain
+
+VERSION = "0.19.8"
+UNDOCUMENTED = {
+    "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.utils.groups": ("_ZERO_PARAM_INTRA_PARALLEL_GROUP",),
+    "deepspeed.runtime.zero.partition_parameters.Init": (
+        "_convert_to_deepspeed_param",
+        "partition",
+        "ds_numel",
+        "ds_tensor",
+        "ds_secondary_tensor",
+    ),
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
+        "optimizer",
+        "grad_position",
+        "get_param_id",
+        "fp16_groups",
+        "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat",
+        "_unflatten_partitioned_parameters",
+        "invalidate_secondary_tensor",
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
+        "optimizer",
+        "single_partition_of_fp32_groups",
+    ),
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("optimizer", "fp32_groups_flat_partition"),
+    "deepspeed.utils.tensor_fragment.tensor_fragment": (
+        "lp_fragment_address",
+        "hp_fragment_address",
+        "param_group_index",
+    ),
+    "deepspeed.utils.mixed_precision_linkage": ("_hp_mapping",),
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": (
+        "cur_scale",
+        "cur_iter",
+        "last_overflow_iter",
+        "cur_hysteresis",
+    ),
+    "deepspeed.runtime.pipe.module.PipelineModule": ("tied_modules", "tied_comms", "weight_attr"),
+    "deepspeed.runtime.pipe.engine.PipelineEngine": (
+        "_train_schedule",
+        "_exec_optimizer_step",
+        "micro_batches",
+        "num_stages",
+        "stage_id",
+    ),
+    "deepspeed.runtime.utils": ("ds_pipe_replicated",),
+    "deepspeed.ops.adam.DeepSpeedCPUAdam": ("ds_opt_adam", "opt_id"),
+}
+"""Module or class → names that stand in its source."""
+
+
+def missing() -> list[str]:
+    """Return what of UNDOCUMENTED the installed DeepSpeed does not have, each as module.class.name."""
+    import_deepspeed()
+    return [f"{where}.{name}" for where, names in UNDOCUMENTED.items() for name in _missing(where, names)]
+
+
+def _missing(where: str, names: Iterable[str]) -> Iterator[str]:
+    try:
+        owner: Any = importlib.import_module(where)
+    except ImportError:
+        module, _, kind = where.rpartition(".")
+        try:
+            owner = getattr(importlib.import_module(module), kind)
+        except (ImportError, AttributeError):
+            yield from names
+            return
+    # What an object gets when it is made stands in the source alone.
+    sources = owner.__mro__[:-1] if inspect.isclass(owner) else [owner]
+    text = "\n".join(inspect.getsource(source) for source in sources if _has_source(source))
+    for name in names:
+        if not hasattr(owner, name) and not re.search(rf"\b{name}\b", text):
+            yield name
+
+
+def _has_source(owner: Any) -> bool:
+    return getattr(owner, "__module__", owner.__name__).startswith("deepspeed")
 
 
 def import_deepspeed() -> Any:
@@ -49,3 +138,142 @@ def accelerator() -> str:
     if dist.is_initialized():
         return "cuda" if "nccl" in dist.get_backend() else "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Held(NamedTuple):
+    """Elements [start, stop) of a flattened parameter, as a rank holds them: in the flattened `holder` from
+    `offset` on."""
+
+    start: int
+    stop: int
+    holder: torch.Tensor
+    offset: int
+
+
+def torch_optimizer(zero: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that ZeRO's wraps."""
+    found: torch.optim.Optimizer = zero.optimizer
+    return found
+
+
+def partitioner(init: Any) -> Callable[[nn.Parameter], None]:
+    """Return what leaves this rank its share of a whole parameter, whose values are made later: the way of
+    `zero.Init` itself broadcasts the whole parameter first."""
+
+    def partition(parameter: nn.Parameter) -> None:
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+
+    return partition
+
+
+def forget_hierarchical_groups() -> None:
+    """Forget the groups of hpZ of an engine that this process had before."""
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def master_below_zero_3(zero: Any, parameter: nn.Parameter) -> Held | None:
+    """Return what this rank's optimizer updates of a trainable parameter under ZeRO 1 or 2; None: nothing."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    # ZeRO 1 in bf16 runs under another class than the rest, with other names inside.
+    flats = getattr(zero, "fp32_groups_flat_partition", None) or zero.single_partition_of_fp32_groups
+    start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    return Held(start, start + length, flats[mapping.param_group_index], mapping.hp_fragment_address.start)
+
+
+def master_of_zero_3(zero: Any, parameter: nn.Parameter, replica: int) -> Held | None:
+    """Return what the optimizer of the rank `replica` updates of a trainable parameter under ZeRO 3."""
+    start, stop = _share_of_zero_3(parameter, replica)
+    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+    return Held(start, stop, zero.fp32_partitioned_groups_flat[group], offset) if start < stop else None
+
+
+def frozen_of_zero_3(parameter: nn.Parameter, replica: int) -> Held | None:
+    """Return the share of the rank `replica` in a frozen parameter under ZeRO 3, in the type of weights."""
+    start, stop = _share_of_zero_3(parameter, replica)
+    return Held(start, stop, parameter.ds_tensor, 0) if start < stop else None  # type: ignore[attr-defined]
+
+
+def _share_of_zero_3(parameter: Any, replica: int) -> tuple[int, int]:
+    start = replica * parameter.ds_tensor.ds_numel
+    return start, min(parameter.ds_numel, start + parameter.ds_tensor.ds_numel)
+
+
+def refresh_zero_3(zero: Any, frozen: Iterable[nn.Parameter]) -> None:
+    """Make weights agree with their masters, and drop the copies that hpZ has of earlier values."""
+    for group in range(len(zero.fp16_groups)):
+        zero.fp16_partitioned_groups_flat[group].data.copy_(zero.fp32_partitioned_groups_flat[group].data)
+        zero._unflatten_partitioned_parameters(group)
+    zero.invalidate_secondary_tensor()
+    for parameter in frozen:
+        parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def scaler_state(zero: Any) -> dict[str, float]:
+    """Return the state of fp16's loss scaler; empty without one."""
+    scaler = getattr(zero, "loss_scaler", None)
+    if scaler is None or not hasattr(scaler, "cur_iter"):
+        return {}
+    return {name: float(getattr(scaler, name)) for name in _SCALER_STATE}
+
+
+def load_scaler_state(zero: Any, state: Mapping[str, float]) -> None:
+    """Take back what `scaler_state` gave."""
+    scaler = getattr(zero, "loss_scaler", None)
+    for name, value in ((name, state[name]) for name in _SCALER_STATE if name in state):
+        setattr(scaler, name, value if name == "cur_scale" else int(value))
+
+
+def tie_over_stages(
+    pipeline: Any, key: str, holder: nn.Module, ranks: Sequence[int], group: Any, *, counted: bool
+) -> None:
+    """Have a PipelineModule sum the gradients of `holder.weight` over the stages that hold it.
+
+    ranks: theirs, of `group`. counted: whether this stage counts it in the gradient's norm.
+    """
+    pipeline.tied_modules[key] = holder
+    pipeline.tied_comms[key] = {
+        "ranks": list(ranks),
+        "group": group,
+        "weight_attr": ["weight"],
+        "module": holder,
+    }
+    holder.weight.ds_pipe_replicated = not counted  # type: ignore[union-attr]
+
+
+def step_apart(engine: Any) -> Callable[[], None]:
+    """Have a PipelineEngine's `train_batch` end with the reduced gradients, since the loss is looked at
+    before weights change; → what makes the step."""
+    from deepspeed.runtime.pipe import schedule
+
+    class UpToGradients(schedule.TrainSchedule):
+        def steps(self) -> Any:
+            for commands in super().steps():
+                yield [c for c in commands if not isinstance(c, schedule.OptimizerStep)]
+
+    engine._train_schedule = lambda: UpToGradients(
+        micro_batches=engine.micro_batches, stages=engine.num_stages, stage_id=engine.stage_id
+    )
+    engine.steps_per_print = lambda: None  # or it prints before its first step is counted
+    step: Callable[[], None] = engine._exec_optimizer_step
+    return step
+
+
+def start_cpu_adam_from_state(optimizer: Any) -> None:
+    """Make the next step of a DeepSpeedCPUAdam a function of its state alone.
+
+    The kernel keeps a step counter and running powers of the betas, product by product, which a resumed
+    process would not have; after a step number 0, of nothing, it takes the powers of the number it gets.
+    """
+    nothing = torch.empty(0)
+    group = optimizer.param_groups[0]
+    optimizer.ds_opt_adam.adam_update(
+        optimizer.opt_id, 0, group["lr"], *group["betas"], group["eps"], 0.0, True, *[nothing] * 4
+    )

@@ -23,7 +23,7 @@ from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import Layout, Precision
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
-from llmtrain.plan.memory import GIB, Memory, memory_per_process, start_bytes
+from llmtrain.plan.memory import GIB, Memory, Trainable, memory_per_process, start_bytes
 
 CLEARLY_OVER = 1.5
 """On this machine, whose memory is shared and can be swapped, only what is this many times too large is
@@ -92,6 +92,8 @@ class Plan:
     steps: int
     available_bytes: int | None
     """For one process; None when it is not known."""
+    trainable: Trainable | None = None
+    """None: all parameters train."""
 
     @cached_property
     def parameters(self) -> int:
@@ -172,7 +174,7 @@ class Plan:
         """Two lines, and one more for each warning."""
         layout = self.layout
         lines = [
-            f"{self.parameters:,} parameters; {self.steps:,} steps of {layout.global_size:,} samples "
+            f"{self._parameters_text()}; {self.steps:,} steps of {layout.global_size:,} samples "
             f"(data {layout.data} · micro_size {layout.micro_size} · accumulation {layout.accumulation}) = "
             f"{self.total_tokens:,} {self.unit}s",
             f"memory of one process: about {gib(self.memory.total)}"
@@ -190,7 +192,7 @@ class Plan:
         def row(name: str, text: str) -> str:
             return f"{name:<17} {text}"
 
-        yield row("model", f"{self.model.family}, {self.parameters:,} parameters")
+        yield row("model", f"{self.model.family}, {self._parameters_text()}")
         yield row(
             "compute", f"{quantity(self.flops_per_token, 'FLOP')} per {self.unit}, forward and backward"
         )
@@ -234,6 +236,10 @@ class Plan:
         yield f"  {'at start':<15} {gib(self.start_bytes):>12}"
         for text in self.warnings():
             yield f"warning: {text}"
+
+    def _parameters_text(self) -> str:
+        trained = "" if self.trainable is None else f", of which {self.trainable.parameters:,} train"
+        return f"{self.parameters:,} parameters{trained}"
 
     def _recompute_text(self) -> str:
         recompute = self.conditions.recompute
@@ -328,6 +334,7 @@ class Plan:
             optimizer=self.optimizer,
             conditions=replace(self.conditions, recompute=recompute),
             asynchronous_checkpoints=self.asynchronous_checkpoints,
+            trainable=self.trainable,
         )
 
 
@@ -369,7 +376,9 @@ def _with_more_processes(layout: Layout, tensor: int) -> Iterator[Layout]:
             )
 
 
-def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
+def estimate(
+    model: ModelConfig, layout: Layout, settings: RunSettings, trainable: Trainable | None = None
+) -> Plan:
     """The figures of training `model` on `layout`; needs neither torch nor a GPU.
 
     Raises ConfigError when the vocabulary is not known yet.
@@ -401,6 +410,7 @@ def estimate(model: ModelConfig, layout: Layout, settings: RunSettings) -> Plan:
         asynchronous_checkpoints=settings.checkpoint.asynchronous,
         steps=settings.train.steps,
         available_bytes=available,
+        trainable=trainable,
     )
 
 

@@ -24,6 +24,24 @@ RUNTIME_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB // 2}
 
 
 @dataclass(frozen=True)
+class Trainable:
+    """What of a model trains, where not all of it does."""
+
+    parameters: int
+    shares: tuple[float, ...]
+    """Of the parameters of each step of the forward; of one without steps, of all."""
+
+    def count(self, model: ModelConfig, layout: Layout, steps: range) -> int:
+        """Trainable parameters of one process that runs `steps`, before ZeRO divides them."""
+        held = held_parameter_count(model, layout, steps)
+        counts = model.step_parameter_counts(layout.tensor)
+        if len(counts) == 1:
+            return round(self.shares[0] * held)
+        trained = sum(counts[step] * self.shares[step] for step in steps)
+        return round(held * trained / sum(counts[step] for step in steps))
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of one process by term. The terms' peaks need not fall together: `total` is an upper estimate."""
 
@@ -65,14 +83,16 @@ def memory_per_process(
     optimizer: OptimizerConfig,
     conditions: Conditions,
     asynchronous_checkpoints: bool = False,
+    trainable: Trainable | None = None,
 ) -> Memory:
     """What one process of `layout` holds in training `model`: of the pipeline's stages the one that holds
     most.
 
     Below ZeRO 1 weights are fp32 and low precision is autocast's; from ZeRO 1 on weights and activations
-    are in the low precision over sharded fp32 masters (arXiv:1910.02054).
+    are in the low precision over sharded fp32 masters (arXiv:1910.02054). Gradients, masters and the
+    optimizer's state are those of `trainable` parameters alone; None: all are.
     """
-    shared = (precision, optimizer, conditions, asynchronous_checkpoints)
+    shared = (precision, optimizer, conditions, asynchronous_checkpoints, trainable)
     stages = [
         _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
@@ -90,29 +110,31 @@ def _of_stage(
     optimizer: OptimizerConfig,
     conditions: Conditions,
     asynchronous_checkpoints: bool,
+    trainable: Trainable | None,
 ) -> Memory:
     P, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
+    trained = P if trainable is None else trainable.count(model, layout, steps)
     is_low = precision != "fp32"
     stored = weight_bytes(precision, layout)
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
     memory = model_memory(model, row, numbers, layout, conditions)
-    state = optimizer_slots(optimizer) * 4 * P
+    state = optimizer_slots(optimizer) * 4 * trained
     # bf16 gradients are added up in fp32; ZeRO 1 keeps both.
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
         copies = memory.low_precision_copies(steps) if is_low and memory is not None else 0
         weights = 4 * P + 2 * copies
-        gradients, masters, buffers = 4 * P, 0, (4 * P if replicas > 1 else 0)
-        owned = _share(P, replicas)
+        gradients, masters, buffers = 4 * trained, 0, (4 * trained if replicas > 1 else 0)
+        owned = _share(trained, replicas)
         if replicas > 1:  # whole parameters are dealt out
-            owned = min(P, max(owned, largest_parameter_count(model, layout)))
+            owned = min(trained, max(owned, largest_parameter_count(model, layout)))
     else:
         weights = stored * (_share(P, replicas) if layout.zero == 3 else P)
-        gradients = gradient * (P if layout.zero == 1 else _share(P, replicas))
-        owned = _share(P, replicas)
+        gradients = gradient * (trained if layout.zero == 1 else _share(trained, replicas))
+        owned = _share(trained, replicas)
         masters, state = 4 * owned, _share(state, replicas)
-        buffers = stored * min(P, DEEPSPEED_BUCKET_ELEMENTS) * (2 if conditions.device == "cuda" else 1)
+        buffers = stored * min(trained, DEEPSPEED_BUCKET_ELEMENTS) * (2 if conditions.device == "cuda" else 1)
         if layout.zero == 3:
             buffers += stored * min(P, max(DEEPSPEED_LIVE_ELEMENTS, largest_parameter_count(model, layout)))
 

@@ -38,12 +38,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class StepsConfig:
-    """How long the run is and how often it speaks."""
+    """How long the run is, what of the model trains, and how often the run speaks."""
 
     steps: int = 1000
     """Optimizer steps of the whole run, those before a resume included."""
     log_every: int = 10
     """Steps between progress lines when the output is no terminal; metrics are recorded every step."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of names of parameters that keep their values, as fnmatch takes them: `blocks.*`. Under ZeRO
+    in bf16 or fp16 they are held, and saved, rounded to that type."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps >= 1, "steps", self.steps, "1 or more")

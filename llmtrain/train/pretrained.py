@@ -15,7 +15,7 @@ from llmtrain.models.registry import skeleton_of
 from llmtrain.tokenizers.folder import load_tokenizer
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.interchange.trained import TrainedModel
     from llmtrain.models.huggingface.origin import Origin
     from llmtrain.nn.model_config import ModelConfig
@@ -84,7 +84,8 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
 def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
     """The newest checkpoint of the run that goes on, where it began with `folder`, which then need not be
     there any more. Raises CheckpointError where the run began with another."""
-    from llmtrain.checkpoint import retention, store
+    from llmtrain.checkpoint import retention
+    from llmtrain.checkpoint.reader import Checkpoint
 
     resume = mapping["checkpoint"]["resume"]
     own = at_home(mapping["run"]["dir"]) / "checkpoints"
@@ -95,7 +96,7 @@ def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
         held = retention.list_held(at_home(resume))
     if not held:
         return None
-    checkpoint = store.Checkpoint.open(held[-1])
+    checkpoint = Checkpoint.open(held[-1])
     before = checkpoint.manifest.get("started_from")
     if before is None or Path(before).name != folder.name:
         got = f"{folder}, which holds no model, over a run that began with {before or 'weights of the seed'}"

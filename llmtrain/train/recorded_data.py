@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmtrain.checkpoint.older import run_with_objective
 from llmtrain.config import LARGEST_INT, decode, encode
 from llmtrain.corpus import packages
 from llmtrain.corpus.config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
@@ -105,7 +106,7 @@ class Run:
         """moved: where corpora are now. Raises CheckpointError for a folder that tells too little."""
         self.path = path
         self._moved = moved
-        self._config = _read(path, "config.yaml", parse_yaml, _Config)
+        self._config = _read(path, "config.yaml", _parse_config, _Config)
         self._data = _read(path, "data.json", parse_object, _Data)
         self._folder = _read(path, "environment.json", parse_object, _Environment).folder
         if self._data.timeline is None:
@@ -246,6 +247,10 @@ def _read(run: Path, name: str, parse: Callable[[bytes], dict[str, Any]], kind: 
         got = f"a folder without {name}"
         raise CheckpointError(Problem(str(run), got, "the folder of a run of llmtrain train"))
     return read_decoded(kind, path, RECORD_BYTES, CheckpointError, "what llmtrain train wrote", parse=parse)
+
+
+def _parse_config(content: bytes) -> dict[str, Any]:
+    return run_with_objective(parse_yaml(content))
 
 
 def steps_of(text: str) -> range:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,16 @@ from llmtrain.corpus.corpora import Corpora
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.files import at_home
-from llmtrain.models.registry import family_of, model_config_type
+from llmtrain.models.registry import family_of, model_config_type, skeleton_of
 from llmtrain.nn.model_config import ModelConfig, OfVocabulary
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
+from llmtrain.optim.freezing import freeze, freeze_problems
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.parallel.model_shape import shape_of
+from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.pretrained import Pretrained, expand
 from llmtrain.train.vocabulary import resolve_vocabulary
@@ -40,6 +42,8 @@ class Resolved:
     corpora: Corpora | None
     pretrained: Pretrained | None = None
     """The weights that training starts from; None: the seed's."""
+    trainable: Trainable | None = None
+    """What trains where `train.freeze` keeps some parameters; None: all."""
 
 
 def resolve(
@@ -104,7 +108,27 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    return Resolved(replace(config, model=model, engine=engine), layout, corpora, pretrained)
+    config = replace(config, model=model, engine=engine)
+    return Resolved(config, layout, corpora, pretrained, _trainable(model, config.train.freeze))
+
+
+def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:
+    """What of the model trains besides what `patterns` freeze. Raises ConfigError for a pattern that matches
+    nothing, and where nothing is left."""
+    if not patterns:
+        return None
+    skeleton = skeleton_of(model)
+    if problems := list(freeze_problems([name for name, _ in skeleton.named_parameters()], patterns)):
+        raise ConfigError(problems)
+    freeze(skeleton, patterns)
+    steps = [stage.modules.values() for stage in skeleton.stages()] if family_of(model).has_stages else []  # type: ignore[operator]
+    shares = []
+    for modules in steps or [[skeleton]]:
+        held = {p: p.numel() for module in modules for p in module.parameters()}
+        trained = sum(count for p, count in held.items() if p.requires_grad)
+        shares.append(trained / max(1, sum(held.values())))
+    trains = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    return Trainable(trains, tuple(shares))
 
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:

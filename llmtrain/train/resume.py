@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
-from llmtrain.checkpoint.store import Checkpoint
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.saver import Saver
-from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.engine.allocator import keep_freed_memory
 from llmtrain.engine.base import Engine
 from llmtrain.engine.build import build_engine

@@ -59,7 +59,7 @@ def held_bytes(overrides: tuple[str, ...]) -> tuple[int, int, int, int]:
     update, found = engine._update, {}
 
     def measured_update(lr: float) -> tuple[float, bool]:
-        weights = storages([getattr(p, "ds_tensor", p).detach() for _, p in engine.named])
+        weights = storages([getattr(p, "ds_tensor", p).detach() for _, p in engine.setup.parameters.items()])
         holders = [fragment.holder for fragment in engine.held_fragments()]
         state = [v for s in engine.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
         masters = {k: v for k, v in storages([h.detach() for h in holders]).items() if k not in weights}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
-from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.cli import main as cli
 from tests.support.training import TINY_GPT
 from tests.support.warm import llmtrain, start

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import find
-from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.commands import import_
 from llmtrain.errors import CheckpointError
 from llmtrain.interchange.huggingface import export_folder

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
-from llmtrain.checkpoint.store import Checkpoint
 from tests.faults.test_train_faults import curve, wait_for_step, wait_until_free
 from tests.support.training import REPOSITORY, TINY_GPT
 from tests.support.warm import rank_environment, start_ranks

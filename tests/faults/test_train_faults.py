@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
-from llmtrain.checkpoint.store import Checkpoint
 from tests.support.corpora import write_text
 from tests.support.training import REPOSITORY, TINY_GPT
 from tests.support.warm import finish, llmtrain, on_ranks, start, start_ranks

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint import store
+from llmtrain.checkpoint.manifest import step_folder
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.saver import Copier, Saver
 from tests.gpu.runs import engine_of, family_overrides
 from tests.gpu.table import Row, judged
@@ -31,7 +33,7 @@ def check(device: str, folder: Path) -> Iterator[Row]:
             engine.train_step(next(steps).micro_batches, lr=1e-2)
 
     def save(name: str) -> Any:
-        return store.Checkpoint.open(store.save(folder / "saved" / name, 2, engine, {}, None))
+        return Checkpoint.open(store.save(folder / "saved" / name, 2, engine, {}, None))
 
     train(2)
     waited = save("waited").manifest["files"]
@@ -44,7 +46,7 @@ def check(device: str, folder: Path) -> Iterator[Row]:
     train(2)
     saver.poll()
     saver.finish()
-    beside = store.Checkpoint.open(folder / "saved" / "beside" / store.step_folder(2)).manifest["files"]
+    beside = Checkpoint.open(folder / "saved" / "beside" / step_folder(2)).manifest["files"]
     later = save("later").manifest["files"]
     good = beside == waited and later != waited
     detail = f"the same files: {beside == waited}, and others two steps later: {later != waited}"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
-from llmtrain.checkpoint.store import Checkpoint
 from tests.gpu.runs import family_overrides
 from tests.gpu.table import REPOSITORY, Row, judged
 

@@ -20,6 +20,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     weights had changed by the time that the second was on the disk."""
     from llmtrain.checkpoint import saver as saver_module
     from llmtrain.checkpoint import store
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.distributed import processes
     from llmtrain.engine.build import build_engine
     from llmtrain.train.resolve import resolve
@@ -47,7 +48,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     saver.finish()
     beside = Path(root) / "beside" / waited.name
     later = store.save(Path(root) / "later", 2, engine, {}, None)
-    files = [store.Checkpoint.open(path).manifest["files"] for path in (waited, beside, later)]
+    files = [Checkpoint.open(path).manifest["files"] for path in (waited, beside, later)]
     processes.barrier()
     return files[0], files[1], files[2] != files[0]
 

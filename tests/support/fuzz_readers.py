@@ -165,7 +165,7 @@ def _restore(folder: Path) -> None:
     """Weights and optimizer state into what an engine holds."""
     import torch
 
-    from llmtrain.checkpoint.store import Checkpoint
+    from llmtrain.checkpoint.reader import Checkpoint
     from tests.support.owners import Owner
 
     good = Checkpoint.open(Path("run/checkpoints/step-00000001"))

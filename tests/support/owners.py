@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from llmtrain.checkpoint import store
+from llmtrain.checkpoint.manifest import step_folder
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.engine.base import Fragment
 from llmtrain.parallel.layout import Layout
 from llmtrain.tensor_boxes import Shard
@@ -94,10 +96,10 @@ class Owner:
         return found
 
 
-def save(root: Path, owners: Sequence[Owner], step: int = 1, **description: Any) -> store.Checkpoint:
+def save(root: Path, owners: Sequence[Owner], step: int = 1, **description: Any) -> Checkpoint:
     """A checkpoint of several ranks, written by one process."""
     partial = store.begin(root, step)
     shares = [store.write_share(partial, rank, store.collect(owner)) for rank, owner in enumerate(owners)]  # type: ignore[arg-type]
     facts = store.describe(owners[0], step, description)  # type: ignore[arg-type]
     store.assemble(partial, step, shares, facts, None)
-    return store.Checkpoint.open(root / store.step_folder(step))
+    return Checkpoint.open(root / step_folder(step))

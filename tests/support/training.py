@@ -85,6 +85,7 @@ def train_steps(
     import tempfile
 
     from llmtrain.checkpoint import store
+    from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.config import encode
     from llmtrain.distributed import processes
     from llmtrain.engine.build import build_engine
@@ -101,7 +102,7 @@ def train_steps(
     place = processes.pick_device(device)
     processes.start(place, single_process_group=config.engine == "deepspeed")
     objective = config.objective.build(config.model, config.data, resolved.corpora)
-    checkpoint = store.Checkpoint.open(Path(resume_from)) if resume_from else None
+    checkpoint = Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, place)
     initialize(fresh, config.seed)
     source = None
@@ -133,6 +134,6 @@ def train_steps(
     }
     folder = save_to or processes.from_main(tempfile.mkdtemp())
     saved = store.save(Path(folder), stop, engine, description, None)
-    weights = {name: weight.numpy() for name, weight in store.Checkpoint.open(saved).weights().items()}
+    weights = {name: weight.numpy() for name, weight in Checkpoint.open(saved).weights().items()}
     processes.barrier()
     return Trace(losses, grad_norms, weights, initial_weights, validation_loss)

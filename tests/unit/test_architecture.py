@@ -14,6 +14,7 @@ ORDER = (
     {"errors"},
     {"config", "files", "git", "hashing", "orphans", "standard_streams", "sweeps", "tensor_boxes"},
     {"reading"},
+    {"safetensors_files"},
     {"distributed", "optim", "tokenizers", "track"},
     {"corpus"},
     {"prepare"},

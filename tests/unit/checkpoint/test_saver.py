@@ -14,6 +14,7 @@ import torch
 
 from llmtrain.checkpoint import saver as saver_module
 from llmtrain.checkpoint import store, writer
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.checkpoint.saver import Copier, Saver
 from llmtrain.distributed import processes
@@ -55,7 +56,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 
 def assert_holds(path: Path, state: list[dict[str, torch.Tensor]]) -> None:
-    checkpoint = store.Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path)
     assert checkpoint.damage() is None
     assert checkpoint.incompleteness() is None
     loader = Owner(TENSORS)
@@ -77,7 +78,7 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path: Path, asynchronous: 
         saver.poll()
     saver.finish()
     for path in list_steps(tmp_path):
-        assert_holds(path, states.pop(store.Checkpoint.open(path).step))
+        assert_holds(path, states.pop(Checkpoint.open(path).step))
     assert not states
 
 

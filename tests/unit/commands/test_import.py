@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import find
-from llmtrain.checkpoint.store import Checkpoint
 from llmtrain.cli import main as cli
 from llmtrain.commands import export, import_
 from llmtrain.errors import CheckpointError, ConfigError
