@@ -25,7 +25,8 @@ from llmtrain.families import (
 from llmtrain.files import at_home
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.optim.config import schedule_problems
-from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.planning import plan_layout
 from llmtrain.train.config import TrainConfig
 
 NO_PATH = "(none)"

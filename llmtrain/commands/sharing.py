@@ -10,7 +10,8 @@ from llmtrain.distributed import launcher
 from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.families import model_shape
-from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
+from llmtrain.parallel.config import BatchConfig, ParallelConfig
+from llmtrain.parallel.planning import plan_layout
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,8 @@ from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision
+from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.upstream import free_kernels, import_deepspeed
 from llmtrain.tensor_boxes import Shard

@@ -18,8 +18,8 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.configs import ModelConfig, TransformerConfig
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.config import RecomputeConfig
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision, RecomputeConfig
+from llmtrain.parallel.layout import Layout
 from llmtrain.plan import machine
 from llmtrain.plan.activations import Conditions
 from llmtrain.plan.config import ClusterConfig

@@ -9,7 +9,8 @@ from llmtrain.models.configs import ModelConfig, TransformerConfig
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import stage_runs
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision
+from llmtrain.parallel.layout import Layout
 from llmtrain.plan.activations import (
     Conditions,
     Numbers,

@@ -15,8 +15,7 @@ from llmtrain.models.configs import ModelConfig
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
-from llmtrain.parallel.config import RecomputeConfig
-from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
+from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision, RecomputeConfig
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
 from llmtrain.urls import without_credentials_in
