@@ -29,7 +29,7 @@ from llmtrain.models.recurrent import model as recurrent
 from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
-from llmtrain.nn import attention, head
+from llmtrain.nn import attention_choice, head
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.linear import way_of
 from llmtrain.objectives.permuted_lm import PermutedLM
@@ -40,7 +40,7 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.pipeline import PipelineStage
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tensor import shard_tensors
-from llmtrain.plan import activations, blocks, machine, memory
+from llmtrain.plan import activations, machine, memory
 from llmtrain.plan.activations import Conditions, ModelConfig, Numbers, low_precision_copies
 from llmtrain.plan.memory import (
     Memory,
@@ -288,8 +288,7 @@ def test_gpt_activations_of_longer_sequences(
 ) -> None:
     """200 tokens are two blocks of attention, or past the longest that is done in blocks. Documents as long
     as these leave no key out of a block: the estimate is of the most."""
-    monkeypatch.setattr(attention, "LONGEST", longest)
-    monkeypatch.setattr(blocks, "LONGEST_BLOCKWISE", longest)
+    monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", longest)
     config = GPTConfig(**{**form, "max_sequence_length": 200})
     model = built(GPT(config), "fp32")
     tokens_BT = torch.randint(V, (2, 200))
@@ -389,8 +388,6 @@ def test_optimizer_state(name: str, momentum: float) -> None:
 
 def test_constants_are_those_of_the_models_and_the_engine() -> None:
     assert activations.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
-    assert blocks.ATTENTION_BLOCK == attention.BLOCK
-    assert blocks.LONGEST_BLOCKWISE == attention.LONGEST
     assert memory.DEEPSPEED_BUCKET_ELEMENTS == deepspeed_engine.MAX_BUCKET_ELEMENTS
     config = deepspeed_engine.deepspeed_config(
         layout(zero=3, data=4), "bf16", OptimizerConfig(), 10**12, "cuda"
