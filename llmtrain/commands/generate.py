@@ -14,7 +14,7 @@ from llmtrain import files
 from llmtrain.commands.answer import Texts
 from llmtrain.commands.output import check_output, write_output
 from llmtrain.commands.sharing import SharingConfig, start_sharing
-from llmtrain.config import decode, encode
+from llmtrain.config import MAY_BE_EMPTY, decode, encode
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
@@ -38,7 +38,7 @@ class GenerateCommandConfig:
     """A run folder, a checkpoint folder or an exported folder."""
     generate: GenerateConfig
     parallel: SharingConfig = field(default_factory=SharingConfig)
-    prompt: tuple[str, ...] = ("",)
+    prompt: tuple[str, ...] = field(default=("",), metadata={MAY_BE_EMPTY: True})
     prompt_file: Path | None = None
     output: Path | None = None
     """A file for what is printed otherwise, one line a prompt."""

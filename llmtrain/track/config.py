@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import MAY_BE_EMPTY, require
 from llmtrain.errors import Problem
 
 
@@ -37,7 +37,7 @@ class WandbConfig:
     """null: what WANDB_MODE says, else online."""
     group: str | None = None
     tags: tuple[str, ...] = ()
-    notes: str | None = None
+    notes: str | None = field(default=None, metadata={MAY_BE_EMPTY: True})
 
 
 @dataclass(frozen=True)

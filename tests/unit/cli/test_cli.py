@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from llmtrain.cli import main as cli
+from llmtrain.cli import verbs
+from llmtrain.cli.explain import conf_folder, group_options
 from llmtrain.commands.resolve import resolve
 from llmtrain.config import encode
 from llmtrain.distributed import launcher
@@ -147,7 +149,7 @@ def test_the_command_is_remembered_as_typed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_preset_composes_and_decodes():
-    models = [model for model in cli.group_options("model") if model != "pretrained"]  # that needs a folder
+    models = [model for model in group_options("model") if model != "pretrained"]  # that needs a folder
     assert len(models) >= 14
     for model in models:
         data = ["data=mnist"] if model == "simple_cnn" else []
@@ -156,7 +158,7 @@ def test_every_preset_composes_and_decodes():
         assert resolve(mapping, 1, data_optional=True).config.model.parameter_count() > 0
     tiny = {"bert": "bert_tiny", "xlnet": "xlnet_tiny", "seq2seq": "bart_tiny"}
     told = {objective: family for family, objectives in OBJECTIVES.items() for objective in objectives}
-    assert set(told) == set(cli.group_options("objective"))
+    assert set(told) == set(group_options("objective"))
     for objective, family in told.items():
         both = [f"model={tiny[family]}", f"objective={objective}"]
         mapping = compose([*both, "batch.sequence_length=96"], "plan")
@@ -164,18 +166,18 @@ def test_every_preset_composes_and_decodes():
         config = resolve(mapping, 1, data_optional=True).config.model
         assert encode(config.objective).items() >= mapping["model"]["objective"].items()
         # With a model of another family each is one line that says so.
-        given = yaml.safe_load((cli.conf_folder() / "objective" / f"{objective}.yaml").read_text())
+        given = yaml.safe_load((conf_folder() / "objective" / f"{objective}.yaml").read_text())
         for other in {*FAMILIES} - {family}:
             (problem,) = objective_problems({"family": other, "objective": given})
             assert problem.where == "objective"
             assert problem.got.startswith(f"one of {family} ({', '.join(OBJECTIVES[family])})")
-    for experiment in cli.group_options("experiment"):
+    for experiment in group_options("experiment"):
         place = [] if experiment == "mnist_cnn" else ["data.path=null"]
         mapping = compose([f"experiment={experiment}", *place], "plan")
         mapping.pop("world_size")
         resolve(mapping, 1, data_optional=True)
     for group in ("optimizer", "schedule", "precision", "cluster"):
-        for option in cli.group_options(group):
+        for option in group_options(group):
             device = "cuda" if option == "fp16" else "cpu"
             mapping = compose([f"{group}={option}", f"device={device}"], "plan")
             mapping.pop("world_size")
@@ -184,7 +186,7 @@ def test_every_preset_composes_and_decodes():
 
 def test_help_answers_without_torch():
     code = (
-        "import sys; from llmtrain import cli; cli.usage();"
+        "import sys; from llmtrain.cli import main; main.usage(); main.second_usage('data');"
         "sys.exit(bool({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -192,8 +194,8 @@ def test_help_answers_without_torch():
 
 def test_plan_needs_no_torch():
     code = (
-        "import sys; from llmtrain import cli;"
-        "code = cli.run_verb('plan', ['model=llama3_8b', 'world_size=64', 'parallel.zero=3',"
+        "import sys; from llmtrain.cli.main import run_verb;"
+        "code = run_verb('plan', ['model=llama3_8b', 'world_size=64', 'parallel.zero=3',"
         "'precision=bf16', 'cluster=h100_80g', 'batch.global_size=64', 'batch.micro_size=1']);"
         "sys.exit(code or bool({'torch', 'deepspeed'} & set(sys.modules)))"
     )
@@ -282,7 +284,7 @@ def test_a_crash_is_told_as_it_is_and_other_jobs_of_its_sweep_run(
         if mapping["seed"] == 2:
             raise RuntimeError("out of order")
 
-    monkeypatch.setattr(cli, "_runner", lambda verb: run)
+    monkeypatch.setattr(verbs, "runner", lambda name: run)
     with pytest.raises(RuntimeError, match="out of order"):
         cli.run_verb("plan", ["--multirun", "seed=1,2,3"])
     assert ran == [1, 2, 3]
