@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from llmtrain.errors import ConfigError, Problem, nearest
 
@@ -62,14 +62,30 @@ def _decoded(cls: type[T], mapping: Mapping[str, Any], reading: _Reading) -> T:
     return typing.cast(T, value)
 
 
-def leaves(hint: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of each value that a config of this type holds, in every form that its sections may
-    have. `*` stands for a name that a mapping leaves open."""
+MAY_BE_EMPTY = "may_be_empty"
+"""Marker, in a field's metadata, of a text that may have no character; other texts are paths and names."""
+
+NO_MARKERS: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class Leaf(NamedTuple):
+    """A value that a config holds."""
+
+    key: str
+    """Dotted; `*` stands for a name that a mapping leaves open."""
+    hint: Any
+    """Its type."""
+    markers: Mapping[str, Any]
+    """The metadata of its field."""
+
+
+def leaves(hint: Any, key: str = "", markers: Mapping[str, Any] = NO_MARKERS) -> Iterator[Leaf]:
+    """Yield each value that a config of this type holds, in every form that its sections may have."""
     arguments = typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         hints = _type_hints(typing.cast(type, hint))
         for field in dataclasses.fields(hint):
-            yield from leaves(hints[field.name], _join(key, field.name))
+            yield from leaves(hints[field.name], _join(key, field.name), field.metadata)
     elif typing.get_origin(hint) in _MAPPINGS:
         yield from leaves(arguments[1], _join(key, "*"))
     elif typing.get_origin(hint) in _UNIONS and any(map(_is_section, arguments)):
@@ -79,7 +95,7 @@ def leaves(hint: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         for kind in kinds:
             yield from leaves(kind, key)
     else:
-        yield key, hint
+        yield Leaf(key, hint, markers)
 
 
 def kinds_of(hint: Any) -> list[type]:

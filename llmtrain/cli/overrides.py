@@ -1,104 +1,77 @@
-"""Overrides as a person types them, and as Hydra has to be given them for llmtrain to get just that.
+"""Quote overrides for Hydra, so that keys that hold text get it exactly as the user typed it.
 
-Hydra's grammar has a meaning for `=`, `,`, brackets and more. Keys that hold text, by the type that the
-verb's configuration gives them, hold it as it was typed.
+Hydra's grammar gives `=`, `,`, brackets and more a meaning. Which keys hold text follows from the types of
+the fields of the verb's configuration.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config import leaves
+from llmtrain.cli.verbs import config_types
+from llmtrain.config import MAY_BE_EMPTY, leaves
 from llmtrain.errors import ConfigError, Problem
-
-CONFIGS = {
-    "prepare": "llmtrain.prepare.config:PrepareConfig",
-    "train": "llmtrain.train.config:TrainConfig",
-    "plan": "llmtrain.train.config:TrainConfig",
-    "evaluate": "llmtrain.commands.evaluate:EvaluateConfig",
-    "generate": "llmtrain.commands.generate:GenerateCommandConfig",
-    "import": "llmtrain.commands.import_:ImportConfig",
-    "export": "llmtrain.commands.export:ExportConfig",
-    "checkpoint_verify": "llmtrain.commands.checkpoint:VerifyConfig",
-    "checkpoint_show": "llmtrain.commands.checkpoint:ShowConfig",
-    "checkpoint_diff": "llmtrain.commands.checkpoint:DiffConfig",
-    "checkpoint_export": "llmtrain.commands.export:ExportConfig",
-    "checkpoint_prune": "llmtrain.commands.checkpoint:PruneConfig",
-    "data_trace": "llmtrain.commands.data:TraceConfig",
-    "data_show": "llmtrain.commands.data_show:ShowConfig",
-    "data_digest": "llmtrain.commands.data:DigestConfig",
-}
-"""Verb → the dataclass that its composed configuration becomes."""
-
-UNTYPED = {"train": "model.path", "plan": "model.path", "checkpoint_export": "path"}
-"""Verb → a key of a path that is taken out of it before."""
-
-MAY_BE_EMPTY = {"prompt", "track.wandb.notes"}
-"""Keys of texts; all others are of paths and names."""
 
 OVERRIDE = re.compile(r"\+{0,2}[\w./@:-]+=|~[\w./@:-]+", re.ASCII)
 """key=value, +key=value, ++key=value, ~key."""
 SECTION_KEY = re.compile(r"(?!hydra\.)[\w-]+(\.[\w-]+)+=", re.ASCII)
-"""section.key=value of llmtrain's own."""
+"""section.key=value of a section of llmtrain."""
 VALUED_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"}
 VALUED_FLAGS |= {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
-"""Hydra's flags that a word may follow."""
+"""Hydra's flags that take a value."""
 PIECE = re.compile(
     r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?:,|$)|(\s*\[[^\]]*\]\s*|[^,]*)(?:,|$)""", re.DOTALL
 )
-"""One of the values between the commas of a list or sweep: quoted, or else a list or plain."""
+"""One of the comma-separated values of a list or sweep: quoted, or a list, or plain."""
 NAMED = re.compile(r"\s*([\w./-]+)\s*:(.*)", re.DOTALL | re.ASCII)
-"""name: value, of a mapping."""
+"""`name: value` in a mapping."""
 
 
 @dataclass(frozen=True)
 class TextKey:
-    """What a key of text may hold besides a text."""
+    """What a key that holds text may hold besides one text."""
 
     may_be_null: bool = False
     is_list: bool = False
     """Several texts, in brackets."""
     is_mapping: bool = False
     """Several texts by name, in braces."""
+    may_be_empty: bool = False
+    """The text may have no character; paths and names have some."""
 
 
 TextKeys = Mapping[str, TextKey]
 
 
-def config_of(verb: str) -> type:
-    """The dataclass that the verb's composed configuration becomes."""
-    module, _, name = CONFIGS[verb].partition(":")
-    config: type = getattr(importlib.import_module(module), name)
-    return config
-
-
-@cache
-def text_keys(verb: str) -> TextKeys:
-    """The verb's keys that hold paths, names and other text. `*` stands for a name that is left open."""
-    found = {UNTYPED[verb]: TextKey()} if verb in UNTYPED else {}
-    for key, hint in leaves(config_of(verb)):
-        kind = _text_kind(hint)
+def text_keys(name: str) -> TextKeys:
+    """Return the keys of the configuration `name` that hold paths, names or other text, by the types of its
+    dataclasses' fields. `*` stands for a key that the user names."""
+    found: dict[str, TextKey] = {}
+    for leaf in (leaf for config in config_types(name) for leaf in leaves(config)):
+        kind = _text_kind(leaf.hint)
         if kind is None:
             continue
-        # A section may have several forms.
-        before = found.get(key, kind)
-        found[key] = TextKey(before.may_be_null or kind.may_be_null, before.is_list or kind.is_list)
-        if key.endswith(".*"):
-            found[key.removesuffix(".*")] = TextKey(is_mapping=True)
+        # A section may be one of several dataclasses.
+        before = found.get(leaf.key, kind)
+        found[leaf.key] = TextKey(
+            may_be_null=before.may_be_null or kind.may_be_null,
+            is_list=before.is_list or kind.is_list,
+            may_be_empty=before.may_be_empty or MAY_BE_EMPTY in leaf.markers,
+        )
+        if leaf.key.endswith(".*"):
+            found[leaf.key.removesuffix(".*")] = TextKey(is_mapping=True)
     return found
 
 
 def _text_kind(hint: Any) -> TextKey | None:
-    """None for types that hold no text."""
+    """Return what a field of this type may hold; None for a type that holds no text."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         kinds = [kind for kind in map(_text_kind, arguments) if kind is not None]
@@ -111,11 +84,12 @@ def _text_kind(hint: Any) -> TextKey | None:
 
 
 def _find(keys: TextKeys, name: str) -> TextKey | None:
+    """Return the entry of a key, or that of the names below its section."""
     return keys.get(name) or keys.get(f"{name.rpartition('.')[0]}.*")
 
 
 def refuse_unusable(flags: list[str], overrides: list[str], keys: TextKeys) -> None:
-    """Raise ConfigError for words that are neither flag nor override, and for paths left empty."""
+    """Raise ConfigError for words that are neither a flag nor an override, and for empty paths and names."""
     problems = [
         Problem("override", repr(word), "key=value", "see --help for the keys")
         for before, word in zip(["", *flags], flags, strict=False)
@@ -124,7 +98,8 @@ def refuse_unusable(flags: list[str], overrides: list[str], keys: TextKeys) -> N
     for override in overrides:
         key, separator, value = override.partition("=")
         key = key.lstrip("+")
-        is_needed = _find(keys, key) is not None and key not in MAY_BE_EMPTY
+        kind = _find(keys, key)
+        is_needed = kind is not None and not kind.may_be_empty
         if separator and is_needed and value in ("", "''", '""'):
             problems.append(Problem(key, "nothing", "a path or name", f"give {key}=…"))
     if problems:
@@ -132,7 +107,7 @@ def refuse_unusable(flags: list[str], overrides: list[str], keys: TextKeys) -> N
 
 
 def refuse_unreadable(overrides: list[str]) -> None:
-    """Raise ConfigError for those that Hydra cannot read, each by its key."""
+    """Raise ConfigError with a problem for each override that Hydra cannot parse."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -154,7 +129,7 @@ def refuse_unreadable(overrides: list[str]) -> None:
 
 
 def swept_keys(overrides: list[str]) -> set[str]:
-    """The keys that have several values in a sweep."""
+    """Return the keys for which a sweep gives several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -162,11 +137,11 @@ def swept_keys(overrides: list[str]) -> set[str]:
 
 
 def quote(argument: str, keys: TextKeys, *, sweeps: bool = False) -> str:
-    """An override as Hydra has to be given it for llmtrain to get it as typed.
+    """Return an override as Hydra must get it, so that `keys` hold their text as typed.
 
-    Values of `keys` become quoted text, but for lists, mappings and null where a key may be one. Where
-    the command `sweeps`, commas part the values of a sweep, and quotes keep a value in one piece.
-    Keys of a section need no `+`: decoding knows which there are.
+    Values of `keys` are quoted, except lists, mappings and null where a key may hold one. If the command
+    `sweeps`, commas separate the values of a sweep, and quotes keep a value with commas together.
+    Keys of a section get `++`, which lets Hydra add a key; decoding then refuses unknown ones.
     """
     name, separator, value = argument.partition("=")
     prefix = "++" if SECTION_KEY.match(argument) else ""
@@ -184,7 +159,7 @@ def quote(argument: str, keys: TextKeys, *, sweeps: bool = False) -> str:
 
 
 def _pieces(text: str) -> list[tuple[str | None, str]]:
-    """Of a list's or a sweep's values each as (quoted, None) or as (None, plain)."""
+    """Return each of the comma-separated values as (quoted, "") or (None, plain)."""
     found = []
     end = 0
     while end <= len(text) and (piece := PIECE.match(text, end)):
@@ -220,18 +195,18 @@ def _quote_named(text: str) -> str:
 
 
 def _is_list(text: str) -> bool:
-    """Whether the bracket that a text begins with is closed by its last character."""
+    """Return whether the last character of the text closes the bracket that the text begins with."""
     if not (text.startswith("[") and text.endswith("]")):
         return False
     depths = list(accumulate({"[": 1, "]": -1}.get(character, 0) for character in text))
-    return 0 not in depths[:-1] or _parses(f"key={text}")  # there may be brackets within quotes
+    return 0 not in depths[:-1] or _parses(f"key={text}")  # quotes may contain brackets
 
 
 def quote_text(text: str) -> str:
-    """A text as Hydra's and OmegaConf's grammars say it."""
-    # OmegaConf resolves ${…} unless a backslash stands before it; backslashes before that are doubled.
+    """Return the text quoted for the grammars of Hydra and OmegaConf."""
+    # OmegaConf resolves ${…} unless a backslash precedes it; further backslashes before it are doubled.
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    # Within quotes Hydra's grammar unescapes only backslashes that stand before a quote.
+    # Within quotes Hydra unescapes only backslashes that precede a quote.
     text = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", text)
     text = re.sub(r"(\\+)$", lambda match: match[1] * 2, text)
     return f"'{text}'"

@@ -271,6 +271,13 @@ def _distance(readers: tuple[Reader, Reader], kind: str, name: str, shape: tuple
 # export
 
 
+@dataclass(frozen=True)
+class ExportKeys:
+    """The key that `llmtrain checkpoint export` has in place of `checkpoint`."""
+
+    path: Path
+
+
 def export(mapping: Mapping[str, Any]) -> None:
     """As `llmtrain export`, whose key `checkpoint` is the path here."""
     from llmtrain.commands import export as whole

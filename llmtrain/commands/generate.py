@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import files
-from llmtrain.config import decode, encode
+from llmtrain.config import MAY_BE_EMPTY, decode, encode
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
 from llmtrain.files import at_home
@@ -33,7 +33,7 @@ class GenerateCommandConfig:
     """A run folder, a checkpoint folder or an exported folder."""
     generate: GenerateConfig
     parallel: SharingConfig = field(default_factory=SharingConfig)
-    prompt: tuple[str, ...] = ("",)
+    prompt: tuple[str, ...] = field(default=("",), metadata={MAY_BE_EMPTY: True})
     """A text, or a list of texts."""
     prompt_file: Path | None = None
     """A file with one prompt a line, in place of `prompt`."""

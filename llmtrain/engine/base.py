@@ -26,7 +26,8 @@ from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.optimizers import Shapes, build_optimizer
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision
+from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.materialize import Source
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Box, Shard

@@ -15,7 +15,8 @@ from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel import upstream
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision
+from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Shard
 

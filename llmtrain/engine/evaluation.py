@@ -12,7 +12,7 @@ from llmtrain.data.loader import MicroBatch
 from llmtrain.distributed import processes
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
 from llmtrain.objectives.base import Batch, Objective, Terms
-from llmtrain.parallel.layout import Precision
+from llmtrain.parallel.config import Precision
 
 
 @dataclass(frozen=True)

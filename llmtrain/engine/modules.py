@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmtrain.objectives.base import Batch, Objective
-from llmtrain.parallel.layout import Precision
+from llmtrain.parallel.config import Precision
 
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

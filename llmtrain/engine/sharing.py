@@ -11,8 +11,9 @@ from llmtrain.distributed import launcher
 from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.nn.model_config import ModelConfig
-from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
+from llmtrain.parallel.config import BatchConfig, ParallelConfig
 from llmtrain.parallel.model_shape import shape_of
+from llmtrain.parallel.planning import plan_layout
 
 if TYPE_CHECKING:
     import torch

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
+from llmtrain.nn import attention_choice
+from llmtrain.nn.attention_choice import AttentionCall, DropoutMask, Kernel, choose_kernel
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
 from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 
-ATTENTION_BLOCK = 128
-LONGEST_BLOCKWISE = 2048
-"""As in nn/attention.py; a test compares."""
 LOGITS_PER_CHUNK = 2**23
 """As in nn/head.py; a test compares."""
 
@@ -211,7 +210,7 @@ class TransformerToken:
         if model.qk_norm_over == "all_heads":
             return 2 * fp32 + 8
         inputs = queries * model.head_width * compute
-        if on_cpu and self.layout.sequence_length <= LONGEST_BLOCKWISE:
+        if on_cpu and self.layout.sequence_length <= attention_choice.LONGEST_BLOCKWISE:
             inputs += model.qkv_width // tensor * compute
         if on_cpu:
             return (inputs if compute == 4 else fp32) + fp32 + 8 * heads
@@ -226,9 +225,9 @@ class TransformerToken:
             self.conditions.device == "cpu",
         )
         queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
-        is_blockwise = on_cpu and 1 < T <= LONGEST_BLOCKWISE and model.dropout == 0
+        kernel = self._kernel(window)
         has_cap = model.attention_softcap is not None
-        if (model.dropout > 0 and self.conditions.exact_dropout) or (has_cap and not is_blockwise):
+        if kernel == "all_scores":
             # q, k and v, the softmax (in fp32 by a GPU's autocast), dropout's mask and what it leaves, what a
             # cap makes of scores, and what the mask of documents hides.
             softmax = compute if on_cpu else self.numbers.residual
@@ -239,7 +238,7 @@ class TransformerToken:
             # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
             # mask and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)
-        if is_blockwise:
+        if kernel == "blockwise":
             # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see, and
             # slopes of a cap; short documents see fewer.
             in_view = self._keys_in_view(window) if self.causal else T
@@ -247,16 +246,26 @@ class TransformerToken:
         kept = queries + 2 * keys
         if model.positions == "rope":
             kept += queries + keys
-        if self._is_masked(window) and not self._by_document():
+        if self._is_masked(window) and kernel != "by_document":
             kept += self._mask()  # each layer turns the mask into numbers
         return kept * compute + 4 * N
 
-    def _by_document(self) -> bool:
-        """Whether a GPU, an A100 or later, attends to each document alone, without a mask."""
-        model, low_precision = self.model, self.numbers.compute == 2
-        on_gpu = self.conditions.device != "cpu"
-        has_kernel = model.head_width % 8 == 0 and model.attention_softcap is None
-        return on_gpu and low_precision and model.dropout == 0.0 and has_kernel
+    def _kernel(self, window: int | None) -> Kernel:
+        """The kernel of self-attention; a GPU is taken to be an A100 or later."""
+        model, T, on_gpu = self.model, self.layout.sequence_length, self.conditions.device != "cpu"
+        mask: DropoutMask = "sample_keys" if self.conditions.exact_dropout else "generator"
+        call = AttentionCall(
+            device=self.conditions.device,
+            num_queries=T,
+            num_keys=T,
+            causal=self.causal,
+            has_documents=self._is_masked(window),
+            dropout="none" if model.dropout == 0 else mask,
+            has_scale=model.query_pre_attn_scalar not in (None, model.head_width),
+            has_softcap=model.attention_softcap is not None,
+            runs_flash=on_gpu and self.numbers.compute == 2 and model.head_width % 8 == 0,
+        )
+        return choose_kernel(call)
 
     def linear_outputs(self) -> int:
         """What selective recomputation keeps: a row-divided layer's output is a whole summand."""
@@ -268,7 +277,7 @@ class TransformerToken:
         """What recomputed blocks share: rotary tables and the masks."""
         rotary = 4 * self.model.rotary_width if self.model.positions == "rope" else 0
         tables = 1 if self.model.local_rope_theta is None else 2
-        masks = 0 if self._by_document() else sum(map(self._is_masked, windows))
+        masks = sum(self._is_masked(window) and self._kernel(window) != "by_document" for window in windows)
         return tables * rotary + masks * self._mask()
 
     def _is_masked(self, window: int | None) -> bool:
@@ -282,8 +291,8 @@ class TransformerToken:
         T = self.layout.sequence_length
         window = window or T
         pairs = 0
-        for start in range(0, T, ATTENTION_BLOCK):
-            end = min(start + ATTENTION_BLOCK, T)
+        for start in range(0, T, attention_choice.BLOCK):
+            end = min(start + attention_choice.BLOCK, T)
             pairs += (end - start) * (end - max(0, start - window + 1))
         return -(-pairs // T)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmtrain.nn.attention import Documents
+from llmtrain.nn.documents import Documents
 from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.nn.rope_config import RopeScaling
 

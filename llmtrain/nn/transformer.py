@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmtrain.nn.attention import CrossDocuments, Documents, attend
+from llmtrain.nn.attention import attend
+from llmtrain.nn.documents import CrossDocuments, Documents
 from llmtrain.nn.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.nn.linear import Linear

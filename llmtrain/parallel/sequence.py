@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmtrain.nn.attention import Documents
+from llmtrain.nn.documents import Documents
 from llmtrain.nn.dropout import AttentionDropout
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.upstream import import_deepspeed

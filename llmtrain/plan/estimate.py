@@ -20,7 +20,8 @@ from llmtrain.nn.memory import Conditions
 from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision
+from llmtrain.parallel.layout import Layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.memory import GIB, Memory, Trainable, memory_per_process, start_bytes

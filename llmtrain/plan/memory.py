@@ -10,7 +10,8 @@ from llmtrain.nn.memory import Activations, Conditions, Division, ModelMemory, N
 from llmtrain.nn.model_config import ModelConfig, Row
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import stage_runs
-from llmtrain.parallel.layout import Layout, Precision
+from llmtrain.parallel.config import Precision
+from llmtrain.parallel.layout import Layout
 
 GIB = 2**30
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import MAY_BE_EMPTY, require
 from llmtrain.errors import Problem
 
 
@@ -40,7 +40,7 @@ class WandbConfig:
     """Group of runs that it is shown with; null: none."""
     tags: tuple[str, ...] = ()
     """Tags of the run."""
-    notes: str | None = None
+    notes: str | None = field(default=None, metadata={MAY_BE_EMPTY: True})
     """A description of the run; null: none."""
 
 

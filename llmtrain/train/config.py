@@ -17,7 +17,7 @@ from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.registry import OBJECTIVES
 from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
-from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision
+from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
 from llmtrain.urls import without_credentials_in

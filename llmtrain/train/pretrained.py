@@ -51,6 +51,20 @@ class Pretrained:
         ]
 
 
+@dataclass(frozen=True)
+class ModelPath:
+    """The key of the section `model` that `expand` takes out."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class PretrainedKeys:
+    """The keys of a configuration with `model=pretrained` that no other dataclass holds."""
+
+    model: ModelPath
+
+
 def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | None]:
     """The composed configuration with the model that `model.path` holds, changed as other keys of the section
     say; and where the weights are. As it is, and None, for any other model.

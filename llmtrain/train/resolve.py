@@ -19,8 +19,9 @@ from llmtrain.objectives.reading import corpora_problems, data_problems, open_da
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
 from llmtrain.optim.freezing import freeze, freeze_problems
-from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.model_shape import shape_of
+from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.pretrained import Pretrained, expand

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from llmtrain.data.datasets.packing import best_fit, count_rows
-from llmtrain.nn.attention import Documents, attend
+from llmtrain.nn.attention import attend
+from llmtrain.nn.documents import Documents
 
 SHARD_LENGTHS = np.random.default_rng(0).lognormal(5.2, 1.1, 100_000).astype(np.int64) + 1
 

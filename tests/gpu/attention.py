@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.nn import attention
-from llmtrain.nn.attention import Documents
+from llmtrain.nn import attention_kernels
+from llmtrain.nn.documents import Documents
 from tests.gpu.runs import distance, no_tf32
 from tests.gpu.table import Row, judged
 
@@ -36,14 +36,14 @@ def check(device: str, folder: Path) -> Iterator[Row]:
             torch.randn(B, heads, T, H, device=device, dtype=torch.bfloat16).requires_grad_()
             for heads in (N, key_heads, key_heads)
         )
-        if device == "cuda" and attention._varlen_kernel(q, k, v) is None:
+        if device == "cuda" and attention_kernels.document_kernel(q, k, v) is None:
             yield Row("attention", f"{key_heads} key heads", "passed over", "this GPU has no such kernel")
             continue
-        kernel = attention._varlen_kernel(q, k, v) or _one_by_one
+        kernel = attention_kernels.document_kernel(q, k, v) or _one_by_one
         ids_BT = (torch.rand(B, T) < 8 / T).cumsum(1).to(device)
         for causal, window in ((True, None), (True, T // 8), (False, None)):
             documents = Documents(ids_BT, causal=causal, window=window)
-            found = attention._attend_by_document(kernel, q, k, v, documents)
+            found = attention_kernels.attend_by_document(kernel, q, k, v, documents)
             expected = _masked(*(x.float() for x in (q, k, v)), documents.mask)
             weight = torch.randn_like(expected)
             ours = torch.autograd.grad((found.float() * weight).sum(), (q, k, v))

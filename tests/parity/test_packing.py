@@ -19,7 +19,7 @@ from torch import Tensor
 from llmtrain.corpus.corpus import Corpus, TokenSplit
 from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.models.gpt.model import GPT
-from llmtrain.nn import attention
+from llmtrain.nn import attention_choice
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.causal_lm import CausalLM
@@ -45,7 +45,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 32)
+    monkeypatch.setattr(attention_choice, "BLOCK", 32)
 
 
 @pytest.fixture(scope="module")

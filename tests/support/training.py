@@ -26,7 +26,7 @@ def compose(overrides: Sequence[str], verb: str = "train") -> dict[str, Any]:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from llmtrain.cli.main import conf_folder
+    from llmtrain.cli.explain import conf_folder
     from llmtrain.cli.overrides import quote, text_keys
 
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):

@@ -30,7 +30,7 @@ def takes_null(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
 
-OPTIONAL = {(key, hint) for config in CONFIGS for key, hint in leaves(config) if takes_null(hint)}
+OPTIONAL = {(leaf.key, leaf.hint) for config in CONFIGS for leaf in leaves(config) if takes_null(leaf.hint)}
 
 
 @pytest.mark.parametrize(("key", "hint"), sorted(OPTIONAL, key=str), ids=lambda value: str(value)[:40])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.cli.main import DOES_MORE_THAN_PRINT, SECOND_VERBS, VERBS
+from llmtrain.cli.verbs import DOES_MORE_THAN_PRINT, SECOND_VERBS, VERBS
 from llmtrain.standard_streams import PIPE_CLOSED, OutputLost, _Stream
 from tests.support.training import REPOSITORY, TINY_GPT
 

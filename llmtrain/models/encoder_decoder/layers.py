@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.nn.attention import CrossDocuments
+from llmtrain.nn.documents import CrossDocuments
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.transformer import (

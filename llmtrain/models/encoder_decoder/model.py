@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.layers import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
-from llmtrain.nn.attention import CrossDocuments, Documents
+from llmtrain.nn.documents import CrossDocuments, Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.models.gpt.config import GPTConfig
-from llmtrain.nn.attention import Documents
+from llmtrain.nn.documents import Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from llmtrain.cli import main as cli
+from llmtrain.cli import verbs
+from llmtrain.cli.explain import conf_folder, group_options
 from llmtrain.config import encode
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError
@@ -154,7 +156,7 @@ def test_the_command_is_remembered_as_typed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_preset_composes_and_decodes():
-    models = [model for model in cli.group_options("model") if model != "pretrained"]  # that needs a folder
+    models = [model for model in group_options("model") if model != "pretrained"]  # that needs a folder
     assert len(models) >= 14
     for model in models:
         data = ["data=mnist"] if model == "simple_cnn" else []
@@ -168,8 +170,8 @@ def test_every_preset_composes_and_decodes():
         "decoder": "gpt_tiny",
         "classifier": "simple_cnn",
     }
-    for option in cli.group_options("objective"):
-        given = yaml.safe_load((cli.conf_folder() / "objective" / f"{option}.yaml").read_text())
+    for option in group_options("objective"):
+        given = yaml.safe_load((conf_folder() / "objective" / f"{option}.yaml").read_text())
         (kind,) = objective_config_type(given).teaches
         data = ["data=mnist"] if kind == "classifier" else []
         for other, model in tiny.items():
@@ -183,13 +185,13 @@ def test_every_preset_composes_and_decodes():
             with pytest.raises(ConfigError) as refusal:
                 resolve(mapping, 1, data_optional=True)
             assert [problem.where for problem in refusal.value.problems] == ["objective"]
-    for experiment in cli.group_options("experiment"):
+    for experiment in group_options("experiment"):
         place = [] if experiment == "mnist_cnn" else ["data.path=null"]
         mapping = compose([f"experiment={experiment}", *place], "plan")
         mapping.pop("world_size")
         resolve(mapping, 1, data_optional=True)
     for group in ("optimizer", "schedule", "precision", "cluster"):
-        for option in cli.group_options(group):
+        for option in group_options(group):
             device = "cuda" if option == "fp16" else "cpu"
             mapping = compose([f"{group}={option}", f"device={device}"], "plan")
             mapping.pop("world_size")
@@ -198,7 +200,7 @@ def test_every_preset_composes_and_decodes():
 
 def test_help_answers_without_torch():
     code = (
-        "import sys; from llmtrain.cli import main as cli; cli.usage();"
+        "import sys; from llmtrain.cli import main; main.usage(); main.second_usage('data');"
         "sys.exit(bool({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -206,8 +208,8 @@ def test_help_answers_without_torch():
 
 def test_plan_needs_no_torch():
     code = (
-        "import sys; from llmtrain.cli import main as cli;"
-        "code = cli.run_verb('plan', ['model=llama3_8b', 'world_size=64', 'parallel.zero=3',"
+        "import sys; from llmtrain.cli.main import run_verb;"
+        "code = run_verb('plan', ['model=llama3_8b', 'world_size=64', 'parallel.zero=3',"
         "'precision=bf16', 'cluster=h100_80g', 'batch.global_size=64', 'batch.micro_size=1']);"
         "sys.exit(code or bool({'torch', 'deepspeed'} & set(sys.modules)))"
     )
@@ -296,7 +298,7 @@ def test_a_crash_is_told_as_it_is_and_other_jobs_of_its_sweep_run(
         if mapping["seed"] == 2:
             raise RuntimeError("out of order")
 
-    monkeypatch.setattr(cli, "_runner", lambda verb: run)
+    monkeypatch.setattr(verbs, "runner", lambda name: run)
     with pytest.raises(RuntimeError, match="out of order"):
         cli.run_verb("plan", ["--multirun", "seed=1,2,3"])
     assert ran == [1, 2, 3]

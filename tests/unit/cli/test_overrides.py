@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from llmtrain.cli import main as cli
-from llmtrain.cli.overrides import CONFIGS, UNTYPED, TextKey, quote, text_keys
+from llmtrain.cli.explain import conf_folder
+from llmtrain.cli.overrides import TextKey, TextKeys, quote, text_keys
+from llmtrain.cli.verbs import CONFIGS, SECOND_VERBS, VERBS, config_types
+from llmtrain.config import MAY_BE_EMPTY, leaves
 from tests.support.training import compose
 
 TEXTS = (
@@ -90,23 +94,69 @@ def test_no_text_of_the_yaml_is_forgotten(verb: str):
 
 
 def _words_of_literals(verb: str) -> Iterator[str]:
-    import importlib
-
-    from llmtrain.config import leaves
-
-    module, _, name = CONFIGS[verb].partition(":")
-    for _, hint in leaves(getattr(importlib.import_module(module), name)):
-        for part in (hint, *typing.get_args(hint)):
+    for leaf in (leaf for config in config_types(verb) for leaf in leaves(config)):
+        for part in (leaf.hint, *typing.get_args(leaf.hint)):
             if typing.get_origin(part) is typing.Literal:
                 yield from map(str, typing.get_args(part))
 
 
 def test_every_verb_has_its_configuration():
-    verbs = {*cli.VERBS} - {*cli.SECOND_VERBS}
-    verbs |= {f"{verb}_{second}" for verb, seconds in cli.SECOND_VERBS.items() for second in seconds}
+    verbs = {*VERBS} - {*SECOND_VERBS}
+    verbs |= {f"{verb}_{second}" for verb, seconds in SECOND_VERBS.items() for second in seconds}
     assert set(CONFIGS) == verbs
-    assert set(UNTYPED) <= verbs
-    assert {path.stem for path in cli.conf_folder().glob("*.yaml")} == verbs
+    assert {path.stem for path in conf_folder().glob("*.yaml")} == verbs
+
+
+def test_texts_that_may_be_empty_are_marked_beside_their_fields():
+    may_be_empty = {key for verb in CONFIGS for key, kind in text_keys(verb).items() if kind.may_be_empty}
+    assert may_be_empty == {"prompt", "track.wandb.notes"}
+
+
+def test_keys_are_found_from_the_types_of_their_fields():
+    """Text in each form that a field may give it; numbers and words of a few are left to Hydra's grammar."""
+    found = _keys_of(Example)
+    assert found == {
+        "name": TextKey(),
+        "folder": TextKey(may_be_null=True),
+        "texts": TextKey(is_list=True),
+        "paths": TextKey(may_be_null=True, is_list=True),
+        "free": TextKey(may_be_empty=True),
+        "section.name": TextKey(may_be_null=True),
+        "named": TextKey(is_mapping=True),
+        "named.*": TextKey(),
+    }
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str | None
+
+
+@dataclass(frozen=True)
+class Numbered:
+    name: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Example:
+    name: str
+    folder: Path | None
+    texts: tuple[str, ...]
+    paths: tuple[Path, ...] | None
+    number: int | float
+    word: Literal["a", "b"]
+    numbers: tuple[int, ...]
+    section: Named | Numbered
+    named: Mapping[str, str]
+    weights: Mapping[str, float]
+    free: str = field(default="", metadata={MAY_BE_EMPTY: True})
+
+
+def _keys_of(config: type) -> TextKeys:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmtrain.cli.overrides.config_types", lambda name: [config])
+        return text_keys.__wrapped__("example")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.cli import main as cli
+from llmtrain.cli.verbs import SECOND_VERBS
 from llmtrain.commands import checkpoint as verbs
 from llmtrain.data.mixture import begin
 from tests.support.corpora import write_manifest
@@ -272,8 +273,8 @@ def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_help(capsys: pytest.CaptureFixture[str]):
     assert cli.run_verb("checkpoint", ["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {verb} PATH" in shown for verb in cli.SECOND_VERBS["checkpoint"])
-    for verb, (keys, _) in cli.SECOND_VERBS["checkpoint"].items():
+    assert all(f"\n  {verb} PATH" in shown for verb in SECOND_VERBS["checkpoint"])
+    for verb, (keys, _) in SECOND_VERBS["checkpoint"].items():
         with pytest.raises(SystemExit):  # Hydra's own
             cli.run_verb("checkpoint", [verb, "--help"])
         shown = capsys.readouterr().out

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from llmtrain.cli import main as cli
+from llmtrain.cli.verbs import SECOND_VERBS
 from tests.support.corpora import random_documents, write_corpus
 from tests.support.servers import FileServer
 from tests.support.training import TINY_GPT
@@ -319,7 +320,7 @@ def test_images_have_rows_and_no_documents(tmp_path: Path, capsys: pytest.Captur
 def test_help(capsys: pytest.CaptureFixture[str]):
     assert cli.run_verb("data", ["--help"]) == 0
     shown = capsys.readouterr().out
-    for verb, (keys, purpose) in cli.SECOND_VERBS["data"].items():
+    for verb, (keys, purpose) in SECOND_VERBS["data"].items():
         assert re.search(rf"^  {verb} {re.escape(keys)} +{re.escape(purpose)}$", shown, re.MULTILINE)
         with pytest.raises(SystemExit):  # Hydra's own
             cli.run_verb("data", [verb, "--help"])

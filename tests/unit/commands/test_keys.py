@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.cli import main
-from llmtrain.cli.overrides import CONFIGS, config_of
+from llmtrain.cli.explain import print_keys
+from llmtrain.cli.verbs import CONFIGS, config_types
 from llmtrain.commands.keys import type_words
 from llmtrain.config import leaves
 from tests.support.training import REPOSITORY
@@ -22,13 +22,13 @@ def page() -> str:
 
 
 def test_the_page_is_what_the_command_prints(page: str, capsys: pytest.CaptureFixture[str]):
-    assert main.print_keys([]) == 0
+    assert print_keys([]) == 0
     assert capsys.readouterr().out == page, "run: llmtrain keys > conf/README.md"
 
 
 def test_every_key_of_every_verb_has_a_row_with_a_meaning(page: str):
     meanings = {key: meaning for key, _, _, meaning in ROW.findall(page)}
-    keys = {key for verb in CONFIGS for key, _ in leaves(config_of(verb))}
+    keys = {leaf.key for verb in CONFIGS for config in config_types(verb) for leaf in leaves(config)}
     # Names that a mapping leaves open.
     keys = {key.removesuffix(".*") for key in keys}
     assert keys <= set(meanings), sorted(keys - set(meanings))
@@ -72,7 +72,7 @@ def test_types_in_words(hint: object, words: str):
 
 
 def test_a_word_behind_it_is_refused(capsys: pytest.CaptureFixture[str]):
-    assert main.print_keys(["optimizer"]) == 2
+    assert print_keys(["optimizer"]) == 2
     assert capsys.readouterr().err.startswith(
         "llmtrain: error: llmtrain keys: got 'optimizer'; allowed: nothing"
     )

@@ -12,7 +12,8 @@ from llmtrain.engine.base import NonFiniteError, dropout_seed, total_norm
 from llmtrain.engine.local import LocalEngine
 from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.layout import BatchConfig, ParallelConfig, plan_layout
+from llmtrain.parallel.config import BatchConfig, ParallelConfig
+from llmtrain.parallel.planning import plan_layout
 from tests.support.engines import whole_setup
 
 VOCAB = 11

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.model import EncoderDecoder, sinusoids
-from llmtrain.nn import attention
+from llmtrain.nn import attention_choice
 from llmtrain.nn.dropout import Dropout, sample_keys
 from llmtrain.nn.initialize import initialize, match_initializers
 from llmtrain.nn.labels import IGNORE_INDEX
@@ -58,7 +58,7 @@ EACH = pytest.mark.parametrize("form", FORMS)
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention_choice, "BLOCK", 4)
 
 
 def make(config: Seq2SeqConfig) -> EncoderDecoder:
@@ -115,7 +115,7 @@ def test_counts_names_and_initializers_agree(form: str) -> None:
 @pytest.mark.parametrize("blockwise", [True, False])
 def test_packed_pairs_are_as_each_alone(form: str, blockwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not blockwise:
-        monkeypatch.setattr(attention, "LONGEST", 0)
+        monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", 0)
     model = make(FORMS[form])
     row = packed(PAIRS)
     alone = [model(target[None], sources_BS=source[None])[0] for source, target in PAIRS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
-from llmtrain.nn import attention, upstream
-from llmtrain.nn.attention import Documents, attend
+from llmtrain.nn import attention, attention_choice, attention_kernels, upstream
+from llmtrain.nn.attention import attend
+from llmtrain.nn.attention_choice import AttentionCall, Kernel, choose_kernel
+from llmtrain.nn.documents import Documents
 from llmtrain.nn.dropout import AttentionDropout
 from llmtrain.nn.initialize import initialize
 
@@ -22,7 +25,7 @@ B, K, G, H = 2, 2, 2, 8
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(attention_choice, "BLOCK", 16)
 
 
 def ids_of(*rows: list[int]) -> Tensor:
@@ -106,7 +109,7 @@ def test_documents_of_any_lengths_equal_torch(rows: tuple[list[int], ...], causa
 def test_window(window: int, way: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradients, in each way that attention goes, against torch's with a dense mask."""
     if way == "mask":
-        monkeypatch.setattr(attention, "LONGEST", 40)
+        monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", 40)
     T, first = 50, 30 if way == "cache" else 0
     ids_BT = random_ids(T) if packed else torch.zeros(B, T, dtype=torch.long)
     places_T = torch.arange(T)
@@ -135,7 +138,7 @@ def test_soft_caps(way: str, scale: float | None, monkeypatch: pytest.MonkeyPatc
     """Gemma 2's scores, over packed documents, with a window and grouped queries."""
     T, window, cap = 50, 9, 1.5
     ids_BT = random_ids(T)
-    monkeypatch.setattr(attention, "LONGEST", T if way == "blocks" else T - 1)
+    monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", T if way == "blocks" else T - 1)
     dropout = AttentionDropout(0.0, 0, torch.arange(B)) if way == "dropout of 0" else None
     generator = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(B, heads, T, H, generator=generator).requires_grad_() for heads in (K * G, K, K))
@@ -220,15 +223,62 @@ def test_without_gradients_nothing_is_kept() -> None:
     torch.testing.assert_close(y, F.scaled_dot_product_attention(q, q, q, is_causal=True))
 
 
-def test_beyond_the_longest_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "LONGEST", 20)
-    blockwise = []
-    monkeypatch.setattr(attention._BlockwiseAttention, "apply", lambda *a: blockwise.append(a) or a[0])
-    q = torch.randn(B, K, 21, H)
-    torch.testing.assert_close(attend(q, q, q), F.scaled_dot_product_attention(q, q, q, is_causal=True))
-    assert not blockwise
-    attend(q[:, :, :20], q[:, :, :20], q[:, :, :20])
-    assert len(blockwise) == 1
+CPU, GPU = AttentionCall("cpu", 50, 50), AttentionCall("cuda", 50, 50)
+PACKED = replace(GPU, has_documents=True, runs_flash=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "kernel"),
+    [
+        (CPU, "blockwise"),
+        (replace(CPU, has_documents=True, has_bias=True, has_scale=True, has_softcap=True), "blockwise"),
+        (replace(CPU, num_queries=2048, num_keys=2048), "blockwise"),
+        (replace(CPU, num_queries=2049, num_keys=2049), "torch"),
+        (replace(CPU, num_queries=2049, num_keys=2049, has_softcap=True), "all_scores"),
+        (replace(CPU, num_queries=1), "torch"),
+        (replace(CPU, num_queries=7), "torch"),
+        (replace(CPU, num_queries=7, causal=False), "blockwise"),
+        (replace(CPU, num_keys=2049, causal=False), "torch"),
+        (replace(CPU, dropout="generator"), "torch"),
+        (replace(CPU, dropout="sample_keys"), "all_scores"),
+        (replace(CPU, dropout="generator", has_softcap=True), "all_scores"),
+        (GPU, "torch"),
+        (replace(GPU, has_documents=True), "torch"),
+        (replace(GPU, has_bias=True, has_scale=True), "torch"),
+        (replace(GPU, has_softcap=True), "all_scores"),
+        (replace(GPU, dropout="sample_keys"), "all_scores"),
+        (PACKED, "by_document"),
+        (replace(PACKED, num_queries=4096, num_keys=4096, causal=False), "by_document"),
+        (replace(PACKED, has_scale=True), "torch"),
+        (replace(PACKED, has_bias=True), "torch"),
+        (replace(PACKED, dropout="generator"), "torch"),
+        (replace(PACKED, dropout="sample_keys"), "all_scores"),
+        (replace(PACKED, has_softcap=True), "all_scores"),
+    ],
+)
+def test_the_kernel_of_each_call(call: AttentionCall, kernel: Kernel) -> None:
+    assert choose_kernel(call) == kernel
+
+
+def test_calls_are_computed_by_the_chosen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides is read off the tensors and settings of the call."""
+    calls: list[AttentionCall] = []
+    monkeypatch.setattr(attention, "choose_kernel", lambda call: calls.append(call) or choose_kernel(call))
+    q, k = torch.randn(B, K, 7, H), torch.randn(B, K, 21, H)
+    expected = F.scaled_dot_product_attention(q, k, k)
+    for longest in (20, 21):
+        monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", longest)
+        torch.testing.assert_close(attend(q, k, k, causal=False), expected)
+    attend(k, k, k, documents=Documents(random_ids(21)), dropout=AttentionDropout(0.1, 0, torch.arange(B)))
+    attend(k, k, k, dropout=AttentionDropout(0.1, 0, None), softcap=2.0, scale=0.3, window=5)
+    both_ways = AttentionCall("cpu", 7, 21, causal=False)
+    whole = AttentionCall("cpu", 21, 21, has_documents=True)
+    assert calls == [
+        both_ways,
+        both_ways,
+        replace(whole, dropout="sample_keys"),
+        replace(whole, dropout="generator", has_softcap=True, has_scale=True),
+    ]
 
 
 def test_dropout() -> None:
@@ -289,7 +339,7 @@ class OneByOne:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> OneByOne:
     """A kernel in the place of the GPU's, which no test can run."""
     one_by_one = OneByOne()
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda q, k, v: one_by_one)
+    monkeypatch.setattr(attention_kernels, "document_kernel", lambda q, k, v: one_by_one)
     return one_by_one
 
 
@@ -340,7 +390,7 @@ def test_all_layers_of_a_forward_share_the_borders(monkeypatch: pytest.MonkeyPat
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     expected, kernel = loss_and_gradients(), OneByOne()
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda q, k, v: kernel)
+    monkeypatch.setattr(attention_kernels, "document_kernel", lambda q, k, v: kernel)
     for a, b in zip(loss_and_gradients(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert len(kernel.borders) == 3
@@ -355,8 +405,8 @@ def test_an_older_kernel_gets_keys_for_each_query() -> None:
     def older(q: Tensor, k: Tensor, v: Tensor, *borders: Any, window_size: tuple[int, int]) -> Tensor:
         return OneByOne()(q, k, v, *borders, window_size=window_size, enable_gqa=False)
 
-    found = attention._attend_by_document(upstream._repeating_heads(older), q, k, v, documents)
-    torch.testing.assert_close(found, attention._attend_by_document(OneByOne(), q, k, v, documents))
+    found = attention_kernels.attend_by_document(upstream._repeating_heads(older), q, k, v, documents)
+    torch.testing.assert_close(found, attention_kernels.attend_by_document(OneByOne(), q, k, v, documents))
 
 
 def test_torchs_kernel_takes_what_it_is_given() -> None:
@@ -367,7 +417,7 @@ def test_torchs_kernel_takes_what_it_is_given() -> None:
     )
     kernel = upstream.varlen_kernel()
     assert kernel
-    y = attention._attend_by_document(kernel, q, k, v, Documents(random_ids(50)))
+    y = attention_kernels.attend_by_document(kernel, q, k, v, Documents(random_ids(50)))
     assert (y.shape, y.dtype) == (q.shape, q.dtype)
     assert y.transpose(1, 2).is_contiguous()
     gradients = torch.autograd.grad(y, (q, k, v), torch.empty_like(y))

@@ -12,7 +12,7 @@ from llmtrain.config import decode
 from llmtrain.errors import ConfigError
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
-from llmtrain.nn.attention import Documents
+from llmtrain.nn.documents import Documents
 from llmtrain.nn.rope_config import RopeScaling
 from llmtrain.nn.rotary import rotary_tables, rotate
 

@@ -7,15 +7,10 @@ from hypothesis import strategies as st
 
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.parallel.layout import (
-    BatchConfig,
-    Coordinates,
-    Layout,
-    ParallelConfig,
-    nearest_global_sizes,
-    nearest_micro_sizes,
-    plan_layout,
-)
+from llmtrain.parallel.config import BatchConfig, ParallelConfig
+from llmtrain.parallel.layout import Coordinates, Layout
+from llmtrain.parallel.nearest import nearest_global_sizes, nearest_micro_sizes
+from llmtrain.parallel.planning import plan_layout
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -85,7 +80,7 @@ def test_nearest_sizes_are_named() -> None:
     (problem,) = refusals(batch=BatchConfig(12, 5, 8), world_size=2)
     assert str(problem) == (
         "batch.global_size: got 12 with micro_size 5 on 2 data-parallel processes; allowed: a multiple of "
-        "micro_size · data = 10, so that every replica takes whole micro-batches; "
+        "micro_size · data = 10, so that every replica gets whole micro-batches; "
         "nearest: batch.micro_size 2, 3, 6 or batch.global_size 10, 20"
     )
 

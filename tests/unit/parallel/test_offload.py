@@ -11,7 +11,9 @@ import pytest
 
 from llmtrain.distributed import toolchain
 from llmtrain.errors import UserError
-from llmtrain.parallel.layout import BatchConfig, Layout, ParallelConfig, plan_layout
+from llmtrain.parallel.config import BatchConfig, ParallelConfig
+from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.planning import plan_layout
 from llmtrain.train.resolve import resolve
 from tests.support.training import compose
 
@@ -39,7 +41,7 @@ CASES = [
         ("parallel.offload_optimizer=cpu", "parallel.zero=1", "parallel.pipeline=2"),
         2,
         "parallel.offload_optimizer:",
-        "none in a pipeline",
+        "none with pipeline parallelism",
         "parallel.pipeline=1",
     ),
     *[
@@ -57,7 +59,7 @@ CASES = [
         ("optimizer.implementation=deepspeed", "parallel.zero=1"),
         2,
         "optimizer.implementation:",
-        "steps weights in host memory",
+        "updates weights in host memory",
         "parallel.offload_optimizer=cpu",
     ),
     (("parallel.quantized_weights=true", "parallel.zero=3"), 2, "quantized_weights:", "on a cpu", "=false"),
@@ -72,21 +74,21 @@ CASES = [
         ("cluster=h100_80g", "parallel.quantized_weights=true", "parallel.zero=2"),
         2,
         "parallel.quantized_weights:",
-        "ZeRO 3 alone",
+        "only ZeRO 3 gathers",
         "zero=3",
     ),
     (
         (*ON_GPUS, "parallel.quantized_gradients=true", "precision=bf16"),
         2,
         "parallel.quantized_gradients:",
-        "reads gradients as fp16",
+        "reads the gradients as fp16",
         "precision=fp16",
     ),
     (
         (*ON_GPUS, "parallel.quantized_gradients=true", "precision=fp16", "parallel.tensor=2"),
         2,
         "parallel.quantized_gradients:",
-        "as if each were a replica",
+        "as if each were a data-parallel replica",
         "parallel.tensor=1",
     ),
     (
@@ -114,7 +116,7 @@ CASES = [
         ("parallel.hierarchical_partition=2", "parallel.zero=3", "parallel.tensor=2"),
         4,
         "parallel.hierarchical_partition:",
-        "takes neighbours for replicas",
+        "assumes that neighbouring processes are",
         "parallel.tensor=1",
     ),
 ]
@@ -225,7 +227,7 @@ def test_what_is_asked_for_reaches_deepspeed() -> None:
 
 def test_answers_without_torch() -> None:
     code = (
-        "import sys; from llmtrain.parallel.layout import *; "
+        "import sys; from llmtrain.parallel.config import *; from llmtrain.parallel.planning import *; "
         "plan_layout(ParallelConfig(zero=1, offload_optimizer='cpu'), BatchConfig(8, 2, 16), world_size=1, "
         "engine='deepspeed', precision='fp32', device='cpu', implementation='deepspeed'); "
         "assert 'torch' not in sys.modules"

@@ -16,7 +16,7 @@ from llmtrain.config import decode
 from llmtrain.errors import ConfigError
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
-from llmtrain.nn import attention
+from llmtrain.nn.attention_blocks import BlockwiseAttention
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.recompute_config import RecomputeConfig
@@ -152,7 +152,7 @@ def test_nothing_is_recomputed_without_gradients_or_with_a_cache(mode: str) -> N
 def test_attention_keeps_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own autograd function saves probabilities; recomputed, they are not there between the passes."""
     alive: list[Any] = []
-    original = attention._BlockwiseAttention.forward
+    original = BlockwiseAttention.forward
 
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         y = original(ctx, *arguments)
@@ -161,7 +161,7 @@ def test_attention_keeps_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
         )
         return y
 
-    monkeypatch.setattr(attention._BlockwiseAttention, "forward", staticmethod(forward))
+    monkeypatch.setattr(BlockwiseAttention, "forward", staticmethod(forward))
     for name, expected in (("none", 3 * 5), (mode, 0)):
         alive.clear()
         loss = built(GPT2_FORM, name)(**inputs())

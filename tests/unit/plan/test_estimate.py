@@ -17,7 +17,8 @@ from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.parallel.layout import BatchConfig, ParallelConfig, Precision, plan_layout
+from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision
+from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.estimate import Plan, duration, estimate, gib, quantity
@@ -238,7 +239,7 @@ def test_presets_decode(path: Path) -> None:
 
 def test_neither_torch_nor_deepspeed_is_imported_and_it_is_quick() -> None:
     code = (
-        "import sys, llmtrain.plan.estimate, llmtrain.parallel.layout, llmtrain.optim.config, "
+        "import sys, llmtrain.plan.estimate, llmtrain.parallel.planning, llmtrain.optim.config, "
         "llmtrain.track.config, llmtrain.optim.schedules\n"
         "print([m for m in ('torch', 'deepspeed', 'transformers', 'wandb', 'numpy') if m in sys.modules])"
     )

@@ -26,7 +26,7 @@ from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.models.registry import family_of
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
-from llmtrain.nn import attention, head
+from llmtrain.nn import attention_choice, head
 from llmtrain.nn import memory as nn_memory
 from llmtrain.nn.initialize import initialize
 from llmtrain.nn.linear import way_of
@@ -306,8 +306,7 @@ def test_gpt_activations_of_longer_sequences(
 ) -> None:
     """200 tokens are two blocks of attention, or past the longest that is done in blocks. Documents as long
     as these leave no key out of a block: the estimate is of the most."""
-    monkeypatch.setattr(attention, "LONGEST", longest)
-    monkeypatch.setattr(nn_memory, "LONGEST_BLOCKWISE", longest)
+    monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", longest)
     config = GPTConfig(**{**form, "max_sequence_length": 200})
     model = built(GPT(config), "fp32")
     tokens_BT = torch.randint(V, (2, 200))
@@ -407,8 +406,6 @@ def test_optimizer_state(name: str, momentum: float) -> None:
 
 def test_constants_are_those_of_the_models_and_the_engine() -> None:
     assert nn_memory.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
-    assert nn_memory.ATTENTION_BLOCK == attention.BLOCK
-    assert nn_memory.LONGEST_BLOCKWISE == attention.LONGEST
     assert memory.DEEPSPEED_BUCKET_ELEMENTS == deepspeed_engine.MAX_BUCKET_ELEMENTS
     config = deepspeed_engine.deepspeed_config(
         layout(zero=3, data=4), "bf16", OptimizerConfig(), 10**12, "cuda"

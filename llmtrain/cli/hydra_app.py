@@ -1,0 +1,168 @@
+"""Compose a verb's configuration by Hydra and run the verb on it: once, or once for each job of a sweep."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrain import standard_streams
+from llmtrain.cli import verbs
+from llmtrain.cli.explain import conf_folder, explain, print_problems, second_help
+from llmtrain.cli.overrides import (
+    OVERRIDE,
+    quote,
+    quote_text,
+    refuse_unreadable,
+    refuse_unusable,
+    swept_keys,
+    text_keys,
+)
+from llmtrain.config import short
+from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError
+from llmtrain.sweeps import job_folder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HYDRA_SETTINGS = (
+    # llmtrain keeps its own run folder and logs.
+    "hydra.run.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+class _SweepInterrupted(BaseException):
+    """A job was asked to stop, which ends the sweep. Not an Exception: Hydra would keep it until the end."""
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Run the verb whose configuration is `name` with flags and overrides as typed; return the exit code.
+
+    Raises UserError for what the user can mend, in a sweep that of all jobs together. A crash of a job is
+    raised after the other jobs have run.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
+    sweeps = "hydra.mode=MULTIRUN" in overrides or any(
+        flag == "-m" or (len(flag) > 3 and "--multirun".startswith(flag)) for flag in flags
+    )
+    keys = text_keys(name) if overrides else {}
+    refuse_unusable(flags, overrides, keys)
+    quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
+    refuse_unreadable(quoted)
+    jobs = _Jobs(name, swept_keys(quoted) - {"run.dir"} if sweeps else set())
+
+    def job(config: DictConfig) -> None:  # a function, since Hydra looks at its name and file
+        jobs.run(config)
+
+    # Makes Hydra raise errors instead of printing a summary and ending the process.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    app = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(job)
+    with tempfile.TemporaryDirectory() as sweep:  # Hydra leaves a file there for each sweep
+        settings = [*HYDRA_SETTINGS, f"hydra.sweep.dir='{sweep}'"]
+        if name.partition("_")[0] in verbs.SECOND_VERBS:
+            settings.append(f"hydra.help.template={quote_text(second_help(name))}")
+        # argparse takes overrides only in one sequence, after the flags.
+        sys.argv = [f"llmtrain {name.replace('_', ' ')}", *flags, *settings, *quoted]
+        try:
+            app()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error, name)) from error
+        except _SweepInterrupted:
+            print_problems(jobs.problems)
+            return INTERRUPTED_EXIT_CODE
+    return jobs.exit_code()
+
+
+@dataclass
+class _Jobs:
+    """The jobs of one command and how they ended."""
+
+    name: str
+    """Of the configuration."""
+    swept: set[str]
+    """Keys that have several values in the sweep."""
+    codes: list[int] = field(default_factory=lambda: [0])
+    failures: list[UserError] = field(default_factory=list)
+    """Kept from Hydra, which would print lines of its own about them."""
+    crashes: list[Exception] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The problems of all failed jobs."""
+        return [problem for failure in self.failures for problem in failure.problems]
+
+    def run(self, config: DictConfig) -> None:
+        """Run one job on its composed configuration; keep its exit code, its failure or its crash."""
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra_config = HydraConfig.get()
+        is_sweep = str(hydra_config.mode).endswith("MULTIRUN")
+        try:
+            composed = self._plain(config)
+            if is_sweep and isinstance(composed.get("run"), dict):
+                # The jobs of a sweep must neither share a run folder nor resume a run of other values.
+                folder = job_folder(list(hydra_config.overrides.task), self.swept)
+                composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / folder)
+            if self.name in verbs.DOES_MORE_THAN_PRINT:
+                standard_streams.go_on_without_output()
+            self.codes.append(_run_verb(self.name, composed))
+            if is_sweep and self.codes[-1] == INTERRUPTED_EXIT_CODE:
+                raise _SweepInterrupted
+        except UserError as error:
+            if is_sweep:
+                prefix = f"job {hydra_config.job.num}: "
+                error.problems = tuple(replace(p, where=prefix + p.where) for p in error.problems)
+            self.failures.append(error)
+        except Exception as error:
+            self.crashes.append(error)
+
+    def _plain(self, config: DictConfig) -> dict[str, Any]:
+        """Return the configuration as dicts and lists. Raises ConfigError for one that cannot be resolved."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            mapping = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error, self.name)) from error
+        assert isinstance(mapping, dict)
+        composed: dict[str, Any] = {str(key): value for key, value in mapping.items()}
+        composed.pop("experiment", None)
+        return composed
+
+    def exit_code(self) -> int:
+        """Return the largest exit code; raise the first crash, or else the failures of all jobs as one."""
+        if self.crashes:
+            print_problems(self.problems)
+            raise self.crashes[0]
+        if len(self.failures) == 1:
+            raise self.failures[0]
+        if self.failures:
+            together = type(self.failures[0])(self.problems)
+            together.everywhere = all(failure.everywhere for failure in self.failures) or None
+            raise together
+        return max(self.codes)
+
+
+def _run_verb(name: str, composed: dict[str, Any]) -> int:
+    """Run the verb and return its exit code. Raises ConfigError for a path too long for the file system."""
+    try:
+        return verbs.runner(name)(composed) or 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        allowed = "at most 255 bytes between two slashes"
+        raise ConfigError(Problem(short(str(error.filename)), "a name that is too long", allowed)) from error

@@ -1,0 +1,113 @@
+"""The verbs of the command line: the module that runs each, its configuration, and its arguments.
+
+Free of Hydra and of the modules named, so that `llmtrain --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmtrain.errors import ConfigError, Problem, nearest
+
+VERBS: dict[str, tuple[str, str]] = {
+    "prepare": ("llmtrain.commands.prepare", "raw text → tokenizer and corpus"),
+    "plan": ("llmtrain.commands.plan", "will it run, will it fit, how large is a step; no GPU needed"),
+    "train": ("llmtrain.commands.train", "corpus → trained model; resumes by itself"),
+    "evaluate": ("llmtrain.commands.evaluate", "loss, perplexity and bits per byte of a trained model"),
+    "generate": ("llmtrain.commands.generate", "text from a trained language model"),
+    "import": ("llmtrain.commands.import_", "Hugging Face folder or GGUF file → checkpoint"),
+    "export": ("llmtrain.commands.export", "trained model → Hugging Face folder"),
+    "checkpoint": ("llmtrain.commands.checkpoint", "verify, show, compare, export or prune checkpoints"),
+    "data": ("llmtrain.commands.data", "which documents made a step, what they say, one hash over a run's"),
+}
+"""Verb → its module, which has a function `run(mapping)`, and what it does."""
+
+SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "checkpoint": {
+        "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
+        "show": ("PATH", "step, model, layout it was saved under, files, tensors"),
+        "diff": ("PATH OTHER", "how far two are apart, tensor by tensor; exits with 1 when they differ"),
+        "export": ("PATH", "→ Hugging Face folder output=…"),
+        "prune": ("PATH", "delete what keep_last, keep_best and keep_every do not keep"),
+    },
+    "data": {
+        "trace": ("RUN", "the documents of step=…; exits with 1 when the data have changed since"),
+        "show": ("[RUN]", "samples of step=…, or the first of data.path=…, as text"),
+        "digest": ("RUN", "one hash over what the first steps=… consumed"),
+    },
+}
+"""Verb → second verb → the keys whose values may stand as plain words before the overrides (optional ones in
+brackets), and what it does. Each has a function in the verb's module and a file conf/VERB_SECOND.yaml."""
+
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "prepare": ("llmtrain.prepare.config:PrepareConfig",),
+    "plan": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
+    "train": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
+    "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
+    "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
+    "import": ("llmtrain.commands.import_:ImportConfig",),
+    "export": ("llmtrain.commands.export:ExportConfig",),
+    "checkpoint_verify": ("llmtrain.commands.checkpoint:VerifyConfig",),
+    "checkpoint_show": ("llmtrain.commands.checkpoint:ShowConfig",),
+    "checkpoint_diff": ("llmtrain.commands.checkpoint:DiffConfig",),
+    "checkpoint_export": ("llmtrain.commands.export:ExportConfig", "llmtrain.commands.checkpoint:ExportKeys"),
+    "checkpoint_prune": ("llmtrain.commands.checkpoint:PruneConfig",),
+    "data_trace": ("llmtrain.commands.data:TraceConfig",),
+    "data_show": ("llmtrain.commands.data_show:ShowConfig",),
+    "data_digest": ("llmtrain.commands.data:DigestConfig",),
+}
+"""Name of a configuration → the dataclasses that hold its keys."""
+
+DOES_MORE_THAN_PRINT = {"prepare", "train", "import", "export", "checkpoint_export", "checkpoint_prune"}
+"""Verbs that go on when their output can no longer be written."""
+
+FOLDERS = {
+    "path": "a run folder or a checkpoint folder",
+    "other": "a run folder or a checkpoint folder",
+    "run": "a run folder",
+}
+"""Key of a plain word before the overrides → what it may be."""
+
+
+def second_verb(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the name of the configuration of `VERB SECOND PATH …`, and the arguments with `path=PATH`.
+
+    Raises ConfigError for an unknown second verb and for a missing path.
+    """
+    second, *rest = arguments
+    if second not in SECOND_VERBS[verb]:
+        known = nearest(second, list(SECOND_VERBS[verb]))
+        raise ConfigError(Problem(f"llmtrain {verb}", repr(second), known, f"see llmtrain {verb} --help"))
+    words = SECOND_VERBS[verb][second][0]
+    for key, is_needed in word_keys(words).items():
+        # A path may contain `=`; a key contains no `/`.
+        is_path = (
+            rest and not rest[0].startswith("-") and ("/" in rest[0].partition("=")[0] or "=" not in rest[0])
+        )
+        if is_path:
+            rest = [*rest[1:], f"{key}={rest[0]}"]
+        elif is_needed and not any(word.startswith((f"{key}=", "-")) for word in rest):
+            raise ConfigError(Problem(key, "nothing", FOLDERS[key], f"llmtrain {verb} {second} {words}"))
+    return f"{verb}_{second}", rest
+
+
+def word_keys(words: str) -> dict[str, bool]:
+    """Return whether each key must be given: "PATH [OTHER]" → {"path": True, "other": False}."""
+    return {word.strip("[]").lower(): not word.startswith("[") for word in words.split()}
+
+
+def runner(name: str) -> Callable[[Mapping[str, Any]], int | None]:
+    """Return the function that runs a composed configuration of this name; it may return an exit code."""
+    verb, _, function = name.partition("_")
+    return getattr(importlib.import_module(VERBS[verb][0]), function or "run")
+
+
+def config_types(name: str) -> list[type]:
+    """Return the dataclasses that hold the keys of the configuration of this name."""
+    found = []
+    for path in CONFIGS[name]:
+        module, _, cls = path.partition(":")
+        found.append(getattr(importlib.import_module(module), cls))
+    return found
