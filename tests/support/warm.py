@@ -16,7 +16,6 @@ import array
 import atexit
 import contextlib
 import ctypes
-import gc
 import importlib
 import io
 import json
@@ -226,7 +225,6 @@ def _end(code: object) -> NoReturn:
 
 if __name__ == "__main__":
     importlib.import_module("tests.support.everything")
-    gc.freeze()  # collections would touch, and so copy, every page
     sys.argv = ["llmtrain", *_serve(socket.socket(fileno=int(sys.argv[1])))]
     try:
         runpy.run_module("llmtrain", run_name="__main__", alter_sys=True)
