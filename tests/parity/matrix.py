@@ -29,9 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support import ranks
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
-from tests.support.training import REPOSITORY, TINY_GPT, Trace, train_steps
+from tests.support.training import REPOSITORY, TINY_GPT, Trace, train
 
 STEPS = 4
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
@@ -368,10 +367,10 @@ class Matrix:
     def result(self, cell: Cell) -> Deviation:
         if not self._references:
             for plain in dict.fromkeys(other.plain(self._corpus_of(other)) for other in CELLS):
-                self._references[plain] = ranks.run(1, train_steps, plain, STEPS)[0]
+                self._references[plain] = train(1, plain, STEPS)[0]
         if cell not in self._results:
             reference = self._references[cell.plain(self._corpus_of(cell))]
-            traces = ranks.run(cell.ranks, train_steps, cell.overrides(self._corpus_of(cell)), STEPS)
+            traces = train(cell.ranks, cell.overrides(self._corpus_of(cell)), STEPS)
             found = [deviation(trace, reference) for trace in traces]
             self._results[cell] = Deviation(
                 max(d.loss for d in found), max(d.norm for d in found), max(d.update for d in found)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.matrix import Tolerance, deviation
-from tests.support import ranks
-from tests.support.training import TINY_GPT, train_steps
+from tests.support.training import TINY_GPT, train
 
 STEPS = 5
 pytestmark = pytest.mark.slow
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.slow
 def test_other_optimizers_under_zero(corpus: Path, name: str):
     overrides = [*TINY_GPT, f"data.path={corpus}", "train.steps=20", "seed=7", f"optimizer={name}"]
     overrides += ["optimizer.weight_decay=0", "optimizer.lr=1e-3"]
-    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
-    for trace in ranks.run(2, train_steps, [*overrides, "parallel.zero=2"], STEPS):
+    expected = train(1, overrides, STEPS)[0]
+    for trace in train(2, [*overrides, "parallel.zero=2"], STEPS):
         assert deviation(trace, expected).within(Tolerance(1e-5, 1e-3, 0.01))
 
 
@@ -32,7 +31,7 @@ def test_images_in_bf16(zero: int):
         "batch.global_size=16",
         "batch.micro_size=4",
     ]
-    expected = ranks.run(1, train_steps, overrides, STEPS)[0]
+    expected = train(1, overrides, STEPS)[0]
     low = [*overrides, "precision=bf16", "engine=deepspeed", f"parallel.zero={zero}"]
-    for trace in ranks.run(2, train_steps, low, STEPS):
+    for trace in train(2, low, STEPS):
         assert deviation(trace, expected).within(Tolerance(2e-2, 1e-1, 0.5))

@@ -19,7 +19,7 @@ from llmtrain.parallel import toolchain
 from tests.parity.matrix import STEPS, TOLERANCES, Tolerance, deviation
 from tests.parity.test_resume import assert_bitwise_resume
 from tests.support import ranks
-from tests.support.training import TINY_GPT, Trace, train_steps
+from tests.support.training import TINY_GPT, Trace, train
 
 pytestmark = pytest.mark.slow
 
@@ -49,10 +49,7 @@ def settings(corpus: Path, *overrides: str) -> list[str]:
 def references(corpus: Path) -> dict[str, Trace]:
     """By optimizer: what one plain process computes; all at once, since pools of ranks take turns."""
     cases = {"adamw": (DROPOUT,), **OTHER_OPTIMIZERS}
-    return {
-        name: ranks.run(1, train_steps, settings(corpus, *overrides), STEPS)[0]
-        for name, overrides in cases.items()
-    }
+    return {name: train(1, settings(corpus, *overrides), STEPS)[0] for name, overrides in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +75,14 @@ def kernel() -> None:
 def test_two_ranks_equal_one_plain_process(
     corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]
 ):
-    for trace in ranks.run(2, train_steps, settings(corpus, DROPOUT, *overrides), STEPS):
+    for trace in train(2, settings(corpus, DROPOUT, *overrides), STEPS):
         assert deviation(trace, references["adamw"]).within(FP32)
 
 
 @pytest.mark.parametrize("overrides", [(ZERO_1, OPTIMIZER), (ZERO_3, OPTIMIZER, PARAMETERS)])
 def test_bf16_stays_near_fp32(corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]):
     low = settings(corpus, DROPOUT, "precision=bf16", *overrides)
-    for trace in ranks.run(2, train_steps, low, STEPS):
+    for trace in train(2, low, STEPS):
         assert deviation(trace, references["adamw"]).within(TOLERANCES["bf16"])
 
 
@@ -95,7 +92,7 @@ def test_deepspeeds_kernel_steps_as_torch_does(
     corpus: Path, references: dict[str, Trace], zero: str, name: str
 ):
     optimizer = OTHER_OPTIMIZERS.get(name, (DROPOUT,))
-    for trace in ranks.run(2, train_steps, settings(corpus, *optimizer, zero, OPTIMIZER, KERNEL), STEPS):
+    for trace in train(2, settings(corpus, *optimizer, zero, OPTIMIZER, KERNEL), STEPS):
         assert deviation(trace, references[name]).within(FP32)
 
 
@@ -103,7 +100,7 @@ def test_deepspeeds_kernel_steps_as_torch_does(
 @pytest.mark.parametrize("zero", [ZERO_2, ZERO_3])
 def test_other_optimizers(corpus: Path, references: dict[str, Trace], zero: str, name: str):
     overrides = settings(corpus, *OTHER_OPTIMIZERS[name], zero, OPTIMIZER)
-    for trace in ranks.run(2, train_steps, overrides, STEPS):
+    for trace in train(2, overrides, STEPS):
         assert deviation(trace, references[name]).within(Tolerance(1e-5, 1e-3, 0.01))
 
 
@@ -170,12 +167,12 @@ def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
         "plain": (1, ()),
     }
     for name, (size, layout) in runs.items():
-        ranks.run(size, train_steps, [*overrides, *layout], 4, str(tmp_path / name))
-    whole = ranks.run(1, train_steps, overrides, 7)[0]
+        train(size, [*overrides, *layout], 4, tmp_path / name)
+    whole = train(1, overrides, 7)[0]
     for taken_up_by, (size, layout) in reversed(runs.items()):
         for name in runs:
-            saved = str(tmp_path / name / "step-00000004")
-            trace = ranks.run(size, train_steps, [*overrides, *layout], 7, None, saved)[0]
+            saved = tmp_path / name / "step-00000004"
+            trace = train(size, [*overrides, *layout], 7, None, saved)[0]
             message = f"{name} taken up by {taken_up_by}"
             np.testing.assert_allclose(trace.losses, whole.losses[4:], rtol=1e-5, err_msg=message)
 
@@ -194,5 +191,5 @@ def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
 def test_four_ranks_equal_one_plain_process(
     corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]
 ):
-    for trace in ranks.run(4, train_steps, settings(corpus, DROPOUT, *overrides), STEPS):
+    for trace in train(4, settings(corpus, DROPOUT, *overrides), STEPS):
         assert deviation(trace, references["adamw"]).within(FP32)

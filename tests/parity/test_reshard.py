@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.parity.matrix import STEPS, T5, Cell
-from tests.support import ranks
-from tests.support.training import Trace, train_steps
+from tests.support.training import Trace, train
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +47,7 @@ PAIRS = [
 
 def run(corpus: Path, layout: str, stop: int, save_to: Path | None, resume_from: Path | None) -> Trace:
     cell = LAYOUTS[layout]
-    arguments = [None if path is None else str(path) for path in (save_to, resume_from)]
-    return ranks.run(cell.ranks, train_steps, cell.overrides(corpus), stop, *arguments)[0]
+    return train(cell.ranks, cell.overrides(corpus), stop, save_to, resume_from)[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +89,10 @@ def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], l
 def test_weights_that_several_stages_hold_go_on_elsewhere(corpus: Path, tmp_path: Path):
     """T5's biases of distances, which stand on all stages with blocks of their side."""
     saved_at, others = Cell(4, T5, pipeline=4, zero=1, micro=1), (Cell(2, T5, tensor=2), Cell(1, T5))
-    ranks.run(4, train_steps, saved_at.overrides(corpus), STEPS, str(tmp_path))
-    checkpoint = str(tmp_path / f"step-{STEPS:08d}")
-    resumed = [
-        ranks.run(cell.ranks, train_steps, cell.overrides(corpus), END, None, checkpoint)[0]
-        for cell in others
-    ]
-    whole = ranks.run(1, train_steps, others[1].overrides(corpus), END)[0]
+    train(4, saved_at.overrides(corpus), STEPS, tmp_path)
+    checkpoint = tmp_path / f"step-{STEPS:08d}"
+    resumed = [train(cell.ranks, cell.overrides(corpus), END, None, checkpoint)[0] for cell in others]
+    whole = train(1, others[1].overrides(corpus), END)[0]
     for trace in resumed:
         np.testing.assert_allclose(trace.losses, whole.losses[STEPS:], rtol=1e-5)
         np.testing.assert_allclose(trace.grad_norms, whole.grad_norms[STEPS:], rtol=1e-4)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import ranks
-from tests.support.training import TINY_GPT, train_steps
+from tests.support.training import TINY_GPT, train
 
 pytestmark = pytest.mark.slow
 
@@ -21,11 +20,11 @@ CASES = [
 
 
 def assert_bitwise_resume(size: int, overrides: list[str], folder: Path) -> None:
-    whole = ranks.run(size, train_steps, overrides, 7)[0]
-    before = ranks.run(size, train_steps, overrides, 4, str(folder))[0]
-    after = ranks.run(size, train_steps, overrides, 7, None, str(folder / "step-00000004"))[0]
-    assert before.losses + after.losses == whole.losses
-    assert before.grad_norms + after.grad_norms == whole.grad_norms
+    """A run of 7 steps that saves after the fourth equals, from there on, one that goes on from there."""
+    whole = train(size, overrides, 7, save_to=folder, save_at=4)[0]
+    after = train(size, overrides, 7, resume_from=folder / "step-00000004")[0]
+    assert after.losses == whole.losses[4:]
+    assert after.grad_norms == whole.grad_norms[4:]
     assert after.validation_loss == whole.validation_loss
     for name, expected in whole.weights.items():
         np.testing.assert_array_equal(after.weights[name], expected, err_msg=name)
