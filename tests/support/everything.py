@@ -5,8 +5,7 @@ import importlib
 import pkgutil
 
 import antlr4.LL1Analyzer  # noqa: F401
-import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the first ZeRO engine would: 2 s
+import deepspeed  # noqa: F401
 import hydra._internal.core_plugins
 import hydra.utils  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
