@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -45,29 +46,33 @@ PAIRS = [
 """(saved at, resumed at)."""
 
 
-def run(corpus: Path, layout: str, stop: int, save_to: Path | None, resume_from: Path | None) -> Trace:
-    cell = LAYOUTS[layout]
-    return train(cell.ranks, cell.overrides(corpus), stop, save_to, resume_from)[0]
+class Run(NamedTuple):
+    """A run of END steps that saved after STEPS of them."""
+
+    trace: Trace
+    checkpoint: Path
 
 
 @pytest.fixture(scope="module")
-def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Layout → a checkpoint after STEPS steps of it; by number of ranks, so that pools start once."""
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """By layout; in order of the number of ranks, so that each pool starts once."""
     root = tmp_path_factory.mktemp("saved")
-    names = sorted({origin for origin, _ in PAIRS}, key=lambda name: LAYOUTS[name].ranks)
-    for name in names:
-        run(corpus, name, STEPS, root / name, None)
-    return {name: root / name / f"step-{STEPS:08d}" for name in names}
+    made = {}
+    for name in sorted({origin for origin, _ in PAIRS}, key=lambda name: LAYOUTS[name].ranks):
+        cell = LAYOUTS[name]
+        trace = train(cell.ranks, cell.overrides(corpus), END, save_to=root / name, save_at=STEPS)[0]
+        made[name] = Run(trace, root / name / f"step-{STEPS:08d}")
+    return made
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Path, saved: dict[str, Path]) -> Trace:
-    return run(corpus, "one process", END, None, None)
+def resume(corpus: Path, layout: str, checkpoint: Path) -> Trace:
+    cell = LAYOUTS[layout]
+    return train(cell.ranks, cell.overrides(corpus), END, resume_from=checkpoint)[0]
 
 
 @pytest.mark.parametrize(("origin", "target"), sorted(PAIRS, key=lambda pair: LAYOUTS[pair[1]].ranks))
-def test_goes_on_elsewhere(corpus: Path, saved: dict[str, Path], whole: Trace, origin: str, target: str):
-    resumed = run(corpus, target, END, None, saved[origin])
+def test_goes_on_elsewhere(corpus: Path, runs: dict[str, Run], origin: str, target: str):
+    resumed, whole = resume(corpus, target, runs[origin].checkpoint), runs["one process"].trace
     np.testing.assert_allclose(resumed.losses, whole.losses[STEPS:], rtol=1e-5)
     np.testing.assert_allclose(resumed.grad_norms, whole.grad_norms[STEPS:], rtol=1e-4)
     np.testing.assert_allclose(resumed.validation_loss, whole.validation_loss, rtol=1e-5)
@@ -76,10 +81,10 @@ def test_goes_on_elsewhere(corpus: Path, saved: dict[str, Path], whole: Trace, o
 @pytest.mark.parametrize(
     "layout", ["tensor 2", "pipeline 2", "sequence 2, zero 2", "tensor 2, zero 3 of 2", "3D of 8"]
 )
-def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], layout: str):
+def test_goes_on_bit_by_bit_where_it_was(corpus: Path, runs: dict[str, Run], layout: str):
     """Data parallelism and ZeRO: see test_resume.py."""
-    never_stopped = run(corpus, layout, END, None, None)
-    resumed = run(corpus, layout, END, None, saved[layout])
+    never_stopped, checkpoint = runs[layout]
+    resumed = resume(corpus, layout, checkpoint)
     assert resumed.losses == never_stopped.losses[STEPS:]
     assert resumed.grad_norms == never_stopped.grad_norms[STEPS:]
     for name, expected in never_stopped.weights.items():

@@ -32,9 +32,23 @@ def assert_bitwise_resume(size: int, overrides: list[str], folder: Path) -> None
 
 @pytest.mark.parametrize(("size", "precision", "engine", "zero"), CASES)
 def test_bit_exact(corpus: Path, tmp_path: Path, size: int, precision: str, engine: str, zero: int):
+    assert_bitwise_resume(size, settings(corpus, precision, engine, zero), tmp_path)
+
+
+def settings(corpus: Path, precision: str, engine: str, zero: int) -> list[str]:
     overrides = [*TINY_GPT, f"data.path={corpus}", "train.steps=20", "optimizer.lr=3e-3", "model.dropout=0.1"]
-    overrides += [f"precision={precision}", f"engine={engine}", f"parallel.zero={zero}"]
-    assert_bitwise_resume(size, overrides, tmp_path)
+    return [*overrides, f"precision={precision}", f"engine={engine}", f"parallel.zero={zero}"]
+
+
+@pytest.mark.parametrize(("engine", "zero"), [("local", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_saving_changes_nothing(corpus: Path, tmp_path: Path, engine: str, zero: int):
+    overrides = settings(corpus, "bf16", engine, zero)
+    saved = train(2, overrides, 6, save_to=tmp_path, save_at=4)[0]
+    undisturbed = train(2, overrides, 6)[0]
+    assert saved.losses == undisturbed.losses
+    assert saved.grad_norms == undisturbed.grad_norms
+    for name, expected in undisturbed.weights.items():
+        np.testing.assert_array_equal(saved.weights[name], expected, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam"])
