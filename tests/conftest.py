@@ -12,6 +12,15 @@ import pytest
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-matrix",
+        action="store_true",
+        default=os.environ.get("LLMTRAIN_MATRIX") == "all",
+        help="run every cell of tests/parity/matrix.py, not this commit's part; also LLMTRAIN_MATRIX=all",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, which tell most in a minute; of several processes slow ones, so that none is left
     with a long file when the others have done."""
