@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import time_limit
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
+
+pytest_runtest_makereport = time_limit.pytest_runtest_makereport
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, which tell most in a minute; of several processes slow ones, so that none is left
     with a long file when the others have done."""
+    time_limit.check(items)
     slow_first = hasattr(config, "workerinput")
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != slow_first)
 
