@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import time_limit
+from tests.support import kernel, time_limit
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 pytest_runtest_makereport = time_limit.pytest_runtest_makereport
+os.environ.setdefault(kernel.VARIABLE, kernel.FOLDER)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

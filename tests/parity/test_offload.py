@@ -7,18 +7,15 @@ buffer of their own, norms are taken there, and the step runs over it. Tolerance
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmtrain.parallel import toolchain
 from tests.parity.matrix import STEPS, TOLERANCES, Tolerance, deviation
 from tests.parity.test_resume import assert_bitwise_resume
-from tests.support import ranks
+from tests.support import kernel, ranks
 from tests.support.training import TINY_GPT, Trace, train
 
 pytestmark = pytest.mark.slow
@@ -53,13 +50,14 @@ def references(corpus: Path) -> dict[str, Trace]:
 
 
 @pytest.fixture(scope="module")
-def kernel() -> None:
-    """DeepSpeed's CPU Adam compiled: minutes, once on a machine, which no rank's answer may take."""
-    toolchain.drop_stale_locks(toolchain.build_folder("cpu_adam").parent)
-    code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-c", code]
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=ranks.TIMEOUT_SECONDS)
+def built() -> None:
+    """DeepSpeed's CPU Adam is compiled."""
+    kernel.build()
+
+
+def uses_kernel(test: Callable[..., None]) -> Callable[..., None]:
+    compiles = pytest.mark.long("on a new machine DeepSpeed's kernel is compiled first")
+    return pytest.mark.usefixtures("built")(compiles(test))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +84,7 @@ def test_bf16_stays_near_fp32(corpus: Path, references: dict[str, Trace], overri
         assert deviation(trace, references["adamw"]).within(TOLERANCES["bf16"])
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 @pytest.mark.parametrize(("name", "zero"), [("adamw", ZERO_1), ("adamw", ZERO_3), ("adam", ZERO_2)])
 def test_deepspeeds_kernel_steps_as_torch_does(
     corpus: Path, references: dict[str, Trace], zero: str, name: str
@@ -119,7 +117,7 @@ def test_resume_is_bit_exact(corpus: Path, tmp_path: Path, overrides: tuple[str,
     assert_bitwise_resume(2, settings(corpus, DROPOUT, *overrides), tmp_path)
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 @pytest.mark.parametrize("zero", [ZERO_1, ZERO_3])
 def test_resume_is_bit_exact_in_deepspeeds_kernel(corpus: Path, tmp_path: Path, zero: str):
     assert_bitwise_resume(2, settings(corpus, zero, OPTIMIZER, KERNEL), tmp_path)
@@ -150,14 +148,14 @@ def steps_with_a_restart_before(restart: int | None) -> list[float]:
     return parameter.tolist()
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 def test_deepspeeds_kernel_remembers_nothing_but_its_state():
     whole = ranks.run(2, steps_with_a_restart_before, None)[0]
     for restart in (1, 17, 30):
         assert ranks.run(2, steps_with_a_restart_before, restart)[0] == whole
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
     """From offload to none and back, between kernels and stages: the same curve."""
     overrides = settings(corpus)
@@ -166,9 +164,10 @@ def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
         "parameters": (2, (ZERO_3, OPTIMIZER, PARAMETERS)),
         "plain": (1, ()),
     }
-    for name, (size, layout) in runs.items():
-        train(size, [*overrides, *layout], 4, tmp_path / name)
-    whole = train(1, overrides, 7)[0]
+    whole = {
+        name: train(size, [*overrides, *layout], 7, save_to=tmp_path / name, save_at=4)[0]
+        for name, (size, layout) in runs.items()
+    }["plain"]
     for taken_up_by, (size, layout) in reversed(runs.items()):
         for name in runs:
             saved = tmp_path / name / "step-00000004"
