@@ -407,7 +407,7 @@ def deviation(trace: Trace, reference: Trace) -> Deviation:
 
 
 class Matrix:
-    """Cells run on demand, each once; references first, since pools of other sizes end each other."""
+    """Cells and what they are compared with, run on demand, each once."""
 
     def __init__(self, corpus: Path, paired_corpus: Path, cells: Sequence[Cell] = CELLS) -> None:
         self._corpus, self._paired_corpus, self._cells = corpus, paired_corpus, cells
@@ -415,11 +415,11 @@ class Matrix:
         self._results: dict[Cell, Deviation] = {}
 
     def result(self, cell: Cell) -> Deviation:
-        if not self._references:
-            for plain in dict.fromkeys(other.plain(self._corpus_of(other)) for other in self._cells):
-                self._references[plain] = train(1, plain, STEPS)[0]
         if cell not in self._results:
-            reference = self._references[cell.plain(self._corpus_of(cell))]
+            plain = cell.plain(self._corpus_of(cell))
+            if plain not in self._references:
+                self._references[plain] = train(1, plain, STEPS)[0]
+            reference = self._references[plain]
             traces = train(cell.ranks, cell.overrides(self._corpus_of(cell)), STEPS)
             found = [deviation(trace, reference) for trace in traces]
             self._results[cell] = Deviation(
