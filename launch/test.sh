@@ -17,6 +17,8 @@ say "running the tests"
 # One thread each: more than there are cores would wait for one another.
 if (($# == 0)); then
     export OMP_NUM_THREADS=1
+    # DeepSpeed's CPU optimizer takes minutes to compile, once: beside the tests that do without.
+    "$python" -m tests.support.kernel >/dev/null 2>&1 &
     set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

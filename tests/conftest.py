@@ -9,12 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import kernel, time_limit
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
+
+pytest_runtest_makereport = time_limit.pytest_runtest_makereport
+os.environ.setdefault(kernel.VARIABLE, kernel.FOLDER)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-matrix",
+        action="store_true",
+        default=os.environ.get("LLMTRAIN_MATRIX") == "all",
+        help="run every cell of tests/parity/matrix.py, not this commit's part; also LLMTRAIN_MATRIX=all",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, which tell most in a minute; of several processes slow ones, so that none is left
     with a long file when the others have done."""
+    time_limit.check(items)
     slow_first = hasattr(config, "workerinput")
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != slow_first)
 

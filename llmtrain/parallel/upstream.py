@@ -7,6 +7,7 @@ of the release VERSION; UNDOCUMENTED says what of it must be there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -117,9 +118,27 @@ def import_deepspeed() -> Any:
     # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
     # and its sums do not depend on which hosts the ranks are on.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _leave_muon_uncompiled()
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
     return deepspeed
+
+
+def _leave_muon_uncompiled() -> None:
+    """Import the functions of DeepSpeed's Muon, which every ZeRO engine imports, without compiling them.
+
+    Decorated by torch.compile they would load Inductor: two seconds of each start, for an optimizer that
+    llmtrain does not offer.
+    """
+    from deepspeed.runtime import compiler
+
+    decorate = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorate
 
 
 def free_kernels() -> None:

@@ -22,10 +22,12 @@ from llmtrain.engine.allocator import keep_freed_memory
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn.initialize import initialize
+from llmtrain.nn.memory import Conditions, Numbers
+from llmtrain.nn.model_config import Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.recompute import apply_recompute
-from llmtrain.plan.activations import Conditions, Numbers, activations
+from llmtrain.plan.memory import model_memory
 from tests.support.memory import allocated
 
 MODEL = GPTConfig(vocab_size=8192, max_sequence_length=512, hidden_size=256, num_layers=8, num_heads=4)
@@ -86,7 +88,10 @@ def work(pipe: Connection, mode: str, every: int, bf16: bool) -> None:
     peak = resident("VmHWM") - before
     layout = Layout(1, 1, 1, 1, 1, 0, B, 1, B, T)
     numbers = Numbers(2 if bf16 else 4, 4)
-    planned = activations(MODEL, numbers, layout, Conditions("cpu", False, recompute=recompute)).kept
+    conditions = Conditions("cpu", False, recompute=recompute)
+    memory = model_memory(MODEL, Row(T, predicted=T), numbers, layout, conditions)
+    assert memory is not None
+    planned = memory.activations(range(MODEL.num_layers + 2)).kept
     # The head keeps its gradients too: those are counted with the logits.
     head = allocated(loss).kept - 4 * MODEL.hidden_size * (MODEL.vocab_size or 0)
     pipe.send((head - B * T * MODEL.hidden_size * numbers.compute, planned, peak))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
 from tests.faults.test_train_faults import curve, wait_for_step, wait_until_free
 from tests.support.training import REPOSITORY, TINY_GPT
-from tests.support.warm import rank_environment, start_ranks
+from tests.support.warm import PRELUDE, Popen, rank_environment, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -55,26 +56,32 @@ def command(corpus: Path, run: Path, steps: int) -> list[str]:
 
 
 class Launch:
-    """Ranks under one launcher, from its start to the end of all of them."""
+    """Ranks under one launcher, from its start to the end of all of them; all start warm (see warm.py) unless
+    `is_cold`."""
 
-    def __init__(self, words: list[str], run: Path, **environment: str) -> None:
+    def __init__(self, words: list[str], run: Path, is_cold: bool = False, **environment: str) -> None:
         self.run = run
         self.processes: list[psutil.Process] = []
         inherited = {name: value for name, value in os.environ.items() if name not in ("LOG_DIR", "NNODES")}
-        self.launcher = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            cwd=REPOSITORY,
-            env={**inherited, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        options: dict[str, Any] = {
+            "cwd": REPOSITORY,
+            "env": {**inherited, "OMP_NUM_THREADS": "1", **environment},
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
+        self.launcher: subprocess.Popen[str]
+        if is_cold:
+            self.launcher = subprocess.Popen([sys.executable, "-m", *words], **options)
+        else:
+            self.launcher = Popen(words[1:], words[0], **options)
 
     def rank_at(self, rank: int, step: int) -> psutil.Process:
         """The process of `rank`, once `step` is done."""
         wait_for_step(step, self.run, self.launcher)
-        self.processes = psutil.Process(self.launcher.pid).children(recursive=True)
-        [found] = [p for p in self.processes if p.environ().get("RANK") == str(rank) and not is_shell(p)]
+        children = psutil.Process(self.launcher.pid).children(recursive=True)
+        self.processes = [process for process in children if process.name() != "warm"]
+        [found] = [process for process in self.processes if is_rank(process, rank)]
         return found
 
     def finish(self) -> tuple[int, str]:
@@ -85,8 +92,10 @@ class Launch:
         return self.launcher.returncode, output
 
 
-def is_shell(process: psutil.Process) -> bool:
-    return process.name() in ("sh", "dash", "bash")
+def is_rank(process: psutil.Process, rank: int) -> bool:
+    if process.name().startswith("rank "):
+        return process.name() == f"rank {rank}"
+    return process.environ().get("RANK") == str(rank) and process.name() not in ("sh", "dash", "bash")
 
 
 @pytest.fixture
@@ -128,10 +137,11 @@ def test_under_plain_torchrun_the_survivors_are_quiet(
     corpus: Path, tmp_path: Path, launches: list[Launch], death: str
 ):
     run, logs = tmp_path / "run", tmp_path / "logs"
-    (tmp_path / "sitecustomize.py").write_text(DYING.format(death=death))
+    prelude = tmp_path / "dying.py"
+    prelude.write_text(DYING.format(death=death))
     launcher = ["torch.distributed.run", "--nproc-per-node", "4", "--redirects", "3", "--log-dir", str(logs)]
     words = [*launcher, "-m", "llmtrain", "train", *command(corpus, run, steps=100_000)]
-    launches.append(Launch(words, run, PYTHONPATH=str(tmp_path)))
+    launches.append(Launch(words, run, **{PRELUDE: str(prelude)}))
     launches[0].rank_at(2, random.randrange(3, 10)).send_signal(signal.SIGUSR2)
     code, output = launches[0].finish()
     assert code != 0
@@ -154,7 +164,8 @@ def test_ranks_end_with_a_killed_launcher(
     words = [launcher, *command(corpus, run, steps=100_000)]
     if launcher == "torch.distributed.run":
         words[1:1] = ["--nproc-per-node", "2", "-m", "llmtrain", "train"]
-    launches.append(Launch(words, run, NPROC_PER_NODE="2"))
+    is_cold = launcher == "llmtrain.distributed.torchrun"
+    launches.append(Launch(words, run, is_cold=is_cold, NPROC_PER_NODE="2"))
     launches[0].rank_at(0, 3)
     launches[0].launcher.kill()
     gone, left = psutil.wait_procs(launches[0].processes, timeout=10)
@@ -199,7 +210,7 @@ def test_a_launcher_kills_ranks_that_take_too_long(corpus: Path, tmp_path: Path,
     launches[0].launcher.terminate()
     code, output = launches[0].finish()
     assert code == 137, output
-    assert "2 ranks did not end in time" in output
+    assert "2 ranks did not end in time" in output, output
 
 
 def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_path: Path):

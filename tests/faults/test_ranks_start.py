@@ -130,10 +130,10 @@ def test_other_digits_on_one_rank(tmp_path: Path):
 def test_ranks_that_never_come_are_named(corpus: Path, tmp_path: Path):
     """Rank 1 is not started; rank 3 makes a mistake of its own before it could meet the others."""
     good, bad = (training(path, tmp_path / "run") for path in (corpus, tmp_path / "nowhere"))
-    patience = {rank: {"START_TIMEOUT": "12"} for rank in (0, 2)}
+    patience = {rank: {"START_TIMEOUT": "8"} for rank in (0, 2)}
     told = errors(start_ranks([good, good, bad], ranks=[0, 2, 3], size=4, environments=patience))
     assert told == [
-        "start: got 2 of 4 ranks within 12 s, not ranks 1, 3; "
+        "start: got 2 of 4 ranks within 8 s, not ranks 1, 3; "
         "see what those said, or wait longer by START_TIMEOUT=seconds",
         f"rank 3: {tmp_path}/nowhere: got no such folder; allowed: a corpus; "
         "make one with: llmtrain prepare source=… output=…",

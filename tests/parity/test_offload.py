@@ -7,19 +7,16 @@ buffer of their own, norms are taken there, and the step runs over it. Tolerance
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmtrain.distributed import toolchain
 from tests.parity.matrix import STEPS, TOLERANCES, Tolerance, deviation
 from tests.parity.test_resume import assert_bitwise_resume
-from tests.support import ranks
-from tests.support.training import TINY_GPT, Trace, train_steps
+from tests.support import kernel, ranks
+from tests.support.training import TINY_GPT, Trace, train
 
 pytestmark = pytest.mark.slow
 
@@ -49,20 +46,18 @@ def settings(corpus: Path, *overrides: str) -> list[str]:
 def references(corpus: Path) -> dict[str, Trace]:
     """By optimizer: what one plain process computes; all at once, since pools of ranks take turns."""
     cases = {"adamw": (DROPOUT,), **OTHER_OPTIMIZERS}
-    return {
-        name: ranks.run(1, train_steps, settings(corpus, *overrides), STEPS)[0]
-        for name, overrides in cases.items()
-    }
+    return {name: train(1, settings(corpus, *overrides), STEPS)[0] for name, overrides in cases.items()}
 
 
 @pytest.fixture(scope="module")
-def kernel() -> None:
-    """DeepSpeed's CPU Adam compiled: minutes, once on a machine, which no rank's answer may take."""
-    toolchain.drop_stale_locks(toolchain.build_folder("cpu_adam").parent)
-    code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-c", code]
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=ranks.TIMEOUT_SECONDS)
+def built() -> None:
+    """DeepSpeed's CPU Adam is compiled."""
+    kernel.build()
+
+
+def uses_kernel(test: Callable[..., None]) -> Callable[..., None]:
+    compiles = pytest.mark.long("on a new machine DeepSpeed's kernel is compiled first")
+    return pytest.mark.usefixtures("built")(compiles(test))
 
 
 @pytest.mark.parametrize(
@@ -78,24 +73,24 @@ def kernel() -> None:
 def test_two_ranks_equal_one_plain_process(
     corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]
 ):
-    for trace in ranks.run(2, train_steps, settings(corpus, DROPOUT, *overrides), STEPS):
+    for trace in train(2, settings(corpus, DROPOUT, *overrides), STEPS):
         assert deviation(trace, references["adamw"]).within(FP32)
 
 
 @pytest.mark.parametrize("overrides", [(ZERO_1, OPTIMIZER), (ZERO_3, OPTIMIZER, PARAMETERS)])
 def test_bf16_stays_near_fp32(corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]):
     low = settings(corpus, DROPOUT, "precision=bf16", *overrides)
-    for trace in ranks.run(2, train_steps, low, STEPS):
+    for trace in train(2, low, STEPS):
         assert deviation(trace, references["adamw"]).within(TOLERANCES["bf16"])
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 @pytest.mark.parametrize(("name", "zero"), [("adamw", ZERO_1), ("adamw", ZERO_3), ("adam", ZERO_2)])
 def test_deepspeeds_kernel_steps_as_torch_does(
     corpus: Path, references: dict[str, Trace], zero: str, name: str
 ):
     optimizer = OTHER_OPTIMIZERS.get(name, (DROPOUT,))
-    for trace in ranks.run(2, train_steps, settings(corpus, *optimizer, zero, OPTIMIZER, KERNEL), STEPS):
+    for trace in train(2, settings(corpus, *optimizer, zero, OPTIMIZER, KERNEL), STEPS):
         assert deviation(trace, references[name]).within(FP32)
 
 
@@ -103,7 +98,7 @@ def test_deepspeeds_kernel_steps_as_torch_does(
 @pytest.mark.parametrize("zero", [ZERO_2, ZERO_3])
 def test_other_optimizers(corpus: Path, references: dict[str, Trace], zero: str, name: str):
     overrides = settings(corpus, *OTHER_OPTIMIZERS[name], zero, OPTIMIZER)
-    for trace in ranks.run(2, train_steps, overrides, STEPS):
+    for trace in train(2, overrides, STEPS):
         assert deviation(trace, references[name]).within(Tolerance(1e-5, 1e-3, 0.01))
 
 
@@ -122,7 +117,7 @@ def test_resume_is_bit_exact(corpus: Path, tmp_path: Path, overrides: tuple[str,
     assert_bitwise_resume(2, settings(corpus, DROPOUT, *overrides), tmp_path)
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 @pytest.mark.parametrize("zero", [ZERO_1, ZERO_3])
 def test_resume_is_bit_exact_in_deepspeeds_kernel(corpus: Path, tmp_path: Path, zero: str):
     assert_bitwise_resume(2, settings(corpus, zero, OPTIMIZER, KERNEL), tmp_path)
@@ -153,14 +148,14 @@ def steps_with_a_restart_before(restart: int | None) -> list[float]:
     return parameter.tolist()
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 def test_deepspeeds_kernel_remembers_nothing_but_its_state():
     whole = ranks.run(2, steps_with_a_restart_before, None)[0]
     for restart in (1, 17, 30):
         assert ranks.run(2, steps_with_a_restart_before, restart)[0] == whole
 
 
-@pytest.mark.usefixtures("kernel")
+@uses_kernel
 def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
     """From offload to none and back, between kernels and stages: the same curve."""
     overrides = settings(corpus)
@@ -169,13 +164,14 @@ def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
         "parameters": (2, (ZERO_3, OPTIMIZER, PARAMETERS)),
         "plain": (1, ()),
     }
-    for name, (size, layout) in runs.items():
-        ranks.run(size, train_steps, [*overrides, *layout], 4, str(tmp_path / name))
-    whole = ranks.run(1, train_steps, overrides, 7)[0]
+    whole = {
+        name: train(size, [*overrides, *layout], 7, save_to=tmp_path / name, save_at=4)[0]
+        for name, (size, layout) in runs.items()
+    }["plain"]
     for taken_up_by, (size, layout) in reversed(runs.items()):
         for name in runs:
-            saved = str(tmp_path / name / "step-00000004")
-            trace = ranks.run(size, train_steps, [*overrides, *layout], 7, None, saved)[0]
+            saved = tmp_path / name / "step-00000004"
+            trace = train(size, [*overrides, *layout], 7, None, saved)[0]
             message = f"{name} taken up by {taken_up_by}"
             np.testing.assert_allclose(trace.losses, whole.losses[4:], rtol=1e-5, err_msg=message)
 
@@ -194,5 +190,5 @@ def test_checkpoint_fits_other_layouts(corpus: Path, tmp_path: Path):
 def test_four_ranks_equal_one_plain_process(
     corpus: Path, references: dict[str, Trace], overrides: tuple[str, ...]
 ):
-    for trace in ranks.run(4, train_steps, settings(corpus, DROPOUT, *overrides), STEPS):
+    for trace in train(4, settings(corpus, DROPOUT, *overrides), STEPS):
         assert deviation(trace, references["adamw"]).within(FP32)

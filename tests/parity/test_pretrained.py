@@ -10,8 +10,7 @@ import pytest
 from llmtrain.commands import import_
 from tests.parity.architectures import ARCHITECTURES
 from tests.parity.matrix import TOLERANCES, deviation
-from tests.support import ranks
-from tests.support.training import Trace, train_steps
+from tests.support.training import Trace, train
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +49,7 @@ def overrides(corpus: Path, folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def one_process(corpus: Path, folders: dict[str, Path]) -> Trace:
-    return ranks.run(1, train_steps, overrides(corpus, folders["imported"]), STEPS)[0]
+    return train(1, overrides(corpus, folders["imported"]), STEPS)[0]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +57,6 @@ def one_process(corpus: Path, folders: dict[str, Path]) -> Trace:
     [("tensor", "imported"), ("pipeline", "imported"), ("zero-3", "imported"), ("tensor", "theirs")],
 )
 def test_layouts(layout: str, kind: str, corpus: Path, folders: dict[str, Path], one_process: Trace) -> None:
-    for trace in ranks.run(2, train_steps, (*overrides(corpus, folders[kind]), *LAYOUTS[layout]), STEPS):
+    for trace in train(2, (*overrides(corpus, folders[kind]), *LAYOUTS[layout]), STEPS):
         found = deviation(trace, one_process)
         assert found.within(TOLERANCES["fp32"]), found

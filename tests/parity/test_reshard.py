@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.parity.matrix import STEPS, T5, Cell
-from tests.support import ranks
-from tests.support.training import Trace, train_steps
+from tests.support.training import Trace, train
 
 pytestmark = pytest.mark.slow
 
@@ -46,30 +46,33 @@ PAIRS = [
 """(saved at, resumed at)."""
 
 
-def run(corpus: Path, layout: str, stop: int, save_to: Path | None, resume_from: Path | None) -> Trace:
-    cell = LAYOUTS[layout]
-    arguments = [None if path is None else str(path) for path in (save_to, resume_from)]
-    return ranks.run(cell.ranks, train_steps, cell.overrides(corpus), stop, *arguments)[0]
+class Run(NamedTuple):
+    """A run of END steps that saved after STEPS of them."""
+
+    trace: Trace
+    checkpoint: Path
 
 
 @pytest.fixture(scope="module")
-def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Layout → a checkpoint after STEPS steps of it; by number of ranks, so that pools start once."""
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """By layout; in order of the number of ranks, so that each pool starts once."""
     root = tmp_path_factory.mktemp("saved")
-    names = sorted({origin for origin, _ in PAIRS}, key=lambda name: LAYOUTS[name].ranks)
-    for name in names:
-        run(corpus, name, STEPS, root / name, None)
-    return {name: root / name / f"step-{STEPS:08d}" for name in names}
+    made = {}
+    for name in sorted({origin for origin, _ in PAIRS}, key=lambda name: LAYOUTS[name].ranks):
+        cell = LAYOUTS[name]
+        trace = train(cell.ranks, cell.overrides(corpus), END, save_to=root / name, save_at=STEPS)[0]
+        made[name] = Run(trace, root / name / f"step-{STEPS:08d}")
+    return made
 
 
-@pytest.fixture(scope="module")
-def whole(corpus: Path, saved: dict[str, Path]) -> Trace:
-    return run(corpus, "one process", END, None, None)
+def resume(corpus: Path, layout: str, checkpoint: Path) -> Trace:
+    cell = LAYOUTS[layout]
+    return train(cell.ranks, cell.overrides(corpus), END, resume_from=checkpoint)[0]
 
 
 @pytest.mark.parametrize(("origin", "target"), sorted(PAIRS, key=lambda pair: LAYOUTS[pair[1]].ranks))
-def test_goes_on_elsewhere(corpus: Path, saved: dict[str, Path], whole: Trace, origin: str, target: str):
-    resumed = run(corpus, target, END, None, saved[origin])
+def test_goes_on_elsewhere(corpus: Path, runs: dict[str, Run], origin: str, target: str):
+    resumed, whole = resume(corpus, target, runs[origin].checkpoint), runs["one process"].trace
     np.testing.assert_allclose(resumed.losses, whole.losses[STEPS:], rtol=1e-5)
     np.testing.assert_allclose(resumed.grad_norms, whole.grad_norms[STEPS:], rtol=1e-4)
     np.testing.assert_allclose(resumed.validation_loss, whole.validation_loss, rtol=1e-5)
@@ -78,10 +81,10 @@ def test_goes_on_elsewhere(corpus: Path, saved: dict[str, Path], whole: Trace, o
 @pytest.mark.parametrize(
     "layout", ["tensor 2", "pipeline 2", "sequence 2, zero 2", "tensor 2, zero 3 of 2", "3D of 8"]
 )
-def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], layout: str):
+def test_goes_on_bit_by_bit_where_it_was(corpus: Path, runs: dict[str, Run], layout: str):
     """Data parallelism and ZeRO: see test_resume.py."""
-    never_stopped = run(corpus, layout, END, None, None)
-    resumed = run(corpus, layout, END, None, saved[layout])
+    never_stopped, checkpoint = runs[layout]
+    resumed = resume(corpus, layout, checkpoint)
     assert resumed.losses == never_stopped.losses[STEPS:]
     assert resumed.grad_norms == never_stopped.grad_norms[STEPS:]
     for name, expected in never_stopped.weights.items():
@@ -91,13 +94,10 @@ def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, Path], l
 def test_weights_that_several_stages_hold_go_on_elsewhere(corpus: Path, tmp_path: Path):
     """T5's biases of distances, which stand on all stages with blocks of their side."""
     saved_at, others = Cell(4, T5, pipeline=4, zero=1, micro=1), (Cell(2, T5, tensor=2), Cell(1, T5))
-    ranks.run(4, train_steps, saved_at.overrides(corpus), STEPS, str(tmp_path))
-    checkpoint = str(tmp_path / f"step-{STEPS:08d}")
-    resumed = [
-        ranks.run(cell.ranks, train_steps, cell.overrides(corpus), END, None, checkpoint)[0]
-        for cell in others
-    ]
-    whole = ranks.run(1, train_steps, others[1].overrides(corpus), END)[0]
+    train(4, saved_at.overrides(corpus), STEPS, tmp_path)
+    checkpoint = tmp_path / f"step-{STEPS:08d}"
+    resumed = [train(cell.ranks, cell.overrides(corpus), END, None, checkpoint)[0] for cell in others]
+    whole = train(1, others[1].overrides(corpus), END)[0]
     for trace in resumed:
         np.testing.assert_allclose(trace.losses, whole.losses[STEPS:], rtol=1e-5)
         np.testing.assert_allclose(trace.grad_norms, whole.grad_norms[STEPS:], rtol=1e-4)

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import ranks
-from tests.support.training import TINY_GPT, train_steps
+from tests.support.training import TINY_GPT, train
 
 pytestmark = pytest.mark.slow
 
@@ -21,11 +20,11 @@ CASES = [
 
 
 def assert_bitwise_resume(size: int, overrides: list[str], folder: Path) -> None:
-    whole = ranks.run(size, train_steps, overrides, 7)[0]
-    before = ranks.run(size, train_steps, overrides, 4, str(folder))[0]
-    after = ranks.run(size, train_steps, overrides, 7, None, str(folder / "step-00000004"))[0]
-    assert before.losses + after.losses == whole.losses
-    assert before.grad_norms + after.grad_norms == whole.grad_norms
+    """A run of 7 steps that saves after the fourth equals, from there on, one that goes on from there."""
+    whole = train(size, overrides, 7, save_to=folder, save_at=4)[0]
+    after = train(size, overrides, 7, resume_from=folder / "step-00000004")[0]
+    assert after.losses == whole.losses[4:]
+    assert after.grad_norms == whole.grad_norms[4:]
     assert after.validation_loss == whole.validation_loss
     for name, expected in whole.weights.items():
         np.testing.assert_array_equal(after.weights[name], expected, err_msg=name)
@@ -33,9 +32,23 @@ def assert_bitwise_resume(size: int, overrides: list[str], folder: Path) -> None
 
 @pytest.mark.parametrize(("size", "precision", "engine", "zero"), CASES)
 def test_bit_exact(corpus: Path, tmp_path: Path, size: int, precision: str, engine: str, zero: int):
+    assert_bitwise_resume(size, settings(corpus, precision, engine, zero), tmp_path)
+
+
+def settings(corpus: Path, precision: str, engine: str, zero: int) -> list[str]:
     overrides = [*TINY_GPT, f"data.path={corpus}", "train.steps=20", "optimizer.lr=3e-3", "model.dropout=0.1"]
-    overrides += [f"precision={precision}", f"engine={engine}", f"parallel.zero={zero}"]
-    assert_bitwise_resume(size, overrides, tmp_path)
+    return [*overrides, f"precision={precision}", f"engine={engine}", f"parallel.zero={zero}"]
+
+
+@pytest.mark.parametrize(("engine", "zero"), [("local", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_saving_changes_nothing(corpus: Path, tmp_path: Path, engine: str, zero: int):
+    overrides = settings(corpus, "bf16", engine, zero)
+    saved = train(2, overrides, 6, save_to=tmp_path, save_at=4)[0]
+    undisturbed = train(2, overrides, 6)[0]
+    assert saved.losses == undisturbed.losses
+    assert saved.grad_norms == undisturbed.grad_norms
+    for name, expected in undisturbed.weights.items():
+        np.testing.assert_array_equal(saved.weights[name], expected, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam"])

@@ -64,8 +64,9 @@ class Pool:
 def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on each of `size` ranks; → their results in rank order."""
     if size not in _POOLS:
-        for other in list(_POOLS.values()):
-            other.close()  # two cores: one pool at a time
+        # One pool at a time, lest memory runs out; a single process, for references, may stay beside it.
+        for other in [pool for ranks, pool in _POOLS.items() if ranks > 1 and size > 1]:
+            other.close()
         _POOLS[size] = Pool(size)
     return _POOLS[size].run(function, *arguments)
 

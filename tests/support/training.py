@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support import ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,16 +74,42 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
     )
 
 
-def train_steps(
+def train(
+    size: int,
     overrides: Sequence[str],
+    stop: int,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+    save_at: int | None = None,
+) -> list[Trace]:
+    """`train_steps` on each of the pool's `size` ranks; → their traces in rank order.
+
+    The configuration is composed here, once: Hydra takes a good part of what a rank's few steps take.
+    """
+    paths = [None if path is None else str(path) for path in (save_to, resume_from)]
+    return ranks.run(size, train_composed, composed(tuple(overrides)), stop, *paths, "cpu", save_at)
+
+
+composed = functools.cache(compose)
+
+
+def train_steps(overrides: Sequence[str], stop: int, device: str = "cpu") -> Trace:
+    """Train to step `stop` with the engine that `overrides` name, in this process' rank."""
+    return train_composed(compose(overrides), stop, device=device)
+
+
+def train_composed(
+    mapping: dict[str, Any],
     stop: int,
     save_to: str | None = None,
     resume_from: str | None = None,
     device: str = "cpu",
+    save_at: int | None = None,
 ) -> Trace:
-    """Train to step `stop` with the engine that `overrides` name, in this process' rank.
+    """Train to step `stop` as the configuration says, in this process' rank.
 
-    save_to: write a checkpoint under this folder at the end. resume_from: a checkpoint to go on from.
+    save_to: write a checkpoint under this folder after step `save_at`, or at the end if that is None.
+    resume_from: a checkpoint to go on from.
     """
     import tempfile
 
@@ -97,7 +126,7 @@ def train_steps(
     from llmtrain.train.pretrained import open_weights
     from llmtrain.train.resolve import resolve
 
-    resolved = resolve(compose(overrides))
+    resolved = resolve(mapping)
     config, layout = resolved.config, resolved.layout
     place = processes.pick_device(device)
     processes.start(place, single_process_group=config.engine == "deepspeed")
@@ -120,20 +149,23 @@ def train_steps(
     start = checkpoint.step if checkpoint else 0
     before = checkpoint.manifest["timeline"] if checkpoint else None
     loader = open_loader(resolved, before, start)
+    description = {
+        "model": encode(config.model),
+        "config": encode(config),
+        "timeline": loader.stream.timeline.encode(),
+    }
     losses, grad_norms = [], []
     for step, batch in zip(range(start, stop), loader.steps(start), strict=False):
         lr = config.optimizer.lr * multiplier(config.schedule, step, config.train.steps)
         result = engine.train_step(batch.micro_batches, lr=lr)
         losses.append(result.loss)
         grad_norms.append(result.grad_norm)
+        if step + 1 == save_at:
+            assert save_to is not None
+            store.save(Path(save_to), save_at, engine, description, None)
     validation_loss = evaluate_dataset(engine, validation, layout, data_rank, 0, 13).loss
-    description = {
-        "model": encode(config.model),
-        "config": encode(config),
-        "timeline": loader.stream.timeline.encode(),
-    }
-    folder = save_to or processes.from_main(tempfile.mkdtemp())
-    saved = store.save(Path(folder), stop, engine, description, None)
+    own = save_to if save_to and save_at is None else processes.from_main(tempfile.mkdtemp())
+    saved = store.save(Path(own), stop, engine, description, None)
     weights = {name: weight.numpy() for name, weight in Checkpoint.open(saved).weights().items()}
     processes.barrier()
     return Trace(losses, grad_norms, weights, initial_weights, validation_loss)

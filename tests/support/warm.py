@@ -3,11 +3,13 @@
     done = llmtrain("plan", "model=gpt_tiny")      # as subprocess.run, both streams captured
     process = Popen(["train", …], cwd=…, env=…)    # as subprocess.Popen
     done = on_ranks(4, "train", …)                 # on four ranks, without a launcher
+    process = Popen(["…"], LAUNCHERS[0])           # as `python -m` of a launcher, whose ranks are warm too
 
 Imports are most of what a tiny run costs. The process is a child of the one that asks for it, so that its
 pid, signals, pipes and exit code are those of any other. Three things differ from a cold start: modules are
-loaded before the environment is known, /proc shows the first process' command and environment, and resource
-limits are that process' own. Tests of start-up, launchers and other environments of Python start cold.
+loaded before the environment is known, /proc shows the first process' command and environment (its name is
+"rank R" where it has a RANK), and resource limits are that process' own. Tests of start-up, of launchers
+themselves and of other environments of Python start cold.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import array
 import atexit
 import contextlib
 import ctypes
-import gc
 import importlib
 import io
 import json
@@ -26,6 +27,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,11 @@ from tests.support.ranks import free_port
 from tests.support.training import REPOSITORY
 
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NAME = 15
+PRELUDE = "LLMTRAIN_TEST_PRELUDE"
+"""Variable with the path of a program that a warm process runs before all else, as sitecustomize."""
 _SERVER: _Server | None = None
+LAUNCHERS = ("llmtrain.distributed.torchrun", "torch.distributed.run")
 
 
 def llmtrain(
@@ -88,24 +94,34 @@ def finish(processes: Sequence[Popen], timeout: float = 300) -> list[subprocess.
 
 
 class Popen(subprocess.Popen):
-    """A subprocess.Popen of `python -m llmtrain ARGUMENTS`; takes cwd, env and the streams.
+    """A subprocess.Popen of `python -m PROGRAM ARGUMENTS`; takes cwd, env, the streams and start_new_session.
 
     It starts cold where the environment has what an interpreter and its libraries read at their start.
     """
 
-    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
-        super().__init__([sys.executable, "-m", "llmtrain", *arguments], **options)
+    def __init__(
+        self, arguments: Sequence[str], program: str = "llmtrain", *, unbuffered: bool = False, **options: Any
+    ) -> None:
+        flags = ["-u"] if unbuffered else []
+        self._request = {"program": program, "arguments": list(arguments), "unbuffered": unbuffered}
+        super().__init__([sys.executable, *flags, "-m", program, *arguments], **options)
 
     def _execute_child(self, *settings: Any) -> None:  # type: ignore[override]
-        args, _, _, _, _, cwd, env, _, _, _, *pipes_and_rest = settings
-        pipes = pipes_and_rest[:6]
+        _, _, _, _, _, cwd, env, _, _, _, *pipes_and_rest = settings
+        pipes, start_new_session = pipes_and_rest[:6], pipes_and_rest[11]
         environment = dict(os.environ if env is None else env)
         if _read_at_start(environment) != _read_at_start(_server_environment()):
             super()._execute_child(*settings)
             return
+        request = {
+            **self._request,
+            "folder": os.fspath(cwd or os.getcwd()),
+            "environment": environment,
+            "start_new_session": bool(start_new_session),
+        }
         streams = [own if own != -1 else usual for usual, own in enumerate((pipes[0], pipes[3], pipes[5]))]
         try:
-            self.pid = _server().start(args[3:], cwd or os.getcwd(), environment, streams)
+            self.pid = _server().start(request, streams)
         finally:
             self._close_pipe_fds(*pipes)
         self._child_created = True
@@ -121,12 +137,33 @@ def _server_environment() -> dict[str, str]:
 
 
 class _Server:
-    """The process that has imported everything."""
+    """The other end of a process that has imported everything."""
 
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def start(self, request: dict[str, Any], streams: list[int]) -> int:
+        """→ the new process' pid."""
+        content = json.dumps(request).encode()
+        # Only while its parent ends is the new process ours by this; other orphans go to init, as they do.
+        _adopt_orphans(True)
+        try:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
+            self._socket.sendmsg([len(content).to_bytes(8, "little")], ancillary)
+            self._socket.sendall(content)
+            answer = self._socket.recv(8, socket.MSG_WAITALL)
+        finally:
+            _adopt_orphans(False)
+        assert len(answer) == 8, "the warm process ended"
+        return int.from_bytes(answer, "little")
+
+
+def _server() -> _Server:
+    global _SERVER
+    if _SERVER is None:
+        ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=REPOSITORY,
@@ -134,59 +171,42 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-
-    def start(self, arguments: list[str], cwd: Any, environment: dict[str, str], streams: list[int]) -> int:
-        """→ the new process' pid."""
-        request = json.dumps([arguments, os.fspath(cwd), environment]).encode()
-        # Only while its parent ends is the new process ours by this; other orphans go to init, as they do.
-        _adopt_orphans(True)
-        try:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
-            self._socket.sendmsg([len(request).to_bytes(8, "little")], ancillary)
-            self._socket.sendall(request)
-            answer = self._socket.recv(8, socket.MSG_WAITALL)
-        finally:
-            _adopt_orphans(False)
-        assert len(answer) == 8, "the warm process ended"
-        return int.from_bytes(answer, "little")
-
-    def close(self) -> None:
-        self._socket.close()
-        self._process.wait(10)
-
-
-def _server() -> _Server:
-    global _SERVER
-    if _SERVER is None:
-        _SERVER = _Server()
-        atexit.register(_SERVER.close)
+        atexit.register(lambda: (ours.close(), process.wait(10)))
+        _SERVER = _Server(ours)
     return _SERVER
+
+
+def _name_this_process(name: str) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _adopt_orphans(adopt: bool) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
-def _serve(connection: socket.socket) -> list[str]:
-    """Answer each request with the pid of a new process, until the other end is closed; → the arguments, in
-    the new process."""
+def _serve(connection: socket.socket) -> dict[str, Any]:
+    """Answer each request with the pid of a new process, until the other end is closed; → the request, in the
+    new process."""
     while True:
         head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * 4), socket.MSG_WAITALL)
         if not head:
             os._exit(0)
         streams = array.array("i")
         streams.frombytes(ancillary[0][2])
-        request = connection.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL)
+        request = json.loads(connection.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
         read, write = os.pipe()
         between = os.fork()
         if between == 0:
-            child = os.fork()
-            if child:
-                os.write(write, child.to_bytes(8, "little"))
+            parent = os.getpid()
+            if os.fork():
                 os._exit(0)
-            arguments, folder, environment = json.loads(request)
-            _become(folder, environment, list(streams))
-            return arguments
+            if request["start_new_session"]:
+                os.setsid()  # before it is known: who asks may signal the group
+            os.write(write, os.getpid().to_bytes(8, "little"))
+            while os.getppid() == parent:  # soon it is who asked: ranks look for their launcher
+                time.sleep(0.001)
+            _become(request, list(streams))
+            return request
         pid = os.read(read, 8)
         os.waitpid(between, 0)
         for descriptor in (read, write, *streams):
@@ -194,21 +214,64 @@ def _serve(connection: socket.socket) -> list[str]:
         connection.sendall(pid)
 
 
-def _become(folder: str, environment: dict[str, str], streams: list[int]) -> None:
+def _become(request: dict[str, Any], streams: list[int]) -> None:
     """Take up streams, folder and environment, as a new interpreter would."""
     for usual, given in enumerate(streams):
         os.dup2(given, usual)
     os.closerange(3, 1024)
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    if "RANK" in os.environ:
+        _name_this_process(f"rank {os.environ['RANK']}")
+    unbuffered = request["unbuffered"]
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(1, "w", closefd=False)), line_buffering=os.isatty(1)
-    )
-    sys.stderr = sys.__stderr__ = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), errors="backslashreplace", line_buffering=True
-    )
+    sys.stdout = sys.__stdout__ = _stream(1, "strict", unbuffered, line_buffering=os.isatty(1))
+    sys.stderr = sys.__stderr__ = _stream(2, "backslashreplace", unbuffered, line_buffering=True)
+
+
+def _stream(descriptor: int, errors: str, unbuffered: bool, line_buffering: bool) -> io.TextIOWrapper:
+    raw = io.FileIO(descriptor, "w", closefd=False)
+    if unbuffered:
+        return io.TextIOWrapper(raw, errors=errors, write_through=True)  # type: ignore[type-var]
+    return io.TextIOWrapper(io.BufferedWriter(raw), errors=errors, line_buffering=line_buffering)
+
+
+def _serve_ranks() -> dict[str, Any]:
+    """Let the ranks that torch's agent starts in this process be warm; → what to run, in this process and in
+    each of them."""
+    global _SERVER
+    ours, theirs = socket.socketpair()
+    own = os.fork()
+    if own == 0:
+        ours.close()
+        _name_this_process("warm")
+        # The launcher's output ends with the launcher.
+        with open(os.devnull, "r+b", buffering=0) as nowhere:
+            for usual in range(3):
+                os.dup2(nowhere.fileno(), usual)
+        return _serve(theirs)
+    theirs.close()
+    _SERVER = _Server(ours)
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    from llmtrain.distributed import forwarding
+
+    children = forwarding._ranks
+    forwarding._ranks = lambda: [child for child in children() if child.pid != own]
+    subprocess_handler.Popen = _start_rank  # type: ignore[attr-defined,misc,assignment]
+    return {}
+
+
+def _start_rank(args: Sequence[str], **options: Any) -> subprocess.Popen:
+    """As subprocess.Popen; a rank of `python -u -m llmtrain`, alone or behind a shell that joins its streams,
+    starts warm."""
+    joined = list(args[:3]) == ["/bin/sh", "-c", 'exec "$0" "$@" 2>&1']
+    python, *words = args[3:] if joined else args
+    assert (python, words[:3]) == (sys.executable, ["-u", "-m", "llmtrain"]), args
+    if joined:
+        options["stderr"] = subprocess.STDOUT
+    return Popen(words[3:], unbuffered=True, **options)
 
 
 def _end(code: object) -> NoReturn:
@@ -224,15 +287,24 @@ def _end(code: object) -> NoReturn:
     os._exit((code or 0) & 255)
 
 
-if __name__ == "__main__":
-    importlib.import_module("tests.support.everything")
-    gc.freeze()  # collections would touch, and so copy, every page
-    sys.argv = ["llmtrain", *_serve(socket.socket(fileno=int(sys.argv[1])))]
+def _main(connection: socket.socket) -> None:
+    request = _serve(connection)
+    if request["program"] in LAUNCHERS:
+        request = _serve_ranks() or request
+    sys.argv = [request["program"], *request["arguments"]]
     try:
-        runpy.run_module("llmtrain", run_name="__main__", alter_sys=True)
+        if PRELUDE in os.environ:
+            runpy.run_path(os.environ[PRELUDE])
+        sys.modules.pop(request["program"], None)  # a module that is run is made anew
+        runpy.run_module(request["program"], run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         _end(ended.code)
     except Exception:
         traceback.print_exc()
         _end(1)
     _end(0)
+
+
+if __name__ == "__main__":
+    importlib.import_module("tests.support.everything")
+    _main(socket.socket(fileno=int(sys.argv[1])))
