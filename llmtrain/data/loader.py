@@ -88,7 +88,7 @@ class Loader:
 
         workers: threads that read ahead; 0 reads when asked. pin_memory: page-locked batches, which a
         GPU copies without blocking.
-        Raises ValueError unless the stream's steps are multiples of micro_size · data_size.
+        Raise ValueError unless the stream's steps are multiples of micro_size · data_size.
         """
         # Earlier segments of a timeline may have had steps of other sizes.
         global_size = stream.timeline.segments[-1].global_size

@@ -160,7 +160,7 @@ class Timeline:
 
     @classmethod
     def decode(cls, encoded: Sequence[Mapping[str, Any]]) -> Timeline:
-        """Raises ConfigError for what `encode` did not give."""
+        """Raise ConfigError for what `encode` did not give."""
         return cls([decode_json(Segment, segment) for segment in encoded])
 
 

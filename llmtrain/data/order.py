@@ -36,7 +36,7 @@ def permute(indices: np.ndarray, length: int, key: int) -> np.ndarray:
     which takes fewer than four rounds on average.
 
     indices: whole numbers in [0, length), any shape. Returns int64 of the same shape.
-    Raises ValueError for an index outside.
+    Raise ValueError for an index outside.
     """
     values = np.array(indices, dtype=np.int64).reshape(-1)
     if values.size and (values.min() < 0 or values.max() >= length):
@@ -183,7 +183,7 @@ class _Epoch:
 def rank_slice(samples: range, data_rank: int, data_size: int) -> range:
     """The samples of a step that one data-parallel rank takes: a contiguous share.
 
-    Raises ValueError unless data_size divides their number.
+    Raise ValueError unless data_size divides their number.
     """
     share, rest = divmod(len(samples), data_size)
     if rest:

@@ -65,7 +65,7 @@ class Stream:
         drop_last: an epoch ends with its last whole step. agree: needed by on_bad_shard="skip" where there
         are several ranks. on_skip: told (shard, samples) of each that is left out.
 
-        Raises DataError for a source smaller than a step whose last one would be dropped.
+        Raise DataError for a source smaller than a step whose last one would be dropped.
         """
         self.timeline = timeline
         self.names = list(sources)

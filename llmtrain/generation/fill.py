@@ -28,7 +28,7 @@ def fill_masks(
 
     model: forward(tokens_BT) → logits (B, T, V); with BLANK for mask_id forward(tokens_BT, targets_BM=…) →
         (B, M, V). num_text_ids: candidates are below it.
-    Raises CheckpointError for a model whose logits are not finite.
+    Raise CheckpointError for a model whose logits are not finite.
     """
     device = next(model.parameters()).device
     tokens_1T = torch.tensor([list(tokens)], device=device)

@@ -44,7 +44,7 @@ def generate(
     Prompts of equal length run together, so that nothing is padded; sources of any length. A draw depends on
     (seed, index of the prompt, place in the text) alone, not on the other prompts.
 
-    Raises ConfigError for prompts that are empty, too long with what is to be added, or of another
+    Raise ConfigError for prompts that are empty, too long with what is to be added, or of another
     vocabulary; CheckpointError for a model whose logits are not finite.
     """
     config = (config or GenerateConfig()).resolved(has_sources=has_sources(model))

@@ -34,7 +34,7 @@ class Rows:
         """prompts: of one length, or sources of any.
         repetition_penalty: of `penalized`.
 
-        Raises CheckpointError for a model whose logits are not finite, as `extend` does."""
+        Raise CheckpointError for a model whose logits are not finite, as `extend` does."""
         self._model = model
         self.device = next(model.parameters()).device
         config: Any = model.config

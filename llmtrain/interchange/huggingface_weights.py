@@ -58,7 +58,7 @@ class StoredTensors(Stored):
     """Those of a folder's safetensors, from a mapping of the files into memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for files that are missing or damaged, that hold no tensor, or other ones
+        """Raise CheckpointError for files that are missing or damaged, that hold no tensor, or other ones
         than the index says: of two of one name, which is the model's?"""
         self.shapes = {}
         self._path = path
@@ -99,7 +99,7 @@ def open_safetensors(file: Path) -> Any:
     """Open a file of safetensors, from which tensors are read when asked for. The library checks that they
     lie within it, one behind the other, each as long as its shape and type say.
 
-    Raises CheckpointError for a damaged one.
+    Raise CheckpointError for a damaged one.
     """
     try:
         _check_header(file)
@@ -167,7 +167,7 @@ def _unlike_the_index(path: Path, file: str, held: set[str], expected: set[str])
 
 
 def read_json(path: Path, at_most: int = SETTINGS_BYTES, *, unique: bool = False) -> dict[str, Any]:
-    """Return a file's JSON object. Raises CheckpointError when it is none, or of more than `at_most` bytes.
+    """Return a file's JSON object. Raise CheckpointError if it is none, or of more than `at_most` bytes.
     unique: a key twice is refused."""
     try:
         return parse_object(read_bytes(path, at_most), unique=unique, utf8=True)

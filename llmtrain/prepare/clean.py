@@ -82,7 +82,7 @@ class CleanCounts:
 def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts: CleanCounts) -> list[bytes]:
     """Clean UTF-8 documents in the given order, empty ones dropped; adds to `counts`.
 
-    Raises UnicodeDecodeError for bytes that are no UTF-8.
+    Raise UnicodeDecodeError for bytes that are no UTF-8.
     """
     cleaned = [text for text in _cleaned(documents, normalization, counts) if text]
     counts.documents_read += len(documents)
@@ -94,7 +94,7 @@ def clean_pairs(pairs: Pairs, normalization: str, counts: CleanCounts) -> list[b
     """Clean UTF-8 pairs in the given order, each its source, SEPARATOR and its target; those that lack
     either side dropped; adds to `counts`.
 
-    Raises UnicodeDecodeError for bytes that are no UTF-8.
+    Raise UnicodeDecodeError for bytes that are no UTF-8.
     """
     both = [*zip(*(_cleaned(side, normalization, counts) for side in pairs), strict=True)]
     cleaned = [SEPARATOR_BYTE.join(pair) for pair in both if all(pair)]

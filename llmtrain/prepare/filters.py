@@ -43,7 +43,7 @@ _LINES = re.compile(r"\n+")
 
 
 def require(config: FiltersConfig) -> None:
-    """Raises ConfigError for a package that is missing, or a language that it does not know."""
+    """Raise ConfigError for a package that is missing, or a language that it does not know."""
     if not config.languages:
         return
     try:

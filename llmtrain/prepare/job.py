@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
     With a size over 1 this is one of so many processes of the job that `job` names; each returns once the
     corpus is whole, rank 0 with the report.
 
-    Raises DataError for sources, tokenizers and output folders that cannot be used, and for a process of
+    Raise DataError for sources, tokenizers and output folders that cannot be used, and for a process of
     the job that failed or is gone.
     """
     started = time.monotonic()
@@ -308,7 +308,7 @@ def _short(value: Any) -> str:
 def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
     """The report of the finished corpus in the output folder when it is the one wanted.
 
-    Raises DataError when it is another one and may not be replaced, or when something else stands there.
+    Raise DataError if it is another one and may not be replaced, or when something else stands there.
     """
     path = config.output / MANIFEST_NAME
     if not path.exists():

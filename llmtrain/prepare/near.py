@@ -67,7 +67,7 @@ class Signed:
 def require_library() -> int:
     """The version of the library's algorithm, on which signatures depend.
 
-    Raises ConfigError where it is not installed.
+    Raise ConfigError if it is not installed.
     """
     try:
         import rensa

@@ -53,7 +53,7 @@ class Allowance:
         self._most = self._left = max(UNPACKED_BYTES, UNPACKED_TIMES * size)
 
     def take(self, count: int) -> None:
-        """Raises DataError once the file has given more than it may."""
+        """Raise DataError if the file has given more than it may."""
         self._left -= count
         if self._left < 0:
             got = f"more than {self._most:,} {self._what} from a file of {self._size:,} bytes"
@@ -97,7 +97,7 @@ def refuse_changed(file: SourceFile) -> None:
 def refuse_long_windows(files: Sequence[SourceFile], workers: int) -> list[str]:
     """Notes on .zst files that take much memory while they are read.
 
-    Raises DataError where the workers together would take more than is free.
+    Raise DataError if the workers together would take more than is free.
     """
     windows = {file.name: _window_bytes(file) for file in files if file.compression == "zst" and not file.url}
     long = sorted((size, name) for name, size in windows.items() if size > COMMON_WINDOW)

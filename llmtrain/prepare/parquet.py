@@ -129,7 +129,7 @@ def _row_groups(file: SourceFile, stream: IO[bytes], names: Sequence[str]) -> li
 
 
 def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups: range) -> int:
-    """In how many rows at a time memory holds the columns. Raises DataError for pages that it does not hold,
+    """In how many rows at a time memory holds the columns. Raise DataError for pages that it does not hold,
     or that are none."""
     pages: dict[str, list[Page]] = {}
     with reading(file), open(path, "rb", opener=open_regular) as stream:

@@ -36,7 +36,7 @@ class RowGroup:
 def row_groups(footer: bytes, columns: Sequence[str] = ()) -> Iterator[RowGroup]:
     """The row groups of a footer, one at a time, with their chunks of these columns.
 
-    Raises ValueError for what is no footer.
+    Raise ValueError for what is no footer.
     """
     struct = Struct(footer)
     try:
@@ -70,7 +70,7 @@ def _row_group(group: Any, columns: Sequence[str]) -> RowGroup:
 
 
 def number_of(fields: Any, number: int) -> int:
-    """A field of a struct. Raises ValueError where it is no number."""
+    """A field of a struct. Raise ValueError if it is no number."""
     value = fields.get(number) if isinstance(fields, dict) else None
     if not isinstance(value, int):
         raise ValueError("a struct without its numbers")
@@ -78,7 +78,7 @@ def number_of(fields: Any, number: int) -> int:
 
 
 class Struct:
-    """Reads a struct of Thrift's compact protocol. Raises IndexError where the data end before it does, and
+    """Reads a struct of Thrift's compact protocol. Raise IndexError if the data end before it does, and
     ValueError for what is none."""
 
     def __init__(self, data: bytes) -> None:

@@ -56,7 +56,7 @@ def rows_at_a_time(pages: list[Page]) -> int:
 def pages_of(descriptor: int, start: int, stop: int, num_values: int) -> Iterator[Page]:
     """The data pages of a column's chunk, which lies at [start, stop) of the file and has so many values.
 
-    Raises ValueError, with a short reason, for a page that is none or larger than PAGE_BYTES.
+    Raise ValueError, with a short reason, for a page that is none or larger than PAGE_BYTES.
     """
     dictionary_bytes = seen = 0
     while seen < num_values and start < stop:

@@ -97,7 +97,7 @@ class Peers:
     def meet(self) -> None:
         """Come together: rank 0 calls the job, the others answer until it has them all.
 
-        Raises DataError when somebody does not come.
+        Raise DataError if somebody does not come.
         """
         if self.size == 1:
             return
@@ -111,7 +111,7 @@ class Peers:
     def wait(self, say: str = "") -> str:
         """Wait until all have come here, and tell rank 0's word, given by it as `say`, to all.
 
-        Raises DataError for a process that failed or is gone.
+        Raise DataError for a process that failed or is gone.
         """
         if self.size == 1:
             return say
@@ -132,7 +132,7 @@ class Peers:
     def visible(self, find: Callable[[int], T | None], numbers: Iterable[int]) -> Iterator[T]:
         """find(number) of each number, once this host sees the file that another host has written.
 
-        Raises DataError when it does not see it in time.
+        Raise DataError if it does not see it in time.
         """
         for number in numbers:
             deadline, pause = time.monotonic() + self._seconds, SHORTEST_LOOK
@@ -165,7 +165,7 @@ class Peers:
     def await_end(self) -> None:
         """After `leave`: wait for rank 0 to say that the corpus is whole; for rank 0: for all to have left.
 
-        Raises DataError when rank 0 failed or is gone.
+        Raise DataError if rank 0 failed or is gone.
         """
         if self.size == 1:
             return
@@ -279,7 +279,7 @@ class Peers:
             pause = min(1.5 * pause, LONGEST_LOOK)
 
     def _look(self, rank: int) -> _State | None:
-        """What the process of that rank says now. Raises DataError if it failed or is gone."""
+        """What the process of that rank says now. Raise DataError if it failed or is gone."""
         now = time.monotonic()
         state = self._read(rank)
         last, since = self._seen.get(rank, (None, now))

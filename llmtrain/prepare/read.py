@@ -37,7 +37,7 @@ def read_part(
     takes a compressed parquet while it is read. With a vocabulary, documents may be token ids of it. Adds
     to `counts` what is no document.
 
-    Raises DataError that names file and place for anything that cannot be read, and
+    Raise DataError that names file and place for anything that cannot be read, and
     UnicodeDecodeError, which `undecodable` turns into one.
     """
     file = part.file

@@ -23,7 +23,7 @@ def file_name(url: str) -> str:
 
 
 def find(url: str, kind: str, compression: str) -> SourceFile:
-    """The file of that URL. Raises DataError when it is not there or may not be read."""
+    """The file of that URL. Raise DataError if it is not there or may not be read."""
     transport = Transport()
     try:
         size, version = transport.describe(url)
@@ -43,7 +43,7 @@ def find(url: str, kind: str, compression: str) -> SourceFile:
 def at_hand(part: Part, scratch: Path) -> Iterator[Part]:
     """The part with its file on this machine, in `scratch` if it lies elsewhere, and gone again then.
 
-    Raises DataError when it cannot be had, or is not the one that was found, to the end of the block.
+    Raise DataError if it cannot be had, or is not the one that was found, to the end of the block.
     """
     if not part.file.url:
         _refuse_changed(part)

@@ -33,7 +33,7 @@ def brief(name: str) -> str:
 
 
 def look(path: Path) -> os.stat_result | None:
-    """What stands there; None for nothing. Raises OSError for a link that leads nowhere, and all else."""
+    """What stands there; None for nothing. Raise OSError for a link that leads nowhere, and all else."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -49,7 +49,7 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
     """Every file of the sources in order, each once, and what stands in folders and is left out. Files
     below `exclude` are no source.
 
-    Raises DataError with a problem for each source that gives nothing, and for whatever cannot be looked at.
+    Raise DataError with a problem for each source that gives nothing, and for whatever cannot be looked at.
     """
     problems: list[Problem] = []
     files: dict[Path | str, SourceFile] = {}
@@ -111,7 +111,7 @@ def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[Sour
     """Files whose lines are the sources of pairs, each with the one of their targets, whatever their
     extensions but .gz and .zst.
 
-    Raises DataError for what is no file of this machine, and for other numbers of files.
+    Raise DataError for what is no file of this machine, and for other numbers of files.
     """
     problems: list[Problem] = []
     found: list[list[SourceFile]] = []

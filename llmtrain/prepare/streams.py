@@ -183,7 +183,7 @@ def refuse_wide(data: bytes, where: str) -> None:
 
 
 def decoded(data: bytes, where: str) -> str:
-    """Text of a whole document. Raises DataError for what is no UTF-8."""
+    """Text of a whole document. Raise DataError for what is no UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -192,7 +192,7 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def _read_line(stream: IO[bytes], file: SourceFile) -> bytes:
-    """Raises DataError for a longer line than may be, before its pieces are put together, which takes as much
+    """Raise DataError for a longer line than may be, before its pieces are put together, which takes as much
     again."""
     pieces, size = [], 0
     while True:

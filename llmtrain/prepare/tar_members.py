@@ -29,7 +29,7 @@ def tar_members(
     """(name, content) of every member but folders; no content for what is no file or not `wanted`. `where`
     names the tar; a member of more than `largest` bytes, LONGEST_LINE by default, is an error.
 
-    Raises DataError for whatever may hide a member.
+    Raise DataError for whatever may hide a member.
     """
     return _Tar(stream, where, largest or streams.LONGEST_LINE).members(wanted)
 

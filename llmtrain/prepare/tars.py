@@ -51,7 +51,7 @@ def read_tar(
     """Documents in order, in batches of str or of token ids, in which eos ends a document. Adds the members
     that hold no document to `counts`.
 
-    Raises DataError with the names of file and member.
+    Raise DataError with the names of file and member.
     """
     batch: list[str] | Tokens = []
     size = 0

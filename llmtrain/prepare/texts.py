@@ -123,7 +123,7 @@ def _whole_paragraph_lines(part: Part) -> Iterator[bytes]:
 
 
 def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
-    """Each line of `file` with that line of `target`. Raises DataError for other numbers of lines."""
+    """Each line of `file` with that line of `target`. Raise DataError for other numbers of lines."""
     pairs: list[tuple[bytes, bytes]] = []
     size = 0
     for ours, theirs in zip_longest(_lines(file), _lines(target)):
@@ -186,7 +186,7 @@ def _refuse_many_values(lines: Sequence[str]) -> None:
 
 
 def parse_object(line: str, names: Sequence[str]) -> Any:
-    """What json.loads gives. Raises ValueError for an object with two fields of one of these names."""
+    """What json.loads gives. Raise ValueError for an object with two fields of one of these names."""
     _refuse_many_values([line])
     top: list[tuple[str, Any]] = []
 

@@ -56,7 +56,7 @@ class Tokenizer(ABC):
     bytes of memory for a byte of text."""
 
     def __init__(self, content: bytes, special_ids: Mapping[str, int], where: str) -> None:
-        """Raises DataError for one that has nothing to separate documents with."""
+        """Raise DataError for one that has nothing to separate documents with."""
         self.content = content
         self.special_ids = dict(special_ids)
         self.sha256: str = hashlib.sha256(content).hexdigest()

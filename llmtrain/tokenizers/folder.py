@@ -53,7 +53,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file, or in a Hugging Face folder: a sentencepiece model, tokenizer.json, a bundle,
     vocab.txt, or vocab.json with merges.txt. What stands beside these says what their special tokens are for.
 
-    Raises DataError, one line, when there is none or it is damaged. Nothing is unpickled, no code is run.
+    Raise DataError, one line, when there is none or it is damaged. Nothing is unpickled, no code is run.
     """
     path = Path(path)
     if path.is_dir():

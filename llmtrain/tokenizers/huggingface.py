@@ -97,7 +97,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, files: Mapping[str, str], where: str) -> None:
         """files: name → text of tokenizer.json and of those COMPANIONS that there are. `where`: as messages
-        call it. Raises DataError for text that is no tokenizer."""
+        call it. Raise DataError for text that is no tokenizer."""
         from tokenizers import Tokenizer as Library
 
         self._where = where
@@ -240,7 +240,7 @@ class _Style:
 
 
 def unbundle(content: str, where: str) -> JsonTokenizer | None:
-    """The tokenizer of a bundle; None for JSON that is none. Raises DataError for a damaged one."""
+    """The tokenizer of a bundle; None for JSON that is none. Raise DataError for a damaged one."""
     content_of = _object(content, where)
     if content_of.get("format") != FORMAT:
         return None

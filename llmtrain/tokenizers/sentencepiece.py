@@ -44,7 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = SENTENCEPIECE_FILE
 
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
-        """Raises DataError for bytes that are no model, or a model that cannot separate documents."""
+        """Raise DataError for bytes that are no model, or a model that cannot separate documents."""
         try:
             # Of no bytes the library makes a processor that is none.
             if not model:
@@ -132,7 +132,7 @@ def _is_user_defined(processor: sentencepiece.SentencePieceProcessor, i: int) ->
 
 
 def _spec(model: bytes, where: str) -> Any:
-    """What a model file says. Raises DataError for bytes that are no model."""
+    """What a model file says. Raise DataError for bytes that are no model."""
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     try:
         return proto.ModelProto.FromString(model)
@@ -142,7 +142,7 @@ def _spec(model: bytes, where: str) -> Any:
 
 def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
     """`model` with the tokens `added` behind its pieces: T5's sentinels, which its texts may spell, and
-    control tokens, which they may not. Raises DataError for bytes that are no model."""
+    control tokens, which they may not. Raise DataError for bytes that are no model."""
     spec = _spec(model, where)
     for token in added:
         kind = spec.SentencePiece.USER_DEFINED if "extra_id" in token else spec.SentencePiece.CONTROL
@@ -153,7 +153,7 @@ def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
 def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:
     """Train a model and return its bytes; they depend on the documents and the config alone.
 
-    Raises DataError when the data do not allow the vocabulary, with the nearest size that they do.
+    Raise DataError if the data do not allow the vocabulary, with the nearest size that they do.
     """
     model = io.BytesIO()
     sentences = (sentence for document in documents for sentence in _sentences(document))

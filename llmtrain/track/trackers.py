@@ -80,7 +80,7 @@ def open_trackers(
 
     `resume_step` and `state` are the step and `Trackers.state()` of the checkpoint that the run goes on
     from, or None for a fresh run, which starts every track anew.
-    Raises ConfigError when Weights & Biases refuses the settings or the account, TrainingError when the
+    Raise ConfigError if Weights & Biases refuses the settings or the account, TrainingError when the
     run folder cannot be written.
     """
     trackers = Trackers(state)
