@@ -170,7 +170,7 @@ class _Printer:
     def print(self, title: str, sample: Sample) -> None:
         from llmtrain.data.datasets.base import EMPTY
         from llmtrain.data.loader import KEYS
-        from llmtrain.data.stream import Places
+        from llmtrain.data.stream import Origins
 
         corpus = f"{sample.corpus}, " if sample.corpus else ""
         if sample.row == EMPTY:
@@ -179,7 +179,7 @@ class _Printer:
         raw = self._opened.sources[sample.corpus].get(np.array([sample.row]))
         stream = self._opened.stream
         source = stream.names.index(sample.corpus)
-        places = Places(*(np.array([number]) for number in (source, sample.epoch, sample.row)))
+        places = Origins(*(np.array([number]) for number in (source, sample.epoch, sample.row)))
         batch = self._objective.collate({**raw, KEYS: stream.keys(places)})
         row = {name: tensor[0].numpy() for name, tensor in batch.items()}
         model = self._opened.model

@@ -171,7 +171,7 @@ def _tokenizer(path: Path, sha256: str, specials_are_text: bool) -> tuple[Tokeni
     for token in tokenizer.typed_specials():
         specials.setdefault(token.encode()[:3], []).append(token)
     if specials_are_text:
-        tokenizer.take_specials_for_text()
+        tokenizer.encode_specials_as_text()
     return tokenizer, specials
 
 

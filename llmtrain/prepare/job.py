@@ -244,7 +244,7 @@ class _Run:
         counts = report.cleaning
         if counts.quotes_kept:
             notes.append(
-                f"{counts.quotes_kept:,} values have quotes around them, which are kept; quoting=double drops them"
+                f"{counts.quotes_kept:,} values are in quotes, which are kept: quoting=double drops them"
             )
         if counts.like_rows:
             number, locations = sum(counts.like_rows.values()), ", ".join([*counts.like_rows][:8])

@@ -40,7 +40,7 @@ def read(stream: Stream, step: int, data_size: int = 1) -> tuple[int, list[tuple
     share = len(samples) // data_size
     for rank in range(data_size):
         part = samples[rank * share : (rank + 1) * share]
-        places = stream.places(part, step, stream.enter(step))
+        places = stream.origins(part, step, stream.enter(step))
         total += digest(stream.get(places), part)
         found += list(
             zip(*(a.tolist() for a in (places.sources, places.epochs, places.indices)), strict=True)
