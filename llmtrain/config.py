@@ -40,7 +40,7 @@ def decode(cls: type[T], mapping: Mapping[str, Any], variants: Variants | None =
     `variants` maps a dotted key to a function that picks the dataclass of that section from its
     content (a model's family, say); it may raise ConfigError.
 
-    Raises ConfigError with all problems: unknown keys (with the nearest names), wrong types, missing
+    Raise ConfigError with all problems: unknown keys (with the nearest names), wrong types, missing
     keys, and what the dataclasses' own `problems()` find.
     """
     return _decoded(cls, mapping, _Reading(variants or {}))
@@ -50,7 +50,7 @@ def decode_json(cls: type[T], mapping: Mapping[str, Any]) -> T:
     """Build `cls` from what a program wrote as JSON: each value is of its field's very type, where a person's
     `1e-3` in quotes is a number to `decode`, and keys that `cls` lacks are left alone.
 
-    Raises ConfigError as `decode`.
+    Raise ConfigError as `decode`.
     """
     return _decoded(cls, mapping, _Reading({}, is_json=True))
 

@@ -69,7 +69,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
 
 
 def open_no_link(path: Path, mode: str) -> IO[str]:
-    """`open` of a text file that is not behind a link. Raises OSError (ELOOP) for one that is."""
+    """`open` of a text file that is not behind a link. Raise OSError (ELOOP) for one that is."""
     return open(path, mode, opener=beside_no_link, encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """Open a file, never a pipe or a device, which could hang, be endless, or do something; an `opener` of
     `open`. A link is followed: stores of models are made of links.
 
-    Raises OSError (EINVAL) for what is no file.
+    Raise OSError (EINVAL) for what is no file.
     """
     # Not to wait for who writes to a pipe, nor take over a terminal.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -148,7 +148,7 @@ def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
     """Hold the open `file` alone, or with others that hold it `shared`, until it is closed, or the process
     ends, however it ends. Held already, it changes from the one to the other.
 
-    Raises BlockingIOError when another process holds it otherwise. A file system without locks gets a
+    Raise BlockingIOError if another process holds it otherwise. A file system without locks gets a
     warning, with `path`, and no lock.
     """
     try:

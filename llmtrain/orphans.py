@@ -21,7 +21,7 @@ from llmtrain.errors import Problem
 MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 """What torchrun, DeepSpeed, Open MPI, MPICH and Slurm tell the processes that they start."""
 SHELLS = {"sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "csh", "tcsh"}
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 LAST_WORDS_SECONDS = 5
 
 _PR_SET_PDEATHSIG = 1
@@ -73,7 +73,7 @@ def _watch(launcher: psutil.Process) -> None:
     while is_there(launcher):
         # The kernel takes the end of the thread that started this process for its parent's.
         signal.alarm(0)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
     # In case nobody reads what is said below, so that it cannot be written.
     signal.alarm(LAST_WORDS_SECONDS)
     problem = Problem(

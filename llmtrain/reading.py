@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 def read_bytes(path: Path, at_most: int) -> bytes:
-    """Return a file's content. Raises OSError, before any of it is read, for more than `at_most` bytes."""
+    """Return a file's content. Raise OSError, before any of it is read, for more than `at_most` bytes."""
     with open(path, "rb", opener=open_regular) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= at_most:
@@ -70,7 +70,7 @@ class _KeyTwiceError(Exception):
 def parse_json(
     content: bytes | str, *, unique: bool = False, utf8: bool = False, most: int = MOST_JSON_VALUES
 ) -> Any:
-    """Return the value of a JSON text. Raises ValueError, with a short reason, for what is none.
+    """Return the value of a JSON text. Raise ValueError, with a short reason, for what is none.
 
     most: values that it may hold: each takes some 75 bytes of memory, and may take three of the file.
     unique: refuse a key that stands twice in an object.
@@ -116,7 +116,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_object(
     content: bytes | str, *, unique: bool = False, utf8: bool = False, most: int = MOST_JSON_VALUES
 ) -> dict[str, Any]:
-    """Return the object of a JSON text. Raises ValueError for what is none, as `parse_json`."""
+    """Return the object of a JSON text. Raise ValueError for what is none, as `parse_json`."""
     value = parse_json(content, unique=unique, utf8=utf8, most=most)
     if not isinstance(value, dict):
         raise ValueError(f"{kind_of(value)} in place of an object")
@@ -124,7 +124,7 @@ def parse_object(
 
 
 def parse_yaml(content: bytes) -> dict[str, Any]:
-    """Return the section of keys of a YAML text. Raises ValueError, with a short reason, for what is none,
+    """Return the section of keys of a YAML text. Raise ValueError, with a short reason, for what is none,
     and for one whose aliases multiply."""
     import yaml
 

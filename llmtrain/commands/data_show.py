@@ -157,7 +157,7 @@ class _Printer:
     def print(self, title: str, sample: Sample) -> None:
         from llmtrain.data.datasets.base import EMPTY
         from llmtrain.data.loader import KEYS
-        from llmtrain.data.stream import Places
+        from llmtrain.data.stream import Origins
         from llmtrain.data.trace import parts_of
 
         opened = self._opened
@@ -167,8 +167,8 @@ class _Printer:
             return
         raw = opened.sources[sample.corpus].get(np.array([sample.row]))
         source = opened.stream.names.index(sample.corpus)
-        places = Places(*(np.array([number]) for number in (source, sample.epoch, sample.row)))
-        batch = self._objective.collate({**raw, KEYS: opened.stream.keys(places)})
+        origins = Origins(*(np.array([number]) for number in (source, sample.epoch, sample.row)))
+        batch = self._objective.collate({**raw, KEYS: opened.stream.keys(origins)})
         row = {name: tensor[0].numpy() for name, tensor in batch.items()}
         facts, lines = self._objective.show(row, raw, self._text, lambda: parts_of(opened.sources, sample))
         print(f"{title}: {corpus}epoch {sample.epoch}, row {sample.row}, {facts}")

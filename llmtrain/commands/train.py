@@ -101,7 +101,7 @@ class Session:
     def train(self) -> bool:
         """→ whether all steps are done, not interrupted."""
         from llmtrain.data.loader import Loader
-        from llmtrain.distributed import processes, union
+        from llmtrain.distributed import processes, set_union
         from llmtrain.train.loop import Hooks, Schedule, train
         from llmtrain.train.resume import find_resume
         from llmtrain.train.streaming import open_stream, plan_timeline
@@ -130,7 +130,7 @@ class Session:
                 training,
                 timeline,
                 seed=config.seed,
-                agree=union.of_all_ranks(),
+                agree=set_union.of_all_ranks(),
                 on_skip=self._on_skip,
             )
         )

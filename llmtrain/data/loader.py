@@ -1,7 +1,7 @@
-"""Feeds one data-parallel rank: which samples each optimizer step takes, read ahead by threads.
+"""Load the batches of one data-parallel rank, prefetched by threads.
 
-Threads, not processes: reading a step is a few positioned reads and numpy copies, which release the
-interpreter, and nothing is copied between processes (measured in tests/bench/loader.py).
+Threads are used instead of processes: reading a step consists of a few positioned reads and numpy copies,
+which release the GIL, and nothing is copied between processes (measured in tests/bench/loader.py).
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 Batch = dict[str, "Tensor"]
 Collate = Callable[[dict[str, np.ndarray]], Batch]
 KEYS = "keys"
-"""In what is collated: a number for each sample, int64 (M,), the same wherever and whenever it is read in
-this epoch; objectives make their choices by it."""
+"""Key, in the collated arrays, of a number per sample, int64 (M,), that depends only on sample and epoch;
+objectives derive their random choices from it."""
 _EVALUATION_KEY = epoch_key(0, 0)
-"""An evaluation asks the same of every model."""
+"""Constant, so that every evaluation makes the same random choices."""
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes, with its place in the global order."""
+    """The batch of one forward pass, and its samples."""
 
     batch: Batch
     samples: range
-    """Global sample numbers, one a row: over the whole run in training, over the pass in evaluation."""
+    """Global sample numbers, one per row: in the whole run for training, in the pass for evaluation."""
     indices: np.ndarray
-    """Their numbers within their source, int64; EMPTY in rows that only fill up."""
+    """Numbers of the samples in their source, int64; EMPTY in padding rows."""
     digest: int = 0
-    """Of the samples' content and numbers, in training."""
+    """Digest of contents and numbers of the samples; training only."""
     num_skipped: int = 0
-    """Rows left empty in training, since their shard cannot be read."""
+    """Number of rows left empty because their shard is unreadable; training only."""
 
     @property
     def first_sample(self) -> int:
@@ -56,21 +56,21 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One rank's share of an optimizer step."""
+    """The batches of one rank for an optimizer step."""
 
     step: int
     micro_batches: list[MicroBatch]
     progress: dict[str, float]
-    """After how many epochs each source stands behind this step."""
+    """Number of epochs that each source has completed after this step."""
     wait_seconds: float
-    """How long the consumer stood still for this step."""
+    """How long the consumer waited for this step."""
 
 
 class Loader:
-    """Training steps for one data-parallel rank.
+    """Loads the training steps of one data-parallel rank.
 
-    A step takes G global samples; rank r the r-th contiguous share of them, in micro-batches of M. What a
-    step holds depends on (stream, M, rank, size) alone, never on `workers` or on where the run began.
+    A step has G global samples; rank r takes the r-th contiguous slice of them, in micro-batches of M. A step
+    depends only on (stream, M, rank, size), not on `workers` or the step at which the process started.
     """
 
     def __init__(
@@ -84,17 +84,18 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """micro_size counts the samples of one forward pass.
+        """micro_size: number of samples in a forward pass. workers: number of prefetching threads; 0 reads on
+        demand.
+        pin_memory: put batches in page-locked memory, which a GPU copies asynchronously.
 
-        workers: threads that read ahead; 0 reads when asked. pin_memory: page-locked batches, which a
-        GPU copies without blocking.
-        Raises ValueError unless the stream's steps are multiples of micro_size · data_size.
+        Raise ValueError unless the step size of the stream is a multiple of micro_size · data_size.
         """
-        # Earlier segments of a timeline may have had steps of other sizes.
+        # Check the last segment only: earlier ones may have had other step sizes.
         global_size = stream.timeline.segments[-1].global_size
         if global_size % (micro_size * data_size):
             raise ValueError(
-                f"global_size={global_size} is no multiple of micro_size={micro_size} · data_size={data_size}"
+                f"global_size={global_size} is not a multiple of "
+                f"micro_size={micro_size} · data_size={data_size}"
             )
         self.stream = stream
         self._collate = collate
@@ -105,10 +106,10 @@ class Loader:
         self._pin_memory = pin_memory
 
     def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
-        """Steps from `start_step` on, without end; any start is found in constant time.
+        """Yield the steps from `start_step` on, without end. Any start is found in constant time.
 
-        Close the iterator (or drop it) to stop its threads. An error while reading is raised here as
-        itself, at the step where it happened.
+        Closing or dropping the iterator stops its threads. An error of a thread is raised here, unchanged, at
+        its step.
         """
         ended = threading.Event()
         fetched = _in_order(lambda step: self._fetch(step, ended), itertools.count(start_step), self._workers)
@@ -119,7 +120,7 @@ class Loader:
                 waited = time.perf_counter() - started
                 yield StepBatches(step, micro_batches, self.stream.progress(step + 1), waited)
         finally:
-            # A thread that reads ahead may wait for other ranks, which read no further.
+            # A prefetching thread may be waiting for other ranks, which read no further.
             ended.set()
             fetched.close()
 
@@ -127,15 +128,15 @@ class Loader:
         skipped = self.stream.enter(step, ended.is_set)
         samples = self.stream.samples(step)
         share = rank_slice(samples, self._data_rank, self._data_size)
-        # Read together: what a call costs is shared by more rows.
-        places = self.stream.places(share, step, skipped)
-        raw = self.stream.get(places)
-        keys = self.stream.keys(places)
+        # Read all micro-batches at once, which amortizes the cost per call.
+        origins = self.stream.origins(share, step, skipped)
+        raw = self.stream.get(origins)
+        keys = self.stream.keys(origins)
         M = self._micro_size
         return [
             self._micro_batch(
                 share[i : i + M],
-                places.indices[i : i + M],
+                origins.indices[i : i + M],
                 {key: values[i : i + M] for key, values in raw.items()},
                 keys[i : i + M],
             )
@@ -165,18 +166,18 @@ def evaluation_batches(
     max_samples: int | None = None,
     pin_memory: bool = False,
 ) -> Generator[MicroBatch, None, None]:
-    """One pass in the dataset's own order, each sample once over all ranks.
+    """Yield one pass over a dataset in its own order, each sample once over all ranks.
 
-    Every rank gets equally many micro-batches of micro_size rows; where the samples run out, rows are
-    EMPTY. max_samples takes so many samples, evenly spaced, since neighbours come from one source.
+    All ranks get the same number of micro-batches of micro_size rows; rows after the last sample are EMPTY.
+    max_samples: use this many samples, evenly spaced, because adjacent samples come from one source.
     """
     length = len(dataset) if max_samples is None else min(len(dataset), max_samples)
     global_size = micro_size * data_size
 
     def fetch(step: int) -> MicroBatch:
         samples = rank_slice(range(step * global_size, (step + 1) * global_size), data_rank, data_size)
-        places = np.array(samples)
-        indices = np.where(places < length, places * len(dataset) // length, EMPTY)
+        numbers = np.array(samples)
+        indices = np.where(numbers < length, numbers * len(dataset) // length, EMPTY)
         raw = {**dataset.get(indices), KEYS: sample_keys(indices, _EVALUATION_KEY)}
         return MicroBatch(_tensors(raw, collate, pin_memory), samples, indices)
 
@@ -189,7 +190,8 @@ def _tensors(raw: dict[str, np.ndarray], collate: Collate, pin_memory: bool) -> 
 
 
 def _in_order(fetch: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:
-    """`map(fetch, keys)`, computed ahead by threads; at most workers + 1 results wait at a time."""
+    """Yield map(fetch, keys), computed ahead by threads; at most workers + 1 results are pending at a
+    time."""
     if workers == 0:
         yield from map(fetch, keys)
         return

@@ -1,9 +1,10 @@
-"""Which sample comes when: pure functions of (seed, position), free of world size, workers and time.
+"""The order of samples: pure functions of seed and number, independent of world size, workers and time.
 
-A dataset's samples lie in shards. In each epoch its shards are permuted, `block_shards` of them after
-another make a block, and samples are permuted within their block: so a reader needs one block's shards
-at a time, however large the dataset. Any position is found in constant time and memory, so that a run
-resumes at once and each rank computes its own slice alone.
+The samples of a dataset are stored in shards (tar files or similar). In each epoch the shards are permuted,
+each `block_shards` consecutive ones form a block, and the samples are permuted within their block. A reader
+thus needs the shards of one block at a time, whatever the size of the dataset. The sample at any number in
+the order is found in constant time and memory, so that a run resumes at once and each rank computes only its
+own slice.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ from llmtrain.hashing import mix
 _EPOCHS_KEPT = 4
 _ROUNDS = 8
 _RUN = 4096
-"""Positions whose order is computed together and kept: numpy takes as long for ten as for a thousand."""
+"""Consecutive places of the order that are computed together and cached: numpy takes as long for ten as for a
+thousand."""
 _RUNS_KEPT = 8
 _WORD = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _SHARDS = 0x5368617264730000
-"""Keeps the order of shards apart from that within a block."""
+"""Makes the order of shards independent of the order within blocks."""
 _SAMPLES = 0x53616D706C650000
-"""Keeps samples' keys apart from the order of samples."""
+"""Makes the keys of samples independent of their order."""
 
 
 def permute(indices: np.ndarray, length: int, key: int) -> np.ndarray:
-    """A pseudo-random bijection on [0, length), chosen by `key` (64 bits).
+    """Apply the pseudo-random bijection on [0, length) that `key` (64 bits) selects.
 
-    A balanced Feistel network (Luby and Rackoff 1988) permutes the smallest 2^(2h) ≥ length values;
-    results outside [0, length) are permuted again until inside (cycle walking, Black and Rogaway 2002),
-    which takes fewer than four rounds on average.
+    A balanced Feistel network (Luby and Rackoff 1988) permutes the smallest 2^(2h) ≥ length values; results
+    outside [0, length) are permuted again until they are inside (cycle walking, Black and Rogaway 2002), in
+    fewer than four rounds on average.
 
-    indices: whole numbers in [0, length), any shape. Returns int64 of the same shape.
-    Raises ValueError for an index outside.
+    indices: integers in [0, length), any shape. Return int64 of the same shape.
+    Raise ValueError for an index outside.
     """
     values = np.array(indices, dtype=np.int64).reshape(-1)
     if values.size and (values.min() < 0 or values.max() >= length):
@@ -50,26 +52,29 @@ def permute(indices: np.ndarray, length: int, key: int) -> np.ndarray:
 
 
 def epoch_key(seed: int, epoch: int) -> int:
-    """The 64-bit key of one epoch's permutation."""
+    """Return the 64-bit key of the permutation of one epoch."""
     return _mix(_mix(seed) + epoch * _GOLDEN_GAMMA)
 
 
 def sample_keys(indices: np.ndarray, key: int) -> np.ndarray:
-    """A number of 63 bits for each sample, by which an objective makes its choices: int64 of the shape of
-    `indices`, the samples' numbers within their source. key: as epoch_key gives it."""
+    """Return a 63-bit number for each sample, int64 of the shape of `indices`, from which objectives derive
+    random choices.
+
+    indices: numbers of the samples in their source; key: from `epoch_key`.
+    """
     values = np.asarray(indices, dtype=np.int64).astype(np.uint64) + np.uint64(1)
     hashed = mix(np.uint64(_mix(key ^ _SAMPLES)) + values * np.uint64(_GOLDEN_GAMMA))
     return (hashed >> np.uint64(1)).astype(np.int64)
 
 
 class BlockOrder:
-    """The order of one dataset's samples over epochs without end. Safe to use from several threads."""
+    """The order of the samples of one dataset over an unlimited number of epochs. Thread-safe."""
 
     def __init__(
         self, shard_sizes: np.ndarray, *, seed: int, block_shards: int, epoch_length: int | None = None
     ) -> None:
-        """shard_sizes: samples in each shard, (S,), not all 0. epoch_length: samples of an epoch, where the
-        last of its order are left out."""
+        """shard_sizes: number of samples in each shard, (S,), not all 0. epoch_length: number of samples in
+        an epoch, if the last ones of its order are dropped."""
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._sizes)])
         self._seed = seed
@@ -81,7 +86,8 @@ class BlockOrder:
         self._lock = threading.Lock()
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions from 0 over all epochs → (epochs, indices into the dataset), int64 of the same shape."""
+        """Return (epochs, indices into the dataset), int64 of the same shape, of the samples at `positions`,
+        counted from 0 over all epochs."""
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size == 0:
             return np.empty_like(positions), np.empty_like(positions)
@@ -95,7 +101,7 @@ class BlockOrder:
         return epochs[offsets], indices[offsets]
 
     def _run(self, run: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, indices) of the positions of a run."""
+        """Return (epochs, indices) of a run of _RUN consecutive positions."""
         with self._lock:
             found = self._runs.get(run)
         if found is None:
@@ -107,35 +113,35 @@ class BlockOrder:
         return found
 
     def _ordered(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        epochs, places = np.divmod(positions, self.epoch_length)
-        indices = np.empty_like(places)
+        epochs, offsets = np.divmod(positions, self.epoch_length)
+        indices = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            indices[chosen] = self._epoch(epoch).indices(places[chosen])
+            indices[chosen] = self._epoch(epoch).indices(offsets[chosen])
         return epochs, indices
 
     def blocks(self, first: int, last: int) -> list[tuple[int, int]]:
-        """(epoch, block) of each block that positions [first, last) touch, in their order."""
+        """Return (epoch, block) of the blocks that contain positions [first, last), in order."""
         found = []
         position = first
         while position < last:
-            epoch, place = divmod(position, self.epoch_length)
-            block, end = self._epoch(epoch).block_at(place)
+            epoch, offset = divmod(position, self.epoch_length)
+            block, end = self._epoch(epoch).block_at(offset)
             found.append((epoch, block))
             position = min(epoch * self.epoch_length + end, (epoch + 1) * self.epoch_length)
         return found
 
     def shards_of(self, epoch: int, block: int) -> list[int]:
-        """The shards of a block, in the epoch's order; none behind its last block."""
+        """Return the shards of a block, in the order of the epoch; none after its last block."""
         shards = self._epoch(epoch).shards[block * self._block_shards : (block + 1) * self._block_shards]
         return shards.tolist()
 
     def shard_of(self, index: int) -> int:
-        """The shard that holds a sample."""
+        """Return the shard that contains a sample."""
         return int(np.searchsorted(self._firsts, index, side="right")) - 1
 
     def after(self, epoch: int, block: int) -> tuple[int, int]:
-        """The block that follows."""
+        """Return (epoch, block) of the next block."""
         blocks = -(-len(self._sizes) // self._block_shards)
         return (epoch, block + 1) if block + 1 < blocks else (epoch + 1, 0)
 
@@ -151,7 +157,7 @@ class BlockOrder:
 
 
 class _Epoch:
-    """One epoch's order."""
+    """The order of one epoch."""
 
     def __init__(self, sizes: np.ndarray, firsts: np.ndarray, key: int, block_shards: int) -> None:
         S = len(sizes)
@@ -162,32 +168,34 @@ class _Epoch:
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.shards])])
         self._block_starts = np.append(self._starts[:-1:block_shards], self._starts[-1])
 
-    def block_at(self, place: int) -> tuple[int, int]:
-        """(block, place behind its last sample)."""
-        block = int(np.searchsorted(self._block_starts, place, side="right")) - 1
+    def block_at(self, offset: int) -> tuple[int, int]:
+        """Return (block at `offset` samples into the epoch, offset of its end)."""
+        block = int(np.searchsorted(self._block_starts, offset, side="right")) - 1
         return block, int(self._block_starts[block + 1])
 
-    def indices(self, places: np.ndarray) -> np.ndarray:
-        blocks = np.searchsorted(self._block_starts, places, side="right") - 1
-        shuffled = np.empty_like(places)
+    def indices(self, offsets: np.ndarray) -> np.ndarray:
+        """Return the indices into the dataset of the samples at `offsets` into the epoch."""
+        blocks = np.searchsorted(self._block_starts, offsets, side="right") - 1
+        shuffled = np.empty_like(offsets)
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
             start, end = self._block_starts[block : block + 2].tolist()
-            # The first block's key is the epoch's: the order of a single shard is that of earlier versions.
+            # The first block uses the key of the epoch, which keeps the order of a single shard as in earlier
+            # versions.
             key = _mix(self._key + block * _GOLDEN_GAMMA) if block else self._key
-            shuffled[chosen] = start + permute(places[chosen] - start, end - start, key)
+            shuffled[chosen] = start + permute(offsets[chosen] - start, end - start, key)
         slots = np.searchsorted(self._starts, shuffled, side="right") - 1
         return self._firsts[slots] + shuffled - self._starts[slots]
 
 
 def rank_slice(samples: range, data_rank: int, data_size: int) -> range:
-    """The samples of a step that one data-parallel rank takes: a contiguous share.
+    """Return the contiguous slice of the samples of a step that belongs to one data-parallel rank.
 
-    Raises ValueError unless data_size divides their number.
+    Raise ValueError unless data_size divides the number of samples.
     """
     share, rest = divmod(len(samples), data_size)
     if rest:
-        raise ValueError(f"global_size={len(samples)} is no multiple of data_size={data_size}")
+        raise ValueError(f"global_size={len(samples)} is not a multiple of data_size={data_size}")
     return samples[data_rank * share : (data_rank + 1) * share]
 
 

@@ -1,7 +1,6 @@
-"""The training stream: which samples make a step, over sources, epochs and shards, and their content.
+"""The training stream: the samples of each step, over sources, epochs and shards, and their contents.
 
-Everything about order is arithmetic on (timeline, seed, step); ranks, threads and restarts only ask for
-other slices of it.
+The order is computed from timeline, seed and step only; ranks, threads and restarts ask for slices of it.
 """
 
 from __future__ import annotations
@@ -22,32 +21,32 @@ from llmtrain.data.order import BlockOrder, epoch_key, sample_keys
 from llmtrain.errors import DataError, Problem
 
 GaveUp = Callable[[], bool]
-"""Whether nobody waits any more for what a thread reads ahead."""
+"""Returns whether the result of a prefetching thread is no longer needed."""
 Agree = Callable[[str, Sequence[int], GaveUp], list[int]]
-"""(key, numbers that this rank brings, whether to stop waiting) → the numbers that any rank brought for the
-key; called by all ranks, from any thread."""
+"""(key, numbers of this rank, whether to stop waiting) → set union over all ranks of the numbers for the key;
+called by all ranks, from any thread."""
 Skipped = frozenset[tuple[int, int, int]]
-"""(source, epoch, shard) of shards that are left out."""
+"""(source, epoch, shard) of skipped shards."""
 
 _BLOCKS_KEPT = 64
 _DIGEST_BITS = 48
-"""Such sums are exact wherever numbers are kept as doubles."""
+"""Sums of this size are exact in trackers that store numbers as doubles."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where M samples of a step come from, all int64 (M,)."""
+class Origins:
+    """The origins of M samples of a step, all int64 (M,)."""
 
     sources: np.ndarray
-    """Which of the stream's sources."""
+    """Indices of the sources in the stream."""
     epochs: np.ndarray
-    """How often their source was read through before."""
+    """Epochs of the sources, from 0."""
     indices: np.ndarray
-    """Numbers within their source; EMPTY for those of a shard that is skipped."""
+    """Numbers of the samples in their source; EMPTY in a skipped shard."""
 
 
 class Stream:
-    """Samples of a training run in their order. Safe to read from several threads."""
+    """The samples of a training run in order. Thread-safe."""
 
     def __init__(
         self,
@@ -61,11 +60,11 @@ class Stream:
         agree: Agree | None = None,
         on_skip: Callable[[str, int], None] = lambda shard, samples: None,
     ) -> None:
-        """sources: what the timeline draws from. shuffle_shards: shards among which samples are shuffled.
-        drop_last: an epoch ends with its last whole step. agree: needed by on_bad_shard="skip" where there
-        are several ranks. on_skip: told (shard, samples) of each that is left out.
+        """sources: the datasets of the timeline's sources. shuffle_shards: number of shards among which
+        samples are shuffled. drop_last: whether an epoch ends with its last full step. agree: required by
+        on_bad_shard="skip" with several ranks. on_skip: called with (shard, samples) of each skipped shard.
 
-        Raises DataError for a source smaller than a step whose last one would be dropped.
+        Raise DataError if drop_last is set and a source is smaller than a step.
         """
         self.timeline = timeline
         self.names = list(sources)
@@ -92,16 +91,19 @@ class Stream:
         self._blocks: list[OrderedDict[tuple[int, int], Future[frozenset[int]]]]
         self._blocks = [OrderedDict() for _ in sources]
         self._bad: dict[tuple[int, int], set[int]] = {}
-        """(source, epoch) → shards found bad in it."""
+        """(source, epoch) → its bad shards."""
         self._lock = threading.Lock()
 
     def samples(self, step: int) -> range:
-        """Global numbers of the samples of `step`, over all ranks."""
+        """Return the global numbers of the samples of `step`, over all ranks."""
         return self.timeline.samples(step)
 
     def enter(self, step: int, gave_up: GaveUp = lambda: False) -> Skipped:
-        """Ask for the shards that `step` and what follows it need; → those of them to skip, where bad ones
-        are skipped, as all ranks agree: they all call it for every step that they read."""
+        """Request the shards of `step` and of the block after it; return those to skip.
+
+        If bad shards are skipped, all ranks agree on them, so all ranks must call this for every step that
+        they read.
+        """
         samples = self.samples(step)
         segment = self.timeline.at(step)
         before, after = segment.positions_at(samples.start), segment.positions_at(samples.stop)
@@ -113,8 +115,8 @@ class Stream:
                 skipped.update((source, epoch, shard) for shard in bad)
         return frozenset(skipped)
 
-    def places(self, numbers: range, step: int, skipped: Skipped = frozenset()) -> Places:
-        """Where samples `numbers` of `step` come from; `skipped`: what `enter` gave for it."""
+    def origins(self, numbers: range, step: int, skipped: Skipped = frozenset()) -> Origins:
+        """Return the origins of samples `numbers` of `step`. skipped: the result of `enter` for the step."""
         segment = self.timeline.at(step)
         drawn, positions = segment.draw(numbers.start, numbers.stop)
         drawn_from = np.array([self.names.index(name) for name in segment.shares])
@@ -127,24 +129,24 @@ class Stream:
             for row, (source, epoch, index) in enumerate(zip(sources, epochs, indices, strict=True)):
                 if (source, epoch, self._orders[source].shard_of(index)) in skipped:
                     indices[row] = EMPTY
-        return Places(sources, epochs, indices)
+        return Origins(sources, epochs, indices)
 
-    def keys(self, places: Places) -> np.ndarray:
-        """A number for each sample, int64 (M,): a function of (seed, source, epoch, sample)."""
-        keys = np.empty_like(places.indices)
-        for source, epoch in np.unique(np.stack([places.sources, places.epochs]), axis=1).T.tolist():
-            chosen = (places.sources == source) & (places.epochs == epoch)
+    def keys(self, origins: Origins) -> np.ndarray:
+        """Return a number for each sample, int64 (M,), that depends on (seed, source, epoch, sample)."""
+        keys = np.empty_like(origins.indices)
+        for source, epoch in np.unique(np.stack([origins.sources, origins.epochs]), axis=1).T.tolist():
+            chosen = (origins.sources == source) & (origins.epochs == epoch)
             key = epoch_key(_source_seed(self._seed, self.names[source]), epoch)
-            keys[chosen] = sample_keys(places.indices[chosen], key)
+            keys[chosen] = sample_keys(origins.indices[chosen], key)
         return keys
 
-    def get(self, places: Places) -> dict[str, np.ndarray]:
-        """The samples' content, stacked: see Dataset.get."""
-        return gather(self._datasets, places.sources, places.indices)
+    def get(self, origins: Origins) -> dict[str, np.ndarray]:
+        """Return the stacked contents of the samples, as Dataset.get does."""
+        return gather(self._datasets, origins.sources, origins.indices)
 
     def progress(self, step: int) -> dict[str, float]:
-        """After how many epochs each source stands before `step`: "epoch" of a single source, else
-        "epoch_NAME"."""
+        """Return the number of epochs, with fraction, that each source has completed before `step`: "epoch"
+        for a single source, else "epoch_NAME"."""
         segment = self.timeline.at(step)
         positions = segment.positions_at(segment.first_sample(step))
         many = len(self.names) > 1
@@ -154,7 +156,7 @@ class Stream:
         }
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Return a description in one line."""
         described = (dataset.describe() for dataset in self._datasets)
         many = len(self.names) > 1
         named = (f"{n}: {text}" if many else text for n, text in zip(self.names, described, strict=True))
@@ -180,7 +182,7 @@ class Stream:
         return entered
 
     def _prepare_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> frozenset[int]:
-        """Ask for its shards and the next block's; → those to skip."""
+        """Request the shards of a block and of the next one; return those of the block to skip."""
         dataset, order = self._datasets[source], self._orders[source]
         if not isinstance(dataset, ReadsShards):
             return frozenset()
@@ -198,7 +200,7 @@ class Stream:
             in_epoch.update(bad)
             num_bad = len(in_epoch)
         if num_bad == int(np.count_nonzero(sizes)):
-            got = f"none that can be read of {num_bad} shards"
+            got = f"no readable one of {num_bad} shards"
             raise DataError(Problem(f"data.path ({dataset.shard_names[bad[0]]})", got, "one or more"))
         for shard in bad:
             self._on_skip(dataset.shard_names[shard], int(sizes[shard]))
@@ -206,13 +208,13 @@ class Stream:
 
 
 def samples_of_epoch(num_samples: int, global_size: int, drop_last: bool) -> int:
-    """How many of a source's samples an epoch takes."""
+    """Return the number of samples of a source that an epoch uses."""
     return num_samples - num_samples % global_size if drop_last else num_samples
 
 
 def digest(raw: Mapping[str, np.ndarray], numbers: range) -> int:
-    """What samples hold and which global numbers they have, as one number below 2^48. Digests of parts of a
-    step add up, modulo 2^48, to that of the whole, however it was parted."""
+    """Return a digest below 2^48 of the contents and global numbers of samples. The digests of the parts of a
+    step add up, modulo 2^48, to that of the whole step, however it is divided."""
     total = 0
     arrays = [np.ascontiguousarray(raw[key]) for key in sorted(raw)]
     for row, number in enumerate(numbers):
@@ -222,10 +224,10 @@ def digest(raw: Mapping[str, np.ndarray], numbers: range) -> int:
 
 
 def combine_digests(total: int) -> int:
-    """A sum of digests → the digest of all."""
+    """Return the digest of the whole from the sum of the digests of its parts."""
     return total % (1 << _DIGEST_BITS)
 
 
 def _source_seed(seed: int, name: str) -> int:
-    """Sources of one size must not be read in one order."""
+    """Return a seed per source, so that sources of equal size have different orders."""
     return seed ^ xxhash.xxh3_64_intdigest(name.encode()) if name else seed

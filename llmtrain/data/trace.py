@@ -1,6 +1,6 @@
-"""What made a step: the stream's arithmetic read back, and one hash over what many steps consumed.
+"""Trace which samples and documents made a training step, and hash the data of many steps.
 
-Steps here are counted as metrics are: step N is the N-th optimizer step, the stream's step N − 1.
+Steps are counted as in the metrics: step N is the N-th optimizer step, which is step N − 1 of the stream.
 """
 
 from __future__ import annotations
@@ -16,60 +16,62 @@ from llmtrain.data.mixture import Timeline
 from llmtrain.data.stream import Skipped, Stream, combine_digests, digest
 
 _ROWS = 64
-"""Samples read at once."""
+"""Number of samples that are read at a time."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one sample of a step comes from."""
+    """The origin of one sample of a step."""
 
     step: int
     sample: int
-    """Its number over the whole run."""
+    """Number of the sample in the whole run."""
     corpus: str
-    """"" of a single one."""
+    """Name of its corpus, empty if there is only one."""
     epoch: int
     position: int
-    """Samples drawn from its corpus before, over all epochs."""
+    """Number of samples drawn from its corpus before, over all epochs."""
     row: int
-    """Its number within the corpus; EMPTY where its shard was skipped."""
+    """Number of the sample in the corpus; EMPTY if its tar file was skipped."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a sample holds of one document."""
+    """The part of a sample that comes from one document."""
 
     shard: str
+    """Name of the tar file."""
     document: int
-    """Its number within the shard."""
+    """Number of the document in the tar file."""
     tokens: int
 
 
 def until(timeline: Timeline, step: int) -> Timeline:
-    """The timeline up to and with the segment that `step` belongs to: what was known when it was made."""
+    """Return the timeline up to and including the segment of `step`, as it was known at that step."""
     last = timeline.at(step - 1)
     return Timeline([segment for segment in timeline.segments if segment.step <= last.step])
 
 
 def samples_of(stream: Stream, step: int, skipped: Skipped = frozenset()) -> Iterator[Sample]:
-    """The samples of `step` in their order. skipped: as Stream.enter gives it for the stream's step."""
+    """Yield the samples of `step` in order. skipped: the result of Stream.enter for the step of the
+    stream."""
     segment = stream.timeline.at(step - 1)
     numbers = stream.samples(step - 1)
-    places = stream.places(numbers, step - 1, skipped)
+    origins = stream.origins(numbers, step - 1, skipped)
     _, positions = segment.draw(numbers.start, numbers.stop)
     for i, number in enumerate(numbers):
         yield Sample(
             step,
             number,
-            stream.names[int(places.sources[i])],
-            int(places.epochs[i]),
+            stream.names[int(origins.sources[i])],
+            int(origins.epochs[i]),
             int(positions[i]),
-            int(places.indices[i]),
+            int(origins.indices[i]),
         )
 
 
 def parts_of(sources: Mapping[str, Dataset], sample: Sample) -> list[Part]:
-    """The documents of a sample in their order; none of one that was left empty or that has no documents."""
+    """Return the documents of a sample in order; none if it is empty or its dataset has no documents."""
     dataset = sources[sample.corpus]
     if sample.row == EMPTY or not isinstance(dataset, NamesDocuments):
         return []
@@ -77,17 +79,17 @@ def parts_of(sources: Mapping[str, Dataset], sample: Sample) -> list[Part]:
 
 
 def digest_of(stream: Stream, step: int, skipped: Skipped = frozenset()) -> int:
-    """The data_digest of `step`, from the data as they are now. skipped: as with `samples_of`."""
+    """Compute the data_digest of `step` from the current data. skipped: as in `samples_of`."""
     numbers = stream.samples(step - 1)
     total = 0
     for first in range(numbers.start, numbers.stop, _ROWS):
         rows = range(first, min(first + _ROWS, numbers.stop))
-        total += digest(stream.get(stream.places(rows, step - 1, skipped)), rows)
+        total += digest(stream.get(stream.origins(rows, step - 1, skipped)), rows)
     return combine_digests(total)
 
 
 def hash_digests(digests: Iterable[tuple[int, int]]) -> str:
-    """(step, data_digest) of each step in turn → one xxh3-128, hex."""
+    """Return one xxh3-128, in hex, of the (step, data_digest) of all steps in order."""
     together = xxhash.xxh3_128()
     for pair in digests:
         together.update(np.array(pair, dtype="<i8").tobytes())

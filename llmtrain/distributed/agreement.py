@@ -1,7 +1,7 @@
-"""Ranks meet and compare what they were started with, before any of them waits for another in training.
+"""Wait for all ranks at startup and compare their configs, devices, data and package versions.
 
-They speak through a store alone, not through a process group: ranks that disagree on the device could
-not even form one. Costs each rank a few messages, at any number of ranks.
+Uses the key-value store alone, not a process group: ranks that disagree on the device could not form one.
+Each rank sends a few messages, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 NOT_COMPARED = ("data.path", "data.sources.", "data.cache.")
-"""A corpus may lie elsewhere on each host: its content is compared. Not so run.dir, where all ranks
-write their parts of one checkpoint."""
+"""Keys that may differ: a corpus may have another path on each host, so its content is compared instead.
+run.dir is compared, because all ranks write their parts of one checkpoint there."""
 
 POLL_SECONDS = 0.02, 0.5
-"""Between looks at the store, at first and at last: torch prints pages when a wait of its own fails."""
+"""First and longest interval between polls of the store; torch's own wait prints a long trace on timeout."""
 GRACE_SECONDS = 30.0
-"""How much longer than the judge of a meeting the others wait for what it found."""
+"""How much longer the other ranks wait for the verdict than the judging rank waits for arrivals."""
 GOODBYE_SECONDS = 5.0
-"""How long rank 0, which may host the store, waits for the others to read of a failure."""
+"""How long rank 0, which may host the store, waits for the others to read a failure before it exits."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that must be the same on all ranks."""
+    """A value that must be equal on all ranks."""
 
     value: Any
-    """Fit for JSON."""
+    """JSON-serializable."""
     remedy: str
-    """What to do where it differs."""
+    """What the user should do if it differs."""
 
 
 Facts = Mapping[str, Fact]
 
 
 def run_facts(config: Mapping[str, Any], device_type: str, data: str | None) -> dict[str, Fact]:
-    """Of a training run: every key of its encoded config, the device, what `data` holds (a fingerprint),
-    and the versions of what computes."""
+    """Return the facts of a training run: all keys of its encoded config, the device type, the fingerprint of
+    the data, and package versions."""
     command, versions = "start all ranks with the same command", "install the same version on all hosts"
     facts = {
         key: Fact(value, command) for key, value in _flat(config).items() if not key.startswith(NOT_COMPARED)
@@ -73,8 +73,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def disagreements(facts_of_ranks: Sequence[Facts]) -> list[Problem]:
-    """A problem for each fact and each group of ranks that differ from most of them; in a tie from rank
-    0's side. A fact that a rank lacks is null."""
+    """Return one problem for each fact and each group of ranks that differs from the majority; in a tie, from
+    rank 0's group. A fact that a rank lacks counts as null."""
     problems = []
     for key in dict.fromkeys(key for facts in facts_of_ranks for key in facts):
         values = [json.dumps(facts[key].value) if key in facts else "null" for facts in facts_of_ranks]
@@ -90,7 +90,7 @@ def disagreements(facts_of_ranks: Sequence[Facts]) -> list[Problem]:
             if value != usual:
                 ranks = [rank for rank, own in enumerate(values) if own == value]
                 got = f"{_shown(value)}, {others} {_shown(usual)}"
-                problems.append(Problem(f"{name_ranks(ranks)}: {key}", got, remedy=remedy))
+                problems.append(Problem(f"{format_ranks(ranks)}: {key}", got, remedy=remedy))
     return problems
 
 
@@ -98,8 +98,8 @@ def _shown(value: str) -> str:
     return value[1:-1] if value.startswith('"') else value
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 1, 4-7`."""
+def format_ranks(ranks: Sequence[int]) -> str:
+    """Format as `rank 3` or `ranks 1, 4-7`."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][-1] == rank - 1:
@@ -110,24 +110,24 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(parts)}"
 
 
-def meet(store: Store, rank: int, size: int, facts: Facts, timeout_seconds: float) -> None:
-    """Wait until all `size` ranks are at this point, and compare their facts.
+def check_ranks_agree(store: Store, rank: int, size: int, facts: Facts, timeout_seconds: float) -> None:
+    """Wait until all `size` ranks have arrived and compare their facts.
 
-    store: the ranks' own; every launch needs a new one, or another prefix.
-    Raises LaunchError on all ranks alike: ranks are missing after `timeout_seconds`, or their facts differ.
+    store: shared by the ranks; every launch needs a new store or a new prefix.
+    Raise LaunchError on all ranks if ranks are missing after `timeout_seconds`, or facts differ.
     """
     from torch.distributed import DistError
 
     text = json.dumps({key: [fact.value, fact.remedy] for key, fact in facts.items()})
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     try:
-        # Ranks that agree write the same text, which the store so holds once.
+        # Ranks that agree write the same key, so the store holds the text once.
         store.set(f"facts/{digest}", text)
         store.set(f"arrived/{rank}", digest)
-        place = store.add("arrived", 1)
-        if place == size:
+        arrival = store.add("arrived", 1)
+        if arrival == size:
             store.set("complete", "")
-        if place == 1:
+        if arrival == 1:
             verdict = _judge(store, size, timeout_seconds)
             store.set("verdict", json.dumps([vars(problem) for problem in verdict]))
         store.wait(["verdict"], datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS))
@@ -137,13 +137,13 @@ def meet(store: Store, rank: int, size: int, facts: Facts, timeout_seconds: floa
     except DistError as error:
         detail = str(error).partition("\n")[0]
         raise LaunchError(
-            Problem("start", f"no word from the other ranks ({detail})", remedy="their own messages tell why")
+            Problem("start", f"no answer from the other ranks ({detail})", remedy="see their messages")
         ) from error
     if problems:
         if rank == 0:
             _await(store, "all read", GOODBYE_SECONDS)
         failure = LaunchError(problems)
-        # Rank 0 tells for all, if it is there.
+        # Rank 0 prints the message for all ranks, if it has arrived.
         failure.everywhere = store.check(["arrived/0"]) if rank else True
         raise failure
 
@@ -152,8 +152,11 @@ def _judge(store: Store, size: int, timeout_seconds: float) -> list[Problem]:
     keys = [f"arrived/{rank}" for rank in range(size)]
     if not _await(store, "complete", timeout_seconds):
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        got = f"{size - len(missing)} of {size} ranks within {timeout_seconds:g} s, not {name_ranks(missing)}"
-        return [Problem("start", got, remedy="see what those said, or wait longer by START_TIMEOUT=seconds")]
+        got = (
+            f"{size - len(missing)} of {size} ranks within {timeout_seconds:g} s, not {format_ranks(missing)}"
+        )
+        remedy = "see the messages of the missing ranks, or wait longer with START_TIMEOUT=seconds"
+        return [Problem("start", got, remedy=remedy)]
     digests = [digest.decode() for digest in store.multi_get(keys)]
     if len(set(digests)) == 1:
         return []
@@ -165,7 +168,7 @@ def _judge(store: Store, size: int, timeout_seconds: float) -> list[Problem]:
 
 
 def _await(store: Store, key: str, seconds: float) -> bool:
-    """Whether `key` came in time."""
+    """Return whether `key` appeared in time."""
     deadline = time.monotonic() + seconds
     pause, longest = POLL_SECONDS
     while not store.check([key]):

@@ -1,4 +1,4 @@
-"""What a launcher does with the signals that ask it to stop: its ranks are to save, and it waits for them."""
+"""Forward stop signals from the launcher to its ranks, and wait until they have saved."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from llmtrain.distributed import stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE
 
 IMPATIENT_SECONDS = 10.0
-"""How long ranks have after a second Ctrl-C, which asks them to end unsaved."""
-TELL_SECONDS = 0.2
+"""Time that ranks have to exit after a second Ctrl-C, which asks them to exit without saving."""
+FORWARD_SECONDS = 0.2
+"""Interval of looking for ranks that have not received the signal yet."""
 
 
 class Forwarder:
-    """Passes the wish to stop on to this process' children, the ranks, and kills those that take too long.
+    """Forwards stop requests to the child processes, the ranks, and kills those that exceed the deadline.
 
-    torch's agent would kill them 30 seconds after SIGTERM, and knows no SIGUSR1.
+    torch's agent would kill them 30 seconds after SIGTERM, and does not handle SIGUSR1.
     """
 
     def __init__(self, patience: float) -> None:
-        """patience: seconds in which ranks save and end once they were asked to stop."""
+        """patience: seconds that ranks have to save and exit after a stop request."""
         self.asked = False
         self._patience = patience
         self._deadline = 0.0
@@ -35,20 +36,20 @@ class Forwarder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests; in the main thread alone."""
+        """Treat signals as requests to stop. Call this in the main thread."""
         has_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         numbers = stopping.SIGNALS if has_nohup else (*stopping.SIGNALS, signal.SIGHUP)
         with stopping.listening(numbers, at_once=self._on_signal):
             yield
 
     def ranks_start(self) -> None:
-        """From now on there may be ranks."""
+        """Forward later requests: before this call there are no ranks, and a request ends the launcher."""
         self._has_ranks = True
 
     def _on_signal(self, number: int) -> None:
         if not self._has_ranks:
             with suppress(OSError):
-                os.write(2, b"llmtrain: stopped before the ranks were started, as asked\n")
+                os.write(2, b"llmtrain: stopped on request before the ranks were started\n")
             os._exit(INTERRUPTED_EXIT_CODE)
         if not self.asked:
             self.asked = True
@@ -59,17 +60,18 @@ class Forwarder:
             self._deadline = min(self._deadline, time.monotonic() + IMPATIENT_SECONDS)
 
     def _stop_ranks(self) -> None:
-        told: set[psutil.Process] = set()
+        notified: set[psutil.Process] = set()
         while time.monotonic() < self._deadline:
-            # One may just be starting.
-            new = [rank for rank in _ranks() if rank not in told]
-            # Ranks, which a scheduler may have told as well, take a second SIGINT for impatience.
+            # A rank may have started since the last iteration.
+            new = [rank for rank in _ranks() if rank not in notified]
+            # SIGTERM, not SIGINT: the scheduler may have signalled the ranks too, and a second SIGINT would
+            # make them exit without saving.
             _send(signal.SIGTERM, new)
-            told.update(new)
-            time.sleep(TELL_SECONDS)
+            notified.update(new)
+            time.sleep(FORWARD_SECONDS)
         if left := _ranks():
-            got = f"{len(left)} ranks did not end in time after they were asked to stop, and are killed"
-            print(f"llmtrain: {got}; they have longer with STOP_TIMEOUT=seconds", file=sys.stderr)
+            got = f"killing {len(left)} ranks that did not exit in time after the stop request"
+            print(f"llmtrain: {got}; give them more time with STOP_TIMEOUT=seconds", file=sys.stderr)
             _send(signal.SIGKILL, left)
 
 

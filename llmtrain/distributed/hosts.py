@@ -1,4 +1,4 @@
-"""The hosts of a launch: what the environment tells of them, and how this one reaches the first."""
+"""Read the hosts of a launch from the environment, and find the network route to host 0."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ LOCALHOST = (
     "ip6-localhost",
     "ip6-loopback",
 )
-"""Names that lead every host to itself; any other name may lead others to it."""
+"""Names that resolve to the own host on every host."""
 DEFAULT_PORT = 29500
 ANSWER_SECONDS = 15
-"""A store answers from a thread of its own, at once."""
+"""Timeout of the test for a store, which answers at once from its own thread."""
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """This host's part of a launch, as the environment tells it."""
+    """The environment's description of a launch, for this host."""
 
     num_processes: int | None = None
-    """Processes on this host; null: its accelerators, or 1."""
+    """Number of processes on this host; None: one per accelerator, or 1."""
     num_nodes: int = 1
     node_rank: int | None = 0
-    """This host's place among `num_nodes`; null: the hosts number themselves as they come."""
+    """Rank of this host among `num_nodes`; None: ranks are assigned in order of arrival."""
     address: str = LOOPBACK
-    """Where host 0 is reached; of hosts that number themselves, the one that the others meet at."""
+    """Address of host 0, or of the rendezvous host if ranks are assigned in order of arrival."""
     port: int = 0
-    """0: any free port, on a single host."""
+    """Port of the store; 0: any free port, on a single host."""
     run_id: str = "llmtrain"
 
     @property
@@ -55,9 +55,9 @@ class Hosts:
 
 
 def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
-    """Read the variables that llmtrain.distributed.torchrun describes.
+    """Read the variables that llmtrain.distributed.torchrun documents.
 
-    Raises ConfigError with every problem found.
+    Raise ConfigError with all problems.
     """
     problems: list[Problem] = []
 
@@ -88,31 +88,31 @@ def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
         node_rank = whole_number("NODE_RANK", 0, num_nodes - 1)
         if not address:
             problems.append(
-                Problem("MASTER_ADDR", "nothing", "host 0's name or address", "or set RDZV_ENDPOINT")
+                Problem("MASTER_ADDR", "nothing", "the name or address of host 0", "or set RDZV_ENDPOINT")
             )
         if not environment.get("NODE_RANK", "").strip():
-            remedy = f"give each of the {num_nodes} hosts its own"
+            remedy = f"give each of the {num_nodes} hosts its own rank"
             problems.append(Problem("NODE_RANK", "nothing", f"0 … {num_nodes - 1}", remedy))
         hosts = Hosts(num_processes, num_nodes, node_rank, address, port_number, run_id)
     if problems:
         raise ConfigError(problems)
-    # Nobody but this host needs to reach it.
+    # A single host keeps the loopback: no other host connects.
     return hosts if num_nodes > 1 else Hosts(num_processes)
 
 
-def refuse_foreign(address: str, port: int, variable: str) -> None:
-    """Raise ConfigError where what listens on the port that `variable` gave is none of torch's stores: torch
-    would wait for a word of it without end."""
-    if not (_waits_to_be_asked(address, port) and _answers_as_store(address, port)):
+def require_store(address: str, port: int, variable: str) -> None:
+    """Raise ConfigError if the server on the port that `variable` gave is not a store of torch: torch would
+    wait for its answer forever."""
+    if not (_is_silent(address, port) and _answers_as_store(address, port)):
         got = f"{port} of {address}, where another program answers"
-        remedy = (
-            f"end what holds it (ss -ltnp 'sport = {port}' there names it), or give all hosts another port"
-        )
+        holder = f"end that program (ss -ltnp 'sport = {port}' there names it)"
+        remedy = f"{holder}, or give all hosts another port"
         raise ConfigError(Problem(variable, got, "a free port of that host", remedy))
 
 
-def _waits_to_be_asked(address: str, port: int) -> bool:
-    """As stores do, and servers that greet do not: what they say, torch would print as errors of its own."""
+def _is_silent(address: str, port: int) -> bool:
+    """Return whether the server waits for a request, as stores do. torch would print the greeting of any
+    other server as errors."""
     try:
         with socket.create_connection((address, port), timeout=1) as connection:
             connection.settimeout(0.3)
@@ -136,70 +136,68 @@ def _answers_as_store(address: str, port: int) -> bool:
             stores.connect(address, port, ANSWER_SECONDS)
             answered.set()
 
-    # torch's own limit holds for a connection and not for an answer.
+    # torch's timeout covers the connection, not the answer.
     threading.Thread(target=ask, daemon=True).start()
     return answered.wait(ANSWER_SECONDS)
 
 
 class Route(NamedTuple):
-    """How this host speaks to another, or to itself."""
+    """The network route from this host to another, or to itself."""
 
     interface: str
     own_address: str
-    to_itself: bool
+    is_local: bool
 
 
 def route_to(address: str, variable: str = "MASTER_ADDR") -> Route:
-    """The network interface, and this host's address on it, that lead to `address`, which `variable` gave.
+    """Return the network interface, and this host's address on it, that reach `address`, given by `variable`.
 
-    Debian names the machine itself 127.0.1.1, where no other host can reach it: a NAME that leads back
-    to the loopback takes the interface that GLOO_SOCKET_IFNAME names, or else that of the default route, if
-    there is one. `localhost` and a literal 127.x stay.
+    Debian resolves the machine's own name to 127.0.1.1, where no other host can reach it. A name that
+    resolves to the loopback therefore gets the interface of GLOO_SOCKET_IFNAME, or else of the default route,
+    if there is one. `localhost` and a literal 127.x stay on the loopback.
 
-    Raises ConfigError when the address cannot be resolved or reached.
+    Raise ConfigError if the address cannot be resolved or reached.
     """
     if address.lower() in LOCALHOST:
         address = LOOPBACK
     try:
-        found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
+        resolved = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
     except OSError as error:
-        remedy = "name the host as this machine's resolver knows it, or give its address"
+        remedy = "give a name that this machine can resolve, or the host's address"
         raise ConfigError(Problem(variable, repr(address), f"a resolvable host ({error})", remedy)) from None
-    own_address = next(filter(None, (_own_address(family, where[0]) for family, *_, where in found)), None)
+    own_address = next(filter(None, (_own_address(family, where[0]) for family, *_, where in resolved)), None)
     if own_address is None:
-        raise ConfigError(
-            Problem(variable, repr(address), "a host that a route leads to", "check the network")
-        )
+        raise ConfigError(Problem(variable, repr(address), "a host with a route to it", "check the network"))
     is_loopback = ipaddress.ip_address(own_address).is_loopback
-    to_itself = is_loopback or own_address in {where[0] for *_, where in found}
+    is_local = is_loopback or own_address in {where[0] for *_, where in resolved}
     if is_loopback and not _is_literal(address):
         chosen = _address_on(os.environ.get("GLOO_SOCKET_IFNAME", ""))
         own_address = chosen or _own_address(socket.AF_INET, "192.0.2.1") or own_address
-    return Route(_interface_of(own_address), own_address, to_itself)
+    return Route(_interface_of(own_address), own_address, is_local)
 
 
-def as_reached(address: str) -> str:
-    """Return the address at which this host reaches `address`: its own one of route_to, where that is itself.
-    A name that is not known yet stays."""
+def reachable_address(address: str) -> str:
+    """Return the address at which this host reaches `address`: if that is this host, the own address of
+    `route_to`. Return a name that does not resolve yet unchanged."""
     try:
         route = route_to(address)
     except ConfigError:
         return address
-    return route.own_address if route.to_itself else address
+    return route.own_address if route.is_local else address
 
 
-def keep_to(interface: str) -> None:
-    """Have gloo and NCCL, in this process and those that it starts, listen on this interface alone, unless
-    the user named another. They would take the one that this host's own name leads to, or any."""
+def restrict_to_interface(interface: str) -> None:
+    """Make gloo and NCCL listen on this interface only, in this process and its children, unless the user
+    chose another. By default they use the interface to which the host's own name resolves, or any."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # NCCL takes a name without = for the beginning of one.
+    # NCCL treats a name without = as a prefix.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def _own_address(family: int, towards: str | int) -> str | None:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            # This sends nothing: it only asks the routing table.
+            # Connecting a UDP socket sends nothing; it only consults the routing table.
             probe.connect((towards, 9))
         except OSError:
             return None
@@ -207,7 +205,7 @@ def _own_address(family: int, towards: str | int) -> str | None:
 
 
 def _address_on(interface: str) -> str | None:
-    """This host's IPv4 address on an interface; None where it has none."""
+    """Return this host's IPv4 address on an interface; None if it has none."""
     import psutil
 
     entries = psutil.net_if_addrs().get(interface, [])

@@ -1,5 +1,7 @@
-"""How this process was started: its command line, and what the launcher (torchrun, Slurm) says in the
-environment. Known before torch is imported."""
+"""Read how this process was started: its command line and the variables of the launcher (torchrun, Slurm).
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +23,28 @@ _command: list[str] | None = None
 
 
 def set_command(command: Sequence[str]) -> None:
-    """Remember the command line as typed; Hydra needs one of its own in sys.argv."""
+    """Record the command line as typed, because Hydra needs a different sys.argv."""
     global _command
     _command = list(command)
 
 
 def command() -> list[str]:
-    """The command line as typed, the program first."""
+    """Return the command line as typed, including the program."""
     return list(sys.argv if _command is None else _command)
 
 
 def start_seconds() -> float:
-    """How long the ranks wait for each other at the start: START_TIMEOUT, or START_SECONDS.
+    """Return how long ranks wait for each other at the start: START_TIMEOUT, default START_SECONDS.
 
-    Raises ConfigError for what is no such time.
+    Raise ConfigError if the variable is not a positive number.
     """
     return _seconds("START_TIMEOUT", START_SECONDS)
 
 
 def stop_seconds() -> float:
-    """How long a launcher waits for ranks to save and end: STOP_TIMEOUT, or STOP_SECONDS.
+    """Return how long a launcher waits for ranks to save and exit: STOP_TIMEOUT, default STOP_SECONDS.
 
-    Raises ConfigError for what is no such time.
+    Raise ConfigError if the variable is not a positive number.
     """
     return _seconds("STOP_TIMEOUT", STOP_SECONDS)
 
@@ -54,14 +56,16 @@ def _seconds(name: str, default: float) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ConfigError(Problem(name, repr(text), "seconds", "correct this environment variable"))
+        remedy = "correct this environment variable"
+        raise ConfigError(Problem(name, repr(text), "a positive number of seconds", remedy))
     return seconds
 
 
 def await_host(address: str, port: int, seconds: float, whom: str = "rank 0") -> None:
-    """Wait until something listens there, `whom` in the message, as quietly as torch does not.
+    """Wait until something listens at `address` and `port`, without the log lines of torch's own wait.
 
-    Raises LaunchError when nothing does within `seconds`.
+    whom: name of the peer in the error message.
+    Raise LaunchError if nothing listens within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -71,34 +75,35 @@ def await_host(address: str, port: int, seconds: float, whom: str = "rank 0") ->
         except OSError as error:
             if time.monotonic() > deadline:
                 got = f"no answer from {whom} at {address}:{port} within {seconds:g} s ({error})"
-                remedy = f"see what {whom} said, or wait longer by START_TIMEOUT=seconds"
+                remedy = f"see the messages of {whom}, or wait longer with START_TIMEOUT=seconds"
                 failure = LaunchError(Problem("start", got, remedy=remedy))
-                failure.everywhere = False  # rank 0, which tells for all, isn't there
+                failure.everywhere = False  # rank 0, which prints common errors, is not there
                 raise failure from None
             time.sleep(0.2)
 
 
 def rank() -> int:
-    """Raises LaunchError for what is no rank of the world."""
+    """Return RANK, default 0. Raise LaunchError if it is not a rank of the world."""
     number, size = _whole("RANK", 0), world_size()
     if number >= size:
         got = f"{number} with WORLD_SIZE={size}"
-        raise LaunchError(Problem("RANK", got, f"0 to {size - 1}", "correct what launches the ranks"))
+        raise LaunchError(Problem("RANK", got, f"0 to {size - 1}", "correct the launcher of the ranks"))
     return number
 
 
 def world_size() -> int:
-    """Raises LaunchError for what is no number of processes."""
+    """Return WORLD_SIZE, default 1. Raise LaunchError if it is not a positive integer."""
     return _whole("WORLD_SIZE", 1, least=1)
 
 
 def local_rank() -> int:
-    """This process' number on its host. Raises LaunchError for what is no such number."""
+    """Return LOCAL_RANK, the number of this process on its host. Raise LaunchError if it is not an
+    integer."""
     return _whole("LOCAL_RANK", 0)
 
 
 def on_one_host() -> bool:
-    """Whether the launcher says that all ranks run on this host, as torchrun does; others say nothing."""
+    """Return whether the launcher declares that all ranks run on this host. Only torchrun does."""
     return os.environ.get("LOCAL_WORLD_SIZE", "").strip() == str(world_size())
 
 
@@ -111,14 +116,14 @@ def _whole(name: str, default: int, least: int = 0) -> int:
 
 
 def likely_device(name: str) -> str:
-    """The device type that `device=name` will take; `auto`: a GPU, where there is one and torch is built for
-    GPUs."""
+    """Return the device type that `device=name` will select. `auto` selects a GPU if there is one and torch
+    is built for GPUs."""
     if name != "auto":
         return name
     return "cuda" if has_gpu_driver() and not metadata.version("torch").endswith("+cpu") else "cpu"
 
 
 def has_gpu_driver() -> bool:
-    """Whether a driver of NVIDIA's is loaded, and its GPUs are not hidden from this process."""
+    """Return whether an NVIDIA driver is loaded and its GPUs are not hidden from this process."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and Path("/proc/driver/nvidia/version").exists()

@@ -1,7 +1,7 @@
-"""The process group, and helpers that answer for a single process when nothing is distributed.
+"""The process group and its collectives; without a process group they act as for a single process.
 
-Every collective that llmtrain itself issues goes through here; the engines' own libraries issue
-theirs over the same group.
+All collectives that llmtrain issues itself go through here; the libraries of the engines issue theirs over
+the same group.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def is_main() -> bool:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of this process: `auto` takes this rank's GPU where there is one, else the CPU, and says so
-    where a GPU lies idle.
+    """Return the device of this process. `auto` selects this rank's GPU, or the CPU if there is none, with a
+    warning if a GPU stays unused.
 
-    Raises ConfigError when `cuda` is asked for and not to be had.
+    Raise ConfigError if `cuda` is requested and torch sees no GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and launcher.has_gpu_driver() and launcher.rank() == 0:
             print(
-                f"warning: this machine has an NVIDIA driver, and torch {torch.__version__} sees no GPU: all "
-                "runs on the CPU; install a torch that is built for this driver's CUDA, or give device=cpu",
+                f"warning: this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: the "
+                "CPU is used; install a torch built for the CUDA version of this driver, or give device=cpu",
                 file=sys.stderr,
             )
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(
-                Problem("device", "cuda, and torch sees no GPU here", "auto, cpu", "use device=auto")
+                Problem("device", "cuda, but torch sees no GPU", "auto, cpu", "use device=auto")
             )
         device = torch.device("cuda", launcher.local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -69,11 +69,11 @@ def start(
 ) -> None:
     """Join the process group that the launcher's environment describes (torchrun, Slurm).
 
-    A single process gets a group only with `single_process_group`, for engines that need one; what that
-    listens on is on the loopback.
+    A single process gets a group only with `single_process_group`, for engines that need one; it listens on
+    the loopback only.
 
-    Raises LaunchError when ranks are missing, or differ in their `facts`; ConfigError when no route leads to
-    rank 0.
+    facts: must be equal on all ranks.
+    Raise LaunchError if ranks are missing or their facts differ, ConfigError if there is no route to rank 0.
     """
     if dist.is_initialized():
         return
@@ -83,7 +83,9 @@ def start(
         rank, size, seconds = launcher.rank(), launcher.world_size(), launcher.start_seconds()
         store = _open_store(rank, seconds)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        agreement.meet(dist.PrefixStore(f"meeting/{attempt}", store), rank, size, facts or {}, seconds)
+        agreement.check_ranks_agree(
+            dist.PrefixStore(f"meeting/{attempt}", store), rank, size, facts or {}, seconds
+        )
         store.set_timeout(timeout)
         dist.init_process_group(
             backend,
@@ -94,7 +96,7 @@ def start(
             device_id=device if device.type == "cuda" else None,
         )
     elif single_process_group:
-        hosts.keep_to(hosts.route_to(hosts.LOOPBACK).interface)
+        hosts.restrict_to_interface(hosts.route_to(hosts.LOOPBACK).interface)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         return
@@ -102,18 +104,18 @@ def start(
 
 
 def _open_store(rank: int, seconds: float) -> dist.TCPStore:
-    """Return the ranks' store, as the launcher's environment names it: torchrun's agent serves it, or rank 0.
-    What this process opens from now on, it opens on the interface that leads there.
+    """Return the store that the launcher's environment names, served by torchrun's agent or by rank 0.
+    Restrict this process to the network interface that reaches it.
 
-    torch's own rendezvous would wait in here for all ranks, and could not say which is missing; and its store
-    would listen on all addresses.
-    Raises LaunchError when nobody serves it within `seconds`, ConfigError when no route leads to rank 0.
+    torch's own rendezvous would wait here for all ranks without naming the missing ones, and its store would
+    listen on all addresses.
+    Raise LaunchError if no store is served within `seconds`, ConfigError if there is no route to rank 0.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdecimal() or not 0 < int(port) < 2**16:
         names = "MASTER_ADDR and MASTER_PORT"
         raise LaunchError(
-            Problem(names, f"{address!r} and {port!r}", "where rank 0 is reached", "or launch by torchrun")
+            Problem(names, f"{address!r} and {port!r}", "those of rank 0", "set them, or launch by torchrun")
         )
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launcher.on_one_host() and not by_agent:
@@ -122,9 +124,10 @@ def _open_store(rank: int, seconds: float) -> dist.TCPStore:
     if serves:
         address = hosts.route_to(address).own_address
     else:
-        address = hosts.as_reached(address)
+        address = hosts.reachable_address(address)
         launcher.await_host(address, int(port), seconds)
-    hosts.keep_to(hosts.route_to(hosts.LOOPBACK if launcher.on_one_host() else address).interface)
+    reached = hosts.LOOPBACK if launcher.on_one_host() else address
+    hosts.restrict_to_interface(hosts.route_to(reached).interface)
     try:
         return (stores.serve if serves else stores.connect)(address, int(port), seconds)
     except (OSError, dist.DistError) as error:
@@ -136,7 +139,7 @@ def _open_store(rank: int, seconds: float) -> dist.TCPStore:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """What a backend said of a broken connection to another rank; None for every other error."""
+    """Return the backend's message if `error` is a broken connection to another rank, else None."""
     is_torch = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
     if is_torch or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
         return str(error).strip().partition("\n")[0]
@@ -149,8 +152,12 @@ def _destroy() -> None:
 
 
 def finish(exit_code: int, together: bool = True) -> NoReturn:
-    """Leave the process, `together` with the ranks that mean the same. With several ranks it skips
-    interpreter shutdown, where gloo's threads abort now and then (SIGABRT after all work is done)."""
+    """Exit the process.
+
+    together: all ranks exit with this code, so that a success or a stop request can wait at a barrier.
+    With several ranks skip the shutdown of the interpreter, in which threads of gloo sometimes abort
+    (SIGABRT).
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         if together and exit_code in (0, INTERRUPTED_EXIT_CODE):
             dist.barrier()
@@ -166,14 +173,14 @@ def barrier() -> None:
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over all ranks, in place."""
+    """Sum `values` over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def gather(value: T) -> list[T]:
-    """`value` of every rank, in rank order, on every rank. Small picklable values only."""
+    """Return the values of all ranks, in rank order, on every rank. For small picklable values."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -182,7 +189,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_to_main(value: T) -> list[T]:
-    """`value` of every rank, in rank order, on rank 0, and nothing on others."""
+    """Return the values of all ranks, in rank order, on rank 0; an empty list on the others."""
     if world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * world_size() if is_main() else None
@@ -191,7 +198,7 @@ def gather_to_main(value: T) -> list[T]:
 
 
 def from_main(value: T) -> T:
-    """Rank 0's value on every rank. Small picklable values only."""
+    """Return the value of rank 0 on every rank. For small picklable values."""
     if world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -200,13 +207,13 @@ def from_main(value: T) -> T:
 
 
 def on_main(work: Callable[[], Any]) -> None:
-    """Do `work` on rank 0 alone; a UserError that it raises is raised on every rank."""
+    """Run `work` on rank 0 only; raise a UserError that it raises on every rank."""
     agree(lambda: work() if is_main() else None)
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; a UserError that any rank raises, the first's if several do, is raised on
-    all of them, so that none waits for another. `work` must not use collectives of its own."""
+    """Run `work` on every rank. If any rank raises a UserError, raise that of the lowest such rank on all of
+    them, so that none waits for another. `work` must not call collectives."""
     result: Any = None
     problem: UserError | None = None
     try:
@@ -220,6 +227,6 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def everywhere(error: UserError) -> UserError:
-    """Mark an error that every rank raises alike, so that one of them prints it."""
+    """Mark an error that every rank raises, so that only one of them prints it."""
     error.everywhere = True
     return error

@@ -1,6 +1,6 @@
-"""The wish to stop: signals that ask this process to end, once what it has done is saved.
+"""Handle the signals that ask this process to save its work and exit.
 
-Schedulers warn by SIGTERM or, as Slurm users ask it to, SIGUSR1; a person presses Ctrl-C.
+Schedulers send SIGTERM or, on request of a Slurm user, SIGUSR1; a person presses Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from llmtrain.errors import INTERRUPTED_EXIT_CODE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPING = "\nllmtrain: stopping and saving; press Ctrl-C again to quit without saving\n"
-NOTHING_TO_SAVE = "\nllmtrain: stopped before the first step as asked; nothing new was to be saved\n"
+NOTHING_TO_SAVE = "\nllmtrain: stopped on request before the first step; there was nothing new to save\n"
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and what then happens at once: until `save_first` there is
-    nothing to save, and it ends; from there on the request is noted, and a second Ctrl-C interrupts."""
+    """Records whether this process was asked to stop.
+
+    Before `save_first` is called there is nothing to save, and a request ends the process at once. After it,
+    a request is recorded in `asked`, and a second Ctrl-C raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -30,13 +33,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests; in the main thread alone."""
+        """Treat signals as requests to stop. Call this in the main thread."""
         self.asked = self._saves_first = False
         with listening(SIGNALS, on_signal=self._on_signal, at_once=self._end_at_once):
             yield
 
     def save_first(self) -> None:
-        """From now on there may be something to save."""
+        """Let later requests wait until the work is saved."""
         self._saves_first = True
 
     def _on_signal(self, number: int) -> None:
@@ -53,7 +56,7 @@ class StopRequest:
 
 
 request = StopRequest()
-"""This process'."""
+"""The stop request of this process."""
 
 
 @contextmanager
@@ -62,8 +65,8 @@ def listening(
     on_signal: Callable[[int], None] = lambda number: None,
     at_once: Callable[[int], None] = lambda number: None,
 ) -> Iterator[None]:
-    """Answer signals: by `on_signal` in the main thread, when a call into C lets go of it, and by `at_once`
-    in a thread of its own, whatever the main one does."""
+    """Handle signals: call `on_signal` in the main thread, once a running C call has returned, and `at_once`
+    in a separate thread, whatever the main thread does."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
 
@@ -89,6 +92,6 @@ def listening(
 
 def _say(text: str) -> None:
     if launcher.rank() == 0:
-        # print() may not be called again while the main thread is within one; and who read may be gone.
+        # print() is not reentrant, and the main thread may be inside one. The reader of stderr may be gone.
         with suppress(OSError):
             os.write(2, text.encode())

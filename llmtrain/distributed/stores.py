@@ -1,4 +1,4 @@
-"""The key-value stores over which launchers and ranks find each other: one serves, the others connect."""
+"""Open the key-value stores (TCPStore) that launchers and ranks share: one process serves, others connect."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import socket
 from torch.distributed import TCPStore
 
 BACKLOG = 2048
-"""Connections that wait to be accepted: all ranks of a large run may come at once."""
+"""Length of the queue of pending connections: all ranks of a large run may connect at once."""
 
 
 def serve(address: str, port: int, seconds: float) -> TCPStore:
-    """Return a store that listens at `address` alone, on `port` (0: any free one). A store that torch itself
-    opens listens on all addresses.
+    """Return a store that listens at `address` only, on `port` (0: any free port). A store that torch opens
+    itself listens on all addresses.
 
-    seconds: how long its own user waits for an answer.
-    Raises OSError where this host cannot listen there.
+    seconds: timeout of each operation in this process.
+    Raise OSError if this host cannot listen there.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, port), family=family, backlog=BACKLOG)
@@ -27,16 +27,16 @@ def serve(address: str, port: int, seconds: float) -> TCPStore:
         is_master=True,
         timeout=datetime.timedelta(seconds=seconds),
         wait_for_workers=False,
-        # The store closes it.
+        # The store takes ownership and closes it.
         master_listen_fd=listener.detach(),
     )
 
 
 def connect(address: str, port: int, seconds: float) -> TCPStore:
-    """Return the store that another process serves there.
+    """Return the store that another process serves at `address` and `port`.
 
-    seconds: how long to wait for each answer.
-    Raises torch's DistError where none answers.
+    seconds: timeout of each operation.
+    Raise torch's DistError if no store answers.
     """
     return TCPStore(
         address,

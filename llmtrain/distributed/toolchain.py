@@ -1,5 +1,7 @@
-"""Check what this machine needs to compile DeepSpeed's kernels, without importing torch; remove the locks
-that killed compilations left."""
+"""Check that this machine can compile the kernels of DeepSpeed, and remove locks left by killed compilations.
+
+Does not import torch, except to find the build folder.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,24 @@ USUAL_CUDA_HOME = "/usr/local/cuda"
 
 
 class Flaw(NamedTuple):
-    """Something that is not there."""
+    """A missing part of the toolchain."""
 
     what: str
     remedy: str
 
 
 def executables() -> str:
-    """PATH with this Python's own programs, where pip puts ninja even if no environment is activated."""
+    """Return PATH with the scripts folder of this Python, where pip installs ninja, appended."""
     return os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
 def compiler_flaw() -> Flaw | None:
-    """What keeps C++ extensions of Python from being compiled."""
+    """Return what prevents the compilation of C++ extensions of Python; None if nothing does."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler, path=executables()) is None:
         return Flaw(f"there is no compiler {compiler}", "install g++")
     if shutil.which("ninja", path=executables()) is None:
-        return Flaw("there is no ninja, which runs the compiler", "pip install ninja")
+        return Flaw("there is no build tool ninja", "pip install ninja")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         return Flaw(f"there is no {header}", "install Python's headers (python3-dev)")
@@ -40,26 +42,27 @@ def compiler_flaw() -> Flaw | None:
 
 
 def cuda_compiler_flaw() -> Flaw | None:
-    """What keeps CUDA kernels from being compiled."""
+    """Return what prevents the compilation of CUDA kernels; None if nothing does."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    places = [os.path.join(home, "bin") for home in (*homes, USUAL_CUDA_HOME)]
-    if shutil.which("nvcc", path=os.pathsep.join([*places, executables()])) is None:
-        return Flaw("there is no nvcc", "install the CUDA toolkit or set CUDA_HOME to where it lies")
+    folders = [os.path.join(home, "bin") for home in (*homes, USUAL_CUDA_HOME)]
+    if shutil.which("nvcc", path=os.pathsep.join([*folders, executables()])) is None:
+        return Flaw("there is no nvcc", "install the CUDA toolkit, or set CUDA_HOME to its folder")
     return compiler_flaw()
 
 
 def build_folder(kernel: str) -> Path:
-    """Return the folder in which torch compiles `kernel`; make it if it is missing."""
+    """Return the folder in which torch compiles `kernel`; create it if it is missing."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(kernel, verbose=False))
 
 
 def drop_stale_locks(folder: Path) -> None:
-    """Remove the locks in `folder`, which holds a folder a kernel, that no process of this host holds.
+    """Remove lock files that no process of this host holds.
 
-    torch makes a file while it compiles and removes it in the end; where a killed process could not, all
-    later ones would wait for ever.
+    folder: contains one folder per kernel.
+    torch creates a lock file when it starts to compile and removes it at the end; after a killed process all
+    later compilations would wait for it forever.
     """
     found = {lock: _inode(lock) for lock in folder.glob("*/lock")}
     if not found or found.keys() <= _open_files():
@@ -80,11 +83,11 @@ def _inode(path: Path) -> int | None:
 
 
 def _open_files() -> set[Path]:
-    """Those of all processes that this one may look into: its user's, on this host."""
+    """Return the open files of all processes of this user on this host."""
     found = set()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             found.add(Path(os.readlink(descriptor)))
-        except OSError:  # it ended meanwhile, or is another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return found

@@ -1,22 +1,22 @@
-"""torchrun for `llmtrain train`: one agent a host, processes and rendezvous found from the environment.
+"""Launch `llmtrain train` on the processes of this host, configured by environment variables as torchrun is.
 
-`launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's own elastic agent, as `torchrun`
-does, and adds what that command lacks: the exit code of the rank that failed (torchrun always gives
-1), one log a global rank, and ports on one network interface alone: the loopback on one host, the one that
-the other hosts can reach on several.
+`launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's elastic agent, as `torchrun` does, and
+adds three things: the exit code of the rank that failed (torchrun always returns 1), one log per global rank,
+and ports on one network interface only: the loopback for one host, the interface that reaches the other hosts
+for several.
 
 Environment:
-  NPROC_PER_NODE           processes on this host; default: its accelerators, or 1
-  NNODES                   hosts; default 1
-  MASTER_ADDR MASTER_PORT  host 0, as every host reaches it; needed with NNODES > 1; port 29500
-  NODE_RANK                this host's place, 0 … NNODES-1; needed with MASTER_ADDR and NNODES > 1
-  RDZV_ENDPOINT            in place of MASTER_ADDR, MASTER_PORT and NODE_RANK: HOST:PORT of one of the hosts,
-                           where all meet and number themselves
-  RDZV_ID                  a name of the run: launchers of another are not let in there
-  START_TIMEOUT            seconds in which all hosts and ranks must have come; 600
-  STOP_TIMEOUT             seconds in which ranks must have saved and ended once it is asked to stop
-                           (SIGTERM, SIGUSR1, Ctrl-C); 3600
-  LOG_DIR                  where rankR.log of each rank goes; default: logs/ in the run folder
+  NPROC_PER_NODE           number of processes on this host; default: one per accelerator, or 1
+  NNODES                   number of hosts; default 1
+  MASTER_ADDR MASTER_PORT  address and port of host 0; required if NNODES > 1; the port defaults to 29500
+  NODE_RANK                rank of this host, 0 … NNODES-1; required with MASTER_ADDR if NNODES > 1
+  RDZV_ENDPOINT            instead of MASTER_ADDR, MASTER_PORT and NODE_RANK: HOST:PORT of one of the hosts;
+                           the hosts then get their ranks in order of arrival
+  RDZV_ID                  name of the run; launchers of another run are rejected
+  START_TIMEOUT            seconds to wait for all hosts and ranks at the start; default 600
+  STOP_TIMEOUT             seconds that ranks have to save and exit after a stop request (SIGTERM, SIGUSR1,
+                           Ctrl-C); default 3600
+  LOG_DIR                  folder of the logs rankR.log; default: logs/ in the run folder
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from llmtrain import standard_streams
 from llmtrain.distributed.forwarding import Forwarder
-from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, keep_to, route_to
+from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, restrict_to_interface, route_to
 from llmtrain.distributed.launcher import start_seconds, stop_seconds
 from llmtrain.errors import (
     EXIT_CODE,
@@ -53,37 +53,38 @@ if TYPE_CHECKING:
 
 SHOWN_LOG_LINES = 20
 
-# Codes that a rank also gets when another one failed: it was terminated, it ended as when asked to stop, its
-# peer's connection broke (an exception), or its communication library aborted. Any other code tells of a
-# cause of its own.
+# Exit codes that a rank can also have because another rank failed: it was terminated, it stopped on request,
+# a connection broke (an exception), or its communication library aborted. Any other code has its own cause.
 _SIGTERM, _EXCEPTION, _SIGABRT = 128 + 15, 1, 128 + 6
-_LEAST_TELLING_FIRST = (_SIGTERM, INTERRUPTED_EXIT_CODE, _EXCEPTION, _SIGABRT)
+_LEAST_SPECIFIC_FIRST = (_SIGTERM, INTERRUPTED_EXIT_CODE, _EXCEPTION, _SIGABRT)
 
-# torch's agent waits 30 s before it kills the peers of a failed rank; their codes are no cause.
+# torch's agent waits 30 s before it kills the peers of a failed rank; later exit codes are consequences.
 _SAME_FAILURE_SECONDS = 5
 
 
 def root_cause(exit_codes: Sequence[int]) -> int:
-    """The index of the exit code that tells most of why a job failed; the first among equals.
+    """Return the index of the nonzero exit code that best identifies why a job failed; the first in a tie.
 
-    When one rank fails, the others soon do, in any order and on other hosts with other clocks: what they
-    exit with says more than when. Negative codes are signals, as subprocess gives them.
+    After one rank fails the others follow in any order, and hosts have different clocks, so the codes are
+    better evidence than the times. Negative codes are signals, as in subprocess.
     """
 
-    def telling(index: int) -> int:
+    def specificity(index: int) -> int:
         code = shell_code(exit_codes[index])
-        return _LEAST_TELLING_FIRST.index(code) if code in _LEAST_TELLING_FIRST else len(_LEAST_TELLING_FIRST)
+        known = _LEAST_SPECIFIC_FIRST
+        return known.index(code) if code in known else len(known)
 
-    return max((i for i, code in enumerate(exit_codes) if code), key=telling)
+    return max((i for i, code in enumerate(exit_codes) if code), key=specificity)
 
 
 def shell_code(exit_code: int) -> int:
-    """The code as a shell gives it: 128 + n for a process ended by signal n."""
+    """Return the exit code as a shell reports it: 128 + n for a process ended by signal n."""
     return 128 - exit_code if exit_code < 0 else exit_code
 
 
 def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path:
-    """LOG_DIR, or logs/ in the run folder that the overrides name (as conf/train.yaml does without them)."""
+    """Return LOG_DIR, or logs/ in the run folder that the overrides select (by default as in
+    conf/train.yaml)."""
     if environment.get("LOG_DIR"):
         return at_home(environment["LOG_DIR"]).absolute()
     given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
@@ -92,7 +93,8 @@ def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path
 
 
 def keep_previous(log: Path) -> None:
-    """Move an earlier launch's log aside (rank0.log → rank0.1.log, and so on up): a resumed run keeps it."""
+    """Rename the log of an earlier launch to the next free number (rank0.log → rank0.1.log): a resumed run
+    keeps it."""
     if os.path.lexists(log):
         number = 1
         while os.path.lexists(kept := log.with_suffix(f".{number}{log.suffix}")):
@@ -114,20 +116,19 @@ def _exit_report(node: object) -> str:
 
 
 def job_exit_code(folder: Path) -> int:
-    """The exit code of a job of several hosts, as each left it in `folder`; 0 if none did."""
-    said = [read_bytes(report, 16).strip() for report in sorted(folder.glob(_exit_report("*")))]
-    codes = [int(code) for code in said if code.lstrip(b"-").isdigit()]
+    """Return the exit code of a job of several hosts from the reports in `folder`; 0 if there are none."""
+    reports = [read_bytes(report, 16).strip() for report in sorted(folder.glob(_exit_report("*")))]
+    codes = [int(code) for code in reports if code.lstrip(b"-").isdigit()]
     return codes[root_cause(codes)] if any(codes) else 0
 
 
 def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run `python -m llmtrain train OVERRIDES` on every rank of this host.
 
-    Returns 0, INTERRUPTED_EXIT_CODE where it was asked to stop, or the exit code of the rank that failed, as
-    a shell gives it.
+    Return 0, INTERRUPTED_EXIT_CODE after a stop request, or the exit code of the rank that failed, as a shell
+    reports it.
 
-    Raises ConfigError where the environment or the log folder cannot be used, LaunchError when hosts are
-    missing.
+    Raise ConfigError if the environment or the log folder is invalid, LaunchError if hosts are missing.
     """
     hosts = hosts_from_environment(environment)
     patience = math.ceil(start_seconds())
@@ -136,20 +137,20 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
     if folder.is_symlink() and "LOG_DIR" not in environment:
-        # Whoever gave the run folder chose where to.
+        # Whoever supplied the run folder chose the target of the link.
         got = f"a link to {os.readlink(folder)}"
         remedy = "remove it, or name the folder in LOG_DIR"
-        raise ConfigError(Problem(str(folder), got, "a folder of the run's own", remedy))
+        raise ConfigError(Problem(str(folder), got, "a folder, not a link", remedy))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         exit_report.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a folder to write in ({error})")) from None
+        raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a writable folder ({error})")) from None
 
-    keep_to(route.interface)
+    restrict_to_interface(route.interface)
     with forwarder.listening():
         code = _run_agent(hosts, route, folder, overrides, patience, forwarder)
-    if forwarder.asked and code == _SIGTERM:  # before a rank could listen
+    if forwarder.asked and code == _SIGTERM:  # before the rank installed its signal handlers
         code = INTERRUPTED_EXIT_CODE
     if code and hosts.num_nodes > 1:
         write_atomically(exit_report, f"{code}\n")
@@ -173,15 +174,15 @@ def _run_agent(
     from llmtrain.distributed.rendezvous import BACKEND, Rendezvous
 
     if "LOGLEVEL" not in os.environ:
-        # What the agent logs of a failed rank is said below, in two lines.
+        # _explain reports a failed rank in two lines, in place of the agent's long log.
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed.elastic"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
     num_processes = hosts.num_processes or max(1, torch.accelerator.device_count())
-    # Left alone, torch takes all cores in every process.
+    # By default torch uses all cores in every process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    # Both streams of a rank go to one file, which the agent opens once.
+    # Both streams of a rank go to one file, because the agent opens a log only once.
     merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
     command = [sys.executable, "-u", "-m", "llmtrain", "train", *overrides]
     try:
@@ -194,21 +195,21 @@ def _run_agent(
             rdzv_configs=Rendezvous(hosts, route, patience).settings(),
             max_restarts=0,
             start_method="spawn",
-            logs_specs=_one_log_a_rank(folder, forwarder.ranks_start),
-            # All but this one are the forwarder's.
+            logs_specs=_one_log_per_rank(folder, forwarder.ranks_start),
+            # The forwarder handles all other signals.
             signals_to_handle="SIGQUIT",
-            # An empty role as the prefix: the console's lines stand as rank 0 wrote them.
+            # An empty prefix: the console shows the lines as rank 0 wrote them.
             role="",
             log_line_prefix_template="${role_name}",
         )
-        # The agent substitutes ${local_rank} in arguments; `$$` gives the overrides' own `$`.
+        # The agent substitutes ${local_rank} in arguments; `$$` escapes a `$` of an override.
         elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
     except ChildFailedError as error:
         return _explain(error.failures, folder)
     except DistError as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        got = f"no word from the other hosts ({reason})"
-        raise LaunchError(Problem("start", got, remedy="their own messages tell why")) from error
+        got = f"no answer from the other hosts ({reason})"
+        raise LaunchError(Problem("start", got, remedy="see their messages")) from error
     except SignalException as error:
         print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + int(error.sigval)
@@ -224,7 +225,7 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
     }
     rank = list(causes)[root_cause(list(causes.values()))]
     code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
-    if code == INTERRUPTED_EXIT_CODE:  # as asked, which rank 0 says
+    if code == INTERRUPTED_EXIT_CODE:  # rank 0 has reported the stop request
         return code
     if rank or code != EXIT_CODE:
         print(f"llmtrain: rank {rank} exited with {code}{_meaning(code)}; its log: {log}", file=sys.stderr)
@@ -234,7 +235,7 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
 
 
 def _meaning(code: int) -> str:
-    """What a shell's exit code tells of a signal; nothing of any other code."""
+    """Describe the signal behind a shell's exit code; return "" for any other code."""
     try:
         name = signal.Signals(code - 128).name
     except ValueError:
@@ -242,12 +243,14 @@ def _meaning(code: int) -> str:
     return f" (killed by {name}{', as when memory runs out' if name == 'SIGKILL' else ''})"
 
 
-def _one_log_a_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
-    """Where the agent puts the ranks' output: FOLDER/rankR.log, rank 0's on the console too; it asks for that
-    right before it starts them."""
+def _one_log_per_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
+    """Direct the output of each rank to FOLDER/rankR.log, that of rank 0 also to the console.
+
+    on_start: called right before the agent starts the ranks.
+    """
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
-    class OneLogARank(LogsSpecs):
+    class OneLogPerRank(LogsSpecs):
         @property
         def root_log_dir(self) -> str:
             return str(folder)
@@ -271,14 +274,15 @@ def _one_log_a_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
                 filtered_stderr=os.devnull,
             )
 
-    return OneLogARank()
+    return OneLogPerRank()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`OVERRIDES…` launches; `--job-exit-code FOLDER` prints what the hosts left there."""
+    """Launch with the given overrides, or with `--job-exit-code FOLDER` print the exit code in its
+    reports."""
     standard_streams.take_over()
     standard_streams.go_on_without_output()
-    # The agent copies rank 0's log to this stream: let each line out at once.
+    # The agent copies rank 0's log to this stream: print each line at once.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if arguments[:1] == ["--job-exit-code"]:

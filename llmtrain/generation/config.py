@@ -1,4 +1,4 @@
-"""How text is written: sampled, or searched for. Free of torch."""
+"""Configuration of text generation, by sampling or beam search. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,51 +12,54 @@ from llmtrain.errors import Problem
 from llmtrain.generation.folder import TOP_K
 
 TEMPERATURE = 0.8
-"""Of a continuation, unless one is given."""
+"""Default temperature of continuations."""
 NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """A prompt's continuation, or what answers a source: how long, and how each token is found.
+    """Length and decoding method of generated text.
 
-    null is what generation_config.json of the model's folder says, and where it says nothing what is told
-    below."""
+    A key that is null takes the value of generation_config.json in the folder of the model, or else the
+    default given here."""
 
     max_new_tokens: int | None = None
-    """Most tokens after each prompt; tokens that end a text stop earlier. null: 128."""
+    """Maximum number of tokens after each prompt; an end token stops earlier. null: 128."""
     min_new_tokens: int | None = None
-    """No end is taken before so many others; null: 0."""
+    """Minimum number of tokens before an end token is allowed. null: 0."""
     temperature: float | None = None
-    """0 takes the likeliest token (greedy); 1 samples the model's own distribution; null: 0.8, and 0 with
-    beams and for encoder–decoders."""
+    """Sampling temperature. 0: always take the most likely token (greedy). 1: sample from the distribution of
+    the model. null: 0.8; 0 with beams and for encoder–decoder models."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens; null: among all."""
+    """Sample from the k most likely tokens. null: from all tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together reach this probability (arXiv:1904.09751)."""
+    """Nucleus sampling: sample from the smallest set of most likely tokens whose probabilities reach this sum
+    (arXiv:1904.09751). null: from all tokens."""
     repetition_penalty: float | None = None
-    """Logits of tokens that a text has already are divided by it where they are positive, and multiplied
-    where not (arXiv:1909.05858); null: 1."""
+    """Divide positive logits of tokens that already occur in the text by this factor, multiply negative ones
+    by it (arXiv:1909.05858). null: 1, no penalty."""
     num_beams: int | None = None
-    """Texts followed side by side; of those that end, the best is taken. null: 1, none but the one."""
+    """Number of beams of beam search. null: 1, no beam search."""
     length_penalty: float | None = None
-    """A text's score is the sum of its tokens' log probabilities over (tokens, with the end)^length_penalty:
-    more favours longer texts; null: 1."""
+    """Exponent of the length in the score of a beam, Σ log p / length^length_penalty, with the end token
+    included in the length; larger values favor longer texts. null: 1."""
     early_stopping: bool | None = None
-    """Stop when num_beams texts have ended; false, and null: when what is still open, scored at its length,
-    is below all of them."""
+    """End of beam search. true: as soon as num_beams texts are finished. false or null: when the best open
+    text, scored at its current length, is worse than all of them."""
     seed: int = 0
-    """Seed of the sampled tokens."""
+    """Seed of the random numbers for sampling."""
     batch_size: int = 16
-    """Most prompts run together: those of equal length, and sources of similar."""
+    """Maximum number of prompts in a batch; prompts of equal length, or sources of similar length, run
+    together."""
 
     def resolved(
         self, *, has_sources: bool, said: Mapping[str, Any] = MappingProxyType({})
     ) -> GenerateConfig:
-        """The same with a value for whatever is null but top_k and top_p.
+        """Return the config with values instead of null, except for top_k and top_p.
 
-        said: what generation_config.json of the model's folder says; it stands in for null where it is about
-        the same way to find a token, sampling or beams.
+        has_sources: whether prompts are sources of an encoder–decoder model.
+        said: generation_config.json of the model's folder; its values replace null if they belong to the
+        decoding method in use, sampling or beam search.
         """
         is_told = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
         num_beams = _first(self.num_beams, None if is_told else said.get("num_beams"), 1)
@@ -118,7 +121,7 @@ class GenerateConfig:
             yield from require(not got, "temperature", got, f"0 with num_beams={num_beams}", remedy)
         if num_beams > 1 or self.temperature == 0:
             reason = f"num_beams={num_beams}" if num_beams > 1 else "temperature=0"
-            remedy = "give num_beams=1" if num_beams > 1 else "set a temperature, say 0.8"
+            remedy = "give num_beams=1" if num_beams > 1 else "set a temperature, such as 0.8"
             for name in ("top_k", "top_p"):
                 value = getattr(self, name)
                 yield from require(value is None, name, value, f"null with {reason}", remedy)
@@ -126,9 +129,9 @@ class GenerateConfig:
             for name, plain in (("length_penalty", 1.0), ("early_stopping", False)):
                 value = getattr(self, name)
                 allowed = f"{str(plain).lower()} with num_beams=1"
-                yield from require(value in (None, plain), name, value, allowed, "give num_beams, say 4")
+                yield from require(value in (None, plain), name, value, allowed, "give num_beams, such as 4")
 
 
 def _first(*values: Any) -> Any:
-    """The first that is not None."""
+    """Return the first value that is not None."""
     return next(value for value in values if value is not None)

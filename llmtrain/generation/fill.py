@@ -1,6 +1,6 @@
-"""What a masked or permuted language model puts for [MASK].
+"""Predict masked tokens with a masked or permuted language model.
 
-Dim names: B rows, T tokens of a prompt, M places of them with [MASK], K candidates, V vocabulary.
+Dim names: B rows, T tokens of a prompt, M masked positions, K candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,32 +13,33 @@ from torch import nn
 from llmtrain.errors import CheckpointError, Problem
 
 Candidates = list[tuple[int, float]]
-"""(token, probability), the likeliest first."""
+"""(token, probability), most likely first."""
 
 BLANK = -1
-"""mask_id of a model whose query stream predicts places: no token stands there, and none is seen."""
+"""mask_id for models that predict positions with a query stream: these positions hold no token."""
 
 
 @torch.inference_mode()
 def fill_masks(
     model: nn.Module, tokens: Sequence[int], mask_id: int, top_k: int, num_text_ids: int
 ) -> list[Candidates]:
-    """The `top_k` likeliest tokens of each place where `tokens` have mask_id, each given all the others as
-    they are.
+    """Return the `top_k` most likely tokens at each position with mask_id, predicted independently of each
+    other.
 
-    model: forward(tokens_BT) → logits (B, T, V); with BLANK for mask_id forward(tokens_BT, targets_BM=…) →
-        (B, M, V). num_text_ids: candidates are below it.
-    Raises CheckpointError for a model whose logits are not finite.
+    model: forward(tokens_BT) → logits (B, T, V); if mask_id is BLANK, forward(tokens_BT, targets_BM=…) → (B,
+    M, V).
+    num_text_ids: only ids below this are candidates.
+    Raise CheckpointError if the logits are not finite.
     """
     device = next(model.parameters()).device
     tokens_1T = torch.tensor([list(tokens)], device=device)
-    places_M = (tokens_1T[0] == mask_id).nonzero().flatten()
+    positions_M = (tokens_1T[0] == mask_id).nonzero().flatten()
     if mask_id == BLANK:
-        logits_MV = model(tokens_1T.clamp(min=0), targets_BM=places_M[None])[0].float()
+        logits_MV = model(tokens_1T.clamp(min=0), targets_BM=positions_M[None])[0].float()
     else:
-        logits_MV = model(tokens_1T)[0][places_M].float()
+        logits_MV = model(tokens_1T)[0][positions_M].float()
     if not logits_MV.isfinite().all():
-        remedy = "take an earlier checkpoint of the run, or another copy of the model"
+        remedy = "use an earlier checkpoint of the run, or another copy of the model"
         raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))
     probs_MK, ids_MK = logits_MV.softmax(-1)[:, :num_text_ids].topk(min(top_k, num_text_ids))
     return [

@@ -1,4 +1,4 @@
-"""Turn the generation settings of a model's folder into ours. Free of torch."""
+"""Interpret the generation settings (generation_config.json) of a model's folder. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from llmtrain.config import show
 from llmtrain.models.huggingface.generation_keys import HEEDED, OF_NO_EFFECT, PLAIN
 
 TOP_K = 50
-"""Of transformers, where a model is to be sampled and top_k is not said."""
+"""Default of transformers for top_k if a model is sampled."""
 
 
 def end_ids(said: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of the tokens any of which ends a text; none where nothing is said."""
+    """Return the ids that end a generated text; empty if the settings have none."""
     ends = said.get("eos_token_id")
     if ends is None:
         return ()
@@ -21,7 +21,7 @@ def end_ids(said: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def unheeded(said: Mapping[str, Any]) -> list[str]:
-    """key=value of what would change the text, and `generate` has not."""
+    """Return key=value of settings that would affect the text and that `generate` does not support."""
     found = []
     for key, value in said.items():
         is_id = key.endswith("_token_id") and not key.startswith("forced_")

@@ -1,6 +1,6 @@
-"""Continue prompts with any model whose forward takes tokens and a cache, or answer sources.
+"""Continue prompts with a decoder, or generate targets of sources with an encoder–decoder.
 
-Dim names: B prompts run together, V vocabulary.
+Dim names: B prompts of a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from llmtrain.generation.rows import Rows, has_sources
 from llmtrain.nn.linear import packed_weights
 
 OnToken = Callable[[int, int], None]
-"""Called with (prompt index, token) as each token is drawn; with beams, when their text is found."""
+"""Called with (prompt index, token) for each token as it is drawn; with beam search, once the text is
+complete."""
 
 
 @torch.inference_mode()
@@ -34,18 +35,19 @@ def generate(
     on_token: OnToken | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """New token ids after each prompt, without the prompt and without that of eos_ids which ends it; of an
-    encoder–decoder, which reads prompts as sources, its targets.
+    """Return the generated token ids for each prompt, without the prompt and the end token. For an
+    encoder–decoder, the prompts are sources and the results targets.
 
-    model: has `new_cache(max_length)` and `forward(tokens_BT, cache=…)` → logits (B, T, V); an
-        encoder–decoder's `new_cache` takes sources besides.
-    on_done: called with a prompt's index when its text is whole.
+    model: has `new_cache(max_length)` and `forward(tokens_BT, cache=…)` → logits (B, T, V); `new_cache` of an
+    encoder–decoder also takes sources.
+    eos_ids: ids that end a generated text.
+    on_done: called with the index of a prompt when its text is complete.
 
-    Prompts of equal length run together, so that nothing is padded; sources of any length. A draw depends on
-    (seed, index of the prompt, place in the text) alone, not on the other prompts.
+    Batches contain prompts of equal length, so that no padding is needed, or sources of any length. A random
+    draw depends only on (seed, index of the prompt, position in the text), not on other prompts.
 
-    Raises ConfigError for prompts that are empty, too long with what is to be added, or of another
-    vocabulary; CheckpointError for a model whose logits are not finite.
+    Raise ConfigError for prompts that are empty, too long together with the new tokens, or contain ids
+    outside the vocabulary; CheckpointError if the logits are not finite.
     """
     config = (config or GenerateConfig()).resolved(has_sources=has_sources(model))
     if found := list(_problems(model, prompts, config)):
@@ -61,17 +63,15 @@ def generate(
             )
             if config.num_beams is not None and config.num_beams > 1:
                 written: Iterator[tuple[int, int]] = (
-                    (place, token)
-                    for place, text in enumerate(beam_search(rows, config, eos_ids))
-                    for token in text
+                    (i, token) for i, text in enumerate(beam_search(rows, config, eos_ids)) for token in text
                 )
             else:
                 starts = [0 if has_sources(model) else len(prompts[index]) for index in group]
                 written = _one_by_one(rows, group, starts, config, eos_ids)
-            for place, token in written:
-                outputs[group[place]].append(token)
+            for i, token in written:
+                outputs[group[i]].append(token)
                 if on_token is not None:
-                    on_token(group[place], token)
+                    on_token(group[i], token)
             if on_done is not None:
                 for index in group:
                     on_done(index)
@@ -80,7 +80,8 @@ def generate(
 
 @torch.inference_mode()
 def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) -> Tensor:
-    """One token a row, (B,) int64. `draws`: a number in [0, 1) a row, its place in the distribution."""
+    """Return one token per row, (B,) int64. draws: a number in [0, 1) per row, mapped through the cumulative
+    distribution; unused if the temperature is 0."""
     if config.temperature == 0:
         return logits_BV.argmax(-1)
     assert config.temperature is not None
@@ -93,20 +94,20 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
     probs_BV = scaled_BV.softmax(-1)
     if config.top_p is not None:
         before_BV = probs_BV.cumsum(-1) - probs_BV
-        # The likeliest token stays, whatever rounding does to its 0.
+        # Always keep the most likely token, even if rounding makes before_BV nonzero.
         keep_BV = before_BV < config.top_p
         keep_BV[:, 0] = True
         probs_BV = probs_BV * keep_BV
     cumulative_BV = probs_BV.cumsum(-1)
     targets_B1 = torch.tensor(draws, dtype=torch.float64, device=logits_BV.device)[:, None]
     targets_B1 = targets_B1 * cumulative_BV[:, -1:]
-    places_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
-    return (places_B1 if tokens_BV is None else tokens_BV.gather(1, places_B1)).squeeze(1)
+    indices_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
+    return (indices_B1 if tokens_BV is None else tokens_BV.gather(1, indices_B1)).squeeze(1)
 
 
 @contextmanager
 def _writing(model: nn.Module, config: GenerateConfig) -> Iterator[None]:
-    """The model in evaluation mode, with its weights as they are read fastest."""
+    """Put the model in evaluation mode, with packed weights if they are faster."""
     was_training = model.training
     model.eval()
     try:
@@ -117,7 +118,8 @@ def _writing(model: nn.Module, config: GenerateConfig) -> Iterator[None]:
 
 
 def _pays_to_pack(model: nn.Module, config: GenerateConfig) -> bool:
-    """Whether to hold weights twice: on a CPU, for more than a few tokens, in memory to spare."""
+    """Return whether to hold a packed copy of the weights: on a CPU, for 16 tokens or more, if memory
+    suffices."""
     weights = list(model.parameters())
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     on_cpu = weights[0].device.type == "cpu"
@@ -125,8 +127,7 @@ def _pays_to_pack(model: nn.Module, config: GenerateConfig) -> bool:
 
 
 def _groups(prompts: Sequence[Sequence[int]], size: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Indices of prompts that run together, `size` at most: of one length, or if `mixed` of lengths that lie
-    near each other."""
+    """Yield batches of at most `size` prompt indices, of equal length or, if `mixed`, of similar length."""
     by_length: dict[int, list[int]] = {}
     for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
         by_length.setdefault(0 if mixed else len(prompts[index]), []).append(index)
@@ -142,7 +143,8 @@ def _one_by_one(
     config: GenerateConfig,
     eos_ids: Collection[int],
 ) -> Iterator[tuple[int, int]]:
-    """(place in the group, token) as drawn. starts: place in its text of each one's first new token."""
+    """Yield (index in the group, token) as tokens are drawn. starts: position of the first new token of each
+    text."""
     running = list(range(len(group)))
     for length in range(config.new_tokens):
         logits_BV = rows.penalized(rows.logits)
@@ -150,7 +152,7 @@ def _one_by_one(
             logits_BV[:, rows.known(eos_ids)] = -torch.inf
         draws = []
         if config.temperature != 0:
-            draws = [_uniform(config.seed, group[place], starts[place] + length) for place in running]
+            draws = [_uniform(config.seed, group[i], starts[i] + length) for i in running]
         tokens_B = sample(logits_BV, config, draws)
         tokens = tokens_B.tolist()
         going = [row for row, token in enumerate(tokens) if token not in eos_ids]
@@ -166,7 +168,7 @@ def _one_by_one(
 
 
 def _uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone."""
+    """Return a pseudo-random number in [0, 1) that depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}\0{index}\0{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -183,7 +185,7 @@ def _problems(
     for index, prompt in enumerate(prompts):
         where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
         if not prompt:
-            yield Problem(where, "no tokens", "1 or more", "give some text")
+            yield Problem(where, "no tokens", "1 or more", "give a text")
         elif not 0 <= min(prompt) <= max(prompt) < vocab_size:
             yield Problem(
                 where,

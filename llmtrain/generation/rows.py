@@ -1,6 +1,6 @@
-"""Texts that a model is writing, and what is kept of them between tokens.
+"""The state of texts during generation: cache, next logits, and tokens for the repetition penalty.
 
-Dim names: B prompts run together, T tokens of a prompt, S tokens of the longest source, R rows, V vocabulary.
+Dim names: B prompts of a batch, T tokens of a prompt, S tokens of the longest source, R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from llmtrain.errors import CheckpointError, Problem
 
 
 def has_sources(model: nn.Module) -> bool:
-    """Whether a prompt is what an encoder reads, not what a decoder continues."""
+    """Return whether prompts of the model are sources for an encoder, not texts for a decoder to continue."""
     config: Any = model.config
     return config.family == "seq2seq"
 
 
 class Rows:
-    """One text a row, first one a prompt. `logits` are those of each row's next token, (R, V) fp32."""
+    """One text per row, initially one row per prompt. `logits`: of the next token of each row, (R, V)
+    fp32."""
 
     def __init__(
         self,
@@ -31,10 +32,10 @@ class Rows:
         max_new_tokens: int,
         repetition_penalty: float = 1.0,
     ) -> None:
-        """prompts: of one length, or sources of any.
-        repetition_penalty: of `penalized`.
+        """prompts: of equal length, or sources of any length. repetition_penalty: used by `penalized`.
 
-        Raises CheckpointError for a model whose logits are not finite, as `extend` does."""
+        Raise CheckpointError if the logits are not finite, as `extend` does.
+        """
         self._model = model
         self.device = next(model.parameters()).device
         config: Any = model.config
@@ -61,32 +62,33 @@ class Rows:
             self._has_RV = torch.zeros_like(self.logits, dtype=torch.bool).scatter_(1, tokens_BT, True)
 
     def penalized(self, scores_RV: Tensor) -> Tensor:
-        """The same, but for tokens that a row has already, an encoder–decoder's in its target: positive
-        scores over the penalty, others times it (arXiv:1909.05858)."""
+        """Return the scores with the repetition penalty (arXiv:1909.05858) applied to tokens that already
+        occur in the row (in the target, for an encoder–decoder): positive scores are divided by it, negative
+        ones multiplied."""
         if self._has_RV is None:
             return scores_RV
         worse_RV = torch.where(scores_RV > 0, scores_RV / self._penalty, scores_RV * self._penalty)
         return torch.where(self._has_RV, worse_RV, scores_RV)
 
     def known(self, ids: Collection[int]) -> list[int]:
-        """Those that the model can write."""
+        """Return the ids that are in the model's vocabulary."""
         return [token for token in ids if 0 <= token < self.logits.shape[1]]
 
     def extend(self, tokens_R: Tensor) -> None:
-        """Put a token behind each row."""
+        """Append one token to each row and compute the next logits."""
         if self._has_RV is not None:
             self._has_RV.scatter_(1, tokens_R[:, None], True)
         if self._context is not None:
             self._texts_RT = torch.cat((self._texts_RT, tokens_R[:, None]), dim=1)
             if self._texts_RT.shape[1] == self._context + 1:
-                # From here on all keys are turned otherwise, also those held.
+                # Beyond this length LongRoPE rotates all keys by other factors: recompute the cached ones.
                 self._cache = self._model.new_cache(self._longest)  # type: ignore[operator]
                 self.logits = self._forward(self._texts_RT, last_only=True)
                 return
         self.logits = self._forward(tokens_R[:, None])
 
     def select(self, rows_R: Tensor) -> None:
-        """Go on with these rows alone, in this order; one may come several times."""
+        """Continue with these rows only, in this order; rows may be repeated."""
         self._cache.select(rows_R)
         self.logits = self.logits[rows_R]
         if self._context is not None:
@@ -95,7 +97,7 @@ class Rows:
             self._has_RV = self._has_RV[rows_R]
 
     def reorder(self, rows_R: Tensor) -> None:
-        """Let row r go on from row rows_R[r] of the same prompt."""
+        """Make row r continue row rows_R[r], which must belong to the same prompt."""
         self._cache.reorder(rows_R)
         if self._context is not None:
             self._texts_RT = self._texts_RT[rows_R]
@@ -105,13 +107,14 @@ class Rows:
     def _forward(self, tokens_RT: Tensor, **arguments: Any) -> Tensor:
         logits_RV: Tensor = self._model(tokens_RT, cache=self._cache, **arguments)[:, -1].float()
         if not logits_RV.isfinite().all():
-            remedy = "take an earlier checkpoint of the run, or another copy of the model"
+            remedy = "use an earlier checkpoint of the run, or another copy of the model"
             raise CheckpointError(Problem("model", "logits that are not finite", remedy=remedy))
         return logits_RV
 
 
 def _padded(sources: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, S), and 0 for tokens and −1 for padding, (B, S); None where there is no padding."""
+    """Return padded ids (B, S) and marks (B, S): 0 for tokens, −1 for padding; None instead of marks if there
+    is no padding."""
     tensors = [torch.tensor(list(source)) for source in sources]
     sources_BS = pad_sequence(tensors, batch_first=True).to(device)
     if len({len(source) for source in sources}) == 1:

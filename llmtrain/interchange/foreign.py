@@ -16,7 +16,7 @@ def read_foreign(path: Path, tokenizer: Path | None = None) -> tuple[Imported, T
     """The model at `path`, its weights read when asked for, and its tokenizer, None where it has none.
     tokenizer: the file or folder of another one, which is taken instead.
 
-    Raises CheckpointError and DataError, one line each, for what can't be taken.
+    Raise CheckpointError and DataError, one line each, for what can't be taken.
     """
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if is_gguf(path):

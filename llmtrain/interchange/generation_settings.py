@@ -37,7 +37,7 @@ _OUT = ("_from_model_config", "transformers_version")
 def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the settings for generation, from config.json where the file is missing, as transformers does.
 
-    Raises CheckpointError for values of keys that `generate` heeds and that are none.
+    Raise CheckpointError for values of keys that `generate` heeds and that are none.
     """
     if not os.path.exists(path / FILE):
         where, content = path / "config.json", _said_by(config)

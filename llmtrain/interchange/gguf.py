@@ -99,7 +99,7 @@ class GgufFile:
     """What a file says, and its tensors."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError, one line, for a file that is damaged or a part of a whole, and where the
+        """Raise CheckpointError, one line, for a file that is damaged or a part of a whole, and where the
         package that reads it is not installed."""
         try:
             gguf = import_module("gguf")
@@ -133,7 +133,7 @@ class GgufFile:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """As config.json of the same model says it. Raises CheckpointError for what is missing, or has no
+        """As config.json of the same model says it. Raise CheckpointError for what is missing, or has no
         place in our decoder."""
         where, said = str(self.path), self.said
         if self.architecture not in ARCHITECTURES:
@@ -224,7 +224,7 @@ class GgufFile:
         }
 
     def dequantized(self, name: str) -> np.ndarray:
-        """A tensor's numbers, fp32. Raises CheckpointError for a format that the package cannot read."""
+        """A tensor's numbers, fp32. Raise CheckpointError for a format that the package cannot read."""
         gguf, place = import_module("gguf"), self.tensors[name]
         kind = gguf.GGMLQuantizationType(place.kind)
         stored = np.frombuffer(self._content, np.uint8, place.size, place.start)
@@ -258,7 +258,7 @@ class GgufTensors(Stored):
 def import_gguf(file: GgufFile) -> Imported:
     """The model of one of `ARCHITECTURES`, its weights as fp32.
 
-    Raises CheckpointError for an architecture, setting or tensor that can't be taken.
+    Raise CheckpointError for an architecture, setting or tensor that can't be taken.
     """
     stored = GgufTensors(file)
     theirs = Settings(file.path, file.config, stored)

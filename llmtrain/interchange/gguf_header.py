@@ -63,7 +63,7 @@ def read_header(content: Any, formats: Mapping[int, tuple[int, int]]) -> Header:
     """Read the head of the file whose bytes are `content`, a buffer.
 
     formats: number of each format → (numbers of a block, bytes of a block).
-    Raises ValueError, a phrase, for one that is damaged.
+    Raise ValueError, a phrase, for one that is damaged.
     """
     cursor = _Cursor(memoryview(content)[:HEADER_BYTES])
     if bytes(cursor.take(4)) != MAGIC:

@@ -51,7 +51,7 @@ _CUTS = {
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
-    """Raises CheckpointError, with what to do, for one that cannot be built from what the file says."""
+    """Raise CheckpointError, with what to do, for one that cannot be built from what the file says."""
     said = file.said
     kind, tokens = said.text("tokenizer.ggml.model"), said.texts("tokenizer.ggml.tokens")
     if not tokens:

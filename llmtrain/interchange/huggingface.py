@@ -64,7 +64,7 @@ def export_folder(
     origin: the folder that the model came from, whose settings stay as far as they are true of it.
     end_id: what ends the texts that it was trained on since; None: it was not trained.
 
-    The folder appears whole or not at all. Raises ConfigError for a form that transformers has not,
+    The folder appears whole or not at all. Raise ConfigError for a form that transformers has not,
     CheckpointError for tensors that don't fit the config or an output that can't be written, DataError
     for a tokenizer that doesn't fit.
     """
@@ -128,7 +128,7 @@ class Imported:
 def import_folder(path: Path) -> Imported:
     """Read a folder of one of `forms()`.
 
-    Raises CheckpointError for a folder, architecture, setting or tensor that can't be taken.
+    Raise CheckpointError for a folder, architecture, setting or tensor that can't be taken.
     """
     path = Path(path)
     content = read_json(path / CONFIG)
@@ -152,7 +152,7 @@ def import_folder(path: Path) -> Imported:
 def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> Imported:
     """The model of `theirs` and `stored`, named and laid out as `form` says; `path`: where they come from.
 
-    Raises CheckpointError for a setting or tensor that can't be taken.
+    Raise CheckpointError for a setting or tensor that can't be taken.
     """
     try:
         config: Any = decode(form.config, form.read_config(theirs))

@@ -36,7 +36,7 @@ def tokenizer_files(
     max_length: the model's context in tokens; None: without a bound. `where` names the tokenizer's file in a
         refusal.
     model_ids: role → id of the model's special tokens; those behind a sentencepiece model's are added to it.
-    Raises DataError for a kind of sentencepiece model that has no fast form.
+    Raise DataError for a kind of sentencepiece model that has no fast form.
     """
     if isinstance(tokenizer, JsonTokenizer):
         return dict(tokenizer.files)
@@ -55,7 +55,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Raises DataError when it can't be read, is none, or has more ids than the model's vocabulary of
+    """Raise DataError if it can't be read, is none, or has more ids than the model's vocabulary of
     `vocab_size` rows."""
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:

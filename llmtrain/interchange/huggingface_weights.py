@@ -55,7 +55,7 @@ class StoredTensors(Stored):
     """Those of a folder's safetensors, from a mapping of the files into memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CheckpointError for files that are missing or damaged, that hold no tensor, or other ones
+        """Raise CheckpointError for files that are missing or damaged, that hold no tensor, or other ones
         than the index says: of two of one name, which is the model's?"""
         self.shapes = {}
         self._path = path
@@ -137,7 +137,7 @@ def _unlike_the_index(path: Path, file: str, held: set[str], expected: set[str])
 
 
 def read_json(path: Path, at_most: int = SETTINGS_BYTES, *, unique: bool = False) -> dict[str, Any]:
-    """Return a file's JSON object. Raises CheckpointError when it is none, or of more than `at_most` bytes.
+    """Return a file's JSON object. Raise CheckpointError if it is none, or of more than `at_most` bytes.
     unique: a key twice is refused."""
     try:
         return parse_object(read_bytes(path, at_most), unique=unique, utf8=True)

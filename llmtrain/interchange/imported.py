@@ -51,7 +51,7 @@ def save_imported(
     description: JSON that goes into the manifest: imported_from, the model's config, ….
     overwrite: replace an earlier import.
 
-    Raises CheckpointError for weights that are not finite, and for an output that is something else, or
+    Raise CheckpointError for weights that are not finite, and for an output that is something else, or
     cannot be written.
     """
     root = output / "checkpoints"

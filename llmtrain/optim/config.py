@@ -1,4 +1,4 @@
-"""What describes the optimizer and the learning-rate schedule, free of torch."""
+"""Configuration of the optimizer and the learning-rate schedule. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ ScheduleName = Literal["constant", "cosine", "linear", "wsd", "noam"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One of torch.optim's optimizers; each reads the fields that its own formula has."""
+    """An optimizer of torch.optim. Keys that do not apply to the chosen optimizer are ignored."""
 
     name: OptimizerName = "adamw"
-    """The optimizer."""
+    """Optimization algorithm."""
     lr: float = 3e-4
-    """Peak learning rate; the schedule multiplies it."""
+    """Peak learning rate, which the schedule multiplies."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running mean and square (adamw, adam)."""
+    """Decay rates of the running averages of gradient and squared gradient (adamw, adam)."""
     eps: float = 1e-8
-    """Added to the denominator (all but sgd)."""
+    """Term added to the denominator for numerical stability (all but sgd)."""
     weight_decay: float = 0.1
-    """Decay of weights of two or more dims; adamw decouples it (arXiv:1711.05101), others add it to
-    gradients."""
+    """Weight decay of parameters with two or more dimensions: decoupled for adamw (arXiv:1711.05101), added
+    to the gradient for the others."""
     momentum: float = 0.0
-    """Momentum (sgd, rmsprop)."""
+    """Momentum factor (sgd, rmsprop)."""
     alpha: float = 0.99
-    """Decay of the running square (rmsprop)."""
+    """Decay rate of the running average of the squared gradient (rmsprop)."""
     fused: bool | None = None
-    """One kernel for the whole step; null: wherever torch has one."""
+    """Use torch's fused kernel, one for the whole step; null: if torch has one for the device."""
     implementation: Implementation = "torch"
-    """Whose kernel steps (adamw, adam): `deepspeed` is its CPUAdam, for state in host memory
-    (parallel.offload_optimizer), compiled at first use."""
+    """Kernel of adamw and adam. torch: torch.optim. deepspeed: DeepSpeed's CPUAdam, for optimizer state in
+    host memory (parallel.offload_optimizer), compiled at first use."""
     max_grad_norm: float = 1.0
-    """Scale gradients down to this Euclidean norm over all parameters; 0: never."""
+    """Maximum Euclidean norm of the gradient over all parameters; larger gradients are scaled down to it. 0:
+    no clipping."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0.0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
@@ -68,29 +69,30 @@ class OptimizerConfig:
                 self.name in ("adamw", "adam"),
                 "implementation",
                 f"deepspeed with name={self.name}",
-                "torch: DeepSpeed's kernel is Adam's",
+                "torch: DeepSpeed's kernel implements Adam only",
                 "give optimizer=adamw or optimizer=adam",
             )
             yield from require(
                 self.fused is None,
                 "fused",
                 f"{str(self.fused).lower()} with implementation=deepspeed",
-                "null: torch's kernels are fused or not, DeepSpeed's is one",
+                "null: fused selects a kernel of torch",
             )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over a run, as a multiple of optimizer.lr: warm-up, then the named shape."""
+    """The learning rate over a run as a multiple of optimizer.lr: linear warm-up, then the named shape."""
 
     name: ScheduleName = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    """Shape after the warm-up: constant, cosine or linear decay, wsd (constant, then decay), or noam (inverse
+    square root of the step)."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; null: a twentieth of the run, at most 2,000."""
+    """Number of linear warm-up steps; null: 5% of the run, at most 2,000."""
     min_ratio: float = 0.1
-    """Share of optimizer.lr that the decay ends at (cosine, linear, wsd)."""
+    """Multiple of optimizer.lr at the end of the decay (cosine, linear, wsd)."""
     decay_steps: int | None = None
-    """Steps of decay at the end of the run (wsd); null: a fifth of the run."""
+    """Number of decay steps at the end of the run (wsd); null: 20% of the run."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(
@@ -102,25 +104,25 @@ class ScheduleConfig:
         )
 
     def warmup(self, total_steps: int) -> int:
-        """Warm-up steps of a run of `total_steps`."""
+        """Return the number of warm-up steps of a run of `total_steps`."""
         return min(2000, total_steps // 20) if self.warmup_steps is None else self.warmup_steps
 
     def decay(self, total_steps: int) -> int:
-        """Decay steps of a run of `total_steps` under wsd."""
+        """Return the number of decay steps of a run of `total_steps` with wsd."""
         if self.decay_steps is None:
             return min(total_steps // 5, total_steps - self.warmup(total_steps))
         return self.decay_steps
 
 
 def schedule_problems(schedule: ScheduleConfig, total_steps: int) -> Iterator[Problem]:
-    """What of the schedule does not fit into a run of `total_steps`; keys relative to the schedule."""
+    """Yield the problems of the schedule in a run of `total_steps`; keys are relative to the schedule."""
     warmup = schedule.warmup(total_steps)
     yield from require(
         warmup <= total_steps,
         "warmup_steps",
         warmup,
         f"0 to {total_steps}, the steps of the run",
-        "null takes a twentieth of the run",
+        "null selects 5% of the run",
     )
     if schedule.name == "wsd" and warmup <= total_steps:
         yield from require(
@@ -128,5 +130,5 @@ def schedule_problems(schedule: ScheduleConfig, total_steps: int) -> Iterator[Pr
             "decay_steps",
             schedule.decay(total_steps),
             f"0 to {total_steps - warmup}, the steps of the run after warm-up",
-            "null takes a fifth of the run",
+            "null selects 20% of the run",
         )

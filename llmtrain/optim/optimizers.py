@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers: plain torch optimizers, which every engine takes as they are."""
+"""Build parameter groups and torch optimizers, which all engines use."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.optim.adagrad import adagrad
 from llmtrain.optim.config import OptimizerConfig
 
 _FUSED_DEVICES = ("cpu", "cuda")
-"""Where torch has one kernel for the whole step of every optimizer here but rmsprop."""
+"""Devices for which torch has fused kernels of all optimizers here except rmsprop."""
 
 
 Shapes = Mapping[str, Sequence[int]]
-"""Name → shape of the whole parameter, where what is at hand is a part in another form."""
+"""Name → shape of the whole parameter, for parameters that are given as shards of another shape."""
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, shapes: Shapes | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in one group with weight decay and one without.
+    """Return the trainable parameters in one group with weight decay and one without; omit empty groups.
 
-    Weights of two or more dims decay; norms and biases do not. A shared parameter counts once, under
-    the first of its names; an empty group is left out.
+    Parameters of two or more dimensions decay; norms and biases do not. A shared parameter is included once,
+    under its first name.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -46,9 +46,9 @@ def build_optimizer(
     device_type: str,
     shapes: Shapes | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config` names over `named_parameters`, which live on a `device_type` device.
+    """Build the optimizer of `config` for `named_parameters` on a `device_type` device.
 
-    Its groups hold the peak learning rate; the caller multiplies it by the schedule's multiplier.
+    Its groups hold the peak learning rate; the caller multiplies it according to the schedule.
     """
     groups = parameter_groups(named_parameters, config.weight_decay, shapes)
     fused = device_type in _FUSED_DEVICES if config.fused is None else config.fused
@@ -68,10 +68,10 @@ def build_optimizer(
 
 
 class Adagrad(torch.optim.Optimizer):
-    """AdaGrad (Duchi et al. 2011) by torch's kernels, with its state made by the first step.
+    """AdaGrad (Duchi et al. 2011) with torch's kernels, whose state is created by the first step.
 
-    torch.optim.Adagrad makes its state when it is built, before ZeRO has cut the parameters up, for which
-    DeepSpeed replaces it by one with a single group, and the groups' weight decay is lost.
+    torch.optim.Adagrad creates its state at construction, before ZeRO partitions the parameters. DeepSpeed
+    therefore rebuilds it with a single group, which loses the weight decay of the groups.
     """
 
     def __init__(

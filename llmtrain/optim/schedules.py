@@ -1,8 +1,7 @@
-"""Learning-rate schedules: pure functions step → multiplier of the peak rate.
+"""Learning-rate schedules: pure functions from step to multiplier of the peak learning rate.
 
-`step` counts from 0: `multiplier(config, k, total)` is used by optimizer step number k. Warm-up never
-starts at 0 and decay reaches `min_ratio` only at step `total`, so no step of the run is wasted on a
-rate of 0.
+Steps count from 0: optimizer step k uses `multiplier(config, k, total)`. Warm-up does not start at 0, and
+decay reaches `min_ratio` only at step `total`, so no step of the run has a learning rate of 0.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from llmtrain.optim.config import ScheduleConfig
 
 
 def multiplier(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """The share of the peak learning rate that optimizer step number `step` of `total_steps` uses.
+    """Return the multiple of the peak learning rate for optimizer step `step` of `total_steps`.
 
-    constant: 1. linear and cosine (arXiv:1608.03983): from 1 to min_ratio over what follows warm-up.
-    wsd (warm-up, stable, decay; arXiv:2404.06395): 1, then over the last decay_steps the 1 - sqrt
-    cooldown that arXiv:2405.18392 found best. noam (arXiv:1706.03762, section 5.3): up with the step, then
-    down with its inverse square root, whatever `total_steps` is. The paper's rate,
-    D^-0.5 · min(s^-0.5, s · warmup^-1.5) at step s from 1, is this with a peak of (D · warmup)^-0.5.
+    constant: 1. linear and cosine (arXiv:1608.03983): from 1 to min_ratio over the steps after warm-up.
+    wsd (warm-up, stable, decay; arXiv:2404.06395): 1, then over the last decay_steps the 1 - sqrt cooldown
+    that arXiv:2405.18392 found best. noam (arXiv:1706.03762, section 5.3): linear warm-up, then the inverse
+    square root of the step, independent of `total_steps`; the rate of the paper, D^-0.5 · min(s^-0.5, s ·
+    warmup^-1.5) at step s from 1, results from a peak of (D · warmup)^-0.5.
     """
     if config.name == "noam":
         warmup, s = max(1, config.warmup(total_steps)), step + 1
@@ -37,7 +36,7 @@ def multiplier(config: ScheduleConfig, step: int, total_steps: int) -> float:
 
 
 def _remaining(name: str, progress: float) -> float:
-    """The shape of the decay: 1 at progress 0, 0 at progress 1."""
+    """Return the remaining share of the decay: 1 at progress 0, 0 at progress 1."""
     if name == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     if name == "wsd":

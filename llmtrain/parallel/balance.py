@@ -10,7 +10,7 @@ from collections.abc import Sequence
 def balance(weights: Sequence[float], parts: int) -> list[range]:
     """Divide consecutive items into `parts` runs, none empty, whose heaviest is as light as can be.
 
-    Raises ValueError for more parts than items.
+    Raise ValueError for more parts than items.
     """
     count = len(weights)
     if parts > count:

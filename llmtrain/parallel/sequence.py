@@ -21,7 +21,7 @@ from llmtrain.parallel.upstream import import_deepspeed
 def share_attention(model: nn.Module, mesh: Mesh) -> None:
     """Put the exchange around the attention of each module that has an `attend`.
 
-    Raises ValueError for a model without one.
+    Raise ValueError for a model without one.
     """
     modules = [module for module in model.modules() if hasattr(module, "attend")]
     if not modules:

@@ -66,7 +66,7 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
     The model is best on the meta device, and its weights made afterwards: nothing is copied.
     → the shard of each divided parameter, by its canonical name.
 
-    Raises ValueError for a pattern that matches no module.
+    Raise ValueError for a pattern that matches no module.
     """
     layout = mesh.layout
     if layout.tensor == 1:

@@ -1,8 +1,7 @@
-"""Raw documents → clean UTF-8, at memory speed: documents are cleaned a joined batch at a time.
+"""Clean raw documents to normalized UTF-8, at memory speed: a batch is joined and cleaned as one string.
 
-Cleaning removes control characters (newline and tab stay, CRLF and CR become newline), writes
-U+2581, with which sentencepiece marks a space, as a space, normalizes Unicode, and drops documents
-that hold nothing but white space.
+Cleaning removes control characters (newline and tab stay, CRLF and CR become newline), replaces U+2581, by
+which sentencepiece marks a space, with a space, normalizes Unicode, and drops documents of white space only.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-from llmtrain.prepare.streams import Pairs, Texts
+from llmtrain.prepare.source_file import Pairs, Texts
 
-# Record separator: a control character itself, so no clean document holds it, and Unicode composes
-# nothing across it. In blocks it parts the sides of a pair.
+# Record separator: a control character, so that no clean document contains it and Unicode normalization does
+# not compose across it. In document blocks it separates the texts of a pair.
 SEPARATOR = "\x1e"
 SEPARATOR_BYTE = SEPARATOR.encode()
 # C0 without tab, newline, the separator; and DEL.
@@ -30,19 +29,19 @@ _CONTROLS_C1 = re.compile(rb"\xc2[\x80-\x9f]")  # U+0080 to U+009F in UTF-8
 _SENTENCEPIECE_SPACE = "▁".encode()
 _SURROGATES = re.compile("[\ud800-\udfff]")
 LONGEST_MARKS = 256
-"""Combining marks in a row that are put in order together. Unicode's own limit for streams is 30; putting n
-of them in order takes n² steps."""
+"""Maximum number of consecutive combining marks that are reordered together: reordering n marks takes n²
+steps. The Unicode limit for streams is 30."""
 
 
 @dataclass
 class CleanCounts:
-    """What cleaning met; added up over batches, units and processes."""
+    """Counts of cleaning, summed over batches, units and processes."""
 
     documents_read: int = 0
-    """Pairs count as one, here and below."""
+    """A pair counts as one document, here and below."""
     empty_dropped: int = 0
     one_sided_dropped: int = 0
-    """Pairs without a source or without a target."""
+    """Pairs with an empty source or an empty target."""
     documents_normalized: int = 0
     """Documents changed by Unicode normalization."""
     controls_removed: int = 0
@@ -50,18 +49,18 @@ class CleanCounts:
     spaces_replaced: int = 0
     """U+2581 replaced by a space."""
     surrogates_replaced: int = 0
-    """Halves of surrogate pairs, which are no characters, replaced by U+FFFD."""
+    """Lone surrogates, which are not characters, replaced by U+FFFD."""
     tokenized: int = 0
-    """Documents that came as token ids."""
+    """Documents given as token ids."""
     members_ignored: int = 0
-    """Members of tars that hold no document."""
+    """Members of tar files without a document."""
     members_repeated: int = 0
-    """Members of tars that have another's key and ending, and are documents of their own."""
+    """Members of tar files that repeat key and extension of the previous one, and are separate documents."""
     quotes_kept: int = 0
-    """Values in quotes where none mark values."""
+    """Values enclosed in quotes that were kept, because quotes are part of the text."""
 
     like_rows: dict[str, int] = field(default_factory=dict)
-    """By the place of the first in each file, values whose lines look like rows."""
+    """Quoted values whose lines look like rows, by the location of the first in each file."""
     filtered: dict[str, int] = field(default_factory=dict)
     """Documents dropped by each rule of the filters."""
 
@@ -80,9 +79,9 @@ class CleanCounts:
 
 
 def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts: CleanCounts) -> list[bytes]:
-    """Clean UTF-8 documents in the given order, empty ones dropped; adds to `counts`.
+    """Return the cleaned documents as UTF-8, in order, without empty ones; add to `counts`.
 
-    Raises UnicodeDecodeError for bytes that are no UTF-8.
+    Raise UnicodeDecodeError for bytes that are not UTF-8.
     """
     cleaned = [text for text in _cleaned(documents, normalization, counts) if text]
     counts.documents_read += len(documents)
@@ -91,10 +90,10 @@ def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts
 
 
 def clean_pairs(pairs: Pairs, normalization: str, counts: CleanCounts) -> list[bytes]:
-    """Clean UTF-8 pairs in the given order, each its source, SEPARATOR and its target; those that lack
-    either side dropped; adds to `counts`.
+    """Return the cleaned pairs as UTF-8 (source, SEPARATOR, target), in order, without pairs with an empty
+    text; add to `counts`.
 
-    Raises UnicodeDecodeError for bytes that are no UTF-8.
+    Raise UnicodeDecodeError for bytes that are not UTF-8.
     """
     both = [*zip(*(_cleaned(side, normalization, counts) for side in pairs), strict=True)]
     cleaned = [SEPARATOR_BYTE.join(pair) for pair in both if all(pair)]
@@ -106,7 +105,7 @@ def clean_pairs(pairs: Pairs, normalization: str, counts: CleanCounts) -> list[b
 
 
 def _cleaned(documents: Texts, normalization: str, counts: CleanCounts) -> list[bytes]:
-    """Every document, clean; nothing where it held white space alone."""
+    """Return all documents cleaned; b"" for those of white space only."""
     if not documents:
         return []
     joined, surrogates = _join(documents)
@@ -125,7 +124,7 @@ def _cleaned(documents: Texts, normalization: str, counts: CleanCounts) -> list[
 
 
 def take_tokenized(documents: Sequence[np.ndarray], counts: CleanCounts) -> list[bytes]:
-    """Bytes of documents that came as token ids, empty ones dropped; adds to `counts`."""
+    """Return documents of token ids as bytes, without empty ones; add to `counts`."""
     kept = [ids.tobytes() for ids in documents if len(ids)]
     counts.documents_read += len(documents)
     counts.empty_dropped += len(documents) - len(kept)
@@ -134,26 +133,29 @@ def take_tokenized(documents: Sequence[np.ndarray], counts: CleanCounts) -> list
 
 
 def digests(documents: Sequence[bytes]) -> np.ndarray:
-    """(documents, 2) uint64: the high and low halves of each document's xxh3_128."""
+    """Return (documents, 2) uint64: the high and low half of the xxh3_128 of each document."""
     packed = b"".join(map(xxhash.xxh3_128_digest, documents))
     return np.frombuffer(packed, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def split_of(keys: np.ndarray, validation: float, test: float) -> np.ndarray:
-    """(documents,) uint8 of 0 train, 1 validation, 2 test, from the low half of each document's hash."""
-    position = keys.astype(np.float64) / 2.0**64
-    return np.where(position < validation, 1, np.where(position < validation + test, 2, 0)).astype(np.uint8)
+    """Return (documents,) uint8: 0 train, 1 validation, 2 test.
+
+    keys: low half of the hash of each document; validation, test: shares of the documents.
+    """
+    share = keys.astype(np.float64) / 2.0**64
+    return np.where(share < validation, 1, np.where(share < validation + test, 2, 0)).astype(np.uint8)
 
 
 def _join(documents: Sequence[str] | Sequence[bytes]) -> tuple[bytes, int]:
-    """UTF-8 of all, and in how many places U+FFFD was put for what it cannot hold."""
+    """Return the joined documents as UTF-8, and the number of lone surrogates replaced by U+FFFD."""
     if isinstance(documents[0], bytes):
         return SEPARATOR_BYTE.join(documents), 0  # type: ignore[arg-type]
     text = SEPARATOR.join(documents)  # type: ignore[arg-type]
     try:
         return text.encode(), 0
     except UnicodeEncodeError:
-        # JSON may escape half of a surrogate pair.
+        # JSON escapes may denote a lone surrogate.
         text, count = _SURROGATES.subn("\ufffd", text)
         return text.encode(), count
 
@@ -180,7 +182,7 @@ def _clean_beyond_ascii(joined: bytes, normalization: str, counts: CleanCounts) 
     form = normalization.upper()
     text = joined.decode() if removed or replaced else text
     normalize = _normalized_in_pieces if _has_many_marks(text) else unicodedata.normalize
-    # It takes as long as to normalize, where marks may be out of order.
+    # With many marks this test would take as long as the normalization.
     if normalize is unicodedata.normalize and unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
         return joined
     documents = text.split(SEPARATOR)
@@ -190,8 +192,8 @@ def _clean_beyond_ascii(joined: bytes, normalization: str, counts: CleanCounts) 
 
 
 def _has_many_marks(text: str) -> bool:
-    """Whether more than LONGEST_MARKS combining marks may stand in a row: then two in a row of every
-    LONGEST_MARKS // 2th character are some."""
+    """Return whether more than LONGEST_MARKS consecutive combining marks are possible: then two consecutive
+    samples of every LONGEST_MARKS // 2th character are marks."""
     some = text[:: LONGEST_MARKS // 2]
     if some.isascii():
         return False
@@ -201,16 +203,16 @@ def _has_many_marks(text: str) -> bool:
 
 @lru_cache
 def _is_mark() -> np.ndarray:
-    """For each character whether it combines with others."""
+    """Return for each code point whether it is a combining mark."""
     return np.array([unicodedata.combining(chr(code)) != 0 for code in range(sys.maxunicode + 1)])
 
 
 def _normalized_in_pieces(form: str, text: str) -> str:
-    """Normalized but for runs of marks, of which LONGEST_MARKS at a time are put in order."""
+    """Normalize, but reorder at most LONGEST_MARKS consecutive combining marks at a time."""
     pieces, start, marks = [], 0, 0
-    for place, character in enumerate(text):
+    for offset, character in enumerate(text):
         marks = marks + 1 if unicodedata.combining(character) else 0
         if marks > LONGEST_MARKS:
-            pieces.append(unicodedata.normalize(form, text[start:place]))  # type: ignore[arg-type]
-            start, marks = place, 1
+            pieces.append(unicodedata.normalize(form, text[start:offset]))  # type: ignore[arg-type]
+            start, marks = offset, 1
     return "".join(pieces) + unicodedata.normalize(form, text[start:])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What `llmtrain prepare` can be told. Free of torch and of everything heavy."""
+"""Configuration of `llmtrain prepare`. Does not import torch or other heavy packages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from llmtrain.tokenizers.config import TokenizerConfig
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Shares of the documents held out; a hash of the document alone decides where it goes."""
+    """Shares of the documents held out for validation and test. The split of a document depends only on a
+    hash of its text."""
 
     validation: float = 0.05
-    """Share of the documents in the validation split."""
+    """Share of the documents in the validation split, 0 to 1."""
     test: float = 0.05
-    """Share of the documents in the test split."""
+    """Share of the documents in the test split, 0 to 1."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("validation", "test"):
@@ -30,19 +31,19 @@ class SplitConfig:
             "validation",
             self.validation,
             f"less than 1 together with test={self.test}",
-            "leave something to train on",
+            "leave documents to train on",
         )
 
 
 @dataclass(frozen=True)
 class NearDuplicatesConfig:
-    """Documents nearly the same as an earlier one go (MinHash; needs the extra `filters`)."""
+    """Removal of documents that are nearly equal to an earlier one, by MinHash. Needs the extra `filters`."""
 
     threshold: float | None = None
-    """Share of its runs of words that a document shares with an earlier one (Jaccard's measure, estimated);
-    null: only exact duplicates go."""
+    """Jaccard similarity of the shingles of two documents, 0.1 to 1, from which on the later one is dropped;
+    estimated from 128 MinHash values. null: drop only exact duplicates."""
     shingle_words: int = 5
-    """Words in one of these runs."""
+    """Number of consecutive words in a shingle."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(
@@ -56,15 +57,16 @@ class NearDuplicatesConfig:
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """Which documents are kept for their contents; those that come as token ids all are. Languages need the
-    extra `filters`."""
+    """Removal of documents by language and text quality. Documents that are given as token ids are always
+    kept."""
 
     languages: tuple[str, ...] = ()
-    """ISO 639-1 codes of the languages to keep; none: all."""
+    """ISO 639-1 codes of the languages to keep; empty: all. Needs the extra `filters`."""
     language_confidence: float = 0.5
-    """Least probability of the language that is found."""
+    """Lowest probability of the detected language, 0 to 1, at which a document is kept."""
     quality: Literal["gopher"] | None = None
-    """Rules for web text in English (Rae et al. 2021, arXiv:2112.11446, section A.1)."""
+    """Quality rules that documents must pass. gopher: rules for English web text (Rae et al. 2021,
+    arXiv:2112.11446, section A.1); null: none."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(
@@ -77,52 +79,56 @@ class FiltersConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Raw text → tokenizer and sharded corpus."""
+    """Preparation of a corpus: raw text → tokenizer and tar files of tokens."""
 
     source: tuple[str, ...]
-    """Files, folders with all below, globs, package:NAME/path (a file of an installed Python package),
-    URLs of files."""
+    """Files, folders (searched recursively), glob patterns, package:NAME/path (a file of an installed Python
+    package), or URLs of files."""
     output: Path
-    """The corpus' folder."""
+    """Folder of the corpus."""
     text_field: str = "text"
-    """Column or key that holds the text, in .jsonl, .csv, .tsv, .parquet and the .json members of a .tar."""
+    """Column or key of the text in .jsonl, .csv, .tsv, .parquet and the .json members of a .tar."""
     target_field: str | None = None
-    """Of pairs: column or key of the target, `text_field` being the source's; null: texts are no pairs."""
+    """Column or key of the target text of a pair; `text_field` is that of the source text. null: the
+    documents are not pairs."""
     target_source: tuple[str, ...] = ()
-    """Of pairs in plain files: for each of `source` in turn the file whose lines are the targets of its
-    lines."""
+    """Files with the target texts of pairs, one for each file of `source`: line n of one belongs to line n of
+    the other. Empty: the documents are not pairs of lines."""
     txt_document: Literal["auto", "file", "line", "paragraph"] = "auto"
-    """What is a document in .txt; auto: consecutive paragraphs, about 4 KiB together."""
+    """The unit of a .txt file that becomes a document. auto: consecutive paragraphs of about 4 KiB
+    together."""
     quoting: Literal["auto", "double", "none"] = "auto"
-    """What quotes mean in tables. double: they enclose values that hold delimiters, line ends or quotes, and
-    these are doubled. none: they are text. auto: double in .csv, none in .tsv."""
+    """Quotes in .csv and .tsv. double: double quotes enclose values with delimiters, line ends or quotes,
+    which are doubled. none: quotes are part of the text. auto: double in .csv, none in .tsv."""
     normalization: Literal["none", "nfc", "nfkc"] = "nfc"
-    """Unicode normalization form (Unicode Standard Annex 15)."""
+    """Unicode normalization form of the text (Unicode Standard Annex 15)."""
     near_duplicates: NearDuplicatesConfig = field(default_factory=NearDuplicatesConfig)
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     sample_tokens: int = 1 << 18
-    """About how many tokens one member of a tar file holds; a member holds whole documents."""
+    """Approximate number of tokens in a sample, the unit that is read at a time from a tar file. A sample
+    holds whole documents."""
     shard_bytes: int = 64 << 20
-    """About how many bytes one tar file has."""
+    """Approximate size of a tar file in bytes."""
     workers: int | None = None
-    """Workers of each process that is launched; null: one a core. The result does not depend on it."""
+    """Number of worker processes of each launched process; null: one per core. The corpus does not depend on
+    it."""
     peer_timeout: float = 600.0
-    """Seconds that the processes of one job wait for a sign of life of each other."""
+    """Seconds without a heartbeat of another process of the job after which it counts as lost."""
     seed: int = 0
     """Seed of the choice of documents that the tokenizer is trained on."""
     overwrite: bool = False
-    """Replace a corpus of other sources or settings that stands in the output folder."""
+    """Replace an existing corpus of other sources or settings in the output folder."""
 
     @property
     def is_paired(self) -> bool:
-        """Whether what is read are pairs, of a source and its target."""
+        """Whether the documents are pairs of a source text and a target text."""
         return self.target_field is not None or bool(self.target_source)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the columns or keys that are read."""
+        """Names of the columns or keys to read."""
         return (self.text_field,) if self.target_field is None else (self.text_field, self.target_field)
 
     def problems(self) -> Iterator[Problem]:
@@ -146,12 +152,12 @@ class PrepareConfig:
             not self.target_source or self.txt_document in ("auto", "line"),
             "txt_document",
             self.txt_document,
-            "line with target_source: a line is a text",
+            "auto or line with target_source, where each line is a text",
         )
         yield from require(
             self.workers is None or self.workers >= 1, "workers", self.workers, "1 or more, or null"
         )
-        yield from require(self.peer_timeout > 0, "peer_timeout", self.peer_timeout, "over 0 seconds")
+        yield from require(self.peer_timeout > 0, "peer_timeout", self.peer_timeout, "more than 0 seconds")
         yield from require(
             1 <= self.sample_tokens <= 1 << 30, "sample_tokens", self.sample_tokens, f"1 to {1 << 30}"
         )

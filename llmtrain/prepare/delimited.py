@@ -1,4 +1,4 @@
-"""Documents of .csv and .tsv files: every row has as many values as the header, or is refused by its line."""
+"""Read documents of .csv and .tsv files. A row with another number of values than the header is an error."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from itertools import chain
 from typing import Any
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import streams
+from llmtrain.prepare import source_file
 from llmtrain.prepare.clean import CleanCounts
-from llmtrain.prepare.opening import open_source
-from llmtrain.prepare.scan import brief
-from llmtrain.prepare.streams import SourceFile, Texts, missing_field, refuse_wide
+from llmtrain.prepare.decompress import open_source
+from llmtrain.prepare.folder_scan import short_name
+from llmtrain.prepare.source_file import SourceFile, Texts, missing_field, refuse_wide
 
 LIKE_ROWS = 4
-"""So many delimiters must stand in the lines of one value as in rows to call the lines rows."""
+"""Minimum number of delimiters in a multi-line value, placed as in rows, at which its lines look like
+rows."""
 
 
 def read_delimited(
     file: SourceFile, names: Sequence[str], quoting: str, counts: CleanCounts
 ) -> Iterator[list[Texts]]:
-    """The columns of these names, a batch of rows at a time. quoting: PrepareConfig's. Adds to `counts` what
-    may be meant otherwise."""
+    """Yield the texts of the named columns, one batch of rows at a time.
+
+    quoting: PrepareConfig.quoting; counts: updated with values that suggest another quoting.
+    Raise DataError that names file and line.
+    """
     quoted = quoting == "double" or (quoting == "auto" and file.kind == "csv")
     rows = _Rows(file, quoted, counts)
     with open_source(file) as stream:
@@ -32,16 +36,16 @@ def read_delimited(
         header = next(reading, None)
         if header is None:
             return
-        places = _places(file, header[1], names, quoted)
+        columns = _columns(file, header[1], names, quoted)
         width = len(header[1])
         batch: list[list[str]] = []
         size = 0
         for line, row in reading:
             if len(row) != width:
                 raise _other_width(file, line, row, width, quoted)
-            batch.append([row[place] for place in places])
+            batch.append([row[column] for column in columns])
             size += sum(map(len, batch[-1]))
-            if size >= streams.BATCH_BYTES or len(batch) >= streams.BATCH_DOCUMENTS:
+            if size >= source_file.BATCH_BYTES or len(batch) >= source_file.BATCH_DOCUMENTS:
                 yield rows.columns(batch)
                 batch, size = [], 0
         if batch:
@@ -50,21 +54,21 @@ def read_delimited(
 
 @dataclass
 class _Rows:
-    """The rows of a file. They are read as Latin-1, in which each byte is a character: what is no UTF-8 is
-    told where documents are cleaned."""
+    """The rows of a file, read as Latin-1, in which each byte is a character. Bytes that are not UTF-8 are
+    reported later, when the documents are cleaned."""
 
     file: SourceFile
     quoted: bool
     counts: CleanCounts
     first_like_rows: str = ""
-    """Where in the file the first value stands whose lines look like rows."""
+    """Location of the first value whose lines look like rows."""
     spaced: bool = False
-    """A space behind each delimiter is the file's style, as its first line shows."""
+    """Whether every delimiter of the first line is followed by a space, which then is not part of values."""
     bytes_of_row: int = 0
-    """In the lines that were read for the row that is not whole yet."""
+    """Bytes read so far of the lines of the current row."""
 
     def read(self, stream: Any) -> Iterator[tuple[int, list[str]]]:
-        """(its first line's number, values) of each row that is no blank line."""
+        """Yield (number of the first line, values) of each row that is not a blank line."""
         delimiter = "\t" if self.file.kind == "tsv" else ","
         lines = self._lines_of_rows(stream, delimiter)
         first = next(lines, "")
@@ -73,7 +77,7 @@ class _Rows:
             and f"{delimiter} " in first
             and first.count(delimiter) == first.count(f"{delimiter} ")
         )
-        csv.field_size_limit(streams.longest_parsed())
+        csv.field_size_limit(source_file.longest_parsed())
         rows = csv.reader(
             chain([first], lines) if first else lines,
             delimiter=delimiter,
@@ -107,43 +111,44 @@ class _Rows:
         return columns
 
     def _lines_of_rows(self, stream: Any, delimiter: str) -> Iterator[str]:
-        """The lines, while the row that they make is one that memory holds. Raises csv.Error for one of too
-        many lines, which quotes alone can make."""
+        """Yield the lines of the file, checking the size of the rows that they form. Raise csv.Error for a
+        row that is too long because of an open quote, DataError for a line of too many values."""
         for number, line in enumerate(self._lines(stream), 1):
             self.bytes_of_row += len(line)
-            if self.bytes_of_row > streams.longest_parsed():
-                raise csv.Error(f"a row of more than {streams.longest_parsed() >> 20} MiB")
-            if len(line) > streams.MOST_VALUES and line.count(delimiter) > streams.MOST_VALUES:
-                got = f"a row of more than {streams.MOST_VALUES:,} values"
+            if self.bytes_of_row > source_file.longest_parsed():
+                raise csv.Error(f"a row of more than {source_file.longest_parsed() >> 20} MiB")
+            if len(line) > source_file.MOST_VALUES and line.count(delimiter) > source_file.MOST_VALUES:
+                got = f"a row of more than {source_file.MOST_VALUES:,} values"
                 raise DataError(Problem(f"{self.file.name} line {number}", got, "fewer"))
             yield line
 
     def _lines(self, stream: Any) -> Iterator[str]:
         text = io.TextIOWrapper(stream, encoding="latin-1", newline="")
         number = 0
-        while line := text.readline(streams.longest_parsed() + 1):
+        while line := text.readline(source_file.longest_parsed() + 1):
             number += 1
             if number == 1:
                 line = line.removeprefix("\xef\xbb\xbf")
-            if len(line) > streams.longest_parsed():
-                got = f"a line of more than {streams.longest_parsed() >> 20} MiB"
+            if len(line) > source_file.longest_parsed():
+                got = f"a line of more than {source_file.longest_parsed() >> 20} MiB"
                 raise DataError(Problem(f"{self.file.name} line {number}", got, "shorter lines"))
             if "\0" in line:
                 refuse_wide(line.encode("latin-1"), f"{self.file.name} line {number}")
-                # Not every Python's csv takes them.
+                # The csv module of some Python versions rejects them.
                 self.counts.controls_removed += line.count("\0")
                 line = line.replace("\0", "")
             yield line
 
     def _count_like_rows(self, row: list[str], line: int, delimiter: str) -> None:
-        """Two quotes that are not closed, one far behind the other, make a row of all between them."""
+        """Count the row if the lines of its value look like rows: two unclosed quotes, one far after the
+        other, turn everything between them into one value."""
         text = delimiter.join(row)
         delimiters, lines = len(row) - 1, text.count("\n") + 1
         if lines * delimiters >= LIKE_ROWS and all(
             line.count(delimiter) == delimiters for line in _lines_of(text)
         ):
-            place = self.first_like_rows = self.first_like_rows or f"{self.file.name} line {line}"
-            self.counts.like_rows[place] = self.counts.like_rows.get(place, 0) + 1
+            first = self.first_like_rows = self.first_like_rows or f"{self.file.name} line {line}"
+            self.counts.like_rows[first] = self.counts.like_rows.get(first, 0) + 1
 
     def _error(self, error: csv.Error, start: int, stop: int, delimiter: str) -> DataError:
         if not self.quoted:
@@ -151,29 +156,29 @@ class _Rows:
         opened = self._quote_opened(start, stop, delimiter)
         where = f"{self.file.name} line {opened}"
         if "unexpected end" in str(error):
-            got = "a quote that is not closed: it takes all up to the end of the file"
+            got = "an unclosed quote: the value extends to the end of the file"
         elif "expected after" in str(error):
-            got = f"a quote that ends before other text, on line {stop}, not before a delimiter"
+            got = f"a quote that closes before other text, on line {stop}, not before a delimiter"
         else:
-            got = f"a quote that takes all up to line {stop} ({error})"
-        allowed = 'closed quotes, "" for one within a value'
-        return DataError(Problem(where, got, allowed, "mend it, or give quoting=none if quotes are text"))
+            got = f"a quote whose value extends to line {stop} ({error})"
+        allowed = 'closed quotes, "" for a quote within a value'
+        return DataError(Problem(where, got, allowed, "correct it, or give quoting=none if quotes are text"))
 
     def _quote_opened(self, start: int, stop: int, delimiter: str) -> int:
-        """The line of the quote that was open last, in a row on lines `start` to `stop`."""
+        """Return the line of the quote that was opened last in the row on lines `start` to `stop`."""
         opened, is_open = start, False
         with open_source(self.file) as stream:
             for number, line in enumerate(self._lines(stream), 1):
-                place = 0
-                while start <= number <= stop and place < len(line):
-                    if not is_open and self.spaced and line[place] == " ":
-                        place += 1
-                    elif not is_open and line[place] != '"':
-                        place = line.find(delimiter, place) + 1 or len(line)
+                column = 0
+                while start <= number <= stop and column < len(line):
+                    if not is_open and self.spaced and line[column] == " ":
+                        column += 1
+                    elif not is_open and line[column] != '"':
+                        column = line.find(delimiter, column) + 1 or len(line)
                     elif not is_open:
-                        opened, is_open, place = number, True, place + 1
-                    elif (end := line.find('"', place)) >= 0:
-                        is_open, place = line[end + 1 : end + 2] == '"', end + 2
+                        opened, is_open, column = number, True, column + 1
+                    elif (end := line.find('"', column)) >= 0:
+                        is_open, column = line[end + 1 : end + 2] == '"', end + 2
                     else:
                         break
                 if number == stop:
@@ -181,21 +186,19 @@ class _Rows:
         return opened
 
 
-def _places(file: SourceFile, header: list[str], names: Sequence[str], quoted: bool) -> list[int]:
-    """The columns of these names; white space around the header's does not count where no name has it."""
+def _columns(file: SourceFile, header: list[str], names: Sequence[str], quoted: bool) -> list[int]:
+    """Return the indices of the named columns. If a name is not found, ignore white space around the names of
+    the header."""
     where = f"{file.name} header"
-    header = [streams.decoded(name.encode("latin-1"), where) for name in header]
+    header = [source_file.decoded(name.encode("latin-1"), where) for name in header]
     if not set(names) <= set(header):
         bare = [name.strip() for name in header]
         header = bare if set(names) <= set(bare) else header
     if not set(names) <= set(header):
         if not quoted and any(name.startswith('"') for name in header):
             got = f"no field {', '.join(names)}"
-            raise DataError(
-                Problem(
-                    where, got, ", ".join(map(brief, header[:24])), "quoting=double if values stand in quotes"
-                )
-            )
+            allowed = ", ".join(map(short_name, header[:24]))
+            raise DataError(Problem(where, got, allowed, "give quoting=double if values are quoted"))
         raise missing_field(where, names, header)
     for name in names:
         if header.count(name) > 1:
@@ -210,12 +213,12 @@ def _other_width(file: SourceFile, line: int, row: list[str], width: int, quoted
     got = f"{len(row)} values"
     remedy = "quote values that hold delimiters or line ends" if quoted else ""
     if not quoted and any(value.startswith('"') for value in row):
-        remedy = "quoting=double if values stand in quotes"
+        remedy = "give quoting=double if values are quoted"
     return DataError(Problem(where, got, f"{width}, as many as the header has", remedy))
 
 
 def _lines_of(text: str) -> Iterator[str]:
-    """One after the other: all at once would take twenty times the memory of the text."""
+    """Yield the lines of `text` one by one; a list of them could need twenty times the memory of the text."""
     start = 0
     while (end := text.find("\n", start)) >= 0:
         yield text[start:end]

@@ -1,4 +1,7 @@
-"""Clean blocks → token ids on disk → samples and shards, whose borders depend on the tokens alone."""
+"""Encode document blocks to token ids on disk, and pack these into samples and tar files.
+
+The borders of samples and tar files depend on the tokens only.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from llmtrain.corpus.tar_files import Sample, sample_bytes, token_dtype, write_shard
-from llmtrain.prepare.blocks import Block, save_array, splits_of_block
 from llmtrain.prepare.clean import SEPARATOR_BYTE
 from llmtrain.prepare.config import SplitConfig
+from llmtrain.prepare.document_blocks import DocumentBlock, save_array, splits_of_block
 from llmtrain.prepare.files import write_marker
 from llmtrain.prepare.long_texts import encode_text
-from llmtrain.prepare.streams import TOKEN_DTYPE
+from llmtrain.prepare.source_file import TOKEN_DTYPE
 from llmtrain.tokenizers.base import Tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 
@@ -28,8 +31,11 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """A block's ids: NAME.tokens holds the documents of train, validation and test one behind the
-    other, each followed by eos; NAME.lengths.npy their lengths in tokens. Lists have one value a split."""
+    """The token ids of one document block.
+
+    NAME.tokens holds the documents of train, then validation, then test, each followed by eos;
+    NAME.lengths.npy holds their lengths in tokens, including eos. The lists have one value per split.
+    """
 
     path: str
     num_documents: list[int]
@@ -37,9 +43,9 @@ class EncodedBlock:
     num_bytes: list[int]
     num_unknown: int
     num_tokenless: int = 0
-    """Documents (pairs) left out because they, or a side, have no token."""
+    """Documents (or pairs) dropped because they (or one of the two texts) have no token."""
     specials: dict[str, int] = field(default_factory=dict)
-    """Special token → how often texts spell it out."""
+    """Special token → number of occurrences of its spelling in the texts."""
 
     @property
     def tokens_path(self) -> Path:
@@ -51,7 +57,7 @@ class EncodedBlock:
 
 
 def encode_block(
-    block: Block,
+    block: DocumentBlock,
     number: int,
     dropped_paths: Sequence[Path],
     split: SplitConfig,
@@ -61,8 +67,13 @@ def encode_block(
     is_paired: bool,
     path: Path,
 ) -> int:
-    """Encode a block's kept documents, a pair as two, to files named `path`; path.json, written last, tells
-    them finished. Returns the block's number."""
+    """Encode the kept documents of a block to files with the prefix `path`; a pair becomes two documents.
+    path.json, written last, marks the block as finished. Then delete the text of the block.
+
+    number: of the block; dropped_paths: files that list the documents to drop.
+    tokenizer_sha256: distinguishes tokenizers that were at `tokenizer_path` one after the other.
+    Return the number of the block.
+    """
     tokenizer, specials = _tokenizer(tokenizer_path, tokenizer_sha256, specials_are_text)
     dtype = token_dtype(tokenizer.vocab_size)
     documents = block.documents()
@@ -112,7 +123,7 @@ def encode_block(
 
 
 def finished_block(path: Path, dtype: np.dtype) -> EncodedBlock | None:
-    """The block at `path` if an earlier run finished it whole."""
+    """Return the encoded block at `path`, None if it is missing or incomplete."""
     try:
         encoded = EncodedBlock(**json.loads(Path(f"{path}.json").read_text()))
         whole = encoded.tokens_path.stat().st_size == sum(encoded.num_tokens) * dtype.itemsize
@@ -122,7 +133,7 @@ def finished_block(path: Path, dtype: np.dtype) -> EncodedBlock | None:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.ndarray]:
-    """Ids of UTF-8 documents, int32; those of a long one in parts that are joined."""
+    """Return the ids of UTF-8 documents, int32. Long documents are encoded in parts."""
     longest = tokenizer.longest_text_bytes
     if max(map(len, documents)) <= longest:
         return tokenizer.encode_arrays(documents)
@@ -130,15 +141,20 @@ def encode_documents(tokenizer: Tokenizer, documents: list[bytes]) -> list[np.nd
 
 
 def with_tokens(ids: list[np.ndarray], together: int) -> list[int]:
-    """Numbers of the documents that have tokens; so many in a row, of which each must have some, stay
-    `together`."""
+    """Return the indices of the documents that have tokens.
+
+    together: size of the groups of consecutive documents (2 for pairs) that are kept only if all have tokens.
+    """
     groups = (range(first, first + together) for first in range(0, len(ids), together))
     return [i for group in groups if all(len(ids[i]) for i in group) for i in group]
 
 
 def count_specials(specials: Mapping[bytes, list[str]], documents: list[bytes]) -> Counter[str]:
-    """How often the documents spell out each of the special tokens; `specials` has them by what they begin
-    with. Few texts hold any of that, and looking for each of hundreds would take long."""
+    """Count the occurrences of special tokens in the documents.
+
+    specials: prefix → special tokens with it. Few texts contain any prefix, and searching for each of
+    hundreds of tokens would be slow.
+    """
     joined = b"\n".join(documents)
     found = (token for beginning, tokens in specials.items() if beginning in joined for token in tokens)
     return +Counter({token: joined.count(token.encode()) for token in found})
@@ -146,14 +162,16 @@ def count_specials(specials: Mapping[bytes, list[str]], documents: list[bytes]) 
 
 @lru_cache(maxsize=2)
 def _tokenizer(path: Path, sha256: str, specials_are_text: bool) -> tuple[Tokenizer, dict[bytes, list[str]]]:
-    """The tokenizer, and the special tokens that it would find in texts by their first three bytes. Loaded
-    once a process; the hash tells models apart that stood at one path in turn."""
+    """Return the tokenizer, and by their first three bytes the special tokens that it recognizes in texts.
+
+    Cached per process; `sha256` is part of the key, because different tokenizers may use the path in turn.
+    """
     tokenizer = load_tokenizer(path)
     specials: dict[bytes, list[str]] = {}
     for token in tokenizer.typed_specials():
         specials.setdefault(token.encode()[:3], []).append(token)
     if specials_are_text:
-        tokenizer.take_specials_for_text()
+        tokenizer.encode_specials_as_text()
     return tokenizer, specials
 
 
@@ -161,12 +179,12 @@ def _eos(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([tokenizer.eos_id], np.int32)
 
 
-# -------------------------------------------------------------------------------------------- shards
+# ----------------------------------------------------------------------------------------- tar files
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Documents [document_start, document_stop) and their tokens within one encoded block's files."""
+    """Documents [document_start, document_stop) and their tokens in the files of one encoded block."""
 
     block: EncodedBlock
     token_start: int
@@ -179,7 +197,7 @@ SamplePieces = list[Piece]
 
 
 def split_lengths(encoded: Iterable[EncodedBlock], split: int) -> Iterator[np.ndarray]:
-    """Tokens of each of a split's documents with their eos, block by block."""
+    """Yield the lengths in tokens, including eos, of the documents of a split, block by block."""
     for block in encoded:
         first = sum(block.num_documents[:split])
         yield np.load(block.lengths_path, mmap_mode="r")[first : first + block.num_documents[split]]
@@ -188,8 +206,10 @@ def split_lengths(encoded: Iterable[EncodedBlock], split: int) -> Iterator[np.nd
 def plan_samples(
     encoded: Sequence[EncodedBlock], split: int, sample_tokens: int, together: int = 1
 ) -> Iterator[SamplePieces]:
-    """Consecutive whole documents of a split, as few as make sample_tokens together; so many of a block's
-    documents `together` are never parted."""
+    """Yield samples: the fewest consecutive whole documents of a split with `sample_tokens` in total.
+
+    together: size of the groups of consecutive documents (2 for pairs) that stay in one sample.
+    """
     pieces: SamplePieces = []
     filled = 0
     for block, lengths in zip(encoded, split_lengths(encoded, split), strict=True):
@@ -222,7 +242,7 @@ def plan_samples(
 def plan_shards(
     samples: Iterator[SamplePieces], dtype: np.dtype, shard_bytes: int
 ) -> Iterator[list[SamplePieces]]:
-    """Consecutive samples, as few as make shard_bytes together."""
+    """Yield the samples of each tar file: the fewest consecutive samples with `shard_bytes` in total."""
     shard: list[SamplePieces] = []
     size = 0
     for sample in samples:
@@ -242,7 +262,8 @@ def plan_shards(
 def write_planned_shard(
     path: Path, shard: int, first_sample: int, samples: list[SamplePieces], dtype: np.dtype, done_path: Path
 ) -> dict[str, Any]:
-    """Write one shard; done_path, written last, holds the result for a run that goes on after a kill."""
+    """Write one tar file and return its result; `done_path`, written last, keeps the result for a later
+    run."""
     split = path.parent.name
     made = (
         _read_sample(f"{split}-{number:09d}", pieces, dtype)
@@ -270,7 +291,7 @@ def _read_sample(key: str, pieces: SamplePieces, dtype: np.dtype) -> Sample:
 
 
 def finished_shard(path: Path, done_path: Path) -> dict[str, Any] | None:
-    """What the shard at `path` was finished with, if it was."""
+    """Return the recorded result of the tar file at `path`, None if it is missing or incomplete."""
     try:
         done = json.loads(done_path.read_text())
         return done if path.stat().st_size == done["entry"]["bytes"] else None

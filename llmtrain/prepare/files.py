@@ -1,4 +1,4 @@
-"""Large files written as a stream, whole or not at all, and a full disk told as a user's error."""
+"""Write markers of finished work atomically, and report full disks and unwritable folders as user errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEX
 
 
 def write_marker(path: Path, value: Any) -> None:
-    """JSON that marks a unit of work as finished; whole or not there, but not forced to the disk:
-    whoever reads it compares the sizes of the files it speaks of."""
+    """Write JSON that marks a unit of work as finished. The file appears complete, but is not synced to disk:
+    readers also check the sizes of the files that it names."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value))
     os.replace(temporary, path)
@@ -26,16 +26,16 @@ def write_marker(path: Path, value: Any) -> None:
 
 @contextmanager
 def disk_errors(folder: Path, bytes_needed: int) -> Iterator[None]:
-    """Turn a full disk and an unwritable folder into a DataError that names the path.
+    """Turn errors of a full disk or an unwritable folder into a DataError that names the path.
 
-    `bytes_needed` estimates what the whole work takes on that disk.
+    bytes_needed: estimate of the disk space that the job needs.
     """
     try:
         yield
     except OSError as error:
         if not is_disk_full(error) and error.errno not in NOT_WRITABLE:
             raise
-        needed = f"about {bytes_needed:,} bytes for the whole work" if is_disk_full(error) else "a folder"
-        remedy = "make room, then run the same command again: finished work is kept"
+        needed = f"about {bytes_needed:,} bytes for the job" if is_disk_full(error) else "a folder"
+        remedy = "free disk space, then run the same command again: finished work is kept"
         where = Path(error.filename or folder)
         raise DataError(disk_problem(error, where, allowed=needed, if_full=remedy)) from error

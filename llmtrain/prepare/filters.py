@@ -1,8 +1,8 @@
-"""Documents kept for their contents: their language, and rules of quality for web text.
+"""Filter documents by language and by quality rules for web text.
 
-The rules are those of Rae et al. 2021 (Gopher, arXiv:2112.11446), section A.1.1 for quality and table A1
-for repetition. Words are runs without white space, lengths are in characters. Of an n-gram that repeats,
-the occurrences after the first count as duplicate, and overlaps once.
+The rules are those of Rae et al. 2021 (Gopher, arXiv:2112.11446): section A.1.1 for quality, table A1 for
+repetition. Words are separated by white space, lengths are in characters. Occurrences of an n-gram after the
+first count as duplicate; overlapping characters count once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmtrain.prepare.clean import SEPARATOR
 from llmtrain.prepare.config import FiltersConfig
 
 LANGUAGE_CHARACTERS = 500
-"""So many of a document's first characters tell its language."""
+"""The language is detected from this many characters at the beginning of a document."""
 
 WORDS = (50, 100_000)
 MEAN_WORD_LENGTH = (3.0, 10.0)
@@ -43,15 +43,14 @@ _LINES = re.compile(r"\n+")
 
 
 def require(config: FiltersConfig) -> None:
-    """Raises ConfigError for a package that is missing, or a language that it does not know."""
+    """Raise ConfigError if the package for languages is not installed, or does not support a language."""
     if not config.languages:
         return
     try:
         known = _identifier().labels
     except ImportError as error:
-        where, got = "filters.languages", "a search for languages without the package py3langid"
-        install = 'pip install "llmtrain[filters]"'
-        raise ConfigError(Problem(where, got, "none, or some once it is installed", install)) from error
+        where, got = "filters.languages", "languages, but the package py3langid is not installed"
+        raise ConfigError(Problem(where, got, "none", 'or pip install "llmtrain[filters]"')) from error
     unknown = [language for language in config.languages if language not in known]
     if unknown:
         raise ConfigError(
@@ -61,14 +60,14 @@ def require(config: FiltersConfig) -> None:
 
 
 def keep(documents: Sequence[bytes], config: FiltersConfig, dropped: dict[str, int]) -> list[bytes]:
-    """The clean documents that stay, in order; adds to `dropped` how many went by which rule."""
+    """Return the documents that pass, in order; add the number dropped by each rule to `dropped`."""
     rule: Callable[[str], str] = lambda text: (  # noqa: E731
         (_wrong_language(text, config) if config.languages else "")
         or (gopher_rule(text) if config.quality else "")
     )
     if not config.languages and config.quality is None:
         return [*documents]
-    # A pair goes if either side breaks a rule.
+    # A pair is dropped if either text breaks a rule.
     broken = [next(filter(None, map(rule, document.decode().split(SEPARATOR))), "") for document in documents]
     for name, count in Counter(filter(None, broken)).items():
         dropped[name] = dropped.get(name, 0) + count
@@ -93,7 +92,7 @@ def _identifier() -> Any:
 
 
 def gopher_rule(text: str) -> str:
-    """The first rule that the text breaks; empty: none."""
+    """Return the name of the first rule that the text breaks, "" if it breaks none."""
     words = text.split()
     return _quality_rule(text, words) or _repetition_rule(text, words)
 
@@ -115,7 +114,7 @@ def _quality_rule(text: str, words: list[str]) -> str:
         return "ellipsis_lines"
     if sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) < LEAST_ALPHABETIC_WORDS * count:
         return "alphabetic_words"
-    # A word of the text may have a mark behind it.
+    # Words of the text include adjacent punctuation.
     bare = {word.strip(".,;:!?\"'()[]").lower() for word in set(words)}
     return "stop_words" if len(STOP_WORDS & bare) < LEAST_STOP_WORDS else ""
 
@@ -144,11 +143,11 @@ def _ngram_rule(words: list[str], num_characters: int) -> str:
     for size in range(2, max(MOST_DUPLICATE_NGRAM_CHARACTERS) + 1):
         if len(ids) < size:
             return ""
-        # Numbers of the runs one word shorter, and of the word behind: together they number the runs.
+        # Number the n-grams by the number of their first n - 1 words and the id of their last word.
         pairs = grams[:-1] * (int(ids.max()) + 1) + ids[size - 1 :]
         _, first, grams, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
         if counts.max() == 1:
-            # No run repeats, and no longer one does.
+            # If no n-gram repeats, no longer one does.
             return ""
         if size in MOST_TOP_NGRAM_CHARACTERS:
             top = first[counts == counts.max()]

@@ -1,4 +1,5 @@
-"""The output folder of prepare: who may work in it, the unfinished work, and how it becomes the corpus."""
+"""Lock the output folder of prepare, manage the unfinished work in it, and move the finished corpus in
+place."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from llmtrain.tokenizers.base import TOKENIZER_FILES
 
 @contextmanager
 def locked_output(output: Path, peers: Peers) -> Iterator[None]:
-    """Only one job at a time works in an output folder: its single process holds the folder's lock alone,
-    several hold it shared once they have met."""
+    """Hold the lock of the output folder, so that only one job works in it at a time: exclusively for a
+    single process, shared for several processes once they have met."""
     made = not output.exists()
     descriptor = None
     try:
@@ -52,14 +53,14 @@ def locked_output(output: Path, peers: Peers) -> Iterator[None]:
             os.close(descriptor)
         if made and peers.rank == 0:
             with suppress(OSError):
-                output.rmdir()  # where nothing is in it
+                output.rmdir()  # succeeds only if the folder is empty
 
 
 def _open_output(output: Path) -> int:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        got = f"a place where no folder can be made ({error.strerror})"
+        got = f"a folder that cannot be created ({error.strerror})"
         raise DataError(Problem(str(output), got, "", "choose another output")) from error
     return os.open(output, os.O_RDONLY)
 
@@ -68,12 +69,12 @@ def _lock(descriptor: int, output: Path, shared: bool = False) -> None:
     try:
         lock(descriptor, output, shared)
     except BlockingIOError as error:
-        got = "a folder in which another prepare is at work"
+        got = "a folder in which another prepare is running"
         raise DataError(Problem(str(output), got, "", "wait for it to end")) from error
 
 
 def _refuse_taken(output: Path) -> None:
-    """Raise DataError when something else than a corpus or unfinished work stands there."""
+    """Raise DataError if the folder holds something other than a corpus or unfinished work."""
     taken = [name for name in (*SPLITS, *TOKENIZER_FILES) if (output / name).exists()]
     if taken and not (output / MANIFEST_NAME).exists() and not (output / UNFINISHED_NAME).exists():
         got = f"a folder that holds {', '.join(taken)} but no corpus"
@@ -81,19 +82,21 @@ def _refuse_taken(output: Path) -> None:
 
 
 def _refuse_others_work(work: Path, may_remove: bool = True) -> None:
-    """Raise DataError for unfinished work that is not this user's own: who may write there can let any name
-    in it lead to another file of the user, which is then written over. Work of earlier versions, in which
-    others may write, goes."""
+    """Raise DataError if the folder of unfinished work belongs to another user, who could plant links in it
+    that make this process overwrite other files.
+
+    may_remove: remove an own folder in which others may write, as earlier versions made it.
+    """
     try:
         status = os.lstat(work)
     except FileNotFoundError:
         return
-    # Some file systems know no owners, or no modes: what a new folder is told to be says so.
+    # Some file systems have no owners or modes: compare with a new folder.
     new = Path(tempfile.mkdtemp(prefix=".", dir=work.parent))
     own = os.lstat(new)
     new.rmdir()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != own.st_uid:
-        got = "a link" if stat.S_ISLNK(status.st_mode) else "what is no folder of this user"
+        got = "a link" if stat.S_ISLNK(status.st_mode) else "something that is not a folder of this user"
         allowed = "unfinished work of this user"
         raise DataError(Problem(str(work), got, allowed, "remove it, or choose another output"))
     more = status.st_mode & ~own.st_mode
@@ -104,26 +107,26 @@ def _refuse_others_work(work: Path, may_remove: bool = True) -> None:
 
 
 def _make_work(work: Path) -> None:
-    """Make the folder of unfinished work, for this user alone, unless there is one."""
+    """Create the folder of unfinished work, accessible to this user only, unless it exists."""
     _refuse_others_work(work)
     if not os.path.lexists(work):
         work.mkdir(stat.S_IRWXU)
 
 
 def open_work(work: Path, request: dict[str, Any], progress: Progress) -> None:
-    """Make the folder of unfinished work, or empty it when it was made for another request."""
+    """Create the folder of unfinished work, or empty it if it belongs to another request."""
     _make_work(work)
     path = work / "request.json"
     if path.exists() and json.loads(path.read_text()) == request:
-        progress.say(f"going on with the unfinished work in {work}")
+        progress.say(f"continuing the unfinished work in {work}")
         return
     _empty(work)
     write_json_atomically(path, request)
 
 
 def _empty(work: Path) -> None:
-    """Remove what is in `work` but for the peers' files, the request first, without which nobody goes on
-    with the rest."""
+    """Remove everything in `work` except the files of the peers; the request goes first, so that no later run
+    continues with the rest."""
     (work / "request.json").unlink(missing_ok=True)
     for entry in work.iterdir():
         if entry.name != peer_files.FOLDER:
@@ -131,14 +134,16 @@ def _empty(work: Path) -> None:
 
 
 def remove_work(work: Path) -> None:
-    """Remove the folder of unfinished work; the next run removes what a slow process still writes there."""
+    """Remove the folder of unfinished work. Files that a slow process still writes there are left to the next
+    run."""
     _empty(work)
     shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
 def tidied(work: Path, peers: Peers) -> Iterator[None]:
-    """Remove work in which nothing is finished when a user's error ends a process that works alone."""
+    """Remove the folder of unfinished work if a user error ends a single process before any unit is
+    finished."""
     try:
         yield
     except UserError:
@@ -148,20 +153,21 @@ def tidied(work: Path, peers: Peers) -> Iterator[None]:
 
 
 def commit(work: Path, output: Path) -> None:
-    """Put the whole corpus in its place, its manifest last; may be killed and called again at any moment."""
+    """Move the finished corpus into the output folder, its manifest last. May be interrupted at any time and
+    called again."""
     for name in (MANIFEST_NAME, STAMP_NAME):
         (output / name).unlink(missing_ok=True)
     if any((work / "corpus" / name).exists() for name in TOKENIZER_FILES):
         for name in TOKENIZER_FILES:
-            # A corpus that is replaced may have had one of the other kind.
+            # A replaced corpus may have a tokenizer file of the other kind.
             (output / name).unlink(missing_ok=True)
     for name in (*SPLITS, *TOKENIZER_FILES):
-        ready, place = work / "corpus" / name, output / name
-        if not ready.exists():
+        made, target = work / "corpus" / name, output / name
+        if not made.exists():
             continue
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(ready, place)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(made, target)
     sync_folder(output)
     os.replace(work / MANIFEST_NAME, output / MANIFEST_NAME)
     sync_folder(output)

@@ -1,10 +1,10 @@
-"""Raw text → tokenizer and sharded corpus: `llmtrain prepare`.
+"""Run `llmtrain prepare`: raw text → tokenizer and corpus of tar files.
 
-The work is done by stages (preparation/stages.py), each over all cores of all processes of a job, each
-in memory that does not grow with the corpus. It stands in OUTPUT/.prepare until the corpus is whole; a
-run that was killed goes on from there, with as many processes as it likes. What is written depends on
-sources and settings alone, not on workers, processes, time or kills. The disk holds the clean text and
-about as much again while prepare works.
+The work is divided into phases (llmtrain/prepare/phases.py). Each uses all cores of all processes of a job,
+in memory that does not grow with the corpus. Intermediate results are in OUTPUT/.prepare until the corpus is
+complete; a run after an interruption continues from there, with any number of processes. The corpus depends
+on sources and settings only, not on workers, processes, timing or interruptions. Disk space during the run:
+about twice the size of the clean text.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from llmtrain.corpus.manifest import FORMAT, MANIFEST_NAME, UNFINISHED_NAME, VER
 from llmtrain.corpus.tar_files import token_dtype
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import checksum_of_json, write_json_atomically
-from llmtrain.prepare import filters, near
+from llmtrain.prepare import filters, near_duplicates
 from llmtrain.prepare.config import PrepareConfig
+from llmtrain.prepare.decompress import refuse_long_windows
 from llmtrain.prepare.files import disk_errors
 from llmtrain.prepare.folder import commit, locked_output, open_work, remove_work, tidied
-from llmtrain.prepare.opening import refuse_long_windows
+from llmtrain.prepare.folder_scan import SkippedFiles, printable_path
 from llmtrain.prepare.peers import Peers
-from llmtrain.prepare.phases import Prepared, Stages
+from llmtrain.prepare.phases import Phases, Prepared
 from llmtrain.prepare.report import Progress, Report, SplitReport
-from llmtrain.prepare.scan import LeftOut, shown
+from llmtrain.prepare.source_file import SourceFile
 from llmtrain.prepare.sources import (
     check_fields,
     contents_fingerprint,
     find_files,
     find_line_pairs,
 )
-from llmtrain.prepare.streams import SourceFile
 from llmtrain.prepare.texts import AUTO_DOCUMENT_BYTES
 from llmtrain.prepare.workers import Workers
 from llmtrain.tokenizers.base import Tokenizer
@@ -45,32 +45,31 @@ from llmtrain.tokenizers.folder import load_tokenizer
 from llmtrain.urls import without_credentials
 
 STREAM_VERSION = 2
-"""Changes with the documents and tokens that sources and settings give."""
+"""Increased when equal sources and settings give other documents or tokens than before."""
 PAIRED = ("target_field", "target_source")
-"""Settings that corpora of single texts lack."""
+"""Settings that only corpora of pairs record."""
 NO_EFFECT = ("workers", "overwrite", "output", "source", "target_source", "peer_timeout")
-"""Settings on which the corpus does not depend; sources are compared by their contents."""
+"""Settings that do not affect the corpus; sources are compared by their contents."""
 
 
 def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") -> Report | None:
-    """Make the corpus that `config` describes, go on with one that was interrupted, or leave a
-    finished one as it is; prints progress and the report.
+    """Make the corpus that `config` describes, continue an interrupted run, or keep a finished corpus.
 
-    With a size over 1 this is one of so many processes of the job that `job` names; each returns once the
-    corpus is whole, rank 0 with the report.
+    Print progress and the report. Return the report on rank 0, None on other ranks, once the corpus is
+    complete.
 
-    Raises DataError for sources, tokenizers and output folders that cannot be used, and for a process of
-    the job that failed or is gone.
+    size: number of processes of the job; job: its name, equal in all of them.
+    Raise DataError if sources, tokenizer or output folder are invalid, or another process failed or is lost.
     """
     started = time.monotonic()
     filters.require(config.filters)
     if config.near_duplicates.threshold is not None:
-        near.require_library()
-    left_out = LeftOut()
+        near_duplicates.require_library()
+    skipped = SkippedFiles()
     if config.target_source:
         files = find_line_pairs(config.source, config.target_source)
     else:
-        files, left_out = find_files(config.source, exclude=config.output)
+        files, skipped = find_files(config.source, exclude=config.output)
         if config.target_field is not None:
             check_fields(files)
     given = None if config.tokenizer.model is None else load_tokenizer(config.tokenizer.model)
@@ -82,7 +81,7 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
         for note in windows:
             progress.say(f"note: {note}")
         with locked_output(config.output, peers), disk_errors(config.output, needed):
-            run = _Run(config, files, left_out, given, needed, peers, progress)
+            run = _Run(config, files, skipped, given, needed, peers, progress)
             if rank:
                 run.follow()
                 return None
@@ -94,24 +93,25 @@ def prepare(config: PrepareConfig, rank: int = 0, size: int = 1, job: str = "") 
 
 
 class _Run:
-    """What this process does in the output folder."""
+    """The part of a prepare job that this process does in the output folder."""
 
     def __init__(
         self,
         config: PrepareConfig,
         files: list[SourceFile],
-        left_out: LeftOut,
+        skipped: SkippedFiles,
         given: Tokenizer | None,
         bytes_needed: int,
         peers: Peers,
         progress: Progress,
     ) -> None:
-        self.config, self.files, self.left_out, self.given = config, files, left_out, given
+        self.config, self.files, self.skipped, self.given = config, files, skipped, given
         self.bytes_needed, self.peers, self.progress = bytes_needed, peers, progress
         self.work = config.output / UNFINISHED_NAME
 
     def lead(self) -> Report:
-        """Rank 0: find out what is to be done, do a share of it, put the corpus in its place."""
+        """Run rank 0: determine the work, do a share of it, move the finished corpus into the output
+        folder."""
         identity = self._identity()
         report = _finished(self.config, identity)
         if report is None:
@@ -119,7 +119,7 @@ class _Run:
             request = {"version": STREAM_VERSION, "identity": identity, "stamps": stamps}
             open_work(self.work, request, self.progress)
         is_made = report is not None or (self.work / MANIFEST_NAME).exists()
-        self.peers.wait("" if is_made else self._request())
+        self.peers.barrier("" if is_made else self._request())
         if not is_made:
             with tidied(self.work, self.peers):
                 manifest = self._manifest(identity)
@@ -129,21 +129,21 @@ class _Run:
             manifest = json.loads((self.work / MANIFEST_NAME).read_text())
             commit(self.work, self.config.output)
             report = Report.from_recorded(manifest["report"])
-            report.stages = self.progress.seconds
+            report.phase_seconds = self.progress.seconds
         self.peers.leave()
         if self.work.exists():
-            # Or killed after the corpus was whole, or other settings were tried and left.
+            # Left by a run that was killed after the corpus was complete, or by one with other settings.
             remove_work(self.work)
         return report
 
     def _identity(self) -> dict[str, Any]:
-        """What two corpora must share to be the same."""
+        """Return settings and hash of the sources; they are equal for equal corpora."""
         read = _read(self.files)
         size = sum(file.size for file in read)
-        with self.progress.stage("hashing", size) as stage:
+        with self.progress.phase("hashing", size) as phase:
 
             def on_piece(count: int) -> None:
-                stage.advance(count)
+                phase.advance(count)
                 self.peers.check()
 
             contents = contents_fingerprint(read, on_piece)
@@ -153,33 +153,33 @@ class _Run:
         }
 
     def follow(self) -> None:
-        """Every other rank: do a share of the work, see rank 0 end it."""
-        word = self.peers.wait()
-        if word:
-            if word != self._request():
+        """Run any other rank: do a share of the work, and wait until rank 0 has finished."""
+        request = self.peers.barrier()
+        if request:
+            if request != self._request():
                 remedy = "start all processes with one command, on hosts that see the same sources"
                 got = "other settings or sources than rank 0 has"
                 raise DataError(Problem(f"rank {self.peers.rank}", got, remedy=remedy))
-            self._stages()
+            self._phases()
         self.peers.leave()
         self.peers.await_end()
 
     def _request(self) -> str:
-        """Hash of settings, tokenizer and the names and sizes of the sources: equal in all processes."""
+        """Return a hash of settings, tokenizer, and names and sizes of the sources; equal on all ranks."""
         named = [[file.name, file.size] for file in _read(self.files)]
         return _hash([STREAM_VERSION, _settings(self.config, self.given), named])
 
-    def _stages(self) -> Prepared | None:
+    def _phases(self) -> Prepared | None:
         workers = os.cpu_count() or 1 if self.config.workers is None else self.config.workers
-        # With peers this process stays free to tell them that it lives.
+        # With several processes, this one must be free to send heartbeats.
         spawn = self.peers.size > 1
         with Workers(workers, self.config.output, self.bytes_needed, spawn) as pool:
-            stages = Stages(self.config, self.files, self.work, pool, self.peers, self.progress)
-            return stages.run(self.given)
+            phases = Phases(self.config, self.files, self.work, pool, self.peers, self.progress)
+            return phases.run(self.given)
 
     def _manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Run all stages; the manifest of the corpus that then stands in work/corpus."""
-        made = self._stages()
+        """Run all phases; return the manifest of the corpus in work/corpus."""
+        made = self._phases()
         assert made is not None, "rank 0 has the result"
         report = Report(
             files=len(_read(self.files)),
@@ -221,7 +221,7 @@ class _Run:
             "report": report.recorded(),
             "config": {
                 **_settings(self.config, None),
-                "source": [*(shown(without_credentials(source)) for source in self.config.source)],
+                "source": [*(printable_path(without_credentials(source)) for source in self.config.source)],
                 "identity": identity,
             },
         }
@@ -237,50 +237,50 @@ class _Run:
                 "paragraph": "a paragraph",
             }[self.config.txt_document]
             notes.append(f"a document in .txt is {meaning} (txt_document={self.config.txt_document})")
-        notes += self.left_out.notes()
+        notes += self.skipped.notes()
         empty = [file.name for file in _read(self.files) if not file.size]
         if empty:
             notes.append(f"{len(empty):,} files of no bytes: {', '.join(empty[:8])}")
         counts = report.cleaning
         if counts.quotes_kept:
             notes.append(
-                f"{counts.quotes_kept:,} values stand in quotes, which are kept: quoting=double drops them"
+                f"{counts.quotes_kept:,} values are in quotes, which are kept: quoting=double drops them"
             )
         if counts.like_rows:
-            number, places = sum(counts.like_rows.values()), ", ".join([*counts.like_rows][:8])
+            number, locations = sum(counts.like_rows.values()), ", ".join([*counts.like_rows][:8])
             warnings.append(
-                f"{number:,} quoted values hold lines that look like rows ({places}): an unclosed quote?"
+                f"{number:,} quoted values have lines that look like rows ({locations}): an unclosed quote?"
             )
         for name, split in report.splits.items():
             if not split.documents:
                 warnings.append(f"the split {name} has no document: too little text, or a share of 0")
         whose = "given" if self.given else "trained"
         if not tokenizer.is_lossless:
-            warnings.append(f"the {whose} tokenizer does not give every text back as it was")
+            warnings.append(f"the {whose} tokenizer is not lossless: decoding may change a text")
         if report.unknown_tokens:
             warnings.append(f"{report.unknown_tokens:,} tokens are unknown to the {whose} tokenizer")
         return notes, warnings
 
 
-# ---------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------- existing corpora
 
 
 def _read(files: list[SourceFile]) -> list[SourceFile]:
-    """Every file that is read: of pairs of files both."""
+    """Return all files that are read, including the files of targets."""
     return [each for file in files for each in file.files]
 
 
 def _settings(config: PrepareConfig, model: Tokenizer | None) -> dict[str, Any]:
-    """Settings on which the corpus depends; a given tokenizer is one by its contents."""
+    """Return the settings that affect the corpus; a given tokenizer counts by its contents."""
     settings = {key: value for key, value in encode_config(config).items() if key not in NO_EFFECT}
     if settings["target_field"] is None:
-        # As corpora have it that were prepared before there were pairs.
+        # Older corpora do not record the key.
         del settings["target_field"]
     if config.target_source:
         settings["target_source"] = len(config.target_source)
     if config.near_duplicates.threshold is not None:
-        # Its signatures change with the library's algorithm.
-        settings["near_duplicates"]["rensa"] = near.require_library()
+        # The signatures depend on the version of the library's algorithm.
+        settings["near_duplicates"]["rensa"] = near_duplicates.require_library()
     typed = settings["tokenizer"].pop("typed_specials")
     if model is not None:
         settings["tokenizer"] = {"model": model.sha256, "typed_specials": typed}
@@ -292,7 +292,7 @@ def _hash(value: Any) -> str:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    # A given tokenizer has fewer settings than one to be trained: what both have tells them apart.
+    # A given tokenizer records fewer settings than a trained one: compare only keys that both have.
     for key in (key for key in theirs | ours if key in PAIRED or (key in theirs and key in ours)):
         a, b = theirs.get(key), ours.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -306,9 +306,9 @@ def _short(value: Any) -> str:
 
 
 def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
-    """The report of the finished corpus in the output folder when it is the one wanted.
+    """Return the report of the finished corpus in the output folder if it matches `identity`, else None.
 
-    Raises DataError when it is another one and may not be replaced, or when something else stands there.
+    Raise DataError if it does not match and overwrite is false, or the folder holds something else.
     """
     path = config.output / MANIFEST_NAME
     if not path.exists():
@@ -320,7 +320,7 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
         theirs = manifest["config"]["identity"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            Problem(str(path), "a file that is no corpus' manifest", "", "choose another output")
+            Problem(str(path), "a file that is not the manifest of a corpus", "", "choose another output")
         ) from error
     if config.overwrite:
         return None
@@ -341,9 +341,9 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
                 raise DataError(
                     Problem(
                         str(file),
-                        "a missing or truncated shard",
+                        "a missing or truncated tar file",
                         f"{shard['bytes']:,} bytes",
-                        "overwrite=true makes it again",
+                        "give overwrite=true to make the corpus again",
                     )
                 )
     report = Report.from_recorded(manifest["report"])

@@ -1,9 +1,10 @@
-"""Ids of texts too long to be encoded at once: those of the whole text, in the memory of a part of it.
+"""Encode long texts in parts, with the same ids as the whole text, in the memory of one part.
 
-Consecutive parts overlap. What stands at the edge of a part may change its ids there, be it a cut word or the
-space that some tokenizers put before a text, but no tokenizer looks further than a long word. An overlap is
-encoded alone as well: its ids know what stands before where they agree with the part that it ends, and what
-follows where they agree with the part that it begins. Where both hold, the parts are joined.
+Consecutive parts overlap. At the edge of a part ids may differ from those of the whole text, because a word
+is cut or the tokenizer adds a space before a text, but no tokenizer looks further than a long word. The
+overlap is also encoded alone. Its ids are valid in the context before it where they agree with those of the
+part that it ends, and in the context after it where they agree with those of the part that it begins. The
+parts are joined where both hold.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 from llmtrain.tokenizers.base import Tokenizer
 
 OVERLAP = 16
-"""An overlap has this fraction of a part's bytes."""
+"""An overlap has 1 / OVERLAP of the bytes of a part."""
 AGREEING_TOKENS = 8
-"""Least ids on which a join rests."""
+"""Minimum number of agreeing ids at which two parts are joined."""
 
 
 def encode_text(tokenizer: Tokenizer, text: bytes, part_bytes: int) -> np.ndarray:
-    """Ids of UTF-8 `text`, encoded in parts of `part_bytes`, some KB at least, and in longer ones where parts
-    of this length do not join, as within a word without end."""
+    """Return the ids of UTF-8 `text`, encoded in parts of `part_bytes` (at least some KB). Where the parts
+    cannot be joined, as within a very long word, use longer parts."""
 
     def encode(start: int, stop: int) -> np.ndarray:
         return tokenizer.encode_arrays([text[start:stop]])[0]
@@ -47,16 +48,16 @@ def encode_text(tokenizer: Tokenizer, text: bytes, part_bytes: int) -> np.ndarra
 
 
 def _num_equal(a: np.ndarray, b: np.ndarray) -> int:
-    """With how many equal ids both begin."""
+    """Return the length of the common prefix of two arrays of ids."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
 
 
-def _character(text: bytes, place: int) -> int:
-    """The last place up to `place` at which a character begins, or the end."""
-    if place >= len(text):
+def _character(text: bytes, offset: int) -> int:
+    """Return the last offset up to `offset` at which a UTF-8 character begins, or the length of the text."""
+    if offset >= len(text):
         return len(text)
-    while text[place] & 0xC0 == 0x80:
-        place -= 1
-    return place
+    while text[offset] & 0xC0 == 0x80:
+        offset -= 1
+    return offset

@@ -1,4 +1,4 @@
-"""Documents of .parquet files."""
+"""Read documents of .parquet files, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import streams
-from llmtrain.prepare.opening import Allowance, open_source, reading
+from llmtrain.prepare import source_file
+from llmtrain.prepare.decompress import Allowance, open_source, reading
 from llmtrain.prepare.parquet_footer import RowGroup, row_groups
 from llmtrain.prepare.parquet_pages import MOST_ROWS, Page, pages_of, rows_at_a_time
-from llmtrain.prepare.streams import Part, SourceFile, Texts, missing_field
+from llmtrain.prepare.source_file import Part, SourceFile, Texts, missing_field
 from llmtrain.reading import open_regular
 
 LONGEST_FOOTER = 16 << 20
-"""Bytes of a file's list of row groups and columns, which takes some hundred times as much in memory."""
+"""Maximum bytes of the footer, the list of row groups and columns; in memory it is about 100 times as
+large."""
 MOST_IN_FOOTER = 100_000
-"""Row groups, or columns: room for as many is taken before they are read."""
+"""Maximum number of row groups or columns; the reader allocates memory for all before it reads them."""
 _PIECE_BYTES = 8 << 20
 _ROW_BYTES = 8
-"""That a row counts beside its text: one without any takes time and memory too."""
+"""Bytes counted per row in addition to its text: empty rows need time and memory too."""
 _TAIL_BYTES = 8
-"""The footer's length and the format's mark."""
+"""Length of the footer and magic number."""
 
 
 def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[list[Texts]]:
-    """The columns of these names, a batch of rows at a time."""
+    """Yield the texts of the named columns, one batch of rows at a time.
+
+    scratch: folder for the uncompressed copy of a compressed file.
+    """
     file = part.file
     with _unpacked(file, scratch) as path, open_source(replace(file, path=path, compression="")) as stream:
         parquet = open_parquet(file, stream)
@@ -45,13 +49,14 @@ def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[li
         gathered: list[list[bytes]] = [[] for _ in names]
         size = 0
         while (batch := _next(batches, f"{file.name} row {row + 1:,} or later")) is not None:
-            # As Python's objects all rows of a batch would take it several times again.
+            # Convert piece by piece: as Python objects, all rows of a batch would need several times its
+            # memory.
             step = max(1, batch.num_rows * _PIECE_BYTES // max(batch.nbytes, 1))
             for first in range(0, batch.num_rows, step):
                 piece = batch.slice(first, step)
                 taken = 0
                 for texts, name in zip(gathered, names, strict=True):
-                    # The file gives them in its own order.
+                    # Select by name: batches have the columns in the order of the file.
                     found = _texts(piece.column(name), file, row, name)
                     taken += sum(map(len, found)) + _ROW_BYTES * len(found)
                     texts += found
@@ -67,7 +72,8 @@ def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[li
 
 @contextmanager
 def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
-    """The plain file: parquet is read from its end, which a compressed stream does not offer."""
+    """Yield the path of an uncompressed file: reading parquet starts at its end, which needs a seekable
+    file."""
     if not file.compression:
         yield file.path
         return
@@ -75,12 +81,13 @@ def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
     left = shutil.disk_usage(scratch).free * 9 // 10
     try:
         with open_source(file) as packed, open(path, "xb") as plain:
-            while data := packed.read(streams.BATCH_BYTES):
+            while data := packed.read(source_file.BATCH_BYTES):
                 left -= len(data)
                 if left < 0:
                     got = f"more than {plain.tell():,} bytes of unpacked data"
-                    allowed = "as many as 9 of 10 bytes that are free on the disk of output"
-                    raise DataError(Problem(file.name, got, allowed, "make room, or choose another output"))
+                    allowed = "90% of the free space on the disk of output"
+                    remedy = "free disk space, or choose another output"
+                    raise DataError(Problem(file.name, got, allowed, remedy))
                 plain.write(data)
         yield path
     finally:
@@ -88,7 +95,7 @@ def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
 
 
 def open_parquet(file: SourceFile, stream: IO[bytes]) -> Any:
-    """pyarrow's ParquetFile of an open file: its path need not be UTF-8, as pyarrow demands."""
+    """Return the pyarrow ParquetFile of an open file; given a path, pyarrow would require it to be UTF-8."""
     import pyarrow.parquet
 
     length = _footer_length(stream)
@@ -102,15 +109,15 @@ def open_parquet(file: SourceFile, stream: IO[bytes]) -> Any:
 
 
 def row_group_sizes(file: SourceFile) -> list[int]:
-    """Bytes of the unpacked pages of each row group, as the file says."""
+    """Return the uncompressed bytes of each row group, as stated in the footer."""
     with open_source(file) as stream:
-        # Arrow tells what is no parquet file at all.
+        # Raises the error for a file that is not parquet.
         open_parquet(file, stream)
         return [group.num_bytes for group in _row_groups(file, stream, ())]
 
 
 def _footer_length(stream: IO[bytes]) -> int:
-    """0 for what is no parquet file."""
+    """Return the length of the footer in bytes, 0 if the file is not parquet."""
     if stream.seek(0, os.SEEK_END) < _TAIL_BYTES:
         return 0
     stream.seek(-_TAIL_BYTES, os.SEEK_END)
@@ -129,8 +136,8 @@ def _row_groups(file: SourceFile, stream: IO[bytes], names: Sequence[str]) -> li
 
 
 def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups: range) -> int:
-    """In how many rows at a time memory holds the columns. Raises DataError for pages that it does not hold,
-    or that are none."""
+    """Return how many rows of all columns can be read at a time in bounded memory. Raise DataError for pages
+    that are too large or damaged."""
     pages: dict[str, list[Page]] = {}
     with reading(file), open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -169,7 +176,7 @@ def _check_columns(file: SourceFile, schema: Any, names: Sequence[str]) -> None:
 
 
 def _texts(column: Any, file: SourceFile, row: int, name: str) -> list[bytes]:
-    """Values of a column in UTF-8, with empty ones for those that are missing; `row` is the first's."""
+    """Return the values of a column as UTF-8, b"" for null. row: number of the first value, for messages."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -180,7 +187,7 @@ def _texts(column: Any, file: SourceFile, row: int, name: str) -> list[bytes]:
         column.cast(pyarrow.large_string())
     except pyarrow.ArrowInvalid:
         for number, value in enumerate(values, row + 1):
-            streams.decoded(value, f"{file.name} row {number:,} field {name}")
+            source_file.decoded(value, f"{file.name} row {number:,} field {name}")
     return values
 
 

@@ -1,6 +1,7 @@
-"""The list of row groups at the end of a parquet file (parquet.thrift, FileMetaData).
+"""Parse the list of row groups in the footer of a parquet file (parquet.thrift, FileMetaData).
 
-Arrow's own is not asked: where a number in it is wrong, Arrow's functions for Python end the process.
+Arrow's Python functions are not used for this, because some wrong numbers in a footer make them end the
+process.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Any
 
 _ROW_GROUPS = 4
 _DEEPEST = 8
-"""Structs and lists within each other; the format's own are six deep."""
+"""Maximum nesting of structs and lists; that of the format is six."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The values of a column in a row group: [start, start + num_bytes) of the file."""
+    """The column chunk of a row group: bytes [start, start + num_bytes) of the file."""
 
     column: str
     start: int
@@ -28,15 +29,15 @@ class Chunk:
 class RowGroup:
     num_rows: int
     num_bytes: int
-    """Of its unpacked pages, as the file says."""
+    """Uncompressed bytes of its pages, as stated in the footer."""
     chunks: tuple[Chunk, ...]
-    """Of the columns that are asked for."""
+    """The column chunks of the requested columns."""
 
 
 def row_groups(footer: bytes, columns: Sequence[str] = ()) -> Iterator[RowGroup]:
-    """The row groups of a footer, one at a time, with their chunks of these columns.
+    """Yield the row groups of a footer, with the chunks of the given columns.
 
-    Raises ValueError for what is no footer.
+    Raise ValueError if the footer is damaged.
     """
     struct = Struct(footer)
     try:
@@ -47,7 +48,7 @@ def row_groups(footer: bytes, columns: Sequence[str] = ()) -> Iterator[RowGroup]
             else:
                 struct.value(kind, 0)
     except IndexError:
-        raise ValueError("a list of row groups that is cut short") from None
+        raise ValueError("a truncated list of row groups") from None
 
 
 def _row_group(group: Any, columns: Sequence[str]) -> RowGroup:
@@ -70,27 +71,27 @@ def _row_group(group: Any, columns: Sequence[str]) -> RowGroup:
 
 
 def number_of(fields: Any, number: int) -> int:
-    """A field of a struct. Raises ValueError where it is no number."""
+    """Return a numeric field of a struct. Raise ValueError if it is missing or not a number."""
     value = fields.get(number) if isinstance(fields, dict) else None
     if not isinstance(value, int):
-        raise ValueError("a struct without its numbers")
+        raise ValueError("a struct with a missing number")
     return value
 
 
 class Struct:
-    """Reads a struct of Thrift's compact protocol. Raises IndexError where the data end before it does, and
-    ValueError for what is none."""
+    """Reads a struct of Thrift's compact protocol. Methods raise IndexError if the data are truncated,
+    ValueError if they are invalid."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self.place = 0
+        self.offset = 0
 
     def fields(self, depth: int = 0) -> dict[int, Any]:
-        """Field by number: int, bytes, dict for a struct, list."""
+        """Return the fields by number; values are int, bytes, list, or dict for a struct."""
         return {number: self.value(kind, depth) for number, kind in self.headers()}
 
     def headers(self) -> Iterator[tuple[int, int]]:
-        """(number, kind) of each field, whose value is to be read before the next."""
+        """Yield (number, kind) of each field; the caller reads its value before the next one."""
         number = 0
         while byte := self._byte():
             number = number + (byte >> 4) if byte >> 4 else self._signed()
@@ -111,26 +112,26 @@ class Struct:
             return list(self.elements(depth))
         if depth < _DEEPEST and kind == 12:
             return self.fields(depth + 1)
-        raise ValueError("a struct that is none")
+        raise ValueError("an invalid struct")
 
     def elements(self, depth: int) -> Iterator[Any]:
-        """Of a list."""
+        """Yield the elements of a list."""
         byte = self._byte()
         count, kind = byte >> 4 if byte >> 4 < 15 else self._unsigned(), byte & 15
         for _ in range(count):
-            # A list's true or false takes a byte.
+            # In a list, a boolean takes one byte.
             yield self._byte() if kind in (1, 2) else self.value(kind, depth + 1)
 
     def _byte(self) -> int:
-        byte = self._data[self.place]
-        self.place += 1
+        byte = self._data[self.offset]
+        self.offset += 1
         return byte
 
     def _bytes(self, count: int) -> bytes:
-        if count > len(self._data) - self.place:
+        if count > len(self._data) - self.offset:
             raise IndexError(count)
-        self.place += count
-        return self._data[self.place - count : self.place]
+        self.offset += count
+        return self._data[self.offset - count : self.offset]
 
     def _unsigned(self) -> int:
         value = shift = 0
@@ -141,7 +142,7 @@ class Struct:
             if byte < 128:
                 return value
             if shift > 63:
-                raise ValueError("a number without end")
+                raise ValueError("a number of too many bytes")
 
     def _signed(self) -> int:
         value = self._unsigned()

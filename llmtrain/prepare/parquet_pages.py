@@ -1,8 +1,8 @@
-"""What the pages of a parquet file may become in memory, told before any of them is unpacked.
+"""Bound the memory that the pages of a parquet file need, before any of them is decompressed.
 
-A page is packed, and its values may be places in a dictionary or continue the value before: of a page of a
-few bytes, a reader may make billions. Headers of pages say how large they are (parquet.thrift, PageHeader);
-a reader that unpacks a page compares.
+Pages are compressed, and values may be indices into a dictionary or extend the value before, so a page of a
+few bytes may expand to billions. The bound is computed from the page headers (parquet.thrift, PageHeader);
+the reader checks the stated sizes when it decompresses a page.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from llmtrain.prepare.parquet_footer import Struct, number_of
 
 PAGE_BYTES = 128 << 20
-"""Most bytes of an unpacked page; writers cut pages at 1 MB most often, at 100 MB at the latest."""
+"""Maximum bytes of an uncompressed page; most writers use 1 MB, none more than 100 MB."""
 BATCH_BYTES = 128 << 20
-"""Most bytes of the rows that are read at a time, where one row alone does not take more."""
+"""Maximum bytes of the rows that are read at a time, if a single row does not need more."""
 MOST_ROWS = 512
-"""Read at a time."""
+"""Maximum number of rows that are read at a time."""
 _HEADER_BYTES = (256, 1 << 16, 16 << 20)
-"""So much is read in turn for a page's header; the last is Arrow's own bound."""
+"""Bytes read for a page header, increased until it is complete; the last is the limit of Arrow."""
 _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 _PLAIN, _DELTA_LENGTHS = 0, 6
 _DICTIONARY_CODED = (2, 8)
@@ -33,13 +33,13 @@ _DICTIONARY_CODED = (2, 8)
 class Page:
     num_rows: int
     num_bytes: int
-    """Of all its values, where each stands in the page itself."""
+    """Bytes of all its values, if each is stored in the page itself."""
     bytes_each: int
-    """Most bytes of a value, where values are made from others; or 0."""
+    """Maximum bytes of a value, if values are built from a dictionary or earlier values; else 0."""
 
 
 def rows_at_a_time(pages: list[Page]) -> int:
-    """Return how many rows of consecutive pages fit in BATCH_BYTES together, wherever they stand."""
+    """Return how many consecutive rows, starting anywhere, fit in BATCH_BYTES; at most MOST_ROWS."""
     stops = np.cumsum([page.num_rows for page in pages], dtype=np.float64)
     rows = MOST_ROWS
     while rows > 1:
@@ -54,9 +54,9 @@ def rows_at_a_time(pages: list[Page]) -> int:
 
 
 def pages_of(descriptor: int, start: int, stop: int, num_values: int) -> Iterator[Page]:
-    """The data pages of a column's chunk, which lies at [start, stop) of the file and has so many values.
+    """Yield the data pages of a column chunk of `num_values` values at bytes [start, stop) of the file.
 
-    Raises ValueError, with a short reason, for a page that is none or larger than PAGE_BYTES.
+    Raise ValueError, with a short reason, for a page that is damaged or larger than PAGE_BYTES.
     """
     dictionary_bytes = seen = 0
     while seen < num_values and start < stop:
@@ -83,12 +83,12 @@ def pages_of(descriptor: int, start: int, stop: int, num_values: int) -> Iterato
 
 
 def _header(descriptor: int, start: int, stop: int) -> tuple[dict[int, Any], int]:
-    """(fields by number, bytes) of the page's header at `start`."""
+    """Return (fields by number, length in bytes) of the page header at `start`."""
     for size in _HEADER_BYTES:
         data = os.pread(descriptor, min(size, stop - start), start)
         struct = Struct(data)
         try:
-            return struct.fields(), struct.place
+            return struct.fields(), struct.offset
         except IndexError:
             if len(data) < size:
                 break

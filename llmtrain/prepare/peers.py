@@ -1,10 +1,11 @@
-"""The processes of one job, on one host or many, that prepare a corpus together in a shared folder.
+"""Coordinate the processes of one prepare job, on one or more hosts, through files in the shared output
+folder.
 
-They meet through files in OUTPUT/.prepare/peers alone: no port, no process group. `job.json` names the
-job and, once all are there, its members; each process keeps a file of its own, in which it says how far
-it is and, every HEARTBEAT_SECONDS, that it lives. Who waits for a process whose file stands still for too
-long, or says that it failed, ends with an error that names it. Times are compared with the reader's own
-clock, so the hosts' clocks need not agree.
+They use files in OUTPUT/.prepare/peers only: no port, no process group. `job.json` names the job and, once
+all processes have joined, its members. Each process writes its progress and, every HEARTBEAT_SECONDS, a
+heartbeat to its own file. A process that waits for another whose heartbeat has stopped, or that reports a
+failure, raises an error that names it. Ages are measured by the reader's clock, so clocks of hosts may
+differ.
 """
 
 from __future__ import annotations
@@ -27,43 +28,44 @@ from llmtrain.errors import DataError, Problem, UserError
 from llmtrain.prepare.files import write_marker
 
 HEARTBEAT_SECONDS = 2.0
-SHORTEST_LOOK, LONGEST_LOOK = 0.01, 1.0
-"""Seconds between two looks at the others' files, growing while nothing happens."""
+SHORTEST_POLL, LONGEST_POLL = 0.01, 1.0
+"""Seconds between two reads of the other processes' files; the interval grows while nothing changes."""
 FOLDER = "peers"
 
 T = TypeVar("T")
 
 
 class LostPeerError(DataError):
-    """Another process of the job is gone."""
+    """Another process of the job has ended or stopped responding."""
 
 
 @dataclass(frozen=True)
 class _State:
-    """What a process says in its file."""
+    """The contents of the file of a process."""
 
     nonce: str
     host: str
     pid: int
-    place: str
-    """Equal in processes that see each other's pid."""
+    pid_namespace: str
+    """Identifies boot and PID namespace: processes with equal values see each other's pid."""
     beat: int = 0
-    stage: int = 0
-    """How many times it came to `wait`."""
-    said: str = ""
-    """Its word there."""
-    said_before: str = ""
-    """Its word the time before: who looks late finds it one stage ahead."""
+    barrier: int = 0
+    """Number of barriers that the process has reached."""
+    message: str = ""
+    """Its message at this barrier."""
+    previous_message: str = ""
+    """Its message at the barrier before: a slow reader may find it one barrier ahead."""
     left: bool = False
-    """It writes no more."""
+    """Whether it has finished writing."""
     failed: list[dict[str, str]] | None = None
+    """Problems of the error that ended it."""
     everywhere: bool | None = None
-    """Of the failure: whether rank 0 tells it for all."""
+    """Whether rank 0 prints the error for all ranks."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether this very process looked and saw that there is no such process any more."""
-        if not self.place or self.place != _place():
+        """Whether this process can see that the other one no longer exists."""
+        if not self.pid_namespace or self.pid_namespace != _pid_namespace():
             return False
         try:
             return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
@@ -72,10 +74,10 @@ class _State:
 
 
 class Peers:
-    """This process among `size` of one job; with one, nothing is written and nobody is waited for.
+    """This process as one of the `size` processes of a job. With one process, no method writes or waits.
 
-    job: the same in all processes of a job, as the launcher names it.
-    seconds: how long a process waits for a sign of life of another.
+    job: name of the job, given by the launcher, equal in all its processes.
+    seconds: time without a heartbeat after which another process counts as lost.
     """
 
     def __init__(self, work: Path, rank: int = 0, size: int = 1, job: str = "", seconds: float = 600) -> None:
@@ -83,72 +85,74 @@ class Peers:
         self._folder = work / FOLDER
         self._job, self._seconds = job, seconds
         self._id = ""
-        self._state = _State(secrets.token_hex(8), socket.gethostname(), os.getpid(), _place())
+        self._state = _State(secrets.token_hex(8), socket.gethostname(), os.getpid(), _pid_namespace())
         self._seen: dict[int, tuple[_State, float]] = {}
-        self._looked = 0.0
+        self._checked = 0.0
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
-    def mine(self, number: int) -> bool:
-        """Whether the piece of work of this number is this process' to do."""
+    def is_mine(self, number: int) -> bool:
+        """Return whether this process does the piece of work of this number."""
         return number % self.size == self.rank
 
     def meet(self) -> None:
-        """Come together: rank 0 calls the job, the others answer until it has them all.
+        """Wait until all processes have joined: rank 0 announces the job, the others answer.
 
-        Raises DataError when somebody does not come.
+        Raise DataError if a process does not join in time.
         """
         if self.size == 1:
             return
         if self.rank == 0:
-            self._call()
+            self._announce()
         else:
-            self._answer()
+            self._join()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
-    def wait(self, say: str = "") -> str:
-        """Wait until all have come here, and tell rank 0's word, given by it as `say`, to all.
+    def barrier(self, message: str = "") -> str:
+        """Wait until all processes have called this; return the `message` of rank 0 on all of them.
 
-        Raises DataError for a process that failed or is gone.
+        Raise DataError if a process failed or is lost.
         """
         if self.size == 1:
-            return say
-        stage = self._state.stage + 1
-        self._write(stage=stage, said=say, said_before=self._state.said)
-        self._await(lambda state: state.stage >= stage)
+            return message
+        barrier = self._state.barrier + 1
+        self._write(barrier=barrier, message=message, previous_message=self._state.message)
+        self._await(lambda state: state.barrier >= barrier)
         leader = self._state if self.rank == 0 else self._seen[0][0]
-        # It cannot be two stages ahead: it waits for this process at the next.
-        return leader.said if leader.stage == stage else leader.said_before
+        # Rank 0 is at most one barrier ahead: there it waits for this process.
+        return leader.message if leader.barrier == barrier else leader.previous_message
 
     def check(self) -> None:
-        """Raise DataError if another process is known to have failed or died; looks now and then only."""
-        if self.size > 1 and time.monotonic() - self._looked > HEARTBEAT_SECONDS:
-            self._looked = time.monotonic()
+        """Raise DataError if another process failed or is lost. Reads files every HEARTBEAT_SECONDS at
+        most."""
+        if self.size > 1 and time.monotonic() - self._checked > HEARTBEAT_SECONDS:
+            self._checked = time.monotonic()
             for rank in self._others():
-                self._look(rank)
+                self._check_rank(rank)
 
-    def visible(self, find: Callable[[int], T | None], numbers: Iterable[int]) -> Iterator[T]:
-        """find(number) of each number, once this host sees the file that another host has written.
+    def await_visible(self, find: Callable[[int], T | None], numbers: Iterable[int]) -> Iterator[T]:
+        """Yield find(number) of each number; wait while it is None, until this host sees the file of another
+        host.
 
-        Raises DataError when it does not see it in time.
+        Raise DataError if the file does not become visible in time.
         """
         for number in numbers:
-            deadline, pause = time.monotonic() + self._seconds, SHORTEST_LOOK
+            deadline, pause = time.monotonic() + self._seconds, SHORTEST_POLL
             while (found := find(number)) is None:
-                if self.mine(number) or time.monotonic() > deadline:
+                if self.is_mine(number) or time.monotonic() > deadline:
                     owner = number % self.size
-                    host = self._state.host if self.mine(number) else self._seen[owner][0].host
+                    host = self._state.host if self.is_mine(number) else self._seen[owner][0].host
                     got = f"finished work of rank {owner} on {host} that {self._state.host} does not see"
-                    remedy = "let all hosts see one output folder, then run the same command again"
+                    remedy = "share one output folder between all hosts, then run the same command again"
                     raise DataError(Problem(str(self._folder.parent), got, remedy=remedy))
                 time.sleep(pause)
-                pause = min(2 * pause, LONGEST_LOOK)
+                pause = min(2 * pause, LONGEST_POLL)
             yield found
 
     def leave(self, failure: UserError | None = None) -> None:
-        """Write no more; with `failure`, let the others end for it."""
+        """Stop writing. With `failure`, make the other processes raise it too."""
         if self.size == 1 or not self._id:
             return
         self._ended.set()
@@ -158,25 +162,26 @@ class Peers:
         if failure is not None:
             failed = [asdict(problem) for problem in failure.problems]
             failure.everywhere = None if isinstance(failure, LostPeerError) else True
-        # The folder is gone once rank 0 is done with it.
+        # Rank 0 may have removed the folder.
         with suppress(OSError):
             self._write(left=True, failed=failed, everywhere=failure and failure.everywhere)
 
     def await_end(self) -> None:
-        """After `leave`: wait for rank 0 to say that the corpus is whole; for rank 0: for all to have left.
+        """Wait after `leave`: on rank 0 until all others have left, elsewhere until rank 0 has finished the
+        corpus.
 
-        Raises DataError when rank 0 failed or is gone.
+        Raise DataError if rank 0 failed or is lost.
         """
         if self.size == 1:
             return
         if self.rank == 0:
             for rank in self._others():
-                # Who is dead by now had done its work.
+                # A process that died by now had already done its work.
                 with suppress(DataError):
                     self._await(lambda state: state.left, ranks=[rank])
             return
         self._seen.clear()
-        self._await(lambda state: state.left, ranks=[0], until=lambda: self._called() is None)
+        self._await(lambda state: state.left, ranks=[0], until=lambda: self._read_job() is None)
 
     # --------------------------------------------------------------------------------------- files
 
@@ -194,7 +199,7 @@ class Peers:
         except (OSError, ValueError):
             return None
 
-    def _called(self) -> dict[str, Any] | None:
+    def _read_job(self) -> dict[str, Any] | None:
         try:
             return json.loads((self._folder / "job.json").read_text())
         except (OSError, ValueError):
@@ -202,16 +207,16 @@ class Peers:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            # A disk that is full for a moment is no reason to die: the work itself will tell.
+            # Ignore a disk that is full for a moment: the work itself raises the error if it stays full.
             with suppress(OSError):
                 self._write()
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    # ------------------------------------------------------------------------------------- meeting
+    # ------------------------------------------------------------------------------------- joining
 
-    def _call(self) -> None:
+    def _announce(self) -> None:
         self._folder.mkdir(exist_ok=True)
         self._id = secrets.token_hex(8)
         for leftover in self._folder.glob("*.json"):
@@ -220,7 +225,7 @@ class Peers:
         write_marker(self._folder / "job.json", call)
         self._write()
         present = lambda: {rank: state for rank in self._others() if (state := self._read(rank))}  # noqa: E731
-        for _ in self._looks():
+        for _ in self._polls():
             if len(here := present()) == self.size - 1:
                 break
         else:
@@ -229,9 +234,9 @@ class Peers:
         call["members"] = [here[rank].nonce if rank else self._state.nonce for rank in range(self.size)]
         write_marker(self._folder / "job.json", call)
 
-    def _answer(self) -> None:
-        for _ in self._looks():
-            call = self._called()
+    def _join(self) -> None:
+        for _ in self._polls():
+            call = self._read_job()
             if call is None or (call["job"], call["size"]) != (self._job, self.size):
                 continue
             if call["members"] is None and call["id"] != self._id:
@@ -243,17 +248,17 @@ class Peers:
         raise self._absent("rank 0")
 
     def _absent(self, who: str) -> DataError:
-        got = f"no word from {who} within {self._seconds:g} s"
+        got = f"no answer from {who} within {self._seconds:g} s"
         remedy = "start all processes with one output folder that all hosts see"
         return DataError(Problem(str(self._folder.parent.parent), got, remedy=remedy))
 
-    def _looks(self) -> Iterator[None]:
-        """Now and then, until the time is over."""
-        deadline, pause = time.monotonic() + self._seconds, SHORTEST_LOOK
+    def _polls(self) -> Iterator[None]:
+        """Yield at growing intervals until the timeout."""
+        deadline, pause = time.monotonic() + self._seconds, SHORTEST_POLL
         while time.monotonic() < deadline:
             yield
             time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_LOOK)
+            pause = min(1.5 * pause, LONGEST_POLL)
 
     # ------------------------------------------------------------------------------------- waiting
 
@@ -265,9 +270,9 @@ class Peers:
     ) -> None:
         now = time.monotonic()
         self._seen = {rank: (state, now) for rank, (state, _) in self._seen.items()}
-        waiting, pause = list(self._others() if ranks is None else ranks), SHORTEST_LOOK
+        waiting, pause = list(self._others() if ranks is None else ranks), SHORTEST_POLL
         while not until():
-            states = {rank: self._look(rank) for rank in waiting}
+            states = {rank: self._check_rank(rank) for rank in waiting}
             waiting = [rank for rank, state in states.items() if state is None or not ready(state)]
             for rank in waiting:
                 state = states[rank]
@@ -276,10 +281,10 @@ class Peers:
             if not waiting:
                 return
             time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_LOOK)
+            pause = min(1.5 * pause, LONGEST_POLL)
 
-    def _look(self, rank: int) -> _State | None:
-        """What the process of that rank says now. Raises DataError if it failed or is gone."""
+    def _check_rank(self, rank: int) -> _State | None:
+        """Return the state of a rank, None if unknown. Raise DataError if it failed or is lost."""
         now = time.monotonic()
         state = self._read(rank)
         last, since = self._seen.get(rank, (None, now))
@@ -296,17 +301,17 @@ class Peers:
         if state.left:
             return state
         if state.is_gone or now - since > self._seconds:
-            what = "a process that ended" if state.is_gone else f"no sign of life for {self._seconds:g} s"
+            what = "a process that ended" if state.is_gone else f"no heartbeat for {self._seconds:g} s"
             raise self._lost(rank, state, what)
         return state
 
     def _lost(self, rank: int, state: _State, what: str) -> LostPeerError:
-        remedy = "see what it said, then run the same command again: finished work is kept"
+        remedy = "see its messages, then run the same command again: finished work is kept"
         got = f"{what} before its work was done"
         return LostPeerError(Problem(f"rank {rank} on {state.host}", got, remedy=remedy))
 
 
-def _place() -> str:
+def _pid_namespace() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,14 +1,14 @@
-"""The stages of `llmtrain prepare`, each over all workers of all processes.
+"""Run the phases of `llmtrain prepare`, each over all workers of all processes.
 
-1. read        sources → clean documents in blocks, with their hashes
-2. duplicates  the hashes, one range at a time → documents to drop
-3. near        if asked for: signatures, their bands, pairs, clusters → documents to drop
-4. tokenizer   a sample of the training documents → a sentencepiece model, unless one is given
-5. encode      blocks → token ids
-6. shards      token ids → webdataset tars and their index
+1. read             sources → document blocks with hashes
+2. duplicates       hashes, one range at a time → documents to drop
+3. near-duplicates  if configured: signatures, bands, pairs, clusters → documents to drop
+4. tokenizer        a sample of the training documents → a sentencepiece model, unless a tokenizer is given
+5. encode           document blocks → token ids
+6. tar files        token ids → webdataset tar files and their index
 
-Each takes what is finished from an earlier run, makes this process' part of the rest, and waits for the
-other processes. A piece of work has a number, and its number says whose it is.
+Each phase reuses the pieces of work that an earlier run finished, does this process' share of the others, and
+waits for the other processes. The number of a piece determines the process that does it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ import numpy as np
 
 from llmtrain.corpus.tar_files import INDEX_DTYPE, token_dtype, write_index, write_lengths
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import blocks as block_files
+from llmtrain.prepare import document_blocks, near_duplicates, tasks
 from llmtrain.prepare import encode as encoding
-from llmtrain.prepare import near, tasks
-from llmtrain.prepare.blocks import Block
 from llmtrain.prepare.clean import CleanCounts
 from llmtrain.prepare.config import PrepareConfig
+from llmtrain.prepare.document_blocks import DocumentBlock
 from llmtrain.prepare.encode import SPLITS, EncodedBlock, SamplePieces
 from llmtrain.prepare.peers import Peers
-from llmtrain.prepare.report import Progress, Stage
+from llmtrain.prepare.report import Phase, Progress
+from llmtrain.prepare.source_file import SourceFile
 from llmtrain.prepare.sources import plan_units
-from llmtrain.prepare.streams import SourceFile
 from llmtrain.prepare.tars import Vocabulary
 from llmtrain.prepare.workers import Workers
 from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
@@ -44,7 +43,7 @@ Task = tuple[Any, ...]
 
 @dataclass
 class Prepared:
-    """What the stages made in work/corpus."""
+    """The result of all phases in work/corpus."""
 
     cleaning: CleanCounts
     documents_kept: int
@@ -55,11 +54,11 @@ class Prepared:
     tokenless_dropped: int
     specials: dict[str, int]
     splits: dict[str, Any]
-    """The manifest's `splits`."""
+    """The section `splits` of the manifest."""
 
 
 @dataclass
-class Stages:
+class Phases:
     config: PrepareConfig
     files: list[SourceFile]
     work: Path
@@ -68,14 +67,14 @@ class Stages:
     progress: Progress
 
     def run(self, given: Tokenizer | None) -> Prepared | None:
-        """Run all stages; what they made, on rank 0 alone, once work/corpus holds it whole."""
+        """Run all phases. Return their result on rank 0, once work/corpus is complete, and None elsewhere."""
         blocks, counts = self.read(None if given is None else Vocabulary(given.vocab_size, given.eos_id))
         kept = sum(block.num_documents for block in blocks)
         if not kept:
             names = ", ".join(file.name for file in self.files[:3])
-            problem = Problem("source", f"no text at all in {len(self.files)} files ({names})", "some text")
+            problem = Problem("source", f"no text in {len(self.files)} files ({names})", "some text")
             if counts.filtered:
-                problem = Problem("filters", f"no document that keeps all rules: {counts.filtered_text}")
+                problem = Problem("filters", f"no document that passes all rules: {counts.filtered_text}")
             error = DataError(problem)
             error.everywhere = True
             raise error
@@ -91,9 +90,9 @@ class Stages:
         specials = sum((Counter(block.specials) for block in encoded), Counter())
         if not any(sum(block.num_documents) for block in encoded):
             what = "pairs" if self.config.is_paired else "documents"
-            got = f"{tokenless:,} {what} in which the tokenizer finds nothing"
+            got = f"{tokenless:,} {what} for which the tokenizer gives no token"
             remedy = "give another tokenizer.model, or other text"
-            error = DataError(Problem("source", got, "some text that it knows", remedy))
+            error = DataError(Problem("source", got, "text that the tokenizer covers", remedy))
             error.everywhere = True
             raise error
         shards = self.write_shards(encoded, tokenizer)
@@ -111,9 +110,9 @@ class Stages:
             splits=self.write_indexes(encoded, shards),
         )
 
-    # ------------------------------------------------------------------------------------- each stage
+    # ---------------------------------------------------------------------------------- single phases
 
-    def read(self, vocabulary: Vocabulary | None) -> tuple[list[Block], CleanCounts]:
+    def read(self, vocabulary: Vocabulary | None) -> tuple[list[DocumentBlock], CleanCounts]:
         folder = self._folder("read")
         units = list(plan_units(self.files, self.config.txt_document))
         sizes = [sum(part.size for part in unit) for unit in units]
@@ -134,17 +133,17 @@ class Stages:
             lambda number: tasks.finished_unit(folder / f"{number:06d}") is not None,
             lambda: f"{self.pool.counted:,} documents",
         )
-        blocks: list[Block] = []
+        blocks: list[DocumentBlock] = []
         counts = CleanCounts()
         finished = lambda number: tasks.finished_unit(folder / f"{number:06d}")  # noqa: E731
-        for unit_blocks, unit_counts in self.peers.visible(finished, range(len(units))):
+        for unit_blocks, unit_counts in self.peers.await_visible(finished, range(len(units))):
             blocks.extend(unit_blocks)
             counts.add(unit_counts)
         return blocks, counts
 
-    def find_duplicates(self, blocks: list[Block]) -> list[Path]:
+    def find_duplicates(self, blocks: list[DocumentBlock]) -> list[Path]:
         folder = self._folder("duplicates")
-        ranges = block_files.num_ranges(blocks)
+        ranges = document_blocks.num_ranges(blocks)
         paths = [folder / f"{number:06d}.npy" for number in range(ranges)]
         self._run(
             "duplicates",
@@ -155,58 +154,58 @@ class Stages:
         )
         return self._visible(paths)
 
-    def find_near_duplicates(self, blocks: list[Block], dropped_paths: list[Path]) -> list[Path]:
-        """Files of the documents to drop, none where near-duplicates stay."""
+    def find_near_duplicates(self, blocks: list[DocumentBlock], dropped_paths: list[Path]) -> list[Path]:
+        """Return the files that list the documents to drop; none if near-duplicates are kept."""
         config = self.config.near_duplicates
         if config.threshold is None:
             return []
         folder = self._folder("near")
-        signed = [near.Signed(folder / f"{number:06d}") for number in range(len(blocks))]
+        signed = [near_duplicates.SignedBlock(folder / f"{number:06d}") for number in range(len(blocks))]
         dropped_path = folder / "dropped.npy"
         self._run(
             "signing",
             [block.num_bytes for block in blocks],
-            near.sign_block,
+            near_duplicates.sign_block,
             lambda number: (blocks[number], number, dropped_paths, config, signed[number].path),
-            # Text goes when a block is encoded; its signatures are no longer needed then.
+            # The text of a block is deleted after encoding; by then its signatures are no longer needed.
             lambda number: dropped_path.exists() or signed[number].is_finished,
         )
         if not dropped_path.exists():
             self._visible(block.path for block in signed)
-        ranges = near.num_ranges(sum(block.num_documents for block in blocks))
-        pieces = ranges * near.bands_of(config.threshold)[0]
+        ranges = near_duplicates.num_ranges(sum(block.num_documents for block in blocks))
+        pieces = ranges * near_duplicates.bands_of(config.threshold)[0]
         paths = [folder / f"pairs-{number:06d}.npy" for number in range(pieces)]
         self._run(
             "comparing",
             [1] * pieces,
-            near.find_pairs,
+            near_duplicates.find_pairs,
             lambda number: (number, signed, ranges, config, paths[number]),
             lambda number: paths[number].exists(),
         )
         self._run(
             "joining",
             [1],
-            near.join_pairs,
+            near_duplicates.join_pairs,
             lambda _: (self._visible(paths), dropped_path),
             lambda _: dropped_path.exists(),
         )
         return self._visible([dropped_path])
 
     def make_tokenizer(
-        self, blocks: list[Block], dropped_paths: list[Path], given: Tokenizer | None
+        self, blocks: list[DocumentBlock], dropped_paths: list[Path], given: Tokenizer | None
     ) -> Tokenizer:
         path = self._folder("corpus") / (SENTENCEPIECE_FILE if given is None else given.file_name)
         if given is not None:
             if self.peers.rank == 0 and not path.exists():
                 given.save(path.parent)
-            self.peers.wait()
+            self.peers.barrier()
         else:
             task = (blocks, dropped_paths, self.config.split, self.config.tokenizer, self.config.seed, path)
             self._run("tokenizer", [1], tasks.train_tokenizer, lambda _: task, lambda _: path.exists())
         return load_tokenizer(self._visible([path])[0])
 
     def encode(
-        self, blocks: list[Block], dropped_paths: list[Path], tokenizer: Tokenizer
+        self, blocks: list[DocumentBlock], dropped_paths: list[Path], tokenizer: Tokenizer
     ) -> list[EncodedBlock]:
         folder = self._folder("encoded")
         dtype = token_dtype(tokenizer.vocab_size)
@@ -229,26 +228,26 @@ class Stages:
             ),
             lambda number: finished(number) is not None,
         )
-        return list(self.peers.visible(finished, range(len(blocks))))
+        return list(self.peers.await_visible(finished, range(len(blocks))))
 
     def write_shards(
         self, encoded: list[EncodedBlock], tokenizer: Tokenizer
     ) -> dict[str, list[dict[str, Any]]]:
-        """What each shard of each split was finished with."""
+        """Write the tar files; return the recorded results of each, by split."""
         dtype = token_dtype(tokenizer.vocab_size)
         done_folder = self._folder("shards")
-        places: list[tuple[str, int]] = []
+        names: list[tuple[str, int]] = []
 
         def finished(number: int) -> dict[str, Any] | None:
-            name, shard = places[number]
+            name, shard = names[number]
             path = self.work / "corpus" / name / f"{name}-{shard:06d}.tar"
             return encoding.finished_shard(path, done_folder / f"{path.stem}.json")
 
-        def unfinished(stage: Stage) -> Iterator[Task]:
+        def unfinished(phase: Phase) -> Iterator[Task]:
             for name, shard, first_sample, planned in self._planned(encoded, dtype):
-                number = len(places)
-                places.append((name, shard))
-                if not self.peers.mine(number):
+                number = len(names)
+                names.append((name, shard))
+                if not self.peers.is_mine(number):
                     continue
                 done = finished(number)
                 if done is None:
@@ -256,23 +255,24 @@ class Stages:
                     done_path = done_folder / f"{path.stem}.json"
                     yield path, shard, first_sample, planned, dtype, done_path
                 else:
-                    stage.advance(done["entry"]["num_tokens"])
+                    phase.advance(done["entry"]["num_tokens"])
 
         num_tokens = sum(sum(block.num_tokens) for block in encoded)
-        with self.progress.stage("shards", num_tokens // self.peers.size) as stage:
-            work = unfinished(stage)
-            for done in self.pool.map(encoding.write_planned_shard, work, self._tick(stage)):
-                stage.advance(done["entry"]["num_tokens"])
-            self.peers.wait()
+        with self.progress.phase("shards", num_tokens // self.peers.size) as phase:
+            work = unfinished(phase)
+            for done in self.pool.map(encoding.write_planned_shard, work, self._tick(phase)):
+                phase.advance(done["entry"]["num_tokens"])
+            self.peers.barrier()
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-        for done in self.peers.visible(finished, range(len(places))):
+        for done in self.peers.await_visible(finished, range(len(names))):
             results[done["split"]].append(done)
         return results
 
     def _planned(
         self, encoded: Sequence[EncodedBlock], dtype: np.dtype
     ) -> Iterator[tuple[str, int, int, list[SamplePieces]]]:
-        """(split, shard, its first sample, its samples) of every shard."""
+        """Yield (split, number of the tar file in the split, its first sample, its samples) of every tar
+        file."""
         for split, name in enumerate(SPLITS):
             first_sample = 0
             together = 2 if self.config.is_paired else 1
@@ -284,7 +284,7 @@ class Stages:
     def write_indexes(
         self, encoded: list[EncodedBlock], shards: dict[str, list[dict[str, Any]]]
     ) -> dict[str, Any]:
-        """The manifest's `splits`."""
+        """Write the index files; return the section `splits` of the manifest."""
         splits = {}
         for split, name in enumerate(SPLITS):
             folder = self.work / "corpus" / name
@@ -294,7 +294,7 @@ class Stages:
             lengths = encoding.split_lengths(encoded, split)
             lengths_checksum = write_lengths(folder / "lengths.npy", num_documents, lengths)
             for leftover in folder.glob(".*.tmp"):
-                # From a worker of an earlier run that was killed.
+                # Left by a killed worker of an earlier run.
                 leftover.unlink()
             splits[name] = {
                 "num_tokens": sum(block.num_tokens[split] for block in encoded),
@@ -309,7 +309,7 @@ class Stages:
             }
         return splits
 
-    # ------------------------------------------------------------------------------------ all stages
+    # ------------------------------------------------------------------------------------- all phases
 
     def _run(
         self,
@@ -320,25 +320,26 @@ class Stages:
         is_finished: Callable[[int], bool],
         detail: Callable[[], str] = str,
     ) -> None:
-        """Do the pieces of work of this process that are not finished, and wait for the others'.
+        """Do the unfinished pieces of work of this process, and wait for the other processes.
 
-        `function` returns the number of its piece.
+        sizes: cost of each piece, in any unit, for the progress display.
+        function: does a piece and returns its number; task: returns its arguments.
         """
-        mine = [number for number in range(len(sizes)) if self.peers.mine(number)]
-        with self.progress.stage(name, sum(sizes[number] for number in mine), detail) as stage:
+        mine = [number for number in range(len(sizes)) if self.peers.is_mine(number)]
+        with self.progress.phase(name, sum(sizes[number] for number in mine), detail) as phase:
             unfinished = []
             for number in mine:
                 if is_finished(number):
-                    stage.advance(sizes[number])
+                    phase.advance(sizes[number])
                 else:
                     unfinished.append(number)
-            for number in self.pool.map(function, map(task, unfinished), self._tick(stage)):
-                stage.advance(sizes[number])
-            self.peers.wait()
+            for number in self.pool.map(function, map(task, unfinished), self._tick(phase)):
+                phase.advance(sizes[number])
+            self.peers.barrier()
 
-    def _tick(self, stage: Stage) -> Callable[[], None]:
+    def _tick(self, phase: Phase) -> Callable[[], None]:
         def tick() -> None:
-            stage.tick()
+            phase.tick()
             self.peers.check()
 
         return tick
@@ -351,4 +352,4 @@ class Stages:
     def _visible(self, paths: Iterable[Path]) -> list[Path]:
         paths = list(paths)
         find = lambda number: paths[number] if paths[number].exists() else None  # noqa: E731
-        return list(self.peers.visible(find, range(len(paths))))
+        return list(self.peers.await_visible(find, range(len(paths))))

@@ -1,4 +1,4 @@
-"""Raw source files → batches of raw documents, in bounded memory, in parts that cores can share."""
+"""Read parts of source files as batches of raw documents, in bounded memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import streams
+from llmtrain.prepare import source_file
 from llmtrain.prepare.clean import CleanCounts
+from llmtrain.prepare.decompress import open_source
 from llmtrain.prepare.delimited import read_delimited
-from llmtrain.prepare.opening import open_source
 from llmtrain.prepare.parquet import read_parquet
-from llmtrain.prepare.streams import (
+from llmtrain.prepare.source_file import (
     COLUMNS,
     Batch,
     Pairs,
@@ -33,12 +33,13 @@ def read_part(
     counts: CleanCounts,
     quoting: str = "auto",
 ) -> Iterator[Batch]:
-    """Raw documents of a part in order, in batches of about BATCH_BYTES; of two fields, pairs. `scratch`
-    takes a compressed parquet while it is read. With a vocabulary, documents may be token ids of it. Adds
-    to `counts` what is no document.
+    """Yield the raw documents of a part in order, in batches of about BATCH_BYTES; pairs for two fields.
 
-    Raises DataError that names file and place for anything that cannot be read, and
-    UnicodeDecodeError, which `undecodable` turns into one.
+    scratch: folder for an uncompressed copy of a compressed parquet file.
+    vocabulary: if given, documents may be token ids of it.
+    counts: updated with the entries that are not documents.
+    Raise DataError that names file and location of unreadable data, or UnicodeDecodeError, which the caller
+    passes to `undecodable`.
     """
     file = part.file
     if file.target is not None:
@@ -63,22 +64,25 @@ def read_part(
 
 
 def undecodable(part: Part) -> DataError:
-    """The error that names the first byte of the part's file, or of its targets', that is no UTF-8."""
+    """Return an error that names the first byte that is not UTF-8 in the part's file or its file of
+    targets."""
     found = ((file, _first_undecodable(file)) for file in part.file.files)
     name, where = next((file.name, where) for file, where in found if where)
     return DataError(
-        Problem(name, f"bytes that are no UTF-8: {where}", "UTF-8", "convert it, with iconv say")
+        Problem(
+            name, f"bytes that are not UTF-8: {where}", "UTF-8", "convert the file, for example with iconv"
+        )
     )
 
 
 def _first_undecodable(file: SourceFile) -> str:
-    """The byte and its place, or nothing."""
+    """Describe the first byte that is not UTF-8 and its offset; return "" if there is none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     of = " of the uncompressed text" if file.compression else ""
     with open_source(file) as stream:
         offset = 0
         while True:
-            data = stream.read(streams.BATCH_BYTES)
+            data = stream.read(source_file.BATCH_BYTES)
             pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(data, final=not data)

@@ -1,4 +1,4 @@
-"""Source files elsewhere: found by their URL, downloaded while the unit that holds them is read."""
+"""Source files at URLs: look them up, and download each while its unit is read."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from urllib.parse import unquote, urlsplit
 from llmtrain.corpus.tar_files import ShardError
 from llmtrain.corpus.transport import Transport
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare.opening import refuse_changed
-from llmtrain.prepare.streams import Part, SourceFile
+from llmtrain.prepare.decompress import refuse_changed
+from llmtrain.prepare.source_file import Part, SourceFile
 from llmtrain.urls import without_credentials
 
 
 def file_name(url: str) -> str:
-    """The last part of the URL's path."""
+    """Return the last component of the URL's path, unquoted."""
     return unquote(urlsplit(url).path).rstrip("/").rpartition("/")[2]
 
 
 def find(url: str, kind: str, compression: str) -> SourceFile:
-    """The file of that URL. Raises DataError when it is not there or may not be read."""
+    """Return the file at `url`. Raise DataError if it is missing or unreadable."""
     transport = Transport()
     try:
         size, version = transport.describe(url)
     except ShardError as error:
-        # It speaks of a corpus' file.
+        # The remedies of the error are those for a file of a corpus.
         raise DataError(replace(p, allowed="", remedy="check the URL") for p in error.problems) from error
     finally:
         transport.close()
     name = without_credentials(url)
     if size is None:
-        got = "a file of unknown size: the server does not tell it"
-        raise DataError(Problem(name, got, "", "download it, and give the file"))
+        got = "a file of unknown size: the server does not report it"
+        raise DataError(Problem(name, got, "", "download the file, and give its path"))
     return SourceFile(Path(file_name(url)), name, kind, compression, size, 0, url, version)
 
 
 @contextmanager
 def at_hand(part: Part, scratch: Path) -> Iterator[Part]:
-    """The part with its file on this machine, in `scratch` if it lies elsewhere, and gone again then.
+    """Yield the part with its file on this machine; a remote file is downloaded to `scratch` and then
+    removed.
 
-    Raises DataError when it cannot be had, or is not the one that was found, to the end of the block.
+    Raise DataError if the download fails, or the file has changed since it was found, until the block ends.
     """
     if not part.file.url:
         _refuse_changed(part)
         try:
             yield part
         except DataError:
-            # What was wrong with it may come of that.
+            # A change of the file explains the error better.
             _refuse_changed(part)
             raise
         _refuse_changed(part)

@@ -1,4 +1,4 @@
-"""What prepare tells: progress while it works, and a report at the end."""
+"""Progress display and final report of `llmtrain prepare`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SplitReport:
 
 @dataclass
 class Report:
-    """Counts of one corpus. They depend on sources and settings alone, but for the last four."""
+    """Counts of one corpus. All but the last four fields depend on sources and settings only."""
 
     files: int = 0
     source_bytes: int = 0
@@ -30,28 +30,30 @@ class Report:
     near_duplicates_dropped: int = 0
     documents_kept: int = 0
     paired: bool = False
-    """What is counted here, but for the splits' documents, are pairs."""
+    """Whether the counts are of pairs; the counts of the splits are of texts even then."""
     vocab_size: int = 0
     unknown_tokens: int = 0
     tokenless_dropped: int = 0
-    """Documents in which the tokenizer finds nothing."""
+    """Documents dropped because the tokenizer gives no token for them."""
     specials: dict[str, int] = field(default_factory=dict)
-    """Special token → how often it is spelled out in texts."""
+    """Special token → number of occurrences of its spelling in the texts."""
     specials_are_text: bool = True
-    """They were taken for text like any other."""
+    """Whether these occurrences were encoded as ordinary text."""
     splits: dict[str, SplitReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     output: str = ""
     seconds: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-    """Seconds each stage took in this run."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Duration of each phase of this run."""
     reused: bool = False
-    """The corpus stood there already, made from the same sources and settings."""
+    """Whether the corpus already existed, with the same sources and settings."""
 
     def recorded(self) -> dict[str, Any]:
-        """The part that goes into the manifest."""
-        return {k: v for k, v in asdict(self).items() if k not in ("output", "seconds", "stages", "reused")}
+        """Return the part that is stored in the manifest."""
+        return {
+            k: v for k, v in asdict(self).items() if k not in ("output", "seconds", "phase_seconds", "reused")
+        }
 
     @classmethod
     def from_recorded(cls, recorded: dict[str, Any]) -> Report:
@@ -61,7 +63,7 @@ class Report:
         return cls(**values)
 
     def lines(self) -> list[str]:
-        """The report as text, one fact a line."""
+        """Return the report as lines of text."""
         clean = self.cleaning
         what, texts, each = ("pairs", "texts", 2) if self.paired else ("documents", "documents", 1)
         one_sided = f", {clean.one_sided_dropped:,} one-sided" if self.paired else ""
@@ -76,19 +78,19 @@ class Report:
         if clean.surrogates_replaced:
             text[1] += f", {clean.surrogates_replaced:,} lone surrogates made U+FFFD"
         if self.tokenless_dropped:
-            text.append(f"dropped    {self.tokenless_dropped:,} {what} in which the tokenizer finds nothing")
+            text.append(f"dropped    {self.tokenless_dropped:,} {what} without a token")
         if self.near_duplicates_dropped:
             text.append(f"dropped    {self.near_duplicates_dropped:,} near-duplicates")
         if clean.filtered:
             text.append(f"filtered   {sum(clean.filtered.values()):,} {what}: {clean.filtered_text}")
         if clean.tokenized:
-            text.append(f"tokenized  {clean.tokenized:,} documents came as token ids")
+            text.append(f"tokenized  {clean.tokenized:,} documents were given as token ids")
         if clean.members_ignored:
-            text.append(f"ignored    {clean.members_ignored:,} members of tars that hold no document")
+            text.append(f"ignored    {clean.members_ignored:,} members of tar files without a document")
         if clean.members_repeated:
             text.append(
-                f"repeated   {clean.members_repeated:,} members of tars have the name of the one before: "
-                "each is a document"
+                f"repeated   {clean.members_repeated:,} members of tar files repeat the name of the previous "
+                "one; each is a document"
             )
         for name, split in self.splits.items():
             ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
@@ -104,8 +106,8 @@ class Report:
             named = ", ".join(f"{token} {count:,}" for token, count in sorted(self.specials.items())[:8])
             taken, other = ("text", "special") if self.specials_are_text else ("special tokens", "text")
             text.append(
-                f"specials   {sum(self.specials.values()):,} special tokens spelled out in texts, taken for "
-                f"{taken}: {named} (tokenizer.typed_specials={other} takes them for {other})"
+                f"specials   {sum(self.specials.values()):,} special tokens spelled out in texts, encoded as "
+                f"{taken}: {named} (tokenizer.typed_specials={other} encodes them as {other})"
             )
         text += [f"note       {note}" for note in self.notes]
         text += [f"warning    {warning}" for warning in self.warnings]
@@ -118,15 +120,15 @@ class Report:
 
 
 class Progress:
-    """One bar a stage on a terminal; a plain line now and then elsewhere."""
+    """Shows one bar per phase on a terminal, or occasional lines elsewhere."""
 
     PLAIN_INTERVAL_S = 30.0
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        """Say nothing: another process tells for this one."""
+        """Print nothing, because another process does."""
         self.seconds: dict[str, float] = {}
-        """Seconds each ended stage took."""
+        """Duration of each finished phase."""
         self.bars: Any = None
         if sys.stdout.isatty() and not quiet:
             from rich import progress
@@ -142,8 +144,8 @@ class Progress:
                 console=Console(file=unchanged(sys.stdout)),
             )
 
-    def stage(self, name: str, total: int, detail: Callable[[], str] = str) -> Stage:
-        return Stage(self, name, total, detail)
+    def phase(self, name: str, total: int, detail: Callable[[], str] = str) -> Phase:
+        return Phase(self, name, total, detail)
 
     def say(self, line: str) -> None:
         if self.bars is not None:
@@ -161,10 +163,11 @@ class Progress:
             self.bars.stop()
 
 
-class Stage:
-    """Progress of one stage: `total` in any unit; `detail` gives a few words more."""
+class Phase:
+    """Progress of one phase."""
 
     def __init__(self, progress: Progress, name: str, total: int, detail: Callable[[], str]) -> None:
+        """total: amount of work, in any unit; detail: returns a few words to show after the percentage."""
         self._progress, self._name, self._total, self._detail = progress, name, max(total, 1), detail
         self._bars = bars = progress.bars
         self._done = 0
@@ -185,7 +188,7 @@ class Stage:
             self._said = time.monotonic()
             self._progress.say(f"{self._name} {100 * self._done / self._total:.0f}% {self._detail()}")
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Phase:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

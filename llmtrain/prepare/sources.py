@@ -1,10 +1,10 @@
-"""Which files are read, in which order, in which shares.
+"""Find the source files, fix their order, and divide them into units of work.
 
-A source is a file, a folder, a glob, `package:NAME/path` (a file of an installed Python package), or the
-URL of a file (http, https, s3 and what else fsspec knows).
-Kinds are known by their extension: .txt .jsonl .csv .tsv .parquet .tar, each also with .gz or .zst behind it.
-A .json is JSON lines, as in public corpora. Plain ones in a folder may as well be settings: they are read
-where the source names them.
+A source is a file, a folder, a glob pattern, `package:NAME/path` (a file of an installed Python package), or
+the URL of a file (http, https, s3 or any other protocol of fsspec).
+The extension determines the kind: .txt .jsonl .csv .tsv .parquet .tar, each also followed by .gz or .zst.
+A .json is read as JSON lines, as in public corpora. An uncompressed .json in a folder may hold settings
+instead and is read only if a source names it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from llmtrain.corpus.packages import PREFIX, package_root
 from llmtrain.corpus.transport import is_remote
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import at_home
-from llmtrain.prepare import remote, streams
-from llmtrain.prepare.opening import reading
+from llmtrain.prepare import remote, source_file
+from llmtrain.prepare.decompress import reading
+from llmtrain.prepare.folder_scan import FolderScan, SkippedFiles, printable_path, scan_problem, stat_or_none
 from llmtrain.prepare.parquet import row_group_sizes
-from llmtrain.prepare.scan import LeftOut, Scan, look, scan_problem, shown
-from llmtrain.prepare.streams import COLUMNS, Part, SourceFile, Unit
+from llmtrain.prepare.source_file import COLUMNS, Part, SourceFile, Unit
 from llmtrain.reading import open_regular
 from llmtrain.urls import without_credentials
 
@@ -45,18 +45,18 @@ _ALLOWED = (
 )
 
 
-def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[list[SourceFile], LeftOut]:
-    """Every file of the sources in order, each once, and what stands in folders and is left out. Files
-    below `exclude` are no source.
+def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[list[SourceFile], SkippedFiles]:
+    """Return all files of the sources in order, each once, and the skipped entries of folders.
 
-    Raises DataError with a problem for each source that gives nothing, and for whatever cannot be looked at.
+    exclude: folder whose files are not sources.
+    Raise DataError with a problem for each source without a file and for everything unreadable.
     """
     problems: list[Problem] = []
     files: dict[Path | str, SourceFile] = {}
-    left_out = LeftOut()
+    skipped = SkippedFiles()
     excluded = exclude.resolve() if exclude is not None and exclude.is_dir() else None
     for source in sources:
-        scan = Scan(left_out, excluded)
+        scan = FolderScan(skipped, excluded)
         found = 0
         try:
             if is_remote(source):
@@ -67,7 +67,7 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
                 continue
             for path, name, explicit in _expand(source, scan):
                 try:
-                    file = _source_file(path, name, explicit, left_out)
+                    file = _source_file(path, name, explicit, skipped)
                 except OSError as error:
                     problems.append(scan_problem(error, path))
                     found += 1
@@ -77,7 +77,7 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
                     files.setdefault(file.path, file)
             if not found and not scan.problems:
                 raise DataError(
-                    Problem(shown(source), "no file that can be read", _ALLOWED, "check the name")
+                    Problem(printable_path(source), "no readable file", _ALLOWED, "check the name")
                 )
         except DataError as error:
             problems.extend(error.problems)
@@ -86,56 +86,57 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
         problems.extend(scan.problems)
     if problems:
         raise DataError(dict.fromkeys(problems))
-    return list(files.values()), left_out
+    return list(files.values()), skipped
 
 
-def _source_file(path: Path, name: str, explicit: bool, left_out: LeftOut) -> SourceFile | None:
-    """The file of that path, or None after adding it to `left_out`; `explicit`: the user names it."""
+def _source_file(path: Path, name: str, explicit: bool, skipped: SkippedFiles) -> SourceFile | None:
+    """Return the source file at `path`, or add it to `skipped` and return None.
+
+    explicit: the user named this very file; raise DataError instead of skipping it.
+    """
     status = os.stat(path)
     resolved = Path(os.path.realpath(path, strict=True))
     kind, compression = _kind_of(path.name, explicit)
     if kind is None:
         if explicit:
-            raise DataError(Problem(name, f"the extension {shown(path.suffix) or '(none)'}", _ALLOWED))
-        left_out.other.append(name)
+            extension = printable_path(path.suffix) or "(none)"
+            raise DataError(Problem(name, f"the extension {extension}", _ALLOWED))
+        skipped.other.append(name)
     elif not stat.S_ISREG(status.st_mode):
         if explicit:
-            raise DataError(Problem(name, "a FIFO, socket or device", "a file", "write what it gives to one"))
-        left_out.special.append(name)
+            raise DataError(Problem(name, "a FIFO, socket or device", "a file", "write its data to a file"))
+        skipped.special.append(name)
     else:
         return SourceFile(resolved, name, kind, compression, status.st_size, status.st_mtime_ns)
     return None
 
 
 def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[SourceFile]:
-    """Files whose lines are the sources of pairs, each with the one of their targets, whatever their
-    extensions but .gz and .zst.
+    """Return the files whose lines are the sources of pairs, each with its file of targets. Their extensions
+    do not matter, except .gz and .zst.
 
-    Raises DataError for what is no file of this machine, and for other numbers of files.
+    Raise DataError for anything but local files, or if there are not as many targets as sources.
     """
     problems: list[Problem] = []
     found: list[list[SourceFile]] = []
-    for key, places in (("source", sources), ("target_source", targets)):
+    for key, locations in (("source", sources), ("target_source", targets)):
         found.append([])
-        for place in places:
-            path = at_home(place)
+        for location in locations:
+            path, name = at_home(location), printable_path(location)
             try:
-                status = None if is_remote(place) else look(path)
+                status = None if is_remote(location) else stat_or_none(path)
             except OSError as error:
-                problems.append(scan_problem(error, place))
+                problems.append(scan_problem(error, location))
                 continue
             if status is None or not stat.S_ISREG(status.st_mode):
-                got = f"{shown(place)}, no file of this machine"
-                problems.append(Problem(key, got, "a file with target_source"))
+                got = f"{name}, which is not a local file"
+                problems.append(Problem(key, got, "local files with target_source"))
                 continue
             compression = _kind_of(path.name)[1]
-            found[-1].append(
-                SourceFile(
-                    path.resolve(), shown(place), "txt", compression, status.st_size, status.st_mtime_ns
-                )
-            )
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+            found[-1].append(SourceFile(path.resolve(), name, "txt", compression, size, mtime_ns))
     if not problems and len(targets) != len(sources):
-        allowed = f"{len(sources)}, one for each of source"
+        allowed = f"{len(sources)}, one for each file of source"
         problems.append(Problem("target_source", f"{len(targets)} files", allowed))
     if problems:
         raise DataError(problems)
@@ -143,7 +144,7 @@ def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[Sour
 
 
 def check_fields(files: Iterable[SourceFile]) -> None:
-    """Raise DataError for files that have no fields for the two sides of pairs."""
+    """Raise DataError for kinds of files without fields for the two texts of a pair."""
     without = [file for file in files if file.kind not in COLUMNS]
     if without:
         names = ", ".join(file.name for file in without[:3])
@@ -151,8 +152,8 @@ def check_fields(files: Iterable[SourceFile]) -> None:
         raise DataError(Problem("source", names, allowed, "or give two files of lines: target_source=…"))
 
 
-def _expand(source: str, scan: Scan) -> Iterator[tuple[Path, str, bool]]:
-    """(path, name for the user, whether the user asked for this very file)."""
+def _expand(source: str, scan: FolderScan) -> Iterator[tuple[Path, str, bool]]:
+    """Yield (path, name for messages, whether the user named this very file) for each file of a source."""
     if source.startswith(PREFIX):
         root, inside = package_root(source)
         base = PREFIX + source.removeprefix(PREFIX).partition("/")[0]
@@ -160,9 +161,9 @@ def _expand(source: str, scan: Scan) -> Iterator[tuple[Path, str, bool]]:
         named = lambda path: f"{base}/{path.relative_to(root).as_posix()}"  # noqa: E731
     else:
         location = os.path.expanduser(source)
-        named = shown
+        named = printable_path
     path = Path(location)
-    status = look(path)
+    status = stat_or_none(path)
     if status is not None:
         if stat.S_ISDIR(status.st_mode):
             yield from ((file, named(file), False) for file in scan.files(path))
@@ -172,9 +173,9 @@ def _expand(source: str, scan: Scan) -> Iterator[tuple[Path, str, bool]]:
         matches = scan.matches(location)
         if not matches and not scan.problems:
             raise DataError(
-                Problem(shown(source), "a pattern that matches no file", "", "check the name and the folder")
+                Problem(printable_path(source), "a pattern that matches no file", "", "check name and folder")
             )
-        # Every folder matches such a pattern; what is in them is not asked for by name.
+        # A pattern with ** matches every folder and so does not name the files in them.
         explicit = "**" not in location
         for match in matches:
             if match.is_dir():
@@ -183,13 +184,14 @@ def _expand(source: str, scan: Scan) -> Iterator[tuple[Path, str, bool]]:
                 yield match, named(match), explicit or location.endswith(".json")
     else:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = ", ".join(map(shown, difflib.get_close_matches(path.name, siblings)))
-        allowed = f"in that folder: {near}" if near else ""
-        raise DataError(Problem(shown(source), "no such file or folder", allowed, "check the name"))
+        similar = ", ".join(map(printable_path, difflib.get_close_matches(path.name, siblings)))
+        allowed = f"in that folder: {similar}" if similar else ""
+        raise DataError(Problem(printable_path(source), "no such file or folder", allowed, "check the name"))
 
 
 def _kind_of(name: str, named: bool = False) -> tuple[str | None, str]:
-    """Kind and compression of a file by its name; `named`: the user asks for this very one."""
+    """Return kind (None if unsupported) and compression of a file by its name. named: the user named the
+    file."""
     parts = name.lower().split(".")
     compression = parts.pop() if parts[-1] in COMPRESSIONS and len(parts) > 1 else ""
     kind = parts[-1] if len(parts) > 1 else None
@@ -201,11 +203,13 @@ def _kind_of(name: str, named: bool = False) -> tuple[str | None, str]:
 def contents_fingerprint(
     files: Sequence[SourceFile], on_piece: Callable[[int], None] = lambda _: None
 ) -> str:
-    """Hash of every file's name, size and contents. Nothing less tells an edited file from what it was:
-    size and times can all be the same. `on_piece` is told the bytes that were hashed."""
+    """Return a hash of names, sizes and contents of the files. Size and times alone do not reveal every edit.
+
+    on_piece: called with the number of bytes of each hashed piece.
+    """
     whole = xxhash.xxh3_128()
     pieces = [(file, start) for file in files for start in range(0, max(file.size, 1), _PIECE_BYTES)]
-    # A shared disk answers many at once.
+    # Network file systems serve many requests at once.
     with ThreadPoolExecutor(_READERS) as readers:
         for (file, start), digest in zip(pieces, readers.map(_piece_digest, pieces), strict=True):
             if not start:
@@ -223,7 +227,7 @@ def _piece_digest(piece: tuple[SourceFile, int]) -> bytes:
     with reading(file), open(file.path, "rb", buffering=0, opener=open_regular) as stream:
         stream.seek(start)
         left = _PIECE_BYTES
-        while left and (data := stream.read(min(left, streams.BATCH_BYTES))):
+        while left and (data := stream.read(min(left, source_file.BATCH_BYTES))):
             digest.update(data)
             left -= len(data)
     return digest.digest()
@@ -233,13 +237,13 @@ def _piece_digest(piece: tuple[SourceFile, int]) -> bytes:
 
 
 def plan_units(files: Iterable[SourceFile], txt_document: str) -> Iterator[Unit]:
-    """Shares of about streams.UNIT_BYTES in source order: large files are cut, small ones put together."""
+    """Yield units of about UNIT_BYTES in source order: large files are split, small files are combined."""
     unit: list[Part] = []
     size = 0
     for part, part_size in _parts(files, txt_document):
         unit.append(part)
         size += part_size
-        if size >= streams.UNIT_BYTES:
+        if size >= source_file.UNIT_BYTES:
             yield tuple(unit)
             unit, size = [], 0
     if unit:
@@ -249,17 +253,17 @@ def plan_units(files: Iterable[SourceFile], txt_document: str) -> Iterator[Unit]
 def _parts(files: Iterable[SourceFile], txt_document: str) -> Iterator[tuple[Part, int]]:
     for file in files:
         if file.target is not None:
-            # Line borders of two files are where they are: one reader takes both whole.
+            # The lines of the two files start at different offsets: one reader takes both files whole.
             yield Part(file), file.size + file.target.size
             continue
         by_lines = file.kind == "jsonl" or (file.kind == "txt" and txt_document != "file")
         if file.url:
             yield Part(file), file.size
-        elif file.size > streams.UNIT_BYTES and by_lines and not file.compression:
-            for start in range(0, file.size, streams.UNIT_BYTES):
-                stop = min(start + streams.UNIT_BYTES, file.size)
+        elif file.size > source_file.UNIT_BYTES and by_lines and not file.compression:
+            for start in range(0, file.size, source_file.UNIT_BYTES):
+                stop = min(start + source_file.UNIT_BYTES, file.size)
                 yield Part(file, start, stop), stop - start
-        elif file.size > streams.UNIT_BYTES and file.kind == "parquet" and not file.compression:
+        elif file.size > source_file.UNIT_BYTES and file.kind == "parquet" and not file.compression:
             yield from _row_group_parts(file)
         else:
             yield Part(file), file.size
@@ -270,6 +274,6 @@ def _row_group_parts(file: SourceFile) -> Iterator[tuple[Part, int]]:
     start, size = 0, 0
     for group, group_size in enumerate(sizes):
         size += group_size
-        if size >= streams.UNIT_BYTES or group == len(sizes) - 1:
+        if size >= source_file.UNIT_BYTES or group == len(sizes) - 1:
             yield Part(file, start, group + 1), size
             start, size = group + 1, 0

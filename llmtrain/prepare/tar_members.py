@@ -1,7 +1,7 @@
-"""The members of a tar, each of them or an error.
+"""Read the members of a tar file, strictly: every member, or an error.
 
-Reads the stream once, and strictly: tarfile takes a shard that was cut between two members for whole, ends at
-the first of tars that were put together, and passes over what follows a damaged header.
+Reads the stream once. Python's tarfile accepts a file that was truncated between two members, stops after the
+first of several concatenated tar files, and ignores everything after a damaged header.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import streams
-from llmtrain.prepare.scan import brief
+from llmtrain.prepare import source_file
+from llmtrain.prepare.folder_scan import short_name
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_HEADER = 1 << 20
-"""Of an extended header: a name has 4,096 bytes at most, an attribute 64 KiB."""
+"""Maximum bytes of an extended header: a name has at most 4,096 bytes, an attribute 64 KiB."""
 _RECORDS = (b"path", b"size")
 _SPARSE = b"GNU.sparse."
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -26,12 +26,13 @@ _AGAIN = "copy or download it again"
 def tar_members(
     stream: IO[bytes], where: str, wanted: Callable[[str], bool], largest: int | None = None
 ) -> Iterator[tuple[str, bytes | None]]:
-    """(name, content) of every member but folders; no content for what is no file or not `wanted`. `where`
-    names the tar; a member of more than `largest` bytes, LONGEST_LINE by default, is an error.
+    """Yield (name, content) of all members except folders; content is None for members that are not files or
+    not `wanted`.
 
-    Raises DataError for whatever may hide a member.
+    where: name of the tar file for messages; largest: maximum bytes of a member, default LONGEST_LINE.
+    Raise DataError for damage that may hide a member, and for larger members.
     """
-    return _Tar(stream, where, largest or streams.LONGEST_LINE).members(wanted)
+    return _Tar(stream, where, largest or source_file.LONGEST_LINE).members(wanted)
 
 
 class _Tar:
@@ -47,21 +48,21 @@ class _Tar:
             header = self._stream.read(BLOCK)
             self._offset += len(header)
             if own and not any(header):
-                raise self._error("an extended header without the member that it belongs to", "a tar", _AGAIN)
+                raise self._error("an extended header without its member", "a tar file", _AGAIN)
             if not any(header):
                 if len(header) == BLOCK:
-                    # Another tar may follow, and zeros up to a full record.
+                    # Another tar file may follow, or zeros up to a full record.
                     ended, common = True, {}
                     continue
                 if ended:
                     return
             if len(header) < BLOCK:
                 if ended:
-                    raise self._error(f"{len(header):,} bytes behind its end that are no tar")
+                    raise self._error(f"{len(header):,} bytes after its end that are not a tar file")
                 raise self._truncated("its list of members: no end mark")
             member = self._member(header, ended)
             ended = False
-            what = f"member {brief(member.name)}"
+            what = f"member {short_name(member.name)}"
             if member.type == tarfile.GNUTYPE_LONGNAME:
                 own["path"] = _text(self._header(member.size, what).rstrip(b"\0"))
             elif member.type == tarfile.XGLTYPE:
@@ -77,9 +78,9 @@ class _Tar:
     def _plain(
         self, member: tarfile.TarInfo, records: dict[str, str], wanted: Callable[[str], bool]
     ) -> Iterator[tuple[str, bytes | None]]:
-        """A member that stands for itself, with what its extended headers say of it."""
+        """Yield an ordinary member, with the attributes that its extended headers override."""
         name = records.get("path", member.name)
-        what = f"member {brief(name)}"
+        what = f"member {short_name(name)}"
         size = self._size(records["size"]) if "size" in records else member.size
         if member.type == tarfile.GNUTYPE_SPARSE or "sparse" in records:
             got = f"{what} that is sparse"
@@ -100,27 +101,27 @@ class _Tar:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError) as error:
-            place = f"{error} at byte {self._offset - BLOCK:,}" + (", behind its end" if ended else "")
-            raise self._error(f"a damaged tar ({place})", "a tar", _AGAIN) from error
+            reason = f"{error} at byte {self._offset - BLOCK:,}" + (", after its end" if ended else "")
+            raise self._error(f"a damaged tar file ({reason})", "a tar file", _AGAIN) from error
         if member.size < 0:
-            got = f"a damaged tar (a size of {member.size} at byte {self._offset - BLOCK:,})"
-            raise self._error(got, "a tar", _AGAIN)
+            got = f"a damaged tar file (a size of {member.size} at byte {self._offset - BLOCK:,})"
+            raise self._error(got, "a tar file", _AGAIN)
         return member
 
     def _size(self, text: str) -> int:
         if not text.isdecimal() or len(text) > 20:
-            raise self._error("a damaged tar (an extended header)", "a tar", _AGAIN)
+            raise self._error("a damaged tar file (an extended header)", "a tar file", _AGAIN)
         return int(text)
 
     def _records(self, data: bytes) -> dict[str, str]:
-        """What counts of a POSIX.1-2001 extended header: records `LENGTH KEY=VALUE\\n`."""
+        """Return the relevant records `LENGTH KEY=VALUE\\n` of a POSIX.1-2001 extended header."""
         records: dict[str, str] = {}
         start = 0
         while start < len(data):
             space = data.find(b" ", start, start + 10)
             length = data[start:space] if space > 0 else b""
             if not length.isdigit() or not len(length) + 3 <= int(length) <= len(data) - start:
-                raise self._error("a damaged tar (an extended header)", "a tar", _AGAIN)
+                raise self._error("a damaged tar file (an extended header)", "a tar file", _AGAIN)
             key, _, value = data[space + 1 : start + int(length) - 1].partition(b"=")
             if key in _RECORDS:
                 records[key.decode()] = _text(value)
@@ -145,17 +146,17 @@ class _Tar:
     def _content(self, size: int, what: str) -> bytes:
         if size > self._largest:
             got = f"{what} of more than {self._largest >> 20} MiB"
-            raise self._error(got, "", "cut it into smaller documents")
+            raise self._error(got, "", "split it into smaller documents")
         return self._read(-(-size // BLOCK) * BLOCK, what)[:size]
 
     def _skip(self, size: int, what: str) -> None:
         left = -(-size // BLOCK) * BLOCK
         while left:
-            left -= len(self._read(min(left, streams.BATCH_BYTES), what))
+            left -= len(self._read(min(left, source_file.BATCH_BYTES), what))
 
     def _truncated(self, what: str) -> DataError:
-        got = f"a truncated tar: it ends after {self._offset:,} bytes, inside {what}"
-        return self._error(got, "a whole tar", _AGAIN)
+        got = f"a truncated tar file: it ends after {self._offset:,} bytes, inside {what}"
+        return self._error(got, "a complete tar file", _AGAIN)
 
     def _error(self, got: str, allowed: str = "", remedy: str = "") -> DataError:
         return DataError(Problem(self._where, got, allowed, remedy))

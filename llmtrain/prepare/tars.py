@@ -1,8 +1,8 @@
-"""Documents of .tar files made for webdataset: consecutive members of one key are one sample.
+"""Read documents of webdataset .tar files: consecutive members with the same key form one sample.
 
-A key is a member's name up to the first dot of its last part. A sample's document is its `.txt`, or else
-the text field of its `.json`; with a given tokenizer, its `.npy`, ids of a document already tokenized,
-goes before both.
+The key is the name of a member up to the first dot of its last component. The document of a sample is its
+`.txt`, or else the text field of its `.json`. With a given tokenizer, its `.npy`, the token ids of a
+document, takes precedence.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from llmtrain.corpus.npy import parse_array
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import streams
+from llmtrain.prepare import source_file
 from llmtrain.prepare.clean import CleanCounts
-from llmtrain.prepare.opening import open_source
-from llmtrain.prepare.scan import brief
-from llmtrain.prepare.streams import (
+from llmtrain.prepare.decompress import open_source
+from llmtrain.prepare.folder_scan import short_name
+from llmtrain.prepare.source_file import (
     TOKEN_DTYPE,
     Batch,
     SourceFile,
@@ -33,13 +33,13 @@ from llmtrain.prepare.tar_members import tar_members
 from llmtrain.prepare.texts import text_of_object
 
 ARRAYS = ("npy", "tokens.npy")
-"""Endings of arrays of ids; the second is what `llmtrain prepare` itself writes."""
+"""Extensions of arrays of token ids; `llmtrain prepare` writes the second."""
 TEXTS = ("txt", "json")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What ids already tokenized are checked against."""
+    """The vocabulary to which given token ids must belong."""
 
     size: int
     eos_id: int
@@ -48,17 +48,17 @@ class Vocabulary:
 def read_tar(
     file: SourceFile, text_field: str, vocabulary: Vocabulary | None, counts: CleanCounts
 ) -> Iterator[Batch]:
-    """Documents in order, in batches of str or of token ids, in which eos ends a document. Adds the members
-    that hold no document to `counts`.
+    """Yield the documents in order, in batches of either str or token ids. In an array of token ids, eos ends
+    a document. Add the number of members without a document to `counts`.
 
-    Raises DataError with the names of file and member.
+    Raise DataError that names file and member.
     """
     batch: list[str] | Tokens = []
     size = 0
     with open_source(file) as stream:
         for document in _samples(stream, file, text_field, vocabulary, counts):
             kind = str if isinstance(document, str) else np.ndarray
-            full = size >= streams.BATCH_BYTES or len(batch) >= streams.BATCH_DOCUMENTS
+            full = size >= source_file.BATCH_BYTES or len(batch) >= source_file.BATCH_DOCUMENTS
             if full or (batch and not isinstance(batch[0], kind)):
                 yield batch
                 batch, size = [], 0
@@ -77,7 +77,7 @@ def _samples(
     vocabulary: Vocabulary | None,
     counts: CleanCounts,
 ) -> Iterator[str | np.ndarray]:
-    """The documents of all samples. A second member of one key and ending begins a sample."""
+    """Yield the documents of all samples. A member that repeats key and extension begins a new sample."""
     endings = (*(ARRAYS if vocabulary else ()), *TEXTS)
     wanted = lambda name: not _is_metadata(name) and _key_and_ending(name)[1] in endings  # noqa: E731
     key = ""
@@ -89,7 +89,7 @@ def _samples(
             return []
         counts.members_ignored += len(found) - 1
         name, data = found[chosen]
-        where = f"{file.name} member {brief(name)}"
+        where = f"{file.name} member {short_name(name)}"
         if chosen in ARRAYS:
             assert vocabulary is not None
             return _tokens(data, where, vocabulary)
@@ -117,27 +117,27 @@ def _key_and_ending(name: str) -> tuple[str, str]:
 
 
 def _is_metadata(name: str) -> bool:
-    """Of the whole tar, as webdataset's writers name it: `__meta__.json`."""
+    """Return whether the member describes the whole tar file, such as `__meta__.json` of webdataset."""
     stem, _, ending = PurePosixPath(name).name.partition(".")
     return stem.startswith("__") and stem.endswith("__") and ending != "txt"
 
 
 def _tokens(data: bytes, where: str, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
-    """The documents of an array, one at a time: as a list, many short ones take far more than the array."""
+    """Yield the documents of an array of ids. A list of many short documents would need far more memory."""
     try:
         ids = parse_array(data)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"an array of {ids.dtype} with {ids.ndim} dimensions")
     except ValueError as error:
-        raise DataError(Problem(where, str(error), "a whole .npy of integers in one dimension")) from error
+        raise DataError(Problem(where, str(error), "a complete .npy of integers in one dimension")) from error
     if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary.size):
         wrong = ids.min() if ids.min() < 0 else ids.max()
         got = f"the token id {wrong}"
         allowed = f"0 to {vocabulary.size - 1}, the vocabulary of tokenizer.model=…"
-        raise DataError(Problem(where, got, allowed, "give the tokenizer that made it"))
+        raise DataError(Problem(where, got, allowed, "give the tokenizer that made the ids"))
     start: Any = 0
-    for place in range(0, len(ids), streams.BATCH_BYTES):
-        for end in np.flatnonzero(ids[place : place + streams.BATCH_BYTES] == vocabulary.eos_id) + place:
+    for first in range(0, len(ids), source_file.BATCH_BYTES):
+        for end in np.flatnonzero(ids[first : first + source_file.BATCH_BYTES] == vocabulary.eos_id) + first:
             yield ids[start:end].astype(TOKEN_DTYPE)
             start = end + 1
     if start < len(ids) or not start:

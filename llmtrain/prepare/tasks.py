@@ -1,4 +1,4 @@
-"""What a worker does in each stage, and how a later run or another process finds it done."""
+"""The tasks of a worker in each phase, and the tests that tell whether a task is finished."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_atomically
 from llmtrain.hashing import mix
-from llmtrain.prepare import blocks as block_files
-from llmtrain.prepare.blocks import Block, BlockWriter
+from llmtrain.prepare import document_blocks
 from llmtrain.prepare.clean import SEPARATOR, CleanCounts, clean, clean_pairs, take_tokenized
 from llmtrain.prepare.config import FiltersConfig, SplitConfig
+from llmtrain.prepare.decompress import out_of_memory
+from llmtrain.prepare.document_blocks import DocumentBlock, DocumentBlockWriter
 from llmtrain.prepare.files import write_marker
 from llmtrain.prepare.filters import keep
-from llmtrain.prepare.opening import out_of_memory
 from llmtrain.prepare.read import read_part, undecodable
 from llmtrain.prepare.remote import at_hand
-from llmtrain.prepare.streams import Pairs, Tokens, Unit
+from llmtrain.prepare.source_file import Pairs, Tokens, Unit
 from llmtrain.prepare.tars import Vocabulary
 from llmtrain.prepare.workers import count
 from llmtrain.tokenizers.config import TokenizerConfig
@@ -41,11 +41,15 @@ def read_unit(
     vocabulary: Vocabulary | None,
     filters: FiltersConfig,
 ) -> int:
-    """Read and clean a unit into blocks; its folder takes its name when it is whole."""
+    """Read and clean a unit of source parts into document blocks in `folder`/`number`, which appears
+    complete.
+
+    Return the number of the unit.
+    """
     temporary = folder / f".{number:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    writer = BlockWriter(temporary)
+    writer = DocumentBlockWriter(temporary)
     counts = CleanCounts()
     for wanted in unit:
         with at_hand(wanted, temporary) as part:
@@ -76,13 +80,13 @@ def read_unit(
     return number
 
 
-def finished_unit(folder: Path) -> tuple[list[Block], CleanCounts] | None:
-    """The blocks and counts of a unit that an earlier run finished whole."""
+def finished_unit(folder: Path) -> tuple[list[DocumentBlock], CleanCounts] | None:
+    """Return the blocks and counts of a finished unit, None if it is missing or incomplete."""
     try:
         unit = json.loads((folder / "unit.json").read_text())
-        blocks = [Block(folder / name, *numbers) for name, *numbers in unit["blocks"]]
+        blocks = [DocumentBlock(folder / name, *numbers) for name, *numbers in unit["blocks"]]
         for block in blocks:
-            # Text goes when a block is encoded; a power failure may leave files empty.
+            # The text is deleted after encoding. A power failure may leave files empty.
             if block.text_path.exists() and block.text_path.stat().st_size != block.num_bytes:
                 return None
             if not block.documents_path.stat().st_size or not block.hashes_path.stat().st_size:
@@ -92,21 +96,26 @@ def finished_unit(folder: Path) -> tuple[list[Block], CleanCounts] | None:
         return None
 
 
-def find_duplicates(blocks: list[Block], number: int, ranges: int, path: Path) -> int:
+def find_duplicates(blocks: list[DocumentBlock], number: int, ranges: int, path: Path) -> int:
+    """Write the exact duplicates of one range of hashes to `path`; return the number of the range."""
     temporary = path.with_suffix(".tmp")
-    block_files.save_array(temporary, block_files.duplicates(blocks, number, ranges))
+    document_blocks.save_array(temporary, document_blocks.duplicates(blocks, number, ranges))
     os.replace(temporary, path)
     return number
 
 
 def train_tokenizer(
-    blocks: list[Block],
+    blocks: list[DocumentBlock],
     dropped_paths: list[Path],
     split: SplitConfig,
     config: TokenizerConfig,
     seed: int,
     path: Path,
 ) -> int:
+    """Train a sentencepiece model on a sample of the training documents; write it to `path`. Return 0.
+
+    Raise DataError if there is no training document.
+    """
     documents = list(_training_documents(blocks, dropped_paths, split, config.train_bytes, seed))
     if not documents:
         raise DataError(
@@ -122,19 +131,20 @@ def train_tokenizer(
 
 
 def _training_documents(
-    blocks: list[Block], dropped_paths: list[Path], split: SplitConfig, train_bytes: int, seed: int
+    blocks: list[DocumentBlock], dropped_paths: list[Path], split: SplitConfig, train_bytes: int, seed: int
 ) -> Iterator[str]:
-    """Training documents of about train_bytes together, chosen by the document and the seed alone."""
+    """Yield training documents of about `train_bytes` in total; the choice depends only on document and
+    seed."""
     total = 0
     for number, block in enumerate(blocks):
         documents = block.documents()
         sizes = np.diff(documents["end"], prepend=np.uint64(0))
-        total += int(sizes[block_files.splits_of_block(documents, number, dropped_paths, split)[0]].sum())
+        total += int(sizes[document_blocks.splits_of_block(documents, number, dropped_paths, split)[0]].sum())
     share = min(1.0, train_bytes / max(total, 1))
     left = train_bytes
     for number, block in enumerate(blocks):
         documents = block.documents()
-        chosen = block_files.splits_of_block(documents, number, dropped_paths, split)[0]
+        chosen = document_blocks.splits_of_block(documents, number, dropped_paths, split)[0]
         if share < 1.0:
             chosen = chosen[_mixed(documents["key"][chosen], seed) < share * 2.0**64]
         for batch in block.read(documents, chosen):
@@ -145,5 +155,5 @@ def _training_documents(
 
 
 def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Keys → other uniform 64-bit numbers, by seed."""
+    """Map uniform 64-bit keys to other uniform 64-bit numbers that depend on `seed`."""
     return mix(keys ^ np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64))

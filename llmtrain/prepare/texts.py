@@ -1,4 +1,4 @@
-"""Documents of .txt and .jsonl files, and the pairs of two files' lines."""
+"""Read documents of .txt and .jsonl files, and pairs of the lines of two files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import Any
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare import streams
-from llmtrain.prepare.opening import open_source
-from llmtrain.prepare.streams import (
+from llmtrain.prepare import source_file
+from llmtrain.prepare.decompress import open_source
+from llmtrain.prepare.source_file import (
     Pairs,
     Part,
     SourceFile,
@@ -24,18 +24,20 @@ from llmtrain.prepare.streams import (
 from llmtrain.reading import LONGEST_NUMBER
 
 AUTO_DOCUMENT_BYTES = 4096
-_LINES_AT_ONCE = 4096
+"""Approximate size of a document of txt_document=auto."""
+_BATCH_LINES = 4096
 
 
 def read_whole(file: SourceFile) -> Iterator[list[bytes]]:
+    """Yield the whole file as one document. Raise DataError if it is larger than LONGEST_LINE."""
     with open_source(file) as stream:
-        text = stream.read(streams.LONGEST_LINE + 1)
+        text = stream.read(source_file.LONGEST_LINE + 1)
     refuse_wide(text, file.name)
-    if len(text) > streams.LONGEST_LINE:
+    if len(text) > source_file.LONGEST_LINE:
         raise DataError(
             Problem(
                 file.name,
-                f"a file of more than {streams.LONGEST_LINE >> 20} MiB as one document",
+                f"a file of more than {source_file.LONGEST_LINE >> 20} MiB as one document",
                 "",
                 "txt_document=auto",
             )
@@ -44,16 +46,17 @@ def read_whole(file: SourceFile) -> Iterator[list[bytes]]:
 
 
 def read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
-    """Paragraphs as documents or, with `pack`, consecutive ones of AUTO_DOCUMENT_BYTES together; a
-    paragraph of twice that is cut at a line end.
+    """Yield batches of paragraphs as documents or, with `pack`, of consecutive paragraphs of
+    AUTO_DOCUMENT_BYTES together; a paragraph of twice that size is cut at a line end.
 
-    Without `pack` no paragraph may be cut by a part's border: the part begins and ends behind the
-    first blank line after the border.
+    Without `pack`, borders of parts do not cut paragraphs: a part begins and ends after the first blank line
+    that follows its border.
     """
     file = part.file
     if pack:
-        # A compressed file is read as one part; the same borders make its documents those of the plain file.
-        lines = _marked_lines(part, streams.UNIT_BYTES if part.stop is None else None)
+        # A compressed file is a single part: cut at the same borders, so that it gives the same documents as
+        # the uncompressed file.
+        lines = _marked_lines(part, source_file.UNIT_BYTES if part.stop is None else None)
     else:
         lines = _whole_paragraph_lines(part)
     documents: list[bytes] = []
@@ -65,11 +68,11 @@ def read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
         if document or not blank:
             document.append(line)
             size += len(line)
-        if not blank and size > streams.LONGEST_LINE:
+        if not blank and size > source_file.LONGEST_LINE:
             raise DataError(
                 Problem(
                     file.name,
-                    f"a paragraph of more than {streams.LONGEST_LINE >> 20} MiB",
+                    f"a paragraph of more than {source_file.LONGEST_LINE >> 20} MiB",
                     "",
                     "txt_document=auto",
                 )
@@ -81,7 +84,7 @@ def read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
             documents.append(b"".join(document))
             batch_size += size
             document, size = [], 0
-        if batch_size >= streams.BATCH_BYTES:
+        if batch_size >= source_file.BATCH_BYTES:
             yield documents
             documents, batch_size = [], 0
     if document:
@@ -91,7 +94,7 @@ def read_paragraphs(part: Part, pack: bool) -> Iterator[list[bytes]]:
 
 
 def _marked_lines(part: Part, border: int | None) -> Iterator[bytes]:
-    """Lines with their newline; an empty one at each multiple of `border`."""
+    """Yield lines with their newline, and an empty line at each multiple of `border` bytes."""
     next_border = border
     for offset, data in line_chunks(part):
         lines = data.splitlines(keepends=True)
@@ -123,7 +126,8 @@ def _whole_paragraph_lines(part: Part) -> Iterator[bytes]:
 
 
 def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
-    """Each line of `file` with that line of `target`. Raises DataError for other numbers of lines."""
+    """Yield each line of `file` with the same line of `target`. Raise DataError if the numbers of lines
+    differ."""
     pairs: list[tuple[bytes, bytes]] = []
     size = 0
     for ours, theirs in zip_longest(_lines(file), _lines(target)):
@@ -133,7 +137,7 @@ def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
             raise DataError(Problem(target.name, f"{counts[1]:,} lines", allowed))
         pairs.append((ours, theirs))
         size += len(ours) + len(theirs)
-        if size >= streams.BATCH_BYTES or len(pairs) == _LINES_AT_ONCE:
+        if size >= source_file.BATCH_BYTES or len(pairs) == _BATCH_LINES:
             yield Pairs(*map(list, zip(*pairs, strict=True)))
             pairs, size = [], 0
     if pairs:
@@ -142,28 +146,29 @@ def read_line_pairs(file: SourceFile, target: SourceFile) -> Iterator[Pairs]:
 
 def _lines(file: SourceFile) -> Iterator[bytes]:
     with open_source(file) as stream:
-        first = stream.readline(streams.LONGEST_LINE)
-    # One that stands in a line of the one file alone would part all pairs behind it.
+        first = stream.readline(source_file.LONGEST_LINE)
+    # A lone carriage return inside a line of one file would shift all following pairs, so these end lines
+    # only if the first line shows that the file uses them.
     lone_returns = b"\r" in first and not first.endswith(b"\n")
     for _, data in line_chunks(Part(file), lone_returns):
         yield from data.removesuffix(b"\n").split(b"\n")
 
 
 def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
-    """The fields of these names, a batch of lines at a time."""
+    """Yield the texts of the named fields, one batch of lines at a time."""
     file = part.file
     keys = [json.dumps(name, ensure_ascii=False).encode() for name in names]
     for offset, data in line_chunks(part):
-        if len(data) > streams.BATCH_BYTES + streams.longest_parsed():
-            got = f"a line of more than {streams.longest_parsed() >> 20} MiB"
-            raise DataError(Problem(file.name, got, "shorter lines", "cut it into smaller documents"))
+        if len(data) > source_file.BATCH_BYTES + source_file.longest_parsed():
+            got = f"a line of more than {source_file.longest_parsed() >> 20} MiB"
+            raise DataError(Problem(file.name, got, "shorter lines", "split it into smaller documents"))
         lines = data.decode().split("\n")
         try:
-            if len(data) > streams.MOST_VALUES:
+            if len(data) > source_file.MOST_VALUES:
                 _refuse_many_values(lines)
             rows = [json.loads(line) for line in lines if line and not line.isspace()]
             if any(data.count(key) > len(rows) for key in keys):
-                # Somewhere is a second one: in what a field holds, or beside the first.
+                # The key occurs more than once in some line: inside a value, or as a duplicate field.
                 rows = [parse_object(line, names) for line in lines if line and not line.isspace()]
             columns: list[Texts] = []
             for name in names:
@@ -177,21 +182,21 @@ def read_jsonl(part: Part, names: Sequence[str]) -> Iterator[list[Texts]]:
 
 
 def _refuse_many_values(lines: Sequence[str]) -> None:
-    """Raise ValueError for a long line that may hold more values than memory does."""
+    """Raise ValueError for a long line with so many values that they may exceed memory."""
     for line in lines:
-        if len(line) > streams.MOST_VALUES and sum(map(line.count, ",[{")) > streams.MOST_VALUES:
+        if len(line) > source_file.MOST_VALUES and sum(map(line.count, ",[{")) > source_file.MOST_VALUES:
             raise ValueError(
-                f"more than {streams.MOST_VALUES:,} commas and brackets in {len(line):,} characters"
+                f"more than {source_file.MOST_VALUES:,} commas and brackets in {len(line):,} characters"
             )
 
 
 def parse_object(line: str, names: Sequence[str]) -> Any:
-    """What json.loads gives. Raises ValueError for an object with two fields of one of these names."""
+    """Parse as json.loads does. Raise ValueError for an object with duplicate fields among `names`."""
     _refuse_many_values([line])
     top: list[tuple[str, Any]] = []
 
     def take(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # The outermost object is the last to end.
+        # The outermost object is the last to be completed.
         top[:] = pairs
         return dict(pairs)
 
@@ -216,7 +221,7 @@ def _jsonl_error(file: SourceFile, offset: int, lines: list[str], names: Sequenc
     before = 0
     with open_lines(file) as stream:
         remaining = offset
-        while remaining and (data := stream.read(min(streams.BATCH_BYTES, remaining))):
+        while remaining and (data := stream.read(min(source_file.BATCH_BYTES, remaining))):
             before += data.count(b"\n")
             remaining -= len(data)
     for number, line in enumerate(lines, before + 1):
@@ -229,21 +234,22 @@ def _jsonl_error(file: SourceFile, offset: int, lines: list[str], names: Sequenc
 
 
 def text_of_object(text: str, where: str, names: Sequence[str], allowed: str) -> list[str]:
-    """The fields of these names of one JSON object, empty ones for null; DataError names what is wrong."""
-    remedy = "write a line for each, with jq -c '.[]' say" if text.lstrip().startswith("[") else ""
+    """Return the texts of the named fields of one JSON object, "" for null. Raise DataError that names
+    `where`."""
+    remedy = "write one element per line: jq -c '.[]'" if text.lstrip().startswith("[") else ""
     try:
         row = parse_object(text, names)
     except json.JSONDecodeError as error:
-        raise DataError(Problem(where, f"no JSON ({error})", allowed, remedy)) from error
+        raise DataError(Problem(where, f"invalid JSON ({error})", allowed, remedy)) from error
     except RecursionError as error:
-        got = "brackets within brackets, too many"
-        raise DataError(Problem(where, got, allowed, "write what is in them as text")) from error
+        got = "JSON that is nested too deeply"
+        raise DataError(Problem(where, got, allowed, "write the nested values as text")) from error
     except ValueError as error:
-        # Python's own text speaks of a setting of Python.
+        # Python's message names a setting of Python.
         got = (
             f"a number of more than {LONGEST_NUMBER:,} digits" if "int_max_str" in str(error) else str(error)
         )
-        raise DataError(Problem(where, f"no JSON ({got})", allowed)) from error
+        raise DataError(Problem(where, f"invalid JSON ({got})", allowed)) from error
     if not isinstance(row, dict):
         raise DataError(Problem(where, f"a JSON {type(row).__name__}", allowed, remedy))
     if not set(names) <= set(row):

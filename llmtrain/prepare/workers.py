@@ -1,4 +1,4 @@
-"""Work shared over processes: tasks in, results out as they end, a user's error passed on as itself."""
+"""Run tasks on a pool of worker processes; results arrive in order of completion, user errors unchanged."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _counter: Any = None
 
 @dataclass(frozen=True)
 class _Failure:
-    """Problems travel as values: an exception is rebuilt from its text alone, which loses them."""
+    """The problems of a DataError; a pickled exception would lose them, as only its text is kept."""
 
     problems: tuple[Problem, ...]
 
 
 def count(amount: int) -> None:
-    """Add to the count that the parent shows while a task runs."""
+    """Add to the count that the parent process shows while a task runs."""
     if _counter is not None:
         with _counter.get_lock():
             _counter.value += amount
 
 
 class Workers:
-    """`count` spawned processes; with one, everything runs in this process, unless `spawn`.
+    """A pool of `count` worker processes; with one, tasks run in this process, unless `spawn`.
 
-    `folder` and `bytes_needed` stand in the message of a full disk.
+    folder, bytes_needed: named in the error message of a full disk.
     """
 
     def __init__(self, count: int, folder: Path, bytes_needed: int, spawn: bool = False) -> None:
@@ -55,7 +55,7 @@ class Workers:
 
     @property
     def counted(self) -> int:
-        """What the tasks have passed to `count` so far."""
+        """The sum of all amounts that tasks have passed to `count`."""
         return self._counter.value
 
     def map(
@@ -64,9 +64,10 @@ class Workers:
         tasks: Iterable[tuple[Any, ...]],
         on_tick: Callable[[], None] = lambda: None,
     ) -> Iterator[Any]:
-        """Results of function(*task) in the order in which they end; `on_tick` is called now and then.
+        """Yield the results of function(*task) in order of completion.
 
-        Raises the DataError of the first task that fails with one.
+        on_tick: called about twice a second while waiting.
+        Raise the DataError of the first task that fails with one, or DataError if a worker was killed.
         """
         if self._executor is None:
             for task in tasks:
@@ -76,7 +77,7 @@ class Workers:
         waiting = iter(tasks)
         try:
             while True:
-                # A short queue: tasks may be many, and their arguments are made when they are due.
+                # Keep the queue short: there may be many tasks, and their arguments are made on demand.
                 while len(pending) < 2 * self._count and (task := next(waiting, ())):
                     pending.add(self._submit(self._executor, function, task))
                 if not pending:
@@ -89,7 +90,7 @@ class Workers:
             raise DataError(
                 Problem(
                     "workers",
-                    "a worker process that was killed, by the system for want of memory most often",
+                    "a worker process that was killed, most often because memory ran out",
                     "",
                     "lower workers and run the same command again: finished work is kept",
                 )
@@ -101,8 +102,8 @@ class Workers:
         try:
             return executor.submit(_guarded, self._disk, function, task)
         except OSError as error:
-            # The executor's own thread found a dead worker and closed the pipe that wakes it, in the
-            # moment between submit's look at the executor's state and its write to that pipe.
+            # The executor's thread noticed a dead worker and closed its wakeup pipe after submit had checked
+            # the state of the executor and before it wrote to the pipe.
             raise BrokenProcessPool(str(error)) from error
 
     def __enter__(self) -> Workers:
@@ -119,7 +120,7 @@ class Workers:
         try:
             self._executor.shutdown(wait=True, cancel_futures=True)
         except OSError:
-            # The same closed pipe: a broken executor has ended by itself.
+            # The same closed pipe; a broken executor has already shut down.
             if error is None:
                 raise
 
@@ -127,7 +128,7 @@ class Workers:
 def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
-    # An interrupt is the parent's to handle; and no worker outlives the parent, however that ends.
+    # The parent handles interrupts; workers must end with the parent, however it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()

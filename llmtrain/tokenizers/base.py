@@ -1,7 +1,7 @@
-"""What every tokenizer gives, whatever library runs it.
+"""The interface of all tokenizers.
 
-Two kinds: sentencepiece models (tokenizer_sentencepiece.py), which `llmtrain prepare` also trains, and the
-`tokenizer.json` of Hugging Face folders (tokenizer_json.py). tokenizer_folder.py finds and loads either.
+There are two kinds: sentencepiece models (sentencepiece.py), which `llmtrain prepare` can train, and the
+`tokenizer.json` of Hugging Face folders (huggingface.py). folder.py finds and loads either.
 """
 
 from __future__ import annotations
@@ -20,43 +20,47 @@ from llmtrain.errors import DataError, Problem
 from llmtrain.files import write_atomically
 
 ROLES = ("mask", "cls", "sep", "pad", "bos", "eos", "unk")
-"""What a special token is for."""
+"""Roles of special tokens."""
 SENTENCEPIECE_FILE = "tokenizer.model"
 BUNDLE_FILE = "tokenizer.bundle.json"
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, BUNDLE_FILE)
-"""Names under which corpora and checkpoints carry their one tokenizer."""
+"""File names of the tokenizer in corpora and checkpoints, which hold one of them."""
 _SENTINEL = re.compile(r"<extra_id_([0-9]{1,9})>")
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？", "\n", "<0x0A>", "Ċ")
-"""Newlines among them, as bytes are written in sentencepiece and in byte-level BPE."""
+"""Last characters of sentences. The last two are a newline byte in sentencepiece and in byte-level BPE."""
 PROBES = (
-    " a  b\n\tÅ ﬁ １ 😀 ꙮ ",  # spaces and line ends, case, forms that Unicode normalizes, rare characters
-    "Don 't . “stop” … it\u00a0is\u200b 漢字12",  # no space first, clean-up of English, quotes
-    "e\u0301 👩\u200d👩 \u2028 \n\n   \n",  # marks and joiners, line ends in a row
+    " a  b\n\tÅ ﬁ １ 😀 ꙮ ",  # white space, case, Unicode normalization, rare characters
+    "Don 't . “stop” … it\u00a0is\u200b 漢字12",  # no leading space, clean-up of English, quotes
+    "e\u0301 👩\u200d👩 \u2028 \n\n   \n",  # combining marks, joiners, consecutive line ends
 )
+"""Texts that lossy tokenizers are known to change."""
 _REPLACEMENT = "�"
-"""What bytes that are no UTF-8 decode to."""
+"""Invalid UTF-8 decodes to this."""
 
 
 class Tokenizer(ABC):
-    """Texts to ids and back. Ids of texts are without any special token at their ends."""
+    """Encodes texts to ids and decodes ids. Encoding does not add special tokens at the ends of a text."""
 
     file_name: ClassVar[str]
-    """Name under which corpora and checkpoints carry it."""
+    """File name of the tokenizer in corpora and checkpoints."""
     content: bytes
-    """That file's."""
+    """Contents of that file."""
     vocab_size: int
-    """One more than the largest id."""
+    """Largest id + 1."""
     special_ids: Mapping[str, int]
-    """Of the ROLES that it has."""
+    """Role → id of the special tokens; a subset of ROLES."""
     eos_id: int
-    """Separates documents: its eos, or its sep, or its bos."""
+    """Id of the token that separates documents: eos, else sep, else bos."""
     longest_text_bytes: int = 1 << 20
-    """Longer texts are encoded in parts that are joined (preparation/long_texts.py): libraries take up to 200
-    bytes of memory for a byte of text."""
+    """Longer texts are encoded in parts (prepare/long_texts.py), because libraries need up to 200 bytes of
+    memory per byte of text."""
 
     def __init__(self, content: bytes, special_ids: Mapping[str, int], where: str) -> None:
-        """Raises DataError for one that has nothing to separate documents with."""
+        """content: contents of the file `file_name`; where: name of the source in messages.
+
+        Raise DataError if the tokenizer has no token that can separate documents.
+        """
         self.content = content
         self.special_ids = dict(special_ids)
         self.sha256: str = hashlib.sha256(content).hexdigest()
@@ -65,15 +69,15 @@ class Tokenizer(ABC):
             raise DataError(
                 Problem(
                     where,
-                    "a tokenizer with neither an eos nor a sep nor a bos token",
-                    "one with any of them, which separates documents",
+                    "a tokenizer without an eos, sep or bos token",
+                    "a tokenizer with one of them to separate documents",
                     "name its eos_token in tokenizer_config.json, or leave tokenizer.model=null",
                 )
             )
         self.eos_id = ends[0]
 
     def save(self, folder: Path) -> Path:
-        """Write it into `folder` as corpora and checkpoints carry it; returns the file's path."""
+        """Write the tokenizer to `folder`, in the format of corpora and checkpoints; return the path."""
         path = folder / self.file_name
         write_atomically(path, self.content)
         return path
@@ -92,71 +96,70 @@ class Tokenizer(ABC):
 
     @property
     def first_ids(self) -> tuple[int, ...]:
-        """What models of this tokenizer saw before every text, which `encode` leaves out."""
+        """Special ids that models of this tokenizer expect before every text; `encode` does not add them."""
         return ()
 
     @abstractmethod
     def typed_specials(self) -> list[str]:
-        """Special tokens that `encode` takes for themselves where a text spells them out."""
+        """Return the special tokens that `encode` recognizes where a text contains their spelling."""
 
     @abstractmethod
-    def take_specials_for_text(self) -> None:
-        """From here on take them for text like any other."""
+    def encode_specials_as_text(self) -> None:
+        """Make `encode` treat the spelling of special tokens as ordinary text from now on."""
 
     @abstractmethod
     def pieces(self) -> list[str]:
-        """What each id is called in the vocabulary; "" for an id that is not in it."""
+        """Return the piece of each id in the vocabulary; "" for an unused id."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`."""
+        """Return the ids of `text`."""
 
     @abstractmethod
     def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each text (str or UTF-8), int32 arrays; faster than lists. Runs on the calling thread."""
+        """Return the ids of each text (str or UTF-8) as int32 arrays, in the calling thread."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special ids stand for nothing, bytes that are no UTF-8 for U+FFFD."""
+        """Return the text of `ids`. Special ids are skipped, invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def word_starts(self) -> np.ndarray:
-        """(vocab_size,) bool: whether each id begins a word; special ids do."""
+        """Return (vocab_size,) bool: whether each id begins a word. Special ids do."""
 
     @abstractmethod
     def token_byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: UTF-8 bytes of text each id stands for; 0 for special and unknown ids."""
+        """Return (vocab_size,) int32: UTF-8 bytes of text per id; 0 for special and unknown ids."""
 
     def sentence_ends(self) -> np.ndarray:
-        """(vocab_size,) bool: whether each id ends a sentence: by its last character, or as the end of a
-        document."""
+        """Return (vocab_size,) bool: whether each id ends a sentence, by its last character or as eos."""
         ends = np.array([piece.endswith(_SENTENCE_ENDS) for piece in self.pieces()])
         ends[self.eos_id] = True
         return ends
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """What `ids` add to the text of `before`. Some tokenizers write the space before a word, or join
-        the bytes of a character, only where they see what stands before."""
+        """Return the text that `ids` add after the ids `before`. Without this context, some tokenizers omit
+        the space before a word, or cannot combine the bytes of a character."""
         head, whole = self.decode(before).rstrip(_REPLACEMENT), self.decode([*before, *ids])
         return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
 
     @property
     def is_lossless(self) -> bool:
-        """Whether probes of what tokenizers are known to change come back as they went in."""
+        """Whether decoding restores all PROBES after encoding."""
         return all(self.decode(self.encode(probe)) == probe for probe in PROBES)
 
     @cached_property
     def sentinel_ids(self) -> tuple[int, ...]:
-        """Ids of T5's <extra_id_0>, <extra_id_1>, …; none where it has none."""
+        """Ids of T5's sentinels <extra_id_0>, <extra_id_1>, …; empty if there are none."""
         found = {int(match[1]): i for i, p in enumerate(self.pieces()) if (match := _SENTINEL.fullmatch(p))}
         return tuple(found[n] for n in range(len(found))) if set(found) == set(range(len(found))) else ()
 
     def ordinary_ids(self) -> np.ndarray:
-        """Ids that stand for text, ascending, int64: neither special nor unknown nor reserved."""
+        """Return the ids of text, ascending, int64: those that are not special, unknown or reserved."""
         reserved = {*self.special_ids.values(), *self.sentinel_ids}
         reserved |= {i for i, piece in enumerate(self.pieces()) if _UNUSED.fullmatch(piece)}
         ids = np.flatnonzero(self.token_byte_lengths())

@@ -1,6 +1,8 @@
-"""What a tokenizer of others' making may not ask for: ids far behind its vocabulary, and texts that grow
-beyond all memory. Its library checks neither, and answers some mistakes by a Rust panic, which no
-`except Exception` catches, and the lack of memory by the end of the process.
+"""Check foreign tokenizers for contents that would exhaust memory or end the process.
+
+The `tokenizers` library does not check for ids far beyond the vocabulary or for steps that multiply the
+length of texts. It reports some errors by a Rust panic, which `except Exception` does not catch, and it ends
+the process when memory runs out.
 """
 
 from __future__ import annotations
@@ -18,31 +20,31 @@ from llmtrain.config import show
 from llmtrain.errors import DataError, Problem
 
 TOKENIZER_BYTES = 128 << 20
-"""Four times the largest tokenizer.json that models are known to come with."""
+"""Maximum size of a tokenizer file; four times the largest known tokenizer.json."""
 VOCABULARY_BYTES = 8 << 20
-"""Of vocab.txt, vocab.json and merges.txt, which only older tokenizers have."""
+"""Maximum size of vocab.txt, vocab.json and merges.txt, which only older tokenizers have."""
 MOST_GROWTH = 100
-"""Times that a text may grow before it is cut, or after it was joined, by what replaces its parts."""
+"""Maximum factor by which normalizer, pre-tokenizer or decoder may lengthen a text."""
 MOST_CHARSMAP_BYTES = 256
-"""Of what stands for a character; the longest of Unicode's compatibility forms has 33."""
+"""Maximum bytes that replace a character; the longest Unicode compatibility form has 33."""
 MOST_WORD_CHARS = 10_000
-"""Of a word that WordPieces are looked for in; the time for one grows with their square."""
+"""Maximum characters of a word for WordPiece, whose time grows with their square."""
 MOST_PIECE_CHARS = 8192
-"""Of a piece of a vocabulary; known ones have some hundred spaces at most."""
+"""Maximum characters of a piece of the vocabulary; the longest known pieces are some hundred spaces."""
 MOST_PATTERN_CHARS = 1 << 16
-"""Of a regular expression; known ones have some hundreds."""
+"""Maximum characters of a regular expression; known ones have some hundreds."""
 MOST_ADDED_IDS = 1000
-"""Around a text by a tokenizer's template; known ones put two or three."""
+"""Maximum number of ids that the post-processor adds to a text; known ones add two or three."""
 MOST_MARK_CHARS = 16
-"""Of what every piece within a word, or at its end, has besides its text."""
+"""Maximum characters of the mark of pieces within a word or at its end."""
 _FREE_IDS = 1 << 16
 _WORD = 4
 _SILENCE = threading.Lock()
 
 
 def check_ids(largest: int, entries: int, where: str) -> None:
-    """Raise DataError for a largest id of which most ids before it would stand for nothing: tables have a row
-    for each."""
+    """Raise DataError if the largest id is far beyond the number of entries: tables have a row for every
+    id."""
     allowed = 2 * entries + _FREE_IDS
     if largest >= allowed:
         got = f"the id {largest:,} in a vocabulary of {entries:,}"
@@ -50,19 +52,19 @@ def check_ids(largest: int, entries: int, where: str) -> None:
 
 
 def check_charsmap(charsmap: bytes) -> None:
-    """Raise ValueError for a sentencepiece table of replacements that is damaged: the bytes of a trie, their
-    number before them, and texts behind it, each with a zero at its end."""
+    """Raise ValueError if a sentencepiece table of replacements is damaged. Its format: size of a trie, the
+    trie, and zero-terminated texts."""
     size = int.from_bytes(charsmap[:_WORD], "little")
     if len(charsmap) < _WORD or size > len(charsmap) - _WORD or size % _WORD:
-        raise ValueError(f"a precompiled_charsmap of {len(charsmap):,} bytes that says {size:,}")
+        raise ValueError(f"a precompiled_charsmap of {len(charsmap):,} bytes with a trie of {size:,}")
     longest = max(map(len, charsmap[_WORD + size :].split(b"\0")))
     if longest > MOST_CHARSMAP_BYTES:
         raise ValueError(f"a precompiled_charsmap with {longest:,} bytes for a character")
 
 
 def check_steps(spec: dict[str, Any]) -> None:
-    """Raise ValueError for steps before and after the model of a tokenizer.json that make texts too long, for
-    marks of the model that do, and for words of any length where it takes the square of it."""
+    """Raise ValueError if steps or marks of a tokenizer.json make texts too long, or the model accepts words
+    so long that their quadratic time is a problem."""
     model = spec["model"] if isinstance(spec.get("model"), dict) else {}
     longest = model.get("max_input_chars_per_word")
     if isinstance(longest, int) and longest > MOST_WORD_CHARS:
@@ -80,14 +82,14 @@ def check_steps(spec: dict[str, Any]) -> None:
         try:
             growth = _growth(spec.get(key))
         except RecursionError:
-            raise ValueError(f"{key}: steps within steps, too many") from None
+            raise ValueError(f"{key}: steps that are nested too deeply") from None
         if growth > MOST_GROWTH:
             raise ValueError(f"{key}: steps that make texts {growth:,.0f} times as long")
 
 
 def _check_lengths(spec: dict[str, Any], model: dict[str, Any]) -> None:
-    """Raise ValueError for a piece or an added token that is longer than any is: what the library makes of
-    them grows with the square of it."""
+    """Raise ValueError for a piece or added token that is too long: the library needs quadratic memory for
+    it."""
     vocabulary, added = model.get("vocab"), spec.get("added_tokens")
     listed = vocabulary if isinstance(vocabulary, (dict, list)) else ()
     pieces = [piece[0] if isinstance(piece, list) and piece else piece for piece in listed]
@@ -99,7 +101,7 @@ def _check_lengths(spec: dict[str, Any], model: dict[str, Any]) -> None:
 
 
 def _added_by(step: Any) -> int:
-    """How many ids a post-processor puts around a text, or around two."""
+    """Return the number of ids that a post-processor adds to a text or a pair of texts."""
     if not isinstance(step, dict):
         return 0
     steps = step.get("processors")
@@ -122,7 +124,7 @@ def _has_ids(token: Any) -> bool:
 
 def _check_merges(model: dict[str, Any]) -> None:
     """Raise ValueError for a merge whose second piece lacks the mark of pieces within a word: the library
-    cuts so many bytes off unseen, and ends the process where it thereby cut a character."""
+    removes as many bytes without a check, and ends the process if that splits a character."""
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not prefix or not isinstance(prefix, str) or not isinstance(merges, list):
         return
@@ -140,12 +142,13 @@ def _check_pattern(pattern: Any) -> None:
 
 
 def _growth(step: Any) -> float:
-    """Times that a text may grow in a step and those within it, however the step is called."""
+    """Return the maximum factor by which a step and its nested steps lengthen a text, for any type of
+    step."""
     if isinstance(step, list):
         return prod(map(_growth, step))
     if not isinstance(step, dict):
         return 1.0
-    # A character beyond the first 128 becomes two, each of which is one of them.
+    # ByteLevel turns a byte of 128 or more into a character of two bytes.
     own = 2.0 if step.get("type") == "ByteLevel" else 1.0
     content, pattern = step.get("content"), step.get("pattern")
     if isinstance(content, str) and pattern is not None:
@@ -158,19 +161,19 @@ def _growth(step: Any) -> float:
         try:
             check_charsmap(base64.b64decode(charsmap, validate=True))
         except binascii.Error as error:
-            raise ValueError(f"a precompiled_charsmap that is no base64: {error}") from None
+            raise ValueError(f"a precompiled_charsmap that is not base64: {error}") from None
     return own * prod(_growth(part) for part in step.values() if isinstance(part, dict | list))
 
 
 @contextmanager
 def library_errors(where: str, got: str, allowed: str) -> Iterator[None]:
-    """Raise DataError for what the `tokenizers` library raises in here, panics among it."""
+    """Turn exceptions of the `tokenizers` library, including panics, into DataError."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except BaseException as error:
-        # Its panics are no Exception, so that nobody catches them by mistake.
+        # PanicException derives from BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -179,9 +182,10 @@ def library_errors(where: str, got: str, allowed: str) -> Iterator[None]:
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Keep what the process writes to its standard error in here to itself: a panic writes several lines
-    before anybody can catch it."""
-    # Of two threads at once, one would put back what the other had put there. A fork may leave the lock held.
+    """Discard what the process writes to stderr in this block: a panic prints several lines before it can be
+    caught."""
+    # Two threads at once would restore each other's descriptor. A fork may leave the lock held, hence the
+    # timeout.
     is_alone = _SILENCE.acquire(timeout=1)
     kept = _silenced() if is_alone else None
     try:
@@ -195,7 +199,7 @@ def without_stderr() -> Iterator[None]:
 
 
 def _silenced() -> int | None:
-    """Send what is written to the standard error nowhere; return where it went, None where it is closed."""
+    """Redirect stderr to /dev/null; return a duplicate of the old descriptor, None if stderr is closed."""
     try:
         kept = os.dup(2)
     except OSError:

@@ -1,4 +1,5 @@
-"""How a tokenizer is made, or which one is taken. Free of torch and of everything heavy."""
+"""Configuration of the tokenizer that `prepare` trains or uses. Does not import torch or other heavy
+packages."""
 
 from __future__ import annotations
 
@@ -11,32 +12,34 @@ from llmtrain.config import require
 from llmtrain.errors import Problem
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
-"""Pieces of the ids 0, 1, 2 and 3 of a tokenizer trained here: unknown, begin, end, padding."""
+"""Pieces of the ids 0 to 3 of a tokenizer trained here: unknown, begin, end, padding."""
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256 + 1
-"""Special tokens, one token a byte, and at least one piece."""
+"""Special tokens, one token per byte, and at least one piece."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes ids: a sentencepiece model (Kudo and Richardson, arXiv:1808.06226)."""
+    """The tokenizer: a sentencepiece model to train (Kudo and Richardson, arXiv:1808.06226), or an existing
+    tokenizer."""
 
     kind: Literal["unigram", "bpe"] = "unigram"
-    """Unigram language model (arXiv:1804.10959) or byte-pair merges (arXiv:1508.07909)."""
+    """Model type: unigram language model (arXiv:1804.10959) or byte-pair encoding (arXiv:1508.07909)."""
     vocab_size: int = 8192
-    """Ids in all, special tokens and 256 bytes included."""
+    """Number of ids, including special tokens and 256 bytes."""
     model: Path | None = None
-    """An existing tokenizer, taken as it is; then nothing is trained: a sentencepiece .model, a
-    tokenizer.json, or the folder of a Hugging Face model, a run, a checkpoint or a corpus."""
+    """Existing tokenizer to use without training: a sentencepiece .model, a tokenizer.json, or the folder of
+    a Hugging Face model, run, checkpoint or corpus. null: train one."""
     train_bytes: int = 16 << 20
-    """Most UTF-8 bytes of training documents the tokenizer is trained on; training takes about 22
-    times as much memory."""
+    """Maximum UTF-8 bytes of the documents that the tokenizer is trained on. Training needs about 22 times as
+    much memory."""
     character_coverage: float = 0.9995
-    """Share of the characters that get pieces of their own; the others become bytes."""
+    """Share of the characters in the training documents, 0.9 to 1, that get their own pieces; others are
+    encoded as bytes."""
     split_digits: bool = True
-    """Each digit is a piece of its own."""
+    """Make each digit a separate piece."""
     typed_specials: Literal["text", "special"] = "text"
-    """What special tokens of a given tokenizer are where a text spells them out, as `</s>`: text like any
-    other, or special tokens, as in texts that a chat's template made."""
+    """Encoding of the spelling of special tokens in texts, such as `</s>`, by an existing tokenizer. text: as
+    ordinary text. special: as special tokens, for texts made by a chat template."""
 
     def problems(self) -> Iterator[Problem]:
         if self.model is None:

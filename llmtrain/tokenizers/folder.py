@@ -1,4 +1,4 @@
-"""Where a folder keeps its tokenizer, in each of the forms that Hugging Face folders have."""
+"""Find and load the tokenizer of a folder, in any of the formats of Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer, extended
 VOCABULARY, MERGES, WORDPIECES = "vocab.json", "merges.txt", "vocab.txt"
 SENTENCEPIECE_FILES = (SENTENCEPIECE_FILE, "spiece.model")
 EXPORT_MARK = "exported_by"
-"""Key of config.json that tells our exports from others' folders."""
+"""Key of config.json that marks folders exported by llmtrain."""
 MOST_EXTRA_IDS = 10_000
-"""T5 has 100."""
+"""Maximum number of T5's sentinels; T5 itself has 100."""
 ID_DIGITS = 9
 _ALLOWED = f"{TOKENIZER}, a sentencepiece .model, {WORDPIECES}, or {VOCABULARY} with {MERGES}"
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The file that `load_tokenizer` takes in `folder`, or in the newest checkpoint of a run's folder; None
-    without one."""
+    """Return the tokenizer file in `folder`, or in the newest checkpoint if it is a run folder; None if there
+    is none."""
     names = [BUNDLE_FILE, TOKENIZER, *SENTENCEPIECE_FILES, VOCABULARY, WORDPIECES]
     if EXPORT_MARK in _json(folder / "config.json"):
-        # Its tokenizer.json was made of this one, with which the corpus was prepared.
+        # The exported tokenizer.json was converted from this file, with which the corpus was prepared.
         names.insert(0, SENTENCEPIECE_FILE)
     for name in names:
-        # What is there and is no file is refused by whoever reads it.
+        # Reading raises the error for an entry that is not a file.
         if os.path.exists(folder / name) and (name != VOCABULARY or os.path.exists(folder / MERGES)):
             return folder / name
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
@@ -50,10 +50,10 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or in a Hugging Face folder: a sentencepiece model, tokenizer.json, a bundle,
-    vocab.txt, or vocab.json with merges.txt. What stands beside these says what their special tokens are for.
+    """Load the tokenizer of a file or folder: a sentencepiece model, tokenizer.json, a bundle, vocab.txt, or
+    vocab.json with merges.txt. Adjacent configuration files define the roles of special tokens.
 
-    Raises DataError, one line, when there is none or it is damaged. Nothing is unpickled, no code is run.
+    Raise DataError if there is no tokenizer or it is damaged. Nothing is unpickled and no code is run.
     """
     path = Path(path)
     if path.is_dir():
@@ -74,7 +74,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _complete({TOKENIZER: content}, path) if bundled is None else bundled
     model = _read(path)
     if path.name in SENTENCEPIECE_FILES:
-        # Elsewhere a tokenizer_config.json beside it is another's.
+        # Only these names belong to the adjacent tokenizer_config.json.
         tokenizer = SentencePieceTokenizer(model, str(path))
         if added := _added_tokens(path.parent, tokenizer.pieces()):
             model = extended(model, added, str(path))
@@ -82,7 +82,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _complete(files: dict[str, str], path: Path) -> JsonTokenizer:
-    """With what stands beside `path`; a tokenizer_config.json is made where there is none."""
+    """Build a tokenizer from `files` and the companion files next to `path`; make a missing
+    tokenizer_config.json."""
     for name in COMPANIONS:
         if os.path.exists(path.parent / name):
             files[name] = _text(_read(path.parent / name), path.parent / name)
@@ -96,7 +97,8 @@ def _complete(files: dict[str, str], path: Path) -> JsonTokenizer:
 
 @dataclass(frozen=True)
 class _FolderConfig:
-    """What tokenizer_config.json says of a tokenizer that is no tokenizer.json; null is false."""
+    """The keys of tokenizer_config.json for tokenizers in other formats than tokenizer.json; null means
+    false."""
 
     do_lower_case: bool | None = True
     strip_accents: bool | None = None
@@ -116,7 +118,7 @@ class _FolderConfig:
 
 @dataclass(frozen=True)
 class _AddedTokens:
-    """added_tokens.json."""
+    """The contents of added_tokens.json."""
 
     ids: Mapping[str, int]
 
@@ -127,7 +129,8 @@ def _config(folder: Path) -> _FolderConfig:
 
 
 def _added_tokens(folder: Path, pieces: list[str]) -> list[str]:
-    """Tokens that the folder's configuration puts behind a sentencepiece model's pieces, by id."""
+    """Return the tokens that the folder's configuration adds after the pieces of a sentencepiece model, by
+    id."""
     vocab_size, config, path = len(pieces), _config(folder), folder / "added_tokens.json"
     decoded = {int(i): text_of(token) for i, token in (config.added_tokens_decoder or {}).items()}
     by_id = {i: token for i, token in decoded.items() if token is not None}
@@ -135,7 +138,7 @@ def _added_tokens(folder: Path, pieces: list[str]) -> list[str]:
         i: token
         for token, i in decode_file(_AddedTokens, {"ids": _json(path)}, str(path), DataError).ids.items()
     }
-    # T5's: from the last id down, unless the model has them already.
+    # T5's sentinels are numbered from the last id down, unless the model already has them.
     extra = 0 if "<extra_id_0>" in pieces else config.extra_ids or 0
     by_id |= {vocab_size + extra - 1 - n: f"<extra_id_{n}>" for n in range(extra)}
     added: list[str] = []
@@ -145,7 +148,8 @@ def _added_tokens(folder: Path, pieces: list[str]) -> list[str]:
 
 
 def _wordpiece(path: Path) -> str:
-    """vocab.txt, one piece a line, as tokenizer.json: BERT's tokenizer (Devlin et al., arXiv:1810.04805)."""
+    """Convert vocab.txt, one piece per line, to tokenizer.json: BERT's tokenizer (Devlin et al.,
+    arXiv:1810.04805)."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
     from tokenizers.decoders import WordPiece as Decoder
@@ -169,7 +173,7 @@ def _wordpiece(path: Path) -> str:
 
 
 def _byte_level(path: Path) -> str:
-    """vocab.json and merges.txt as tokenizer.json: GPT-2's tokenizer, and RoBERTa's and BART's."""
+    """Convert vocab.json and merges.txt to tokenizer.json: the tokenizer of GPT-2, RoBERTa and BART."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
     from tokenizers.decoders import ByteLevel as Decoder
@@ -203,19 +207,20 @@ def _text(content: bytes, path: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        got = f"no tokenizer (no UTF-8 at byte {error.start})"
+        got = f"no tokenizer (invalid UTF-8 at byte {error.start})"
         raise DataError(Problem(str(path), got, _ALLOWED)) from None
 
 
 def _lines(path: Path) -> list[str]:
-    """As transformers parts them: at line feeds alone. Pieces may hold what else str.splitlines, or a file
-    read as text, would cut at."""
+    """Split at line feeds only, as transformers does: pieces may contain other characters at which
+    str.splitlines splits."""
     *lines, last = _text(_read(path, VOCABULARY_BYTES), path).split("\n")
     return [line.removesuffix("\r") for line in (*lines, *([last] if last else []))]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """{} for a file that is not there; raises DataError for one that holds no JSON object."""
+    """Return the JSON object in a file, {} if the file is missing. Raise DataError if it is not a JSON
+    object."""
     if not os.path.exists(path):
         return {}
     try:

@@ -1,10 +1,10 @@
-"""The `tokenizer.json` of Hugging Face folders: byte-level BPE (Radford et al. 2019), WordPiece (Schuster and
-Nakajima 2012), Unigram and BPE with metaspaces, run by the `tokenizers` library.
+"""Tokenizers of `tokenizer.json` in Hugging Face folders, run by the `tokenizers` library: byte-level BPE
+(Radford et al. 2019), WordPiece (Schuster and Nakajima 2012), Unigram and BPE with metaspaces.
 
-Ids are those of transformers' AutoTokenizer with add_special_tokens=False; special tokens spelled out in a
-text are taken for themselves, as there, or for text (split_special_tokens=True there). Corpora and
-checkpoints carry one file, a bundle: the folder's tokenizer files as they came, of which an export makes them
-again.
+The ids are those of transformers' AutoTokenizer with add_special_tokens=False. The spelling of a special
+token in a text is encoded as the special token, as there, or as text (split_special_tokens=True there).
+Corpora and checkpoints
+hold a single file, the bundle: the unchanged tokenizer files of the folder, which an export writes again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from llmtrain.reading import decode_file, parse_object
 from llmtrain.tokenizers.base import BUNDLE_FILE, PROBES, ROLES, Tokenizer
 from llmtrain.tokenizers.checks import check_ids, check_steps, library_errors, without_stderr
 
-# The library's own threads would come on top of a worker a core, and may not be forked. Read at each call.
+# There is already one worker per core, and the library's threads do not survive a fork. It reads this at each
+# call.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 FORMAT = "llmtrain-tokenizer"
@@ -34,10 +35,11 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
-"""Files that stand beside tokenizer.json."""
+"""Files that accompany tokenizer.json."""
 _ALLOWED = "tokenizer.json of the tokenizers library"
 MOST_VALUES = 8_000_000
-"""Pieces and merges, three values each; the largest tokenizers that are known have a million of both."""
+"""Maximum number of JSON values: three per piece or merge, of which the largest known tokenizers have a
+million."""
 SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _KNOWN = {
@@ -49,12 +51,12 @@ _KNOWN = {
     "eos": ("</s>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
     "unk": ("[UNK]", "<unk>"),
 }
-"""What tokens of each role are called where nothing else says what they are for."""
+"""Usual tokens of each role, used if no file defines the role."""
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token with its options, of which the text alone is needed."""
+    """A token with options, of which only the text is used."""
 
     content: str
 
@@ -63,13 +65,12 @@ Token = str | AddedToken | None
 
 
 def text_of(token: Token) -> str | None:
-    """A token's text."""
     return token.content if isinstance(token, AddedToken) else token
 
 
 @dataclass(frozen=True)
 class _SpecialTokens:
-    """What tokenizer_config.json and special_tokens_map.json say of roles."""
+    """The tokens of roles in tokenizer_config.json and special_tokens_map.json."""
 
     mask_token: Token = None
     cls_token: Token = None
@@ -82,26 +83,29 @@ class _SpecialTokens:
 
 @dataclass(frozen=True)
 class _Bundle:
-    """A bundle's content."""
+    """The contents of a bundle file."""
 
     format: Literal["llmtrain-tokenizer"]
     version: int
     files: Mapping[str, str] = field(default_factory=dict)
-    """Another version may have none."""
+    """File name → text. Other versions may lack it."""
 
 
 class JsonTokenizer(Tokenizer):
-    """A bundle of `tokenizer.json` and what stood beside it."""
+    """A tokenizer of the `tokenizers` library, with its companion files."""
 
     file_name = BUNDLE_FILE
 
     def __init__(self, files: Mapping[str, str], where: str) -> None:
-        """files: name → text of tokenizer.json and of those COMPANIONS that there are. `where`: as messages
-        call it. Raises DataError for text that is no tokenizer."""
+        """files: name → text of tokenizer.json and the existing COMPANIONS; where: name of the source in
+        messages.
+
+        Raise DataError if the files are not a valid tokenizer.
+        """
         from tokenizers import Tokenizer as Library
 
         self._where = where
-        # What is checked here is to be what the library reads.
+        # Reject duplicate keys: the library might use another value than the one checked here.
         spec = _object(files[TOKENIZER], where, unique=True)
         try:
             check_steps(spec)
@@ -109,7 +113,7 @@ class JsonTokenizer(Tokenizer):
             raise _no_tokenizer(where, str(error)) from None
         with without_stderr(), library_errors(where, "no tokenizer", _ALLOWED):
             self._library = Library.from_str(files[TOKENIZER])
-            # Kept in files for inference; here they would cut and fill documents.
+            # Files may set these for inference; here they would truncate and pad documents.
             self._library.no_padding()
             self._library.no_truncation()
             ids = self._library.get_vocab(with_added_tokens=True)
@@ -134,7 +138,8 @@ class JsonTokenizer(Tokenizer):
         )
 
     def _try_out(self) -> None:
-        """Let it panic here, if it does. What else it raises on a text is told where there is one."""
+        """Encode and decode probes, so that a tokenizer that panics does so here. Other errors are ignored
+        here and reported when a real text raises them."""
         for probe in PROBES:
             with suppress(Exception):
                 self._library.decode(self._library.encode(probe).ids)
@@ -144,10 +149,10 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def first_ids(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Those that the file's post-processor writes: the bos of Llama 3 and Mistral, the cls of BERT."""
+        """Ids that the post-processor adds before a text: bos for Llama 3 and Mistral, cls for BERT."""
         with self._errors():
             encoding = self._library.encode("a")
-        # Ids of the text have its number, those around it None.
+        # Ids of the text have its sequence number, added ids have None.
         count = len(list(takewhile(lambda number: number is None, encoding.sequence_ids)))
         return tuple(encoding.ids[:count])
 
@@ -156,11 +161,11 @@ class JsonTokenizer(Tokenizer):
             return []
         return [token.content for token in self._added.values() if token.special]
 
-    def take_specials_for_text(self) -> None:
+    def encode_specials_as_text(self) -> None:
         spec, typed = json.loads(self.files[TOKENIZER]), {*self.typed_specials()}
         vocabulary = spec["model"]["vocab"]
         if isinstance(vocabulary, list):
-            # Unigrams find special tokens among their pieces: call them what no text holds.
+            # Unigram models match special tokens as pieces: rename these to something that no text contains.
             spec["model"]["vocab"] = [[f"\0{p}" if p in typed else p, score] for p, score in vocabulary]
             with self._errors():
                 self._library = type(self._library).from_str(json.dumps(spec))
@@ -194,8 +199,8 @@ class JsonTokenizer(Tokenizer):
         return starts
 
     def token_byte_lengths(self) -> np.ndarray:
-        """Exact for tokenizers that keep all text. A WordPiece that begins with a letter or a digit counts
-        the space before it, which its texts lose."""
+        """Return (vocab_size,) int32, exact for lossless tokenizers. A WordPiece that begins with a letter or
+        digit includes the space before it, which WordPiece discards."""
         lengths = np.array([self._style.num_bytes(piece) for piece in self.pieces()], np.int32)
         for i, token in self._added.items():
             lengths[i] = 0 if token.special else len(token.content.encode())
@@ -205,7 +210,7 @@ class JsonTokenizer(Tokenizer):
 
 
 class _Style:
-    """How a vocabulary writes spaces and bytes."""
+    """The notation of spaces and bytes in a vocabulary."""
 
     def __init__(self, byte_level: bool, byte_fallback: bool, prefix: str | None, suffix: str | None) -> None:
         self.byte_level, self.byte_fallback = byte_level, byte_fallback
@@ -222,13 +227,13 @@ class _Style:
 
     def starts_word(self, piece: str) -> bool:
         if self.byte_level:
-            # A space, and the tab and line ends that words follow as well.
+            # Space, tab and line ends.
             return piece[:1] in "ĠĊĉč"
         return not piece.startswith(self.prefix) if self.prefix else piece.startswith(SPACE)
 
     def num_bytes(self, piece: str) -> int:
         if self.byte_level:
-            return len(piece)  # a character for each byte
+            return len(piece)  # one character per byte
         if self.byte_fallback and _BYTE.fullmatch(piece):
             return 1
         if self.prefix:
@@ -240,7 +245,8 @@ class _Style:
 
 
 def unbundle(content: str, where: str) -> JsonTokenizer | None:
-    """The tokenizer of a bundle; None for JSON that is none. Raises DataError for a damaged one."""
+    """Return the tokenizer of a bundle, None if the JSON is not a bundle. Raise DataError if it is
+    damaged."""
     content_of = _object(content, where)
     if content_of.get("format") != FORMAT:
         return None
@@ -255,14 +261,15 @@ def unbundle(content: str, where: str) -> JsonTokenizer | None:
 
 
 def make_config(special: Mapping[str, str]) -> str:
-    """A tokenizer_config.json for a tokenizer.json that came without one. special: role → token."""
+    """Return a tokenizer_config.json for a tokenizer.json without one. special: role → token."""
     roles = {f"{role}_token": token for role, token in special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _said(content: dict[str, Any], where: str) -> dict[str, str | None]:
-    """Return the token that a file names for each role of which it says anything; None: it has none."""
+    """Return role key → token for the roles that a file defines; None if it defines that there is no
+    token."""
     tokens = decode_file(_SpecialTokens, content, where, DataError)
     keys = [f"{role}_token" for role in ROLES]
     return {key: text_of(getattr(tokens, key)) for key in keys if key in content}
@@ -271,8 +278,8 @@ def _said(content: dict[str, Any], where: str) -> dict[str, str | None]:
 def _roles(
     spec: Mapping[str, Any], said: Sequence[Mapping[str, str | None]], ids: Mapping[str, int], added: Any
 ) -> dict[str, int]:
-    """Role → id: what tokenizer_config.json says, else special_tokens_map.json, else tokenizer.json's
-    post-processor, else what added tokens are called."""
+    """Return role → id, as defined by tokenizer_config.json, else special_tokens_map.json, else the
+    post-processor of tokenizer.json, else the usual names of added tokens."""
     names = {token.content for token in added.values()}
     processor = spec.get("post_processor") or {}
     roles = {}
@@ -282,7 +289,7 @@ def _roles(
         if isinstance(processor.get(role), list):  # BertProcessing and RobertaProcessing: [token, id]
             tokens += processor[role][:1]
         tokens += [next((token for token in _KNOWN[role] if token in names), None)]
-        # Where a file says null, the tokenizer has none.
+        # A null in a file means that the tokenizer has no such token.
         if tokens[0] is not None and tokens[0] in ids:
             roles[role] = ids[tokens[0]]
     return roles

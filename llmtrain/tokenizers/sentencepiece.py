@@ -1,7 +1,7 @@
 """Sentencepiece tokenizers: load, encode, decode, train (Kudo and Richardson, arXiv:1808.06226).
 
-A tokenizer trained here is lossless: decode(encode(x)) == x for every text without U+2581, the
-character with which sentencepiece writes a space. Characters without a piece become their bytes.
+A tokenizer trained here is lossless: decode(encode(x)) == x for every text without U+2581, by which
+sentencepiece marks a space. Characters without a piece are encoded as bytes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from llmtrain.tokenizers.checks import check_charsmap
 from llmtrain.tokenizers.config import SPECIAL_TOKENS, TokenizerConfig
 
 SPACE = "▁"
-# Sums over threads are floating point: a fixed number makes the model the same on every machine.
+# Floating-point sums depend on the number of threads: a constant gives the same model on every machine.
 TRAINING_THREADS = 8
-# Longer than any word, short enough that sentencepiece's lattices stay small.
+# Longer than any word, short enough to keep the lattices of sentencepiece small.
 SENTENCE_BYTES = 4096
 LONGEST_UNIGRAM_BYTES = 16 << 20
-"""They take 11 bytes of memory for each."""
+"""Longest text encoded at once by a unigram model, which needs 11 bytes of memory per byte."""
 _KNOWN = {
     "mask": ("<mask>", "[MASK]"),
     "cls": ("<cls>", "[CLS]"),
     "sep": ("<sep>", "[SEP]"),
     "pad": ("<pad>", "[PAD]"),
 }
-"""What special pieces are called, of XLNet and ALBERT say, that a model has no field for."""
+"""Usual names of special pieces for which the model has no field, as in XLNet and ALBERT."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -44,9 +44,10 @@ class SentencePieceTokenizer(Tokenizer):
     file_name = SENTENCEPIECE_FILE
 
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
-        """Raises DataError for bytes that are no model, or a model that cannot separate documents."""
+        """Raise DataError if `model` is not a valid sentencepiece model, or has no token to separate
+        documents."""
         try:
-            # Of no bytes the library makes a processor that is none.
+            # The library accepts empty input and returns an unusable processor.
             if not model:
                 raise ValueError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -54,21 +55,21 @@ class SentencePieceTokenizer(Tokenizer):
             self.pieces()
             scores = self._processor.get_score(list(range(self.vocab_size)))
             if not np.isfinite(scores).all():
-                raise ValueError("scores that are no numbers")
+                raise ValueError("scores that are not finite")
             for normalizer in (spec := _spec(model, where)).normalizer_spec, spec.denormalizer_spec:
                 if charsmap := normalizer.precompiled_charsmap:
                     check_charsmap(charsmap)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(
-                Problem(where, f"no sentencepiece model ({reason})", "a .model file of sentencepiece")
+                Problem(where, f"not a sentencepiece model ({reason})", "a .model file of sentencepiece")
             ) from error
         super().__init__(model, _roles(self._processor), where)
 
     @cached_property
     def longest_text_bytes(self) -> int:  # type: ignore[override]
-        """Of unigrams more, whose scores are sums of float32 from the first piece on: what rounding decides
-        comes out otherwise where a part begins."""
+        """Larger for unigram models: their scores are float32 sums from the first piece on, so encoding in
+        parts may round differently and choose other pieces."""
         spec = _spec(self.content, "tokenizer")
         is_unigram = spec.trainer_spec.model_type == spec.trainer_spec.UNIGRAM
         return LONGEST_UNIGRAM_BYTES if is_unigram else super().longest_text_bytes
@@ -78,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
         special = {*self.special_ids.values(), *self.sentinel_ids}
         return [pieces[i] for i in sorted(special) if _is_user_defined(self._processor, i)]
 
-    def take_specials_for_text(self) -> None:
+    def encode_specials_as_text(self) -> None:
         spec, typed = _spec(self.content, "tokenizer"), {*self.typed_specials()}
         for piece in spec.pieces:
             if piece.piece in typed:
@@ -112,13 +113,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    """Role → id: what the model says, and what the special pieces of BERT's relatives are called."""
+    """Return role → id, from the fields of the model and the usual names of special pieces."""
     named = {role: getattr(processor, f"{role}_id")() for role in ("unk", "bos", "eos", "pad")}
     roles = {role: i for role, i in named.items() if i >= 0}
     size = processor.get_piece_size()
     for role, names in _KNOWN.items():
         for i in map(processor.piece_to_id, names):
-            # A piece of text may be called so too; and where a model has no unknown piece, its id is none.
+            # An ordinary piece may have the same name, and without an unknown piece the id is negative.
             is_special = 0 <= i < size and (processor.is_control(i) or _is_user_defined(processor, i))
             if role not in roles and is_special:
                 roles[role] = i
@@ -126,23 +127,27 @@ def _roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
 
 
 def _is_user_defined(processor: sentencepiece.SentencePieceProcessor, i: int) -> bool:
-    """The library asks for every kind but this one. Such pieces are matched whole, wherever they stand."""
+    """Return whether a piece is user-defined, which the library does not tell: such pieces match anywhere in
+    a text."""
     piece = processor.id_to_piece(i)
     return not processor.is_unknown(i) and piece in processor.encode(f"a{piece}b", out_type=str)
 
 
 def _spec(model: bytes, where: str) -> Any:
-    """What a model file says. Raises DataError for bytes that are no model."""
+    """Parse a model file. Raise DataError if it is not a sentencepiece model."""
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     try:
         return proto.ModelProto.FromString(model)
-    except Exception as error:  # protobuf's own class, which lies in its C extension
-        raise DataError(Problem(where, f"no sentencepiece model ({error})", "a .model file")) from error
+    except Exception as error:  # the class is defined in the C extension of protobuf
+        raise DataError(Problem(where, f"not a sentencepiece model ({error})", "a .model file")) from error
 
 
 def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
-    """`model` with the tokens `added` behind its pieces: T5's sentinels, which its texts may spell, and
-    control tokens, which they may not. Raises DataError for bytes that are no model."""
+    """Return `model` with the tokens `added` after its pieces: T5's sentinels as user-defined pieces, which
+    are recognized in texts, others as control tokens, which are not.
+
+    Raise DataError if `model` is not a sentencepiece model.
+    """
     spec = _spec(model, where)
     for token in added:
         kind = spec.SentencePiece.USER_DEFINED if "extra_id" in token else spec.SentencePiece.CONTROL
@@ -151,13 +156,13 @@ def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
 
 
 def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:
-    """Train a model and return its bytes; they depend on the documents and the config alone.
+    """Train a model and return its bytes, which depend only on the documents and the config.
 
-    Raises DataError when the data do not allow the vocabulary, with the nearest size that they do.
+    Raise DataError that names the nearest possible size if the documents do not allow the vocabulary size.
     """
     model = io.BytesIO()
     sentences = (sentence for document in documents for sentence in _sentences(document))
-    # Of documents of white space alone a space can be learned.
+    # Documents of white space only have no sentence: give a space to learn.
     first = next(sentences, " ")
     unk, bos, eos, pad = range(len(SPECIAL_TOKENS))
     try:
@@ -167,7 +172,7 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:
             model_type=config.kind,
             vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
-            # Else a text without spaces gives a vocabulary that cannot write one.
+            # Texts without spaces would otherwise give a vocabulary without a space.
             required_chars=SPACE,
             split_digits=config.split_digits,
             byte_fallback=True,
@@ -189,7 +194,7 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:
 
 
 def _sentences(document: str) -> Iterator[str]:
-    """Lines, cut before a space where they are long: pieces never reach over either."""
+    """Yield lines, split before a space where they are long: pieces never span either."""
     for line in document.split("\n"):
         start = 0
         while len(line) - start > SENTENCE_BYTES:

@@ -1,4 +1,4 @@
-"""What every tracker is."""
+"""The interface of all trackers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ Metrics = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Takes the metrics of one run."""
+    """Records the metrics of one run."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Take what was measured at `step`; steps never fall, one step may come in several parts."""
+        """Record metrics of `step`. Steps never decrease; one step may be logged in several calls."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps so that a resumed run goes on with the same track; plain JSON values."""
+        """Return the state that a checkpoint stores, so that a resumed run continues this record: JSON
+        values."""
 
     def close(self, failed: bool) -> None:
-        """Write what waits in memory; `failed` marks the run as failed where the tracker knows such."""
+        """Write buffered metrics. failed: mark the run as failed, if the tracker supports that."""

@@ -1,4 +1,4 @@
-"""What describes the trackers, free of torch. A tracker that has a section is on."""
+"""Configuration of the trackers. A tracker is enabled if it has a section. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llmtrain.errors import Problem
 
 @dataclass(frozen=True)
 class JsonlConfig:
-    """metrics.jsonl in the run folder."""
+    """Metrics in metrics.jsonl in the run folder, one JSON object per step."""
 
 
 @dataclass(frozen=True)
 class TensorBoardConfig:
-    """Event files in the run folder's tensorboard/."""
+    """TensorBoard event files in tensorboard/ in the run folder."""
 
     flush_seconds: int = 30
-    """Longest time that a metric waits in memory."""
+    """Maximum seconds until a metric is written to disk."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.flush_seconds >= 1, "flush_seconds", self.flush_seconds, "1 or more")
@@ -28,35 +28,40 @@ class TensorBoardConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """A Weights & Biases run, named as the run is."""
+    """A run in Weights & Biases, with the name of this run."""
 
     project: str = "llmtrain"
-    """Project that the run belongs to."""
+    """Project of the run."""
     entity: str | None = None
-    """User or team; null: the account's default."""
+    """User or team that owns the project; null: the default of the account."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """Where the run is logged; null: what WANDB_MODE says, else online."""
+    """Upload during the run (online), store in the run folder (offline), or do nothing (disabled). null: the
+    value of the environment variable WANDB_MODE, else online."""
     group: str | None = None
-    """Group of runs that it is shown with; null: none."""
+    """Group of the run in the user interface; null: none."""
     tags: tuple[str, ...] = ()
     """Tags of the run."""
     notes: str | None = field(default=None, metadata={MAY_BE_EMPTY: True})
-    """A description of the run; null: none."""
+    """Description of the run; null: none."""
 
 
 @dataclass(frozen=True)
 class PictureConfig:
-    """loss.png in the run folder: the loss curves, drawn of metrics.jsonl when training ends."""
+    """Loss curves in loss.png in the run folder, drawn from metrics.jsonl when training ends."""
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Where metrics go, besides the progress line; any number of trackers, none included."""
+    """Trackers that receive the metrics in addition to the progress line; null: disabled."""
 
     jsonl: JsonlConfig | None = None
+    """metrics.jsonl."""
     tensorboard: TensorBoardConfig | None = None
+    """TensorBoard event files."""
     wandb: WandbConfig | None = None
+    """Weights & Biases."""
     picture: PictureConfig | None = None
+    """loss.png; needs jsonl."""
 
     def problems(self) -> Iterator[Problem]:
         is_alone = self.picture is not None and self.jsonl is None

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, each whole on disk before training goes on."""
+"""Tracker that writes metrics.jsonl: one JSON object per line, written before training continues."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from llmtrain.reading import parse_object
 from llmtrain.track.base import Metrics
 
 METRICS_BYTES = 4 << 30
-"""More than ten million steps."""
+"""Maximum size of a metrics file that is read: more than ten million steps."""
 LONGEST_LINE = 1 << 20
-"""Bytes; a step has some hundreds."""
+"""Maximum bytes of a line that is read; a step has some hundreds."""
 
 
 class JsonlTracker:
-    """Appends {"step": …, metric: value, …}; a value that is not finite is null.
+    """Appends {"step": …, metric: value, …}; values that are not finite become null.
 
-    A resumed run first drops, atomically, the lines past `resume_step` and a torn last line, which a
-    killed run leaves; a fresh run (None) drops all.
+    On resume it first removes, atomically, the lines after `resume_step` and an incomplete last line, as a
+    killed run leaves it; a new run (None) removes all lines.
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
@@ -58,8 +58,11 @@ class JsonlTracker:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file in order, each with a step; a torn line is left out, a missing file
-    is empty. Values are numbers, texts or null."""
+    """Yield the records of a metrics file in order, without damaged lines; none if the file is missing.
+    Values are numbers, strings or null.
+
+    Raise OSError if the file is larger than METRICS_BYTES.
+    """
     if not path.exists():
         return
     with open(path, "rb", opener=files.open_regular) as file:
@@ -96,5 +99,5 @@ def _finite(value: Any) -> Any:
 
 
 def _disk_error(path: Path, error: OSError) -> TrainingError:
-    remedy = "make room, then resume from the last checkpoint"
+    remedy = "free disk space, then resume from the last checkpoint"
     return TrainingError(files.disk_problem(error, path, if_full=remedy))

@@ -1,5 +1,8 @@
-"""What a device can do at most, which MFU is a share of: a GPU by its vendor's data sheet, a CPU by the best
-that was ever measured on it, since a busy machine gives less than it can."""
+"""Peak FLOP/s of a device, the denominator of MFU (model FLOPs utilization).
+
+For a GPU from the vendor's data sheet, for a CPU the best value ever measured on this machine, since a busy
+machine reaches less.
+"""
 
 from __future__ import annotations
 
@@ -41,34 +44,37 @@ PEAK_TFLOPS: tuple[tuple[str, float, float | None, float], ...] = (
     ("MI300X", 1307, 1307, 653),
     ("MI250X", 191, 191, 47.9),
 )
-"""Dense matrix TFLOP/s by the vendors' data sheets: fp32 as TF32 where the device has it, one die of an
-MI250X, None where the type is not built in. The first name found in the device's name counts."""
+"""Dense matrix TFLOP/s from the vendors' data sheets: fp32 as TF32 where the device supports it, one die of
+an MI250X, None for unsupported types. The first name contained in the device name applies."""
 
 MEASURING_SECONDS = 0.25
-"""For products of matrices, the fastest of which counts."""
-MEASURED_AGAIN = 3
-"""How often a run that does more than was ever measured has it measured anew."""
+"""Time spent on matrix products, the fastest of which counts."""
+MAX_REMEASUREMENTS = 3
+"""How often a run that exceeds the best measurement repeats it."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOPs per second of one device in one type of number."""
+    """Peak of one device for one precision."""
 
     flops: float
+    """FLOP/s."""
     source: str
-    """Where the figure is from, in words."""
+    """Origin of the figure, for messages."""
 
 
 class PeakKeeper:
-    """The peak of this process' device; None where it is not known.
+    """Keeps the peak of this process' device; `peak` is None if it is unknown.
 
-    What is measured is kept in a file of the machine, and only ever rises."""
+    The best measurement is stored in a file of the machine and only increases.
+    """
 
     def __init__(self, device_type: str, precision: str, product: Product | None = None) -> None:
-        """product: the models' own, (M, I) · (O, I) → (M, O); tried beside torch's."""
+        """product: matrix product of the models, (M, I) · (O, I) → (M, O), measured in addition to
+        torch.mm."""
         self.peak: Peak | None = None
         self._measure: Callable[[], float] | None = None
-        self._again = MEASURED_AGAIN
+        self._remeasurements_left = MAX_REMEASUREMENTS
         if device_type == "cuda":
             import torch
 
@@ -76,21 +82,23 @@ class PeakKeeper:
         elif device_type == "cpu":
             self._key = _key(precision)
             self._measure = lambda: _measured_flops(precision, product)
-            self._raise()
+            self._update()
 
     def utilization(self, flops_per_second: float) -> float | None:
-        """The share of the peak that `flops_per_second` of one device are, at most 1. None where no peak is
-        known, or where the run does more: then the device is another than it says, or the model does less
-        than is counted, as attention does that leaves out other documents."""
+        """Return `flops_per_second` of one device as a share of the peak, at most 1.
+
+        Return None if the peak is unknown or exceeded: then the device is not what its name says, or the
+        model does less work than is counted, as attention does that skips other documents.
+        """
         if self.peak is None:
             return None
-        if flops_per_second > self.peak.flops and self._measure is not None and self._again:
-            self._again -= 1
-            self._raise()
+        if flops_per_second > self.peak.flops and self._measure is not None and self._remeasurements_left:
+            self._remeasurements_left -= 1
+            self._update()
         return flops_per_second / self.peak.flops if flops_per_second <= self.peak.flops else None
 
-    def _raise(self) -> None:
-        """Measure once more; the best ever counts."""
+    def _update(self) -> None:
+        """Measure, and keep the best value of all measurements."""
         assert self._measure is not None
         kept, measured = _kept(), self._measure()
         best = max(measured, kept.get(self._key, 0.0))
@@ -99,12 +107,12 @@ class PeakKeeper:
             try:
                 kept_file().parent.mkdir(parents=True, exist_ok=True)
                 files.write_json_atomically(kept_file(), {**kept, self._key: best})
-            except OSError:  # then it holds for this run alone
+            except OSError:  # the value then applies to this run only
                 pass
 
 
 def listed_peak(device_name: str, precision: str) -> Peak | None:
-    """Of a known GPU in "fp32", "bf16" or "fp16"; None when it is not listed."""
+    """Return the peak of a GPU for "fp32", "bf16" or "fp16"; None if it is not listed."""
     for name, fp16, bf16, fp32 in PEAK_TFLOPS:
         if name.lower() in device_name.lower():
             tflops = {"fp16": fp16, "bf16": bf16, "fp32": fp32}[precision]
@@ -113,7 +121,8 @@ def listed_peak(device_name: str, precision: str) -> Peak | None:
 
 
 def kept_file() -> Path:
-    """FLOPs per second by processor, threads and type; those of several machines that share a home."""
+    """Return the path of the file of measurements: FLOP/s by processor, threads and precision, as machines
+    may share a home folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "llmtrain" / "peak_flops.json"
 
@@ -122,7 +131,7 @@ def _kept() -> dict[str, float]:
     try:
         kept = json.loads(kept_file().read_text())
         return {str(key): float(value) for key, value in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # none, or one that is damaged
+    except (OSError, ValueError, TypeError, AttributeError):  # missing or damaged
         return {}
 
 
@@ -139,7 +148,7 @@ def _processor() -> str:
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         names, flags = [], ""
-    # Hosts of a cloud name processors of several generations alike.
+    # Cloud hosts report the same name for processors of several generations.
     widest = next((name for name in ("amx_tile", "avx512f", "avx2", "sve", "asimd") if name in flags), "")
     return " ".join(filter(None, (names[0] if names else platform.processor(), platform.machine(), widest)))
 
@@ -151,7 +160,7 @@ def _measured_flops(precision: str, product: Product | None) -> float:
     fastest = 0.0
     deadline = time.perf_counter() + MEASURING_SECONDS
     with torch.no_grad():
-        # From small ones on: a product of a type that the processor lacks may take seconds.
+        # Start with small matrices: a product in an unsupported type may take seconds.
         for size in itertools.chain((256, 512), itertools.repeat(1024)):
             a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
             for multiply in (torch.mm, product or torch.mm):

@@ -1,4 +1,4 @@
-"""loss.png: the loss of training and of validation over the steps, drawn when training ends."""
+"""Tracker that draws loss.png, training and validation loss over the steps, when training ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmtrain.track.jsonl import read_metrics
 
 
 class PictureTracker:
-    """Draws what metrics.jsonl holds of the run so far, the steps before a resume included."""
+    """Draws the losses in metrics.jsonl, including the steps before a resume."""
 
     def __init__(self, path: Path, metrics_file: Path, run_name: str) -> None:
         self._path, self._metrics_file, self._run_name = path, metrics_file, run_name
@@ -33,7 +33,7 @@ Curves = dict[str, tuple[list[int], list[float]]]
 
 
 def read_curves(metrics_file: Path) -> Curves:
-    """What a metrics file has of each loss; values that were not finite are left out."""
+    """Read the losses of a metrics file, without values that were not finite."""
     curves: Curves = {"loss": ([], []), "validation_loss": ([], [])}
     for record in read_metrics(metrics_file):
         for name, (steps, values) in curves.items():
@@ -44,8 +44,8 @@ def read_curves(metrics_file: Path) -> Curves:
 
 
 def draw_losses(curves: Curves, title: str) -> bytes:
-    """A PNG."""
-    # It takes a second to come: at the end of a run and not at its start.
+    """Return a PNG of the curves."""
+    # The import takes a second: do it at the end of a run, not at its start.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The progress line: one live line on a terminal, plain lines in a log."""
+"""Show the progress of a run: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _GIB = 2**30
 
 
 class Progress:
-    """Says where a run is, every `every` steps.
+    """Shows the progress of a run every `every` steps.
 
-    `update` reads loss, lr, grad_norm, tokens_per_second, mfu and memory_bytes where they are given. The
-    time left comes from the steps that this process has done, with all that lies between them.
+    `update` shows loss, lr, grad_norm, tokens_per_second, mfu and memory_bytes if given. The remaining time
+    is estimated from the steps of this process, including evaluations and checkpoints between them.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Progress:
         self._is_warm = False
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Step number `step`, counted from 1, is done."""
+        """Report that step number `step`, counted from 1, is done."""
         done = step - self._start_step
         seconds = time.monotonic() - self._started
         if not self._is_warm:
-            # The first step is slow; time is taken anew from its end.
+            # The first step is slow: measure from its end.
             self._is_warm = True
             self._start_step, self._started = step, time.monotonic()
         if step % self._every and step != self._total_steps:
@@ -47,11 +47,11 @@ class Progress:
         self._show(progress_line(step, self._total_steps, metrics, seconds_left))
 
     def message(self, text: str) -> None:
-        """A line of its own, which stays."""
+        """Print a separate, permanent line."""
         self._console.print(Text(clean(text)), soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the last line standing."""
+        """Stop updating; the last line stays visible."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -69,7 +69,7 @@ class Progress:
 def progress_line(
     step: int, total_steps: int, metrics: Mapping[str, float], seconds_left: float | None
 ) -> str:
-    """What `Progress` shows; a metric that is not given is left out."""
+    """Return the line that `Progress` shows, without missing metrics."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, form in _FORMS.items():
         if metrics.get(name) is not None:
@@ -80,7 +80,7 @@ def progress_line(
 
 
 def duration(seconds: float) -> str:
-    """1:02:03, or 4 d 1:02:03."""
+    """Format as 1:02:03 or 4 d 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

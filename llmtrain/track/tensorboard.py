@@ -1,4 +1,5 @@
-"""TensorBoard event files. TensorBoard hides what a killed run wrote past its checkpoint (purge_step)."""
+"""Tracker that writes TensorBoard event files. On resume, TensorBoard hides later steps of the killed run
+(purge_step)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from llmtrain.track.config import TensorBoardConfig
 
 
 class TensorBoardTracker:
-    """Scalars under the metrics' own names, and the run's config as text."""
+    """Writes metrics as scalars under their names, and the config of the run as text."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
 
     def state(self) -> dict[str, Any]:
-        # What a checkpoint covers must not be lost with the process.
+        # Metrics up to a checkpoint must be on disk, as a resumed run does not repeat these steps.
         self._writer.flush()
         return {}
 

@@ -1,4 +1,4 @@
-"""How fast a run is and what it holds: tokens per second, memory."""
+"""Measure tokens per second and memory of a run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import deque
 
 
 class ThroughputMeter:
-    """Tokens per second over the last `window` steps.
+    """Measures tokens per second over the last `window` steps.
 
-    The first step of a process allocates and compiles: it counts only until a second one is done.
+    The first step of a process, which allocates and compiles, counts only until the second one is done.
     """
 
     def __init__(self, window: int = 20) -> None:
@@ -16,7 +16,7 @@ class ThroughputMeter:
         self._is_warm = False
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count a step that trained on `tokens`, over all replicas, and took `seconds`."""
+        """Add a step. tokens: number of tokens over all replicas; seconds: duration."""
         if self._steps and not self._is_warm:
             self._steps.clear()
             self._is_warm = True
@@ -24,13 +24,13 @@ class ThroughputMeter:
 
     @property
     def tokens_per_second(self) -> float:
-        """0 before the first step has ended."""
+        """Average over the window; 0 before the first step is done."""
         seconds = sum(s for _, s in self._steps)
         return sum(t for t, _ in self._steps) / seconds if seconds > 0 else 0.0
 
 
 def memory_bytes(device_type: str) -> int:
-    """Most bytes allocated so far on a cuda device; resident bytes of this process elsewhere."""
+    """Return the peak of allocated bytes on a cuda device; resident bytes of this process elsewhere."""
     if device_type == "cuda":
         import torch
 

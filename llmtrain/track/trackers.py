@@ -1,7 +1,7 @@
-"""Where metrics go: one interface, and the group of trackers that a config turns on.
+"""Open the trackers that a config enables, and send metrics to all of them.
 
-A step is the number of optimizer steps done. A resumed run drops or skips what the killed run had
-tracked past its checkpoint, so that every step stands once in every tracker.
+Steps are counted as completed optimizer steps. A resumed run drops or hides metrics that the killed run had
+tracked after its checkpoint, so that every step appears once in every tracker.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PICTURE_FILE = "loss.png"
 
 
 class Trackers:
-    """Several trackers as one. A tracker's failure is reported once and never stops training, except what
-    a tracker raises as a UserError: a full disk.
+    """Several trackers as one. A failing tracker is reported once and does not stop training, unless it
+    raises a UserError (full disk).
 
-    `earlier` is the state of the checkpoint that the run goes on from: a tracker that is off or fails for
-    a while finds its own again.
+    earlier: tracker states of the checkpoint that the run resumes from. They are kept for trackers that are
+    disabled or fail for a while.
     """
 
     def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
@@ -37,7 +37,7 @@ class Trackers:
         self._failed: set[str] = set()
 
     def open(self, name: str, make: Callable[[], Tracker]) -> None:
-        """Add the tracker that `make` opens; it is left out when that fails."""
+        """Add the tracker that `make` returns; skip it if `make` fails."""
         tracker = self._guard(name, make, None)
         if tracker is not None:
             self._trackers[name] = tracker
@@ -63,7 +63,9 @@ class Trackers:
         except Exception as error:
             if name not in self._failed:
                 self._failed.add(name)
-                logger.warning("track.%s fails, training goes on: %s: %s", name, type(error).__name__, error)
+                logger.warning(
+                    "track.%s failed, training continues: %s: %s", name, type(error).__name__, error
+                )
             return otherwise
 
 
@@ -76,12 +78,12 @@ def open_trackers(
     resume_step: int | None,
     state: Mapping[str, Any] | None,
 ) -> Trackers:
-    """Open what `config` turns on, under `run_dir`. Call it on one rank only.
+    """Open the trackers that `config` enables, under `run_dir`. Call it on one rank only.
 
-    `resume_step` and `state` are the step and `Trackers.state()` of the checkpoint that the run goes on
-    from, or None for a fresh run, which starts every track anew.
-    Raises ConfigError when Weights & Biases refuses the settings or the account, TrainingError when the
-    run folder cannot be written.
+    resume_step, state: step and `Trackers.state()` of the checkpoint that the run resumes from; None for a
+    new run, which starts all trackers anew.
+    Raise ConfigError if Weights & Biases rejects the settings or the account, TrainingError if the run folder
+    is not writable.
     """
     trackers = Trackers(state)
     if config.jsonl is not None:
@@ -105,7 +107,7 @@ def open_trackers(
         )
         trackers.open("wandb", wandb)
     if config.picture is not None:
-        # After the JSONL tracker, which is then closed before: its file is what is drawn.
+        # After the JSONL tracker, so that its file is complete when this tracker is closed.
         trackers.open("picture", lambda: _picture(run_dir / PICTURE_FILE, run_dir / METRICS_FILE, run_name))
     return trackers
 

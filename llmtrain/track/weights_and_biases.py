@@ -32,7 +32,7 @@ class WandbTracker:
 
     `history` is the metrics.jsonl from which a resumed run fills in what was lost; None: nothing is.
     Without a network the run is kept offline, with a warning; `wandb sync` uploads it later.
-    Raises ConfigError when W&B refuses the settings or the account.
+    Raise ConfigError if W&B refuses the settings or the account.
     """
 
     def __init__(

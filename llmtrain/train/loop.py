@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llmtrain.data.loader import Loader
 from llmtrain.distributed import processes
-from llmtrain.distributed.lookout import Lookout, StoppedError
+from llmtrain.distributed.stop_checks import StopCheck, StoppedError
 from llmtrain.engine.base import Engine, NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
@@ -92,13 +92,13 @@ def train(
     def stop_requested() -> bool:
         return asked_to_stop() or observer.failed
 
-    lookout = Lookout(stop_requested, engine.device)
+    stop_check = StopCheck(stop_requested, engine.device)
 
     def evaluate(step: int) -> float | None:
         if hooks.evaluate is None:
             return None
         started = time.perf_counter()
-        totals = hooks.evaluate(Lookout(stop_requested, engine.device).check)
+        totals = hooks.evaluate(StopCheck(stop_requested, engine.device).check)
         observer.on_evaluation(step, totals, time.perf_counter() - started)
         return totals.loss if totals.num_targets else None
 
@@ -121,10 +121,10 @@ def train(
         started = time.perf_counter()
         batch = next(batches)
         lr = hooks.lr(step)
-        lookout.begin()
+        stop_check.begin()
         try:
             result = engine.train_step(
-                batch.micro_batches, lr=lr, stop_requested=stop_requested, between=lookout.check
+                batch.micro_batches, lr=lr, stop_requested=stop_requested, between=stop_check.check
             )
         except StoppedError:
             stopped = True

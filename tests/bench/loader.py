@@ -49,7 +49,7 @@ class Steps(TorchDataset):  # type: ignore[type-arg]
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         self.stream.enter(step)
-        return CausalLM().collate(self.stream.get(self.stream.places(self.stream.samples(step), step)))
+        return CausalLM().collate(self.stream.get(self.stream.origins(self.stream.samples(step), step)))
 
 
 def open_stream(path: Path, sequence_length: int, global_size: int) -> Stream:

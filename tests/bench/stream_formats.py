@@ -211,7 +211,7 @@ def read_stream_rows(packing: str) -> Reader:
         dataset, stream = _stream(corpus, width, packing)
         for step in itertools.count():
             stream.enter(step)
-            yield dataset.tokens(stream.places(stream.samples(step), step).indices).size
+            yield dataset.tokens(stream.origins(stream.samples(step), step).indices).size
 
     return read
 

@@ -180,7 +180,9 @@ def test_a_host_that_never_comes(tmp_path: Path, place: str):
     told = [line for line in output.splitlines() if line.startswith("start: got ")]
     assert len(told) == 1, output
     assert "within 2 s" in told[0]
-    assert told[0].endswith("; see what the others said, or wait longer by START_TIMEOUT=seconds") or (
+    assert told[0].endswith(
+        "; see the messages of the other hosts, or wait longer with START_TIMEOUT=seconds"
+    ) or (
         told[0].startswith("start: got no answer from host 0 at 127.0.0.1:29612") and place == "NODE_RANK=1"
     )
     assert "Traceback" not in output

@@ -26,11 +26,11 @@ from llmtrain.prepare.job import prepare
 # name count.
 RUNNER = """
 import json, os, signal, sys
-from llmtrain.prepare import blocks
-from llmtrain.prepare import near
+from llmtrain.prepare import document_blocks
+from llmtrain.prepare import near_duplicates
 from llmtrain.prepare import peers
-from llmtrain.prepare import streams
-streams.UNIT_BYTES, blocks.BLOCK_BYTES, near.RANGE_DOCUMENTS = 6_000, 2_500, 90
+from llmtrain.prepare import source_file
+source_file.UNIT_BYTES, document_blocks.BLOCK_BYTES, near_duplicates.RANGE_DOCUMENTS = 6_000, 2_500, 90
 peers.HEARTBEAT_SECONDS, peers.LONGEST_LOOK = 0.1, 0.1
 
 renames, replace = 0, os.replace
@@ -227,7 +227,7 @@ def test_a_job_refuses_another_and_processes_of_other_settings(runner: Path):
         time.sleep(0.01)
     code, error = finish(start(runner, "corpus"))
     assert code == 1
-    assert "got a folder in which another prepare is at work; wait for it to end" in error
+    assert "got a folder in which another prepare is running; wait for it to end" in error
     assert [finish(process) for process in slow] == [(0, "")] * 2
     first, second = start_job(runner, "mixed", 2, seed_1=5)
     for code, error in (finish(first), finish(second)):
@@ -314,7 +314,7 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
     (line,) = error.strip().splitlines()
     assert str(runner.parent / "full") in line
     assert "got a full disk" in line
-    assert "bytes for the whole work" in line
+    assert "bytes for the job" in line
     assert not (runner.parent / "full" / "manifest.json").exists()
     assert list((runner.parent / "full" / ".prepare" / "read").glob("*/unit.json"))
     assert finish(start(runner, "full", workers=workers)) == (0, "")
@@ -344,7 +344,7 @@ def test_two_at_once_in_one_folder(tmp_path: Path):
     descriptor = os.open(tmp_path / "corpus", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(DataError, match="another prepare is at work"):
+        with pytest.raises(DataError, match="another prepare is running"):
             prepare(PrepareConfig(source=(str(tmp_path / "a.txt"),), output=tmp_path / "corpus", workers=1))
     finally:
         os.close(descriptor)

@@ -210,7 +210,7 @@ def test_a_launcher_kills_ranks_that_take_too_long(corpus: Path, tmp_path: Path,
     launches[0].launcher.terminate()
     code, output = launches[0].finish()
     assert code == 137, output
-    assert "2 ranks did not end in time" in output, output
+    assert "killing 2 ranks that did not exit in time" in output, output
 
 
 def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_path: Path):

@@ -134,7 +134,7 @@ def test_ranks_that_never_come_are_named(corpus: Path, tmp_path: Path):
     told = errors(start_ranks([good, good, bad], ranks=[0, 2, 3], size=4, environments=patience))
     assert told == [
         "start: got 2 of 4 ranks within 8 s, not ranks 1, 3; "
-        "see what those said, or wait longer by START_TIMEOUT=seconds",
+        "see the messages of the missing ranks, or wait longer with START_TIMEOUT=seconds",
         f"rank 3: {tmp_path}/nowhere: got no such folder; allowed: a corpus; "
         "make one with: llmtrain prepare source=… output=…",
     ]

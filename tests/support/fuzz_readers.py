@@ -276,7 +276,7 @@ def read_source(changed: Path) -> None:
     """As prepare's first stage does; what comes behind it sees clean text alone."""
     from llmtrain.prepare import tasks
     from llmtrain.prepare.config import FiltersConfig
-    from llmtrain.prepare.opening import refuse_long_windows
+    from llmtrain.prepare.decompress import refuse_long_windows
     from llmtrain.prepare.sources import find_files, plan_units
     from llmtrain.prepare.tars import Vocabulary
 

@@ -71,8 +71,8 @@ def test_mistakes_in_the_environment_are_told_together():
 
 
 def test_route_to_this_host():
-    interface, address, to_itself = hosts.route_to("127.0.0.1")
-    assert (address, to_itself) == ("127.0.0.1", True)
+    interface, address, is_local = hosts.route_to("127.0.0.1")
+    assert (address, is_local) == ("127.0.0.1", True)
     assert interface in [name for _, name in socket.if_nameindex()]
 
 
@@ -80,7 +80,7 @@ def test_route_to_this_host():
 def test_localhost_stays_on_the_loopback(name: str):
     """Not so this machine's own name, under which others may reach it."""
     assert hosts.route_to(name) == hosts.route_to("127.0.0.1")
-    assert hosts.as_reached(name) == "127.0.0.1"
+    assert hosts.reachable_address(name) == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_a_name_that_leads_to_the_loopback_takes_an_interface_that_others_reach(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
     interface = next(name for name, address in addresses.items() if address == expected)
     assert hosts.route_to("machine") == (interface, expected, True)
-    assert hosts.as_reached("machine") == expected
+    assert hosts.reachable_address("machine") == expected
 
 
 def test_an_interface_that_the_user_names_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
-    hosts.keep_to("eth0")
+    hosts.restrict_to_interface("eth0")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
     assert os.environ.pop("NCCL_SOCKET_IFNAME") == "=eth0"
 
@@ -212,9 +212,7 @@ def test_a_link_that_waits_for_a_log_is_moved_aside(tmp_path: Path):
 def test_logs_that_are_a_link_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "logs").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(
-        ConfigError, match=r"logs: got a link to .*elsewhere; allowed: a folder of the run's own"
-    ):
+    with pytest.raises(ConfigError, match=r"logs: got a link to .*elsewhere; allowed: a folder, not a link"):
         torchrun.launch([f"run.dir={tmp_path}"], {})
     assert list((tmp_path / "elsewhere").iterdir()) == []
 

@@ -20,8 +20,8 @@ from llmtrain.corpus.packages import resolve_package_path
 from llmtrain.corpus.transport import is_remote
 from llmtrain.data.datasets.base import EMPTY
 from llmtrain.errors import DataError, Problem, nearest
-from llmtrain.prepare.opening import GZIP_MAGIC, unpacked
-from llmtrain.prepare.scan import brief
+from llmtrain.prepare.decompress import GZIP_MAGIC, unpacked
+from llmtrain.prepare.folder_scan import short_name
 from llmtrain.prepare.tar_members import tar_members
 from llmtrain.reading import open_regular
 
@@ -132,13 +132,13 @@ def _parse_row(line: str, where: str, num_pixels: int, num_classes: int) -> list
     try:
         values = [int(value) for value in line.split(",")]
     except ValueError as error:
-        got = f"a value that is no whole number ({brief(str(error))})"
+        got = f"a value that is no whole number ({short_name(str(error))})"
         raise DataError(Problem(where, got, "whole numbers between commas, and no header")) from None
     if len(values) != num_pixels + 1:
         raise DataError(Problem(where, f"{len(values)} values", f"{num_pixels} pixels and a label"))
     if min(values) < 0 or max(values) > 255:
         wrong = next(value for value in values if not 0 <= value <= 255)
-        raise DataError(Problem(where, f"the value {brief(str(wrong))}", "0 to 255"))
+        raise DataError(Problem(where, f"the value {short_name(str(wrong))}", "0 to 255"))
     if values[-1] >= num_classes:
         raise DataError(Problem(where, f"the label {values[-1]}", f"0 to {num_classes - 1}"))
     return values
@@ -199,10 +199,10 @@ def _is_wanted(member: str) -> bool:
 
 def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
     """Pixels and label, uint8 (pixels + 1,)."""
-    where = f"{name}, sample {brief(sample['__key__'])}"
+    where = f"{name}, sample {short_name(sample['__key__'])}"
     extension = next((e for e in (*PICTURES, "npy") if e in sample), None)
     if extension is None or "cls" not in sample:
-        found = ", ".join(f".{brief(key)}" for key in list(sample)[:24] if not key.startswith("__"))
+        found = ", ".join(f".{short_name(key)}" for key in list(sample)[:24] if not key.startswith("__"))
         allowed = f"a picture (.{', .'.join(PICTURES)}, .npy) and its label (.cls)"
         raise DataError(Problem(where, f"members {found}", allowed))
     try:
@@ -210,7 +210,7 @@ def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
     except ValueError:
         raise DataError(Problem(where, f"the label {sample['cls'][:20]!r}", "a whole number")) from None
     if not 0 <= label < num_classes:
-        raise DataError(Problem(where, f"the label {brief(str(label))}", f"0 to {num_classes - 1}"))
+        raise DataError(Problem(where, f"the label {short_name(str(label))}", f"0 to {num_classes - 1}"))
     return np.append(_pixels(sample[extension], extension, where), np.uint8(label))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.datasets.images import Images
 from llmtrain.errors import DataError
-from llmtrain.prepare import opening
+from llmtrain.prepare import decompress
 
 
 def image_rows(num_rows: int, seed: int = 0) -> list[str]:
@@ -266,7 +266,7 @@ def test_tars_that_are_none(tmp_path: Path):
     write_tar(tmp_path / "c.tar", {})
     for name, message in {
         "a.tar": "a truncated tar",
-        "b.tar": "a damaged tar",
+        "b.tar": "a damaged tar file",
         "c.tar": "no labelled picture",
         "{d,e}.tar": "d.tar: got no such file",
     }.items():
@@ -313,7 +313,7 @@ def test_arrays_that_claim_more_than_they_hold(tmp_path: Path, content: bytes, g
 def test_a_row_or_a_packed_file_of_images_takes_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opening, "UNPACKED_BYTES", 100_000)
+    monkeypatch.setattr(decompress, "UNPACKED_BYTES", 100_000)
     row = ",".join(["1"] * 785)
     for name, rows, got in (
         ("long.csv", "1," * 10_000, "row 1: got a row of more than 16,384 bytes"),
@@ -333,7 +333,7 @@ def test_packed_tars_are_read_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.
     tar = write_tar(tmp_path / "a.tar", {"k": sample})
     tar.write_bytes(gzip.compress(tar.read_bytes()))
     assert sum(map(len, open_all_splits(str(tar)))) == 1
-    monkeypatch.setattr(opening, "UNPACKED_BYTES", 2000)
+    monkeypatch.setattr(decompress, "UNPACKED_BYTES", 2000)
     tar.write_bytes(gzip.compress(bytes(9_000_000)))
     with pytest.raises(DataError, match=r"a\.tar: got more than [0-9,]+ bytes of unpacked data"):
         Images.open(str(tar), "train")

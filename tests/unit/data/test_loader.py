@@ -113,7 +113,7 @@ def test_resuming_reads_nothing_of_what_went_before(workers: int):
 
 @pytest.mark.parametrize(("global_size", "micro_size", "data_size"), [(8, 3, 1), (6, 2, 2), (8, 4, 4)])
 def test_sizes_that_do_not_divide(global_size: int, micro_size: int, data_size: int):
-    with pytest.raises(ValueError, match="is no multiple of micro_size"):
+    with pytest.raises(ValueError, match="is not a multiple of micro_size"):
         loader(Numbers(9), global_size=global_size, micro_size=micro_size, data_size=data_size)
 
 

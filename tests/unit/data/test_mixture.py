@@ -134,5 +134,5 @@ def test_rescaled_sources_stay_at_their_share():
 
 
 def test_a_timeline_begins_with_step_0():
-    with pytest.raises(ValueError, match="begins with step 0"):
+    with pytest.raises(ValueError, match="must begin with step 0"):
         Timeline([])

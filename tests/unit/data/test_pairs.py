@@ -95,12 +95,12 @@ def test_keys_belong_to_samples_and_epochs(split: TokenSplit) -> None:
     dataset = Passages(split, T)
     n = len(dataset)
     stream = Stream({"": dataset}, begin(n, {"": 1.0}, {}), seed=5, shuffle_shards=2)
-    keys = [stream.keys(stream.places(range(e * n, e * n + n), e)) for e in (0, 1)]
-    orders = [stream.places(range(e * n, e * n + n), e).indices for e in (0, 1)]
+    keys = [stream.keys(stream.origins(range(e * n, e * n + n), e)) for e in (0, 1)]
+    orders = [stream.origins(range(e * n, e * n + n), e).indices for e in (0, 1)]
     by_sample = [key[np.argsort(order)] for key, order in zip(keys, orders, strict=True)]
     assert len(set(by_sample[0]) | set(by_sample[1])) == 2 * n
     assert min(key.min() for key in keys) >= 0
-    part = stream.keys(stream.places(range(3, 9), 0))
+    part = stream.keys(stream.origins(range(3, 9), 0))
     np.testing.assert_array_equal(part, keys[0][3:9])
     other = Stream({"b": dataset}, begin(n, {"b": 1.0}, {}), seed=5, shuffle_shards=2)
-    assert not set(other.keys(other.places(range(n), 0))) & set(keys[0])
+    assert not set(other.keys(other.origins(range(n), 0))) & set(keys[0])

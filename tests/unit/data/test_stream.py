@@ -11,7 +11,7 @@ from llmtrain.data.datasets.base import EMPTY, TokenSequences
 from llmtrain.data.loader import Loader
 from llmtrain.data.mixture import begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, combine_digests, digest
-from llmtrain.distributed.union import Union
+from llmtrain.distributed.set_union import SetUnion
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus
 
@@ -40,7 +40,7 @@ def read(stream: Stream, step: int, data_size: int = 1) -> tuple[int, list[tuple
     share = len(samples) // data_size
     for rank in range(data_size):
         part = samples[rank * share : (rank + 1) * share]
-        places = stream.places(part, step, stream.enter(step))
+        places = stream.origins(part, step, stream.enter(step))
         total += digest(stream.get(places), part)
         found += list(
             zip(*(a.tolist() for a in (places.sources, places.epochs, places.indices)), strict=True)
@@ -192,7 +192,7 @@ def test_a_source_read_fast_does_not_make_another_forget_its_blocks(tmp_path: Pa
 def test_ranks_skip_alike_what_one_cannot_read(tmp_path: Path, workers: int):
     """Each rank reads a copy of its own, with several threads that come to blocks in any order."""
     store = HashStore()
-    agreement: Agree = Union(store, 2)
+    agreement: Agree = SetUnion(store, 2)
     streams = []
     for rank in range(2):
         path = tmp_path / f"{rank}" / "a"
@@ -227,7 +227,7 @@ def test_a_thread_that_waits_for_other_ranks_ends_with_its_loader(tmp_path: Path
     source = open_source(path, 0, on_bad_shard="skip")
     store = HashStore()
     streams = [
-        make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1, agree=Union(store, 2))
+        make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1, agree=SetUnion(store, 2))
         for _ in range(2)
     ]
     loaders = [Loader(stream, lambda raw: {}, micro_size=G, workers=2) for stream in streams]

@@ -1,4 +1,4 @@
-"""What ranks compare when they meet, and how they tell it."""
+"""What ranks compare at the start, and how they report differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.distributed import launcher
-from llmtrain.distributed.agreement import Fact, disagreements, meet, name_ranks, run_facts
+from llmtrain.distributed.agreement import Fact, check_ranks_agree, disagreements, format_ranks, run_facts
 from llmtrain.errors import ConfigError, LaunchError
 
 
@@ -83,8 +83,8 @@ def _count(part: str) -> int:
 
 
 def test_ranks_are_named_by_stretches():
-    assert name_ranks([3]) == "rank 3"
-    assert name_ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert format_ranks([3]) == "rank 3"
+    assert format_ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
 
 
 def test_facts_of_a_run():
@@ -113,7 +113,7 @@ def meeting(*facts_of_ranks: dict[str, Fact], size: int | None = None, seconds: 
 
     def one(rank: int) -> object:
         try:
-            meet(store, rank, size or len(facts_of_ranks), facts_of_ranks[rank], seconds)
+            check_ranks_agree(store, rank, size or len(facts_of_ranks), facts_of_ranks[rank], seconds)
         except LaunchError as error:
             return error
         return None

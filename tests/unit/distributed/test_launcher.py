@@ -61,7 +61,7 @@ def test_a_gpu_that_torch_does_not_see_is_warned_of(
     _install_driver(visible, monkeypatch)
     monkeypatch.setattr(processes.torch.cuda, "is_available", lambda: False)
     assert processes.pick_device("auto").type == "cpu"
-    assert ("sees no GPU: all runs on the CPU" in capsys.readouterr().err) == (visible is None)
+    assert ("sees no GPU: the CPU is used" in capsys.readouterr().err) == (visible is None)
     assert processes.pick_device("cpu").type == "cpu"
     assert capsys.readouterr().err == ""
 

@@ -58,13 +58,13 @@ def test_the_ranks_use_the_same_store():
 
 @pytest.mark.parametrize(
     ("node_ranks", "size", "told"),
-    [((0, 2), 4, "2 of 4 came, not NODE_RANK 1, 3"), ((None, None), 3, "2 of 3 came")],
+    [((0, 2), 4, "2 of 4 joined, not NODE_RANK 1, 3"), ((None, None), 3, "2 of 3 joined")],
 )
 def test_who_is_missing_is_told(node_ranks: Sequence[int | None], size: int, told: str):
     port = free_port()
     met = meet([launcher(port, node_rank, size, seconds=1) for node_rank in node_ranks])
     with pytest.raises(
-        LaunchError, match=rf"^start: got not all {size} hosts within 1 s \({told}\); see what"
+        LaunchError, match=rf"^start: got not all {size} hosts within 1 s \({told}\); see the messages"
     ):
         met[0].result()
     with pytest.raises(LaunchError, match=r"\(host 0 waits for others\)"):
@@ -75,7 +75,7 @@ def test_another_run_is_not_let_in():
     port = free_port()
     first, other = launcher(port, None, 2, seconds=1), launcher(port, None, 2, run="other")
     meet([first])
-    told = rf"RDZV_ENDPOINT: got {port} of 127\.0\.0\.1, where the run 'run' meets; give each run a port"
+    told = rf"RDZV_ENDPOINT: got {port} of 127\.0\.0\.1, which the run 'run' uses; give each run its own port"
     with pytest.raises(LaunchError, match=told):
         other.next_rendezvous()
 
@@ -86,7 +86,7 @@ def test_one_that_comes_when_all_have_met_is_told(node_rank: int | None):
     port = free_port()
     both = [launcher(port, None if node_rank is None else place, 2) for place in (0, 1)]
     assert [place.result() for place in meet(both)] == [0, 1]
-    with pytest.raises(LaunchError, match="got a host too many: all 2 have met without this one"):
+    with pytest.raises(LaunchError, match="got too many hosts: all 2 have joined without this one"):
         launcher(port, node_rank, 2).next_rendezvous()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmtrain.data.loader import KEYS, Loader
-from llmtrain.data.stream import Places, Stream
+from llmtrain.data.stream import Origins, Stream
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.base import Batch, Objective
 from llmtrain.train.resolve import Resolved, resolve
@@ -64,7 +64,7 @@ class Reading:
     def epoch(self, number: int) -> Batch:
         """The first samples of the corpus as they are read in that epoch."""
         indices = np.arange(GLOBAL_SIZE)
-        places = Places(np.zeros_like(indices), np.full_like(indices, number), indices)
+        places = Origins(np.zeros_like(indices), np.full_like(indices, number), indices)
         return self.objective.collate({**self.stream.get(places), KEYS: self.stream.keys(places)})
 
 

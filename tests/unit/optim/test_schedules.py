@@ -68,7 +68,7 @@ def test_every_step_of_a_run_has_a_rate(name: str, total_steps: int) -> None:
 def test_longer_than_the_run_is_a_problem() -> None:
     (problem,) = schedule_problems(ScheduleConfig("cosine", warmup_steps=11), 10)
     assert str(problem) == (
-        "warmup_steps: got 11; allowed: 0 to 10, the steps of the run; null takes a twentieth of the run"
+        "warmup_steps: got 11; allowed: 0 to 10, the steps of the run; null selects 5% of the run"
     )
     (problem,) = schedule_problems(ScheduleConfig("wsd", warmup_steps=4, decay_steps=7), 10)
     assert problem.where == "decay_steps"

@@ -135,8 +135,8 @@ def test_refused_with_the_reason_and_what_would_do(
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (("optimizer=sgd", "+optimizer.implementation=deepspeed"), "DeepSpeed's kernel is Adam's"),
-        (("optimizer.implementation=deepspeed", "optimizer.fused=true"), "DeepSpeed's is one"),
+        (("optimizer=sgd", "+optimizer.implementation=deepspeed"), "DeepSpeed's kernel implements Adam only"),
+        (("optimizer.implementation=deepspeed", "optimizer.fused=true"), "fused selects a kernel of torch"),
     ],
 )
 def test_what_the_kernel_lacks_is_refused(overrides: tuple[str, ...], reason: str) -> None:

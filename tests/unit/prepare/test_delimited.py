@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.errors import DataError
-from llmtrain.prepare import streams
+from llmtrain.prepare import source_file
 from llmtrain.prepare.clean import CleanCounts
 from llmtrain.prepare.read import read_part
 from llmtrain.prepare.sources import find_files, plan_units
@@ -59,7 +59,7 @@ def test_what_csv_wrote_is_read_back_and_a_cut_is_seen(
     path.write_bytes(data)
     texts = [text for text, _ in cells]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "BATCH_BYTES", batch_bytes)
+        patch.setattr(source_file, "BATCH_BYTES", batch_bytes)
         assert read(path, "double")[0] == texts
         path.write_bytes(data[: int(cut * len(data))])
         try:
@@ -93,7 +93,7 @@ ROWS = "id,text\n1,one\n"
             "a.csv",
             ROWS + '2,"two\n3,three\n4,four\n',
             "auto",
-            "line 3: got a quote that is not closed",
+            "line 3: got an unclosed quote",
         ),
         (
             "a.csv",
@@ -105,7 +105,7 @@ ROWS = "id,text\n1,one\n"
             "a.csv",
             'a,b,text\n1,"x\ny",z\n2,"x\ny","two\n3\n',
             "auto",
-            "line 5: got .* not closed",
+            "line 5: got an unclosed quote",
         ),
         (
             "a.csv",
@@ -119,14 +119,14 @@ ROWS = "id,text\n1,one\n"
             "auto",
             "line 3: .*quoting=none if quotes are text",
         ),
-        ("a.tsv", 'id\ttext\n1\t"x\n', "double", r"a\.tsv line 2: got a quote that is not closed"),
+        ("a.tsv", 'id\ttext\n1\t"x\n', "double", r"a\.tsv line 2: got an unclosed quote"),
         ("a.tsv", 'id\ttext\n1\t"x\ny"\n', "auto", "line 3: got 1 values; allowed: 2"),
-        ("a.tsv", 'id\ttext\n1\t"x\ty"\n', "auto", "line 2: got 3 values; .*; quoting=double if"),
+        ("a.tsv", 'id\ttext\n1\t"x\ty"\n', "auto", "line 2: got 3 values; .*; give quoting=double if"),
         (
             "a.tsv",
             '"id"\t"text"\n1\tx\n',
             "auto",
-            'header: .*"id", "text"; quoting=double',
+            'header: .*"id", "text"; give quoting=double',
         ),
         ("a.csv", ROWS + "2\n", "auto", "line 3: got 1 values; allowed: 2, as many as the header has"),
         ("a.csv", ROWS + "\n\n2,two,more\n", "auto", "line 5: got 3 values"),
@@ -138,14 +138,14 @@ ROWS = "id,text\n1,one\n"
             "a.csv",
             ROWS + '2,"' + "x\n" * 1500 + '"\n',
             "auto",
-            "line 3: .* takes all up to line",
+            "line 3: .* extends to line",
         ),
     ],
 )
 def test_rows_that_are_refused_by_their_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, quoting: str, message: str
 ):
-    monkeypatch.setattr(streams, "LONGEST_LINE", 8000)
+    monkeypatch.setattr(source_file, "LONGEST_LINE", 8000)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name, quoting)

@@ -168,7 +168,9 @@ def test_what_each_rule_dropped_stands_in_report_and_manifest(tmp_path: Path):
 
 
 def test_filters_that_leave_nothing_say_what_dropped_it(tmp_path: Path):
-    with pytest.raises(DataError, match="filters: got no document that keeps all rules: language 1, words 2"):
+    with pytest.raises(
+        DataError, match="filters: got no document that passes all rules: language 1, words 2"
+    ):
         prepare(corpus_config(tmp_path, [LANGUAGES["ru"], "the dog and the cat", "we have been to the sea"]))
 
 
@@ -182,8 +184,8 @@ def test_an_unknown_language_and_a_missing_package_are_one_line(
     with pytest.raises(ConfigError) as caught:
         prepare(corpus_config(tmp_path, ["text"]))
     assert str(caught.value) == (
-        "filters.languages: got a search for languages without the package py3langid; "
-        'allowed: none, or some once it is installed; pip install "llmtrain[filters]"'
+        "filters.languages: got languages, but the package py3langid is not installed; "
+        'allowed: none; or pip install "llmtrain[filters]"'
     )
     assert not (tmp_path / "corpus").exists()
 

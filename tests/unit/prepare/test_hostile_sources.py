@@ -22,18 +22,18 @@ import pytest
 import zstandard
 
 from llmtrain.errors import DataError
-from llmtrain.prepare import opening, parquet_pages, streams, tars
+from llmtrain.prepare import decompress, parquet_pages, source_file, tars
 from llmtrain.prepare.clean import LONGEST_MARKS, CleanCounts, clean
+from llmtrain.prepare.folder_scan import SkippedFiles, printable_path, short_name
 from llmtrain.prepare.parquet_pages import Page, rows_at_a_time
 from llmtrain.prepare.read import read_part
-from llmtrain.prepare.scan import LeftOut, brief, shown
+from llmtrain.prepare.source_file import Batch, SourceFile, refuse_wide
 from llmtrain.prepare.sources import (
     contents_fingerprint,
     find_files,
     find_line_pairs,
     plan_units,
 )
-from llmtrain.prepare.streams import Batch, SourceFile, refuse_wide
 
 
 def batches(path: Path, files: list[SourceFile] | None = None) -> Iterator[Batch]:
@@ -74,7 +74,7 @@ def python_memory_below(most: int) -> Iterator[None]:
 def test_what_is_packed_gives_no_more_than_a_multiple_of_itself(
     tmp_path: Path, kind: str, compression: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opening, "UNPACKED_BYTES", 20_000)
+    monkeypatch.setattr(decompress, "UNPACKED_BYTES", 20_000)
     content = {"jsonl": b'{"text": "x"}\n', "csv": b"text\n"}
     data = content.get(kind, b"some text\n") * 400_000
     path = tmp_path / f"a.{kind}.{compression}"
@@ -82,7 +82,7 @@ def test_what_is_packed_gives_no_more_than_a_multiple_of_itself(
     line = refusal(path)
     assert f"a.{kind}.{compression}: got more than " in line
     assert f"bytes of unpacked data from a file of {path.stat().st_size:,} bytes; allowed: 256 for" in line
-    assert line.endswith("unpack it into files of plain text, if that is what it should hold")
+    assert line.endswith("if the contents are intended, decompress the file and give the result as source")
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -90,7 +90,7 @@ def test_a_parquet_is_unpacked_only_where_the_disk_has_room(tmp_path: Path, monk
     path = tmp_path / "a.parquet.gz"
     path.write_bytes(gzip.compress(os.urandom(100_000)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000))
-    assert "9 of 10 bytes that are free on the disk of output; make room" in refusal(path)
+    assert "90% of the free space on the disk of output; free disk space" in refusal(path)
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -99,7 +99,7 @@ def test_a_few_bytes_of_zstd_are_unpacked_a_little_at_a_time(tmp_path: Path):
     path.write_bytes(zstandard.compress(bytes(400 << 20)))
     assert path.stat().st_size < 15_000  # less than was unpacked at once
     (file,), _ = find_files([str(path)])
-    with python_memory_below(200 << 20), opening.open_source(file) as stream:
+    with python_memory_below(200 << 20), decompress.open_source(file) as stream:
         assert len(stream.read(100)) == 100
 
 
@@ -125,7 +125,7 @@ def write_repeated(path: Path, value: str, count: int, **options: object) -> Non
 def test_a_value_that_millions_of_rows_repeat(
     tmp_path: Path, store_schema: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opening, "UNPACKED_BYTES", 20 << 20)
+    monkeypatch.setattr(decompress, "UNPACKED_BYTES", 20 << 20)
     monkeypatch.setattr(parquet_pages, "BATCH_BYTES", 16 << 20)
     path = tmp_path / "a.parquet"
     write_repeated(path, "x" * 1_000_000, 6000, store_schema=store_schema)
@@ -136,7 +136,7 @@ def test_a_value_that_millions_of_rows_repeat(
 
 
 def test_rows_without_text_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(opening, "UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(decompress, "UNPACKED_BYTES", 1 << 20)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(1_000_000, pyarrow.string())}), path)
     assert "bytes of rows from a file of" in refusal(path)
@@ -200,13 +200,13 @@ def test_a_footer_too_long_is_refused(tmp_path: Path):
     ("line", "got"),
     [
         (b'{"text": "x", "n": [' + b"{}," * 200 + b"{}]}", "more than 100 commas and brackets in"),
-        (b'{"text": "x", "n": ' + b"7" * 5000 + b"}", "no JSON (a number of more than 4,300 digits)"),
-        (b"[" * 90, "no JSON"),
+        (b'{"text": "x", "n": ' + b"7" * 5000 + b"}", "invalid JSON (a number of more than 4,300 digits)"),
+        (b"[" * 90, "invalid JSON"),
         (b'{"\\u001b[31m\\ud800' + b"k" * 5000 + b'": 1}', "no field text; allowed: \\x1b[31m\\ud800kkk"),
     ],
 )
 def test_objects_that_are_refused(tmp_path: Path, line: bytes, got: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "MOST_VALUES", 100)
+    monkeypatch.setattr(source_file, "MOST_VALUES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     assert f"a.jsonl line 2: got {got}" in (refused := refusal(path)) or got in refused
@@ -214,33 +214,33 @@ def test_objects_that_are_refused(tmp_path: Path, line: bytes, got: str, monkeyp
 
 
 def test_a_row_is_as_long_as_its_lines_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(source_file, "LONGEST_LINE", 1000)
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + ('"' + "some\n" * 100 + '",') * 9)
     assert "a row of more than 0 MiB" in refusal(path)
 
 
 def test_a_line_of_json_beyond_what_parsing_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "LONGEST_LINE", 16_000)
-    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(source_file, "LONGEST_LINE", 16_000)
+    monkeypatch.setattr(source_file, "BATCH_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 4000}) + "\n")
     assert list(batches(path))
     path.write_text(json.dumps({"text": "x" * 6000}) + "\n")
     assert refusal(path) == (
-        "a.jsonl: got a line of more than 0 MiB; allowed: shorter lines; cut it into smaller documents"
+        "a.jsonl: got a line of more than 0 MiB; allowed: shorter lines; split it into smaller documents"
     )
 
 
 def test_a_row_of_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "MOST_VALUES", 100)
+    monkeypatch.setattr(source_file, "MOST_VALUES", 100)
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + "1," * 200)
     assert refusal(path) == "a.csv line 2: got a row of more than 100 values; allowed: fewer"
 
 
 def test_batches_of_texts_without_a_byte_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr(source_file, "BATCH_DOCUMENTS", 5)
     (tmp_path / "a.csv").write_text("id,text\n" + "1,\n" * 23)
     array = io.BytesIO()
     np.save(array, np.full(23, 2, np.uint8))
@@ -252,7 +252,7 @@ def test_batches_of_texts_without_a_byte_end_too(tmp_path: Path, monkeypatch: py
 
 
 def test_pairs_are_read_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(source_file, "BATCH_BYTES", 1000)
     for name in ("a", "b"):
         (tmp_path / name).write_text(("x" * 600 + "\n") * 9)
     files = find_line_pairs([str(tmp_path / "a")], [str(tmp_path / "b")])
@@ -342,7 +342,7 @@ def test_a_pipe_that_takes_a_source_s_place_is_refused(tmp_path: Path):
         files, _ = find_files([str(path)])
         path.unlink()
         os.mkfifo(path)
-        assert "got a pipe, not a file; allowed: a file that can be read" in refusal(path, files)
+        assert "got a pipe, not a file; allowed: a readable file" in refusal(path, files)
         with pytest.raises(DataError, match="a pipe, not a file"):
             contents_fingerprint(files)
 
@@ -354,10 +354,10 @@ def test_what_is_no_file_is_left_out_or_refused(tmp_path: Path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "again").symlink_to(tmp_path)
     (tmp_path / "\x1b[31mred.other").touch()
-    files, left_out = find_files([str(tmp_path)])
+    files, skipped = find_files([str(tmp_path)])
     assert [file.path.name for file in files] == ["a.txt"]
-    assert {Path(name).name for name in left_out.special} == {"zero.txt", "pipe.txt"}
-    assert all(note.isprintable() for note in [*left_out.notes(), *left_out.other])
+    assert {Path(name).name for name in skipped.special} == {"zero.txt", "pipe.txt"}
+    assert all(note.isprintable() for note in [*skipped.notes(), *skipped.other])
     for name in ("zero.txt", "pipe.txt"):
         with pytest.raises(DataError, match="got a FIFO, socket or device; allowed: a file"):
             find_files([str(tmp_path / name)])
@@ -366,7 +366,7 @@ def test_what_is_no_file_is_left_out_or_refused(tmp_path: Path):
 
 
 def test_names_are_shown_without_what_steers_a_terminal():
-    assert shown("a\x1b[2Jb\n\udcff") == r"a\x1b[2Jb\n\xff"
-    assert brief("a\x1b\udcff\ud800") == r"a\x1b\xff\ud800"
-    assert len(brief("n" * 9999)) == 201
-    assert LeftOut(hidden=["a"]).notes() == ["1 hidden files and folders left out: a"]
+    assert printable_path("a\x1b[2Jb\n\udcff") == r"a\x1b[2Jb\n\xff"
+    assert short_name("a\x1b\udcff\ud800") == r"a\x1b\xff\ud800"
+    assert len(short_name("n" * 9999)) == 201
+    assert SkippedFiles(hidden=["a"]).notes() == ["1 hidden files and folders left out: a"]

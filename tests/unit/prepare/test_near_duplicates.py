@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmtrain.corpus.corpus import Corpus
 from llmtrain.corpus.packages import resolve_package_path
 from llmtrain.errors import ConfigError
-from llmtrain.prepare import blocks, near, streams
+from llmtrain.prepare import document_blocks, near_duplicates, source_file
 from llmtrain.prepare.config import NearDuplicatesConfig, PrepareConfig, SplitConfig
 from llmtrain.prepare.job import prepare
 from llmtrain.tokenizers.config import TokenizerConfig
@@ -115,10 +115,10 @@ def test_no_way_of_sharing_the_work_changes_the_corpus(tmp_path: Path, monkeypat
     originals = [" ".join(words(rng, 80)) for _ in range(120)]
     documents = [*originals, *originals[5:20], *(changed(rng, text, 1) for text in originals[::2])]
     prepare(config(tmp_path, "one", documents))
-    monkeypatch.setattr(near, "RANGE_DOCUMENTS", 23)
-    monkeypatch.setattr(near, "CHUNK_PAIRS", 5)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(streams, "UNIT_BYTES", 9000)
+    monkeypatch.setattr(near_duplicates, "RANGE_DOCUMENTS", 23)
+    monkeypatch.setattr(near_duplicates, "CHUNK_PAIRS", 5)
+    monkeypatch.setattr(document_blocks, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(source_file, "UNIT_BYTES", 9000)
     report = prepare(config(tmp_path, "many", documents))
     assert report is not None
     assert report.near_duplicates_dropped > 40
@@ -139,7 +139,9 @@ def test_real_reviews_against_all_pairs(tmp_path: Path):
         for place in rng.integers(0, len(found), int(rng.integers(0, 2 + len(found) // 20))):
             found[place] = "edited"
         edited.append(" ".join(found))
-    documents = [" ".join(near._WORD.findall(text.lower())) for text in dict.fromkeys([*reviews, *edited])]
+    documents = [
+        " ".join(near_duplicates._WORD.findall(text.lower())) for text in dict.fromkeys([*reviews, *edited])
+    ]
     documents = [*dict.fromkeys(documents)]
     sets = [shingles(text) for text in documents]
     measure = {
@@ -167,7 +169,9 @@ def test_minima_estimate_what_sets_share(shared: int, own: tuple[int, int], seed
     numbers = rng.integers(0, 2**64, shared + sum(own), dtype=np.uint64)
     one = np.concatenate([numbers[:shared], numbers[shared : shared + own[0]]])
     other = rng.permutation(np.concatenate([numbers[:shared], numbers[shared + own[0] :]]))
-    signed = near.minima(np.concatenate([one, other]), np.array([0, len(one), len(one) + len(other)]))
+    signed = near_duplicates.minima(
+        np.concatenate([one, other]), np.array([0, len(one), len(one) + len(other)])
+    )
     # Five standard deviations of 128 draws.
     assert abs((signed[0] == signed[1]).mean() - shared / len(numbers)) < 0.22
 
@@ -185,7 +189,7 @@ def test_shingles_are_the_runs_of_words_of_each_document(
         np.array([ord(word) for word in words], "<u4").tobytes() if is_tokenized else " ".join(words).encode()
         for words in documents
     ]
-    hashes, ends = near._shingles(batch, is_tokenized, length)
+    hashes, ends = near_duplicates._shingles(batch, is_tokenized, length)
     runs = [
         [tuple(words[i : i + length]) for i in range(max(1, len(words) - length + 1))] if words else []
         for words in documents
@@ -211,8 +215,8 @@ def test_all_but_the_first_of_each_cluster_go(
     # Seven documents a block.
     wide = [tuple((number // 7 << 32) + number % 7 for number in pair) for pair in pairs]
     for place in range(2):
-        np.save(folder / f"{place}.npy", np.array(wide[place::2], near.PAIR_DTYPE))
-    near.join_pairs([folder / "0.npy", folder / "1.npy"], folder / "dropped.npy")
+        np.save(folder / f"{place}.npy", np.array(wide[place::2], near_duplicates.PAIR_DTYPE))
+    near_duplicates.join_pairs([folder / "0.npy", folder / "1.npy"], folder / "dropped.npy")
     dropped = np.load(folder / "dropped.npy")
     gone = [7 * int(block) + int(document) for block, document in dropped]
     assert gone == sorted(number for cluster in clusters for number in cluster - {min(cluster)})
@@ -220,8 +224,8 @@ def test_all_but_the_first_of_each_cluster_go(
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.95, 1.0])
 def test_bands_find_nearly_all_pairs_above_the_threshold(threshold: float):
-    bands, rows = near.bands_of(threshold)
-    assert bands * rows <= near.PERMUTATIONS
+    bands, rows = near_duplicates.bands_of(threshold)
+    assert bands * rows <= near_duplicates.PERMUTATIONS
     found = lambda shared: 1 - (1 - shared**rows) ** bands  # noqa: E731
     assert found(threshold) > 0.75
     assert found(min(1.0, threshold + 0.1)) > 0.98
@@ -240,8 +244,8 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as caught:
         prepare(config(tmp_path, "corpus", ["text"]))
     assert str(caught.value) == (
-        "near_duplicates.threshold: got a search for near-duplicates without the package rensa; "
-        'allowed: null, or a number once it is installed; pip install "llmtrain[filters]"'
+        "near_duplicates.threshold: got a number, but the package rensa is not installed; "
+        'allowed: null; or pip install "llmtrain[filters]"'
     )
     assert not (tmp_path / "corpus").exists()
 

@@ -38,8 +38,8 @@ def together(size: int, function: Callable[[int], Any]) -> list[Any]:
 def test_one_process_alone_waits_for_nobody_and_writes_nothing(tmp_path: Path):
     peers = Peers(tmp_path / "work")
     peers.meet()
-    assert peers.wait("word") == "word"
-    assert [n for n in range(4) if peers.mine(n)] == [0, 1, 2, 3]
+    assert peers.barrier("word") == "word"
+    assert [n for n in range(4) if peers.is_mine(n)] == [0, 1, 2, 3]
     peers.leave()
     peers.await_end()
     assert not (tmp_path / "work").exists()
@@ -50,10 +50,10 @@ def test_the_word_of_rank_0_reaches_all_and_each_piece_is_one_process_own(tmp_pa
         peers = Peers(tmp_path, rank, 3, "job", seconds=30)
         peers.meet()
         for number in range(5):
-            word = peers.wait(f"word {number}" if rank == 0 else "")
+            word = peers.barrier(f"word {number}" if rank == 0 else "")
         peers.leave()
         peers.await_end()
-        return word, [n for n in range(7) if peers.mine(n)]
+        return word, [n for n in range(7) if peers.is_mine(n)]
 
     assert together(3, run) == [("word 4", [0, 3, 6]), ("word 4", [1, 4]), ("word 4", [2, 5])]
 
@@ -68,12 +68,12 @@ def test_a_word_that_is_read_late_is_the_word_of_its_stage(tmp_path: Path):
             real = peers._read
 
             def late(other: int) -> Any:
-                while (state := real(other)) is None or state.stage <= peers._state.stage < 3:
+                while (state := real(other)) is None or state.barrier <= peers._state.barrier < 3:
                     time.sleep(0.01)
                 return state
 
             peers._read = late  # type: ignore[method-assign]
-        words = [peers.wait(word if rank == 0 else "") for word in ("first", "", "third", "")]
+        words = [peers.barrier(word if rank == 0 else "") for word in ("first", "", "third", "")]
         peers.leave()
         peers.await_end()
         return words
@@ -85,9 +85,9 @@ def test_one_that_leaves_too_early_is_named(tmp_path: Path):
     def run(rank: int) -> None:
         peers = Peers(tmp_path, rank, 2, "job", seconds=30)
         peers.meet()
-        peers.wait()
+        peers.barrier()
         if rank == 0:
-            peers.wait()
+            peers.barrier()
         peers.leave()
 
     assert "a process that left before its work was done" in str(together(2, run)[0])
@@ -99,7 +99,7 @@ def test_what_a_killed_job_left_is_not_taken_for_this_one(tmp_path: Path):
     folder.mkdir()
     call = {"job": "job", "id": "old", "size": 2, "members": ["x", "y"]}
     (folder / "job.json").write_text(json.dumps(call))
-    state = {"nonce": "y", "host": "h", "pid": 1, "place": "", "beat": 9, "stage": 99}
+    state = {"nonce": "y", "host": "h", "pid": 1, "pid_namespace": "", "beat": 9, "barrier": 99}
     (folder / "old-00001.json").write_text(json.dumps(state))
     started = threading.Event()
 
@@ -110,7 +110,7 @@ def test_what_a_killed_job_left_is_not_taken_for_this_one(tmp_path: Path):
         else:
             started.wait()
         peers.meet()
-        word = peers.wait("new" if rank == 0 else "")
+        word = peers.barrier("new" if rank == 0 else "")
         peers.leave()
         return word
 
@@ -126,10 +126,10 @@ def test_processes_of_another_job_or_size_do_not_meet(tmp_path: Path, stranger: 
 
     first, second = together(2, run)
     assert str(first) == (
-        f"{tmp_path.parent}: got no word from rank 1 of 2 within 0.3 s; "
+        f"{tmp_path.parent}: got no answer from rank 1 of 2 within 0.3 s; "
         "start all processes with one output folder that all hosts see"
     )
-    assert "no word from rank 0 within 0.3 s" in str(second)
+    assert "no answer from rank 0 within 0.3 s" in str(second)
 
 
 def test_a_failure_is_everybody_s_and_told_by_rank_0(tmp_path: Path):
@@ -140,7 +140,7 @@ def test_a_failure_is_everybody_s_and_told_by_rank_0(tmp_path: Path):
             error = DataError(Problem("a.txt", "a mistake", "none", "mend it"))
             peers.leave(error)
             raise error
-        peers.wait()
+        peers.barrier()
 
     errors = together(3, run)
     assert [str(error) for error in errors] == ["a.txt: got a mistake; allowed: none; mend it"] * 3
@@ -154,13 +154,13 @@ def test_one_that_stands_still_is_named(tmp_path: Path):
         if rank == 1:
             peers._ended.set()  # as a host that hangs: the process is there, its heart stands still
             return
-        peers.wait()
+        peers.barrier()
 
     lost, _ = together(2, run)
     assert isinstance(lost, LostPeerError)
     assert str(lost) == (
-        f"rank 1 on {socket.gethostname()}: got no sign of life for 1.5 s before its work was done; "
-        "see what it said, then run the same command again: finished work is kept"
+        f"rank 1 on {socket.gethostname()}: got no heartbeat for 1.5 s before its work was done; "
+        "see its messages, then run the same command again: finished work is kept"
     )
 
 
@@ -175,7 +175,7 @@ def test_one_that_died_on_this_host_is_noticed_at_once(tmp_path: Path):
     peers.meet()
     process.join()
     with pytest.raises(LostPeerError, match=r"rank 1 on .*: got a process that ended before"):
-        peers.wait()
+        peers.barrier()
 
 
 def test_a_long_stage_is_cut_short_when_another_failed(tmp_path: Path):
@@ -196,8 +196,8 @@ def test_work_that_another_host_does_not_see_is_named(tmp_path: Path):
     def run(rank: int) -> list[int]:
         peers = Peers(tmp_path, rank, 2, "job", seconds=1.5)
         peers.meet()
-        peers.wait()
-        return [*peers.visible(lambda number: None if number == 3 and rank == 0 else number, range(4))]
+        peers.barrier()
+        return [*peers.await_visible(lambda number: None if number == 3 and rank == 0 else number, range(4))]
 
     lost, seen = together(2, run)
     assert seen == [0, 1, 2, 3]

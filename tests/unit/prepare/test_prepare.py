@@ -18,7 +18,7 @@ from llmtrain.config import decode
 from llmtrain.corpus.corpus import Corpus
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import checksum
-from llmtrain.prepare import blocks, opening, streams
+from llmtrain.prepare import decompress, document_blocks, source_file
 from llmtrain.prepare.config import PrepareConfig, SplitConfig
 from llmtrain.prepare.job import prepare
 from llmtrain.tokenizers.config import TokenizerConfig
@@ -152,9 +152,9 @@ def test_many_hash_ranges_find_the_duplicates_of_one(
 ):
     again = write(tmp_path / "again.jsonl", texts(200)[::3])
     prepare(config(tmp_path / "one", source, again))
-    monkeypatch.setattr(blocks, "RANGE_DOCUMENTS", 11)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 900)
-    monkeypatch.setattr(streams, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(document_blocks, "RANGE_DOCUMENTS", 11)
+    monkeypatch.setattr(document_blocks, "BLOCK_BYTES", 900)
+    monkeypatch.setattr(source_file, "UNIT_BYTES", 2000)
     prepare(config(tmp_path / "many", source, again))
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
 
@@ -225,7 +225,7 @@ def test_a_given_model_is_taken_as_it_is(tmp_path: Path, source: Path, special: 
     manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
     assert manifest["vocab_size"] == 120
     assert manifest["eos_id"] == load_tokenizer(path).eos_id
-    assert any("does not give every text back" in warning for warning in report.warnings)
+    assert any("tokenizer is not lossless" in warning for warning in report.warnings)
     assert report.unknown_tokens == 1
     assert "1 tokens are unknown to the given tokenizer" in report.warnings
 
@@ -238,9 +238,9 @@ def test_documents_without_a_token_are_dropped_and_counted(
     report = prepare(config(tmp_path / "corpus", source, tokenizer=tokenizer))
     assert (report.documents_kept, report.tokenless_dropped) == (20, 2)
     assert sum(split.documents for split in report.splits.values()) == 20
-    assert "dropped    2 documents in which the tokenizer finds nothing" in capsys.readouterr().out
+    assert "dropped    2 documents without a token" in capsys.readouterr().out
     write(source, ["\u200b", "\u200b\u200b"])
-    with pytest.raises(DataError, match="source: got 2 documents in which the tokenizer finds nothing"):
+    with pytest.raises(DataError, match="source: got 2 documents for which the tokenizer gives no token"):
         prepare(config(tmp_path / "none", source, tokenizer=tokenizer))
 
 
@@ -258,7 +258,7 @@ def test_special_tokens_spelled_out_are_counted(
     train = Corpus.open(tmp_path / "corpus").split("train")
     tokens, _ = train.read(0, train.num_tokens)
     assert np.count_nonzero(tokens == mask) == (3 if taken_for == "special" else 0)
-    said = {"text": "taken for text: <mask> 3", "special": "taken for special tokens: <mask> 3"}
+    said = {"text": "encoded as text: <mask> 3", "special": "encoded as special tokens: <mask> 3"}
     assert said[taken_for] in capsys.readouterr().out
 
 
@@ -332,7 +332,7 @@ def test_a_truncated_shard_is_told_and_overwrite_mends_it(tmp_path: Path, source
     before = tree(tmp_path / "corpus")
     shard = tmp_path / "corpus" / "train" / "train-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(DataError, match=r"train-000000\.tar: got a missing or truncated shard"):
+    with pytest.raises(DataError, match=r"train-000000\.tar: got a missing or truncated tar file"):
         prepare(config(tmp_path / "corpus", source))
     prepare(config(tmp_path / "corpus", source, overwrite=True))
     assert tree(tmp_path / "corpus") == before
@@ -345,14 +345,14 @@ def test_folders_with_other_things_are_left_alone(tmp_path: Path, source: Path):
     with pytest.raises(DataError, match="holds train but no corpus"):
         prepare(config(output, source, overwrite=True))
     (output / "manifest.json").write_text('{"format": "something else"}')
-    with pytest.raises(DataError, match="no corpus' manifest"):
+    with pytest.raises(DataError, match="not the manifest of a corpus"):
         prepare(config(output, source, overwrite=True))
     assert (output / "train" / "precious.txt").read_text() == "x"
 
 
 def test_an_output_that_cannot_be_a_folder(tmp_path: Path, source: Path):
     for output in (source, source / "below"):
-        with pytest.raises(DataError, match=r"texts\.jsonl.*: got a place where no folder can be made"):
+        with pytest.raises(DataError, match=r"texts\.jsonl.*: got a folder that cannot be created"):
             prepare(config(output, source))
 
 
@@ -361,7 +361,7 @@ def test_an_output_that_cannot_be_a_folder(tmp_path: Path, source: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "no text at all"), ('{"text": " "}\n', "no text at all"), ('{"body": "x"}\n', "no field text")],
+    [("", "no text in"), ('{"text": " "}\n', "no text in"), ('{"body": "x"}\n', "no field text")],
 )
 def test_sources_without_text(tmp_path: Path, content: str, message: str):
     (tmp_path / "a.jsonl").write_text(content)
@@ -372,7 +372,7 @@ def test_sources_without_text(tmp_path: Path, content: str, message: str):
 
 def test_undecodable_bytes_name_the_file_and_the_byte(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"good\n" * 100 + b"\xfcber")
-    with pytest.raises(DataError, match=r"a\.txt: got bytes that are no UTF-8: 0xfc at byte 500"):
+    with pytest.raises(DataError, match=r"a\.txt: got bytes that are not UTF-8: 0xfc at byte 500"):
         prepare(config(tmp_path / "corpus", tmp_path / "a.txt"))
 
 
@@ -395,7 +395,7 @@ def test_the_config_reads_a_single_source_and_names_wrong_values():
     with pytest.raises(ConfigError) as caught:
         decode(PrepareConfig, {**mapping, "workers": 0, "split": {"validation": 0.6, "test": 0.4}})
     assert [problem.where for problem in caught.value.problems] == ["split.validation"]
-    with pytest.raises(ConfigError, match=r"peer_timeout: got 0\.0; allowed: over 0 seconds"):
+    with pytest.raises(ConfigError, match=r"peer_timeout: got 0\.0; allowed: more than 0 seconds"):
         decode(PrepareConfig, {**mapping, "tokenizer": {}, "peer_timeout": 0.0})
 
 
@@ -413,8 +413,6 @@ def test_a_source_that_cannot_be_read_is_not_called_unwritable(
         raise PermissionError(13, "Permission denied", path)
 
     # Root may read everything.
-    monkeypatch.setattr(opening, "open_regular", refuse)
-    with pytest.raises(
-        DataError, match=r"texts\.jsonl: got Permission denied; allowed: a file that can be read$"
-    ):
+    monkeypatch.setattr(decompress, "open_regular", refuse)
+    with pytest.raises(DataError, match=r"texts\.jsonl: got Permission denied; allowed: a readable file$"):
         prepare(config(tmp_path / "corpus", source))

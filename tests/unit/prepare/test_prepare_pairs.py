@@ -174,12 +174,12 @@ def test_what_gives_no_pairs_is_told(tmp_path: Path) -> None:
     lines = {key: list(value) for key, value in write_lines(tmp_path, rows).items()}
     assert "target_source: got 1 files; allowed: 2" in mistake(**{**lines, "source": lines["source"] * 2})
     assert "target_field: got 'es'; allowed: null" in mistake(**lines, target_field="es")
-    assert "no file of this machine" in mistake(**{**lines, "target_source": ["/no/such"]})
+    assert "not a local file" in mistake(**{**lines, "target_source": ["/no/such"]})
     with gzip.open(tmp_path / "texts.es.gz", "at") as file:
         file.write("\nmore\nand more")
     assert "texts.es.gz: got 12 lines; allowed: 10, one for each line of" in mistake(**lines)
     (tmp_path / "texts.es.gz").write_bytes(gzip.compress(b"a\xff\n" * 10))
-    assert "texts.es.gz: got bytes that are no UTF-8: 0xff at byte 1" in mistake(**lines)
+    assert "texts.es.gz: got bytes that are not UTF-8: 0xff at byte 1" in mistake(**lines)
     assert not output.exists() or not (output / "manifest.json").exists()
 
 

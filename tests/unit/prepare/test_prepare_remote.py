@@ -15,10 +15,10 @@ import pytest
 from llmtrain.config import decode
 from llmtrain.corpus import transport
 from llmtrain.errors import DataError
-from llmtrain.prepare import streams
+from llmtrain.prepare import source_file
 from llmtrain.prepare.config import PrepareConfig
+from llmtrain.prepare.folder_scan import SkippedFiles
 from llmtrain.prepare.job import prepare
-from llmtrain.prepare.scan import LeftOut
 from llmtrain.prepare.sources import find_files
 from tests.support.corpora import WORDS
 from tests.support.servers import Faults, FileServer, s3_server, upload
@@ -81,7 +81,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_a_server_gives_the_corpus_of_the_files(
     tmp_path: Path, folder: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
 ):
-    monkeypatch.setattr(streams, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(source_file, "UNIT_BYTES", unit_bytes)
     local, remote = [str(folder / name) for name in NAMES], [f"{server.url}/{name}" for name in NAMES]
     if unit_bytes == 1000:
         # A .txt is cut where a part ends, and a file elsewhere is one part.
@@ -136,7 +136,7 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path, folder: Path, se
     (found,), _ = find_files(source)
     server.faults.replaced["a.jsonl"] = (folder / "a.jsonl").read_bytes().replace(b"the", b"The")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmtrain.prepare.job.find_files", lambda *_, **__: ([found], LeftOut()))
+        patch.setattr("llmtrain.prepare.job.find_files", lambda *_, **__: ([found], SkippedFiles()))
         with pytest.raises(DataError, match=r"a\.jsonl: got another state of the file than"):
             make(source, tmp_path / "corpus")
     make(source, tmp_path / "corpus")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmtrain.corpus.corpus import Corpus
 from llmtrain.errors import DataError
-from llmtrain.prepare import streams
+from llmtrain.prepare import source_file
 from llmtrain.prepare.clean import CleanCounts
 from llmtrain.prepare.config import NearDuplicatesConfig, PrepareConfig, SplitConfig
 from llmtrain.prepare.job import prepare
@@ -139,23 +139,23 @@ def test_wherever_a_tar_is_cut_it_is_refused_by_name(
     whole = path.read_bytes()
     end = whole.rstrip(b"\0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "BATCH_BYTES", batch_bytes)
+        patch.setattr(source_file, "BATCH_BYTES", batch_bytes)
         # tarfile ignores a byte order mark as little as it keeps one: the reader drops it.
         assert read(path)[0] == [text.removeprefix("\ufeff") for text in texts]
         for cut in (int(place * len(end)), len(end) // 512 * 512):
             path.write_bytes(whole[:cut])
-            with pytest.raises(DataError, match=r"a\.tar: got a truncated tar: it ends after"):
+            with pytest.raises(DataError, match=r"a\.tar: got a truncated tar file: it ends after"):
                 read(path)
             (folder / "a.tar.gz").write_bytes(gzip.compress(whole[:cut]))
-            with pytest.raises(DataError, match=r"a\.tar\.gz: got a truncated tar: it ends after"):
+            with pytest.raises(DataError, match=r"a\.tar\.gz: got a truncated tar file: it ends after"):
                 read(folder / "a.tar.gz")
 
 
 @pytest.mark.parametrize(
     ("member", "message"),
     [
-        (("k.txt", b"good \xfc"), r"a\.tar member k\.txt: got bytes that are no UTF-8: 0xfc at byte 5"),
-        (("k.json", b"{"), r"a\.tar member k\.json: got no JSON"),
+        (("k.txt", b"good \xfc"), r"a\.tar member k\.txt: got bytes that are not UTF-8: 0xfc at byte 5"),
+        (("k.json", b"{"), r"a\.tar member k\.json: got invalid JSON"),
         (("k.json", b"[1]"), r"member k\.json: got a JSON list; allowed: one JSON object"),
         (("k.json", b'{"body": ""}'), r"member k\.json: got no field text; allowed: body"),
         (("k.json", b'{"text": 1}'), r"member k\.json: got field text that is a int"),
@@ -171,8 +171,11 @@ def test_wherever_a_tar_is_cut_it_is_refused_by_name(
         (("k.npy", header("(1000000000000000,)")), r"member k\.npy: got 0 bytes of an array of 1,000,000,"),
         (("k.npy", header("(-3,)")), r"member k\.npy: got 0 bytes of an array of -3"),
         (("k.npy", header("(" * 999)), r"member k\.npy: got no array"),
-        (("k.json", b'{"text": "a", "text": "b"}'), r"member k\.json: got no JSON \(field text 2 times\)"),
-        (("k.txt", "Привет, мир\n".encode("utf-16-le")), r"member k\.txt: got text in UTF-16, it seems"),
+        (
+            ("k.json", b'{"text": "a", "text": "b"}'),
+            r"member k\.json: got invalid JSON \(field text 2 times\)",
+        ),
+        (("k.txt", "Привет, мир\n".encode("utf-16-le")), r"member k\.txt: got text that seems to be UTF-16"),
     ],
 )
 def test_what_is_refused_is_named(tmp_path: Path, member: tuple[str, bytes], message: str):
@@ -186,7 +189,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[1024 + 10] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"a\.tar: got a damaged tar \(bad checksum at byte 1,024\)"):
+    with pytest.raises(DataError, match=r"a\.tar: got a damaged tar file \(bad checksum at byte 1,024\)"):
         read(path)
 
 
@@ -209,7 +212,7 @@ def test_a_corpus_of_texts_and_of_their_ids_have_the_same_tokens(tmp_path: Path)
     report = prepare(base)
     assert report is not None
     assert (report.duplicates_dropped, report.cleaning.tokenized) == (1, 81)
-    assert "tokenized  81 documents came as token ids" in report.lines()
+    assert "tokenized  81 documents were given as token ids" in report.lines()
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(replace(base, source=(str(tmp_path / "texts.jsonl"),), output=tmp_path / "texts"))
     again = replace(base, near_duplicates=NearDuplicatesConfig(threshold=0.6), output=tmp_path / "near")
@@ -240,7 +243,7 @@ def test_every_tar_of_several_put_together_is_read(tmp_path: Path, ending: str):
     assert read(path)[0] == ["a", "b", "c"]
     for garbage in (b"x", b"x" * 600, b"x" * 512 * 3):
         path.write_bytes(pack(parts[0] + garbage))
-        with pytest.raises(DataError, match=r"all\.tar.*: got .* behind its end"):
+        with pytest.raises(DataError, match=r"all\.tar.*: got .* after its end"):
             read(path)
 
 
@@ -286,7 +289,7 @@ def test_a_size_in_an_extended_header_is_the_member_s(tmp_path: Path):
     assert read(path)[0] == ["text"]
     member.pax_headers = {"size": "-4"}
     path.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-    with pytest.raises(DataError, match=r"a\.tar: got a damaged tar \(an extended header\)"):
+    with pytest.raises(DataError, match=r"a\.tar: got a damaged tar file \(an extended header\)"):
         read(path)
 
 
@@ -307,15 +310,17 @@ def test_whatever_stands_in_an_array_is_read_or_refused(
 
 def test_members_too_large_and_damaged_extensions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path / "a.tar", [("0.jpg", b"x" * 3000), ("1.txt", b"y" * 3000)])
-    monkeypatch.setattr(streams, "LONGEST_LINE", 2000)
-    with pytest.raises(DataError, match=r"a\.tar: got member 1\.txt of more than 0 MiB; cut it into smaller"):
+    monkeypatch.setattr(source_file, "LONGEST_LINE", 2000)
+    with pytest.raises(
+        DataError, match=r"a\.tar: got member 1\.txt of more than 0 MiB; split it into smaller"
+    ):
         read(path)
-    monkeypatch.setattr(streams, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(source_file, "LONGEST_LINE", 1 << 20)
     pax = tarfile.TarInfo("pax")
     pax.type = tarfile.XHDTYPE
     for record, message in (
         (b"99 path=x\n", "an extended header"),
-        (b"9 path=x\n", "header without the member"),
+        (b"9 path=x\n", "header without its member"),
     ):
         pax.size = len(record)
         path.write_bytes(pax.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + bytes(1024))

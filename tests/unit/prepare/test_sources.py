@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.errors import DataError
-from llmtrain.prepare import streams, texts
+from llmtrain.prepare import source_file, texts
 from llmtrain.prepare.clean import CleanCounts, clean
-from llmtrain.prepare.opening import refuse_long_windows
+from llmtrain.prepare.decompress import refuse_long_windows
 from llmtrain.prepare.read import read_part, undecodable
 from llmtrain.prepare.sources import find_files, plan_units
 
@@ -110,8 +110,8 @@ def test_parts_neither_share_nor_miss_a_document(
     path = tmp_path / f"texts.{kind}"
     WRITERS[kind](path, TEXTS * 3)
     whole = {mode: read(path, txt_document=mode) for mode in ("line", "paragraph", "file")}
-    monkeypatch.setattr(streams, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(streams, "BATCH_BYTES", 16)
+    monkeypatch.setattr(source_file, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(source_file, "BATCH_BYTES", 16)
     for mode, documents in whole.items():
         assert read(path, txt_document=mode) == documents
     if kind in ("txt", "jsonl"):
@@ -132,8 +132,8 @@ def test_a_compressed_text_has_the_documents_of_the_plain_one(
     path = folder / "a.txt"
     path.write_bytes(ending.join(lines).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "UNIT_BYTES", unit_bytes)
-        patch.setattr(streams, "BATCH_BYTES", 16)
+        patch.setattr(source_file, "UNIT_BYTES", unit_bytes)
+        patch.setattr(source_file, "BATCH_BYTES", 16)
         patch.setattr(texts, "AUTO_DOCUMENT_BYTES", 20)
         plain = read(path, txt_document=mode)
         assert read(compressed(path, "zst"), txt_document=mode) == plain
@@ -167,7 +167,7 @@ def test_blank_lines_are_no_documents(tmp_path: Path, mode: str):
 
 
 def test_a_row_longer_than_the_csv_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(source_file, "BATCH_BYTES", 1000)
     texts = ["a", "b" * 800, "c\n" * 5000, "d", "e" * 20_000, "f"]
     write_csv(tmp_path / "long.csv", texts)
     assert read(tmp_path / "long.csv") == [text.strip("\n") for text in texts]
@@ -210,13 +210,13 @@ def test_a_zstd_of_any_window(tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["auto", "line", "paragraph"])
 def test_old_line_ends_are_line_ends(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "BATCH_BYTES", 16)
+    monkeypatch.setattr(source_file, "BATCH_BYTES", 16)
     lines = ["one", "", "two words", "x" * 30, "", "end"]
     (tmp_path / "new.txt").write_bytes("\n".join(lines).encode())
     (tmp_path / "old.txt").write_bytes("\r".join(lines).encode())
     whole = read(tmp_path / "new.txt", txt_document=mode)
     for unit_bytes in range(1, 40):
-        monkeypatch.setattr(streams, "UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(source_file, "UNIT_BYTES", unit_bytes)
         if mode == "auto":
             whole = read(tmp_path / "new.txt", txt_document=mode)
         assert read(tmp_path / "old.txt", txt_document=mode) == whole
@@ -240,21 +240,29 @@ def test_null_is_an_empty_text(tmp_path: Path):
         ("a.csv", b"text\ngood\nbad \xff\n", "0xff at byte 14"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "0xff at byte 24"),
         ("a.txt.gz", gzipped(b"ab\xff"), "0xff at byte 2 of the uncompressed text"),
-        ("a.txt", "utf-16".encode("utf-16"), r"a\.txt: got text in UTF-16, it seems"),
-        ("a.txt", "Привет, мир\n".encode("utf-16-le"), r"a\.txt: got text in UTF-16, it seems"),
-        ("a.txt", b"some ASCII first\n" * 9 + "then more\n".encode("utf-16-be"), "got text in UTF-16"),
-        ("a.txt.gz", gzipped("wide\n".encode("utf-32-le") * 9), r"a\.txt\.gz: got text in UTF-32"),
-        ("a.csv", "id,text\n1,x\n".encode("utf-16-le"), r"a\.csv line 1: got text in UTF-16"),
+        ("a.txt", "utf-16".encode("utf-16"), r"a\.txt: got text that seems to be UTF-16"),
+        ("a.txt", "Привет, мир\n".encode("utf-16-le"), r"a\.txt: got text that seems to be UTF-16"),
+        (
+            "a.txt",
+            b"some ASCII first\n" * 9 + "then more\n".encode("utf-16-be"),
+            "got text that seems to be UTF-16",
+        ),
+        (
+            "a.txt.gz",
+            gzipped("wide\n".encode("utf-32-le") * 9),
+            r"a\.txt\.gz: got text that seems to be UTF-32",
+        ),
+        ("a.csv", "id,text\n1,x\n".encode("utf-16-le"), r"a\.csv line 1: got text that seems to be UTF-16"),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": "a", "text": "b"}\n',
-            r"line 2: got no JSON \(field text 2 times\)",
+            r"line 2: got invalid JSON \(field text 2 times\)",
         ),
-        ("a.json", b'[\n{"text": "x"}\n]\n', r"a\.json line 1: got no JSON .*jq -c"),
+        ("a.json", b'[\n{"text": "x"}\n]\n', r"a\.json line 1: got invalid JSON .*jq -c"),
         ("a.json", b'[{"text": "x"}]\n', r"a\.json line 1: got a JSON list; .*jq -c"),
         ("a.txt.zst", b"\x28\xb5\x2f\xfd\x00\xb0" + bytes(20), r"damaged \.zst data \(.*too much memory"),
         ("a.txt", b"cut" + "é".encode()[:1], "0xc3 at byte 3"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl line 3: got no JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl line 3: got invalid JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl line 2: got a JSON list"),
         (
             "a.jsonl",
@@ -300,7 +308,7 @@ def test_parquet_that_is_refused(tmp_path: Path):
 
 
 def test_a_row_of_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "UNIT_BYTES", 1)
+    monkeypatch.setattr(source_file, "UNIT_BYTES", 1)
     values = [b"fine"] * 1500 + [b"ab\xff", None]
     for column in (pyarrow.array(values), pyarrow.array(values).view(pyarrow.string())):
         table = pyarrow.table({"text": column})
@@ -336,8 +344,8 @@ def test_columns_of_parquet(tmp_path: Path):
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(streams, "LONGEST_LINE", 5000)
-    monkeypatch.setattr(streams, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(source_file, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(source_file, "BATCH_BYTES", 1000)
     (tmp_path / "a.txt").write_text("x" * 10_000)
     for mode in ("auto", "line", "paragraph", "file"):
         with pytest.raises(DataError, match=r"a\.txt: got a (line|file) of more than"):
@@ -345,11 +353,11 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
 
 
 def test_line_numbers_count_from_the_file_s_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(streams, "UNIT_BYTES", 100)
+    monkeypatch.setattr(source_file, "UNIT_BYTES", 100)
     write_jsonl(tmp_path / "a.jsonl", ["some text"] * 50)
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{oops\n")
-    with pytest.raises(DataError, match="line 51: got no JSON"):
+    with pytest.raises(DataError, match="line 51: got invalid JSON"):
         read(tmp_path / "a.jsonl")
 
 

@@ -66,7 +66,7 @@ def test_a_link_in_place_of_the_work_is_refused(tmp_path: Path, config: PrepareC
 def test_another_user_s_work_is_refused(config: PrepareConfig):
     (config.output / ".prepare").mkdir(parents=True)
     os.chown(config.output / ".prepare", 12345, 12345)
-    with pytest.raises(DataError, match=r"\.prepare: got what is no folder of this user"):
+    with pytest.raises(DataError, match=r"\.prepare: got something that is not a folder of this user"):
         prepare(config)
 
 
@@ -75,17 +75,17 @@ def test_work_is_the_user_s_alone_and_that_of_earlier_versions_goes_on(
 ):
     work = config.output / ".prepare"
     modes = []
-    find_duplicates = phases.Stages.find_duplicates
+    find_duplicates = phases.Phases.find_duplicates
 
     def stop(*arguments: object) -> None:
         modes.append(stat.S_IMODE(os.stat(work).st_mode))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phases.Stages, "find_duplicates", stop)
+    monkeypatch.setattr(phases.Phases, "find_duplicates", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     work.chmod(0o755)
-    monkeypatch.setattr(phases.Stages, "find_duplicates", find_duplicates)
+    monkeypatch.setattr(phases.Phases, "find_duplicates", find_duplicates)
     inner = os.stat(work / "read" / "000000").st_ino
     commit = folder.commit
 

@@ -96,10 +96,13 @@ DOUBLED = replace({"String": "a"}, "aa")
             "decoder: steps",
         ),
         # The library would end the process, for want of memory.
-        (with_normalizer(charsmap(b"\xff" * 8)), "precompiled_charsmap of 8 bytes that says 4,294,967,295"),
+        (
+            with_normalizer(charsmap(b"\xff" * 8)),
+            "precompiled_charsmap of 8 bytes with a trie of 4,294",
+        ),
         (with_normalizer(charsmap(b"")), "precompiled_charsmap of 0 bytes"),
         (with_normalizer(charsmap(bytes(8) + b"x" * 1000 + b"\0")), "1,000 bytes for a character"),
-        (with_normalizer({"type": "Precompiled", "precompiled_charsmap": "!"}), "that is no base64"),
+        (with_normalizer({"type": "Precompiled", "precompiled_charsmap": "!"}), "that is not base64"),
         (with_model(continuing_subword_prefix="#", merges=[["a", "é"]]), "whose second piece does not begin"),
         (with_model(continuing_subword_prefix="#", merges=["a é"]), "whose second piece does not begin"),
         (with_model(continuing_subword_prefix="x" * 100), "continuing_subword_prefix of 100 characters"),
@@ -237,7 +240,7 @@ def changed(change: Callable[[Any], object]) -> bytes:
 )
 def test_what_is_no_sentencepiece_model(content: bytes, tmp_path: Path):
     (tmp_path / "x.model").write_bytes(content)
-    assert "x.model: got no sentencepiece model (" in refusal(tmp_path / "x.model")
+    assert "x.model: got not a sentencepiece model (" in refusal(tmp_path / "x.model")
 
 
 def test_an_unknown_id_that_is_none_goes_out_as_the_library_has_it():

@@ -54,7 +54,7 @@ def test_special_tokens_that_a_text_spells_out_can_be_text(folder: Path):
     assert spelled
     assert spelled <= {*ours.encode(text)}
     assert {ours.pieces()[i] for i in spelled} <= {*ours.typed_specials()}
-    ours.take_specials_for_text()
+    ours.encode_specials_as_text()
     assert ours.typed_specials() == []
     if folder.name != "t5":  # there unigrams find special tokens even so
         split = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -228,7 +228,7 @@ def test_a_corpus_carries_it(folder: Path, tmp_path: Path):
         ("tokenizer.json", b"[]", "got no tokenizer (a list in place of an object)"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', "got no tokenizer ("),
         ("tokenizer.json", pickle.dumps({"a": 1}), "got no tokenizer (no UTF-8 at byte 0)"),
-        ("vocab.txt", "\n".join(["a", "b"]).encode(), "neither an eos nor a sep nor a bos"),
+        ("vocab.txt", "\n".join(["a", "b"]).encode(), "without an eos, sep or bos"),
         ("tokenizer.model", b"no model", "got no sentencepiece model"),
         ("tokenizer.pkl", pickle.dumps({"a": 1}), "no tokenizer but tokenizer.pkl, which is not opened"),
         (BUNDLE_FILE, b'{"format": "llmtrain-tokenizer", "version": 9}', "got version 9"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.distributed import lookout, processes
+from llmtrain.distributed import processes, stop_checks
 from llmtrain.engine.base import NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import TrainingError
@@ -110,12 +110,12 @@ def test_an_evaluation_that_is_owed_comes_first():
 def look(asked_after: int) -> int:
     """After how many parts this rank stops, of which the second rank is asked to at `asked_after`."""
     parts = 0
-    watch = lookout.Lookout(lambda: processes.rank() == 1 and parts >= asked_after, torch.device("cpu"))
+    watch = stop_checks.StopCheck(lambda: processes.rank() == 1 and parts >= asked_after, torch.device("cpu"))
     try:
         while parts < 10_000:
             parts += 1
             watch.check()
-    except lookout.StoppedError:
+    except stop_checks.StoppedError:
         return parts
     return -1
 

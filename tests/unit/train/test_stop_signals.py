@@ -81,4 +81,4 @@ def test_while_there_is_nothing_to_save_a_process_ends_at_once(number: signal.Si
             assert process.wait(5) == 75
         finally:
             process.kill()
-        assert "stopped before the first step" in process.stderr.read()
+        assert "stopped on request before the first step" in process.stderr.read()

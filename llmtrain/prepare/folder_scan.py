@@ -1,7 +1,7 @@
-"""What stands in folders and matches patterns, and what of it is no source.
+"""Scan folders and glob patterns for source files, and record what is skipped.
 
-Linked folders are followed, each folder is entered once, and what cannot be looked at is a problem: nothing
-is left out without a word.
+Symbolic links to folders are followed, each folder is entered once, and anything unreadable is reported as a
+problem: nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from llmtrain.errors import Problem, printable
 
 _SHOWN = 8
 _LONGEST_SHOWN = 200
-"""Characters of a name from within a file: there it may be as long as the file."""
+"""Maximum length of a printed name that comes from the contents of a file, where it may have any length."""
 
 
-def shown(name: str | Path) -> str:
-    """A file's name as text: bytes that are no UTF-8, and what would steer a terminal, as escapes."""
+def printable_path(name: str | Path) -> str:
+    """Return a file name as printable text, with invalid UTF-8 and terminal control characters escaped."""
     return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
-def brief(name: str) -> str:
-    """A name from within a file as text, cut where it is long."""
+def short_name(name: str) -> str:
+    """Return a name from the contents of a file as printable text, truncated to 200 characters."""
     cut = name if len(name) <= _LONGEST_SHOWN else name[:_LONGEST_SHOWN] + "…"
     return printable(cut).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def look(path: Path) -> os.stat_result | None:
-    """What stands there; None for nothing. Raises OSError for a link that leads nowhere, and all else."""
+def stat_or_none(path: Path) -> os.stat_result | None:
+    """Return os.stat of `path`, None if nothing is there. Raise OSError for a broken link and other
+    errors."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -43,64 +44,66 @@ def look(path: Path) -> os.stat_result | None:
 
 
 def scan_problem(error: OSError, source: str | Path) -> Problem:
-    """Why a source could not be looked at."""
-    place, reason = error.filename or source, error.strerror or str(error)
-    got = f"a link that leads nowhere ({reason})" if os.path.islink(place) else reason
-    return Problem(shown(place), got, "a file or folder that can be read", "or name what is to be read")
+    """Return the problem of a source that could not be read."""
+    location, reason = error.filename or source, error.strerror or str(error)
+    got = f"a broken link ({reason})" if os.path.islink(location) else reason
+    remedy = "correct it, or name the sources one by one"
+    return Problem(printable_path(location), got, "a readable file or folder", remedy)
 
 
 @dataclass
-class LeftOut:
-    """Names of what stands in the folders of the sources and is not read."""
+class SkippedFiles:
+    """Names of the entries in source folders that are not read."""
 
     other: list[str] = field(default_factory=list)
-    """Files of other extensions."""
+    """Files with unsupported extensions."""
     hidden: list[str] = field(default_factory=list)
-    """Files and folders with a dot before their name, and the file system's own lost+found."""
+    """Files and folders whose name begins with a dot, and lost+found."""
     special: list[str] = field(default_factory=list)
-    """FIFOs, sockets, devices."""
+    """FIFOs, sockets and devices."""
     cycles: list[str] = field(default_factory=list)
-    """Links to a folder in which they stand themselves."""
+    """Links to a folder that contains them."""
 
     def notes(self) -> list[str]:
-        """One for each kind that occurs."""
+        """Return one note for each kind that occurs."""
         endings = sorted({Path(name).suffix or "none" for name in self.other})
         kinds = (
             (self.other, "files of other extensions", endings),
             (self.hidden, "hidden files and folders", self.hidden),
             (self.special, "FIFOs, sockets and devices", self.special),
-            (self.cycles, "links to a folder in which they stand", self.cycles),
+            (self.cycles, "links to a folder that contains them", self.cycles),
         )
         return [
-            # A pattern may pass a folder twice.
+            # A pattern may visit a folder twice.
             f"{len(set(names)):,} {what} left out: {', '.join([*dict.fromkeys(told)][:_SHOWN])}"
             for names, what, told in kinds
             if names
         ]
 
 
-class Scan:
-    """One look at the folders of a source. `problems` are those that could not be read."""
+class FolderScan:
+    """A scan of the folders of one source; `problems` collects what could not be read."""
 
-    def __init__(self, left_out: LeftOut, excluded: Path | None = None) -> None:
+    def __init__(self, skipped: SkippedFiles, excluded: Path | None = None) -> None:
         self.problems: list[Problem] = []
-        self._left_out, self._excluded = left_out, excluded
+        self._skipped, self._excluded = skipped, excluded
         self._entered: set[str] = set()
 
     def files(self, top: Path) -> Iterator[Path]:
-        """Every file below a folder: its own by name, then those of its folders in turn."""
+        """Yield all files below a folder, its own sorted by name first, then those of each subfolder."""
         for _, files in self._folders(top, self._entered):
             yield from files
 
     def matches(self, pattern: str) -> list[Path]:
-        """Files and folders that match a pattern as the shell's, `**` being any folders; sorted."""
+        """Return the files and folders that match a shell pattern, sorted. `**` matches any number of
+        folders."""
         parts = Path(pattern).parts
         plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
         return sorted(set(self._matches(Path(*parts[:plain]), parts[plain:])), key=os.fsencode)
 
     def _matches(self, place: Path, parts: Sequence[str]) -> Iterator[Path]:
         try:
-            status = look(place)
+            status = stat_or_none(place)
         except OSError as error:
             self.problems.append(scan_problem(error, place))
             return
@@ -122,7 +125,7 @@ class Scan:
                         yield from self._matches(place / entry.name, rest)
 
     def _folders(self, top: Path, entered: set[str]) -> Iterator[tuple[Path, list[Path]]]:
-        """Every folder at and below `top` that was not `entered` before, and the files that stand in it."""
+        """Yield each folder at or below `top` that is not in `entered` yet, with the files in it."""
         waiting = [(top, os.path.realpath(top))]
         while waiting:
             folder, real = waiting.pop()
@@ -133,20 +136,20 @@ class Scan:
             for entry in self._entries(folder):
                 path = folder / entry.name
                 if entry.name.startswith(".") or entry.name == "lost+found":
-                    self._left_out.hidden.append(shown(path))
+                    self._skipped.hidden.append(printable_path(path))
                 elif not _is_folder(entry):
                     files.append(path)
                 elif not entry.is_symlink():
                     folders.append((path, os.path.join(real, entry.name)))
                 elif Path(real).is_relative_to(target := os.path.realpath(path)):
-                    self._left_out.cycles.append(shown(path))
+                    self._skipped.cycles.append(printable_path(path))
                 else:
                     folders.append((path, target))
             yield folder, files
             waiting += reversed(folders)
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
-        """By name."""
+        """Return the entries of a folder, sorted by name."""
         try:
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
@@ -159,5 +162,5 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        # What it is instead is told when its file is looked at.
+        # The error is reported later, when the entry is opened as a file.
         return False

@@ -1,4 +1,5 @@
-"""The bytes of a source file, uncompressed; and, in one place, why they cannot be had."""
+"""Open source files, decompressing .gz and .zst, with limits on size and memory; turn read errors into
+DataError."""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ from llmtrain.errors import DataError, Problem
 from llmtrain.reading import open_regular
 
 if TYPE_CHECKING:
-    from llmtrain.prepare.streams import SourceFile
+    from llmtrain.prepare.source_file import SourceFile
 
 BUFFER_BYTES = 1 << 20
 LONGEST_WINDOW = 1 << 31
-"""Bytes of earlier text that a .zst may refer to, which are held while it is read; zstd's own limit."""
+"""Maximum window of a .zst in bytes, all of which are held in memory; the limit of zstd."""
 COMMON_WINDOW = 128 << 20
-"""What zstd reads without being told."""
+"""Largest window in bytes that zstd decompresses by default."""
 UNPACKED_TIMES = 256
-"""Most bytes that a byte of a compressed file may stand for: text packs to a tenth, logs that repeat
-themselves to a hundredth; a file that is made to fill disks, to a thousandth and less."""
+"""Highest accepted compression ratio. Text compresses about 10-fold, repetitive logs 100-fold, decompression
+bombs 1,000-fold or more."""
 UNPACKED_BYTES = 256 << 20
-"""So much may stand in any compressed file, however small: it fits on every disk."""
+"""Uncompressed size in bytes that is accepted for a file of any size."""
 GZIP_MAGIC = b"\x1f\x8b"
 _FRAME_HEADER_BYTES = 18
 _ZSTD_INPUT_BYTES = 2048
-"""Given to zstd at a time. Four bytes may stand for 128 KiB, so what comes back is 64 MiB at most; larger
+"""Bytes given to zstd at a time. Four bytes may expand to 128 KiB, so the output is at most 64 MiB; larger
 pieces are not faster."""
 
 
@@ -40,31 +41,32 @@ class BadZstdError(Exception):
 
 
 def open_source(file: SourceFile) -> IO[bytes]:
-    """Its bytes; opening and reading raise DataError that names the file for whatever goes wrong."""
+    """Return a stream of the uncompressed bytes. Opening and reading raise DataError that names the file."""
     return io.BufferedReader(_SourceBytes(file), BUFFER_BYTES)
 
 
 class Allowance:
-    """How many bytes a packed file of `size` bytes may still give; `what` follows their number in the
-    message, and `where` names the file."""
+    """The number of bytes that a compressed file may still expand to."""
 
     def __init__(self, where: str, size: int, what: str = "bytes of unpacked data") -> None:
+        """where: name of the file; size: its compressed size in bytes; what: the unit in the error
+        message."""
         self._where, self._size, self._what = where, size, what
         self._most = self._left = max(UNPACKED_BYTES, UNPACKED_TIMES * size)
 
     def take(self, count: int) -> None:
-        """Raises DataError once the file has given more than it may."""
+        """Subtract `count` bytes. Raise DataError if the allowance is exceeded."""
         self._left -= count
         if self._left < 0:
             got = f"more than {self._most:,} {self._what} from a file of {self._size:,} bytes"
             allowed = f"{UNPACKED_TIMES} for each byte of the file, or {UNPACKED_BYTES >> 20} MiB"
-            remedy = "unpack it into files of plain text, if that is what it should hold"
+            remedy = "if the contents are intended, decompress the file and give the result as source"
             raise DataError(Problem(self._where, got, allowed, remedy))
 
 
 @contextmanager
 def reading(file: SourceFile) -> Iterator[None]:
-    """Turn what goes wrong while a source's bytes are read into a DataError that names it."""
+    """Turn errors of reading a source file into a DataError that names it."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, BadZstdError) as error:
@@ -73,31 +75,29 @@ def reading(file: SourceFile) -> Iterator[None]:
     except MemoryError as error:
         raise out_of_memory(file) from error
     except OSError as error:
-        raise DataError(
-            Problem(file.name, error.strerror or str(error), "a file that can be read")
-        ) from error
+        raise DataError(Problem(file.name, error.strerror or str(error), "a readable file")) from error
 
 
 def out_of_memory(file: SourceFile) -> DataError:
-    return DataError(Problem(file.name, "more than the memory that is left", "", "lower workers"))
+    return DataError(Problem(file.name, "more than the free memory", "", "lower workers"))
 
 
 def refuse_changed(file: SourceFile) -> None:
-    """Raise DataError if a file is no longer the one that was found."""
+    """Raise DataError if the size or modification time of a file has changed since it was found."""
     with reading(file):
         status = os.stat(file.path)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         got = "another state of the file than when this run began"
         if status.st_size != file.size:
             got += f" ({status.st_size:,} bytes, and {file.size:,} then)"
-        remedy = "run the same command again when nothing writes to it any more"
+        remedy = "run the same command again once nothing writes to the file"
         raise DataError(Problem(file.name, got, remedy=remedy))
 
 
 def refuse_long_windows(files: Sequence[SourceFile], workers: int) -> list[str]:
-    """Notes on .zst files that take much memory while they are read.
+    """Return notes on .zst files that need much memory while they are read.
 
-    Raises DataError where the workers together would take more than is free.
+    Raise DataError if the workers together would need more than the free memory.
     """
     windows = {file.name: _window_bytes(file) for file in files if file.compression == "zst" and not file.url}
     long = sorted((size, name) for name, size in windows.items() if size > COMMON_WINDOW)
@@ -115,10 +115,10 @@ def refuse_long_windows(files: Sequence[SourceFile], workers: int) -> list[str]:
 
 
 def unpacked(packed: IO[bytes], compression: str, where: str, size: int) -> Any:
-    """The raw stream of what is packed in another, which it closes with itself; `packed` where nothing is.
+    """Return a raw stream of the decompressed data, or `packed` itself if `compression` is empty.
 
-    It raises EOFError, OSError, zlib.error and BadZstdError for damaged data, and DataError, with `where`,
-    once it gives more than a file of `size` bytes may.
+    Closing it closes `packed`. Reading raises EOFError, OSError, zlib.error or BadZstdError for damaged data,
+    and DataError that names `where` if the data exceed the allowance of a file of `size` bytes.
     """
     if not compression:
         return packed
@@ -127,7 +127,7 @@ def unpacked(packed: IO[bytes], compression: str, where: str, size: int) -> Any:
 
 
 class _SourceBytes(io.RawIOBase):
-    """The raw stream under `open_source`."""
+    """The raw stream behind `open_source`."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
@@ -172,7 +172,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _GzipStream(gzip.GzipFile):
-    """The module's own leaves a file open that it has not opened."""
+    """A GzipFile that also closes the stream it reads from."""
 
     def __init__(self, packed: IO[bytes]) -> None:
         super().__init__(fileobj=packed, mode="rb")
@@ -184,8 +184,8 @@ class _GzipStream(gzip.GzipFile):
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of a .zst, of any number of frames; unlike zstandard's own reader it raises
-    when the file ends inside a frame."""
+    """Decompresses a .zst of any number of frames. Unlike the reader of zstandard, it raises BadZstdError if
+    the file ends inside a frame."""
 
     def __init__(self, packed: IO[bytes]) -> None:
         import zstandard
@@ -207,7 +207,8 @@ class _ZstdStream(io.RawIOBase):
                 if not data:
                     return 0
                 if self._decompressor is None:
-                    # The first frame's window was compared with what is free; no later one may take more.
+                    # The window of the first frame was checked against the free memory; it bounds later
+                    # frames.
                     window = max(_window_of(data), COMMON_WINDOW)
                     if window > COMMON_WINDOW and window > psutil.virtual_memory().available:
                         raise MemoryError
@@ -216,7 +217,7 @@ class _ZstdStream(io.RawIOBase):
             else:
                 data = self._file.read(_ZSTD_INPUT_BYTES)
                 if not data:
-                    raise BadZstdError("it ends inside a frame")
+                    raise BadZstdError("the file ends inside a frame")
             try:
                 self._output = memoryview(self._frame.decompress(data))
             except self._zstandard.ZstdError as error:
@@ -239,8 +240,8 @@ def _window_bytes(file: SourceFile) -> int:
 
 
 def _window_of(header: bytes) -> int:
-    """The window of the .zst frame that begins so, as far as one may be; 0 for what is no frame, which its
-    reader tells."""
+    """Return the window in bytes, at most LONGEST_WINDOW, of the .zst frame with this header; 0 if it is not
+    a frame, which reading reports."""
     import zstandard
 
     try:

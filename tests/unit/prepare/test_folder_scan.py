@@ -34,9 +34,9 @@ def test_json_lines_by_another_name(tmp_path: Path):
     for name in ("c4.json.gz", "dolma.json.zst", "plain.json", "config.json"):
         data = b'{"text": "%s"}\n' % name.encode()
         (tmp_path / name).write_bytes(COMPRESS.get(name[-2:], COMPRESS.get(name[-3:], bytes))(data))
-    files, left_out = find_files([str(tmp_path)])
+    files, skipped = find_files([str(tmp_path)])
     assert [file.path.name for file in files] == ["c4.json.gz", "dolma.json.zst"]
-    assert left_out.notes() == ["2 files of other extensions left out: .json"]
+    assert skipped.notes() == ["2 files of other extensions left out: .json"]
     assert read(tmp_path / "c4.json.gz") == ["c4.json.gz"]
     assert read(tmp_path / "dolma.json.zst") == ["dolma.json.zst"]
     for source in ("plain.json", "pl*.json", "**/plain.json"):
@@ -50,10 +50,10 @@ def test_linked_folders_are_entered_once_and_cycles_told(tmp_path: Path):
     for link, target in (("a/link", "../../beside"), ("b/again", "../a"), ("b/up", "../.."), ("b/self", ".")):
         (tmp_path / "top" / link).symlink_to(target)
     for source in ("top", "top/**", "top/**/*.txt", "top/*"):
-        files, left_out = find_files([str(tmp_path / source)])
+        files, skipped = find_files([str(tmp_path / source)])
         assert sorted(file.path.name for file in files) == ["four.txt", "one.txt", "three.txt", "two.txt"]
         if source != "top/*":
-            assert {Path(name).name for name in left_out.cycles} == {"up", "self"}
+            assert {Path(name).name for name in skipped.cycles} == {"up", "self"}
 
 
 def test_what_cannot_be_read_in_a_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -71,11 +71,11 @@ def test_what_cannot_be_read_in_a_folder_is_told(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", refuse)
     for source in ("", "*", "**", "**/*.txt", "*/*.txt"):
         with pytest.raises(
-            DataError, match=r"shut: got Permission denied; allowed: a file or folder that can"
+            DataError, match=r"shut: got Permission denied; allowed: a readable file or folder"
         ):
             find_files([str(tmp_path / source)])
-    _, left_out = find_files([str(tmp_path / "fine")])
-    assert [note.partition(":")[0] for note in left_out.notes()] == ["2 hidden files and folders left out"]
+    _, skipped = find_files([str(tmp_path / "fine")])
+    assert [note.partition(":")[0] for note in skipped.notes()] == ["2 hidden files and folders left out"]
 
 
 def test_links_that_lead_nowhere_are_told(tmp_path: Path):
@@ -83,10 +83,10 @@ def test_links_that_lead_nowhere_are_told(tmp_path: Path):
     (tmp_path / "self.txt").symlink_to("self.txt")
     (tmp_path / "gone").symlink_to("no/such/folder")
     for source in ("self.txt", "gone", "", "*"):
-        with pytest.raises(DataError, match=r"(self\.txt|gone): got a link that leads nowhere") as caught:
+        with pytest.raises(DataError, match=r"(self\.txt|gone): got a broken link") as caught:
             find_files([str(tmp_path / source)])
         assert len(caught.value.problems) == (1 if source in ("self.txt", "gone") else 2)
-        assert all("leads nowhere" in problem.got for problem in caught.value.problems)
+        assert all("broken link" in problem.got for problem in caught.value.problems)
 
 
 def test_what_is_no_file_is_left_out_or_refused(tmp_path: Path):
@@ -94,9 +94,9 @@ def test_what_is_no_file_is_left_out_or_refused(tmp_path: Path):
     os.mkfifo(tmp_path / "fifo.txt")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.jsonl"))
-        files, left_out = find_files([str(tmp_path)])
+        files, skipped = find_files([str(tmp_path)])
     assert [file.path.name for file in files] == ["a.txt"]
-    assert [Path(name).name for name in left_out.special] == ["fifo.txt", "socket.jsonl"]
+    assert [Path(name).name for name in skipped.special] == ["fifo.txt", "socket.jsonl"]
     with pytest.raises(DataError, match=r"fifo\.txt: got a FIFO, socket or device"):
         find_files([str(tmp_path / "fifo.txt")])
 
@@ -138,9 +138,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path):
     with pytest.raises(DataError, match="another state"), at_hand(part, tmp_path):
         pass
     path.unlink()
-    with pytest.raises(
-        DataError, match=r"a\.jsonl: got No such file or directory; allowed: a file that can be"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl: got No such file or directory; allowed: a readable file"):
         contents_fingerprint([part.file])
 
 
@@ -163,7 +161,7 @@ def test_a_file_of_a_package_is_found_without_importing_it(tmp_path: Path, monke
         ("missing.txt", r"missing\.txt: got no such file or folder"),
         ("*.jsonl", r"\*\.jsonl: got a pattern that matches no file"),
         ("a.doc", r"a\.doc: got the extension \.doc; allowed: \.txt"),
-        ("empty_folder", "empty_folder: got no file that can be read"),
+        ("empty_folder", "empty_folder: got no readable file"),
         ("package:no_such_package/a.txt", "pip install no-such-package"),
         ("package:", "incomplete name"),
     ],

@@ -1,4 +1,4 @@
-"""What the readers of all formats share: a source file's description, its bytes, its lines."""
+"""Source files, parts and batches of documents: the types, limits and line reading that all formats share."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.prepare.opening import open_source
-from llmtrain.prepare.scan import brief
+from llmtrain.prepare.decompress import open_source
+from llmtrain.prepare.folder_scan import short_name
 
-# Fixed, because .txt documents of `auto` are packed anew at each border: a file's documents then
-# depend on nothing but the file.
 UNIT_BYTES = 16 << 20
+"""Approximate bytes of a unit of work. Constant, because documents of txt_document=auto start anew at each
+unit: this way the documents of a file depend only on the file."""
 BATCH_BYTES = 1 << 20
+"""Approximate bytes of a batch of documents."""
 LONGEST_LINE = 128 << 20
-"""Bytes of a line, and of a document that a file of another kind holds."""
+"""Maximum bytes of a line, and of a document in a file without lines."""
 PARSED_SHARE = 4
-"""A line or a row that is parsed may have this part of LONGEST_LINE: libraries take ten bytes for each."""
+"""Parsed lines and rows may have LONGEST_LINE / PARSED_SHARE bytes: parsers need ten bytes per byte."""
 MOST_VALUES = 4 << 20
-"""In an object or a row: three bytes of a file may make a value that takes 70 in memory."""
+"""Maximum number of values in an object or row: three bytes of a file may become a value of 70 bytes."""
 BATCH_DOCUMENTS = 1 << 16
-"""In a batch at most: an empty document takes memory too."""
+"""Maximum number of documents in a batch: empty documents need memory too."""
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
 
 
 COLUMNS = ("csv", "tsv", "jsonl", "parquet")
-"""Kinds of files whose texts are fields."""
+"""Kinds of files whose texts are named fields."""
 
 
 class Tokens(list[np.ndarray]):
-    """A batch of documents as token ids, TOKEN_DTYPE, without eos."""
+    """A batch of documents as arrays of token ids, TOKEN_DTYPE, without eos."""
 
 
 TOKEN_DTYPE = np.dtype("<u4")
@@ -45,11 +46,10 @@ Texts = Sequence[str] | Sequence[bytes]
 
 
 class Pairs(NamedTuple):
-    """A batch of pairs."""
+    """A batch of pairs: sources[i] belongs to targets[i]."""
 
     sources: Texts
     targets: Texts
-    """As many."""
 
 
 Batch = Texts | Tokens | Pairs
@@ -57,30 +57,32 @@ Batch = Texts | Tokens | Pairs
 
 @dataclass(frozen=True)
 class SourceFile:
+    """A file of the sources, local or remote."""
+
     path: Path
     name: str
-    """As the user would spell it; stands in messages."""
+    """The name for messages, as the user would write it."""
     kind: str
     compression: str
     size: int
     mtime_ns: int
     url: str = ""
-    """Where the file is, if not on this machine; then `path` is its bare name."""
+    """URL of a remote file; `path` is then its bare name."""
     version: str = ""
-    """What tells the state of a file elsewhere from a later one."""
+    """Version of a remote file; it changes when the file does."""
     target: SourceFile | None = None
-    """The file whose lines are the targets of this one's lines."""
+    """The file whose lines are the targets of the lines of this file."""
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """This, and the one of its targets."""
+        """This file and, for pairs of lines, its file of targets."""
         return (self,) if self.target is None else (self, self.target)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of one file: bytes [start, stop) of a plain .txt or .jsonl, row groups of a .parquet,
-    or the whole file (stop is None)."""
+    """A part of one file: bytes [start, stop) of an uncompressed .txt or .jsonl, row groups [start, stop) of
+    a .parquet, or the whole file (stop is None)."""
 
     file: SourceFile
     start: int = 0
@@ -88,7 +90,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Bytes of the file, roughly where it is a .parquet."""
+        """Number of bytes; that of the whole file for a .parquet."""
         return self.file.size if self.stop is None or self.file.kind == "parquet" else self.stop - self.start
 
 
@@ -96,8 +98,8 @@ Unit = tuple[Part, ...]
 
 
 class _LineEnds(io.RawIOBase):
-    """A stream in which each carriage return that stands alone, as old line ends do, is a newline; no byte
-    changes its place."""
+    """A stream in which every lone carriage return, the line end of old systems, is replaced by a newline.
+    The offsets of all bytes stay the same."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream: Any = stream
@@ -125,16 +127,16 @@ class _LineEnds(io.RawIOBase):
 
 
 def open_lines(file: SourceFile) -> IO[bytes]:
-    """The bytes of a file of lines, each of which ends with a newline."""
+    """Open a file of lines; lone carriage returns read as newlines."""
     return io.BufferedReader(_LineEnds(open_source(file)), BATCH_BYTES)
 
 
 def line_chunks(part: Part, lone_returns: bool = True) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, whole lines of about BATCH_BYTES) of a part; lone carriage returns end lines too, if so
-    wanted.
+    """Yield (byte offset, whole lines of about BATCH_BYTES) of a part.
 
-    A part begins at the first line that starts at or behind its start, and ends where the next part
-    begins, so parts neither share nor miss a line.
+    lone_returns: whether lone carriage returns end lines too.
+    A part begins at the first line that starts at or after its start, and ends where the next part begins, so
+    every line is in exactly one part.
     """
     with open_lines(part.file) if lone_returns else open_source(part.file) as stream:
         offset = 0
@@ -158,16 +160,16 @@ def line_chunks(part: Part, lone_returns: bool = True) -> Iterator[tuple[int, by
 
 
 def longest_parsed() -> int:
-    """Return how many bytes a line of JSON, or a row of a table, may have."""
+    """Return the maximum bytes of a line of JSON or a row of a table."""
     return LONGEST_LINE // PARSED_SHARE
 
 
 def refuse_wide(data: bytes, where: str) -> None:
-    """Raise DataError for text in UTF-16 or UTF-32 without a mark: most of it may pass as UTF-8, and means
-    something else. Its spaces and line ends have zero bytes, at places of one remainder by 2 or 4."""
+    """Raise DataError for text in UTF-16 or UTF-32 without a byte order mark. Most of it is valid UTF-8 of
+    another meaning; it is recognized by zero bytes at offsets that are equal modulo 2 or 4."""
     if b"\0" not in data:
         return
-    # A byte for each byte: their places would take eight, and a line may be long.
+    # A mask takes one byte per byte, offsets would take eight, and a line may be long.
     is_zero = np.frombuffer(data, np.uint8) == 0
     region = len(data) - int(np.argmax(is_zero)) - int(np.argmax(is_zero[::-1]))
     counts = np.array([np.count_nonzero(is_zero[start::4]) for start in range(4)])
@@ -178,36 +180,39 @@ def refuse_wide(data: bytes, where: str) -> None:
     utf_16 = by_two and zeros >= few and 25 * zeros >= region
     utf_32 = low <= 0.05 * high and second >= 0.5 * high and zeros >= 6 and 2 * zeros >= region
     if utf_16 or utf_32:
-        got = f"text in UTF-{32 if utf_32 else 16}, it seems: {zeros:,} zero bytes at even distances"
-        raise DataError(Problem(where, got, "UTF-8", "convert it, with iconv say"))
+        got = f"text that seems to be UTF-{32 if utf_32 else 16}: {zeros:,} zero bytes at even distances"
+        raise DataError(Problem(where, got, "UTF-8", "convert it, for example with iconv"))
 
 
 def decoded(data: bytes, where: str) -> str:
-    """Text of a whole document. Raises DataError for what is no UTF-8."""
+    """Decode a whole document. Raise DataError if it is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        got = f"bytes that are no UTF-8: 0x{data[error.start]:02x} at byte {error.start}"
-        raise DataError(Problem(where, got, "UTF-8", "convert it, with iconv say")) from error
+        got = f"bytes that are not UTF-8: 0x{data[error.start]:02x} at byte {error.start}"
+        raise DataError(Problem(where, got, "UTF-8", "convert it, for example with iconv")) from error
 
 
 def _read_line(stream: IO[bytes], file: SourceFile) -> bytes:
-    """Raises DataError for a longer line than may be, before its pieces are put together, which takes as much
-    again."""
+    """Read one line. Raise DataError for a line over LONGEST_LINE before joining its pieces, which doubles
+    the memory."""
     pieces, size = [], 0
     while True:
         pieces.append(stream.readline(BATCH_BYTES))
         size += len(pieces[-1])
         if size > LONGEST_LINE:
             got = f"a line of more than {LONGEST_LINE >> 20} MiB"
-            raise DataError(Problem(file.name, got, "shorter lines", "cut it into lines"))
+            raise DataError(Problem(file.name, got, "shorter lines", "split it into lines"))
         if not pieces[-1] or pieces[-1].endswith(b"\n"):
             return b"".join(pieces)
 
 
 def missing_field(where: str, wanted: Sequence[str], fields: Sequence[str]) -> DataError:
-    """wanted: names of the texts' fields, or of the sources' and the targets'; one is not among `fields`."""
+    """Return the error for a missing field.
+
+    wanted: names of the text field and, for pairs, the target field, one of which is not in `fields`.
+    """
     missing = next(number for number, name in enumerate(wanted) if name not in fields)
     remedy = f"set {('text_field', 'target_field')[missing]}=…"
-    allowed = ", ".join(map(brief, fields[:24])) or "(no fields)"
+    allowed = ", ".join(map(short_name, fields[:24])) or "(no fields)"
     return DataError(Problem(where, f"no field {wanted[missing]}", allowed, remedy))

@@ -1,13 +1,14 @@
-"""Documents that are nearly the same as an earlier one: MinHash and locality-sensitive hashing.
+"""Find documents that are nearly equal to an earlier one, by MinHash and locality-sensitive hashing.
 
-Broder 1997 (On the resemblance and containment of documents); for corpora Lee et al. 2021
-(arXiv:2107.06499). A document is the set of its runs of `shingle_words` words; PERMUTATIONS minima of
-its hashes (by rensa) estimate how much two sets share. Bands of the minima bring candidates together:
-documents with an equal band are compared by all their minima, and those that agree in `threshold` of
-them are joined. Of documents joined, directly or by others, the first in source order stays.
+Broder 1997 (On the resemblance and containment of documents); applied to corpora by Lee et al. 2021
+(arXiv:2107.06499). A document is represented by its set of shingles, runs of `shingle_words` words. The
+MinHash signature, PERMUTATIONS minima of the hashed shingles (computed by rensa), estimates the Jaccard
+similarity of two sets. The signature is divided into bands: documents that are equal in a band are
+candidates, whose full signatures are compared; if a share of at least `threshold` agrees, they form a pair.
+Of each connected group of pairs only the first document in source order is kept.
 
-As exact duplicates are, bands are searched one range of keys at a time, so memory does not grow with the
-corpus but for the pairs found. On disk a document takes PERMUTATIONS * 4 bytes and 12 a band.
+As with exact duplicates, a band is searched one range of keys at a time, so that memory grows only with the
+number of pairs. Disk space per document: 4 * PERMUTATIONS bytes, plus 12 bytes per band.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ import xxhash
 
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.hashing import mix
-from llmtrain.prepare.blocks import DROPPED_DTYPE, Block, save_array, splits_of_block
 from llmtrain.prepare.config import NearDuplicatesConfig, SplitConfig
-from llmtrain.prepare.streams import TOKEN_DTYPE
+from llmtrain.prepare.document_blocks import DROPPED_DTYPE, DocumentBlock, save_array, splits_of_block
+from llmtrain.prepare.source_file import TOKEN_DTYPE
 
 PERMUTATIONS = 128
 SEED = 0
-# One range of a band's keys is sorted in memory at a time: about 100 MB at this many.
+# Documents per range of keys of a band; a range is sorted in memory, in about 100 MB.
 RANGE_DOCUMENTS = 2_000_000
-# Pairs compared at a time: 1 KB each.
+# Pairs compared at a time, 1 KB each.
 CHUNK_PAIRS = 1 << 14
 
 KEY_DTYPE = np.dtype([("key", "<u8"), ("row", "<u4")])
 PAIR_DTYPE = np.dtype([("first", "<u8"), ("second", "<u8")])
-"""Two documents, the earlier first: number of the block * 2^32 + number in the block."""
+"""Two documents, the earlier one first, each as number of the block * 2^32 + number in the block."""
 
-# Scripts that put no space between words: each character is one (Thai to Tibetan, Myanmar, Khmer, kana,
-# Han, Hangul syllables).
+# In scripts without spaces between words each character counts as a word (Thai to Tibetan, Myanmar, Khmer,
+# kana, Han, Hangul syllables).
 _WORD = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
     "\U00020000-\U0003ffff]|[^\\W_]+"
@@ -50,9 +51,9 @@ _SIGNATURES, _DOCUMENTS, _KEYS = "signatures.npy", "documents.npy", "keys.npy"
 
 
 @dataclass(frozen=True)
-class Signed:
-    """A block's signatures, in a folder of its own: (documents, PERMUTATIONS) uint32, the documents'
-    positions in the block, and for each band their keys, sorted."""
+class SignedBlock:
+    """The signatures of a document block, in their own folder: signatures (documents, PERMUTATIONS) uint32,
+    numbers of the documents in the block, and per band the sorted keys."""
 
     path: Path
 
@@ -65,23 +66,22 @@ class Signed:
 
 
 def require_library() -> int:
-    """The version of the library's algorithm, on which signatures depend.
+    """Return the version of rensa's algorithm, on which signatures depend.
 
-    Raises ConfigError where it is not installed.
+    Raise ConfigError if rensa is not installed.
     """
     try:
         import rensa
     except ImportError as error:
-        where, got = "near_duplicates.threshold", "a search for near-duplicates without the package rensa"
-        install = 'pip install "llmtrain[filters]"'
-        raise ConfigError(Problem(where, got, "null, or a number once it is installed", install)) from error
+        where, got = "near_duplicates.threshold", "a number, but the package rensa is not installed"
+        raise ConfigError(Problem(where, got, "null", 'or pip install "llmtrain[filters]"')) from error
     return rensa.RMinHash.ALGORITHM_VERSION
 
 
 @lru_cache
 def bands_of(threshold: float) -> tuple[int, int]:
-    """(bands, minima in each) that miss few pairs above the threshold and bring few together below it; to
-    miss one is held for nine times as bad."""
+    """Return (number of bands, minima per band) with the lowest loss: pairs above the threshold that are
+    missed, weighted 0.9, and pairs below it that become candidates, weighted 0.1."""
     shared = np.linspace(0.0, 1.0, 1001)
     above = shared >= threshold
 
@@ -97,14 +97,16 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def sign_block(
-    block: Block,
+    block: DocumentBlock,
     number: int,
     dropped_paths: Sequence[Path],
     config: NearDuplicatesConfig,
     path: Path,
 ) -> int:
-    """Write the signatures of a block's documents that are no exact duplicates to the folder `path`.
-    Returns the block's number."""
+    """Write the signatures of the documents of a block, without exact duplicates, to the folder `path`.
+
+    number: of the block. Return it.
+    """
     assert config.threshold is not None
     documents = block.documents()
     kept = np.sort(np.concatenate(splits_of_block(documents, number, dropped_paths, SplitConfig())))
@@ -130,10 +132,11 @@ def sign_block(
 
 
 def minima(shingles: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """(rows, PERMUTATIONS) uint32 of the rows shingles[borders[i]:borders[i + 1]]."""
+    """Return the signatures (documents, PERMUTATIONS) uint32; document i has the shingles
+    shingles[borders[i]:borders[i + 1]]."""
     import rensa
 
-    # The calling process is one of as many as there are cores.
+    # There is already one worker process per core.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         shingles, borders.astype(np.uint64), PERMUTATIONS, SEED
@@ -142,7 +145,7 @@ def minima(shingles: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
 
 def _band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
-    """(bands, documents) of KEY_DTYPE, each band sorted by key and then by document."""
+    """Return the keys (bands, documents) of KEY_DTYPE, each band sorted by key, then by document."""
     keys = np.empty((bands, len(signatures)), KEY_DTYPE)
     for band in range(bands):
         columns = signatures[:, band * rows : (band + 1) * rows].astype(np.uint64)
@@ -155,8 +158,11 @@ def _band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
 
 
 def _shingles(batch: list[bytes], is_tokenized: bool, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes of all documents' shingles, where each document's end). A document of fewer words than
-    `length` has one shingle, of all of them; one without words has none."""
+    """Return (hashes of the shingles of all documents, end of each document's shingles).
+
+    length: words per shingle. A document of fewer words has one shingle of all its words, or none if it has
+    no words.
+    """
     if is_tokenized:
         ids = [np.frombuffer(document, TOKEN_DTYPE) for document in batch]
         words = mix(np.concatenate(ids).astype(np.uint64))
@@ -165,8 +171,8 @@ def _shingles(batch: list[bytes], is_tokenized: bool, length: int) -> tuple[np.n
         words, counts = _words(batch)
     hashes = np.zeros(len(words), np.uint64)
     starts = np.cumsum(counts) - counts
-    for place in range(min(length, len(words))):
-        hashes[: len(words) - place] = mix(hashes[: len(words) - place]) + words[place:]
+    for offset in range(min(length, len(words))):
+        hashes[: len(words) - offset] = mix(hashes[: len(words) - offset]) + words[offset:]
     short = np.flatnonzero((counts > 0) & (counts < length))
     for document in short:
         whole = np.zeros(1, np.uint64)
@@ -175,12 +181,12 @@ def _shingles(batch: list[bytes], is_tokenized: bool, length: int) -> tuple[np.n
         hashes[starts[document]] = whole[0]
     sizes = np.where(counts == 0, 0, np.maximum(counts - length + 1, 1))
     ends = np.cumsum(sizes)
-    places = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
-    return mix(hashes[places]), ends
+    first_words = np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
+    return mix(hashes[first_words]), ends
 
 
 def _words(batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the lower-case words of all documents, and how many each has."""
+    """Return the hashes of the lower-case words of all documents, and the number of words of each."""
     known: dict[str, int] = {}
     hashes: list[int] = []
     counts = []
@@ -199,37 +205,40 @@ def _words(batch: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def num_ranges(num_documents: int) -> int:
-    """In how many ranges of its keys each band is searched."""
+    """Return the number of ranges into which the keys of a band are divided."""
     return max(1, -(-num_documents // RANGE_DOCUMENTS))
 
 
 def find_pairs(
-    number: int, blocks: Sequence[Signed], ranges: int, config: NearDuplicatesConfig, path: Path
+    number: int, blocks: Sequence[SignedBlock], ranges: int, config: NearDuplicatesConfig, path: Path
 ) -> int:
-    """Write the near-duplicates that one range of one band's keys brings together, as PAIR_DTYPE. The
-    number counts the ranges of all bands, band by band; returns it."""
+    """Write the near-duplicate pairs among the documents with equal keys in one range of one band, as
+    PAIR_DTYPE.
+
+    number: band * ranges + range. Return it.
+    """
     assert config.threshold is not None
     band, key_range = divmod(number, ranges)
     groups, owners, rows = _candidates(blocks, band, bands_of(config.threshold)[0], key_range, ranges)
     pairs = [np.zeros(0, PAIR_DTYPE)]
-    # In each group of equal keys, documents are compared with the group's first; those that are not like
-    # it form a group again.
+    # Compare the documents of each group of equal keys with the first of the group; those that are not
+    # similar to it form a new group.
     while len(groups):
         is_first = np.append(True, groups[1:] != groups[:-1])
         leaders = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
         others = np.flatnonzero(~is_first)
-        is_like = np.zeros(len(groups), bool)
+        is_similar = np.zeros(len(groups), bool)
         for start in range(0, len(others), CHUNK_PAIRS):
             chunk = others[start : start + CHUNK_PAIRS]
             ours = _gather(blocks, owners[chunk], rows[chunk])
             theirs = _gather(blocks, owners[leaders[chunk]], rows[leaders[chunk]])
-            is_like[chunk] = (ours == theirs).mean(axis=1) >= config.threshold
-        found = np.flatnonzero(is_like)
+            is_similar[chunk] = (ours == theirs).mean(axis=1) >= config.threshold
+        found = np.flatnonzero(is_similar)
         made = np.empty(len(found), PAIR_DTYPE)
         made["first"] = _documents(blocks, owners[leaders[found]], rows[leaders[found]])
         made["second"] = _documents(blocks, owners[found], rows[found])
         pairs.append(made)
-        left = ~is_first & ~is_like
+        left = ~is_first & ~is_similar
         owners, rows, groups = owners[left], rows[left], groups[left]
     temporary = path.with_name(f".{path.name}.tmp")
     save_array(temporary, np.unique(np.concatenate(pairs)))
@@ -238,10 +247,10 @@ def find_pairs(
 
 
 def _candidates(
-    blocks: Sequence[Signed], band: int, bands: int, key_range: int, ranges: int
+    blocks: Sequence[SignedBlock], band: int, bands: int, key_range: int, ranges: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(key, block, row) of each document whose key of this band lies in the range and is not its alone, by
-    key and then in source order."""
+    """Return (key, block, row) of the documents whose key of this band lies in the range and occurs more than
+    once, sorted by key, then in source order."""
     first, behind = key_range * 2**64 // ranges, (key_range + 1) * 2**64 // ranges
     found, owners = [np.zeros(0, KEY_DTYPE)], [np.zeros(0, np.uint32)]
     for number, block in enumerate(blocks):
@@ -258,14 +267,14 @@ def _candidates(
     return merged["key"][order], owner[order], merged["row"][order]
 
 
-def _band(block: Signed, band: int, bands: int) -> np.ndarray:
+def _band(block: SignedBlock, band: int, bands: int) -> np.ndarray:
     keys = block.load(_KEYS)
     documents = len(keys) // bands
     return keys[band * documents : (band + 1) * documents]
 
 
-def _gather(blocks: Sequence[Signed], owners: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(documents, PERMUTATIONS) minima of documents of several blocks."""
+def _gather(blocks: Sequence[SignedBlock], owners: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the signatures (documents, PERMUTATIONS) of documents of several blocks."""
     gathered = np.empty((len(owners), PERMUTATIONS), "<u4")
     for owner in np.unique(owners):
         where = np.flatnonzero(owners == owner)
@@ -273,8 +282,8 @@ def _gather(blocks: Sequence[Signed], owners: np.ndarray, rows: np.ndarray) -> n
     return gathered
 
 
-def _documents(blocks: Sequence[Signed], owners: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Documents as in PAIR_DTYPE."""
+def _documents(blocks: Sequence[SignedBlock], owners: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the documents as numbers of PAIR_DTYPE."""
     numbers = owners.astype(np.uint64) << np.uint64(32)
     for owner in np.unique(owners):
         where = np.flatnonzero(owners == owner)
@@ -283,12 +292,16 @@ def _documents(blocks: Sequence[Signed], owners: np.ndarray, rows: np.ndarray) -
 
 
 def join_pairs(paths: Sequence[Path], path: Path) -> int:
-    """Write which documents go, as DROPPED_DTYPE, ascending: all but the first of each cluster of pairs.
-    Takes about 100 bytes of memory a pair. Returns 0, the number of this only piece."""
+    """Write the documents to drop, as DROPPED_DTYPE, ascending: all but the first of each connected group of
+    pairs.
+
+    Takes about 100 bytes of memory per pair. Return 0, the number of this only piece of work.
+    """
     pairs = np.unique(np.concatenate([np.zeros(0, PAIR_DTYPE), *map(np.load, paths)]))
-    documents, places = np.unique(np.concatenate([pairs["first"], pairs["second"]]), return_inverse=True)
-    first, second = np.split(places, 2)
-    # The place of the first document known to be joined with each; documents ascend in source order.
+    documents, indices = np.unique(np.concatenate([pairs["first"], pairs["second"]]), return_inverse=True)
+    first, second = np.split(indices, 2)
+    # For each document the index of the first document known to be in its group; documents are in source
+    # order.
     leader = np.arange(len(documents))
     while True:
         lower = np.minimum(leader[first], leader[second])
@@ -299,9 +312,9 @@ def join_pairs(paths: Sequence[Path], path: Path) -> int:
         if (joined == leader).all():
             break
         leader = joined
-    going = documents[leader != np.arange(len(documents))]
-    dropped = np.empty(len(going), DROPPED_DTYPE)
-    dropped["block"], dropped["document"] = going >> np.uint64(32), going & np.uint64(2**32 - 1)
+    later = documents[leader != np.arange(len(documents))]
+    dropped = np.empty(len(later), DROPPED_DTYPE)
+    dropped["block"], dropped["document"] = later >> np.uint64(32), later & np.uint64(2**32 - 1)
     temporary = path.with_name(f".{path.name}.tmp")
     save_array(temporary, dropped)
     os.replace(temporary, path)

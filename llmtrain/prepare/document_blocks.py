@@ -1,8 +1,9 @@
-"""Clean documents on disk between the stages of prepare: blocks of about BLOCK_BYTES in source order.
+"""Store cleaned documents on disk between the phases of prepare, in blocks of about BLOCK_BYTES in source
+order.
 
-A block is three files: NAME.text (the documents' bytes, one behind the other), NAME.documents.npy
-(where each ends, and its key) and NAME.hashes.npy (their hashes, sorted, so that the search for
-duplicates reads any range of hashes from any block without holding the rest).
+A block consists of three files: NAME.text (the concatenated documents), NAME.documents.npy (end offset and
+key of each document) and NAME.hashes.npy (the hashes, sorted, so that the search for duplicates can read any
+range of hashes without loading the rest).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmtrain.prepare.clean import digests, split_of
 from llmtrain.prepare.config import SplitConfig
 
 BLOCK_BYTES = 16 << 20
-# One range of hashes is sorted in memory at a time: about 100 MB at this many.
+# Documents per range of hashes; a range is sorted in memory, in about 100 MB.
 RANGE_DOCUMENTS = 2_000_000
 
 DOCUMENT_DTYPE = np.dtype([("end", "<u8"), ("key", "<u8")])
@@ -28,14 +29,15 @@ DROPPED_DTYPE = np.dtype([("block", "<u4"), ("document", "<u4")])
 
 
 @dataclass(frozen=True)
-class Block:
-    """One finished block; `path` is its files' common name."""
+class DocumentBlock:
+    """A finished block of documents."""
 
     path: Path
+    """Common prefix of its files."""
     num_documents: int
     num_bytes: int
     is_tokenized: bool = False
-    """The documents are token ids, little-endian uint32, instead of UTF-8."""
+    """Whether the documents are token ids, little-endian uint32, instead of UTF-8."""
 
     @property
     def text_path(self) -> Path:
@@ -50,13 +52,16 @@ class Block:
         return self.path.with_name(self.path.name + ".hashes.npy")
 
     def documents(self) -> np.ndarray:
-        """(num_documents,) of DOCUMENT_DTYPE."""
+        """Return an array (num_documents,) of DOCUMENT_DTYPE."""
         return np.load(self.documents_path)
 
     def read(
         self, documents: np.ndarray, chosen: np.ndarray, batch_bytes: int = 1 << 20
     ) -> Iterator[list[bytes]]:
-        """Bytes of the documents at the ascending positions `chosen`, in batches of about batch_bytes."""
+        """Yield the bytes of some documents, in batches of about `batch_bytes`.
+
+        documents: the result of `documents()`; chosen: ascending document numbers in the block.
+        """
         if not len(chosen):
             return
         ends = documents["end"]
@@ -67,18 +72,18 @@ class Block:
             open(self.text_path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
         ):
-            for positions in np.split(chosen, np.unique(borders)):
-                pairs = zip(starts[positions].tolist(), ends[positions].tolist(), strict=True)
+            for numbers in np.split(chosen, np.unique(borders)):
+                pairs = zip(starts[numbers].tolist(), ends[numbers].tolist(), strict=True)
                 if batch := [text[start:end] for start, end in pairs]:
                     yield batch
 
 
-class BlockWriter:
-    """Writes documents into blocks of a folder; `close` ends the last and returns them all."""
+class DocumentBlockWriter:
+    """Writes documents into the blocks of a folder; `close` finishes the last block and returns all."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._blocks: list[Block] = []
+        self._blocks: list[DocumentBlock] = []
         self._sizes: list[int] = []
         self._digests: list[np.ndarray] = []
         self._num_bytes = 0
@@ -86,7 +91,7 @@ class BlockWriter:
         self._is_tokenized = False
 
     def add(self, documents: Sequence[bytes], is_tokenized: bool = False) -> None:
-        """Append documents; a block holds either texts or token ids."""
+        """Append documents. Texts and token ids go to separate blocks."""
         if not documents:
             return
         if self._file is not None and self._is_tokenized != is_tokenized:
@@ -101,7 +106,7 @@ class BlockWriter:
         if self._num_bytes >= BLOCK_BYTES:
             self._end_block()
 
-    def close(self) -> list[Block]:
+    def close(self) -> list[DocumentBlock]:
         if self._file is not None:
             self._end_block()
         return self._blocks
@@ -110,7 +115,7 @@ class BlockWriter:
         assert self._file is not None
         self._file.close()
         path = self._folder / f"{len(self._blocks):06d}"
-        block = Block(path, len(self._sizes), self._num_bytes, self._is_tokenized)
+        block = DocumentBlock(path, len(self._sizes), self._num_bytes, self._is_tokenized)
         high, low = np.concatenate(self._digests).T
         documents = np.empty(block.num_documents, DOCUMENT_DTYPE)
         documents["end"] = np.cumsum(self._sizes, dtype=np.uint64)
@@ -125,7 +130,7 @@ class BlockWriter:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """np.save whose errors carry the errno, as a full disk's must: np.save itself loses it."""
+    """Save as np.save does, but keep the errno of an OSError, by which a full disk is recognized."""
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
@@ -134,13 +139,14 @@ def save_array(path: Path, array: np.ndarray) -> None:
 # ---------------------------------------------------------------------------------------- duplicates
 
 
-def num_ranges(blocks: Sequence[Block]) -> int:
-    """In how many ranges of hashes duplicates are searched for."""
+def num_ranges(blocks: Sequence[DocumentBlock]) -> int:
+    """Return the number of ranges into which the hashes are divided for the search for duplicates."""
     return max(1, -(-sum(block.num_documents for block in blocks) // RANGE_DOCUMENTS))
 
 
-def duplicates(blocks: Sequence[Block], hash_range: int, ranges: int) -> np.ndarray:
-    """Documents with a hash in this range that an earlier document equals: DROPPED_DTYPE, ascending."""
+def duplicates(blocks: Sequence[DocumentBlock], hash_range: int, ranges: int) -> np.ndarray:
+    """Return the documents of one range of hashes that equal an earlier document: DROPPED_DTYPE,
+    ascending."""
     first = hash_range * 2**64 // ranges
     behind = (hash_range + 1) * 2**64 // ranges
     found, owners = [], []
@@ -151,7 +157,7 @@ def duplicates(blocks: Sequence[Block], hash_range: int, ranges: int) -> np.ndar
         found.append(np.array(hashes[start:stop]))
         owners.append(np.full(stop - start, number, np.uint32))
     merged, owner = np.concatenate(found), np.concatenate(owners)
-    # Stable, so that of equal hashes the first in source order comes first.
+    # lexsort is stable: documents of equal hash stay in source order.
     order = np.lexsort((merged["low"], merged["high"]))
     merged, owner = merged[order], owner[order]
     high, low = merged["high"], merged["low"]
@@ -164,7 +170,10 @@ def duplicates(blocks: Sequence[Block], hash_range: int, ranges: int) -> np.ndar
 def splits_of_block(
     documents: np.ndarray, number: int, dropped_paths: Sequence[Path], split: SplitConfig
 ) -> list[np.ndarray]:
-    """Positions of the block's kept documents in train, validation and test, ascending."""
+    """Return the numbers of the block's kept documents in train, validation and test, each ascending.
+
+    number: of the block; dropped_paths: files of DROPPED_DTYPE, sorted.
+    """
     keep = np.ones(len(documents), dtype=bool)
     for path in dropped_paths:
         dropped = np.load(path, mmap_mode="r")
