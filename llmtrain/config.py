@@ -98,9 +98,13 @@ def leaves(hint: Any, key: str = "", markers: Mapping[str, Any] = NO_MARKERS) ->
         yield Leaf(key, hint, markers)
 
 
+class Kinds:
+    """Base of a class whose dataclasses below are the forms of a section, one for each kind of a thing."""
+
+
 def kinds_of(hint: Any) -> list[type]:
-    """Return the dataclasses that a plain base class stands for, in the order of their names."""
-    if not isinstance(hint, type) or dataclasses.is_dataclass(hint):
+    """Return the dataclasses below a class of Kinds that is none itself, in the order of their names."""
+    if not isinstance(hint, type) or not issubclass(hint, Kinds) or dataclasses.is_dataclass(hint):
         return []
     found: set[type] = set()
     waiting: list[type] = [hint]

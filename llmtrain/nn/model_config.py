@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtrain.config import require
+from llmtrain.config import Kinds, require
 from llmtrain.errors import Problem
 
 
@@ -24,7 +24,7 @@ class Row:
     """Tokens whose labels bear a loss, on average."""
 
 
-class ModelConfig:
+class ModelConfig(Kinds):
     """Base of all model configs: frozen dataclasses with a `family`, and exact counts of parameters.
 
     A forward pass consists of steps - embedding, every layer, head - which pipeline stages divide; a model

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import numpy as np
 
+from llmtrain.config import Kinds
 from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.errors import Problem
 from llmtrain.files import at_home
@@ -64,7 +65,7 @@ class Shown(NamedTuple):
     lines: list[str]
 
 
-class ObjectiveConfig:
+class ObjectiveConfig(Kinds):
     """Base of all objectives' configs: frozen dataclasses with a `kind`, which need no torch."""
 
     kind: str

@@ -364,7 +364,7 @@ def test_layers_with_a_window(
     """As transformers' AutoConfig reads the same keys."""
     content = {"vocab_size": 9, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40, **keys}
     content["num_hidden_layers"] = 2
-    form = forms.FORMS[model_type]
+    form = forms.forms()[model_type]
     config = decode(GPTConfig, form.read_config(Settings(Path("config.json"), content)))
     assert (config.sliding_window, config.full_attention_layers) == (window, full)
 
@@ -373,7 +373,7 @@ def test_layers_with_a_window(
 def test_a_model_without_heads(model_type: str) -> None:
     sizes = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
     content = {**sizes, "num_attention_heads": 0, "head_dim": 32}
-    form = forms.FORMS[model_type]
+    form = forms.forms()[model_type]
     with pytest.raises(ConfigError, match="num_heads: got 0; allowed: 1 or more"):
         decode(GPTConfig, form.read_config(Settings(Path("config.json"), content)))
 
@@ -420,7 +420,14 @@ def test_a_tied_head_that_is_stored_and_differs_is_its_own(tmp_path: Path) -> No
 def test_spellings_of_older_encoders(tmp_path: Path) -> None:
     """BERT's own folder calls its norms as TensorFlow did and holds copies; RoBERTa's has a pooler."""
     config = BertConfig(
-        vocab_size=99, hidden_size=32, num_layers=1, num_heads=2, mask_id=4, cls_id=5, sep_id=6
+        vocab_size=99,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        mask_id=4,
+        cls_id=5,
+        sep_id=6,
+        pair_head=False,
     )
     tensors = {key: torch.randn(p.shape) for key, p in Bert(config).named_parameters()}
     export_folder(config, tensors, None, tmp_path / "bert")
