@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor
 
 from llmtrain.config import decode
-from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT

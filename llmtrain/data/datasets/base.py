@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import xxhash
 
-from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.rows import BestFit, Packing, Pieces, Windows
 from llmtrain.data.datasets.samples import SamplesOfSplit
 from llmtrain.errors import DataError, Problem

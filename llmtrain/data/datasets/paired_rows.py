@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.corpus.corpus import TokenSplit
 from llmtrain.corpus.manifest import PREPARE_AGAIN
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import EMPTY, PADDING_DOCUMENT
 from llmtrain.data.datasets.rows import counted_once
 from llmtrain.data.datasets.samples import Recent, SamplesOfSplit

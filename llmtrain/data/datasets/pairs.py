@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.datasets.samples import Recent, SamplesOfSplit
 from llmtrain.data.order import sample_keys

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets import packing
 from llmtrain.data.datasets.samples import Recent
 from llmtrain.errors import DataError

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import (
     EMPTY,
     PADDING_DOCUMENT,
