@@ -31,8 +31,8 @@ MOST_OPEN_TARS = 64
 class TokenSplit:
     """The token stream of one split. Safe to read from several threads.
 
-    Positions in the stream count over the whole split; tar file number s holds those from shard_starts[s] up
-    to shard_starts[s + 1].
+    Positions in the stream count over the whole split; tar file n holds those from shard_starts[n] up to
+    shard_starts[n + 1].
     """
 
     def __init__(
