@@ -21,7 +21,7 @@ def run_with_objective(config: Mapping[str, Any]) -> dict[str, Any]:
     if "objective" in config or not isinstance(config.get("model"), Mapping):
         return dict(config)
     model, objective = separated(config["model"])
-    return {**config, "model": model, "objective": objective}
+    return {**config, "model": model} | ({} if objective is None else {"objective": objective})
 
 
 def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -29,10 +29,10 @@ def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
     The model's heads and number of sentinels followed from the objective."""
     rest = dict(model)
     given = rest.pop("objective", None)
-    family = rest.get("family")
+    family = rest.get("family", "gpt")
     if not isinstance(given, Mapping):
         kinds = {"gpt": "causal_lm", "lstm": "causal_lm", "simple_cnn": "classification"}
-        return rest, {"kind": kinds[family]} if family in kinds else None
+        return rest, {"kind": kinds[family]} if isinstance(family, str) and family in kinds else None
     if family == "bert":
         rest["pair_head"] = given.get("pairs", "none") != "none"
         return rest, {**given, "kind": "mlm"}

@@ -46,8 +46,8 @@ class _SweepInterrupted(BaseException):
 def run(name: str, arguments: list[str]) -> int:
     """Run the verb whose configuration is `name` with flags and overrides as typed; return the exit code.
 
-    Raises UserError for what the user can mend, in a sweep that of all jobs together. A crash of a job is
-    raised after the other jobs have run.
+    Raises UserError for mistakes of the user, in a sweep one error with the problems of all jobs. The first
+    crash of a job is raised after the other jobs have run.
     """
     import hydra
     from hydra.errors import HydraException

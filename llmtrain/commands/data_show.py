@@ -118,6 +118,8 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
     do not fit."""
     data = config.data
     assert not isinstance(data, MovedConfig)
+    if isinstance(data, ImageDataConfig):
+        raise _no_text()
     try:
         asked = decode(objective_config_type(section), section)
     except ConfigError as error:
@@ -143,12 +145,16 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
     return Opened(stream, sources, corpora, data, model, asked)
 
 
+def _no_text() -> ConfigError:
+    return ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))
+
+
 class _Printer:
     """Prints samples as text."""
 
     def __init__(self, opened: Opened) -> None:
         if opened.corpora is None:
-            raise ConfigError(Problem("data.kind", "images, which have no text", "tokens", "see data trace"))
+            raise _no_text()
         self._opened = opened
         tokenizer, config = opened.corpora.load_tokenizer(), opened.objective
         self._objective = config.build(opened.model, opened.data, opened.corpora)

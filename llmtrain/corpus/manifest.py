@@ -1,4 +1,4 @@
-"""What a prepared corpus says of itself: manifest.json, and the names of the files beside it."""
+"""The manifest of a corpus, manifest.json, and the names of the files beside it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ READABLE = (1, 2, 3)
 """Version 1 lacks lengths.npy, version 2 the manifest's own checksum."""
 MANIFEST_NAME = "manifest.json"
 MANIFEST_BYTES = 64 << 20
-"""More than the manifest of 300,000 shards."""
+"""Most bytes of a manifest; 300,000 tar files take less."""
 MANIFEST_VALUES = 4_000_000
 STAMP_NAME = ".verified.json"
 UNFINISHED_NAME = ".prepare"
 """Folder in which `llmtrain prepare` keeps its work until the corpus is whole."""
 PREPARE_AGAIN = "prepare the corpus again with llmtrain prepare, or copy it again"
 _FILE = re.compile(r"[\w+-][\w+.-]*(/[\w+-][\w+.-]*)*", re.ASCII)
-"""A path from the corpus' folder that means nothing else to a shell, a URL or a library; prepare writes no
-other."""
+"""A relative path without characters that a shell, a URL or a library could read as anything else; prepare
+writes only such paths."""
 _XXH3 = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{32,64}")
@@ -35,12 +35,14 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{32,64}")
 
 @dataclass(frozen=True)
 class TokenizerEntry:
+    """The tokenizer of a corpus."""
+
     file: str
     sha256: str
     special_ids: Mapping[str, int] = field(default_factory=dict)
-    """Role → id, as the tokenizer has them; none in corpora that were prepared before they were noted."""
+    """Role → id, as in the tokenizer; empty in corpora of early versions, which did not record them."""
     sentinel_ids: tuple[int, ...] = ()
-    """Of <extra_id_0>, <extra_id_1>, …"""
+    """The ids of <extra_id_0>, <extra_id_1>, …"""
 
     def problems(self) -> Iterator[Problem]:
         yield from _require_file("file", self.file)
@@ -48,9 +50,11 @@ class TokenizerEntry:
 
 
 @dataclass(frozen=True)
-class ShardEntry:
+class TarFileEntry:
+    """A tar file of a split."""
+
     file: str
-    """Path from the corpus' folder."""
+    """Path relative to the location of the corpus."""
     bytes: int
     xxh3_128: str
     num_samples: int
@@ -65,17 +69,19 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
+    """A split: train, validation, …"""
+
     num_tokens: int
-    """Token ids, the end-of-document ids included."""
+    """Token ids, end-of-document ids included."""
     num_documents: int
     num_bytes: int
     """UTF-8 bytes of the documents' text."""
     num_samples: int
     index: str
     index_xxh3_128: str
-    shards: tuple[ShardEntry, ...]
+    shards: tuple[TarFileEntry, ...]
     lengths: str | None = None
-    """File with the tokens of each document; None in corpora of version 1."""
+    """File with the number of tokens of each document; None in corpora of version 1."""
     lengths_xxh3_128: str | None = None
 
     def problems(self) -> Iterator[Problem]:
@@ -86,31 +92,34 @@ class SplitEntry:
             yield from _require_xxh3("lengths_xxh3_128", self.lengths_xxh3_128)
         yield from _require_counts(self, "num_tokens", "num_documents", "num_bytes", "num_samples")
         for name in ("num_tokens", "num_documents", "num_samples"):
-            together = sum(getattr(shard, name) for shard in self.shards)
+            together = sum(getattr(tar, name) for tar in self.shards)
             yield from require(
-                getattr(self, name) == together, name, getattr(self, name), f"{together}, as its shards have"
+                getattr(self, name) == together,
+                name,
+                getattr(self, name),
+                f"{together}, the sum over its tar files",
             )
 
     @property
     def has_text(self) -> bool:
-        """Whether there is any token but those that end documents."""
+        """Whether there is any token besides the end-of-document ids."""
         return self.num_tokens > self.num_documents
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, as far as a reader needs it."""
+    """The part of manifest.json that a reader needs."""
 
     vocab_size: int
     eos_id: int
-    """Closes each document."""
+    """The id that ends each document."""
     dtype: Literal["uint16", "uint32"]
     tokenizer: TokenizerEntry
     fingerprint: str
     """Hex; changes with any token and with the tokenizer."""
     splits: Mapping[str, SplitEntry]
     paired: bool = False
-    """Documents are sources and targets in turn; no shard parts a pair."""
+    """Documents alternate between sources and targets; both of a pair are in the same tar file."""
 
     def problems(self) -> Iterator[Problem]:
         most = 1 << (16 if self.dtype == "uint16" else 32)
@@ -141,7 +150,10 @@ def _require_counts(entry: Any, *names: str) -> Iterator[Problem]:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Raises DataError, naming `where`, for what is no manifest of a version that can be read."""
+    """Return the manifest in `content`.
+
+    where: its name in messages. Raises DataError for anything but a manifest of a readable version.
+    """
     try:
         raw = parse_object(content, most=MANIFEST_VALUES)
     except ValueError as error:
@@ -155,18 +167,19 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         got = f"version {show(raw.get('version'))}"
         allowed = f"version {', '.join(map(str, READABLE))}"
         raise DataError(Problem(where, got, allowed, remedy))
-    # Version 2 has none: but a digit that made 2 of 3 is noticed.
+    # Version 2 has no checksum; a manifest with one whose version says 2 was altered.
     if (raw["version"] > 2 or "checksum" in raw) and raw.get("checksum") != checksum_of_json(raw):
         got = "an altered manifest: it does not match its own checksum"
         raise DataError(Problem(where, got, "what was written", PREPARE_AGAIN))
     manifest = decode_file(Manifest, raw, where, DataError)
-    checksums = (shard.xxh3_128 for split in manifest.splits.values() for shard in split.shards)
+    checksums = (tar.xxh3_128 for split in manifest.splits.values() for tar in split.shards)
     if raw["version"] > 2 and manifest.fingerprint != fingerprint_of(checksums, manifest.tokenizer.sha256):
         got = f"the fingerprint {manifest.fingerprint[:12]}… of another corpus"
-        raise DataError(Problem(where, got, "that of its shards and its tokenizer", PREPARE_AGAIN))
+        raise DataError(Problem(where, got, "that of its tar files and its tokenizer", PREPARE_AGAIN))
     return manifest
 
 
 def fingerprint_of(checksums: Iterable[str], tokenizer_sha256: str) -> str:
-    """Hex over the checksum of each shard of each split, in order, and the tokenizer's."""
+    """Return the hash, in hex, of the checksums of all tar files of all splits, in order, and the
+    tokenizer's."""
     return hashlib.sha256("\n".join([*checksums, tokenizer_sha256]).encode()).hexdigest()

@@ -12,7 +12,7 @@ PREFIX = "package:"
 
 
 def package_root(source: str) -> tuple[Path, str]:
-    """`package:NAME/inside` → (the package's folder, inside), found without importing the package.
+    """Return the folder of the package in `package:NAME/inside`, and `inside`, without importing the package.
 
     Raises DataError for an incomplete name, a package that is not installed, a module without a folder.
     """
@@ -31,7 +31,8 @@ def package_root(source: str) -> tuple[Path, str]:
 
 
 def resolve_package_path(path: str) -> Path:
-    """`package:NAME/inside` → the file's path; any other path as it is. The path need not exist.
+    """Return the path of the file in `package:NAME/inside`; any other path unchanged. The path need not
+    exist.
 
     Raises DataError as `package_root`.
     """

@@ -1,10 +1,10 @@
-"""Token shards: plain webdataset tars whose arrays a reader can memory-map.
+"""Write the tar files of a corpus: webdataset tars whose arrays a reader finds by their byte offsets.
 
-A sample is `KEY.tokens.npy`, the token ids of many whole documents, each followed by eos, and
-`KEY.ends.npy`, where each document ends. `index.npy` of a split holds one INDEX_DTYPE row a sample,
-so that a reader goes to any sample without reading the tar; `lengths.npy` holds the tokens of each
-document with its eos, in stream order, so that rows are planned without reading a tar. The bytes
-depend on the tokens alone: times, owners and modes in the tar are fixed.
+A sample is `KEY.tokens.npy`, the token ids of many whole documents, each followed by the end-of-document id,
+and `KEY.ends.npy`, where each document ends. `index.npy` of a split holds one INDEX_DTYPE row a sample, so
+that a reader finds any sample without reading the tar; `lengths.npy` holds the number of tokens of each
+document, end-of-document id included, in stream order, so that rows are planned without reading a tar. The
+bytes depend only on the tokens: times, owners and modes in the tar are fixed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmtrain.files import atomic_writer, write_atomically
 
 INDEX_DTYPE = np.dtype(
     [
-        ("shard", "<u4"),  # position in the manifest's list of shards
+        ("shard", "<u4"),  # index in the manifest's list of tar files
         ("tokens_offset", "<u8"),  # byte of the tar where the token ids begin, after the npy header
         ("ends_offset", "<u8"),  # byte of the tar where the document ends begin
         ("num_tokens", "<u8"),
@@ -38,13 +38,16 @@ TAR_BLOCK = 512
 NPY_HEADER_BYTES = 128  # of an array of one dimension and a plain type
 
 
-class ShardError(DataError):
-    """One shard that cannot be had or is not what its manifest says."""
+class TarFileError(DataError):
+    """A tar file that cannot be had or does not match the manifest; training may go on without it."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens: (num_tokens,) uint16 or uint32; ends: (num_documents,) uint32, the last == num_tokens."""
+    """Whole documents.
+
+    tokens: (num_tokens,) uint16 or uint32. ends: (num_documents,) uint32, the last == num_tokens.
+    """
 
     key: str
     tokens: np.ndarray
@@ -52,18 +55,21 @@ class Sample:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned type that holds every id."""
+    """Return the smallest unsigned type that holds every id."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def sample_bytes(num_tokens: int, num_documents: int, dtype: np.dtype) -> int:
-    """Bytes that a sample takes in a tar: two members, each with its tar and npy headers, padded."""
+    """Return the bytes of a sample in a tar: two members, each with its tar and npy headers, padded."""
     arrays = (num_tokens * dtype.itemsize, num_documents * ENDS_DTYPE.itemsize)
     return sum(TAR_BLOCK + -(-(NPY_HEADER_BYTES + size) // TAR_BLOCK) * TAR_BLOCK for size in arrays)
 
 
-def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Write one tar and return its manifest entry and its INDEX_DTYPE rows."""
+def write_tar_file(path: Path, samples: Iterable[Sample], number: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Write one tar file; return its manifest entry and its INDEX_DTYPE rows.
+
+    number: its index in the split's list of tar files.
+    """
     rows: list[tuple[int, int, int, int, int]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as file:
@@ -71,7 +77,7 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
         for sample in samples:
             tokens_offset = tar.add_array(f"{sample.key}.tokens.npy", sample.tokens)
             ends_offset = tar.add_array(f"{sample.key}.ends.npy", sample.ends.astype(ENDS_DTYPE, copy=False))
-            rows.append((shard, tokens_offset, ends_offset, len(sample.tokens), len(sample.ends)))
+            rows.append((number, tokens_offset, ends_offset, len(sample.tokens), len(sample.ends)))
         tar.close()
     index = np.array(rows, dtype=INDEX_DTYPE)
     entry = {
@@ -86,7 +92,7 @@ def write_shard(path: Path, samples: Iterable[Sample], shard: int) -> tuple[dict
 
 
 def write_index(path: Path, rows: np.ndarray) -> str:
-    """Write a split's index.npy; returns its xxh3_128."""
+    """Write a split's index.npy; return its xxh3_128."""
     data = _npy_header(rows.dtype, rows.shape) + rows.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
@@ -94,8 +100,10 @@ def write_index(path: Path, rows: np.ndarray) -> str:
 
 
 def write_lengths(path: Path, num_documents: int, pieces: Iterable[np.ndarray]) -> str:
-    """Write a split's lengths.npy from its documents' lengths in stream order, piece by piece; returns its
-    xxh3_128."""
+    """Write a split's lengths.npy; return its xxh3_128.
+
+    pieces: arrays with the lengths of its documents, together in stream order.
+    """
     checksum = xxhash.xxh3_128()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as file:
@@ -107,7 +115,7 @@ def write_lengths(path: Path, num_documents: int, pieces: Iterable[np.ndarray]) 
 
 
 class _Tar:
-    """An append-only ustar stream that knows the offset of everything it wrote."""
+    """An append-only ustar stream that tracks its offset and checksum."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -115,7 +123,7 @@ class _Tar:
         self.checksum = xxhash.xxh3_128()
 
     def add_array(self, name: str, array: np.ndarray) -> int:
-        """Append `array` as an npy member; returns the byte at which its data begin."""
+        """Append `array` as an npy member; return the byte offset of its data."""
         header = _npy_header(array.dtype, array.shape)
         member = tarfile.TarInfo(name)
         member.size = len(header) + array.nbytes

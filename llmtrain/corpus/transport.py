@@ -1,8 +1,8 @@
-"""How bytes come from elsewhere: http and https by urllib3, s3 by pyarrow, every other scheme by fsspec.
+"""Download by URL: http and https by urllib3, s3 by pyarrow, every other scheme by fsspec.
 
-A download goes on from where its partial file ends, after a cut connection as after a killed process.
-What may pass (a cut, a time limit, a busy server) is tried again with growing waits; what stays (no such
-file, no access) is an error at once. Messages show a URL without its credentials.
+A download resumes at the end of its partial file, after a broken connection and after a killed process.
+Temporary failures (a broken connection, a timeout, a busy server) are retried with growing waits; permanent
+ones (no such file, no access) are errors at once. Messages show a URL without its credentials.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport_http import LEAST_RATE, HttpFile, pool_manager
 from llmtrain.corpus.transport_source import PassingError, Source, is_http
 from llmtrain.corpus.transport_stores import S3File, StoreFile
@@ -30,21 +30,22 @@ from llmtrain.urls import without_credentials
 FIRST_WAIT = 0.25
 """Seconds before the first attempt after a failure; each further wait is twice as long."""
 TOLD_WAIT = 5.0
-"""Seconds from which on a user is told of a wait."""
+"""Seconds; longer waits are logged."""
 LONGEST_WAIT = 60.0
-"""Seconds; a server's Retry-After is heeded up to five times as long."""
+"""Seconds; a server's Retry-After is followed up to five times as long."""
 MOST_CONNECTIONS = 64
 logger = logging.getLogger(__name__)
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(::[a-zA-Z][a-zA-Z0-9+.-]*)*://")
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL (`scheme://…`); `package:NAME/path` is not."""
+    """Return whether `path` is a URL (`scheme://…`); `package:NAME/path` is not."""
     return _SCHEME.match(path) is not None
 
 
 def join(root: str, name: str) -> str:
-    """The URL of file `name` (a path with /) below `root`; the query of a web address stays at its end."""
+    """Return the URL of the file `name`, a path with /, below `root`; a query string of `root` stays at the
+    end."""
     if not is_http(root):
         return f"{root.rstrip('/')}/{name}"
     parts = _parts(root)
@@ -52,11 +53,11 @@ def join(root: str, name: str) -> str:
 
 
 def _parts(url: str) -> SplitResult:
-    """Raises DataError for what is no URL."""
+    """Split a URL. Raises DataError for anything else."""
     try:
         parts = urlsplit(url)
         _ = is_http(url) and parts.port
-    except ValueError:  # whose text may be a part of a password
+    except ValueError:  # its message may contain a part of a password
         raise DataError(Problem(without_credentials(url), "no URL", "scheme://host/path")) from None
     return parts
 
@@ -64,9 +65,9 @@ def _parts(url: str) -> SplitResult:
 class Transport:
     """Reads and downloads by URL. Safe from several threads.
 
-    retries: attempts after the first that may fail in a row without a new byte.
-    timeout: seconds without a byte, or with hardly any, after which an attempt has failed.
-    on_bytes: called with the number of bytes of each piece that arrives; on_retry: before each wait.
+    retries: consecutive failures without a new byte that are retried.
+    timeout: seconds without bytes, or with hardly any, after which an attempt fails.
+    on_bytes: called with the number of bytes of each received chunk. on_retry: called before each wait.
     """
 
     def __init__(
@@ -85,18 +86,18 @@ class Transport:
         self._closed = threading.Event()
 
     def read(self, url: str, at_most: int) -> bytes:
-        """Return the whole of a small file. Raises DataError if it can't be had, or has more than `at_most`
-        bytes."""
+        """Return the content of a small file. Raises DataError if it cannot be had, or has more than
+        `at_most` bytes."""
         content = io.BytesIO()
         try:
             self._fetch(url, content, None, at_most)
-        except ShardError as error:
-            # A manifest or an index is no shard that a run could do without.
+        except TarFileError as error:
+            # Unlike a tar file, a manifest or an index cannot be skipped.
             raise DataError(error.problems) from error
         return content.getvalue()
 
     def describe(self, url: str) -> tuple[int | None, str]:
-        """Bytes of the file, if they are told, and what tells its state from a later one; empty: not known.
+        """Return the size of the file in bytes, if known, and its version; empty: not known.
 
         Raises as `download`.
         """
@@ -111,11 +112,11 @@ class Transport:
                 self._wait(url, failures, again)
 
     def download(self, url: str, partial: Path, size: int) -> None:
-        """Append to `partial` from where it ends until it holds the `size` bytes of the file at `url`.
+        """Append to `partial` until it holds all `size` bytes of the file at `url`.
 
-        Raises ShardError for a file that is missing, of another size, or can't be had after all retries;
-        DataError where access or a package is missing; OSError if `partial` can't be written. What has
-        arrived stays in `partial`.
+        Raises TarFileError for a file that is missing, of another size, or cannot be had after all retries;
+        DataError for missing access or a missing package; OSError if `partial` cannot be written. `partial`
+        keeps the bytes received so far.
         """
         with open(partial, "ab", opener=beside_no_link) as file:
             if file.tell() > size:
@@ -125,14 +126,14 @@ class Transport:
                 self._fetch(url, file, size, size)
 
     def close(self) -> None:
-        """End the waits and downloads of all threads; they raise DataError."""
+        """End the waits and downloads of all threads, which then raise DataError."""
         self._closed.set()
         with self._lock:
             for pool in self._pools.values():
                 pool.clear()
 
     def _fetch(self, url: str, file: IO[bytes], size: int | None, at_most: int) -> None:
-        """Append the bytes of `url` to `file`, which holds what came before."""
+        """Append the rest of `url` to `file`, which holds the bytes received before."""
         source = self._open(url)
         offset = furthest = file.tell()
         failures = 0
@@ -140,36 +141,36 @@ class Transport:
             self._check_open(url)
             began = time.monotonic()
             try:
-                for place, chunk in source.chunks(offset, size, at_most):
+                for position, chunk in source.chunks(offset, size, at_most):
                     self._check_open(url)
                     self._on_bytes(len(chunk))
-                    if place != offset:
-                        file.truncate(place)
-                        file.seek(place)
+                    if position != offset:
+                        file.truncate(position)
+                        file.seek(position)
                     file.write(chunk)
-                    offset = place + len(chunk)
+                    offset = position + len(chunk)
                 return
             except PassingError as again:
-                # One byte an attempt would go on for ever.
+                # An attempt counts as progress only at a least rate: one byte each would go on for ever.
                 comes = offset - furthest >= LEAST_RATE * (time.monotonic() - began)
                 failures = 1 if comes and offset > furthest else failures + 1
                 furthest = max(furthest, offset)
                 self._wait(url, failures, again)
-                # Without a size and a version, bytes of two states of a file could be joined.
+                # Without size and version the chunks could come from two versions of the file.
                 if again.restart or (size is None and not source.version):
                     file.truncate(0)
                     file.seek(0)
                     offset = 0
 
     def _wait(self, url: str, failures: int, again: PassingError) -> None:
-        """Wait before the next attempt. Raises ShardError after too many failures in a row."""
+        """Wait before the next attempt. Raises TarFileError after too many consecutive failures."""
         if failures > self._retries:
             attempts = f"{self._retries + 1} attempts" if self._retries else "one attempt"
             got = f"no answer that can be used in {attempts} ({again.reason})"
             remedy = "see that the server is well, or raise data.cache.retries and data.cache.timeout"
-            raise ShardError(Problem(without_credentials(url), got, "", remedy)) from again
+            raise TarFileError(Problem(without_credentials(url), got, "", remedy)) from again
         self._on_retry()
-        # So that many who failed together do not come back together; no secret.
+        # Jitter, so that clients that failed together do not retry together; not a secret.
         jitter = random.uniform(0.5, 1.0)  # noqa: S311
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * jitter
         wait = max(wait, min(again.wait, 5 * LONGEST_WAIT))
@@ -194,7 +195,7 @@ class Transport:
         return StoreFile(url)
 
     def _pool(self, parts: Any) -> Any:
-        """urllib3's pools of connections: direct ones, or of the proxy that the environment names."""
+        """Return urllib3's connection pools, direct ones or those of the proxy that the environment names."""
         proxy = getproxies().get(parts.scheme.lower(), "")
         if not proxy or proxy_bypass(parts.hostname or ""):
             proxy = ""

@@ -1,4 +1,4 @@
-"""Files of web servers, by urllib3."""
+"""Files of web servers, read by urllib3."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from llmtrain.config import show
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport_source import UPLOAD_AGAIN, PassingError, refuse_longer, scrubbed, wrong_size
 from llmtrain.errors import DataError, Problem
 from llmtrain.urls import without_credentials
 
 HTTP_CHUNK_BYTES = 1 << 18
 LEAST_RATE = 1024
-"""Bytes a second; what is slower, for as long as a silence may last, has failed: a server that sends a byte
-now and then would keep a reader for ever."""
+"""Bytes a second; an attempt that is slower for the length of the timeout fails: a server that sends a byte
+now and then would hold a reader for ever."""
 HEADER_BYTES = 1 << 20
-"""Of all headers of an answer; what frames the pieces of its body, besides the body, for one reading."""
+"""Most bytes of all headers of a response, and of the framing of its chunks during one read."""
 FEW_PIECES, SMALL_PIECE = 4096, 64
-"""More pieces than this of fewer bytes on the average take time and bring nothing."""
+"""A response of more chunks than the first number, of fewer bytes than the second on average, is refused."""
 MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -34,6 +34,8 @@ _PASSING_STATUSES = (408, 425, 429)
 
 
 class HttpFile:
+    """A file of a web server; a `Source`."""
+
     def __init__(self, url: str, pool: Any, timeout: float) -> None:
         from urllib3 import Retry, Timeout
         from urllib3.util import make_headers
@@ -48,7 +50,8 @@ class HttpFile:
         if credentials:
             self._headers |= make_headers(basic_auth=credentials)
         self._seconds = timeout
-        # Waiting and trying again is done above, and redirects below: urllib3 reads what comes with one.
+        # The transport retries, and `_request` follows redirects: urllib3 would read their bodies without
+        # bound.
         retries = Retry(connect=0, read=0, status=0, other=0, redirect=0, respect_retry_after_header=False)
         self._options = {
             "preload_content": False,
@@ -59,7 +62,7 @@ class HttpFile:
         self.version = ""
 
     def describe(self) -> tuple[int | None, str]:
-        # GET, because a signed URL is signed for it; the body stays unread.
+        # GET, not HEAD: a signed URL is signed for GET. The body is not read.
         response = self._request(0)
         try:
             return self._answer(response, 0)[1], self.version
@@ -67,6 +70,8 @@ class HttpFile:
             response.close()
 
     def _request(self, offset: int) -> Any:
+        """Return the response for the bytes from `offset`, after redirects. Credentials go to the first host
+        only."""
         headers = dict(self._headers)
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -92,7 +97,7 @@ class HttpFile:
             raise self._failure(error) from error
 
     def _redirected(self, address: str, location: str) -> str:
-        """Where an answer sends its asker. Raises DataError for what is no web address."""
+        """Return the address of a redirect. Raises DataError for anything but a web address."""
         try:
             parts = urlsplit(urljoin(address, location))
             is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -108,38 +113,38 @@ class HttpFile:
 
         response = self._request(offset)
         try:
-            place, total = self._answer(response, offset)
+            position, total = self._answer(response, offset)
             if size is not None and total is not None and total != size:
-                raise ShardError(wrong_size(self._url, total, size))
+                raise TarFileError(wrong_size(self._url, total, size))
             end = total if size is None else size
             if size is None:
                 refuse_longer(self._url, end, at_most)
-            pieces, begin = 0, place
+            pieces, begin = 0, position
             while chunk := self._read(response):
                 pieces += 1
-                if pieces > FEW_PIECES and place - begin < pieces * SMALL_PIECE:
-                    got = f"an answer in {pieces:,} pieces of {(place - begin) / pieces:.0f} bytes"
+                if pieces > FEW_PIECES and position - begin < pieces * SMALL_PIECE:
+                    got = f"an answer in {pieces:,} pieces of {(position - begin) / pieces:.0f} bytes"
                     raise DataError(Problem(without_credentials(self._url), got, "larger pieces"))
-                if end is not None and place + len(chunk) > end:
-                    raise ShardError(wrong_size(self._url, place + len(chunk), end))
-                refuse_longer(self._url, place + len(chunk), at_most)
-                yield place, chunk
-                place += len(chunk)
-            if end is not None and place < end:
-                raise PassingError(f"the answer ended after {place:,} of {end:,} bytes")
+                if end is not None and position + len(chunk) > end:
+                    raise TarFileError(wrong_size(self._url, position + len(chunk), end))
+                refuse_longer(self._url, position + len(chunk), at_most)
+                yield position, chunk
+                position += len(chunk)
+            if end is not None and position < end:
+                raise PassingError(f"the answer ended after {position:,} of {end:,} bytes")
         except HTTPError as error:
             raise self._failure(error) from error
         finally:
             response.close()
 
     def _read(self, response: Any) -> bytes:
-        # Besides what is asked for, headers of pieces come and are read in there.
+        # Besides the chunk, urllib3 reads the framing of chunks.
         response.meter.allow(4 * HTTP_CHUNK_BYTES + HEADER_BYTES)
         chunk: bytes = response.read1(HTTP_CHUNK_BYTES, decode_content=False)
         return chunk
 
     def _answer(self, response: Any, offset: int) -> tuple[int, int | None]:
-        """Where the body begins in the file, and how long the file is, if the server says so."""
+        """Return the position of the body in the file, and the size of the file if the server says it."""
         status = response.status
         if status in (200, 206):
             version = _version(response.headers)
@@ -155,7 +160,7 @@ class HttpFile:
         if status == 416:
             raise PassingError(f"HTTP 416: the file ends before byte {offset:,}", restart=True)
         if status in (404, 410):
-            raise ShardError(
+            raise TarFileError(
                 Problem(where, f"no such file (HTTP {status})", "a file of the corpus", UPLOAD_AGAIN)
             )
         if status in (401, 403, 407):
@@ -166,13 +171,13 @@ class HttpFile:
         raise DataError(Problem(where, f"HTTP {status}", "200 or 206", "check the URL"))
 
     def _failure(self, error: Exception) -> Exception:
-        """What urllib3's error is to us; its own text holds the URL."""
+        """Return the error to raise for one of urllib3, whose own message contains the URL."""
         from urllib3 import exceptions
 
         cause = getattr(error, "reason", None)
         cause = cause if isinstance(cause, Exception) else error
         where, text = without_credentials(self._url), scrubbed(str(cause), self._url)
-        is_refused = isinstance(cause, exceptions.NewConnectionError)  # which is a TimeoutError by descent
+        is_refused = isinstance(cause, exceptions.NewConnectionError)  # a subclass of TimeoutError
         if isinstance(cause, exceptions.TimeoutError) and not is_refused:
             return PassingError(f"no byte, or hardly any, for {self._seconds:g} s")
         if isinstance(cause, exceptions.SSLError):
@@ -187,8 +192,10 @@ class HttpFile:
 
 
 def pool_manager(proxy: str, most: int) -> Any:
-    """Return urllib3's pools of up to `most` connections a host, direct ones where `proxy` is empty, whose
-    servers must keep the pace."""
+    """Return urllib3's pools of up to `most` connections a host, direct ones if `proxy` is empty.
+
+    Their connections raise an error for a server that is too slow or sends headers without end.
+    """
     import urllib3
     from urllib3.connection import HTTPConnection, HTTPSConnection
 
@@ -201,7 +208,7 @@ def pool_manager(proxy: str, most: int) -> Any:
             self.sock = _metered(self.sock, self.meter)
 
         def getresponse(self) -> Any:
-            # Of which there may be any number before the one that counts.
+            # A server may send any number of informational responses before the final one.
             self.meter.allow(HEADER_BYTES)
             response = super().getresponse()  # type: ignore[misc]
             response.meter = self.meter
@@ -225,18 +232,20 @@ def pool_manager(proxy: str, most: int) -> Any:
 
 
 class _Meter:
-    """What comes over a connection, where no reader above sees it as well: in lines of a header, say."""
+    """Counts the bytes of a connection, including those that urllib3 reads by itself, such as header
+    lines."""
 
     def __init__(self) -> None:
         self._waited, self._received = 0.0, 0
         self._left = 0
 
     def allow(self, num_bytes: int) -> None:
-        """From here on so many may come, until this is called again."""
+        """Allow so many bytes until the next call."""
         self._left = num_bytes
 
     def count(self, num_bytes: int, seconds: float, patience: float | None) -> None:
-        """Raise TimeoutError when too little came for too long, OSError when more came than may."""
+        """Count received bytes. Raise TimeoutError if the rate is too low, OSError for more bytes than
+        allowed."""
         self._left -= num_bytes
         if self._left < 0:
             raise OSError("a header without end")
@@ -248,11 +257,11 @@ class _Meter:
 
 
 class _MeteredSocket(socket.socket):
-    """A socket, which has no room for what `_metered` hangs on it."""
+    """A socket that can have attributes."""
 
 
 def _metered(connected: Any, meter: _Meter) -> Any:
-    """The socket, each of whose answers `meter` counts."""
+    """Return the socket with a `recv_into` whose bytes `meter` counts."""
     if type(connected) is socket.socket:
         seconds = connected.gettimeout()
         connected = _MeteredSocket(fileno=connected.detach())
@@ -270,7 +279,8 @@ def _metered(connected: Any, meter: _Meter) -> Any:
 
 
 def _netrc_credentials(host: str) -> str:
-    """`user:password` of the user's netrc file, where secrets are kept out of a run's config; or nothing."""
+    """Return `user:password` from the user's netrc file, which keeps secrets out of a run's config; or
+    nothing."""
     try:
         found = netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).authenticators(host)
     except (OSError, NetrcParseError):
@@ -279,13 +289,13 @@ def _netrc_credentials(host: str) -> str:
 
 
 def _version(headers: Any) -> str:
-    """What If-Range takes: a strong ETag, or the time of the last change."""
+    """Return the value for If-Range: a strong ETag, or the time of the last change."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified", "")
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that the header asks for, as a number or a date; 0 if it says nothing that can be used."""
+    """Return the seconds that the header asks for, as a number or a date; 0 for any other header."""
     from urllib3 import Retry
     from urllib3.exceptions import InvalidHeader
 

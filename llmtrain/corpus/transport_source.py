@@ -1,4 +1,4 @@
-"""What a remote file is to the transport, whatever serves it, and the problems that all kinds have."""
+"""The interface of a remote file, whatever serves it, and the problems that all kinds share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ UPLOAD_AGAIN = "upload the corpus again"
 
 
 class PassingError(Exception):
-    """A failure that may pass.
+    """A temporary failure, after which the transport tries again.
 
-    wait: seconds that the server asks for. restart: what has arrived can't be gone on from.
+    wait: seconds that the server asks to wait. restart: the download must begin anew.
     """
 
     def __init__(self, reason: str, wait: float = 0.0, restart: bool = False) -> None:
@@ -29,16 +29,16 @@ class Source(Protocol):
     """A remote file."""
 
     version: str
-    """What tells a changed file from the one that was first seen; empty: not known."""
+    """A value that changes with the file's content, as an ETag does; empty: not known."""
 
     def describe(self) -> tuple[int | None, str]:
-        """Size and version. Raises as `chunks`."""
+        """Return the size in bytes, if known, and the version. Raises as `chunks`."""
 
     def chunks(self, offset: int, size: int | None, at_most: int) -> Iterator[tuple[int, bytes]]:
-        """Bytes with their place in the file, from `offset` or an earlier place to the file's end.
+        """Yield (position, bytes) from `offset`, or from an earlier position, to the end of the file.
 
-        size: bytes that the file must have; at_most: that it may have. Raises PassingError, ShardError,
-        DataError.
+        size: bytes that the file must have. at_most: bytes that it may have. Raises PassingError,
+        TarFileError, DataError.
         """
 
 
@@ -47,7 +47,7 @@ def is_http(url: str) -> bool:
 
 
 def scrubbed(text: str, url: str) -> str:
-    """`text` of a library, without what `url` keeps secret."""
+    """Return the message of a library without the secrets of `url`."""
     parts = urlsplit(url)
     user = parts.netloc.rpartition("@")[0]
     text = text.replace(url, without_credentials(url))
@@ -58,7 +58,7 @@ def scrubbed(text: str, url: str) -> str:
 
 
 def refuse_longer(url: str, size: int | None, at_most: int) -> None:
-    """Raise DataError for a file that has, or says that it has, more bytes than it may have."""
+    """Raise DataError for a file whose size so far, or announced size, is more than `at_most`."""
     if size is not None and size > at_most:
         got = f"a file of {size:,} bytes or more"
         raise DataError(Problem(without_credentials(url), got, f"{at_most:,} bytes at most", UPLOAD_AGAIN))

@@ -1,4 +1,4 @@
-"""Files of object stores: S3 by pyarrow, every other scheme by fsspec."""
+"""Files of object stores, read by pyarrow (S3) and fsspec (every other scheme)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport_source import PassingError, missing, refuse_longer, scrubbed, wrong_size
 from llmtrain.errors import DataError, Problem
 from llmtrain.urls import without_credentials
 
 FILESYSTEM_CHUNK_BYTES = 8 << 20
-"""One request each, where the store is asked for ranges."""
+"""Bytes of one request where the store supports ranges."""
 _S3_REFUSES = (
     "ACCESS_DENIED",
     "EXPIRED_TOKEN",
@@ -28,7 +28,7 @@ _S3_REFUSES = (
 
 
 class StoreFile:
-    """A file of a store that fsspec knows."""
+    """A file of a store that fsspec supports; a `Source`."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -42,41 +42,41 @@ class StoreFile:
         return size, version
 
     def chunks(self, offset: int, size: int | None, at_most: int) -> Iterator[tuple[int, bytes]]:
-        place = offset
+        position = offset
         try:
             total, version, open_file = self._look()
             changed, self.version = self.version not in ("", version), version
             with open_file() as file:
                 if size is not None and total is not None and total != size:
-                    raise ShardError(wrong_size(self._url, total, size))
+                    raise TarFileError(wrong_size(self._url, total, size))
                 end = total if size is None else size
                 refuse_longer(self._url, end, at_most)
                 if changed and offset:
                     raise PassingError("another state of the file than before", restart=True)
-                file.seek(place)
-                while end is None or place < end:
-                    # No further than the end: a store refuses a range behind it.
-                    left = FILESYSTEM_CHUNK_BYTES if end is None else end - place
+                file.seek(position)
+                while end is None or position < end:
+                    # Not beyond the end: a store refuses such a range.
+                    left = FILESYSTEM_CHUNK_BYTES if end is None else end - position
                     chunk = file.read(min(FILESYSTEM_CHUNK_BYTES, left))
                     if not chunk:
                         break
-                    refuse_longer(self._url, place + len(chunk), at_most)
-                    yield place, chunk
-                    place += len(chunk)
+                    refuse_longer(self._url, position + len(chunk), at_most)
+                    yield position, chunk
+                    position += len(chunk)
         except (PassingError, DataError):
             raise
         except Exception as error:
-            # Each store has errors of its own; most descend from Exception alone.
+            # Each store has its own errors, most of them direct subclasses of Exception.
             raise self._failure(error) from error
-        if end is not None and place < end:
-            raise PassingError(f"the file ended after {place:,} of {end:,} bytes")
+        if end is not None and position < end:
+            raise PassingError(f"the file ended after {position:,} of {end:,} bytes")
 
     def _look(self) -> tuple[int | None, str, Callable[[], Any]]:
-        """The file's size, what tells its state from another, and what opens it."""
+        """Return the size of the file, its version, and a function that opens it."""
         import fsspec
 
         system, path = fsspec.url_to_fs(self._url)
-        # A listing from before a file came, or changed, would hide that it did.
+        # A cached listing would hide that the file has appeared or changed.
         system.invalidate_cache()
         info = system.info(path)
         if info.get("type") == "directory":
@@ -84,9 +84,10 @@ class StoreFile:
         return info.get("size"), str(info), lambda: system.open(path, "rb", cache_type="none")
 
     def _failure(self, error: Exception) -> Exception:
+        """Return the error to raise for one of the store."""
         where, text = without_credentials(self._url), scrubbed(str(error), self._url)
         if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-            return ShardError(missing(self._url, text))
+            return TarFileError(missing(self._url, text))
         if isinstance(error, PermissionError):
             remedy = "give credentials that may read it, as the store's own tools take them"
             return DataError(Problem(where, f"access refused ({text})", "", remedy))
@@ -100,7 +101,7 @@ class StoreFile:
 
 
 class S3File(StoreFile):
-    """A file in S3, or in what speaks its protocol; settings are found where Amazon's own tools look."""
+    """A file in S3 or a compatible store; settings are found where Amazon's own tools look."""
 
     def __init__(self, url: str, timeout: float) -> None:
         super().__init__(url)
@@ -127,12 +128,13 @@ class S3File(StoreFile):
             proxy_options=proxy,
             connect_timeout=self._timeout,
             request_timeout=self._timeout,
-            # Waiting and trying again is done above, alike for every store.
+            # The transport retries, in the same way for every store.
             retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),
         )
 
     def _failure(self, error: Exception) -> Exception:
-        """What pyarrow's error is to us: beside OSError, Amazon's own code stands in its text."""
+        """Return the error to raise for one of pyarrow: an OSError whose message contains Amazon's error
+        code."""
         where, text = without_credentials(self._url), scrubbed(" ".join(str(error).split()), self._url)
         if any(code in text for code in _S3_REFUSES):
             remedy = "give credentials that may read it, as Amazon's own tools take them (AWS_PROFILE, say)"

@@ -201,9 +201,9 @@ class Stream:
             num_bad = len(in_epoch)
         if num_bad == int(np.count_nonzero(sizes)):
             got = f"no readable one of {num_bad} shards"
-            raise DataError(Problem(f"data.path ({dataset.shard_names[bad[0]]})", got, "one or more"))
+            raise DataError(Problem(f"data.path ({dataset.tar_names[bad[0]]})", got, "one or more"))
         for shard in bad:
-            self._on_skip(dataset.shard_names[shard], int(sizes[shard]))
+            self._on_skip(dataset.tar_names[shard], int(sizes[shard]))
         return frozenset(bad)
 
 

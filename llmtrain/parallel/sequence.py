@@ -1,7 +1,8 @@
-"""Sequence parallelism: processes share every sequence's tokens, and exchange tokens for heads around
+"""Sequence parallelism: processes divide the tokens of each sequence, and exchange them for heads around
 attention (DeepSpeed-Ulysses, arXiv:2309.14509).
 
-Dim names: B batch, T all tokens, N query heads and K key-value heads at hand, H head width, P processes.
+Dim names: B batch, T all tokens, N query heads and K key-value heads of this process, H head width, P
+processes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmtrain.parallel.upstream import import_deepspeed
 
 
 def share_attention(model: nn.Module, mesh: Mesh) -> None:
-    """Put the exchange around the attention of each module that has an `attend`.
+    """Wrap the `attend` of each module that has one in the exchange of tokens for heads.
 
     Raise ValueError for a model without one.
     """
@@ -31,10 +32,11 @@ def share_attention(model: nn.Module, mesh: Mesh) -> None:
 
 
 class SharedAttention:
-    """`attend` over a part of the tokens with all heads: (B, N, T/P, H) → the same.
+    """`attend` over a part of the tokens, with all heads: (B, N, T/P, H) → (B, N, T/P, H).
 
-    Each process gets all tokens of N/P heads, attends, and gives the tokens back. Documents are those of
-    all tokens."""
+    Each process receives all tokens of N/P heads, attends, and sends the tokens back. `documents` are those
+    of all tokens.
+    """
 
     def __init__(self, attend: Callable[..., Tensor], mesh: Mesh) -> None:
         import_deepspeed()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.corpus.tar_files import Sample, sample_bytes, token_dtype, write_shard
+from llmtrain.corpus.tar_files import Sample, sample_bytes, token_dtype, write_tar_file
 from llmtrain.prepare.clean import SEPARATOR_BYTE
 from llmtrain.prepare.config import SplitConfig
 from llmtrain.prepare.document_blocks import DocumentBlock, save_array, splits_of_block
@@ -269,7 +269,7 @@ def write_planned_shard(
         _read_sample(f"{split}-{number:09d}", pieces, dtype)
         for number, pieces in enumerate(samples, first_sample)
     )
-    entry, rows = write_shard(path, made, shard)
+    entry, rows = write_tar_file(path, made, shard)
     result = {"split": split, "shard": shard, "entry": entry, "rows": rows.tolist()}
     write_marker(done_path, result)
     return result

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llmtrain.corpus.corpus import MANIFEST_NAME, STAMP_NAME, UNFINISHED_NAME
+from llmtrain.corpus.manifest import MANIFEST_NAME, STAMP_NAME, UNFINISHED_NAME
 from llmtrain.errors import DataError, Problem, UserError
 from llmtrain.files import lock, sync_folder, write_json_atomically
 from llmtrain.prepare import peers as peer_files

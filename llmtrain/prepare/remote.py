@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport import Transport
 from llmtrain.errors import DataError, Problem
 from llmtrain.prepare.decompress import refuse_changed
@@ -27,7 +27,7 @@ def find(url: str, kind: str, compression: str) -> SourceFile:
     transport = Transport()
     try:
         size, version = transport.describe(url)
-    except ShardError as error:
+    except TarFileError as error:
         # The remedies of the error are those for a file of a corpus.
         raise DataError(replace(p, allowed="", remedy="check the URL") for p in error.problems) from error
     finally:

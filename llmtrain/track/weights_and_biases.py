@@ -1,9 +1,9 @@
-"""A Weights & Biases run that goes on, under the same id and at the same step, after a kill.
+"""Log to a Weights & Biases run, and resume it after a kill under the same id and at the same step.
 
-W&B drops whatever is logged for a step it already has. A killed run has usually logged past its
-checkpoint, and has lost what waited in memory (15 seconds of it by default). A resumed run therefore
-asks what arrived, the server when online and the local log when offline, skips those steps, and fills
-in the lost ones from metrics.jsonl.
+W&B drops values for a step that it already has. A killed run has usually logged steps after its checkpoint,
+and has lost the values that waited in memory (by default, those of 15 seconds). A resumed run therefore asks
+which steps arrived, the server when online and the local log when offline, skips them, and fills in the lost
+ones from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class WandbTracker:
-    """Logs into the run `run_id`, or into a new one when None.
+    """Logs to the run `run_id`, or to a new one if None.
 
-    `history` is the metrics.jsonl from which a resumed run fills in what was lost; None: nothing is.
+    history: the metrics.jsonl from which a resumed run fills in lost steps; None: it fills in none.
     Without a network the run is kept offline, with a warning; `wandb sync` uploads it later.
     Raise ConfigError if W&B refuses the settings or the account.
     """
@@ -69,16 +69,16 @@ class WandbTracker:
 
 
 def last_logged_step(run_dir: Path, run_id: str) -> int:
-    """The last step in the local logs of W&B run `run_id` under `run_dir`; -1 when there is none."""
+    """Return the last step in the local logs of W&B run `run_id` under `run_dir`; -1 if there is none."""
     from wandb.proto import wandb_internal_pb2
 
-    protocol: Any = wandb_internal_pb2  # its classes are made at run time
+    protocol: Any = wandb_internal_pb2  # its classes are created at run time
     last = -1
     for path in run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb"):
         for content in _log_records(path):
             try:
                 record = protocol.Record.FromString(content)
-            except Exception:  # protobuf's own class, which lies in its C extension
+            except Exception:  # DecodeError of protobuf, whose module depends on its version
                 break
             if record.WhichOneof("record_type") == "history":
                 last = max(last, record.history.step.num)
@@ -90,8 +90,8 @@ def _init(
 ) -> Any:
     import wandb
 
-    sys.argv = [without_credentials(word) for word in sys.argv]  # which W&B sends
-    # W&B would run git by itself, and with it what a repository's own settings name.
+    sys.argv = [without_credentials(word) for word in sys.argv]  # W&B uploads them
+    # W&B would run git, and git the programs that a repository's own settings name.
     settings = wandb.Settings(disable_git=True, git_commit=head_commit(), save_code=False)
 
     def init(mode: Any) -> Any:
@@ -116,7 +116,7 @@ def _init(
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         text = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            Problem("track.wandb", text, "", "mend it, or give track.wandb.mode=offline")
+            Problem("track.wandb", text, "", "correct it, or give track.wandb.mode=offline")
         ) from error
     except wandb.errors.CommError as error:
         logger.warning(
@@ -132,8 +132,12 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def _log_records(path: Path) -> Iterator[bytes]:
-    """The whole records of a .wandb file: LevelDB's log format after 7 bytes of W&B's own
-    (github.com/google/leveldb/blob/main/doc/log_format.md). Stops at a torn end."""
+    """Yield the complete records of a .wandb file, up to an incomplete end: LevelDB's log format after 7
+    bytes of W&B's own (github.com/google/leveldb/blob/main/doc/log_format.md).
+
+    Read here because wandb has no reader in Python in all versions: 0.19 has wandb.sdk.internal.datastore,
+    0.31 has none.
+    """
     with open(path, "rb", opener=open_regular) as file:
         block = file.read(_BLOCK_BYTES)
         position, parts = 7, b""

@@ -60,8 +60,9 @@ class _Config:
 
     data: Mapping[str, Any]
     model: Mapping[str, Any]
-    objective: Mapping[str, Any]
     train: _Train
+    objective: Mapping[str, Any] | None = None
+    """None: the usual one of the model's family."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Run:
             settings = Order.of(segment, str(self.path / "data.json"))
             data = self._data_config(segment, settings)
             model: ModelConfig = self._decoded("model", model_config_type)
-            objective: ObjectiveConfig = self._decoded("objective", objective_config_type)
+            usual = family_of(model).objective(model) if self._config.objective is None else {}
+            objective: ObjectiveConfig = self._decoded("objective", objective_config_type, usual)
             corpora = open_data(data)
             sources = objective.open(model, data, corpora, "train", settings.sequence_length)
             self._check_same(data, settings, sources)
@@ -171,7 +173,7 @@ class Run:
         self, name: str, kind: Callable[[Mapping[str, Any]], type], changes: Mapping[str, Any] | None = None
     ) -> Any:
         """A section of the run's configuration. Raises CheckpointError where it is none."""
-        section = {**getattr(self._config, name), **(changes or {})}
+        section = {**(getattr(self._config, name) or {}), **(changes or {})}
         try:
             return decode(kind(section), section)
         except ConfigError as error:

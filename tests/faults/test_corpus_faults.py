@@ -12,7 +12,7 @@ import pytest
 import xxhash
 
 from llmtrain.corpus.corpus import Corpus
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus, write_manifest
@@ -137,21 +137,21 @@ def test_a_truncated_shard(path: Path):
     shard = path / "train" / "train-000001.tar"
     os.truncate(shard, shard.stat().st_size - 512)
     message = refusal(path)
-    assert "train-000001.tar: got a truncated shard" in message
+    assert "train-000001.tar: got a truncated tar file" in message
     assert len(message.splitlines()) == 1
 
 
 def test_a_shard_that_has_grown(path: Path):
     with open(path / "train" / "train-000000.tar", "ab") as file:
         file.write(b"x")
-    assert "train-000000.tar: got a shard that is too long" in refusal(path)
+    assert "train-000000.tar: got a tar file that is too long" in refusal(path)
 
 
 @pytest.mark.parametrize("place", [0, 700, -1])
 def test_an_altered_shard_is_named(path: Path, place: int):
     flip_byte(path / "train" / "train-000001.tar", place)
     message = refusal(path, verify="checksum")
-    assert "train-000001.tar: got an altered shard" in message
+    assert "train-000001.tar: got an altered tar file" in message
     assert len(message.splitlines()) == 1
 
 
@@ -162,9 +162,9 @@ def test_a_shard_altered_after_it_was_verified(path: Path):
     before = shard.stat()
     flip_byte(shard, 900)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert "train-000002.tar: got an altered shard" in refusal(path, verify="checksum")
+    assert "train-000002.tar: got an altered tar file" in refusal(path, verify="checksum")
     # Refused again: what was found bad is not remembered as good.
-    assert "train-000002.tar: got an altered shard" in refusal(path, verify="checksum")
+    assert "train-000002.tar: got an altered tar file" in refusal(path, verify="checksum")
 
 
 def test_an_altered_or_missing_index(path: Path):
@@ -198,7 +198,7 @@ def test_a_shard_that_vanishes_or_shrinks_while_training(path: Path):
     shard = path / "train" / "train-000000.tar"
     train.read(0, 5)
     os.truncate(shard, 600)
-    with pytest.raises(DataError, match=r"train-000000\.tar: got a truncated shard of 600 bytes"):
+    with pytest.raises(DataError, match=r"train-000000\.tar: got a truncated tar file of 600 bytes"):
         train.read(0, 5)
     (path / "train" / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train-000002\.tar: got no such file"):
@@ -213,7 +213,7 @@ def test_a_shard_changed_in_place_while_training(path: Path):
     assert train.read(0, 5)[0].tolist() == before.tolist()
     flip_byte(shard, 900)
     with pytest.raises(
-        ShardError, match=r"train-000000\.tar: got a shard that was changed while the job runs"
+        TarFileError, match=r"train-000000\.tar: got a tar file that was changed while the job runs"
     ):
         train.read(0, 5)
 
@@ -243,7 +243,7 @@ def test_an_index_that_disagrees_with_its_shards(path: Path, field: str):
         index[field][0], index[field][1] = index[field][1], index[field][0]
     replace_array(path, "index.npy", index)
     with pytest.raises(
-        ShardError, match=r"train-000000\.tar: got .*; allowed: what the split's index\.npy says"
+        TarFileError, match=r"train-000000\.tar: got .*; allowed: what the split's index\.npy says"
     ):
         Corpus.open(path).split("train").read(0, 5)
 
@@ -269,7 +269,7 @@ def test_token_ids_outside_the_vocabulary(tmp_path: Path):
     train = Corpus.open(path).split("train")
     assert train.read(0, 3)[0].tolist() == [5, 6, 1]
     with pytest.raises(
-        ShardError, match=r"train-000000\.tar: got the token id 99 at token 4; allowed: 0 to 49"
+        TarFileError, match=r"train-000000\.tar: got the token id 99 at token 4; allowed: 0 to 49"
     ):
         train.read(0, 7)
 
@@ -278,7 +278,7 @@ def test_bad_shards_may_be_left_to_the_reader(path: Path):
     (path / "train" / "train-000001.tar").unlink()
     flip_byte(path / "train" / "train-000002.tar", 700)
     corpus = Corpus.open(path, "checksum", on_bad_shard="skip")
-    assert sorted(corpus.bad_shards) == ["train/train-000001.tar", "train/train-000002.tar"]
+    assert sorted(corpus.bad_tars) == ["train/train-000001.tar", "train/train-000002.tar"]
     assert corpus.split("train").find_bad([0, 1, 2]) == [1, 2]
 
 

@@ -85,7 +85,7 @@ def test_a_corpus_with_the_fingerprint_of_another_is_refused(path: Path, tmp_pat
     other = write_corpus(tmp_path / "other", {"train": random_documents(40, seed=1)})
     theirs = json.loads((path / "manifest.json").read_text())["fingerprint"]
     rewrite(other, lambda manifest: manifest.update(fingerprint=theirs))
-    assert "of another corpus; allowed: that of its shards and its tokenizer" in refusal(other)
+    assert "of another corpus; allowed: that of its tar files and its tokenizer" in refusal(other)
 
 
 def test_a_forged_corpus_does_not_spoil_the_rows_of_an_honest_one(path: Path, tmp_path: Path):

@@ -19,8 +19,9 @@ import pytest
 import xxhash
 
 from llmtrain.corpus import transport
-from llmtrain.corpus.cache import Cache, CacheConfig, RemoteFile
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.cache import Cache, CacheConfig
+from llmtrain.corpus.cache_folder import RemoteFile
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.data.loader import Loader
 from llmtrain.errors import DataError, UserError
 from llmtrain.prepare.config import PrepareConfig, SplitConfig
@@ -209,7 +210,7 @@ def test_a_disk_that_others_have_filled(files: tuple[FileServer, list[RemoteFile
     assert f"data.cache.dir={small_disk}/cache: got a full disk" in message
     assert f"allowed: 300,000 bytes for {remote[0].url}" in message
     assert "another data.cache.dir or a smaller data.cache.bytes" in message
-    assert not isinstance(caught.value, ShardError)
+    assert not isinstance(caught.value, TarFileError)
     # It leaves nothing on a disk that others need.
     assert sum(path.stat().st_size for path in (small_disk / "cache").iterdir()) == 0
     cache.close()

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import TokenSequences
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import attention_choice
@@ -100,7 +101,7 @@ def losses_packed(model: GPT, dataset: TokenSequences, objective: CausalLM) -> T
     document_MT = torch.zeros_like(labels_MT)
     for row in range(len(dataset)):
         held = [
-            (SHARD * dataset.shard_names.index(shard) + document, length)
+            (SHARD * dataset.tar_names.index(shard) + document, length)
             for shard, document, length in dataset.where(row)
         ]
         inside = np.repeat(*np.array(held).T)[:T]

@@ -100,8 +100,8 @@ def _read_split(split: Any, cache: Path) -> None:
         lambda: rows("best_fit"),
         lambda: split.read(0, min(split.num_tokens, 5000)),
         split.document_lengths,
-        lambda: [split.lengths_of(shard) for shard in range(min(8, len(split.shard_names)))],
-        lambda: split.find_bad(range(min(8, len(split.shard_names)))),
+        lambda: [split.lengths_of(shard) for shard in range(min(8, len(split.tar_names)))],
+        lambda: split.find_bad(range(min(8, len(split.tar_names)))),
     )
 
 

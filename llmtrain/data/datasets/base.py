@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import xxhash
 
-from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.rows import BestFit, Packing, Pieces, Windows
 from llmtrain.data.datasets.samples import SamplesOfSplit
 from llmtrain.errors import DataError, Problem
@@ -52,7 +52,7 @@ class ReadsShards(Protocol):
     """A dataset that reads its shards when it needs them."""
 
     @property
-    def shard_names(self) -> list[str]:
+    def tar_names(self) -> list[str]:
         """As messages call them."""
 
     def want(self, shards: Sequence[int]) -> None:
@@ -168,13 +168,13 @@ class TokenSequences(SamplesOfSplit):
         within the shard, and how many of the sample's tokens are its."""
         pieces = self.pieces(np.array([index]))
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        ends = self._split.shard_starts[shard] + np.cumsum(self._split.lengths_of(shard))
+        ends = self._split.tar_starts[shard] + np.cumsum(self._split.lengths_of(shard))
         found = []
         for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
             first = int(np.searchsorted(ends, start, side="right"))
             while length > 0:
                 taken = min(length, int(ends[first]) - start)
-                found.append((self._split.shard_names[shard], first, taken))
+                found.append((self._split.tar_names[shard], first, taken))
                 first, start, length = first + 1, start + taken, length - taken
         return found
 
@@ -223,11 +223,11 @@ class WithoutBadShards:
             if shard not in self._is_bad:
                 self._is_bad[shard] = bool(dataset.find_bad([shard]))
                 if self._is_bad[shard]:
-                    self._on_skip(dataset.shard_names[shard], int(self.shard_sizes[shard]))
+                    self._on_skip(dataset.tar_names[shard], int(self.shard_sizes[shard]))
             num_bad = sum(self._is_bad.values())
         if num_bad == np.count_nonzero(self.shard_sizes):
             got = f"none that can be read of {num_bad} shards"
-            raise DataError(Problem(f"data.path ({dataset.shard_names[shard]})", got, "one or more"))
+            raise DataError(Problem(f"data.path ({dataset.tar_names[shard]})", got, "one or more"))
         return self._is_bad[shard]
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.corpus.corpus import TokenSplit
 from llmtrain.corpus.manifest import PREPARE_AGAIN
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import EMPTY, PADDING_DOCUMENT
 from llmtrain.data.datasets.rows import counted_once
 from llmtrain.data.datasets.samples import Recent, SamplesOfSplit
@@ -48,7 +48,7 @@ class PairedRows(SamplesOfSplit):
         super().__init__(split, f"{source_length}/{target_length}/paired")
         self._widths = (source_length, target_length)
         key = f"{split.identity}/{source_length}/{target_length}/paired"
-        counts = counted_once(cache, key, (len(split.shard_names), 4), self._count)
+        counts = counted_once(cache, key, (len(split.tar_names), 4), self._count)
         self._set_sizes(counts[:, 0])
         self._num_pairs, self._num_tokens, self._num_left_out = counts[:, 1:].sum(axis=0).tolist()
         if len(self) == 0:
@@ -93,7 +93,7 @@ class PairedRows(SamplesOfSplit):
         shard = int(self._shards_of(np.array(index)))
         plan, row = self._plan(shard), index - int(self._firsts[shard])
         pairs = range(int(plan.first_pairs[row]), int(plan.first_pairs[row + 1]))
-        name = self._split.shard_names[shard]
+        name = self._split.tar_names[shard]
         return [
             (name, 2 * int(plan.numbers[pair]) + side, int(plan.lengths[side, pair]))
             for pair in pairs
@@ -142,7 +142,7 @@ class PairedRows(SamplesOfSplit):
         if (known := self._recent.get(shard)) is not None:
             return known
         lengths = self._sides(self._split.lengths_of(shard))
-        ends = np.cumsum(lengths.T.reshape(-1)).reshape(-1, 2).T + self._split.shard_starts[shard]
+        ends = np.cumsum(lengths.T.reshape(-1)).reshape(-1, 2).T + self._split.tar_starts[shard]
         numbers = np.flatnonzero(self._fits(lengths))
         kept = lengths[:, numbers]
         plan = _Shard(numbers, ends[:, numbers] - kept, kept, self._first_pairs(kept))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.datasets.samples import Recent, SamplesOfSplit
 from llmtrain.data.order import sample_keys
@@ -109,7 +109,7 @@ class Passages(SamplesOfSplit):
         if (known := self._recent.get(shard)) is not None:
             return known
         with_ends = self._split.lengths_of(shard)
-        starts = self._split.shard_starts[shard] + np.cumsum(with_ends) - with_ends
+        starts = self._split.tar_starts[shard] + np.cumsum(with_ends) - with_ends
         lengths = _text_lengths(with_ends)
         kept = lengths > 1
         counts = self._counts(lengths)[kept]

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from llmtrain.corpus.corpus import TokenSplit
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets import packing
 from llmtrain.data.datasets.samples import Recent
 from llmtrain.errors import DataError
@@ -62,13 +62,13 @@ class Windows(Packing):
     def __init__(self, split: TokenSplit, sequence_length: int) -> None:
         self._split = split
         self._length = sequence_length
-        tokens = np.diff(split.shard_starts)
+        tokens = np.diff(split.tar_starts)
         self.shard_sizes = np.maximum(0, -(-(tokens - 1) // sequence_length))
         self.num_places = int(np.maximum(0, tokens - 1).sum())
 
     def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
-        starts = self._split.shard_starts[shards] + numbers * self._length
-        lengths = np.minimum(self._length + 1, self._split.shard_starts[shards + 1] - starts)
+        starts = self._split.tar_starts[shards] + numbers * self._length
+        lengths = np.minimum(self._length + 1, self._split.tar_starts[shards + 1] - starts)
         return Pieces(rows, np.zeros_like(rows), starts, lengths)
 
     def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ class BestFit(Packing):
         self._overlap = overlap + 1
         key = f"{split.identity}/{self._width}/{self._overlap}"
         # Rows, and places for targets that hold one.
-        counts = counted_once(cache, key, (len(split.shard_names), 2), self._count)
+        counts = counted_once(cache, key, (len(split.tar_names), 2), self._count)
         self.shard_sizes = counts[:, 0]
         self.num_places = int(counts[:, 1].sum())
         self._recent: Recent[packing.Rows] = Recent()
@@ -143,7 +143,7 @@ class BestFit(Packing):
             ends = np.cumsum(lengths)
             row_begins = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts)
             columns = ends - lengths - row_begins
-            starts = plan.starts[inside] + self._split.shard_starts[shard]
+            starts = plan.starts[inside] + self._split.tar_starts[shard]
             parts.append((np.repeat(rows[chosen], counts), columns, starts, lengths, plan.contexts[inside]))
         if not parts:
             return Pieces(*[np.empty(0, np.int64) for _ in range(5)])

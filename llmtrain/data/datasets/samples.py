@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import xxhash
 
-from llmtrain.corpus.corpus import OPEN_SHARDS, TokenSplit
+from llmtrain.corpus.token_split import MOST_OPEN_TARS, TokenSplit
 
 P = TypeVar("P")
 
@@ -39,8 +39,8 @@ class SamplesOfSplit:
         return int(self._firsts[-1])
 
     @property
-    def shard_names(self) -> list[str]:
-        return self._split.shard_names
+    def tar_names(self) -> list[str]:
+        return self._split.tar_names
 
     def want(self, shards: Sequence[int]) -> None:
         self._split.want(shards)
@@ -69,6 +69,6 @@ class Recent(Generic[P]):
     def keep(self, shard: int, made: P) -> P:
         with self._lock:
             self._made[shard] = made
-            if len(self._made) > OPEN_SHARDS:
+            if len(self._made) > MOST_OPEN_TARS:
                 self._made.popitem(last=False)
         return made

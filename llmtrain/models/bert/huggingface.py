@@ -234,7 +234,8 @@ def _read_roberta_config(theirs: Settings) -> dict[str, Any]:
     # The head's is gelu whatever the config says.
     theirs.require("hidden_act", "gelu")
     offset = theirs.whole("pad_token_id", 1) + 1
-    return {**_read_config(theirs, "roberta", "lm_head.decoder", offset), "activation": "gelu"}
+    said = _read_config(theirs, "roberta", "lm_head.decoder", offset)
+    return {**said, "activation": "gelu", "pair_head": False}
 
 
 BERT = Form(

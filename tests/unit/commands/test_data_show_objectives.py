@@ -99,7 +99,10 @@ def test_packed_pairs_stand_apart(
     ("overrides", "words"),
     [
         (["objective=seq2seq"], ["data.path: got", "a corpus of single texts", "target_field"]),
-        (["objective=span_corruption", "objective.pairs=none"], ["objective: got keys", "together"]),
+        (
+            ["objective=span_corruption", "objective.pairs=none"],
+            ["objective.pairs: got an unknown key", "kind, share"],
+        ),
         (["objective=denoising", "objective.infiling=0.2"], ["objective.infiling", "infilling"]),
         (["objective=span_corruption", "sequence_length=2"], ["sequence_length: got 2"]),
         (["objective=mlm", "objective.share=2"], ["objective.share: got 2"]),

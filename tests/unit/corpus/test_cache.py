@@ -15,8 +15,9 @@ import xxhash
 
 from llmtrain.config import decode
 from llmtrain.corpus import transport
-from llmtrain.corpus.cache import Cache, CacheConfig, RemoteFile
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.cache import Cache, CacheConfig
+from llmtrain.corpus.cache_folder import RemoteFile
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.errors import ConfigError, DataError
 from tests.support.servers import Faults, FileServer
 
@@ -183,7 +184,7 @@ def test_an_altered_file_is_refused_by_name(
     server.faults.flipped["0.tar"] = 1000
     altered = server.content("0.tar")
     assert altered is not None
-    with pytest.raises(ShardError) as caught:
+    with pytest.raises(TarFileError) as caught:
         get(make(), files[0])
     message = str(caught.value)
     assert f"{server.url}/0.tar: got an altered file" in message
@@ -241,7 +242,7 @@ def test_using_a_file_does_not_make_another_process_read_it_again(
     caches = [make(), make()]
     for cache in caches:
         get(cache, files[0])
-    monkeypatch.setattr("llmtrain.corpus.cache.checksum", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("llmtrain.corpus.cache_folder.checksum", lambda path: pytest.fail("read again"))
     for cache in [*caches, *caches]:
         get(cache, files[0])
 
@@ -250,19 +251,19 @@ def test_a_missing_file_and_a_refused_one(
     server: FileServer, files: Sequence[RemoteFile], make: Make, tmp_path: Path
 ):
     server.faults.missing.add("0.tar")
-    with pytest.raises(ShardError, match=r"0.tar: got no such file"):
+    with pytest.raises(TarFileError, match=r"0.tar: got no such file"):
         get(make(), files[0])
     assert held(tmp_path / "cache") == 0
     server.faults = Faults(unavailable=1, status=403)
     with pytest.raises(DataError, match=r"0.tar: got access refused") as caught:
         get(make(), files[0])
-    assert not isinstance(caught.value, ShardError)
+    assert not isinstance(caught.value, TarFileError)
     assert get(make(), files[0]) == content(server, 0)
 
 
 @pytest.mark.parametrize("checksum", ["../../secret", "0" * 31, "", "0" * 31 + "G"])
 def test_a_checksum_that_is_none_never_becomes_a_path(make: Make, checksum: str, server: FileServer):
-    with pytest.raises(ShardError, match="32 hex digits"):
+    with pytest.raises(TarFileError, match="32 hex digits"):
         get(make(), RemoteFile(f"{server.url}/0.tar", SIZE, checksum))
     assert server.log == []
 
@@ -273,7 +274,7 @@ def test_small_files(server: FileServer, files: Sequence[RemoteFile], make: Make
     assert cache.read_small(files[0].url, 1 << 20, files[0].xxh3_128) == content(server, 0)
     with pytest.raises(DataError, match=r"0.tar: got an altered file") as caught:
         cache.read_small(files[0].url, 1 << 20, files[1].xxh3_128)
-    assert not isinstance(caught.value, ShardError)
+    assert not isinstance(caught.value, TarFileError)
 
 
 def test_kept_content_has_a_path(make: Make, tmp_path: Path, files: Sequence[RemoteFile]):
@@ -388,7 +389,7 @@ def test_errors_ahead_stay_quiet_until_the_file_is_asked_for(
     cache.want([files[0], RemoteFile("nowhere://a", 1, "?"), files[1]])
     wait_until(lambda: cache.counters.files == 1)
     assert get(cache, files[1]) == content(server, 1)
-    with pytest.raises(ShardError, match=r"0.tar: got no such file"):
+    with pytest.raises(TarFileError, match=r"0.tar: got no such file"):
         get(cache, files[0])
 
 

@@ -44,7 +44,7 @@ def test_shipped_files_hold_every_default():
         ({"path": "a", "mixture": {"web": -1}}, "data.mixture.web: got -1.0; allowed: 0 or more"),
         ({"path": "a", "mixture": {"web": 0}}, "data.mixture: got {'web': 0.0}; allowed: a weight above 0"),
         ({"path": "a", "mixture": {"b/web": 1}}, "data.mixture: got 'b/web'; allowed: a plain name"),
-        ({"mixture": {"web": 1}}, "data.sources: got no place for web"),
+        ({"mixture": {"web": 1}}, "data.sources: got no location for web"),
         (
             {"path": "a", "mixture": {"web": 1}, "sources": {"wbe": "b"}},
             "data.sources.wbe: got no corpus of the mixture; allowed: web",

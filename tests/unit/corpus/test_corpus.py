@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.corpus import storage
-from llmtrain.corpus.corpus import STAMP_NAME, Corpus, TokenSplit
-from llmtrain.corpus.storage import Folder
+from llmtrain.corpus import location
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.location import Folder
+from llmtrain.corpus.manifest import STAMP_NAME
+from llmtrain.corpus.token_split import TokenSplit
 from tests.support.corpora import EOS, random_documents, stream_of, write_corpus
 
 TRAIN, VALIDATION = random_documents(53, seed=1), random_documents(4, seed=2)
@@ -70,7 +72,7 @@ def open_descriptors() -> int:
 def test_open_files_are_bounded_and_closed(tmp_path: Path):
     documents = random_documents(40)
     path = write_corpus(tmp_path, {"train": documents}, documents_per_sample=1, samples_per_shard=1)
-    split = TokenSplit(Folder(path), "train", Corpus.open(path).manifest, open_shards=3)
+    split = TokenSplit(Folder(path), "train", Corpus.open(path).manifest, most_open=3)
     before = open_descriptors()
     tokens, _ = split.read(0, split.num_tokens)
     np.testing.assert_array_equal(tokens, stream_of(documents))
@@ -83,7 +85,7 @@ def test_threads_read_the_same(tmp_path: Path):
     """With one file kept open, threads keep closing each other's."""
     documents = random_documents(40)
     path = write_corpus(tmp_path, {"train": documents}, documents_per_sample=2, samples_per_shard=1)
-    split = TokenSplit(Folder(path), "train", Corpus.open(path).manifest, open_shards=1)
+    split = TokenSplit(Folder(path), "train", Corpus.open(path).manifest, most_open=1)
     stream = stream_of(documents)
     wrong: list[int] = []
 
@@ -103,13 +105,13 @@ def test_threads_read_the_same(tmp_path: Path):
 def test_checksums_are_taken_once(path: Path, monkeypatch: pytest.MonkeyPatch):
     (path / STAMP_NAME).unlink(missing_ok=True)
     read: list[str] = []
-    real = storage.checksum
+    real = location.checksum
 
     def recording(file: Path) -> str:
         read.append(file.name)
         return real(file)
 
-    monkeypatch.setattr(storage, "checksum", recording)
+    monkeypatch.setattr(location, "checksum", recording)
     Corpus.open(path, verify="checksum")
     shards = sorted(file.name for file in path.glob("*/*.tar"))
     assert len(shards) == 5
@@ -126,14 +128,14 @@ def test_checksums_are_taken_once(path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_of_many_that_start_together_one_takes_the_checksums(path: Path, monkeypatch: pytest.MonkeyPatch):
     (path / STAMP_NAME).unlink(missing_ok=True)
     read: list[str] = []
-    real = storage.checksum
+    real = location.checksum
 
     def slow(file: Path) -> str:
         read.append(file.name)
         time.sleep(0.02)
         return real(file)
 
-    monkeypatch.setattr(storage, "checksum", slow)
+    monkeypatch.setattr(location, "checksum", slow)
     threads = [threading.Thread(target=Corpus.open, args=(path, "checksum")) for _ in range(4)]
     for thread in threads:
         thread.start()

@@ -7,7 +7,7 @@ import pytest
 import webdataset
 import xxhash
 
-from llmtrain.corpus.tar_files import INDEX_DTYPE, Sample, token_dtype, write_index, write_shard
+from llmtrain.corpus.tar_files import INDEX_DTYPE, Sample, token_dtype, write_index, write_tar_file
 
 
 def samples(dtype: str = "<u2") -> list[Sample]:
@@ -20,7 +20,7 @@ def samples(dtype: str = "<u2") -> list[Sample]:
 
 
 def test_plain_webdataset_reads_them(tmp_path: Path):
-    write_shard(tmp_path / "train" / "train-000000.tar", samples(), 0)
+    write_tar_file(tmp_path / "train" / "train-000000.tar", samples(), 0)
     dataset = webdataset.WebDataset(str(tmp_path / "train" / "train-000000.tar"), shardshuffle=False).decode()
     read = list(dataset)
     assert [item["__key__"] for item in read] == [sample.key for sample in samples()]
@@ -34,7 +34,7 @@ def test_plain_webdataset_reads_them(tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_the_index_points_at_the_arrays(tmp_path: Path, dtype: str):
     path = tmp_path / "train" / "train-000007.tar"
-    entry, index = write_shard(path, samples(dtype), 7)
+    entry, index = write_tar_file(path, samples(dtype), 7)
     data = path.read_bytes()
     assert index.dtype == INDEX_DTYPE
     for row, sample in zip(index, samples(dtype), strict=True):
@@ -55,7 +55,7 @@ def test_the_index_points_at_the_arrays(tmp_path: Path, dtype: str):
 
 def test_the_bytes_depend_on_the_samples_alone(tmp_path: Path):
     for folder in ("a", "b"):
-        write_shard(tmp_path / folder / "train-000000.tar", samples(), 0)
+        write_tar_file(tmp_path / folder / "train-000000.tar", samples(), 0)
     assert (tmp_path / "a" / "train-000000.tar").read_bytes() == (
         tmp_path / "b" / "train-000000.tar"
     ).read_bytes()
@@ -73,7 +73,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        write_shard(tmp_path / "train" / "train-000000.tar", failing(), 0)
+        write_tar_file(tmp_path / "train" / "train-000000.tar", failing(), 0)
     assert not list((tmp_path / "train").iterdir())
 
 

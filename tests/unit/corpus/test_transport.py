@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.corpus import transport, transport_stores
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport import Transport, is_remote, join
 from llmtrain.errors import DataError
 from llmtrain.urls import without_credentials
@@ -144,7 +144,7 @@ def test_progress_makes_attempts_count_from_the_start(server: FileServer, partia
 
 def test_cuts_without_progress_come_to_an_end(server: FileServer, partial: Path):
     server.faults.cuts = [0] * 9
-    with pytest.raises(ShardError, match=r"a.tar: got no answer that can be used in 3 attempts"):
+    with pytest.raises(TarFileError, match=r"a.tar: got no answer that can be used in 3 attempts"):
         download(server, partial, retries=2)
     assert len(server.log) == 3
 
@@ -152,14 +152,14 @@ def test_cuts_without_progress_come_to_an_end(server: FileServer, partial: Path)
 def test_a_server_that_ignores_ranges_and_cuts_alike_comes_to_an_end(server: FileServer, partial: Path):
     """Bytes that came before are no progress."""
     server.faults = Faults(cuts=[70_000] * 20, ignore_range=True)
-    with pytest.raises(ShardError, match="in 4 attempts"):
+    with pytest.raises(TarFileError, match="in 4 attempts"):
         download(server, partial)
     assert len(server.log) == 4
 
 
 def test_no_retries(server: FileServer, partial: Path):
     server.faults.unavailable = 1
-    with pytest.raises(ShardError, match=r"in one attempt \(HTTP 503"):
+    with pytest.raises(TarFileError, match=r"in one attempt \(HTTP 503"):
         download(server, partial, retries=0)
 
 
@@ -245,7 +245,7 @@ def test_waits_grow(server: FileServer, partial: Path, monkeypatch: pytest.Monke
 
 
 def test_a_missing_file_is_refused_at_once(server: FileServer, partial: Path):
-    with pytest.raises(ShardError, match=r"train/b.tar: got no such file \(HTTP 404\)"):
+    with pytest.raises(TarFileError, match=r"train/b.tar: got no such file \(HTTP 404\)"):
         download(server, partial, "train/b.tar")
     assert len(server.log) == 1
 
@@ -253,7 +253,7 @@ def test_a_missing_file_is_refused_at_once(server: FileServer, partial: Path):
 def test_a_missing_small_file_is_no_shard(server: FileServer):
     with pytest.raises(DataError, match="no such file") as caught:
         Transport().read(join(server.url, "manifest.json"), SIZE)
-    assert not isinstance(caught.value, ShardError)
+    assert not isinstance(caught.value, TarFileError)
 
 
 @pytest.mark.parametrize("length", [True, False])
@@ -261,7 +261,9 @@ def test_a_missing_small_file_is_no_shard(server: FileServer):
 def test_a_truncated_file(server: FileServer, partial: Path, length: bool, before: int):
     server.faults = Faults(truncated={"train/a.tar": 290_000}, length=length)
     partial.write_bytes(CONTENT[:before])
-    with pytest.raises(ShardError, match=r"a.tar: got (a truncated file of 290000 bytes|no answer that can)"):
+    with pytest.raises(
+        TarFileError, match=r"a.tar: got (a truncated file of 290000 bytes|no answer that can)"
+    ):
         download(server, partial)
     assert len(server.log) <= 12
 
@@ -269,7 +271,7 @@ def test_a_truncated_file(server: FileServer, partial: Path, length: bool, befor
 @pytest.mark.parametrize("length", [True, False])
 def test_a_file_that_has_grown(server: FileServer, partial: Path, length: bool):
     server.faults = Faults(replaced={"train/a.tar": CONTENT + b"more"}, length=length)
-    with pytest.raises(ShardError, match=r"too long.*allowed: 300000 bytes"):
+    with pytest.raises(TarFileError, match=r"too long.*allowed: 300000 bytes"):
         download(server, partial)
     assert len(server.log) == 1
 
@@ -283,7 +285,7 @@ def test_credentials_are_sent_and_never_shown(server: FileServer, partial: Path)
     partial.unlink()
     with pytest.raises(DataError, match=r"access refused \(HTTP 401") as caught:
         Transport().download(url, partial, SIZE)
-    assert not isinstance(caught.value, ShardError)
+    assert not isinstance(caught.value, TarFileError)
     assert len(server.log) == 2
     assert "s3cret" not in str(caught.value)
 
@@ -308,7 +310,7 @@ def test_https(server: FileServer, partial: Path, tmp_path: Path, monkeypatch: p
     with FileServer(server.folder, certificate=certificate) as secure:
         with pytest.raises(DataError, match=r"a.tar: got .*certificate.*SSL_CERT_FILE") as caught:
             download(secure, partial)
-        assert not isinstance(caught.value, ShardError)
+        assert not isinstance(caught.value, TarFileError)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         secure.faults.cuts = [70_000]
         assert download(secure, partial) == CONTENT
@@ -320,13 +322,13 @@ def test_a_signature_is_sent_and_never_shown(server: FileServer, partial: Path):
     Transport().download(url, partial, SIZE)
     server.faults.unavailable = 99
     for attempt in (url, "http://user:s3cret@127.0.0.1:9/a?sig=s3cret", "http://user:s3cret@no.invalid/a"):
-        with pytest.raises(ShardError) as caught:
+        with pytest.raises(TarFileError) as caught:
             Transport(retries=1).download(attempt, partial.with_name("other"), SIZE)
         assert "s3cret" not in str(caught.value)
 
 
 def test_a_server_that_is_not_there(partial: Path):
-    with pytest.raises(ShardError, match=r"http://127.0.0.1:9/a: got no answer .* in 2 attempts .*refused"):
+    with pytest.raises(TarFileError, match=r"http://127.0.0.1:9/a: got no answer .* in 2 attempts .*refused"):
         Transport(retries=1).download("http://127.0.0.1:9/a", partial, SIZE)
 
 
@@ -372,9 +374,9 @@ def test_local_files_by_url(tmp_path: Path, partial: Path, monkeypatch: pytest.M
     reader = Transport(retries=1)
     reader.download(f"file://{tmp_path}/a.tar", partial, SIZE)
     assert partial.read_bytes() == CONTENT == reader.read(f"file://{tmp_path}/a.tar", SIZE)
-    with pytest.raises(ShardError, match="no such file"):
+    with pytest.raises(TarFileError, match="no such file"):
         reader.download(f"file://{tmp_path}/b.tar", partial.with_name("b"), SIZE)
-    with pytest.raises(ShardError, match="a truncated file of 300000 bytes; allowed: 300001 bytes"):
+    with pytest.raises(TarFileError, match="a truncated file of 300000 bytes; allowed: 300001 bytes"):
         reader.download(f"file://{tmp_path}/a.tar", partial, SIZE + 1)
 
 
@@ -460,9 +462,9 @@ def test_s3(partial: Path):
     reader.download("s3://bucket/corpus/train/a.tar", partial, SIZE)
     assert partial.read_bytes() == CONTENT
     for missing in ("s3://bucket/corpus/b.tar", "s3://nobody/corpus/a.tar"):
-        with pytest.raises(ShardError, match=f"{missing}: got no such file"):
+        with pytest.raises(TarFileError, match=f"{missing}: got no such file"):
             reader.download(missing, partial.with_name("b"), SIZE)
-    with pytest.raises(ShardError, match="a truncated file of 300000 bytes"):
+    with pytest.raises(TarFileError, match="a truncated file of 300000 bytes"):
         reader.download("s3://bucket/corpus/train/a.tar", partial, SIZE + 1)
 
 
@@ -495,5 +497,5 @@ def test_s3_without_credentials(partial: Path, tmp_path: Path, monkeypatch: pyte
 def test_an_s3_server_that_is_not_there(partial: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     for name, value in (s3 | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ShardError, match=r"other/a: got no answer .* in 2 attempts .*127.0.0.1:9"):
+    with pytest.raises(TarFileError, match=r"other/a: got no answer .* in 2 attempts .*127.0.0.1:9"):
         Transport(retries=1, timeout=9).download("s3://bucket/other/a", partial, SIZE)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import (
     EMPTY,
     PADDING_DOCUMENT,
@@ -94,9 +95,9 @@ def test_where_names_the_documents_of_a_sample(corpus: Corpus):
             assert [tokens for _, _, tokens in documents] == sizes.tolist()
             first = 0
             for shard, number, tokens in documents:
-                place = split.shard_names.index(shard)
+                place = split.tar_names.index(shard)
                 lengths = split.lengths_of(place)
-                begin = int(split.shard_starts[place] + lengths[:number].sum())
+                begin = int(split.tar_starts[place] + lengths[:number].sum())
                 document = split.read(begin, begin + int(lengths[number]))[0].tolist()
                 found = row["tokens"][0][first : first + tokens].tolist()
                 assert any(document[i : i + tokens] == found for i in range(len(document) - tokens + 1))

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.corpus.corpus import Corpus, TokenSplit
+from llmtrain.corpus.corpus import Corpus
+from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import EMPTY, ReadsShards
 from llmtrain.data.datasets.pairs import Passages
 from llmtrain.data.mixture import begin

@@ -144,7 +144,7 @@ def test_a_bad_shard_may_be_skipped_without_moving_the_others(tmp_path: Path):
             assert instead == (EMPTY if index in bad else index)
             met += index in bad
     assert met == len(bad)
-    assert told == [(source.shard_names[2], len(bad))]
+    assert told == [(source.tar_names[2], len(bad))]
 
 
 def test_no_shard_that_can_be_read(tmp_path: Path):
@@ -185,7 +185,7 @@ def test_a_source_read_fast_does_not_make_another_forget_its_blocks(tmp_path: Pa
     )
     for step in range(4):
         stream.enter(step)
-    assert told == [source.shard_names[0]]
+    assert told == [source.tar_names[0]]
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -113,7 +113,7 @@ def test_skipped_shards_leave_rows_empty(corpora: Path):
     stream = make_stream(sources)
     whole = list(samples_of(stream, 1))
     [corpus, shard] = next((s.corpus, p.shard) for s in whole for p in parts_of(sources, s))
-    bad = sources[corpus].shard_names.index(shard)
+    bad = sources[corpus].tar_names.index(shard)
     skipped = frozenset({(stream.names.index(corpus), 0, bad)})
     left = list(samples_of(stream, 1, skipped))
     for sample, before in zip(left, whole, strict=True):

@@ -152,7 +152,7 @@ def test_no_account_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tracker(tmp_path, WandbConfig())
     assert str(caught.value) == (
         "track.wandb: got No API key configured. Use `wandb login` to log in; "
-        "mend it, or give track.wandb.mode=offline"
+        "correct it, or give track.wandb.mode=offline"
     )
 
 

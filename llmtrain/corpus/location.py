@@ -1,7 +1,7 @@
-"""Where a corpus' files are: in a folder, or elsewhere behind a bounded cache.
+"""The location of a corpus: a folder, or a URL whose files come through a bounded local cache.
 
-Shards come from here as local files that are what their manifest says; whatever is not raises ShardError
-with the shard's name.
+Tar files are opened here as local files with the content that the manifest says; any other raises
+TarFileError with the file's name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import xxhash
 
-from llmtrain.corpus.cache import Cache, RemoteFile
+from llmtrain.corpus.cache import Cache
+from llmtrain.corpus.cache_folder import RemoteFile
 from llmtrain.corpus.manifest import (
     MANIFEST_BYTES,
     MANIFEST_NAME,
@@ -25,9 +26,9 @@ from llmtrain.corpus.manifest import (
     PREPARE_AGAIN,
     STAMP_NAME,
     UNFINISHED_NAME,
-    ShardEntry,
+    TarFileEntry,
 )
-from llmtrain.corpus.tar_files import ShardError
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport import join
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import checksum, stamp_of, write_json_atomically
@@ -35,35 +36,35 @@ from llmtrain.reading import open_regular, parse_object, read_bytes
 from llmtrain.urls import without_credentials
 
 Problems = dict[str, Problem]
-"""File of a shard → what is wrong with it."""
+"""Tar file → what is wrong with it."""
 
 
-class Place(Protocol):
+class Location(Protocol):
     """Where the files of one corpus are."""
 
     def name(self, file: str) -> str:
-        """A file as messages call it."""
+        """Return the name of a file in messages."""
 
     def read(self, file: str, at_most: int, xxh3_128: str | None = None) -> bytes:
-        """A small file, whole. Raises DataError where it cannot be read, has more than `at_most` bytes or is
-        not what its checksum says."""
+        """Return the content of a small file. Raises DataError if it cannot be read, has more than `at_most`
+        bytes or does not match its checksum."""
 
     def local(self, file: str, content: bytes) -> Path:
-        """A local file that holds `content`, which `file` was found to hold."""
+        """Return the path of a local file with this `content`, which was read from `file`."""
 
     is_kept: bool
-    """Whether files that are open stay where they are: one that is gone has been changed."""
+    """Whether open files keep their names: one whose name is gone has been changed, not evicted."""
 
-    def open_shard(self, entry: ShardEntry) -> int:
-        """A file descriptor of the shard's content, which the caller closes. Raises ShardError where it
-        cannot be had."""
+    def open_tar(self, entry: TarFileEntry) -> int:
+        """Return a file descriptor of the tar file's content, which the caller closes. Raises TarFileError if
+        it cannot be had."""
 
-    def want(self, entries: Sequence[ShardEntry]) -> None:
-        """These will be asked for soon, in this order."""
+    def want(self, entries: Sequence[TarFileEntry]) -> None:
+        """Announce that these will be opened soon, in this order."""
 
-    def find_problems(self, entries: Iterable[ShardEntry], checksums: bool) -> Problems:
-        """Which of them are missing, truncated or, with `checksums`, altered, as far as it can be told
-        before they are needed."""
+    def find_problems(self, entries: Iterable[TarFileEntry], checksums: bool) -> Problems:
+        """Return what is wrong with missing, truncated and, with `checksums`, altered tar files, as far as it
+        is known before they are opened."""
 
 
 class Folder:
@@ -74,7 +75,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._seen: dict[str, tuple[int, ...]] = {}
-        """What each shard's file was like when it was first opened."""
+        """Tar file → its stamp when it was first opened."""
 
     def name(self, file: str) -> str:
         return str(self.root / file)
@@ -90,12 +91,12 @@ class Folder:
     def local(self, file: str, content: bytes) -> Path:
         return self.root / file
 
-    def open_shard(self, entry: ShardEntry) -> int:
+    def open_tar(self, entry: TarFileEntry) -> int:
         path = self.root / entry.file
         try:
             descriptor = open_regular(path)
         except OSError as error:
-            raise ShardError(_unreadable(str(path), error)) from error
+            raise TarFileError(_unreadable(str(path), error)) from error
         try:
             self._check(path, entry, os.fstat(descriptor))
         except BaseException:
@@ -103,38 +104,38 @@ class Folder:
             raise
         return descriptor
 
-    def _check(self, path: Path, entry: ShardEntry, status: os.stat_result) -> None:
+    def _check(self, path: Path, entry: TarFileEntry, status: os.stat_result) -> None:
         if status.st_size != entry.bytes:
-            raise ShardError(_wrong_size(str(path), status.st_size, entry.bytes))
+            raise TarFileError(_wrong_size(str(path), status.st_size, entry.bytes))
         now = stamp_of(status)
         if self._seen.setdefault(entry.file, now) != now:
             found = _checksum(path)
             if found != entry.xxh3_128:
-                got = "a shard that was changed while the job runs"
-                raise ShardError(Problem(str(path), got, f"xxh3_128 {entry.xxh3_128}", PREPARE_AGAIN))
+                got = "a tar file that was changed while the job runs"
+                raise TarFileError(Problem(str(path), got, f"xxh3_128 {entry.xxh3_128}", PREPARE_AGAIN))
             self._seen[entry.file] = now
 
-    def want(self, entries: Sequence[ShardEntry]) -> None:
+    def want(self, entries: Sequence[TarFileEntry]) -> None:
         return None
 
-    def find_problems(self, entries: Iterable[ShardEntry], checksums: bool) -> Problems:
+    def find_problems(self, entries: Iterable[TarFileEntry], checksums: bool) -> Problems:
         entries = list(entries)
         found = dict(_size_problems(self.root, entries))
         if checksums:
             found |= self._altered([entry for entry in entries if entry.file not in found])
         return found
 
-    def _altered(self, entries: Sequence[ShardEntry]) -> Problems:
-        """Compare every shard with its checksum.
+    def _altered(self, entries: Sequence[TarFileEntry]) -> Problems:
+        """Return the tar files that do not match their checksum.
 
-        A stamp beside the manifest remembers what was found good (size and times of each file), so that
-        only the first start reads the shards, and of many processes that start together only one does;
-        a folder that cannot be written is read at each start by each.
+        A file beside the manifest keeps the stamps (size and times) of those found good, so that only the
+        first start reads the tar files, and only one of many processes that start together. In a folder that
+        cannot be written every process reads them at each start.
         """
         stamp_path = self.root / STAMP_NAME
         with _one_at_a_time(self.root / MANIFEST_NAME):
             stamps = _read_stamps(stamp_path)
-            # The stamp is taken before reading, so that a change while reading is seen next time.
+            # Stamped before reading, so that a change during reading is found at the next start.
             new = {entry.file: [entry.xxh3_128, *_stamp(self.root / entry.file)] for entry in entries}
             unseen = [entry for entry in entries if stamps.get(entry.file) != new[entry.file]]
             if not unseen:
@@ -145,16 +146,17 @@ class Folder:
             for entry, found in zip(unseen, checksums, strict=True):
                 if found != entry.xxh3_128:
                     del new[entry.file]
-                    got = "an altered shard: its content does not match its checksum"
+                    got = "an altered tar file: its content does not match its checksum"
                     allowed = f"xxh3_128 {entry.xxh3_128}"
                     altered[entry.file] = Problem(self.name(entry.file), got, allowed, PREPARE_AGAIN)
-            # A corpus that cannot be written (shared, read-only) is still good; it is read again next time.
+            # A corpus that cannot be written (shared, read-only) is still good; the next start reads it
+            # again.
             with suppress(OSError):
                 write_json_atomically(stamp_path, new)
         return altered
 
 
-class Elsewhere:
+class RemoteLocation:
     """A corpus behind a URL, read through a local cache."""
 
     is_kept = False
@@ -172,18 +174,18 @@ class Elsewhere:
     def local(self, file: str, content: bytes) -> Path:
         return self.cache.keep(content, Path(file).suffix)
 
-    def open_shard(self, entry: ShardEntry) -> int:
+    def open_tar(self, entry: TarFileEntry) -> int:
         return self.cache.open(join(self.url, entry.file), entry.bytes, entry.xxh3_128)
 
-    def want(self, entries: Sequence[ShardEntry]) -> None:
+    def want(self, entries: Sequence[TarFileEntry]) -> None:
         self.cache.want([RemoteFile(join(self.url, e.file), e.bytes, e.xxh3_128) for e in entries])
 
-    def find_problems(self, entries: Iterable[ShardEntry], checksums: bool) -> Problems:
-        return {}  # known when they arrive
+    def find_problems(self, entries: Iterable[TarFileEntry], checksums: bool) -> Problems:
+        return {}  # known only after download
 
 
 def not_a_corpus(path: Path) -> Problem:
-    """What stands at a path that holds no manifest."""
+    """Return what is at a path that holds no manifest."""
     remedy = "make one with: llmtrain prepare source=… output=…"
     if not os.path.exists(path):
         return Problem(str(path), "no such folder", "a corpus", remedy)
@@ -198,7 +200,7 @@ def not_a_corpus(path: Path) -> Problem:
 
 
 def check_content(content: bytes, xxh3_128: str | None, where: str) -> bytes:
-    """`content`, if it is what its checksum says; raises DataError otherwise."""
+    """Return `content`. Raises DataError unless it matches its checksum."""
     if xxh3_128 is not None and xxhash.xxh3_128_hexdigest(content) != xxh3_128:
         got = "an altered file: its content does not match its checksum"
         raise DataError(Problem(where, got, f"xxh3_128 {xxh3_128}", PREPARE_AGAIN))
@@ -209,10 +211,10 @@ def _stamp(path: Path) -> tuple[int, ...]:
     try:
         return stamp_of(os.stat(path))
     except OSError as error:
-        raise ShardError(_unreadable(str(path), error)) from error
+        raise TarFileError(_unreadable(str(path), error)) from error
 
 
-def _size_problems(root: Path, entries: Iterable[ShardEntry]) -> Iterator[tuple[str, Problem]]:
+def _size_problems(root: Path, entries: Iterable[TarFileEntry]) -> Iterator[tuple[str, Problem]]:
     prefix = str(root)
     for entry in entries:
         path = os.path.join(prefix, entry.file)
@@ -234,7 +236,7 @@ def _unreadable(path: str, error: OSError) -> Problem:
 
 
 def _wrong_size(path: str, size: int, expected: int) -> Problem:
-    kind = "a truncated shard" if size < expected else "a shard that is too long"
+    kind = "a truncated tar file" if size < expected else "a tar file that is too long"
     return Problem(path, f"{kind} of {size} bytes", f"{expected} bytes", PREPARE_AGAIN)
 
 
@@ -242,13 +244,13 @@ def _checksum(path: Path) -> str:
     try:
         return checksum(path)
     except OSError as error:
-        raise ShardError(_unreadable(str(path), error)) from error
+        raise TarFileError(_unreadable(str(path), error)) from error
 
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock on `path` against other processes; none where the stamp that they wait for can't be
-    written, or the file system has no locks."""
+    """Hold a lock on `path` against other processes. Without a lock if the folder cannot be written, so that
+    no stamp is worth waiting for, or if the file system has no locks."""
     with open(path, "rb", opener=open_regular) as file:
         if os.access(path.parent, os.W_OK):
             with suppress(OSError):
