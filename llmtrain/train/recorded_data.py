@@ -17,7 +17,7 @@ from llmtrain.corpus.transport import is_remote
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.files import at_home
-from llmtrain.models.registry import model_config_type
+from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.reading import open_data
