@@ -206,6 +206,9 @@ def _tensor_problem(manifest: Mapping[str, Any]) -> Problem | None:
             if covered != (numel := prod(entry["shape"])):
                 got = f"{covered:,} elements in boxes"
                 return Problem(where, got, f"{numel:,}, as its shape {entry['shape']} has")
+    for name in manifest.get("frozen", ()):
+        if name not in kinds[WEIGHT]:
+            return Problem("frozen", show(name), "names of weights")
     for file, size in needed.items():
         if size > sizes[file]:
             return Problem("tensors", f"{size:,} bytes in {file}", f"{sizes[file]:,}, as many as it has")

@@ -35,7 +35,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     import torch
 
-    from llmtrain.commands.loading import load_trained
+    from llmtrain.commands.loading import listed, load_trained
     from llmtrain.interchange import huggingface
 
     trained = load_trained(config.checkpoint)
@@ -51,4 +51,5 @@ def run(mapping: Mapping[str, Any]) -> None:
         origin=trained.origin,
         end_id=trained.own_end_id,
     )
-    tell(f"exported {trained.source} to {output}")
+    never = f"; never trained: {listed(trained.fresh)}" if trained.fresh else ""
+    tell(f"exported {trained.source} to {output}{never}")

@@ -14,6 +14,7 @@ from llmtrain.config import encode
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, DataError
 from llmtrain.families import open_dataset, open_sources
+from llmtrain.optim.freezing import frozen_names
 from llmtrain.optim.schedules import multiplier
 from llmtrain.plan.estimate import estimate
 from llmtrain.standard_streams import tell
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from llmtrain.checkpoint.finite import FiniteCheck
     from llmtrain.checkpoint.reader import Checkpoint
+    from llmtrain.commands.pretrained import StartingWeights
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.stream import Stream
     from llmtrain.engine.allocator import Heap
@@ -140,12 +142,13 @@ class Session:
         from llmtrain.commands.build import build_engine
 
         check = FiniteCheck()
-        weights = self._starting_weights(check) if checkpoint is None else None
+        starting = self._starting_weights() if checkpoint is None else None
+        weights = None if starting is None else _watched(starting.source(config.seed), check)
         engine = build_engine(config, layout, self.device, objective, checkpoint, weights)
         if self.pretrained is not None:
             where = f"model.path={self.pretrained.path}"
             processes.agree(lambda: check.refuse(where))
-        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume))
+        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume, starting))
         loader = Loader(
             stream,
             objective.collate,
@@ -164,6 +167,7 @@ class Session:
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
             "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
             "origin": self._origin(checkpoint),
+            "fresh": sorted(self._never_trained(checkpoint, starting)),
         }
 
         def evaluate(between: Callable[[], None]) -> Totals:
@@ -224,21 +228,29 @@ class Session:
             return checkpoint.manifest.get("origin")
         return None if self.pretrained is None else encode(self.pretrained.origin)
 
-    def _starting_weights(self, check: FiniteCheck) -> Source | None:
-        """Those of `model=pretrained`, which `check` sees; None: the seed's."""
+    def _starting_weights(self) -> StartingWeights | None:
+        """Those of `model=pretrained`; None: the seed's."""
         from llmtrain.commands.pretrained import open_weights
 
         if self.pretrained is None:
             return None
-        trained = open_weights(self.pretrained, self.config.model)
-        self._say(f"starting from the weights of {trained.source}, with a fresh optimizer")
-        read = trained.reader()
+        starting = open_weights(self.pretrained, self.config.model)
+        self._say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
+        for note in starting.notes():
+            self._say(note)
+        if kept := frozen_names(starting.untrained, self.config.train.freeze):
+            self._say(f"warning: frozen, and yet never trained: {', '.join(sorted(kept))}")
+        return starting
 
-        def source(out: Tensor, name: str, shard: Shard, start: int) -> None:
-            read(out, name, shard, start)
-            check.look(name, out)
-
-        return source
+    def _never_trained(
+        self, checkpoint: Checkpoint | None, starting: StartingWeights | None
+    ) -> frozenset[str]:
+        """Parameters whose values no step changes and none before this run did."""
+        if checkpoint is not None:
+            return frozenset(checkpoint.manifest.get("fresh", ()))
+        if starting is None:
+            return frozenset()
+        return frozen_names(starting.untrained, self.config.train.freeze)
 
     def _after_step(self) -> None:
         self._saver.poll()
@@ -319,7 +331,9 @@ class Session:
             "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
         }
 
-    def _open_observer(self, stream: Stream, start_step: int, resume: Resume | None) -> RunObserver:
+    def _open_observer(
+        self, stream: Stream, start_step: int, resume: Resume | None, starting: StartingWeights | None
+    ) -> RunObserver:
         from llmtrain.distributed import processes
         from llmtrain.train.observer import RunObserver
 
@@ -330,9 +344,11 @@ class Session:
         from llmtrain.track.trackers import open_trackers
 
         assert self._folder is not None
-        facts = {"device": str(self.device), "world_size": processes.world_size()}
+        facts: dict[str, Any] = {"device": str(self.device), "world_size": processes.world_size()}
         if self.pretrained is not None:
             facts["started_from"] = str(self.pretrained.path)
+        if starting is not None:
+            facts |= {"new_parameters": list(starting.new), "unused_parameters": list(starting.unused)}
         self._folder.describe(
             recorded(config),
             {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()},
@@ -354,6 +370,16 @@ class Session:
         self._say(stream.describe())
         counters = self.corpora.counters if self.corpora is not None else dict
         return RunObserver(config, self.layout, self.device, self._trackers, self._progress, counters)
+
+
+def _watched(source: Source, check: FiniteCheck) -> Source:
+    """`source`, all of whose values `check` sees."""
+
+    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
+        source(out, name, shard, start)
+        check.look(name, out)
+
+    return watched
 
 
 def _left_out(shard: str, samples: int) -> str:

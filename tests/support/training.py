@@ -88,7 +88,7 @@ def train_steps(
     from llmtrain.checkpoint import store
     from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.commands.build import build_engine
-    from llmtrain.commands.loading import build_module, load_weights
+    from llmtrain.commands.loading import build_module
     from llmtrain.commands.pretrained import open_weights
     from llmtrain.commands.resolve import resolve
     from llmtrain.config import encode
@@ -96,6 +96,7 @@ def train_steps(
     from llmtrain.families import family_of, open_dataset
     from llmtrain.nn.initialize import initialize
     from llmtrain.optim.schedules import multiplier
+    from llmtrain.tensor_boxes import Shard
     from llmtrain.train.evaluation import evaluate_dataset
 
     resolved = resolve(compose(overrides))
@@ -108,9 +109,9 @@ def train_steps(
     initialize(fresh, config.seed)
     source = None
     if resolved.pretrained is not None:
-        trained = open_weights(resolved.pretrained, config.model)
-        load_weights(fresh, trained.weights)
-        source = trained.reader()
+        source = open_weights(resolved.pretrained, config.model).source(config.seed)
+        for name, parameter in fresh.named_parameters():
+            source(parameter.detach().view(-1), name, Shard(tuple(parameter.shape)), 0)
     initial_weights = {name: p.detach().cpu().numpy() for name, p in fresh.named_parameters()}
     engine = build_engine(config, layout, place, objective, checkpoint, source)
     length = config.batch.sequence_length

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llmtrain.parallel import upstream
 from llmtrain.parallel.upstream import accelerator
 
 
@@ -14,3 +15,14 @@ def test_deepspeed_goes_where_the_run_is(
     monkeypatch.setattr(dist, "is_initialized", lambda: backend is not None)
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     assert accelerator() == expected
+
+
+def test_deepspeed_has_what_its_manual_does_not_name() -> None:
+    assert upstream.missing() == [], f"look through parallel/upstream.py, written from {upstream.VERSION}"
+
+
+def test_what_deepspeed_has_no_more_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+    table = {zero_3: ("grad_position", "grad_positions_of_old"), "deepspeed.gone.Class": ("name",)}
+    monkeypatch.setattr(upstream, "UNDOCUMENTED", table)
+    assert upstream.missing() == [f"{zero_3}.grad_positions_of_old", "deepspeed.gone.Class.name"]

@@ -44,6 +44,7 @@ from llmtrain.plan import activations, blocks, machine, memory
 from llmtrain.plan.activations import Conditions, ModelConfig, Numbers, low_precision_copies
 from llmtrain.plan.memory import (
     Memory,
+    Trainable,
     held_parameter_count,
     memory_per_process,
     optimizer_slots,
@@ -585,6 +586,30 @@ def of_layout(recompute: str = "none", every: int = 1, model: GPTConfig = GPT_1B
         optimizer=OptimizerConfig(),
         conditions=Conditions("cuda", recompute=RecomputeConfig(recompute, every)),  # type: ignore[arg-type]
     )
+
+
+def test_gradients_and_the_optimizer_are_of_what_trains() -> None:
+    model, shape = GPTConfig(vocab_size=50257), layout(zero=2, data=8)
+    P, steps = model.parameter_count(), model.num_layers + 2
+    nothing_frozen = Trainable(P, (1.0,) * steps)
+    embedding = model.vocab_size * model.hidden_size
+
+    def plan(trainable: Trainable | None) -> Memory:
+        return memory_per_process(
+            model,
+            shape,
+            precision="bf16",
+            optimizer=OptimizerConfig(),
+            conditions=Conditions("cuda"),
+            trainable=trainable,
+        )
+
+    assert plan(nothing_frozen) == plan(None)
+    frozen_blocks = plan(Trainable(embedding, (1.0, *(0.0,) * model.num_layers, 1.0)))
+    assert frozen_blocks.weights == plan(None).weights
+    share = frozen_blocks.optimizer / plan(None).optimizer
+    assert embedding / P < share < 2 * embedding / P
+    assert frozen_blocks.gradients / plan(None).gradients == pytest.approx(share, rel=1e-3)
 
 
 def test_tensor_parallelism_divides_matrices_and_what_they_make() -> None:
