@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llmtrain.distributed import launcher, toolchain
+from llmtrain.errors import Problem, TrainingError
 
 VERSION = "0.19.8"
 UNDOCUMENTED = {
@@ -75,8 +77,8 @@ UNDOCUMENTED = {
 
 
 def missing() -> list[str]:
-    """Return what of UNDOCUMENTED the installed DeepSpeed does not have, each as module.class.name."""
-    import_deepspeed()
+    """Return what of UNDOCUMENTED the installed DeepSpeed does not have, each as module.class.name. After
+    `import_deepspeed`."""
     return [f"{where}.{name}" for where, names in UNDOCUMENTED.items() for name in _missing(where, names)]
 
 
@@ -117,9 +119,24 @@ def import_deepspeed() -> Any:
     # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
     # and its sums do not depend on which hosts the ranks are on.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _refuse_unknown(deepspeed.__version__)
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
     return deepspeed
+
+
+@cache
+def _refuse_unknown(version: str) -> None:
+    """Raise TrainingError for another release than VERSION that lacks anything of UNDOCUMENTED."""
+    if version != VERSION and (gone := missing()):
+        raise TrainingError(
+            Problem(
+                "deepspeed",
+                f"release {version}, which has no {', '.join(gone)}",
+                f"a release that has what {VERSION} has",
+                f"pip install deepspeed=={VERSION}",
+            )
+        )
 
 
 def free_kernels() -> None:

@@ -1,7 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+import llmtrain
+from llmtrain.errors import TrainingError
 from llmtrain.parallel import upstream
 from llmtrain.parallel.upstream import accelerator
 
@@ -18,6 +23,7 @@ def test_deepspeed_goes_where_the_run_is(
 
 
 def test_deepspeed_has_what_its_manual_does_not_name() -> None:
+    upstream.import_deepspeed()
     assert upstream.missing() == [], f"look through parallel/upstream.py, written from {upstream.VERSION}"
 
 
@@ -26,3 +32,20 @@ def test_what_deepspeed_has_no_more_is_named(monkeypatch: pytest.MonkeyPatch) ->
     table = {zero_3: ("grad_position", "grad_positions_of_old"), "deepspeed.gone.Class": ("name",)}
     monkeypatch.setattr(upstream, "UNDOCUMENTED", table)
     assert upstream.missing() == [f"{zero_3}.grad_positions_of_old", "deepspeed.gone.Class.name"]
+    upstream._refuse_unknown(upstream.VERSION)
+    with pytest.raises(TrainingError, match=r"got release 0\.19\.9, which has no .*pip install deepspeed=="):
+        upstream._refuse_unknown("0.19.9")
+
+
+def test_no_other_file_names_it() -> None:
+    plain = {"optimizer", "partition", "micro_batches", "num_stages", "stage_id"}
+    names = {name for names in upstream.UNDOCUMENTED.values() for name in names} - plain
+    package = Path(llmtrain.__file__).parent
+    named = {
+        f"{path.relative_to(package)}: {name}"
+        for path in package.rglob("*.py")
+        if path != Path(upstream.__file__)
+        for name in names
+        if re.search(rf"\b{name}\b", path.read_text())
+    }
+    assert not named
