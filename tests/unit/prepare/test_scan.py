@@ -9,7 +9,7 @@ import pytest
 from llmtrain.errors import DataError
 from llmtrain.prepare.remote import at_hand
 from llmtrain.prepare.sources import contents_fingerprint, find_files, plan_units
-from tests.unit.data.test_sources import COMPRESS, WRITERS, read, write_jsonl
+from tests.unit.prepare.test_sources import COMPRESS, WRITERS, read, write_jsonl
 
 
 def test_files_of_folders_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
