@@ -101,6 +101,16 @@ class _Tracker:
 
 
 @dataclass(frozen=True)
+class _Starting:
+    """How a model and the folder that it started from differ."""
+
+    new: tuple[str, ...] = ()
+    """Parameters that the folder lacked."""
+    unused: tuple[str, ...] = ()
+    """Those of the folder that the model had no place for."""
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """All but the tensors, of which there may be a million boxes. What has a default is there where whoever
     saved it said so."""
@@ -130,6 +140,7 @@ class _Manifest:
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     imported_from: str | None = None
     started_from: str | None = None
+    starting: _Starting | None = None
 
     def problems(self) -> Iterator[Problem]:
         family = self.model.get("family")

@@ -136,7 +136,8 @@ def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What did not train, where some did not; the table of tensors names it, having weights alone."""
+    """What did not train, where some did not, which has weights alone in the table of tensors; and how the
+    model differed from the folder that it started from."""
     from llmtrain.checkpoint.manifest import WEIGHT
 
     entries = manifest["tensors"][WEIGHT]
@@ -145,6 +146,7 @@ def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "frozen": f"{len(frozen):,} of {len(entries):,} parameters, {numbers:,} numbers" if frozen else "",
         "untrained": ", ".join(fresh),
+        **{which: ", ".join(names) for which, names in (manifest.get("starting") or {}).items()},
     }
     return {name: fact for name, fact in facts.items() if fact}
 

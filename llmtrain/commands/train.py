@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,10 @@ class Session:
         if self.pretrained is not None:
             where = f"model.path={self.pretrained.path}"
             processes.agree(lambda: check.refuse(where))
-        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume, starting))
+        differences = checkpoint.manifest.get("starting") if checkpoint is not None else None
+        if starting is not None:
+            differences = {"new": list(starting.new), "unused": list(starting.unused)}
+        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume, differences))
         loader = Loader(
             stream,
             objective.collate,
@@ -168,6 +171,7 @@ class Session:
             "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
             "origin": self._origin(checkpoint),
             "fresh": sorted(self._never_trained(checkpoint, starting)),
+            "starting": differences,
         }
 
         def evaluate(between: Callable[[], None]) -> Totals:
@@ -332,7 +336,11 @@ class Session:
         }
 
     def _open_observer(
-        self, stream: Stream, start_step: int, resume: Resume | None, starting: StartingWeights | None
+        self,
+        stream: Stream,
+        start_step: int,
+        resume: Resume | None,
+        differences: Mapping[str, Sequence[str]] | None,
     ) -> RunObserver:
         from llmtrain.distributed import processes
         from llmtrain.train.observer import RunObserver
@@ -347,8 +355,8 @@ class Session:
         facts: dict[str, Any] = {"device": str(self.device), "world_size": processes.world_size()}
         if self.pretrained is not None:
             facts["started_from"] = str(self.pretrained.path)
-        if starting is not None:
-            facts |= {"new_parameters": list(starting.new), "unused_parameters": list(starting.unused)}
+        if differences is not None:
+            facts |= {f"{which}_parameters": names for which, names in differences.items()}
         self._folder.describe(
             recorded(config),
             {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()},

@@ -318,6 +318,7 @@ def test_parameters_that_the_folder_lacks_and_ones_that_the_model_lacks(
     shown = capsys.readouterr().out
     assert "frozen      3 of 10 parameters" in shown
     assert "untrained   blocks.0.attention.qkv.bias" in shown
+    assert "new         blocks.0.attention.qkv.bias\nunused      blocks.1." in shown
     # The same command goes on; with another set it does not.
     with pytest.raises(CheckpointError, match=r"train\.freeze: got trained that were frozen: blocks\.0\.att"):
         train.run(train_settings(corpus, folder, *changes, "train.freeze=[embedding.*]", "train.steps=9"))
