@@ -35,7 +35,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     import torch
 
-    from llmtrain.commands.loading import listed, load_trained
+    from llmtrain.commands.loading import load_trained
     from llmtrain.interchange import huggingface
 
     trained = load_trained(config.checkpoint)
@@ -51,5 +51,6 @@ def run(mapping: Mapping[str, Any]) -> None:
         origin=trained.origin,
         end_id=trained.own_end_id,
     )
-    never = f"; never trained: {listed(trained.fresh)}" if trained.fresh else ""
+    # load_trained has named them.
+    never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""
     tell(f"exported {trained.source} to {output}{never}")

@@ -13,7 +13,7 @@ from llmtrain.commands.start import start_ranks
 from llmtrain.config import encode
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, DataError
-from llmtrain.families import open_dataset, open_sources
+from llmtrain.families import open_dataset, open_sources, skeleton_of
 from llmtrain.optim.freezing import frozen_names
 from llmtrain.optim.schedules import multiplier
 from llmtrain.plan.estimate import estimate
@@ -140,11 +140,15 @@ class Session:
         objective = family_of(config.model).objective(config.model, config.data)
         from llmtrain.checkpoint.finite import FiniteCheck
         from llmtrain.commands.build import build_engine
+        from llmtrain.commands.loading import listed
 
         check = FiniteCheck()
         starting = self._starting_weights() if checkpoint is None else None
         weights = None if starting is None else _watched(starting.source(config.seed), check)
         engine = build_engine(config, layout, self.device, objective, checkpoint, weights)
+        never_trained = sorted(self._never_trained(checkpoint, starting))
+        if never_trained and checkpoint is None:
+            self._say(f"warning: frozen, and yet never trained: {listed(never_trained)}")
         if self.pretrained is not None:
             where = f"model.path={self.pretrained.path}"
             processes.agree(lambda: check.refuse(where))
@@ -170,7 +174,7 @@ class Session:
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
             "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
             "origin": self._origin(checkpoint),
-            "fresh": sorted(self._never_trained(checkpoint, starting)),
+            "fresh": never_trained,
             "starting": differences,
         }
 
@@ -242,8 +246,6 @@ class Session:
         self._say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
         for note in starting.notes():
             self._say(note)
-        if kept := frozen_names(starting.untrained, self.config.train.freeze):
-            self._say(f"warning: frozen, and yet never trained: {', '.join(sorted(kept))}")
         return starting
 
     def _never_trained(
@@ -252,9 +254,12 @@ class Session:
         """Parameters whose values no step changes and none before this run did."""
         if checkpoint is not None:
             return frozenset(checkpoint.manifest.get("fresh", ()))
-        if starting is None:
+        freeze = self.config.train.freeze
+        if not freeze:
             return frozenset()
-        return frozen_names(starting.untrained, self.config.train.freeze)
+        if starting is not None:
+            return frozen_names(starting.untrained, freeze)
+        return frozen_names([name for name, _ in skeleton_of(self.config.model).named_parameters()], freeze)
 
     def _after_step(self) -> None:
         self._saver.poll()
