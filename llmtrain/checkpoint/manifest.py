@@ -104,6 +104,16 @@ class _Tracker:
 
 
 @dataclass(frozen=True)
+class _Starting:
+    """How a model and the folder that it started from differ."""
+
+    new: tuple[str, ...] = ()
+    """Parameters that the folder lacked."""
+    unused: tuple[str, ...] = ()
+    """Those of the folder that the model had no place for."""
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """All but the tensors, of which there may be a million boxes. What has a default is there where whoever
     saved it said so."""
@@ -133,6 +143,7 @@ class _Manifest:
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     imported_from: str | None = None
     started_from: str | None = None
+    starting: _Starting | None = None
 
     def problems(self) -> Iterator[Problem]:
         family = self.model.get("family")
@@ -211,6 +222,9 @@ def _tensor_problem(manifest: Mapping[str, Any]) -> Problem | None:
             if covered != (numel := prod(entry["shape"])):
                 got = f"{covered:,} elements in boxes"
                 return Problem(where, got, f"{numel:,}, as its shape {entry['shape']} has")
+    for name in manifest.get("frozen", ()):
+        if name not in kinds[WEIGHT]:
+            return Problem("frozen", show(name), "names of weights")
     for file, size in needed.items():
         if size > sizes[file]:
             return Problem("tensors", f"{size:,} bytes in {file}", f"{sizes[file]:,}, as many as it has")

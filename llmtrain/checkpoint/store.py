@@ -215,7 +215,7 @@ def assemble(
         "step": step,
         **description,
         "files": listed,
-        "frozen": sorted({name for share in shares for name in share.get("frozen", ())}),
+        "frozen": sorted({name for share in shares for name in share["frozen"]}),
         "scaler": shares[0]["scaler"],
         "counters": counters,
         "tensors": tensors,

@@ -133,7 +133,24 @@ def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:
         + f"; ZeRO {layout['zero']}",
         "precision": run["precision"],
         "validation": "not evaluated at this step" if loss is None else f"loss {loss:.4f}",
+        **_facts_of_training(manifest),
     }
+
+
+def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What did not train, where some did not, which has weights alone in the table of tensors; and how the
+    model differed from the folder that it started from."""
+    from llmtrain.checkpoint.manifest import WEIGHT
+
+    entries = manifest["tensors"][WEIGHT]
+    frozen, fresh = manifest.get("frozen", ()), manifest.get("fresh", ())
+    numbers = sum(math.prod(entries[name]["shape"]) for name in frozen)
+    facts = {
+        "frozen": f"{len(frozen):,} of {len(entries):,} parameters, {numbers:,} numbers" if frozen else "",
+        "untrained": ", ".join(fresh),
+        **{which: ", ".join(names) for which, names in (manifest.get("starting") or {}).items()},
+    }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _print_tensors(entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -51,4 +51,6 @@ def run(mapping: Mapping[str, Any]) -> None:
         origin=trained.origin,
         end_id=trained.own_end_id,
     )
-    tell(f"exported {trained.source} to {output}")
+    # load_trained has named them.
+    never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""
+    tell(f"exported {trained.source} to {output}{never}")

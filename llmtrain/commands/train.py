@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import encode
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, DataError
+from llmtrain.models.registry import skeleton_of
 from llmtrain.objectives.reading import open_dataset
+from llmtrain.optim.freezing import frozen_names
 from llmtrain.optim.schedules import multiplier
 from llmtrain.plan.estimate import estimate
 from llmtrain.standard_streams import tell
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from llmtrain.track.progress import Progress
     from llmtrain.track.trackers import Trackers
     from llmtrain.train.observer import RunObserver
+    from llmtrain.train.pretrained import StartingWeights
     from llmtrain.train.resume import Resume
 
 
@@ -137,14 +140,22 @@ class Session:
         objective = config.objective.build(config.model, config.data, self.corpora)
         from llmtrain.checkpoint.finite import FiniteCheck
         from llmtrain.engine.build import build_engine
+        from llmtrain.interchange.trained import listed
 
         check = FiniteCheck()
-        weights = self._starting_weights(check) if checkpoint is None else None
+        starting = self._starting_weights() if checkpoint is None else None
+        weights = None if starting is None else _watched(starting.source(config.seed), check)
         engine = build_engine(config, layout, self.device, objective, checkpoint, weights)
+        never_trained = sorted(self._never_trained(checkpoint, starting))
+        if never_trained and checkpoint is None:
+            self._say(f"warning: frozen, and yet never trained: {listed(never_trained)}")
         if self.pretrained is not None:
             where = f"model.path={self.pretrained.path}"
             processes.agree(lambda: check.refuse(where))
-        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume))
+        differences = checkpoint.manifest.get("starting") if checkpoint is not None else None
+        if starting is not None:
+            differences = {"new": list(starting.new), "unused": list(starting.unused)}
+        observer = processes.agree(lambda: self._open_observer(stream, start_step, resume, differences))
         loader = Loader(
             stream,
             objective.collate,
@@ -163,6 +174,8 @@ class Session:
             "resumed_from": str(checkpoint.path) if checkpoint is not None else None,
             "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
             "origin": self._origin(checkpoint),
+            "fresh": never_trained,
+            "starting": differences,
         }
 
         def evaluate(between: Callable[[], None]) -> Totals:
@@ -223,21 +236,30 @@ class Session:
             return checkpoint.manifest.get("origin")
         return None if self.pretrained is None else encode(self.pretrained.origin)
 
-    def _starting_weights(self, check: FiniteCheck) -> Source | None:
-        """Those of `model=pretrained`, which `check` sees; None: the seed's."""
+    def _starting_weights(self) -> StartingWeights | None:
+        """Those of `model=pretrained`; None: the seed's."""
         from llmtrain.train.pretrained import open_weights
 
         if self.pretrained is None:
             return None
-        trained = open_weights(self.pretrained, self.config.model)
-        self._say(f"starting from the weights of {trained.source}, with a fresh optimizer")
-        read = trained.reader()
+        starting = open_weights(self.pretrained, self.config.model)
+        self._say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
+        for note in starting.notes():
+            self._say(note)
+        return starting
 
-        def source(out: Tensor, name: str, shard: Shard, start: int) -> None:
-            read(out, name, shard, start)
-            check.look(name, out)
-
-        return source
+    def _never_trained(
+        self, checkpoint: Checkpoint | None, starting: StartingWeights | None
+    ) -> frozenset[str]:
+        """Parameters whose values no step changes and none before this run did."""
+        if checkpoint is not None:
+            return frozenset(checkpoint.manifest.get("fresh", ()))
+        freeze = self.config.train.freeze
+        if not freeze:
+            return frozenset()
+        if starting is not None:
+            return frozen_names(starting.untrained, freeze)
+        return frozen_names([name for name, _ in skeleton_of(self.config.model).named_parameters()], freeze)
 
     def _after_step(self) -> None:
         self._saver.poll()
@@ -319,7 +341,13 @@ class Session:
             "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
         }
 
-    def _open_observer(self, stream: Stream, start_step: int, resume: Resume | None) -> RunObserver:
+    def _open_observer(
+        self,
+        stream: Stream,
+        start_step: int,
+        resume: Resume | None,
+        differences: Mapping[str, Sequence[str]] | None,
+    ) -> RunObserver:
         from llmtrain.distributed import processes
         from llmtrain.train.observer import RunObserver
 
@@ -330,9 +358,11 @@ class Session:
         from llmtrain.track.trackers import open_trackers
 
         assert self._folder is not None
-        facts = {"device": str(self.device), "world_size": processes.world_size()}
+        facts: dict[str, Any] = {"device": str(self.device), "world_size": processes.world_size()}
         if self.pretrained is not None:
             facts["started_from"] = str(self.pretrained.path)
+        if differences is not None:
+            facts |= {f"{which}_parameters": names for which, names in differences.items()}
         self._folder.describe(
             recorded(config),
             {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()},
@@ -354,6 +384,16 @@ class Session:
         self._say(stream.describe())
         counters = self.corpora.counters if self.corpora is not None else dict
         return RunObserver(config, self.layout, self.device, self._trackers, self._progress, counters)
+
+
+def _watched(source: Source, check: FiniteCheck) -> Source:
+    """`source`, all of whose values `check` sees."""
+
+    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
+        source(out, name, shard, start)
+        check.look(name, out)
+
+    return watched
 
 
 def _left_out(shard: str, samples: int) -> str:

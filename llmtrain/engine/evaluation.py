@@ -59,12 +59,17 @@ class NamedSums:
     def _sum(
         self, pairs: Mapping[str, torch.Tensor], device: torch.device
     ) -> tuple[dict[str, tuple[float, float]], bool]:
-        """→ (the sums of the agreed names, whether any rank has a name that is not one of them)."""
-        nothing = torch.zeros(2, dtype=torch.float64, device=device)
-        unknown = torch.full_like(nothing, float(not pairs.keys() <= set(self._names)))
-        rows = [unknown, *(pairs.get(name, nothing).detach().double() for name in self._names)]
-        (first, _), *others = processes.all_sum(torch.stack(rows)).tolist()
-        return {name: (a, b) for name, (a, b) in zip(self._names, others, strict=True)}, first > 0
+        """→ (the sums of those agreed names that any rank has, whether any has one that is not agreed)."""
+        absent = torch.zeros(3, dtype=torch.float64, device=device)
+        present = torch.ones(1, dtype=torch.float64, device=device)
+        rows = [
+            torch.cat([pairs[name].detach().double(), present]) if name in pairs else absent
+            for name in self._names
+        ]
+        unknown = torch.full_like(absent, float(not pairs.keys() <= set(self._names)))
+        first, *others = processes.all_sum(torch.stack([unknown, *rows])).tolist()
+        found = zip(self._names, others, strict=True)
+        return {name: (a, b) for name, (a, b, holders) in found if holders > 0}, first[0] > 0
 
 
 def sum_over_batches(

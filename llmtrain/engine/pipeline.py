@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -67,8 +67,10 @@ class PipelineEngine(DeepSpeedEngine):
         return engine
 
     def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], Shapes]:
-        anchor = self._replay.anchor
-        return super()._optimized() if anchor is None else ([("anchor", anchor)], {"anchor": (1,)})
+        named, shapes = super()._optimized()
+        anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self._replay.anchors)}
+        anchor_shapes = {name: anchor.shape for name, anchor in anchors.items()}
+        return [*named, *anchors.items()], {**shapes, **anchor_shapes}
 
     def _module(self) -> nn.Module:
         return self._whole
@@ -97,11 +99,7 @@ class _Replay(nn.Module):
         self._objective: Any = setup.objective
         self._mesh = setup.mesh
         self._autocast = autocast(setup.precision if setup.layout.zero == 0 else "fp32", setup.device)
-        self.anchor: nn.Parameter | None = None
-        if not any(p.requires_grad for p in setup.parameters.values()):
-            # DeepSpeed wants something to step on each stage, and runs a backward pass through it.
-            dtype = next(iter(setup.parameters.values())).dtype
-            self.anchor = nn.Parameter(torch.zeros(1, dtype=dtype, device=setup.device))
+        self.anchors = nn.ParameterList(_anchors(setup))
         self._losses: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -115,8 +113,8 @@ class _Replay(nn.Module):
         self._targets.append(torch.tensor(self._objective.target_count(batch), device=x.device))
         with self._autocast:
             y = self.stage.run(None if self._mesh.is_first_stage else x, **self._objective.arguments(batch))
-        if self.anchor is not None:
-            y = _Anchored.apply(y, self.anchor)
+        if self.anchors:
+            y = _Anchored.apply(y, *self.anchors)
         if not self._mesh.is_last_stage:
             return y
         self._losses.append(y.detach())
@@ -129,15 +127,29 @@ class _Replay(nn.Module):
         return [Terms(loss, targets) for loss, targets in zip(losses, self._targets, strict=True)]
 
 
+def _anchors(setup: Setup) -> Iterator[nn.Parameter]:
+    """A number that stays 0 for each of the optimizer's groups, of matrices and of vectors, of which this
+    stage trains nothing.
+
+    DeepSpeed runs a backward pass through each stage, and adds gradient norms up over stages a group at a
+    time: with fewer groups on one stage the others would wait for ever.
+    """
+    dtype = next(iter(setup.parameters.values())).dtype
+    trained = {len(setup.shapes[name]) >= 2 for name, p in setup.parameters.items() if p.requires_grad}
+    for is_matrix in (True, False):
+        if is_matrix not in trained:
+            shape = (1, 1) if is_matrix else (1,)
+            yield nn.Parameter(torch.zeros(shape, dtype=dtype, device=setup.device))
+
+
 class _Anchored(torch.autograd.Function):
-    """(x, anchor) → x, with a graph through the anchor, whose gradient is 0."""
+    """(x, anchors…) → x, with a graph through the anchors, whose gradients are 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(anchor)
+    def forward(ctx: Any, x: Tensor, *anchors: Tensor) -> Tensor:
+        ctx.save_for_backward(*anchors)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (anchor,) = ctx.saved_tensors
-        return gradients[0], torch.zeros_like(anchor)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(torch.zeros_like(anchor) for anchor in ctx.saved_tensors)

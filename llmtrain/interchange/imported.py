@@ -143,4 +143,5 @@ def _write(
         ],
         "counters": {},
         "scaler": {},
+        "frozen": [],
     }

@@ -152,7 +152,7 @@ def load_trained(path: Path) -> TrainedModel:
     is_ours = not checkpoint.is_imported
     fresh = tuple(checkpoint.manifest.get("fresh", ()))
     if fresh:
-        tell(fresh_note(fresh))
+        tell(frozen_note(fresh) if is_ours else fresh_note(fresh))
     return TrainedModel(
         source=checkpoint.path,
         config=(config := config_of(checkpoint)),
@@ -225,6 +225,11 @@ def fresh_note(names: tuple[str, ...]) -> str:
     """What a user is told of heads that a folder lacked."""
     listed = ", ".join(names)
     return f"note: begun anew, since the folder lacked them: {listed}; they mean nothing before training"
+
+
+def frozen_note(names: tuple[str, ...]) -> str:
+    """What a user is told of parameters that a run froze as the seed made them."""
+    return f"note: frozen as the seed made them, so that no training has seen them: {listed(names)}"
 
 
 def unknown_note(keys: tuple[str, ...]) -> str:

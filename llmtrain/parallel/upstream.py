@@ -15,6 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llmtrain.distributed import launcher, toolchain
+from llmtrain.errors import Problem, TrainingError
 
 VERSION = "0.19.8"
 UNDOCUMENTED = {
@@ -76,8 +78,8 @@ UNDOCUMENTED = {
 
 
 def missing() -> list[str]:
-    """Return what of UNDOCUMENTED the installed DeepSpeed does not have, each as module.class.name."""
-    import_deepspeed()
+    """Return what of UNDOCUMENTED the installed DeepSpeed does not have, each as module.class.name. After
+    `import_deepspeed`."""
     return [f"{where}.{name}" for where, names in UNDOCUMENTED.items() for name in _missing(where, names)]
 
 
@@ -119,6 +121,7 @@ def import_deepspeed() -> Any:
     # and its sums do not depend on which hosts the ranks are on.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _leave_muon_uncompiled()
+    _refuse_unknown(deepspeed.__version__)
     if dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
     return deepspeed
@@ -139,6 +142,20 @@ def _leave_muon_uncompiled() -> None:
             importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = decorate
+
+
+@cache
+def _refuse_unknown(version: str) -> None:
+    """Raise TrainingError for another release than VERSION that lacks anything of UNDOCUMENTED."""
+    if version != VERSION and (gone := missing()):
+        raise TrainingError(
+            Problem(
+                "deepspeed",
+                f"release {version}, which has no {', '.join(gone)}",
+                f"a release that has what {VERSION} has",
+                f"pip install deepspeed=={VERSION}",
+            )
+        )
 
 
 def free_kernels() -> None:

@@ -30,14 +30,16 @@ class Trainable:
 
     parameters: int
     shares: tuple[float, ...]
-    """Of the parameters of each step of the forward; of one without steps, of all."""
+    """Of the parameters of each step of the forward, and of all where a model has no steps."""
 
     def count(self, model: ModelConfig, layout: Layout, steps: range) -> int:
-        """Trainable parameters of one process that runs `steps`, before ZeRO divides them."""
+        """Trainable parameters of one process that runs `steps`, before ZeRO divides them; where the tensor
+        axis divides some of them alone, to a few percent."""
         held = held_parameter_count(model, layout, steps)
+        if len(steps) == len(self.shares):
+            # Steps count what several of them share more than once.
+            return round(held * self.parameters / model.parameter_count())
         counts = model.step_parameter_counts(layout.tensor)
-        if len(counts) == 1:
-            return round(self.shares[0] * held)
         trained = sum(counts[step] * self.shares[step] for step in steps)
         return round(held * trained / sum(counts[step] for step in steps))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,21 @@ from llmtrain.models.registry import skeleton_of
 from llmtrain.tokenizers.folder import load_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.interchange.trained import TrainedModel
     from llmtrain.models.huggingface.origin import Origin
     from llmtrain.nn.model_config import ModelConfig
+    from llmtrain.parallel.materialize import Source
+    from llmtrain.tensor_boxes import Shard
 
 FAMILY = "pretrained"
 """What `model.family` says; a folder gives the real one."""
+
+LEAST_MATCHED = 0.5
+"""Share of a model's numbers that a folder must have, to be taken for what the model starts from."""
+NAMES_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -129,26 +138,92 @@ def _merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return merged
 
 
-def open_weights(pretrained: Pretrained, model: ModelConfig) -> TrainedModel:
-    """The weights that `model` starts from. Raises CheckpointError, one line each, for parameters that they
-    lack or hold in another shape; parameters that the model lacks are left."""
+@dataclass(frozen=True)
+class StartingWeights:
+    """Where each parameter of a model starts: in a folder, or, where that lacks it, at the seed's value."""
+
+    trained: TrainedModel
+    model: ModelConfig
+    new: Mapping[str, tuple[int, ...]]
+    """Canonical name → shape of the parameters that the folder lacks."""
+    unused: Mapping[str, tuple[int, ...]]
+    """Those of the folder that the model has no place for."""
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Names of the model's parameters whose values no training has seen, at the start."""
+        return frozenset(self.new) | (frozenset(self.trained.fresh) - frozenset(self.unused))
+
+    def source(self, seed: int) -> Source:
+        """What gives any part of any parameter."""
+        from llmtrain.engine.build import seed_source
+
+        read, make = self.trained.reader(), seed_source(skeleton_of(self.model), seed)
+
+        def source(out: Tensor, name: str, shard: Shard, start: int) -> None:
+            (make if name in self.new else read)(out, name, shard, start)
+
+        return source
+
+    def notes(self) -> list[str]:
+        """A line each for what is new and what is unused."""
+        lines = {
+            "new, started from the seed": self.new,
+            f"unused of {self.trained.source}": self.unused,
+        }
+        return [f"{what}: {_listed(shapes)}" for what, shapes in lines.items() if shapes]
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Names and shapes of some, and counts of all."""
+    named = [
+        f"{name} ({' × '.join(map(str, shape)) or 'one number'})"
+        for name, shape in list(shapes.items())[:NAMES_SHOWN]
+    ]
+    rest = len(shapes) - len(named)
+    more = f" and {rest:,} more, which environment.json of the run lists" if rest else ""
+    count = f"{len(shapes):,} parameter{'s' if len(shapes) > 1 else ''}"
+    return f"{', '.join(named)}{more}; {sum(map(prod, shapes.values())):,} numbers in {count}"
+
+
+def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
+    """The weights that `model` starts from.
+
+    Raises CheckpointError, one line each, for parameters that the folder holds in another shape, and for a
+    folder that has less than LEAST_MATCHED of the model: it is another's.
+    """
     from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(pretrained.path)
     theirs, ours = _shapes(trained.config), _shapes(model)
+    where = f"model.path={pretrained.path}"
     problems = [
         Problem(
-            f"model.path={pretrained.path}",
-            f"no {name}" if name not in theirs else f"{name} of shape {theirs[name]}",
+            where,
+            f"{name} of shape {theirs[name]}",
             f"{name} of shape {shape}",
             "leave the model's keys that change its size as they are",
         )
         for name, shape in ours.items()
-        if theirs.get(name) != shape
+        if theirs.get(name, shape) != shape
     ]
     if problems:
         raise CheckpointError(problems[:8])
-    return trained
+    new = {name: shape for name, shape in ours.items() if name not in theirs}
+    total = sum(map(prod, ours.values()))
+    matched = total - sum(map(prod, new.values()))
+    if matched < LEAST_MATCHED * total:
+        raise CheckpointError(
+            Problem(
+                where,
+                f"weights for {matched / total:.1%} of the model, {len(ours) - len(new):,} of "
+                f"{len(ours):,} parameters (none for {next(iter(new))})",
+                f"{LEAST_MATCHED:.0%} or more",
+                "leave the keys of the model as the folder has them, or train another model from the seed",
+            )
+        )
+    unused = {name: shape for name, shape in theirs.items() if name not in ours}
+    return StartingWeights(trained, model, new, unused)
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

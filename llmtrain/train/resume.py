@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
+from llmtrain.checkpoint.manifest import WEIGHT
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.files import at_home
+from llmtrain.optim.freezing import KEY, frozen_names
 from llmtrain.reading import SETTINGS_BYTES, read_decoded
 from llmtrain.train.changes import changed_settings
 from llmtrain.train.config import TrainConfig, model_differences, recorded
 
 Say = Callable[[str], None]
+NAMES_SHOWN = 4
+"""Of parameters in a message."""
 WENT_BACK = "went_back.json"
 """In checkpoints/: which one the run was last sent back to."""
 
@@ -158,5 +162,27 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
                 "its state cannot be taken over; give another run.dir to start anew",
             )
         )
+    problems += _other_frozen(config.train.freeze, checkpoint)
     if problems:
         raise processes.everywhere(CheckpointError(problems))
+
+
+def _other_frozen(patterns: Sequence[str], checkpoint: Checkpoint) -> Iterator[Problem]:
+    """A problem where other parameters train than did: what begins to has no state of the optimizer."""
+    names = checkpoint.manifest["tensors"][WEIGHT]
+    ours, theirs = frozen_names(names, patterns), checkpoint.frozen
+    if ours == theirs:
+        return
+    changes = {"frozen that trained": ours - theirs, "trained that were frozen": theirs - ours}
+    yield Problem(
+        KEY,
+        "; ".join(f"{change}: {_some(names)}" for change, names in changes.items() if names),
+        f"those of {checkpoint.path}",
+        f"leave {KEY} as it was, or start another run.dir with model=pretrained model.path={checkpoint.path}",
+    )
+
+
+def _some(names: Collection[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - NAMES_SHOWN:,} more" if len(listed) > NAMES_SHOWN else ""
+    return ", ".join(listed[:NAMES_SHOWN]) + more

@@ -21,34 +21,30 @@ FREEZE = "train.freeze=[" + ",".join(TRUNK) + "]"
 FIRST_STAGE = "train.freeze=[embedding.*,positions.*,blocks.*]"
 """All that the first of two stages holds, the tied head included: the last norm alone trains."""
 CELLS = {
-    "data 2": Cell(2),
     "zero 1": Cell(2, zero=1),
-    "zero 3": Cell(2, zero=3),
-    "zero 3, offload": Cell(2, zero=3, recompute="offload"),
+    "zero 3": Cell(2, zero=3, recompute="offload"),
     "tensor 2": Cell(2, tensor=2, tensor_sequence=True),
     "pipeline 2": Cell(2, pipeline=2, zero=1),
 }
 ONE = Cell(1)
 
 
-def run(corpus: Path, cell: Cell, *more: str, stop: int = STEPS, **settings: str) -> Trace:
-    overrides = (*cell.overrides(corpus), *(more or (FREEZE,)))
-    names = ("save_to", "resume_from")
-    return ranks.run(cell.ranks, train_steps, overrides, stop, *(settings.get(n) for n in names))[0]
+def run(
+    corpus: Path,
+    cell: Cell,
+    *settings: str,
+    stop: int = STEPS,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+) -> Trace:
+    folders = (None if path is None else str(path) for path in (save_to, resume_from))
+    return ranks.run(
+        cell.ranks, train_steps, (*cell.overrides(corpus), *(settings or (FREEZE,))), stop, *folders
+    )[0]
 
 
 def is_frozen(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in TRUNK)
-
-
-@pytest.fixture(scope="module")
-def one_process(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, Trace, Trace]:
-    """After STEPS steps, after END, and after STEPS with the last norm alone."""
-    return (
-        run(corpus, ONE),
-        run(corpus, ONE, stop=END),
-        run(corpus, ONE, FIRST_STAGE),
-    )
 
 
 def assert_kept(trace: Trace) -> None:
@@ -57,41 +53,76 @@ def assert_kept(trace: Trace) -> None:
         assert same == is_frozen(name), name
 
 
+@pytest.fixture(scope="module")
+def one_process(corpus: Path) -> dict[str, Trace]:
+    """First, since pools of other sizes end each other."""
+    return {
+        "steps": run(corpus, ONE),
+        "end": run(corpus, ONE, stop=END),
+        "norm": run(corpus, ONE, FIRST_STAGE),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(
+    corpus: Path, one_process: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Trace, Path]]:
+    """By layout: what STEPS steps came to, and their checkpoint."""
+    root = tmp_path_factory.mktemp("frozen")
+    traces = {name: run(corpus, cell, save_to=root / name) for name, cell in CELLS.items()}
+    return {name: (trace, root / name / f"step-{STEPS:08d}") for name, trace in traces.items()}
+
+
 @pytest.mark.parametrize("name", CELLS)
-def test_layouts(corpus: Path, one_process: tuple[Trace, Trace, Trace], name: str, tmp_path: Path):
-    cell = CELLS[name]
-    trace = run(corpus, cell, save_to=str(tmp_path))
+def test_layouts(one_process: dict[str, Trace], saved: dict[str, tuple[Trace, Path]], name: str):
+    trace, checkpoint = saved[name]
     assert_kept(trace)
-    assert deviation(trace, one_process[0]).within(TOLERANCES["fp32"])
-    saved = tmp_path / f"step-{STEPS:08d}"
-    manifest = json.loads((saved / "manifest.json").read_text())
-    assert set(manifest["frozen"]) == {name for name in trace.weights if is_frozen(name)}
+    assert deviation(trace, one_process["steps"]).within(TOLERANCES["fp32"])
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    trained = {name for name in trace.weights if not is_frozen(name)}
+    assert set(manifest["frozen"]) == set(trace.weights) - trained
     for kind, entries in manifest["tensors"].items():
-        trained = {name for name in trace.weights if not is_frozen(name)}
         assert set(entries) == (set(trace.weights) if kind == "weight" else trained), kind
-    # Where it was, bit by bit; on one process, as the run that was never stopped.
-    whole = run(corpus, cell, stop=END)
-    resumed = run(corpus, cell, stop=END, resume_from=str(saved))
+
+
+@pytest.mark.parametrize("name", ["zero 3", "pipeline 2"])
+def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, tuple[Trace, Path]], name: str):
+    whole = run(corpus, CELLS[name], stop=END)
+    resumed = run(corpus, CELLS[name], stop=END, resume_from=saved[name][1])
     assert resumed.losses == whole.losses[STEPS:]
-    for name, expected in whole.weights.items():
-        np.testing.assert_array_equal(resumed.weights[name], expected, err_msg=name)
-    elsewhere = run(corpus, ONE, stop=END, resume_from=str(saved))
-    np.testing.assert_allclose(elsewhere.losses, one_process[1].losses[STEPS:], rtol=1e-5)
-    assert_kept(elsewhere)
+    for weight, expected in whole.weights.items():
+        np.testing.assert_array_equal(resumed.weights[weight], expected, err_msg=weight)
 
 
-def test_a_stage_without_anything_that_trains(corpus: Path, one_process: tuple[Trace, Trace, Trace]):
+def test_a_stage_without_anything_that_trains(corpus: Path, one_process: dict[str, Trace]):
     trace = run(corpus, CELLS["pipeline 2"], FIRST_STAGE)
-    assert deviation(trace, one_process[2]).within(TOLERANCES["fp32"])
-    moved = [
-        name
-        for name, weight in trace.weights.items()
-        if not np.array_equal(weight, trace.initial_weights[name])
-    ]
-    assert moved == ["norm.weight", "norm.bias"]
+    assert deviation(trace, one_process["norm"]).within(TOLERANCES["fp32"])
+    weights = trace.weights.items()
+    moved = [name for name, weight in weights if not np.array_equal(weight, trace.initial_weights[name])]
+    assert sorted(moved) == ["norm.bias", "norm.weight"]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_low_precision(corpus: Path, one_process: tuple[Trace, Trace, Trace], zero: int):
-    trace = run(corpus, Cell(2, zero=zero, precision="bf16"))
-    assert deviation(trace, one_process[0]).within(TOLERANCES["bf16"])
+def test_offload(corpus: Path, one_process: dict[str, Trace]):
+    offload = ("parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu")
+    trace = run(corpus, Cell(2, zero=3), FREEZE, *offload)
+    assert_kept(trace)
+    assert deviation(trace, one_process["steps"]).within(TOLERANCES["fp32"])
+
+
+@pytest.mark.parametrize(
+    ("zero", "more"),
+    [(0, {}), (2, {}), (3, {}), (1, {"pipeline": 2})],
+)
+def test_low_precision(corpus: Path, one_process: dict[str, Trace], zero: int, more: dict[str, int]):
+    freeze = FIRST_STAGE if more else FREEZE
+    trace = run(corpus, Cell(2, zero=zero, precision="bf16", **more), freeze)
+    assert deviation(trace, one_process["norm" if more else "steps"]).within(TOLERANCES["bf16"])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_goes_on_in_one_process(
+    corpus: Path, one_process: dict[str, Trace], saved: dict[str, tuple[Trace, Path]], name: str
+):
+    resumed = run(corpus, ONE, stop=END, resume_from=saved[name][1])
+    np.testing.assert_allclose(resumed.losses, one_process["end"].losses[STEPS:], rtol=1e-5)
+    assert_kept(resumed)

@@ -118,10 +118,11 @@ def train_composed(
     from llmtrain.config import encode
     from llmtrain.distributed import processes
     from llmtrain.engine.build import build_engine
-    from llmtrain.interchange.trained import build_module, load_weights
+    from llmtrain.interchange.trained import build_module
     from llmtrain.nn.initialize import initialize
     from llmtrain.objectives.reading import open_dataset
     from llmtrain.optim.schedules import multiplier
+    from llmtrain.tensor_boxes import Shard
     from llmtrain.train.evaluation import evaluate_dataset
     from llmtrain.train.pretrained import open_weights
     from llmtrain.train.resolve import resolve
@@ -136,9 +137,9 @@ def train_composed(
     initialize(fresh, config.seed)
     source = None
     if resolved.pretrained is not None:
-        trained = open_weights(resolved.pretrained, config.model)
-        load_weights(fresh, trained.weights)
-        source = trained.reader()
+        source = open_weights(resolved.pretrained, config.model).source(config.seed)
+        for name, parameter in fresh.named_parameters():
+            source(parameter.detach().view(-1), name, Shard(tuple(parameter.shape)), 0)
     initial_weights = {name: p.detach().cpu().numpy() for name, p in fresh.named_parameters()}
     engine = build_engine(config, layout, place, objective, checkpoint, source)
     length = config.batch.sequence_length

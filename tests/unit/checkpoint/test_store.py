@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmtrain.checkpoint import retention, store
 from llmtrain.checkpoint.reader import Checkpoint, Reader
+from llmtrain.engine.base import Fragment
 from llmtrain.errors import CheckpointError, TrainingError
 from llmtrain.tensor_boxes import Box, Shard
 from tests.support.corpora import write_manifest
@@ -119,6 +121,43 @@ def test_padding_is_read_as_zero(tmp_path: Path):
         padded[:4, :6] = weight
         part = padded[: 4 if dim else 6, : 8 if dim else 6].narrow(dim, 2 * index, 2)
         assert torch.equal(out.view(shard.local_shape), part)
+
+
+class KeepsW(Owner):
+    """`w` does not train, and is held in bf16."""
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for fragment in super().fragments():
+            if fragment.name == "w":
+                fragment = replace(fragment, holder=fragment.holder.detach().bfloat16(), trains=False)
+            found.append(fragment)
+        return found
+
+
+def test_what_does_not_train_has_weights_alone(tmp_path: Path):
+    tensors = {**MATRIX, "v": torch.ones(3)}
+    checkpoint = save(tmp_path, [KeepsW(tensors, [*flat(0, 24), Cut("v", Shard((3,)), 0, 3)])])
+    assert checkpoint.frozen == {"w"}
+    entries = checkpoint.manifest["tensors"]
+    assert {kind: set(found) for kind, found in entries.items() if kind != "weight"} == {
+        "optimizer.exp_avg": {"v"},
+        "optimizer.exp_avg_sq": {"v"},
+    }
+    assert set(entries["weight"]) == {"v", "w"}
+    assert checkpoint.manifest["counters"] == {"optimizer.step": {"v": 1.0}}
+    trained = Owner(MATRIX).state()[0]["weight"].view(4, 6)
+    assert torch.equal(checkpoint.weights()["w"], trained.bfloat16().float())
+
+
+def test_frozen_names_are_of_weights(tmp_path: Path):
+    checkpoint = save(tmp_path, [Owner(MATRIX)])
+    assert checkpoint.frozen == frozenset()
+    write_manifest(checkpoint.path, {**checkpoint.manifest, "frozen": ["nothing"]})
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json: frozen: got 'nothing'; allowed: names of weights"
+    ):
+        Checkpoint.open(checkpoint.path)
 
 
 def test_what_is_not_there_is_told(tmp_path: Path):

@@ -279,7 +279,11 @@ def test_how_it_is_to_write_travels_through_training(
     ("changes", "message"),
     [
         (["model.hidden_size=64"], r"embedding\.weight of shape \(512, 32\)"),
-        (["model.tie_embeddings=false"], r"no head\.weight"),
+        (
+            ["model.num_layers=12"],
+            r"got weights for \d\d\.\d% of the model, 1\d of \d\d parameters \(none for blocks\.2\..*"
+            r"allowed: 50% or more",
+        ),
     ],
 )
 def test_weights_of_another_size(changes: list[str], message: str, folder: Path, corpus: Path) -> None:
@@ -287,6 +291,37 @@ def test_weights_of_another_size(changes: list[str], message: str, folder: Path,
 
     with pytest.raises(CheckpointError, match=message):
         train.run(train_settings(corpus, folder, *changes))
+
+
+def test_parameters_that_the_folder_lacks_and_ones_that_the_model_lacks(
+    folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmtrain.commands import train
+
+    changes = ("model.num_layers=1", "model.qkv_bias=true")
+    settings = train_settings(corpus, folder, *changes, "train.freeze=[blocks.0.attention.qkv.*,embedding.*]")
+    train.run(settings)
+    told = capsys.readouterr().err
+    assert "new, started from the seed: blocks.0.attention.qkv.bias (64); 64 numbers in 1 parameter" in told
+    assert f"unused of {folder}: blocks.1." in told
+    assert "warning: frozen, and yet never trained: blocks.0.attention.qkv.bias" in told
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["new_parameters"] == ["blocks.0.attention.qkv.bias"]
+    assert all(name.startswith("blocks.1.") for name in environment["unused_parameters"])
+    trained = load_trained(tmp_path / "run")
+    assert trained.fresh == ("blocks.0.attention.qkv.bias",)
+    assert "note: frozen as the seed made them, so that no training has seen" in capsys.readouterr().err
+    theirs = load_trained(folder).weights
+    assert torch.equal(trained.weights["embedding.weight"], theirs["embedding.weight"])
+    assert not torch.equal(trained.weights["norm.weight"], theirs["norm.weight"])
+    assert cli.run_verb("checkpoint", ["show", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "frozen      3 of 10 parameters" in shown
+    assert "untrained   blocks.0.attention.qkv.bias" in shown
+    assert "new         blocks.0.attention.qkv.bias\nunused      blocks.1." in shown
+    # The same command goes on; with another set it does not.
+    with pytest.raises(CheckpointError, match=r"train\.freeze: got trained that were frozen: blocks\.0\.att"):
+        train.run(train_settings(corpus, folder, *changes, "train.freeze=[embedding.*]", "train.steps=9"))
 
 
 def test_what_cannot_be_started_from(folder: Path, corpus: Path, tmp_path: Path) -> None:

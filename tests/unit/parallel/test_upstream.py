@@ -1,10 +1,15 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import llmtrain
+from llmtrain.errors import TrainingError
+from llmtrain.parallel import upstream
 from llmtrain.parallel.upstream import accelerator
 
 ZERO_IMPORTS = """
@@ -35,3 +40,32 @@ def test_deepspeed_starts_without_inductor() -> None:
     """A ZeRO engine imports Muon, whose functions would be decorated by torch.compile."""
     done = subprocess.run([sys.executable, "-c", ZERO_IMPORTS], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False compile"
+
+
+def test_deepspeed_has_what_its_manual_does_not_name() -> None:
+    upstream.import_deepspeed()
+    assert upstream.missing() == [], f"look through parallel/upstream.py, written from {upstream.VERSION}"
+
+
+def test_what_deepspeed_has_no_more_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+    table = {zero_3: ("grad_position", "grad_positions_of_old"), "deepspeed.gone.Class": ("name",)}
+    monkeypatch.setattr(upstream, "UNDOCUMENTED", table)
+    assert upstream.missing() == [f"{zero_3}.grad_positions_of_old", "deepspeed.gone.Class.name"]
+    upstream._refuse_unknown(upstream.VERSION)
+    with pytest.raises(TrainingError, match=r"got release 0\.19\.9, which has no .*pip install deepspeed=="):
+        upstream._refuse_unknown("0.19.9")
+
+
+def test_no_other_file_names_it() -> None:
+    plain = {"optimizer", "partition", "micro_batches", "num_stages", "stage_id"}
+    names = {name for names in upstream.UNDOCUMENTED.values() for name in names} - plain
+    package = Path(llmtrain.__file__).parent
+    named = {
+        f"{path.relative_to(package)}: {name}"
+        for path in package.rglob("*.py")
+        if path != Path(upstream.__file__)
+        for name in names
+        if re.search(rf"\b{name}\b", path.read_text())
+    }
+    assert not named

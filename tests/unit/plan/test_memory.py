@@ -44,6 +44,7 @@ from llmtrain.parallel.tensor import shard_tensors
 from llmtrain.plan import machine, memory
 from llmtrain.plan.memory import (
     Memory,
+    Trainable,
     held_parameter_count,
     memory_per_process,
     model_memory,
@@ -599,6 +600,30 @@ def of_layout(recompute: str = "none", every: int = 1, model: GPTConfig = GPT_1B
         optimizer=OptimizerConfig(),
         conditions=Conditions("cuda", recompute=RecomputeConfig(recompute, every)),  # type: ignore[arg-type]
     )
+
+
+def test_gradients_and_the_optimizer_are_of_what_trains() -> None:
+    model, shape = GPTConfig(vocab_size=50257), layout(zero=2, data=8)
+    P, steps = model.parameter_count(), model.num_layers + 2
+    nothing_frozen = Trainable(P, (1.0,) * steps)
+    embedding = model.vocab_size * model.hidden_size
+
+    def plan(trainable: Trainable | None) -> Memory:
+        return memory_per_process(
+            model,
+            shape,
+            precision="bf16",
+            optimizer=OptimizerConfig(),
+            conditions=Conditions("cuda"),
+            trainable=trainable,
+        )
+
+    assert plan(nothing_frozen) == plan(None)
+    frozen_blocks = plan(Trainable(embedding, (1.0, *(0.0,) * model.num_layers, 1.0)))
+    assert frozen_blocks.weights == plan(None).weights
+    share = pytest.approx(embedding / P, rel=1e-3)
+    assert frozen_blocks.optimizer / plan(None).optimizer == share
+    assert frozen_blocks.gradients / plan(None).gradients == share
 
 
 def test_tensor_parallelism_divides_matrices_and_what_they_make() -> None:

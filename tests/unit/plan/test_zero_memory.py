@@ -68,7 +68,7 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
     micro = MicroBatch({"tokens": tokens, "labels": tokens}, range(1), np.array([0]))
     for _ in range(2):
         engine.train_step([micro] * layout.accumulation, lr=1e-3)
-    plan = estimate(config.model, layout, config)
+    plan = estimate(config.model, layout, config, resolved.trainable)
     held = plan.memory.weights + plan.memory.gradients + plan.memory.optimizer
     return found, held, held + plan.memory.buffers
 
@@ -86,6 +86,9 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
         "parallel.tensor=2 parallel.zero=1 engine=deepspeed",
         "parallel.sequence=2 parallel.zero=3",
         "parallel.pipeline=2 parallel.zero=1",
+        "train.freeze=[blocks.*]",
+        "train.freeze=[blocks.*] precision=bf16 parallel.zero=1",
+        "train.freeze=[blocks.*] parallel.zero=3",
     ],
 )
 def test_held_bytes(overrides: str) -> None:
@@ -93,3 +96,42 @@ def test_held_bytes(overrides: str) -> None:
     # The plan is of the pipeline stage that holds most.
     found, held, with_buffers = max(results)
     assert 0.98 * held <= found <= 1.02 * with_buffers
+
+
+def gathered_and_held() -> tuple[int, int, int]:
+    """Elements of the frozen weights that DeepSpeed does not keep gathered for being small: those gathered
+    before the second step, those of this rank's shares, and all."""
+    import numpy as np
+    import torch
+
+    from llmtrain.data.loader import MicroBatch
+    from llmtrain.distributed import processes
+    from llmtrain.engine.build import build_engine
+    from llmtrain.objectives.causal_lm import CausalLM
+    from llmtrain.train.resolve import resolve
+    from tests.support.training import compose
+
+    overrides = (*MODEL, "model.hidden_size=256", "parallel.zero=3", "train.freeze=['*.weight']")
+    resolved = resolve(compose(overrides), processes.world_size(), data_optional=True)
+    engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), CausalLM(), None)
+    update, found = engine._update, (0, 0, 0)
+
+    def measured_update(lr: float) -> tuple[float, bool]:
+        nonlocal found
+        large = [p for _, p in engine.frozen if p.ds_numel > 10**5]  # type: ignore[attr-defined]
+        held = sum(p.ds_tensor.numel() for p in large)  # type: ignore[attr-defined]
+        found = sum(p.numel() for p in large), held, sum(p.ds_numel for p in large)  # type: ignore[attr-defined]
+        return update(lr)
+
+    engine._update = measured_update  # type: ignore[method-assign]
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    micro = MicroBatch({"tokens": tokens, "labels": tokens}, range(1), np.array([0]))
+    for _ in range(2):
+        engine.train_step([micro] * resolved.layout.accumulation, lr=1e-3)
+    return found
+
+
+def test_zero_3_lets_go_of_frozen_weights() -> None:
+    for gathered, held, whole in ranks.run(2, gathered_and_held):
+        assert (gathered, held) == (0, whole // 2)
+        assert whole > 3 * 10**6
