@@ -26,11 +26,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first, which tell most in a minute; of several processes slow ones, so that none is left
-    with a long file when the others have done."""
+    """Fast tests first, which tell most in a minute; of several processes slow ones, files with the longest
+    first, so that none is left with a long file when the others have done."""
     time_limit.check(items)
-    slow_first = hasattr(config, "workerinput")
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != slow_first)
+    files_of_long = {item.path for item in items if item.get_closest_marker("long")}
+
+    def slowness(item: pytest.Item) -> int:
+        if item.get_closest_marker("slow") is None:
+            return 0
+        return 2 if item.path in files_of_long else 1
+
+    items.sort(key=slowness, reverse=hasattr(config, "workerinput"))
 
 
 @pytest.fixture(scope="session")

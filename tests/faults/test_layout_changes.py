@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 STEPS = 48
 SETTINGS = (*TINY_GPT, "model.dropout=0.1", "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0")
-ALL = (*SETTINGS, f"train.steps={STEPS}", "evaluation.every=null", "evaluation.at_start=false")
+NO_EVALUATION = ("evaluation.every=null", "evaluation.at_start=false")
+ALL = (*SETTINGS, f"train.steps={STEPS}", *NO_EVALUATION)
+SHORT = (*SETTINGS, "train.steps=12", *NO_EVALUATION)
 
 
 def run(processes: int, *arguments: str) -> str:
@@ -50,7 +52,7 @@ def moved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run: killed at pipeline 2 · tensor 2 · data 2, then ZeRO 3 over 4, then one process."""
     folder = tmp_path_factory.mktemp("moved")
     common = ("train", *SETTINGS, f"data.path={corpus}", f"run.dir={folder}", "checkpoint.every=4")
-    common = (*common, "evaluation.every=null", "evaluation.at_start=false")
+    common = (*common, *NO_EVALUATION)
     three_d = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "recompute=full")
     first = start_ranks(8, *common, *three_d, f"train.steps={STEPS}")
     deadline = time.monotonic() + 240
@@ -86,21 +88,14 @@ def test_the_curve_is_that_of_one_process(plain: Path, moved: Path):
     np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5)
 
 
-def test_eight_ranks_equal_one_process(corpus: Path, plain: Path, tmp_path: Path):
-    run(
-        8,
-        "train",
-        *ALL,
-        f"data.path={corpus}",
-        f"run.dir={tmp_path}",
-        "parallel.pipeline=2",
-        "parallel.tensor=2",
-        "parallel.zero=1",
-        "recompute=full",
-    )
-    expected, found = losses(plain), losses(tmp_path)
+def test_eight_ranks_equal_one_process(corpus: Path, tmp_path: Path):
+    few = ("train", *SHORT, f"data.path={corpus}")
+    three_d = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "recompute=full")
+    run(8, *few, f"run.dir={tmp_path / 'eight'}", *three_d)
+    run(1, *few, f"run.dir={tmp_path / 'one'}")
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "eight")
     np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5)
-    final = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    final = sorted((tmp_path / "eight" / "checkpoints").glob("step-*"))[-1]
     manifest = json.loads((final / "manifest.json").read_text())
     written = [entry["file"] for entry in manifest["files"] if entry["file"].startswith("rank-")]
     assert len(written) == 8  # every rank its own

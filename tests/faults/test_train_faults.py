@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +16,8 @@ import pytest
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
 from tests.support.corpora import write_text
-from tests.support.training import REPOSITORY, TINY_GPT
-from tests.support.warm import finish, llmtrain, on_ranks, start, start_ranks
+from tests.support.training import TINY_GPT
+from tests.support.warm import PRELUDE, finish, llmtrain, on_ranks, start, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -144,38 +142,27 @@ def test_termination_saves_and_resumes(corpus: Path, finished: Path, tmp_path: P
 
 
 SLOW_EVALUATION = """
-import sys, time
+import time
+from llmtrain.train import evaluation
 
-def on_import(name):
-    from llmtrain.train import evaluation
-    batches = evaluation.evaluation_batches
+batches = evaluation.evaluation_batches
 
-    def slowly(*arguments, **settings):
-        for batch in batches(*arguments, **settings):
-            time.sleep(0.5)
-            yield batch
+def slowly(*arguments, **settings):
+    for batch in batches(*arguments, **settings):
+        time.sleep(0.5)
+        yield batch
 
-    evaluation.evaluation_batches = slowly
-
-class Finder:
-    def find_spec(self, name, path, target=None):
-        if name == "llmtrain.engine.build":
-            sys.meta_path.remove(self)
-            on_import(name)
-
-sys.meta_path.insert(0, Finder())
+evaluation.evaluation_batches = slowly
 """
 
 
 def test_an_evaluation_is_cut_for_the_checkpoint_and_made_again(corpus: Path, finished: Path, tmp_path: Path):
     """Both are due after step 6; here each batch of an evaluation takes half a second."""
     run = tmp_path / "run"
-    (tmp_path / "sitecustomize.py").write_text(SLOW_EVALUATION)
+    prelude = tmp_path / "slow_evaluation.py"
+    prelude.write_text(SLOW_EVALUATION)
     command = arguments(corpus, run, "evaluation.at_start=false", "checkpoint.keep_last=9")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmtrain", *command], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE
-    )
+    process = start(*command, **{PRELUDE: str(prelude)})
     wait_for_step(6, run, process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmtrain.nn import linear
 from tests.parity.matrix import TOLERANCES, deviation
 from tests.support import ranks
-from tests.support.training import Trace, train_steps
+from tests.support.training import Trace, composed, train_composed
 
 pytestmark = pytest.mark.slow
 
@@ -34,18 +35,18 @@ LAYOUTS = (
 )
 
 
-def train_by_torch(overrides: tuple[str, ...], stop: int) -> Trace:
-    return _train_by("torch", overrides, stop)
+def train_by_torch(mapping: dict[str, Any], stop: int) -> Trace:
+    return _train_by("torch", mapping, stop)
 
 
-def train_by_onednn(overrides: tuple[str, ...], stop: int) -> Trace:
-    return _train_by("onednn", overrides, stop)
+def train_by_onednn(mapping: dict[str, Any], stop: int) -> Trace:
+    return _train_by("onednn", mapping, stop)
 
 
-def _train_by(way: linear.Way, overrides: tuple[str, ...], stop: int) -> Trace:
+def _train_by(way: linear.Way, mapping: dict[str, Any], stop: int) -> Trace:
     own, linear.way_of = linear.way_of, lambda dtype: way  # type: ignore[assignment]
     try:
-        return train_steps(overrides, stop)
+        return train_composed(mapping, stop)
     finally:
         linear.way_of = own
 
@@ -53,7 +54,7 @@ def _train_by(way: linear.Way, overrides: tuple[str, ...], stop: int) -> Trace:
 @pytest.fixture(scope="module")
 def reference(corpus: Path) -> Trace:
     overrides = (*WIDE, f"data.path={corpus}", "batch.micro_size=2")
-    return ranks.run(1, train_by_torch, overrides, STEPS)[0]
+    return ranks.run(1, train_by_torch, composed(overrides), STEPS)[0]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,6 @@ def reference(corpus: Path) -> Trace:
 )
 def test_layouts(reference: Trace, corpus: Path, size: int, layout: tuple[str, ...]) -> None:
     overrides = (*WIDE, f"data.path={corpus}", "batch.micro_size=2", *layout)
-    for trace in ranks.run(size, train_by_onednn, overrides, STEPS):
+    for trace in ranks.run(size, train_by_onednn, composed(overrides), STEPS):
         found = deviation(trace, reference)
         assert found.within(TOLERANCES["fp32"]), found

@@ -41,7 +41,9 @@ _PR_SET_NAME = 15
 PRELUDE = "LLMTRAIN_TEST_PRELUDE"
 """Variable with the path of a program that a warm process runs before all else, as sitecustomize."""
 _SERVER: _Server | None = None
-LAUNCHERS = ("llmtrain.distributed.torchrun", "torch.distributed.run")
+_COLD = subprocess.Popen
+LAUNCHERS = ("llmtrain.distributed.torchrun", "torch.distributed.run", "tests.gpu")
+"""Programs that start others, which are warm too."""
 
 
 def llmtrain(
@@ -238,8 +240,7 @@ def _stream(descriptor: int, errors: str, unbuffered: bool, line_buffering: bool
 
 
 def _serve_ranks() -> dict[str, Any]:
-    """Let the ranks that torch's agent starts in this process be warm; → what to run, in this process and in
-    each of them."""
+    """Let the processes that a launcher starts in this process be warm; → what to run, in each of them."""
     global _SERVER
     ours, theirs = socket.socketpair()
     own = os.fork()
@@ -257,21 +258,25 @@ def _serve_ranks() -> dict[str, Any]:
 
     from llmtrain.distributed import forwarding
 
+    for module in (subprocess, subprocess_handler):
+        module.Popen = _start  # type: ignore[attr-defined,misc,assignment]
     children = forwarding._ranks
     forwarding._ranks = lambda: [child for child in children() if child.pid != own]
-    subprocess_handler.Popen = _start_rank  # type: ignore[attr-defined,misc,assignment]
     return {}
 
 
-def _start_rank(args: Sequence[str], **options: Any) -> subprocess.Popen:
-    """As subprocess.Popen; a rank of `python -u -m llmtrain`, alone or behind a shell that joins its streams,
-    starts warm."""
+def _start(args: Sequence[str], **options: Any) -> subprocess.Popen:
+    """As subprocess.Popen; `python [-u] -m PROGRAM`, alone or behind a shell that joins its streams, starts
+    warm."""
     joined = list(args[:3]) == ["/bin/sh", "-c", 'exec "$0" "$@" 2>&1']
     python, *words = args[3:] if joined else args
-    assert (python, words[:3]) == (sys.executable, ["-u", "-m", "llmtrain"]), args
+    unbuffered = words[:1] == ["-u"]
+    words = words[unbuffered:]
+    if (python, words[:1]) != (sys.executable, ["-m"]):
+        return _COLD(args, **options)
     if joined:
         options["stderr"] = subprocess.STDOUT
-    return Popen(words[3:], unbuffered=True, **options)
+    return Popen(words[2:], words[1], unbuffered=unbuffered, **options)
 
 
 def _end(code: object) -> NoReturn:
