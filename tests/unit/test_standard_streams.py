@@ -17,7 +17,7 @@ from tests.support.training import REPOSITORY, TINY_GPT
 
 PRINTING = (["--help"], ["checkpoint", "--help"], ["train", "--help"], ["train", "--cfg", "job"], ["plan"])
 GONE = ("closed", "left", "full", "terminal")
-FULL = "llmtrain: error: standard output: got No space left on device; print to a place that can be written\n"
+FULL = "llmtrain: error: standard output: got No space left on device; redirect it to a writable location\n"
 
 
 def run(

@@ -132,7 +132,7 @@ DOUBLED = replace({"String": "a"}, "aa")
         # It would panic.
         (with_normalizer(replace({"Regex": ""}, "xx")), "got no tokenizer (index out of bounds"),
         (lambda spec: spec.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "chunk size must be"),
-        (lambda spec: spec["added_tokens"][0].update(content="\ud800"), "half a character"),
+        (lambda spec: spec["added_tokens"][0].update(content="\ud800"), "a lone surrogate"),
     ],
 )
 def test_a_tokenizer_that_asks_for_too_much(
@@ -166,7 +166,7 @@ def test_a_text_that_a_tokenizer_fails_on(tmp_path: Path):
         ({"eos_token": ["</s>"]}, "eos_token: got ['</s>']"),
         ({"eos_token": {}}, "eos_token: got {}"),
         ({"mask_token": {"content": 5}}, "mask_token: got {'content': 5}"),
-        ([], "got no tokenizer (a list in place of an object)"),
+        ([], "got no tokenizer (a list instead of an object)"),
     ],
 )
 def test_a_special_token_of_another_type(name: str, content: Any, message: str, tmp_path: Path):
@@ -203,8 +203,8 @@ BPE = sentencepiece_model(vocab_size=320, model_type="bpe", byte_fallback=True)
         ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder: got []"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": 5}}}, "decoder.320: got"),
         ("added_tokens.json", {"<a>": "320"}, "ids.<a>: got '320'; allowed: a whole number"),
-        ("added_tokens.json", ["<a>"], "added_tokens.json: got a list in place of an object"),
-        ("config.json", [], "config.json: got a list in place of an object"),
+        ("added_tokens.json", ["<a>"], "added_tokens.json: got a list instead of an object"),
+        ("config.json", [], "config.json: got a list instead of an object"),
     ],
 )
 def test_what_stands_beside_a_sentencepiece_model(name: str, content: Any, message: str, tmp_path: Path):
@@ -240,7 +240,7 @@ def changed(change: Callable[[Any], object]) -> bytes:
 )
 def test_what_is_no_sentencepiece_model(content: bytes, tmp_path: Path):
     (tmp_path / "x.model").write_bytes(content)
-    assert "x.model: got not a sentencepiece model (" in refusal(tmp_path / "x.model")
+    assert "x.model: got an invalid sentencepiece model (" in refusal(tmp_path / "x.model")
 
 
 def test_an_unknown_id_that_is_none_goes_out_as_the_library_has_it():

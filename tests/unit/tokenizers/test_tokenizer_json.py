@@ -223,13 +223,13 @@ def test_a_corpus_carries_it(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", b"{", "got no tokenizer (no JSON"),
-        ("tokenizer.json", b"\xff\xfe\xfa", "got no tokenizer (no UTF-8 at byte 0)"),
-        ("tokenizer.json", b"[]", "got no tokenizer (a list in place of an object)"),
+        ("tokenizer.json", b"{", "got no tokenizer (invalid JSON"),
+        ("tokenizer.json", b"\xff\xfe\xfa", "got no tokenizer (invalid UTF-8 at byte 0)"),
+        ("tokenizer.json", b"[]", "got no tokenizer (a list instead of an object)"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', "got no tokenizer ("),
-        ("tokenizer.json", pickle.dumps({"a": 1}), "got no tokenizer (no UTF-8 at byte 0)"),
+        ("tokenizer.json", pickle.dumps({"a": 1}), "got no tokenizer (invalid UTF-8 at byte 0)"),
         ("vocab.txt", "\n".join(["a", "b"]).encode(), "without an eos, sep or bos"),
-        ("tokenizer.model", b"no model", "got no sentencepiece model"),
+        ("tokenizer.model", b"no model", "got an invalid sentencepiece model"),
         ("tokenizer.pkl", pickle.dumps({"a": 1}), "no tokenizer but tokenizer.pkl, which is not opened"),
         (BUNDLE_FILE, b'{"format": "llmtrain-tokenizer", "version": 9}', "got version 9"),
         ("README.md", b"words", "got no tokenizer; allowed: tokenizer.json, a sentencepiece .model"),
