@@ -8,8 +8,8 @@
 #   NNODES=2 RDZV_ENDPOINT=host0:29500 launch/torchrun.sh …                 on both; ranks in order of arrival
 #
 # MASTER_PORT defaults to 29500. Rank 0 prints to the console; every rank R writes rankR.log to LOG_DIR, by default
-# logs/ in the run folder. The exit code is that of the rank that failed, or 75 if SIGTERM, SIGUSR1 or Ctrl-C asked the run to
-# stop and it saved; the same command then resumes it.
+# logs/ in the run folder. The exit code is that of the rank that failed, or 75 if SIGTERM, SIGUSR1 or Ctrl-C asked
+# the run to stop and it saved; the same command then resumes it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

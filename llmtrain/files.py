@@ -59,7 +59,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb", opener=beside_no_link) as file:
+        with open(temporary, "xb", opener=no_follow_opener) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,12 +70,12 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def open_no_link(path: Path, mode: str) -> IO[str]:
+def open_no_follow(path: Path, mode: str) -> IO[str]:
     """Open a text file. Raise OSError (ELOOP) if `path` is a link."""
-    return open(path, mode, opener=beside_no_link, encoding="utf-8")
+    return open(path, mode, opener=no_follow_opener, encoding="utf-8")
 
 
-def beside_no_link(path: str, flags: int) -> int:
+def no_follow_opener(path: str, flags: int) -> int:
     """An `opener` for `open` that rejects links."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
@@ -100,7 +100,7 @@ def at_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def stays_inside(name: object) -> bool:
+def is_inside_path(name: object) -> bool:
     """Return whether `name`, from a manifest, is a relative path without `..`, so that the file is in the
     folder of the manifest."""
     return (
@@ -110,7 +110,7 @@ def stays_inside(name: object) -> bool:
     )
 
 
-def links_out_of(folder: Path) -> list[Path]:
+def outward_links(folder: Path) -> list[Path]:
     """Return the direct entries of `folder` that are links to locations outside of it."""
     inside = folder.resolve()
     return [

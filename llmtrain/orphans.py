@@ -61,7 +61,7 @@ def find_launcher() -> psutil.Process | None:
     return None
 
 
-def is_there(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
     """Return whether the process is running, and is not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -73,7 +73,7 @@ def is_there(process: psutil.Process) -> bool:
 
 def _watch(launcher: psutil.Process) -> None:
     name = _name(launcher)
-    while is_there(launcher):
+    while is_running(launcher):
         # The parent-death signal also arrives when the thread that started this process ends: cancel its
         # alarm.
         signal.alarm(0)

@@ -78,7 +78,7 @@ class _Text(io.TextIOWrapper):
         return len(text)
 
 
-class _Unchanged:
+class _Unescaped:
     """A standard stream without escaping, for code that controls the terminal and escapes foreign text
     itself."""
 
@@ -108,20 +108,20 @@ def clean(text: str) -> str:
     return escape_controls(without_credentials(text))
 
 
-def unchanged(stream: TextIO) -> TextIO:
+def unescaped(stream: TextIO) -> TextIO:
     """Return a version of `stream` without escaping, for progress bars and live lines."""
-    return cast(TextIO, _Unchanged(stream)) if isinstance(stream, _Text) else stream
+    return cast(TextIO, _Unescaped(stream)) if isinstance(stream, _Text) else stream
 
 
 def print_text(text: str) -> None:
     """Print requested text to stdout, unchanged unless stdout is a terminal."""
-    print(text, file=sys.stdout if sys.stdout.isatty() else unchanged(sys.stdout), flush=True)
+    print(text, file=sys.stdout if sys.stdout.isatty() else unescaped(sys.stdout), flush=True)
 
 
 _output: _Stream | None = None
 
 
-def take_over() -> None:
+def replace_streams() -> None:
     """Replace the standard streams. Call this before any file is opened, which would get the number of a
     closed stream."""
     global _output
@@ -141,7 +141,7 @@ def take_over() -> None:
         sys.stderr.may_colour = True
 
 
-def go_on_without_output() -> None:
+def tolerate_lost_output() -> None:
     """Continue from now on if stdout cannot be written: the output only reports on the work."""
     if _output is not None:
         with suppress(OutputLost):

@@ -99,7 +99,7 @@ class _SweepInterrupted(BaseException):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends the process with the verb's exit code."""
-    standard_streams.take_over()
+    standard_streams.replace_streams()
     try:
         try:
             code = _answer(sys.argv[1:] if arguments is None else arguments)
@@ -283,7 +283,7 @@ def _run_hydra(verb: str, arguments: list[str]) -> int:
                 name = job_folder(list(hydra_config.overrides.task), swept)
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / name)
             if verb in DOES_MORE_THAN_PRINT:
-                standard_streams.go_on_without_output()
+                standard_streams.tolerate_lost_output()
             codes.append(_run_verb_on(composed, verb))
             if multirun and codes[-1] == INTERRUPTED_EXIT_CODE:
                 raise _SweepInterrupted

@@ -20,7 +20,7 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.families import model_config_type, skeleton_of
 from llmtrain.files import at_home
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.generation.folder import end_ids, unheeded
+from llmtrain.generation.folder import end_ids, unsupported_settings
 from llmtrain.interchange import huggingface
 from llmtrain.interchange.generation_settings import check_generation
 from llmtrain.models.configs import ModelConfig
@@ -121,10 +121,10 @@ class TrainedModel:
     def resolve_generation(self, config: GenerateConfig, longest: int) -> GenerateConfig:
         """`config` with what the folder says where it says nothing. longest: tokens of a prompt."""
         said = {} if self.origin is None else self.origin.generation
-        if ignored := unheeded(said):
+        if ignored := unsupported_settings(said):
             tell(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
         has_sources = self.config.family == "seq2seq"
-        settings = config.resolved(has_sources=has_sources, said=said)
+        settings = config.resolved(has_sources=has_sources, folder_settings=said)
         if config.max_new_tokens is not None or not said:
             return settings
         # A target begins with a token that counts.

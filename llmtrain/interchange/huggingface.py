@@ -232,7 +232,7 @@ def _fresh_weight(model: nn.Module, name: str) -> Tensor:
     return fill_box(name, table[name], 0, shape, whole(shape)).view(shape)
 
 
-# Checks.
+# Checks of tensors.
 
 
 def _on_meta(form: Form, config: Any) -> nn.Module:
@@ -294,7 +294,7 @@ def _raise_if_any(problems: Iterator[Problem]) -> None:
         raise CheckpointError(found[:8])
 
 
-# Files.
+# Writing of folders.
 
 
 def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, int]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Mesh:
         return self.coordinates.pipeline == self.layout.pipeline - 1
 
     @property
-    def tells_the_loss(self) -> bool:
+    def contributes_loss(self) -> bool:
         """Whether this rank contributes its loss to sums over all ranks: one of several with the same loss
         does."""
         return self.is_last_stage and self.coordinates.tensor == 0

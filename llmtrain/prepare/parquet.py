@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from llmtrain.errors import DataError, Problem
 from llmtrain.prepare import source_file
-from llmtrain.prepare.decompress import Allowance, open_source, reading
+from llmtrain.prepare.decompress import Allowance, open_source, read_errors
 from llmtrain.prepare.parquet_footer import RowGroup, row_groups
 from llmtrain.prepare.parquet_pages import MOST_ROWS, Page, pages_of, rows_at_a_time
 from llmtrain.prepare.source_file import Part, SourceFile, Texts, missing_field
@@ -139,7 +139,7 @@ def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups:
     """Return how many rows of all columns can be read at a time in bounded memory. Raise DataError for pages
     that are too large or damaged."""
     pages: dict[str, list[Page]] = {}
-    with reading(file), open(path, "rb", opener=open_regular) as stream:
+    with read_errors(file), open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
         for group in groups:
             for chunk in found[group].chunks:
