@@ -79,11 +79,11 @@ class LaunchError(UserError):
 
 
 class DataError(UserError):
-    """A source, corpus, shard or tokenizer that cannot be used."""
+    """An unusable source, corpus, tar file or tokenizer."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run folder that cannot be used."""
+    """An unusable checkpoint or run folder."""
 
 
 class TrainingError(UserError):

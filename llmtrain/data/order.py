@@ -1,10 +1,10 @@
 """The order of samples: pure functions of seed and number, independent of world size, workers and time.
 
-The samples of a dataset are stored in shards (tar files or similar). In each epoch the shards are permuted,
-each `block_shards` consecutive ones form a block, and the samples are permuted within their block. A reader
-thus needs the shards of one block at a time, whatever the size of the dataset. The sample at any number in
-the order is found in constant time and memory, so that a run resumes at once and each rank computes only its
-own slice.
+The samples of a dataset are stored in shards: tar files, or whatever units a dataset reads at a time. In each
+epoch the shards are permuted, each `block_shards` consecutive ones form a block, and the samples are permuted
+within their block. A reader thus needs the shards of one block at a time, whatever the size of the dataset.
+The sample at any position in the order is found in constant time and memory, so that a run resumes at once
+and each rank computes only its own slice.
 """
 
 from __future__ import annotations
