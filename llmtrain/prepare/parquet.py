@@ -102,7 +102,7 @@ def open_parquet(file: SourceFile, stream: IO[bytes]) -> Any:
     if length > LONGEST_FOOTER:
         got, allowed = f"a list of row groups of {length:,} bytes", f"{LONGEST_FOOTER:,}"
         raise DataError(Problem(file.name, got, allowed, "write it again in larger row groups"))
-    with _arrow_errors(file.name, "no parquet file"):
+    with _arrow_errors(file.name, "an invalid parquet file"):
         return pyarrow.parquet.ParquetFile(
             stream, pre_buffer=False, thrift_container_size_limit=MOST_IN_FOOTER
         )
@@ -131,7 +131,7 @@ def _row_groups(file: SourceFile, stream: IO[bytes], names: Sequence[str]) -> li
     try:
         return list(row_groups(stream.read(length), names))
     except ValueError as error:
-        got = f"no parquet file ({error})"
+        got = f"an invalid parquet file ({error})"
         raise DataError(Problem(file.name, got, "", "copy or download it again")) from error
 
 
@@ -161,7 +161,7 @@ def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups:
 def _check_columns(file: SourceFile, schema: Any, names: Sequence[str]) -> None:
     import pyarrow
 
-    with _arrow_errors(file.name, "no parquet file"):
+    with _arrow_errors(file.name, "an invalid parquet file"):
         found = list(schema.names)
     if not set(names) <= set(found):
         raise missing_field(file.name, names, found)

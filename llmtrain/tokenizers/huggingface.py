@@ -111,7 +111,7 @@ class JsonTokenizer(Tokenizer):
             check_steps(spec)
         except ValueError as error:
             raise _no_tokenizer(where, str(error)) from None
-        with without_stderr(), library_errors(where, "no tokenizer", _ALLOWED):
+        with without_stderr(), library_errors(where, "an invalid tokenizer", _ALLOWED):
             self._library = Library.from_str(files[TOKENIZER])
             # Files may set these for inference; here they would truncate and pad documents.
             self._library.no_padding()
@@ -304,4 +304,4 @@ def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[s
 
 def _no_tokenizer(where: str, reason: str) -> DataError:
     reason = " ".join(reason.split())[:200]
-    return DataError(Problem(where, f"no tokenizer ({reason})", _ALLOWED))
+    return DataError(Problem(where, f"an invalid tokenizer ({reason})", _ALLOWED))

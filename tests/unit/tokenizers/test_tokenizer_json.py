@@ -223,11 +223,11 @@ def test_a_corpus_carries_it(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", b"{", "got no tokenizer (invalid JSON"),
-        ("tokenizer.json", b"\xff\xfe\xfa", "got no tokenizer (invalid UTF-8 at byte 0)"),
-        ("tokenizer.json", b"[]", "got no tokenizer (a list instead of an object)"),
-        ("tokenizer.json", b'{"model": {"type": "BPE"}}', "got no tokenizer ("),
-        ("tokenizer.json", pickle.dumps({"a": 1}), "got no tokenizer (invalid UTF-8 at byte 0)"),
+        ("tokenizer.json", b"{", "got an invalid tokenizer (invalid JSON"),
+        ("tokenizer.json", b"\xff\xfe\xfa", "got an invalid tokenizer (invalid UTF-8 at byte 0)"),
+        ("tokenizer.json", b"[]", "got an invalid tokenizer (a list instead of an object)"),
+        ("tokenizer.json", b'{"model": {"type": "BPE"}}', "got an invalid tokenizer ("),
+        ("tokenizer.json", pickle.dumps({"a": 1}), "got an invalid tokenizer (invalid UTF-8 at byte 0)"),
         ("vocab.txt", "\n".join(["a", "b"]).encode(), "without an eos, sep or bos"),
         ("tokenizer.model", b"no model", "got an invalid sentencepiece model"),
         ("tokenizer.pkl", pickle.dumps({"a": 1}), "no tokenizer but tokenizer.pkl, which is not opened"),
