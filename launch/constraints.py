@@ -1,10 +1,11 @@
-"""What pip is to keep to in the environment of the Python that runs this: the lock of tested versions.
+"""Print pip constraints for the environment of the Python that runs this: the lock of tested versions.
 
-    python launch/constraints.py            prints constraints, one a line
-    python launch/constraints.py --torch    prints the version of a torch that llmtrain takes, if there is one
+    python launch/constraints.py            print the constraints, one per line
+    python launch/constraints.py --torch    print the version of the installed torch if llmtrain supports it
 
-An environment with a torch of another version than the lock's (a container, a cluster's module) keeps it and
-all that is installed beside it: the lock then speaks of what is added alone.
+An environment with another version of torch than the lock (a container, a module of a cluster) keeps it and
+all
+installed packages: the constraints then cover only packages that are added.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 OF_TORCH = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==")
-"""torch, and what its builds for CUDA bring along."""
+"""torch and the packages of its CUDA builds."""
 
 
 def normal(name: str) -> str:
@@ -25,16 +26,16 @@ def normal(name: str) -> str:
 
 
 def installed() -> dict[str, str]:
-    """Version by normal name."""
+    """Return the versions of installed packages by normalized name."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
-        if name := distribution.metadata["Name"]:  # none in what an interrupted pip left
+        if name := distribution.metadata["Name"]:  # missing if pip was interrupted
             found.setdefault(normal(name), distribution.version)
     return found
 
 
 def constraints(lock: Iterable[str], present: Mapping[str, str]) -> list[str]:
-    """The lines of `lock` that hold beside the packages that are `present`."""
+    """Return the lines of `lock` that apply next to the packages that are `present`."""
     lines = [line for line in map(str.strip, lock) if line and not line.startswith("#")]
     torch = present.get("torch")
     if torch is None or f"torch=={torch.partition('+')[0]}" in lines:
@@ -44,7 +45,7 @@ def constraints(lock: Iterable[str], present: Mapping[str, str]) -> list[str]:
 
 
 def is_taken(torch: str) -> bool:
-    """Whether pyproject.toml admits this version."""
+    """Return whether pyproject.toml admits this version."""
     from pip._vendor.packaging.specifiers import SpecifierSet
 
     found = re.search(r'"torch([^"\w][^"]*)"', (FOLDER.parent / "pyproject.toml").read_text("utf-8"))

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# One command from nothing to a GPT that has learned English: set-up, corpus, training that is killed and
-# resumed, a picture of its loss, evaluation, sampled text, and a folder for transformers. Meant for ten minutes
-# on two cores.
+# Train a small GPT on English text with one command: set-up, corpus, training that is killed and resumed, loss curve,
+# evaluation, sampled text, and export for transformers. Takes about ten minutes on two cores.
 #
 #   ./launch/quickstart.sh [OVERRIDES OF TRAIN…]          such as train.steps=3000
 #   SOURCE='texts/*.txt' ./launch/quickstart.sh          your own texts in place of film reviews
 #
-# Writes corpora/reviews and runs/quickstart in this checkout (or under FOLDER=…); run again, it goes on from
-# what is there.
+# Writes corpora/reviews and runs/quickstart in this checkout (or in FOLDER=…). A second run continues from the
+# existing files.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -21,11 +20,11 @@ llmtrain=("$python" -m llmtrain)
 
 step() { printf '\n== %s\n' "$1"; }
 
-# bf16 where the processor multiplies it; elsewhere it would be slower than fp32.
+# Use bf16 only if the processor has instructions for it; otherwise it is slower than fp32.
 precision=fp32
 if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || command -v nvidia-smi >/dev/null; then precision=bf16; fi
 
-# A GPT of Llama's form with 3 M parameters: of the sizes tried, it learned most in these minutes.
+# A Llama with 3 M parameters, the size with the lowest loss after this time among those tried.
 train=("${llmtrain[@]}" train data.path="$corpus" run.dir="$run" run.name=quickstart
     model=llama_tiny model.tie_embeddings=true model.hidden_size=192 model.num_layers=4 model.num_heads=6
     model.num_kv_heads=6 model.mlp_hidden_size=512
@@ -41,7 +40,7 @@ kill_after_first_checkpoint() { # PID
         kill -0 "$1" 2>/dev/null || return 1
         sleep 0.2
     done
-    # No process gets the chance to tidy up: what is on the disk must do.
+    # Without a chance to clean up: the run must resume from what is on disk.
     kill -9 "$1"
 }
 
@@ -57,7 +56,7 @@ if ! checkpointed; then
     if kill_after_first_checkpoint "$training"; then
         wait "$training" 2>/dev/null || say "killed (kill -9)"
     else
-        wait "$training" # ends this script with training's own exit code
+        wait "$training" # ends this script with the exit code of the training
     fi
     trap - EXIT
 fi

@@ -1,17 +1,17 @@
-# Shared by the scripts in this folder, which source it: finds a Python that has llmtrain, or makes one.
+# Functions for the scripts in this folder, which source it: find a Python with llmtrain, or create an environment.
 
 launch_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$launch_folder")
 
 say() { echo "llmtrain: $1"; }
 
-fail() { # MESSAGE: one line, and the exit code of a user's mistake
+fail() { # MESSAGE: print one line and exit with the code of a user error
     echo "llmtrain: $1" >&2
     exit 2
 }
 
-# Sets $python to the first Python that has llmtrain and torch: the active environment's, the one on PATH,
-# the .venv beside these scripts or the environment that they are installed in.
+# Set $python to the first Python with llmtrain and torch: that of the active environment, on PATH, in the .venv of the
+# checkout, or in the environment where these scripts are installed.
 find_python() {
     local candidates=("${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" python python3) folder=$launch_folder
     while [[ $folder != / ]]; do
@@ -26,14 +26,14 @@ import importlib.util, sys
 sys.exit(not all(map(importlib.util.find_spec, ("torch", "hydra", "llmtrain"))))
 PYTHON
     done
-    fail "got no Python that has llmtrain; activate the environment that it is installed in, or pip install it"
+    fail "got no Python with llmtrain; activate the environment where it is installed, or pip install it"
 }
 
-# Sets $python to that of an environment with llmtrain[EXTRA] of this repository: the active one, or .venv,
-# made here if need be. Quick when nothing has changed since the last time.
+# Set $python to that of an environment with llmtrain[EXTRA] of this repository: the active one, or .venv, which is
+# created if necessary. Fast if nothing has changed since the last time.
 set_up() { # EXTRA
     local extra=$1 environment wanted stamp log
-    [[ -e $repository/pyproject.toml ]] || fail "got scripts without their checkout; pip install 'llmtrain[$1]' instead"
+    [[ -e $repository/pyproject.toml ]] || fail "got scripts outside of a checkout; pip install 'llmtrain[$1]' instead"
     if [[ -n ${VIRTUAL_ENV:-} ]]; then
         environment=$VIRTUAL_ENV
     elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]]; then
@@ -46,7 +46,7 @@ set_up() { # EXTRA
     python=$environment/bin/python
     supported "$python" || fail "got $("$python" --version 2>&1) in $environment; allowed: Python 3.10 or later"
 
-    # What pip would read, and where: the same answer needs no pip.
+    # A checksum of the inputs of pip: if it is unchanged, pip need not run.
     wanted=$({ cat "$repository/pyproject.toml" "$launch_folder"/constraints/*; "$python" --version; echo "$repository"; } | cksum)
     stamp=$environment/.llmtrain-$extra
     if [[ ! -x $environment/bin/llmtrain || $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
@@ -59,7 +59,7 @@ set_up() { # EXTRA
             fail "pip could not install llmtrain[$extra]; the whole log is $log"
         }
         echo "$wanted" >"$stamp"
-        # What the tests need holds what the demo needs.
+        # The extra `test` includes `demo`.
         [[ $extra != test ]] || echo "$wanted" >"$environment/.llmtrain-demo"
     fi
     say "using $("$python" --version 2>&1) of $environment"
@@ -74,18 +74,18 @@ make_environment() { # FOLDER
         base=
     done
     [[ -n $base ]] || fail "got no Python 3.10 or later on PATH; install one (apt-get install python3 python3-pip)"
-    # A container's Python has a torch that fits its drivers: the environment lies over it.
+    # The torch of a container fits its drivers: create the environment on top of its Python.
     local torch
     torch=$("$base" "$launch_folder/constraints.py" --torch 2>/dev/null) || torch=
     [[ -z $torch ]] || shared=--system-site-packages
-    say "making $1 with $("$base" --version 2>&1)${torch:+ and its torch $torch}"
+    say "creating $1 with $("$base" --version 2>&1)${torch:+ and its torch $torch}"
     rm -rf "$1"
     if ! "$base" -m venv $shared "$1" >/dev/null 2>&1; then
-        # Debian's Python makes environments only with its package python3-venv, but its pip can fill one.
+        # Without the package python3-venv, Debian's Python cannot install pip into an environment, but its pip can.
         rm -rf "$1"
         "$base" -m venv $shared --without-pip "$1" &&
             "$base" -m pip --quiet --python "$1/bin/python" install pip >/dev/null ||
-            fail "$base can make no environment; install its venv module (apt-get install python3-venv)"
+            fail "$base cannot create an environment; install its venv module (apt-get install python3-venv)"
     fi
 }
 
@@ -93,7 +93,7 @@ install_editable() { # EXTRA LOG CONSTRAINTS
     local -a pip=("$python" -m pip --disable-pip-version-check install --no-compile --constraint "$3"
         --editable "$repository[$1]")
     if [[ -t 1 ]]; then
-        # The newest line of pip's, always on the same line of the terminal.
+        # Show the latest line of pip's output, always on the same line of the terminal.
         "${pip[@]}" 2>&1 | tee "$2" | while read -r line; do printf '\r\e[K%.*s' "${COLUMNS:-80}" "$line"; done
         local code=${PIPESTATUS[0]}
         printf '\r\e[K'
@@ -101,6 +101,7 @@ install_editable() { # EXTRA LOG CONSTRAINTS
     else
         "${pip[@]}" >"$2" 2>&1 || return
     fi
-    # pip would compile on one core, for half of its time. Packages hold a few files that are no Python.
+    # Compile on all cores: pip would use one, for half of its time. Ignore failures: some .py files of packages are not
+    # valid Python.
     "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 }

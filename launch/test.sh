@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# All set-up, then the tests: ./launch/test.sh [PYTEST ARGUMENTS…]; the exit code is pytest's.
+# Set up an environment and run the tests: ./launch/test.sh [PYTEST ARGUMENTS…]; the exit code is that of pytest.
 #
-#   ./launch/test.sh                      everything, on up to four cores
-#   ./launch/test.sh -m 'not slow'        the fast ones only
-#   ./launch/test.sh tests/unit/data -x   some of them
+#   ./launch/test.sh                      all tests, on up to four cores
+#   ./launch/test.sh -m 'not slow'        fast tests only
+#   ./launch/test.sh tests/unit/data -x   some of the tests
 #
-# Tests over two hosts and over Slurm need root, `ip netns` (iproute2), slurm-wlm and munge; where these
-# cannot be had they are skipped, and say so. With CI=1 they fail instead.
+# Tests with two hosts and with Slurm need root, `ip netns` (iproute2), slurm-wlm and munge. Without these they are
+# skipped with a message, or fail if CI=1.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up test
 cd "$repository"
 say "running the tests"
-# Files of tests run side by side, those with slow tests first; a file's own tests share what they start.
-# One thread each: more than there are cores would wait for one another.
+# Run test files in parallel, those with slow tests first; the tests of a file share fixtures. Use one thread per
+# process: more threads than cores would slow each other down.
 if (($# == 0)); then
     export OMP_NUM_THREADS=1
     # DeepSpeed's CPU optimizer takes minutes to compile, once: beside the tests that do without.

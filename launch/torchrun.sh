@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# llmtrain train on the processes of this host, or as one host of several.
+# Run `llmtrain train` on several processes of this host, or on this host as one of several.
 #
-#   launch/torchrun.sh model=gpt2_124m data.path=DIR run.dir=DIR …          one process a GPU, or one
-#   NPROC_PER_NODE=8 launch/torchrun.sh …                                   as many as you say
+#   launch/torchrun.sh model=gpt2_124m data.path=DIR run.dir=DIR …          one process per GPU, or one
+#   NPROC_PER_NODE=8 launch/torchrun.sh …                                   eight processes
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/torchrun.sh …             on host 0 of two
-#   NNODES=2 NODE_RANK=1 MASTER_ADDR=host0 launch/torchrun.sh …             on host 1
-#   NNODES=2 RDZV_ENDPOINT=host0:29500 launch/torchrun.sh …                 on each; they number themselves
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=host0 launch/torchrun.sh …             on host 1 of two
+#   NNODES=2 RDZV_ENDPOINT=host0:29500 launch/torchrun.sh …                 on both; ranks in order of arrival
 #
-# MASTER_PORT is 29500 unless set. Rank 0 speaks on the console; every rank R writes rankR.log in LOG_DIR,
-# or in logs/ of the run folder. The exit code is that of the rank that failed, or 75
-# where SIGTERM, SIGUSR1 or Ctrl-C asked it to stop and it saved: the same command goes on.
+# MASTER_PORT defaults to 29500. Rank 0 prints to the console; every rank R writes rankR.log to LOG_DIR, by default
+# logs/ in the run folder. The exit code is that of the rank that failed, or 75 if SIGTERM, SIGUSR1 or Ctrl-C asked
+# the run to stop and it saved; the same command then resumes it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# launch/verses.sh [FOLDER]: FOLDER/verses.tsv (data/verses.tsv unless given), 31,000 verses in English and in
-# Spanish, both in the public domain: the World English Bible and Reina-Valera of 1909, out of Debian's packages.
-# A few chapters are counted otherwise in one of them, so that some pairs do not match.
+# launch/verses.sh [FOLDER]: write FOLDER/verses.tsv (default data/verses.tsv), 31,000 verses in English and Spanish,
+# both in the public domain: the World English Bible and the Reina-Valera of 1909, from packages of Debian. A few
+# chapters are numbered differently in one of them, so some pairs do not match.
 #
-# On Debian and what descends from it; needs no root: packages that are not installed are unpacked beside the file.
+# For Debian and its derivatives. Needs no root: missing packages are unpacked to a temporary folder.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -11,14 +11,14 @@ find_python
 
 folder=${1:-data}
 packages=(sword-text-web sword-text-sparv libsword-utils)
-[[ ! -e $folder/verses.tsv ]] || { say "$folder/verses.tsv stands already"; exit 0; }
+[[ ! -e $folder/verses.tsv ]] || { say "$folder/verses.tsv already exists"; exit 0; }
 command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || fail "got no apt-get; allowed: Debian or Ubuntu"
 
 mkdir -p "$folder"
 scratch=$(mktemp -d "$(realpath "$folder")/.verses.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 
-# What the packages need besides, down to what is installed.
+# The dependencies of the packages, without those that are installed.
 needed=$(apt-cache depends --recurse --no-{pre-depends,recommends,suggests,conflicts,breaks,replaces,enhances} \
     "${packages[@]}" 2>/dev/null | grep '^[a-z0-9]') || fail "got no package ${packages[0]}; run apt-get update first"
 missing=$(for name in $needed; do dpkg-query -s "$name" >/dev/null 2>&1 || echo "$name"; done)
@@ -33,14 +33,14 @@ export SWORD_PATH=$scratch/root/usr/share/sword PATH=$scratch/root/usr/bin:$PATH
 for text in engWEB2015eb spaRV1909eb; do mod2imp "$text" >"$scratch/$text.imp"; done
 
 "$python" - "$scratch/engWEB2015eb.imp" "$scratch/spaRV1909eb.imp" "$scratch/verses.tsv" <<'PYTHON'
-"""Two texts as mod2imp writes them ($$$Book CHAPTER:VERSE, then OSIS) → the verses that both have, one a line."""
+"""Convert two texts in the format of mod2imp ($$$Book CHAPTER:VERSE, then OSIS) to a table of their common verses."""
 
 import collections
 import html
 import re
 import sys
 
-# What is no word of the verse: notes, headings.
+# Notes and headings, which are not part of a verse.
 ASIDE = re.compile(r"<(note|title)\b[^>]*(?:/>|>.*?</\1>)", re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
 SPACE_BEFORE = re.compile(r"\s+(?=[,.;:!?)”’])")
@@ -54,18 +54,18 @@ def verses(path):
     for entry in entries:
         key, _, text = entry.partition("\n")
         chapter, verse = re.search(r"(?:(\d+):(\d+))?$", key.strip()).groups(default="0")
-        # Where a note stood between two words nothing else parts them.
+        # Replace a note by a space: it may be the only separator of two words.
         text = html.unescape(TAG.sub("", ASIDE.sub(" ", text)))
         text = SPACE_BEFORE.sub("", " ".join(text.split()))
         if text and int(chapter) and int(verse):
             found[key.strip()] = text
-    # A chapter's first words are in capitals: elsewhere they show how they are written.
+    # The first words of a chapter are in capitals: use their most frequent spelling elsewhere.
     counts = collections.Counter(word for text in found.values() for word in WORD.findall(text))
     usual = lambda word: max((word.lower(), word.capitalize()), key=lambda form: counts[form])
     plain = lambda word: usual(word) if len(word) > 1 and word.isupper() else word
     for key, text in found.items():
         text = WORD.sub(lambda match: plain(match[0]), text)
-        # A verse may begin within a sentence.
+        # A verse may begin in the middle of a sentence.
         capital = found[key][0].isupper()
         found[key] = text[0].upper() + text[1:] if capital else text
     return found

@@ -1,8 +1,8 @@
-"""Plain mappings → frozen dataclasses, with every problem found in one pass.
+"""Decode nested mappings to frozen dataclasses, reporting all problems at once.
 
-A config is a frozen dataclass that may have a method `problems() -> Iterator[Problem]` for rules
-between its own fields; `where` of such a problem is a key relative to the dataclass. This module
-knows no particular config and no YAML library.
+A config is a frozen dataclass. It may have a method `problems() -> Iterator[Problem]` that checks its fields;
+`where` of such a problem is a key relative to the dataclass. This module does not depend on a particular
+config or YAML library.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from llmtrain.errors import ConfigError, Problem, nearest
 
 _IS_URL = re.compile(r"[\"']?[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MISSING = "???"
-"""What YAML holds for a key that the user must give."""
+"""YAML value of a key that the user must set."""
 LARGEST_INT = 2**63 - 1
-"""Of what torch, numpy and parquet hold."""
+"""Largest integer of torch, numpy and parquet."""
 
 T = TypeVar("T")
 Variants = Mapping[str, Callable[[Mapping[str, Any]], type]]
@@ -37,20 +37,19 @@ _MAPPINGS = (dict, Mapping)
 def decode(cls: type[T], mapping: Mapping[str, Any], variants: Variants | None = None) -> T:
     """Build `cls` from a nested mapping.
 
-    `variants` maps a dotted key to a function that picks the dataclass of that section from its
-    content (a model's family, say); it may raise ConfigError.
-
-    Raise ConfigError with all problems: unknown keys (with the nearest names), wrong types, missing
-    keys, and what the dataclasses' own `problems()` find.
+    variants: dotted key → function that selects the dataclass of the section from its contents, such as by
+    the family of a model; it may raise ConfigError.
+    Raise ConfigError with all problems: unknown keys (with similar names), wrong types, missing keys, and
+    those of the `problems()` of dataclasses.
     """
     return _decoded(cls, mapping, _Reading(variants or {}))
 
 
 def decode_json(cls: type[T], mapping: Mapping[str, Any]) -> T:
-    """Build `cls` from what a program wrote as JSON: each value is of its field's very type, where a person's
-    `1e-3` in quotes is a number to `decode`, and keys that `cls` lacks are left alone.
+    """Build `cls` from JSON written by a program. Unlike in `decode`, values must have exactly the type of
+    the field (a string "1e-3" is not a number), and unknown keys are ignored.
 
-    Raise ConfigError as `decode`.
+    Raise ConfigError as `decode` does.
     """
     return _decoded(cls, mapping, _Reading({}, is_json=True))
 
@@ -120,7 +119,7 @@ def _is_section(hint: Any) -> bool:
 
 
 def encode(value: Any) -> Any:
-    """The plain form of a config (dicts, lists, strings, numbers), fit for YAML and JSON."""
+    """Convert a config to plain values (dicts, lists, strings, numbers) for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -134,19 +133,19 @@ def encode(value: Any) -> Any:
 
 @dataclasses.dataclass
 class _Reading:
-    """One call of `decode`."""
+    """The state of one call of `decode`."""
 
     variants: Variants
     is_json: bool = False
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def attempt(self) -> _Reading:
-        """Begin with a part that may fail without a problem for the whole."""
+        """Return a state for decoding a part whose problems are collected separately."""
         return dataclasses.replace(self, problems=[])
 
 
 class _Invalid:
-    """Stands for a value whose problem is already recorded."""
+    """Placeholder for a value whose problem is already recorded."""
 
 
 _INVALID = _Invalid()
@@ -159,7 +158,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 @cache
 def _fields(cls: type) -> dict[str, bool]:
-    """Name of each field that is given → whether it must be."""
+    """Return name of each field of __init__ → whether it is required."""
     nothing = dataclasses.MISSING
     return {
         f.name: f.default is nothing and f.default_factory is nothing
@@ -169,7 +168,7 @@ def _fields(cls: type) -> dict[str, bool]:
 
 
 def _is_exact(hint: Any, raw: Any) -> bool:
-    """Whether a value needs no second look."""
+    """Return whether `raw` is valid for `hint` without further checks."""
     if type(raw) is not hint:
         return False
     return (hint is str and raw != MISSING) or (hint is int and -LARGEST_INT <= raw <= LARGEST_INT)
@@ -192,11 +191,11 @@ def _decode_dataclass(cls: type, mapping: Any, prefix: str, reading: _Reading) -
             continue
         raw = mapping.get(name, MISSING)
         if _is_exact(hints[name], raw):
-            # Most values of a manifest of a hundred thousand shards.
+            # Fast path: most values of a large manifest.
             values[name] = raw
             continue
         where = _join(prefix, name)
-        # Elsewhere these are three question marks that a user typed.
+        # For optional keys, `???` is ordinary text from the user.
         if needed and isinstance(raw, str) and raw == MISSING:
             remedy = "" if reading.is_json else f"give {where}=…"
             problems.append(Problem(where, "nothing", _type_name(hints[name]), remedy))
@@ -229,7 +228,7 @@ def _decode_value(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
     if dataclasses.is_dataclass(hint):
         return _decode_dataclass(typing.cast(type, hint), raw, where, reading)
     if origin is Literal:
-        # YAML reads `off`, `1` and the like as other types than the words that a user typed.
+        # YAML converts words such as `off` and `1` to other types: compare with the same type.
         for allowed in arguments:
             if raw == allowed and isinstance(raw, bool) == isinstance(allowed, bool):
                 return allowed
@@ -276,7 +275,7 @@ def _decode_union(arguments: tuple[Any, ...], raw: Any, where: str, reading: _Re
     if len(choices) > 1:
         problems.append(Problem(where, show(raw), " or ".join(dict.fromkeys(map(_type_name, arguments)))))
         return _INVALID
-    # A problem of a key below, or of an item, is not mended by null.
+    # Only for the value itself is null an alternative, not for keys or items in it.
     problems += [
         dataclasses.replace(problem, allowed=f"{problem.allowed}, or null")
         if problem.where == where
@@ -307,9 +306,9 @@ def _decode_scalar(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
         return str(raw)
     if hint is Path and isinstance(raw, (str, Path)) and str(raw) != "":
         if not _IS_URL.match(str(raw)):
-            # As Path.expanduser, which raises for a user that is not known.
+            # Path.expanduser would raise for an unknown user.
             return Path(os.path.expanduser(raw))
-        # Of which a path would make a folder `https:`, with all that the address keeps secret.
+        # As a path, a URL would become a folder named `https:`, with the credentials in its name.
         allowed = "a path on this machine"
     reading.problems.append(Problem(where, show(raw), allowed))
     return _INVALID
@@ -326,7 +325,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 class _Show(reprlib.Repr):
-    """As repr, of a part of what is long: a file may hold anything."""
+    """repr that truncates long values, since a file may contain anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,13 +340,13 @@ _SHOW = _Show()
 
 
 def show(value: Any) -> str:
-    """Return what a value is to a user: as Python writes it, not longer than a line holds."""
+    """Format a value for a message as Python does, in at most 80 characters."""
     text = "nothing" if value is None else _SHOW.repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
 def short(text: str) -> str:
-    """Return a name as messages show it, in part where it is long."""
+    """Truncate a name to 120 characters for a message."""
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
@@ -374,12 +373,12 @@ def _type_name(hint: Any) -> str:
 
 
 def require(condition: bool, where: str, got: object, allowed: str, remedy: str = "") -> Iterator[Problem]:
-    """One Problem unless `condition` holds; for `yield from` in a config's `problems()`."""
+    """Yield a Problem unless `condition` holds; for `yield from` in the `problems()` of a config."""
     if not condition:
         yield Problem(where, show(got), allowed, remedy)
 
 
 def require_utf8(where: str, path: Path) -> Iterator[Problem]:
-    """One Problem for a path of other bytes: the library that reads and writes weights opens none."""
+    """Yield a Problem if a path is not UTF-8, which the safetensors library requires."""
     is_utf8 = not any("\udc80" <= character <= "\udcff" for character in str(path))
     yield from require(is_utf8, where, str(path), "a path in UTF-8", "rename it, or choose another")

@@ -1,7 +1,7 @@
-"""Errors a user can cause: each says what was got, what is allowed and what to do, in one line.
+"""Errors that a user can cause. Each states in one line what was got, what is allowed and what to do.
 
-The command line prints them without a traceback and exits with code 2. Everything else that is
-raised is a defect of llmtrain and keeps its traceback.
+The command line prints them without a traceback and exits with code 2. Any other exception is a defect of
+llmtrain and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from llmtrain.urls import without_credentials
 
 EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 75
-"""Of a run that was asked to stop before its end, under every launcher: the same command goes on (sysexits'
-EX_TEMPFAIL)."""
+"""Exit code of a run that stopped on request before its end, under every launcher; the same command resumes
+it (EX_TEMPFAIL of sysexits)."""
 
 FEW = 8
-"""So many names are all shown, whatever was asked for."""
+"""Up to this many known names are always listed in a message."""
 MANY = 24
-"""More are never all shown."""
+"""Up to this many known names are listed if none is similar."""
 LONGEST_PART = 1000
-"""Characters of one part of a problem, which may hold a name or a value out of a file of others."""
+"""Maximum characters of a part of a problem, which may contain a name or value from a foreign file."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with what the user gave.
-
-    `where` names the config key, file or shard; `got` what was found there; `allowed` what may
-    stand there; `remedy` what to do next.
-    """
+    """One problem in the user's input, printed as `where: got …; allowed: …; remedy`."""
 
     where: str
+    """Config key, file or other location of the problem."""
     got: str
+    """Value or state that was found."""
     allowed: str = ""
+    """Values that are allowed there."""
     remedy: str = ""
+    """Recommended action, in the imperative."""
 
     def within(self, prefix: str) -> Problem:
-        """The same problem with its config key placed under `prefix`."""
+        """Return the problem with its key prefixed by `prefix`."""
         return replace(self, where=f"{prefix}.{self.where}") if prefix else self
 
     def of_file(self, file: str, section: str) -> Problem:
-        """The same problem with its key placed in a section of a file."""
+        """Return the problem with its key as one in a section of a file."""
         return replace(self, where=f"{file}: {section}.{self.where.removeprefix(f'{section}.')}")
 
     def __str__(self) -> str:
@@ -57,12 +57,10 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake outside the program; carries every problem found, each printed as one line.
-
-    `everywhere` says that all ranks raise it alike, so that one of them prints it; None: not known.
-    """
+    """An error outside the program. Carries all problems found, each printed as one line."""
 
     everywhere: bool | None = None
+    """Whether all ranks raise the same error, so that only one of them prints it; None: unknown."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
@@ -73,28 +71,28 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A key, value or combination of values that cannot run."""
+    """An invalid key, value or combination of values."""
 
 
 class LaunchError(UserError):
-    """Ranks that are missing, or that were started with different things."""
+    """Missing ranks, or ranks that were started with different settings."""
 
 
 class DataError(UserError):
-    """A source, corpus, shard or tokenizer that cannot be used."""
+    """An unusable source, corpus, tar file or tokenizer."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or run folder that cannot be used."""
+    """An unusable checkpoint or run folder."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on: a loss that is not finite, a full disk."""
+    """Training cannot continue: a loss that is not finite, a full disk."""
 
 
 def printable(text: str) -> str:
-    """Return `text` with what would steer a terminal, or cannot be seen, by its backslash escape: names in
-    files and folders of others may hold anything. Bytes that are no UTF-8 stay as Python holds them."""
+    """Return `text` with control and invisible characters as backslash escapes, since names in foreign files
+    may contain anything. Invalid UTF-8 stays as Python's surrogate escapes."""
     if text.isprintable():
         return text
     return "".join(
@@ -112,7 +110,8 @@ def _escaped(character: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """The known names most like `name`, likest first, for a message; where they are few, the others too."""
+    """Return the known names that are most similar to `name`, for a message; also the others if there are
+    few."""
     names = list(dict.fromkeys(known))
     close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
     if len(names) <= FEW:

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: temporary name, fsync, rename; checksums; and why a disk refuses."""
+"""Write files atomically (temporary name, fsync, rename), open them safely, lock and checksum them, and
+describe disk errors."""
 
 from __future__ import annotations
 
@@ -24,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = {
-    errno.EACCES: "permit writing there, or choose another place",
-    errno.EPERM: "permit writing there, or choose another place",
-    errno.EROFS: "choose another place",
-    errno.ENOTDIR: "a file stands where its folder should be: choose another place",
-    errno.EEXIST: "a file stands where its folder should be: choose another place",
+    errno.EACCES: "permit writing there, or choose another location",
+    errno.EPERM: "permit writing there, or choose another location",
+    errno.EROFS: "choose another location",
+    errno.ENOTDIR: "a file is in place of its folder: choose another location",
+    errno.EEXIST: "a file is in place of its folder: choose another location",
     errno.EISDIR: "name a file",
-    errno.ENOENT: "make its folder first",
-    errno.ELOOP: "a link stands there, which may lead anywhere: remove it",
+    errno.ENOENT: "create its folder first",
+    errno.ELOOP: "it is a link, which may point anywhere: remove it",
 }
-"""What to do about each way in which a place refuses to be written."""
+"""Remedies for errors of writing to a location."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -44,20 +45,21 @@ _KINDS = {
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace the file at `path` by `content`: a reader sees the old file or the new one, never a part."""
+    """Replace the file at `path` by `content`. Readers see the old or the new file, never a part."""
     with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name, safe on the disk, when the block ends without an error.
+    """Yield a binary file that is synced and renamed to `path` if the block ends without an error.
 
-    Until then it has a name that nobody can foresee: in a folder of others, a link may wait behind any other.
+    Until then it has a random name: in a folder that others can write to, a link may exist under any
+    predictable name.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb", opener=beside_no_link) as file:
+        with open(temporary, "xb", opener=no_follow_opener) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -68,23 +70,23 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def open_no_link(path: Path, mode: str) -> IO[str]:
-    """`open` of a text file that is not behind a link. Raise OSError (ELOOP) for one that is."""
-    return open(path, mode, opener=beside_no_link, encoding="utf-8")
+def open_no_follow(path: Path, mode: str) -> IO[str]:
+    """Open a text file. Raise OSError (ELOOP) if `path` is a link."""
+    return open(path, mode, opener=no_follow_opener, encoding="utf-8")
 
 
-def beside_no_link(path: str, flags: int) -> int:
-    """Open what is not behind a link; an `opener` of `open`."""
+def no_follow_opener(path: str, flags: int) -> int:
+    """An `opener` for `open` that rejects links."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file, never a pipe or a device, which could hang, be endless, or do something; an `opener` of
-    `open`. A link is followed: stores of models are made of links.
+    """An `opener` for `open` that accepts regular files only: pipes and devices could block, be endless or
+    have side effects. Links are followed, because model stores consist of links.
 
-    Raise OSError (EINVAL) for what is no file.
+    Raise OSError (EINVAL) if `path` is not a regular file.
     """
-    # Not to wait for who writes to a pipe, nor take over a terminal.
+    # Do not wait for the writer of a pipe, and do not acquire a controlling terminal.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
@@ -94,13 +96,13 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
 
 
 def at_home(path: str | Path) -> Path:
-    """Return `path` with the user's home for its `~`. Path.expanduser raises for a user that is not known."""
+    """Expand `~` in `path`. Unlike Path.expanduser, do not raise for an unknown user."""
     return Path(os.path.expanduser(path))
 
 
-def stays_inside(name: object) -> bool:
-    """Return whether `name`, from a manifest, is a relative path without `..`: then the file lies in the
-    manifest's folder."""
+def is_inside_path(name: object) -> bool:
+    """Return whether `name`, from a manifest, is a relative path without `..`, so that the file is in the
+    folder of the manifest."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -108,8 +110,8 @@ def stays_inside(name: object) -> bool:
     )
 
 
-def links_out_of(folder: Path) -> list[Path]:
-    """The entries of `folder`, a level deep, that are links to places outside of it."""
+def outward_links(folder: Path) -> list[Path]:
+    """Return the direct entries of `folder` that are links to locations outside of it."""
     inside = folder.resolve()
     return [
         entry for entry in sorted(folder.iterdir()) if entry.is_symlink() and not _leads_into(entry, inside)
@@ -119,19 +121,19 @@ def links_out_of(folder: Path) -> list[Path]:
 def _leads_into(link: Path, inside: Path) -> bool:
     try:
         return link.resolve().is_relative_to(inside)
-    except RuntimeError:  # of links that lead to each other
+    except RuntimeError:  # a cycle of links
         return False
 
 
 def write_json_atomically(path: Path, value: Any, indent: int | None = 1) -> None:
-    """`value` as JSON at `path`, whole or not at all. Without `indent` it takes a tenth of the time."""
+    """Write `value` as JSON to `path`, atomically. Without `indent` it takes a tenth of the time."""
     text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
-    # Names of files need not be UTF-8: what Python holds them as, JSON has a spelling for.
+    # File names need not be UTF-8: write the surrogate escapes of Python as JSON escapes.
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def sync(path: Path) -> None:
-    """Wait until the file's content is on the disk."""
+    """Flush the contents of a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,16 +142,16 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the folder's entries are on the disk (renames and new names)."""
+    """Flush the entries of a folder (new names and renames) to disk."""
     sync(path)
 
 
 def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
-    """Hold the open `file` alone, or with others that hold it `shared`, until it is closed, or the process
-    ends, however it ends. Held already, it changes from the one to the other.
+    """Lock the open `file`, exclusively or `shared`, until it is closed or the process ends. Locking it again
+    converts the lock.
 
-    Raise BlockingIOError if another process holds it otherwise. A file system without locks gets a
-    warning, with `path`, and no lock.
+    path: name of the file in the warning that is logged if the file system does not support locks.
+    Raise BlockingIOError if another process holds a conflicting lock.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -157,17 +159,18 @@ def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
         raise
     except OSError as error:
         logger.warning(
-            "%s cannot be locked (%s): make sure that nothing else works there", path, error.strerror
+            "%s cannot be locked (%s): make sure that no other process uses it", path, error.strerror
         )
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file that was found good from a changed one; ctime also moves when mtime is set back."""
+    """Return (size, mtime, ctime), by which a later change of the file is detected; ctime changes even if
+    mtime is set back."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def checksum(path: Path) -> str:
-    """xxh3-128 of the file's content, in hex."""
+    """Return the xxh3-128 of the contents of a file, in hex."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", opener=open_regular) as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -176,14 +179,14 @@ def checksum(path: Path) -> str:
 
 
 def checksum_of_json(content: Mapping[str, Any]) -> str:
-    """xxh3-128 of what a JSON object says, in hex, its own key `checksum` left out."""
+    """Return the xxh3-128 of a JSON object without its key `checksum`, in hex."""
     body = {key: value for key, value in content.items() if key != "checksum"}
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that no space or no quota is left, or that a file may not grow so large;
-    libraries in other languages report it in their text only."""
+    """Return whether `error` reports a full disk, an exceeded quota or a file size limit. Libraries in other
+    languages report it in their text only."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     return "No space left on device" in str(error) or "os error 28" in str(error)
@@ -195,23 +198,23 @@ def disk_problem(
     *,
     key: str = "",
     allowed: str = "",
-    if_full: str = "make room, then try again",
+    if_full: str = "free disk space, then try again",
 ) -> Problem:
-    """Why `path` could not be written, in one line: what happened, the space left on that disk, a remedy.
+    """Return the problem that `path` could not be written.
 
-    key: the config key that gave the path. allowed: what may stand there, or how much space it takes.
-    if_full: what to do about a full disk.
+    key: config key of the path. allowed: what may be there, or the space that is needed. if_full: remedy for
+    a full disk.
     """
     where = f"{key}={path}" if key else str(path)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if is_disk_full(error):
         got = f"a full disk ({reason}, {_free_bytes(path) / 2**20:,.0f} MiB free)"
         return Problem(where, got, allowed, if_full)
-    remedy = UNWRITABLE.get(getattr(error, "errno", None) or 0, "choose another place")
-    return Problem(where, f"a place that cannot be written ({reason})", allowed, remedy)
+    remedy = UNWRITABLE.get(getattr(error, "errno", None) or 0, "choose another location")
+    return Problem(where, f"a location that is not writable ({reason})", allowed, remedy)
 
 
 def _free_bytes(path: Path) -> int:
-    """On the disk of `path`, which need not exist yet."""
+    """Return the free bytes on the disk of `path`, which need not exist yet."""
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     return shutil.disk_usage(existing).free

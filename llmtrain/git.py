@@ -1,9 +1,10 @@
-"""Read commit, branch and uncommitted changes of the working folder, and run no program of its repository.
+"""Read commit, branch and uncommitted changes of the working folder, without running programs of its
+repository.
 
-A repository's own configuration can name programs that git then runs: a file system monitor, diff and text
-converters, filters, hooks, remotes of partial clones. Whoever unpacked a repository of others has that
-configuration too, though he never agreed to it. So git gets a folder with a configuration of ours, and of the
-repository only its commit, index and objects. The user's own ~/.gitconfig holds as ever.
+The configuration of a repository can name programs that git runs: file system monitor, diff and text
+converters, filters, hooks, remotes of partial clones. It comes with an unpacked foreign repository, without
+the user's consent. Therefore git gets a folder with its own configuration, and only commit, index and objects
+of the repository. The user's ~/.gitconfig applies as usual.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from typing import Any
 
 MAX_DIFF_BYTES = 2**20
 MAX_READ_BYTES = 2**24
-"""Of a diff, whose length is told up to here."""
+"""Maximum bytes of output that are read from git."""
 MEMORY_BYTES = 2**30
+"""Memory limit of git."""
 _SECONDS, _DIFF_SECONDS = 5, 20
 _PARTS = ("HEAD", "config", "packed-refs", "index", "objects/info/alternates", "info/attributes", "commondir")
 
 _READ = ("core.filemode", "core.symlinks", "core.ignorecase", "core.autocrlf", "core.eol", "core.safecrlf")
-"""Settings of the repository that decide what counts as a change, and run nothing."""
+"""Settings of the repository that determine what counts as a change and do not run programs."""
 
 _UNKNOWN: dict[str, Any] = {"commit": None, "branch": None, "clean": None}
 
 
 def git_state() -> tuple[dict[str, Any], bytes]:
-    """Commit, branch and cleanness of the working folder's git checkout, and its uncommitted changes."""
+    """Return commit, branch and cleanness of the git checkout in the working folder, and the uncommitted
+    changes."""
     commit = head_commit()
     if commit is None:
         return dict(_UNKNOWN), b""
@@ -41,12 +44,12 @@ def git_state() -> tuple[dict[str, Any], bytes]:
 
 
 def head_commit() -> str | None:
-    """The commit that is checked out in the working folder; None outside of a checkout."""
+    """Return the commit that is checked out in the working folder; None outside of a checkout."""
     return _line("rev-parse", "HEAD") if _is_plain() else None
 
 
 def cut(diff: bytes) -> bytes:
-    """The diff, or its first MAX_DIFF_BYTES under a line that says so."""
+    """Return the diff, truncated to MAX_DIFF_BYTES with a note in the first line."""
     if len(diff) <= MAX_DIFF_BYTES:
         return diff
     more = "more than " if len(diff) >= MAX_READ_BYTES else ""
@@ -55,7 +58,7 @@ def cut(diff: bytes) -> bytes:
 
 
 def _diff(commit: str) -> bytes | None:
-    """The changes since `commit`; None where git cannot tell."""
+    """Return the changes since `commit`; None if git cannot determine them."""
     top = _line("rev-parse", "--show-toplevel")
     index = _path("index")
     objects = _path("objects")
@@ -73,10 +76,10 @@ def _diff(commit: str) -> bytes | None:
             "GIT_WORK_TREE": top,
             "GIT_INDEX_FILE": str(index),
             "GIT_OBJECT_DIRECTORY": str(objects),
-            "GIT_OPTIONAL_LOCKS": "0",  # the index is not ours to write
-            "GIT_ALLOW_PROTOCOL": "none",  # objects that a partial clone lacks are not fetched
+            "GIT_OPTIONAL_LOCKS": "0",  # do not write the user's index
+            "GIT_ALLOW_PROTOCOL": "none",  # do not fetch missing objects of a partial clone
         }
-        # A submodule is a repository of its own, with a configuration of its own.
+        # Submodules are repositories with their own configurations.
         return _git(
             "-C",
             top,
@@ -91,8 +94,8 @@ def _diff(commit: str) -> bytes | None:
 
 
 def _belongs_to(top: str) -> bool:
-    """Whether the repository is that of the files in `top`, where the working folder is: its own settings may
-    name any folder, whose content the diff would then show."""
+    """Return whether the working folder is in `top`, and `top` belongs to this repository. Settings of the
+    repository may name any folder as its top, whose contents the diff would show."""
     own = _line("rev-parse", "--absolute-git-dir")
     is_inside = Path.cwd().is_relative_to(Path(top).resolve())
     return is_inside and own is not None and _line("-C", top, "rev-parse", "--absolute-git-dir") == own
@@ -101,7 +104,7 @@ def _belongs_to(top: str) -> bool:
 def _config() -> str:
     settings = {name: value for name in _READ if (value := _line("config", "--get", name)) is not None}
     lines = ["[core]", "\trepositoryformatversion = 1", "\tbare = false", "\tfsmonitor = false"]
-    # Larger files are said to differ, and are not compared line by line.
+    # Larger files are only reported as different, not compared line by line.
     lines += [f"\thooksPath = {os.devnull}", "\tbigFileThreshold = 8m"]
     lines += [f"\t{name.partition('.')[2]} = {value}" for name, value in settings.items() if value.isalpha()]
     lines += ["[extensions]", f"\tobjectFormat = {_line('rev-parse', '--show-object-format') or 'sha1'}"]
@@ -114,16 +117,16 @@ def _path(name: str) -> Path | None:
 
 
 def _line(*arguments: str) -> str | None:
-    """Run a git command that starts no other program; return its line of output, or None if it fails."""
-    said = _git(*arguments)
-    return None if said is None else os.fsdecode(said).removesuffix("\n")
+    """Run a git command that starts no other program; return its line of output, None if it fails."""
+    output = _git(*arguments)
+    return None if output is None else os.fsdecode(output).removesuffix("\n")
 
 
 def _git(*arguments: str, seconds: float = _SECONDS, **environment: str) -> bytes | None:
-    """Return what a git command prints, up to MAX_READ_BYTES of it; None if it fails, takes longer or wants
-    more memory."""
+    """Return the output of a git command, up to MAX_READ_BYTES; None if it fails or exceeds `seconds` or
+    MEMORY_BYTES."""
     try:
-        # The git that the user's own PATH names, with words of ours alone.
+        # git is found in the user's PATH; the arguments do not come from outside.
         running = subprocess.Popen(  # noqa: S603
             ["git", "--no-pager", *arguments],  # noqa: S607
             stdin=subprocess.DEVNULL,
@@ -139,20 +142,20 @@ def _git(*arguments: str, seconds: float = _SECONDS, **environment: str) -> byte
     timer = threading.Timer(seconds, running.kill)
     timer.start()
     try:
-        said = running.stdout.read(MAX_READ_BYTES)
-        if is_whole := len(said) < MAX_READ_BYTES:
+        output = running.stdout.read(MAX_READ_BYTES)
+        if is_complete := len(output) < MAX_READ_BYTES:
             running.wait()
         running.kill()
         code = running.wait()
     finally:
         timer.cancel()
         running.stdout.close()
-    return said if code == 0 or not is_whole else None
+    return output if code == 0 or not is_complete else None
 
 
 def _is_plain() -> bool:
-    """Whether what git reads first of the repository is made of files: it would wait at a pipe, and read a
-    device for ever."""
+    """Return whether the files that git reads first are regular files: git would block on a pipe or
+    device."""
     folder = next(
         (parent / ".git" for parent in (Path.cwd(), *Path.cwd().parents) if (parent / ".git").exists()), None
     )

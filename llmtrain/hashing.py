@@ -1,4 +1,4 @@
-"""Pseudo-random numbers that are functions of what they are for: arithmetic on 64-bit words."""
+"""Hash 64-bit words to pseudo-random numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 
 
 def mix(words: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 words that leaves no pattern: the finalizer of splitmix64 (Steele, Lea and Flood
-    2014). Of the same shape."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014), a bijection of uint64 words,
+    elementwise."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

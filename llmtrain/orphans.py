@@ -1,7 +1,8 @@
-"""No process outlives the one that started it: ranks end with their launcher, workers with their parent.
+"""End processes together with the one that started them: ranks with their launcher, workers with their
+parent.
 
-A launcher that is killed (kill -9, for want of memory) ends nobody. Its ranks would train on and hold the run
-folder, or wait for ever. A run that a person started, from a shell that may end before it, has no launcher.
+A killed launcher (kill -9, out of memory) does not end its ranks, which would continue training and hold the
+run folder, or wait forever. A run started by a person from a shell, which may end earlier, has no launcher.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import psutil
 from llmtrain.errors import Problem
 
 MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-"""What torchrun, DeepSpeed, Open MPI, MPICH and Slurm tell the processes that they start."""
+"""Environment variables by which torchrun, DeepSpeed, Open MPI, MPICH and Slurm mark the processes that they
+start."""
 SHELLS = {"sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "csh", "tcsh"}
 CHECK_SECONDS = 1.0
 LAST_WORDS_SECONDS = 5
@@ -28,38 +30,39 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process with its parent, whatever it is doing (Linux alone)."""
+    """Make the kernel kill this process when its parent ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_launcher() -> None:
-    """Let this process end soon after the launcher that started it, with a line that says so; a process that
-    no launcher started goes its own way."""
+    """End this process, with a message, soon after the launcher that started it. Do nothing without a
+    launcher."""
     launcher = find_launcher()
     if launcher is None:
         return
     if launcher.pid == os.getppid():
-        _end_though_the_interpreter_is_held()
+        _end_without_interpreter()
     threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
 
 
 def find_launcher() -> psutil.Process | None:
-    """The nearest ancestor that lacks what launchers tell their processes, where this process has it."""
+    """Return the nearest ancestor without the launcher's environment variable that this process has; None if
+    it has none."""
     mark = next((name for name in MARKS if name in os.environ), None)
     if mark is None:
         return None
     for ancestor in psutil.Process().parents():
-        with suppress(psutil.Error):  # another user's, such as Slurm's
+        with suppress(psutil.Error):  # a process of another user, such as Slurm's
             if mark in ancestor.environ():
                 continue
-        # Who exports the variables in a shell is no launcher.
+        # A shell in which the user exported the variables is not a launcher.
         return None if _name(ancestor) in SHELLS else ancestor
     return None
 
 
-def is_there(process: psutil.Process) -> bool:
-    """Whether it runs: neither gone nor dead and waiting for its parent to notice."""
+def is_running(process: psutil.Process) -> bool:
+    """Return whether the process is running, and is not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -70,16 +73,17 @@ def is_there(process: psutil.Process) -> bool:
 
 def _watch(launcher: psutil.Process) -> None:
     name = _name(launcher)
-    while is_there(launcher):
-        # The kernel takes the end of the thread that started this process for its parent's.
+    while is_running(launcher):
+        # The parent-death signal also arrives when the thread that started this process ends: cancel its
+        # alarm.
         signal.alarm(0)
         time.sleep(CHECK_SECONDS)
-    # In case nobody reads what is said below, so that it cannot be written.
+    # End this process even if the message below blocks because nobody reads it.
     signal.alarm(LAST_WORDS_SECONDS)
     problem = Problem(
         f"rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or 0}",
-        f"a launcher (process {launcher.pid}, {name}) that is gone",
-        remedy="this process ends with it; start the same command again",
+        f"a launcher (process {launcher.pid}, {name}) that has ended",
+        remedy="this process ends with it; run the same command again",
     )
     with suppress(OSError):
         os.write(2, f"llmtrain: error: {problem}\n".encode())
@@ -89,12 +93,14 @@ def _watch(launcher: psutil.Process) -> None:
     os._exit(1)
 
 
-def _end_though_the_interpreter_is_held() -> None:
-    """End this process LAST_WORDS_SECONDS after its parent, unless a thread of it has done so or stops that.
+def _end_without_interpreter() -> None:
+    """Schedule the end of this process LAST_WORDS_SECONDS after its parent's, unless a thread does it earlier
+    or cancels it.
 
-    A long call into C may hold the interpreter, without which no thread and no handler of Python's runs. So
-    the signal for a parent's death has a handler of the C library's own: alarm(), which takes the signal's
-    number for the seconds until SIGALRM, left to itself, ends the process.
+    A long C call may hold the GIL, so that neither Python threads nor signal handlers run. The parent-death
+    signal
+    therefore uses a function of the C library as handler: alarm(), which interprets the number of the signal
+    as the seconds until SIGALRM, whose default action ends the process.
     """
     if sys.platform != "linux":
         return

@@ -1,8 +1,6 @@
-"""Files that somebody else may have written: opened only where they are files, read up to a bound, and
-decoded into types.
+"""Read and decode files from untrusted sources: regular files only, up to a size limit, with type checks.
 
-Whoever reads one says what it is to the user: functions here raise OSError or ValueError, whose text is a
-phrase for `Problem.got`.
+Functions raise OSError or ValueError with a phrase for `Problem.got`; the caller names the file to the user.
 """
 
 from __future__ import annotations
@@ -21,17 +19,18 @@ from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.files import open_regular
 
 SETTINGS_BYTES = 16 << 20
-"""More than any file of settings that people or programs write."""
+"""Maximum size of settings files, more than any real one has."""
 MOST_JSON_VALUES = 1_000_000
 MOST_VALUES = 100_000
-"""Of a section in YAML; ours have some hundreds."""
+"""Maximum number of values in YAML, with aliases expanded; configs have some hundreds."""
 MOST_PROBLEMS = 8
-"""Told of one file: the rest is of the same kind."""
+"""Maximum number of problems reported for one file."""
 LONGEST_YAML_NUMBER = 100
+"""Maximum characters of a number in YAML."""
 LONGEST_NUMBER = 4300
-"""Digits; Python's own bound of what it turns into an int."""
-_HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
-"""A half of a character, itself or as JSON writes it."""
+"""Maximum digits of a number, Python's own limit for conversion to int."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
+"""A surrogate, literally or as a JSON escape."""
 
 __all__ = [
     "decode_file",
@@ -48,7 +47,7 @@ T = TypeVar("T")
 
 
 def read_bytes(path: Path, at_most: int) -> bytes:
-    """Return a file's content. Raise OSError, before any of it is read, for more than `at_most` bytes."""
+    """Return the contents of a file. Raise OSError, before reading, if it has more than `at_most` bytes."""
     with open(path, "rb", opener=open_regular) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= at_most:
@@ -60,22 +59,23 @@ def read_bytes(path: Path, at_most: int) -> bytes:
 
 
 class _TooManyError(Exception):
-    """More values than may be."""
+    """More values than allowed."""
 
 
-class _KeyTwiceError(Exception):
-    """A key that stands twice in an object."""
+class _DuplicateKeyError(Exception):
+    """A key that occurs twice in an object."""
 
 
 def parse_json(
     content: bytes | str, *, unique: bool = False, utf8: bool = False, most: int = MOST_JSON_VALUES
 ) -> Any:
-    """Return the value of a JSON text. Raise ValueError, with a short reason, for what is none.
+    """Parse JSON.
 
-    most: values that it may hold: each takes some 75 bytes of memory, and may take three of the file.
-    unique: refuse a key that stands twice in an object.
-    utf8: refuse halves of characters, which no text that is written, and no library, takes; file names may
-        hold them.
+    unique: reject duplicate keys in an object.
+    utf8: reject lone surrogates, which cannot be encoded; only file names may contain them.
+    most: maximum number of values; a value takes about 75 bytes of memory, but may take only three of the
+    file.
+    Raise ValueError with a short reason if the text is invalid.
     """
     try:
         text = content if isinstance(content, str) else content.decode()
@@ -84,23 +84,23 @@ def parse_json(
             raise _TooManyError(f"{values:,} values, more than {most:,}")
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 at byte {error.start:,}") from None
+        raise ValueError(f"invalid UTF-8 at byte {error.start:,}") from None
     except RecursionError:
-        raise ValueError("brackets within brackets, too many") from None
+        raise ValueError("values that are nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error}") from None
+        raise ValueError(f"invalid JSON: {error}") from None
     except _TooManyError as error:
         raise ValueError(str(error)) from None
-    except _KeyTwiceError as error:
+    except _DuplicateKeyError as error:
         raise ValueError(f"the key {show(error.args[0])} twice") from None
     except ValueError:
         raise ValueError(f"a number of more than {LONGEST_NUMBER:,} digits") from None
-    # Whole characters beyond the first 65,536 are written so too, as two halves.
-    if utf8 and _HALF.search(text):
+    # Pairs of surrogate escapes are valid: they denote characters above U+FFFF.
+    if utf8 and _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("text with half a character (a lone surrogate)") from None
+            raise ValueError("text with a lone surrogate") from None
     return value
 
 
@@ -108,7 +108,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _KeyTwiceError(key)
+            raise _DuplicateKeyError(key)
         found[key] = value
     return found
 
@@ -116,39 +116,40 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_object(
     content: bytes | str, *, unique: bool = False, utf8: bool = False, most: int = MOST_JSON_VALUES
 ) -> dict[str, Any]:
-    """Return the object of a JSON text. Raise ValueError for what is none, as `parse_json`."""
+    """Parse a JSON object. Raise ValueError as `parse_json` does, and for other values."""
     value = parse_json(content, unique=unique, utf8=utf8, most=most)
     if not isinstance(value, dict):
-        raise ValueError(f"{kind_of(value)} in place of an object")
+        raise ValueError(f"{kind_of(value)} instead of an object")
     return value
 
 
 def parse_yaml(content: bytes) -> dict[str, Any]:
-    """Return the section of keys of a YAML text. Raise ValueError, with a short reason, for what is none,
-    and for one whose aliases multiply."""
+    """Parse YAML whose top level is a mapping. Raise ValueError with a short reason if it is invalid, or
+    aliases expand to more than MOST_VALUES values."""
     import yaml
 
     try:
-        # The safe loader too, in C where it was built.
+        # A subclass of the safe loader, in C if available.
         value = yaml.load(content, _yaml_loader())  # noqa: S506
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f" in line {mark.line + 1}"
-        raise ValueError(f"no YAML: {getattr(error, 'problem', None) or 'odd characters'}{place}") from None
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or "unreadable characters"
+        raise ValueError(f"invalid YAML: {reason}{line}") from None
     except RecursionError:
-        raise ValueError("brackets within brackets, too many") from None
-    except Exception:  # of its constructors, which do not expect dates and numbers that are none
-        raise ValueError("no YAML: a date or a number that is none") from None
+        raise ValueError("values that are nested too deeply") from None
+    except Exception:  # constructors raise various errors for invalid dates and numbers
+        raise ValueError("invalid YAML: an invalid date or number") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{kind_of(value)} in place of a section of keys")
-    _refuse_multiplied(value)
+        raise ValueError(f"{kind_of(value)} instead of a section of keys")
+    _refuse_alias_expansion(value)
     return value
 
 
 @cache
 def _yaml_loader() -> Any:
-    """PyYAML's safe loader, for which a number is no longer than numbers are: the time for one of many
-    digits, or of many parts by 60, grows with the square of its length."""
+    """Return PyYAML's safe loader with a limit on the length of numbers: the time to convert decimal and
+    sexagesimal numbers is quadratic in their length."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -156,7 +157,7 @@ def _yaml_loader() -> Any:
 
     def construct(loader: Any, node: Any) -> Any:
         if len(node.value) > LONGEST_YAML_NUMBER:
-            raise ValueError("a number of many digits")
+            raise ValueError("a number of too many digits")
         kind = node.tag.rpartition(":")[2]
         return getattr(loader, f"construct_yaml_{kind}")(node)
 
@@ -165,14 +166,15 @@ def _yaml_loader() -> Any:
     return Loader
 
 
-def _refuse_multiplied(value: Any) -> None:
-    """An alias costs nothing until somebody writes out what it stands for."""
+def _refuse_alias_expansion(value: Any) -> None:
+    """Raise ValueError if aliases expand to too many values, which costs memory only once they are written
+    out."""
     waiting, seen = [value], 0
     while waiting:
         found = waiting.pop()
         seen += 1
         if seen > MOST_VALUES:
-            raise ValueError(f"aliases that stand for more than {MOST_VALUES:,} values")
+            raise ValueError(f"aliases that expand to more than {MOST_VALUES:,} values")
         if isinstance(found, dict):
             waiting += found.values()
         elif isinstance(found, (list, tuple, set)):
@@ -180,7 +182,7 @@ def _refuse_multiplied(value: Any) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a JSON value is, in words."""
+    """Describe the type of a JSON value."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -194,8 +196,12 @@ def read_decoded(
     remedy: str = "",
     parse: Callable[[bytes], Mapping[str, Any]] = parse_object,
 ) -> T:
-    """Build `cls` from the file at `path`. Raises `failure` for one that cannot be read, has more than
-    `at_most` bytes or says other things; `allowed` and `remedy`: what may stand there, and what to do."""
+    """Build `cls` from the file at `path`.
+
+    failure: class of the error to raise if the file is unreadable, larger than `at_most` bytes or does not
+    match `cls`.
+    allowed, remedy: parts of the message for an unreadable file.
+    """
     try:
         content = parse(read_bytes(path, at_most))
     except (OSError, ValueError) as error:
@@ -205,9 +211,9 @@ def read_decoded(
 
 
 def decode_file(cls: type[T], content: Mapping[str, Any], where: str, failure: type[UserError]) -> T:
-    """Build `cls` from what a program wrote into the file `where`; keys that `cls` lacks are left alone.
+    """Build `cls` from the contents of the file `where`, written by a program; ignore unknown keys.
 
-    Raises `failure`, with the file, the field, what was got and what is allowed.
+    failure: class of the error to raise if the contents do not match `cls`.
     """
     try:
         return decode_json(cls, content)

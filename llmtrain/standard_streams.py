@@ -1,10 +1,10 @@
-"""Standard input, output and error where they are closed, full, or have no reader any more.
+"""Make standard input, output and error robust against closed or full streams and lost readers.
 
-What only tells of the work, as all on standard error does, is lost in silence: the work goes on. A command
-that is asked for what it prints ends where that cannot be written.
+Messages about the work, such as everything on stderr, are dropped silently if they cannot be written, and the
+work continues. A command whose purpose is its output ends if that cannot be written.
 
-What would steer a terminal is written by its backslash escape, wherever it came from: names in corpora and
-checkpoints of others may hold anything.
+Terminal control characters are written as backslash escapes, because names in foreign corpora and checkpoints
+may contain anything.
 """
 
 from __future__ import annotations
@@ -22,63 +22,65 @@ from llmtrain.errors import EXIT_CODE, Problem
 from llmtrain.urls import without_credentials
 
 PIPE_CLOSED = 141
-"""Exit code when who reads what is printed has left, as a shell gives it for SIGPIPE."""
+"""Exit code after the reader of stdout has closed it, as a shell reports SIGPIPE."""
 
 
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _COLOUR = re.compile(r"(\x1b\[[0-9;]*m|\r)")
 
 
 class OutputLost(BaseException):
-    """What is printed cannot be written; no Exception, which would be taken for one of the work."""
+    """Standard output cannot be written. Not an Exception, so that no handler mistakes it for an error of the
+    work."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error)
         self.exit_code = PIPE_CLOSED if error.errno == errno.EPIPE else EXIT_CODE
         self.problems: tuple[Problem, ...] = ()
-        """None where the reader left, as of `… | head`."""
+        """Empty if the reader has closed the pipe, as in `… | head`."""
         if error.errno != errno.EPIPE:
-            remedy = "print to a place that can be written"
+            remedy = "redirect it to a writable location"
             self.problems = (Problem("standard output", f"{error.strerror}", remedy=remedy),)
 
 
 class _Stream(io.FileIO):
-    """One of the process' own streams."""
+    """A raw standard stream of this process."""
 
     is_needed = False
-    """Whether a write that fails raises OutputLost."""
+    """Whether a failed write raises OutputLost."""
 
     def write(self, data: Any, /) -> int:
         try:
-            # None: another program made it non-blocking, and it is full.
+            # None: another program made the stream non-blocking, and it is full.
             while (written := super().write(data)) is None:
                 select.select([], [self], [])
             return written
         except OSError as error:
             if self.is_needed:
-                # What is still in buffers goes nowhere.
+                # Discard the contents of buffers.
                 _open_nowhere(self.fileno())
                 raise OutputLost(error) from None
             return memoryview(data).nbytes
 
 
 class _Text(io.TextIOWrapper):
-    """Text to one of the process' own streams."""
+    """A standard text stream of this process."""
 
     may_colour = False
-    """Whether colours pass, and returns to the line's beginning: libraries write both on standard error."""
+    """Whether to pass color codes and carriage returns through, both of which libraries write to stderr."""
 
     def write(self, text: str, /) -> int:
         if self.may_colour:
             parts = _COLOUR.split(text)
-            super().write("".join(part if i % 2 else without_steering(part) for i, part in enumerate(parts)))
+            super().write("".join(part if i % 2 else escape_controls(part) for i, part in enumerate(parts)))
         else:
-            super().write(without_steering(text))
+            super().write(escape_controls(text))
         return len(text)
 
 
-class _Unchanged:
-    """A stream of ours for one who steers the terminal, and shows nothing of others as it is."""
+class _Unescaped:
+    """A standard stream without escaping, for code that controls the terminal and escapes foreign text
+    itself."""
 
     def __init__(self, stream: _Text) -> None:
         self._stream = stream
@@ -90,39 +92,38 @@ class _Unchanged:
         return getattr(self._stream, name)
 
 
-def without_steering(text: str) -> str:
-    """Return `text` with control characters, but for line ends and tabs, by their backslash escapes."""
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def escape_controls(text: str) -> str:
+    """Return `text` with control characters, except line ends and tabs, as backslash escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def tell(text: str) -> None:
-    """Say on standard error what a person should know; names of others in it steer nothing and give no secret
-    away."""
+    """Print a message to stderr, without control characters and credentials."""
     print(clean(text), file=sys.stderr, flush=True)
 
 
 def clean(text: str) -> str:
-    """Return what is told of names in files of others: without what steers a terminal, and without what URLs
-    keep secret."""
-    return without_steering(without_credentials(text))
+    """Return `text` without control characters and credentials in URLs, for messages with names from foreign
+    files."""
+    return escape_controls(without_credentials(text))
 
 
-def unchanged(stream: TextIO) -> TextIO:
-    """Return what writes to `stream` whatever it is given, for bars and live lines."""
-    return cast(TextIO, _Unchanged(stream)) if isinstance(stream, _Text) else stream
+def unescaped(stream: TextIO) -> TextIO:
+    """Return a version of `stream` without escaping, for progress bars and live lines."""
+    return cast(TextIO, _Unescaped(stream)) if isinstance(stream, _Text) else stream
 
 
 def print_text(text: str) -> None:
-    """Print text that was asked for: exactly, but on a terminal as all else."""
-    print(text, file=sys.stdout if sys.stdout.isatty() else unchanged(sys.stdout), flush=True)
+    """Print requested text to stdout, unchanged unless stdout is a terminal."""
+    print(text, file=sys.stdout if sys.stdout.isatty() else unescaped(sys.stdout), flush=True)
 
 
 _output: _Stream | None = None
 
 
-def take_over() -> None:
-    """Give this process three streams that can be used as any other; before anything else opens a file, which
-    would get the number of a closed one."""
+def replace_streams() -> None:
+    """Replace the standard streams. Call this before any file is opened, which would get the number of a
+    closed stream."""
     global _output
     for number in range(3):
         try:
@@ -140,8 +141,8 @@ def take_over() -> None:
         sys.stderr.may_colour = True
 
 
-def go_on_without_output() -> None:
-    """From now on the work matters, and what is printed only tells of it."""
+def tolerate_lost_output() -> None:
+    """Continue from now on if stdout cannot be written: the output only reports on the work."""
     if _output is not None:
         with suppress(OutputLost):
             sys.stdout.flush()
@@ -160,7 +161,7 @@ def _open_nowhere(number: int) -> None:
 def _text(raw: _Stream, like: TextIO | None = None) -> _Text:
     if like is None:
         return _Text(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
-    is_buffered = isinstance(like.buffer, io.BufferedIOBase)  # not so with python -u
+    is_buffered = isinstance(like.buffer, io.BufferedIOBase)  # false with python -u
     return _Text(
         io.BufferedWriter(raw) if is_buffered else raw,
         like.encoding,

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep keep their runs."""
+"""Name the run folders of the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 MOST_CHARACTERS = 100
-"""File systems allow 255 bytes."""
+"""Maximum length of a folder name; file systems allow 255 bytes."""
 
 
 CHANGES_NO_TRAINING = (
@@ -20,14 +20,14 @@ CHANGES_NO_TRAINING = (
     "data.path",
     "data.cache",
 )
-"""Sections and keys of names and paths, of what watches and what keeps."""
+"""Sections and keys that do not affect training: names and paths, tracking and saving."""
 
 
 def job_folder(overrides: Sequence[str], swept: Collection[str]) -> str:
-    """The folder of a job, named by its values of the `swept` keys and then of others that a person gave, in
-    any order of them: with another value, the sweep makes other runs. Empty where nothing is swept.
+    """Return the name of a job's folder: its values of the `swept` keys, then the other overrides that affect
+    training, sorted. Empty if no key is swept.
 
-    What a folder's name had better not hold, or is too long, is told apart by a hash.
+    Special characters are replaced and long names truncated; a hash then keeps the names distinct.
     """
 
     def matters(key: str) -> bool:
@@ -39,7 +39,7 @@ def job_folder(overrides: Sequence[str], swept: Collection[str]) -> str:
         given += [
             override for override in typed if override not in given and matters(override.partition("=")[0])
         ]
-    # Free text comes quoted.
+    # Text values are quoted.
     given = [re.sub(r"='(.*)'$", r"=\1", override, flags=re.DOTALL) for override in given]
     plain = [re.sub(r"[^\w.+=-]", "_", override, flags=re.ASCII) for override in given]
     name = ",".join(plain)

@@ -1,9 +1,9 @@
-"""Where a rank's part of a parameter lies in the whole: arithmetic on boxes, free of torch.
+"""Locate a rank's shard of a parameter in the whole parameter, by arithmetic on boxes. Does not import torch.
 
-A parameter of any shape is looked at as a matrix: (n,) as one row of n, (a, b, c) as a rows of b·c.
-What tensor parallelism leaves on a rank is a box of that matrix, and what ZeRO leaves of it, a range
-of the flattened box, is three boxes at most: the end of a row, whole rows, the beginning of a row.
-Checkpoints and initialization speak in boxes of the whole parameter, so that they know no layout.
+A parameter of any shape is treated as a matrix: (n,) as one row of n, (a, b, c) as a rows of b·c. Tensor
+parallelism leaves a box of this matrix on a rank. ZeRO leaves a range of the flattened box, which consists of
+at most three boxes: the end of a row, whole rows, the beginning of a row. Checkpoints and initialization use
+boxes of the whole parameter, so that they do not depend on the layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Box(NamedTuple):
-    """`rows` × `columns` elements of a parameter's matrix from (`row`, `column`) on."""
+    """A submatrix of `rows` × `columns` elements of a parameter, starting at (`row`, `column`)."""
 
     row: int
     column: int
@@ -27,7 +27,7 @@ class Box(NamedTuple):
         return self.rows * self.columns
 
     def intersection(self, other: Box) -> Box | None:
-        """What both cover, or None."""
+        """Return the intersection of both boxes, None if it is empty."""
         row, column = max(self.row, other.row), max(self.column, other.column)
         rows = min(self.row + self.rows, other.row + other.rows) - row
         columns = min(self.column + self.columns, other.column + other.columns) - column
@@ -35,35 +35,35 @@ class Box(NamedTuple):
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of the matrix that a parameter of `shape` is looked at as."""
+    """Return (rows, columns) of the matrix as which a parameter of `shape` is treated."""
     if len(shape) <= 1:
         return 1, prod(shape)
     return shape[0], prod(shape[1:])
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """The box of all elements."""
+    """Return the box of all elements."""
     return Box(0, 0, *matrix_shape(shape))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count` equal parts of a parameter along `dim`; the whole of it by default.
+    """Part `index` of `count` equal parts of a parameter along `dim`; the whole parameter by default.
 
-    Where `count` does not divide the dim, the last parts reach beyond it: those elements are padding,
-    which no box covers.
+    If `count` does not divide the dimension, the last parts extend beyond it with padding, which no box
+    covers.
     """
 
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     dim: int = 0
-    """0, or 1 of a matrix."""
+    """0, or 1 for a matrix."""
     index: int = 0
     count: int = 1
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Of this part, padding included."""
+        """Shape of this part, including padding."""
         part = -(-self.shape[self.dim] // self.count) if self.shape else 1
         return tuple(part if dim == self.dim else size for dim, size in enumerate(self.shape))
 
@@ -73,12 +73,12 @@ class Shard:
 
     @property
     def is_padded(self) -> bool:
-        """Whether the last parts hold elements that the whole lacks."""
+        """Whether the last parts contain padding."""
         return bool(self.shape) and self.shape[self.dim] % self.count != 0
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Box, slice]]:
-        """What elements [start, stop) of the flattened part are in the whole: each box, and its place
-        among the stop − start elements, which fill it row by row."""
+        """Yield the boxes of the whole parameter that elements [start, stop) of the flattened part cover,
+        each with the slice of these stop − start elements that fills it row by row."""
         if not 0 <= start <= stop <= self.numel:
             raise ValueError(f"elements {start} to {stop} of {self.numel}")
         rows, columns = matrix_shape(self.local_shape)
@@ -98,9 +98,9 @@ class Shard:
             moved = Box(box.row + shift_row, box.column + shift_column, box.rows, box.columns)
             inside = moved.intersection(full)
             if inside is not None and (inside.columns == moved.columns or box.rows == 1):
-                # Padding is at the end: what is inside comes first.
+                # Padding is at the end, after the elements of the box.
                 yield inside, slice(at - start, at - start + inside.numel)
-            elif inside is not None:  # columns cut off in many rows
+            elif inside is not None:  # several rows whose last columns are padding
                 for i in range(box.rows):
                     begin = at - start + i * columns
                     yield (

@@ -1,4 +1,4 @@
-"""URLs as they may be stored, shown and sent: without what opens the door."""
+"""Remove credentials from URLs before they are stored, shown or sent."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import re
 from typing import Any
 
 _REMOTE = "https?|s3[an]?|gs|gcs|az|abfss?|adl|wasbs?|hdfs|webhdfs|ftps?|sftp|ssh|smb|hf|github|dropbox"
-# A path library makes one slash of two.
+# Path libraries reduce two slashes to one.
 _URL = re.compile(rf"(?:[a-z][a-z0-9+.-]*://|(?<![a-z0-9+.-])(?:{_REMOTE}):/+)\S*", re.IGNORECASE)
 _START = re.compile(r"""(?:[\w.+~-]+=)?["']?[a-z][a-z0-9+.:-]*://""", re.IGNORECASE)
 _TAIL = re.compile(r"""[]'"}),;:.]*$""")
-"""What a text has behind a URL: a quote that ends, say."""
+"""Characters after a URL in a text, such as a closing quote."""
 _VALUE = re.compile(r"([?&;#][^\s=&?#;]{1,80}=)[^\s&#]+")
-"""Of a key in what stands behind a URL with a blank in it."""
+"""A key with its value, in the text after a blank in a URL."""
 _PARAMETERS = re.compile(r";[^/?#;]*=[^/?#;]*")
 _BLANK = "\ue000"
 
 
 def without_credentials(text: str) -> str:
-    """`text` with each URL in it without user and password, and without those parts that may open the door: a
-    web address' whole query and fragment, which may be a signature, and else the values of keys."""
+    """Return `text` with credentials removed from its URLs: user, password, and for http(s) the query and
+    fragment, which may contain a signature; for other protocols the values in query and fragment."""
     if ":/" not in text:
         return text
     if _START.match(text) and text.count("://") == 1 and ": got " not in text:
-        # It is one URL, or a key with one: what a blank parts belongs to it too.
+        # The text is a single URL, or a key with one: the part after a blank belongs to it too.
         return _masked_in(text.replace(" ", _BLANK)).replace(_BLANK, " ")
     return _masked_in(text)
 
 
 def without_credentials_in(value: Any) -> Any:
-    """A tree of mappings, lists and plain values, its texts and keys `without_credentials`."""
+    """Apply `without_credentials` to all texts and keys in a tree of mappings, lists and plain values."""
     if isinstance(value, dict):
         return {without_credentials_in(key): without_credentials_in(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -54,7 +54,7 @@ def _masked(url: str) -> str:
 
 
 def _without_values(part: str) -> str:
-    """A query or a fragment; without a key it is a part of a name."""
+    """Return a query or fragment without values; without a key it is part of a name and stays."""
     if "=" not in part:
         return part
     return "&".join(
@@ -63,14 +63,14 @@ def _without_values(part: str) -> str:
 
 
 def _end_of_user(body: str) -> int:
-    """Where the host begins. A password that was not quoted may hold any character."""
+    """Return the offset of the host. An unquoted password may contain any character."""
     authority = re.split(r"[/?#]", body, maxsplit=1)[0]
     if "@" in authority:
-        # Up to the last one of the URL where what stands before it is no host and port.
+        # If the part after the @ is not a host and port, the password extends to the last @ of the URL.
         return (authority if _is_host(authority.rpartition("@")[2]) else body).rfind("@") + 1
     return 0 if _is_host(authority) else body.rfind("@") + 1
 
 
 def _is_host(authority: str) -> bool:
-    """Whether it may be a host, with a port or without."""
+    """Return whether `authority` may be a host with an optional port."""
     return re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?", authority) is not None

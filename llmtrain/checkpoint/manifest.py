@@ -13,7 +13,7 @@ from llmtrain.checkpoint.older import with_objective
 from llmtrain.config import require, show
 from llmtrain.data.mixture import Segment, timeline_problems
 from llmtrain.errors import CheckpointError, Problem
-from llmtrain.files import checksum_of_json, stays_inside
+from llmtrain.files import checksum_of_json, is_inside_path
 from llmtrain.models.huggingface.origin import Origin
 from llmtrain.reading import decode_file, parse_object, read_bytes
 
@@ -45,7 +45,7 @@ class _File:
 
     def problems(self) -> Iterator[Problem]:
         allowed = "a file of the checkpoint's own folder"
-        yield from require(stays_inside(self.file), "file", self.file, allowed)
+        yield from require(is_inside_path(self.file), "file", self.file, allowed)
         yield from require(self.bytes >= 0, "bytes", self.bytes, "0 or more")
         yield from require(bool(_XXH3.fullmatch(self.xxh3_128)), "xxh3_128", self.xxh3_128, "32 hex digits")
 

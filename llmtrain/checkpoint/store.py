@@ -205,7 +205,7 @@ def assemble(
     if tokenizer is not None:
         # The file of a corpus from elsewhere has the cache's name.
         copy = partial / next(name for name in TOKENIZER_FILES if name.endswith(tokenizer.suffix))
-        with open(tokenizer, "rb") as source, open(copy, "xb", opener=files.beside_no_link) as target:
+        with open(tokenizer, "rb") as source, open(copy, "xb", opener=files.no_follow_opener) as target:
             shutil.copyfileobj(source, target)
         files.sync(copy)
         listed.append({"file": copy.name, "bytes": copy.stat().st_size, "xxh3_128": files.checksum(copy)})

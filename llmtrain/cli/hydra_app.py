@@ -117,7 +117,7 @@ class _Jobs:
                 folder = job_folder(list(hydra_config.overrides.task), self.swept)
                 composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / folder)
             if self.name in verbs.DOES_MORE_THAN_PRINT:
-                standard_streams.go_on_without_output()
+                standard_streams.tolerate_lost_output()
             self.codes.append(_run_verb(self.name, composed))
             if is_sweep and self.codes[-1] == INTERRUPTED_EXIT_CODE:
                 raise _SweepInterrupted

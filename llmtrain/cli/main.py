@@ -31,7 +31,7 @@ cause, and a launcher that noticed asks this rank to end meanwhile."""
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and end the process with the verb's exit code."""
-    standard_streams.take_over()
+    standard_streams.replace_streams()
     try:
         try:
             code = _answer(sys.argv[1:] if arguments is None else arguments)

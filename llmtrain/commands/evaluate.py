@@ -119,7 +119,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         counter = TargetCounter(max(corpora.vocab_size, getattr(trained.config, "vocab_size", None) or 0))
         batches = counter.watch(batches)
     model = trained.build_over(mesh, device)
-    counted = mesh.tells_the_loss
+    counted = mesh.contributes_loss
     totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
     if counter is not None:
         counter.sum_over_ranks(counted, device)

@@ -24,7 +24,7 @@ from llmtrain.corpus.transport_http import LEAST_RATE, HttpFile, pool_manager
 from llmtrain.corpus.transport_source import PassingError, Source, is_http
 from llmtrain.corpus.transport_stores import S3File, StoreFile
 from llmtrain.errors import DataError, Problem, printable
-from llmtrain.files import beside_no_link
+from llmtrain.files import no_follow_opener
 from llmtrain.urls import without_credentials
 
 FIRST_WAIT = 0.25
@@ -118,7 +118,7 @@ class Transport:
         DataError for missing access or a missing package; OSError if `partial` cannot be written. `partial`
         keeps the bytes received so far.
         """
-        with open(partial, "ab", opener=beside_no_link) as file:
+        with open(partial, "ab", opener=no_follow_opener) as file:
             if file.tell() > size:
                 file.truncate(0)
                 file.seek(0)

@@ -47,7 +47,7 @@ class MicroBatch:
     digest: int = 0
     """Digest of contents and numbers of the samples; training only."""
     num_skipped: int = 0
-    """Number of rows left empty because their shard is unreadable; training only."""
+    """Number of rows left empty because their tar file is unreadable; training only."""
 
     @property
     def first_sample(self) -> int:

@@ -1,10 +1,10 @@
 """The order of samples: pure functions of seed and number, independent of world size, workers and time.
 
-The samples of a dataset are stored in shards (tar files or similar). In each epoch the shards are permuted,
-each `block_shards` consecutive ones form a block, and the samples are permuted within their block. A reader
-thus needs the shards of one block at a time, whatever the size of the dataset. The sample at any number in
-the order is found in constant time and memory, so that a run resumes at once and each rank computes only its
-own slice.
+The samples of a dataset are stored in shards: tar files, or whatever units a dataset reads at a time. In each
+epoch the shards are permuted, each `block_shards` consecutive ones form a block, and the samples are permuted
+within their block. A reader thus needs the shards of one block at a time, whatever the size of the dataset.
+The sample at any position in the order is found in constant time and memory, so that a run resumes at once
+and each rank computes only its own slice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from llmtrain.hashing import mix
 _EPOCHS_KEPT = 4
 _ROUNDS = 8
 _RUN = 4096
-"""Consecutive places of the order that are computed together and cached: numpy takes as long for ten as for a
-thousand."""
+"""Consecutive positions in the order that are computed together and cached: numpy takes as long for ten as
+for a thousand."""
 _RUNS_KEPT = 8
 _WORD = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -208,7 +208,7 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.nd
 
 
 def _mix(value: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     value &= _WORD
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _WORD

@@ -1,4 +1,4 @@
-"""The training stream: the samples of each step, over sources, epochs and shards, and their contents.
+"""The training stream: the samples of each step, over sources, epochs and tar files, and their contents.
 
 The order is computed from timeline, seed and step only; ranks, threads and restarts ask for slices of it.
 """
@@ -26,7 +26,7 @@ Agree = Callable[[str, Sequence[int], GaveUp], list[int]]
 """(key, numbers of this rank, whether to stop waiting) → set union over all ranks of the numbers for the key;
 called by all ranks, from any thread."""
 Skipped = frozenset[tuple[int, int, int]]
-"""(source, epoch, shard) of skipped shards."""
+"""(source, epoch, tar file) of skipped tar files."""
 
 _BLOCKS_KEPT = 64
 _DIGEST_BITS = 48
@@ -42,7 +42,7 @@ class Origins:
     epochs: np.ndarray
     """Epochs of the sources, from 0."""
     indices: np.ndarray
-    """Numbers of the samples in their source; EMPTY in a skipped shard."""
+    """Numbers of the samples in their source; EMPTY in a skipped tar file."""
 
 
 class Stream:
@@ -60,9 +60,9 @@ class Stream:
         agree: Agree | None = None,
         on_skip: Callable[[str, int], None] = lambda shard, samples: None,
     ) -> None:
-        """sources: the datasets of the timeline's sources. shuffle_shards: number of shards among which
+        """sources: the datasets of the timeline's sources. shuffle_shards: number of tar files among which
         samples are shuffled. drop_last: whether an epoch ends with its last full step. agree: required by
-        on_bad_shard="skip" with several ranks. on_skip: called with (shard, samples) of each skipped shard.
+        on_bad_shard="skip" with several ranks. on_skip: called with (name, samples) of each skipped tar file.
 
         Raise DataError if drop_last is set and a source is smaller than a step.
         """
@@ -91,7 +91,7 @@ class Stream:
         self._blocks: list[OrderedDict[tuple[int, int], Future[frozenset[int]]]]
         self._blocks = [OrderedDict() for _ in sources]
         self._bad: dict[tuple[int, int], set[int]] = {}
-        """(source, epoch) → its bad shards."""
+        """(source, epoch) → its bad tar files."""
         self._lock = threading.Lock()
 
     def samples(self, step: int) -> range:
@@ -99,9 +99,9 @@ class Stream:
         return self.timeline.samples(step)
 
     def enter(self, step: int, gave_up: GaveUp = lambda: False) -> Skipped:
-        """Request the shards of `step` and of the block after it; return those to skip.
+        """Request the tar files of `step` and of the block after it; return those to skip.
 
-        If bad shards are skipped, all ranks agree on them, so all ranks must call this for every step that
+        If bad tar files are skipped, all ranks agree on them, so all ranks must call this for every step that
         they read.
         """
         samples = self.samples(step)
@@ -182,7 +182,7 @@ class Stream:
         return entered
 
     def _prepare_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> frozenset[int]:
-        """Request the shards of a block and of the next one; return those of the block to skip."""
+        """Request the tar files of a block and of the next one; return those of the block to skip."""
         dataset, order = self._datasets[source], self._orders[source]
         if not isinstance(dataset, ReadsShards):
             return frozenset()
@@ -200,7 +200,7 @@ class Stream:
             in_epoch.update(bad)
             num_bad = len(in_epoch)
         if num_bad == int(np.count_nonzero(sizes)):
-            got = f"no readable one of {num_bad} shards"
+            got = f"no readable one of {num_bad} tar files"
             raise DataError(Problem(f"data.path ({dataset.tar_names[bad[0]]})", got, "one or more"))
         for shard in bad:
             self._on_skip(dataset.tar_names[shard], int(sizes[shard]))

@@ -61,10 +61,10 @@ def _seconds(name: str, default: float) -> float:
     return seconds
 
 
-def await_host(address: str, port: int, seconds: float, whom: str = "rank 0") -> None:
+def await_host(address: str, port: int, seconds: float, peer: str = "rank 0") -> None:
     """Wait until something listens at `address` and `port`, without the log lines of torch's own wait.
 
-    whom: name of the peer in the error message.
+    peer: name of the peer in the error message.
     Raise LaunchError if nothing listens within `seconds`.
     """
     deadline = time.monotonic() + seconds
@@ -74,8 +74,8 @@ def await_host(address: str, port: int, seconds: float, whom: str = "rank 0") ->
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                got = f"no answer from {whom} at {address}:{port} within {seconds:g} s ({error})"
-                remedy = f"see the messages of {whom}, or wait longer with START_TIMEOUT=seconds"
+                got = f"no answer from {peer} at {address}:{port} within {seconds:g} s ({error})"
+                remedy = f"see the messages of {peer}, or wait longer with START_TIMEOUT=seconds"
                 failure = LaunchError(Problem("start", got, remedy=remedy))
                 failure.everywhere = False  # rank 0, which prints common errors, is not there
                 raise failure from None

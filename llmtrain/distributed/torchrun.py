@@ -280,8 +280,8 @@ def _one_log_per_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
 def main(arguments: Sequence[str]) -> int:
     """Launch with the given overrides, or with `--job-exit-code FOLDER` print the exit code in its
     reports."""
-    standard_streams.take_over()
-    standard_streams.go_on_without_output()
+    standard_streams.replace_streams()
+    standard_streams.tolerate_lost_output()
     # The agent copies rank 0's log to this stream: print each line at once.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]

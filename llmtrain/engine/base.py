@@ -173,7 +173,7 @@ class Engine(ABC):
         """
         assert len(micro_batches) == self.layout.accumulation
         batches = [self._prepared(micro) for micro in micro_batches]
-        counted = self.mesh.tells_the_loss
+        counted = self.mesh.contributes_loss
         counts = np.zeros(3, dtype=np.int64)
         if counted:
             counts[0] = sum(self.objective.target_count(batch) for batch in batches)
@@ -233,7 +233,7 @@ class Engine(ABC):
         for part in (module, self.model):
             part.eval()
         batches = (to_device(self._part_of(micro.batch), self.device) for micro in micro_batches)
-        totals = sum_over_batches(lambda batch: Terms(*module(batch)), batches, self.mesh.tells_the_loss)
+        totals = sum_over_batches(lambda batch: Terms(*module(batch)), batches, self.mesh.contributes_loss)
         for part in (module, self.model):
             part.train()
         return totals

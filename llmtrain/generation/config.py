@@ -53,37 +53,39 @@ class GenerateConfig:
     together."""
 
     def resolved(
-        self, *, has_sources: bool, said: Mapping[str, Any] = MappingProxyType({})
+        self, *, has_sources: bool, folder_settings: Mapping[str, Any] = MappingProxyType({})
     ) -> GenerateConfig:
         """Return the config with values instead of null, except for top_k and top_p.
 
         has_sources: whether prompts are sources of an encoder–decoder model.
-        said: generation_config.json of the model's folder; its values replace null if they belong to the
-        decoding method in use, sampling or beam search.
+        folder_settings: generation_config.json of the model's folder; its values replace null if they belong
+        to the decoding method in use, sampling or beam search.
         """
-        is_told = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
-        num_beams = _first(self.num_beams, None if is_told else said.get("num_beams"), 1)
+        is_explicit = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        num_beams = _first(self.num_beams, None if is_explicit else folder_settings.get("num_beams"), 1)
         temperature = self.temperature
         if temperature is None:
             temperature = 0.0 if has_sources or num_beams > 1 else TEMPERATURE
-            if num_beams == 1 and said.get("do_sample"):
-                temperature = _first(said.get("temperature"), 1.0)
-            elif said.get("do_sample") is False and not is_told:
+            if num_beams == 1 and folder_settings.get("do_sample"):
+                temperature = _first(folder_settings.get("temperature"), 1.0)
+            elif folder_settings.get("do_sample") is False and not is_explicit:
                 temperature = 0.0
         top_k, top_p = self.top_k, self.top_p
-        if temperature > 0 and said.get("do_sample"):
-            top_k = top_k if top_k is not None else _first(said.get("top_k"), TOP_K) or None
-            top_p = top_p if top_p is not None else said.get("top_p")
-        of_beams = said if num_beams > 1 else {}
+        if temperature > 0 and folder_settings.get("do_sample"):
+            top_k = top_k if top_k is not None else _first(folder_settings.get("top_k"), TOP_K) or None
+            top_p = top_p if top_p is not None else folder_settings.get("top_p")
+        of_beams = folder_settings if num_beams > 1 else {}
         early_stopping = _first(self.early_stopping, of_beams.get("early_stopping"), False)
         return replace(
             self,
-            max_new_tokens=_first(self.max_new_tokens, said.get("max_new_tokens"), NEW_TOKENS),
-            min_new_tokens=_first(self.min_new_tokens, said.get("min_new_tokens"), 0),
+            max_new_tokens=_first(self.max_new_tokens, folder_settings.get("max_new_tokens"), NEW_TOKENS),
+            min_new_tokens=_first(self.min_new_tokens, folder_settings.get("min_new_tokens"), 0),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            repetition_penalty=_first(self.repetition_penalty, said.get("repetition_penalty"), 1.0),
+            repetition_penalty=_first(
+                self.repetition_penalty, folder_settings.get("repetition_penalty"), 1.0
+            ),
             num_beams=num_beams,
             length_penalty=_first(self.length_penalty, of_beams.get("length_penalty"), 1.0),
             early_stopping=early_stopping is True,

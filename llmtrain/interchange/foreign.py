@@ -1,4 +1,4 @@
-"""Models of others' making, whatever they come as: a Hugging Face folder, or a GGUF file."""
+"""Read foreign models: Hugging Face folders and GGUF files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llmtrain.tokenizers.folder import find_tokenizer, load_tokenizer
 
 
 def read_foreign(path: Path, tokenizer: Path | None = None) -> tuple[Imported, Tokenizer | None]:
-    """The model at `path`, its weights read when asked for, and its tokenizer, None where it has none.
-    tokenizer: the file or folder of another one, which is taken instead.
+    """Return the model at `path`, whose weights are read on access, and its tokenizer, None if it has none.
 
-    Raise CheckpointError and DataError, one line each, for what can't be taken.
+    tokenizer: file or folder of a tokenizer to use instead.
+    Raise CheckpointError or DataError if model or tokenizer are invalid or unsupported.
     """
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if is_gguf(path):

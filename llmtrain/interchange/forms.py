@@ -1,4 +1,4 @@
-"""The architectures of transformers that models of ours come from and go to."""
+"""The architectures of transformers that can be imported and exported."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ def forms() -> dict[str, Form]:
 
 
 def form_of(config: Any, came_from: str | None = None) -> Form:
-    """The form that computes what the model does; ConfigError names the keys in the way.
+    """Return the form that computes the same as a model of this config.
 
-    came_from: model_type of the folder that it came from, which is taken if it still fits."""
+    came_from: model_type of the folder that the model was imported from; preferred if it still fits.
+    Raise ConfigError that names the keys that prevent an export.
+    """
     misfits = {
         name: form.misfits(config)
         for name, form in forms().items()

@@ -1,4 +1,4 @@
-"""Read generation_config.json of a Hugging Face folder, and keep it for the export as it was."""
+"""Read generation_config.json of a Hugging Face folder, and write it again on export."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _NUMBERS = {
     "repetition_penalty": (1e-6, math.inf),
     "length_penalty": (-math.inf, math.inf),
 }
-"""Key → least and most."""
+"""Key of a number → (minimum, maximum)."""
 _WHOLE = {
     "top_k": (0, LARGEST_INT),
     "num_beams": (1, 1024),
     "max_length": (0, LARGEST_INT),
-    # Room for all of them is taken before the first.
+    # The cache for all new tokens is allocated in advance.
     "max_new_tokens": (0, 1 << 20),
     "min_new_tokens": (0, 1 << 20),
 }
-"""Key → least and most."""
+"""Key of an integer → (minimum, maximum)."""
 _OUT = ("_from_model_config", "transformers_version")
-"""Keys that would not be true of another folder."""
+"""Keys that are not valid for another folder."""
 
 
 def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the settings for generation, from config.json where the file is missing, as transformers does.
+    """Read the generation settings; from config.json if the file is missing, as transformers does.
 
-    Raise CheckpointError for values of keys that `generate` heeds and that are none.
+    Raise CheckpointError for invalid values of keys that `generate` uses.
     """
     if not os.path.exists(path / FILE):
         where, content = path / "config.json", _said_by(config)
@@ -48,7 +48,7 @@ def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_generation(settings: Settings) -> None:
-    """Raise CheckpointError for values of keys that `generate` heeds and that are none."""
+    """Raise CheckpointError for invalid values of keys that `generate` uses."""
     settings.token_ids("eos_token_id")
     settings.flag("do_sample", False)
     settings.require("early_stopping", True, False, "never")
@@ -63,21 +63,24 @@ def check_generation(settings: Settings) -> None:
 
 
 def _said_by(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of generation, which releases before the file had in config.json."""
+    """Return the generation settings in config.json, where older releases stored them."""
     keys = (*HEEDED, *PLAIN)
     return {key: value for key, value in config.items() if key in keys and value is not None} | ids_of(config)
 
 
 def ids_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation needs to know of a config.json."""
+    """Return the token ids in config.json, which generation needs."""
     return {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
 
 
 def write_generation(
     said: Mapping[str, Any], config: Mapping[str, Any], end_id: int | None
 ) -> dict[str, Any]:
-    """What an export says. said: by the folder that the model came from; config: its config.json.
-    end_id: of the texts that it was trained on here; None: it was not."""
+    """Return the generation_config.json of an export.
+
+    said: generation settings of the folder that the model was imported from; config: its config.json.
+    end_id: id of the end token in the training data; None: the model was not trained here.
+    """
     content = {**ids_of(config), **said}
     ends = content.get("eos_token_id")
     if end_id is not None and ends is not None:

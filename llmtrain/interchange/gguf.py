@@ -1,8 +1,7 @@
-"""GGUF files of the Llama family: `llama` (Mistral and SmolLM among them), `qwen2`, `qwen3`, `smollm3`.
+"""Import GGUF files of the Llama family: `llama` (including Mistral and SmolLM), `qwen2`, `qwen3`, `smollm3`.
 
-gguf_header.py reads what a file says; the `gguf` package knows every quantized format, and makes fp32 of a
-tensor at a time.
-Names and settings are those of the same model's Hugging Face form, spelled otherwise
+gguf_header.py reads header and metadata; the `gguf` package dequantizes one tensor at a time to fp32. Tensors
+and settings correspond to the Hugging Face form of the same model, under other names
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
@@ -34,7 +33,7 @@ from llmtrain.reading import open_regular
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 _INTERLEAVED = ("llama", "smollm3")
-"""Whose queries and keys have the two dims of a rotation side by side."""
+"""Architectures whose queries and keys store the two dims of a rotation next to each other."""
 _SETTINGS = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -43,7 +42,7 @@ _SETTINGS = {
     "intermediate_size": "feed_forward_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""Key of config.json → key behind the architecture's name; all must be there."""
+"""Key of config.json → GGUF key after the name of the architecture; all are required."""
 _CHANGING = (
     "expert_count",
     "embedding_scale",
@@ -54,13 +53,13 @@ _CHANGING = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-"""Keys of what our decoder does not compute."""
+"""Keys of operations that the decoder here does not have."""
 _PLAIN_SCALING = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "alpha": 0.0}
-"""Key behind rope.scaling → the value that changes nothing; ours has no such key."""
+"""Key after rope.scaling → the only supported value, which has no effect."""
 _YARN = {"original_context_length": "original_max_position_embeddings"} | {
     f"yarn_{key}": key for key in ("beta_fast", "beta_slow")
 }
-"""Key behind rope.scaling → of config.json."""
+"""Key after rope.scaling → key of config.json."""
 _ROTARY_FACTORS = "rope_freqs.weight"
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -78,12 +77,12 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""Module of the Hugging Face form → of GGUF."""
+"""Module of the Hugging Face form → module of GGUF."""
 _LAYER = "model.layers."
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether `path` ends in .gguf, or is a file that begins as GGUF files do."""
+    """Return whether the name of the file ends in .gguf, or its contents begin with the GGUF magic."""
     if path.is_dir() or not path.exists():
         return False
     if path.suffix.lower() == ".gguf":
@@ -96,11 +95,11 @@ def is_gguf(path: Path) -> bool:
 
 
 class GgufFile:
-    """What a file says, and its tensors."""
+    """The metadata and tensors of a GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        """Raise CheckpointError, one line, for a file that is damaged or a part of a whole, and where the
-        package that reads it is not installed."""
+        """Raise CheckpointError if the file is damaged or one of several parts, or the package `gguf` is not
+        installed."""
         try:
             gguf = import_module("gguf")
         except ImportError:
@@ -114,7 +113,7 @@ class GgufFile:
             header = read_header(self._content, formats)
         except OSError as error:
             raise CheckpointError(Problem(str(path), str(error.strerror), "a GGUF file")) from error
-        except ValueError as error:  # mmap's own for an empty file too
+        except ValueError as error:  # also raised by mmap for an empty file
             got = f"a damaged GGUF file ({error})"
             raise CheckpointError(Problem(str(path), got, "a whole file", "download it again")) from error
         self.said = Metadata(path, header.values)
@@ -125,7 +124,7 @@ class GgufFile:
             raise CheckpointError(Problem(str(path), "one of several files", "a single file", remedy))
 
     def _whole(self, key: str) -> int | None:
-        """The value behind the architecture's name, or None."""
+        """Return the integer under the key after the name of the architecture, or None."""
         return self.said.whole(f"{self.architecture}.{key}")
 
     def _number(self, key: str) -> float | None:
@@ -133,8 +132,8 @@ class GgufFile:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """As config.json of the same model says it. Raise CheckpointError for what is missing, or has no
-        place in our decoder."""
+        """The settings in the form of config.json. Raise CheckpointError for missing or unsupported
+        settings."""
         where, said = str(self.path), self.said
         if self.architecture not in ARCHITECTURES:
             got, allowed = f"general.architecture {show(self.architecture)}", ", ".join(ARCHITECTURES)
@@ -182,7 +181,8 @@ class GgufFile:
         }
 
     def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
-        """As `rope_scaling` of config.json. Of Llama 3.1's there are only the numbers that it comes to."""
+        """Return the settings in the form of `rope_scaling` of config.json. For Llama 3.1 the file contains
+        only the resulting factors, from which the settings are inferred."""
         kind = self.said.text(f"{self.architecture}.rope.scaling.type")
         kind = kind or ("linear" if self._number("rope.scale_linear") else None)
         if _ROTARY_FACTORS not in self.tensors:
@@ -205,11 +205,11 @@ class GgufFile:
                 "none, or those of Llama 3.1 and later",
             )
         )
-        # Before as many are made as a file says.
+        # Check the size before allocating what the file states.
         if prod(self.tensors[_ROTARY_FACTORS].shape) * 2 != head_dim:
             raise refusal
         stored = torch.from_numpy(np.array(self.dequantized(_ROTARY_FACTORS)).reshape(-1))
-        # Nothing says the other three: they are these in all of Meta's models.
+        # The other three settings are not stored; they have these values in all models of Meta.
         llama3 = RopeScaling("llama3", float(stored.max()))
         plain = rotary_frequencies(head_dim, theta, None, torch.device("cpu"))
         factors = plain / rotary_frequencies(head_dim, theta, llama3, torch.device("cpu"))
@@ -224,7 +224,7 @@ class GgufFile:
         }
 
     def dequantized(self, name: str) -> np.ndarray:
-        """A tensor's numbers, fp32. Raise CheckpointError for a format that the package cannot read."""
+        """Return a tensor as fp32. Raise CheckpointError for a format that the package `gguf` cannot read."""
         gguf, place = import_module("gguf"), self.tensors[name]
         kind = gguf.GGMLQuantizationType(place.kind)
         stored = np.frombuffer(self._content, np.uint8, place.size, place.start)
@@ -237,39 +237,40 @@ class GgufFile:
 
 
 class GgufTensors(Stored):
-    """GGUF's name → fp32 tensor, laid out as in a Hugging Face folder."""
+    """GGUF name → fp32 tensor, in the layout of a Hugging Face folder."""
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
         self.shapes = {name: place.shape for name, place in file.tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        # A copy: what is not quantized lies in the file itself, which is read only.
+        # Copy: an unquantized tensor is a view of the file, which is read-only.
         tensor = torch.from_numpy(np.array(self._file.dequantized(name), np.float32))
         part = name.split(".")[-2]
         if part not in ("attn_q", "attn_k") or self._file.architecture not in _INTERLEAVED:
             return tensor
         config = self._file.config
         heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-        # A head's dims (0, 1), (2, 3), … are rotated together; here they are (0, H/2), (1, H/2 + 1), ….
+        # GGUF rotates the dims (0, 1), (2, 3), … of a head together; here these are (0, H/2), (1, H/2 + 1),
+        # ….
         return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def import_gguf(file: GgufFile) -> Imported:
-    """The model of one of `ARCHITECTURES`, its weights as fp32.
+    """Import a model of one of `ARCHITECTURES`, with weights as fp32.
 
-    Raise CheckpointError for an architecture, setting or tensor that can't be taken.
+    Raise CheckpointError for an unsupported architecture, setting or tensor.
     """
     stored = GgufTensors(file)
     theirs = Settings(file.path, file.config, stored)
     imported = import_stored(file.path, _respelled(forms()[file.config["model_type"]]), theirs, stored)
-    # Its settings are no whole config.json.
+    # The settings are not a complete config.json.
     return dataclasses.replace(imported, origin=Origin.of({}, imported.config, _generation(file)))
 
 
 def _generation(file: GgufFile) -> dict[str, Any]:
-    """As generation_config.json says it: the ids of tokens that end a text, a turn of a talk, or a message
-    that awaits an answer, and of those that begin or fill one."""
+    """Return the settings in the form of generation_config.json: the ids that end a text, a turn or a
+    message, and the ids of bos and padding."""
     ends = [file.said.whole(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     listed = list(dict.fromkeys(token for token in ends if token is not None))
     said: dict[str, Any] = {"eos_token_id": listed if len(listed) > 1 else next(iter(listed), None)}
@@ -279,7 +280,7 @@ def _generation(file: GgufFile) -> dict[str, Any]:
 
 
 def _respelled(form: Form) -> Form:
-    """The form with GGUF's names for its tensors."""
+    """Return the form with the GGUF names of its tensors."""
 
     def entries(config: Any) -> list[Entry]:
         return [
@@ -294,7 +295,7 @@ def _respelled(form: Form) -> Form:
 
 
 def _gguf_name(name: str) -> str:
-    """Of a tensor of the Hugging Face form."""
+    """Return the GGUF name of a tensor of the Hugging Face form."""
     module, _, parameter = name.rpartition(".")
     if not module.startswith(_LAYER):
         return f"{_NAMES[module]}.{parameter}"
@@ -303,6 +304,6 @@ def _gguf_name(name: str) -> str:
 
 
 def _as_written(value: float) -> float:
-    """The shortest decimal of a number that was stored as fp32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal of a number that was stored as fp32: 1e-05, not 9.999999747378752e-06."""
     with np.errstate(over="ignore"):
         return float(str(np.float32(value)))

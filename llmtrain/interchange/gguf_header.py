@@ -1,8 +1,8 @@
-"""The head of a GGUF file: what it says of the model, and where its tensors lie
+"""Read the header of a GGUF file: metadata of the model and locations of its tensors
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-Read here and not by the `gguf` package, which believes the counts and lengths that it finds: each is compared
-with the bytes that are there before anything is made of it.
+The `gguf` package is not used for this, because it trusts counts and lengths. Here each is compared with the
+size of the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from llmtrain.errors import CheckpointError, Problem
 
 MAGIC = b"GGUF"
 HEADER_BYTES = 64 << 20
-"""More than a vocabulary of two million tokens takes, with its merges."""
+"""Maximum size of the header; more than a vocabulary of two million tokens needs, with merges."""
 MOST_NAMES = 1 << 16
-"""Most keys, and most tensors, that a file may have."""
+"""Maximum number of keys, and of tensors, in a file."""
 MOST_TEXTS = 1 << 22
-"""Most texts in the list of one key, such as tokens or merges."""
+"""Maximum number of texts in a list, such as tokens or merges."""
 MOST_DIMS = 4
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
 _NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 10: "u8", 11: "i8", 12: "f8"}
-"""Number of a type → numpy's code of it."""
+"""Number of a type → numpy type code."""
 _BOOL, _TEXT, _LIST = 7, 8, 9
 
 Value = bool | int | float | str | list[str] | np.ndarray
@@ -39,37 +39,38 @@ Value = bool | int | float | str | list[str] | np.ndarray
 
 @dataclass(frozen=True)
 class Place:
-    """The shape and format of a tensor, and its bytes in the file."""
+    """Shape, format and location of a tensor in the file."""
 
     shape: tuple[int, ...]
-    """As torch has it: rows first."""
+    """Shape in the order of torch, rows first."""
     kind: int
-    """Number of its format."""
+    """Number of the format."""
     start: int
-    """Byte of the file."""
+    """Offset in the file in bytes."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata of a file, and the places of its tensors."""
+    """The metadata of a file, and the locations of its tensors."""
 
     values: Mapping[str, Value]
     tensors: Mapping[str, Place]
 
 
 def read_header(content: Any, formats: Mapping[int, tuple[int, int]]) -> Header:
-    """Read the head of the file whose bytes are `content`, a buffer.
+    """Read the header of a file.
 
-    formats: number of each format → (numbers of a block, bytes of a block).
-    Raise ValueError, a phrase, for one that is damaged.
+    content: buffer with the bytes of the file; formats: number of a format → (elements per block, bytes per
+    block).
+    Raise ValueError with a short reason if the header is damaged.
     """
     cursor = _Cursor(memoryview(content)[:HEADER_BYTES])
     if bytes(cursor.take(4)) != MAGIC:
         raise ValueError("it does not begin with GGUF")
     if (version := cursor.whole("u4")) not in _VERSIONS:
-        # What a machine of the other order of bytes wrote has its version in the upper half.
+        # A file of the other byte order has its version in the upper half.
         kind = "with the highest byte first" if version & 0xFFFF == 0 else f"of version {version}"
         raise ValueError(f"{kind}; versions 2 and 3, with the lowest byte first, are read")
     num_tensors, num_keys = cursor.whole("u8"), cursor.whole("u8")
@@ -124,7 +125,7 @@ def _place(
 
 
 class _Cursor:
-    """Reads a head from its begin on."""
+    """Reads the values of a header from its beginning."""
 
     def __init__(self, head: memoryview) -> None:
         self._head = head
@@ -144,7 +145,7 @@ class _Cursor:
         try:
             return str(self.take(self.whole("u8")), "utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"text that is no UTF-8 at byte {start:,}") from None
+            raise ValueError(f"text that is not UTF-8 at byte {start:,}") from None
 
     def value(self, kind: int) -> Value:
         if kind == _TEXT:
@@ -161,7 +162,7 @@ class _Cursor:
 
     def _list(self, kind: int, count: int) -> list[str] | np.ndarray:
         if kind == _TEXT:
-            # Each begins with 8 bytes of its length.
+            # Each text takes at least the 8 bytes of its length.
             if count > min(MOST_TEXTS, (len(self._head) - self.at) // 8):
                 raise ValueError(f"a list of {count:,} texts at byte {self.at:,}")
             return [self.text() for _ in range(count)]
@@ -176,8 +177,8 @@ def _code(kind: int) -> str:
 
 
 class Metadata:
-    """What a file says. Its getters give None for a key that is missing, and raise CheckpointError, with file
-    and key, for a value of another type."""
+    """The metadata of a file. The getters return None for a missing key, and raise CheckpointError that names
+    file and key for a value of another type."""
 
     def __init__(self, path: Path, values: Mapping[str, Value]) -> None:
         self._path, self._values = path, values
@@ -211,7 +212,7 @@ class Metadata:
         return value if value is None or isinstance(value, list) else self._refuse(key, "a list of texts")
 
     def numbers(self, key: str, count: int, *, whole: bool = False) -> list[Any] | None:
-        """`count` numbers that are finite, or whole ones."""
+        """Return a list of `count` finite numbers, or integers if `whole`."""
         value = self._values.get(key)
         if value is None:
             return None
@@ -221,7 +222,7 @@ class Metadata:
         return list(value.tolist())  # type: ignore[union-attr]
 
     def shown(self, key: str) -> str:
-        """The value as messages show it."""
+        """Return the value as shown in messages."""
         value = self._values.get(key)
         return f"a list of {len(value):,} numbers" if isinstance(value, np.ndarray) else show(value)
 

@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describes, built again: byte-level BPE (`gpt2`) as
-tokenizer.json, sentencepiece (`llama`) as a .model.
+"""Rebuild the tokenizer that the metadata of a GGUF file describe: byte-level BPE (`gpt2`) as tokenizer.json,
+sentencepiece (`llama`) as a .model.
 
-A file names how texts are cut before BPE (tokenizer.ggml.pre) but not the rule itself; those known here are
-the rules of the tokenizers of that name.
+A file names the pre-tokenizer (tokenizer.ggml.pre), which splits texts before BPE, but does not contain its
+rules; those known here are taken from the tokenizers of that name.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from llmtrain.tokenizers.huggingface import TOKENIZER, TOKENIZER_CONFIG, JsonTok
 from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of tokens, as sentencepiece numbers them."""
+"""Types of tokens, numbered as in sentencepiece."""
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask", "seperator": "sep"}
-"""GGUF's name of an id (the misspelt one is its own) → role."""
+"""Name of an id in GGUF (with its misspelling) → role."""
 _REMEDY = "give tokenizer=PATH, the model's own"
 
 
 class _Cut(NamedTuple):
-    """How texts are cut before BPE."""
+    """The rules of a pre-tokenizer, which splits texts before BPE."""
 
     pattern: str | None = None
-    """None: GPT-2's."""
+    """Regular expression of the pieces; None: that of GPT-2."""
     single_digits: bool = False
     nfc: bool = False
     whole_words: bool = False
-    """What is cut and stands in the vocabulary is not merged."""
+    """Whether a piece that is in the vocabulary becomes one token without merging."""
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -47,11 +47,12 @@ _CUTS = {
     "llama-bpe": _Cut(_CONTRACTIONS + r"\p{N}{1,3}" + _REST, whole_words=True),
     "qwen2": _Cut(_CONTRACTIONS + r"\p{N}" + _REST, nfc=True),
 }
-"""tokenizer.ggml.pre → rule."""
+"""tokenizer.ggml.pre → rules."""
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
-    """Raise CheckpointError, with what to do, for one that cannot be built from what the file says."""
+    """Build the tokenizer of a GGUF file. Raise CheckpointError if its metadata are incomplete or
+    unsupported."""
     said = file.said
     kind, tokens = said.text("tokenizer.ggml.model"), said.texts("tokenizer.ggml.tokens")
     if not tokens:

@@ -1,8 +1,8 @@
-"""Folders that transformers loads, out and back.
+"""Export and import Hugging Face folders.
 
-forms/ says which of their tensors make up each of ours, and how configs correspond; huggingface_weights.py
-reads theirs, and huggingface_tokenizer.py writes the tokenizer. Weights are safetensors alone: nothing is
-unpickled, nor written to be, and no code that a folder brings is run.
+The forms (forms.py) define how tensors and configs correspond; huggingface_weights.py reads weights, and
+huggingface_tokenizer.py writes tokenizers. Weights are safetensors only: pickle is neither read nor written,
+and code in a folder is not run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from llmtrain.tokenizers.folder import EXPORT_MARK, find_tokenizer, load_tokeniz
 CONFIG = "config.json"
 EXPORTED_BY = f"llmtrain {version('llmtrain')}"
 SHARD_BYTES = 5 * 10**9
-"""Largest file of weights, transformers' own default."""
+"""Default maximum size of a weights file, as in transformers."""
 
 
 def export_folder(
@@ -55,18 +55,16 @@ def export_folder(
     origin: Origin | None = None,
     end_id: int | None = None,
 ) -> None:
-    """Write a folder that transformers' `from_pretrained` loads.
+    """Write a folder that `from_pretrained` of transformers loads. It appears complete or not at all.
 
-    tensors: canonical name → tensor of the full shape, any dtype and device; may load them lazily.
-    tokenizer_path: what `load_tokenizer` takes; None writes no tokenizer.
-    shard_bytes: above it the weights stand in several files with an index.
-    overwrite: replace another model's folder; an earlier export is always replaced.
-    origin: the folder that the model came from, whose settings stay as far as they are true of it.
-    end_id: what ends the texts that it was trained on since; None: it was not trained.
-
-    The folder appears whole or not at all. Raise ConfigError for a form that transformers has not,
-    CheckpointError for tensors that don't fit the config or an output that can't be written, DataError
-    for a tokenizer that doesn't fit.
+    tensors: canonical name → tensor of the full shape, any dtype and device; may load lazily.
+    tokenizer_path: file or folder for `load_tokenizer`; None: write no tokenizer.
+    shard_bytes: maximum size of a weights file; larger weights are split into several files with an index.
+    overwrite: replace the folder of another model; an earlier export is always replaced.
+    origin: the folder that the model was imported from; its settings are kept as far as they still apply.
+    end_id: id of the end token in the training data; None: the model was not trained here.
+    Raise ConfigError for a model without an equivalent in transformers, CheckpointError for tensors that do
+    not fit the config or an output that is not writable, DataError for a tokenizer that does not fit.
     """
     form = form_of(config, None if origin is None else origin.settings.get("model_type"))
     model = _on_meta(form, config)
@@ -107,28 +105,28 @@ def export_folder(
 
 @dataclass(frozen=True)
 class Imported:
-    """A model out of another's folder."""
+    """A model imported from a foreign folder or file."""
 
     config: Any
-    """Of whatever family it is."""
+    """Config of the model, of any family."""
     weights: Mapping[str, Tensor]
-    """Canonical name → tensor as stored, on the CPU, each read when asked for."""
+    """Canonical name → tensor as stored, on the CPU, read on access."""
     fresh: tuple[str, ...] = ()
-    """Those that the folder lacks: heads that are begun anew."""
+    """Names of weights that the folder lacks and that are initialized: heads."""
     left_out: tuple[str, ...] = ()
-    """Stored tensors that our model has no use for."""
+    """Names of stored tensors that the model does not use."""
     dtype: torch.dtype = torch.float32
-    """Of all that are stored, where it is one of less than fp32."""
+    """Common dtype of the stored tensors if it is bf16 or fp16, else fp32."""
     origin: Origin | None = None
-    """Its settings."""
+    """Settings of the folder."""
     unknown: tuple[str, ...] = ()
-    """Keys of its config.json that nothing here knows."""
+    """Keys of config.json that are unknown here."""
 
 
 def import_folder(path: Path) -> Imported:
-    """Read a folder of one of `forms()`.
+    """Read a folder with an architecture of `forms()`.
 
-    Raise CheckpointError for a folder, architecture, setting or tensor that can't be taken.
+    Raise CheckpointError if the folder is invalid, or its architecture, settings or tensors are unsupported.
     """
     path = Path(path)
     content = read_json(path / CONFIG)
@@ -150,9 +148,10 @@ def import_folder(path: Path) -> Imported:
 
 
 def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> Imported:
-    """The model of `theirs` and `stored`, named and laid out as `form` says; `path`: where they come from.
+    """Import a model from settings and stored tensors in the naming and layout of `form`.
 
-    Raise CheckpointError for a setting or tensor that can't be taken.
+    path: their origin, for messages; theirs: settings in the form of config.json.
+    Raise CheckpointError for unsupported settings or tensors.
     """
     try:
         config: Any = decode(form.config, form.read_config(theirs))
@@ -181,9 +180,8 @@ def import_stored(path: Path, form: Form, theirs: Settings, stored: Stored) -> I
 
 
 def _refuse_larger(where: Path, config: Any, stored: Stored) -> None:
-    """Raise CheckpointError for sizes far beyond what is stored, before anything is made of them: torch has
-    no tensors of more than 2^63 numbers, and none of what is imported here are made up but heads, which are
-    smaller than the rest."""
+    """Raise CheckpointError if the config describes far more parameters than are stored, before anything is
+    allocated. Only heads, which are smaller than the rest, may be missing from a folder."""
     needed, held = config.parameter_count(), stored.count()
     if needed > 2 * held:
         got, allowed = f"sizes of {needed:,} parameters", f"those of its tensors, which hold {held:,} numbers"
@@ -191,13 +189,13 @@ def _refuse_larger(where: Path, config: Any, stored: Stored) -> None:
 
 
 def _special_ids(path: Path) -> Mapping[str, int]:
-    """Role → id of the special tokens of a folder's tokenizer, none where it has none."""
+    """Return role → id of the special tokens of a folder's tokenizer; empty without a tokenizer."""
     found = find_tokenizer(path)
     return {} if found is None else load_tokenizer(found).special_ids
 
 
 class _Joined(Mapping[str, Tensor]):
-    """Our tensors, each put together from stored ones when asked for."""
+    """Canonical name → tensor, assembled on access from the stored tensors."""
 
     def __init__(
         self,
@@ -227,14 +225,14 @@ class _Joined(Mapping[str, Tensor]):
 
 
 def _fresh_weight(model: nn.Module, name: str) -> Tensor:
-    """As training from seed 0 would begin it."""
+    """Return the initial value of a weight, as for training with seed 0."""
     parameters = dict(model.named_parameters())
     table = match_initializers(model.initializers(), parameters)  # type: ignore[operator]
     shape = tuple(parameters[name].shape)
     return fill_box(name, table[name], 0, shape, whole(shape)).view(shape)
 
 
-# Checks.
+# Checks of tensors.
 
 
 def _on_meta(form: Form, config: Any) -> nn.Module:
@@ -247,7 +245,7 @@ def _own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _their_shapes(model: nn.Module, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
-    """Their name → shape."""
+    """Return the names and shapes of the tensors in the Hugging Face form."""
     own = _own_shapes(model)
     return {
         name: tuple(part.shape)
@@ -263,7 +261,7 @@ def _their_shapes(model: nn.Module, entries: list[Entry]) -> dict[str, tuple[int
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     expected = _own_shapes(model)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - expected.keys()
-    # Shapes are checked as tensors are read, so that a lazy mapping reads each once.
+    # Shapes are checked when tensors are read, so that a lazy mapping reads each only once.
     given = {name: expected.get(name, ()) for name in tensors.keys() - tied}
     _raise_if_any(_name_and_shape_problems("tensors to export", given, expected))
 
@@ -296,18 +294,18 @@ def _raise_if_any(problems: Iterator[Problem]) -> None:
         raise CheckpointError(found[:8])
 
 
-# Files.
+# Writing of folders.
 
 
 def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, int]) -> dict[str, Any]:
-    """ids: the tokenizer's, of special tokens."""
+    """Return the config.json of an export. ids: keys of special token ids of the tokenizer."""
     return {
         "model_type": form.model_type,
         "vocab_size": config.vocab_size,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
         "dtype": str(dtype).removeprefix("torch."),
-        # Their defaults are ids of their own tokenizers.
+        # The defaults of transformers are ids of other tokenizers.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -325,7 +323,7 @@ def _write_weights(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    """Weights in one file, or in shards with an index; one shard is in memory at a time."""
+    """Write the weights to one file, or to several with an index; one file is in memory at a time."""
     shapes = _their_shapes(model, entries)
     own = _own_shapes(model)
 
@@ -350,7 +348,7 @@ def _write_weights(
             for theirs, part in zip(entry.theirs, entry.split_all(ours), strict=True):
                 content[theirs] = part.to("cpu", dtype).contiguous()
                 weight_map[theirs] = name
-        # transformers asks for the format's name.
+        # transformers requires the name of the format.
         save_file(content, folder / name, metadata={"format": "pt"})
         files.sync(folder / name)
     if len(shards) > 1:

@@ -1,11 +1,12 @@
-"""A tokenizer as the files that Hugging Face's fast tokenizers read.
+"""Write a tokenizer as the files of Hugging Face's fast tokenizers.
 
-Those of a tokenizer that came so are written as they came. The JSON of a sentencepiece model is made here,
-without their library. Its ids are those of sentencepiece, but for
-- ties between equally likely segmentations, which sentencepiece breaks by the rounding of fp32 sums:
-  about one token in 80,000, in texts of that length;
-- a literal `<0x41>` in a text whose vocabulary has no `<`;
-- user-defined symbols of a foreign model that also puts a space before every text.
+The files of an imported tokenizer are written unchanged. For a sentencepiece model the JSON is built here,
+without the `tokenizers` library. Its ids equal those of sentencepiece, except for
+- ties between equally likely segmentations, which sentencepiece decides by the rounding of fp32 sums: about
+one token in
+  80,000, in texts of that length;
+- a literal `<0x41>` in a text, if the vocabulary has no `<`;
+- user-defined symbols of a foreign model that also adds a space before every text.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def tokenizer_files(
     where: str,
     model_ids: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, bytes | str | Any]:
-    """File name → content: bytes, text, or what is to be written as JSON.
+    """Return file name → contents: bytes, text, or a value to be written as JSON.
 
-    max_length: the model's context in tokens; None: without a bound. `where` names the tokenizer's file in a
-        refusal.
-    model_ids: role → id of the model's special tokens; those behind a sentencepiece model's are added to it.
-    Raise DataError for a kind of sentencepiece model that has no fast form.
+    max_length: context length of the model in tokens; None: unlimited. where: name of the tokenizer file in
+    messages.
+    model_ids: role → id of the model's special tokens; those after the ids of a sentencepiece model are added
+    to it.
+    Raise DataError for a kind of sentencepiece model without a fast equivalent.
     """
     if isinstance(tokenizer, JsonTokenizer):
         return dict(tokenizer.files)
@@ -47,7 +49,7 @@ def tokenizer_files(
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """`bos_token_id`, `eos_token_id`, `pad_token_id`: those that it has."""
+    """Return `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as the tokenizer has them."""
     roles = ("bos", "eos", "pad")
     return {
         f"{role}_token_id": tokenizer.special_ids[role] for role in roles if role in tokenizer.special_ids
@@ -55,8 +57,8 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Raise DataError if it can't be read, is none, or has more ids than the model's vocabulary of
-    `vocab_size` rows."""
+    """Load a tokenizer. Raise DataError if it is unreadable or invalid, or has more ids than the `vocab_size`
+    of the model."""
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
@@ -95,7 +97,7 @@ def _json_of_sentencepiece(
         if piece.type in (types.CONTROL, types.UNKNOWN, types.USER_DEFINED)
     ]
     special = {role: spec.pieces[i].piece for role, i in tokenizer.special_ids.items()}
-    # By id, as the library numbers them.
+    # Sorted by id, because the library assigns ids in order.
     behind = sorted((i, role) for role, i in model_ids.items() if i >= tokenizer.vocab_size)
     for i, role in behind:
         special[role] = f"[{role.upper()}]"
@@ -109,14 +111,14 @@ def _json_of_sentencepiece(
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": _decoder(spec.normalizer_spec),
-        # Of the library's, which looks it up: the model may say one that it has not.
+        # The tokenizer's unk_id is checked: that of the model's spec may not exist.
         "model": kinds[kind](spec, types, tokenizer.unk_id or 0),
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        # As sentencepiece: `</s>` in a text is four characters, not the end of it. But [MASK] is one token.
+        # As in sentencepiece, `</s>` in a text is ordinary text. But the added [MASK] must be one token.
         "split_special_tokens": not behind,
         **{f"{name}_token": piece for name, piece in special.items()},
     }
@@ -126,8 +128,8 @@ def _json_of_sentencepiece(
 def _unigram(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
     textual = (types.NORMAL, types.USER_DEFINED)
     lowest = min((piece.score for piece in spec.pieces if piece.type in textual), default=0.0)
-    # Fast tokenizers match every vocabulary entry as text, sentencepiece only textual ones: control and
-    # byte pieces must lose against any other segmentation of what spells them, at most 6 characters.
+    # Fast tokenizers match all vocabulary entries in texts, sentencepiece only textual ones: control and byte
+    # pieces must score lower than any other segmentation of their spelling, which has at most 6 characters.
     never = 16 * lowest - 100.0
     return {
         "type": "Unigram",
@@ -138,7 +140,7 @@ def _unigram(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
 
 
 def _bpe(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:
-    # sentencepiece merges the neighbours whose union scores highest; a merge list says so in order.
+    # sentencepiece merges the neighbours whose union has the highest score: list the merges in this order.
     rank = {
         piece.piece: (-piece.score, i) for i, piece in enumerate(spec.pieces) if piece.type == types.NORMAL
     }

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: safetensors in one file, or in several with an index."""
+"""Read the weights of a Hugging Face folder: safetensors in one file, or in several with an index."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from llmtrain.safetensors_files import open_safetensors
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Stored types that are taken as they are; others are codes of a quantization."""
+"""Supported types; others are quantized codes."""
 INDEX_BYTES = 64 << 20
+"""Maximum size of the index."""
 MOST_DIMS = 8
-"""Of a tensor; torch's printer and others recurse over them."""
+"""Maximum number of dimensions of a tensor; some functions of torch recurse over them."""
 _BUFFERS = ("position_ids", "token_type_ids")
-"""Ends of names: buffers of places and of zeros that older releases of transformers stored."""
+"""Endings of names of buffers that older releases of transformers stored: positions and zeros."""
 
 
 class Stored(Mapping[str, Tensor]):
-    """Stored name → tensor, on the CPU, read when asked for."""
+    """Stored name → tensor on the CPU, read on access."""
 
     shapes: dict[str, tuple[int, ...]]
 
     def problems(self, names: Iterable[str]) -> Iterator[Problem]:
-        """What is wrong with those of these names, without reading them."""
+        """Yield the problems of the named tensors, without reading them."""
         yield from ()
 
     def dtypes(self, names: Iterable[str]) -> set[torch.dtype]:
-        """Types of those of these names, as read."""
+        """Return the dtypes of the named tensors, as read."""
         return {torch.float32}
 
     def count(self) -> int:
-        """Return how many numbers there are in all."""
+        """Return the total number of elements."""
         return sum(map(prod, self.shapes.values()))
 
     def __iter__(self) -> Iterator[str]:
@@ -52,11 +53,11 @@ class Stored(Mapping[str, Tensor]):
 
 
 class StoredTensors(Stored):
-    """Those of a folder's safetensors, from a mapping of the files into memory."""
+    """The tensors of the safetensors files of a folder, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        """Raise CheckpointError for files that are missing or damaged, that hold no tensor, or other ones
-        than the index says: of two of one name, which is the model's?"""
+        """Raise CheckpointError if files are missing or damaged, contain no tensor, or differ from the index:
+        of two tensors of one name it would be unclear which belongs to the model."""
         self.shapes = {}
         self._path = path
         self._dtypes: dict[str, str] = {}
@@ -93,8 +94,8 @@ class StoredTensors(Stored):
 
 
 def _files(path: Path) -> dict[str, set[str] | None]:
-    """Name of each file that holds weights → the tensors that the index puts there, None without an index.
-    One file goes before an index, as in transformers."""
+    """Return name of each weight file → its tensors according to the index, None without an index. A single
+    file takes precedence over an index, as in transformers."""
     if not os.path.exists(path / INDEX) or os.path.exists(path / WEIGHTS):
         if not os.path.exists(path / WEIGHTS):
             pickled = any(path.glob("pytorch_model*.bin"))
@@ -109,7 +110,7 @@ def _files(path: Path) -> dict[str, set[str] | None]:
     found: dict[str, set[str] | None] = {}
     by_file: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        # A file name with a path in it would lead out of the folder.
+        # A name with a path could refer to a file outside the folder.
         if not isinstance(name, str) or not name or name in (".", "..") or {*name} & {"/", "\0"}:
             raise CheckpointError(Problem(f"{where}.{short(tensor)}", show(name), "a bare file name"))
         held = by_file.setdefault(name, set())
@@ -137,8 +138,9 @@ def _unlike_the_index(path: Path, file: str, held: set[str], expected: set[str])
 
 
 def read_json(path: Path, at_most: int = SETTINGS_BYTES, *, unique: bool = False) -> dict[str, Any]:
-    """Return a file's JSON object. Raise CheckpointError if it is none, or of more than `at_most` bytes.
-    unique: a key twice is refused."""
+    """Read the JSON object in a file. Raise CheckpointError if it is not one, or has more than `at_most`
+    bytes.
+    unique: reject duplicate keys."""
     try:
         return parse_object(read_bytes(path, at_most), unique=unique, utf8=True)
     except OSError as error:

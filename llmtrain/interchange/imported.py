@@ -1,11 +1,11 @@
-"""Weights from elsewhere as a checkpoint of ours, at step 0: without an optimizer's state, without a run.
+"""Write imported weights as a checkpoint of step 0, without optimizer state and run.
 
     output/checkpoints/step-00000000/
-      weights-00001.safetensors   as store.py's, each tensor in one box
+      weights-00001.safetensors   in the format of checkpoint/store.py, each tensor in one box
       tokenizer.model             or tokenizer.bundle.json
       manifest.json
 
-A tensor is in memory at a time. The checkpoint appears whole or not at all.
+One tensor is in memory at a time. The checkpoint appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmtrain.tensor_boxes import matrix_shape, whole
 from llmtrain.tokenizers.base import Tokenizer
 
 FILE_BYTES = 4 * 2**30
-"""Of one file: ranks share the checking of a checkpoint by files."""
+"""Approximate size of a weights file. Ranks divide the verification of a checkpoint by files."""
 
 
 def save_imported(
@@ -45,14 +45,13 @@ def save_imported(
     overwrite: bool = False,
     file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write `weights` (canonical name → tensor, read once each) into `output`; → the checkpoint's path.
+    """Write `weights` (canonical name → tensor, each read once) to `output`; return the path of the
+    checkpoint.
 
-    shapes: of all weights, in the order in which they are written.
-    description: JSON that goes into the manifest: imported_from, the model's config, ….
+    shapes: shapes of all weights, in the order of writing.
+    description: JSON values for the manifest: imported_from, the config of the model, ….
     overwrite: replace an earlier import.
-
-    Raise CheckpointError for weights that are not finite, and for an output that is something else, or
-    cannot be written.
+    Raise CheckpointError if weights are not finite, or `output` holds something else or is not writable.
     """
     root = output / "checkpoints"
     _refuse_foreign(output, root, overwrite)
@@ -100,7 +99,7 @@ def _refuse_foreign(output: Path, root: Path, overwrite: bool) -> None:
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]], file_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order."""
+    """Return the names of the tensors of each file, in order."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -121,7 +120,7 @@ def _write(
     shapes: Mapping[str, tuple[int, ...]],
     check: FiniteCheck,
 ) -> dict[str, Any]:
-    """One file; → what was written, for the manifest."""
+    """Write one file; return its description for the manifest."""
     keys = {f"{WEIGHT}/{name}@0,0": name for name in names}
 
     def fetch(key: str) -> Tensor:

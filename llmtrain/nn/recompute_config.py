@@ -12,17 +12,17 @@ from llmtrain.errors import Problem
 
 @dataclass(frozen=True)
 class RecomputeConfig:
-    """What the backward pass computes again instead of finding it kept (arXiv:1604.06174)."""
+    """Activations that the backward pass recomputes instead of keeping them in memory (arXiv:1604.06174)."""
 
     mode: Literal["none", "selective", "full", "offload"] = "none"
-    """selective: all but the outputs of linear layers (arXiv:2205.05198); full: whole blocks from their
-    inputs; offload: as full, with the inputs kept in host memory."""
+    """none: keep all activations. selective: keep the outputs of linear layers only (arXiv:2205.05198). full:
+    keep the inputs of layers only. offload: as full, with the inputs in host memory."""
     every: int = 1
-    """Recompute every k-th layer, from the first on."""
+    """Recompute every k-th layer, starting with the first."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.every >= 1, "every", self.every, "1 or more")
 
     def covers(self, block: int) -> bool:
-        """Whether the model's block of this number is recomputed."""
+        """Return whether the layer of this number is recomputed."""
         return self.mode != "none" and block % self.every == 0

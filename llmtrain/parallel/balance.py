@@ -1,5 +1,4 @@
-"""Consecutive items divided into runs of about equal weight, as plan and engine divide a pipeline: pure
-arithmetic."""
+"""Divide consecutive items into runs of about equal weight, for the stages of a pipeline. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,9 +7,9 @@ from collections.abc import Sequence
 
 
 def balance(weights: Sequence[float], parts: int) -> list[range]:
-    """Divide consecutive items into `parts` runs, none empty, whose heaviest is as light as can be.
+    """Divide consecutive items into `parts` nonempty runs, minimizing the weight of the heaviest run.
 
-    Raise ValueError for more parts than items.
+    Raise ValueError if there are more parts than items.
     """
     count = len(weights)
     if parts > count:
@@ -18,7 +17,8 @@ def balance(weights: Sequence[float], parts: int) -> list[range]:
     sums = [0.0]
     for weight in weights:
         sums.append(sums[-1] + weight)
-    # best[n]: (heaviest run, cuts) of the first n items, one more run in each round.
+    # Dynamic programming. best[n]: (heaviest run, cuts) of the first n items, with one more run in each
+    # iteration.
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for part in range(1, parts + 1):
         best = {
@@ -34,8 +34,9 @@ def balance(weights: Sequence[float], parts: int) -> list[range]:
 
 
 def stage_runs(weights: Sequence[float], stages: int) -> list[range]:
-    """`balance` over the steps of a forward (embedding, blocks, head), with a block in each run: DeepSpeed
-    asks that every stage has parameters of the same optimizer groups, and embeddings have no norms."""
+    """Balance the steps of a forward pass (embedding, blocks, head) so that each run contains a block:
+    DeepSpeed requires parameters of the same optimizer groups in every stage, and embeddings have no
+    norms."""
     first, *between, last = weights
     between[0] += first
     between[-1] += last

@@ -1,4 +1,4 @@
-"""From a model on the meta device to memory for this process' part of it, a parameter at a time."""
+"""Allocate and fill this process' shard of a model on the meta device, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmtrain.tensor_boxes import Shard
 
 Source = Callable[[Tensor, str, Shard, int], None]
-"""(out, name, shard, start): puts elements of the flattened shard, from `start` on, into `out` (1-D)."""
+"""(out, name, shard, start): writes elements of the flattened shard, from `start` on, to `out` (1-D)."""
 
 
 def materialize(
@@ -23,11 +23,11 @@ def materialize(
     source: Source | None,
     then: Callable[[nn.Parameter], None] | None = None,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Shard]]:
-    """Give the parameters of the modules `held`, parts of `model`, memory and values.
+    """Allocate and fill the parameters of the modules `held`, which are parts of `model`.
 
-    shards: of the divided ones; others are whole. source: None leaves the values to be made later.
-    then: called with each parameter as soon as it is made, to give up what others hold.
-    → the parameters held and the shard of each, by canonical name: a tied weight's is its first.
+    shards: shards of the divided parameters; others are whole. source: None leaves the values uninitialized.
+    then: called with each parameter as soon as it is created, so that memory held elsewhere can be freed.
+    Return parameters and shards by canonical name, which is the first name for a tied weight.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     made: dict[nn.Parameter, nn.Parameter] = {}  # by the parameter on the meta device

@@ -1,7 +1,7 @@
-"""This process' place among all, and the groups that it talks to along each axis of the layout.
+"""Coordinates of this process in the layout, and its process groups along each axis.
 
-Tensor parallelism runs on fairscale's model-parallel group, which its mappings find by themselves.
-DeepSpeed is handed the mesh as its `mpu`: replicas, which ZeRO shards over, are data · sequence.
+Tensor parallelism uses fairscale's model-parallel group, which its mappings look up. DeepSpeed receives the
+mesh as its `mpu`: the replicas over which ZeRO shards are data · sequence.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from llmtrain.distributed import processes
 from llmtrain.parallel.layout import Coordinates, Layout
 
 _GROUPS: dict[tuple[tuple[int, ...], ...], Any] = {}
-"""Divisions of all ranks → this rank's group of each: a process may run several layouts in turn."""
+"""Partition of all ranks → this rank's group in it; cached, because a process may use several layouts in
+turn."""
 
 
 class Mesh:
-    """Groups of one layout; made by all ranks together, once the process group is up."""
+    """The process groups of a layout. All ranks create it together, after the process group is
+    initialized."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.coordinates = layout.coordinates(processes.rank())
         self.replicas = layout.data * layout.sequence
-        """Processes that hold the same weights."""
+        """Number of processes that hold the same weights."""
         self.replica = self.coordinates.data * layout.sequence + self.coordinates.sequence
-        """Number of this process among them."""
+        """Number of this process among its replicas."""
         if not dist.is_initialized():
             return
         self.replica_ranks = self._ranks("data", "sequence")
         self.replica_group = self._group("data", "sequence")
-        # Groups of one are as many as there are processes, and each takes time to make.
+        # Skip groups of one process: there would be one per process, and each takes time to create.
         if layout.sequence > 1:
             self.sequence_group = self._group("sequence")
         if layout.pipeline > 1:
@@ -51,41 +53,45 @@ class Mesh:
         return self.coordinates.pipeline == self.layout.pipeline - 1
 
     @property
-    def tells_the_loss(self) -> bool:
-        """Whether sums over all ranks take this rank's loss: one of those that have the same."""
+    def contributes_loss(self) -> bool:
+        """Whether this rank contributes its loss to sums over all ranks: one of several with the same loss
+        does."""
         return self.is_last_stage and self.coordinates.tensor == 0
 
     def stage_rank(self, stage: int) -> int:
-        """The rank that stands at `stage` of this pipeline."""
+        """Return the rank at `stage` of this pipeline."""
         return self.layout.rank(self.coordinates._replace(pipeline=stage))
 
     def group_of_stages(self, *stages: int) -> Any:
-        """The group of this pipeline's ranks at `stages`; all ranks of the world call it alike."""
+        """Return the group of this pipeline's ranks at `stages`. All ranks of the world must call it."""
         return self._group("pipeline", among=set(stages))
 
     def _ranks(self, *axes: str, among: set[int] | None = None, of: Coordinates | None = None) -> list[int]:
-        """Ranks that differ from a place (this rank's by default) along `axes` alone."""
-        place = of or self.coordinates
+        """Return the ranks whose coordinates differ from `of` (default: this rank's) along `axes` only.
+
+        among: restrict the first axis to these coordinates.
+        """
+        origin = of or self.coordinates
         ranges = [range(getattr(self.layout, axis)) for axis in axes]
         ranks = []
         for values in product(*ranges):
             if among is None or values[0] in among:
-                ranks.append(self.layout.rank(place._replace(**dict(zip(axes, values, strict=True)))))
+                ranks.append(self.layout.rank(origin._replace(**dict(zip(axes, values, strict=True)))))
         return sorted(ranks)
 
     def _group(self, *axes: str, among: set[int] | None = None) -> Any:
-        places = (self.layout.coordinates(rank) for rank in range(self.layout.world_size))
-        division = tuple(sorted({tuple(self._ranks(*axes, among=among, of=place)) for place in places}))
-        if division not in _GROUPS:
-            # Every rank makes every group, in one order, as torch asks for.
-            for ranks in division:
+        coordinates = (self.layout.coordinates(rank) for rank in range(self.layout.world_size))
+        partition = tuple(sorted({tuple(self._ranks(*axes, among=among, of=each)) for each in coordinates}))
+        if partition not in _GROUPS:
+            # torch requires that all ranks create all groups in the same order.
+            for ranks in partition:
                 group = dist.new_group(list(ranks))
                 if processes.rank() in ranks:
-                    _GROUPS[division] = group
-            _GROUPS.setdefault(division, None)
-        return _GROUPS[division]
+                    _GROUPS[partition] = group
+            _GROUPS.setdefault(partition, None)
+        return _GROUPS[partition]
 
-    # DeepSpeed's mpu.
+    # Interface of DeepSpeed's mpu.
 
     def get_data_parallel_rank(self) -> int:
         return self.replica
@@ -110,7 +116,7 @@ class Mesh:
 
 
 def _fairscale_group(tensor: int) -> Any:
-    """fairscale's model-parallel group for tensor parallelism of this size."""
+    """Return fairscale's model-parallel group for tensor parallelism of size `tensor`."""
     from fairscale.nn.model_parallel import initialize
 
     if not initialize.model_parallel_is_initialized() or initialize.get_model_parallel_world_size() != tensor:
@@ -121,7 +127,7 @@ def _fairscale_group(tensor: int) -> Any:
 
 
 def all_sum_over(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """`values` summed over the ranks of `group`, in place."""
+    """Sum `values` over the ranks of `group`, in place."""
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values

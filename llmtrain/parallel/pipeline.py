@@ -1,8 +1,10 @@
-"""Pipeline parallelism: which stages of a model's forward a process runs, and how hidden states travel.
+"""Pipeline parallelism: assign the steps of a model's forward pass to processes, and pass hidden states
+between them.
 
-A model names the steps of its forward by `stages()`. Contiguous runs of them, balanced by parameters or by
-time, go to the processes of a pipeline; what one lacks stays on the meta device. Every process reads the
-same batches, so that hidden states alone travel: positions, masks and labels are made where needed.
+A model lists the steps of its forward pass in `stages()`. Each process of a pipeline runs a contiguous run of
+steps, balanced by parameters or time; the rest of the model stays on the meta device. All processes read the
+same batches, so
+that only hidden states are sent: positions, masks and labels are computed where they are needed.
 
 Dim names: B batch, T sequence, D hidden width.
 """
@@ -26,7 +28,8 @@ from llmtrain.parallel.tensor import VocabParallelEmbedding
 def stage_weights(
     stages: Sequence[Stage], by: Literal["parameters", "time"], sequence_length: int
 ) -> list[float]:
-    """What `balance` goes by, for each step: parameters, or the multiplications of a token."""
+    """Return the weight of each step for `balance`: its number of parameters, or of multiplications per
+    token."""
     if by == "parameters":
         return [
             float(sum(p.numel() for module in stage.modules.values() for p in module.parameters()))
@@ -39,10 +42,10 @@ def stage_weights(
             p
             for sub in modules
             for p in sub.parameters(recurse=False)
-            # A look-up multiplies nothing.
+            # A look-up needs no multiplications.
             if p.ndim == 2 and not isinstance(sub, nn.Embedding | VocabParallelEmbedding)
         ]
-        # Scores and mixing of values: each head's width times half the sequence, twice.
+        # Attention scores and weighted values: two products of head width times half the sequence.
         attention = [sub.num_heads * sub.head_dim for sub in modules if hasattr(sub, "first_head")]  # type: ignore[operator]
         weights.append(float(sum(p.numel() for p in matrices) + sequence_length * sum(attention)))
     return weights
@@ -52,14 +55,16 @@ class SharedWeight(NamedTuple):
     """A weight that several stages hold."""
 
     stages: tuple[int, ...]
-    """Their numbers, ascending."""
+    """Numbers of these stages, ascending."""
     module: str | None
-    """Path of one of the modules that have it on this stage; None: none has."""
+    """Path of a module on this stage that has the weight; None if there is none."""
 
 
 def shared_over_stages(model: nn.Module, here: PipelineStage) -> dict[str, SharedWeight]:
-    """Canonical name → weight, the same names in one order on every stage. Before memory is given, which
-    parts the weight of one stage from that of others."""
+    """Return canonical name → shared weight, with the same names in the same order on every stage.
+
+    Call this before `materialize`, which separates the weights of different stages.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -75,7 +80,7 @@ def shared_over_stages(model: nn.Module, here: PipelineStage) -> dict[str, Share
 
 
 class PipelineStage(nn.Module):
-    """The steps of one model's forward that this process runs."""
+    """The steps of a model's forward pass that this process runs."""
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         super().__init__()
@@ -83,12 +88,11 @@ class PipelineStage(nn.Module):
         stages: list[Stage] = model.stages()  # type: ignore[operator]
         weights = stage_weights(stages, layout.balance, layout.sequence_length)
         runs = stage_runs(weights, layout.pipeline)
-        place = runs[mesh.coordinates.pipeline]
-        self.steps = [stages[i] for i in place]
+        self.steps = [stages[i] for i in runs[mesh.coordinates.pipeline]]
         self.stage_of = {
             name: number for number, run in enumerate(runs) for i in run for name in stages[i].modules
         }
-        """Canonical name of each step's module → the stage of the pipeline that runs it."""
+        """Canonical name of the module of each step → stage of the pipeline that runs it."""
         for step in self.steps:
             for name, module in step.modules.items():
                 self.add_module(name.replace(".", "_"), module)
@@ -97,12 +101,15 @@ class PipelineStage(nn.Module):
         self._make_context: Callable[..., Context] = model.context  # type: ignore[assignment]
         self._mesh = mesh
         self.number = mesh.coordinates.pipeline
-        # Hidden states behind the first block are of a part of the tokens.
+        # With tensor_sequence, hidden states after the first block cover a part of the tokens.
         self._token_parts = layout.tensor if layout.tensor_sequence else 1
 
     def run(self, x: Tensor | None, *, tokens_BT: Tensor, **arguments: Any) -> Any:
-        """These steps over one batch; `x` is the previous stage's output (B, T, D), None on the first.
-        → (B, T, D), on the last stage logits, or with labels the summed loss."""
+        """Run these steps on one batch.
+
+        x: output of the previous stage (B, T, D); None on the first stage.
+        Return the hidden states (B, T, D); on the last stage the logits or, with labels, the summed loss.
+        """
         return self._through(x, tokens_BT, self._make_context(tokens_BT, **arguments))
 
     def _through(self, x: Tensor | None, tokens_BT: Tensor, context: Context) -> Any:
@@ -114,10 +121,12 @@ class PipelineStage(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens_BT: Tensor, **arguments: Any) -> Any:
-        """The whole model's forward, by all processes of the pipeline together, for evaluation and
-        generation: the summed loss on the last stage and 0 on others; without labels all get the logits.
+        """Run the forward pass of the whole model on all processes of the pipeline, for evaluation and
+        generation.
 
-        A stage is at its next batch while later ones are at this."""
+        Return the summed loss on the last stage and 0 on others; without labels, the logits on all. A stage
+        may start the next batch while later stages work on this one.
+        """
         mesh, stage = self._mesh, self._mesh.coordinates.pipeline
         B, T = tokens_BT.shape
         context = self._make_context(tokens_BT, **arguments)

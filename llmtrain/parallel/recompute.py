@@ -1,7 +1,7 @@
-"""Recomputation: blocks whose activations the backward pass computes again (arXiv:1604.06174, 2205.05198).
+"""Recompute activations of blocks in the backward pass (arXiv:1604.06174, 2205.05198).
 
-Only the `forward` of each block is replaced, so that names of parameters stay, hooks of modules run at
-each computation, and what stands in a block, whole layers or shards, does not matter.
+Only the `forward` of each block is replaced. Names of parameters thus stay the same, module hooks run at each
+computation, and the contents of a block (whole layers or shards) do not matter.
 
 Dim names: B batch, T sequence, D hidden width.
 """
@@ -27,16 +27,15 @@ from llmtrain.nn.transformer import Context
 Forward = Callable[[Tensor, Context], Tensor]
 
 LINEAR_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, *KERNELS)
-"""What linear layers call; attention's products are batched, `bmm`."""
+"""Operators of linear layers; products in attention use `bmm`."""
 
 
 def apply_recompute(model: nn.Module, config: RecomputeConfig) -> None:
-    """Make the blocks that `config` names recompute, in place. After whatever replaces layers in them.
+    """Make the blocks that `config` selects recompute their activations, in place. Call this after layers in
+    them have been replaced.
 
-    model: has `blocks`, an nn.ModuleList of what is called as block(x_BTD, context).
-
-    Losses and gradients stay what they were, bit by bit. Nothing is recomputed where no gradient is wanted
-    or a cache is filled.
+    model: has `blocks`, an nn.ModuleList of modules called as block(x_BTD, context).
+    Losses and gradients stay bitwise the same. Nothing is recomputed without gradients or with a cache.
     """
     wrap = {"selective": _selective, "full": _full, "offload": _offload}.get(config.mode)
     if wrap is None:
@@ -73,7 +72,7 @@ def _checkpoint(forward: Forward, settings: dict[str, Any], x_BTD: Tensor, conte
             x_BTD,
             context,
             use_reentrant=False,
-            # Masks made from keys need no generator.
+            # Dropout masks made from keys do not use the generator.
             preserve_rng_state=context.dropout_keys is None,
             **settings,
         )
@@ -81,47 +80,47 @@ def _checkpoint(forward: Forward, settings: dict[str, Any], x_BTD: Tensor, conte
 
 
 def _keep_and_reuse() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around a block's forward, and around its recomputation."""
+    """Return the contexts for the forward pass of a block and for its recomputation."""
     outputs: deque[Tensor] = deque()
     return _Keep(outputs), _Reuse(outputs)
 
 
 class _Keep(TorchDispatchMode):
-    """Puts the outputs of linear products into `outputs`, in order.
+    """Appends the outputs of linear products to `outputs`, in order.
 
-    What changes one in place afterwards (the bias of DeepSpeed's linear layer, the sum over a tensor
-    group) finds the original kept aside: recomputation will make the change again. torch's own selective
-    checkpointing misses such changes when they go through an unsafe view, and computes on with the sum of
-    both.
+    Before an output is modified in place (by the bias of DeepSpeed's linear layer, or the sum over a tensor
+    group), the original is cloned, because recomputation repeats the modification. torch's own selective
+    checkpointing misses modifications through an unsafe view, and applies them twice.
     """
 
     def __init__(self, outputs: deque[Tensor]) -> None:
         super().__init__()
         self._outputs = outputs
-        self._places: dict[int, int] = {}
-        """Address of an output's storage → its number."""
+        self._numbers: dict[int, int] = {}
+        """Address of the storage of an output → its number."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Collectives do not say in their schemas that they write.
+        # The schemas of collectives do not declare that they write.
         if func._schema.is_mutable or func.namespace == "c10d":
             for argument in tree_leaves((args, kwargs)):
                 if isinstance(argument, Tensor):
-                    self._set_aside(argument)
+                    self._preserve(argument)
         result = func(*args, **(kwargs or {}))
         if func in LINEAR_PRODUCTS:
-            self._places[result.untyped_storage().data_ptr()] = len(self._outputs)
-            # Autograd will hang the graph, which holds this list, on the result itself.
+            self._numbers[result.untyped_storage().data_ptr()] = len(self._outputs)
+            # Detach: the graph that autograd attaches to the result holds this list.
             self._outputs.append(result.detach())
         return result
 
-    def _set_aside(self, tensor: Tensor) -> None:
-        place = self._places.pop(tensor.untyped_storage().data_ptr(), None) if self._places else None
-        if place is not None:
-            self._outputs[place] = self._outputs[place].clone()
+    def _preserve(self, tensor: Tensor) -> None:
+        """Clone the output with the storage of `tensor`, if any, before it is modified."""
+        number = self._numbers.pop(tensor.untyped_storage().data_ptr(), None) if self._numbers else None
+        if number is not None:
+            self._outputs[number] = self._outputs[number].clone()
 
 
 class _Reuse(TorchDispatchMode):
-    """Answers linear products from `outputs`, in order."""
+    """Returns the kept `outputs`, in order, instead of computing linear products."""
 
     def __init__(self, outputs: deque[Tensor]) -> None:
         super().__init__()
@@ -141,7 +140,8 @@ def _offload(block: nn.Module) -> Forward:
 
 
 class _WithAutocast(nn.Module):
-    """A block that is told in which precision to run: fairscale restores only a GPU's fp16."""
+    """A block with an explicit autocast precision, because fairscale restores autocast only for fp16 on a
+    GPU."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -155,20 +155,20 @@ class _WithAutocast(nn.Module):
 
 
 class _Autocast:
-    """The autocast of a moment, to be entered again."""
+    """The autocast state at one time, to be entered again later."""
 
     def __init__(self, device: str, dtype: torch.dtype | None) -> None:
         self._device, self._dtype = device, dtype
 
     @classmethod
     def here(cls, x: Tensor) -> _Autocast:
-        """That of x's device, now."""
+        """Return the current autocast state for the device of `x`."""
         device = x.device.type
         return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
     def without_cache(self) -> AbstractContextManager[Any]:
-        """Weights in the low precision then live no longer than their block is at work, and none made
-        without gradients is taken for one with."""
+        """Enter the autocast without its cache of converted weights: these are then freed after their block,
+        and copies made without gradients are not reused where gradients are needed."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self._device, self._dtype, cache_enabled=False)

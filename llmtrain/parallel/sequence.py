@@ -1,8 +1,7 @@
-"""Sequence parallelism: processes divide the tokens of each sequence, and exchange them for heads around
+"""Sequence parallelism: processes divide the tokens of every sequence, and exchange tokens for heads around
 attention (DeepSpeed-Ulysses, arXiv:2309.14509).
 
-Dim names: B batch, T all tokens, N query heads and K key-value heads of this process, H head width, P
-processes.
+Dim names: B batch, T all tokens, N local query heads, K local key-value heads, H head width, P processes.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from llmtrain.parallel.upstream import import_deepspeed
 
 
 def share_attention(model: nn.Module, mesh: Mesh) -> None:
-    """Wrap the `attend` of each module that has one in the exchange of tokens for heads.
+    """Wrap the `attend` of each module that has one in the exchange of tokens and heads.
 
-    Raise ValueError for a model without one.
+    Raise ValueError for a model without attention.
     """
     modules = [module for module in model.modules() if hasattr(module, "attend")]
     if not modules:
@@ -32,10 +31,10 @@ def share_attention(model: nn.Module, mesh: Mesh) -> None:
 
 
 class SharedAttention:
-    """`attend` over a part of the tokens, with all heads: (B, N, T/P, H) → (B, N, T/P, H).
+    """Attention over a slice of the tokens with all heads: (B, N, T/P, H) → (B, N, T/P, H).
 
-    Each process receives all tokens of N/P heads, attends, and sends the tokens back. `documents` are those
-    of all tokens.
+    Each process receives all tokens of N/P heads, computes attention, and returns the tokens. `documents`
+    covers all tokens.
     """
 
     def __init__(self, attend: Callable[..., Tensor], mesh: Mesh) -> None:

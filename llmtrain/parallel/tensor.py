@@ -1,23 +1,24 @@
-"""Tensor parallelism: an ordinary module's matrices divided over processes by a table, from outside
+"""Tensor parallelism: divide the matrices of an ordinary model over processes, according to a table
 (Megatron-LM, arXiv:1909.08053; its sequence parallelism, arXiv:2205.05198).
 
     shards = shard_tensors(model, {"blocks.*.mlp.up": "column", "blocks.*.mlp.down": "row", …}, mesh)
 
-| role      | module               | divided along            | forward                    | backward    |
-|-----------|----------------------|--------------------------|----------------------------|-------------|
-| column    | Linear               | outputs                  | input as it is             | sum inputs' |
-| row       | Linear               | inputs                   | sum outputs, then the bias | as it is    |
-| embedding | Embedding            | vocabulary               | sum of what each has       | as it is    |
-| head      | LanguageModelHead    | vocabulary               | softmax over all parts     | sum inputs' |
-| heads     | PerHead              | heads                    | what these heads have      | as it is    |
-| all_heads | AllHeadsNorm         | heads                    | sum squares of all heads   | sum squares'|
-| shared    | any, called by heads | nothing                  | as it is                   | as it is    |
+| role      | module               | divided along | all-reduce in forward      | all-reduce in backward |
+|-----------|----------------------|---------------|----------------------------|------------------------|
+| column    | Linear               | outputs       | none                       | gradient of the input  |
+| row       | Linear               | inputs        | output, before the bias    | none                   |
+| embedding | Embedding            | vocabulary    | output                     | none                   |
+| head      | LanguageModelHead    | vocabulary    | maxima and sums of softmax | gradient of the input  |
+| heads     | PerHead              | heads         | none                       | none                   |
+| all_heads | AllHeadsNorm         | heads         | sums of squares            | gradient of the sums   |
+| shared    | any, called by heads | nothing       | none                       | none                   |
 
-The gradient of what is `shared` is summed over the tensor group, as each process calls it for its own heads.
+The gradients of `shared` parameters are summed over the tensor group, since each process uses them for its
+own heads.
 
-The layers are thin and ours, over fairscale's groups, mappings and cross-entropy: fairscale's own make
-each full weight first. A vocabulary that does not divide is padded; the padding never wins a softmax and
-gets no gradient.
+The layers here are thin wrappers of fairscale's groups, mappings and cross-entropy; fairscale's own layers
+allocate each full weight first. A vocabulary that is not divisible is padded; padding gets no probability and
+no gradient.
 
 Dim names: B batch, T sequence, D hidden width, V vocabulary, C tokens of a chunk.
 """
@@ -57,15 +58,14 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "all_heads": {"weight": 0},
     "shared": {},
 }
-"""Role → parameter → the dim that is divided; parameters left out stay whole."""
+"""Role → parameter → divided dim; other parameters stay whole."""
 
 
 def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard]:
-    """Replace the modules that `table` names (name pattern → role) by their parts on this process.
+    """Replace the modules selected by `table` (name pattern → role) by their parts on this process.
 
-    The model is best on the meta device, and its weights made afterwards: nothing is copied.
-    → the shard of each divided parameter, by its canonical name.
-
+    Weights are not copied, so the model should be on the meta device and its weights created afterwards.
+    Return the shard of each divided parameter by canonical name.
     Raise ValueError for a pattern that matches no module.
     """
     layout = mesh.layout
@@ -103,20 +103,20 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
 
 
 def share_sequence(model: nn.Module, mesh: Mesh) -> None:
-    """Tell the dropouts which part of the sequence's tokens they see."""
-    layout, place = mesh.layout, mesh.coordinates
+    """Set in all dropout layers which part of the tokens of a sequence they process."""
+    layout, coordinates = mesh.layout, mesh.coordinates
     for name, module in model.named_modules():
         if isinstance(module, Dropout):
-            module.sequence_part = place.sequence
+            module.sequence_part = coordinates.sequence
             if layout.tensor_sequence and name.startswith("blocks."):
-                module.sequence_part = place.sequence * layout.tensor + place.tensor
+                module.sequence_part = coordinates.sequence * layout.tensor + coordinates.tensor
 
 
 def mark_parameters(
     parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard], table: Table, mesh: Mesh
 ) -> None:
-    """Tell DeepSpeed which weights are parts, and sum over the tensor group the gradients of whole weights
-    that saw a part of the tokens or of the heads alone."""
+    """Mark divided weights for DeepSpeed, and sum the gradients of whole weights that process only a part of
+    the tokens or heads over the tensor group."""
     shared = [pattern for pattern, role in table.items() if role == "shared"]
     for name, parameter in parameters.items():
         sees_a_part = mesh.layout.tensor_sequence and name.startswith(("blocks.", "norm."))
@@ -128,10 +128,11 @@ def mark_parameters(
 
 
 class _TensorParallel(nn.Module):
-    """Base of the layers: how activations enter and leave, which sequence parallelism changes.
+    """Base class of the layers: communication of activations before and after a layer.
 
-    Between layers the activations are whole on each process, (B, T, D); with sequence parallelism each
-    has its part of the tokens, (B, T / tensor, D), which is gathered before and summed and cut after.
+    Between layers each process holds the whole activations, (B, T, D). With Megatron's sequence parallelism
+    it holds its part of the tokens, (B, T / tensor, D): they are all-gathered before a layer and
+    reduce-scattered after it.
     """
 
     def __init__(self, module: nn.Module, shares_sequence: bool) -> None:
@@ -155,7 +156,7 @@ class _TensorParallel(nn.Module):
 
 
 class ColumnParallelLinear(_TensorParallel):
-    """Some of a Linear's outputs."""
+    """A slice of the outputs of a Linear."""
 
     weight: Tensor
     bias: Tensor | None
@@ -165,7 +166,7 @@ class ColumnParallelLinear(_TensorParallel):
 
 
 class RowParallelLinear(_TensorParallel):
-    """A Linear over some of its inputs."""
+    """A Linear over a slice of its inputs."""
 
     weight: Tensor
     bias: Tensor | None
@@ -176,7 +177,7 @@ class RowParallelLinear(_TensorParallel):
 
 
 class VocabParallelEmbedding(_TensorParallel):
-    """The vectors of some of the vocabulary."""
+    """The embeddings of a slice of the vocabulary."""
 
     weight: Tensor
 
@@ -185,13 +186,13 @@ class VocabParallelEmbedding(_TensorParallel):
         local_BT = tokens_BT - _tensor_rank() * V
         elsewhere_BT = (local_BT < 0) | (local_BT >= V)
         x_BTD = F.embedding(local_BT.masked_fill(elsewhere_BT, 0), self.weight)
-        # Whole on each process also under sequence parallelism: positions are added before it begins.
+        # Also whole with sequence parallelism, because positions are added before the sequence is divided.
         x: Tensor = reduce_from_model_parallel_region(x_BTD.masked_fill(elsewhere_BT[..., None], 0.0))
         return x
 
 
 class VocabParallelHead(_TensorParallel):
-    """A LanguageModelHead for some of the vocabulary, with the softmax over all of it."""
+    """A LanguageModelHead for a slice of the vocabulary, with the softmax over the whole vocabulary."""
 
     weight: Tensor
     bias: Tensor | None
@@ -214,7 +215,8 @@ class VocabParallelHead(_TensorParallel):
         )
 
     def _cross_entropy_(self, logits_CV: Tensor, labels_C1: Tensor, label_smoothing: float) -> Tensor:
-        """The summed loss over all processes' logits; turns these here into its gradient by them."""
+        """Return the summed loss over the logits of all processes; replace the local logits by their
+        gradient."""
         V = logits_CV.shape[1]
         smoothing = None
         if label_smoothing > 0:
@@ -235,8 +237,8 @@ class VocabParallelHead(_TensorParallel):
         return loss
 
     def _smoothing(self, logits_CV: Tensor, labels_C1: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """What smoothing adds to the loss, share · Σ (logit of the label − mean logit), and to its gradient
-        by the logits here."""
+        """Return the term that label smoothing adds to the loss, share · Σ (logit of the label − mean logit),
+        and its gradient with respect to the local logits."""
         first, V = _tensor_rank() * logits_CV.shape[1], logits_CV.shape[1]
         number_V = first + torch.arange(V, device=logits_CV.device)
         target_CV = (number_V == labels_C1).float() - (number_V < self.vocab_size).float() / self.vocab_size
@@ -246,7 +248,7 @@ class VocabParallelHead(_TensorParallel):
 
 
 class PartOfHeads(_TensorParallel):
-    """What a PerHead has for some of the heads."""
+    """A PerHead for a part of the heads."""
 
     weight: Tensor
 
@@ -255,14 +257,14 @@ class PartOfHeads(_TensorParallel):
 
 
 class PartOfAllHeadsNorm(AllHeadsNorm):
-    """An AllHeadsNorm for some of the heads."""
+    """An AllHeadsNorm for a part of the heads."""
 
     def __init__(self, module: AllHeadsNorm, shares_sequence: bool) -> None:
         nn.Module.__init__(self)
         self.eps, self.width = module.eps, module.width
 
     def sum_over_heads(self, x: Tensor) -> Tensor:
-        # Each process' heads depend on the sum: its gradient is summed as well.
+        # The heads of all processes depend on the sum, so its gradient is summed as well.
         total: Tensor = copy_to_model_parallel_region(reduce_from_model_parallel_region(x))
         return total
 
@@ -283,7 +285,7 @@ def _scatter_input(_block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 
 class _GatherSequence(torch.autograd.Function):
-    """(B, T / tensor, D) → (B, T, D); backward sums what the processes have for each token."""
+    """All-gather (B, T / tensor, D) → (B, T, D); the backward pass reduce-scatters."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -295,7 +297,7 @@ class _GatherSequence(torch.autograd.Function):
 
 
 class _SumScatterSequence(torch.autograd.Function):
-    """(B, T, D) summed over the processes → each its tokens, (B, T / tensor, D)."""
+    """Reduce-scatter (B, T, D) → (B, T / tensor, D); the backward pass all-gathers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -307,7 +309,7 @@ class _SumScatterSequence(torch.autograd.Function):
 
 
 class _ScatterSequence(torch.autograd.Function):
-    """(B, T, D), the same on each process → each its tokens, (B, T / tensor, D)."""
+    """Slice (B, T, D), equal on all processes → (B, T / tensor, D); the backward pass all-gathers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

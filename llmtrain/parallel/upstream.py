@@ -106,24 +106,24 @@ def _has_source(owner: Any) -> bool:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed over the process group that is up, its banner and per-rank logs turned down; takes seconds
-    the first time."""
-    os.environ.setdefault("LOCAL_RANK", str(launcher.local_rank()))  # DeepSpeed insists on it
+    """Import DeepSpeed, with its banner and per-rank logs suppressed, and attach it to the initialized
+    process group. Takes seconds the first time."""
+    os.environ.setdefault("LOCAL_RANK", str(launcher.local_rank()))  # required by DeepSpeed
     os.environ.setdefault("DS_ACCELERATOR", accelerator())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # torch deprecates names that DeepSpeed still calls.
+    # DeepSpeed uses names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # An all-reduce over shared memory for CPU ranks, compiled at first use for up to a minute; gloo serves,
-    # and its sums do not depend on which hosts the ranks are on.
+    # Disable the shared-memory all-reduce for CPU ranks, which is compiled at first use for up to a minute.
+    # gloo suffices, and its sums do not depend on the distribution of ranks over hosts.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _leave_muon_uncompiled()
     _refuse_unknown(deepspeed.__version__)
     if dist.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False)  # its own handle of the group that is up
+        deepspeed.init_distributed(dist_init_required=False)  # uses the existing process group
     return deepspeed
 
 
@@ -159,10 +159,8 @@ def _refuse_unknown(version: str) -> None:
 
 
 def free_kernels() -> None:
-    """Remove what killed processes left of kernels that they compiled.
-
-    All ranks call it together, before one is compiled or loaded.
-    """
+    """Remove stale locks of killed compilations. All ranks call it together, before a kernel is compiled or
+    loaded."""
     if launcher.local_rank() == 0:
         toolchain.drop_stale_locks(toolchain.build_folder("cpu_adam").parent)
     if dist.is_initialized():
@@ -170,7 +168,8 @@ def free_kernels() -> None:
 
 
 def accelerator() -> str:
-    """Where this run's tensors are: a run on the CPU of a host with GPUs must not take these."""
+    """Return the DeepSpeed accelerator of this run. A run on the CPU of a host with GPUs must not use
+    these."""
     if dist.is_initialized():
         return "cuda" if "nccl" in dist.get_backend() else "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -65,7 +65,7 @@ class Allowance:
 
 
 @contextmanager
-def reading(file: SourceFile) -> Iterator[None]:
+def read_errors(file: SourceFile) -> Iterator[None]:
     """Turn errors of reading a source file into a DataError that names it."""
     try:
         yield
@@ -84,7 +84,7 @@ def out_of_memory(file: SourceFile) -> DataError:
 
 def refuse_changed(file: SourceFile) -> None:
     """Raise DataError if the size or modification time of a file has changed since it was found."""
-    with reading(file):
+    with read_errors(file):
         status = os.stat(file.path)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         got = "another state of the file than when this run began"
@@ -131,7 +131,7 @@ class _SourceBytes(io.RawIOBase):
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file
-        with reading(file):
+        with read_errors(file):
             packed = open(file.path, "rb", -1 if file.compression else 0, opener=open_regular)  # noqa: SIM115
             self._stream: Any = unpacked(packed, file.compression, file.name, file.size)
 
@@ -145,7 +145,7 @@ class _SourceBytes(io.RawIOBase):
         return self._stream.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        with reading(self._file):
+        with read_errors(self._file):
             return self._stream.readinto(buffer)
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def _window_bytes(file: SourceFile) -> int:
-    with reading(file), open(file.path, "rb", opener=open_regular) as stream:
+    with read_errors(file), open(file.path, "rb", opener=open_regular) as stream:
         return _window_of(stream.read(_FRAME_HEADER_BYTES))
 
 

@@ -14,7 +14,7 @@ from llmtrain.prepare import source_file
 from llmtrain.prepare.clean import CleanCounts
 from llmtrain.prepare.decompress import open_source
 from llmtrain.prepare.folder_scan import short_name
-from llmtrain.prepare.source_file import SourceFile, Texts, missing_field, refuse_wide
+from llmtrain.prepare.source_file import SourceFile, Texts, missing_field, refuse_utf16
 
 LIKE_ROWS = 4
 """Minimum number of delimiters in a multi-line value, placed as in rows, at which its lines look like
@@ -133,7 +133,7 @@ class _Rows:
                 got = f"a line of more than {source_file.longest_parsed() >> 20} MiB"
                 raise DataError(Problem(f"{self.file.name} line {number}", got, "shorter lines"))
             if "\0" in line:
-                refuse_wide(line.encode("latin-1"), f"{self.file.name} line {number}")
+                refuse_utf16(line.encode("latin-1"), f"{self.file.name} line {number}")
                 # The csv module of some Python versions rejects them.
                 self.counts.controls_removed += line.count("\0")
                 line = line.replace("\0", "")

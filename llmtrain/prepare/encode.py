@@ -239,38 +239,40 @@ def plan_samples(
         yield pieces
 
 
-def plan_shards(
+def plan_tar_files(
     samples: Iterator[SamplePieces], dtype: np.dtype, shard_bytes: int
 ) -> Iterator[list[SamplePieces]]:
     """Yield the samples of each tar file: the fewest consecutive samples with `shard_bytes` in total."""
-    shard: list[SamplePieces] = []
+    tar_file: list[SamplePieces] = []
     size = 0
     for sample in samples:
-        shard.append(sample)
+        tar_file.append(sample)
         size += sample_bytes(
             sum(piece.token_stop - piece.token_start for piece in sample),
             sum(piece.document_stop - piece.document_start for piece in sample),
             dtype,
         )
         if size >= shard_bytes:
-            yield shard
-            shard, size = [], 0
-    if shard:
-        yield shard
+            yield tar_file
+            tar_file, size = [], 0
+    if tar_file:
+        yield tar_file
 
 
-def write_planned_shard(
-    path: Path, shard: int, first_sample: int, samples: list[SamplePieces], dtype: np.dtype, done_path: Path
+def write_planned_tar_file(
+    path: Path, index: int, first_sample: int, samples: list[SamplePieces], dtype: np.dtype, done_path: Path
 ) -> dict[str, Any]:
-    """Write one tar file and return its result; `done_path`, written last, keeps the result for a later
-    run."""
+    """Write one tar file and return its result; `done_path`, written last, keeps the result for a later run.
+
+    index: number of the tar file in the split; first_sample: number of its first sample.
+    """
     split = path.parent.name
     made = (
         _read_sample(f"{split}-{number:09d}", pieces, dtype)
         for number, pieces in enumerate(samples, first_sample)
     )
-    entry, rows = write_tar_file(path, made, shard)
-    result = {"split": split, "shard": shard, "entry": entry, "rows": rows.tolist()}
+    entry, rows = write_tar_file(path, made, index)
+    result = {"split": split, "shard": index, "entry": entry, "rows": rows.tolist()}
     write_marker(done_path, result)
     return result
 
@@ -290,7 +292,7 @@ def _read_sample(key: str, pieces: SamplePieces, dtype: np.dtype) -> Sample:
     )
 
 
-def finished_shard(path: Path, done_path: Path) -> dict[str, Any] | None:
+def finished_tar_file(path: Path, done_path: Path) -> dict[str, Any] | None:
     """Return the recorded result of the tar file at `path`, None if it is missing or incomplete."""
     try:
         done = json.loads(done_path.read_text())

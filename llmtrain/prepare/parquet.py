@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from llmtrain.errors import DataError, Problem
 from llmtrain.prepare import source_file
-from llmtrain.prepare.decompress import Allowance, open_source, reading
+from llmtrain.prepare.decompress import Allowance, open_source, read_errors
 from llmtrain.prepare.parquet_footer import RowGroup, row_groups
 from llmtrain.prepare.parquet_pages import MOST_ROWS, Page, pages_of, rows_at_a_time
 from llmtrain.prepare.source_file import Part, SourceFile, Texts, missing_field
@@ -102,7 +102,7 @@ def open_parquet(file: SourceFile, stream: IO[bytes]) -> Any:
     if length > LONGEST_FOOTER:
         got, allowed = f"a list of row groups of {length:,} bytes", f"{LONGEST_FOOTER:,}"
         raise DataError(Problem(file.name, got, allowed, "write it again in larger row groups"))
-    with _arrow_errors(file.name, "no parquet file"):
+    with _arrow_errors(file.name, "an invalid parquet file"):
         return pyarrow.parquet.ParquetFile(
             stream, pre_buffer=False, thrift_container_size_limit=MOST_IN_FOOTER
         )
@@ -131,7 +131,7 @@ def _row_groups(file: SourceFile, stream: IO[bytes], names: Sequence[str]) -> li
     try:
         return list(row_groups(stream.read(length), names))
     except ValueError as error:
-        got = f"no parquet file ({error})"
+        got = f"an invalid parquet file ({error})"
         raise DataError(Problem(file.name, got, "", "copy or download it again")) from error
 
 
@@ -139,7 +139,7 @@ def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups:
     """Return how many rows of all columns can be read at a time in bounded memory. Raise DataError for pages
     that are too large or damaged."""
     pages: dict[str, list[Page]] = {}
-    with reading(file), open(path, "rb", opener=open_regular) as stream:
+    with read_errors(file), open(path, "rb", opener=open_regular) as stream:
         size = os.fstat(stream.fileno()).st_size
         for group in groups:
             for chunk in found[group].chunks:
@@ -161,7 +161,7 @@ def _rows_at_a_time(file: SourceFile, path: Path, found: list[RowGroup], groups:
 def _check_columns(file: SourceFile, schema: Any, names: Sequence[str]) -> None:
     import pyarrow
 
-    with _arrow_errors(file.name, "no parquet file"):
+    with _arrow_errors(file.name, "an invalid parquet file"):
         found = list(schema.names)
     if not set(names) <= set(found):
         raise missing_field(file.name, names, found)

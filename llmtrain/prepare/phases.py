@@ -95,7 +95,7 @@ class Phases:
             error = DataError(Problem("source", got, "text that the tokenizer covers", remedy))
             error.everywhere = True
             raise error
-        shards = self.write_shards(encoded, tokenizer)
+        tar_files = self.write_tar_files(encoded, tokenizer)
         if self.peers.rank:
             return None
         return Prepared(
@@ -107,7 +107,7 @@ class Phases:
             unknown_tokens=sum(block.num_unknown for block in encoded),
             tokenless_dropped=tokenless,
             specials=dict(specials),
-            splits=self.write_indexes(encoded, shards),
+            splits=self.write_indexes(encoded, tar_files),
         )
 
     # ---------------------------------------------------------------------------------- single phases
@@ -230,7 +230,7 @@ class Phases:
         )
         return list(self.peers.await_visible(finished, range(len(blocks))))
 
-    def write_shards(
+    def write_tar_files(
         self, encoded: list[EncodedBlock], tokenizer: Tokenizer
     ) -> dict[str, list[dict[str, Any]]]:
         """Write the tar files; return the recorded results of each, by split."""
@@ -239,28 +239,28 @@ class Phases:
         names: list[tuple[str, int]] = []
 
         def finished(number: int) -> dict[str, Any] | None:
-            name, shard = names[number]
-            path = self.work / "corpus" / name / f"{name}-{shard:06d}.tar"
-            return encoding.finished_shard(path, done_folder / f"{path.stem}.json")
+            name, index = names[number]
+            path = self.work / "corpus" / name / f"{name}-{index:06d}.tar"
+            return encoding.finished_tar_file(path, done_folder / f"{path.stem}.json")
 
         def unfinished(phase: Phase) -> Iterator[Task]:
-            for name, shard, first_sample, planned in self._planned(encoded, dtype):
+            for name, index, first_sample, planned in self._planned(encoded, dtype):
                 number = len(names)
-                names.append((name, shard))
+                names.append((name, index))
                 if not self.peers.is_mine(number):
                     continue
                 done = finished(number)
                 if done is None:
-                    path = self.work / "corpus" / name / f"{name}-{shard:06d}.tar"
+                    path = self.work / "corpus" / name / f"{name}-{index:06d}.tar"
                     done_path = done_folder / f"{path.stem}.json"
-                    yield path, shard, first_sample, planned, dtype, done_path
+                    yield path, index, first_sample, planned, dtype, done_path
                 else:
                     phase.advance(done["entry"]["num_tokens"])
 
         num_tokens = sum(sum(block.num_tokens) for block in encoded)
         with self.progress.phase("shards", num_tokens // self.peers.size) as phase:
             work = unfinished(phase)
-            for done in self.pool.map(encoding.write_planned_shard, work, self._tick(phase)):
+            for done in self.pool.map(encoding.write_planned_tar_file, work, self._tick(phase)):
                 phase.advance(done["entry"]["num_tokens"])
             self.peers.barrier()
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
@@ -277,18 +277,18 @@ class Phases:
             first_sample = 0
             together = 2 if self.config.is_paired else 1
             samples = encoding.plan_samples(encoded, split, self.config.sample_tokens, together)
-            for shard, planned in enumerate(encoding.plan_shards(samples, dtype, self.config.shard_bytes)):
-                yield name, shard, first_sample, planned
+            for index, planned in enumerate(encoding.plan_tar_files(samples, dtype, self.config.shard_bytes)):
+                yield name, index, first_sample, planned
                 first_sample += len(planned)
 
     def write_indexes(
-        self, encoded: list[EncodedBlock], shards: dict[str, list[dict[str, Any]]]
+        self, encoded: list[EncodedBlock], tar_files: dict[str, list[dict[str, Any]]]
     ) -> dict[str, Any]:
         """Write the index files; return the section `splits` of the manifest."""
         splits = {}
         for split, name in enumerate(SPLITS):
             folder = self.work / "corpus" / name
-            rows = [tuple(row) for shard in shards[name] for row in shard["rows"]]
+            rows = [tuple(row) for tar_file in tar_files[name] for row in tar_file["rows"]]
             index_checksum = write_index(folder / "index.npy", np.array(rows, dtype=INDEX_DTYPE))
             num_documents = sum(block.num_documents[split] for block in encoded)
             lengths = encoding.split_lengths(encoded, split)
@@ -305,7 +305,7 @@ class Phases:
                 "index_xxh3_128": index_checksum,
                 "lengths": f"{name}/lengths.npy",
                 "lengths_xxh3_128": lengths_checksum,
-                "shards": [shard["entry"] for shard in shards[name]],
+                "shards": [tar_file["entry"] for tar_file in tar_files[name]],
             }
         return splits
 

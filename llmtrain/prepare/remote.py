@@ -40,7 +40,7 @@ def find(url: str, kind: str, compression: str) -> SourceFile:
 
 
 @contextmanager
-def at_hand(part: Part, scratch: Path) -> Iterator[Part]:
+def local_copy(part: Part, scratch: Path) -> Iterator[Part]:
     """Yield the part with its file on this machine; a remote file is downloaded to `scratch` and then
     removed.
 

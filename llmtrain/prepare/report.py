@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmtrain.prepare.clean import CleanCounts
-from llmtrain.standard_streams import clean, unchanged
+from llmtrain.standard_streams import clean, unescaped
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Progress:
                 progress.TextColumn("{task.fields[detail]}"),
                 progress.TimeElapsedColumn(),
                 progress.TimeRemainingColumn(),
-                console=Console(file=unchanged(sys.stdout)),
+                console=Console(file=unescaped(sys.stdout)),
             )
 
     def phase(self, name: str, total: int, detail: Callable[[], str] = str) -> Phase:

@@ -154,7 +154,7 @@ def line_chunks(part: Part, lone_returns: bool = True) -> Iterator[tuple[int, by
                 return
             if not data.endswith(b"\n"):
                 data += _read_line(stream, part.file)
-            refuse_wide(data, part.file.name)
+            refuse_utf16(data, part.file.name)
             yield offset, data
             offset += len(data)
 
@@ -164,7 +164,7 @@ def longest_parsed() -> int:
     return LONGEST_LINE // PARSED_SHARE
 
 
-def refuse_wide(data: bytes, where: str) -> None:
+def refuse_utf16(data: bytes, where: str) -> None:
     """Raise DataError for text in UTF-16 or UTF-32 without a byte order mark. Most of it is valid UTF-8 of
     another meaning; it is recognized by zero bytes at offsets that are equal modulo 2 or 4."""
     if b"\0" not in data:

@@ -25,7 +25,7 @@ from llmtrain.corpus.transport import is_remote
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import at_home
 from llmtrain.prepare import remote, source_file
-from llmtrain.prepare.decompress import reading
+from llmtrain.prepare.decompress import read_errors
 from llmtrain.prepare.folder_scan import FolderScan, SkippedFiles, printable_path, scan_problem, stat_or_none
 from llmtrain.prepare.parquet import row_group_sizes
 from llmtrain.prepare.source_file import COLUMNS, Part, SourceFile, Unit
@@ -224,7 +224,7 @@ def _piece_digest(piece: tuple[SourceFile, int]) -> bytes:
     if file.url:
         return file.version.encode() if not start else b""
     digest = xxhash.xxh3_128()
-    with reading(file), open(file.path, "rb", buffering=0, opener=open_regular) as stream:
+    with read_errors(file), open(file.path, "rb", buffering=0, opener=open_regular) as stream:
         stream.seek(start)
         left = _PIECE_BYTES
         while left and (data := stream.read(min(left, source_file.BATCH_BYTES))):

@@ -27,7 +27,7 @@ from llmtrain.prepare.source_file import (
     SourceFile,
     Tokens,
     decoded,
-    refuse_wide,
+    refuse_utf16,
 )
 from llmtrain.prepare.tar_members import tar_members
 from llmtrain.prepare.texts import text_of_object
@@ -94,7 +94,7 @@ def _samples(
             assert vocabulary is not None
             return _tokens(data, where, vocabulary)
         text = decoded(data.removeprefix(codecs.BOM_UTF8), where)
-        refuse_wide(data, where)
+        refuse_utf16(data, where)
         return [text] if chosen == "txt" else text_of_object(text, where, [text_field], "one JSON object")
 
     for name, data in tar_members(stream, file.name, wanted):

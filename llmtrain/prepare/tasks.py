@@ -22,7 +22,7 @@ from llmtrain.prepare.document_blocks import DocumentBlock, DocumentBlockWriter
 from llmtrain.prepare.files import write_marker
 from llmtrain.prepare.filters import keep
 from llmtrain.prepare.read import read_part, undecodable
-from llmtrain.prepare.remote import at_hand
+from llmtrain.prepare.remote import local_copy
 from llmtrain.prepare.source_file import Pairs, Tokens, Unit
 from llmtrain.prepare.tars import Vocabulary
 from llmtrain.prepare.workers import count
@@ -52,7 +52,7 @@ def read_unit(
     writer = DocumentBlockWriter(temporary)
     counts = CleanCounts()
     for wanted in unit:
-        with at_hand(wanted, temporary) as part:
+        with local_copy(wanted, temporary) as part:
             try:
                 for batch in read_part(part, fields, txt_document, temporary, vocabulary, counts, quoting):
                     if isinstance(batch, Tokens):

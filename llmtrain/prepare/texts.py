@@ -19,7 +19,7 @@ from llmtrain.prepare.source_file import (
     line_chunks,
     missing_field,
     open_lines,
-    refuse_wide,
+    refuse_utf16,
 )
 from llmtrain.reading import LONGEST_NUMBER
 
@@ -32,7 +32,7 @@ def read_whole(file: SourceFile) -> Iterator[list[bytes]]:
     """Yield the whole file as one document. Raise DataError if it is larger than LONGEST_LINE."""
     with open_source(file) as stream:
         text = stream.read(source_file.LONGEST_LINE + 1)
-    refuse_wide(text, file.name)
+    refuse_utf16(text, file.name)
     if len(text) > source_file.LONGEST_LINE:
         raise DataError(
             Problem(

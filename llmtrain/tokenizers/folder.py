@@ -207,7 +207,7 @@ def _text(content: bytes, path: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        got = f"no tokenizer (invalid UTF-8 at byte {error.start})"
+        got = f"an invalid tokenizer (invalid UTF-8 at byte {error.start})"
         raise DataError(Problem(str(path), got, _ALLOWED)) from None
 
 

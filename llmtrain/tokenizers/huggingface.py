@@ -111,7 +111,7 @@ class JsonTokenizer(Tokenizer):
             check_steps(spec)
         except ValueError as error:
             raise _no_tokenizer(where, str(error)) from None
-        with without_stderr(), library_errors(where, "no tokenizer", _ALLOWED):
+        with without_stderr(), library_errors(where, "an invalid tokenizer", _ALLOWED):
             self._library = Library.from_str(files[TOKENIZER])
             # Files may set these for inference; here they would truncate and pad documents.
             self._library.no_padding()
@@ -125,15 +125,15 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(ids.values()) + 1
         check_ids(self.vocab_size - 1, len(ids), where)
         self._style = _Style.of(spec)
-        said = [
-            _said(_object(files[name], f"{where}: {name}"), f"{where}: {name}")
+        declared = [
+            _declared_tokens(_object(files[name], f"{where}: {name}"), f"{where}: {name}")
             for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
             if name in files
         ]
         bundle = {"format": FORMAT, "version": 1, "files": self.files}
         super().__init__(
             json.dumps(bundle, indent=1, ensure_ascii=False).encode() + b"\n",
-            _roles(spec, said, ids, self._added),
+            _roles(spec, declared, ids, self._added),
             where,
         )
 
@@ -267,7 +267,7 @@ def make_config(special: Mapping[str, str]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _said(content: dict[str, Any], where: str) -> dict[str, str | None]:
+def _declared_tokens(content: dict[str, Any], where: str) -> dict[str, str | None]:
     """Return role key → token for the roles that a file defines; None if it defines that there is no
     token."""
     tokens = decode_file(_SpecialTokens, content, where, DataError)
@@ -276,7 +276,7 @@ def _said(content: dict[str, Any], where: str) -> dict[str, str | None]:
 
 
 def _roles(
-    spec: Mapping[str, Any], said: Sequence[Mapping[str, str | None]], ids: Mapping[str, int], added: Any
+    spec: Mapping[str, Any], declared: Sequence[Mapping[str, str | None]], ids: Mapping[str, int], added: Any
 ) -> dict[str, int]:
     """Return role → id, as defined by tokenizer_config.json, else special_tokens_map.json, else the
     post-processor of tokenizer.json, else the usual names of added tokens."""
@@ -285,7 +285,7 @@ def _roles(
     roles = {}
     for role in ROLES:
         key = f"{role}_token"
-        tokens = [of_file[key] for of_file in said if key in of_file]
+        tokens = [tokens_of_file[key] for tokens_of_file in declared if key in tokens_of_file]
         if isinstance(processor.get(role), list):  # BertProcessing and RobertaProcessing: [token, id]
             tokens += processor[role][:1]
         tokens += [next((token for token in _KNOWN[role] if token in names), None)]
@@ -304,4 +304,4 @@ def _object(content: str | bytes, where: str, *, unique: bool = False) -> dict[s
 
 def _no_tokenizer(where: str, reason: str) -> DataError:
     reason = " ".join(reason.split())[:200]
-    return DataError(Problem(where, f"no tokenizer ({reason})", _ALLOWED))
+    return DataError(Problem(where, f"an invalid tokenizer ({reason})", _ALLOWED))

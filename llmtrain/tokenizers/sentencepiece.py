@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(
-                Problem(where, f"not a sentencepiece model ({reason})", "a .model file of sentencepiece")
+                Problem(where, f"an invalid sentencepiece model ({reason})", "a .model file of sentencepiece")
             ) from error
         super().__init__(model, _roles(self._processor), where)
 
@@ -139,7 +139,9 @@ def _spec(model: bytes, where: str) -> Any:
     try:
         return proto.ModelProto.FromString(model)
     except Exception as error:  # the class is defined in the C extension of protobuf
-        raise DataError(Problem(where, f"not a sentencepiece model ({error})", "a .model file")) from error
+        raise DataError(
+            Problem(where, f"an invalid sentencepiece model ({error})", "a .model file")
+        ) from error
 
 
 def extended(model: bytes, added: Sequence[str], where: str) -> bytes:

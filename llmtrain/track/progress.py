@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from llmtrain.standard_streams import clean, unchanged
+from llmtrain.standard_streams import clean, unescaped
 
 _GIB = 2**30
 
@@ -27,7 +27,7 @@ class Progress:
     ) -> None:
         self._total_steps = total_steps
         self._every = max(1, every)
-        self._console = console or Console(file=unchanged(sys.stderr), highlight=False)
+        self._console = console or Console(file=unescaped(sys.stderr), highlight=False)
         self._live: Live | None = None
         self._start_step = start_step
         self._started = time.monotonic()

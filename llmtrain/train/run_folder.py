@@ -44,7 +44,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._refuse_links()
-            self._lock: IO[str] = files.open_no_link(path / ".lock", "a+")
+            self._lock: IO[str] = files.open_no_follow(path / ".lock", "a+")
         except OSError as error:
             raise CheckpointError(files.disk_problem(error, path, key="run.dir")) from error
         status = os.fstat(self._lock.fileno())
@@ -69,9 +69,9 @@ class RunFolder:
 
     def _refuse_links(self) -> None:
         """Raise CheckpointError for parts that lead out of the folder: whoever gave it chose where to."""
-        found = files.links_out_of(self.path)
+        found = files.outward_links(self.path)
         if self.checkpoints.is_dir():
-            found += files.links_out_of(self.checkpoints)
+            found += files.outward_links(self.checkpoints)
         if found:
             got = f"a link that leads out of it: {found[0].relative_to(self.path)} → {os.readlink(found[0])}"
             remedy = "remove the link, or put what it leads to in its place"

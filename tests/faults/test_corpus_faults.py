@@ -71,7 +71,7 @@ def test_a_corpus_that_prepare_has_not_finished(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "{", "\x00\x01"])
 def test_a_manifest_that_is_no_json(path: Path, content: str):
     (path / "manifest.json").write_text(content)
-    assert "manifest.json: got no JSON" in refusal(path)
+    assert "manifest.json: got invalid JSON" in refusal(path)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"format": "parquet"}', '{"format": {}}'])

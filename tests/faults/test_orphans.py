@@ -77,8 +77,8 @@ def test_a_rank_ends_with_its_launcher(busy: str):
             assert ends(child, 1)
             assert launcher.stderr is not None
             assert launcher.stderr.read() == (
-                f"llmtrain: error: rank 3: got a launcher (process {launcher.pid}, {python_name()}) that is "
-                "gone; this process ends with it; start the same command again\n"
+                f"llmtrain: error: rank 3: got a launcher (process {launcher.pid}, {python_name()}) that has "
+                "ended; this process ends with it; run the same command again\n"
             )
     finally:
         for process in (rank, child):

@@ -332,7 +332,7 @@ def test_a_device_without_space_is_told_with_the_path_and_the_bytes_needed(tmp_p
 
 def test_a_read_only_file_system_is_told(tmp_path: Path):
     with (
-        pytest.raises(DataError, match="got a place that cannot be written"),
+        pytest.raises(DataError, match="got a location that is not writable"),
         disk_errors(tmp_path, 1),
     ):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))

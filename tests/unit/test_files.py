@@ -24,7 +24,10 @@ def read_only(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda folder: (folder / "no" / "file").write_text("x"), ["No such file", "make its folder first"]),
+        (
+            lambda folder: (folder / "no" / "file").write_text("x"),
+            ["No such file", "create its folder first"],
+        ),
         (lambda folder: folder.write_text("x"), ["Is a directory", "name a file"]),
         (lambda folder: (folder / "file" / "x").write_text("x"), ["Not a directory", "choose another"]),
         (read_only, ["Read-only", "choose another"]),
@@ -37,7 +40,7 @@ def test_a_refusal_is_one_line_with_its_remedy(
     with pytest.raises(OSError, match="Errno") as caught:
         write(tmp_path)
     line = str(files.disk_problem(caught.value, tmp_path, key="output"))
-    assert line.startswith(f"output={tmp_path}: got a place that cannot be written (")
+    assert line.startswith(f"output={tmp_path}: got a location that is not writable (")
     for word in words:
         assert word in line
     assert "full" not in line

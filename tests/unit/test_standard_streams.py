@@ -17,7 +17,7 @@ from tests.support.training import REPOSITORY, TINY_GPT
 
 PRINTING = (["--help"], ["checkpoint", "--help"], ["train", "--help"], ["train", "--cfg", "job"], ["plan"])
 GONE = ("closed", "left", "full", "terminal")
-FULL = "llmtrain: error: standard output: got No space left on device; print to a place that can be written\n"
+FULL = "llmtrain: error: standard output: got No space left on device; redirect it to a writable location\n"
 
 
 def run(
@@ -122,12 +122,12 @@ PRINTS = """
 import sys
 from rich.console import Console
 from llmtrain import standard_streams
-standard_streams.take_over()
+standard_streams.replace_streams()
 print("a\\x1b]0;title\\x07\\x1b[31mred\\x9b2J\\r\\tb  \\u3000c")
 print("\\x1b[31mred\\x1b[0m \\x1b[2J 5 %\\r", file=sys.stderr)
 standard_streams.tell("done\\r\\x1b[8m https://u:S@h/x?sig=S\\nmore")
 standard_streams.print_text("\\x1b[31m of a model")
-Console(file=standard_streams.unchanged(sys.stdout), force_terminal=True).print("[bold]live")
+Console(file=standard_streams.unescaped(sys.stdout), force_terminal=True).print("[bold]live")
 """
 
 

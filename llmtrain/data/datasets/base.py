@@ -226,7 +226,7 @@ class WithoutBadShards:
                     self._on_skip(dataset.tar_names[shard], int(self.shard_sizes[shard]))
             num_bad = sum(self._is_bad.values())
         if num_bad == np.count_nonzero(self.shard_sizes):
-            got = f"none that can be read of {num_bad} shards"
+            got = f"no readable one of {num_bad} tar files"
             raise DataError(Problem(f"data.path ({dataset.tar_names[shard]})", got, "one or more"))
         return self._is_bad[shard]
 

@@ -21,7 +21,7 @@ from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets import packing
 from llmtrain.data.datasets.samples import Recent
 from llmtrain.errors import DataError
-from llmtrain.files import disk_problem, open_no_link, write_atomically
+from llmtrain.files import disk_problem, open_no_follow, write_atomically
 from llmtrain.reading import read_bytes
 
 _COUNT_DTYPE = np.dtype("<i8")
@@ -90,7 +90,7 @@ def counted_once(
     path = cache / "rows" / f"{hashlib.sha256(key.encode()).hexdigest()}.counts"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_no_link(path.with_suffix(".lock"), "a") as file:
+        with open_no_follow(path.with_suffix(".lock"), "a") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             if (found := _read_counts(path, shape)) is not None:

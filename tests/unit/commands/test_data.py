@@ -287,7 +287,7 @@ def test_files_that_tell_too_little(copy: Path, capsys: pytest.CaptureFixture[st
     assert "data.json: got an unreadable file" in call(capsys, "trace", copy, "step=1")[2][0]
     (copy / "data.json").write_text("[]")
     assert (
-        "data.json: got an unreadable file (a list in place of an object)"
+        "data.json: got an unreadable file (a list instead of an object)"
         in call(capsys, "trace", copy, "step=1")[2][0]
     )
 
@@ -359,13 +359,13 @@ def test_an_address_that_a_run_names_is_not_fetched_unasked(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.yaml", "a: [", "config.yaml: got an unreadable file (no YAML: "),
-        ("config.yaml", "[1]", "a list in place of a section of keys"),
-        ("config.yaml", "a: \x1b[2J", "no YAML: "),
-        ("config.yaml", "a: " + "9" * 10_000, "no YAML: a date or a number"),
-        ("config.yaml", "a: 2001-99-99", "no YAML: a date or a number"),
+        ("config.yaml", "a: [", "config.yaml: got an unreadable file (invalid YAML: "),
+        ("config.yaml", "[1]", "a list instead of a section of keys"),
+        ("config.yaml", "a: \x1b[2J", "invalid YAML: "),
+        ("config.yaml", "a: " + "9" * 10_000, "invalid YAML: an invalid date or number"),
+        ("config.yaml", "a: 2001-99-99", "invalid YAML: an invalid date or number"),
         ("config.yaml", "[" * 100_000, "got an unreadable file ("),
-        ("config.yaml", "a: &a [*a, *a]", "aliases that stand for more than 100,000 values"),
+        ("config.yaml", "a: &a [*a, *a]", "aliases that expand to more than 100,000 values"),
         (
             "config.yaml",
             "data: {}\nmodel: {}\ntrain: {steps: many}",
@@ -382,7 +382,7 @@ def test_an_address_that_a_run_names_is_not_fetched_unasked(
             "data: {}\nmodel: {family: [1]}\ntrain: {steps: 1}",
             "config.yaml: model.family: got",
         ),
-        ("data.json", "{", "data.json: got an unreadable file (no JSON: "),
+        ("data.json", "{", "data.json: got an unreadable file (invalid JSON: "),
         ("data.json", '{"timeline": 3}', "data.json: timeline: got 3; allowed: a list"),
         (
             "data.json",
@@ -390,7 +390,7 @@ def test_an_address_that_a_run_names_is_not_fetched_unasked(
             "data.json: timeline[0].step: got nothing; allowed: a whole number",
         ),
         ("data.json", '{"paths": {"a": 3}}', "data.json: paths.a: got 3; allowed: text"),
-        ("environment.json", "[]", "environment.json: got an unreadable file (a list in place of an object)"),
+        ("environment.json", "[]", "environment.json: got an unreadable file (a list instead of an object)"),
         ("environment.json", '{"folder": 3}', "environment.json: folder: got 3; allowed: text"),
     ],
 )
@@ -410,7 +410,7 @@ def test_aliases_that_multiply_take_no_time(copy: Path, capsys: pytest.CaptureFi
     (copy / "config.yaml").write_text("\n".join(lines))
     code, _, (problem,) = call(capsys, "trace", copy, "step=1")
     assert code == 2
-    assert "aliases that stand for more than 100,000 values" in problem
+    assert "aliases that expand to more than 100,000 values" in problem
 
 
 @pytest.mark.parametrize("step", [10**12, 10**30])

@@ -35,7 +35,7 @@ def run(model: Path, corpus: Path, *overrides: str) -> None:
 @pytest.mark.parametrize(
     ("output", "words"),
     [
-        ("no/such/f.json", "No such file or directory.*make its folder first"),
+        ("no/such/f.json", "No such file or directory.*create its folder first"),
         (".", "Is a directory.*name a file"),
         ("file/f.json", "Not a directory"),
     ],

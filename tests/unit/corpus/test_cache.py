@@ -426,7 +426,7 @@ def test_counters_of_what_went_wrong(server: FileServer, files: Sequence[RemoteF
 def test_a_folder_that_cannot_be_written(files: Sequence[RemoteFile], make: Make, tmp_path: Path):
     (tmp_path / "file").touch()
     cache = make(dir=tmp_path / "file" / "cache")
-    with pytest.raises(DataError, match=r"data.cache.dir=.*/file/cache: got a place that cannot be written"):
+    with pytest.raises(DataError, match=r"data.cache.dir=.*/file/cache: got a location that is not writable"):
         get(cache, files[0])
     with pytest.raises(DataError, match=r"data.cache.dir="):
         cache.keep(b"a")

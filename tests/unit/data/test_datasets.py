@@ -186,7 +186,7 @@ def test_an_evaluation_of_nothing_that_can_be_read(tmp_path: Path):
     folder = write_corpus(tmp_path / "corpus", {"validation": TRAIN[:3]})
     (folder / "validation" / "validation-000000.tar").unlink()
     split = Corpus.open(folder, on_bad_shard="skip").split("validation")
-    with pytest.raises(DataError, match="none that can be read of 1 shards"):
+    with pytest.raises(DataError, match="no readable one of 1 tar files"):
         WithoutBadShards(TokenSequences(split, 16), lambda shard, samples: None).get(np.arange(1))
 
 

@@ -162,5 +162,5 @@ def test_ranks_share_a_step_whatever_their_number(first: int, share: int, data_s
 
 
 def test_rank_slice_refuses_a_size_that_does_not_divide():
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         rank_slice(range(6), 0, 4)

@@ -152,7 +152,7 @@ def test_no_shard_that_can_be_read(tmp_path: Path):
     open_source(path, 0, num_documents=8)
     damage(path, 0)
     stream = make_stream({"": open_source(path, 0, on_bad_shard="skip")}, on_bad_shard="skip")
-    with pytest.raises(DataError, match="none that can be read of 1 shards"):
+    with pytest.raises(DataError, match="no readable one of 1 tar files"):
         stream.enter(0)
 
 
@@ -164,7 +164,7 @@ def test_an_epoch_of_bad_shards_alone_is_refused(tmp_path: Path):
         damage(path, shard)
     source = open_source(path, 0, on_bad_shard="skip")
     stream = make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1)
-    with pytest.raises(DataError, match=f"none that can be read of {len(source.shard_sizes)} shards"):
+    with pytest.raises(DataError, match=f"no readable one of {len(source.shard_sizes)} tar files"):
         _ = [stream.enter(step) for step in range(len(source))]
 
 

@@ -11,7 +11,7 @@ import torch
 from llmtrain.config import decode
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.generation.folder import unheeded
+from llmtrain.generation.folder import unsupported_settings
 from llmtrain.generation.generate import generate, sample
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
@@ -119,7 +119,7 @@ def test_any_of_several_ends_a_text() -> None:
 def test_a_folder_s_settings_stand_in_for_what_is_not_asked(
     asked: dict[str, Any], said: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    config = GenerateConfig(**asked).resolved(has_sources=False, said=said)
+    config = GenerateConfig(**asked).resolved(has_sources=False, folder_settings=said)
     assert {key: getattr(config, key) for key in expected} == expected
     assert not list(config.problems())
 
@@ -135,7 +135,7 @@ def test_what_is_not_heeded_of_a_folder_s_settings() -> None:
         "forced_bos_token_id": 0,
         "min_p": 0.1,
     }
-    assert unheeded(said) == [
+    assert unsupported_settings(said) == [
         "no_repeat_ngram_size=3",
         "forced_bos_token_id=0",
         "min_p=0.1",

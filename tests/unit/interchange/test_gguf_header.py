@@ -53,7 +53,7 @@ def tensor(dims: tuple[int, ...], kind: int = 0, offset: int = 0, name: str = "t
         (key(9, struct.pack("<IQ", 10, HUGE)), "9,223,372,036,854,775,808 bytes"),
         (key(9, struct.pack("<IQIQ", 9, 1, 9, 1)), "a list of lists"),
         (key(77, bytes(8)), "a value of the unknown type 77"),
-        (key(8, struct.pack("<Q", 1) + b"\xff"), "no UTF-8"),
+        (key(8, struct.pack("<Q", 1) + b"\xff"), "not UTF-8"),
         (head(key(7, b"\1")[24:] * 2, counts=(0, 2)), "the key 'k' twice"),
         (head(tensors=tensor((1,) * 5), counts=(1, 0)), "'t' of 5 dims"),
         (head(tensors=tensor(()), counts=(1, 0)), "'t' of 0 dims"),

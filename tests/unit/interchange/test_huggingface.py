@@ -192,7 +192,7 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
 
 def test_unwritable_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="is not writable"):
         export_folder(GPT2, weights(GPT2), None, tmp_path / "file" / "out")
 
 
@@ -296,7 +296,7 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (edit_config(per_layer_config={"0": {"head_dim": 4}}), "per_layer_config: got"),
         (edit_config(model_type="mistral", num_hidden_layers=10**9), "num_hidden_layers: got 1000000000"),
         (edit_config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers: got"),
-        (edit_config(hidden_size=1e400), "no JSON|hidden_size"),
+        (edit_config(hidden_size=1e400), "invalid JSON|hidden_size"),
         (edit_config(intermediate_size=-3), "mlp_hidden_size: got -3"),
         (edit_config(head_dim=0.5), "head_dim: got 0.5; allowed: a whole number"),
         (edit_config(hidden_size=...), "no key 'hidden_size'"),
@@ -327,8 +327,8 @@ def index(weight_map: Any) -> Callable[[Path], None]:
             edit_weights(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
             r"model\.norm\.weight: got numbers of type I8; allowed: F64, F32, F16, BF16",
         ),
-        (lambda f: (f / "config.json").write_text("[" * 100_000), "brackets within brackets"),
-        (lambda f: (f / "config.json").write_text("{"), "no JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "nested too deeply"),
+        (lambda f: (f / "config.json").write_text("{"), "invalid JSON"),
         (lambda f: (f / "config.json").unlink(), r"config\.json: got No such file"),
     ],
 )

@@ -112,9 +112,9 @@ def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[st
         ({"a": entry([1], 0, 4)}, bytes(8), "damaged file"),
         ({"a": entry([1], 0, 2**60)}, bytes(8), "damaged file"),
         ({"a": entry([1], 0, 4, "F99")}, bytes(4), "damaged file"),
-        (b'{"\\ud800": X}', bytes(4), "half a character"),
+        (b'{"\\ud800": X}', bytes(4), "a lone surrogate"),
         ({}, b"", "weights without a tensor"),
-        (b"[]", b"", "a list in place of an object"),
+        (b"[]", b"", "a list instead of an object"),
     ],
 )
 def test_headers_that_do_not_fit_the_file(header: Any, data: bytes, message: str, tmp_path: Path):

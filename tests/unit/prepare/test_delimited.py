@@ -65,7 +65,7 @@ def test_what_csv_wrote_is_read_back_and_a_cut_is_seen(
         try:
             found, _ = read(path, "double")
         except DataError as error:
-            assert f"a.{kind} " in str(error) or "no UTF-8" in str(error)  # noqa: PT017
+            assert f"a.{kind} " in str(error) or "not UTF-8" in str(error)  # noqa: PT017
         except UnicodeDecodeError:
             pass
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import DataError
-from llmtrain.prepare.remote import at_hand
+from llmtrain.prepare.remote import local_copy
 from llmtrain.prepare.sources import contents_fingerprint, find_files, plan_units
 from tests.unit.prepare.test_sources import COMPRESS, WRITERS, read, write_jsonl
 
@@ -133,9 +133,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path):
     write_jsonl(path, ["one", "two"])
     ((part,),) = plan_units(find_files([str(path)])[0], "auto")
     grown = pytest.raises(DataError, match=r"a\.jsonl: got another state .* \(51 bytes, and 50 then\)")
-    with grown, at_hand(part, tmp_path), open(path, "a") as file:
+    with grown, local_copy(part, tmp_path), open(path, "a") as file:
         file.write("\n")
-    with pytest.raises(DataError, match="another state"), at_hand(part, tmp_path):
+    with pytest.raises(DataError, match="another state"), local_copy(part, tmp_path):
         pass
     path.unlink()
     with pytest.raises(DataError, match=r"a\.jsonl: got No such file or directory; allowed: a readable file"):

@@ -27,7 +27,7 @@ from llmtrain.prepare.clean import LONGEST_MARKS, CleanCounts, clean
 from llmtrain.prepare.folder_scan import SkippedFiles, printable_path, short_name
 from llmtrain.prepare.parquet_pages import Page, rows_at_a_time
 from llmtrain.prepare.read import read_part
-from llmtrain.prepare.source_file import Batch, SourceFile, refuse_wide
+from llmtrain.prepare.source_file import Batch, SourceFile, refuse_utf16
 from llmtrain.prepare.sources import (
     contents_fingerprint,
     find_files,
@@ -262,7 +262,7 @@ def test_pairs_are_read_by_their_bytes(tmp_path: Path, monkeypatch: pytest.Monke
 def test_zero_bytes_are_looked_at_in_the_memory_that_they_take():
     data = bytes(8 << 20)
     with python_memory_below(20 << 20):
-        refuse_wide(data, "a.txt")
+        refuse_utf16(data, "a.txt")
 
 
 def test_marks_without_end_are_put_in_order_in_linear_time():

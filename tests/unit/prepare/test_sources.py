@@ -276,7 +276,7 @@ def test_null_is_an_empty_text(tmp_path: Path):
             b"text,label\nx,1\ny,1,2\n",
             r"a\.csv line 3: got 3 values; allowed: 2, as many as the header",
         ),
-        ("a.parquet", b"no parquet", "got no parquet file"),
+        ("a.parquet", b"no parquet", "got an invalid parquet file"),
         ("a.txt.gz", gzipped(b"long text " * 1000)[:-20], r"a\.txt\.gz: got damaged \.gz data"),
         ("a.txt.gz", b"no gzip", r"damaged \.gz data"),
         ("a.jsonl.zst", zstandard.compress(b"long text " * 1000)[:-2], r"damaged \.zst data"),
@@ -300,7 +300,7 @@ def test_parquet_that_is_refused(tmp_path: Path):
         read(path, "id")
     data = path.read_bytes()
     path.write_bytes(data[:-50])
-    with pytest.raises(DataError, match="got no parquet file"):
+    with pytest.raises(DataError, match="got an invalid parquet file"):
         read(path)
     path.write_bytes(data[:100] + b"\0" * 3000 + data[3100:])
     with pytest.raises(DataError, match=r"a\.parquet row 1 or later: got damaged parquet data"):

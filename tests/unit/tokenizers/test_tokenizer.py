@@ -166,7 +166,7 @@ def test_a_lossy_model_says_so():
 
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model at all")
-    with pytest.raises(DataError, match=r"x\.model: got not a sentencepiece model"):
+    with pytest.raises(DataError, match=r"x\.model: got an invalid sentencepiece model"):
         load_tokenizer(tmp_path / "x.model")
     with pytest.raises(DataError, match="No such file"):
         load_tokenizer(tmp_path / "missing.model")

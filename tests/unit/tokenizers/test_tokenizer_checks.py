@@ -83,8 +83,8 @@ DOUBLED = replace({"String": "a"}, "aa")
             "got the id 1,000,000,000 in a vocabulary of 401; allowed: ids below 66,338",
         ),
         (in_vocabulary(2**32 - 1), "got the id 4,294,967,295"),
-        (in_vocabulary(2**32), "got no tokenizer (invalid value"),
-        (in_vocabulary(-1), "got no tokenizer (invalid value"),
+        (in_vocabulary(2**32), "got an invalid tokenizer (invalid value"),
+        (in_vocabulary(-1), "got an invalid tokenizer (invalid value"),
         (with_normalizer(sequence(*[DOUBLED] * 30)), "normalizer: steps that make texts 1,073,741,824 times"),
         (
             with_normalizer(replace({"Regex": "."}, "x" * 1000)),
@@ -122,17 +122,17 @@ DOUBLED = replace({"String": "a"}, "aa")
             "post_processor: 1,200 ids around a text",
         ),
         (lambda spec: spec["added_tokens"][0].update(content="x" * 10_000), "a piece of 10,000 characters"),
-        (with_model(vocab=5), "got no tokenizer (invalid type"),
-        (lambda spec: spec.update(added_tokens=5), "got no tokenizer (invalid type"),
+        (with_model(vocab=5), "got an invalid tokenizer (invalid type"),
+        (lambda spec: spec.update(added_tokens=5), "got an invalid tokenizer (invalid type"),
         (lambda spec: spec["model"]["vocab"].update({"x" * 10_000: 390}), "a piece of 10,000 characters"),
         (
             with_normalizer(replace({"Regex": "a|" * 50_000 + "b"}, "x")),
             "a pattern of 100,001 characters",
         ),
         # It would panic.
-        (with_normalizer(replace({"Regex": ""}, "xx")), "got no tokenizer (index out of bounds"),
+        (with_normalizer(replace({"Regex": ""}, "xx")), "got an invalid tokenizer (index out of bounds"),
         (lambda spec: spec.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "chunk size must be"),
-        (lambda spec: spec["added_tokens"][0].update(content="\ud800"), "half a character"),
+        (lambda spec: spec["added_tokens"][0].update(content="\ud800"), "a lone surrogate"),
     ],
 )
 def test_a_tokenizer_that_asks_for_too_much(
@@ -166,7 +166,7 @@ def test_a_text_that_a_tokenizer_fails_on(tmp_path: Path):
         ({"eos_token": ["</s>"]}, "eos_token: got ['</s>']"),
         ({"eos_token": {}}, "eos_token: got {}"),
         ({"mask_token": {"content": 5}}, "mask_token: got {'content': 5}"),
-        ([], "got no tokenizer (a list in place of an object)"),
+        ([], "got an invalid tokenizer (a list instead of an object)"),
     ],
 )
 def test_a_special_token_of_another_type(name: str, content: Any, message: str, tmp_path: Path):
@@ -203,8 +203,8 @@ BPE = sentencepiece_model(vocab_size=320, model_type="bpe", byte_fallback=True)
         ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder: got []"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": 5}}}, "decoder.320: got"),
         ("added_tokens.json", {"<a>": "320"}, "ids.<a>: got '320'; allowed: a whole number"),
-        ("added_tokens.json", ["<a>"], "added_tokens.json: got a list in place of an object"),
-        ("config.json", [], "config.json: got a list in place of an object"),
+        ("added_tokens.json", ["<a>"], "added_tokens.json: got a list instead of an object"),
+        ("config.json", [], "config.json: got a list instead of an object"),
     ],
 )
 def test_what_stands_beside_a_sentencepiece_model(name: str, content: Any, message: str, tmp_path: Path):
@@ -240,7 +240,7 @@ def changed(change: Callable[[Any], object]) -> bytes:
 )
 def test_what_is_no_sentencepiece_model(content: bytes, tmp_path: Path):
     (tmp_path / "x.model").write_bytes(content)
-    assert "x.model: got not a sentencepiece model (" in refusal(tmp_path / "x.model")
+    assert "x.model: got an invalid sentencepiece model (" in refusal(tmp_path / "x.model")
 
 
 def test_an_unknown_id_that_is_none_goes_out_as_the_library_has_it():
@@ -321,4 +321,4 @@ def test_a_key_twice_is_refused(tmp_path: Path):
     write_tokenizer(tmp_path, "gpt2", 400)
     content = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(content.rstrip()[:-1] + ', "normalizer": null}')
-    assert "got no tokenizer (the key 'normalizer' twice)" in refusal(tmp_path)
+    assert "got an invalid tokenizer (the key 'normalizer' twice)" in refusal(tmp_path)

@@ -67,7 +67,7 @@ def test_a_failing_tracker_warns_once_and_stops_nobody(caplog: pytest.LogCapture
     assert working.calls == [(1, {"loss": 1.0}), (2, {"loss": 0.5}), (), (True,)]
     assert len(broken.calls) == 4
     assert [r.getMessage() for r in caplog.records] == [
-        "track.wandb fails, training goes on: ConnectionError: no route"
+        "track.wandb failed, training continues: ConnectionError: no route"
     ]
     assert state == {"wandb": {}, "jsonl": {"calls": 3}}
 
@@ -91,7 +91,7 @@ def test_a_tracker_that_cannot_open_is_left_out(tmp_path: Path, caplog: pytest.L
     trackers.log(1, {"loss": 1.0})
     trackers.close(failed=False)
     (record,) = caplog.records
-    assert record.getMessage().startswith("track.tensorboard fails, training goes on: ")
+    assert record.getMessage().startswith("track.tensorboard failed, training continues: ")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 

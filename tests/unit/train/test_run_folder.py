@@ -81,7 +81,7 @@ def test_a_file_system_without_locks_is_taken_without(
 
 def test_a_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"run\.dir=.*got a place that cannot be written") as caught:
+    with pytest.raises(CheckpointError, match=r"run\.dir=.*got a location that is not writable") as caught:
         RunFolder(tmp_path / "file" / "run")
     assert len(str(caught.value).splitlines()) == 1
 
@@ -113,7 +113,7 @@ def test_a_lock_that_is_another_s_file_is_not_written(tmp_path: Path, kind: str)
         os.mkfifo(tmp_path / "run/.lock")
     else:
         (tmp_path / "run/.lock").hardlink_to(tmp_path / "precious")
-    with pytest.raises(CheckpointError, match=r"got a (file that has another|place that cannot)"):
+    with pytest.raises(CheckpointError, match=r"got a (file that has another|location that is not)"):
         RunFolder(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -131,7 +131,7 @@ def test_what_a_held_lock_says_is_shown_in_part(tmp_path: Path):
 @pytest.mark.parametrize("name", ["config.yaml", "environment.json", "data.json", "git.json"])
 def test_a_folder_in_place_of_a_file_is_told(checkout: Path, tmp_path: Path, name: str):
     (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(TrainingError, match=r"got a place that cannot be written \(Is a directory\)"):
+    with pytest.raises(TrainingError, match=r"got a location that is not writable \(Is a directory\)"):
         describe(tmp_path / "run")
 
 
