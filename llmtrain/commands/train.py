@@ -9,6 +9,8 @@ from typing import Any
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE
 from llmtrain.plan.estimate import estimate
+from llmtrain.plan.fit import refuse_if_too_large
+from llmtrain.plan.report import summary
 from llmtrain.standard_streams import tell
 from llmtrain.train.resolve import resolve
 
@@ -23,8 +25,8 @@ def run(mapping: Mapping[str, Any]) -> int:
         resolved = resolve(mapping)
         plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
         if launcher.rank() == 0:
-            tell(plan.summary())
-        plan.refuse_if_too_large()
+            tell(summary(plan))
+        refuse_if_too_large(plan)
 
         # Everything above answers without importing torch.
         from llmtrain.train.session import train_run

@@ -21,7 +21,7 @@ class WeightRecord:
     never_trained: Sequence[str]
     """Names of the parameters that are frozen at values that no training has changed."""
     differences: Mapping[str, Sequence[str]] | None
-    """"new" and "unused" → names of parameters, of a run that started from a folder; else None."""
+    """Names of the "new" and the "unused" parameters of a run that started from a folder; else None."""
     origin: Any
     """Settings of the Hugging Face folder that the weights came from, as JSON; else None."""
 
