@@ -1,4 +1,4 @@
-"""Imports run one way through the rooms of llmtrain, and heavy libraries stay in theirs."""
+"""Imports run downward through the packages of llmtrain, heavy libraries stay in theirs, and files are short."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ORDER = (
     {"cli"},
     {"__main__"},
 )
-"""From the ground up: a room imports itself and rooms of earlier sets alone."""
+"""From the ground up: a module imports only its own package and those of earlier sets."""
 
 ONLY_IN = {
     "hydra": {"cli"},
@@ -43,6 +43,25 @@ ONLY_IN = {
     "sentencepiece": {"tokenizers", "interchange"},
     "transformers": set(),
 }
+
+LONGEST = 400
+"""Lines of a file of llmtrain/ or tests/, unless LONGER names it."""
+
+LONGER = {
+    "tests/parity/architectures.py": "one table of all compared architectures, each with its Hugging Face config",
+    "tests/parity/matrix.py": "one table of all cells of the parity matrix, with what each is held to",
+    "tests/unit/plan/test_memory.py": "to be divided: activations, states, pipeline stages, offload",
+    "tests/unit/corpus/test_transport.py": "to be divided: HTTP, S3, local files",
+    "tests/faults/test_remote_faults.py": "to be divided: faults of the network, of the disk, of the store",
+    "tests/unit/interchange/test_huggingface.py": "to be divided: export, import",
+    "tests/unit/corpus/test_cache.py": "to be divided: downloads, eviction, reading ahead",
+    "tests/unit/commands/test_data.py": "to be divided by verb: trace, digest, show; they share one trained run",
+    "tests/unit/checkpoint/test_store.py": "to be divided: round trips, damage, interrupted saves",
+    "tests/unit/nn/test_attention.py": "one reference that every kernel is compared with",
+    "tests/unit/prepare/test_prepare.py": "to be divided: what is kept, what is refused",
+    "tests/unit/commands/test_import.py": "to be divided: import and export, training from an import",
+}
+"""File → why it is longer than LONGEST."""
 
 
 def imports() -> Iterator[tuple[Path, str]]:
@@ -90,3 +109,13 @@ def test_every_room_is_packaged():
     for file in PACKAGE.rglob("__init__.py"):
         name = ".".join(file.parent.relative_to(PACKAGE.parent).parts)
         assert f'"{name}"' in text, f"{name} is missing from pyproject.toml"
+
+
+def test_files_are_short():
+    root = PACKAGE.parent
+    paths = [path for folder in (PACKAGE, root / "tests") for path in sorted(folder.rglob("*.py"))]
+    lengths = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in paths}
+    too_long = {name: lines for name, lines in lengths.items() if lines > LONGEST and name not in LONGER}
+    assert not too_long, f"longer than {LONGEST} lines: divide them by what they are about"
+    needless = [name for name in LONGER if lengths.get(name, 0) <= LONGEST]
+    assert not needless, "short by now, or gone: take them out of LONGER"

@@ -304,7 +304,7 @@ def test_parameters_that_the_folder_lacks_and_ones_that_the_model_lacks(
     told = capsys.readouterr().err
     assert "new, started from the seed: blocks.0.attention.qkv.bias (64); 64 numbers in 1 parameter" in told
     assert f"unused of {folder}: blocks.1." in told
-    assert "warning: frozen, and yet never trained: blocks.0.attention.qkv.bias" in told
+    assert "warning: these frozen parameters were never trained: blocks.0.attention.qkv.bias" in told
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["new_parameters"] == ["blocks.0.attention.qkv.bias"]
     assert all(name.startswith("blocks.1.") for name in environment["unused_parameters"])

@@ -21,7 +21,10 @@ from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
-from llmtrain.plan.estimate import Plan, duration, estimate, gib, quantity
+from llmtrain.plan.estimate import Plan, estimate
+from llmtrain.plan.fit import changes, refuse_if_too_large, warnings
+from llmtrain.plan.report import summary, table
+from llmtrain.plan.units import duration, gib, quantity
 from tests.support.presets import preset, usual_objective
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -84,18 +87,18 @@ def test_what_fits() -> None:
     assert plan.tokens_per_step == 64 * 8192
     assert plan.total_tokens == 64 * 8192 * 1000
     assert not plan.is_too_large
-    assert not plan.warnings()
-    plan.refuse_if_too_large()
-    table = plan.table()
-    assert "8,030,261,248 parameters" in table
-    assert "h100_80g: fits" in table
+    assert not warnings(plan)
+    refuse_if_too_large(plan)
+    text = table(plan)
+    assert "8,030,261,248 parameters" in text
+    assert "h100_80g: fits" in text
     assert plan.seconds == pytest.approx(plan.total_flops / (0.4 * 989e12 * 64))
 
 
 def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_fit() -> None:
     plan = planned(LLAMA_8B, BatchConfig(128, 4, 4096), world_size=8)
     with pytest.raises(ConfigError) as caught:
-        plan.refuse_if_too_large()
+        refuse_if_too_large(plan)
     text = str(caught.value)
     assert len(text.splitlines()) == 1
     assert text.startswith("memory: got ")
@@ -103,8 +106,8 @@ def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_fit() -> No
         " of it activations; allowed: 79.16 GiB, what one process has on h100_80g; try parallel.zero=2"
         in text
     )
-    assert "does not fit" in plan.table()
-    assert "warning" not in plan.table() + plan.summary(), "the refusal says it"
+    assert "does not fit" in table(plan)
+    assert "warning" not in table(plan) + summary(plan), "the refusal says it"
     follows = planned(LLAMA_8B, BatchConfig(128, 1, 4096), world_size=8, zero=2)
     assert not follows.is_too_large
     assert text.endswith(f"which needs {gib(follows.memory.total)}")
@@ -113,7 +116,7 @@ def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_fit() -> No
 def test_more_processes_are_named_when_nothing_less_helps() -> None:
     plan = planned(LLAMA_8B, BatchConfig(128, 1, 4096), world_size=1)
     with pytest.raises(ConfigError, match=r"try \d+ processes parallel.zero=3 engine=deepspeed") as caught:
-        plan.refuse_if_too_large()
+        refuse_if_too_large(plan)
     count = int(str(caught.value).split("try ")[1].split()[0])
     assert not planned(LLAMA_8B, BatchConfig(128, 1, 4096), world_size=count, zero=3).is_too_large
 
@@ -121,10 +124,10 @@ def test_more_processes_are_named_when_nothing_less_helps() -> None:
 def test_nothing_fits() -> None:
     small = replace(H100, memory_bytes=4_000_000_000)
     gpt3 = preset(CONF / "model/gpt3_175b.yaml")
-    with pytest.raises(ConfigError, match=r"or take a smaller model$"):
-        planned(
-            gpt3, BatchConfig(8, 1, 2048), world_size=8, settings=Settings(cluster=small)
-        ).refuse_if_too_large()
+    with pytest.raises(ConfigError, match=r"or use a smaller model$"):
+        refuse_if_too_large(
+            planned(gpt3, BatchConfig(8, 1, 2048), world_size=8, settings=Settings(cluster=small))
+        )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_remedies_from_the_least_change_on(
 ) -> None:
     settings = Settings(cluster=replace(H100, memory_bytes=memory_gb * 10**9))
     with pytest.raises(ConfigError) as caught:
-        planned(LLAMA_8B, batch, world_size=8, settings=settings, **parallel).refuse_if_too_large()
+        refuse_if_too_large(planned(LLAMA_8B, batch, world_size=8, settings=settings, **parallel))
     assert f"; try {remedy}, which needs " in str(caught.value), str(caught.value)
 
 
@@ -163,18 +166,18 @@ def test_a_pipeline_is_told_with_its_bubble() -> None:
         tensor_sequence=True,
     )
     assert plan.bubble == 3 / (16 + 3)
-    table = plan.table()
-    assert "data 4 · tensor 4 · pipeline 4 · sequence 1; ZeRO 1, bf16; tokens shared in the tensor" in table
-    assert "recompute         full, one block in 2" in table
-    assert "4 stages, 16 micro-batches a step: 15.8% of it idle" in table
-    assert "memory of one process of the stage that holds most" in table
+    text = table(plan)
+    assert "data 4 · tensor 4 · pipeline 4 · sequence 1; ZeRO 1, bf16; tokens shared in the tensor" in text
+    assert "recompute         full, one layer in 2" in text
+    assert "4 stages, 16 micro-batches a step: 15.8% of it idle" in text
+    assert "memory of one process of the stage that holds most" in text
 
 
 def test_searching_a_large_space_is_quick() -> None:
     """Counted in calls, not in seconds."""
     gpt3 = preset(CONF / "model/gpt3_175b.yaml")
     plan = planned(gpt3, BatchConfig(1536, 6, 2048), world_size=64, tensor=2, pipeline=8, zero=1)
-    assert sum(1 for _ in plan._changes()) < 2000
+    assert sum(1 for _ in changes(plan)) < 2000
 
 
 LOCAL = Settings(cluster=ClusterConfig(), device="cpu", precision="fp32")
@@ -191,13 +194,13 @@ def test_this_machine_refuses_only_what_is_clearly_over(
     needed = planned(model, batch, settings=LOCAL).memory.total
     monkeypatch.setattr(machine, "memory_bytes", lambda: int(share * needed))
     plan = planned(model, batch, settings=LOCAL)
-    assert bool(plan.warnings()) == warned
-    assert ("warning: memory: got" in plan.summary()) == ("warning: memory: got" in plan.table()) == warned
+    assert bool(warnings(plan)) == warned
+    assert ("warning: memory: got" in summary(plan)) == ("warning: memory: got" in table(plan)) == warned
     if refused:
         with pytest.raises(ConfigError, match="what one process has on this machine"):
-            plan.refuse_if_too_large()
+            refuse_if_too_large(plan)
     else:
-        plan.refuse_if_too_large()
+        refuse_if_too_large(plan)
 
 
 def test_processes_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,16 +214,16 @@ def test_processes_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_of_a_gpu_that_is_not_known_is_not_judged() -> None:
     plan = planned(LLAMA_8B, BatchConfig(4, 4, 8192), settings=replace(LOCAL, device="cuda"))
     assert plan.available_bytes is None
-    plan.refuse_if_too_large()
-    assert " GiB of " not in plan.summary()
+    refuse_if_too_large(plan)
+    assert " GiB of " not in summary(plan)
 
 
 def test_other_families() -> None:
     lstm = planned(LSTMConfig(vocab_size=8192), BatchConfig(8, 2, 64), settings=LOCAL)
-    assert "tokens per step" in lstm.table()
+    assert "tokens per step" in table(lstm)
     cnn = planned(SimpleCNNConfig(), BatchConfig(64, 32, 1), settings=LOCAL)
     assert cnn.tokens_per_step == 64
-    assert "64 images per step" in cnn.table()
+    assert "64 images per step" in table(cnn)
     assert cnn.memory.logits == 0
 
 

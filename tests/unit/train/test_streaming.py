@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from llmtrain.config import decode
-from llmtrain.corpus.config import Stage, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import Stage, TokenDataConfig
 from llmtrain.data.mixture import Timeline
-from llmtrain.models.registry import model_config_type
 from llmtrain.train.config import TrainConfig
+from llmtrain.train.resolve import VARIANTS
 from llmtrain.train.streaming import open_stream, plan_timeline
 from tests.support.training import compose
 
@@ -33,7 +33,7 @@ class Rows:
 
 def config(global_size: int = 8, seed: int = 0, **data: Any) -> TrainConfig:
     mapping = compose(["data.path=corpora", "run.dir=none"])
-    decoded = decode(TrainConfig, mapping, {"model": model_config_type, "data": data_config_type})
+    decoded = decode(TrainConfig, mapping, VARIANTS)
     assert isinstance(decoded.data, TokenDataConfig)
     changed = replace(decoded, data=replace(decoded.data, **data), seed=seed)
     return replace(changed, batch=replace(changed.batch, global_size=global_size))

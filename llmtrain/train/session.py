@@ -1,0 +1,397 @@
+"""One start of a run, in order: join the ranks, hold the run folder, open the data, find the checkpoint to
+resume from, build the engine, open the trackers, run the loop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.reader import Checkpoint
+from llmtrain.checkpoint.retention import prune
+from llmtrain.checkpoint.saver import Saver
+from llmtrain.config import encode
+from llmtrain.data.datasets.base import Dataset
+from llmtrain.data.loader import Loader
+from llmtrain.data.stream import Stream
+from llmtrain.distributed import launcher, processes, set_union, stopping
+from llmtrain.engine.allocator import Heap, keep_freed_memory
+from llmtrain.engine.base import Engine
+from llmtrain.engine.build import build_engine
+from llmtrain.engine.evaluation import Totals
+from llmtrain.errors import DataError
+from llmtrain.interchange.trained import listed
+from llmtrain.objectives.base import Objective
+from llmtrain.objectives.reading import open_dataset
+from llmtrain.optim.schedules import multiplier
+from llmtrain.parallel.materialize import Source
+from llmtrain.standard_streams import tell
+from llmtrain.tensor_boxes import Shard
+from llmtrain.track.progress import Progress
+from llmtrain.track.trackers import Trackers, open_trackers
+from llmtrain.train.config import recorded
+from llmtrain.train.evaluation import evaluate_dataset
+from llmtrain.train.loop import Hooks, Outcome, Schedule, train
+from llmtrain.train.observer import RunObserver
+from llmtrain.train.pretrained import StartingWeights, open_weights
+from llmtrain.train.resolve import Resolved
+from llmtrain.train.resume import Resume, find_resume
+from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.start import start_ranks
+from llmtrain.train.streaming import open_stream, plan_timeline
+from llmtrain.train.weight_record import WeightRecord, record_weights
+from llmtrain.urls import without_credentials_in
+
+
+def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
+    """Train a run; return whether all its steps are done, False after a request to stop. All ranks call it.
+
+    forecast_bytes: the memory that one process is expected to use; started: time.perf_counter() at the start.
+    """
+    device = processes.pick_device(resolved.config.device)
+    heap = Heap(forecast_bytes) if device.type == "cpu" and keep_freed_memory() else None
+    start_ranks(resolved, device)
+    session = Session(resolved, device, heap, started)
+    try:
+        is_complete = session.train()
+    except BaseException:
+        session.close(failed=True)
+        raise
+    session.close(failed=False)
+    return is_complete
+
+
+@dataclass(frozen=True)
+class _StartingPoint:
+    """Where this start begins: after the steps of a checkpoint, or at step 0."""
+
+    resume: Resume | None
+    evaluation_owed: bool
+    """Whether the evaluation that the checkpoint still owes has to be made first."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return None if self.resume is None else self.resume.checkpoint
+
+    @property
+    def step(self) -> int:
+        return 0 if self.resume is None else self.resume.checkpoint.step
+
+
+class Session:
+    """The part of one process in one start of a run."""
+
+    def __init__(self, resolved: Resolved, device: torch.device, heap: Heap | None, started: float) -> None:
+        """Hold the run folder. Raise CheckpointError when another process does."""
+        self.config, self.layout, self.corpora = resolved.config, resolved.layout, resolved.corpora
+        self.pretrained = resolved.pretrained
+        self.device = device
+        self.rank = self.layout.coordinates(processes.rank()).data
+        self._heap = heap
+        self._started = started
+        self._folder: RunFolder | None = None
+        self._trackers: Trackers | None = None
+        self._progress: Progress | None = None
+        self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
+        processes.on_main(self._hold_folder)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.config.run.dir / "checkpoints"
+
+    def train(self) -> bool:
+        """Open everything in order, train, and return whether all steps are done."""
+        config = self.config
+        # Check everything that may be refused before building anything.
+        training = processes.agree(self._open_training_data)
+        validation = processes.agree(self._open_validation_data)
+        start = self._find_start(has_validation=validation is not None)
+        if start.step >= config.train.steps and not start.evaluation_owed:
+            self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
+            return True
+        stream = self._open_stream(training, start)
+        objective = config.objective.build(config.model, config.data, self.corpora)
+        engine, weights = self._build_engine(objective, start)
+        observer = processes.agree(lambda: self._open_observer(stream, start, weights))
+        loader = self._open_loader(stream, objective)
+        description = self._describe(stream, start, weights)
+        hooks = self._hooks(engine, validation, start, description)
+        stopping.request.save_first()
+        outcome = train(
+            engine,
+            loader,
+            hooks,
+            observer,
+            self._schedule(start),
+            asked_to_stop=lambda: stopping.request.asked,
+        )
+        processes.on_main(observer.raise_failure)
+        self._report(outcome)
+        return not outcome.interrupted
+
+    def close(self, failed: bool) -> None:
+        """Release everything; `failed` is how trackers mark the run."""
+        self._saver.abandon()
+        if self.corpora is not None:
+            self.corpora.close()
+        if self._progress is not None:
+            self._progress.close()
+        if self._trackers is not None:
+            self._trackers.close(failed)
+        if self._folder is not None:
+            self._folder.close()
+
+    # What a start opens, in order
+
+    def _hold_folder(self) -> None:
+        self._folder = RunFolder(self.config.run.dir)
+
+    def _open_training_data(self) -> Mapping[str, Dataset]:
+        config = self.config
+        length = config.batch.sequence_length
+        return config.objective.open(config.model, config.data, self.corpora, "train", length)
+
+    def _open_validation_data(self) -> Dataset | None:
+        """Return None when nothing is evaluated, because of the settings or for lack of data."""
+        config = self.config
+        if config.evaluation.every is None and not config.evaluation.at_start:
+            return None
+        try:
+            self._say_what_is_not_evaluated()
+            return open_dataset(
+                config.objective,
+                config.model,
+                config.data,
+                self.corpora,
+                "validation",
+                config.batch.sequence_length,
+                lambda shard, samples: self._say(_left_out(shard, samples)),
+            )
+        except DataError as error:
+            self._say(f"no evaluation: {error}")
+            return None
+
+    def _find_start(self, has_validation: bool) -> _StartingPoint:
+        resume = find_resume(self.config, self._data_facts(), self._say)
+        owed = resume is not None and resume.evaluation_owed and has_validation
+        return _StartingPoint(resume, owed)
+
+    def _open_stream(self, training: Mapping[str, Dataset], start: _StartingPoint) -> Stream:
+        config = self.config
+        before = start.resume.timeline if start.resume is not None else None
+        timeline = plan_timeline(config, training, before, start.step, self._say)
+        return processes.agree(
+            lambda: open_stream(
+                config.data,
+                training,
+                timeline,
+                seed=config.seed,
+                agree=set_union.of_all_ranks(),
+                on_skip=lambda shard, samples: self._say(f"{_left_out(shard, samples)} in this epoch"),
+            )
+        )
+
+    def _build_engine(self, objective: Objective, start: _StartingPoint) -> tuple[Engine, WeightRecord]:
+        """Build the engine with the weights of the checkpoint, of `model=pretrained` or of the seed."""
+        check = FiniteCheck()
+        starting = self._starting_weights() if start.checkpoint is None else None
+        source = None if starting is None else _watched(starting.source(self.config.seed), check)
+        engine = build_engine(self.config, self.layout, self.device, objective, start.checkpoint, source)
+        weights = record_weights(self.config, self.pretrained, start.checkpoint, starting)
+        if weights.never_trained and start.checkpoint is None:
+            self._say(f"warning: these frozen parameters were never trained: {listed(weights.never_trained)}")
+        if self.pretrained is not None:
+            where = f"model.path={self.pretrained.path}"
+            processes.agree(lambda: check.refuse(where))
+        return engine, weights
+
+    def _starting_weights(self) -> StartingWeights | None:
+        """Return the weights of `model=pretrained`, or None for the seed's."""
+        if self.pretrained is None:
+            return None
+        starting = open_weights(self.pretrained, self.config.model)
+        self._say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
+        for note in starting.notes():
+            self._say(note)
+        return starting
+
+    def _open_observer(self, stream: Stream, start: _StartingPoint, weights: WeightRecord) -> RunObserver:
+        """Describe the run in its folder and open its trackers and progress report, on rank 0 alone."""
+        config = self.config
+        if not processes.is_main():
+            return RunObserver(config, self.layout, self.device, None, None)
+        self._describe_in_folder(stream, weights)
+        # A fork of another run has tracks of its own.
+        own = start.checkpoint if start.resume is not None and start.resume.is_own else None
+        self._trackers = open_trackers(
+            config.track,
+            run_dir=config.run.dir,
+            run_name=config.run.name,
+            resolved_config=recorded(config),
+            resume_step=own.step if own is not None else None,
+            state=own.manifest.get("trackers") if own is not None else None,
+        )
+        every = 1 if sys.stderr.isatty() else config.train.log_every
+        self._progress = Progress(config.train.steps, start_step=start.step, every=every)
+        self._say(stream.describe())
+        counters = self.corpora.counters if self.corpora is not None else dict
+        return RunObserver(config, self.layout, self.device, self._trackers, self._progress, counters)
+
+    def _describe_in_folder(self, stream: Stream, weights: WeightRecord) -> None:
+        assert self._folder is not None
+        facts: dict[str, Any] = {"device": str(self.device), "world_size": processes.world_size()}
+        if self.pretrained is not None:
+            facts["started_from"] = str(self.pretrained.path)
+        if weights.differences is not None:
+            facts |= {f"{which}_parameters": names for which, names in weights.differences.items()}
+        data = {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()}
+        self._folder.describe(recorded(self.config), data, facts)
+
+    def _open_loader(self, stream: Stream, objective: Objective) -> Loader:
+        return Loader(
+            stream,
+            objective.collate,
+            micro_size=self.layout.micro_size,
+            data_rank=self.rank,
+            data_size=self.layout.data,
+            workers=self.config.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _describe(self, stream: Stream, start: _StartingPoint, weights: WeightRecord) -> dict[str, Any]:
+        """Return what the manifest of every checkpoint of this start says, as JSON."""
+        return {
+            "model": encode(self.config.model),
+            "config": recorded(self.config),
+            "data": {**self._data_facts(), "train": stream.describe()},
+            "timeline": stream.timeline.encode(),
+            "resumed_from": str(start.checkpoint.path) if start.checkpoint is not None else None,
+            "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
+            "origin": weights.origin,
+            "fresh": weights.never_trained,
+            "starting": weights.differences,
+        }
+
+    # What the loop calls
+
+    def _hooks(
+        self,
+        engine: Engine,
+        validation: Dataset | None,
+        start: _StartingPoint,
+        description: Mapping[str, Any],
+    ) -> Hooks:
+        config = self.config
+
+        def evaluate(between: Callable[[], None]) -> Totals:
+            assert validation is not None
+            workers, max_samples = config.data.workers, config.evaluation.max_samples
+            return evaluate_dataset(engine, validation, self.layout, self.rank, workers, max_samples, between)
+
+        def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
+            trackers = processes.from_main(self._trackers.state() if self._trackers is not None else None)
+            manifest = {
+                **description,
+                "validation_loss": validation_loss,
+                "evaluation_owed": evaluation_owed,
+                "trackers": trackers,
+            }
+            tokenizer = self.corpora.tokenizer_path if self.corpora is not None else None
+            self._saver.save(step, engine, manifest, tokenizer, lambda path: self._on_saved(step, path))
+
+        return Hooks(
+            lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
+            evaluate=evaluate if validation is not None else None,
+            save=save,
+            evaluated_late=start.resume.note_evaluation if start.resume is not None else lambda loss: None,
+            after_step=self._after_step,
+            finish_save=self._saver.finish,
+        )
+
+    def _schedule(self, start: _StartingPoint) -> Schedule:
+        config = self.config
+        return Schedule(
+            start_step=start.step,
+            steps=config.train.steps,
+            evaluate_every=config.evaluation.every,
+            evaluate_at_start=config.evaluation.at_start,
+            save_every=config.checkpoint.every,
+            evaluation_owed=start.evaluation_owed,
+        )
+
+    def _after_step(self) -> None:
+        self._saver.poll()
+        if self._heap is not None:
+            self._heap.after_step()
+
+    def _on_saved(self, step: int, path: Path) -> None:
+        self._say(f"step {step:,}: checkpoint {path}")
+        if processes.is_main():
+            self._prune(path)
+
+    def _prune(self, current: Path) -> None:
+        rules = self.config.checkpoint
+        try:
+            prune(
+                self.root,
+                current,
+                keep_last=rules.keep_last,
+                keep_best=rules.keep_best,
+                keep_every=rules.keep_every,
+            )
+        except OSError as error:  # training needs none of this
+            self._say(f"warning: old checkpoints could not be deleted: {error}")
+
+    # What the run says
+
+    def _say(self, text: str) -> None:
+        """Print a line on rank 0, above the progress line where there is one."""
+        if launcher.rank() == 0:
+            if self._progress is not None:
+                self._progress.message(text)
+            else:
+                tell(text)
+
+    def _say_what_is_not_evaluated(self) -> None:
+        without = [] if self.corpora is None else self.corpora.without("validation")
+        if without and self.corpora is not None and len(without) < len(self.corpora.by_name):
+            self._say(f"note: {', '.join(without)} has no validation split; the others are evaluated")
+
+    def _report(self, outcome: Outcome) -> None:
+        if outcome.interrupted:
+            self._say(f"stopped at step {outcome.step:,} as asked; the same command resumes")
+            return
+        loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+        seconds = time.perf_counter() - self._started
+        self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {self.config.run.dir}")
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Return what identifies the data: its kind, locations and tokenizer."""
+        data = self.config.data
+        return {
+            "kind": data.kind,
+            "paths": without_credentials_in({"": data.path} if data.kind == "images" else data.paths),
+            "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
+        }
+
+
+def _watched(source: Source, check: FiniteCheck) -> Source:
+    """Return `source` with every value shown to `check`."""
+
+    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
+        source(out, name, shard, start)
+        check.look(name, out)
+
+    return watched
+
+
+def _left_out(shard: str, samples: int) -> str:
+    return f"warning: {shard} is bad: its {samples:,} sequences are left empty"
