@@ -33,7 +33,7 @@ def corpora_problems(objective: ObjectiveConfig, corpora: Corpora | None) -> lis
         remedy = "prepare it with target_field=… or target_source=…, or give another objective=…"
     else:
         got, allowed = f"{corpora.where}, a corpus of pairs", "single texts with this objective"
-        remedy = "give an encoder–decoder with objective=seq2seq, or prepare the texts without target_field"
+        remedy = "give an encoder-decoder with objective=seq2seq, or prepare the texts without target_field"
     return [Problem("data.path", got, allowed, remedy)]
 
 
