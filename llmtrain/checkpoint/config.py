@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept and where a run resumes, free of torch."""
+"""When to write checkpoints, which to keep, and where to resume. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llmtrain.errors import Problem
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints of a run; one is always written at its last step."""
+    """Checkpoints of a run; one is always written at the last step."""
 
     every: int | None = 500
-    """Steps between checkpoints; null: only the last step's."""
+    """Steps between checkpoints; null: only at the last step."""
     keep_last: int = 2
-    """How many of the newest stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 1
-    """How many of those with the lowest validation loss stay besides."""
+    """Number of checkpoints with the lowest validation loss to keep in addition."""
     keep_every: int | None = None
-    """Checkpoints at multiples of this many steps stay for good."""
+    """Keep all checkpoints at multiples of this number of steps; null: none for this reason."""
     asynchronous: bool = True
-    """Train on while a checkpoint is written, from a copy of the state in host memory; otherwise wait."""
+    """Whether training goes on while a checkpoint is written from a copy of the state in host memory."""
     resume: str = "auto"
-    """auto: from the newest good checkpoint of the run folder, if any; never: refuse a folder that has
-    some; a path: from that run folder or checkpoint."""
+    """Where to resume. auto: from the newest undamaged checkpoint of the run folder, if any; never: refuse
+    a run folder with checkpoints; a path: from that run folder or checkpoint."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")

@@ -1,4 +1,4 @@
-"""Whether boxes cover a matrix exactly once: arithmetic, free of torch."""
+"""Check that boxes cover a matrix exactly once. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from llmtrain.tensor_boxes import Box
 
 
 def cover_problem(whole: Box, boxes: Sequence[Box]) -> str | None:
-    """What keeps `boxes` from covering `whole` exactly once: the first problem, or None.
+    """Return the first reason why `boxes` do not cover `whole` exactly once, or None.
 
-    A line runs down the rows and keeps the columns of the boxes that it meets, sorted, so that each box is
-    compared with its two neighbours alone.
+    A sweep line moves down the rows and keeps a sorted list of the columns of the boxes that it crosses,
+    so that each box is compared only with its two neighbors.
     """
     for box in boxes:
         if box.numel <= 0 or whole.intersection(box) != box:
             return f"the box {tuple(box)} is not within {tuple(whole)}"
     ends = [(box.row + box.rows, False, box) for box in boxes]
     starts = [(box.row, True, box) for box in boxes]
-    met: list[tuple[int, int]] = []  # (first column, the one after the last)
+    met: list[tuple[int, int]] = []  # (first column, last column + 1)
     for row, is_start, box in sorted([*ends, *starts]):
         columns = box.column, box.column + box.columns
         at = bisect_left(met, columns)

@@ -1,4 +1,4 @@
-"""Weights that are not finite, as a broken copy or a diverged run has them: no loss of theirs is finite."""
+"""Find weights that are NaN or infinite, as in a damaged copy or a diverged run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ SHOWN = 4
 
 
 class FiniteCheck:
-    """Looks at weights as they are read, so that none is read twice."""
+    """Checks weights while they are read, so that none is read twice."""
 
     def __init__(self) -> None:
         self._bad: dict[str, int] = {}
 
     def look(self, name: str, values: Tensor) -> None:
-        """values: of the weight, or of a part of it; engines may read some of them twice."""
+        """Check a weight or a part of it; engines may read some parts twice."""
         bad = values.numel() - int(values.isfinite().sum())
         if bad:
             self._bad[name] = max(bad, self._bad.get(name, 0))
 
     def refuse(self, where: str) -> None:
-        """Raise CheckpointError, with names and counts, where some were not finite. where: they come from."""
+        """Raise CheckpointError with names and counts if any weight was not finite. where: their source."""
         if not self._bad:
             return
         named = [f"{count:,} in {name}" for name, count in self._bad.items()]

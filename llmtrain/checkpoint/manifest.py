@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: manifest.json, each field of the type that readers rely on."""
+"""Read and check manifest.json of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llmtrain.reading import decode_file, parse_object, read_bytes
 
 FORMAT = "llmtrain-checkpoint"
 VERSION = 3
-"""Since 3 the objective stands beside the model, and frozen parameters are named."""
+"""Version 3 moved the objective out of the model section and lists frozen parameters."""
 READABLE = (2, VERSION)
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 256 << 20
 MANIFEST_VALUES = 10_000_000
-"""A million boxes, as of a thousand ranks of a model with three hundred weights."""
+"""Enough for a million boxes, such as a thousand ranks and a model with three hundred weights."""
 WEIGHT = "weight"
 OPTIMIZER = "optimizer."
-"""Prefix of the kinds that are optimizer state: `optimizer.exp_avg`."""
+"""Prefix of kinds of optimizer state, such as `optimizer.exp_avg`."""
 BYTES_PER_ELEMENT = 4
 _XXH3 = re.compile(r"[0-9a-f]{32}")
 _RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
@@ -105,18 +105,17 @@ class _Tracker:
 
 @dataclass(frozen=True)
 class _Starting:
-    """How a model and the folder that it started from differ."""
+    """Differences between a model and the folder that it started from."""
 
     new: tuple[str, ...] = ()
     """Parameters that the folder lacked."""
     unused: tuple[str, ...] = ()
-    """Those of the folder that the model had no place for."""
+    """Weights of the folder that the model did not use."""
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    """All but the tensors, of which there may be a million boxes. What has a default is there where whoever
-    saved it said so."""
+    """All fields but the tensors, which may have a million boxes. Fields with a default may be missing."""
 
     step: int
     files: tuple[_File, ...]
@@ -125,20 +124,20 @@ class _Manifest:
     saved_at: str = ""
     position: _Position = _Position()
     model: Mapping[str, Any] = field(default_factory=lambda: {"family": ""})
-    """Encoded."""
+    """The encoded model config."""
     data: _Data | None = None
     config: _Run | None = None
     layout: _Layout | None = None
     timeline: tuple[Segment, ...] | None = None
     validation_loss: Any = None
-    """A number, which may be infinite."""
+    """A number, which may be infinite; null: not measured."""
     evaluation_owed: bool = False
     trackers: Mapping[str, _Tracker] | None = None
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()
-    """Parameters whose values no training has seen."""
+    """Parameters that have not been trained at all."""
     frozen: tuple[str, ...] = ()
-    """Parameters that did not train; all did where nothing is said."""
+    """Parameters that were not trained in this run."""
     left_out: tuple[str, ...] = ()
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     imported_from: str | None = None
@@ -161,9 +160,9 @@ class _Manifest:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what `folder`'s manifest says, each field of its type, and each tensor in files that it lists.
+    """Return the manifest of `folder`, with the type of each field and the files of each tensor checked.
 
-    Raises CheckpointError, with the field, where it is not a checkpoint's of a version known here.
+    Raise CheckpointError, which names the field, unless it is a valid manifest of a supported version.
     """
     where = str(folder / MANIFEST)
     try:
@@ -195,8 +194,8 @@ def _folder_of(step: Any) -> str | None:
 
 
 def _tensor_problem(manifest: Mapping[str, Any]) -> Problem | None:
-    """Return the first thing that keeps `tensors` from being kind → name → shape and boxes, in files that are
-    listed and large enough for them; None where nothing does."""
+    """Return the first reason why `tensors` is not a mapping kind → name → shape and boxes, in listed
+    files that are large enough; None if it is."""
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["files"]}
     needed = dict.fromkeys(sizes, 0)
     kinds = manifest.get("tensors")

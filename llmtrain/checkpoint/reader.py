@@ -1,4 +1,4 @@
-"""Reading a checkpoint: any box of any parameter, whatever layout wrote it, and the whole into an engine."""
+"""Read any box of any parameter of a checkpoint, or restore it into an engine of any layout."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ KEPT_TABLES = 16
 
 
 class Reader:
-    """Boxes of a checkpoint's tensors. It keeps files open, which many small reads share, and so belongs to
-    one piece of work; dropping it closes them."""
+    """Reads boxes of a checkpoint's tensors. It keeps files open for many small reads, so make one for
+    each task; they are closed when it is deleted."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         path = checkpoint.path
-        # Functions of the module, since a method within its own object would keep that alive.
+        # Functions of the module: caching a method would keep this object alive.
         self._file = lru_cache(maxsize=MAX_OPEN_FILES)(lambda file: open_safetensors(path / file))
         self._boxes_N4 = lru_cache(maxsize=KEPT_TABLES)(lambda kind, name: _table(checkpoint, kind, name))
 
     def read(self, kind: str, name: str, box: Box) -> torch.Tensor:
-        """(rows, columns) fp32 of the matrix that the parameter is looked at as.
+        """Return (rows, columns) fp32 of the parameter as a matrix.
 
-        Raises CheckpointError for a tensor that it lacks or that lacks elements, and for unreadable files.
+        Raise CheckpointError if the tensor or a part of it is missing, or a file is unreadable.
         """
         out = torch.empty(box.rows, box.columns)
         self._fill(out, kind, name, box)
@@ -47,7 +47,7 @@ class Reader:
 
     def read_into(self, out: torch.Tensor, kind: str, name: str, shard: Shard, start: int) -> None:
         """Fill `out` (1-D, any device and dtype) with elements [start, start + len(out)) of the flattened
-        `shard`; padding becomes 0. Raises CheckpointError as `read`, and for a parameter of another shape."""
+        `shard`; padding becomes 0. Raise CheckpointError as `read` does, and if the shape differs."""
         entry = self._checkpoint.entry(kind, name)
         if tuple(entry["shape"]) != shard.shape:
             path, theirs = self._checkpoint.path, tuple(entry["shape"])
@@ -59,7 +59,7 @@ class Reader:
                 self._fill(out[place].view(box.rows, box.columns), kind, name, box)
 
     def _fill(self, out: torch.Tensor, kind: str, name: str, box: Box) -> None:
-        """`out` (rows, columns) from all stored boxes that have a part of `box`."""
+        """Fill `out` (rows, columns) from all stored boxes that intersect `box`."""
         stored = self._checkpoint.entry(kind, name)["boxes"]
         boxes_N4 = self._boxes_N4(kind, name)
         begin_N2, end_N2 = boxes_N4[:, :2], boxes_N4[:, :2] + boxes_N4[:, 2:]
@@ -84,7 +84,8 @@ class Reader:
             )
 
     def _get(self, file: str, key: str, box: Box) -> Any:
-        """A slice of the stored box. Raises CheckpointError where the file holds another."""
+        """Return a slice of the stored box. Raise CheckpointError if the file holds another shape or
+        dtype."""
         try:
             found = self._file(file).get_slice(key)
             shape, dtype = found.get_shape(), found.get_dtype()
@@ -97,7 +98,7 @@ class Reader:
         return found
 
     def header_problem(self, kind: str, name: str) -> str | None:
-        """Where the files hold other tensors than the manifest says: the first problem, or None."""
+        """Return the first difference between the files' tensors and the manifest, or None."""
         for file, key, box in self._checkpoint.entry(kind, name)["boxes"]:
             try:
                 self._get(file, key, Box(*box))
@@ -108,24 +109,24 @@ class Reader:
 
 
 def cover_problem_of(entry: Mapping[str, Any]) -> str | None:
-    """What keeps the boxes of one tensor from covering it exactly once: the first problem, or None."""
+    """Return the first reason why the boxes of a tensor don't cover it exactly once, or None."""
     return cover_problem(whole(tuple(entry["shape"])), [Box(*box) for _, _, box in entry["boxes"]])
 
 
 def _table(checkpoint: Checkpoint, kind: str, name: str) -> np.ndarray:
-    """All boxes of one tensor: row, column, rows, columns."""
+    """Return all boxes of one tensor: row, column, rows, columns."""
     boxes = [box for _, _, box in checkpoint.entry(kind, name)["boxes"]]
     return np.array(boxes, dtype=np.int64).reshape(-1, 4)
 
 
 def _slices(box: Box, within: Box) -> tuple[slice, slice]:
-    """Where `box` lies in the matrix that `within` is."""
+    """Return the slices of `box` in the matrix of `within`."""
     row, column = box.row - within.row, box.column - within.column
     return slice(row, row + box.rows), slice(column, column + box.columns)
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Canonical name → whole fp32 weight; one is in memory at a time unless the caller keeps them."""
+    """Canonical name → whole fp32 weight, read on access and not kept."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._entries = checkpoint.manifest["tensors"][WEIGHT]
@@ -142,7 +143,7 @@ class Weights(Mapping[str, torch.Tensor]):
         return len(self._entries)
 
     def read_into(self, out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
-        """As Reader.read_into: a part without the whole."""
+        """Read a part of a weight, as Reader.read_into does."""
         self._reader.read_into(out, WEIGHT, name, shard, start)
 
 
@@ -155,7 +156,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read the manifest. Raises CheckpointError as read_manifest."""
+        """Open a checkpoint and read its manifest. Raise CheckpointError as read_manifest does."""
         return cls(path, read_manifest(path))
 
     @property
@@ -164,33 +165,33 @@ class Checkpoint:
 
     @property
     def is_imported(self) -> bool:
-        """Whether it is weights from elsewhere: no optimizer's state, and no run that they came out of."""
+        """Return whether it holds imported weights, without optimizer state or a run."""
         return "imported_from" in self.manifest
 
     @property
     def frozen(self) -> frozenset[str]:
-        """Names of the parameters that did not train."""
+        """Return the names of the parameters that were not trained."""
         return frozenset(self.manifest.get("frozen", ()))
 
     @property
     def bytes(self) -> int:
-        """Of its files, the manifest left out."""
+        """Return the size of its files, without the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"])
 
     @property
     def tokenizer(self) -> Path | None:
-        """What `load_tokenizer` takes."""
+        """Return its tokenizer file, for `load_tokenizer`."""
         paths = [self.path / name for name in TOKENIZER_FILES]
         return next((path for path in paths if path.exists()), None)
 
     def require(self, *sections: str) -> None:
-        """Raise CheckpointError for a section of the manifest that is not there."""
+        """Raise CheckpointError if the manifest lacks one of these sections."""
         if missing := [name for name in sections if self.manifest.get(name) is None]:
             where = f"{self.path / MANIFEST}: {missing[0]}"
             raise CheckpointError(Problem(where, "nothing", "a section of keys"))
 
     def entry(self, kind: str, name: str) -> dict[str, Any]:
-        """Shape and boxes of one tensor. Raises CheckpointError when there is none."""
+        """Return shape and boxes of one tensor. Raise CheckpointError if it is missing."""
         held = self.manifest["tensors"].get(kind, {})
         if name not in held:
             allowed = nearest(name, held) if held else nearest(kind, self.manifest["tensors"])
@@ -198,7 +199,7 @@ class Checkpoint:
         return held[name]
 
     def damage(self, part: int = 0, parts: int = 1) -> str | None:
-        """What is wrong with its files, by size and checksum: the first problem, or None. `part` of
+        """Return the first file whose size or checksum is wrong, described, or None. Part `part` of
         `parts` checks every parts-th file, so that ranks share the work."""
         for entry in self.manifest["files"][part::parts]:
             path = self.path / entry["file"]
@@ -215,8 +216,8 @@ class Checkpoint:
         return None
 
     def incompleteness(self) -> str | None:
-        """Which tensor its boxes don't cover exactly once, or its files don't hold as the manifest says:
-        the first problem, or None. Reads no values."""
+        """Return the first tensor whose boxes don't cover it exactly once, or whose files differ from the
+        manifest, described, or None. Reads no values."""
         reader = Reader(self)
         for kind, entries in self.manifest["tensors"].items():
             for name, entry in entries.items():
@@ -225,19 +226,19 @@ class Checkpoint:
         return None
 
     def read(self, kind: str, name: str, box: Box) -> torch.Tensor:
-        """One Reader.read."""
+        """Read one box, as Reader.read does."""
         return Reader(self).read(kind, name, box)
 
     def read_into(self, out: torch.Tensor, kind: str, name: str, shard: Shard, start: int) -> None:
-        """One Reader.read_into; for many of them make one Reader."""
+        """Read one part, as Reader.read_into does; for several make a Reader."""
         Reader(self).read_into(out, kind, name, shard, start)
 
     def weights(self) -> Weights:
-        """All weights, fp32, by their canonical names, each read when asked for."""
+        """Return all weights in fp32 by canonical name, each read on access."""
         return Weights(self)
 
     def restore(self, engine: Engine) -> None:
-        """Put weights, optimizer state and loss scaler into the engine, whatever its layout."""
+        """Restore weights, optimizer state and loss scaler into an engine of any layout."""
         reader = Reader(self)
         kinds = [kind for kind in self.manifest["tensors"] if kind.startswith(OPTIMIZER)]
         for fragment in engine.held_fragments():

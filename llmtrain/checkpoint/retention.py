@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder holds, which of them are good, and which stay."""
+"""Find the checkpoints of a run folder, check them, and delete those that need not be kept."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from llmtrain.errors import CheckpointError, Problem
 
 Say = Callable[[str], None]
 _NAME = re.compile(r"step-[0-9]{8,18}(-[0-9]{1,20})?")
-"""Of a checkpoint, or of one that was set aside."""
+"""Names of checkpoints, including those that were set aside."""
 
 
 def list_steps(root: Path) -> list[Path]:
-    """Committed checkpoint folders under `root`, oldest first."""
+    """Return the committed checkpoint folders under `root`, oldest first."""
     return sorted(
         path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and os.path.exists(path / MANIFEST)
     )
 
 
 def list_held(path: Path) -> list[Path]:
-    """List the checkpoints at `path`, oldest first: `path` itself, or those of the run folder there."""
+    """Return the checkpoints at `path`, oldest first: `path` itself, or those of a run folder."""
     if (path / MANIFEST).exists():
         return [path]
     return list_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 
 
 def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint under `root`, and what is wrong with newer ones, which is also said;
-    ranks share the checking and agree on the answer."""
+    """Return the newest undamaged checkpoint under `root`, and the problems of newer ones, which are also
+    reported. Ranks share the checks and agree on the result."""
     rejected: list[str] = []
     for path in reversed(processes.from_main(list_steps(root))):
         try:
@@ -54,8 +54,8 @@ def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
 
 
 def find(path: Path, say: Say) -> Checkpoint:
-    """The checkpoint that a user means by `path`: a checkpoint folder, or the newest good one of a run
-    folder; ranks share the checking. Raises CheckpointError when there is none or it is damaged."""
+    """Return the checkpoint at `path`: a checkpoint folder, or the newest undamaged one of a run folder.
+    Ranks share the checks. Raise CheckpointError if there is none or it is damaged."""
     if (path / MANIFEST).exists():
         checkpoint = Checkpoint.open(path)
         damage = checkpoint.damage(processes.rank(), processes.world_size())
@@ -72,7 +72,8 @@ def find(path: Path, say: Say) -> Checkpoint:
 
 
 def prune(root: Path, current: Path, *, keep_last: int, keep_best: int, keep_every: int | None) -> None:
-    """Delete the checkpoints that no rule keeps, `current`, just written, never. For one rank only."""
+    """Delete the checkpoints that no rule keeps, but never `current`, the one just written. Call it on one
+    rank only."""
     for path in unkept(root, current, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every):
         remove(path)
 
@@ -80,7 +81,7 @@ def prune(root: Path, current: Path, *, keep_last: int, keep_best: int, keep_eve
 def unkept(
     root: Path, current: Path, *, keep_last: int, keep_best: int, keep_every: int | None
 ) -> list[Path]:
-    """The checkpoints that no rule keeps, oldest first, `current` never among them."""
+    """Return the checkpoints that no rule keeps, oldest first, never `current`."""
     steps = list_steps(root)
     keep = {current, *steps[-keep_last:]}
     scored = []
@@ -99,7 +100,7 @@ def unkept(
 
 
 def set_aside_after(root: Path, step: int, say: Say) -> None:
-    """Move checkpoints later than `step` out of the way of a run that goes on from it; none is deleted."""
+    """Rename checkpoints later than `step`, from which a run resumes; delete none."""
     for path in list_steps(root):
         if path.name > step_folder(step):
             aside = root / "superseded" / f"{path.name}-{time.time_ns()}"

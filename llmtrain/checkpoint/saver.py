@@ -1,5 +1,5 @@
-"""When a checkpoint is written: beside training, which waits for it only where it would change the state
-before that is copied."""
+"""Save checkpoints while training goes on. Training waits only before a step that would change state that
+has not been copied yet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Then = Callable[[Path], None]
 
 
 class Copier:
-    """Copies shares to host memory of its own, which is kept for the next one; pinned for a GPU's."""
+    """Copies shares to buffers in host memory, which are reused for the next checkpoint; pinned if a GPU
+    is used."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
@@ -41,15 +42,14 @@ class Copier:
         if part.values.is_cuda:
             buffer.copy_(part.values, non_blocking=True)
         else:
-            # torch would bring a pool of threads to this one, which take the processors from training.
+            # numpy, since torch would start a thread pool for this thread, which takes cores from training.
             np.copyto(buffer.numpy(), part.values.float().numpy())
         return part._replace(values=buffer)
 
 
 class Pending:
-    """A checkpoint on its way: a thread copies and writes this rank's share, and calls no collective, since
-    two threads' would mix. The optimizer's next step, which changes the state, waits for the copy.
-    """
+    """A checkpoint in progress. A thread copies and writes this rank's share, but calls no collective,
+    since collectives of two threads would mix. The next optimizer step waits for the copy."""
 
     def __init__(
         self,
@@ -93,13 +93,13 @@ class Pending:
             self._written = store.write_share(
                 self.partial, processes.rank(), copied, go_on=lambda: not self._is_called_off.is_set()
             )
-        except Exception as error:  # told to all ranks by hand_in
+        except Exception as error:  # hand_in reports it to all ranks
             self._problem = store.why(error, self.partial)
         finally:
             self._is_copied.set()
 
     def wait_for_copy(self) -> None:
-        """Until the engine's state may change."""
+        """Wait until the engine's state may change."""
         self._is_copied.wait()
 
     @property
@@ -107,10 +107,11 @@ class Pending:
         return self._thread.is_alive()
 
     def advance(self) -> bool:
-        """Take the next step, which all ranks do together when none is busy: hand in the files, which rank
-        0's thread then makes a checkpoint of; or, when that is done, tell. → whether it was the last.
+        """Take the next step on all ranks together, when no thread is busy: hand in the files, from which
+        rank 0's thread then assembles a checkpoint; after that, conclude. Return whether it was the last
+        step.
 
-        Raises as store.hand_in.
+        Raise as store.hand_in does.
         """
         self.wait()
         if not self._is_handed_in:
@@ -132,7 +133,7 @@ class Pending:
             self._problem = store.why(error, self.partial)
 
     def wait(self) -> None:
-        """Until this rank's thread is done with its work."""
+        """Wait until this rank's thread has finished."""
         self._thread.join()
         self._hook.remove()
 
@@ -143,11 +144,11 @@ class Pending:
 
 
 class Saver:
-    """Saves an engine's checkpoints under `root`; all ranks call the same methods in the same order.
+    """Saves an engine's checkpoints under `root`. All ranks must call the same methods in the same order.
 
-    With `asynchronous`, `save` returns at once: a thread copies the state to host memory and writes that.
-    `poll` or `finish` makes the files a checkpoint when those of all ranks are on the disk; nothing has its
-    name before.
+    With `asynchronous`, `save` returns at once: a thread copies the state to host memory and writes it.
+    `poll` or `finish` commits the checkpoint when all ranks' files are on disk; until then it has a
+    temporary name.
     """
 
     def __init__(self, root: Path, *, asynchronous: bool = True) -> None:
@@ -164,10 +165,11 @@ class Saver:
         tokenizer: Path | None,
         then: Then | None = None,
     ) -> None:
-        """Save the engine's state as it is now; the one before is finished first.
+        """Save the engine's current state, after finishing the previous checkpoint.
 
-        `then` is called on every rank with the path, once it is a checkpoint. `description` is JSON that goes
-        into the manifest. Raises TrainingError on all ranks when the folder cannot be made, or as `finish`.
+        `then` is called on each rank with the path once the checkpoint is committed. `description` is JSON
+        for the manifest. Raise TrainingError on all ranks if the folder cannot be made, or as `finish`
+        does.
         """
         self.finish()
         if not self._asynchronous:
@@ -179,8 +181,8 @@ class Saver:
         self._pending = Pending(step, partial, engine, self._copier, description, tokenizer, then)
 
     def poll(self) -> None:
-        """Take the pending checkpoint a step further if no rank's thread is busy with it. A collective while
-        one is pending, else nothing. Raises as `finish`."""
+        """Advance the pending checkpoint if no rank's thread is busy with it. A collective if one is
+        pending, otherwise a no-op. Raise as `finish` does."""
         if self._pending is None:
             return
         busy = torch.tensor([float(self._pending.is_busy)], device=self._pending.device)
@@ -190,8 +192,8 @@ class Saver:
     def finish(self) -> None:
         """Wait for the pending checkpoint and commit it.
 
-        Raises TrainingError on all ranks when any could not write, its disk being full, say; the half
-        written checkpoint is removed, earlier ones stay.
+        Raise TrainingError on all ranks if any could not write, such as on a full disk; the incomplete
+        checkpoint is removed, earlier ones stay.
         """
         while self._pending is not None:
             self._advance()
@@ -203,7 +205,7 @@ class Saver:
             self._pending = pending
 
     def abandon(self) -> None:
-        """Drop the pending checkpoint, for a rank that fails while others may not: no collective."""
+        """Abandon the pending checkpoint without a collective, for a rank that fails while others may not."""
         if self._pending is not None:
             self._pending.call_off()
             if processes.is_main():

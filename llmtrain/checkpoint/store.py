@@ -1,17 +1,17 @@
-"""Checkpoints that know no layout: each rank writes the parts of parameters that it owns, as boxes of the
-whole parameter, and whoever reads asks for any box of any parameter.
+"""Write checkpoints that are independent of the layout: each rank writes the parts of parameters that it owns
+as boxes of the whole parameter, and any box of any parameter can be read.
 
     step-00000100/
       rank-00000.safetensors   weights and optimizer state: `KIND/NAME@ROW,COLUMN`, (rows, columns) fp32
       rank-00001.safetensors
       tokenizer.model          or tokenizer.bundle.json
-      manifest.json            written last: what lies where, sizes, checksums, the run's config
+      manifest.json            written last: location of each box, sizes, checksums, the run's config
 
-The folder has a temporary name until all of it is on the disk, so that a kill at any moment leaves
-earlier checkpoints and no half of this one. Nothing in it is unpickled.
+The folder has a temporary name until all of it is on disk, so that a kill at any time leaves earlier
+checkpoints intact and no incomplete one. Nothing in it is unpickled.
 
-This module writes: a rank's share, all of them as a checkpoint. reader.py reads, manifest.py says what a
-manifest holds, saver.py when one is written, llmtrain/tensor_boxes.py what a box is.
+reader.py reads checkpoints, manifest.py defines the manifest, saver.py saves during training, and
+llmtrain/tensor_boxes.py defines boxes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class Part(NamedTuple):
     shard: Shard
     start: int
     values: torch.Tensor
-    """1-D, on any device, of any type of real numbers."""
+    """1-D, on any device, of any floating-point dtype."""
     is_constant: bool = False
-    """No step changes it."""
+    """Whether no step changes it."""
 
     def pieces(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
-        """(key in the file, box of the whole parameter, its values (rows, columns)); padding has none."""
+        """Yield (key in the file, box in the whole parameter, its values (rows, columns)); padding has
+        none."""
         for box, place in self.shard.pieces(self.start, self.start + self.values.numel()):
             key = f"{self.kind}/{self.name}@{box.row},{box.column}"
             yield key, box, self.values[place].view(box.rows, box.columns)
@@ -62,18 +63,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has to save."""
+    """The state that one rank saves."""
 
     parts: list[Part]
     counters: dict[str, dict[str, float]]
     """Kind → parameter name → a number that all elements share (Adam's `step`)."""
     scaler: dict[str, float]
     frozen: frozenset[str] = frozenset()
-    """Names of the parameters that do not train."""
+    """Names of the parameters that are not trained."""
 
 
 def collect(engine: Engine) -> Share:
-    """This rank's share: views of the engine's own memory, which its next step changes."""
+    """Return this rank's share: views of the engine's memory, which the next step changes."""
     parts: list[Part] = []
     counters: dict[str, dict[str, float]] = {}
     frozen: set[str] = set()
@@ -92,7 +93,7 @@ def collect(engine: Engine) -> Share:
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make the folder that the shares of `step` are written to; → its temporary path. All ranks call it."""
+    """Create the temporary folder for the shares of `step` and return its path. Called by all ranks."""
     partial = root / f".{step_folder(step)}.partial"
 
     def make() -> None:
@@ -110,8 +111,8 @@ def begin(root: Path, step: int) -> Path:
 def write_share(
     folder: Path, rank: int, share: Share, go_on: Callable[[], bool] = lambda: True
 ) -> dict[str, Any]:
-    """Write the share of `rank`, in fp32; → what was written, for the manifest. No collective in it: a
-    thread may do it. For `go_on` and errors see write_safetensors."""
+    """Write the share of `rank` in fp32 and return its description for the manifest. Calls no collective,
+    so a thread may call it. For `go_on` and errors see write_safetensors."""
     pieces = [(part, *piece) for part in share.parts for piece in part.pieces()]
     path = folder / f"rank-{rank:05d}.safetensors"
     values_of = {key: values for _, key, _, values in pieces}
@@ -130,18 +131,18 @@ def write_share(
 def hand_in(
     partial: Path, written: dict[str, Any] | None, problem: tuple[str, str] | None
 ) -> list[dict[str, Any]]:
-    """What each rank gives when its file is on the disk: what write_share gave, or the problem it met (see
-    `why`). → all of it, in rank order, on rank 0, and nothing on others.
+    """Gather from all ranks the result of write_share, or the problem that a rank met (see `why`). Return all
+    results in rank order on rank 0, an empty list on others.
 
-    Raises TrainingError on all ranks when any of them met a problem; what was written is removed then.
+    Raise TrainingError on all ranks if any met a problem; the files written are removed then.
     """
     raise_if_any(processes.gather(problem), partial)
     return [share for share in processes.gather_to_main(written) if share is not None]
 
 
 def conclude(partial: Path, step: int, problem: tuple[str, str] | None) -> Path:
-    """After rank 0 has assembled the shares or met a `problem`: → the checkpoint's path, on all ranks.
-    Raises as `hand_in`."""
+    """Return the checkpoint's path on all ranks, after rank 0 has assembled it or met a `problem`. Raise
+    as `hand_in` does."""
     raise_if_any([processes.from_main(problem)], partial)
     return partial.parent / step_folder(step)
 
@@ -149,16 +150,16 @@ def conclude(partial: Path, step: int, problem: tuple[str, str] | None) -> Path:
 def save(
     root: Path, step: int, engine: Engine, description: Mapping[str, Any], tokenizer: Path | None
 ) -> Path:
-    """Write the engine's state as `root/step-…`; called by all ranks, returns on all when it is on disk.
+    """Write the engine's state as `root/step-…`. Called by all ranks; returns when it is on disk.
 
-    `description` is JSON that goes into the manifest: model config, run config, tracker state, ….
-    Raises TrainingError on all ranks when the disk is full; earlier checkpoints stay.
+    `description` is JSON for the manifest: model config, run config, tracker state, …. Raise TrainingError
+    on all ranks if the disk is full; earlier checkpoints stay.
     """
     partial = begin(root, step)
     written, problem = None, None
     try:
         written = write_share(partial, processes.rank(), collect(engine))
-    except Exception as error:  # told to all ranks by hand_in
+    except Exception as error:  # hand_in reports it to all ranks
         problem = why(error, partial)
     shares = hand_in(partial, written, problem)
     if processes.is_main():
@@ -170,7 +171,7 @@ def save(
 
 
 def describe(engine: Engine, step: int, description: Mapping[str, Any]) -> dict[str, Any]:
-    """`description` with what the manifest says besides: when, how far, under which layout."""
+    """Return `description` with further fields of the manifest: time, position in training, layout."""
     return {
         "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "position": {"step": step},
@@ -186,7 +187,7 @@ def assemble(
     description: Mapping[str, Any],
     tokenizer: Path | None,
 ) -> None:
-    """Write the manifest of all ranks' `shares`, in rank order, and give the folder its name; for rank 0."""
+    """Write the manifest of all ranks' `shares`, in rank order, and rename the folder; call it on rank 0."""
     final = partial.parent / step_folder(step)
     tensors: dict[str, dict[str, Any]] = {}
     counters: dict[str, dict[str, float]] = {}
@@ -199,11 +200,11 @@ def assemble(
     for kind, entries in tensors.items():
         for name, entry in entries.items():
             entry["boxes"].sort(key=lambda found: found[2])
-            if flaw := cover_problem_of(entry):  # better found now than on resume
+            if flaw := cover_problem_of(entry):  # detect it now rather than on resume
                 raise ValueError(f"{kind} {name}: {flaw}")
     listed = [share["file"] for share in shares]
     if tokenizer is not None:
-        # The file of a corpus from elsewhere has the cache's name.
+        # The tokenizer of a remote corpus has its name in the cache.
         copy = partial / next(name for name in TOKENIZER_FILES if name.endswith(tokenizer.suffix))
         with open(tokenizer, "rb") as source, open(copy, "xb", opener=files.no_follow_opener) as target:
             shutil.copyfileobj(source, target)
@@ -220,11 +221,11 @@ def assemble(
         "counters": counters,
         "tensors": tensors,
     }
-    # A line: with thousands of ranks it is tens of megabytes, and json indents in Python.
+    # On one line: with thousands of ranks it is tens of megabytes, and json indents in Python.
     checked = {**manifest, "checksum": files.checksum_of_json(manifest)}
     files.write_json_atomically(partial / MANIFEST, checked, indent=None)
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():  # the same step again
+    if final.exists():  # the same step was saved before
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     os.replace(partial, final)
@@ -233,7 +234,7 @@ def assemble(
 
 
 def note_evaluation(path: Path, validation_loss: float | None) -> None:
-    """Write into a checkpoint the loss that was measured after it was saved; for one rank."""
+    """Add the validation loss, measured after saving, to a checkpoint; call it on one rank."""
     manifest = Checkpoint.open(path).manifest
     manifest |= {"validation_loss": validation_loss, "evaluation_owed": False}
     manifest["checksum"] = files.checksum_of_json(manifest)
@@ -241,7 +242,7 @@ def note_evaluation(path: Path, validation_loss: float | None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint. A kill on the way leaves no part of it under its name; `tidy` clears the rest."""
+    """Delete a checkpoint. If killed midway, no part of it keeps its name; `tidy` removes the rest."""
     doomed = path.with_name(f"{DELETED}{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
@@ -249,8 +250,8 @@ def remove(path: Path) -> None:
 
 
 def tidy(root: Path) -> None:
-    """Clear what killed processes left half written, half deleted or half replaced. For the owner of the run
-    folder."""
+    """Remove what killed processes left half written, deleted or replaced. Only the owner of the run
+    folder may call it."""
     for path in root.glob(f"{REPLACED}*"):
         final = root / path.name.removeprefix(REPLACED)
         if not final.exists():
@@ -261,7 +262,7 @@ def tidy(root: Path) -> None:
 
 
 def why(error: Exception, partial: Path) -> tuple[str, str]:
-    """What kept this rank from writing, and what to do before the next attempt, to be told to all."""
+    """Return what kept this rank from writing, and what to do about it, to be sent to all ranks."""
     share = f"while writing rank {processes.rank()}'s share"
     if files.is_disk_full(error):
         folder = next(folder for folder in partial.parents if folder.exists())
@@ -271,7 +272,7 @@ def why(error: Exception, partial: Path) -> tuple[str, str]:
 
 
 def raise_if_any(reasons: Iterable[tuple[str, str] | None], partial: Path) -> None:
-    """Raise TrainingError, alike on all ranks, for the first rank's reason; what was written is removed."""
+    """Raise TrainingError on all ranks with the first rank's reason, if any; remove the files written."""
     for reason in reasons:
         if reason is not None:
             raise processes.everywhere(_failure(*reason, partial))

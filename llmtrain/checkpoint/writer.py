@@ -1,5 +1,5 @@
-"""Tensors to a safetensors file, one after another from where they lie, with the file's checksum made on
-the way: nothing is read back, and no second copy of the data is held."""
+"""Write tensors to a safetensors file one after another, and compute its checksum meanwhile: nothing is
+read back, and the data is not copied as a whole."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import torch
 import xxhash
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""As the format names them."""
+"""dtype → its name in the format."""
 CHUNK_BYTES = 2**24
-"""Of one write: large enough that calls cost nothing, small enough that the disk starts at once."""
+"""Bytes per write: large enough that the overhead of calls is small, small enough that the disk starts
+early."""
 ALIGNMENT = 8
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 
 
 class Written(NamedTuple):
-    """A file as it was written."""
+    """Size and checksum of a file."""
 
     bytes: int
     checksum: str
@@ -37,12 +38,12 @@ def write_safetensors(
     go_on: Callable[[], bool] = lambda: True,
     fetch: Callable[[str], torch.Tensor] | None = None,
 ) -> Written:
-    """Write `tensors` (key, contiguous tensor on any device) to a new file and wait until it is on the disk.
+    """Write `tensors` (key, contiguous tensor on any device) to a new file, and wait until it is on disk.
 
-    A tensor elsewhere comes to the host when its turn comes; with `fetch` those given may be on the meta
-    device, and it is asked for each by its key. `go_on` is asked before each chunk; once it
-    says no, InterruptedError is raised and the file stays unfinished. Raises OSError for a full disk, at
-    once where the file system can tell beforehand.
+    Tensors on other devices are copied to the host one at a time. With `fetch`, tensors may be on the meta
+    device, and `fetch` returns the values for each key. `go_on` is called before each chunk; if it returns
+    False, raise InterruptedError and leave the file incomplete. Raise OSError if the disk is full, at once
+    if the file system can tell in advance.
     """
     header = _header(tensors)
     digest = xxhash.xxh3_128()
@@ -63,8 +64,8 @@ def write_safetensors(
 
 
 def _header(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
-    """The length of what follows, 8 bytes little-endian, and JSON that says where each tensor's data lies,
-    filled up with spaces so that the data are aligned."""
+    """Return the header: the length of the rest, 8 bytes little-endian, and JSON with the offsets of each
+    tensor's data, padded with spaces for alignment."""
     entries: dict[str, dict[str, object]] = {}
     at = 0
     for key, tensor in tensors:
@@ -85,7 +86,7 @@ def _content(tensor: torch.Tensor) -> memoryview:
 def _write(
     descriptor: int, data: memoryview, at: int, digest: xxhash.xxh3_128, go_on: Callable[[], bool]
 ) -> int:
-    """Write `data`, which begin at byte `at` of the file; → where they end."""
+    """Write `data` at byte `at` of the file and return the offset of their end."""
     for start in range(0, len(data), CHUNK_BYTES):
         if not go_on():
             raise InterruptedError("writing was called off")
@@ -115,9 +116,9 @@ _LIBC = _libc()
 
 
 def _reserve(descriptor: int, total: int) -> None:
-    """Take the file's space at once: blocks lie together, and a full disk is known before the work.
+    """Reserve the file's space, so that its blocks are contiguous and a full disk is known in advance.
 
-    posix_fallocate would write a byte to each block where a file system cannot reserve.
+    Not by posix_fallocate, which writes a byte to each block on file systems that cannot reserve.
     """
     if _LIBC is not None and _LIBC.fallocate(descriptor, 0, 0, total) != 0:
         number = ctypes.get_errno()
@@ -126,6 +127,6 @@ def _reserve(descriptor: int, total: int) -> None:
 
 
 def _start_writing(descriptor: int, start: int, length: int) -> None:
-    """Let the disk begin with these bytes while the next are made ready; only fsync waits for it."""
+    """Start writing these bytes to disk in the background; only fsync waits for them."""
     if _LIBC is not None:
         _LIBC.sync_file_range(descriptor, start, length, _START_WRITING)

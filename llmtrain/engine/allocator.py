@@ -1,4 +1,4 @@
-"""Memory that training frees each step and wants back the next."""
+"""Control of memory that training frees in each step and needs again in the next."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _GROW_BYTES = 2**28
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep large freed blocks for the process instead of giving each back to the kernel, which
-    would clear its pages anew at every step. → whether it could be set.
+    """Let glibc keep large freed blocks in the process, and return whether it could be set.
 
-    Call it before the large allocations. What is kept falls to pieces with time: `Heap` bounds it.
+    Otherwise each block goes back to the kernel, which clears its pages again in each step. Call it before
+    the large allocations. Kept memory fragments with time; `Heap` bounds it.
     """
     libc = _glibc()
     if libc is None:
@@ -28,15 +28,15 @@ def keep_freed_memory() -> bool:
 
 
 class Heap:
-    """Gives freed memory back to the kernel where this process holds more than it was forecast to.
+    """Returns freed memory to the kernel when this process holds more than forecast.
 
-    Blocks of other sizes at each step, as packed documents have them, and the small ones between that stay,
-    such as a library's code for each new shape, leave freed memory in pieces too small for the next block:
-    a run that used 0.4 GiB came to hold 2.6 GiB after 250 steps.
+    If block sizes change between steps, as with packed documents, and small long-lived blocks lie between
+    (such as code that a library generates for each new shape), freed memory fragments: a run that used 0.4
+    GiB came to hold 2.6 GiB after 250 steps.
     """
 
     SOON = 10
-    """Steps. Giving back makes the next step clear its pages anew: a tenth of the steps at most."""
+    """Minimum steps between returns, since after each the next step must clear its pages again."""
 
     def __init__(self, forecast_bytes: int) -> None:
         self.limit_bytes = forecast_bytes
@@ -44,20 +44,21 @@ class Heap:
         self._steps_since = self.SOON
 
     def after_step(self) -> bool:
-        """Call it after each step. → whether memory was given back."""
+        """Return memory to the kernel if needed; call it after each step. Return whether memory was
+        returned."""
         self._steps_since += 1
         if self._libc is None or (held := memory_bytes("cpu")) <= self.limit_bytes:
             return False
         self._libc.malloc_trim(0)
         if self._steps_since <= self.SOON:
-            # A forecast below what steps do use must not cost each of them.
+            # If the forecast is below the steps' real need, don't pay for it in each step.
             self.limit_bytes = held * 11 // 10
         self._steps_since = 0
         return True
 
 
 def _glibc() -> Any:
-    """None where there is another C library."""
+    """Return the C library if it is glibc, else None."""
     if sys.platform != "linux":
         return None
     try:

@@ -1,8 +1,7 @@
-"""The contract between the training loop and whatever computes: one optimizer step over a list of
-micro-batches.
+"""The interface between the training loop and the engines: one optimizer step over a list of micro-batches.
 
-An engine owns sharding, the backward pass, gradient clipping and the optimizer step. It knows no
-model family: what a batch means is its objective's business.
+An engine implements sharding, the backward pass, gradient clipping and the optimizer step. It knows no
+model family; the objective defines what a batch means.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Box, Shard
 
 _LOSS_AND_STOP = "/loss and stop"
-"""Name of a step's own pair among the metrics', which have no slash."""
+"""Name under which a step's loss and stop request travel with the metrics, whose names have no slash."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step says of itself, the same on every rank.
+    """Result of one optimizer step, equal on all ranks.
 
-    `loss` is the mean over all targets of the global batch, in nats; `grad_norm` the Euclidean norm
-    of the gradient before clipping; `metrics` means; `skipped` says that the weights stayed,
-    since fp16 gradients overflowed or no sample had a target; `stop` that some rank was asked to stop.
-    `data_digest` stands for the content and the order of all samples of the step, `num_skipped` of which
-    were left empty.
+    `loss`: mean over all targets of the global batch, in nats; `grad_norm`: Euclidean norm of the gradient
+    before clipping; `metrics`: means; `skipped`: whether the weights were left unchanged, because fp16
+    gradients overflowed or no sample had a target; `stop`: whether a rank was asked to stop;
+    `data_digest`: hash of the content and order of all samples; `num_skipped`: number of samples that were
+    left empty.
     """
 
     loss: float
@@ -58,10 +57,10 @@ class StepResult:
 
 
 class NonFiniteError(Exception):
-    """The loss or the gradient's norm is NaN or infinite; this step's weights must not be kept.
+    """The loss or the gradient norm is NaN or infinite; the weights after this step must not be kept.
 
-    `what` names which and its value; `samples` are global sample numbers of the micro-batches whose loss
-    it is, or of the whole step where no single one can be named.
+    `what` says which, with its value; `samples` are the global sample numbers of the affected
+    micro-batches, or of the whole step if they cannot be determined.
     """
 
     def __init__(self, what: str, samples: Sequence[int]) -> None:
@@ -72,12 +71,11 @@ class NonFiniteError(Exception):
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of the flattened `shard` of one parameter, in the form in which this rank owns
-    them.
+    """Elements [start, stop) of the flattened `shard` of one parameter, as this rank owns them.
 
-    `holder` is the fp32 tensor that the optimizer updates, or a frozen weight; the fragment lies in its
-    flattened form from `offset` on. Checkpoints read and write fragments by their boxes in the whole
-    parameter, so that they know no layout.
+    `holder` is the fp32 tensor that the optimizer updates, or a frozen weight; the fragment begins at
+    element `offset` of the flattened holder. Checkpoints read and write fragments by their boxes in the
+    whole parameter, independently of the layout.
     """
 
     name: str
@@ -87,22 +85,23 @@ class Fragment:
     holder: torch.Tensor
     offset: int
     trains: bool = True
-    """The optimizer has state for it; a frozen weight's holder is what the forward pass reads, in the type in
-    which it is held."""
+    """Whether the optimizer has state for it. The holder of a frozen weight is the weight itself, in its
+    own dtype."""
 
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This fragment's part, 1-D, of a tensor shaped like `holder`."""
+        """Return this fragment's part, 1-D, of a tensor shaped like `holder`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
     def pieces(self) -> Iterator[tuple[Box, slice]]:
-        """Its boxes of the whole parameter, each with its place in `view_of`; padding has none."""
+        """Yield the fragment's boxes in the whole parameter, each with its slice of `view_of`; padding has
+        none."""
         return self.shard.pieces(self.start, self.stop)
 
 
 def dropout_seed(seed: int, first_sample: int, stage: int = 0) -> int:
-    """The seed of a micro-batch' dropout where torch's generator makes it: a function of the run's seed, of
-    the global number of its first sample, so that neither ranks nor restarts change it, and of the pipeline
-    stage, whose layers are not another's."""
+    """Return the dropout seed of a micro-batch for torch's generator. It depends on the run's seed, on the
+    global number of the first sample, so that ranks and restarts don't change it, and on the pipeline
+    stage, since stages have different layers."""
     place = f"{first_sample}" if stage == 0 else f"{first_sample}/{stage}"
     digest = hashlib.blake2b(f"dropout/{seed}/{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -110,17 +109,17 @@ def dropout_seed(seed: int, first_sample: int, stage: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an engine is made of: a model already divided by tables, and its place among the processes."""
+    """The parts of an engine: the divided model and this rank's position in the layout."""
 
     model: nn.Module
-    """This process' part; what other pipeline stages hold is on the meta device."""
+    """This rank's part; parts of other pipeline stages are on the meta device."""
     objective: Objective
     mesh: Mesh
     parameters: Mapping[str, nn.Parameter]
-    """What this process holds, by canonical name: the same as that of the whole model's parameter. Those
-    without `requires_grad` are frozen: they have no gradient and no state of the optimizer."""
+    """The parameters that this rank holds, by canonical name, that of the whole model. Those without
+    `requires_grad` are frozen: they have no gradient and no optimizer state."""
     shards: Mapping[str, Shard]
-    """What part of the whole each of them is."""
+    """Which part of the whole parameter each of them is."""
     device: torch.device
     seed: int
     precision: Precision
@@ -133,12 +132,12 @@ class Setup:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the whole parameters, by name."""
+        """Return the shapes of the whole parameters by name."""
         return {name: shard.shape for name, shard in self.shards.items()}
 
 
 class Engine(ABC):
-    """Computes optimizer steps. Subclasses say how gradients are made, reduced and applied."""
+    """Computes optimizer steps. Subclasses define how gradients are computed, reduced and applied."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -159,17 +158,18 @@ class Engine(ABC):
         stop_requested: Callable[[], bool] = lambda: False,
         between: Callable[[], None] = lambda: None,
     ) -> StepResult:
-        """One optimizer step over this rank's share of the global batch.
+        """Run one optimizer step over this rank's share of the global batch.
 
-        The loss is divided once, by the number of targets in the whole global batch, so that padding,
-        accumulation and the number of ranks leave the gradient unchanged.
+        Divide the loss once, by the number of targets in the whole global batch, so that padding,
+        accumulation and the number of ranks don't change the gradient.
 
-        Raises NonFiniteError: for the loss before any weight is changed, for the gradient's norm, unless
-        fp16's scaler skips the step, perhaps after; the same on all ranks.
+        stop_requested: called late in the step.
+        between: called by all ranks alike between micro-batches, except in a pipeline, where several are in
+            flight. If it raises, the step ends with weights and optimizer unchanged; the state can be saved,
+            but training cannot go on.
 
-        stop_requested: asked late in the step. between: called between micro-batches by all ranks alike, but
-        in a pipeline, which has several under way; what it raises ends the step with weights and optimizer as
-        they were, fit to be saved and no more.
+        Raise NonFiniteError on all ranks: for the loss before weights change; for the gradient norm
+        possibly after, unless fp16's scaler skips the step.
         """
         assert len(micro_batches) == self.layout.accumulation
         batches = [self._prepared(micro) for micro in micro_batches]
@@ -183,7 +183,7 @@ class Engine(ABC):
         summed = processes.all_sum(torch.from_numpy(counts).to(self.device)).tolist()
         num_targets, data_digest, num_skipped = summed[0], combine_digests(summed[1]), summed[2]
         if num_targets == 0:
-            # Weight decay and momentum would move weights that no sample asked to move.
+            # Skip a step without targets: weight decay and momentum would change the weights.
             asked = torch.tensor(int(stop_requested()), device=self.device)
             stops = bool(processes.all_sum(asked).item())
             return StepResult(0.0, 0, 0.0, {}, True, stops, data_digest, num_skipped)
@@ -227,9 +227,9 @@ class Engine(ABC):
         )
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:
-        """Loss and metric sums over all ranks' batches; every rank must bring equally many."""
+        """Return loss and metric sums over all ranks' batches. All ranks must pass equally many batches."""
         module = self._module()
-        # A pipeline's stage lacks what has no parameters, such as the dropout of embeddings.
+        # A pipeline stage lacks modules without parameters, such as the embeddings' dropout.
         for part in (module, self.model):
             part.eval()
         batches = (to_device(self._part_of(micro.batch), self.device) for micro in micro_batches)
@@ -239,14 +239,14 @@ class Engine(ABC):
         return totals
 
     def _prepared(self, micro: MicroBatch) -> Batch:
-        """What of a micro-batch this process computes, with the keys of its dropout."""
+        """Return this rank's part of a micro-batch, on the device and with dropout keys."""
         batch = micro.batch
         if self.setup.exact_dropout:
             batch = {**batch, DROPOUT_KEYS: sample_keys(self.setup.seed, list(micro.samples))}
         return self._part_of(batch)
 
     def _part_of(self, batch: Batch) -> Batch:
-        """This process' tokens of the batch, where processes share sequences."""
+        """Return this rank's tokens of the batch, if ranks share sequences."""
         parts = self.layout.sequence
         if parts == 1:
             return batch
@@ -255,19 +255,21 @@ class Engine(ABC):
 
     @abstractmethod
     def _module(self) -> nn.Module:
-        """The ObjectiveModule, wrapped or not; in a pipeline what runs all of it."""
+        """Return the ObjectiveModule, wrapped or not; in a pipeline, the module that runs all of it."""
 
     @abstractmethod
     def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
-        """Add to the gradients those of loss_sum · scale over `count` micro-batches, averaged over replicas
-        at the end. `batch(i)` is called right before the forward pass of the i-th."""
+        """Add to the gradients those of loss_sum · scale over `count` micro-batches, averaged over
+        replicas at the end. `batch(i)` is called just before the forward pass of micro-batch i."""
 
     @abstractmethod
     def _update(self, lr: float) -> tuple[float, bool]:
-        """Clip, step the optimizer with `lr`, clear gradients; → (gradient norm, step was skipped)."""
+        """Clip, step the optimizer with `lr` and clear gradients. Return (gradient norm, whether the step
+        was skipped)."""
 
     def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], Shapes]:
-        """What the optimizer steps, by name, and the shapes of the whole parameters."""
+        """Return the parameters that the optimizer updates, by name, and the shapes of the whole
+        parameters."""
         return self.trainable, self.setup.shapes
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -275,12 +277,12 @@ class Engine(ABC):
         return build_optimizer(self.setup.optimizer, named, self.device.type, shapes)
 
     def _answers_for(self, name: str) -> bool:
-        """Whether this process, of those with one replica's model, is the one that counts the parameter."""
+        """Return whether this rank, among the ranks of one replica, is the one that counts the parameter."""
         return self.setup.shards[name].count > 1 or self.mesh.coordinates.tensor == 0
 
     def _clip(self, max_grad_norm: float) -> float:
-        """Scale the gradients, summed over replicas already, down to `max_grad_norm` (0: leave them);
-        → their norm over the whole model."""
+        """Scale the gradients, already summed over replicas, down to norm `max_grad_norm` (0: don't).
+        Return their norm over the whole model."""
         counted = [p for name, p in self.trainable if self._answers_for(name)]
         gradients = [p.grad for p in counted if p.grad is not None]
         norm = total_norm(gradients) if gradients else torch.zeros((), device=self.device)
@@ -292,49 +294,50 @@ class Engine(ABC):
         return float(norm)
 
     def _whole_fragments(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
-        """Those of parameters that no replica shares with another."""
+        """Return fragments of parameters that are not divided over replicas."""
         return [
             Fragment(name, self.setup.shards[name], 0, p.numel(), p, 0, p.requires_grad)
             for name, p in parameters
         ]
 
     def _each_replicas_share(self, fragments: list[Fragment]) -> list[Fragment]:
-        """Of fragments that all replicas hold, every n-th, so that each is written once."""
+        """Return this replica's share (every n-th) of fragments that all replicas hold, so that each is
+        written once."""
         owned = [fragment for fragment in fragments if self._answers_for(fragment.name)]
         return owned[self.mesh.replica :: self.mesh.replicas]
 
     @property
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer whose state belongs to the fragments' holders."""
+        """Return the torch optimizer that holds the state of the fragments' holders."""
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:
-        """What this rank owns: over all ranks, each element of each parameter exactly once, frozen ones
-        included."""
+        """Return the fragments that this rank owns. Over all ranks, they hold each element of each
+        parameter exactly once, frozen ones included."""
 
     def held_fragments(self) -> list[Fragment]:
-        """What this rank must be given on resume: its own fragments and its copies of others'."""
+        """Return the fragments to load on resume: this rank's own and its copies of other ranks'."""
         return self.fragments()
 
     @abstractmethod
     def refresh_weights(self) -> None:
-        """Make the weights that the forward pass uses agree with the fragments, after these changed."""
+        """Update the weights of the forward pass after the fragments were changed."""
 
     @abstractmethod
     def scaler_state(self) -> dict[str, float]:
-        """The loss scaler's state; empty without one."""
+        """Return the loss scaler's state; empty without a loss scaler."""
 
     @abstractmethod
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Take back what `scaler_state` gave."""
+        """Restore the result of `scaler_state`."""
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm over all of them, 0-d fp32.
+    """Return the Euclidean norm of all gradients, 0-d fp32.
 
-    On a CPU torch adds the squares of a whole tensor up in a few fp32 sums, which loses 2e-4 of the norm
-    over 4 million elements; so it gets them piece by piece.
+    On a CPU torch sums the squares of a tensor in few fp32 accumulators, with an error of 2e-4 of the norm
+    over 4 million elements, so pass it smaller pieces.
     """
     pieces = [
         piece
@@ -345,13 +348,13 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:
-    """Global sample numbers of all ranks' `micro_batches`."""
+    """Return the global sample numbers of all ranks' `micro_batches`."""
     gathered = processes.gather([int(sample) for micro in micro_batches for sample in micro.samples])
     return sorted({sample for of_rank in gathered for sample in of_rank})
 
 
 def fill_fragments(engine: Engine, source: Source) -> None:
-    """Put values into what this process' optimizer updates."""
+    """Copy values from `source` into the tensors that this rank's optimizer updates."""
     with torch.no_grad():
         for fragment in engine.held_fragments():
             out = fragment.view_of(fragment.holder)
@@ -361,8 +364,8 @@ def fill_fragments(engine: Engine, source: Source) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, fragment: Fragment
 ) -> Iterator[tuple[str, torch.Tensor | float]]:
-    """The fragment's optimizer state: (key, 1-D tensor) for state of the weight's size, (key, number)
-    for counters that all elements share."""
+    """Yield the fragment's optimizer state: (key, 1-D tensor) for state of the weight's size, (key,
+    number) for counters that all elements share."""
     for key, value in optimizer.state.get(fragment.holder, {}).items():
         if isinstance(value, torch.Tensor) and value.numel() == fragment.holder.numel() and value.ndim > 0:
             yield key, fragment.view_of(value)
@@ -371,7 +374,7 @@ def optimizer_tensors(
 
 
 def optimizer_slot(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> torch.Tensor:
-    """Where the fragment's part of the optimizer's `key` lies, 1-D; made of zeros when there is none yet."""
+    """Return the 1-D view of the fragment's part of optimizer state `key`; create zeros if there is none."""
     state = optimizer.state[fragment.holder]
     if not isinstance(state.get(key), torch.Tensor):
         state[key] = torch.zeros_like(fragment.holder, requires_grad=False)

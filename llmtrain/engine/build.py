@@ -1,7 +1,7 @@
-"""From a resolved configuration to an engine with weights.
+"""Build an engine with weights from a resolved configuration.
 
-The order of things: an ordinary module on the meta device, divided by tables; memory for this process'
-part alone, with values from the seed or a checkpoint; what wraps forwards; the engine.
+Create an ordinary module on the meta device, divide it by tables, allocate this rank's part only, with
+values from the seed or a checkpoint, wrap its forwards, and create the engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Freezes(Protocol):
 
 
 class Settings(Protocol):
-    """What an engine depends on of a run's config."""
+    """The parts of a run's config that an engine depends on."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -54,13 +54,13 @@ class Settings(Protocol):
 
 
 class Weights(Protocol):
-    """Stored weights, of which any part can be read."""
+    """Stored weights of which any part can be read."""
 
     def read_into(self, out: torch.Tensor, name: str, shard: Shard, start: int) -> None: ...
 
 
 class Restorable(Protocol):
-    """A checkpoint."""
+    """A checkpoint that can be restored into an engine."""
 
     def weights(self) -> Weights: ...
     def restore(self, engine: Engine) -> None: ...
@@ -74,8 +74,8 @@ def build_engine(
     checkpoint: Restorable | None,
     weights: Source | None = None,
 ) -> Engine:
-    """The engine that `config` names, at the checkpoint's state, or at the start: from `weights`, or from the
-    seed; made by all ranks together."""
+    """Return the engine that `config` names, in the checkpoint's state, or at the start of training with
+    `weights` or values from the seed. Called by all ranks together."""
     import torch
 
     from llmtrain.engine.base import Setup, fill_fragments
@@ -154,15 +154,15 @@ def build_engine(
     if checkpoint is not None:
         checkpoint.restore(engine)
     elif layout.zero == 3 or dtype != torch.float32:
-        # Below ZeRO 3, DeepSpeed makes its fp32 masters from weights already rounded.
+        # Below ZeRO 3, DeepSpeed makes its fp32 masters from weights that are already rounded.
         fill_fragments(engine, source)
         engine.refresh_weights()
     return engine
 
 
 def build_for_use(config: ModelConfig, mesh: Mesh, device: torch.device, source: Source) -> nn.Module:
-    """What evaluates and generates on this process, fp32, with the others of the mesh: called as the whole
-    model is, by all ranks together."""
+    """Return this rank's part of an fp32 model for evaluation and generation, divided over the mesh.
+    Called by all ranks together; call its forward like that of the whole model, also on all ranks."""
     import torch
 
     from llmtrain.parallel.materialize import materialize
@@ -180,7 +180,7 @@ def build_for_use(config: ModelConfig, mesh: Mesh, device: torch.device, source:
 
 
 def seed_source(model: nn.Module, seed: int) -> Source:
-    """The values that the model's own table and the seed give."""
+    """Return the initial values, given by the seed and the model's own table."""
     from llmtrain.nn.initialize import fill, match_initializers
 
     names = [name for name, _ in model.named_parameters()]
@@ -193,7 +193,7 @@ def seed_source(model: nn.Module, seed: int) -> Source:
 
 
 def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shard]:
-    """Reshape the model by tables for the axes that a process shares its layers on; → divided weights."""
+    """Divide the model by tables along the tensor and sequence axes, and return the divided weights."""
     shards: dict[str, Shard] = {}
     if mesh.layout.tensor > 1:
         from llmtrain.parallel.tensor import shard_tensors

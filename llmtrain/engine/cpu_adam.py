@@ -1,4 +1,4 @@
-"""DeepSpeed's CPUAdam, with a checkpoint's bits and torch's names of its state: any layout resumes it."""
+"""DeepSpeed's CPUAdam with torch's state names, and bit-exact on resume, so that any layout can resume it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llmtrain.parallel import upstream
 def build_cpu_adam(
     config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], shapes: Shapes
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW, as `config` names, for weights in host memory; compiled first where it is not yet.
+    """Return Adam or AdamW, as `config` names it, for weights in host memory. Compile it first if necessary.
 
-    Its state is that of torch's: exp_avg, exp_avg_sq, step. Raises TrainingError when it cannot be compiled.
+    Its state is that of torch's: exp_avg, exp_avg_sq, step. Raise TrainingError if compilation fails.
     """
     upstream.import_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -60,4 +60,4 @@ def _start_from_state(optimizer: Any, _args: Any, _kwargs: Any) -> None:
     upstream.start_cpu_adam_from_state(optimizer)
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"] = int(state["step"])  # a checkpoint gives a tensor, as torch's optimizers keep it
+            state["step"] = int(state["step"])  # checkpoints give a tensor, as in torch's optimizers

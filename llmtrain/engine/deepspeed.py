@@ -26,22 +26,22 @@ MAX_BUCKET_ELEMENTS = 200_000_000
 def deepspeed_config(
     layout: Layout, precision: Precision, optimizer: OptimizerConfig, num_parameters: int, device_type: str
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration, every value that changes a result stated.
+    """Return DeepSpeed's configuration, with every value that affects results set explicitly.
 
-    With ZeRO 0 there is nothing to shard: bf16 is then autocast over fp32 weights, as in the local
-    engine, and clipping is done here, since DeepSpeed reports no gradient norm in that case.
+    With ZeRO 0 nothing is sharded: bf16 is then autocast over fp32 weights, as in the local engine, and
+    clipping is done in this module, since DeepSpeed reports no gradient norm in that case.
     """
     low_precision = precision if layout.zero > 0 else "fp32"
     bucket = min(MAX_BUCKET_ELEMENTS, max(num_parameters, 2**16))
-    bucket += bucket % 2  # DeepSpeed asserts it
+    bucket += bucket % 2  # DeepSpeed requires an even number
     config: dict[str, Any] = {
-        # Processes that share a sequence are replicas to DeepSpeed.
+        # DeepSpeed treats ranks that share a sequence as replicas.
         "train_batch_size": layout.global_size * layout.sequence,
         "train_micro_batch_size_per_gpu": layout.micro_size,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": optimizer.max_grad_norm if layout.zero > 0 else 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's optimizers step in host memory too
+        "zero_force_ds_cpu_optimizer": False,  # also run torch's optimizers in host memory
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": layout.zero,
@@ -52,7 +52,8 @@ def deepspeed_config(
         },
     }
     if layout.tensor_sequence:
-        # Hidden states between stages are parts already; DeepSpeed would divide what it takes for copies.
+        # Hidden states between stages are already divided; DeepSpeed would take them for copies and divide
+        # them again.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if layout.zero == 3:
         config["zero_optimization"] |= {
@@ -70,7 +71,7 @@ def deepspeed_config(
 
 
 def _offload_config(layout: Layout, device_type: str) -> dict[str, Any]:
-    """What of ZeRO's settings says where things lie, and in how many bits they travel."""
+    """Return ZeRO's settings for offloading and for low-precision communication."""
     places = {"offload_optimizer": layout.offload_optimizer, "offload_param": layout.offload_parameters}
     settings: dict[str, Any] = {}
     for name, place in places.items():
@@ -92,7 +93,7 @@ def config_of(
     shards: Mapping[str, Shard],
     device: torch.device,
 ) -> dict[str, Any]:
-    """`deepspeed_config` for a process that holds these shards."""
+    """Return `deepspeed_config` for a rank that holds these shards."""
     num_parameters = sum(shard.numel for shard in shards.values())
     return deepspeed_config(layout, precision, optimizer, num_parameters, device.type)
 
@@ -100,8 +101,8 @@ def config_of(
 def zero_3_partitioner(
     config: dict[str, Any], mesh: Mesh, dtype: torch.dtype
 ) -> Callable[[nn.Parameter], None]:
-    """What turns a whole parameter into this rank's share of it, as DeepSpeed's `zero.Init` does: memory
-    grows by shares while a model is built."""
+    """Return a function that replaces a whole parameter by this rank's share, as DeepSpeed's `zero.Init`
+    does, so that building a model needs little memory."""
     deepspeed = upstream.import_deepspeed()
     upstream.forget_hierarchical_groups()
     init = deepspeed.zero.Init(
@@ -115,7 +116,7 @@ def zero_3_partitioner(
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed's engine behind the house contract."""
+    """DeepSpeed's engine behind the Engine interface."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -128,8 +129,8 @@ class DeepSpeedEngine(Engine):
         config = config_of(setup.layout, setup.precision, setup.optimizer, setup.shards, self.device)
         deepspeed = upstream.import_deepspeed()
         if setup.layout.quantized_weights or setup.layout.quantized_gradients:
-            upstream.free_kernels()  # ZeRO++ compiles some
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever the log level
+            upstream.free_kernels()  # ZeRO++ compiles kernels
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures at any log level
             engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._make_optimizer(),
@@ -162,14 +163,14 @@ class DeepSpeedEngine(Engine):
             terms = Terms(*self._engine(batch(i)))
             self._engine.backward(terms.loss_sum * scale, scale_wrt_gas=False)
             if not is_last:
-                self._engine.step()  # counts the micro-batch; updates nothing before the boundary
+                self._engine.step()  # counts the micro-batch; updates only at the boundary
             all_terms.append(terms)
         return all_terms
 
     def _update(self, lr: float) -> tuple[float, bool]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # DeepSpeed reports no norm without ZeRO, and so does not clip there either.
+        # Without ZeRO, DeepSpeed reports no norm, so clip here.
         norm = self._clip(self.setup.optimizer.max_grad_norm) if self.layout.zero == 0 else None
         self._step()
         if norm is None:
@@ -192,7 +193,7 @@ class DeepSpeedEngine(Engine):
         if self.layout.zero == 3:
             return [fragment for fragment in self._zero_3_fragments() if self._answers_for(fragment.name)]
         masters = [fragment for fragment in self._zero_1_2_fragments() if self._answers_for(fragment.name)]
-        # All replicas hold the whole of what is frozen.
+        # All replicas hold all frozen weights.
         return [*masters, *self._each_replicas_share(self._whole_fragments(self.frozen))]
 
     def _zero_1_2_fragments(self) -> Iterator[Fragment]:
@@ -221,7 +222,7 @@ class DeepSpeedEngine(Engine):
     def refresh_weights(self) -> None:
         if self.layout.zero == 3:
             upstream.refresh_zero_3(self._engine.optimizer, [p for _, p in self.frozen])
-        # Below ZeRO 3 the module got its whole weights before this engine was built.
+        # Below ZeRO 3 the module received its weights before this engine was built.
 
     def scaler_state(self) -> dict[str, float]:
         return upstream.scaler_state(self._engine.optimizer)

@@ -1,4 +1,4 @@
-"""Loss and metric sums of a module over batches: during training, and of a trained model."""
+"""Loss and metric sums of a module over batches, during training and for trained models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Totals:
     loss_sum: float
     num_targets: int
     metric_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Each with the count that it is divided by."""
+    """Name → (sum, count that the sum is divided by)."""
 
     @property
     def loss(self) -> float:
@@ -34,24 +34,24 @@ class Totals:
 
 
 LOSS = "/loss"
-"""Name of the loss among sums: no metric's name has a slash."""
+"""Name of the loss among the sums; names of metrics have no slash."""
 
 
 class NamedSums:
-    """Sums pairs of numbers over ranks by name; a rank that lacks a name adds nothing to it."""
+    """Sums pairs of numbers over ranks by name. A rank without a name adds nothing to its sum."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
-        """Those that all ranks agreed on, in the order in which they travel."""
+        """Names that all ranks agreed on, in the order of transmission."""
 
     def over_ranks(self, pairs: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-        """Return the sum of each pair over all ranks, by any rank's name. A collective.
+        """Return the sum over all ranks of each pair that any rank has. A collective.
 
         pairs: name → tensor (2,), at least one, all on one device.
         """
         device = next(iter(pairs.values())).device
         summed, unknown = self._sum(pairs, device)
-        if unknown:  # on any rank: all of them agree anew
+        if unknown:  # on any rank: all agree on names again
             self._names = tuple(sorted({name for names in processes.gather(list(pairs)) for name in names}))
             summed, _ = self._sum(pairs, device)
         return summed
@@ -59,7 +59,7 @@ class NamedSums:
     def _sum(
         self, pairs: Mapping[str, torch.Tensor], device: torch.device
     ) -> tuple[dict[str, tuple[float, float]], bool]:
-        """→ (the sums of those agreed names that any rank has, whether any has one that is not agreed)."""
+        """Return the sums of the agreed names that any rank has, and whether any rank has another name."""
         absent = torch.zeros(3, dtype=torch.float64, device=device)
         present = torch.ones(1, dtype=torch.float64, device=device)
         rows = [
@@ -75,8 +75,8 @@ class NamedSums:
 def sum_over_batches(
     compute: Callable[[Batch], Terms], batches: Iterable[Batch], counted: bool = True
 ) -> Totals:
-    """The terms of all batches of all ranks; each rank must bring equally many, and those not `counted`
-    have the same as others that are."""
+    """Return the sums over all batches of all ranks. All ranks must pass equally many; those that are not
+    `counted` repeat the batches of ranks that are."""
     sums: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for batch in batches:
@@ -84,7 +84,7 @@ def sum_over_batches(
             whole = torch.stack([terms.loss_sum.double(), terms.num_targets.double()])
             for name, value in {LOSS: whole, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
-    if not sums:  # on no rank then, since all bring equally many
+    if not sums:  # then on no rank, since all have equally many
         return Totals(0.0, 0)
     reduced = NamedSums().over_ranks(sums)
     loss_sum, num_targets = reduced.pop(LOSS)
@@ -99,7 +99,7 @@ def evaluate_batches(
     precision: Precision,
     counted: bool = True,
 ) -> Totals:
-    """The same for a bare model, in evaluation mode."""
+    """Return the same sums for a model that is not wrapped; sets it to evaluation mode."""
     module = ObjectiveModule(model, objective, autocast(precision, device)).eval()
     batches = (to_device(micro.batch, device) for micro in micro_batches)
     return sum_over_batches(lambda batch: Terms(*module(batch)), batches, counted)

@@ -1,8 +1,8 @@
 """Plain torch: one process, or data-parallel replicas whose gradients are averaged.
 
-torch's own DistributedDataParallel regroups its buckets after the first step of each process, which
-reorders sums over three or more ranks: a resumed run would differ in the last bits. Here buckets are
-fixed by the order of parameters, and still overlap with the backward pass.
+torch's DistributedDataParallel regroups its buckets after the first step of each process, which reorders
+sums over three or more ranks, so that a resumed run would differ in the last bits. Here buckets depend
+only on the order of parameters, and still overlap with the backward pass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GradientAverager:
         if not self.enabled:
             return
         self._ready[self._bucket_of[parameter]] += 1
-        # Buckets go out in one order on all ranks, whatever order autograd finishes them in.
+        # Send buckets in the same order on all ranks, whatever order autograd completes them in.
         while self._next < len(self._buckets) and self._ready[self._next] == len(self._buckets[self._next]):
             self._send()
 
@@ -61,8 +61,8 @@ class GradientAverager:
         self._next += 1
 
     def finish(self) -> None:
-        """Wait for all buckets and put the averages into the gradients."""
-        while self._next < len(self._buckets):  # parameters that had no part in the loss
+        """Wait for all buckets and store the averages in the gradients."""
+        while self._next < len(self._buckets):  # parameters that did not take part in the loss
             self._send()
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
             work.wait()
@@ -132,7 +132,7 @@ class LocalEngine(Engine):
         return self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
 
     def refresh_weights(self) -> None:
-        """The fragments are the weights."""
+        """Do nothing: the fragments are the weights."""
 
     def scaler_state(self) -> dict[str, float]:
         return dict(self._scaler.state_dict()) if self._scaler is not None else {}

@@ -1,4 +1,4 @@
-"""A model with its objective as one module, in the precision and on the device of the run."""
+"""A model and its objective as one module, in the run's precision and on its device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ObjectiveModule(nn.Module):
-    """A model and its objective as one module, whose forward is the loss: the shape that DeepSpeed hooks
-    into. It returns a plain tuple, since DeepSpeed finds its outputs' tensors in no other container and
-    would silently leave out the work that it does before a backward pass."""
+    """A model and its objective as one module whose forward returns the loss, as DeepSpeed expects.
+
+    Returns a plain tuple, since DeepSpeed finds output tensors in no other container and would silently
+    skip its work before the backward pass.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective, autocast: AbstractContextManager[Any]) -> None:
         super().__init__()
@@ -26,8 +28,9 @@ class ObjectiveModule(nn.Module):
         self._autocast = autocast
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """→ (loss_sum, num_targets, metrics) of the objective's Terms."""
-        # Under ZeRO in low precision the weights themselves are low, and so must real-valued inputs be.
+        """Return (loss_sum, num_targets, metrics) of the objective's Terms."""
+        # Under ZeRO in low precision the weights have low precision, so floating-point inputs must have it
+        # too.
         dtype = next(self.model.parameters()).dtype
         batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
         with self._autocast:
@@ -37,19 +40,21 @@ class ObjectiveModule(nn.Module):
 
 
 def weight_dtype(precision: Precision, zero: int) -> torch.dtype:
-    """What weights are held in: ZeRO keeps fp32 masters of low ones, autocast needs fp32."""
+    """Return the dtype of the weights: low precision under ZeRO, which keeps fp32 masters; fp32 for
+    autocast."""
     return AUTOCAST_DTYPE[precision] if zero > 0 and precision != "fp32" else torch.float32
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Matrix products in the low precision, over fp32 weights; nothing for fp32."""
+    """Return a context in which matrix products have low precision over fp32 weights; a null context for
+    fp32."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=AUTOCAST_DTYPE[precision])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; copies from pinned memory do not block."""
+    """Return the batch on `device`. Copies from pinned memory don't block."""
     if device.type == "cpu":
         return batch
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

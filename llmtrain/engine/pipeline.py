@@ -1,4 +1,5 @@
-"""Pipelines: DeepSpeed's 1F1B schedule (arXiv:2104.04473) over data- and tensor-parallel stages."""
+"""Pipeline parallelism: DeepSpeed's 1F1B schedule (arXiv:2104.04473) over data- and tensor-parallel
+stages."""
 
 from __future__ import annotations
 
@@ -21,14 +22,15 @@ from llmtrain.parallel.pipeline import PipelineStage, SharedWeight
 
 
 class PipelineEngine(DeepSpeedEngine):
-    """One stage of a pipeline, with ZeRO 0 or 1 over its replicas.
+    """One pipeline stage, with ZeRO 0 or 1 over its replicas.
 
-    DeepSpeed moves hidden states and gradients between stages, in its schedule's order, sums the gradients of
-    weights that several stages hold, and steps; micro-batches don't travel (see parallel/pipeline.py).
+    DeepSpeed sends hidden states and gradients between stages by its schedule, sums the gradients of
+    weights that several stages hold, and steps the optimizer. Micro-batches are not sent (see
+    parallel/pipeline.py).
     """
 
     def __init__(self, setup: Setup, stage: PipelineStage, shared: Mapping[str, SharedWeight]) -> None:
-        """shared: by canonical name, in one order on all stages."""
+        """shared: by canonical name, in the same order on all stages."""
         assert isinstance(setup.objective, NamesArguments)
         self._stage = stage
         self._shared = shared
@@ -44,7 +46,7 @@ class PipelineEngine(DeepSpeedEngine):
         layout, mesh = self.layout, self.mesh
         with contextlib.redirect_stdout(io.StringIO()):
             pipeline = deepspeed.PipelineModule(
-                layers=[self._replay] * layout.pipeline,  # each process builds its own alone
+                layers=[self._replay] * layout.pipeline,  # each rank builds only its own
                 topology=PipeModelDataParallelTopology(
                     num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data
                 ),
@@ -91,7 +93,7 @@ class PipelineEngine(DeepSpeedEngine):
 
 
 class _Replay(nn.Module):
-    """A stage as DeepSpeed calls it: micro-batch after micro-batch, with a hidden state and no more."""
+    """A stage as DeepSpeed calls it: one forward per micro-batch, with only a hidden state as input."""
 
     def __init__(self, stage: PipelineStage, setup: Setup) -> None:
         super().__init__()
@@ -104,7 +106,8 @@ class _Replay(nn.Module):
         self._targets: list[Tensor] = []
 
     def begin(self, batch: Callable[[int], Batch], scale: float) -> None:
-        """The next forwards are those of micro-batches 0, 1, …; the loss is given out times `scale`."""
+        """Start a step: the next forwards are those of micro-batches 0, 1, …, and return the loss times
+        `scale`."""
         self._batch, self._scale = batch, scale
         self._losses, self._targets = [], []
 
@@ -121,18 +124,18 @@ class _Replay(nn.Module):
         return y * self._scale
 
     def terms(self, count: int) -> list[Terms]:
-        """Of each micro-batch since `begin`; losses are 0 before the last stage."""
+        """Return the terms of each micro-batch since `begin`; losses are 0 before the last stage."""
         zero = torch.zeros((), device=self._targets[0].device)
         losses = self._losses or [zero] * count
         return [Terms(loss, targets) for loss, targets in zip(losses, self._targets, strict=True)]
 
 
 def _anchors(setup: Setup) -> Iterator[nn.Parameter]:
-    """A number that stays 0 for each of the optimizer's groups, of matrices and of vectors, of which this
-    stage trains nothing.
+    """Yield a parameter that stays 0 for each optimizer group (matrices, vectors) of which this stage trains
+    nothing.
 
-    DeepSpeed runs a backward pass through each stage, and adds gradient norms up over stages a group at a
-    time: with fewer groups on one stage the others would wait for ever.
+    DeepSpeed runs a backward pass through each stage and sums gradient norms over stages group by group:
+    if one stage had fewer groups, the others would wait forever.
     """
     dtype = next(iter(setup.parameters.values())).dtype
     trained = {len(setup.shapes[name]) >= 2 for name, p in setup.parameters.items() if p.requires_grad}
@@ -143,7 +146,7 @@ def _anchors(setup: Setup) -> Iterator[nn.Parameter]:
 
 
 class _Anchored(torch.autograd.Function):
-    """(x, anchors…) → x, with a graph through the anchors, whose gradients are 0."""
+    """Return x unchanged, with the anchors in its graph; their gradients are 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *anchors: Tensor) -> Tensor:

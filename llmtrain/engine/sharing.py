@@ -1,4 +1,4 @@
-"""Evaluation and generation on many processes: how they share a trained model."""
+"""Evaluation and generation on several ranks that share a trained model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Trained(Protocol):
-    """What is asked of a trained model."""
+    """The properties of a trained model that sharing needs."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -35,12 +35,13 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class SharingConfig:
-    """Over how many processes a model for use is divided; those that are left share the samples."""
+    """Number of ranks that a model for evaluation or generation is divided over; further ranks share the
+    samples."""
 
     tensor: int = 1
-    """Processes that share each matrix."""
+    """Number of tensor-parallel ranks, which share each matrix."""
     pipeline: int = 1
-    """Stages that share the layers."""
+    """Number of pipeline stages, which share the layers."""
 
 
 def start_sharing(
@@ -54,11 +55,12 @@ def start_sharing(
     corpora: Corpora | None = None,
     shares_samples: bool = False,
 ) -> Mesh:
-    """Join the other processes, which must have found the same weights and have the same encoded `config`,
-    and take a place among them.
+    """Join the other ranks, which must have found the same weights and have the same encoded `config`, and
+    return the mesh.
 
-    shares_samples: processes that the model leaves see samples of their own; otherwise there may be none.
-    Raises ConfigError for a division that does not add up, LaunchError for ranks that differ.
+    shares_samples: ranks beyond the model's size process other samples; otherwise they are refused.
+
+    Raise ConfigError if the ranks don't match the division, LaunchError if ranks differ.
     """
     from llmtrain.distributed import processes
     from llmtrain.parallel.mesh import Mesh

@@ -1,4 +1,5 @@
-"""What a family of models is to the rest of the system. Free of torch: modules are imported when built."""
+"""What the rest of the system needs to know of a model family. Free of torch: modules are imported when
+built."""
 
 from __future__ import annotations
 
@@ -18,51 +19,52 @@ if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Tokenizer
 
 Kind = Literal["decoder", "encoder", "permuted_encoder", "encoder_decoder", "classifier"]
-"""What a model's forward takes and gives, by which objectives find the models that they can teach:
+"""Inputs and outputs of a model's forward, by which objectives select the models that they can train:
 
 - decoder: tokens → logits of each next token;
-- encoder: tokens → logits of each token, seen from both sides;
-- permuted_encoder: tokens in an order, and which to predict → logits of these;
-- encoder_decoder: a source, and a target's beginning → logits of each next token of the target;
+- encoder: tokens → logits of each token, with context from both sides;
+- permuted_encoder: tokens in an order, and positions to predict → logits of these;
+- encoder_decoder: a source, and the beginning of a target → logits of each next target token;
 - classifier: images → logits of classes.
 """
 
 
 class Filling(NamedTuple):
-    """How a model that fills blanks reads a prompt."""
+    """How a model that fills in masked tokens reads a prompt."""
 
     mask_id: int | None
-    """The id that stands for a blank; None: the model is told which positions to predict."""
+    """Id of a masked token; None: the model is given the positions to predict."""
     first_ids: list[int]
     last_ids: list[int]
-    """Ids before and behind every prompt."""
+    """Ids before and after each prompt."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model with its config, and what can be done with it. Its name is its config's `family`."""
+    """A model family: its config, its module, and what can be done with it. Its name is the `family` of
+    its config."""
 
     config: type[ModelConfig]
     kind: Kind
     build: Callable[[Any], nn.Module]
     """Config → module."""
     objective: Callable[[Any], Mapping[str, Any]]
-    """Config → the `objective` section where a run names none."""
+    """Config → the default `objective` section."""
     sharding: Callable[[Any], Table] | None = None
-    """Config → what tensor parallelism divides; None: the model cannot be divided."""
+    """Config → how tensor parallelism divides the model; None: it cannot be divided."""
     memory: type[ModelMemory] | None = None
-    """Memory of activations and head, for plans; None: plans count neither."""
+    """Memory estimate of activations and head; None: plans count neither."""
     has_stages: bool = False
-    """Its forward is `stages()`, which pipelines divide, over `blocks`, which can be recomputed."""
+    """Whether its forward is `stages()`, which pipelines divide, over `blocks`, which can be recomputed."""
     shares_sequences: bool = False
-    """Attention alone mixes its tokens, and its head takes each by itself, so that ranks can share a
-    sequence."""
+    """Whether tokens interact only in attention, so that ranks can share a sequence (sequence
+    parallelism)."""
     huggingface: Callable[[], tuple[Form, ...]] = tuple
-    """→ the architectures of transformers that it reads and writes, the first that fits is written."""
+    """Return the architectures of transformers that it reads and writes; the first that fits is written."""
     filling: Callable[[Any, Tokenizer], Filling] | None = None
-    """(config, tokenizer) → how it fills blanks; None: it does not."""
+    """(config, tokenizer) → how it reads a prompt with masked tokens; None: it cannot fill them in."""
     presets: Path | None = None
-    """A folder of Hydra groups, `model/NAME.yaml`, of a family outside the package."""
+    """Folder of presets, `model/NAME.yaml`, of a family from another package."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Family:
 
     @property
     def axes(self) -> frozenset[str]:
-        """Axes besides data that the family can be divided over."""
+        """Return the axes besides data that the model can be divided along."""
         has = {
             "tensor": self.sharding is not None,
             "pipeline": self.has_stages,

@@ -1,5 +1,5 @@
-"""All families of models: the package's, and those that other packages bring by the entry point
-`llmtrain.families`, each naming a Family."""
+"""Registry of model families: those of this package, and those of other packages, each named by an entry
+point in the group `llmtrain.families`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILIES = (
 
 @cache
 def families() -> dict[str, Family]:
-    """Return name → family. Raise ConfigError for an installed family that cannot be loaded or whose name is
+    """Return name → family. Raise ConfigError if an installed family cannot be loaded or its name is
     taken."""
     found = {family.name: family for family in FAMILIES}
     for entry in entry_points(group="llmtrain.families"):
@@ -53,7 +53,7 @@ def family_of(model: ModelConfig) -> Family:
 
 
 def model_config_type(section: Mapping[str, Any]) -> type[ModelConfig]:
-    """Return the dataclass of a `model` section, by its `family`. Raise ConfigError for an unknown one."""
+    """Return the config class for a `model` section, by its `family`. Raise ConfigError if it is unknown."""
     name = section.get("family", "gpt")
     if not isinstance(name, str) or name not in families():
         raise ConfigError(Problem("model.family", show(name), nearest(str(name), list(families()))))
@@ -61,7 +61,7 @@ def model_config_type(section: Mapping[str, Any]) -> type[ModelConfig]:
 
 
 def skeleton_of(model: ModelConfig) -> nn.Module:
-    """Return the module on the meta device: every parameter has its shape and no values."""
+    """Return the module on the meta device: parameters have shapes but no values."""
     from llmtrain.nn.initialize import on_meta
 
     with on_meta():

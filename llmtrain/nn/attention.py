@@ -1,6 +1,6 @@
-"""Scaled dot-product attention: `attend` chooses a kernel for each call and runs it.
+"""Scaled dot-product attention: `attend` selects a kernel for each call and runs it.
 
-The choice stands in attention_choice.py, the kernels in attention_kernels.py and attention_blocks.py.
+attention_choice.py selects; attention_kernels.py and attention_blocks.py hold the kernels.
 Dim names: B batch, N query heads, K key-value heads, T queries, S keys, H head width.
 """
 
@@ -32,11 +32,12 @@ def attend(
     """Return softmax(scale · q·kᵀ + bias)·v, (B, N, T, H), laid out in memory as (B, T, N, H).
 
     causal: a query sees the keys up to its own; the queries are the last T of the S tokens.
-    documents: the documents of all tokens, T = S, with the same `causal`; or those of queries and of other
-        keys; None: each row is one document.
-    scale: None: 1 / sqrt(H).
-    dropout: of the softmax' probabilities.
-    window: a query sees at most so many keys, its own the last (Mistral, arXiv:2310.06825); with `causal`.
+    documents: documents of all tokens, T = S, with the same `causal`; or those of queries and of other keys;
+        None: each row is one document.
+    scale: factor of the scores; None: 1 / sqrt(H).
+    dropout: dropout of the softmax probabilities.
+    window: maximum number of keys that a query sees, its own the last (Mistral, arXiv:2310.06825); needs
+        `causal`.
     softcap: scaled scores s become softcap · tanh(s / softcap) (Gemma 2, arXiv:2408.00118).
     """
     N, T, S = q_BNTH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]

@@ -1,11 +1,11 @@
 """Blockwise attention on a CPU: blocks of queries, each with the keys that it sees.
 
-torch's CPU kernel computes the masked upper triangle and multiplies in fp32. Blocks are exact too, leave out
-most masked scores, and multiply in the inputs' type: over forward and backward at T = 512, H = 64 they take
-0.75 of torch's time in fp32 and 0.38 in bf16. Packed documents of 250 tokens on average, at T = 1024, take
-half the time of whole rows.
+torch's CPU kernel computes the masked upper triangle and multiplies in fp32. Blocks are exact too, skip most
+masked scores, and multiply in the inputs' dtype: over forward and backward at T = 512, H = 64 they take 0.75
+of torch's time in fp32 and 0.38 in bf16. Packed documents of 250 tokens on average, at T = 1024, take half
+the time of whole rows.
 
-Dim names: B batch, N heads, T queries, S keys, H head width; of a block, R rows, C queries, P = R·N.
+Dim names: B batch, N heads, T queries, S keys, H head width; in a block, R rows, C queries, P = R·N.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def causal_blocks(B: int, T: int) -> Iterator[Block]:
 
 
 def blocks_of_documents(starts_BT: Tensor) -> Iterator[Block]:
-    """Yield blocks of causal attention over packed documents, one a row where keys can be left out: each row
-    leaves out other keys."""
+    """Yield blocks of causal attention over packed documents, one per row if keys can be skipped, since
+    rows skip different keys."""
     B, T = starts_BT.shape
     for causal in causal_blocks(B, T):
         queries = causal.queries
@@ -76,8 +76,8 @@ def blocks_of_documents(starts_BT: Tensor) -> Iterator[Block]:
 def bidirectional_blocks(
     B: int, T: int, S: int, starts_BT: Tensor | None = None, ends_BT: Tensor | None = None
 ) -> Iterator[Block]:
-    """Yield blocks of bidirectional attention: over all keys, or, given both `starts_BT` and `ends_BT`, one a
-    row with the keys that its queries see."""
+    """Yield blocks of bidirectional attention: over all keys, or, given both `starts_BT` and `ends_BT`,
+    one per row with the keys that its queries see."""
     size = attention_choice.BLOCK
     for start in range(0, T, size):
         queries = slice(start, min(start + size, T))

@@ -1,4 +1,4 @@
-"""Which kernel of attention computes a call. Free of torch, so that `llmtrain plan` makes the same choice."""
+"""Select the attention kernel of a call. Free of torch, so that `llmtrain plan` makes the same choice."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import Literal
 
 Kernel = Literal["by_document", "blockwise", "all_scores", "torch"]
 """by_document: torch's flash attention over packed documents, on a GPU. blockwise: blocks of queries, each
-with the keys that it sees, on a CPU. all_scores: plain operations on all scores, (B, N, T, S).
-torch: scaled_dot_product_attention."""
+with the keys that it sees, on a CPU. all_scores: plain operations on all scores, (B, N, T, S). torch:
+scaled_dot_product_attention."""
 
 DropoutMask = Literal["none", "generator", "sample_keys"]
-"""Where the mask of dropout comes from: nowhere, torch's generator, or the hashed keys of the samples."""
+"""Source of the dropout mask: none, torch's generator, or hashes of the samples' keys."""
 
 BLOCK = 128
-"""Queries of one block of the blockwise kernel: the fastest of 64, 128 and 256."""
+"""Queries per block of the blockwise kernel: the fastest of 64, 128 and 256."""
 LONGEST_BLOCKWISE = 2048
-"""The most queries or keys for the blockwise kernel, which keeps B·N·T²/2 probabilities for backward."""
+"""Maximum queries or keys for the blockwise kernel, which keeps B·N·T²/2 probabilities for backward."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The properties of a call of attention that decide which kernel computes it."""
+    """The properties of an attention call that determine its kernel."""
 
     device: str
-    """The type of the device: cpu, cuda."""
+    """Device type: cpu or cuda."""
     num_queries: int
     num_keys: int
     causal: bool = True
     has_documents: bool = False
-    """Whether the tokens are packed documents, or see each other through a window."""
+    """Whether the tokens are packed documents or attention has a window."""
     dropout: DropoutMask = "none"
     has_bias: bool = False
     """Whether a bias is added to the scores."""
     has_scale: bool = False
-    """Whether scores are scaled by another factor than 1 / sqrt(head width)."""
+    """Whether scores are scaled by a factor other than 1 / sqrt(head width)."""
     has_softcap: bool = False
     runs_flash: bool = False
-    """Whether torch's flash attention for packed documents takes these types and this head width here."""
+    """Whether torch's flash attention for packed documents supports this device, dtype and head width."""
 
 
 def choose_kernel(call: AttentionCall) -> Kernel:
@@ -46,12 +46,12 @@ def choose_kernel(call: AttentionCall) -> Kernel:
     if call.has_documents and call.runs_flash and is_plain:
         return "by_document"
     longest = max(call.num_queries, call.num_keys)
-    # The last queries of a cache see keys before the first query, which causal blocks leave out.
+    # With a cache, the last queries see keys before the first query, which causal blocks don't handle.
     fits_blocks = call.num_queries == call.num_keys or not call.causal
     is_short = call.num_queries > 1 and longest <= LONGEST_BLOCKWISE
     if call.device == "cpu" and call.dropout == "none" and fits_blocks and is_short:
         return "blockwise"
-    # No fused kernel takes a soft cap, or a mask of dropout that it has not drawn itself.
+    # No fused kernel supports a soft cap or a given dropout mask.
     if call.has_softcap or call.dropout == "sample_keys":
         return "all_scores"
     return "torch"

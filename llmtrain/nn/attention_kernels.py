@@ -1,6 +1,6 @@
-"""Kernels of attention over whole tensors: packed documents on a GPU, all scores, and torch's own.
+"""Attention kernels over whole tensors: packed documents on a GPU, all scores, and torch's own.
 
-Blocks on a CPU stand in attention_blocks.py. Arguments are those of `attend` in attention.py.
+The blockwise kernel is in attention_blocks.py. Arguments are those of `attend` in attention.py.
 Dim names: B batch, N query heads, K key-value heads, T queries, S keys, H head width.
 """
 
@@ -28,7 +28,7 @@ def repeat_heads(x_BKSH: Tensor, N: int) -> Tensor:
 
 
 def document_kernel(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Callable[..., Any] | None:
-    """Return torch's flash attention over packed documents, or None where it does not run: it needs a GPU of
+    """Return torch's flash attention over packed documents, or None if it cannot run: it needs a GPU of
     compute capability 8.0 or more, fp16 or bf16, and a head width that is a multiple of 8."""
     if q_BNTH.device.type != "cuda" or q_BNTH.shape[-1] % 8:
         return None
@@ -41,8 +41,8 @@ def document_kernel(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Callable[
 def attend_by_document(
     kernel: Callable[..., Any], q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, documents: Documents
 ) -> Tensor:
-    """Attend to each document alone: `kernel`, varlen_attn or one with its signature, takes all rows' tokens
-    concatenated."""
+    """Return attention within each document. `kernel`, varlen_attn or one with its signature, gets the
+    tokens of all rows concatenated."""
     B, N, T = q_BNTH.shape[:3]
     borders, longest = documents.borders
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BKTH, v_BKTH))
@@ -64,10 +64,10 @@ def attend_with_all_scores(
     bias_NTS: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """Compute attention by plain operations, holding all scores, (B, N, T, S).
+    """Return attention by plain operations, holding all scores, (B, N, T, S).
 
     mask: (…, T, S), True where a query sees a key; None with `causal`: each query sees the keys up to its
-    own, T = S.
+        own, T = S.
     """
     N, T, H = q_BNTH.shape[1:]
     S = k_BKSH.shape[2]
@@ -101,10 +101,10 @@ def attend_by_torch(
     scale: float | None,
     bias_NTS: Tensor | None,
 ) -> Tensor:
-    """Call scaled_dot_product_attention, in fp32 where a CPU has no products of the inputs' type.
+    """Return scaled_dot_product_attention, computed in fp32 if the CPU has no products of the inputs' dtype.
 
     mask: (…, T, S), True where a query sees a key; None with `causal`: each query sees the keys up to its
-    own (T = S), or all of them (T = 1).
+        own (T = S), or all of them (T = 1).
     """
     N, T = q_BNTH.shape[1:3]
     if bias_NTS is not None:

@@ -1,8 +1,8 @@
-"""Dropout whose mask is a function of (sample, layer, place), not of a generator's state.
+"""Dropout whose mask is a function of (sample, layer, position), not of a generator's state.
 
-A mask drawn from a generator depends on what else is in the batch and on how a tensor is divided over
-processes. Here each element's fate is a hash of its sample's key, the layer's number and its own place
-in the whole activation, so that every layout, micro-batch and recomputation drops the same elements.
+A mask from a generator depends on the rest of the batch and on how a tensor is divided over ranks. Here a
+hash of the sample's key, the layer number and the element's position in the whole activation decides whether
+it is dropped, so that every layout, micro-batch and recomputation drops the same elements.
 
 Dim names: B batch, T sequence, D hidden width, N heads, S keys.
 """
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ATTENTION, HIDDEN = 0, 1
-"""Kinds of masks of one layer; a layer's further hidden masks count on from HIDDEN."""
+"""Kinds of masks in a layer; further hidden masks of a layer are numbered on from HIDDEN."""
 
 
 def sample_keys(seed: int, samples: Sequence[int]) -> Tensor:
-    """The key of each sample, 31 bits in int64 (B,), by its number in the global order, which no two
-    samples of a run share."""
+    """Return the key of each sample, 31 bits in int64 (B,), from its number in the global order, which is
+    unique in a run."""
     digests = (
         hashlib.blake2b(f"dropout/{seed}/{sample}".encode(), digest_size=4).digest() for sample in samples
     )
@@ -37,10 +37,10 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.layer, self.kind = p, layer, kind
         self.sequence_part = 0
-        """Which of equal parts of the sequence the activations are, where processes share its tokens."""
+        """Which of the equal parts of the sequence the activations are, if ranks share sequences."""
 
     def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        """Without keys the mask comes from torch's generator."""
+        """Drop elements by masks from the keys; without keys, by torch's generator."""
         if not self.training or self.p == 0.0:
             return x_BTD
         if keys_B is None:
@@ -55,17 +55,17 @@ class Dropout(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionDropout:
-    """Drops weights of one layer's softmax, (B, N, T, S), with probability `p`."""
+    """Drops softmax probabilities of one layer, (B, N, T, S), with probability `p`."""
 
     p: float
     layer: int
     keys: Tensor | None
-    """Of the samples, (B,)."""
+    """Keys of the samples, (B,); None: the masks come from torch's generator."""
     first_head: int = 0
-    """Number in the whole layer of the first of the heads at hand."""
+    """Index in the whole layer of the first head held here."""
 
     def scaled_mask(self, N: int, T: int, S: int, dtype: torch.dtype) -> Tensor:
-        """0 where a weight is dropped, 1 / (1 − p) elsewhere: (B, N, T, S). Needs keys."""
+        """Return 0 where a probability is dropped, 1 / (1 − p) elsewhere: (B, N, T, S). Needs keys."""
         assert self.keys is not None
         heads = torch.arange(self.first_head, self.first_head + N, device=self.keys.device)
         keys_BN = _mix(_mixed(self.keys, self.layer, ATTENTION)[:, None] + heads * _STEP_ROW)
@@ -73,12 +73,13 @@ class AttentionDropout:
 
 
 def keep(keys: Tensor, first_row: int, rows: int, columns: int, p: float) -> Tensor:
-    """True with probability 1 − p, a function of (key, row, column): (…, rows, columns) for keys (…)."""
+    """Return True with probability 1 − p, as a function of (key, row, column): (…, rows, columns) for keys
+    (…)."""
     device = keys.device
     row = torch.arange(first_row, first_row + rows, device=device)
     row_keys = _mix(keys[..., None] + row * _STEP_ROW).to(torch.int32)[..., None]
     column = (torch.arange(columns, device=device) * _STEP_COLUMN).to(torch.int32)
-    # Over all elements, so in place and in 32 bits: a multiplication wraps.
+    # In place and in 32 bits, since it covers all elements; multiplications wrap.
     x = row_keys ^ column
     x.mul_(_FACTOR).bitwise_xor_((x >> 15) & 0x1FFFF).mul_(_SECOND_FACTOR)
     x.bitwise_xor_((x >> 13) & 0x7FFFF).bitwise_and_(0x7FFFFFFF)
@@ -94,7 +95,7 @@ def _mixed(keys_B: Tensor, layer: int, kind: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A hash of 32 bits to 31, in int64 arithmetic (Wellons' lowbias32)."""
+    """Return a 31-bit hash of 32 bits, in int64 arithmetic (Wellons' lowbias32)."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF

@@ -1,7 +1,7 @@
-"""The language-model head: hidden states → logits, or → the summed cross-entropy without ever
-holding all logits.
+"""The language-model head: hidden states → logits, or the summed cross-entropy without holding all logits.
 
-Dim names: B batch, T sequence, M tokens that count, C tokens of one chunk, D hidden width, V vocabulary.
+Dim names: B batch, T sequence, M tokens that bear a loss, C tokens of a chunk, D hidden width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LOGITS_PER_CHUNK = 2**23
-"""Logits held at once."""
+"""Number of logits held at once."""
 
 CACHED_LOGITS = 2**20
-"""Logits whose softmax a CPU takes at once, to stay in its cache."""
+"""Number of logits whose softmax a CPU computes at once, so that they stay in its cache."""
 
 
 class LanguageModelHead(nn.Module):
-    """Linear map to the vocabulary, with the loss inside."""
+    """Linear map to the vocabulary, including the loss."""
 
     def __init__(
         self, hidden_size: int, vocab_size: int, bias: bool = False, softcap: float | None = None
@@ -43,11 +43,12 @@ class LanguageModelHead(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, label_smoothing: float = 0.0
     ) -> Tensor:
-        """Logits (B, T, V); with labels the SUM of cross-entropy in nats over labels other than
-        IGNORE_INDEX, a 0-d fp32 tensor.
+        """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats over labels other than
+        IGNORE_INDEX, 0-d fp32.
 
-        label_smoothing: so much of each target is spread evenly over the whole vocabulary
-            (arXiv:1512.00567, section 7)."""
+        label_smoothing: share of each target that is spread evenly over the vocabulary (arXiv:1512.00567,
+            section 7).
+        """
         if labels_BT is None:
             return capped(linear(hidden_BTD, self.weight, self.bias), self.softcap)
         cross_entropy_ = functools.partial(_cross_entropy_, label_smoothing=label_smoothing)
@@ -60,9 +61,9 @@ class LanguageModelHead(nn.Module):
 
 
 class TiedHeadModel(nn.Module):
-    """A language model whose head may share the embedding's weight, by `config.tie_embeddings`.
+    """A language model whose head shares the embedding's weight if `config.tie_embeddings`.
 
-    A subclass makes `config`, `embedding` and `head`, and then calls `_tie`.
+    A subclass creates `config`, `embedding` and `head`, and then calls `_tie`.
     """
 
     config: Any
@@ -74,7 +75,7 @@ class TiedHeadModel(nn.Module):
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # Leaving the meta device makes new Parameters, each module its own.
+        # Leaving the meta device creates new Parameters, separate for each module.
         super()._apply(fn, recurse)
         self._tie()
         return self
@@ -85,7 +86,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
-"""(logits_CV, labels_C1) → the summed loss, fp32; turns the logits into its gradient by them, in place."""
+"""(logits_CV, labels_C1) → the summed loss, fp32; replaces the logits by the loss's gradient, in place."""
 
 
 def summed_cross_entropy(
@@ -97,16 +98,15 @@ def summed_cross_entropy(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """`F.cross_entropy(capped(F.linear(hidden, weight, bias), softcap), labels, reduction="sum")`, a chunk
-    of tokens at a time.
+    """Return `F.cross_entropy(capped(F.linear(hidden, weight, bias), softcap), labels, reduction="sum")`,
+    computed in chunks of tokens.
 
-    Each chunk's gradients are taken while its logits are at hand (the method of Liger Kernel,
-    arXiv:2410.10989), so memory is C·V instead of B·T·V and no logits are computed twice.
-    Under autocast the matrix products run in the autocast type; the softmax and the gradients
-    of weight and bias are fp32.
+    The gradients of each chunk are computed while its logits exist (as in Liger Kernel, arXiv:2410.10989), so
+    that memory is C·V instead of B·T·V and no logits are computed twice. Under autocast the matrix products
+    have the autocast dtype; the softmax and the gradients of weight and bias are fp32.
 
-    cross_entropy_: of one chunk; None: over the logits at hand. Where the weight is a part of the
-        vocabulary, one that asks the other parts.
+    cross_entropy_: loss of one chunk; None: over these logits. If the weight is a part of the vocabulary,
+        one that communicates with the ranks of the other parts.
     """
     device = hidden_BTD.device.type
     compute_dtype = hidden_BTD.dtype
@@ -177,7 +177,7 @@ def _forward(
     cross_entropy_: CrossEntropy,
     softcap: float | None,
 ) -> Tensor:
-    # The weight itself is not kept: ZeRO-3 releases it between forward and backward.
+    # Don't keep the weight itself: ZeRO-3 releases it between forward and backward.
     V, D = weight_VD.shape
     hidden_gradient_wanted = with_gradients and ctx.needs_input_grad[0]
     weight_gradient_wanted = with_gradients and ctx.needs_input_grad[1]
@@ -235,7 +235,7 @@ def _forward(
 
 
 def _cross_entropy_(logits_CV: Tensor, labels_C1: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The summed loss, fp32; turns the logits into its gradient by them, softmax − target, in place."""
+    """Return the summed loss, fp32; replace the logits by its gradient, softmax − target, in place."""
     on_label, on_each = 1.0 - label_smoothing, label_smoothing / logits_CV.shape[1]
     loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     rows = logits_CV.shape[0]

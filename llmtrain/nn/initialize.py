@@ -1,9 +1,8 @@
-"""Weights from a seed, the same whatever the layout.
+"""Initial weights from a seed, equal for all layouts.
 
-A model says by a table what its parameters start from (`initializers()`: name pattern → initializer);
-a value is a function of (seed, parameter name, row and column in the whole parameter) alone. A rank can
-so make its own shard, and no more than the shard's edges of others, of the one model that every layout
-shares.
+A model describes them by a table (`initializers()`: name pattern → initializer). A value is a function of
+only (seed, parameter name, row and column in the whole parameter). Each rank can thus generate its own
+shard, plus at most the edges of neighboring shards, of the same model in every layout.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from llmtrain.tensor_boxes import Box, Shard, matrix_shape
 _FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_})
 
 TILE = 256
-"""Rows and columns drawn from one generator. Part of the definition: another value, another model."""
+"""Rows and columns drawn from one generator. Part of the definition: another value gives another model."""
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Build modules on the meta device, without filling their parameters.
+    """Build modules on the meta device without filling their parameters.
 
     To fill them torch would import its compiler, which takes seconds at each start.
     """
@@ -58,7 +57,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class NormalByRow:
-    """N(0, std²), each `rows` rows with the next of `stds` in turn: parts that are packed into one matrix."""
+    """N(0, std²), with the next of `stds` in turn for each `rows` rows: for parts packed into one matrix."""
 
     stds: tuple[float, ...]
     rows: int
@@ -80,9 +79,9 @@ Initializer = Normal | NormalByRow | Uniform | Constant
 
 
 def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -> dict[str, Initializer]:
-    """The initializer of each parameter name.
+    """Return the initializer of each parameter name.
 
-    Raises ValueError unless each name matches exactly one pattern and each pattern some name.
+    Raise ValueError unless each name matches exactly one pattern and each pattern at least one name.
     """
     matched: dict[str, Initializer] = {}
     used: set[str] = set()
@@ -99,9 +98,10 @@ def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -
 
 
 def fill_box(name: str, initializer: Initializer, seed: int, shape: tuple[int, ...], box: Box) -> Tensor:
-    """The elements of `box` in the parameter `name` of `shape`: (rows, columns) fp32, on the CPU.
+    """Return the elements of `box` in the parameter `name` of `shape`: (rows, columns) fp32, on the CPU.
 
-    Costs what the tiles that the box touches cost."""
+    The time is proportional to the tiles that the box touches.
+    """
     if isinstance(initializer, Constant):
         return torch.full((box.rows, box.columns), initializer.value)
     rows, columns = matrix_shape(shape)
@@ -118,19 +118,19 @@ def fill_box(name: str, initializer: Initializer, seed: int, shape: tuple[int, .
 
 
 def _rows(values: Tensor, box: Box, part: Box) -> Tensor:
-    """The elements of `part` in the `values` of `box`."""
+    """Return the elements of `part` in the `values` of `box`."""
     row, column = part.row - box.row, part.column - box.column
     return values[row : row + part.rows, column : column + part.columns]
 
 
 @torch.no_grad()
 def fill(out: Tensor, name: str, initializer: Initializer, seed: int, shard: Shard, start: int = 0) -> None:
-    """Put the elements of the flattened `shard` from `start` on into `out` (1-D, any device, any dtype);
+    """Write elements of the flattened `shard`, from `start` on, into `out` (1-D, any device and dtype);
     padding becomes 0."""
     if shard.is_padded:
         out.zero_()
     for box, place in shard.pieces(start, start + out.numel()):
-        # By bands, so that a large parameter is never held twice.
+        # In bands, so that a large parameter is never held twice.
         for top in range(0, box.rows, 4 * TILE):
             band = box._replace(row=box.row + top, rows=min(4 * TILE, box.rows - top))
             begin = place.start + top * box.columns
@@ -139,11 +139,11 @@ def fill(out: Tensor, name: str, initializer: Initializer, seed: int, shard: Sha
 
 
 def initialize(model: nn.Module, seed: int, shards: Mapping[str, Shard] | None = None) -> None:
-    """Fill every parameter of `model` that is not on the meta device by the model's own table.
+    """Fill each parameter of `model` that is not on the meta device, by the model's table.
 
-    shards: what part of the whole a parameter is; those not named are whole.
+    shards: which part of the whole each parameter is; those not named are whole.
 
-    Raises ValueError for a table that doesn't fit the parameters.
+    Raise ValueError if the table doesn't match the parameters.
     """
     parameters = dict(model.named_parameters())
     table = model.initializers()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What a label says besides a class."""
+"""The special value of labels."""
 
 IGNORE_INDEX = -100
-"""Label of a position that bears no loss; torch's own default."""
+"""Label of a position that bears no loss; torch's default."""

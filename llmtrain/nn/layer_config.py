@@ -1,4 +1,4 @@
-"""What the layers of a transformer are made of: attention, MLP, norms. Free of torch.
+"""Config of the layers of a transformer: attention, MLP, norms. Free of torch.
 
 Dim names: D hidden_size, L num_layers, N num_heads, K num_kv_heads, H head_dim, F mlp_hidden_size.
 """
@@ -17,17 +17,17 @@ from llmtrain.nn.rope_config import RopeScaling
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Layers of attention and an MLP. Families of decoders are configs of this kind; others make one of their
-    own keys."""
+    """Layers of attention and an MLP. Configs of decoder families inherit from it; others build one from
+    their own keys."""
 
     hidden_size: int = 768
-    """Width of the model: elements of the vector that stands for a token."""
+    """Width of the model: elements of a token's hidden state."""
     num_layers: int = 12
     """Number of layers."""
     num_heads: int = 12
-    """Attention heads of a layer."""
+    """Number of attention heads per layer."""
     num_kv_heads: int | None = None
-    """Key and value heads of grouped-query attention (arXiv:2305.13245); null: as many as num_heads."""
+    """Number of key-value heads of grouped-query attention (arXiv:2305.13245); null: num_heads."""
     head_dim: int | None = None
     """Width of one head; null: hidden_size / num_heads."""
     mlp_hidden_size: int | None = None
@@ -35,48 +35,50 @@ class LayerConfig:
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu_tanh"
     """Nonlinearity of the MLP."""
     gated_mlp: bool = False
-    """SwiGLU form (arXiv:2002.05202): down(act(gate(x)) · up(x)), three matrices."""
+    """Gated MLP (SwiGLU, arXiv:2002.05202): down(act(gate(x)) · up(x)), three matrices."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Kind of the norms."""
+    """Kind of norm."""
     norm_eps: float = 1e-5
-    """Added to the variance, or mean square, in norms."""
+    """Constant added to the variance, or mean square, in norms."""
     norm_place: Literal["before", "after", "both"] = "before"
-    """Of a block's norms: before attention and MLP, x + f(norm(x)); after them, x + norm(f(x)) (OLMo 2); or
-    both (Gemma 2)."""
+    """Position of a layer's norms. before: x + f(norm(x)); after: x + norm(f(x)) (OLMo 2); both: x +
+    norm(f(norm(x))) (Gemma 2)."""
     norm_adds_one: bool = False
     """RMS norms multiply by 1 + weight (Gemma)."""
     positions: Literal["learned", "rope"] = "learned"
-    """learned: an embedding of each position; rope: rotary positions (arXiv:2104.09864)."""
+    """Kind of positions. learned: an embedding for each position; rope: rotary positions
+    (arXiv:2104.09864)."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
-    """Share of a head's dims that rotary positions turn: the first of them."""
+    """Share of a head's dims that are rotated, from the first."""
     no_rope_layers: tuple[int, ...] = ()
     """Layers, from 0, without rotary positions (arXiv:2501.18795)."""
     local_rope_theta: float | None = None
-    """Base of the layers with a window, which rope_scaling then leaves as they are (Gemma 3); null: they have
-    the rotary positions of the others."""
+    """Base of the rotary wavelengths in layers with a window, which rope_scaling does not change (Gemma
+    3); null: as in the other layers."""
     sliding_window: int | None = None
-    """A token attends to the last so many tokens, itself included; null: to all before it."""
+    """Number of last tokens that a token attends to, including itself; null: all preceding tokens."""
     full_attention_layers: tuple[int, ...] = ()
-    """Layers, from 0, without the window."""
+    """Layers, from 0, without the sliding window."""
     query_pre_attn_scalar: int | None = None
-    """Scores are divided by its square root; null: by that of head_dim."""
+    """Divide attention scores by the square root of this number; null: of head_dim."""
     attention_softcap: float | None = None
-    """Scores s become cap · tanh(s / cap) before the softmax (Gemma 2); null: they stay."""
+    """Soft cap of attention scores: cap · tanh(scores / cap) (Gemma 2); null: none."""
     bias: bool = True
     """Biases in all linear layers and LayerNorms."""
     qkv_bias: bool | None = None
     """Biases of queries, keys and values; null: as `bias`."""
     output_bias: bool | None = None
-    """Biases of attention's output; null: as `bias`."""
+    """Bias of attention's output; null: as `bias`."""
     qk_norm: bool = False
-    """RMSNorm over queries' and keys' dims, before rotary positions."""
+    """RMS norms of queries and keys, before rotary positions."""
     qk_norm_over: Literal["head", "all_heads"] = "head"
-    """Each head's dims by themselves (Qwen 3, Gemma 3), or those of all heads together (OLMo 2)."""
+    """Whether the norms of queries and keys are over each head's dims (Qwen 3, Gemma 3) or over those of
+    all heads together (OLMo 2)."""
     dropout: float = 0.0
-    """Probability that dropout zeroes an element; 0 turns it off."""
+    """Dropout probability; 0: no dropout."""
 
     @property
     def kv_heads(self) -> int:
@@ -96,7 +98,7 @@ class LayerConfig:
 
     @property
     def rotary_width(self) -> int:
-        """Dims of a head that rotary positions turn."""
+        """Return the number of a head's dims that are rotated."""
         return int(self.head_width * self.partial_rotary_factor)
 
     @property
@@ -108,7 +110,7 @@ class LayerConfig:
         return 4 * self.hidden_size if self.mlp_hidden_size is None else self.mlp_hidden_size
 
     def window_of(self, layer: int) -> int | None:
-        """The sliding window of one layer."""
+        """Return the sliding window of one layer."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
     def problems(self) -> Iterator[Problem]:
@@ -161,7 +163,7 @@ class LayerConfig:
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
     def _rotary_problems(self) -> Iterator[Problem]:
-        """What keeps its heads from being turned by rotary positions."""
+        """Yield what is wrong with the rotary positions."""
         share = self.partial_rotary_factor
         yield from require(0 < share <= 1, "partial_rotary_factor", share, "above 0, up to 1")
         width = self.rotary_width
@@ -177,14 +179,14 @@ class LayerConfig:
                 yield problem.within("rope_scaling")
 
     def layer_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of one block's matrices, on one of `tensor` processes that divide them."""
+        """Return the weights of one layer's matrices on one of `tensor` ranks that divide them."""
         D = self.hidden_size
         attention = D * self.qkv_width + self.num_heads * self.head_width * D
         return (attention + (3 if self.gated_mlp else 2) * D * self.mlp_width) // tensor
 
     def layer_parameter_count(self, tensor: int = 1) -> int:
-        """Parameters of one block, on one of `tensor` processes that divide its matrices: biases of what
-        is divided by outputs are divided too, those of the others and norms are whole on each."""
+        """Return the parameters of one layer on one of `tensor` ranks that divide its matrices. Biases of
+        matrices divided by outputs are divided too; other biases and norms are whole on each rank."""
         D, F = self.hidden_size, self.mlp_width
         divided_biases = (F * (2 if self.gated_mlp else 1)) if self.bias else 0
         divided_biases += self.qkv_width if self.has_qkv_bias else 0
@@ -193,8 +195,8 @@ class LayerConfig:
         return divided // tensor + whole_biases + self.layer_norm_parameter_count(tensor)
 
     def layer_norm_parameter_count(self, tensor: int = 1) -> int:
-        """Parameters of one block's norms, which are whole on each of `tensor` processes, but for those over
-        all heads."""
+        """Return the parameters of one layer's norms, which are whole on each of `tensor` ranks except
+        those over all heads."""
         of_heads = 0
         if self.qk_norm:
             is_whole = self.qk_norm_over == "head"
@@ -203,21 +205,22 @@ class LayerConfig:
 
     @property
     def norms_per_block(self) -> int:
-        """Those of queries and keys aside."""
+        """Return the number of norms per layer, without those of queries and keys."""
         return 4 if self.norm_place == "both" else 2
 
     def _norm_parameter_count(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)
 
     def largest_layer_parameter_count(self, tensor: int = 1) -> int:
-        """Elements of the largest parameter of one layer, on one of `tensor` ranks that divide it."""
+        """Return the elements of the largest parameter of one layer on one of `tensor` ranks that divide
+        it."""
         return (
             max(self.qkv_width, self.num_heads * self.head_width, self.mlp_width) * self.hidden_size // tensor
         )
 
 
 class OfLayers(OfVocabulary):
-    """A config of a model whose layers are attention and an MLP."""
+    """Base of configs whose layers are attention and an MLP."""
 
     hidden_size: int
     num_layers: int
@@ -225,7 +228,7 @@ class OfLayers(OfVocabulary):
 
     @property
     def blocks(self) -> LayerConfig:
-        """What its attention and MLPs are made of."""
+        """Return the config of its layers."""
         raise NotImplementedError
 
     @property
@@ -241,7 +244,7 @@ class OfLayers(OfVocabulary):
         return self.blocks.mlp_width
 
     def layer_matrix_count(self, tensor: int = 1) -> int:
-        """Return the weights of one layer's matrices, on one of `tensor` ranks that divide them."""
+        """Return the weights of one layer's matrices on one of `tensor` ranks that divide them."""
         return self.blocks.layer_matrix_count(tensor)
 
     def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""Matrix products by whatever the processor at hand makes them fastest with.
+"""Matrix products by the fastest method for the processor.
 
-On a CPU torch takes MKL for fp32, which uses AVX-512 on Intel's processors alone: on an AMD EPYC that has it
+On a CPU torch uses MKL for fp32, which uses AVX-512 only on Intel processors: on an AMD EPYC with AVX-512
 oneDNN takes 0.45 to 0.6 of MKL's time, on one with AVX2 1.0 to 1.8 times as long. For bf16 and fp16 torch
-takes oneDNN where the processor has instructions for them, and plain loops elsewhere, which take twenty times
-as long as fp32: there products are made in fp32, of numbers rounded to the type, and rounded.
+uses oneDNN if the processor has instructions for them, and otherwise plain loops, which take twenty times as
+long as fp32; in that case products are computed in fp32 from rounded inputs, and rounded.
 
 Dim names: M rows, I inputs, O outputs.
 """
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 2**17
-"""Elements of a weight below which what oneDNN does around a product takes longer than it saves."""
+"""Elements of a weight below which oneDNN's overhead exceeds its gain."""
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-"""(x, weight, bias, "none", [], "") → x·weightᵀ + bias: what torch's compiler calls for linear layers. It has
-no gradient of its own. None in builds of torch without oneDNN."""
+"""(x, weight, bias, "none", [], "") → x·weightᵀ + bias: the operator that torch's compiler uses for linear
+layers. It has no gradient. None in builds of torch without oneDNN."""
 
 _LIBRARY = torch.library.Library("llmtrain", "DEF")
 _LIBRARY.define("linear_in_fp32(Tensor x, Tensor weight, Tensor? bias, ScalarType result) -> Tensor")
@@ -35,7 +35,7 @@ KERNELS = (
     torch.ops.llmtrain.linear_in_fp32.default,
     *(() if _ONEDNN is None else (_ONEDNN.default,)),
 )
-"""Operators that products come down to besides torch's own `mm` and `addmm`."""
+"""Operators that products are computed by, besides torch's `mm` and `addmm`."""
 
 Way = Literal["torch", "onednn", "fp32"]
 """How to compute a product: by torch; by oneDNN directly; by torch in fp32, with the result rounded."""
@@ -43,10 +43,10 @@ Way = Literal["torch", "onednn", "fp32"]
 
 @cache
 def way_of(dtype: torch.dtype) -> Way:
-    """The fastest for large products of a type on this machine's CPU.
+    """Return the fastest method for large products of a dtype on this CPU.
 
-    A rule and not a measurement, so that a resumed run repeats its bits: a clock may say one thing today
-    and another tomorrow."""
+    A fixed rule rather than a measurement, so that a resumed run is bit-exact: timings vary.
+    """
     if dtype == torch.float32:
         avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         return "onednn" if avx512 and _vendor() == "AuthenticAMD" and _has_onednn() else "torch"
@@ -55,30 +55,31 @@ def way_of(dtype: torch.dtype) -> Way:
 
 
 _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-"""Operators that tell whether torch's products of a type are oneDNN's, with the processor's instructions."""
+"""Operators that tell whether torch computes products of a dtype by oneDNN with the processor's
+instructions."""
 
 
 def computes_in_fp32(x: Tensor) -> bool:
-    """Tell whether products of x are computed in fp32, and the result rounded to x's type or autocast's."""
+    """Return whether products of x are computed in fp32 and rounded to x's dtype or autocast's."""
     return x.device.type == "cpu" and way_of(autocast_type(x)) == "fp32"
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """The type in which torch makes products of x here: autocast's, or else x's own."""
+    """Return the dtype in which torch computes products of x here: autocast's, or x's own."""
     if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """`nn.Linear` computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`F.linear`: x·weightᵀ + bias, (…, I) → (…, O)."""
+    """Return x·weightᵀ + bias as `F.linear` does, (…, I) → (…, O)."""
     way = _way(x, weight_OI)
     if way == "torch":
         return F.linear(x, weight_OI, bias_O)
@@ -90,13 +91,13 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def product(a_MI: Tensor, b_OI: Tensor) -> Tensor:
-    """a·bᵀ, (M, O), without gradients."""
+    """Return a·bᵀ, (M, O), without gradients."""
     way = _way(a_MI, b_OI)
     return a_MI @ b_OI.T if way == "torch" else _product(way, a_MI, b_OI, None, a_MI.dtype)
 
 
 def add_product_(sum_MO: Tensor, a_MI: Tensor, b_OI: Tensor) -> None:
-    """sum += a·bᵀ, without gradients; the sum may be of a wider type."""
+    """Add a·bᵀ to the sum, in place and without gradients; the sum may have a wider dtype."""
     way = _way(a_MI, b_OI)
     if way == "fp32":
         a_MI, b_OI = a_MI.to(sum_MO.dtype), b_OI.to(sum_MO.dtype)
@@ -107,14 +108,14 @@ def add_product_(sum_MO: Tensor, a_MI: Tensor, b_OI: Tensor) -> None:
 
 
 def bmm(a_PMI: Tensor, b_PIO: Tensor) -> Tensor:
-    """`torch.bmm`, without gradients and autocast."""
+    """Return `torch.bmm`, without gradients and autocast."""
     if not computes_in_fp32(a_PMI):
         return torch.bmm(a_PMI, b_PIO)
     return torch.bmm(a_PMI.float(), b_PIO.float()).to(a_PMI.dtype)
 
 
 def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    """`torch.einsum` of two tensors, each of whose indices is the other's too or the result's."""
+    """Return `torch.einsum` of two tensors. Each index of one must also be in the other or in the result."""
     if not computes_in_fp32(a):
         return torch.einsum(equation, a, b)
     dtype = autocast_type(a)
@@ -131,7 +132,8 @@ class _Linear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, weight_OI)
         y = _product(way, x, weight_OI, bias_O, dtype)
-        # oneDNN gives a view for x of three dims, and what leaves a Function as one can't be summed in place.
+        # oneDNN returns a view for x of three dims, and a view returned by a Function can't be summed in
+        # place.
         out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return out
 
@@ -179,8 +181,8 @@ def _einsum_in_fp32(equation: str, a: Tensor, b: Tensor) -> Tensor:
 
 @contextmanager
 def packed_weights() -> Iterator[None]:
-    """Inside, each weight is held a second time, in the layout that oneDNN likes or in fp32, from its first
-    product on: products with few rows then take 0.6 to 0.8 of their time. Weights must not change inside."""
+    """Inside, keep a second copy of each weight, in oneDNN's layout or in fp32, from its first product on.
+    Products with few rows then take 0.6 to 0.8 of their time. Weights must not change inside."""
     global _packed
     before, _packed = _packed, {}
     try:
@@ -190,11 +192,11 @@ def packed_weights() -> Iterator[None]:
 
 
 _packed: dict[int, tuple[Tensor, Tensor]] | None = None
-"""A weight's id → the weight, which keeps the id its own, and what it is packed into; None: nothing is."""
+"""Id of a weight → (the weight, kept so that its id stays valid; its packed copy). None: not packing."""
 
 
 def _prepared(way: Way, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as its product takes it: rounded to `dtype`."""
+    """Return the weight, rounded to `dtype`, in the form that the method needs."""
     if _packed is None or not isinstance(weight_OI, nn.Parameter):
         return weight_OI.to(dtype)
     if id(weight_OI) not in _packed:
@@ -205,7 +207,7 @@ def _prepared(way: Way, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _product(way: Way, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, result: torch.dtype) -> Tensor:
-    """x·weightᵀ + bias in x's type, made in one of our own ways."""
+    """Return x·weightᵀ + bias in x's dtype, computed by oneDNN directly or in fp32."""
     weight_OI = _prepared(way, weight_OI, x.dtype)
     y: Tensor
     if way == "fp32":
@@ -225,7 +227,7 @@ _LIBRARY.impl("linear_in_fp32", _linear_in_fp32, "CPU")
 
 
 def _way(x: Tensor, weight_OI: Tensor) -> Way:
-    """Small products and those of two types, which torch refuses, go torch's own way."""
+    """Return the method; torch's for small products and for mixed dtypes, which torch refuses."""
     if x.device.type != "cpu" or x.numel() == 0:
         return "torch"
     if x.dtype != weight_OI.dtype and not torch.is_autocast_enabled("cpu"):
@@ -241,7 +243,7 @@ def _has_onednn() -> bool:
 
 @cache
 def _vendor() -> str:
-    """Of the processor, as x86 processors name themselves; empty where it is not known."""
+    """Return the vendor as an x86 processor reports it; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

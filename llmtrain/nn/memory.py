@@ -1,8 +1,8 @@
-"""Bytes that a model keeps on one rank from the forward to the backward pass: what every family's memory.py
-is made of. Free of torch.
+"""Bytes that a model keeps on one rank from the forward to the backward pass: the base of each family's
+memory.py. Free of torch.
 
-The way of counting is that of Korthikanti et al. (arXiv:2205.05198, section 4), over what these modules
-really keep: attention keeps a T² term on the CPU alone. Tests compare with what torch keeps.
+Counts as Korthikanti et al. (arXiv:2205.05198, section 4) do, but for what these modules actually keep:
+attention keeps a T² term only on the CPU. Tests compare with what torch keeps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 
 LOGITS_PER_CHUNK = 2**23
-"""As in nn/head.py; a test compares."""
+"""As in nn/head.py, which a test checks."""
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 
 
 @dataclass(frozen=True)
 class Division:
-    """How the ranks of a layout divide a model's work, as far as its memory depends on it."""
+    """How the ranks of a layout divide a model's work, as far as memory depends on it."""
 
     micro_size: int
     """Rows of a micro-batch."""
@@ -34,13 +34,13 @@ class Division:
     tensor: int = 1
     sequence: int = 1
     tensor_sequence: bool = False
-    """The ranks of a tensor group divide tokens between the matrices (arXiv:2205.05198)."""
+    """Whether the ranks of a tensor group divide tokens between the matrices (arXiv:2205.05198)."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes of one number: `compute` in matrix products, `residual` between blocks and in norms (autocast
-    keeps these in fp32)."""
+    """Bytes per number: `compute` in matrix products, `residual` between layers and in norms, which
+    autocast keeps in fp32."""
 
     compute: int
     residual: int
@@ -48,24 +48,25 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What, besides sizes, decides what a forward pass keeps."""
+    """What, besides sizes, determines what a forward pass keeps."""
 
     device: str
     document_mask: bool = True
     exact_dropout: bool = True
-    """Dropout by keys; else by torch's generator, which fused kernels of attention take."""
+    """Whether dropout masks come from keys; otherwise from torch's generator, as fused attention kernels
+    can."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     has_bf16: bool = True
-    """Without it autocast on a CPU leaves the cells of an LSTM in fp32."""
+    """Whether the CPU has bf16; without it autocast leaves LSTM cells in fp32."""
 
 
 class Activations(NamedTuple):
-    """Bytes on one process."""
+    """Bytes on one rank."""
 
     kept: int
-    """By one micro-batch from its forward to its backward pass, up to the head, its loss aside."""
+    """Kept by one micro-batch from its forward to its backward pass, without head and loss."""
     working: int
-    """While a block is recomputed, besides."""
+    """Needed in addition while a layer is recomputed."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,23 @@ class ModelMemory(ABC, Generic[AnyConfig]):
 
     @abstractmethod
     def activations(self, steps: range) -> Activations:
-        """Return what `steps` of the forward pass keep, the loss aside."""
+        """Return what `steps` of the forward pass keep, without the loss."""
 
     @abstractmethod
     def copied_weights(self, steps: range) -> int:
-        """Return the weights of which autocast holds low-precision copies at once: of linear layers, and of
-        recomputed layers one at a time; the head's are part of `head_bytes`."""
+        """Return the weights of which autocast holds low-precision copies at once: those of linear layers,
+        of recomputed layers one layer at a time. The head's are part of `head_bytes`."""
 
     def low_precision_copies(self, steps: range) -> int:
-        """Return `copied_weights`; a processor without bf16 rounds weights in passing, at each product."""
+        """Return `copied_weights`, or 0 on a processor without bf16, which rounds weights at each product."""
         return self.copied_weights(steps) if self.conditions.has_bf16 else 0
 
     def between_layers(self) -> int:
-        """Return the elements that one layer hands to the next."""
+        """Return the elements that one layer passes to the next."""
         return 0
 
     def head_bytes(self) -> int:
-        """Return an upper estimate of the bytes of head and loss at their peak."""
+        """Return an upper estimate of the peak bytes of head and loss."""
         return 0
 
     def layers_of(self, steps: range, count: int) -> Iterator[tuple[int, bool]]:
@@ -116,30 +117,30 @@ def vocabulary_head_bytes(
     tensor: int = 1,
     has_softcap: bool = False,
 ) -> int:
-    """Return an upper estimate of the bytes of a language model's head and loss at their peak, on one of
-    `tensor` ranks: chunks of logits, the gradients of the hidden states and of the head's weight, and in low
-    precision copies of both. tokens: hidden states that the head reads."""
+    """Return an upper estimate of the peak bytes of a language model's head and loss on one of `tensor`
+    ranks: chunks of logits, the gradients of the hidden states and of the head's weight, and, in low
+    precision, copies of both. tokens: hidden states that the head reads."""
     assert model.vocab_size is not None
     V, D = -(-model.vocab_size // tensor), model.hidden_size
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
     is_last = chunk == tokens
-    # Over several processes the softmax is fairscale's: copies, exponentials and a gradient, in fp32.
+    # With several ranks, fairscale's softmax keeps copies, exponentials and a gradient, in fp32.
     besides = 16 if tensor > 1 else 0
     if has_softcap:
-        besides += 2 * numbers.compute  # the cap's slopes, and the tanh's square
+        besides += 2 * numbers.compute  # slopes of the cap, and the tanh squared
     if numbers.compute == 4:
-        # Logits and log-probabilities, beside the chunk before.
+        # Logits and log-probabilities, besides the previous chunk's.
         softmax = chunk * V * (4 * (2 if is_last else 3) + besides)
         return softmax + tokens * D * 4 + V * D * 4
     softmax = chunk * V * ((10 if is_last else 16) + besides)
-    # A chunk's weight gradient is made in low precision, and on a cpu added through an fp32 copy.
+    # A chunk's weight gradient is computed in low precision, and added on a CPU through an fp32 copy.
     addition = chunk * V * 6 + V * D * (2 + (4 if device == "cpu" else 0))
     return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
 
 
 @dataclass(frozen=True)
 class TransformerToken:
-    """Bytes a token at hand, which is one of `layout.sequence` processes' tokens."""
+    """Bytes per token held, if `layout.sequence` ranks share the tokens."""
 
     model: LayerConfig
     numbers: Numbers
@@ -155,7 +156,7 @@ class TransformerToken:
         kept = sum(sizes[window] for is_recomputed, window in windows if not is_recomputed)
         again = [sizes[window] for is_recomputed, window in windows if is_recomputed]
         if recomputed := len(again):
-            # Offloaded inputs lie in host memory: that of the process itself on a cpu.
+            # Offloaded inputs are in host memory, which on a CPU is the process's own.
             away = mode == "offload" and self.conditions.device != "cpu"
             kept += recomputed * (0 if away else self._between(model.hidden_size * self.numbers.residual))
             kept += recomputed * (self.linear_outputs() if mode == "selective" else 0)
@@ -170,38 +171,40 @@ class TransformerToken:
         return 1 <= step <= self.model.num_layers
 
     def _between(self, size: int) -> int:
-        """What lies between the matrices: Megatron's sequence parallelism divides it."""
+        """Return the size per token of activations between matrices, which Megatron's sequence parallelism
+        divides."""
         return -(-size // self.layout.tensor) if self.layout.tensor_sequence else size
 
     def norm(self) -> int:
         D = self.model.hidden_size
         if self.model.norm == "rmsnorm" and self.conditions.device == "cpu":
-            # Composed of single operations, in fp32: the input and the normalized input.
+            # Composed of single operations in fp32: the input and the normalized input.
             return self._between(2 * 4 * D + 4)
         input_bytes = 4 if self.model.norm_adds_one else self.numbers.residual
         return self._between(input_bytes * D + 8)
 
     def block(self, window: int | None = None) -> int:
-        """window: of its attention."""
+        """Return the bytes that a layer keeps per token. window: of its attention."""
         model, numbers, layout = self.model, self.numbers, self.layout
         D, F = model.hidden_size, model.mlp_width // layout.tensor
         queries = model.num_heads * model.head_width // layout.tensor
 
         # Inputs of qkv, output, up (and gate) and down, and of the activation. Those of qkv, up and gate are
-        # of all tokens, also where the tensor group's processes have shared them before.
+        # of all tokens, even if the ranks of the tensor group shared them before.
         kept = D + queries + D + F + (3 * F if model.gated_mlp else F)
         if model.activation == "relu":
-            kept -= F  # which keeps what it gives
+            kept -= F  # which keeps its output
         if model.gated_mlp and (numbers.residual > numbers.compute or layout.tensor_sequence):
             kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
         if model.dropout > 0:
-            kept += self._between(2 * D)  # the masks
+            kept += self._between(2 * D)  # dropout masks
         kept *= numbers.compute
         return model.norms_per_block * self.norm() + kept + self._head_norms() + self._attention(window)
 
     def _head_norms(self) -> int:
-        """Of queries and keys: what goes in - a copy of the queries, and for the keys qkv's whole output,
-        which a kernel in one piece keeps anyway; on a CPU it is fp32, and there is what comes out besides."""
+        """Return the bytes kept by the norms of queries and keys: a copy of the queries, and, for the
+        keys, qkv's whole output, which fused kernels keep anyway. On a CPU it is fp32, and the output is
+        kept too."""
         model, compute, tensor = self.model, self.numbers.compute, self.layout.tensor
         if not model.qk_norm:
             return 0
@@ -217,7 +220,7 @@ class TransformerToken:
         return inputs + 8 * heads
 
     def _attention(self, window: int | None) -> int:
-        """Between qkv's output and attention's output."""
+        """Return the bytes kept between qkv's output and attention's output."""
         model, compute, T = self.model, self.numbers.compute, self.layout.sequence_length
         N, tensor, on_cpu = (
             model.num_heads // self.layout.tensor,
@@ -228,30 +231,30 @@ class TransformerToken:
         kernel = self._kernel(window)
         has_cap = model.attention_softcap is not None
         if kernel == "all_scores":
-            # q, k and v, the softmax (in fp32 by a GPU's autocast), dropout's mask and what it leaves, what a
-            # cap makes of scores, and what the mask of documents hides.
+            # q, k and v, the softmax (fp32 under a GPU's autocast), the dropout mask and output, the slopes
+            # of a cap, and the document mask.
             softmax = compute if on_cpu else self.numbers.residual
             hidden = self._mask() if self._is_masked(window) else 0
             of_pairs = compute * ((2 if model.dropout > 0 else 1) + has_cap) + softmax
             return compute * 3 * queries + of_pairs * N * T + hidden
         if model.dropout > 0 and on_cpu:
-            # What replaces flash attention keeps, in fp32, copies of q, k and v, the probabilities, their
-            # mask and the masked probabilities.
+            # The replacement of flash attention keeps fp32 copies of q, k and v, the probabilities, the mask
+            # and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)
         if kernel == "blockwise":
-            # Blocks of queries, with copies of q, k and v and the probabilities of the keys they can see, and
-            # slopes of a cap; short documents see fewer.
+            # Copies of q, k and v, the probabilities of the keys that blocks of queries can see, and slopes
+            # of a cap; with short documents it is less.
             in_view = self._keys_in_view(window) if self.causal else T
             return compute * (3 * queries + (1 + has_cap) * N * in_view)
         kept = queries + 2 * keys
         if model.positions == "rope":
             kept += queries + keys
         if self._is_masked(window) and kernel != "by_document":
-            kept += self._mask()  # each layer turns the mask into numbers
+            kept += self._mask()  # each layer converts the mask to numbers
         return kept * compute + 4 * N
 
     def _kernel(self, window: int | None) -> Kernel:
-        """The kernel of self-attention; a GPU is taken to be an A100 or later."""
+        """Return the kernel of self-attention, assuming an A100 or later if on a GPU."""
         model, T, on_gpu = self.model, self.layout.sequence_length, self.conditions.device != "cpu"
         mask: DropoutMask = "sample_keys" if self.conditions.exact_dropout else "generator"
         call = AttentionCall(
@@ -268,26 +271,27 @@ class TransformerToken:
         return choose_kernel(call)
 
     def linear_outputs(self) -> int:
-        """What selective recomputation keeps: a row-divided layer's output is a whole summand."""
+        """Return the outputs that selective recomputation keeps; that of a row-parallel matrix is a whole
+        summand."""
         model, tensor = self.model, self.layout.tensor
         divided = model.qkv_width + model.mlp_width * (2 if model.gated_mlp else 1)
         return (divided // tensor + 2 * model.hidden_size) * self.numbers.compute
 
     def _context(self, windows: set[int | None]) -> int:
-        """What recomputed blocks share: rotary tables and the masks."""
+        """Return what recomputed layers share: rotary tables and masks."""
         rotary = 4 * self.model.rotary_width if self.model.positions == "rope" else 0
         tables = 1 if self.model.local_rope_theta is None else 2
         masks = sum(self._is_masked(window) and self._kernel(window) != "by_document" for window in windows)
         return tables * rotary + masks * self._mask()
 
     def _is_masked(self, window: int | None) -> bool:
-        """Whether attention is told which keys a query sees, besides those before it."""
+        """Return whether attention has a mask besides the causal one."""
         is_narrow = window is not None and window < self.layout.sequence_length
         return self.conditions.document_mask or is_narrow
 
     def _keys_in_view(self, window: int | None) -> int:
-        """Keys that blockwise attention multiplies a query with, on average: from the first that some query
-        of its block sees, where a window leaves keys out."""
+        """Return the average number of keys that blockwise attention multiplies a query with: from the
+        first key that a query of its block sees, if a window skips keys."""
         T = self.layout.sequence_length
         window = window or T
         pairs = 0
@@ -297,7 +301,7 @@ class TransformerToken:
         return -(-pairs // T)
 
     def _mask(self) -> int:
-        """Elements of the mask, which is over all tokens, for a token at hand."""
+        """Return the elements of the mask, which covers all tokens, per token held."""
         return self.layout.sequence_length * self.layout.sequence
 
 
@@ -305,13 +309,13 @@ AnyLayers = TypeVar("AnyLayers", bound=OfLayers)
 
 
 class LayersMemory(ModelMemory[AnyLayers]):
-    """A stack of layers over one sequence, with a language model's head."""
+    """A stack of layers over one sequence, with a language-model head."""
 
     causal: ClassVar[bool]
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch on this rank."""
+        """Return the tokens of a micro-batch on this rank."""
         return self.layout.micro_size * self.row.tokens // self.layout.sequence
 
     def activations(self, steps: range) -> Activations:
@@ -338,6 +342,7 @@ class LayersMemory(ModelMemory[AnyLayers]):
         return layer * self.copied_layers(steps)
 
     def copied_layers(self, steps: range) -> int:
-        """Return how many layers among `steps` have low-precision copies of their weights at once."""
+        """Return the number of layers among `steps` that have low-precision weight copies at the same
+        time."""
         recomputed = [again for _, again in self.layers_of(steps, self.model.num_layers)]
         return recomputed.count(False) + min(1, recomputed.count(True))

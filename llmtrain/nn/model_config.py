@@ -1,4 +1,4 @@
-"""Arithmetic that plans and reports ask of every model's config. Free of torch.
+"""Base of model configs, with the counts that plans and reports need. Free of torch.
 
 Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
 """
@@ -14,30 +14,30 @@ from llmtrain.errors import Problem
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one row of a batch, as an objective lays it out for a model."""
+    """Token counts of one row of a batch as a model sees it."""
 
     tokens: int
-    """Tokens that the model reads and that throughput counts; of an encoder–decoder, those of the source."""
+    """Tokens that the model reads and that throughput counts; in an encoder-decoder, source tokens."""
     target: int = 0
-    """Tokens that an encoder–decoder's decoder reads."""
+    """Tokens that the decoder of an encoder-decoder reads."""
     predicted: float = 0.0
-    """Tokens whose labels bear a loss, on average."""
+    """Mean number of tokens whose labels bear a loss."""
 
 
 class ModelConfig(Kinds):
-    """Base of all model configs: frozen dataclasses with a `family`, and exact counts of parameters.
+    """Base of all model configs: frozen dataclasses with a `family`, and exact parameter counts.
 
-    A forward pass consists of steps - embedding, every layer, head - which pipeline stages divide; a model
+    A forward pass consists of steps (embedding, each layer, head), which pipeline stages divide; a model
     that cannot be divided is a single step.
     """
 
     family: str
     dropout: float
     max_sequence_length: int | None = None
-    """Longest sequence, in tokens; None: no limit."""
+    """Maximum sequence length, in tokens; None: no limit."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong with the values."""
+        """Yield a problem for each invalid value."""
         yield from ()
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
@@ -57,17 +57,17 @@ class ModelConfig(Kinds):
         return self.step_parameter_counts(tensor)
 
     def parameter_count(self) -> int:
-        """Return the number of all parameters, shared ones counted once. Needs the vocabulary's size."""
+        """Return the number of all parameters, with shared ones counted once. Needs the vocabulary size."""
         counts = self.step_parameter_counts()
         return sum(counts) - self.repeated_count(range(len(counts)))
 
     def flops_per_token(self, row: Row) -> float:
-        """Return forward and backward FLOPs of one counted token of `row`; of images, of one image."""
+        """Return forward and backward FLOPs per counted token of `row`; for images, per image."""
         raise NotImplementedError
 
 
 class OfVocabulary(ModelConfig):
-    """A config with a vocabulary, whose size may not be known yet."""
+    """Base of configs with a vocabulary, whose size may not be known yet."""
 
     vocab_size: int | None
     hidden_size: int
@@ -83,15 +83,15 @@ class OfVocabulary(ModelConfig):
         yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
 
     def head_matrix_count(self, tensor: int = 1) -> int:
-        """Return the weights of the head's matrices, on one of `tensor` ranks that divide the vocabulary."""
+        """Return the weights of the head's matrices on one of `tensor` ranks that divide the vocabulary."""
         return self.embedding_count(tensor)
 
     def embedding_count(self, tensor: int = 1) -> int:
-        """Return the weights of the token embedding, on one of `tensor` ranks that divide the vocabulary."""
+        """Return the weights of the token embedding on one of `tensor` ranks that divide the vocabulary."""
         return -(-self._vocab() // tensor) * self.hidden_size
 
     def repeated_count(self, steps: range, tensor: int = 1) -> int:
-        """Return the tied head's weight where both the first and the last step are among `steps`."""
+        """Return the tied head's weight if both the first and the last step are among `steps`."""
         last = len(self.step_parameter_counts()) - 1
         is_shared = self.tie_embeddings and last > 0 and 0 in steps and last in steps
         return self.embedding_count(tensor) if is_shared else 0

@@ -1,4 +1,4 @@
-"""Norms of a transformer: of hidden states, and of queries and keys.
+"""Norms of a transformer: for hidden states, and for queries and keys.
 
 Dim names: N heads, H head width.
 """
@@ -24,13 +24,14 @@ class OffsetRMSNorm(nn.RMSNorm):
 class AllHeadsNorm(nn.Module):
     """RMS norm over the dims of all heads together, (…, N, H) (OLMo 2).
 
-    Its weight is divided as heads are; `sum_over_heads` then sums over the heads elsewhere too."""
+    Its weight is divided like the heads; `sum_over_heads` then also sums over the heads of other ranks.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.width = num_heads * head_dim
-        """Dims of all heads, also of those elsewhere."""
+        """Dims of all heads, including those of other ranks."""
         self.weight = nn.Parameter(torch.empty(num_heads * head_dim))
 
     def sum_over_heads(self, x: Tensor) -> Tensor:
@@ -44,14 +45,14 @@ class AllHeadsNorm(nn.Module):
 
 
 def make_norm(config: LayerConfig) -> nn.Module:
-    """Of hidden states."""
+    """Return a norm of hidden states."""
     if config.norm == "rmsnorm":
         return _rms_norm(config, config.hidden_size)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
 def make_head_norm(config: LayerConfig, num_heads: int) -> nn.Module:
-    """Of queries or keys; over each head's dims as in ViT-22B (arXiv:2302.05442)."""
+    """Return a norm of queries or keys; over each head's dims as in ViT-22B (arXiv:2302.05442)."""
     if config.qk_norm_over == "all_heads":
         return AllHeadsNorm(num_heads, config.head_width, config.norm_eps)
     return _rms_norm(config, config.head_width)

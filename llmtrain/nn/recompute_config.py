@@ -1,4 +1,4 @@
-"""What trades computation for memory, free of torch."""
+"""Config of activation recomputation. Free of torch."""
 
 from __future__ import annotations
 

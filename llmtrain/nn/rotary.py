@@ -1,7 +1,7 @@
-"""Rotary positions (RoFormer, arXiv:2104.09864): each pair of a head's dims is turned by an angle that grows
-with the token's position.
+"""Rotary positions (RoFormer, arXiv:2104.09864): rotate each pair of a head's dims by an angle proportional
+to the token's position.
 
-Dim names: B batch, T sequence, N heads, H head width, R of its dims that are turned.
+Dim names: B batch, T sequence, N heads, H head width, R rotated dims.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from llmtrain.nn.rope_config import RopeScaling
 def rotary_tables(
     config: LayerConfig, positions_BT: Tensor, documents: Documents | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, times what attention is scaled by, (B, T, 1, R/2) fp32.
+    """Return cosine and sine of each position's angles, times the attention factor, (B, T, 1, R/2) fp32.
 
-    documents: those that positions count in; None: a row is one, up to its largest position.
+    documents: the documents that positions count in; None: a row is one, up to its largest position.
     """
     scaling = config.rope_scaling
     lengths_BT = None
@@ -37,8 +37,8 @@ def rotary_tables(
 
 
 def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + R/2) of the first R dims by its angle: Llama's half-split pairing, as Hugging
-    Face stores it."""
+    """Rotate each pair (i, i + R/2) of the first R dims by its angle: Llama's half-split pairing, as
+    stored by Hugging Face."""
     half = cos.shape[-1]
     first, second, rest = x_BTNH.split((half, half, x_BTNH.shape[-1] - 2 * half), dim=-1)
     cos, sin = cos.to(x_BTNH.dtype), sin.to(x_BTNH.dtype)
@@ -52,10 +52,10 @@ def rotary_frequencies(
     device: torch.device | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Radians a position for each pair of `width` dims: (R/2,) fp32, or with a last dim of R/2 behind those
-    of `lengths`.
+    """Return the angle per position, in radians, for each pair of `width` dims: (R/2,) fp32, or with a last
+    dim of R/2 after the dims of `lengths`.
 
-    lengths: tokens of the texts that positions stand in, whose last dim is 1; for the kinds of scaling that
+    lengths: tokens of the texts that positions belong to, with a last dim of 1, for kinds of scaling that
         depend on them. None: within the original context.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device=device).float() / width
@@ -83,7 +83,7 @@ def rotary_frequencies(
 
 
 def attention_factor(scaling: RopeScaling) -> float:
-    """What queries and keys are multiplied by besides."""
+    """Return the factor of queries and keys."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.kind == "yarn":
@@ -94,23 +94,24 @@ def attention_factor(scaling: RopeScaling) -> float:
 
 
 def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
-    """YaRN, equation 22; `scale` is what DeepSeek calls mscale."""
+    """Return YaRN's factor, equation 22; `scale` is mscale in DeepSeek."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _kept_by_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """1 for wavelengths well inside the original context, which stay as they are, 0 for those beyond it, and
-    a ramp between, by the times that each turns within it."""
+    """Return 1 for wavelengths well inside the original context, which stay unscaled, 0 for those beyond
+    it, and a linear transition between, by their rotations within it."""
     turns = scaling.original_max_sequence_length * frequencies / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     return ((turns - low) / (high - low)).clamp(0.0, 1.0)
 
 
 def _kept_by_yarn(width: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
-    """As llama3's, but the ramp runs over the numbers of the pairs (YaRN, section 3.2)."""
+    """Return the same as for llama3, but with a transition linear in the pair index (YaRN, section 3.2)."""
 
     def pair(turns: float) -> float:
-        """The one, between whole numbers, whose wavelength turns so often within the original context."""
+        """Return the fractional pair index whose wavelength makes `turns` rotations within the original
+        context."""
         wavelength = scaling.original_max_sequence_length / turns
         return width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
@@ -123,7 +124,7 @@ def _kept_by_yarn(width: int, theta: float, scaling: RopeScaling, device: torch.
 
 
 def _lengths(positions_BT: Tensor, documents: Documents | None) -> Tensor:
-    """Tokens up to the last of each token's document, (B, T), or (B, 1) where a row is one."""
+    """Return the tokens up to the last of each token's document, (B, T), or (B, 1) if a row is one."""
     if documents is None:
         return positions_BT.amax(1, keepdim=True) + 1
     ends_BT = documents.ends

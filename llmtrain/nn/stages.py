@@ -1,4 +1,4 @@
-"""A forward in steps, which pipelines divide and recomputation repeats."""
+"""Models whose forward is a list of steps, which pipelines divide and recomputation repeats."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Stage(NamedTuple):
     modules: dict[str, nn.Module]
     """Canonical name → module."""
     run: Callable[[Tensor, Any], Any]
-    """(what the step before gave, the model's context) → what the next takes; of the last step logits, the
-    summed loss, or sums by name."""
+    """(output of the previous step, the model's context) → input of the next; the last step returns
+    logits, the summed loss, or sums by name."""
 
 
 class ZeroSums(dict[str, Tensor]):
-    """Sums by name of a pipeline stage that has none of them: each is 0."""
+    """Sums by name in a pipeline stage that has none: each is 0."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -35,18 +35,18 @@ class ZeroSums(dict[str, Tensor]):
 
 
 class StagedModel(TiedHeadModel):
-    """A language model whose forward is its stages, one behind the other."""
+    """A language model whose forward runs its stages one after another."""
 
     @abstractmethod
     def stages(self) -> list[Stage]:
-        """The steps that forward runs, in order."""
+        """Return the steps of a forward in order."""
 
     @abstractmethod
     def context(self, tokens_BT: Tensor, *_: Any, **arguments: Any) -> Context:
-        """What all stages of one forward share; tells of the arguments, and of what forward then gives."""
+        """Return the arguments shared by all stages; documents the arguments and the result of forward."""
 
     def forward(self, tokens_BT: Tensor, **arguments: Any) -> Any:
-        """Token ids → what `context` says of these arguments. A cache among them takes these tokens."""
+        """Run all stages and return what `context` documents for these arguments. Advance a given cache."""
         context = self.context(tokens_BT, **arguments)
         x: Any = tokens_BT
         for stage in self.stages():

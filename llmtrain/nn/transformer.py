@@ -1,8 +1,8 @@
-"""The parts of a transformer: norms, positions, attention, MLP, block, key-value cache.
+"""The parts of a transformer: norms, positions, attention, MLP, layer, key-value cache.
 
-Dim names: B batch, T sequence, S keys (T, or what the cache holds with it), D hidden width,
-N query heads, K key-value heads, G = N/K query heads a key-value head, H head width, R of its dims that are
-turned by positions, F MLP width.
+Dim names: B batch, T sequence, S keys (T, or the cache's length including them), D hidden width, N query
+heads, K key-value heads, G = N/K query heads per key-value head, H head width, R rotated dims, F MLP
+width.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from llmtrain.nn.rotary import rotate
 class KVCache:
     """Keys and values of the tokens seen so far, for generation.
 
-    Room for `max_length` tokens a layer is taken at the first append, in the shape, type and place of
-    what is appended; nothing is copied later.
+    The first append allocates `max_length` tokens per layer, with the shape, dtype and device of its
+    arguments; nothing is copied later.
     """
 
     def __init__(self, num_layers: int, max_length: int) -> None:
         self.max_length = max_length
         self.length = 0
-        """Tokens held; the model's forward moves it after its last layer."""
+        """Tokens held; the model's forward advances it after its last layer."""
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
 
     def append(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new tokens behind those held; returns all keys and values, (B, K, S, H) each.
+        """Store T new tokens after those held; return all keys and values, (B, K, S, H) each.
 
-        Raises ValueError past max_length."""
+        Raise ValueError past max_length.
+        """
         B, K, T, H = k_BKTH.shape
         end = self.length + T
         if end > self.max_length:
@@ -59,12 +60,12 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def select(self, rows_R: Tensor) -> None:
-        """Hold these rows alone from now on, in this order; one may come several times."""
+        """Keep only these rows, in this order; a row may occur several times."""
         self._put([None if held is None else held[rows_R] for held in self._held()])
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Let row b go on from what row rows_B[b] holds of its tokens. What is held of a source stays: rows
-        change places with those of the same source alone."""
+        """Let row b continue from the tokens of row rows_B[b]. State of a source is not moved, so rows may
+        only continue from rows of the same source."""
         for held in self._held():
             if held is not None:
                 held[:, :, : self.length] = held[rows_B, :, : self.length]
@@ -78,56 +79,57 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Context:
-    """What all stages of one forward share."""
+    """Arguments shared by all stages of a forward."""
 
     positions: Tensor
-    """Place of each token in its document, (B, T), or (1, T) when all rows are alike."""
+    """Position of each token in its document, (B, T), or (1, T) if all rows are alike."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of the rotary angles, (B or 1, T, 1, R/2) fp32; None with learned positions."""
     documents: Documents | None = None
-    """Those that the rows hold; None: a row is one."""
+    """Documents of the rows; None: a row is one."""
     labels: Tensor | None = None
-    """The token that should follow each, (B, T), -100 where none counts; None: logits are wanted."""
+    """Next token at each position, (B, T), -100 where no loss is borne; None: return logits."""
     cache: KVCache | None = None
     dropout_keys: Tensor | None = None
-    """A key for each row, (B,), that dropout's masks are made from; None: torch's generator."""
+    """A key for each row, (B,), from which dropout masks are generated; None: torch's generator."""
     last_only: bool = False
-    """Logits are wanted of the last token alone."""
+    """Whether to return logits of the last token only."""
     local_rotary: tuple[Tensor, Tensor] | None = None
-    """As `rotary`, of layers with a window, where they have others."""
+    """Like `rotary`, for layers with a window if theirs differ."""
 
     @property
     def num_places(self) -> int:
-        """Hidden states of a row between blocks."""
+        """Return the number of hidden states of a row between layers."""
         return self.positions.shape[1]
 
 
 class PerHead(nn.Module):
-    """Learned numbers of each head, (N, width): positions' biases, vectors added to queries.
+    """A learned vector for each head, (N, width): biases of positions, vectors added to queries.
 
-    Their rows are divided as heads are; forward asks the weight how many are here."""
+    Its rows are divided like the heads; forward returns those of this rank.
+    """
 
     def __init__(self, num_heads: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_heads, width))
 
     def forward(self) -> Tensor:
-        """(N, width)."""
+        """Return (N, width)."""
         return self.weight
 
 
 @dataclass(frozen=True)
 class RelativePositions:
-    """Biases of attention by the distance from query to key, learned by buckets: near distances have one
-    each, farther ones share (T5, arXiv:1910.10683, section 2.1)."""
+    """Learned attention biases by the distance from query to key: near distances have one each, farther
+    ones share buckets (T5, arXiv:1910.10683, section 2.1)."""
 
     num_buckets: int = 32
     max_distance: int = 128
-    """All distances from here on share the last bucket."""
+    """Distance, in tokens, from which on all share the last bucket."""
 
     def buckets(self, distances: Tensor, *, both_ways: bool) -> Tensor:
-        """The bucket of each distance, key − query, int64; the first half of them is for keys before the
-        query if there are others, else all are."""
+        """Return the bucket of each distance, key − query, int64. If both_ways, the first half is for keys
+        up to the query and the second for later ones; else all are for keys up to the query."""
         count = self.num_buckets // 2 if both_ways else self.num_buckets
         first = (distances > 0) * count if both_ways else torch.zeros_like(distances)
         n = distances.abs() if both_ways else (-distances).clamp(min=0)
@@ -137,9 +139,9 @@ class RelativePositions:
         return first + torch.where(n < exact, n, shared)
 
     def bias(self, weight_NR: Tensor, T: int, S: int, *, both_ways: bool) -> Tensor:
-        """What is added to the scores of the last T of S tokens with all of them, (N, T, S); `weight_NR`
-        holds each head's bias for each bucket."""
-        # By the CPU's logarithm: at a bucket's border another one's may round to the next.
+        """Return the biases of the scores of the last T of S tokens with all of them, (N, T, S).
+        `weight_NR` holds each head's bias for each bucket."""
+        # Always on the CPU: another logarithm may round to the next bucket at a bucket's border.
         buckets_D = self.buckets(torch.arange(1 - S, T, device="cpu"), both_ways=both_ways)
         along_ND = weight_NR[:, buckets_D.to(weight_NR.device)]
         bias_NTS: Tensor = _ByDistance.apply(along_ND, T)
@@ -147,7 +149,7 @@ class RelativePositions:
 
 
 class _ByDistance(torch.autograd.Function):
-    """(N, S + T − 1), a number for each distance from 1 − S up → (N, T, S), that of s − (S − T + t)."""
+    """Expand (N, S + T − 1), values for distances from 1 − S up, to (N, T, S), values for s − (S − T + t)."""
 
     @staticmethod
     def forward(ctx: Any, along_ND: Tensor, T: int) -> Tensor:
@@ -158,7 +160,7 @@ class _ByDistance(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (grad_NTS,) = gradients
         N, T, S = grad_NTS.shape
-        # Read with one column less, each row stands one place further right: diagonals become columns.
+        # Read with one column less, each row is shifted right by one, so that diagonals become columns.
         padded = grad_NTS.new_zeros(N, T, S + T)
         padded[:, :, :S] = grad_NTS.flip(1)
         sheared = padded.flatten(1)[:, : T * (S + T - 1)].unflatten(1, (T, S + T - 1))
@@ -168,13 +170,13 @@ class _ByDistance(torch.autograd.Function):
 class Attention(nn.Module):
     """Self-attention with grouped queries (arXiv:1706.03762, 2305.13245).
 
-    Rows of `qkv.weight` stand by key-value head: its G query heads, its key, its value. A slice of
-    whole groups is a tensor-parallel shard, and forward asks the weight, not the config, how many
-    groups it holds.
+    Rows of `qkv.weight` are ordered by key-value head: its G query heads, its key, its value. A slice of
+    whole groups is a tensor-parallel shard; forward takes the number of groups from the weight, not from
+    the config.
     """
 
     attend: Callable[..., Tensor]
-    """Attention itself; sequence parallelism puts its exchange around it."""
+    """The attention function; sequence parallelism wraps its communication around it."""
 
     def __init__(
         self,
@@ -185,8 +187,8 @@ class Attention(nn.Module):
         scale: float | None = None,
         relative: RelativePositions | None = None,
     ) -> None:
-        """causal: a token sees itself and those before it; else all of its document.
-        scale: of the scores; None: 1 / sqrt(head_dim)."""
+        """causal: a token sees itself and preceding tokens; else all of its document.
+        scale: factor of the scores; None: 1 / sqrt(head_dim)."""
         super().__init__()
         self.layer = layer
         self.causal = causal
@@ -198,7 +200,7 @@ class Attention(nn.Module):
         self.queries_per_kv = config.num_heads // config.kv_heads
         self.dropout = config.dropout
         self.first_head = 0
-        """Number in the whole layer of the first query head held here."""
+        """Index in the whole layer of the first query head held here."""
         scalar = config.query_pre_attn_scalar
         if scale is None and scalar is not None and scalar != self.head_dim:
             scale = scalar**-0.5
@@ -252,7 +254,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of one sequence to another (arXiv:1706.03762, section 3.2.3).
 
-    Rows of `key_value.weight` stand by head, its key and its value, so that a slice of whole heads is a
+    Rows of `key_value.weight` are ordered by head: its key, then its value. A slice of whole heads is a
     tensor-parallel shard.
     """
 
@@ -263,7 +265,7 @@ class CrossAttention(nn.Module):
         self.head_dim = config.head_width
         self.dropout = config.dropout
         self.first_head = 0
-        """Number in the whole layer of the first head held here."""
+        """Index in the whole layer of the first head held here."""
         self.attend = attend if scale is None else functools.partial(attend, scale=scale)
         D, width = config.hidden_size, config.num_heads * config.head_width
         self.query = Linear(D, width, bias=config.bias)
@@ -271,7 +273,7 @@ class CrossAttention(nn.Module):
         self.output = Linear(width, D, bias=config.bias)
 
     def keys_and_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what is attended to, (B, N, S, H) each."""
+        """Return keys and values of the source, (B, N, S, H) each."""
         kv_BSN2H = self.key_value(source_BSD).unflatten(-1, (-1, 2, self.head_dim))
         k_BSNH, v_BSNH = kv_BSN2H.unbind(-2)
         return k_BSNH.transpose(1, 2), v_BSNH.transpose(1, 2)
@@ -318,11 +320,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each added to what it reads.
+    """A layer: attention, then an MLP, each with a residual connection.
 
-    Norms stand where `config.norm_place` says: before each, x + f(norm(x)), as in GPT-2, Llama and T5; after
-    it, x + norm(f(x)); or both. Or behind the sum, norm(x + f(x)), as in the Transformer (arXiv:1706.03762),
-    BERT and BART.
+    Norms are at `config.norm_place`: before each, x + f(norm(x)), as in GPT-2, Llama and T5; after it, x +
+    norm(f(x)); or both. Without norm_first they are after the sum, norm(x + f(x)), as in the Transformer
+    (arXiv:1706.03762), BERT and BART.
     """
 
     def __init__(
@@ -335,7 +337,7 @@ class Block(nn.Module):
         scale: float | None = None,
         relative: RelativePositions | None = None,
     ) -> None:
-        """Arguments after `norm_first` as Attention's."""
+        """For the arguments after `norm_first` see Attention."""
         super().__init__()
         self.norm_first = norm_first
         has_before, has_after = config.norm_place != "after", config.norm_place != "before"
@@ -371,7 +373,7 @@ class Block(nn.Module):
         dropout: Dropout,
         context: Context,
     ) -> Tensor:
-        """x + function(x), with its norm where the block has norms."""
+        """Return x + function(x), with its norm before or after."""
         y_BTD = function(norm(x_BTD) if self.norm_first else x_BTD)
         x_BTD = x_BTD + dropout(y_BTD, context.dropout_keys)
         return x_BTD if self.norm_first else norm(x_BTD)

@@ -1,4 +1,4 @@
-"""What of torch differs between the versions that llmtrain takes, or is private to it and may go."""
+"""Access to parts of torch that differ between supported versions or are private and may be removed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @cache
 def varlen_kernel() -> Callable[..., Any] | None:
-    """torch's varlen_attn as of torch 2.13, `enable_gqa` included; None: this torch has no such kernel.
+    """Return torch's varlen_attn as of torch 2.13, including `enable_gqa`, or None if this torch has none.
 
-    The first call takes seconds: torch's compiler comes along.
+    The first call takes seconds, since it imports torch's compiler.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -26,7 +26,7 @@ def varlen_kernel() -> Callable[..., Any] | None:
 
 
 def _repeating_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` of torch 2.11, which takes as many keys as queries, for fewer."""
+    """Return `kernel` of torch 2.11, which needs as many keys as queries, with support for fewer."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **settings: Any) -> Any:
         if enable_gqa:
@@ -37,7 +37,7 @@ def _repeating_heads(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def softmax_backward(grad_probs: Tensor, probs: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient, in `dtype`, of what a softmax over the last dim made `probs` of."""
+    """Return the gradient, in `dtype`, of the input of a softmax over the last dim with output `probs`."""
     in_one_pass = getattr(torch, "_softmax_backward_data", None)
     if in_one_pass is None:
         product = grad_probs * probs

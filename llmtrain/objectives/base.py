@@ -1,6 +1,6 @@
-"""What a batch means: samples → batch, (model, batch) → loss sum and target count.
+"""Base classes of objectives: build a batch from samples; compute loss sum and target count of a batch.
 
-Free of torch until a batch is made, so that a wrong configuration is refused at once.
+Imports torch only when a batch is made, so that a wrong configuration is refused at once.
 """
 
 from __future__ import annotations
@@ -30,89 +30,91 @@ if TYPE_CHECKING:
 Batch: TypeAlias = "dict[str, Tensor]"
 
 DROPOUT_KEYS = "dropout_keys"
-"""In a batch: a key for each row, (B,) int64, from which dropout's masks are made; absent: torch's generator
-makes them."""
+"""Key of a batch: one dropout key per row, (B,) int64, from which dropout masks are generated. Without it
+the masks come from torch's generator."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Sums over one batch; whoever divides, divides once, by the count over everything summed."""
+    """Sums over one batch. Divide only once, by the count over all batches that are summed."""
 
     loss_sum: Tensor
-    """Nats, 0-d fp32."""
+    """In nats, 0-d fp32."""
     num_targets: Tensor
     """0-d int64, on the batch's device."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Name → a sum and the count that it is divided by, (2,)."""
+    """Name → [sum, count that the sum is divided by], (2,)."""
 
 
 class SpecialIds(NamedTuple):
-    """The ids that an objective needs besides the corpus' own."""
+    """Model config and vocabulary size after an objective has resolved its special ids."""
 
     model: Any
-    """The model's config with these ids in it."""
+    """The model's config with the special ids filled in."""
     vocab_size: int
-    """Rows that its embedding needs."""
+    """Number of rows that the embedding needs."""
     marks: str = ""
-    """The ids in words, for a refusal."""
+    """The special ids in words, for error messages."""
 
 
 class Shown(NamedTuple):
-    """A sample as a person reads it."""
+    """A sample in readable form."""
 
     facts: str
-    """For its title: how many tokens bear a loss and the like."""
+    """Summary for its title, such as the number of tokens that bear a loss."""
     lines: list[str]
 
 
 class ObjectiveConfig(Kinds):
-    """Base of all objectives' configs: frozen dataclasses with a `kind`, which need no torch."""
+    """Base of all objective configs: frozen dataclasses with a `kind`, free of torch."""
 
     kind: str
     teaches: ClassVar[tuple[str, ...]]
-    """Kinds of model (models/family.py)."""
+    """Kinds of model that this objective can train (see models/family.py)."""
     data: ClassVar[Literal["tokens", "images"]] = "tokens"
     paired: ClassVar[Literal["needed", "refused", "taken"]] = "refused"
-    """Whether the corpora hold paired texts; taken: a pair is two documents in a row."""
+    """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
+    as two consecutive documents."""
 
     fills_gaps: ClassVar[bool] = False
-    """The model writes what stands in gaps, each behind a sentinel of its own."""
+    """Whether the model learns to write the contents of masked spans, each after its own sentinel."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong with the values."""
+        """Yield a problem for each invalid value."""
         yield from ()
 
     def row(self, sequence_length: int) -> Row:
-        """Return what a row of `batch.sequence_length` tokens asks of the model."""
+        """Return the shape of a row of `batch.sequence_length` tokens as the model sees it."""
         return Row(sequence_length, predicted=sequence_length)
 
     def fitted(self, model: Any) -> Any:
-        """Return the model's config with the heads that this objective lays over its trunk."""
+        """Return the model's config with the heads that this objective needs."""
         return model
 
     def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
-        """Yield what keeps rows of this length from being made."""
+        """Yield a problem if rows of this length cannot be made."""
         yield from ()
 
     def data_problems(self, data: Any) -> Iterator[Problem]:
-        """Yield what keeps it from reading data in the way that the section says."""
+        """Yield a problem if this objective cannot read data as the `data` section says."""
         yield from ()
 
     def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
-        """Return the ids that it needs."""
+        """Return the model's config with the special ids of this objective resolved."""
         return SpecialIds(model, corpora.vocab_size)
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
-        """Return id → name, as samples are shown."""
+        """Return id → name of the special tokens, for showing samples."""
         return {}
 
     def open(
         self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
     ) -> dict[str, Dataset]:
-        """Return corpus → the numbered samples of its split; "" where there is one alone. Corpora without
-        held-out text are left out, and those without training text that none is drawn of.
+        """Return corpus name → dataset of its split; the name is "" if there is only one.
 
-        Raise DataError when they cannot be had."""
+        Leave out corpora without held-out text, and corpora of weight 0 without training text.
+        Raise DataError if the data cannot be read.
+        """
         from llmtrain.data.datasets.base import TokenSequences
 
         assert isinstance(data, TokenDataConfig)
@@ -128,37 +130,38 @@ class ObjectiveConfig(Kinds):
         }
 
     def splits(self, data: TokenDataConfig, corpora: Corpora | None, split: str) -> Mapping[str, Any]:
-        """Return corpus → the tokens of its split."""
+        """Return corpus name → tokens of its split."""
         assert corpora is not None
         return corpora.splits(split, data.undrawn if split == "train" else data.names)
 
     def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> Objective:
-        """Return the objective. model: with its special ids resolved."""
+        """Return the objective. The special ids of `model` must be resolved."""
         raise NotImplementedError
 
 
 class Objective(Protocol):
-    """How a kind of model learns from a kind of sample."""
+    """How a model learns from samples: batches, losses and metrics."""
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """A dataset's samples, stacked, and "keys", a random number of each sample, int64 (B,) → the tensors
-        that the model takes and their labels. A pure function."""
+        """Return the batch of stacked samples: the model's inputs and their labels. A pure function.
+        Besides the dataset's arrays, `raw` holds "keys", one random number per sample, int64 (B,)."""
 
     def target_count(self, batch: Batch) -> int:
-        """Return how many predictions the loss sums over; known before the forward pass."""
+        """Return the number of predictions that the loss sums over; known before the forward pass."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        """Return the loss to train on."""
+        """Return the training loss."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Return the loss and all metrics; the caller turns gradients and dropout off."""
+        """Return the loss and all metrics. The caller disables gradients and dropout."""
 
     def figures(
         self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
     ) -> dict[str, float]:
-        """Return further figures of an evaluation by name.
+        """Return further results of an evaluation by name, such as the perplexity.
 
-        loss: mean, nats; num_bytes: UTF-8 bytes of the text that the targets stand for."""
+        loss: mean, in nats; num_bytes: UTF-8 bytes of the text of the targets.
+        """
 
     def show(
         self,
@@ -167,39 +170,40 @@ class Objective(Protocol):
         text: Spelling,
         parts: Callable[[], Iterable[Part]],
     ) -> Shown:
-        """Return one sample in words. row: its part of a batch; raw: as the dataset has it; parts: of which
-        documents it is made."""
+        """Return one sample in readable form. row: the sample's row of a batch; raw: the sample as the
+        dataset gives it; parts: the documents that the sample is made of."""
 
 
 @runtime_checkable
 class SharesSequences(Protocol):
-    """An objective whose batches several processes can share token by token."""
+    """An objective whose batches can be divided along the sequence (sequence parallelism)."""
 
     def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
-        """Return what process `part` of `parts` takes of each sequence."""
+        """Return part `part` of `parts` of each sequence."""
 
 
 @runtime_checkable
 class NamesArguments(Protocol):
-    """An objective whose loss is what the model's forward gives: pipelines run that in stages."""
+    """An objective whose loss is the output of the model's forward, which pipelines run in stages."""
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what forward is given, by name."""
+        """Return the arguments of the model's forward by name."""
 
 
 class LossOfModel:
-    """Objectives whose loss is what the model's forward gives: the sum over the batch's "labels"."""
+    """Base of objectives whose loss is the output of the model's forward: the sum over the batch's
+    "labels"."""
 
     names: ClassVar[Mapping[str, str]]
-    """Key of a batch → forward's argument; those that a batch lacks are not given."""
+    """Key of a batch → argument of forward. Keys that a batch lacks are not passed."""
     perplexity_of: ClassVar[str | None] = None
-    """The metric, nats a token, whose exponential is the perplexity; None: the loss."""
+    """Metric, in nats per token, whose exponential is the perplexity; None: the loss."""
 
     def target_count(self, batch: Batch) -> int:
         return int(count_targets(batch["labels"]))
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what the model's forward, or its `context` and stages, are given by name."""
+        """Return the arguments of the model's forward, or of its `context` and stages, by name."""
         return {name: batch[key] for key, name in self.names.items() if key in batch}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
@@ -208,13 +212,13 @@ class LossOfModel:
     def figures(
         self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
     ) -> dict[str, float]:
-        """Add "perplexity", of tokens alone where the loss has more in it."""
+        """Add "perplexity", of the tokens alone if the loss has other terms."""
         nats = loss if self.perplexity_of is None else metrics.get(self.perplexity_of, loss)
         return {"perplexity": float(np.exp(min(nats, 700.0)))}
 
 
 def positions_in_documents(documents_BT: np.ndarray) -> np.ndarray:
-    """Return each token's position in its document's part of the row, int64 (B, T)."""
+    """Return each token's position in its document within the row, int64 (B, T)."""
     indices_T = np.arange(documents_BT.shape[1])
     starts_BT = np.zeros(documents_BT.shape, dtype=np.int64)
     changes_BT = documents_BT[:, 1:] != documents_BT[:, :-1]
@@ -228,14 +232,14 @@ def count_targets(labels: Tensor) -> Tensor:
 
 
 def tensors(arrays: Mapping[str, np.ndarray]) -> Batch:
-    """Return the arrays as tensors over the same memory."""
+    """Return the arrays as tensors that share their memory."""
     import torch
 
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
 def ratio(total: Tensor, count: Tensor) -> Tensor:
-    """Return a metric of Terms: a sum and what it is divided by, (2,)."""
+    """Return a metric of Terms: [sum, count], (2,)."""
     import torch
 
     return torch.stack([total, count])

@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalLMConfig(ObjectiveConfig):
-    """Each token given those before it in its document."""
+    """Predict each token from the preceding tokens of its document."""
 
     teaches: ClassVar = ("decoder",)
     paired: ClassVar = "taken"
 
     kind: Literal["causal_lm"] = "causal_lm"
-    """What is learned."""
+    """Next-token prediction."""
 
     def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> CausalLM:
         return CausalLM(document_mask=data.document_mask)
 
 
 class CausalLM(LossOfModel):
-    """Loss of each token given those before it in its own document.
+    """Loss of each token given the preceding tokens of its document.
 
-    A document's first token is never a target: its predecessor belongs to another document.
+    The first token of a document is never a target, since its predecessor belongs to another document.
     """
 
     names: ClassVar = {
@@ -62,16 +62,19 @@ class CausalLM(LossOfModel):
     }
 
     def __init__(self, document_mask: bool = True) -> None:
-        """document_mask: packed documents don't attend to each other, and positions count from 0 in
-        each. Without it a row reads as one text; the targets stay the same."""
+        """Without document_mask, packed documents attend to each other and positions count from the start
+        of the row; the targets stay the same."""
         self._document_mask = document_mask
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """{"tokens": (B, W), "documents": (B, W), negative where no token is; and, where tokens are seen that
-        are no targets, "contexts": (B, W) bool, True there} →
-        {"tokens": (B, T), "labels": (B, T), IGNORE_INDEX where no loss is borne}, int64; and, when some
-        row holds more than one document and they are masked, "positions": (B, T) int64 and
-        "documents": (B, T) int32."""
+        """Return the batch of stacked windows.
+
+        raw: "tokens" (B, W); "documents" (B, W), negative at padding; and, if documents overlap, "contexts"
+        (B, W) bool, True at tokens that are context only.
+        Returns "tokens" (B, T) and "labels" (B, T), IGNORE_INDEX where no loss is borne, both int64. If
+        some row holds several documents and they are masked, also "positions" (B, T) int64 and "documents"
+        (B, T) int32.
+        """
         tokens_BW, documents_BW = raw["tokens"], raw["documents"]
         inputs_BT, targets_BT = documents_BW[:, :-1], documents_BW[:, 1:]
         is_target_BT = (inputs_BT == targets_BT) & (targets_BT >= 0)
@@ -81,7 +84,7 @@ class CausalLM(LossOfModel):
             "tokens": tokens_BW[:, :-1],
             "labels": np.where(is_target_BT, tokens_BW[:, 1:], IGNORE_INDEX),
         }
-        # Padding after the last token needs no mask of its own: attention is causal.
+        # Padding at the end needs no mask of its own: attention is causal.
         has_boundary = bool((documents_BW[:, :-1] > 0).any())
         if self._document_mask and has_boundary:
             batch["positions"] = positions_in_documents(inputs_BT)
@@ -89,8 +92,8 @@ class CausalLM(LossOfModel):
         return tensors(batch)
 
     def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:
-        """Every row's tokens from part · T / parts on, T / parts of them, each with the label that it
-        has in the whole row and its place there. Documents stay whole: attention is over all tokens."""
+        """Return T / parts tokens of each row from part · T / parts on, with their labels and positions in
+        the whole row. Keep documents whole, since attention sees all tokens."""
         T = batch["tokens"].shape[1]
         here = slice(part * (T // parts), (part + 1) * (T // parts))
         positions = batch.get("positions")
@@ -105,7 +108,7 @@ class CausalLM(LossOfModel):
     def figures(
         self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
     ) -> dict[str, float]:
-        """Add "perplexity", and "bits_per_byte" of the text that the targets stand for."""
+        """Add "perplexity", and "bits_per_byte" of the text of the targets."""
         bits = loss * num_targets / math.log(2) / max(1, num_bytes)
         return {**super().figures(loss, num_targets, metrics, num_bytes), "bits_per_byte": bits}
 
@@ -116,9 +119,9 @@ class CausalLM(LossOfModel):
         text: Spelling,
         parts: Callable[[], Iterable[Part]],
     ) -> Shown:
-        """Return each document by itself, with marks around what bears no loss."""
+        """Return each document separately, with marks around tokens that bear no loss."""
         tokens_W = raw["tokens"][0]
-        # The first token of a row has nothing before it in the row.
+        # The first token of a row has no predecessor in the row.
         bears_loss_W = np.concatenate([[False], row["labels"] != IGNORE_INDEX])
         lines, position = [], 0
         for part in parts():

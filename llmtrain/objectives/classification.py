@@ -1,6 +1,6 @@
-"""One label a sample.
+"""Image classification: one label per sample.
 
-Dim names: B samples, C classes, H and W the image's sides.
+Dim names: B samples, C classes, H and W height and width of an image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassificationConfig(ObjectiveConfig):
-    """The label of an image."""
+    """Predict the label of an image."""
 
     teaches: ClassVar = ("classifier",)
     data: ClassVar = "images"
@@ -43,7 +43,7 @@ class ClassificationConfig(ObjectiveConfig):
     kind: Literal["classification"] = "classification"
 
     def row(self, sequence_length: int) -> Row:
-        """An image counts as one token."""
+        """Count an image as one token."""
         return Row(1, predicted=1)
 
     def open(
@@ -58,11 +58,11 @@ class ClassificationConfig(ObjectiveConfig):
 
 
 class Classification:
-    """Cross-entropy of the label; evaluation also gives the accuracy."""
+    """Cross-entropy of the label; evaluation also measures the accuracy."""
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """{"images": float32 (B, 1, H, W), "labels": int64 (B), negative for an empty sample} → the same
-        as tensors, with IGNORE_INDEX for negative labels."""
+        """Return "images" float32 (B, 1, H, W) and "labels" int64 (B) as tensors, with IGNORE_INDEX in
+        place of the negative labels of empty samples."""
         labels_B = np.where(raw["labels"] < 0, IGNORE_INDEX, raw["labels"])
         return tensors({"images": raw["images"], "labels": labels_B})
 
@@ -74,13 +74,13 @@ class Classification:
         return Terms(loss_sum, count_targets(batch["labels"]))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Adds the metric "accuracy": correct predictions and all."""
+        """Add the metric "accuracy"."""
         import torch.nn.functional as F
 
         labels_B = batch["labels"]
         logits_BC = model(batch["images"]).float()
         loss_sum = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
-        # No class is IGNORE_INDEX, so an empty sample is never correct.
+        # No class equals IGNORE_INDEX, so an empty sample never counts as correct.
         correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
         num_targets = count_targets(labels_B)
         return Terms(loss_sum, num_targets, {"accuracy": ratio(correct, num_targets)})

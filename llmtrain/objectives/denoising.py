@@ -1,6 +1,7 @@
-"""Denoising: a text with noise → the text (BART, arXiv:1910.13461, section 2.2).
+"""Denoising: corrupted text → original text (BART, arXiv:1910.13461, section 2.2).
 
-Dim names: B rows, M places, N tokens of all rows, K gaps of all rows, G sentences of all rows, V vocabulary.
+Dim names: B rows, M positions, N tokens of all rows, K spans of all rows, G sentences of all rows, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ if TYPE_CHECKING:
     from llmtrain.corpus.corpora import Corpora
 
 _IS_PERMUTED, _SENTENCE, _GAP_LENGTH, _GAP_PLACE, _ONE_TOKEN, _IS_ROTATED, _ROTATION = range(7)
-"""What a hash decides."""
+"""Purposes of random draws."""
 
 
 @dataclass(frozen=True)
 class DenoisingConfig(OneTextConfig):
-    """A text with noise → the text (BART, arXiv:1910.13461)."""
+    """Reconstruct a text from a corrupted copy (BART, arXiv:1910.13461)."""
 
     kind: Literal["denoising"] = "denoising"
     infilling: float = 0.3
-    """Share of the tokens that lie in gaps, each of which one [MASK] stands for; their lengths are Poisson's,
-    0 among them."""
+    """Share of tokens in spans that are each replaced by one [MASK]; span lengths are Poisson distributed,
+    including 0."""
     mean_span: float = 3.0
-    """Mean tokens of a gap."""
+    """Mean tokens per span."""
     masking: float = 0.0
-    """Share of the tokens that [MASK] replaces one by one."""
+    """Share of tokens that are each replaced by [MASK]."""
     deletion: float = 0.0
-    """Share of the tokens that are left out without a trace."""
+    """Share of tokens that are deleted."""
     permutation: float = 1.0
-    """Share of the rows whose sentences stand in another order."""
+    """Share of rows whose sentences are permuted."""
     rotation: float = 0.0
-    """Share of the rows that begin at a token drawn at random, what was before it behind."""
+    """Share of rows that are rotated to start at a random token."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("infilling", "masking", "deletion", "permutation", "rotation"):
@@ -53,7 +54,7 @@ class DenoisingConfig(OneTextConfig):
         yield from require(asks, "infilling", 0, "some kind of noise above 0")
 
     def widths(self, sequence_length: int) -> Widths:
-        """One token less of text, for the end."""
+        """Return widths with one token less of text, to leave room for the end token."""
         return self.widths_of_text(sequence_length - 1)
 
     def widths_of_text(self, text: int) -> Widths:
@@ -71,16 +72,15 @@ class DenoisingConfig(OneTextConfig):
 
 
 class Denoising(OneText):
-    """Sentences in another order, then gaps, masks and omissions, then another beginning; each in the measure
-    that the config says.
+    """Permute sentences, then infill, mask and delete tokens, then rotate, each as often as the config says.
 
-    Gaps have Poisson's lengths. One of length 0 is a [MASK] where nothing is missing; a row keeps these
-    only while its source is no longer than its text.
+    Span lengths are Poisson distributed. A span of length 0 inserts a [MASK]; a row keeps such spans only
+    while its source is no longer than its text.
     """
 
     def __init__(self, model: Any, config: DenoisingConfig, sentence_ends_V: np.ndarray) -> None:
-        """sentence_ends_V: whether each id ends a sentence, bool. Raise ValueError before the model's special
-        ids are resolved."""
+        """sentence_ends_V: True for ids that end a sentence. Raise ValueError if the model's special ids
+        are not resolved."""
         super().__init__(model, config.widths_of_text)
         if model.mask_id is None:
             raise ValueError("the special ids are not resolved yet")
@@ -105,8 +105,8 @@ class Denoising(OneText):
         return (source, sizes_B), (text, lengths_B)
 
     def _permuted(self, text: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray) -> np.ndarray:
-        """Sentences end behind tokens that end one, as three periods or a period and the document's end do,
-        and with the row."""
+        """Permute the sentences of some rows. A sentence ends after a token that ends one (consecutive
+        ones, such as three periods, count once) and at the end of the row."""
         ends = self._sentence_ends_V[text]
         ends[:-1] &= ~ends[1:]
         ends[np.cumsum(sizes_B)[sizes_B > 0] - 1] = True
@@ -127,7 +127,7 @@ class Denoising(OneText):
         self, text: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         hidden_B = np.floor(sizes_B * self._config.infilling + 0.5).astype(np.int64)
-        # Enough for any row but the rarest, which hides a little less: 1.5 times what the mean asks for.
+        # 1.5 times the expected number of spans; very rarely a row needs more and then masks slightly less.
         most_B = (1.5 * hidden_B / self._config.mean_span).astype(np.int64) + 8
         places = np.arange(int(most_B.max(initial=0)))
         drawn_BM = uniform(keys_B, _GAP_LENGTH, places)
@@ -139,7 +139,7 @@ class Denoising(OneText):
         is_gap_BM &= (lengths_BM > 0) | ~grows_B[:, None]
         gaps_B = is_gap_BM.sum(axis=1)
         lengths_K = lengths_BM[is_gap_BM]
-        # Of gaps and tokens that stay, which are gaps: every order is as likely.
+        # All orders of spans and kept tokens are equally likely.
         sizes_B = sizes_B - np.where(is_gap_BM, lengths_BM, 0).sum(axis=1) + gaps_B
         is_gap = choose(keys_B, _GAP_PLACE, sizes_B, gaps_B)[_is_token(sizes_B)]
         steps = np.ones(len(is_gap), dtype=np.int64)
@@ -150,7 +150,7 @@ class Denoising(OneText):
     def _without_tokens(
         self, source: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Shares are of the text's tokens, of which those in gaps are gone already."""
+        """Delete tokens. Shares refer to the original text, whose masked spans are already gone."""
         config = self._config
         is_token_BM = _is_token(sizes_B)
         drawn_BM = uniform(keys_B, _ONE_TOKEN, np.arange(is_token_BM.shape[1])) * (1 - config.infilling)
@@ -171,12 +171,12 @@ class Denoising(OneText):
 
 
 def _is_token(sizes_B: np.ndarray) -> np.ndarray:
-    """Whether each place is within its row, bool (B, M)."""
+    """Return whether each position is within its row, bool (B, M)."""
     return np.arange(int(sizes_B.max(initial=0))) < sizes_B[:, None]
 
 
 def _poisson_distribution(mean: float) -> np.ndarray:
-    """Probability of at most 0, 1, 2, …, up to where the rest is lost in rounding."""
+    """Return the probabilities of at most 0, 1, 2, …, until the rest is below rounding."""
     counts = np.arange(int(mean + 12 * math.sqrt(mean)) + 12)
     logarithms = counts * math.log(mean) - mean - np.array([math.lgamma(n + 1) for n in counts])
     return np.minimum(np.cumsum(np.exp(logarithms)), 1.0)

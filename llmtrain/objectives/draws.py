@@ -1,6 +1,6 @@
-"""Random choices that are functions of a sample's key: the same in whatever batch and process it is read.
+"""Random draws that depend only on a sample's key, not on the batch or process that reads it.
 
-Dim names: B rows, M places.
+Dim names: B rows, M positions.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ _PLACE_BITS = np.uint64(24)
 
 
 def words(keys_B: np.ndarray, what: int, places: np.ndarray) -> np.ndarray:
-    """Uniform uint64 numbers for places (M,) or (B, M), whole numbers below 2^40: (B, M). what: tells draws
-    apart that are made for different ends."""
+    """Return uniform uint64 numbers, (B, M), for positions (M,) or (B, M) below 2^40. what: the purpose of
+    the draw; draws for different purposes are independent."""
     salted = mix((places.astype(np.uint64) + np.uint64(what << 40)) * _GOLDEN_GAMMA)
     return mix(keys_B.astype(np.uint64)[:, None] + salted)
 
 
 def uniform(keys_B: np.ndarray, what: int, places: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), float64 (B, M); arguments as of `words`."""
+    """Return numbers in [0, 1), float64 (B, M); arguments as for `words`."""
     return (words(keys_B, what, places) >> np.uint64(11)) * 2.0**-53
 
 
 def uniform_of_rows(keys_B: np.ndarray, what: int) -> np.ndarray:
-    """A number in [0, 1) for each row, float64 (B,)."""
+    """Return a number in [0, 1) for each row, float64 (B,)."""
     return uniform(keys_B, what, np.zeros(1))[:, 0]
 
 
 def choose(keys_B: np.ndarray, what: int, sizes_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
-    """counts_B[b] of the places below sizes_B[b], every set as likely: bool (B, M), M the largest size."""
+    """Return counts_B[b] random positions below sizes_B[b], all sets equally likely: bool (B, M), where M
+    is the largest size."""
     M = int(sizes_B.max(initial=0))
     if M == 0 or int(counts_B.max()) == 0:
         return np.zeros((len(keys_B), M), dtype=bool)
     places_M = np.arange(M, dtype=np.uint64)
-    # The place stands in the low bits, so that no two numbers of a row are equal.
+    # The position in the low bits makes all numbers of a row distinct.
     drawn_BM = ((words(keys_B, what, places_M) >> _PLACE_BITS) << _PLACE_BITS) | places_M
     drawn_BM[places_M >= sizes_B.astype(np.uint64)[:, None]] = np.iinfo(np.uint64).max
     last_B1 = np.maximum(counts_B - 1, 0)[:, None]

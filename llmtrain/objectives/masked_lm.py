@@ -1,9 +1,9 @@
-"""Masked language modelling, alone or with pairs of texts (arXiv:1810.04805, 1907.11692, 1909.11942).
+"""Masked language modeling, alone or with sentence pairs (arXiv:1810.04805, 1907.11692, 1909.11942).
 
-All choices are hashes of a sample's key: the same at any number of processes, others in each epoch.
+All choices are hashes of a sample's key: the same for any number of ranks, different in each epoch.
 
-Dim names: B rows, T sequence length, W = T + 1 tokens of a window, L tokens of the longest passage,
-V vocabulary.
+Dim names: B rows, T sequence length, W = T + 1 tokens of a window, L tokens of the longest passage, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Tokenizer
 
 _PADDING = -1
-"""Document of a place without a token."""
+"""Document number of padding."""
 _CHOSEN, _REPLACED, _DRAWN, _IS_PAIR, _CUT = range(5)
-"""What a hash decides."""
+"""Purposes of random draws."""
 
 
 @dataclass(frozen=True)
 class MaskedLMConfig(ObjectiveConfig):
-    """Which tokens are hidden, and what besides them is predicted (arXiv:1810.04805, section 3.1)."""
+    """Predict masked tokens, and optionally a relation of two texts (arXiv:1810.04805, section 3.1)."""
 
     teaches: ClassVar = ("encoder",)
 
     kind: Literal["mlm"] = "mlm"
     pairs: Literal["none", "next_sentence", "sentence_order"] = "none"
-    """`next_sentence`: whether text B follows text A (arXiv:1810.04805); `sentence_order`: which of two
-    neighbours comes first (ALBERT, arXiv:1909.11942); `none`: whole rows of tokens (RoBERTa,
-    arXiv:1907.11692)."""
+    """Task on pairs of texts. `next_sentence`: whether text B follows text A (arXiv:1810.04805);
+    `sentence_order`: which of two neighbors comes first (ALBERT, arXiv:1909.11942); `none`: no pairs, full
+    rows of tokens (RoBERTa, arXiv:1907.11692)."""
     share: float = 0.15
-    """Share of the tokens that are predicted."""
+    """Share of tokens that are predicted."""
     masked: float = 0.8
-    """Of those, the share that [MASK] replaces."""
+    """Share of the predicted tokens that are replaced by [MASK]."""
     random: float = 0.1
-    """Of those, the share that a random token replaces; the others stay."""
+    """Share of the predicted tokens that are replaced by a random token; the others stay unchanged."""
     whole_words: bool = False
-    """All tokens of a word are chosen together."""
+    """Whether all tokens of a word are masked together."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
@@ -91,7 +91,7 @@ class MaskedLMConfig(ObjectiveConfig):
             yield Problem("data.packing", data.packing, allowed, "give data.packing=concat")
 
     def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
-        """Those of the tokenizer where it has all three, else the first behind the corpus' vocabulary."""
+        """Take the tokenizer's ids if it has all three, else the first ids after the corpus' vocabulary."""
         needed = corpora.vocab_size
         if model.mask_id is None:
             own = corpora.special_ids if {"mask", "cls", "sep"} <= corpora.special_ids.keys() else {}
@@ -127,10 +127,10 @@ class MaskedLMConfig(ObjectiveConfig):
 
 
 class MaskedLM(LossOfModel):
-    """Loss of the tokens that were hidden, and of their row's pair of texts.
+    """Loss of the masked tokens, plus that of the row's sentence pair.
 
-    A row's pair counts as often as the row has hidden tokens, so that the mean over these is the mean of
-    the tokens' loss and a mean of the pairs'.
+    A row's pair loss counts as many times as the row has masked tokens, so that the mean over masked
+    tokens is the mean token loss plus a mean of the pair losses.
     """
 
     perplexity_of: ClassVar = "masked_loss"
@@ -153,9 +153,9 @@ class MaskedLM(LossOfModel):
         word_starts_V: np.ndarray | None = None,
         text_ids: np.ndarray | None = None,
     ) -> None:
-        """document_mask: packed documents don't attend to each other, and positions count from 0 in each.
-        word_starts_V: whether each id begins a word, bool, for `whole_words`. text_ids: what a random token
-        is drawn from, int64; None: all below the model's num_text_ids."""
+        """document_mask: packed documents don't attend to each other, and positions restart in each.
+        word_starts_V: True for ids that begin a word, for `whole_words`. text_ids: ids that random tokens
+        are drawn from, int64; None: all below the model's num_text_ids."""
         self._document_mask = document_mask
         self._config = config
         self._mask_id, self._cls_id, self._sep_id = model.special_ids
@@ -165,16 +165,18 @@ class MaskedLM(LossOfModel):
         self._word_starts_V = word_starts_V if self._config.whole_words else None
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """{"keys": int64 (B,)} and either
+        """Mask tokens of stacked samples and return the batch.
 
-        - {"tokens", "documents": (B, W), documents negative where no token is; and, where tokens are seen
-          that are not predicted, "contexts": (B, W) bool}, of which the first T are taken, or
-        - with pairs {"passages", "others": (B, L); "passage_lengths", "other_lengths": (B,)}
+        raw holds "keys", int64 (B,), and either
+        - "tokens" and "documents" (B, W), documents negative at padding, of which the first T are taken, and,
+          if documents overlap, "contexts" (B, W) bool, True at tokens that are not predicted; or
+        - for pairs "passages" and "others" (B, L), "passage_lengths" and "other_lengths" (B,).
 
-        → {"tokens": (B, T), with hidden ones replaced; "labels": (B, T), what was hidden, elsewhere
-        IGNORE_INDEX}, int64; with pairs {"segments": (B, T) int64; "pair_labels": (B,) int64, 0 where
-        text B follows text A, 1 where it doesn't, IGNORE_INDEX of an empty row}; and, where a row holds
-        more than one document or padding, {"positions": (B, T) int64; "documents": (B, T) int32}."""
+        Returns "tokens" (B, T), with masked ones replaced, and "labels" (B, T), the original masked
+        tokens, IGNORE_INDEX elsewhere, both int64; for pairs also "segments" (B, T) int64 and
+        "pair_labels" (B,) int64: 0 if text B follows text A, 1 if not, IGNORE_INDEX for an empty row. If a
+        row holds several documents or padding, also "positions" (B, T) int64 and "documents" (B, T) int32.
+        """
         keys_B = raw["keys"]
         if self._config.pairs == "none":
             arrays, may_hide_BT = self._packed(raw)
@@ -184,8 +186,8 @@ class MaskedLM(LossOfModel):
         return tensors(arrays)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Adds "masked_accuracy" of hidden tokens; with pairs also "masked_loss" of the tokens alone,
-        "pair_accuracy" and "pair_loss"."""
+        """Add "masked_accuracy"; with pairs also "masked_loss" of the tokens alone, "pair_accuracy" and
+        "pair_loss"."""
         num_targets = count_targets(batch["labels"])
         sums = model(**self.arguments(batch), with_metrics=True)
         metrics = {"masked_accuracy": ratio(sums["correct"], num_targets)}
@@ -202,8 +204,7 @@ class MaskedLM(LossOfModel):
         text: Spelling,
         parts: Callable[[], Iterable[Part]],
     ) -> Shown:
-        """Return the row with what is asked for where tokens are hidden; documents, and texts of a pair,
-        apart."""
+        """Return the row with the labels at masked positions; separate documents, and the texts of a pair."""
         tokens, labels = row["tokens"], row["labels"]
         documents = row.get("documents", np.zeros(len(tokens), np.int32))
         asked = labels != IGNORE_INDEX
@@ -225,12 +226,12 @@ class MaskedLM(LossOfModel):
     def _hide(
         self, tokens_BT: np.ndarray, may_hide_BT: np.ndarray, keys_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """→ (tokens, labels), both (B, T)."""
+        """Return tokens with some masked, and labels, both (B, T)."""
         config = self._config
         places_T = np.arange(tokens_BT.shape[1])
         deciding_BT = np.broadcast_to(places_T, tokens_BT.shape)
         if self._word_starts_V is not None:
-            # A word's tokens share the number that its first one draws.
+            # All tokens of a word share the random number of its first token.
             starts_BT = self._word_starts_V[tokens_BT] | ~may_hide_BT
             starts_BT[:, 1:] |= ~may_hide_BT[:, :-1]
             deciding_BT = np.maximum.accumulate(np.where(starts_BT, places_T, 0), axis=1)
@@ -244,7 +245,7 @@ class MaskedLM(LossOfModel):
         return np.where(hidden_BT, replaced_BT, tokens_BT), labels_BT
 
     def _packed(self, raw: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """A document's last token, its end, is not hidden: where a document ends is seen anyway."""
+        """Never mask a document's last token: the document mask already reveals where a document ends."""
         documents_BT, following_BT = raw["documents"][:, :-1], raw["documents"][:, 1:]
         may_hide_BT = (documents_BT >= 0) & (documents_BT == following_BT)
         if "contexts" in raw:
@@ -256,10 +257,12 @@ class MaskedLM(LossOfModel):
     def _paired(
         self, raw: dict[str, np.ndarray], keys_B: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """[CLS] A [SEP] B [SEP] a row. A passage is cut somewhere in its middle half, or further behind,
-        where the other passage is shorter than what would follow; B is what is behind the cut, or for half
-        the rows the end of the other passage, as long; or, for the order of sentences, both stand the other
-        way round. Lengths so tell nothing."""
+        """Build rows [CLS] A [SEP] B [SEP].
+
+        Cut a passage at a random position in its middle half, or later if the other passage is shorter
+        than the rest would be. B is the rest, or, for half of the rows, an equally long end of the other
+        passage; for sentence order, A and B are swapped instead. Lengths therefore reveal nothing.
+        """
         n_B, others_B = raw["passage_lengths"], raw["other_lengths"]
         L = raw["passages"].shape[1]
         T = L + 3
@@ -269,7 +272,7 @@ class MaskedLM(LossOfModel):
         if self._config.pairs == "next_sentence":
             cut_B = np.where(others_B > 0, np.maximum(cut_B, n_B - others_B), cut_B)
         changed_B = uniform_of_rows(keys_B, _IS_PAIR) < 0.5
-        # Spans of the passage and the other, laid one behind the other.
+        # Spans of the passage and of the other passage, concatenated.
         first_start_B, first_length_B = np.zeros_like(n_B), cut_B
         second_start_B, second_length_B = cut_B, n_B - cut_B
         if self._config.pairs == "sentence_order":

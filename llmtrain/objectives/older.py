@@ -1,4 +1,4 @@
-"""Descriptions of runs and checkpoints of before objectives stood beside models, read as today's."""
+"""Convert descriptions of runs and checkpoints of older versions to the current one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest of version 2 with the objective beside the model."""
+    """Return a manifest of version 2 with the objective in a section of its own."""
     found = dict(description)
     if isinstance(description.get("config"), Mapping):
         found["config"] = run_with_objective(description["config"])
@@ -17,7 +17,8 @@ def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_with_objective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's configuration with an `objective` section, which stood inside that of the model."""
+    """Return a run's configuration with an `objective` section, which used to be inside the `model`
+    section."""
     if "objective" in config or not isinstance(config.get("model"), Mapping):
         return dict(config)
     model, objective = separated(config["model"])
@@ -25,8 +26,8 @@ def run_with_objective(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return a `model` section without the objective, and the `objective` section; None where it had none.
-    The model's heads and number of sentinels followed from the objective."""
+    """Return a `model` section without the objective, and the `objective` section, or None if there was
+    none. The model's heads and number of sentinels used to follow from the objective."""
     rest = dict(model)
     given = rest.pop("objective", None)
     family = rest.get("family", "gpt")

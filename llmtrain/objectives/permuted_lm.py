@@ -1,9 +1,9 @@
-"""Permuted language modelling: tokens predicted in a random order, each given those before it in that order
-(arXiv:1906.08237).
+"""Permuted language modeling: predict tokens in a random order, each given the preceding ones in that order
+(XLNet, arXiv:1906.08237).
 
-All choices are hashes of a sample's key: the same at any number of processes, others in each epoch.
+All choices are hashes of a sample's key: the same for any number of ranks, different in each epoch.
 
-Dim names: B rows, T sequence length, W = T + 1 tokens of a window, M predicted places of a row.
+Dim names: B rows, T sequence length, W = T + 1 tokens of a window, M predicted positions of a row.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
     from llmtrain.objectives.text import Spelling
 
 _LENGTH, _PLACE, _ORDER, _BEGIN = range(4)
-"""What a hash decides."""
+"""Purposes of random draws."""
 
 
 @dataclass(frozen=True)
 class PermutedLMConfig(ObjectiveConfig):
-    """Which tokens are predicted, in which order (arXiv:1906.08237, sections 2.2, 2.3 and 3.1)."""
+    """Predict some tokens in a random order (arXiv:1906.08237, sections 2.2, 2.3 and 3.1)."""
 
     teaches: ClassVar = ("permuted_encoder",)
 
     kind: Literal["permuted_lm"] = "permuted_lm"
     predict_every: int = 6
-    """One token in so many is predicted: the paper's K."""
+    """One token in this many is predicted; K in the paper."""
     max_span: int = 5
-    """Tokens of the longest span that is predicted together; lengths are uniform from 1 on."""
+    """Maximum tokens of a span that is predicted together; lengths are uniform from 1."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.predict_every >= 2, "predict_every", self.predict_every, "2 or more")
         yield from require(self.max_span >= 1, "max_span", self.max_span, "1 or more")
 
     def num_predicted(self, sequence_length: int) -> int:
-        """Places of a row that are predicted, M: the same for every row. None of a row that is shorter than
+        """Return the number of predicted positions M, equal for all rows; 0 for rows shorter than
         predict_every."""
         return sequence_length // self.predict_every
 
@@ -80,10 +80,10 @@ class PermutedLMConfig(ObjectiveConfig):
 
 
 class PermutedLM(LossOfModel):
-    """Loss of the tokens at the predicted places, which come last in the factorization order.
+    """Loss of the tokens at the predicted positions, which come last in the factorization order.
 
-    The others come first and see each other (section 2.3, partial prediction). A place that is drawn and
-    holds no token to predict, as padding and the ends of documents, is one of these, and has no label.
+    The other tokens come first and see each other (section 2.3, partial prediction). A chosen position
+    without a token to predict (padding, the end of a document) counts as one of these and has no label.
     """
 
     names: ClassVar = {
@@ -99,21 +99,26 @@ class PermutedLM(LossOfModel):
     def __init__(
         self, config: PermutedLMConfig, *, document_mask: bool = True, has_segments: bool = True
     ) -> None:
-        """document_mask: packed documents don't attend to each other. has_segments: of the model."""
+        """document_mask: packed documents don't attend to each other. has_segments: whether the model has
+        segments."""
         self._document_mask = document_mask
         self._config = config
         self._has_segments = has_segments
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """{"keys": int64 (B,); "tokens", "documents": (B, W), documents negative where no token is; and,
-        where tokens are seen that are not predicted, "contexts": (B, W) bool}, of which the first T are
-        taken → {"tokens": (B, T); "order": (B, T), 0 for what is not predicted, then a number each;
-        "targets": (B, M), the drawn places, ascending; "labels": (B, M), their tokens or IGNORE_INDEX},
-        int64; where a row holds more than one document or padding, "documents": (B, T) int32; and for a
-        model with segments "segments": (B, T) int64, all 0: each of a row's texts is one."""
+        """Choose positions to predict in stacked samples and return the batch.
+
+        raw: "keys" int64 (B,); "tokens" and "documents" (B, W), documents negative at padding, of which the
+        first T are taken; and, if documents overlap, "contexts" (B, W) bool, True at tokens that are not
+        predicted.
+        Returns, as int64, "tokens" (B, T); "order" (B, T), 0 for tokens that are not predicted, distinct
+        positive numbers for the others; "targets" (B, M), the chosen positions, ascending; "labels" (B,
+        M), their tokens or IGNORE_INDEX. If a row holds several documents or padding, also "documents" (B,
+        T) int32; for a model with segments also "segments" (B, T) int64, all 0, since a row is one text.
+        """
         keys_B, tokens_BT = raw["keys"], raw["tokens"][:, :-1]
         documents_BT, following_BT = raw["documents"][:, :-1], raw["documents"][:, 1:]
-        # Where a document ends is seen anyway.
+        # The document mask already reveals where a document ends.
         may_predict_BT = (documents_BT >= 0) & (documents_BT == following_BT)
         if "contexts" in raw:
             may_predict_BT &= ~raw["contexts"][:, :-1]
@@ -135,7 +140,7 @@ class PermutedLM(LossOfModel):
         return tensors(arrays)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Adds "permuted_accuracy": predicted tokens that were right, and all."""
+        """Add the metric "permuted_accuracy"."""
         num_targets = count_targets(batch["labels"])
         sums = model(**self.arguments(batch), with_metrics=True)
         return Terms(sums["loss"], num_targets, {"permuted_accuracy": ratio(sums["correct"], num_targets)})
@@ -157,20 +162,23 @@ class PermutedLM(LossOfModel):
         return Shown(facts, text.documents(tokens, documents, marked))
 
     def _places(self, keys_B: np.ndarray, T: int) -> np.ndarray:
-        """Spans of 1 to max_span neighbours, each of L anywhere in a context of K·L tokens, K being
-        predict_every (section 3.1, span-based prediction). The contexts are laid one behind the other, the
-        first anywhere and round the row's end, so that every place is as likely. They leave a rest of less
-        than K tokens, so that a row's places are always T // K: int64 (B, M), ascending."""
+        """Return the positions to predict, T // K of each row, K = predict_every: int64 (B, M), ascending.
+
+        Each is in a span of 1 to max_span tokens; a span of L tokens is at a random offset in a context of
+        K·L tokens (section 3.1, span-based prediction). Contexts are concatenated from a random position
+        on and wrap around the row's end, so that all positions are equally likely. Fewer than K tokens are
+        left over.
+        """
         K, M = self._config.predict_every, self._config.num_predicted(T)
         units_M = np.arange(M)
-        # As many contexts as can be; the last ones hold nothing.
+        # The largest possible number of contexts; the last ones are empty.
         lengths_BC = 1 + np.floor(uniform(keys_B, _LENGTH, units_M) * self._config.max_span).astype(np.int64)
         ends_BC = np.minimum(lengths_BC.cumsum(axis=1), M)
         starts_BC = np.concatenate([np.zeros_like(ends_BC[:, :1]), ends_BC[:, :-1]], axis=1)
         room_BC = (K - 1) * (ends_BC - starts_BC) + 1
         shifts_BC = np.floor(uniform(keys_B, _PLACE, units_M) * room_BC).astype(np.int64)
         begins_B = np.floor(uniform_of_rows(keys_B, _BEGIN) * T).astype(np.int64)
-        # The m-th place belongs to the context whose m-th part of 1 / K of the row it is.
+        # The m-th position belongs to the context that holds the m-th of the row's M equal parts.
         context_BM = (ends_BC[:, None, :] <= units_M[:, None]).sum(-1)
         spans_BC = (K - 1) * starts_BC + shifts_BC + begins_B[:, None]
         return np.sort((np.take_along_axis(spans_BC, context_BM, axis=1) + units_M) % T, axis=1)

@@ -1,4 +1,4 @@
-"""What an objective reads: whether data fit it, and the datasets that it learns from."""
+"""Check that data fits an objective, and open its datasets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REMEDIES = {"tokens": "add data=tokens data.path=…", "images": "add data=mnis
 
 
 def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]:
-    """Return what keeps the objective from learning from this kind of data."""
+    """Return a problem if the objective cannot learn from this kind of data."""
     if data.kind == objective.data:
         return list(objective.data_problems(data))
     got = f"{data.kind!r} with objective.kind={objective.kind}"
@@ -25,8 +25,7 @@ def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]
 
 
 def corpora_problems(objective: ObjectiveConfig, corpora: Corpora | None) -> list[Problem]:
-    """Return what keeps the objective from learning from these corpora: it needs pairs, or texts that are
-    none."""
+    """Return a problem if the corpora hold pairs and the objective needs single texts, or the reverse."""
     if corpora is None or objective.paired == "taken" or corpora.paired == (objective.paired == "needed"):
         return []
     if objective.paired == "needed":
@@ -34,12 +33,12 @@ def corpora_problems(objective: ObjectiveConfig, corpora: Corpora | None) -> lis
         remedy = "prepare it with target_field=… or target_source=…, or give another objective=…"
     else:
         got, allowed = f"{corpora.where}, a corpus of pairs", "single texts with this objective"
-        remedy = "give an encoder–decoder with objective=seq2seq, or prepare the texts without target_field"
+        remedy = "give an encoder-decoder with objective=seq2seq, or prepare the texts without target_field"
     return [Problem("data.path", got, allowed, remedy)]
 
 
 def open_data(data: DataConfig) -> Corpora | None:
-    """Return the corpora that the section names; None for images. Raise DataError when they cannot be had."""
+    """Return the corpora of the `data` section; None for images. Raise DataError if they cannot be read."""
     return open_corpora(data) if isinstance(data, TokenDataConfig) else None
 
 
@@ -54,8 +53,9 @@ def open_dataset(
 ) -> Dataset:
     """Return the samples of one split of all corpora, for evaluation.
 
-    on_skip: called with (file, samples) of each damaged tar file that is left out as data.on_bad_shard says.
-    Raise DataError when they cannot be had."""
+    on_skip: called with (file, samples) for each damaged tar file that data.on_bad_shard=skip leaves out.
+    Raise DataError if they cannot be read.
+    """
     from llmtrain.data.datasets.base import Concatenation, WithoutBadShards
 
     sources = list(objective.open(model, data, corpora, split, sequence_length).values())

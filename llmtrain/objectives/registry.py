@@ -1,4 +1,4 @@
-"""All objectives: one line each."""
+"""Registry of objectives."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "denoising": DenoisingConfig,
     "classification": ClassificationConfig,
 }
-"""`objective.kind` → config."""
+"""`objective.kind` → config class."""
 
 
 def objective_config_type(section: Mapping[str, Any]) -> type[ObjectiveConfig]:
-    """Return the dataclass of an `objective` section, by its `kind`. Raise ConfigError for an unknown one."""
+    """Return the config class for an `objective` section, by its `kind`. Raise ConfigError if it is
+    unknown."""
     kind = section.get("kind")
     if not isinstance(kind, str) or kind not in OBJECTIVES:
         allowed = nearest(str(kind), list(OBJECTIVES))

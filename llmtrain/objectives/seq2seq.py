@@ -1,4 +1,4 @@
-"""Sequence to sequence: what a decoder writes, given what an encoder read (arXiv:1706.03762).
+"""Sequence to sequence: predict a target, given a source that the encoder reads (arXiv:1706.03762).
 
 Dim names: B rows, S source tokens, T target tokens, V vocabulary.
 """
@@ -42,31 +42,31 @@ if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Tokenizer
 
 SHORTEST_TEXT = 8
-"""Tokens that a row of text must hold at least to be worth corrupting."""
+"""Minimum tokens of text in a row that is corrupted."""
 
 NO_PAIR = -1
-"""Pair of a place without a token."""
+"""Pair number of padding."""
 
 
 class Widths(NamedTuple):
-    """Tokens of one row. They depend on the config alone, never on the text: pipelines see one shape, and a
-    row is the same in any batch."""
+    """Token counts of a row. They depend only on the config, never on the text, since pipelines need fixed
+    shapes and a row must be the same in any batch."""
 
     text: int
-    """Of the corpus, where both sides are made of one text; 0 with pairs."""
+    """Tokens of the corpus, if both sides are made from one text; 0 for pairs."""
     source: int
-    """The encoder's input."""
+    """Tokens of the encoder's input."""
     target: int
-    """The decoder's input, and its labels."""
+    """Tokens of the decoder's input, and of the labels."""
 
 
 class SourceTargetConfig(ObjectiveConfig):
-    """Base of the objectives of encoder–decoders."""
+    """Base of the objectives of encoder-decoders."""
 
     teaches: ClassVar = ("encoder_decoder",)
 
     def widths(self, sequence_length: int) -> Widths:
-        """Return what `batch.sequence_length`, the most tokens of the encoder's input, comes to."""
+        """Return the widths of a row whose encoder input has at most `sequence_length` tokens."""
         raise NotImplementedError
 
     def row(self, sequence_length: int) -> Row:
@@ -74,8 +74,9 @@ class SourceTargetConfig(ObjectiveConfig):
         return Row(source, target, predicted=target)
 
     def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
-        """A start that is not the end - one that also ends documents would say that nothing follows - and
-        what else the objective marks texts by; behind the corpus' vocabulary where the tokenizer has none."""
+        """Resolve the start id and the objective's marks; use ids after the corpus' vocabulary if the
+        tokenizer has none. The start differs from the end id, which as a document's end would mean that
+        nothing follows."""
         own, needed = corpora.special_ids, corpora.vocab_size
         eos_id = corpora.eos_id if model.eos_id is None else model.eos_id
         start_id = model.start_id
@@ -89,7 +90,7 @@ class SourceTargetConfig(ObjectiveConfig):
         return SpecialIds(model, needed, f" with what objective={self.kind} marks texts by")
 
     def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
-        """Return the model with further ids, and the rows that its embedding needs."""
+        """Return the model's config with further special ids, and the number of embedding rows needed."""
         return model, needed
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
@@ -104,13 +105,13 @@ class SourceTargetConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class PairedTextConfig(SourceTargetConfig):
-    """Sources and targets of a corpus of paired texts."""
+    """Predict targets from sources of a corpus of paired texts."""
 
     paired: ClassVar = "needed"
 
     kind: Literal["seq2seq"] = "seq2seq"
     target_length: int | None = None
-    """Tokens of the decoder's input; null: batch.sequence_length, which is the encoder's."""
+    """Tokens of the decoder's input; null: batch.sequence_length, as for the encoder."""
 
     def problems(self) -> Iterator[Problem]:
         length = self.target_length
@@ -151,10 +152,10 @@ class PairedTextConfig(SourceTargetConfig):
 
 
 class OneTextConfig(SourceTargetConfig):
-    """Base of the objectives that make source and target out of one text."""
+    """Base of the objectives that make source and target from one text."""
 
     def widths_of_text(self, text: int) -> Widths:
-        """Return what rows of so many tokens of the corpus come to, ends included."""
+        """Return the widths of a row made from `text` tokens of the corpus, end tokens included."""
         raise NotImplementedError
 
     def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
@@ -176,20 +177,20 @@ class OneTextConfig(SourceTargetConfig):
 
 
 class Examples(NamedTuple):
-    """Pairs of a source and a target, one or several in a row."""
+    """Rows of one or several pairs of source and target."""
 
     sources: np.ndarray
     """int64 (B, S)."""
     source_documents: np.ndarray
-    """int32 (B, S): the number of the pair within the row, NO_PAIR where no token is."""
+    """int32 (B, S): number of the pair within the row, NO_PAIR at padding."""
     targets: np.ndarray
-    """int64 (B, T): what the decoder is to write."""
+    """int64 (B, T): tokens that the decoder must predict."""
     documents: np.ndarray
-    """int32 (B, T), as of the sources."""
+    """int32 (B, T): as source_documents, for the targets."""
 
 
 class Seq2Seq(LossOfModel, ABC):
-    """Loss of each token of a target given those before it and its source."""
+    """Loss of each target token given the preceding target tokens and the source."""
 
     perplexity_of: ClassVar = "token_loss"
     names: ClassVar = {
@@ -204,21 +205,24 @@ class Seq2Seq(LossOfModel, ABC):
     }
 
     def __init__(self, model: Any) -> None:
-        """model: config of an encoder–decoder. Raise ValueError before its special ids are resolved."""
+        """model: config of an encoder-decoder. Raise ValueError if its special ids are not resolved."""
         if model.start_id is None:
             raise ValueError("the special ids are not resolved yet")
         self._start_id = model.start_id
 
     @abstractmethod
     def examples(self, raw: dict[str, np.ndarray]) -> Examples:
-        """What a dataset's samples and their "keys", int64 (B,), make."""
+        """Return the pairs of stacked samples; `raw` also holds "keys", int64 (B,)."""
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """→ {"sources": (B, S); "tokens": (B, T), the start and then the targets but for the last; "labels":
-        (B, T), the targets, IGNORE_INDEX where there are none}, int64; and, when a row holds padding or more
-        than one pair, "source_documents" (B, S) and "documents" (B, T), int32, with the pair of each
-        place, −1 where no token is, and "source_positions" and "positions", int64, its place within its
-        side of the pair."""
+        """Return the batch of stacked samples.
+
+        As int64: "sources" (B, S); "tokens" (B, T), the start id followed by all targets but the last;
+        "labels" (B, T), the targets, IGNORE_INDEX at padding. If a row holds padding or several pairs,
+        also "source_documents" (B, S) and "documents" (B, T), int32, the pair number of each token, −1 at
+        padding, and "source_positions" and "positions", int64, each token's position within its side of
+        the pair.
+        """
         sources_BS, source_documents_BS, targets_BT, documents_BT = self.examples(raw)
         begins_BT = np.ones(documents_BT.shape, dtype=bool)
         begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
@@ -238,8 +242,7 @@ class Seq2Seq(LossOfModel, ABC):
         return tensors(batch)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Adds "token_accuracy", of targets that are the likeliest token, and "token_loss", their
-        cross-entropy without what label smoothing adds to the loss."""
+        """Add "token_accuracy", and "token_loss", the cross-entropy without label smoothing."""
         num_targets = count_targets(batch["labels"])
         sums = model(**self.arguments(batch), with_metrics=True)
         metrics = {
@@ -275,23 +278,23 @@ class Seq2Seq(LossOfModel, ABC):
 
 
 class PairedText(Seq2Seq):
-    """Pairs as the corpus holds them, several in a row; each attends to itself alone."""
+    """Pairs of the corpus, several per row; attention stays within a pair."""
 
     def examples(self, raw: dict[str, np.ndarray]) -> Examples:
-        """{"sources": int64 (B, S), "targets": int64 (B, T), "source_documents": int32 (B, S), "documents":
-        int32 (B, T)}, as of Examples."""
+        """Return the dataset's arrays, which already have the form of Examples."""
         return Examples(raw["sources"], raw["source_documents"], raw["targets"], raw["documents"])
 
 
 class OneText(Seq2Seq):
-    """What makes both sides out of a row of text.
+    """Base of objectives that make both sides from a row of text.
 
-    A row counts as one text whatever documents are packed into it, as in T5 and BART: the ends of documents
-    stand in it as tokens.
+    A row counts as one text whatever documents are packed into it, as in T5 and BART; documents' end
+    tokens are ordinary tokens of it.
     """
 
     def __init__(self, model: Any, widths: Callable[[int], Widths]) -> None:
-        """widths: tokens of text → widths of a row. Raise ValueError before special ids are resolved."""
+        """widths: number of text tokens → widths of a row. Raise ValueError if special ids are not
+        resolved."""
         super().__init__(model)
         if model.eos_id is None:
             raise ValueError("the special ids are not resolved yet")
@@ -299,13 +302,13 @@ class OneText(Seq2Seq):
         self._widths = widths
 
     def examples(self, raw: dict[str, np.ndarray]) -> Examples:
-        """{"tokens", "documents": (B, W), documents negative behind the last token; "keys": (B,)}; all tokens
-        of a row but the last are taken. S and T depend on W."""
+        """Corrupt all tokens of each row but the last. raw: "tokens" and "documents" (B, W), documents
+        negative at trailing padding; "keys" (B,). S and T depend on W."""
         L = raw["tokens"].shape[1] - 1
         _, S, T = self._widths(L)
         is_text_BL = raw["documents"][:, :L] >= 0
         lengths_B = is_text_BL.sum(axis=1)
-        # Of a single token nothing can be asked.
+        # A text of one token leaves nothing to predict.
         is_text_BL = is_text_BL & (lengths_B > 1)[:, None]
         lengths_B = np.where(lengths_B > 1, lengths_B, 0)
         text = raw["tokens"][:, :L][is_text_BL]
@@ -318,13 +321,14 @@ class OneText(Seq2Seq):
     def corrupt(
         self, text: np.ndarray, lengths_B: np.ndarray, keys_B: np.ndarray
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """The rows' tokens one behind the other → the sources' and how many are whose, the targets' and how
-        many are whose, without their ends."""
+        """Return (sources, tokens per source), (targets, tokens per target), both concatenated and without
+        end tokens. text: the tokens of all rows, concatenated."""
 
     def _rows(
         self, flat: np.ndarray, sizes_B: np.ndarray, width: int, is_row_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens one behind the other → rows with their ends, (B, width), and the pair of each place."""
+        """Split concatenated tokens into rows with end tokens, and return them with the pair number of
+        each position, both (B, width)."""
         places = np.arange(width)
         tokens = np.zeros((len(sizes_B), width), dtype=np.int64)
         tokens[places < sizes_B[:, None]] = flat
@@ -335,5 +339,5 @@ class OneText(Seq2Seq):
 
 
 def numbers_within(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, … of each of consecutive groups of these sizes, int64 (sum,)."""
+    """Return 0, 1, … within each of consecutive groups of these sizes, int64 (sum,)."""
     return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)

@@ -1,6 +1,6 @@
-"""Span corruption: a text with gaps → what was in them (T5, arXiv:1910.10683, section 3.1.4).
+"""Span corruption: text with masked spans → contents of the spans (T5, arXiv:1910.10683, section 3.1.4).
 
-Dim names: B rows, M places, K gaps of all rows.
+Dim names: B rows, M positions, K spans of all rows.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from llmtrain.corpus.corpora import Corpora
 
 _KEPT, _HIDDEN = range(2)
-"""What a hash decides."""
+"""Purposes of random draws."""
 
 
 @dataclass(frozen=True)
 class SpanCorruptionConfig(OneTextConfig):
-    """A text with gaps → what was in them (T5, arXiv:1910.10683)."""
+    """Predict the contents of masked spans (T5, arXiv:1910.10683)."""
 
     fills_gaps: ClassVar = True
 
     kind: Literal["span_corruption"] = "span_corruption"
     share: float = 0.15
-    """Share of the tokens that lie in gaps."""
+    """Share of tokens in masked spans."""
     mean_span: float = 3.0
-    """Mean tokens of a gap."""
+    """Mean tokens per span."""
     num_sentinels: int = 100
-    """Ids that mark gaps: the most gaps of a row."""
+    """Number of sentinel ids, the maximum number of spans per row."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
@@ -43,9 +43,9 @@ class SpanCorruptionConfig(OneTextConfig):
         yield from require(self.num_sentinels >= 1, "num_sentinels", self.num_sentinels, "1 or more")
 
     def widths(self, sequence_length: int) -> Widths:
-        """As many tokens of text as leave an input of that length once gaps are sentinels (section 3.1.4: 568
-        for 512 at 15 % and 3)."""
-        # What remains of a text grows with it.
+        """Return the widths for the longest text whose input, with sentinels in place of spans, fits
+        sequence_length (section 3.1.4: 568 for 512 at 15 % and 3)."""
+        # The input's length grows with the text's.
         texts = np.arange(int(sequence_length / (1 - self.share)) + 4)
         hidden, gaps = self.gaps_of(texts)
         longest = np.searchsorted(texts - hidden + gaps + 1, sequence_length, side="right")
@@ -56,17 +56,17 @@ class SpanCorruptionConfig(OneTextConfig):
         return Widths(text, text - hidden + gaps + 1, hidden + gaps + 1)
 
     def gaps_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Span corruption of texts of so many tokens → (tokens in gaps, gaps), int64 of the same shape. A
-        text of a single token has none."""
+        """Return (tokens in spans, spans) for texts of these lengths, int64 of the same shape. A text of
+        one token has no span."""
         n = np.asarray(lengths, dtype=np.int64)
         hidden = np.clip(np.floor(n * self.share + 0.5).astype(np.int64), 1, np.maximum(n - 1, 1))
         hidden = np.where(n > 1, hidden, 0)
         gaps = np.maximum(np.floor(hidden / self.mean_span + 0.5).astype(np.int64), np.minimum(hidden, 1))
-        # A gap follows a token that stays.
+        # Each span follows a token that stays.
         return hidden, np.minimum(gaps, n - hidden)
 
     def gaps_of_one(self, text: int) -> tuple[int, int]:
-        """`gaps_of` one text of so many tokens."""
+        """Return `gaps_of` for one text."""
         hidden, gaps = self.gaps_of(np.array(text))
         return int(hidden), int(gaps)
 
@@ -81,7 +81,8 @@ class SpanCorruptionConfig(OneTextConfig):
         )
 
     def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
-        """Sentinels: the tokenizer's where it has enough, in T5's order, else the embedding's last rows."""
+        """Resolve the sentinels: the tokenizer's if it has enough in T5's order, else the last rows of the
+        embedding."""
         count, sentinel_id = self.num_sentinels, model.sentinel_id
         if sentinel_id is None:
             theirs = corpora.sentinel_ids[:count]
@@ -98,16 +99,15 @@ class SpanCorruptionConfig(OneTextConfig):
 
 
 class SpanCorruption(OneText):
-    """Gaps of random lengths at random places; a sentinel stands for each in the source, and before what was
-    in it in the target.
+    """Mask random spans. A sentinel replaces each in the source and precedes its contents in the target.
 
-    How many tokens and gaps there are depends on a text's length alone, so that full rows are alike.
-    The text is cut into as many pieces that stay as pieces that go, in turn, the first stays; every way
-    of cutting is as likely.
+    The number of masked tokens and of spans depends only on a text's length, so that full rows have equal
+    shapes. Kept and masked pieces alternate, starting with a kept one; all ways to cut the text are
+    equally likely.
     """
 
     def __init__(self, model: Any, config: SpanCorruptionConfig) -> None:
-        """Raise ValueError before the model's special ids are resolved."""
+        """Raise ValueError if the model's special ids are not resolved."""
         super().__init__(model, config.widths_of_text)
         if model.sentinel_id is None:
             raise ValueError("the sentinels are not resolved yet")
@@ -125,7 +125,7 @@ class SpanCorruption(OneText):
         pieces = np.stack([kept_K, hidden_K], axis=1).reshape(-1)
         is_hidden = np.repeat(np.arange(2 * K) % 2 == 1, pieces)
         first_hidden_K = (np.cumsum(pieces) - pieces)[1::2]
-        # A gap's first token makes room for its sentinel.
+        # The first token of a span is overwritten by its sentinel.
         source = text.copy()
         source[first_hidden_K] = sentinels_K
         stays = ~is_hidden
@@ -140,10 +140,10 @@ class SpanCorruption(OneText):
 
 
 def _pieces(keys_B: np.ndarray, what: int, sizes_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
-    """Lengths of counts_B[b] pieces that sizes_B[b] tokens are cut into, each one or more, row by row, int64
-    (sum of counts,)."""
+    """Cut sizes_B[b] tokens into counts_B[b] random pieces of at least one token, and return the pieces'
+    lengths, row by row, int64 (sum of counts,)."""
     begins_BM = np.zeros((len(sizes_B), int(sizes_B.max(initial=0))), dtype=bool)
-    # The first begins anyway; the others behind any of the tokens but the last.
+    # The first piece begins at 0; the others begin after any token but the last.
     cuts_BM = choose(keys_B, what, np.maximum(sizes_B - 1, 0), np.maximum(counts_B - 1, 0))
     begins_BM[:, 1 : 1 + cuts_BM.shape[1]] = cuts_BM
     begins_BM[:, :1] = (counts_B > 0)[:, None]

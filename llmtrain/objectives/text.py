@@ -1,4 +1,4 @@
-"""Samples as text, for a person."""
+"""Show samples as text."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Tokenizer
 
 _CONTEXT = 8
-"""Tokens before others that tell how these are written: with a space, or as the rest of a character."""
+"""Number of preceding tokens that determine how a token decodes: with a space, or as the rest of a
+character."""
 
 
 class Spelling:
-    """Tokens as text, special ones by their names."""
+    """Decodes tokens to text, special tokens to their names."""
 
     def __init__(self, tokenizer: Tokenizer, names: Mapping[int, str]) -> None:
         """names: id → name of special tokens."""
         self._tokenizer, self._names = tokenizer, names
 
     def spell(self, tokens: np.ndarray, marked: Mapping[int, str]) -> str:
-        """Return the text of tokens, those at the `marked` positions as these say."""
+        """Return the text of the tokens, with `marked` (position → text) in place of those at its
+        positions."""
         ids = tokens.tolist()
         shown = dict(marked)
         shown |= {i: self._names[t] for i, t in enumerate(ids) if t in self._names and i not in marked}
@@ -39,7 +41,7 @@ class Spelling:
         return self._names.get(int(token)) or self._tokenizer.decode([int(token)])
 
     def with_marks(self, tokens: np.ndarray, bears_loss: np.ndarray) -> str:
-        """Return the text with ⟦ ⟧ around what bears no loss."""
+        """Return the text with ⟦ ⟧ around tokens that bear no loss."""
         borders = np.flatnonzero(np.diff(bears_loss)) + 1
         text = ""
         for run in np.split(np.arange(len(tokens)), borders):
@@ -48,8 +50,8 @@ class Spelling:
         return text
 
     def documents(self, tokens: np.ndarray, documents: np.ndarray, marked: Mapping[int, str]) -> list[str]:
-        """Return the lines of each document of a row, apart; padding, whose document is negative, is left
-        out. marked: position in the row → what stands there."""
+        """Return the lines of each document of a row separately, without padding, whose document is
+        negative. marked: position in the row → text to show there."""
         lines = []
         for number in range(int(documents.max(initial=-1)) + 1):
             positions = np.flatnonzero(documents == number)
@@ -59,6 +61,6 @@ class Spelling:
 
 
 def indented(text: str, head: str = "") -> list[str]:
-    """Return the text's lines, the first behind `head`."""
+    """Return the text's lines, indented, the first after `head`."""
     first, *others = text.split("\n")
     return [f"    {head}{first}", *(f"    {' ' * len(head)}{line}" for line in others)]

@@ -141,7 +141,7 @@ def _rows(contest: Contest, device: str, folder: Path) -> Iterator[Row]:
             yield Row(contest.part, "all of it", "passed over", why)
             return
     tokens = config.batch.global_size * config.batch.sequence_length
-    flops = config.model.flops_per_token(config.batch.sequence_length)
+    flops = config.model.flops_per_token(config.objective.row(config.batch.sequence_length))
     peak = PeakKeeper(device, config.precision)
 
     def speed(seconds: Sequence[float]) -> tuple[float, str]:

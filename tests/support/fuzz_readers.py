@@ -109,7 +109,7 @@ def _show(path: str, packing: str, objective: Mapping[str, Any]) -> None:
     from llmtrain.commands import data_show
 
     if path == "pairs":
-        objective, packing = {"kind": "pairs"}, "concat"
+        objective, packing = {"kind": "seq2seq"}, "concat"
     data = {"kind": "tokens", "path": path, "packing": packing, "workers": 0, "cache": {"dir": "cache"}}
     data_show.show(
         {
@@ -119,7 +119,7 @@ def _show(path: str, packing: str, objective: Mapping[str, Any]) -> None:
             "sequence_length": 64,
             "seed": 0,
             "max_samples": 2,
-            "model": {"objective": objective} if objective else {},
+            "objective": objective or None,
         }
     )
 

@@ -1,6 +1,7 @@
-"""Datasets: numbered samples, read a micro-batch at a time.
+"""Datasets: numbered samples, read one micro-batch at a time. A dataset's shards are the tar files of its
+corpus.
 
-Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), P pieces, S shards.
+Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), P pieces, S tar files.
 """
 
 from __future__ import annotations
@@ -19,65 +20,63 @@ from llmtrain.data.datasets.samples import SamplesOfSplit
 from llmtrain.errors import DataError, Problem
 
 EMPTY = -1
-"""The index of a sample without targets; fills micro-batches so that all ranks make equally many."""
+"""Index of a sample without targets; fills up micro-batches so that all ranks have equally many."""
 
 PADDING_DOCUMENT = -1
-"""The document number of places that hold no token."""
+"""Document number of padding."""
 
 
 class Dataset(Protocol):
-    """Numbered samples, in shards: those of a shard follow one another."""
+    """Numbered samples; those of a tar file are consecutive."""
 
     @property
     def fingerprint(self) -> str:
-        """Hex; changes with the content and the number of samples."""
+        """A hex hash of the content and the number of samples."""
 
     @property
     def shard_sizes(self) -> np.ndarray:
-        """Samples in each shard, int64 (S,)."""
+        """Number of samples of each tar file, int64 (S,)."""
 
     def __len__(self) -> int: ...
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Samples of these numbers (each in [0, len) or EMPTY), stacked along the first axis.
-
-        Safe to call from several threads."""
+        """Return the samples with these indices (each in [0, len) or EMPTY), stacked along the first axis.
+        Callable from any thread."""
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Return a one-line description."""
 
 
 @runtime_checkable
 class ReadsShards(Protocol):
-    """A dataset that reads its shards when it needs them."""
+    """A dataset that reads its tar files on demand."""
 
     @property
     def tar_names(self) -> list[str]:
-        """As messages call them."""
+        """Names of the tar files, for messages."""
 
     def want(self, shards: Sequence[int]) -> None:
-        """These will be read soon, in this order."""
+        """Prefetch these tar files, which will be read soon in this order."""
 
     def find_bad(self, shards: Sequence[int]) -> list[int]:
-        """Which of these cannot be read."""
+        """Return those of these tar files that cannot be read."""
 
 
 @runtime_checkable
 class NamesDocuments(Protocol):
-    """A dataset that knows which documents are in a sample."""
+    """A dataset that knows which documents a sample holds."""
 
     def where(self, index: int) -> list[tuple[str, int, int]]:
-        """(shard, document, tokens) of each document in a sample."""
+        """Return (tar file, document, tokens) for each document of a sample."""
 
 
 class TokenSequences(SamplesOfSplit):
     """A token stream cut into rows of W = T + 1 tokens: T inputs and, shifted by one, their T targets.
 
-    A row's tokens are of one shard. Packed by `concat` a shard's row i holds its tokens [i·T, i·T + T + 1),
-    so that neighbours share one token; the last is padded. By `best_fit` rows hold whole documents. Either
-    way every token but the first of its document is a target in exactly one row; an objective leaves out
-    those whose predecessor belongs to another document. (With `concat` a shard's first token is no
-    target, nor is it otherwise: a shard begins with a document.)
+    The tokens of a row are from one tar file. With `concat`, row i of a tar file holds its tokens [i·T,
+    i·T + T + 1), so that consecutive rows share one token; the last row is padded. With `best_fit`, rows
+    hold whole documents. In both cases every token but the first of its document is a target in exactly
+    one row. An objective skips targets whose predecessor belongs to another document.
     """
 
     def __init__(
@@ -89,10 +88,10 @@ class TokenSequences(SamplesOfSplit):
         overlap: int = 0,
         cache: Path | None = None,
     ) -> None:
-        """overlap: tokens that a part of a document longer than a row repeats of the part before it, as
-        context; best_fit alone has such parts. cache: a folder that remembers how many rows best_fit makes.
+        """overlap: tokens that each part of a document longer than a row repeats from the previous part, as
+        context; best_fit only. cache: a folder that caches the number of rows that best_fit makes.
 
-        Raises DataError for a split whose shards hold no target, and for an overlap of a whole row.
+        Raise DataError if the split holds no target, or if the overlap is a whole row.
         """
         if overlap >= sequence_length:
             got = f"{overlap} with sequences of {sequence_length}"
@@ -113,18 +112,18 @@ class TokenSequences(SamplesOfSplit):
 
     @property
     def tokens_per_sample(self) -> float:
-        """Mean tokens of a row that are of the corpus."""
+        """Mean tokens per row, without padding."""
         return self._split.num_tokens / len(self)
 
     @property
     def padding(self) -> float:
-        """Share of the rows' places for targets that hold no token."""
+        """Share of target positions that are padding."""
         return max(0.0, 1.0 - self._packing.num_places / (len(self) * self.sequence_length))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"tokens": int64 (M, W); "documents": int32 (M, W), the document's number within the row,
-        from 0, PADDING_DOCUMENT where no token is}; and, when parts of documents overlap, "contexts":
-        bool (M, W), True where a token is seen but not predicted."""
+        """Return "tokens" int64 (M, W); "documents" int32 (M, W), the document's number within the row,
+        from 0, PADDING_DOCUMENT at padding; and, if parts of documents overlap, "contexts" bool (M, W),
+        True at tokens that are context only, not targets."""
         M, W = len(indices), self.sequence_length + 1
         pieces = self.pieces(indices)
         places = pieces.rows * W + pieces.columns
@@ -147,11 +146,11 @@ class TokenSequences(SamplesOfSplit):
         return raw
 
     def tokens(self, indices: np.ndarray) -> np.ndarray:
-        """The samples' token ids alone, (M, W) of the corpus' type, 0 where no token is."""
+        """Return the samples' token ids, (M, W) of the corpus' dtype, 0 at padding."""
         return self._read(self.pieces(indices), len(indices))
 
     def pieces(self, indices: np.ndarray) -> Pieces:
-        """What spans of the stream the samples of these numbers hold; an EMPTY one has none."""
+        """Return the spans of the token stream that these samples hold; EMPTY samples hold none."""
         rows = np.flatnonzero(indices != EMPTY)
         shards = self._shards_of(indices[rows])
         return self._packing.pieces(rows, shards, indices[rows] - self._firsts[shards])
@@ -164,8 +163,8 @@ class TokenSequences(SamplesOfSplit):
         return ids_MW
 
     def where(self, index: int) -> list[tuple[str, int, int]]:
-        """(shard, document, tokens) of each document in a sample: the shard's name, the document's number
-        within the shard, and how many of the sample's tokens are its."""
+        """Return (tar file, document, tokens) for each document of a sample: the tar file's name, the
+        document's number within it, and the number of the sample's tokens that belong to it."""
         pieces = self.pieces(np.array([index]))
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
         ends = self._split.tar_starts[shard] + np.cumsum(self._split.lengths_of(shard))
@@ -188,10 +187,10 @@ class TokenSequences(SamplesOfSplit):
 
 
 class WithoutBadShards:
-    """A dataset whose shards that cannot be read hold EMPTY samples, for evaluation."""
+    """A dataset in which samples of unreadable tar files are EMPTY, for evaluation."""
 
     def __init__(self, dataset: Dataset, on_skip: Callable[[str, int], None]) -> None:
-        """on_skip: told (shard, samples) of each that is left out."""
+        """on_skip: called with (tar file, samples) for each tar file that is left out."""
         self._dataset = dataset
         self._on_skip = on_skip
         self.shard_sizes = dataset.shard_sizes
@@ -207,7 +206,7 @@ class WithoutBadShards:
         return len(self._dataset)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Raises DataError when no shard is left."""
+        """Return the samples. Raise DataError if no tar file is readable."""
         shards = np.searchsorted(self._ends, indices, side="right")
         bad = [shard for shard in np.unique(shards[indices != EMPTY]).tolist() if self._find_bad(shard)]
         return self._dataset.get(np.where(np.isin(shards, bad), EMPTY, indices))
@@ -232,7 +231,7 @@ class WithoutBadShards:
 
 
 class Concatenation:
-    """Several datasets one behind the other, for evaluation."""
+    """Several datasets in a row as one, for evaluation."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = datasets
@@ -257,7 +256,7 @@ class Concatenation:
 
 
 def gather(datasets: Sequence[Dataset], sources: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Samples `indices` (M,) of the datasets `sources` (M,), stacked in that order."""
+    """Return the samples `indices` (M,) of the datasets `sources` (M,), stacked in that order."""
     used = np.unique(sources).tolist()
     if len(used) == 1:
         return datasets[used[0]].get(indices)

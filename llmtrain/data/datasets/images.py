@@ -1,4 +1,4 @@
-"""Labelled images: one CSV file, or webdataset tars as others make them."""
+"""Labeled images from a CSV file or from webdataset tar files."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
-"""Extension → format, as Pillow calls it."""
+"""Extension → format name of Pillow."""
 LONGEST_ROW = 1 << 14
-"""Bytes of a row of a CSV file, of which 785 numbers up to 255 take 3,140."""
+"""Maximum bytes of a CSV row; 785 numbers up to 255 take 3,140."""
 LARGEST_MEMBER = 64 << 20
-"""Bytes of a picture in a tar; one of as many pixels as may be has less."""
+"""Maximum bytes of a picture in a tar; pictures of the most pixels allowed are smaller."""
 
 
 class Images:
-    """Labelled 28×28 grey images, held in memory as bytes."""
+    """Labeled 28×28 grayscale images, held in memory as bytes."""
 
     SIDE = 28
     MEAN, STD = 0.1307, 0.3081
-    """Of MNIST's training pixels, scaled to [0, 1]."""
+    """Mean and standard deviation of MNIST's training pixels, scaled to [0, 1]."""
 
     SPLITS = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}  # noqa: RUF012
-    """Each image's place in [0, 1) comes from a hash of its pixels and label alone."""
+    """Range of hashes of each split. A hash in [0, 1) of an image's pixels and label decides its split."""
 
     def __init__(self, name: str, images_NHW: np.ndarray, labels_N: np.ndarray) -> None:
         """images: uint8 (N, 28, 28), labels: uint8 (N)."""
@@ -54,15 +54,15 @@ class Images:
 
     @classmethod
     def open(cls, path: str, split: str, num_classes: int = 10) -> Images:
-        """One split of the images at `path`.
+        """Return one split of the images at `path`.
 
-        A .csv or .csv.gz file: 784 pixels (0 to 255) and the label a row, no header. Or webdataset tars,
-        `…/{000..009}.tar` for ten: samples of a picture (.jpg, .png, or .npy of uint8) and a label (.cls);
-        pictures become grey and 28×28. `package:NAME/path` is a file inside an installed Python package,
-        and a tar may be a URL.
+        `path` is a .csv or .csv.gz file with 784 pixels (0 to 255) and the label per row, without a header;
+        or webdataset tar files, such as `…/{000..009}.tar` for ten, with a picture (.jpg, .png, or .npy of
+        uint8) and a label (.cls) per sample. Pictures are converted to grayscale and 28×28.
+        `package:NAME/path` is a file of an installed Python package; a tar may be a URL.
 
-        Raises DataError: file missing or undecodable, malformed row or sample (named), unknown or empty
-        split.
+        Raise DataError if the file is missing or undecodable, a row or sample is malformed, or the split
+        is unknown or empty.
         """
         if split not in cls.SPLITS:
             raise DataError(Problem(path, f"no split {split!r}", nearest(split, list(cls.SPLITS))))
@@ -88,9 +88,9 @@ class Images:
         return len(self._labels_N)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"images": float32 (M, 1, 28, 28), mean 0 and deviation 1 over MNIST; "labels": int64 (M),
-        −1 for an EMPTY sample}."""
-        # EMPTY is −1 too: it reads the last image, whose label is then taken away.
+        """Return "images" float32 (M, 1, 28, 28), normalized to mean 0 and standard deviation 1 over
+        MNIST, and "labels" int64 (M), −1 for EMPTY samples."""
+        # EMPTY is −1, which reads the last image; its label is overwritten below.
         images_MHW = (self._images_NHW[indices].astype(np.float32) / 255.0 - self.MEAN) / self.STD
         labels_M = np.where(indices == EMPTY, -1, self._labels_N[indices].astype(np.int64))
         return {"images": images_MHW[:, None].astype(np.float32), "labels": labels_M}
@@ -103,7 +103,7 @@ class Images:
 
 
 def _read_csv(name: str, num_classes: int) -> np.ndarray:
-    """All rows, uint8 (N, pixels + 1)."""
+    """Return all rows, uint8 (N, pixels + 1)."""
     path, num_pixels = resolve_package_path(name), Images.SIDE**2
     rows: list[np.ndarray] = []
     try:
@@ -148,7 +148,7 @@ def _parse_row(line: str, where: str, num_pixels: int, num_classes: int) -> list
 
 
 def _read_tars(pattern: str, num_classes: int) -> np.ndarray:
-    """All samples that have a picture and a label, uint8 (N, pixels + 1)."""
+    """Return all samples with a picture and a label, uint8 (N, pixels + 1)."""
     from webdataset.shardlists import expand_urls
 
     rows = []
@@ -161,17 +161,17 @@ def _read_tars(pattern: str, num_classes: int) -> np.ndarray:
 
 
 def _samples(name: str) -> Iterator[dict[str, Any]]:
-    """Extension → bytes of each sample of one tar, with its key as `__key__`."""
+    """Yield each sample of a tar as extension → bytes, with its key as `__key__`."""
     from webdataset.tariterators import group_by_keys
 
     try:
         if is_remote(name):
-            # It is held in memory.
+            # The whole tar is held in memory.
             free = psutil.virtual_memory().available
             packed: IO[bytes] = io.BytesIO(Cache(CacheConfig()).read_small(name, free))
         else:
             packed = open(resolve_package_path(name), "rb", opener=open_regular)  # noqa: SIM115
-        # Its content tells: webdataset names a tar .tar, packed or not.
+        # Detect compression by content: webdataset names a tar .tar, compressed or not.
         compression = "gz" if packed.read(len(GZIP_MAGIC)) == GZIP_MAGIC else ""
         size = packed.seek(0, os.SEEK_END)
         packed.seek(0)
@@ -186,9 +186,9 @@ def _samples(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _members(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
-    """Pictures and labels of a tar, as webdataset groups them."""
+    """Yield the pictures and labels of a tar, in the form that webdataset groups."""
     for member, content in tar_members(stream, name, _is_wanted, LARGEST_MEMBER):
-        # A link has a wanted name and no content.
+        # A link may have a wanted name, but has no content.
         if content is not None or not _is_wanted(member):
             yield {"__url__": name, "fname": member, "data": content or b""}
 
@@ -198,7 +198,7 @@ def _is_wanted(member: str) -> bool:
 
 
 def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
-    """Pixels and label, uint8 (pixels + 1,)."""
+    """Return pixels and label, uint8 (pixels + 1,)."""
     where = f"{name}, sample {short_name(sample['__key__'])}"
     extension = next((e for e in (*PICTURES, "npy") if e in sample), None)
     if extension is None or "cls" not in sample:
@@ -215,7 +215,7 @@ def _row_of(sample: dict[str, Any], name: str, num_classes: int) -> np.ndarray:
 
 
 def _pixels(content: bytes, extension: str, where: str) -> np.ndarray:
-    """Grey values, uint8 (pixels,)."""
+    """Return gray values, uint8 (pixels,)."""
     from PIL import Image
 
     try:
@@ -234,10 +234,10 @@ def _pixels(content: bytes, extension: str, where: str) -> np.ndarray:
 
 
 def _opened(content: bytes) -> Image.Image:
-    """The picture, not yet decoded. Raises OSError or ValueError for what is none of PICTURES.
+    """Return the picture, not yet decoded. Raise OSError or ValueError if it is not one of PICTURES.
 
-    The content decides how it is read, whatever its name: of all that Pillow reads, some formats start
-    programs. A few bytes may also stand for more pixels than there is memory.
+    Restrict formats by content, not by name: some formats that Pillow reads start external programs. Also
+    bound the number of pixels, since a small file may decode to more than memory holds.
     """
     from PIL import Image
 

@@ -1,10 +1,10 @@
-"""Packing: documents laid whole into rows of one width, with little padding.
+"""Packing: put whole documents into rows of one width with little padding.
 
-Best-fit decreasing (arXiv:2404.10830): the longest first, each into the row that it leaves the least room
-in. Documents of one length, and rows with one room, are alike, so they are placed in groups: the work
-follows the number of different lengths, not of documents.
+Best-fit decreasing (arXiv:2404.10830): take documents from the longest down, and put each into the row that
+it leaves the least room in. Documents of equal length, and rows with equal room, are interchangeable and
+processed in groups, so that the time depends on the number of distinct lengths, not of documents.
 
-Dim names: N documents, P pieces, R rows, L different lengths.
+Dim names: N documents, P pieces, R rows, L distinct lengths.
 """
 
 from __future__ import annotations
@@ -15,48 +15,49 @@ from dataclasses import dataclass
 import numpy as np
 
 Group = tuple[int, int, int]
-"""Pieces of one length: the first row that takes them, how many rows do, and how many pieces each takes."""
+"""Pieces of one length: first row that takes them, number of such rows, and pieces per row."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How one shard's tokens fill rows of `width` tokens.
+    """The tokens of one tar file in rows of `width` tokens.
 
-    A piece is a document, or a part of one that is longer than a row. A row's pieces stand in the shard's
-    order; no row holds two pieces of one document.
+    A piece is a document, or a part of one that is longer than a row. The pieces of a row are in the order
+    of the tar file; no row holds two pieces of one document.
     """
 
     first_piece: np.ndarray
     """int64 (R + 1,): row r holds the pieces [first_piece[r], first_piece[r + 1])."""
     starts: np.ndarray
-    """int64 (P,): first token of each piece, within the shard."""
+    """int64 (P,): first token of each piece, within the tar file."""
     lengths: np.ndarray
     """int32 (P,)."""
     contexts: np.ndarray
-    """int32 (P,): so many of a piece's first tokens are no targets: 1 in a document's first piece, as
-    nothing precedes its first token, and in later ones what they share with the piece before."""
+    """int32 (P,): number of first tokens of each piece that are not targets: 1 in a document's first
+    piece, since nothing precedes its first token, and in later pieces the tokens shared with the previous
+    one."""
 
     def __len__(self) -> int:
-        """R."""
+        """Return the number of rows R."""
         return len(self.first_piece) - 1
 
 
 def best_fit(document_lengths: np.ndarray, width: int, overlap: int = 1) -> Rows:
-    """Rows of at most `width` tokens for documents (N,) that stand one behind the other in a shard.
+    """Return rows of at most `width` tokens for the consecutive documents (N,) of a tar file.
 
-    Documents longer than a row become pieces of `width` tokens and a last of what remains; consecutive
-    pieces share `overlap` tokens, which the later one sees and does not predict again. So every token but a
-    document's first is a target exactly once. Documents of one token hold no target and are left out. A pure
-    function of its arguments.
+    Documents longer than a row are cut into pieces of `width` tokens and a last one with the rest.
+    Consecutive pieces share `overlap` tokens, which are targets only in the earlier piece. Every token but a
+    document's first is therefore a target exactly once. Documents of one token hold no target and are left
+    out. A pure function of its arguments.
 
-    Raises ValueError unless 1 ≤ overlap < width.
+    Raise ValueError unless 1 ≤ overlap < width.
     """
     starts, lengths, contexts = _pieces(document_lengths, width, overlap)
     longest_first = np.argsort(-lengths, kind="stable")
     groups, num_rows = _place(lengths, width)
     row = np.empty(len(lengths), dtype=np.int64)
     row[longest_first] = _row_of_each(groups)
-    # The shard is read forwards within a row.
+    # Read the tar file sequentially within a row.
     order = np.lexsort((starts, row))
     first_piece = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(row, minlength=num_rows), out=first_piece[1:])
@@ -64,7 +65,7 @@ def best_fit(document_lengths: np.ndarray, width: int, overlap: int = 1) -> Rows
 
 
 def count_rows(document_lengths: np.ndarray, width: int, overlap: int = 1) -> tuple[int, int]:
-    """How many rows best_fit makes, and the tokens in them, without saying which; arguments as there."""
+    """Return the number of rows of best_fit and of the tokens in them; same arguments as best_fit."""
     lengths = _pieces(document_lengths, width, overlap)[1]
     return _place(lengths, width)[1], int(lengths.sum(dtype=np.int64))
 
@@ -72,7 +73,7 @@ def count_rows(document_lengths: np.ndarray, width: int, overlap: int = 1) -> tu
 def _pieces(
     document_lengths: np.ndarray, width: int, overlap: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts int64, lengths int32 and contexts int32, each (P,), in the shard's order."""
+    """Return starts int64, lengths int32 and contexts int32, each (P,), in the order of the tar file."""
     if not 1 <= overlap < width:
         raise ValueError(
             f"an overlap of {overlap} tokens in rows of {width}: 1 to {width - 1} leave a target"
@@ -90,7 +91,7 @@ def _pieces(
 
 
 def _row_of_each(groups: list[Group]) -> np.ndarray:
-    """Row of each piece, longest first, int64 (P,)."""
+    """Return the row of each piece, longest first, int64 (P,)."""
     first, number, each = np.array(groups, dtype=np.int64).reshape(-1, 3).T
     sizes = number * each
     place_in_group = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -98,14 +99,14 @@ def _row_of_each(groups: list[Group]) -> np.ndarray:
 
 
 def _place(lengths: np.ndarray, width: int) -> tuple[list[Group], int]:
-    """All pieces, longest first, and R."""
+    """Return all pieces, longest first, and R."""
     counts = np.bincount(lengths)
     different_L = np.flatnonzero(counts)[::-1]
     shortest = int(different_L[-1]) if len(different_L) else 0
     groups: list[Group] = []
     num_rows = 0
     runs: dict[int, list[tuple[int, int]]] = {}
-    """Room → runs of rows that have it, (first, number); one that came last is taken first."""
+    """Room → runs of rows with that room, (first, number); the most recent is used first."""
     rooms: list[int] = []
     """Keys of `runs`, ascending."""
 
@@ -129,7 +130,7 @@ def _place(lengths: np.ndarray, width: int) -> tuple[list[Group], int]:
             else:
                 room, first, number = width, num_rows, -(-left // (width // length))
                 num_rows += number
-            # A row that took one has the least room for the next: it is filled before another.
+            # A row that took one piece has the least room for the next, so it is filled before another.
             each = room // length
             full = min(number, left // each)
             if full:

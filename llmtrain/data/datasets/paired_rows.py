@@ -1,7 +1,7 @@
 """Rows of pairs: each holds whole pairs of a source and a target.
 
-Dim names: M samples of a micro-batch, S places of sources, T places of targets, P pairs, N pairs of a shard
-that fit into a row, R rows of a shard.
+Dim names: M samples of a micro-batch, S positions of sources, T positions of targets, P pairs, N pairs of
+a tar file that fit into a row, R rows of a tar file.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from llmtrain.errors import DataError, Problem
 
 
 class _Shard(NamedTuple):
-    """The pairs of one shard that fit into a row, and its rows, all int64."""
+    """The pairs of one tar file that fit into a row, and its rows, all int64."""
 
     numbers: np.ndarray
-    """Of each among all pairs of the shard, (N,)."""
+    """Number of each pair among all pairs of the tar file, (N,)."""
     starts: np.ndarray
-    """Where the source and the target of each begin in the stream, (2, N)."""
+    """First token in the stream of each source and target, (2, N)."""
     lengths: np.ndarray
-    """Tokens of each with their ends, (2, N)."""
+    """Tokens of each source and target, end included, (2, N)."""
     first_pairs: np.ndarray
     """Row r holds the pairs [first_pairs[r], first_pairs[r + 1]), (R + 1,)."""
 
 
 class PairedRows(SamplesOfSplit):
-    """Pairs in the corpus' order, as many in a row as fit into both its sides (next fit).
+    """Pairs in the order of the corpus, as many per row as fit on both sides (next fit).
 
-    Sources and targets end with the end of their document. A pair that is longer than a row, on either
-    side, is in none. A row's pairs are of one shard.
+    Sources and targets end with their document's end token. A pair that is longer than a row on either
+    side is left out. The pairs of a row are from one tar file.
     """
 
     def __init__(
         self, split: TokenSplit, source_length: int, target_length: int, *, cache: Path | None = None
     ) -> None:
-        """cache: a folder that remembers how many rows each shard makes.
+        """cache: a folder that caches the number of rows of each tar file.
 
-        Raises DataError for a split in which no pair fits, and for documents that are no pairs."""
+        Raise DataError if no pair of the split fits, or if its documents are not pairs.
+        """
         super().__init__(split, f"{source_length}/{target_length}/paired")
         self._widths = (source_length, target_length)
         key = f"{split.identity}/{source_length}/{target_length}/paired"
@@ -59,18 +60,18 @@ class PairedRows(SamplesOfSplit):
 
     @property
     def tokens_per_sample(self) -> float:
-        """Mean tokens of a row, of both sides."""
+        """Mean tokens of a row, both sides together."""
         return self._num_tokens / len(self)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"sources": int64 (M, S), "targets": int64 (M, T); "source_documents": int32 (M, S), "documents":
-        int32 (M, T): the pair's number within the row, from 0, PADDING_DOCUMENT where no token is}."""
+        """Return "sources" int64 (M, S) and "targets" int64 (M, T); "source_documents" int32 (M, S) and
+        "documents" int32 (M, T), the pair's number within the row, from 0, PADDING_DOCUMENT at padding."""
         M, (S, T) = len(indices), self._widths
         W = S + T
         ids = np.zeros((M, W), dtype=self._split.dtype)
         documents = np.full((M, W), PADDING_DOCUMENT, dtype=np.int32)
         rows, numbers, starts, lengths = self._pairs(indices)
-        # Within a row each side's tokens stand one behind the other.
+        # Within a row each side's pieces are contiguous.
         ends = np.cumsum(lengths, axis=1)
         begins_of_rows = np.maximum.accumulate(np.where(numbers == 0, ends - lengths, 0), axis=1)
         places = rows * W + np.array([[0], [S]]) + ends - lengths - begins_of_rows
@@ -88,8 +89,8 @@ class PairedRows(SamplesOfSplit):
         }
 
     def where(self, index: int) -> list[tuple[str, int, int]]:
-        """(shard, document, tokens) of each source and its target in a sample: the shard's name, the
-        document's number within the shard, and its tokens."""
+        """Return (tar file, document, tokens) for each source and target of a sample: the tar file's name,
+        the document's number within it, and its tokens."""
         shard = int(self._shards_of(np.array(index)))
         plan, row = self._plan(shard), index - int(self._firsts[shard])
         pairs = range(int(plan.first_pairs[row]), int(plan.first_pairs[row + 1]))
@@ -110,8 +111,8 @@ class PairedRows(SamplesOfSplit):
         )
 
     def _pairs(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each pair in the samples, row by row: its row in the micro-batch and its number there, (P,);
-        starts in the stream and lengths of both sides, (2, P)."""
+        """Return, for each pair of the samples, row by row: its row in the micro-batch and its number in
+        that row, (P,); starts in the stream and lengths of both sides, (2, P)."""
         found = [(np.empty(0, np.int64),) * 2 + (np.empty((2, 0), np.int64),) * 2]
         shards = self._shards_of(indices)
         for shard in np.unique(shards[indices != EMPTY]).tolist():
@@ -129,7 +130,7 @@ class PairedRows(SamplesOfSplit):
         return rows, numbers, starts, lengths
 
     def _count(self) -> np.ndarray:
-        """(rows, pairs in them, their tokens, pairs left out) of each shard, int64 (shards, 4)."""
+        """Return (rows, pairs in them, tokens in them, pairs left out) for each tar file, int64 (S, 4)."""
         counts = []
         for with_ends in self._split.document_lengths():
             lengths = self._sides(with_ends)
@@ -149,7 +150,8 @@ class PairedRows(SamplesOfSplit):
         return self._recent.keep(shard, plan)
 
     def _sides(self, with_ends: np.ndarray) -> np.ndarray:
-        """Documents' lengths in turn → those of sources and of targets, int64 (2, pairs)."""
+        """Return the lengths of sources and of targets, int64 (2, pairs), from those of alternating
+        documents."""
         if len(with_ends) % 2:
             got = f"a shard of {len(with_ends):,} documents"
             raise DataError(Problem(f"split {self._split.name}", got, "two for each pair", PREPARE_AGAIN))
@@ -159,7 +161,7 @@ class PairedRows(SamplesOfSplit):
         return np.all(lengths <= np.array(self._widths)[:, None], axis=0)
 
     def _first_pairs(self, lengths: np.ndarray) -> np.ndarray:
-        """The first pair of each row, and behind them all how many pairs there are, int64 (R + 1,)."""
+        """Return the first pair of each row, followed by the number of pairs, int64 (R + 1,)."""
         N = lengths.shape[1]
         behind = np.full(N, N)
         for side, width in zip(lengths, self._widths, strict=True):

@@ -1,6 +1,6 @@
-"""Passages of single documents, two by two: what objectives over pairs of texts cut their pairs from.
+"""Passages of single documents, two per sample, from which objectives make sentence pairs.
 
-Dim names: M samples of a micro-batch, L tokens of the longest passage, N documents of a shard.
+Dim names: M samples of a micro-batch, L tokens of the longest passage, N documents of a tar file.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from llmtrain.data.order import sample_keys
 from llmtrain.errors import DataError, Problem
 
 SPECIAL = 3
-"""Places of a row that are no text's: [CLS] and two [SEP]."""
+"""Special tokens of a row: [CLS] and two [SEP]."""
 SHORTEST_ROW = 16
 
 
 class _Shard(NamedTuple):
-    """Documents of one shard that make passages, all int64."""
+    """Documents of one tar file that make passages, all int64."""
 
     starts: np.ndarray
-    """Where each begins in the stream, (N,)."""
+    """First token in the stream of each document, (N,)."""
     lengths: np.ndarray
-    """Tokens of each without its end, (N,)."""
+    """Tokens of each document without its end token, (N,)."""
     firsts: np.ndarray
-    """Number of the first passage of each, and of all, (N + 1,)."""
+    """Number of the first passage of each document, followed by the number of passages, (N + 1,)."""
 
 
 class Passages(SamplesOfSplit):
-    """Each document, without its end token, in as few passages of equal length as fit into a row with its
-    three special tokens. Documents of one token make none.
+    """Each document, without its end token, in as few passages of about equal length as fit into a row with
+    its three special tokens. Documents of one token make none.
 
-    A sample is a passage with another of the same shard: one of another document, always the same.
+    A sample is a passage and a fixed passage of another document of the same tar file.
     """
 
     def __init__(self, split: TokenSplit, sequence_length: int) -> None:
-        """Raises DataError for rows that are too short, and for a split that makes no passage."""
+        """Raise DataError if rows are too short or the split makes no passage."""
         if sequence_length < SHORTEST_ROW:
             allowed = f"{SHORTEST_ROW} or more with pairs of texts"
             raise DataError(Problem("batch.sequence_length", str(sequence_length), allowed))
@@ -61,8 +61,9 @@ class Passages(SamplesOfSplit):
         return self._num_tokens / len(self)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """{"passages", "others": int64 (M, L), a passage and one of another document; "passage_lengths",
-        "other_lengths": int64 (M,), 0 of an EMPTY sample, and of others where a shard has one document}."""
+        """Return "passages" and "others" int64 (M, L), a passage and one of another document;
+        "passage_lengths" and "other_lengths" int64 (M,), 0 for EMPTY samples, and for others if a tar file
+        has one document."""
         M = len(indices)
         starts, lengths = np.zeros((2, M), np.int64), np.zeros((2, M), np.int64)
         for shard in np.unique(self._shards_of(indices[indices != EMPTY])).tolist():
@@ -88,8 +89,8 @@ class Passages(SamplesOfSplit):
         )
 
     def _spans(self, shard: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Starts in the stream and lengths of the passages `numbers` of a shard and of their others, int64
-        (2, M)."""
+        """Return starts in the stream and lengths of the passages `numbers` of a tar file and of their
+        others, each int64 (2, M)."""
         plan = self._plan(shard)
         N = len(plan.starts)
         documents = np.searchsorted(plan.firsts, numbers, side="right") - 1
@@ -117,7 +118,7 @@ class Passages(SamplesOfSplit):
         return self._recent.keep(shard, plan)
 
     def _counts(self, lengths: np.ndarray) -> np.ndarray:
-        """Passages of each document."""
+        """Return the number of passages of each document."""
         return np.where(lengths > 1, -(-lengths // self._longest), 0)
 
 

@@ -1,6 +1,6 @@
 """Which spans of a split's token stream make which row: the two ways of packing.
 
-A row holds tokens of one shard. Dim names: M rows asked for, P pieces in them, S shards.
+A row holds tokens of one tar file. Dim names: M rows requested, P pieces in them, S tar files.
 """
 
 from __future__ import annotations
@@ -29,35 +29,37 @@ _COUNT_DTYPE = np.dtype("<i8")
 
 @dataclass(frozen=True)
 class Pieces:
-    """Spans of a token stream laid into the M rows of a micro-batch, P of them, all (P,)."""
+    """P spans of the token stream that fill the M rows of a micro-batch; all arrays are (P,)."""
 
     rows: np.ndarray
     columns: np.ndarray
-    """Where in its row each begins."""
+    """First column of each piece in its row."""
     starts: np.ndarray
-    """Where in the stream each begins."""
+    """First token of each piece in the stream."""
     lengths: np.ndarray
     contexts: np.ndarray | None = None
-    """So many first tokens of each are seen and not predicted; None: none."""
+    """Number of first tokens of each piece that are context only, not targets; None: none."""
 
 
 class Packing(Protocol):
-    """A way of filling rows."""
+    """A way to fill rows."""
 
     shard_sizes: np.ndarray
-    """Rows that each shard makes, int64 (S,)."""
+    """Number of rows of each tar file, int64 (S,)."""
     num_places: int
-    """Places for a target, over all rows, that hold a token."""
+    """Number of target positions in all rows that are not padding."""
 
     def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
-        """Row `numbers[i]` of shard `shards[i]` as row `rows[i]` of a micro-batch, row by row."""
+        """Return the pieces of row `numbers[i]` of tar file `shards[i]`, as row `rows[i]` of a
+        micro-batch, row by row."""
 
     def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
-        """(piece, place within it) of each token, not the first of its row, that begins a document."""
+        """Return (piece, offset within it) of each token that begins a document, except the first of a
+        row."""
 
 
 class Windows(Packing):
-    """Rows that are windows of a shard's tokens."""
+    """Rows that are windows of a tar file's tokens."""
 
     def __init__(self, split: TokenSplit, sequence_length: int) -> None:
         self._split = split
@@ -80,10 +82,10 @@ class Windows(Packing):
 def counted_once(
     cache: Path | None, key: str, shape: tuple[int, ...], count: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """What `count` gives, int64 of `shape`, which depends on nothing but `key`.
+    """Return the result of `count`, int64 of `shape`, which depends only on `key`.
 
-    Counting takes some 5 ms a shard, so it is done once a host: the processes that start together wait for
-    the first, and the next find its result in the folder `cache`.
+    Counting takes about 5 ms per tar file, so it is done once per host: ranks that start together wait for
+    the first, and later runs find its result in the folder `cache`.
     """
     if cache is None:
         return count()
@@ -104,7 +106,7 @@ def counted_once(
 
 
 def _read_counts(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What `counted_once` wrote; None where there is none, or a disk has damaged it."""
+    """Return what `counted_once` wrote; None if it is missing or damaged."""
     size = xxhash.xxh3_128().digest_size
     expected = size + prod(shape) * _COUNT_DTYPE.itemsize
     try:
@@ -117,15 +119,15 @@ def _read_counts(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 class BestFit(Packing):
-    """Rows that hold whole documents, or parts of those longer than a row."""
+    """Rows that hold whole documents, or parts of documents longer than a row."""
 
     def __init__(self, split: TokenSplit, sequence_length: int, overlap: int, cache: Path | None) -> None:
         self._split = split
         self._width = sequence_length + 1
-        # A part's first token is the last target of the part before it, whatever else they share.
+        # A part's first token is the last target of the previous part, in addition to the overlap.
         self._overlap = overlap + 1
         key = f"{split.identity}/{self._width}/{self._overlap}"
-        # Rows, and places for targets that hold one.
+        # Rows, and target positions that are not padding.
         counts = counted_once(cache, key, (len(split.tar_names), 2), self._count)
         self.shard_sizes = counts[:, 0]
         self.num_places = int(counts[:, 1].sum())
@@ -154,7 +156,7 @@ class BestFit(Packing):
         return found, np.zeros_like(found)
 
     def _count(self) -> np.ndarray:
-        """(rows, places for targets that hold one) of each shard, int64 (S, 2)."""
+        """Return (rows, target positions that are not padding) of each tar file, int64 (S, 2)."""
         counts = np.array(
             [
                 packing.count_rows(lengths, self._width, self._overlap)
@@ -162,7 +164,7 @@ class BestFit(Packing):
             ],
             dtype=np.int64,
         )
-        # A row's first token is no target.
+        # A row's first token is not a target.
         counts[:, 1] -= counts[:, 0]
         return counts
 

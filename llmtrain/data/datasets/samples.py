@@ -1,6 +1,6 @@
-"""What datasets share that are made of one split of a token corpus.
+"""Base of datasets that are made from one split of a token corpus.
 
-Dim names: S shards.
+Dim names: S tar files.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ P = TypeVar("P")
 
 
 class SamplesOfSplit:
-    """Numbered samples, those of a shard behind those of the one before."""
+    """Numbered samples, tar file after tar file."""
 
     def __init__(self, split: TokenSplit, key: str) -> None:
-        """key: what tells these samples from others that are made of the same split."""
+        """key: distinguishes these samples from others of the same split."""
         self._split = split
         self._key = f"{split.fingerprint}/{split.name}/{key}"
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
-        """Samples in each shard, int64 (S,)."""
+        """Set the number of samples of each tar file, int64 (S,)."""
         self.shard_sizes = sizes
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
@@ -49,12 +49,12 @@ class SamplesOfSplit:
         return self._split.find_bad(shards)
 
     def _shards_of(self, indices: np.ndarray) -> np.ndarray:
-        """The shard of each sample."""
+        """Return the tar file of each sample."""
         return np.searchsorted(self._firsts, indices, side="right") - 1
 
 
 class Recent(Generic[P]):
-    """What was made of the shards that were in use last; several threads may ask."""
+    """A cache of results for the most recently used tar files; callable from any thread."""
 
     def __init__(self) -> None:
         self._made: OrderedDict[int, P] = OrderedDict()

@@ -24,13 +24,14 @@ def _build(config: BertConfig) -> nn.Module:
 
 
 def _objective(config: BertConfig) -> Mapping[str, Any]:
-    """Pairs where the model has a head for them, or segments to tell their texts apart."""
+    """Return masked language modeling, with sentence pairs if the model has a head or segments for them."""
     has_pairs = config.num_segments >= 2 if config.pair_head is None else config.pair_head
     return {"kind": "mlm", "pairs": "next_sentence" if has_pairs else "none"}
 
 
 def _filling(config: BertConfig, tokenizer: Tokenizer) -> Filling:
-    """A tokenizer with a [CLS] of its own is that of a model which saw it with every text."""
+    """Put [CLS] before a prompt if the model was trained with it, which a [CLS] in the tokenizer
+    indicates."""
     mask_id, cls_id, sep_id = config.special_ids
     has_cls = config.pair_head or tokenizer.special_ids.get("cls") == cls_id
     return Filling(mask_id, [cls_id], [sep_id]) if has_cls else Filling(mask_id, [], [tokenizer.eos_id])

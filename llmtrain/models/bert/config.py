@@ -1,4 +1,4 @@
-"""What describes a BERT, with its arithmetic. Free of torch.
+"""Config of BERT, with its parameter and FLOP counts. Free of torch.
 
 Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
 """
@@ -21,20 +21,22 @@ class BertConfig(OfLayers):
     """A bidirectional encoder; covers BERT (arXiv:1810.04805) and RoBERTa (arXiv:1907.11692)."""
 
     family: Literal["bert"] = "bert"
-    """An encoder."""
+    """Bidirectional encoder."""
     vocab_size: int | None = None
-    """Rows of the embedding; null takes the corpus' vocabulary and the three special tokens."""
+    """Rows of the embedding; null: the corpus' vocabulary and the three special tokens."""
     mask_id: int | None = None
-    """Id of [MASK]; null: the tokenizer's where it has all three, else the first behind the corpus'
-    vocabulary."""
+    """Id of [MASK]; null: the tokenizer's if it has all three special tokens, else the first id after the
+    corpus' vocabulary."""
     cls_id: int | None = None
-    """Id of [CLS], which begins a pair of texts; null: the tokenizer's, or the second."""
+    """Id of [CLS], which begins a pair of texts; null: the tokenizer's, or the second id after the
+    vocabulary."""
     sep_id: int | None = None
-    """Id of [SEP], which ends each text of a pair; null: the tokenizer's, or the third."""
+    """Id of [SEP], which ends each text of a pair; null: the tokenizer's, or the third id after the
+    vocabulary."""
     max_sequence_length: int = 512
-    """Longest sequence, in tokens."""
+    """Maximum sequence length, in tokens."""
     position_offset: int = 0
-    """The first position's row; RoBERTa's is 2."""
+    """Row of the position embedding for the first position; RoBERTa's is 2."""
     num_segments: int = 2
     """Rows of the segment embedding; 0: none."""
     hidden_size: int = 768
@@ -47,13 +49,13 @@ class BertConfig(OfLayers):
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
     pair_head: bool | None = None
-    """A pooler, and a head that tells something of a pair of texts; null: where the objective needs one."""
+    """Pooler and classification head for a pair of texts; null: if the objective needs it."""
     dropout: float = 0.1
     init_std: float = 0.02
 
     @cached_property
     def blocks(self) -> LayerConfig:
-        """What its attention and MLPs are made of."""
+        """Return the config of its layers."""
         return LayerConfig(
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
@@ -66,15 +68,15 @@ class BertConfig(OfLayers):
 
     @property
     def special_ids(self) -> tuple[int, int, int]:
-        """Of [MASK], [CLS] and [SEP]. Raises ValueError before they are resolved."""
+        """Return the ids of [MASK], [CLS] and [SEP]. Raise ValueError if they are not resolved."""
         if self.mask_id is None or self.cls_id is None or self.sep_id is None:
             raise ValueError("the special ids are not resolved yet")
         return self.mask_id, self.cls_id, self.sep_id
 
     @property
     def num_text_ids(self) -> int:
-        """Ids that texts' tokens have are below it: the special ones stand behind them, where they were not
-        given otherwise."""
+        """Return the upper bound of ids of text tokens: the special ids come after them unless they were
+        set explicitly."""
         mask_id, cls_id, sep_id = self.special_ids
         return mask_id if (cls_id, sep_id) == (mask_id + 1, mask_id + 2) else self._vocab()
 
@@ -104,18 +106,19 @@ class BertConfig(OfLayers):
         )
 
     def head_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of the heads' matrices, on one of `tensor` processes that divide the vocabulary."""
+        """Return the weights of the heads' matrices on one of `tensor` ranks that divide the vocabulary."""
         D = self.hidden_size
         pairs = D * D + 2 * D if self.pair_head else 0
         return -(-self._vocab() // tensor) * D + D * D + pairs
 
     def layer_parameter_count(self, tensor: int = 1) -> int:
-        """Parameters of one block, on one of `tensor` processes that divide its matrices."""
+        """Return the parameters of one layer on one of `tensor` ranks that divide its matrices."""
         return self.blocks.layer_parameter_count(tensor)
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
-        """Parameters of each step of a forward - embeddings, every block, heads - on one of `tensor`
-        processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        """Return the parameters of each step of a forward (embeddings, each layer, heads) on one of
+        `tensor` ranks, with the vocabulary padded to a multiple of it. A tied head is counted in the first
+        and the last."""
         D, V = self.hidden_size, -(-self._vocab() // tensor)
         positions = self.max_sequence_length + self.position_offset
         # Biases and a norm.
@@ -127,15 +130,15 @@ class BertConfig(OfLayers):
         ]
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
-        """Elements of the largest single parameter, on one of `tensor` processes."""
+        """Return the elements of the largest single parameter on one of `tensor` ranks."""
         D = self.hidden_size
         largest_of_layers = self.blocks.largest_layer_parameter_count(tensor)
         positions = self.max_sequence_length * D
         return max(largest_of_layers, -(-self._vocab() // tensor) * D, positions, D * D)
 
     def flops_per_token(self, row: Row) -> float:
-        """Return forward and backward FLOPs of one token: 6 per weight of a matrix product, of the head's
-        for the tokens that are predicted alone, and attention's 12 · L · D · T."""
+        """Return forward and backward FLOPs per token: 6 per weight of a matrix, the head's for predicted
+        tokens only, and attention's 12 · L · D · T."""
         D = self.hidden_size
         head = row.predicted / row.tokens * (self._vocab() * D + D * D)
         matrices = self.num_layers * self.layer_matrix_count() + head

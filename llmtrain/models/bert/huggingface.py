@@ -23,7 +23,7 @@ from llmtrain.models.huggingface.form import (
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 _PAIR_HEAD = "cls.seq_relationship."
 _BARE = ("embeddings.", "encoder.", "pooler.")
-"""How names of a model without its heads begin."""
+"""Prefixes of the names in a model without heads."""
 _ROLES = ("mask", "cls", "sep")
 _FRESH = ("transform.*", "transform_norm.*", "head.*")
 
@@ -74,8 +74,8 @@ def _encoder_entries(config: BertConfig, prefix: str) -> list[Entry]:
 
 
 def _with_segment_of_zeros(ours: str, theirs: str, segments: str) -> Entry:
-    """Theirs add a segment's vector to every token: one of zeros where a model has none. `ours` is one as
-    wide."""
+    """Map segment embeddings. Hugging Face models always add one to each token, so write zeros if our
+    model has none; `ours` gives the width."""
 
     def split(weight_D: Tensor) -> list[Tensor]:
         return [weight_D, torch.zeros_like(weight_D)[None]]
@@ -84,12 +84,12 @@ def _with_segment_of_zeros(ours: str, theirs: str, segments: str) -> Entry:
 
 
 def _head_entries(config: BertConfig, bias: str, decoder: str) -> list[Entry]:
-    """Of the map to the vocabulary: theirs keep its bias twice."""
+    """Map the vocabulary head, whose bias Hugging Face stores twice."""
     if config.tie_embeddings:
         return [Entry("head.bias", (bias,), lambda t: [t], lambda ts: ts[0])]
     return [
         Entry("head.weight", (f"{decoder}.weight",), lambda t: [t], lambda ts: ts[0]),
-        # Tied to the first, unless embeddings are not: then this one is read, and the first never.
+        # The copy of a tied head; if the embeddings are not tied, only this one is read.
         Entry("head.bias", (bias, f"{decoder}.bias"), lambda t: [t, t.clone()], lambda ts: ts[1]),
     ]
 
@@ -115,8 +115,8 @@ def _roberta_entries(config: BertConfig) -> list[Entry]:
 
 
 def _names(names: Collection[str], config: BertConfig, prefix: str, bias: str, decoder: str) -> Names:
-    """Names of a bare model, which lacks the prefix, get it, and those of TensorFlow's norms are ours.
-    Copies of tied weights go; a pooler without a head for pairs is left out."""
+    """Add the prefix to names of a model without heads, and translate TensorFlow's norm names. Drop copies
+    of tied weights; leave out a pooler without a pair head."""
     used: dict[str, str] = {}
     left_out: list[str] = []
     for name in names:
@@ -153,7 +153,7 @@ def _roberta_misfits(config: BertConfig) -> dict[str, str]:
 
 
 def _write_config(config: BertConfig) -> dict[str, Any]:
-    """What both say."""
+    """Return the keys common to BERT and RoBERTa."""
     return {
         "max_position_embeddings": config.max_sequence_length + config.position_offset,
         "type_vocab_size": max(1, config.num_segments),
@@ -178,13 +178,13 @@ def _write_roberta_config(config: BertConfig) -> dict[str, Any]:
     return {
         "architectures": ["RobertaForMaskedLM"],
         **_write_config(config),
-        # Positions are counted from behind it.
+        # Positions are counted from the one after it.
         "pad_token_id": config.position_offset - 1,
     }
 
 
 def _read_config(theirs: Settings, prefix: str, decoder: str, offset: int) -> dict[str, Any]:
-    """What both say."""
+    """Read the keys common to BERT and RoBERTa."""
     theirs.require("position_embedding_type", "absolute")
     theirs.require("is_decoder", False)
     theirs.require("add_cross_attention", False)
@@ -214,7 +214,7 @@ def _read_config(theirs: Settings, prefix: str, decoder: str, offset: int) -> di
 
 
 def _special_ids(theirs: Settings) -> dict[str, int]:
-    """Those that an export of ours says, or of the tokenizer; none unless there are all three."""
+    """Return the ids in an export of ours, or the tokenizer's; none unless all three are known."""
     if all(f"{role}_token_id" in theirs.content for role in _ROLES):
         return {f"{role}_id": theirs.whole(f"{role}_token_id") for role in _ROLES}
     ids = theirs.special_ids()
@@ -231,7 +231,7 @@ def _read_bert_config(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_roberta_config(theirs: Settings) -> dict[str, Any]:
-    # The head's is gelu whatever the config says.
+    # The head uses gelu whatever the config says.
     theirs.require("hidden_act", "gelu")
     offset = theirs.whole("pad_token_id", 1) + 1
     said = _read_config(theirs, "roberta", "lm_head.decoder", offset)

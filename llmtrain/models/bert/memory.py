@@ -7,6 +7,6 @@ from llmtrain.nn.memory import LayersMemory
 
 
 class BertMemory(LayersMemory[BertConfig]):
-    """Attention sees the whole row; the head reads every token."""
+    """Attention sees the whole row; the head reads all tokens."""
 
     causal = False

@@ -1,6 +1,6 @@
 """BERT (Devlin et al., arXiv:1810.04805), and RoBERTa (arXiv:1907.11692) by its config.
 
-Dim names: B batch, T sequence, M tokens that are predicted, D hidden width, V vocabulary.
+Dim names: B batch, T sequence, M predicted tokens, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llmtrain.nn.transformer import ACTIVATIONS, Block, Context
 
 @dataclass(frozen=True)
 class BertContext(Context):
-    """What all stages of one forward share."""
+    """Arguments shared by all stages of a forward."""
 
     segments: Tensor | None = None
-    """0 for tokens of text A, 1 for those of text B, (B, T); None: all 0."""
+    """0 for tokens of text A, 1 for tokens of text B, (B, T); None: all 0."""
     pair_labels: Tensor | None = None
-    """Class of each row's pair, (B,), IGNORE_INDEX where none counts."""
+    """Class of each row's pair, (B,), IGNORE_INDEX if it bears no loss."""
     with_metrics: bool = False
 
 
 class Bert(StagedModel):
-    """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
+    """Token ids → logits, or the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Bert(StagedModel):
         self._tie()
 
     def stages(self) -> list[Stage]:
-        """The steps that forward runs, in order: embeddings, each block, heads."""
+        """Return the steps of a forward in order: embeddings, each layer, heads."""
         embeddings: dict[str, nn.Module] = {
             "embedding": self.embedding,
             "positions": self.positions,
@@ -91,20 +91,20 @@ class Bert(StagedModel):
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
     ) -> BertContext:
-        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM over
-        predicted tokens of their cross-entropy and, with pair labels, of that of their row's pair, in nats,
-        0-d fp32.
+        """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
+        SUM over predicted tokens of their cross-entropy and, with pair labels, that of their row's pair, in
+        nats, 0-d fp32.
 
-        positions_BT: place of each token in its document; None counts from 0.
-        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
-            document. Padding is a document of its own. None: a row is one document.
-        segments_BT: 0 for tokens of text A, 1 for those of text B; None: all 0.
-        labels_BT: what stood at each place, IGNORE_INDEX where it is not asked.
-        pair_labels_B: class of each row's pair, IGNORE_INDEX where it is not asked; for a config with
-            pairs. A row's first token is [CLS].
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, sums by name: "loss", "token_loss" of tokens alone, "correct" tokens,
-            "pair_loss" of pairs alone, "pair_correct" pairs, and "pairs", their number.
+        positions_BT: position of each token in its document; None: counted from 0.
+        documents_BT: document id of each token, contiguous; a token sees only its own document. Padding is a
+            document of its own. None: a row is one document.
+        segments_BT: 0 for tokens of text A, 1 for tokens of text B; None: all 0.
+        labels_BT: original token at each masked position, IGNORE_INDEX elsewhere.
+        pair_labels_B: class of each row's pair, IGNORE_INDEX if it bears no loss; needs a pair head. A row's
+            first token is [CLS].
+        dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
+        with_metrics: with labels, return sums by name: "loss", "token_loss" of tokens alone, "correct"
+            tokens, "pair_loss" of pairs alone, "pair_correct" pairs, and "pairs", their number.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -119,7 +119,7 @@ class Bert(StagedModel):
         )
 
     def initializers(self) -> dict[str, Initializer]:
-        """BERT's initialization: every weight N(0, init_std), norms 1, biases 0."""
+        """Return BERT's initialization: all weights N(0, init_std), norms 1, biases 0."""
         normal = Normal(self.config.init_std)
         table: dict[str, Initializer] = {
             "embedding.weight": normal,
@@ -175,7 +175,7 @@ class Bert(StagedModel):
         }
 
     def _transformed(self, x: Tensor) -> Tensor:
-        """What the head reads: (…, D) → (…, D)."""
+        """Transform hidden states for the head: (…, D) → (…, D)."""
         activation = ACTIVATIONS[self.config.activation]
         transformed: Tensor = self.transform_norm(activation(self.transform(x)))
         return transformed

@@ -1,4 +1,4 @@
-"""What tensor parallelism divides of a BERT."""
+"""How tensor parallelism divides a BERT."""
 
 from __future__ import annotations
 

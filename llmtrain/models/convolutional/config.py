@@ -1,4 +1,4 @@
-"""What describes a convolutional network, with its arithmetic. Free of torch."""
+"""Config of a convolutional network, with its parameter and FLOP counts. Free of torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llmtrain.nn.model_config import ModelConfig, Row
 
 @dataclass(frozen=True)
 class SimpleCNNConfig(ModelConfig):
-    """Two convolutions and two linear layers for 28×28 digits (the LeNet line, LeCun et al. 1998)."""
+    """Two convolutions and two linear layers for 28×28 digits (in the style of LeNet, LeCun et al. 1998)."""
 
     family: Literal["simple_cnn"] = "simple_cnn"
-    """A convolutional classifier of images."""
+    """Convolutional image classifier."""
     num_classes: int = 10
-    """Number of labels."""
+    """Number of classes."""
     dropout: float = 0.0
 
     def problems(self) -> Iterator[Problem]:
@@ -35,6 +35,6 @@ class SimpleCNNConfig(ModelConfig):
         return 128 * max(3136, self.num_classes)
 
     def flops_per_token(self, row: Row) -> float:
-        """Forward and backward FLOPs of one image; an image is this family's token."""
+        """Return forward and backward FLOPs per image, which counts as one token here."""
         convolutions = 28 * 28 * 9 * 32 + 14 * 14 * 9 * 32 * 64
         return 6.0 * (convolutions + 3136 * 128 + 128 * self.num_classes)

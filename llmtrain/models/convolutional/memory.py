@@ -7,8 +7,8 @@ from llmtrain.nn.memory import Activations, ModelMemory
 
 
 class SimpleCNNMemory(ModelMemory[SimpleCNNConfig]):
-    """Of an image: input, both convolutions' rectified outputs, both pools' outputs and int64 indices, the
-    hidden layer, log-probabilities."""
+    """Per image: the input, both convolutions' ReLU outputs, both pools' outputs and int64 indices, the
+    hidden layer and the log-probabilities."""
 
     def activations(self, steps: range) -> Activations:
         kept = 784 + 32 * 784 + 32 * 196 + 64 * 196 + 64 * 49 + 128

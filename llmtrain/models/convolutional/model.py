@@ -1,6 +1,6 @@
-"""A small convolutional classifier of 28×28 digits (the LeNet line, LeCun et al. 1998).
+"""A small convolutional classifier of 28×28 digits (in the style of LeNet, LeCun et al. 1998).
 
-Dim names: B batch, C classes, D hidden width; image tensors carry channels, height and width.
+Dim names: B batch, C classes, D hidden width; image tensors have channels, height and width.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class SimpleCNN(nn.Module):
     def forward(
         self, images_B1HW: Tensor, labels_B: Tensor | None = None, dropout_keys_B: Tensor | None = None
     ) -> Tensor:
-        """Images (B, 1, 28, 28) → logits (B, C); with labels the SUM of cross-entropy in nats over
-        labels other than -100, 0-d fp32. Dropout's mask is made from dropout_keys_B; None: by torch's
-        generator."""
+        """Return logits (B, C) of images (B, 1, 28, 28); with labels, the SUM of cross-entropy in nats
+        over labels other than -100, 0-d fp32. Dropout masks are generated from dropout_keys_B; None: by
+        torch's generator."""
         x = F.max_pool2d(F.relu(self.conv1(images_B1HW)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x_BD = F.relu(self.fc1(x.flatten(1)))
-        # To dropout an image is a sequence of one.
+        # Dropout treats an image as a sequence of one token.
         x_BD = self.dropout(x_BD[:, None], dropout_keys_B)[:, 0]
         logits_BC = self.fc2(x_BD)
         if labels_B is None:
@@ -43,7 +43,7 @@ class SimpleCNN(nn.Module):
         return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
 
     def initializers(self) -> dict[str, Initializer]:
-        """torch's own default, Kaiming uniform (arXiv:1502.01852) with a = sqrt(5), and its biases.
+        """Return torch's default: Kaiming uniform (arXiv:1502.01852) with a = sqrt(5), biases likewise.
 
         | parameter             | value                                           |
         |-----------------------|-------------------------------------------------|

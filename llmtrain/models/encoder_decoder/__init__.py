@@ -1,4 +1,4 @@
-"""Encoder–decoders: the Transformer, T5 and BART."""
+"""Encoder-decoders: the Transformer, T5 and BART."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _build(config: Seq2SeqConfig) -> nn.Module:
 
 
 def _objective(config: Seq2SeqConfig) -> Mapping[str, Any]:
-    """T5's, BART's or the Transformer's, by the kind of positions that each has."""
+    """Return the objective of T5, BART or the Transformer, according to the kind of positions."""
     kinds = {"relative": "span_corruption", "learned": "denoising", "sinusoidal": "seq2seq"}
     section: dict[str, Any] = {"kind": kinds[config.positions]}
     if section["kind"] == "span_corruption" and config.num_sentinels is not None:

@@ -1,7 +1,7 @@
-"""What describes an encoder–decoder, with its arithmetic. Free of torch.
+"""Config of an encoder-decoder, with its parameter and FLOP counts. Free of torch.
 
-Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, F mlp_hidden_size, R relative_buckets,
-L num_layers, M num_decoder_layers, S source tokens, T target tokens.
+Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, F mlp_hidden_size, R relative_buckets, L
+num_layers, M num_decoder_layers, S source tokens, T target tokens.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from llmtrain.nn.model_config import Row
 
 @dataclass(frozen=True)
 class Seq2SeqConfig(OfLayers):
-    """An encoder–decoder; covers the Transformer (arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
+    """An encoder-decoder; covers the Transformer (arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
     (arXiv:1910.13461)."""
 
     family: Literal["seq2seq"] = "seq2seq"
-    """An encoder–decoder."""
+    """Encoder-decoder."""
     vocab_size: int | None = None
-    """Rows of the embedding; null takes the corpus' vocabulary and the special tokens that are missing."""
+    """Rows of the embedding; null: the corpus' vocabulary and the missing special tokens."""
     start_id: int | None = None
-    """Id that begins the decoder's input; null: the first behind the corpus' vocabulary."""
+    """Id that begins the decoder's input; null: the first id after the corpus' vocabulary."""
     mask_id: int | None = None
-    """Id of [MASK] for denoising; null: the second."""
+    """Id of [MASK] for denoising; null: the second id after the vocabulary."""
     sentinel_id: int | None = None
-    """Id of the first gap's sentinel for span corruption, those of further gaps count DOWN from it (T5's
+    """Id of the first span's sentinel for span corruption; further sentinels count DOWN from it (T5's
     order); null: the last row of the embedding."""
     num_sentinels: int | None = None
-    """Ids that mark gaps, from sentinel_id down; null: as many as the objective has."""
+    """Number of sentinel ids, counted down from sentinel_id; null: that of the objective."""
     eos_id: int | None = None
     """Id that ends a source and a target; null: the tokenizer's."""
     max_sequence_length: int | None = None
-    """Most tokens of a source, and of a target: the number of learned positions; null, with positions of
-    another kind: any."""
+    """Maximum tokens of a source, and of a target: the number of learned positions; null, for other kinds
+    of positions: no limit."""
     hidden_size: int = 512
     num_layers: int = 6
-    """Of the encoder."""
+    """Number of encoder layers."""
     num_decoder_layers: int | None = None
-    """null: num_layers."""
+    """Number of decoder layers; null: num_layers."""
     num_heads: int = 8
     head_dim: int | None = None
     """Width of one head; null: hidden_size / num_heads."""
@@ -52,44 +52,46 @@ class Seq2SeqConfig(OfLayers):
     """Width of the MLP; null: 4 · hidden_size."""
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "relu"
     gated_mlp: bool = False
-    """down(act(gate(x)) · up(x)), three matrices (T5 1.1; arXiv:2002.05202)."""
+    """Gated MLP: down(act(gate(x)) · up(x)), three matrices (T5 1.1; arXiv:2002.05202)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-6
     norm_first: bool = False
-    """Norms stand before attention and MLP, and behind the last layer of each side; else behind each sum."""
+    """Norms before attention and MLP and after the last layer of each side (pre-norm); else after each
+    residual sum (post-norm)."""
     embedding_norm: bool = False
-    """Norms behind the embeddings."""
+    """Norms after the embeddings."""
     positions: Literal["sinusoidal", "learned", "relative"] = "sinusoidal"
-    """sinusoidal: arXiv:1706.03762, section 3.5; learned: of sources and of targets; relative: biases of
-    self-attention by distance (arXiv:1910.10683, section 2.1), shared by the layers of a side."""
+    """Kind of positions. sinusoidal: arXiv:1706.03762, section 3.5; learned: embeddings for sources and
+    for targets; relative: self-attention biases by distance (arXiv:1910.10683, section 2.1), shared by all
+    layers of a side."""
     position_offset: int = 0
-    """The first learned position's row; BART's is 2."""
+    """Row of the position embedding for the first position; BART's is 2."""
     relative_buckets: int = 32
-    """Biases that the distances of relative positions are sorted into."""
+    """Number of buckets of relative distances, each with its own bias."""
     relative_max_distance: int = 128
-    """Distances from here on share a bucket."""
+    """Distance, in tokens, from which on all distances share a bucket."""
     scale_embedding: bool = True
-    """Embeddings are multiplied by sqrt(D)."""
+    """Multiply embeddings by sqrt(D)."""
     scale_attention: bool = True
-    """Scores are divided by sqrt(H)."""
+    """Divide attention scores by sqrt(H)."""
     scale_logits: bool = False
-    """What the head reads is divided by sqrt(D)."""
+    """Divide the head's input by sqrt(D)."""
     bias: bool = True
     """Biases in all linear layers and LayerNorms."""
     head_bias: bool = False
-    """A bias of each token's logit."""
+    """Bias of each token's logit."""
     tie_embeddings: bool = True
     """The head shares the embedding's weight; sources and targets always share one embedding."""
     dropout: float = 0.1
-    """Of embeddings, of what attention and MLPs add, and of attention's weights."""
+    """Dropout probability of embeddings, of the outputs of attention and MLPs, and of attention weights."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread evenly over the vocabulary."""
+    """Share of each target that is spread evenly over the vocabulary (label smoothing)."""
     init_std: float | None = None
-    """Deviation of all weights at first; null: by the width of what each reads."""
+    """Standard deviation of all initial weights; null: scaled by each matrix's input width."""
 
     @cached_property
     def blocks(self) -> LayerConfig:
-        """What attention, MLPs and norms are made of."""
+        """Return the config of its layers."""
         return LayerConfig(
             hidden_size=self.hidden_size,
             num_layers=self.num_layers + self.decoder_layers,
@@ -147,8 +149,8 @@ class Seq2SeqConfig(OfLayers):
         )
 
     def step_multiplications(self, tensor: int, sequence_length: int) -> list[int]:
-        """What each step - embeddings, every block, head - multiplies for a token, on one of `tensor`
-        processes that divide its matrices."""
+        """Return the multiplications per token of each step (embeddings, each layer, head) on one of
+        `tensor` ranks that divide its matrices."""
         encoder, decoder = (count // tensor for count in self._layer_matrices())
         attended = sequence_length * self.num_heads * self.head_width
         return [
@@ -159,9 +161,9 @@ class Seq2SeqConfig(OfLayers):
         ]
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
-        """Parameters of each step of a forward - embeddings, every block, head - on one of `tensor`
-        processes, the vocabulary padded to divide. A tied head is in the first and the last, and every
-        block has its side's biases of distances."""
+        """Return the parameters of each step of a forward (embeddings, each layer, head) on one of
+        `tensor` ranks, with the vocabulary padded to a multiple of it. A tied head is counted in the first
+        and the last, and each side's biases of distances in each of its layers."""
         D = self.hidden_size
         norm = self.blocks.layer_norm_parameter_count() // 2
         vocabulary = -(-self._vocab() // tensor)
@@ -183,7 +185,7 @@ class Seq2SeqConfig(OfLayers):
         return [embeddings, *encoder_layers, *decoder_layers, head]
 
     def repeated_count(self, steps: range, tensor: int = 1) -> int:
-        """Parameters that more than one of `steps` has, each time but the first."""
+        """Return the parameters that several of `steps` share, counted once for each step but the first."""
         last = self.num_layers + self.decoder_layers + 1
         repeated = 0
         if self.tie_embeddings and 0 in steps and last in steps:
@@ -195,16 +197,16 @@ class Seq2SeqConfig(OfLayers):
         return repeated
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
-        """Elements of the largest single parameter, on one of `tensor` processes."""
+        """Return the elements of the largest single parameter on one of `tensor` ranks."""
         D, inner = self.hidden_size, self.num_heads * self.head_width
         divided = max(3 * inner, self.mlp_width) * D // tensor
         positions = self._positions() * D if self.positions == "learned" else 0
         return max(divided, self.head_matrix_count(tensor), positions)
 
     def flops_per_token(self, row: Row) -> float:
-        """Forward and backward FLOPs of a row over its source tokens, which are those that are counted:
-        6 per weight of a matrix product for each token that it reads, and attention's 12 · N · H for each
-        pair of tokens, half of them in the decoder's triangle (PaLM, arXiv:2204.02311, appendix B)."""
+        """Return forward and backward FLOPs of a row per source token, the tokens that are counted: 6 per
+        weight of a matrix for each token that it reads, and attention's 12 · N · H for each pair of
+        tokens, half of them in the decoder's causal triangle (PaLM, arXiv:2204.02311, appendix B)."""
         S, T = row.tokens, row.target
         L, M, inner = self.num_layers, self.decoder_layers, self.num_heads * self.head_width
         encoder, decoder = self._layer_matrices()
@@ -215,8 +217,8 @@ class Seq2SeqConfig(OfLayers):
         return (6.0 * weights + 12.0 * attended) / S
 
     def layer_copies_count(self, tensor: int = 1) -> tuple[int, int]:
-        """Weights and biases of the linear layers of one layer of the encoder, and of the decoder, on one of
-        `tensor` processes."""
+        """Return the weights and biases of the linear layers of one encoder layer and of one decoder layer
+        on one of `tensor` ranks."""
         D, inner = self.hidden_size, self.num_heads * self.head_width
         attention = 3 * inner // tensor + D if self.bias else 0
         mlp = self.mlp_width * (2 if self.gated_mlp else 1) // tensor + D if self.bias else 0
@@ -224,15 +226,15 @@ class Seq2SeqConfig(OfLayers):
         return encoder + attention + mlp, decoder + 2 * attention + mlp
 
     def _relative_count(self, tensor: int) -> int:
-        """Biases by distance of one side."""
+        """Return the number of relative biases of one side."""
         return self.num_heads * self.relative_buckets // tensor
 
     def _layer_matrices(self) -> tuple[int, int]:
-        """Weights of the matrices of one layer of the encoder, and of the decoder."""
+        """Return the weights of the matrices of one encoder layer and of one decoder layer."""
         D, inner = self.hidden_size, self.num_heads * self.head_width
         attention, mlp = 4 * D * inner, (3 if self.gated_mlp else 2) * D * self.mlp_width
         return attention + mlp, 2 * attention + mlp
 
     def _positions(self) -> int:
-        """Rows of each side's learned positions."""
+        """Return the rows of each side's position embedding."""
         return (self.max_sequence_length or 0) + self.position_offset

@@ -1,4 +1,4 @@
-"""Encoder–decoders: T5's form ↔ `t5`, BART's ↔ `bart`.
+"""Encoder-decoders: T5 ↔ `t5`, BART ↔ `bart`.
 
 Dim names: N heads, H head width.
 """
@@ -40,7 +40,7 @@ def _misfits(config: Seq2SeqConfig, form: dict[str, Any]) -> dict[str, str]:
 
 
 def _layers(config: Seq2SeqConfig) -> Iterable[tuple[str, int]]:
-    """(side, number) of each."""
+    """Yield (side, layer number) of each layer."""
     for side, count in zip(_SIDES, (config.num_layers, config.decoder_layers), strict=True):
         yield from ((side, i) for i in range(count))
 
@@ -50,7 +50,7 @@ def _self_attention(config: Seq2SeqConfig, ours: str, theirs: Iterable[str]) -> 
 
 
 def _keys_and_values(config: Seq2SeqConfig, ours: str, theirs: Iterable[str]) -> Entry:
-    """Our rows stand by head, its key and its value."""
+    """Map our packed keys and values, whose rows are ordered by head: its key, then its value."""
     N, H = config.num_heads, config.head_width
 
     def split(t: Tensor) -> list[Tensor]:
@@ -63,7 +63,8 @@ def _keys_and_values(config: Seq2SeqConfig, ours: str, theirs: Iterable[str]) ->
 
 
 def _special_ids(config: Seq2SeqConfig) -> dict[str, int]:
-    """Under their names. What begins a target pads as well, as in T5, unless it ends texts too."""
+    """Return the special ids by Hugging Face's names. The start id is also the padding id, as in T5,
+    unless it ends texts too."""
     ids = {"decoder_start_token_id": config.start_id, "eos_token_id": config.eos_id}
     if config.start_id != config.eos_id:
         ids["pad_token_id"] = config.start_id
@@ -73,8 +74,8 @@ def _special_ids(config: Seq2SeqConfig) -> dict[str, int]:
 def _names(
     names: Collection[str], config: Seq2SeqConfig, shared: str, unused: tuple[str, ...], prefix: str = ""
 ) -> Names:
-    """Names of a bare model, which lacks `prefix`, get it; copies of the embedding and buffers go. Where a
-    copy alone is stored, as tools that save a shared tensor once may do, it is the embedding."""
+    """Add `prefix` to names of a model without head; drop copies of the embedding and buffers. If only a
+    copy is stored, as by tools that save a shared tensor once, use it as the embedding."""
     copies = [shared.replace("shared", f"{side}.embed_tokens") for side in _SIDES]
     dropped = {*copies, *unused, *(["lm_head.weight"] if config.tie_embeddings else [])}
     is_bare = not any(name.startswith(prefix) for name in names)
@@ -107,7 +108,7 @@ _T5_ACTIVATIONS = {"gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu", "gel
 
 
 def _t5_projection(config: Seq2SeqConfig) -> str:
-    """Their name of what stands between an MLP's matrices; `gated-gelu` is the tanh approximation."""
+    """Return T5's name of the MLP's form; `gated-gelu` is the tanh approximation."""
     if config.gated_mlp and config.activation == "gelu_tanh":
         return "gated-gelu"
     return ("gated-" if config.gated_mlp else "") + _T5_ACTIVATIONS[config.activation]
@@ -177,11 +178,11 @@ def _write_t5_config(config: Seq2SeqConfig) -> dict[str, Any]:
         "dropout_rate": config.dropout,
         "layer_norm_epsilon": config.norm_eps,
         "feed_forward_proj": _t5_projection(config),
-        # Releases before transformers 5 scale the logits of tied embeddings, and of no others.
+        # Before transformers 5, logits of tied embeddings are scaled, and no others.
         "tie_word_embeddings": config.tie_embeddings or config.scale_logits,
         "scale_decoder_outputs": config.scale_logits,
         **_special_ids(config),
-        # No keys of theirs: where our own sentinels stand.
+        # Keys of our own, which keep the positions of the sentinels.
         "sentinel_id": config.sentinel_id,
         "num_sentinels": config.num_sentinels,
     }
@@ -291,7 +292,7 @@ def _write_bart_config(config: Seq2SeqConfig) -> dict[str, Any]:
         "dropout": config.dropout,
         "attention_dropout": config.dropout,
         "init_std": config.init_std,
-        # Their default is an id of their own tokenizer.
+        # The default is an id of BART's own tokenizer.
         "forced_eos_token_id": config.eos_id,
         **_special_ids(config),
     }
@@ -317,7 +318,7 @@ def _read_bart_config(theirs: Settings) -> dict[str, Any]:
         "mlp_hidden_size": unless(width, 4 * hidden),
         "activation": theirs.choice("activation_function", ACTIVATIONS_BACK, "gelu"),
         "scale_embedding": theirs.flag("scale_embedding", False),
-        # A buffer of zeros in all that were trained without it.
+        # All models trained without it have a buffer of zeros.
         "head_bias": bias is not None and bool(bias.any()),
         "tie_embeddings": theirs.is_tied("lm_head.weight", "model.shared.weight", True),
         "dropout": theirs.number("dropout", 0.1),

@@ -1,10 +1,10 @@
-"""The layers of an encoder–decoder, and what they share in one forward.
+"""The layers of an encoder-decoder, and the arguments that they share in a forward.
 
-Between them travels one tensor, the places of a row's sources before those of its targets: encoder blocks
-change the sources', decoder blocks the targets'. So every block is a function of what one other gives, which
-pipelines and recomputation divide and repeat.
+Layers pass on one tensor, with the positions of a row's sources before those of its targets: encoder layers
+change the sources', decoder layers the targets'. Each layer is thus a function of the previous one's output,
+as pipelines and recomputation need.
 
-Dim names: B batch, S source tokens, T target tokens, U = S + T places of both, D hidden width, N heads,
+Dim names: B batch, S source tokens, T target tokens, U = S + T positions of both, D hidden width, N heads,
 H head width, R rows selected.
 """
 
@@ -31,12 +31,12 @@ from llmtrain.nn.transformer import (
 
 @dataclass(frozen=True)
 class PairContext(Context):
-    """What all stages of one forward share; what Context holds is of the targets."""
+    """Arguments shared by all stages of a forward; those of Context refer to the targets."""
 
     sources: Tensor | None = None
-    """Their ids, (B, S); None: the cache has what is needed of them."""
+    """Source ids, (B, S); None: the cache holds what is needed of them."""
     encoder: Context | None = None
-    """That of the sources."""
+    """Context of the sources."""
     crossing: CrossDocuments | None = None
     """Which sources each target sees; None: all of the row."""
     with_metrics: bool = False
@@ -47,12 +47,13 @@ class PairContext(Context):
 
     @property
     def num_places(self) -> int:
-        """U."""
+        """Return U."""
         return self.num_sources + self.positions.shape[1]
 
 
 class SourceCache(KVCache):
-    """Keys and values of the targets seen so far, and each decoder layer's of the sources, for generation."""
+    """Keys and values of the targets seen so far, and of the sources for each decoder layer, for
+    generation."""
 
     def __init__(
         self,
@@ -62,9 +63,9 @@ class SourceCache(KVCache):
     ) -> None:
         super().__init__(len(source_keys_values), max_length)
         self.source_keys_values = source_keys_values
-        """Of each layer, (B, N, S, H) both."""
+        """Keys and values of each layer, (B, N, S, H) each."""
         self.source_documents = source_documents_BS
-        """0 for tokens, −1 for padding, (B, S); None: there is no padding."""
+        """0 for tokens, −1 for padding, (B, S); None: no padding."""
 
     def select(self, rows_R: Tensor) -> None:
         super().select(rows_R)
@@ -77,7 +78,7 @@ class EncoderBlock(Block):
     """A layer over the sources, which see each other."""
 
     def __init__(self, config: Seq2SeqConfig, layer: int, relative: RelativePositions | None) -> None:
-        # Dropout's masks go by the number, which no two layers share: the decoder's are before.
+        # Dropout masks depend on the layer number, so it must be unique: the decoder's layers come first.
         super().__init__(
             config.blocks,
             2 * config.decoder_layers + layer,
@@ -96,7 +97,7 @@ class EncoderBlock(Block):
 
 
 class DecoderBlock(Block):
-    """A layer over the targets, with attention to the sources between attention and MLP."""
+    """A layer over the targets, with cross-attention to the sources between self-attention and MLP."""
 
     def __init__(self, config: Seq2SeqConfig, layer: int, relative: RelativePositions | None) -> None:
         blocks, scale = config.blocks, _scale(config)
@@ -129,7 +130,7 @@ class DecoderBlock(Block):
 
 
 def sides(x_BUD: Tensor, context: PairContext) -> tuple[Tensor, Tensor]:
-    """Sources' and targets' places, (B, S, D) and (B, T, D)."""
+    """Split hidden states into those of sources and of targets, (B, S, D) and (B, T, D)."""
     S = context.num_sources
     source_BSD, target_BTD = x_BUD.split((S, x_BUD.shape[1] - S), dim=1)
     return source_BSD, target_BTD

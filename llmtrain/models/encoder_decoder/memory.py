@@ -1,4 +1,4 @@
-"""Memory of an encoder–decoder on one rank. Free of torch.
+"""Memory of an encoder-decoder on one rank. Free of torch.
 
 Dim names: B rows, S source tokens, T target tokens.
 """
@@ -12,8 +12,8 @@ from llmtrain.nn.memory import Activations, ModelMemory, TransformerToken, vocab
 
 
 class EncoderDecoderMemory(ModelMemory[Seq2SeqConfig]):
-    """Bytes of a micro-batch of an encoder–decoder: what its layers keep of their own side, and the tensor of
-    both sides that goes from one to the next."""
+    """Bytes of a micro-batch: activations that each layer keeps of its own side, and the tensor of both
+    sides that layers pass on."""
 
     def between_layers(self) -> int:
         return self.layout.micro_size * (self.row.tokens + self.row.target) * self.model.hidden_size
@@ -61,8 +61,8 @@ class EncoderDecoderMemory(ModelMemory[Seq2SeqConfig]):
         return Activations(B * kept, B * working)
 
     def _kept_by_norm(self, places: int) -> int:
-        """Of the other side's places: a norm that begins a step keeps the whole of what it takes a side of,
-        unless it takes a copy in fp32."""
+        """Return the bytes kept of the other side: a norm at the beginning of a layer keeps the whole
+        tensor of which it reads a view, unless it takes an fp32 copy."""
         model, residual = self.model, self.numbers.residual
         copies = model.norm == "rmsnorm" and residual == 2 and self.conditions.device == "cpu"
         return places * model.hidden_size * residual if model.norm_first and not copies else 0
@@ -75,7 +75,8 @@ class EncoderDecoderMemory(ModelMemory[Seq2SeqConfig]):
         return S * self._side(S, causal=False).block()
 
     def _decoder_block(self, S: int, T: int) -> int:
-        """With the inputs of cross-attention's query, output and key_value, its norm, and attention."""
+        """Return the bytes of a decoder layer, including the inputs of cross-attention's query, output and
+        key_value, its norm, and attention."""
         model, compute, tensor = self.model, self.numbers.compute, self.layout.tensor
         side, D = self._side(T, causal=True), model.hidden_size
         N = model.num_heads // tensor
@@ -84,13 +85,13 @@ class EncoderDecoderMemory(ModelMemory[Seq2SeqConfig]):
         of_source = compute * (D + 2 * inner)
         pairs = compute * N * T * S
         if model.dropout > 0 and self.conditions.exact_dropout:
-            pairs *= 3  # the softmax, dropout's mask and what it leaves
+            pairs *= 3  # softmax, dropout mask and dropout output
         elif self.conditions.device != "cpu":
             pairs = T * S if self.conditions.document_mask else 0
         return T * (side.block() + of_target) + S * of_source + pairs
 
     def _linear_outputs(self, is_encoder: bool, S: int, T: int) -> int:
-        """What selective recomputation keeps."""
+        """Return the outputs that selective recomputation keeps."""
         side = self._side(S if is_encoder else T, causal=not is_encoder)
         if is_encoder:
             return S * side.linear_outputs()

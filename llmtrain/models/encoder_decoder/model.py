@@ -1,8 +1,8 @@
-"""The encoder–decoder: the Transformer (Vaswani et al., arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
+"""The encoder-decoder: the Transformer (Vaswani et al., arXiv:1706.03762), T5 (arXiv:1910.10683) and BART
 (arXiv:1910.13461) by config.
 
-Dim names: B batch, S source tokens, T target tokens, U = S + T places of both, M targets that count, D hidden
-width, H head width, V vocabulary.
+Dim names: B batch, S source tokens, T target tokens, U = S + T positions of both, M targets that bear a
+loss, D hidden width, H head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions
 
 
 class EncoderDecoder(StagedModel):
-    """Source and target ids → logits of the targets, or → the summed loss. `config.vocab_size` must be
+    """Source and target ids → logits of the targets, or the summed loss. `config.vocab_size` must be
     resolved."""
 
     config: Seq2SeqConfig
@@ -55,12 +55,12 @@ class EncoderDecoder(StagedModel):
 
     @property
     def blocks(self) -> list[Block]:
-        """All layers in order."""
+        """Return all layers in order."""
         return cast(list[Block], [*self.encoder, *self.decoder])
 
     def stages(self) -> list[Stage]:
-        """The steps that forward runs, in order: embeddings of both sides, each layer, head. The encoder's
-        last norm is its last layer's."""
+        """Return the steps of a forward in order: embeddings of both sides, each layer, head. The
+        encoder's final norm is part of its last layer's step."""
         embeddings: dict[str, nn.Module] = {"embedding": self.embedding}
         for name in ("source_positions", "target_positions", "source_norm", "target_norm"):
             if (module := getattr(self, name)) is not None:
@@ -92,22 +92,21 @@ class EncoderDecoder(StagedModel):
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
     ) -> PairContext:
-        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM of
-        cross-entropy in nats, smoothed by config.label_smoothing, 0-d fp32.
+        """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
+        SUM of cross-entropy in nats, smoothed by config.label_smoothing, 0-d fp32.
 
-        tokens_BT: the decoder's input: the target behind its start token.
-        positions_BT, source_positions_BS: place of each token in its text; None counts from 0, or from what
-            the cache holds.
-        documents_BT, source_documents_BS: number of the pair within the row that each token belongs to, −1
-            where no token is; a token sees its pair alone. None: a row is one pair.
-        labels_BT: the token that should follow at each place (already shifted), IGNORE_INDEX where none
-            counts.
-        cache: of `new_cache`, instead of sources; forward adds these tokens to it.
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, (3,) fp32: the loss, the cross-entropy without smoothing, and the number
-            of tokens predicted right.
+        tokens_BT: the decoder's input: the target, preceded by the start token.
+        positions_BT, source_positions_BS: position of each token in its text; None: counted from 0, or from
+            the length of the cache.
+        documents_BT, source_documents_BS: number within the row of each token's pair, −1 at padding; a token
+            sees only its own pair. None: a row is one pair.
+        labels_BT: next token at each position (already shifted), IGNORE_INDEX where no loss is borne.
+        cache: from `new_cache`, instead of sources; forward adds these tokens to it.
+        dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
+        with_metrics: with labels, return sums by name: "loss", "token_loss" without smoothing, and
+            "correct" predictions.
 
-        Raises ValueError for both or neither of sources and a cache.
+        Raise ValueError unless exactly one of sources and cache is given.
         """
         if (sources_BS is None) == (cache is None):
             raise ValueError("give sources, or a cache made of them, and not both")
@@ -150,10 +149,9 @@ class EncoderDecoder(StagedModel):
         sources_BS: Tensor,
         source_documents_BS: Tensor | None = None,
     ) -> SourceCache:
-        """A cache for `max_length` target tokens a row, with what the decoder needs of the sources, which are
-        encoded here, once.
+        """Encode the sources and return a cache for `max_length` target tokens per row.
 
-        source_documents_BS: 0 for tokens, −1 for the padding behind them; None: there is none.
+        source_documents_BS: 0 for tokens, −1 for the padding after them; None: no padding.
         """
         nothing_B0 = sources_BS[:, :0]
         context = PairContext(
@@ -169,12 +167,12 @@ class EncoderDecoder(StagedModel):
         return SourceCache(max_length, keys_values, source_documents_BS)
 
     def initializers(self) -> dict[str, Initializer]:
-        """By `init_std`, or without it so that each layer keeps the scale of what it reads (T5's own, and in
-        square matrices the variance of the Transformer's Glorot initialization).
+        """Return the initialization by `init_std`; if it is null, layers preserve the scale of their inputs
+        (T5's initialization; for square matrices, the variance of the Transformer's Glorot initialization).
 
         | parameter                         | with init_std   | without                                   |
         |-----------------------------------|-----------------|-------------------------------------------|
-        | embedding                         | N(0, std)       | N(0, 1), over what it is scaled by        |
+        | embedding                         | N(0, std)       | N(0, 1), divided by its scale             |
         | positions                         | N(0, std)       | N(0, 1)                                   |
         | biases by distance                | N(0, std)       | N(0, 1/√D)                                |
         | other matrices                    | N(0, std)       | N(0, 1/√inputs)                           |
@@ -254,7 +252,7 @@ class EncoderDecoder(StagedModel):
     def _placed(
         self, x_BTD: Tensor, places_BT: Tensor, learned: nn.Module | None, norm: nn.Module | None
     ) -> Tensor:
-        """Embeddings with their places in them, of one side."""
+        """Add positions to the embeddings of one side."""
         if learned is not None:
             x_BTD = x_BTD + learned(places_BT + self.config.position_offset)
         elif self.config.positions == "sinusoidal":
@@ -287,8 +285,8 @@ class EncoderDecoder(StagedModel):
 
 
 def sinusoids(places_BT: Tensor, width: int) -> Tensor:
-    """sin(place / 10000^(2i/D)) at dim 2i, its cosine at 2i + 1, (B, T, D) fp32 (arXiv:1706.03762, section
-    3.5)."""
+    """Return sin(position / 10000^(2i/D)) at dim 2i and its cosine at 2i + 1, (B, T, D) fp32
+    (arXiv:1706.03762, section 3.5)."""
     exponents = torch.arange(0, width, 2, device=places_BT.device).float() / width
     angles = places_BT[..., None].float() * 10_000.0**-exponents
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]

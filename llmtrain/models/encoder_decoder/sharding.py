@@ -1,4 +1,4 @@
-"""What tensor parallelism divides of an encoder–decoder."""
+"""How tensor parallelism divides an encoder-decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT and its kin: decoders of GPT-2, Llama, Mistral, Qwen, Gemma, OLMo."""
+"""GPT and related decoders: GPT-2, Llama, Mistral, Qwen, Gemma, OLMo."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What describes a GPT, with its arithmetic. Free of torch.
+"""Config of a GPT, with its parameter and FLOP counts. Free of torch.
 
-Counts are exact: tests compare `parameter_count()` with the module on the meta device, for every preset.
+Counts are exact: tests compare `parameter_count()` with the module on the meta device for each preset.
 
 Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, T sequence length.
 """
@@ -24,15 +24,15 @@ class GPTConfig(LayerConfig, OfLayers):
     2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
 
     family: Literal["gpt"] = "gpt"
-    """A decoder."""
+    """Decoder."""
     vocab_size: int | None = None
-    """Rows of the embedding; null takes the corpus' vocabulary."""
+    """Rows of the embedding; null: the corpus' vocabulary."""
     max_sequence_length: int = 1024
-    """Longest sequence, in tokens; the number of learned positions."""
+    """Maximum sequence length, in tokens; the number of learned positions."""
     scale_embedding: bool = False
-    """Embeddings are multiplied by sqrt(hidden_size) (Gemma)."""
+    """Multiply embeddings by sqrt(hidden_size) (Gemma)."""
     logit_softcap: float | None = None
-    """Logits s become cap · tanh(s / cap) (Gemma 2); null: they stay."""
+    """Soft cap of logits: cap · tanh(logits / cap) (Gemma 2); null: none."""
     tie_embeddings: bool = True
     """The head shares the token embedding's weight."""
     init_std: float = 0.02
@@ -40,7 +40,7 @@ class GPTConfig(LayerConfig, OfLayers):
 
     @property
     def blocks(self) -> LayerConfig:
-        """What attention and MLPs are made of, as in the other families: itself."""
+        """Return the config of its layers: itself."""
         return self
 
     def problems(self) -> Iterator[Problem]:
@@ -52,8 +52,9 @@ class GPTConfig(LayerConfig, OfLayers):
         yield from require(cap is None or cap > 0, "logit_softcap", cap, "more than 0, or null")
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
-        """Parameters of each step of a forward - embedding, every block, norm with head - on one of
-        `tensor` processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        """Return the parameters of each step of a forward (embedding, each layer, norm with head) on one
+        of `tensor` ranks, with the vocabulary padded to a multiple of it. A tied head is counted in the
+        first and the last."""
         vocabulary = -(-self._vocab() // tensor) * self.hidden_size
         positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
         return [
@@ -63,14 +64,14 @@ class GPTConfig(LayerConfig, OfLayers):
         ]
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
-        """Elements of the largest single parameter, on one of `tensor` processes."""
+        """Return the elements of the largest single parameter on one of `tensor` ranks."""
         positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
         return max(self.largest_layer_parameter_count(tensor), self.head_matrix_count(tensor), positions)
 
     def flops_per_token(self, row: Row) -> float:
-        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's
-        12 · N · H · S of each layer over the S keys that it sees on average, T/2 for the causal triangle
-        (PaLM, arXiv:2204.02311, appendix B)."""
+        """Return forward and backward FLOPs per token: 6 per weight of a matrix, and attention's 12 · N ·
+        H · S per layer for the S keys that a token sees on average, T/2 in the causal triangle (PaLM,
+        arXiv:2204.02311, appendix B)."""
         sequence_length, attention_width = row.tokens, self.num_heads * self.head_width
         matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
         keys = 0.0

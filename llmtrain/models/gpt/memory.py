@@ -7,7 +7,7 @@ from llmtrain.nn.memory import LayersMemory, vocabulary_head_bytes
 
 
 class GPTMemory(LayersMemory[GPTConfig]):
-    """Causal attention over the tokens that this rank of a sequence group holds."""
+    """Causal attention over this rank's tokens of a sequence-parallel group."""
 
     causal = True
 

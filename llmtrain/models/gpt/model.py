@@ -1,5 +1,5 @@
-"""GPT: one decoder for GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783) and its kin; what
-they differ in is said in `GPTConfig`.
+"""GPT: one decoder for GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783) and related models;
+`GPTConfig` says in what they differ.
 
 Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
 """
@@ -27,7 +27,7 @@ from llmtrain.nn.transformer import (
 
 
 class GPT(StagedModel):
-    """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
+    """Token ids → logits, or the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GPT(StagedModel):
         self._tie()
 
     def stages(self) -> list[Stage]:
-        """The steps that forward runs, in order: embedding, each block, head."""
+        """Return the steps of a forward in order: embedding, each layer, head."""
         embeddings: dict[str, nn.Module] = {"embedding": self.embedding}
         if self.positions is not None:
             embeddings["positions"] = self.positions
@@ -67,19 +67,19 @@ class GPT(StagedModel):
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
     ) -> Context:
-        """What all stages of one forward share. Forward gives logits (B, T, V); with labels the SUM of
-        cross-entropy in nats, 0-d fp32.
+        """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
+        SUM of cross-entropy in nats, 0-d fp32.
 
-        positions_BT: place of each token in its document; None counts from 0, or from what the cache
-            holds.
-        documents_BT: id of the document each token belongs to, a run of one id; a token sees no other
-            document. None: a row is one document.
-        labels_BT: the token that should follow at each place (already shifted), -100 where none counts.
+        positions_BT: position of each token in its document; None: counted from 0, or from the length of the
+            cache.
+        documents_BT: document id of each token, contiguous; a token sees only its own document. None: a row
+            is one document.
+        labels_BT: next token at each position (already shifted), -100 where no loss is borne.
         cache: keys and values of earlier tokens; forward adds these tokens to it.
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        last_only: logits of the last token alone, (B, 1, V).
+        dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
+        last_only: return logits of the last token only, (B, 1, V).
 
-        Raises ValueError when documents and a cache are given together.
+        Raise ValueError if both documents and a cache are given.
         """
         T = tokens_BT.shape[1]
         past = 0 if cache is None else cache.length
@@ -99,11 +99,11 @@ class GPT(StagedModel):
         )
 
     def new_cache(self, max_length: int) -> KVCache:
-        """An empty cache for `max_length` tokens a row."""
+        """Return an empty cache for `max_length` tokens per row."""
         return KVCache(self.config.num_layers, max_length)
 
     def initializers(self) -> dict[str, Initializer]:
-        """GPT-2's initialization (Radford et al. 2019, section 2.3), for both forms.
+        """Return GPT-2's initialization (Radford et al. 2019, section 2.3), for Llama-like models too.
 
         | parameter                              | value                                   |
         |----------------------------------------|-----------------------------------------|
@@ -137,7 +137,7 @@ class GPT(StagedModel):
     def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.embedding(tokens_BT)
         if self.config.scale_embedding:
-            # The factor is a number of the embedding's type, also in bf16.
+            # Round the factor to the embedding's dtype, including bf16.
             x_BTD = x_BTD * torch.tensor(self.config.hidden_size**0.5).to(x_BTD.dtype).item()
         if self.positions is not None:
             x_BTD = x_BTD + self.positions(context.positions)

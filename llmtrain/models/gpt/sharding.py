@@ -1,4 +1,4 @@
-"""What tensor parallelism divides of a GPT."""
+"""How tensor parallelism divides a GPT."""
 
 from __future__ import annotations
 

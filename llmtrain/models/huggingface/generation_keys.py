@@ -1,4 +1,4 @@
-"""Keys of generation_config.json, by what our `generate` makes of them. Free of torch."""
+"""Keys of generation_config.json, by how our `generate` supports them. Free of torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PLAIN: dict[str, Any] = {
     "typical_p": 1.0,
     "watermarking_config": None,
 }
-"""Keys that `generate` has not → the value that changes nothing, as null does."""
+"""Unsupported keys → the value that has no effect, as null has none."""
 OF_NO_EFFECT = (
     "use_cache",
     "return_dict_in_generate",
@@ -59,4 +59,4 @@ OF_NO_EFFECT = (
     "cache_implementation",
     "trust_remote_code",
 )
-"""On what is written."""
+"""Keys that do not affect the generated text."""

@@ -1,5 +1,5 @@
-"""Keys of a config.json that a form did not ask for: refused where they change what transformers computes,
-told to the user where nobody knows what they mean."""
+"""Keys of config.json that a form did not read: refused if they change what transformers computes,
+reported to the user if their meaning is unknown."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ _OF_NO_EFFECT = frozenset(
         "use_mems_train",
         "vision_config",
         "vocab_size",
-        # Told when text is written.
+        # Reported when text is generated.
         *HEEDED,
         *PLAIN,
         *OF_NO_EFFECT,
     )
 )
-"""On what the model computes, or where nobody asked for it: what other keys win over, or what only texts that
-go on from row to row, heads for answers, or images need."""
+"""Keys that do not affect this model: they are overridden by others, or concern only state carried across
+rows, heads for question answering, or images."""
 _ENDINGS = ("_token_id", "dropout", "pdrop", "_dropout_prob", "layerdrop", "dropout_rate")
 _BEGINNINGS = ("summary_", "unsloth_", "transformers.js")
 _CHANGING: dict[str, tuple[Any, ...]] = {
@@ -84,11 +84,11 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "sliding_window": (),
 }
-"""Key → the values besides null that change nothing; in transformers they say something in every model."""
+"""Key → values besides null that have no effect; in transformers these keys affect any model."""
 
 
 class Asked(Mapping[str, Any]):
-    """A config.json's content, and which of its keys somebody asked for."""
+    """Content of config.json that records which keys were read."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content = content
@@ -103,7 +103,7 @@ class Asked(Mapping[str, Any]):
         return key in self._content
 
     def unasked(self) -> dict[str, Any]:
-        """What nobody asked for."""
+        """Return the content that was not read."""
         return {key: value for key, value in self._content.items() if key not in self._asked}
 
     def __iter__(self) -> Iterator[str]:
@@ -114,10 +114,10 @@ class Asked(Mapping[str, Any]):
 
 
 def unknown_keys(form: Form, theirs: Settings) -> tuple[str, ...]:
-    """Those of `theirs`, whose content is an Asked, that nobody asked for and that are not known to be of no
-    effect, but for null, false and what is empty. To be called when all was asked for.
+    """Return the keys of `theirs`, whose content is an Asked, that were not read and may have an effect. Skip
+    values that are null, false or empty. Call it after all keys were read.
 
-    Raises CheckpointError for those that are known to have one.
+    Raise CheckpointError for keys that are known to have an effect.
     """
     assert isinstance(theirs.content, Asked)
     unasked = theirs.content.unasked()

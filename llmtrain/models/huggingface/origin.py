@@ -1,7 +1,7 @@
-"""The settings of a folder that a model came from, for one that it goes out to.
+"""The settings of the folder that a model was imported from, kept for exports.
 
-What our config has no place for - summaries, memories, dropout of single parts - is kept as it was; what
-training changed is said anew.
+Settings that our config cannot express (summaries, memories, dropout of single parts) are kept; those that
+training changed are rewritten.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from llmtrain.config import decode, encode
 from llmtrain.models.huggingface.form import Form
 
 _NEW = ("architectures", "dtype", "tie_word_embeddings")
-"""Keys that are always said anew: what they mean are the tensors of the new folder."""
+"""Keys that are always rewritten, since they describe the tensors of the new folder."""
 _TOKENIZERS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys that are the tokenizer's where they are not said."""
+"""Keys that are taken from the tokenizer if they are missing."""
 _OUT = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path")
-"""Keys that would not be true of it."""
+"""Keys that would be wrong for the new folder."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a folder said, and the model of ours that was read from it."""
+    """The settings of a folder, and the model that was read from it."""
 
     settings: Mapping[str, Any]
-    """config.json as it was; empty where there was none."""
+    """config.json of the folder; empty if there was none."""
     model: Mapping[str, Any]
-    """Encoded."""
+    """Our model config, encoded."""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """generation_config.json as it was."""
+    """generation_config.json of the folder."""
 
     @staticmethod
     def of(settings: Mapping[str, Any], config: Any, generation: Mapping[str, Any]) -> Origin:
         return Origin(settings, encode(config), generation)
 
     def settings_of(self, form: Form, config: Any, write: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """config.json of a model that came from there. write: our config → config.json without an origin."""
+        """Return config.json for an export. write: our config → config.json without an origin."""
         now = write(config)
         if self.settings.get("model_type") != form.model_type or self.model.get("family") != config.family:
             return now

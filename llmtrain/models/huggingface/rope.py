@@ -1,5 +1,4 @@
-"""Rotary positions in config.json, read by transformers' own rules: which wins of keys that say one thing
-twice, and what stands in for those that are missing."""
+"""Rotary positions in config.json, read by transformers' rules of precedence and defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from llmtrain.nn.rotary import yarn_attention_factor
 
 _KINDS = {kind: kind for kind in ("linear", "dynamic", "yarn", "llama3", "longrope")}
 _OF_ORIGINAL = ("yarn", "llama3", "longrope")
-"""Kinds that say what the original context was; a dynamic one has it in max_position_embeddings."""
+"""Kinds with a key for the original context; `dynamic` has it in max_position_embeddings."""
 
 
 def read_rope(
@@ -26,12 +25,11 @@ def read_rope(
     kinds: Mapping[str, str] = MappingProxyType(_KINDS),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Our keys. theta, longest: rope_theta and max_position_embeddings where they are not said.
-    original: original_max_position_embeddings, of architectures that have it beside the section.
-    kinds: those that the architecture has besides the plain one, by their names there.
-    partial: it can turn a part of a head's dims.
-    """
-    # Releases before transformers 5 wrote rope_scaling, with rope_theta beside it. Where both are, it wins.
+    """Return our keys. theta, longest: defaults of rope_theta and max_position_embeddings.
+    original: original_max_position_embeddings, in architectures that have it beside the section.
+    kinds: scaling kinds of the architecture besides the plain one, by its names.
+    partial: whether it can rotate a part of a head's dims."""
+    # Before transformers 5, rope_scaling with rope_theta beside it; it takes precedence if both exist.
     scaled = theirs.section("rope_scaling")
     rope = scaled if scaled.content else theirs.section("rope_parameters")
     for key, value in rope.content.items():
@@ -43,14 +41,14 @@ def read_rope(
     kind = _kind(rope, kinds)
     longest = theirs.whole("max_position_embeddings", longest)
     if kind in _OF_ORIGINAL:
-        # Beside the section, it wins too.
+        # The key beside the section takes precedence too.
         key = "original_max_position_embeddings"
         original = theirs.whole(key, rope.whole(key, longest) if original is None else original)
     else:
         original = longest
     scaling = None if kind == "default" else _read_scaling(kind, rope, longest, original)
     if kind in ("dynamic", "yarn"):
-        # What stretching is for; in many folders the key stays that of the original context.
+        # The intended context; in many folders the key still has the original context.
         stretched = original * rope.number("factor", 1.0)
         if stretched > LARGEST_INT:
             raise rope.refusal("factor", "so much that positions are whole numbers below 2^63")
@@ -64,7 +62,7 @@ def read_rope(
 
 
 def kind_key(rope: Settings) -> str:
-    """Name the key that holds the kind of scaling: `rope_type`, or `type` in older folders."""
+    """Return the key of the kind of scaling: `rope_type`, or `type` in older folders."""
     return "rope_type" if "rope_type" in rope.content else "type"
 
 
@@ -105,7 +103,7 @@ def _read_scaling(kind: str, rope: Settings, longest: int, original: int) -> dic
         scaling |= {
             "beta_slow": rope.number("beta_slow", 1.0) or 1.0,
             "beta_fast": rope.number("beta_fast", 32.0) or 32.0,
-            # transformers takes null for false here.
+            # transformers reads null as false here.
             "truncate": rope.flag("truncate", rope.content.get("truncate", True) is not None),
             "attention_factor": _yarn_attention_factor(rope, scaling["factor"]),
         }
@@ -128,7 +126,7 @@ def _optional(rope: Settings, key: str) -> float | None:
 
 
 def write_rope(config: GPTConfig) -> dict[str, Any]:
-    """Their keys."""
+    """Return their keys."""
     rope: dict[str, Any] = {"rope_type": "default"}
     beside: dict[str, Any] = {}
     longest = config.max_sequence_length
@@ -157,7 +155,7 @@ def write_rope(config: GPTConfig) -> dict[str, Any]:
     return {
         "max_position_embeddings": longest,
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
-        # What releases before transformers 5 read.
+        # Read by releases before transformers 5.
         "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None,
         **beside,

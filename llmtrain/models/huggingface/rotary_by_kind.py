@@ -1,4 +1,4 @@
-"""Rotary positions of layers with a window and of those without, each their own: Gemma 3, OLMo 3."""
+"""Different rotary positions for layers with and without a window: Gemma 3, OLMo 3."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llmtrain.models.huggingface.windows import FULL, SLIDING
 def read_rope_by_kind(
     theirs: Settings, windows: Mapping[str, Any], *, theta: float, local_theta: float, longest: int
 ) -> dict[str, Any]:
-    """Our keys. windows: as read_windows gave them; theta, local_theta, longest: bases and
-    max_position_embeddings where they are not said."""
+    """Return our keys. windows: result of read_windows; theta, local_theta, longest: defaults of the bases
+    and of max_position_embeddings."""
     both = theirs.section("rope_parameters")
     for key in both.content.keys() - {FULL, SLIDING}:
         raise both.refusal(key, f"{FULL} and {SLIDING}")
-    # Folders before transformers 5 have rope_scaling for layers without a window.
+    # Before transformers 5, rope_scaling applies to layers without a window.
     scaling = theirs.section("rope_scaling")
     if not both.section(FULL).content and kind_key(scaling) == "type":
         scaling.require("type", "default", remedy="releases of transformers differ on it: say rope_type")
@@ -30,7 +30,7 @@ def read_rope_by_kind(
         local.require(kind_key(local), "default")
         local.require("partial_rotary_factor", 1)
     local_theta = local.number("rope_theta", theirs.number("rope_local_base_freq", local_theta))
-    # Where layers differ, what the original context was is said in their sections alone.
+    # If layers differ, only their sections say what the original context was.
     merged = theirs.with_keys(rope_parameters=full, rope_scaling=None, original_max_position_embeddings=None)
     rope = read_rope(merged, theta=theta, longest=longest)
     differs = local_theta != rope["rope_theta"] or rope["rope_scaling"] is not None

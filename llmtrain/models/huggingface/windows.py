@@ -12,14 +12,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read_window(theirs: Settings, default: int | None) -> int | None:
-    """Tokens of a window; null says none, other than a key that is missing."""
+    """Return the window in tokens. A null means none; a missing key means the default."""
     if theirs.content.get("sliding_window", default) is None:
         return None
     return theirs.whole("sliding_window", default)
 
 
 def read_windows(theirs: Settings, window: int | None, implied: Sequence[str]) -> dict[str, Any]:
-    """Our keys. window: of the layers that have one; implied: what layer_types says where it is missing."""
+    """Return our keys. window: of the layers that have one; implied: default of layer_types."""
     layers = theirs.layers()
     kinds = implied if theirs.content.get("layer_types") is None else theirs.content["layer_types"]
     is_list = isinstance(kinds, Sequence) and len(kinds) == layers
@@ -34,7 +34,7 @@ def read_windows(theirs: Settings, window: int | None, implied: Sequence[str]) -
 
 
 def every(layers: int, period: int) -> list[str]:
-    """A window in all layers but each `period`-th."""
+    """Return layer types with a window in all layers but each `period`-th."""
     return [FULL if period > 0 and (layer + 1) % period == 0 else SLIDING for layer in range(layers)]
 
 

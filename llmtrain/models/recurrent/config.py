@@ -1,4 +1,4 @@
-"""What describes an LSTM language model, with its arithmetic. Free of torch."""
+"""Config of an LSTM language model, with its parameter and FLOP counts. Free of torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class LSTMConfig(OfVocabulary):
     """An LSTM language model (Zaremba et al., arXiv:1409.2329)."""
 
     family: Literal["lstm"] = "lstm"
-    """A recurrent language model."""
+    """Recurrent language model."""
     vocab_size: int | None = None
-    """Rows of the embedding; null takes the corpus' vocabulary."""
+    """Rows of the embedding; null: the corpus' vocabulary."""
     hidden_size: int = 256
     num_layers: int = 2
     tie_embeddings: bool = True
@@ -30,7 +30,7 @@ class LSTMConfig(OfVocabulary):
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
-        """Return all parameters as one step, a tied head counted once. Needs vocab_size."""
+        """Return all parameters as one step, with a tied head counted once. Needs vocab_size."""
         V, D = self._vocab(), self.hidden_size
         return [V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)]
 
@@ -38,5 +38,5 @@ class LSTMConfig(OfVocabulary):
         return max(self._vocab(), 4 * self.hidden_size) * self.hidden_size
 
     def flops_per_token(self, row: Row) -> float:
-        """Forward and backward FLOPs of one token; does not depend on the sequence length."""
+        """Return forward and backward FLOPs per token, which do not depend on the sequence length."""
         return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self._vocab() * self.hidden_size)

@@ -7,7 +7,7 @@ from llmtrain.nn.memory import Activations, ModelMemory, vocabulary_head_bytes
 
 
 class LSTMMemory(ModelMemory[LSTMConfig]):
-    """Inputs of each layer, and oneDNN's workspace (measured: 61 bytes a unit in fp32, 43 in bf16)."""
+    """Inputs of each layer, and oneDNN's workspace (measured: 61 bytes per unit in fp32, 43 in bf16)."""
 
     def activations(self, steps: range) -> Activations:
         in_fp32 = self.numbers.residual == 4 and not self.conditions.has_bf16

@@ -15,8 +15,8 @@ from llmtrain.nn.initialize import Initializer, Uniform
 
 
 class LSTM(nn.LSTM):
-    """`nn.LSTM` of rows; in fp32 where autocast asks for a low precision that this CPU has no kernel for, at
-    which torch would stop."""
+    """`nn.LSTM` over rows. Computes in fp32 if autocast requests a low precision that this CPU has no
+    kernel for, where torch would fail."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, batch_first=True)
@@ -31,28 +31,28 @@ class LSTM(nn.LSTM):
 
 
 def has_low_precision_kernel() -> bool:
-    """Whether this CPU runs an LSTM in bf16; plan/machine.py tells it without torch."""
+    """Return whether this CPU can run an LSTM in bf16; plan/machine.py determines it without torch."""
     name = "_is_mkldnn_bf16_supported"
     return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
 
 
 class LSTMCache:
-    """The hidden and cell state after the tokens seen so far, for generation."""
+    """Hidden and cell states after the tokens seen so far, for generation."""
 
     def __init__(self) -> None:
         self.length = 0
         self.states: list[tuple[Tensor, Tensor]] = []
-        """h and c of each layer, (1, B, D) each; none before the first token."""
+        """(h, c) of each layer, (1, B, D) each; empty before the first token."""
 
     def select(self, rows_R: Tensor) -> None:
-        """Hold these rows alone from now on, in this order; one may come several times."""
+        """Keep only these rows, in this order; a row may occur several times."""
         self.states = [(h[:, rows_R], c[:, rows_R]) for h, c in self.states]
 
     reorder = select
 
 
 class LSTMLanguageModel(TiedHeadModel):
-    """Token ids → logits, or → the summed loss. `config.vocab_size` must be resolved."""
+    """Token ids → logits, or the summed loss. `config.vocab_size` must be resolved."""
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
@@ -80,12 +80,12 @@ class LSTMLanguageModel(TiedHeadModel):
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V); with labels the SUM of cross-entropy in nats, 0-d fp32.
+        """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32.
 
-        positions_BT and documents_BT are taken for the decoders' sake and not used: the state flows
-        over document boundaries, which the end-of-text token marks. Dropout is of what flows from layer to
-        layer, never from token to token, by masks made from dropout_keys_B; None: from torch's generator.
-        last_only: logits of the last token alone, (B, 1, V).
+        positions_BT and documents_BT are accepted as by decoders, but ignored: the state flows over document
+        boundaries, which the end-of-text token marks. Dropout applies between layers, never between tokens;
+        masks are generated from dropout_keys_B; None: by torch's generator.
+        last_only: return logits of the last token only, (B, 1, V).
         """
         before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
         after = []
@@ -100,11 +100,13 @@ class LSTMLanguageModel(TiedHeadModel):
         return self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
 
     def new_cache(self, max_length: int) -> LSTMCache:
-        """An empty state; it takes the same room at any length."""
+        """Return an empty state, whose size does not depend on the length."""
         return LSTMCache()
 
     def initializers(self) -> dict[str, Initializer]:
-        """| parameter                         | value                  |
+        """Return the initialization.
+
+        | parameter                         | value                  |
         |-----------------------------------|------------------------|
         | embedding, head (if untied), LSTM | uniform ±1/sqrt(D)     |
         """

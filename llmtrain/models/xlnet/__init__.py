@@ -23,7 +23,7 @@ def _build(config: XLNetConfig) -> nn.Module:
 
 
 def _filling(config: XLNetConfig, tokenizer: Tokenizer) -> Filling:
-    """XLNet's own tokenizer puts <sep> and <cls> behind every text."""
+    """Put <sep> and <cls> after the prompt, as XLNet's tokenizer does."""
     own = tokenizer.special_ids
     is_own = {"sep", "cls"} <= own.keys()
     return Filling(None, [], [own["sep"], own["cls"]] if is_own else [tokenizer.eos_id])

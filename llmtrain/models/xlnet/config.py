@@ -1,4 +1,4 @@
-"""What describes an XLNet, with its arithmetic. Free of torch.
+"""Config of an XLNet, with its parameter and FLOP counts. Free of torch.
 
 Dim names: V vocabulary, D hidden_size, L num_layers, N num_heads, T sequence length.
 """
@@ -18,21 +18,21 @@ from llmtrain.nn.model_config import Row
 
 @dataclass(frozen=True)
 class XLNetConfig(OfLayers):
-    """A two-stream encoder with relative positions (arXiv:1906.08237); without the recurrence over segments
-    of a text (Transformer-XL, arXiv:1901.02860), whose relative positions it has."""
+    """A two-stream encoder with the relative positions of Transformer-XL (arXiv:1906.08237, 1901.02860),
+    but without its recurrence over segments."""
 
     family: Literal["xlnet"] = "xlnet"
-    """An encoder of two streams."""
+    """Two-stream encoder."""
     vocab_size: int | None = None
-    """Rows of the embedding; null takes the corpus' vocabulary."""
+    """Rows of the embedding; null: the corpus' vocabulary."""
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
     mlp_hidden_size: int | None = None
     """Width of the MLP; null: 4 · hidden_size."""
     has_segments: bool = True
-    """Each head tells tokens of its own segment from others, where rows hold several texts. Training here is
-    on single texts, and teaches nothing of it."""
+    """Learned scores that distinguish tokens of the same text of a row from those of others. Training here
+    uses single texts and does not train them."""
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
     norm_eps: float = 1e-12
     tie_embeddings: bool = True
@@ -42,7 +42,7 @@ class XLNetConfig(OfLayers):
 
     @cached_property
     def blocks(self) -> LayerConfig:
-        """What its MLPs are made of."""
+        """Return the config of its MLPs."""
         return LayerConfig(
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
@@ -61,22 +61,23 @@ class XLNetConfig(OfLayers):
         )
 
     def layer_matrix_count(self, tensor: int = 1) -> int:
-        """Weights of one block's matrices, on one of `tensor` processes that divide them: query, key, value,
-        position, output, up and down."""
+        """Return the weights of one layer's matrices (query, key, value, position, output, up, down) on
+        one of `tensor` ranks that divide them."""
         D = self.hidden_size
         return (5 * D * D + 2 * D * self.mlp_width) // tensor
 
     def layer_parameter_count(self, tensor: int = 1) -> int:
-        """Parameters of one block, on one of `tensor` processes that divide its matrices: numbers of each
-        head and the biases of what is divided by outputs are divided too."""
+        """Return the parameters of one layer on one of `tensor` ranks that divide its matrices. Parameters
+        of each head, and biases of matrices divided by outputs, are divided too."""
         D = self.hidden_size
         of_heads = (5 if self.has_segments else 2) * D
         divided = self.layer_matrix_count() + of_heads + self.mlp_width
         return divided // tensor + D + 4 * D
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
-        """Parameters of each step of a forward - embeddings, every block, head - on one of `tensor`
-        processes, the vocabulary padded to divide. A tied head is in the first and the last."""
+        """Return the parameters of each step of a forward (embeddings, each layer, head) on one of
+        `tensor` ranks, with the vocabulary padded to a multiple of it. A tied head is counted in the first
+        and the last."""
         vocabulary = -(-self._vocab() // tensor)
         return [
             (vocabulary + 1) * self.hidden_size,
@@ -85,15 +86,15 @@ class XLNetConfig(OfLayers):
         ]
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
-        """Elements of the largest single parameter, on one of `tensor` processes."""
+        """Return the elements of the largest single parameter on one of `tensor` ranks."""
         D = self.hidden_size
         return max(2 * D * D // tensor, D * self.mlp_width // tensor, self.head_matrix_count(tensor))
 
     def flops_per_token(self, row: Row) -> float:
-        """Forward and backward FLOPs of one token: 6 per weight of a matrix product, and attention's, whose
-        scores are of contents and of positions, 18 · L · D · T. The query stream adds one place in
-        predict_every, without keys and values; the head is of these alone. The projection of positions, one
-        for all rows of a batch, is left out."""
+        """Return forward and backward FLOPs per token: 6 per weight of a matrix, and attention's 18 · L ·
+        D · T for scores of contents and of positions. The query stream adds one position in predict_every,
+        without keys and values; only these reach the head. The projection of distances, one for all rows
+        of a batch, is not counted."""
         D, T = self.hidden_size, row.tokens
         share = row.predicted / T
         per_place = 2 * D * D + 2 * D * self.mlp_width  # query, output, up and down

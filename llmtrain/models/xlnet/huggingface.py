@@ -38,7 +38,7 @@ def _entries(config: XLNetConfig) -> list[Entry]:
     N, H, D = config.num_heads, config.head_width, config.hidden_size
 
     def theirs_of(rows: Tensor) -> Tensor:
-        """(N, H, D) → (D, N, H), as all their projections stand."""
+        """Return (N, H, D) as (D, N, H), the layout of all their projections."""
         return rows.permute(2, 0, 1)
 
     def projection(ours: str, theirs: str) -> Entry:
@@ -90,8 +90,8 @@ def _entries(config: XLNetConfig) -> list[Entry]:
 
 
 def _segments(config: XLNetConfig, mine: str, other: str) -> list[Entry]:
-    """The biases of contents and of segments. Theirs always has those of segments, which are 0 where ours
-    has none: they then add nothing."""
+    """Map the biases of contents and of segments. Theirs always has those of segments, so write zeros,
+    which add nothing, if ours has none."""
     N, H = config.num_heads, config.head_width
     content, bias, segments = f"{other}.r_w_bias", f"{other}.r_s_bias", f"{other}.seg_embed"
     if not config.has_segments:
@@ -130,7 +130,7 @@ def _write_config(config: XLNetConfig) -> dict[str, Any]:
         "mem_len": None,
         "reuse_len": None,
     }
-    # No key of theirs: it tells an import that their zeros stand for nothing.
+    # A key of our own: an import then knows that these zeros mean no segments.
     return written if config.has_segments else written | {"has_segments": False}
 
 
@@ -158,8 +158,8 @@ def _read_config(theirs: Settings) -> dict[str, Any]:
 
 
 def _names(names: Collection[str], config: XLNetConfig) -> Names:
-    """Names of a bare model, which lacks `transformer.`, get it; a tied head's copy goes, and heads of other
-    tasks are left out."""
+    """Add `transformer.` to names of a model without head; drop a tied head's copy; leave out heads of
+    other tasks."""
     is_bare = not any(name.startswith(_PREFIX) for name in names)
     left_out = [name for name in names if name.startswith(_HEADS_OF_TASKS)]
     used = {

@@ -1,6 +1,6 @@
 """Memory of an XLNet on one rank. Free of torch.
 
-Dim names: B rows, T tokens, M tokens that are predicted, Q = T + M hidden states of a row between layers.
+Dim names: B rows, T tokens, M predicted tokens, Q = T + M hidden states of a row between layers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from llmtrain.nn.memory import Activations, LayersMemory, vocabulary_head_bytes
 
 
 class XLNetMemory(LayersMemory[XLNetConfig]):
-    """Bytes of a micro-batch, row by row: Q = T + M hidden states between blocks, T of them keys.
+    """Bytes of a micro-batch: Q = T + M hidden states per row between layers, T of them keys.
 
-    What each matrix product takes is kept, of scores the softmax alone, and what the blocks share once."""
+    Kept are the inputs of each matrix product, the softmax of the scores, and, once, what the layers
+    share.
+    """
 
     @property
     def hidden_states(self) -> int:
-        """Q = T + M: of a row's tokens, and of those that are predicted."""
+        """Return Q = T + M hidden states of a row."""
         return self.row.tokens + int(self.row.predicted)
 
     def between_layers(self) -> int:
@@ -49,7 +51,8 @@ class XLNetMemory(LayersMemory[XLNetConfig]):
             kept += recomputed * (0 if away else B * Q * D * residual)
             kept += recomputed * (self._linear_outputs() if mode == "selective" else 0)
         if plain or recomputed:
-            # Of each query and key the distance, what is not seen, other segments; sines of distances.
+            # For each query and key the distance, the mask and whether segments differ; sinusoids of
+            # distances.
             kept += B * Q * T * (8 + 1 + int(model.has_segments)) + (2 * T - 1) * D * 4
         if 0 in steps:
             kept += 8 * B * Q + (B * Q * D * residual if model.dropout > 0 else 0)
@@ -69,18 +72,18 @@ class XLNetMemory(LayersMemory[XLNetConfig]):
         )
         softmax = compute if self.conditions.device == "cpu" else residual
         of_place = 2 * (D * residual + 8)  # the norms' inputs
-        # Inputs of query, output, up and down, and of the activation; queries with two biases, or three.
+        # Inputs of query, output, up and down, and of the activation; queries with two or three biases.
         of_place += compute * (2 * D + A + 2 * F + 2 * A)
         of_place += N * T * softmax
         if model.has_segments:
             of_place += compute * (A + N + T)
         if model.dropout > 0:
-            of_place += 2 * D * residual + 2 * N * T * compute  # masks, and weights that are left
-        of_key = compute * (D + 2 * A)  # the tokens' hidden states alone, keys and values
+            of_place += 2 * D * residual + 2 * N * T * compute  # masks, and dropout outputs
+        of_key = compute * (D + 2 * A)  # only tokens' hidden states, keys and values
         return Q * of_place + T * of_key
 
     def _distances(self) -> int:
-        """Their keys, which all rows share."""
+        """Return the bytes of the distances' keys, which all rows share."""
         return (
             (2 * self.layout.sequence_length - 1)
             * self.model.hidden_size
@@ -89,7 +92,7 @@ class XLNetMemory(LayersMemory[XLNetConfig]):
         )
 
     def _linear_outputs(self) -> int:
-        """What selective recomputation keeps."""
+        """Return the outputs that selective recomputation keeps."""
         model, tensor, T = self.model, self.layout.tensor, self.layout.sequence_length
         D, A, Q = model.hidden_size, model.hidden_size // tensor, self.hidden_states
         of_rows = Q * (A + model.mlp_width // tensor + 2 * D) + 2 * T * A

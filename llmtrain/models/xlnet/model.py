@@ -1,11 +1,11 @@
 """XLNet (Yang et al., arXiv:1906.08237): two-stream attention over a factorization order, with the relative
-positions of Transformer-XL (arXiv:1901.02860). It has no memory of the segment before: a row is all there is.
+positions of Transformer-XL (arXiv:1901.02860) but without its memory of previous segments.
 
-The content stream has a hidden state of each token, the query stream one of each place that is predicted,
-which knows the place and not the token. Both stand behind one another in x_BQD, and share all weights.
+The content stream has a hidden state for each token, the query stream one for each predicted position, which
+knows the position but not the token. They are concatenated in x_BQD and share all weights.
 
-Dim names: B batch, T tokens of a row, M places that are predicted, Q = T + M hidden states, D hidden width,
-N heads, H head width, P = 2T − 1 distances of two tokens, V vocabulary.
+Dim names: B batch, T tokens of a row, M predicted positions, Q = T + M hidden states, D hidden width, N
+heads, H head width, P = 2T − 1 distances of two tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,33 +30,34 @@ from llmtrain.nn.transformer import MLP, Context, PerHead
 
 @dataclass(frozen=True, kw_only=True)
 class XLNetContext(Context):
-    """What all stages of one forward share."""
+    """Arguments shared by all stages of a forward."""
 
     distances: Tensor
-    """Sines and cosines of the distances T − 1 down to 1 − T, (P, D) fp32."""
+    """Sinusoids of the distances T − 1 down to 1 − T, (P, D) fp32."""
     distance_ids: Tensor
-    """Row of `distances` of each query and key, (B or 1, 1, Q, T)."""
+    """Row of `distances` for each query and key, (B or 1, 1, Q, T)."""
     targets: Tensor | None = None
-    """Places that the query stream predicts, (B, M); None: there is no query stream."""
+    """Positions that the query stream predicts, (B, M); None: no query stream."""
     hidden: Tensor | None = None
     """(B, 1, Q, T), True where a query does not see a key; None: all are seen."""
     sees_nothing: Tensor | None = None
-    """(B, Q, 1), True where a query sees no key at all; None: each sees some."""
+    """(B, Q, 1), True where a query sees no key; None: each sees some."""
     is_other_segment: Tensor | None = None
-    """(B, 1, Q, T), True where query and key are of different segments; None: segments are not told."""
+    """(B, 1, Q, T), True where query and key are of different segments; None: no segments."""
     with_metrics: bool = False
 
     @property
     def num_places(self) -> int:
-        """Q."""
+        """Return Q."""
         return self.distance_ids.shape[2]
 
 
 class RelativeAttention(nn.Module):
     """Attention of both streams to the content stream (arXiv:1906.08237, section 2.3 and appendix A.2).
 
-    A score is (q + u)·k + (q + w)·r, k a token's key and r its distance's (arXiv:1901.02860, section 3.3),
-    and with segments besides (q + b)·s of s same or s different (arXiv:1906.08237, section 2.5).
+    A score is (q + u)·k + (q + w)·r, where k is a token's key and r that of its distance
+    (arXiv:1901.02860, section 3.3); segments add (q + b)·s, with one s for the same segment and one for
+    others (arXiv:1906.08237, section 2.5).
     """
 
     def __init__(self, config: XLNetConfig, layer: int) -> None:
@@ -66,17 +67,17 @@ class RelativeAttention(nn.Module):
         self.num_heads, self.head_dim = N, H
         self.dropout = config.dropout
         self.first_head = 0
-        """Number in the whole layer of the first head held here."""
+        """Index in the whole layer of the first head held here."""
         self.query = Linear(D, N * H, bias=False)
         self.key_value = Linear(D, N * 2 * H, bias=False)
-        """Rows stand by head: its key, its value."""
+        """Rows are ordered by head: its key, then its value."""
         self.position = Linear(D, N * H, bias=False)
         self.output = Linear(N * H, D, bias=False)
         self.content_bias = PerHead(N, H)
         self.position_bias = PerHead(N, H)
         self.segment_bias = PerHead(N, H) if config.has_segments else None
         self.segments = PerHead(N, 2 * H) if config.has_segments else None
-        """Of each head, for keys of the query's segment and for others."""
+        """s of each head, for keys of the query's segment and for others."""
 
     def forward(self, x_BQD: Tensor, context: XLNetContext) -> Tensor:
         T = context.distance_ids.shape[-1]
@@ -94,12 +95,12 @@ class RelativeAttention(nn.Module):
         ):
             s_N2H = self.segments().unflatten(1, (2, -1))
             of_segments_BNQ2 = einsum("bqnh,nsh->bnqs", self._with(self.segment_bias, q_BQNH), s_N2H)
-            # Against those of the query's own segment: a softmax knows no more.
+            # Only the difference matters, since a softmax ignores terms common to all keys.
             more_BNQ1 = of_segments_BNQ2.diff(dim=-1)
             is_other_B1QT = context.is_other_segment.to(more_BNQ1.dtype)
             scores_BNQT = scores_BNQT + is_other_B1QT * more_BNQ1
         if context.hidden is not None:
-            # Not infinite: where a query sees nothing, the softmax would be no number.
+            # Not −∞: the softmax of a query that sees nothing would be NaN.
             scores_BNQT = scores_BNQT.masked_fill(context.hidden, torch.finfo(scores_BNQT.dtype).min)
         probs_BNQT = scores_BNQT.softmax(-1).to(v_BTNH.dtype)
         if self.training and self.dropout > 0.0:
@@ -110,11 +111,11 @@ class RelativeAttention(nn.Module):
         return self.output(y_BQD)
 
     def _by_head(self, x: Tensor, vectors: int = 1) -> Tensor:
-        """(…, D) → (…, N, vectors · H), of the heads that are here."""
+        """Reshape (…, D) to (…, N, vectors · H), for the heads held here."""
         return x.unflatten(-1, (-1, vectors * self.head_dim))
 
     def _with(self, bias: PerHead, q_BQNH: Tensor) -> Tensor:
-        """Scaled queries with a bias, which is scaled here: (B, Q, N, H)."""
+        """Return scaled queries plus the scaled bias, (B, Q, N, H)."""
         return q_BQNH + bias() * self.head_dim**-0.5
 
     def _dropped(self, probs_BNQT: Tensor, keys_B: Tensor | None) -> Tensor:
@@ -126,8 +127,8 @@ class RelativeAttention(nn.Module):
 
 
 class _AtDistances(torch.autograd.Function):
-    """(B, N, Q, P), (B or 1, 1, Q, T) → (B, N, Q, T): `gather` that does not keep its input, of which a row
-    gives no number twice."""
+    """(B, N, Q, P), (B or 1, 1, Q, T) → (B, N, Q, T): a `gather` that does not keep its input; indices of
+    a row must be distinct."""
 
     @staticmethod
     def forward(ctx: Any, of_distances_BNQP: Tensor, ids_B1QT: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class _AtDistances(torch.autograd.Function):
 
 
 class XLNetBlock(nn.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x)), of both streams alike: post-norm."""
+    """norm(x + attention(x)), then norm(x + mlp(x)), for both streams: post-norm."""
 
     def __init__(self, config: XLNetConfig, layer: int) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class XLNetBlock(nn.Module):
 
 
 class XLNet(StagedModel):
-    """Token ids and a factorization order → logits of the places that are predicted, or → the summed loss.
+    """Token ids and a factorization order → logits of the predicted positions, or the summed loss.
     `config.vocab_size` must be resolved."""
 
     def __init__(self, config: XLNetConfig) -> None:
@@ -175,7 +176,7 @@ class XLNet(StagedModel):
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.target_embedding = nn.Embedding(1, D)
-        """What the query stream begins with at every place."""
+        """Initial hidden state of the query stream at each position."""
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.blocks = nn.ModuleList(XLNetBlock(config, layer) for layer in range(config.num_layers))
         self.head_dropout = Dropout(config.dropout, config.num_layers, HIDDEN)
@@ -183,7 +184,7 @@ class XLNet(StagedModel):
         self._tie()
 
     def stages(self) -> list[Stage]:
-        """The steps that forward runs, in order: embeddings, each block, head."""
+        """Return the steps of a forward in order: embeddings, each layer, head."""
         return [
             Stage({"embedding": self.embedding, "target_embedding": self.target_embedding}, self._embed),
             *(Stage({f"blocks.{i}": block}, block) for i, block in enumerate(self.blocks)),
@@ -202,23 +203,22 @@ class XLNet(StagedModel):
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
     ) -> XLNetContext:
-        """What all stages of one forward share. Forward gives logits (B, M, V) of the query stream, or
-        without targets (B, T, V) of the content stream; with labels the SUM over predicted places of their
-        cross-entropy in nats, 0-d fp32.
+        """Return the arguments shared by all stages. Forward then returns logits (B, M, V) of the query
+        stream, or (B, T, V) of the content stream if there are no targets; with labels, the SUM of
+        cross-entropy over predicted positions in nats, 0-d fp32.
 
-        order_BT: each token's place in the factorization order, not negative; tokens may share one. A token
-            of the content stream sees itself and all of its order or less, a place of the query stream
-            those of less. None: targets come last, all at once, and without targets each sees all.
-        targets_BM: the places that the query stream predicts; where it sees no token it knows nothing.
-        documents_BT: id of the document each token belongs to; nothing sees another's. Padding is a document
-            of its own. None: a row is one document.
-        segments_BT: id of the text that each token belongs to, for a config with segments; None: scores have
-            no term of segments.
-        labels_BM: the token at each target, IGNORE_INDEX where it is not asked.
-        dropout_keys_B: what dropout's masks are made from; None: torch's generator.
-        with_metrics: with labels, (2,) fp32: the loss, and how many were predicted right.
+        order_BT: rank of each token in the factorization order, not negative; tokens may share one. A token
+            of the content stream sees itself and all tokens of its rank or less, a position of the query
+            stream those of less. None: targets come last, all at once; without targets each token sees all.
+        targets_BM: positions that the query stream predicts; one that sees no token has no context.
+        documents_BT: document id of each token; a query sees only its own document. Padding is a document of
+            its own. None: a row is one document.
+        segments_BT: text id of each token, for a config with segments; None: no segment scores.
+        labels_BM: token at each target, IGNORE_INDEX where no loss is borne.
+        dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
+        with_metrics: with labels, return the loss and the number of correct predictions by name.
 
-        Raises ValueError for labels without targets, and for segments that the config has not.
+        Raise ValueError for labels without targets, or for segments if the config has none.
         """
         if labels_BM is not None and targets_BM is None:
             raise ValueError("labels_BM are of targets_BM")
@@ -245,7 +245,8 @@ class XLNet(StagedModel):
         )
 
     def initializers(self) -> dict[str, Initializer]:
-        """Every weight N(0, init_std), numbers of each head too; norms 1, biases of linear layers 0."""
+        """Return the initialization: all weights N(0, init_std), including those of each head; norms 1,
+        biases of linear layers 0."""
         normal = Normal(self.config.init_std)
         table: dict[str, Initializer] = {
             "embedding.weight": normal,
@@ -279,7 +280,7 @@ class XLNet(StagedModel):
 
 
 def _distances(config: XLNetConfig, places_T: Tensor) -> Tensor:
-    """Sines and cosines of the distances T − 1 down to 1 − T: (P, D) fp32."""
+    """Return sinusoids of the distances T − 1 down to 1 − T, (P, D) fp32."""
     exponents = torch.arange(0, config.hidden_size, 2, device=places_T.device).float() / config.hidden_size
     distances_P = torch.cat([places_T.flip(0), -places_T[1:]])
     angles = distances_P[:, None].float() / 10_000.0**exponents
@@ -289,8 +290,9 @@ def _distances(config: XLNetConfig, places_T: Tensor) -> Tensor:
 def _hidden(
     places_BQ: Tensor, order_BT: Tensor | None, documents_BT: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """→ (B, 1, Q, T), True where a query does not see a key; (B, Q, 1), True where it sees none. None, None
-    where each sees all. Queries are of T tokens, and behind them of places that don't see themselves."""
+    """Return (B, 1, Q, T), True where a query does not see a key, and (B, Q, 1), True where it sees none;
+    None, None if each sees all. Queries are T tokens, followed by predicted positions, which don't see
+    themselves."""
     hidden_B1QT = None
     if order_BT is not None:
         T, Q = order_BT.shape[1], places_BQ.shape[1]
@@ -306,6 +308,6 @@ def _hidden(
 
 
 def _differs(ids_BT: Tensor, places_BQ: Tensor) -> Tensor:
-    """(B, 1, Q, T), True where a query's id is not a key's."""
+    """Return (B, 1, Q, T), True where the ids of query and key differ."""
     ids_BQ = ids_BT.gather(1, places_BQ.expand(len(ids_BT), -1))
     return (ids_BQ[:, :, None] != ids_BT[:, None])[:, None]

@@ -1,4 +1,4 @@
-"""What tensor parallelism divides of an XLNet."""
+"""How tensor parallelism divides an XLNet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architectures of transformers that a GPT reads and writes."""
+"""The architectures of transformers that GPT reads and writes."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ FORMS = (
     olmo.OLMO2,
     olmo.OLMO3,
 )
-"""The first that a model fits is what it is exported as."""
+"""A model is exported as the first architecture that fits."""

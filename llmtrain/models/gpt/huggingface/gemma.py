@@ -1,4 +1,4 @@
-"""Gemma's form ↔ `gemma`, `gemma2` and `gemma3_text`; of `gemma3`, which sees images too, the text model."""
+"""Gemma ↔ `gemma`, `gemma2` and `gemma3_text`; also the text model of the multimodal `gemma3`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _THEIRS = ACTIVATIONS | {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def _read_gemma(theirs: Settings) -> dict[str, Any]:
-    """What all of them say otherwise than Llama."""
+    """Read the keys in which all Gemma models differ from Llama."""
     theirs.require("use_bidirectional_attention", False)
     return {
         **_HAS,
@@ -45,7 +45,7 @@ def _write_gemma1(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_gemma1(theirs: Settings) -> dict[str, Any]:
-    # The first folders say gelu where the model has its tanh approximation.
+    # The first releases say gelu but mean its tanh approximation.
     names = ACTIVATIONS_BACK | {"gelu": "gelu_tanh"}
     return {
         **_read_gemma(theirs),
@@ -54,7 +54,7 @@ def _read_gemma1(theirs: Settings) -> dict[str, Any]:
 
 
 def _write_caps(config: GPTConfig) -> dict[str, Any]:
-    """What Gemma 2 and 3 say."""
+    """Return the keys of Gemma 2 and 3."""
     scalar = config.query_pre_attn_scalar
     return {
         "hidden_activation": _THEIRS[config.activation],
@@ -67,8 +67,8 @@ def _write_caps(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_caps(theirs: Settings, *, attention: float | None, logits: float | None) -> dict[str, Any]:
-    """What Gemma 2 and 3 say besides windows. attention, logits: soft caps where they are not said; null is
-    none."""
+    """Read the keys of Gemma 2 and 3 except windows. attention, logits: soft caps if the keys are missing;
+    null means none."""
     return {
         **_read_gemma(theirs),
         "norm_place": "both",
@@ -102,25 +102,25 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 256,
 }
-"""What a text_config leaves out."""
+"""Values of keys that a text_config omits."""
 
 
 _OF_BOTH = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys beside a text_config that win over those in it."""
+"""Keys beside a text_config that take precedence over those in it."""
 
 
 def _text_settings(theirs: Settings) -> Settings:
-    """Of a model that sees images too, those of its text model."""
+    """Return the settings of a multimodal model's text model."""
     text = _GEMMA3_DEFAULTS | dict(theirs.section("text_config").content)
     text |= {key: theirs.content[key] for key in _OF_BOTH if theirs.content.get(key) is not None}
-    # transformers reads it in the text model by itself alone.
+    # transformers reads it only in a text model on its own.
     text["final_logit_softcapping"] = None
     text["model_type"] = GEMMA3.model_type
     return replace(theirs, content=Asked(text), prefix="text_config.")
 
 
 def _names_of_text(names: Collection[str], config: GPTConfig) -> Names:
-    """Those of the text model alone, whose prefix releases put in different places."""
+    """Select the names of the text model, whose prefix differs between releases."""
     used = {}
     for name in names:
         text = name.replace("model.language_model.", "model.").removeprefix("language_model.")
@@ -145,7 +145,7 @@ def _read_gemma3(theirs: Settings) -> dict[str, Any]:
     return {
         **_read_caps(theirs, attention=None, logits=None),
         **_read_gemma3_windows(theirs),
-        # transformers has the key and reads it nowhere.
+        # transformers ignores this key.
         "attention_softcap": None,
         "qk_norm": True,
     }
@@ -153,7 +153,7 @@ def _read_gemma3(theirs: Settings) -> dict[str, Any]:
 
 def _write_gemma3(config: GPTConfig) -> dict[str, Any]:
     rope = write_rope_by_kind(config)
-    # What releases before transformers 5 read.
+    # Read by releases before transformers 5.
     local_theta = rope["rope_parameters"][SLIDING]["rope_theta"]
     return {**_write_caps(config), **rope, "rope_local_base_freq": local_theta}
 

@@ -1,4 +1,4 @@
-"""GPT-2's form ↔ `gpt2`. Llama's and what came of it are in llama.py."""
+"""GPT-2 ↔ `gpt2`. Llama and its descendants are in llama.py."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def heads_of(config: GPTConfig) -> Heads:
 def without_buffers_and_copies(
     names: Collection[str], config: GPTConfig, prefix: str, embedding: str
 ) -> Names:
-    """Names of a bare model, which lacks `prefix`, get it; buffers and a tied head's copy go. Where the head
-    alone is stored it is the embedding."""
+    """Add `prefix` to names of a model without head; drop buffers and a tied head's copy. If only the head
+    is stored, use it as the embedding."""
     buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     is_bare = not any(name.startswith(prefix) for name in names)
     used = {
@@ -65,7 +65,7 @@ OF_OTHERS: dict[str, Any] = {
         "scale_embedding",
     )
 }
-"""What Gemma and OLMo 2 have, as GPT-2 and Llama have it: our defaults."""
+"""Defaults of options that only Gemma and OLMo 2 change; GPT-2 and Llama have these values."""
 _HAS = {
     **OF_OTHERS,
     "positions": "learned",

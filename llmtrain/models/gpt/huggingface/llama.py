@@ -1,4 +1,4 @@
-"""Llama's form ↔ `llama`, and what differs from it by a setting ↔ `mistral`, `qwen2`, `qwen3`, `smollm3`."""
+"""Llama ↔ `llama`, and variants that differ by a setting ↔ `mistral`, `qwen2`, `qwen3`, `smollm3`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NORMS = {
         "mlp_output_norm": "post_feedforward_layernorm",
     },
 }
-"""norm_place → our norm of a block → theirs."""
+"""norm_place → our norm of a layer → Hugging Face's."""
 
 
 def _parameters(has_bias: bool) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def _entries(config: GPTConfig) -> list[Entry]:
 
 
 def _write_config(config: GPTConfig) -> dict[str, Any]:
-    """What all of them say."""
+    """Return the keys common to all."""
     return {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -95,7 +95,7 @@ def implied_head_width(theirs: Settings) -> int:
 
 
 def _read_config(theirs: Settings, rope: Read, tied: bool) -> dict[str, Any]:
-    """What all of them say. rope: of rotary positions; tied: where it is not said."""
+    """Read the keys common to all. rope: reads rotary positions; tied: default of tied embeddings."""
     hidden, heads = theirs.whole("hidden_size"), theirs.whole("num_attention_heads")
     implied_width = implied_head_width(theirs)
     prefix = "" if "embed_tokens.weight" in theirs.tensors else "model."
@@ -120,13 +120,14 @@ def _read_config(theirs: Settings, rope: Read, tied: bool) -> dict[str, Any]:
     }
 
 
-# What each has of its own.
+# Keys of each architecture.
 
 ANY = object()
 
 
 def misfits(config: GPTConfig, **has: Any) -> dict[str, str]:
-    """has: key → the value that the architecture has, or ANY, where Llama without biases has another."""
+    """Return the keys in which a config differs from an architecture. has: key → the architecture's value,
+    or ANY, where it differs from Llama without biases."""
     values = {
         "positions": "rope",
         "norm": "rmsnorm",
@@ -159,13 +160,13 @@ def _read_biases(theirs: Settings) -> dict[str, Any]:
 
 
 def read_attention_biases(theirs: Settings, bias: bool = False) -> dict[str, Any]:
-    """bias: whether MLPs have them."""
+    """Read which projections have biases. bias: whether MLPs have them."""
     own = unless(theirs.flag("attention_bias", False), bias)
     return {"qkv_bias": own, "output_bias": own}
 
 
 def _write_layers(config: GPTConfig) -> dict[str, Any]:
-    """As Qwen says it."""
+    """Return which layers have windows, in Qwen's keys."""
     windows = write_windows(config)
     return {
         "use_sliding_window": config.sliding_window is not None,
@@ -176,7 +177,7 @@ def _write_layers(config: GPTConfig) -> dict[str, Any]:
 
 
 def _read_layers(theirs: Settings) -> dict[str, Any]:
-    """As Qwen says it."""
+    """Read which layers have windows, from Qwen's keys."""
     layers, first = theirs.layers(), theirs.whole("max_window_layers", 28)
     window = read_window(theirs, 4096)
     if not theirs.flag("use_sliding_window", False):
@@ -186,7 +187,7 @@ def _read_layers(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_window(theirs: Settings) -> dict[str, Any]:
-    """In all layers, unless they are told apart, which transformers takes for a `ministral`."""
+    """Read a window of all layers; if layers differ, transformers treats the model as `ministral`."""
     window = read_window(theirs, 4096)
     implied = [FULL if window is None else SLIDING] * theirs.layers()
     return read_windows(theirs, window, implied)
@@ -208,7 +209,7 @@ def _write_smollm3(config: GPTConfig) -> dict[str, Any]:
 
 def _read_smollm3(theirs: Settings) -> dict[str, Any]:
     layers, every = theirs.layers(), theirs.whole("no_rope_layer_interval", 4)
-    has_rope = theirs.content.get("no_rope_layers")  # of each layer, as opposed to its name
+    has_rope = theirs.content.get("no_rope_layers")  # a list per layer, despite the key's name
     if has_rope is None:
         has_rope = [(layer + 1) % max(every, 1) != 0 for layer in range(layers)]
     if not isinstance(has_rope, list) or len(has_rope) < layers or any(n not in (0, 1) for n in has_rope):
@@ -235,7 +236,8 @@ def form(
     tied: bool = False,
     entries: Callable[[GPTConfig], list[Entry]] = _entries,
 ) -> Form:
-    """write, read: what config.json says besides what all say. rope, tied: as in _read_config."""
+    """Return the form of an architecture. write, read: keys besides the common ones. rope, tied: as in
+    _read_config."""
 
     def write_config(config: GPTConfig) -> dict[str, Any]:
         return {"architectures": [architecture], **_write_config(config), **write(config)}

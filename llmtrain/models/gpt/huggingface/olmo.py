@@ -1,4 +1,4 @@
-"""OLMo's form ↔ `olmo2`, `olmo3`."""
+"""OLMo ↔ `olmo2`, `olmo3`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi 3's form ↔ `phi3`: Llama's, with one matrix of queries, keys and values, and one of gate and up."""
+"""Phi 3 ↔ `phi3`: Llama with one matrix for queries, keys and values, and one for gate and up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _entries(config: GPTConfig) -> list[Entry]:
 
 
 def _joint_heads(config: GPTConfig, ours: str, theirs: str) -> Entry:
-    """All queries, then all keys, then all values."""
+    """Map packed queries, keys and values: all queries, then all keys, then all values."""
     heads = heads_of(config)
     sizes = [number * heads.head_width for number in (heads.num_heads, heads.kv_heads, heads.kv_heads)]
 
@@ -69,7 +69,7 @@ PHI3 = form(
     _misfits,
     _write,
     _read,
-    # Its first folders called longrope by these.
+    # The first releases name longrope by these.
     rope=partial(
         read_rope,
         theta=10_000.0,
