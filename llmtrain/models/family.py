@@ -62,7 +62,7 @@ class Family:
     filling: Callable[[Any, Tokenizer], Filling] | None = None
     """(config, tokenizer) → how it fills blanks; None: it does not."""
     presets: Path | None = None
-    """A folder of Hydra groups, `model/NAME.yaml`, of a family outside the package."""
+    """Of a family outside the package: a folder with `model/NAME.yaml`, which Hydra searches after conf/."""
 
     @property
     def name(self) -> str:
