@@ -86,12 +86,12 @@ def nearest_keys(key: str, name: str) -> str:
 
 def group_options(group: str) -> list[str]:
     """Return the options of a config group; the names of all groups for ""."""
-    folder = conf_folder() / group
-    if not folder.is_dir():
-        return []
+    from llmtrain.models.registry import preset_folders
+
+    folders = [folder / group for folder in (conf_folder(), *preset_folders()) if (folder / group).is_dir()]
     if group == "":
-        return sorted(path.name for path in folder.iterdir() if path.is_dir())
-    return sorted(path.stem if path.suffix == ".yaml" else path.name for path in folder.glob("*.yaml"))
+        return sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def conf_folder() -> Path:

@@ -58,6 +58,10 @@ def run(name: str, arguments: list[str]) -> int:
     sweeps = "hydra.mode=MULTIRUN" in overrides or any(
         flag == "-m" or (len(flag) > 3 and "--multirun".startswith(flag)) for flag in flags
     )
+    if verbs.has_model_group(name):
+        from llmtrain.cli import search_path
+
+        search_path.extend()
     keys = text_keys(name) if overrides else {}
     refuse_unusable(flags, overrides, keys)
     quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem, nearest
@@ -102,6 +103,11 @@ def runner(name: str) -> Callable[[Mapping[str, Any]], int | None]:
     """Return the function that runs a composed configuration of this name; it may return an exit code."""
     verb, _, function = name.partition("_")
     return getattr(importlib.import_module(VERBS[verb][0]), function or "run")
+
+
+def has_model_group(name: str) -> bool:
+    """Return whether the configuration of this name has presets of models."""
+    return any(field.name == "model" for config in config_types(name) for field in fields(config))
 
 
 def config_types(name: str) -> list[type]:

@@ -64,7 +64,7 @@ class Family:
     filling: Callable[[Any, Tokenizer], Filling] | None = None
     """(config, tokenizer) → how it reads a prompt with masked tokens; None: it cannot fill them in."""
     presets: Path | None = None
-    """Folder of presets, `model/NAME.yaml`, of a family from another package."""
+    """Of a family outside the package: a folder with `model/NAME.yaml`, which Hydra searches after conf/."""
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import show
@@ -29,8 +30,8 @@ FAMILIES = (
 
 @cache
 def families() -> dict[str, Family]:
-    """Return name → family. Raise ConfigError if an installed family cannot be loaded or its name is
-    taken."""
+    """Return name → family. Raise ConfigError for an installed family that cannot be loaded, whose name is
+    taken, or whose folder of presets does not exist."""
     found = {family.name: family for family in FAMILIES}
     for entry in entry_points(group="llmtrain.families"):
         try:
@@ -40,8 +41,16 @@ def families() -> dict[str, Family]:
         if not isinstance(family, Family) or family.name in found:
             got = f"family {family.name}" if isinstance(family, Family) else type(family).__name__
             raise _refusal(entry.value, got, f"a Family named otherwise than {', '.join(found)}")
+        if family.presets is not None and not family.presets.is_dir():
+            allowed = "a folder with model/NAME.yaml"
+            raise _refusal(entry.value, f"presets={family.presets}", allowed)
         found[family.name] = family
     return found
+
+
+def preset_folders() -> list[Path]:
+    """Return the folders of presets that installed families bring. Raise ConfigError as `families` does."""
+    return [family.presets.absolute() for family in families().values() if family.presets is not None]
 
 
 def _refusal(where: str, got: str, allowed: str) -> ConfigError:
