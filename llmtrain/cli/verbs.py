@@ -44,8 +44,8 @@ brackets), and what it does. Each has a function in the verb's module and a file
 
 CONFIGS: dict[str, tuple[str, ...]] = {
     "prepare": ("llmtrain.prepare.config:PrepareConfig",),
-    "plan": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
     "train": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
+    "plan": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
     "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
     "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
     "import": ("llmtrain.commands.import_:ImportConfig",),
