@@ -233,13 +233,14 @@ def read_foreign(changed: Path) -> None:
     """As `import`, and `evaluate` and `generate` on the folder itself."""
     from llmtrain.commands import import_
     from llmtrain.generation.config import GenerateConfig
+    from llmtrain.generation.settings import resolved_for
     from llmtrain.interchange.trained import load_trained
 
     source = changed if changed.suffix == ".gguf" else changed.parent
 
     def use() -> None:
         trained = load_trained(source)
-        trained.resolve_generation(GenerateConfig(), 4)
+        resolved_for(trained, GenerateConfig(), 4)
         if trained.tokenizer_path is not None:
             _use_tokenizer(trained.tokenizer())
 

@@ -257,6 +257,7 @@ def test_how_it_is_to_write_travels_through_training(
     folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from llmtrain.commands import train
+    from llmtrain.generation.settings import resolved_for, text_ends
 
     said = {"eos_token_id": [9, 11], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "typical_p": 0.5}
     (folder / "generation_config.json").write_text(json.dumps(said))
@@ -264,13 +265,13 @@ def test_how_it_is_to_write_travels_through_training(
     train.run(train_settings(corpus, tmp_path / "ours"))
     trained = load_trained(tmp_path / "run")
     end = trained.tokenizer().eos_id
-    assert load_trained(tmp_path / "ours").end_ids(end) == (9, 11)
-    assert trained.end_ids(end) == (9, 11, end)
+    assert text_ends(load_trained(tmp_path / "ours"), end) == (9, 11)
+    assert text_ends(trained, end) == (9, 11, end)
     export.run({"checkpoint": str(tmp_path / "run"), "output": str(tmp_path / "again")})
     written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert {key: written[key] for key in said} == said | {"eos_token_id": [9, 11, end]}
     capsys.readouterr()
-    settings = trained.resolve_generation(GenerateConfig(), longest=30)
+    settings = resolved_for(trained, GenerateConfig(), longest=30)
     assert (settings.temperature, settings.top_p, settings.max_new_tokens) == (0.6, 0.9, 34)
     assert "not heeded of the folder's generation settings: typical_p=0.5" in capsys.readouterr().err
 

@@ -30,7 +30,7 @@ def test_forward_and_backward(family: str, dropout: float, request: pytest.Fixtu
         compose([*FAMILIES[family], f"data.path={corpus}", f"model.dropout={dropout}"]), world_size=1
     )
     model_config = resolved.config.model
-    objective: Any = family_of(model_config).objective(model_config, resolved.config.data)
+    objective: Any = resolved.config.objective.build(model_config, resolved.config.data, resolved.corpora)
     steps = open_loader(resolved).steps(0)
     micro = next(steps).micro_batches[0]
     with torch.device("meta"):

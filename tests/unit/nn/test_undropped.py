@@ -47,7 +47,7 @@ def test_keys_change_no_operator(family: str, precision: str, request: pytest.Fi
     def operators(dropout: float, with_keys: bool, training: bool) -> Counter[str]:
         resolved = resolve(compose([*overrides, f"model.dropout={dropout}"]), world_size=1)
         model_config = resolved.config.model
-        objective: Any = family_of(model_config).objective(model_config, resolved.config.data)
+        objective: Any = resolved.config.objective.build(model_config, resolved.config.data, resolved.corpora)
         micro = next(open_loader(resolved).steps(0)).micro_batches[0]
         model = family_of(model_config).build(model_config).train(training)
         keys = {DROPOUT_KEYS: sample_keys(0, list(micro.samples))} if with_keys else {}

@@ -284,7 +284,7 @@ def test_memory_of_a_process() -> None:
 
 def zero_3_losses(mode: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of steps under DeepSpeed, every weight sharded."""
-    from llmtrain.engine.deepspeed import import_deepspeed
+    from llmtrain.parallel.upstream import import_deepspeed
 
     model = built({**GPT2_FORM, "dropout": 0.1}, mode)
     nn.init.constant_(model.blocks[0].mlp.up.bias, 0.3)

@@ -611,6 +611,7 @@ def test_gradients_and_the_optimizer_are_of_what_trains() -> None:
     def plan(trainable: Trainable | None) -> Memory:
         return memory_per_process(
             model,
+            row_of(model, 16),
             shape,
             precision="bf16",
             optimizer=OptimizerConfig(),
