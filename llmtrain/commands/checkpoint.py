@@ -361,7 +361,7 @@ def prune(mapping: Mapping[str, Any]) -> None:
     finally:
         if held is not None:
             held.close()
-    verb = "would go" if config.dry_run else "gone"
+    verb = "would be deleted" if config.dry_run else "deleted"
     print(f"{len(doomed)} of {num_held} checkpoints {verb}, {num_bytes:,} bytes")
 
 

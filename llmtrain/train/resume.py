@@ -77,7 +77,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
     went_back = named is not None and processes.from_main(_went_back_to(root) == str(named))
     if named is not None and (went_back or (held and not is_own)):
         why = "the run went back to it before" if is_own else "it has checkpoints of its own"
-        say(f"checkpoint.resume={resume}: not taken again, {root.parent} goes on from its newest ({why})")
+        say(f"checkpoint.resume={resume}: ignored, {root.parent} resumes from its newest checkpoint ({why})")
         named, is_own = None, True
     if named is not None:
         checkpoint = retention.find(named, say)

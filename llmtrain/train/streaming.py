@@ -146,14 +146,14 @@ def _changes(
     were, now = last.settings["fingerprints"], settings["fingerprints"]
     if added := sorted(set(now) - set(were)):
         if new := [name for name in added if not last.positions.get(name)]:
-            lines.append(f"{', '.join(new)} joins the mixture at its beginning; the others go on")
+            lines.append(f"{', '.join(new)} joins the mixture at its beginning; the others continue")
         if back := [name for name in added if last.positions.get(name)]:
-            lines.append(f"{', '.join(back)} joins the mixture again, from where it was; the others go on")
+            lines.append(f"{', '.join(back)} joins the mixture again, from where it was; the others continue")
     if removed := sorted(set(were) - set(now)):
         lines.append(f"{', '.join(removed)} leaves the mixture")
     kept = set(now) & set(were)
     if not added and not removed and dict(last.shares) != dict(shares):
-        lines.append("the mixture's weights have changed; each corpus goes on from where it was")
+        lines.append("the mixture's weights have changed; each corpus continues where it was")
     keys = [key for key in settings if key not in ("samples", "fingerprints")]
     if other := [key for key in keys if settings[key] != last.settings.get(key)]:
         which = ", ".join(f"{key} (was {last.settings.get(key)}, is {settings[key]})" for key in other)
