@@ -1,4 +1,4 @@
-"""The file that a verb writes: looked at before the work, written after it."""
+"""The output file of a verb: checked before the work, written after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmtrain.errors import ConfigError
 
 
 def check_output(output: Path) -> None:
-    """Raise ConfigError unless a file can be written there: before the work whose figures it gets."""
+    """Raise ConfigError unless a file can be written there. Call it before the work."""
     try:
         if output.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -25,7 +25,7 @@ def check_output(output: Path) -> None:
 
 
 def write_output(output: Path, write: Callable[[Path], None]) -> None:
-    """`write(output)`; raises ConfigError where that fails."""
+    """Call `write(output)`. Raise ConfigError if that fails."""
     try:
         write(output)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""`llmtrain checkpoint VERB PATH`: look at checkpoints and clear them up, in one process and without a GPU.
+"""`llmtrain checkpoint VERB PATH`: verify, show, compare and delete checkpoints, without a GPU.
 
-PATH is a step's folder, or a run folder or its checkpoints/, which stands for the newest good checkpoint, or
-for all of them where that makes sense. Memory is bounded by a tensor, or by a band of its rows.
+PATH is a checkpoint folder, or a run folder or its checkpoints/, which stands for the newest good checkpoint,
+or for all of them with verify and prune. At most one tensor, or a band of its rows, is held in memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from llmtrain.checkpoint.reader import Checkpoint, Reader
 
 DIFFERENT = 1
-"""Exit code of `diff`, as that of the command of this name."""
+"""Exit code of `diff` for a difference, as of diff(1)."""
 BAND_ELEMENTS = 2**24
-"""Of a tensor that `diff` compares at once."""
+"""Number of elements that `diff` compares at once."""
 
 
 # verify
@@ -36,7 +36,7 @@ class VerifyConfig:
 
 
 def verify(mapping: Mapping[str, Any]) -> None:
-    """A line for each checkpoint. Raises CheckpointError with what is wrong with any of them."""
+    """Print a line for each checkpoint. Raise CheckpointError with the damage of all of them."""
     from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.interchange.trained import config_of
 
@@ -74,11 +74,11 @@ class ShowConfig:
     path: Path
     """A run folder, which stands for its newest good checkpoint, or a checkpoint folder."""
     tensors: bool = True
-    """Also a line for each tensor."""
+    """Also print a line for each tensor."""
 
 
 def show(mapping: Mapping[str, Any]) -> None:
-    """What a checkpoint is, as its manifest says."""
+    """Print the facts of a checkpoint from its manifest."""
     from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
     from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.checkpoint.retention import find
@@ -117,7 +117,7 @@ def _progress(manifest: Mapping[str, Any]) -> str:
 
     step, steps = manifest["position"]["step"], manifest["config"]["train"]["steps"]
     samples = step * manifest["layout"]["global_size"]
-    if manifest.get("timeline") is not None:  # which says how large earlier batches were
+    if manifest.get("timeline") is not None:  # earlier batches may have had another size
         samples = Timeline.decode(manifest["timeline"]).samples(step).start
     return f"{step:,} of {steps:,}, {samples:,} samples"
 
@@ -138,8 +138,7 @@ def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What did not train, where some did not, which has weights alone in the table of tensors; and how the
-    model differed from the folder that it started from."""
+    """Return the frozen and the never trained parameters, and how the model differed from its source."""
     from llmtrain.checkpoint.manifest import WEIGHT
 
     entries = manifest["tensors"][WEIGHT]
@@ -154,7 +153,7 @@ def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _print_tensors(entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Names, shapes, and which kinds of state there are of each."""
+    """Print the name, the shape and the kinds of state of each tensor."""
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for kind, of_kind in entries.items():
         for name, entry in of_kind.items():
@@ -174,36 +173,36 @@ class DiffConfig:
     path: Path
     """A run folder, which stands for its newest good checkpoint, or a checkpoint folder."""
     other: Path
-    """The one to compare it with."""
+    """The checkpoint to compare it with."""
     tensors: bool = True
-    """Also a line for each tensor that differs."""
+    """Also print a line for each tensor that differs."""
 
 
 @dataclass
 class Distance:
-    """How far two tensors are apart."""
+    """The difference of two tensors."""
 
     num_different: int = 0
     largest: float = 0.0
     """max |a − b|"""
     squares: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
-    """Of a − b, of a, of b."""
+    """Sums of squares of a − b, of a and of b."""
 
     @property
     def relative(self) -> float:
-        """|a − b| over the larger of |a| and |b|, Euclidean norms."""
+        """|a − b| divided by the larger of |a| and |b|, as Euclidean norms."""
         apart, a, b = self.squares
         return math.sqrt(apart / max(a, b)) if self.num_different else 0.0
 
     def add(self, other: Distance) -> None:
         self.num_different += other.num_different
-        # NaN is the largest of all.
+        # NaN counts as the largest.
         self.largest = max(self.largest, other.largest, key=lambda x: (math.isnan(x), x))
         self.squares = tuple(x + y for x, y in zip(self.squares, other.squares, strict=True))  # type: ignore[assignment]
 
 
 def diff(mapping: Mapping[str, Any]) -> int:
-    """How far two checkpoints are apart; → 0, or DIFFERENT."""
+    """Print how two checkpoints differ; return 0 if they are equal, else DIFFERENT."""
     from llmtrain.checkpoint.reader import Reader
     from llmtrain.checkpoint.retention import find
 
@@ -244,7 +243,7 @@ def _describe(distance: Distance, num_elements: int | None = None) -> str:
 
 
 def _differences_of_manifests(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """A line for each tensor that one of them lacks or that has another shape, and for other state."""
+    """Yield a line for each tensor that one lacks or has in another shape, and for each other difference."""
     tensors = _shapes(a), _shapes(b)
     for label, ours, theirs in (("a", tensors[0], tensors[1]), ("b", tensors[1], tensors[0])):
         for kind, name in sorted(ours.keys() - theirs.keys()):
@@ -265,13 +264,13 @@ def _differences_of_manifests(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[tuple[str, str], list[int]]:
-    """(kind, name) → shape."""
+    """Return (kind, name) → shape."""
     kinds = checkpoint.manifest["tensors"].items()
     return {(kind, name): entry["shape"] for kind, entries in kinds for name, entry in entries.items()}
 
 
 def _distance(readers: tuple[Reader, Reader], kind: str, name: str, shape: tuple[int, ...]) -> Distance:
-    """Band by band."""
+    """Compare a tensor, one band of rows at a time."""
     rows, columns = matrix_shape(shape)
     height = max(1, BAND_ELEMENTS // columns)
     distance = Distance()
@@ -290,13 +289,13 @@ def _distance(readers: tuple[Reader, Reader], kind: str, name: str, shape: tuple
 
 @dataclass(frozen=True)
 class ExportKeys:
-    """The key that `llmtrain checkpoint export` has in place of `checkpoint`."""
+    """The key of `llmtrain checkpoint export` that replaces `checkpoint`."""
 
     path: Path
 
 
 def export(mapping: Mapping[str, Any]) -> None:
-    """As `llmtrain export`, whose key `checkpoint` is the path here."""
+    """Do the same as `llmtrain export`; the key `path` is its `checkpoint`."""
     from llmtrain.commands import export as whole
 
     whole.run({"checkpoint" if key == "path" else key: value for key, value in mapping.items()})
@@ -312,11 +311,11 @@ class PruneConfig:
     keep_last: int = 2
     """Number of the newest checkpoints to keep."""
     keep_best: int = 1
-    """Number of checkpoints with the lowest validation loss to keep besides."""
+    """Number of checkpoints with the lowest validation loss to keep in addition."""
     keep_every: int | None = None
-    """Keep the checkpoints at multiples of this many steps; null: keep none for that."""
+    """Keep the checkpoints at multiples of this many steps; null: none."""
     dry_run: bool = False
-    """Only say what would go."""
+    """Only print what would be deleted."""
 
     def problems(self) -> Iterator[Problem]:
         from llmtrain.checkpoint.config import CheckpointConfig
@@ -331,14 +330,14 @@ class PruneConfig:
 def prune(mapping: Mapping[str, Any]) -> None:
     """Delete the checkpoints of a run that no rule keeps; the newest good one always stays.
 
-    Raises CheckpointError when there is none, or while a process trains there.
+    Raise CheckpointError if there is none, or while a process uses the run folder.
     """
     from llmtrain.checkpoint import retention, store
     from llmtrain.train.run_folder import RunFolder
 
     config = decode(PruneConfig, mapping)
     root = config.path / "checkpoints" if (config.path / "checkpoints").is_dir() else config.path
-    # A run that trains there decides itself what stays; whoever only looks holds and writes nothing.
+    # A running training prunes by its own rules, so it must not run now. A dry run needs no lock.
     is_run = not config.dry_run and (root.parent / ".lock").exists()
     held = RunFolder(root.parent) if is_run else None
     try:
@@ -362,12 +361,12 @@ def prune(mapping: Mapping[str, Any]) -> None:
     finally:
         if held is not None:
             held.close()
-    verb = "would go" if config.dry_run else "gone"
+    verb = "would be deleted" if config.dry_run else "deleted"
     print(f"{len(doomed)} of {num_held} checkpoints {verb}, {num_bytes:,} bytes")
 
 
 def _step_folders(path: Path) -> list[Path]:
-    """The step's folder that `path` is, or all of a run. Raises CheckpointError when there is none."""
+    """Return the checkpoint folder `path`, or all of a run. Raise CheckpointError if there is none."""
     from llmtrain.checkpoint.manifest import MANIFEST
 
     if (path / MANIFEST).exists() or path.name.startswith("step-"):

@@ -1,8 +1,9 @@
-"""`llmtrain data VERB`: which documents made a step of a run, what they say, and one hash over all that a
-run consumed. In one process and without a GPU; nothing of a run is changed.
+"""`llmtrain data VERB`: the documents of a step, their text, and one hash over all that a run consumed.
 
-A run's stream is a pure function of what data.json in its folder tells, so it is computed again and not
-kept; the data_digest that every step recorded proves that what is read now is what was read then.
+This runs in one process, without a GPU, and changes nothing of the run.
+
+The stream of a run is a pure function of data.json in its folder, so it is computed again instead of being
+stored. The data_digest that every step recorded proves that the same data is read now as then.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from llmtrain.train.recorded_data import METRICS, MovedConfig, Run, recorded_dig
 __all__ = ["digest", "show", "trace"]
 
 DIFFERENT = 1
-"""Exit code of `trace` when what is read now is not what the run recorded."""
+"""Exit code of `trace` when the data differs from what the run recorded."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class TraceConfig:
     step: str
     """A step N, or FIRST:LAST, both included."""
     output: Path | None = None
-    """A file for one JSON object a document; null: a table is printed."""
+    """A file for one JSON object per document; null: print a table."""
     data: MovedConfig = field(default_factory=MovedConfig)
 
 
 def trace(mapping: Mapping[str, Any]) -> int:
-    """A line for each document of the steps, then what their digests say; → exit code.
+    """Print a line for each document of the steps, then a verdict on each digest; return the exit code.
 
-    Raises UserError for whatever a user can mend.
+    Raise UserError for whatever a user can fix.
     """
     from llmtrain.data.trace import digest_of, parts_of, samples_of
 
@@ -82,7 +83,7 @@ def trace(mapping: Mapping[str, Any]) -> int:
 
 
 def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
-    """Columns that say nothing are left out: the corpus of a run over one, documents of images."""
+    """Print a table without columns that say nothing, such as the corpus of a run over only one."""
     from llmtrain.data.datasets.base import EMPTY
 
     columns = {
@@ -116,16 +117,16 @@ class DigestConfig:
     run: Path
     """A run folder."""
     steps: int | None = None
-    """Number of steps from the first on; null: all that are recorded."""
+    """Number of steps, from the first on; null: all recorded steps."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more, or null")
 
 
 def digest(mapping: Mapping[str, Any]) -> None:
-    """One hash over what the run's first steps consumed, the same for whoever consumed the same.
+    """Print one hash over the data of the first steps; runs that consumed the same data have the same hash.
 
-    Raises UserError where steps are not recorded.
+    Raise UserError if a step was not recorded.
     """
     from llmtrain.data.trace import hash_digests
 
@@ -144,14 +145,14 @@ def digest(mapping: Mapping[str, Any]) -> None:
 
 
 def _gaps(steps: Sequence[int], last: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of each stretch of 1 … `last` that none of the ascending `steps` is in."""
+    """Yield (first, last) of each range within 1 … `last` that contains none of the ascending `steps`."""
     for before, after in pairwise([0, *steps, last + 1]):
         if after > before + 1:
             yield before + 1, after - 1
 
 
 def _told(gaps: Sequence[tuple[int, int]]) -> str:
-    """step 3, 5 to 8."""
+    """Return ranges in words, such as "steps 3, 5 to 8"."""
     told = [str(first) if first == last else f"{first} to {last}" for first, last in gaps[:FEW]]
     more = f" and {len(gaps) - FEW} stretches more" if len(gaps) > FEW else ""
     return ("step " if gaps[0][0] == gaps[-1][1] else "steps ") + ", ".join(told) + more

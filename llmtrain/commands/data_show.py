@@ -1,6 +1,6 @@
-"""`llmtrain data show`: samples as text, of a run or of a corpus, as the model sees them.
+"""`llmtrain data show`: print samples of a run or of a corpus as text, as the model sees them.
 
-What an objective hides stands in ⟦ ⟧ with what is asked for.
+Tokens that the objective hides are shown in ⟦ ⟧ with the target.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ShowConfig:
     run: Path | None
-    """A run folder; null: the first samples of a stream over data.path."""
+    """A run folder; null: show the first samples of a stream over data.path."""
     data: TokenDataConfig | ImageDataConfig | MovedConfig
     step: str | None = None
-    """A step N of a run, or FIRST:LAST; null: 1."""
+    """A step N of a run, or FIRST:LAST, both included; null: 1."""
     sequence_length: int = 256
     """Tokens of one sequence, without a run."""
     seed: int = 0
     """Seed of the order of samples, without a run."""
     max_samples: int = 4
-    """Most samples to print."""
+    """Largest number of samples to print."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.max_samples >= 1, "max_samples", self.max_samples, "1 or more")
@@ -50,7 +50,7 @@ class ShowConfig:
 
 
 def show(mapping: Mapping[str, Any]) -> None:
-    """Print samples as text. Raises UserError for whatever a user can mend."""
+    """Print samples as text. Raise UserError for whatever a user can fix."""
     from llmtrain.data.trace import samples_of
 
     given = dict(mapping)
@@ -87,12 +87,12 @@ def show(mapping: Mapping[str, Any]) -> None:
 
 
 def _without_nulls(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys left at null have the defaults of ShowConfig, but for `run`."""
+    """Remove null keys except `run`, so that they take the defaults of ShowConfig."""
     return {key: value for key, value in mapping.items() if value is not None or key == "run"}
 
 
 def _of_a_run(mapping: Mapping[str, Any], objective: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The configuration with what still says something beside a run; raises ConfigError for the rest."""
+    """Return the settings that can be given with a run; raise ConfigError for the others."""
     problems = []
     remedy = "leave it out, or leave out run=…"
     allowed = "what the run had"
@@ -114,8 +114,7 @@ def _of_a_run(mapping: Mapping[str, Any], objective: Mapping[str, Any] | None) -
 
 
 def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
-    """A stream's beginning, of one step, without a run. Raises UserError for an objective that the corpora
-    do not fit."""
+    """Open a stream of one step without a run. Raise UserError if the corpora do not fit the objective."""
     data = config.data
     assert not isinstance(data, MovedConfig)
     if isinstance(data, ImageDataConfig):
@@ -139,7 +138,7 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
     sources = asked.open(model, data, corpora, "train", config.sequence_length)
     timeline = begin(config.max_samples, source_shares(data, sources, 0), {})
     if isinstance(data, TokenDataConfig):
-        # What an epoch's end leaves out depends on the samples of a step, of which there are none here.
+        # What drop_last leaves out depends on the batch size, which is unknown here.
         data = dataclasses.replace(data, drop_last=False)
     stream = open_stream(data, sources, timeline, seed=config.seed)
     return Opened(stream, sources, corpora, data, model, asked)

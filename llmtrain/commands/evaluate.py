@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from llmtrain.interchange.trained import TrainedModel
 
 COUNT_WINDOW = 2**20
-"""Tokens read at once while counting."""
+"""Number of tokens to read at once while counting."""
 
 
 USUAL_LENGTH = 1024
-"""Tokens of a sequence where nothing says more: models of 128k positions would need a cluster."""
+"""Largest default sequence length: models of 128k positions would need a cluster at full length."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,19 @@ class EvaluateConfig:
     micro_size: int = 8
     """Sequences in one forward pass."""
     sequence_length: int | None = None
-    """Tokens of one sequence; null: as in training; of a model that was trained elsewhere 1024, or its
-    longest."""
+    """Tokens of one sequence; null: as in training, or, for a model trained elsewhere, 1024 or its longest
+    sequence if that is shorter."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of matrix products."""
     device: str = "auto"
-    """auto, cpu or cuda; auto: a GPU where there is one."""
+    """auto, cpu or cuda; auto: a GPU if there is one."""
     bleu: bool = False
-    """Also BLEU of what an encoder–decoder writes for the sources of pairs, as `generate` says."""
+    """Also print BLEU of the texts that an encoder–decoder generates, with the settings of `generate`."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     unigram: bool = False
-    """Also what the training split's token frequencies alone would reach; reads the whole split."""
+    """Also print the loss of the token frequencies of the training split; this reads the whole split."""
     output: Path | None = None
-    """A file for the figures, as JSON."""
+    """A JSON file for the figures."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.micro_size >= 1, "micro_size", self.micro_size, "1 or more")
@@ -73,7 +73,7 @@ class EvaluateConfig:
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Print the figures. Raises UserError for whatever a user can mend."""
+    """Print the figures. Raise UserError for whatever a user can fix."""
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
     output = None if config.output is None else at_home(config.output)
     if output is not None:
@@ -150,7 +150,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
 
 class TargetCounter:
-    """Counts the targets of passing batches by token, for figures that compare models."""
+    """Counts the targets of batches by token, for figures that compare models."""
 
     def __init__(self, vocab_size: int) -> None:
         self._counts_V = np.zeros(vocab_size, dtype=np.int64)
@@ -162,7 +162,7 @@ class TargetCounter:
             yield micro
 
     def sum_over_ranks(self, counted: bool, device: torch.device) -> None:
-        """Take in what the other ranks counted, of those that are `counted`."""
+        """Add up the counts of all ranks for which `counted` is True."""
         import torch
 
         from llmtrain.distributed import processes
@@ -171,14 +171,15 @@ class TargetCounter:
         self._counts_V = processes.all_sum(counts_V).cpu().numpy()
 
     def num_bytes(self, corpora: Corpora) -> int:
-        """UTF-8 bytes of text that the targets stand for; an end of document stands for none."""
-
+        """Return the UTF-8 bytes of the text of the targets; the end of a document has none."""
         lengths_V = corpora.load_tokenizer().token_byte_lengths()
         return int(self._counts_V[: len(lengths_V)] @ lengths_V)
 
     def unigram_loss(self, corpora: Corpora) -> float:
-        """Mean loss, nats, of the targets under the training split's token frequencies (each one more
-        than counted): what a model that ignores the context would reach."""
+        """Return the mean loss, in nats, of the targets under the token frequencies of the training split.
+
+        One is added to each count. A model that ignores the context could reach this loss.
+        """
         counts_V = np.ones(len(self._counts_V), dtype=np.int64)
         for train in corpora.splits("train").values():
             for start in range(0, train.num_tokens, COUNT_WINDOW):
@@ -215,7 +216,7 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | Non
             problems.append(
                 Problem(
                     "data.path",
-                    f"data of {needed:,} tokens' vocabulary",
+                    f"data with a vocabulary of {needed:,} tokens",
                     f"at most {vocab_size:,}, the vocabulary of {trained.source}",
                     "prepare it with that model's own tokenizer",
                 )

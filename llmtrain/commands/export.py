@@ -20,9 +20,9 @@ class ExportConfig:
     output: Path
     """A folder that does not exist yet or is empty."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Number format of the weights; null: that of an untrained import's source, else fp32."""
+    """Number format of the weights; null: that of the source for an untrained import, else fp32."""
     overwrite: bool = False
-    """Replace another model's folder."""
+    """Replace the folder of another model."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("checkpoint", "output"):
@@ -30,7 +30,7 @@ class ExportConfig:
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Raises UserError for whatever a user can mend."""
+    """Write the Hugging Face folder. Raise UserError for whatever a user can fix."""
     config = decode(ExportConfig, mapping)
 
     import torch
@@ -51,6 +51,6 @@ def run(mapping: Mapping[str, Any]) -> None:
         origin=trained.origin,
         end_id=trained.own_end_id,
     )
-    # load_trained has named them.
+    # load_trained has printed their names.
     never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""
     tell(f"exported {trained.source} to {output}{never}")

@@ -1,5 +1,4 @@
-"""`llmtrain generate`: text from a trained language model, what an encoder–decoder answers, or what a BERT or
-an XLNet puts for [MASK]."""
+"""`llmtrain generate`: continue, answer or fill in prompts with a trained language model."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from llmtrain.interchange.trained import TrainedModel
 
 TOP_K = 5
-"""Pieces shown for each [MASK] unless generate.top_k says otherwise."""
+"""Default number of tokens shown for each [MASK]; generate.top_k overrides it."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,17 @@ class GenerateCommandConfig:
     prompt: tuple[str, ...] = field(default=("",), metadata={MAY_BE_EMPTY: True})
     """A text, or a list of texts."""
     prompt_file: Path | None = None
-    """A file with one prompt a line, in place of `prompt`."""
+    """A file with one prompt per line, in place of `prompt`."""
     output: Path | None = None
-    """A file for what is printed otherwise, one line a prompt."""
+    """A file for the texts, one line per prompt; null: print them."""
     device: str = "auto"
-    """auto, cpu or cuda; auto: a GPU where there is one."""
+    """auto, cpu or cuda; auto: a GPU if there is one."""
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Print each prompt with its continuation, or what answers it, or it with its [MASK]s filled.
+    """Print each prompt with its continuation, its answer, or the prompt with each [MASK] filled.
 
-    Raises UserError for whatever a user can mend.
+    Raise UserError for whatever a user can fix.
     """
     config = decode(GenerateCommandConfig, mapping)
     prompts = list(config.prompt) if config.prompt_file is None else _read_lines(config.prompt_file)
@@ -96,7 +95,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         on_done = Progress(len(prompts))
     try:
         found = generate(model, ids, settings, eos_ids=text_ends(trained, eos_id), on_done=on_done)
-    except UserError as error:  # all ranks look at the same prompts
+    except UserError as error:  # all ranks check the same prompts
         raise processes.everywhere(error) from None
     if not processes.is_main():
         return
@@ -114,7 +113,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 def _ways(
     trained: TrainedModel, prompts: Sequence[str]
 ) -> tuple[list[list[int]], int, Callable[[int, list[int]], str]]:
-    """Ids of each prompt, the id that ends a text, and (number of a prompt, what was found) → its text."""
+    """Return the ids of each prompt, the id that ends a text, and (prompt number, found ids) → text."""
     if family_of(trained.config).kind == "encoder_decoder":
         texts = Texts(trained)
         return (
@@ -123,7 +122,7 @@ def _ways(
             lambda number, found: texts.answer(prompts[number], found),
         )
     tokenizer = trained.tokenizer()
-    # As in an encoder–decoder's sources: what is trained here sees texts with their ends alone.
+    # Models trained by llmtrain saw texts without first ids; as in the sources of an encoder–decoder.
     first = tokenizer.first_ids if trained.sequence_length is None else ()
     ids = [[*first, *tokenizer.encode(prompt)] or [tokenizer.eos_id] for prompt in prompts]
     return (
@@ -134,7 +133,7 @@ def _ways(
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Raises DataError for what is no text file."""
+    """Read lines. Raise DataError if the file is not a text file."""
     try:
         return at_home(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""`llmtrain import`: a model of another's making → a checkpoint of ours, which every verb takes."""
+"""`llmtrain import`: a model of another library → a checkpoint of llmtrain, which every verb accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImportConfig:
     output: Path
     """A folder that does not exist yet or is empty."""
     tokenizer: Path | None = None
-    """The file or folder of another tokenizer than the one with the model."""
+    """File or folder of a tokenizer to use in place of the model's."""
     overwrite: bool = False
     """Replace an earlier import."""
 
@@ -31,7 +31,7 @@ class ImportConfig:
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Raises UserError for whatever a user can mend."""
+    """Write the checkpoint. Raise UserError for whatever a user can fix."""
     config = decode(ImportConfig, mapping)
     if launcher.world_size() > 1:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """`llmtrain keys`: every configuration key with its type, default and meaning, as a Markdown page.
 
-Meanings are the docstrings under the fields of the configs. Defaults are what conf/VERB.yaml says, else the
-preset that it chooses of the section's group, else the field's own. conf/README.md holds this page.
+Meanings are the docstrings under the fields of the configs. Defaults come from conf/VERB.yaml, else from the
+preset that it selects for the section, else from the field. conf/README.md holds this page.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from llmtrain.config import MISSING, encode, kinds_of
 INTRODUCTION = """\
 # Configuration
 
-Every key of every verb. This page is made by a command, `llmtrain keys > conf/README.md`, from the typed
-configurations; a test compares the two.
+Every key of every verb. The command `llmtrain keys > conf/README.md` writes this page from the typed
+configurations; a test keeps it up to date.
 
 - Set a key on the command line: `llmtrain train batch.global_size=64`. Values with spaces, commas or brackets
   need quotes for the shell: `'data.mixture={web: 0.7, books: 0.3}'`.
 - Choose a preset of a [group](#groups), a folder beside this page: `model=gpt2_124m optimizer=sgd`. Keys that
-  are given besides change the preset: `model=gpt2_124m model.dropout=0.1`.
-- `llmtrain VERB --help` prints a verb's keys in short, `--cfg job` the composed configuration, and
+  are given as well override the preset: `model=gpt2_124m model.dropout=0.1`.
+- `llmtrain VERB --help` lists the keys of a verb, `--cfg job` prints the composed configuration, and
   `--multirun optimizer.lr=1e-3,3e-4` runs one job for each value.
-- Keys without a default are needed. An unknown key, or a value of another type, ends the command with exit
-  code 2 and one line that says what is allowed.
+- Keys without a default are required. An unknown key, or a value of the wrong type, ends the command with
+  exit code 2 and one line that says what is allowed.
 """
 
 
 class Extra(NamedTuple):
-    """A key that a verb takes besides its config's."""
+    """A key of a verb that its config lacks."""
 
     key: str
     type: str
@@ -53,7 +53,7 @@ EXTRAS = {
         Extra(
             "model.path",
             "path",
-            "needed",
+            "required",
             "With `model=pretrained`: an import, a run, a checkpoint or a Hugging Face folder.",
         )
     ],
@@ -62,23 +62,22 @@ EXTRAS = {
             "world_size",
             "whole number, or null",
             "`null`",
-            "Processes; null: as many as the launcher started, else 1.",
+            "Number of processes; null: as many as the launcher started, else 1.",
         )
     ],
     "checkpoint_export": [
         Extra(
             "path",
             "path",
-            "needed",
-            "In place of `checkpoint`: a run folder, which stands for its newest good checkpoint, or a "
-            "checkpoint folder.",
+            "required",
+            "Replaces `checkpoint`: a checkpoint folder, or a run folder for its newest good checkpoint.",
         )
     ],
 }
 
 
 class Row(NamedTuple):
-    """A line of a table."""
+    """A row of a table."""
 
     key: str
     hint: Any
@@ -87,17 +86,17 @@ class Row(NamedTuple):
 
 
 class Form(NamedTuple):
-    """One of the shapes that a section may have."""
+    """One of the forms that a section may have."""
 
     label: str
-    """What tells it from the others; "" of a section's only form."""
+    """Its title; empty for the only form of a section."""
     cls: type
 
 
 def page(configs: Mapping[str, type], purposes: Mapping[str, str], conf: Path) -> str:
     """Return the page.
 
-    configs: verb, its words joined by `_`, → the config that it decodes; purposes: verb → a phrase; conf: the
+    configs: verb, its words joined by `_` → the config that it decodes; purposes: verb → a phrase; conf: the
     folder of the YAML files.
     """
     parts = [INTRODUCTION]
@@ -143,7 +142,7 @@ def _section(
         if before != words:
             yield f"{title}: the keys of [{before}](#{_anchor(before)}).\n"
             continue
-        # A key that several forms have is explained at the first.
+        # A key that several forms have may be explained at only one of them.
         others = [other.cls for other in forms]
         rows = list(_rows(form.cls, section, others, defaults if len(forms) == 1 else None))
         yield f"### {title}\n\n{_summary(form.cls)}\n"
@@ -154,7 +153,7 @@ def _section(
 def _rows(
     cls: type, prefix: str, others: Sequence[type], defaults: _Defaults | None, unset: bool = False
 ) -> Iterator[Row]:
-    """A row for each key of a section, those of sections in it too."""
+    """Yield a row for each key of a section, including the keys of nested sections."""
     for name, hint, own in _fields(cls):
         key = f"{prefix}.{name}"
         forms = _forms(hint)
@@ -170,21 +169,28 @@ def _rows(
 
 
 class _Defaults:
-    """What conf/ says where nothing is given."""
+    """The default values that conf/ gives."""
 
     def __init__(self, conf: Path, verb: str) -> None:
         self._conf = conf
         self._own: dict[str, Any] = yaml.safe_load((conf / f"{verb}.yaml").read_text())
-        chosen = (each for each in self._own.get("defaults", ()) if isinstance(each, dict))
-        self._presets = {group: option for each in chosen for group, option in each.items()}
+        chosen = self._own.get("defaults", ())
+        self._bases = [_Defaults(conf, each) for each in chosen if isinstance(each, str) and each != "_self_"]
+        self._presets = {group: each[group] for each in chosen if isinstance(each, dict) for group in each}
 
     def of(self, key: str, own: Any) -> Any:
-        """The value of a dotted key; `own`: the field's default, for which a null of conf/ stands too."""
+        """Return the value of a dotted key. own: the field's default, which a null in conf/ stands for."""
+        found = self._given(key)
+        return own if found == MISSING or (found is None and own != MISSING) else found
+
+    def _given(self, key: str) -> Any:
         section, _, rest = key.partition(".")
         found = self._find(self._own, key)
         if found == MISSING and rest:
             found = self._find(self._preset(section), rest)
-        return own if found == MISSING or (found is None and own != MISSING) else found
+        for base in self._bases:
+            found = base._given(key) if found == MISSING else found
+        return found
 
     def _preset(self, group: str) -> dict[str, Any]:
         path = self._conf / group / f"{self._presets.get(group)}.yaml"
@@ -200,7 +206,7 @@ class _Defaults:
 
 
 def _fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
-    """(name, type, default or MISSING) of each field."""
+    """Yield (name, type, default or MISSING) for each field."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         default: Any = MISSING
@@ -212,7 +218,7 @@ def _fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _forms(hint: Any) -> list[Form]:
-    """The dataclasses that a section may be; none of a value."""
+    """Return the dataclasses that a section may be; empty for a plain value."""
     if dataclasses.is_dataclass(hint):
         return [Form("", typing.cast(type, hint))]
     classes = kinds_of(hint)
@@ -224,8 +230,8 @@ def _forms(hint: Any) -> list[Form]:
 
 
 def _label(cls: type) -> str:
-    """What tells a form from the others: `family=gpt`, a field with one possible value, else the beginning of
-    the docstring."""
+    """Return the title of a form: a field with one possible value, such as `family=gpt`, else the beginning
+    of the docstring."""
     for name, hint, default in _fields(cls):
         if typing.get_origin(hint) is Literal and len(typing.get_args(hint)) == 1:
             return f"`{name}={default}`"
@@ -235,7 +241,7 @@ def _label(cls: type) -> str:
 
 @cache
 def _docstrings(cls: type) -> dict[str, str]:
-    """Field → the docstring under it."""
+    """Return field → the docstring under it."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
@@ -247,13 +253,13 @@ def _docstrings(cls: type) -> dict[str, str]:
 
 
 def meaning_of(cls: type, name: str) -> str:
-    """Return the docstring under a field of a dataclass or of one that it inherits from; "" without one."""
+    """Return the docstring under a field, its own or inherited; empty without one."""
     classes = [each for each in cls.__mro__ if dataclasses.is_dataclass(each)]
     return next((_docstrings(each)[name] for each in classes if name in _docstrings(each)), "")
 
 
 def _summary(cls: type) -> str:
-    """The first paragraph of a dataclass' docstring."""
+    """Return the first paragraph of the docstring of a dataclass."""
     return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
@@ -275,12 +281,12 @@ def _table(rows: Sequence[Row], extras: Sequence[Extra] = ()) -> str:
 
 def _default_words(value: Any) -> str:
     if value == MISSING:
-        return "needed"
+        return "required"
     return f"`{_plain(value)}`" if value != "" else "empty"
 
 
 def _plain(value: Any) -> str:
-    """A value as it is given on the command line."""
+    """Return a value as it is written on the command line."""
     value = encode(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_plain(each)}" for name, each in value.items()) + "}"
@@ -292,7 +298,7 @@ def _plain(value: Any) -> str:
 
 
 def type_words(hint: Any) -> str:
-    """Return a type as a reader of the page says it."""
+    """Return a type in words."""
     names = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", Path: "path"}
     if hint in names:
         return names[hint]
@@ -314,7 +320,7 @@ def type_words(hint: Any) -> str:
 
 
 def _groups(conf: Path) -> str:
-    """A table for each folder of presets."""
+    """Return a table for each folder of presets."""
     parts = [
         "## Groups\n\nA preset is chosen as `GROUP=PRESET`, and `track` as a list: `track=[jsonl,wandb]`.\n"
     ]
@@ -327,7 +333,7 @@ def _groups(conf: Path) -> str:
 
 
 def _head(preset: Path) -> str:
-    """What the comment at the head of a file says, up to its first commands."""
+    """Return the comment at the head of a file, up to its first commands."""
     lines = []
     for line in preset.read_text().splitlines():
         if line.startswith("# @package"):

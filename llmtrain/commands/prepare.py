@@ -15,7 +15,7 @@ from llmtrain.prepare.job import prepare
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Raises UserError for whatever a user can mend."""
+    """Prepare the corpus. Raise UserError for whatever a user can fix."""
     _take_slurm_task()
     config = decode(PrepareConfig, mapping)
     if config.workers is None:
@@ -26,8 +26,10 @@ def run(mapping: Mapping[str, Any]) -> None:
 
 
 def _take_slurm_task() -> None:
-    """A task of `srun` is a process of the job as one of torchrun is. The variable that tells it from a
-    batch script, of which there is one however many tasks the job has, is the step's own."""
+    """Treat a task of `srun` as a process of the job, as with torchrun.
+
+    SLURM_STEP_NUM_TASKS tells a task from a batch script, which runs once however many tasks the job has.
+    """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
         os.environ["WORLD_SIZE"] = tasks
@@ -36,15 +38,15 @@ def _take_slurm_task() -> None:
 
 
 def _local_size() -> int:
-    """Processes of the job on this host."""
+    """Return the number of processes of the job on this host."""
     text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    # Slurm says 4(x2) for two hosts of four; hosts that differ bind their tasks to cores anyway.
+    # Slurm writes 4(x2) for two hosts of four tasks; where hosts differ, tasks are bound to cores anyway.
     count = re.match(r"\d+", text)
     return max(1, int(count[0])) if count else 1
 
 
 def _job() -> str:
-    """What tells this job's processes from another's that has the same output folder."""
+    """Return what distinguishes this job's processes from those of another with the same output folder."""
     slurm = ["SLURM_JOB_ID", "SLURM_STEP_ID"]
     torchrun = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"]
     return " ".join(os.environ.get(name, "") for name in slurm + torchrun)

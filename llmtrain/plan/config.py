@@ -1,4 +1,4 @@
-"""What describes the machines that a run is for, free of torch."""
+"""The configuration of the machines that a run is planned for, without torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from llmtrain.errors import Problem
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines a run is meant for; all null: this machine."""
+    """The machines that a run is planned for; all null: this machine."""
 
     name: str = "local"
-    """Name that messages use."""
+    """Name of the cluster in messages."""
     device: Literal["cpu", "cuda"] | None = None
-    """Kind of device; null: what this machine has."""
+    """Kind of device; null: the kind that this machine has."""
     devices_per_node: int | None = None
-    """Processes that share one host."""
+    """Number of devices, and so of processes, of one host."""
     memory_bytes: int | None = None
     """Memory of one device; null: this machine's."""
     peak_flops: Mapping[str, float] = field(default_factory=dict)
-    """Dense matrix FLOPs per second of one device by precision (fp32, bf16, fp16), as its vendor says."""
+    """Peak FLOP/s of dense matrix products of one device, by precision (fp32, bf16, fp16)."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("devices_per_node", "memory_bytes"):
@@ -32,5 +32,5 @@ class ClusterConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is this machine that is planned for."""
+        """Whether the run is planned for this machine."""
         return self.memory_bytes is None

@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""Memory and processor of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def memory_bytes() -> int:
-    """This machine's memory, or the share of it that the container may use."""
+    """Return the bytes of memory of this machine, or of its container if that has a limit."""
     import psutil
 
     total: int = psutil.virtual_memory().total
@@ -20,7 +20,7 @@ def memory_bytes() -> int:
 
 
 def has_bf16() -> bool:
-    """Whether oneDNN has an LSTM in bf16 for this machine's processor; where that is not known, no."""
+    """Return whether oneDNN has a bf16 LSTM for this machine's processor; False when that is unknown."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -29,5 +29,5 @@ def has_bf16() -> bool:
 
 
 def processes_here(world_size: int) -> int:
-    """How many of the run's processes share this machine: what the launcher says, or else all."""
+    """Return how many processes of the run share this machine: the launcher's number, else all."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

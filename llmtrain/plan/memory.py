@@ -1,4 +1,4 @@
-"""Memory of one process by term: arithmetic over what the engines hold."""
+"""Estimate the memory of one process, term by term, from what the engines hold."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ GIB = 2**30
 
 DEEPSPEED_BUCKET_ELEMENTS = 200_000_000
 DEEPSPEED_LIVE_ELEMENTS = 1_000_000_000
-"""Largest gradient bucket, and weights that ZeRO 3 keeps gathered; as in engine/deepspeed.py, a test
-compares."""
+"""Largest gradient bucket, and weights that ZeRO 3 keeps gathered; a test
+compares them with engine/deepspeed.py."""
 
 RUNTIME_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB // 2}
-"""The libraries of one process; on a GPU its context and the communication library's buffers."""
+"""Memory of the libraries of one process; on a GPU, of its context and of communication buffers."""
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What of a model trains, where not all of it does."""
+    """The parameters that train, of a model of which some are frozen."""
 
     parameters: int
     shares: tuple[float, ...]
-    """Of the parameters of each step of the forward, and of all where a model has no steps."""
+    """The trainable share of the parameters of each step of the forward pass; one share for a model without
+    steps."""
 
     def count(self, model: ModelConfig, layout: Layout, steps: range) -> int:
-        """Trainable parameters of one process that runs `steps`, before ZeRO divides them; where the tensor
-        axis divides some of them alone, to a few percent."""
+        """Return the trainable parameters of one process that runs `steps`, before ZeRO divides them.
+
+        The count is off by a few percent where the tensor axis divides only some of the parameters.
+        """
         held = held_parameter_count(model, layout, steps)
         if len(steps) == len(self.shares):
-            # Steps count what several of them share more than once.
+            # Counts by step include a shared parameter several times.
             return round(held * self.parameters / model.parameter_count())
         counts = model.step_parameter_counts(layout.tensor)
         trained = sum(counts[step] * self.shares[step] for step in steps)
@@ -46,25 +49,25 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process by term. The terms' peaks need not fall together: `total` is an upper estimate."""
+    """Bytes of one process, by term. Their peaks need not coincide, so `total` is an upper estimate."""
 
     weights: int
     gradients: int
     optimizer: int
-    """Optimizer state, and the fp32 master weights where they stand apart from the weights."""
+    """Optimizer state, and fp32 master weights if they are separate from the weights."""
     activations: int
-    """What micro-batches keep for their backward pass, and what recomputing one block takes."""
+    """Activations kept for the backward pass, and those of recomputing one layer."""
     logits: int
-    """The head with its loss."""
+    """Memory of the output layer and its loss."""
     buffers: int
-    """Gradients and weights on their way between processes."""
+    """Communication buffers of gradients and weights."""
     checkpoint_copy: int
-    """What an asynchronous checkpoint is written from, where the device's memory is the host's."""
+    """The copy that an asynchronous checkpoint is written from; 0 on a GPU, where the host holds it."""
     runtime: int
 
     @property
     def terms(self) -> dict[str, int]:
-        """In the order of a table, the largest nowhere in particular."""
+        """Name → bytes, in the order of the table."""
         return {name.replace("_", " "): getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
@@ -88,12 +91,11 @@ def memory_per_process(
     asynchronous_checkpoints: bool = False,
     trainable: Trainable | None = None,
 ) -> Memory:
-    """What one process of `layout` holds in training `model`: of the pipeline's stages the one that holds
-    most.
+    """Return the memory of one process that trains `model`, in the pipeline stage that holds most.
 
-    Below ZeRO 1 weights are fp32 and low precision is autocast's; from ZeRO 1 on weights and activations
-    are in the low precision over sharded fp32 masters (arXiv:1910.02054). Gradients, masters and the
-    optimizer's state are those of `trainable` parameters alone; None: all are.
+    Without ZeRO, weights are fp32 and autocast gives the low precision. With ZeRO, weights and activations
+    are in the low precision, with sharded fp32 master weights (arXiv:1910.02054). Gradients, master weights
+    and optimizer state exist for `trainable` parameters only; None: for all.
     """
     shared = (precision, optimizer, conditions, asynchronous_checkpoints, trainable)
     stages = [
@@ -122,7 +124,7 @@ def _of_stage(
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
     memory = model_memory(model, row, numbers, layout, conditions)
     state = optimizer_slots(optimizer) * 4 * trained
-    # bf16 gradients are added up in fp32; ZeRO 1 keeps both.
+    # bf16 gradients are accumulated in fp32; ZeRO 1 keeps both.
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
     if layout.zero == 0:
@@ -130,7 +132,7 @@ def _of_stage(
         weights = 4 * P + 2 * copies
         gradients, masters, buffers = 4 * trained, 0, (4 * trained if replicas > 1 else 0)
         owned = _share(trained, replicas)
-        if replicas > 1:  # whole parameters are dealt out
+        if replicas > 1:  # whole parameters are assigned to ranks
             owned = min(trained, max(owned, largest_parameter_count(model, layout)))
     else:
         weights = stored * (_share(P, replicas) if layout.zero == 3 else P)
@@ -145,7 +147,7 @@ def _of_stage(
             weights += stored * _share(P, layout.hierarchical_partition)
         if _is_away(layout.offload_optimizer, conditions.device):
             masters, state = 0, 0
-            gradients = gradients if layout.zero == 1 else 0  # on their way alone, in buckets
+            gradients = gradients if layout.zero == 1 else 0  # held only in buckets, while they are sent
         if _is_away(layout.offload_parameters, conditions.device):
             weights -= stored * _share(P, replicas)
 
@@ -169,7 +171,7 @@ def _of_stage(
 def model_memory(
     model: ModelConfig, row: Row, numbers: Numbers, layout: Layout, conditions: Conditions
 ) -> ModelMemory | None:
-    """Return what the model's family counts of activations and head; None where it counts nothing."""
+    """Return the family's estimate of activations and output layer; None if the family has none."""
     memory = family_of(model).memory
     division = Division(
         layout.micro_size, layout.sequence_length, layout.tensor, layout.sequence, layout.tensor_sequence
@@ -178,13 +180,14 @@ def model_memory(
 
 
 def _is_away(offload: str, device: str) -> bool:
-    """Whether what is offloaded takes no memory of the device: a cpu's is the host's."""
+    """Return whether offloading frees memory of the device; offloading a CPU's data to the CPU does not."""
     return offload == "nvme" or (offload == "cpu" and device != "cpu")
 
 
 def start_bytes(model: ModelConfig, layout: Layout, precision: Precision, device: str) -> int:
-    """What one process holds when its weights are made, before gradients and optimizer: its own part, made
-    a parameter at a time."""
+    """Return the bytes of one process while its weights are created, one parameter at a time.
+
+    Gradients and optimizer state do not exist yet."""
     held = max(held_parameter_count(model, layout, steps) for steps in stage_steps(model, layout))
     if layout.zero == 3:
         held = _share(held, layout.data * layout.sequence) + largest_parameter_count(model, layout)
@@ -192,19 +195,19 @@ def start_bytes(model: ModelConfig, layout: Layout, precision: Precision, device
 
 
 def weight_bytes(precision: Precision, layout: Layout) -> int:
-    """Of one weight as it is held: ZeRO keeps fp32 masters of low ones, autocast needs fp32."""
+    """Return the bytes of one held weight: ZeRO holds low precision and fp32 masters, autocast fp32."""
     return 2 if precision != "fp32" and layout.zero > 0 else 4
 
 
 def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
-    """The steps of the model's forward that each pipeline stage runs: embedding, blocks, head."""
+    """Return the steps of the forward pass (embedding, layers, output) that each pipeline stage runs."""
     by_time = layout.balance == "time"
     return _divided(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
 
 
 @lru_cache(maxsize=64)
 def _divided(model: ModelConfig, pipeline: int, tensor: int, sequence_length: int | None) -> list[range]:
-    """By parameters, or by the multiplications of a token of so long a sequence."""
+    """Divide by parameters, or, given a sequence length, by multiplications of a token."""
     counts = model.step_parameter_counts(tensor)
     if len(counts) == 1:
         return [range(1)]
@@ -214,22 +217,22 @@ def _divided(model: ModelConfig, pipeline: int, tensor: int, sequence_length: in
 
 
 def held_parameter_count(model: ModelConfig, layout: Layout, steps: range) -> int:
-    """Parameters of one process that runs `steps`, before ZeRO divides them among replicas."""
+    """Return the parameters of one process that runs `steps`, before ZeRO divides them among replicas."""
     counts = model.step_parameter_counts(layout.tensor)
     return sum(counts[step] for step in steps) - model.repeated_count(steps, layout.tensor)
 
 
 def largest_parameter_count(model: ModelConfig, layout: Layout) -> int:
-    """Elements of the largest single parameter of one process, before ZeRO divides it."""
+    """Return the elements of the largest parameter of one process, before ZeRO divides it."""
     return model.largest_parameter_count(layout.tensor)
 
 
 def optimizer_slots(config: OptimizerConfig) -> int:
-    """Numbers that the optimizer keeps for each weight."""
+    """Return how many numbers the optimizer keeps for each weight."""
     momentum = int(config.momentum > 0)
     return {"adamw": 2, "adam": 2, "sgd": momentum, "adagrad": 1, "rmsprop": 1 + momentum}[config.name]
 
 
 def _share(count: int, replicas: int) -> int:
-    """The largest share when `replicas` divide `count`."""
+    """Return the largest share when `count` is divided among `replicas`."""
     return -(-count // replicas)

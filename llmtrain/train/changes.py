@@ -1,4 +1,4 @@
-"""What a run that goes on does otherwise than before."""
+"""The settings that a resumed run has changed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from llmtrain.sweeps import CHANGES_NO_TRAINING
 
 NAMED_BY_USERS = ("data.mixture", "data.sources")
-"""Sections whose keys a person chooses: one that comes or goes is a change."""
+"""Sections whose keys the user chooses: an added or removed key is a change."""
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each setting of two encoded configurations that differs, in words.
+    """Return a phrase for each setting in which two encoded configurations differ.
 
-    Keys that only one of them has came or went with a version or a kind, which is told itself.
+    Keys that only one of them has are left out: they belong to another version or to another kind of
+    section, and that change is reported itself.
     """
-    # One of them was read from a checkpoint.
+    # `before` was read from a checkpoint, so `now` becomes JSON too.
     return list(_changes(before, json.loads(json.dumps(now, default=str)), ""))
 
 

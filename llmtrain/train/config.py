@@ -1,4 +1,4 @@
-"""Everything one training run is told, free of torch."""
+"""The configuration of a training run, without torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from llmtrain.urls import without_credentials_in
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives."""
+    """Name and folder of the run."""
 
     name: str
-    """Name of the run, in its folder's name and in trackers."""
+    """Name of the run: part of its default folder, and its name in trackers."""
     dir: Path
-    """Folder of checkpoints, metrics and the resolved config; made when missing."""
+    """Folder of checkpoints, metrics and the resolved config; created when missing."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require_utf8("dir", self.dir)
@@ -38,15 +38,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class StepsConfig:
-    """How long the run is, what of the model trains, and how often the run speaks."""
+    """Length of the run, frozen parameters, and how often progress is printed."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run, those before a resume included."""
+    """Optimizer steps of the whole run, including those before a resume."""
     log_every: int = 10
-    """Steps between progress lines when the output is no terminal; metrics are recorded every step."""
+    """Steps between progress lines when the output is not a terminal; metrics are recorded every step."""
     freeze: tuple[str, ...] = ()
-    """Patterns of names of parameters that keep their values, as fnmatch takes them: `blocks.*`. Under ZeRO
-    in bf16 or fp16 they are held, and saved, rounded to that type."""
+    """fnmatch patterns of the names of parameters that are not trained, such as `blocks.*`. Under ZeRO in
+    bf16 or fp16 they are held and saved in that type."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps >= 1, "steps", self.steps, "1 or more")
@@ -58,11 +58,11 @@ class EvaluationConfig:
     """Evaluation on held-out data during training."""
 
     every: int | None = 500
-    """Steps between evaluations; null: never. One is always made after the last step."""
+    """Steps between evaluations; null: never. Otherwise the last step is always followed by one."""
     at_start: bool = True
-    """Also before the first step: an untrained model's loss should be near ln(vocabulary)."""
+    """Also evaluate before the first step: the loss of an untrained model should be near ln(vocabulary)."""
     max_samples: int | None = 512
-    """Sequences of the validation split that count; null: all."""
+    """Number of sequences of the validation split to evaluate; null: all."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
@@ -76,7 +76,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The whole of `llmtrain train`, as composed by Hydra from conf/train.yaml."""
+    """The configuration of `llmtrain train`, composed by Hydra from conf/train.yaml."""
 
     run: RunConfig
     model: ModelConfig
@@ -95,14 +95,14 @@ class TrainConfig:
     precision: Precision = "fp32"
     """Number format of matrix products."""
     engine: Literal["auto", "local", "deepspeed"] = "auto"
-    """What runs the steps; auto: deepspeed where ZeRO asks for it, else local."""
+    """The engine that runs the steps; auto: deepspeed with ZeRO or a pipeline, else local."""
     seed: int = 0
-    """Seed of initial weights, the order of samples and dropout."""
+    """Seed of the initial weights, the order of samples, and dropout."""
     exact_dropout: bool = True
-    """Dropout's masks are functions of (seed, sample, layer, position), the same at every layout; false: of a
-    generator, which lets fused attention kernels make them."""
+    """Dropout masks are a function of (seed, sample, layer, position), the same in every layout; false: they
+    come from a generator, and fused attention kernels can be used."""
     device: str = "auto"
-    """auto, cpu or cuda; auto: a GPU where there is one."""
+    """auto, cpu or cuda; auto: a GPU if there is one."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")
@@ -128,7 +128,7 @@ class TrainConfig:
             return
         got = f"{self.objective.kind} with model.family={self.model.family}"
         allowed = ", ".join(name for name, config in OBJECTIVES.items() if kind in config.teaches)
-        remedy = f"give another objective=…, or a model of kind {' or '.join(self.objective.teaches)}"
+        remedy = f"choose another objective=…, or a model of kind {' or '.join(self.objective.teaches)}"
         yield Problem("objective", got, allowed, remedy)
 
 
@@ -139,7 +139,7 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 
 def model_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Keys in which two encoded model configs describe different models, each as `model.key=…`."""
+    """Return the keys in which two encoded model configs describe different models, each as `model.key=…`."""
     keys = sorted((set(ours) | set(theirs)) - {"dropout", "init_std"})
     return [
         f"model.{key}={ours.get(key)} here, {theirs.get(key)} there"

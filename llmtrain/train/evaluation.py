@@ -1,4 +1,4 @@
-"""Evaluation of what an engine holds, during training."""
+"""Evaluation of the model during training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def evaluate_dataset(
     max_samples: int | None,
     between: Callable[[], None] = lambda: None,
 ) -> Totals:
-    """Loss and metric sums over the first `max_samples` of `dataset`; `between` is called before each batch
-    by all ranks alike, and what it raises ends the evaluation."""
+    """Return loss and metric sums over the first `max_samples` of `dataset`; None: over all.
+
+    All ranks call `between` before each batch; an exception that it raises ends the evaluation.
+    """
     batches = evaluation_batches(
         dataset,
         engine.objective.collate,

@@ -1,4 +1,4 @@
-"""The training loop: one for all models, engines and layouts."""
+"""The training loop, the same for all models, engines and layouts."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from llmtrain.errors import Problem, TrainingError
 
 
 class Observer(Protocol):
-    """What is told of each step and evaluation: metrics, progress. It raises nothing."""
+    """Records metrics and progress of each step and evaluation. It raises nothing."""
 
     @property
     def failed(self) -> bool:
-        """Whether it can no longer record the run, which then ends as if asked to."""
+        """Whether it can no longer record the run, which then stops as if it had been asked to."""
 
     def on_step(
         self, step: int, result: StepResult, lr: float, seconds: float, data: Mapping[str, float]
     ) -> None:
-        """`seconds` of the whole step; `data`: metrics of what it read."""
+        """seconds: duration of the whole step; data: metrics of the data that it read."""
 
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls besides the engine; `step` is the number of steps done."""
+    """Functions that the loop calls besides the engine's; `step` is the number of completed steps."""
 
     lr: Callable[[int], float]
-    """Number of the step, from 0 → learning rate."""
+    """Number of the step, counted from 0 → its learning rate."""
     evaluate: Callable[[Callable[[], None]], Totals] | None
-    """One pass over held-out data, given what to call between batches; None when there is none."""
+    """Make one pass over held-out data, given a function to call between batches; None without such data."""
     save: Callable[[int, float | None, bool], None]
-    """Begin a checkpoint, given the steps done, the validation loss where it was measured at that step, and
-    whether an evaluation was due there and is still to be made."""
+    """Begin a checkpoint, given the completed steps, the validation loss if it was measured at that step, and
+    whether an evaluation was due there and is still owed."""
     evaluated_late: Callable[[float | None], None]
-    """The evaluation that the checkpoint gone on from still owed is made."""
+    """Record the evaluation that the resumed checkpoint still owed."""
     after_step: Callable[[], None]
-    """What a process has to do besides: for a checkpoint on its way, with its memory."""
+    """Advance a checkpoint that is being written, and free memory."""
     finish_save: Callable[[], None]
-    """Wait until the last checkpoint is whole."""
+    """Wait until the last checkpoint is complete."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the loop does what; steps are counted over the whole run."""
+    """When the loop evaluates and saves; steps are counted over the whole run."""
 
     start_step: int
     steps: int
@@ -59,12 +59,12 @@ class Schedule:
     evaluate_at_start: bool
     save_every: int | None
     evaluation_owed: bool = False
-    """The run was stopped where an evaluation was due: it comes before all else."""
+    """The run was stopped where an evaluation was due: it is made first."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the loop ended: `step` steps are done; `interrupted` when it was told to stop earlier."""
+    """The end of the loop after `step` steps; `interrupted` if it was asked to stop before the last."""
 
     step: int
     validation_loss: float | None
@@ -81,9 +81,9 @@ def train(
 ) -> Outcome:
     """Train from `start_step` to `steps`.
 
-    Where any rank is asked to stop, it ends after the current step, or within it or an evaluation that takes
-    long, as if that had not begun; with a checkpoint, before all else. Whatever was begun is whole when it
-    returns. Raises TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
+    When any rank is asked to stop, the loop ends after the current step. A step or an evaluation that takes
+    long is abandoned as if it had not begun. A checkpoint is saved first, and everything begun is complete on
+    return. Raise TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
     """
     start_step, steps = schedule.start_step, schedule.steps
     validation_loss: float | None = None
@@ -154,7 +154,7 @@ def train(
 
 
 def is_due(done: int, every: int | None, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
+    """Return whether what happens every `every` steps, and at the end, happens after `done` steps."""
     return done == steps or (every is not None and done % every == 0)
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: metrics to the trackers, lines to the progress report."""
+"""Metrics and progress of a run: the metrics go to the trackers, the lines to the progress report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmtrain.train.config import TrainConfig
 
 
 class RunObserver:
-    """Turns what the loop says into metrics and progress lines; on other ranks than 0 it is silent."""
+    """Turns the results of steps into metrics and progress lines; ranks other than 0 write nothing."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class RunObserver:
         progress: Progress | None,
         counters: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """counters: further metrics of what was read, asked for at each step."""
+        """counters: returns further metrics of the data that was read; called at each step."""
         self._trackers, self._progress, self._counters = trackers, progress, counters
         self._failure: UserError | None = None
         self._device_type = device.type
@@ -68,13 +68,13 @@ class RunObserver:
             **result.metrics,
         }
         if self._peak is not None:
-            # MFU (PaLM, arXiv:2204.02311): of the model's own FLOPs; what is recomputed is no work.
+            # MFU (PaLM, arXiv:2204.02311) counts the model's own FLOPs, without recomputation.
             used = self._peak.utilization(rate * self._flops / self._processes)
             metrics |= {} if used is None else {"mfu": used}
         if result.skipped:
             metrics["skipped"] = 1
         if result.num_targets == 0:
-            # Nothing was computed: these would be false zeros in a curve.
+            # Nothing was computed; zeros in the curves would be false.
             del metrics["loss"], metrics["grad_norm"]
         if result.num_skipped:
             metrics["skipped_samples"] = result.num_skipped
@@ -95,12 +95,12 @@ class RunObserver:
         return self._failure is not None
 
     def raise_failure(self) -> None:
-        """Raise what kept metrics from being recorded, if anything did."""
+        """Raise the error that kept metrics from being recorded, if there was one."""
         if self._failure is not None:
             raise self._failure
 
     def _log(self, step: int, metrics: Metrics) -> None:
-        # An error here is rank 0's alone: it must not leave the others waiting in a collective.
+        # Only rank 0 gets an error here; raised at once, it would leave the others waiting in a collective.
         assert self._trackers is not None
         try:
             self._trackers.log(step, metrics)

@@ -1,4 +1,4 @@
-"""`model=pretrained model.path=…`: training starts from the weights of a folder, with a fresh optimizer."""
+"""`model=pretrained model.path=…`: start training from the weights of a folder, with a fresh optimizer."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from llmtrain.tensor_boxes import Shard
 
 FAMILY = "pretrained"
-"""What `model.family` says; a folder gives the real one."""
+"""The value of `model.family` that stands for the family of the model in the folder."""
 
 LEAST_MATCHED = 0.5
-"""Share of a model's numbers that a folder must have, to be taken for what the model starts from."""
+"""The smallest share of a model's numbers that a folder must hold, so that the model can start from it."""
 NAMES_SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where weights come from."""
+    """The folder that weights come from."""
 
     path: Path
     tokenizer: Path | None
-    """The file of the one with the weights."""
+    """File of the tokenizer that came with the weights."""
     origin: Origin | None = None
-    """The settings of the Hugging Face folder that they once came from."""
+    """Settings of the Hugging Face folder that the weights were imported from."""
 
     def problems(self, corpora: Corpora) -> list[Problem]:
-        """What keeps it from training on these corpora: other tokens than the model learned."""
+        """Return a problem if the corpora were prepared with another tokenizer than the model's."""
         if self.tokenizer is None:
             return []
         theirs = load_tokenizer(self.tokenizer).sha256
@@ -62,7 +62,7 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class ModelPath:
-    """The key of the section `model` that `expand` takes out."""
+    """The key of the section `model` that `expand` removes."""
 
     path: Path
 
@@ -75,10 +75,10 @@ class PretrainedKeys:
 
 
 def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | None]:
-    """The composed configuration with the model that `model.path` holds, changed as other keys of the section
-    say; and where the weights are. As it is, and None, for any other model.
+    """Return the composed configuration with the model that `model.path` holds, changed by the other keys of
+    the section, and where its weights are. Return any other configuration unchanged, and None.
 
-    Raises ConfigError without a path, CheckpointError for a folder that holds no model.
+    Raise ConfigError without a path, CheckpointError for a folder that holds no model.
     """
     section = mapping.get("model") or {}
     if section.get("family") != FAMILY:
@@ -87,7 +87,7 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
     path = section.get("path", MISSING)
     if path in (None, MISSING):
         allowed = "an import, a run, a checkpoint or a Hugging Face folder"
-        raise ConfigError(Problem("model.path", "nothing", allowed, "give model.path=…"))
+        raise ConfigError(Problem("model.path", "nothing", allowed, "set model.path=…"))
     from llmtrain.interchange.trained import describe, describe_checkpoint
 
     folder = at_home(path)
@@ -105,8 +105,9 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
 
 
 def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of the run that goes on, where it began with `folder`, which then need not be
-    there any more. Raises CheckpointError where the run began with another."""
+    """Return the newest checkpoint of a resumed run that began with `folder`, which may be gone by now.
+
+    Raise CheckpointError if the run began with another folder."""
     from llmtrain.checkpoint import retention
     from llmtrain.checkpoint.reader import Checkpoint
 
@@ -124,7 +125,7 @@ def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
     if before is None or Path(before).name != folder.name:
         got = f"{folder}, which holds no model, over a run that began with {before or 'weights of the seed'}"
         raise CheckpointError(
-            Problem("model.path", got, remedy="give what the run began with, or another run.dir")
+            Problem("model.path", got, remedy="give the folder that the run began with, or another run.dir")
         )
     return checkpoint
 
@@ -140,22 +141,22 @@ def _merged(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """Where each parameter of a model starts: in a folder, or, where that lacks it, at the seed's value."""
+    """The source of each parameter: the folder, or, for a parameter that it lacks, the seed."""
 
     trained: TrainedModel
     model: ModelConfig
     new: Mapping[str, tuple[int, ...]]
     """Canonical name → shape of the parameters that the folder lacks."""
     unused: Mapping[str, tuple[int, ...]]
-    """Those of the folder that the model has no place for."""
+    """The same of the parameters of the folder that the model lacks."""
 
     @property
     def untrained(self) -> frozenset[str]:
-        """Names of the model's parameters whose values no training has seen, at the start."""
+        """Names of the model's parameters that have never been trained when the run starts."""
         return frozenset(self.new) | (frozenset(self.trained.fresh) - frozenset(self.unused))
 
     def source(self, seed: int) -> Source:
-        """What gives any part of any parameter."""
+        """Return a function that reads or creates any part of any parameter."""
         from llmtrain.engine.build import seed_source
 
         read, make = self.trained.reader(), seed_source(skeleton_of(self.model), seed)
@@ -166,7 +167,7 @@ class StartingWeights:
         return source
 
     def notes(self) -> list[str]:
-        """A line each for what is new and what is unused."""
+        """Return one line for the new parameters and one for the unused, if there are any."""
         lines = {
             "new, started from the seed": self.new,
             f"unused of {self.trained.source}": self.unused,
@@ -175,7 +176,7 @@ class StartingWeights:
 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Names and shapes of some, and counts of all."""
+    """Return the names and shapes of the first, and the counts of all."""
     named = [
         f"{name} ({' × '.join(map(str, shape)) or 'one number'})"
         for name, shape in list(shapes.items())[:NAMES_SHOWN]
@@ -187,10 +188,10 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
-    """The weights that `model` starts from.
+    """Return the weights that `model` starts from.
 
-    Raises CheckpointError, one line each, for parameters that the folder holds in another shape, and for a
-    folder that has less than LEAST_MATCHED of the model: it is another's.
+    Raise CheckpointError, one line each, for parameters that the folder holds in another shape, and for a
+    folder that has less than LEAST_MATCHED of the model: it belongs to another model.
     """
     from llmtrain.interchange.trained import load_trained
 
@@ -202,7 +203,7 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
             where,
             f"{name} of shape {theirs[name]}",
             f"{name} of shape {shape}",
-            "leave the model's keys that change its size as they are",
+            "do not set the keys of the model that change its size",
         )
         for name, shape in ours.items()
         if theirs.get(name, shape) != shape
@@ -219,7 +220,7 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
                 f"weights for {matched / total:.1%} of the model, {len(ours) - len(new):,} of "
                 f"{len(ours):,} parameters (none for {next(iter(new))})",
                 f"{LEAST_MATCHED:.0%} or more",
-                "leave the keys of the model as the folder has them, or train another model from the seed",
+                "leave the keys of the model as the folder has them, or train from the seed",
             )
         )
     unused = {name: shape for name, shape in theirs.items() if name not in ours}

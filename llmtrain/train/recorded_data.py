@@ -1,4 +1,4 @@
-"""What the folder of a run tells of its data: the stream that each step came from, opened again."""
+"""Reopen the stream of a run's samples from what the run folder records."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 RECORD_BYTES = 1 << 20
-"""Of a file that describes a run; ours have some thousands."""
+"""Largest accepted size of a file that describes a run; usual ones have some thousand bytes."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class MovedConfig:
-    """Where a run's corpora are now; what is left out is where the run found it."""
+    """Locations of corpora that were moved since the run; others are where the run read them."""
 
     path: str | None = None
-    """The corpus, or of a mixture the folder or URL that holds its corpora; null: where the run read
-    it."""
+    """The corpus; for a mixture, the folder or URL that holds its corpora; null: where the run read it."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Corpus of a mixture → its path. An address that only the run folder names is not fetched."""
+    """Corpus of a mixture → its path. A URL that only the run folder names is not fetched."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
 
@@ -56,13 +55,13 @@ class _Train:
 
 @dataclass(frozen=True)
 class _Config:
-    """config.yaml, as far as it is read."""
+    """The part of config.yaml that is read."""
 
     data: Mapping[str, Any]
     model: Mapping[str, Any]
     train: _Train
     objective: Mapping[str, Any] | None = None
-    """None: the usual one of the model's family."""
+    """None: the default objective of the model's family."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class _Environment:
 
 @dataclass(frozen=True)
 class _Data:
-    """data.json."""
+    """The part of data.json that is read."""
 
     timeline: tuple[Segment, ...] | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +83,7 @@ class _Data:
 
 @dataclass(frozen=True)
 class Opened:
-    """A stream with what it reads."""
+    """A stream and the data that it reads."""
 
     stream: Stream
     sources: Mapping[str, Dataset]
@@ -94,17 +93,17 @@ class Opened:
     objective: ObjectiveConfig
 
     def skipped(self, step: int) -> Skipped:
-        """The shards that `step` leaves out, as they are now."""
-        # Nothing else needs more of a corpus than the step's own rows.
+        """Return the tar files that `step` skips in their present state."""
+        # Otherwise nothing but the rows of the step has to be read.
         is_asked = getattr(self.data, "on_bad_shard", "error") == "skip"
         return self.stream.enter(step - 1) if is_asked else frozenset()
 
 
 class Run:
-    """What a run's folder tells of its data."""
+    """The recorded data of a run."""
 
     def __init__(self, path: Path, moved: MovedConfig) -> None:
-        """moved: where corpora are now. Raises CheckpointError for a folder that tells too little."""
+        """moved: the present locations of corpora. Raise CheckpointError if the folder records too little."""
         self.path = path
         self._moved = moved
         self._config = _read(path, "config.yaml", _parse_config, _Config)
@@ -118,7 +117,7 @@ class Run:
         self._opened: tuple[Segment, Opened] | None = None
 
     def check_reached(self, steps: range) -> None:
-        """Raise ConfigError unless all of these steps were made."""
+        """Raise ConfigError unless the run has made all of these steps."""
         is_recorded = (self.path / METRICS).exists()
         last = max(self.digests, default=0) if is_recorded else self._config.train.steps
         if steps[-1] > last:
@@ -126,9 +125,9 @@ class Run:
             raise ConfigError(Problem("step", f"{steps[-1]:,}", allowed))
 
     def open(self, step: int) -> Opened:
-        """The stream that `step` came from; what was opened for the step before is used again.
+        """Return the stream of `step`; consecutive steps share what is opened.
 
-        Raises UserError for corpora that cannot be had, or that are others than then.
+        Raise UserError for corpora that cannot be read, or that have changed.
         """
         from llmtrain.data.trace import until
 
@@ -148,10 +147,10 @@ class Run:
         return self._opened[1]
 
     def _data_config(self, segment: Segment, settings: Order) -> TokenDataConfig | ImageDataConfig:
-        """The run's own, as it was in `segment`; what comes from elsewhere goes where this command says."""
+        """Return the run's data config as it was in `segment`, with the present locations and cache."""
         section = {**self._config.data, "cache": encode(self._moved.cache)}
         if section.get("kind") == ImageDataConfig.kind:
-            return self._decoded("data", data_config_type, {"path": self._place("")})
+            return self._decoded("data", data_config_type, {"path": self._location("")})
         names = list(segment.shares)
         if unknown := sorted(set(self._moved.sources) - set(names)):
             raise ConfigError(
@@ -163,16 +162,16 @@ class Run:
         section |= {name: getattr(settings, name) for name in ordering}
         section["curriculum"] = ()
         if names == [""]:
-            section |= {"path": self._place(""), "mixture": None, "sources": {}}
+            section |= {"path": self._location(""), "mixture": None, "sources": {}}
         else:
-            places = {name: self._place(name) for name in names}
-            section |= {"path": None, "mixture": dict.fromkeys(names, 1.0), "sources": places}
+            locations = {name: self._location(name) for name in names}
+            section |= {"path": None, "mixture": dict.fromkeys(names, 1.0), "sources": locations}
         return self._decoded("data", data_config_type, section)
 
     def _decoded(
         self, name: str, kind: Callable[[Mapping[str, Any]], type], changes: Mapping[str, Any] | None = None
     ) -> Any:
-        """A section of the run's configuration. Raises CheckpointError where it is none."""
+        """Return a section of the run's configuration. Raise CheckpointError if it is invalid."""
         section = {**(getattr(self._config, name) or {}), **(changes or {})}
         try:
             return decode(kind(section), section)
@@ -180,8 +179,8 @@ class Run:
             file = str(self.path / "config.yaml")
             raise CheckpointError(problem.of_file(file, name) for problem in error.problems) from error
 
-    def _place(self, name: str) -> str:
-        """Where a corpus is now."""
+    def _location(self, name: str) -> str:
+        """Return the present location of a corpus."""
         moved = self._moved
         if name in moved.sources:
             return moved.sources[name]
@@ -191,17 +190,19 @@ class Run:
         if path is None:
             remedy = f"give data.sources.{name}=…"
             raise ConfigError(
-                Problem(f"data.sources.{name}", "nothing", "the place of a corpus that left the run", remedy)
+                Problem(
+                    f"data.sources.{name}", "nothing", "the location of a corpus that left the run", remedy
+                )
             )
         if path.startswith(packages.PREFIX):
             return path
         if is_remote(path):
-            # Whoever gave the folder chose the address.
+            # The URL was chosen by whoever made the folder.
             where = f"data.sources.{name}" if name else "data.path"
             got = f"{path}, which the run's folder names"
             allowed = "an address that you give, since what lies there is fetched"
             raise ConfigError(Problem(where, got, allowed, f"give {where}={path} if you trust it"))
-        # As Path.exists, which raises for a name that is too long.
+        # Path.exists would raise for a name that is too long.
         if os.path.exists(at_home(path)):
             return path
         return str(Path(self._folder) / path)
@@ -210,13 +211,13 @@ class Run:
         self, data: TokenDataConfig | ImageDataConfig, settings: Order, sources: Mapping[str, Dataset]
     ) -> None:
         recorded = settings.fingerprints
-        places = {"": data.path} if isinstance(data, ImageDataConfig) else data.paths
+        locations = {"": data.path} if isinstance(data, ImageDataConfig) else data.paths
         problems = [
             Problem(
-                str(places[name]),
+                str(locations[name]),
                 "other data than those of the step (another fingerprint)",
                 "the corpus that the run read, unchanged",
-                f"give its place: {f'data.sources.{name}' if name else 'data.path'}=…",
+                f"give its location: {f'data.sources.{name}' if name else 'data.path'}=…",
             )
             for name, dataset in sources.items()
             if dataset.fingerprint != recorded.get(name)
@@ -226,7 +227,7 @@ class Run:
 
 
 def recorded_digests(run: Path) -> dict[int, int]:
-    """Step → data_digest, as the run's metrics tell last."""
+    """Return step → data_digest from the run's metrics; the latest record of a step counts."""
     if not run.is_dir():
         raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
     try:
@@ -241,7 +242,7 @@ def recorded_digests(run: Path) -> dict[int, int]:
 
 
 def _read(run: Path, name: str, parse: Callable[[bytes], dict[str, Any]], kind: type[T]) -> T:
-    """A file of a run's folder. Raises CheckpointError where there is none."""
+    """Read a file of a run folder. Raise CheckpointError if there is none."""
     path = run / name
     if not run.is_dir():
         raise CheckpointError(Problem(str(run), "no such folder", "the folder of a run"))
@@ -256,7 +257,7 @@ def _parse_config(content: bytes) -> dict[str, Any]:
 
 
 def steps_of(text: str) -> range:
-    """N or FIRST:LAST. Raises ConfigError for anything else."""
+    """Parse N or FIRST:LAST. Raise ConfigError for anything else."""
     match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", text)
     first = int(match[1]) if match else 0
     last = int(match[2] or first) if match else 0

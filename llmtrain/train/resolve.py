@@ -1,4 +1,4 @@
-"""From a composed configuration to a run that may start: every check that needs neither torch nor a GPU."""
+"""Check a composed configuration: every check of a run that needs neither torch nor a GPU."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from llmtrain.train.vocabulary import resolve_vocabulary
 
 NO_PATH = "(none)"
 ASSUMED_VOCABULARY = 8192
-"""That of `llmtrain prepare`'s default tokenizer."""
+"""The vocabulary size of the default tokenizer of `llmtrain prepare`."""
 
 VARIANTS = {"model": model_config_type, "objective": objective_config_type, "data": data_config_type}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run that may start: every check that needs neither torch nor a GPU is passed."""
+    """A run that may start: it has passed every check that needs neither torch nor a GPU."""
 
     config: TrainConfig
     layout: Layout
     corpora: Corpora | None
     pretrained: Pretrained | None = None
-    """The weights that training starts from; None: the seed's."""
+    """The weights that training starts from; None: random weights of the seed."""
     trainable: Trainable | None = None
-    """What trains where `train.freeze` keeps some parameters; None: all."""
+    """The parameters that train, where `train.freeze` names some; None: all train."""
 
 
 def resolve(
     mapping: Mapping[str, Any], world_size: int | None = None, *, data_optional: bool = False
 ) -> Resolved:
     """Decode and check a composed configuration for `world_size` processes (None: as many as were
-    launched). With `data_optional` no corpus need be named; a vocabulary that it would give is then
+    launched). With `data_optional` a corpus need not be named; a vocabulary that depends on it is then
     ASSUMED_VOCABULARY.
 
-    Raises UserError with all problems found.
+    Raise UserError with all problems found.
     """
     section = mapping.get("data", {})
     without_data = data_optional and not section.get("path") and not section.get("mixture")
@@ -114,8 +114,8 @@ def resolve(
 
 
 def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:
-    """What of the model trains besides what `patterns` freeze. Raises ConfigError for a pattern that matches
-    nothing, and where nothing is left."""
+    """Return the parameters that train, or None when `patterns` is empty and all do. Raise ConfigError for a
+    pattern that matches nothing, and when nothing is left to train."""
     if not patterns:
         return None
     skeleton = skeleton_of(model)
@@ -137,7 +137,7 @@ def _resume_problems(config: TrainConfig) -> list[Problem]:
     if resume in ("auto", "never") or at_home(resume).exists():
         return []
     if at_home(resume).resolve().is_relative_to(at_home(config.run.dir).resolve()):
-        return []  # retention may have deleted what an earlier start went back to
+        return []  # retention may have deleted the checkpoint that an earlier start went back to
     return [
         Problem(
             "checkpoint.resume",
@@ -166,5 +166,5 @@ def objective_section(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
 def _recompute_problems(model: ModelConfig, recompute: RecomputeConfig) -> list[Problem]:
     if recompute.mode == "none" or family_of(model).has_stages:
         return []
-    got = f"{recompute.mode} with model.family={model.family}, which has no blocks"
-    return [Problem("recompute.mode", got, "none", "give recompute=none")]
+    got = f"{recompute.mode} with model.family={model.family}, which has no layers"
+    return [Problem("recompute.mode", got, "none", "set recompute=none")]

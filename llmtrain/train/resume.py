@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Find the checkpoint that a run resumes from, and check that it fits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from llmtrain.train.config import TrainConfig, model_differences, recorded
 
 Say = Callable[[str], None]
 NAMES_SHOWN = 4
-"""Of parameters in a message."""
+"""Most names of parameters in a message."""
 WENT_BACK = "went_back.json"
-"""In checkpoints/: which one the run was last sent back to."""
+"""File in checkpoints/: the checkpoint that the run was last sent back to."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class _WentBack:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     checkpoint: Checkpoint
     is_own: bool
-    """It is this run's; otherwise the run begins as a fork of another."""
+    """Whether the checkpoint is of this run; otherwise the run begins as a fork of another."""
 
     @property
     def timeline(self) -> list[dict[str, Any]] | None:
-        """How the run drew its samples until then; None in checkpoints of before it was kept."""
+        """How the run drew its samples until then; None in old checkpoints, which did not record it."""
         return self.checkpoint.manifest.get("timeline")
 
     @property
@@ -51,15 +51,15 @@ class Resume:
         return self.is_own and self.checkpoint.manifest.get("evaluation_owed", False)
 
     def note_evaluation(self, validation_loss: float | None) -> None:
-        """The evaluation that was owed is made; all ranks say so."""
+        """Record that the owed evaluation was made; all ranks call it."""
         processes.on_main(lambda: store.note_evaluation(self.checkpoint.path, validation_loss))
 
 
 def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:
-    """The checkpoint that the run goes on from; None for a fresh start. The same on every rank.
+    """Return the checkpoint that the run resumes from, the same on every rank; None for a fresh start.
 
-    Raises CheckpointError when the one to resume from is damaged or belongs to another model, tokenizer
-    or optimizer, or when `never` meets a folder with checkpoints. Nothing is moved before all is checked.
+    Raise CheckpointError when the one to resume from is damaged or belongs to another model, tokenizer
+    or optimizer, or when `never` meets a folder with checkpoints. No file is moved before the checks.
     """
     root = config.run.dir / "checkpoints"
     processes.on_main(lambda: store.tidy(root))
@@ -77,7 +77,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
     went_back = named is not None and processes.from_main(_went_back_to(root) == str(named))
     if named is not None and (went_back or (held and not is_own)):
         why = "the run went back to it before" if is_own else "it has checkpoints of its own"
-        say(f"checkpoint.resume={resume}: not taken again, {root.parent} goes on from its newest ({why})")
+        say(f"checkpoint.resume={resume}: ignored, {root.parent} resumes from its newest checkpoint ({why})")
         named, is_own = None, True
     if named is not None:
         checkpoint = retention.find(named, say)
@@ -105,7 +105,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
 
 
 def _went_back_to(root: Path) -> str | None:
-    """The checkpoint that this run was last sent back to by name."""
+    """Return the checkpoint that this run was last sent back to by name."""
     path = root / WENT_BACK
     if not path.exists():
         return None
@@ -116,7 +116,7 @@ def _went_back_to(root: Path) -> str | None:
 def _go_back(root: Path, step: int, named: Path | None, say: Say) -> None:
     retention.set_aside_after(root, step, say)
     if named is not None:
-        # The same command again, after a kill or a requeue, must go on and not go back again.
+        # After a kill or a requeue, the same command must continue, not go back again.
         files.write_json_atomically(root / WENT_BACK, {"to": str(named)})
 
 
@@ -125,12 +125,12 @@ def _refusal(problem: Problem) -> UserError:
 
 
 def _with_defaults(config: TrainConfig, model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An encoded model with the keys that have come since it was written."""
+    """Return an encoded model with the keys that were added since it was written."""
     if model["family"] != config.model.family:
         return model
     try:
         return encode(decode(type(config.model), model))
-    except ConfigError:  # keys that have gone since are differences
+    except ConfigError:  # keys that were removed since are differences
         return model
 
 
@@ -168,7 +168,7 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
 
 
 def _other_frozen(patterns: Sequence[str], checkpoint: Checkpoint) -> Iterator[Problem]:
-    """A problem where other parameters train than did: what begins to has no state of the optimizer."""
+    """Yield a problem if other parameters train than before: new ones would have no optimizer state."""
     names = checkpoint.manifest["tensors"][WEIGHT]
     ours, theirs = frozen_names(names, patterns), checkpoint.frozen
     if ours == theirs:

@@ -1,10 +1,10 @@
-"""The run folder: who uses it, and the facts that make a run repeatable.
+"""The run folder: its lock, and the facts that make a run reproducible.
 
 RUN/
   config.yaml        the resolved configuration
-  environment.json   versions, machine, command line of the latest start
+  environment.json   versions, machine and command line of the latest start
   git.json           commit of the working folder; git.diff: its uncommitted changes
-  data.json          fingerprint and size of what it trains on
+  data.json          fingerprint and size of the training data
   metrics.jsonl      one object a step
   loss.png           with track=[jsonl,picture]: the loss curves
   checkpoints/       step-00000500/ …
@@ -35,11 +35,11 @@ PACKAGES = (
 
 
 class RunFolder:
-    """An exclusive hold on a run folder, until close() or the end of the process, however it ends."""
+    """An exclusive lock on a run folder, until close() or the end of the process, however it ends."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder and lock it. Raises CheckpointError when it cannot be written or another
-        process trains there; a file system without locks is taken without one."""
+        """Create the folder and lock it. Raise CheckpointError when it cannot be written or another process
+        uses it. On a file system without locks the folder is used unlocked."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class RunFolder:
         status = os.fstat(self._lock.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             self._lock.close()
-            got = "a file that has another name too, or none at all"
+            got = "a file with another name, or with none"
             raise CheckpointError(Problem(str(path / ".lock"), got, "a file of the run's own", "remove it"))
         try:
             files.lock(self._lock, path)
@@ -68,7 +68,7 @@ class RunFolder:
         self._lock.flush()
 
     def _refuse_links(self) -> None:
-        """Raise CheckpointError for parts that lead out of the folder: whoever gave it chose where to."""
+        """Raise CheckpointError for links out of the folder: whoever made it chose their targets."""
         found = files.outward_links(self.path)
         if self.checkpoints.is_dir():
             found += files.outward_links(self.checkpoints)
@@ -87,9 +87,9 @@ class RunFolder:
         self._lock.close()
 
     def describe(self, config: Mapping[str, Any], data: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Write config.yaml, environment.json, git.json and data.json. `facts` join the environment.
+        """Write config.yaml, environment.json, git.json and data.json; environment.json includes `facts`.
 
-        Raises TrainingError when the disk is full.
+        Raise TrainingError when the disk is full.
         """
         try:
             files.write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -106,7 +106,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, as JSON."""
+    """Return versions, machine and command line, as JSON."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

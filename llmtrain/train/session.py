@@ -367,7 +367,7 @@ class Session:
 
     def _report(self, outcome: Outcome) -> None:
         if outcome.interrupted:
-            self._say(f"stopped at step {outcome.step:,} as asked; the same command resumes")
+            self._say(f"stopped at step {outcome.step:,} as asked; run the same command to resume")
             return
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         seconds = time.perf_counter() - self._started

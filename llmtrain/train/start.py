@@ -1,4 +1,4 @@
-"""A run's ranks come together, each with a configuration and data of its own finding."""
+"""The ranks of a run join, and check that their configurations and data agree."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def start_ranks(resolved: Resolved, device: torch.device) -> None:
-    """Join the process group, where there is one, with ranks that were all started alike.
+    """Join the process group, if there is one.
 
-    Raises LaunchError when ranks are missing or differ.
+    Raise LaunchError when ranks are missing, or were started with different settings or data.
     """
     from llmtrain.distributed import processes
 
@@ -30,7 +30,7 @@ def start_ranks(resolved: Resolved, device: torch.device) -> None:
 
 
 def _fingerprint(resolved: Resolved) -> str | None:
-    """Of the data as this rank sees it; None for a file that can't be read, which its dataset explains."""
+    """Return the fingerprint of the data that this rank sees; None for an unreadable file."""
     if resolved.corpora is not None:
         return resolved.corpora.fingerprint
     path = resolved.config.data.path

@@ -1,4 +1,4 @@
-"""What a run reads, from where it is: the timeline that a fresh or resumed run draws samples by."""
+"""The timeline by which a fresh or resumed run draws samples, and the stream over it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What `order_settings` recorded, as far as it is read again."""
+    """The recorded `order_settings`, as far as they are read again."""
 
     seed: int
     samples: Mapping[str, int]
@@ -40,7 +40,7 @@ class Order:
 
     @staticmethod
     def of(segment: Segment, where: str) -> Order:
-        """Raises CheckpointError that names the file `where` for settings of others."""
+        """Read the settings of a segment of the file `where`. Raise CheckpointError if they are invalid."""
         return decode_file(Order, segment.settings, f"{where}: settings", CheckpointError)
 
 
@@ -51,9 +51,10 @@ def plan_timeline(
     start_step: int,
     say: Say,
 ) -> Timeline:
-    """How samples are drawn from `start_step` on, as `config` wants it, behind what `before`, the encoded
-    timeline of the checkpoint that the run goes on from, says of the steps up to there. What has changed
-    since is told to `say`."""
+    """Return the timeline `before`, continued from `start_step` on as `config` says; `say` gets each change.
+
+    before: the encoded timeline of the checkpoint that the run resumes from; None for a fresh run.
+    """
     settings = order_settings(config, sources)
     size = config.batch.global_size
     if before is None:
@@ -64,7 +65,7 @@ def plan_timeline(
         order = Order.of(last, "the checkpoint's timeline")
         for line in _changes(last, size, source_shares(config.data, sources, start_step), settings):
             say(f"note: {line}")
-        # An epoch of other rows: each source stays at the same share of it.
+        # When the rows of an epoch change, each source keeps its relative position in the epoch.
         were = _epoch_lengths(order.samples, order.drop_last, last.global_size)
         now = _epoch_lengths(settings["samples"], settings.get("drop_last", False), size)
         factors = {n: now[n] / were[n] for n in now if were.get(n, now[n]) != now[n]}
@@ -89,7 +90,7 @@ def open_stream(
     agree: Agree | None = None,
     on_skip: Callable[[str, int], None] = lambda shard, samples: None,
 ) -> Stream:
-    """The stream of a run's training samples."""
+    """Return the stream of a run's training samples."""
     if isinstance(data, ImageDataConfig):
         return Stream(sources, timeline, seed=seed, shuffle_shards=1)
     return Stream(
@@ -105,7 +106,7 @@ def open_stream(
 
 
 def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[str, Any]:
-    """On what, besides shares and steps, the samples and their order depend."""
+    """Return the settings that determine the samples and their order, besides shares and steps."""
     data = config.data
     settings: dict[str, Any] = {
         "seed": config.seed,
@@ -126,7 +127,7 @@ def _epoch_lengths(samples: Mapping[str, int], drop_last: bool, global_size: int
 def source_shares(
     data: TokenDataConfig | ImageDataConfig, sources: Mapping[str, Dataset], step: int
 ) -> dict[str, float]:
-    """Source → share of the samples from `step` on, together 1."""
+    """Return source → its share of the samples from `step` on; the shares add up to 1."""
     if isinstance(data, ImageDataConfig):
         return {"": 1.0}
     tokens = {name: getattr(dataset, "tokens_per_sample", 1.0) for name, dataset in sources.items()}
@@ -136,7 +137,7 @@ def source_shares(
 def _changes(
     last: Segment, global_size: int, shares: Mapping[str, float], settings: Mapping[str, Any]
 ) -> list[str]:
-    """What a person should know of the difference to the samples drawn before."""
+    """Return a line for each change that a user should know about."""
     lines = []
     if last.global_size != global_size:
         change = f"batch.global_size was {last.global_size}, is {global_size}"
@@ -145,14 +146,14 @@ def _changes(
     were, now = last.settings["fingerprints"], settings["fingerprints"]
     if added := sorted(set(now) - set(were)):
         if new := [name for name in added if not last.positions.get(name)]:
-            lines.append(f"{', '.join(new)} joins the mixture at its beginning; the others go on")
+            lines.append(f"{', '.join(new)} joins the mixture at its beginning; the others continue")
         if back := [name for name in added if last.positions.get(name)]:
-            lines.append(f"{', '.join(back)} joins the mixture again, from where it was; the others go on")
+            lines.append(f"{', '.join(back)} joins the mixture again, from where it was; the others continue")
     if removed := sorted(set(were) - set(now)):
         lines.append(f"{', '.join(removed)} leaves the mixture")
     kept = set(now) & set(were)
     if not added and not removed and dict(last.shares) != dict(shares):
-        lines.append("the mixture's weights have changed; each corpus goes on from where it was")
+        lines.append("the mixture's weights have changed; each corpus continues where it was")
     keys = [key for key in settings if key not in ("samples", "fingerprints")]
     if other := [key for key in keys if settings[key] != last.settings.get(key)]:
         which = ", ".join(f"{key} (was {last.settings.get(key)}, is {settings[key]})" for key in other)

@@ -1,4 +1,4 @@
-"""The ids that a model has for what its corpora hold and its objective marks texts by."""
+"""The vocabulary of a model: the tokens of its corpora and the special tokens of its objective."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_gives_75(
     wait_for_first_step(tmp_path / "run")
     subprocess.run(["scancel", "--signal=USR1", *to, job.id], env=job.environment, check=True)
     assert job.exit_code() == 75, job.output()
-    assert "as asked; the same command resumes" in job.output()
+    assert "as asked; run the same command to resume" in job.output()
     assert len(list((tmp_path / "run/checkpoints").glob("step-*/manifest.json"))) == 1
 
 

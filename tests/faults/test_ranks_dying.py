@@ -198,7 +198,8 @@ def test_a_launcher_that_is_asked_to_stop_lets_its_ranks_save(
     code, output = launches[0].finish()
     assert code == 75, output
     [kept] = list_steps(run / "checkpoints")
-    assert f"stopped at step {Checkpoint.open(kept).step:,} as asked; the same command resumes" in output
+    stop = f"stopped at step {Checkpoint.open(kept).step:,} as asked; run the same command to resume"
+    assert stop in output
     assert "exited with" not in output
 
 

@@ -116,7 +116,7 @@ def test_a_new_source_and_another_batch_disturb_no_other(corpora: Path, tmp_path
     two = "data.mixture={web: 0.6, books: 0.4}"
     train(1, arguments(corpora, run, two, "data.shuffle_shards=2", steps=8))
     said = train(2, arguments(corpora, run, MIXTURE, "data.shuffle_shards=2", steps=16))
-    assert "code joins the mixture at its beginning; the others go on" in said
+    assert "code joins the mixture at its beginning; the others continue" in said
     smaller = ("batch.global_size=10", "batch.micro_size=5", "data.shuffle_shards=2")
     said = train(2, arguments(corpora, run, MIXTURE, *smaller, steps=24))
     assert "batch.global_size was 24, is 10; no sample is lost by that" in said

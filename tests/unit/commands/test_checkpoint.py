@@ -206,12 +206,12 @@ def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_prune(copy: Path, capsys: pytest.CaptureFixture[str]):
     first, second = list_steps(copy / "checkpoints")
     code, lines, _ = call(capsys, "prune", copy)
-    assert (code, lines) == (0, ["0 of 2 checkpoints gone, 0 bytes"])
+    assert (code, lines) == (0, ["0 of 2 checkpoints deleted, 0 bytes"])
     code, lines, _ = call(capsys, "prune", copy, "keep_last=1", "keep_best=0", "dry_run=true")
     size = sum(file.stat().st_size for file in first.iterdir())
     assert lines == [
         f"would delete step-00000003, {size:,} bytes",
-        f"1 of 2 checkpoints would go, {size:,} bytes",
+        f"1 of 2 checkpoints would be deleted, {size:,} bytes",
     ]
     assert first.exists()
     assert call(capsys, "prune", copy / "checkpoints", "keep_last=1", "keep_best=0", "keep_every=3")[0] == 0

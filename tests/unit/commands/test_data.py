@@ -299,7 +299,7 @@ def test_a_source_that_left_is_asked_for(mixed: Path, copy: Path, capsys: pytest
     (copy / "data.json").write_text(json.dumps(facts))
     code, _, (problem,) = call(capsys, "trace", copy, "step=1")
     assert code == 2
-    assert "the place of a corpus that left the run; give data.sources.books=…" in problem
+    assert "the location of a corpus that left the run; give data.sources.books=…" in problem
     assert call(capsys, "trace", copy, "step=1", f"data.sources.books={mixed / 'data/books'}")[0] == 0
 
 

@@ -51,7 +51,7 @@ def test_every_preset_is_described(page: str):
         ("track.wandb.project", "`llmtrain`"),  # the field's, though the tracker is off
         ("data.cache.dir", "`~/.cache/llmtrain/shards`"),  # of no one's home
         ("sequence_length", "`256`"),  # of `data show`: null stands for it
-        ("source", "needed"),
+        ("source", "required"),
     ],
 )
 def test_defaults_are_those_of_a_command_without_overrides(page: str, key: str, default: str):

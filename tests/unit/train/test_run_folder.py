@@ -113,7 +113,7 @@ def test_a_lock_that_is_another_s_file_is_not_written(tmp_path: Path, kind: str)
         os.mkfifo(tmp_path / "run/.lock")
     else:
         (tmp_path / "run/.lock").hardlink_to(tmp_path / "precious")
-    with pytest.raises(CheckpointError, match=r"got a (file that has another|location that is not)"):
+    with pytest.raises(CheckpointError, match=r"got a (file with another|location that is not)"):
         RunFolder(tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "precious"
 

@@ -85,16 +85,16 @@ def test_a_curriculum_is_laid_out_ahead():
 def test_a_source_joins_and_leaves():
     timeline, _ = plan(config(mixture={"a": 3.0, "b": 1.0}), None, 0, a=A, b=B)
     joined, said = plan(config(mixture={"a": 3.0, "b": 1.0, "c": 4.0}), timeline, 10, a=A, b=B, c=C)
-    assert said == "note: c joins the mixture at its beginning; the others go on"
+    assert said == "note: c joins the mixture at its beginning; the others continue"
     assert positions(joined, 10) == {"a": 60, "b": 20, "c": 0}
     left, said = plan(config(mixture={"b": 1.0, "c": 1.0}), joined, 20, b=B, c=C)
     assert said == "note: a leaves the mixture"
     assert positions(left, 20)["a"] == positions(joined, 20)["a"]
     reweighted, said = plan(config(mixture={"b": 1.0, "c": 3.0}), left, 20, b=B, c=C)
-    assert said == "note: the mixture's weights have changed; each corpus goes on from where it was"
+    assert said == "note: the mixture's weights have changed; each corpus continues where it was"
     assert positions(reweighted, 20) == positions(left, 20)
     back, said = plan(config(mixture={"a": 1.0, "b": 1.0, "c": 1.0}), left, 30, a=A, b=B, c=C)
-    assert said == "note: a joins the mixture again, from where it was; the others go on"
+    assert said == "note: a joins the mixture again, from where it was; the others continue"
     assert positions(back, 30) == positions(left, 30)
 
 
