@@ -248,4 +248,4 @@ def _opened(content: bytes) -> Image.Image:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
         except Image.UnidentifiedImageError:
-            raise ValueError("its content is not of that format") from None
+            raise ValueError("its content is neither JPEG nor PNG") from None

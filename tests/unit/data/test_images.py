@@ -241,8 +241,8 @@ def of_pixels(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        (EPS, "its content is not of that format"),  # Pillow gives it to Ghostscript
-        (b"BM" + bytes(100), "its content is not of that format"),
+        (EPS, "its content is neither JPEG nor PNG"),  # Pillow gives it to Ghostscript
+        (b"BM" + bytes(100), "its content is neither JPEG nor PNG"),
         (of_pixels(20_000, 20_000), "more than 89,478,485 pixels"),
         (of_pixels(10_000, 10_000), "more than 89,478,485 pixels"),
     ],
