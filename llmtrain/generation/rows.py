@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from llmtrain.errors import CheckpointError, Problem
+from llmtrain.models.registry import family_of
 
 
 def has_sources(model: nn.Module) -> bool:
     """Return whether prompts of the model are sources for an encoder, not texts for a decoder to continue."""
     config: Any = model.config
-    return config.family == "seq2seq"
+    return family_of(config).kind == "encoder_decoder"
 
 
 class Rows:

@@ -1,4 +1,4 @@
-"""Convert manifests of older versions to the current one."""
+"""Convert runs and manifests from before objectives had a section of their own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
         return rest, {**given, "kind": "mlm"}
     if family == "xlnet":
         return rest, {**given, "kind": "permuted_lm"}
-    kind = "seq2seq" if given.get("kind", "pairs") == "pairs" else given["kind"]
+    kind = given.get("kind", "pairs")
+    kind = "seq2seq" if kind == "pairs" or not isinstance(kind, str) else kind
     keys = {
         "seq2seq": ("target_length",),
         "span_corruption": ("mean_span", "share", "num_sentinels"),
