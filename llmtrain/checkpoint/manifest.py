@@ -175,14 +175,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(Problem(where, "another kind of file", FORMAT))
     if type(manifest.get("version")) is not int or manifest["version"] not in READABLE:
-        version, remedy = show(manifest.get("version")), "use the llmtrain that wrote it"
+        version, remedy = show(manifest.get("version")), "use the version of llmtrain that wrote it"
         raise CheckpointError(
             Problem(str(folder), f"version {version}", " or ".join(map(str, READABLE)), remedy)
         )
     is_renamed = folder.name.startswith("step-") and folder.name != _folder_of(manifest.get("step"))
     if manifest.get("checksum") != checksum_of_json(manifest) or is_renamed:
         remedy = "name another step's folder"
-        raise CheckpointError(Problem(where, "an altered manifest", "what was written", remedy))
+        raise CheckpointError(Problem(where, "an altered manifest", "the manifest as it was written", remedy))
     decode_file(_Manifest, manifest, where, CheckpointError)
     if found := _tensor_problem(manifest):
         raise CheckpointError(Problem(f"{where}: {found.where}", found.got, found.allowed))

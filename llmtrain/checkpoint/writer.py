@@ -89,7 +89,7 @@ def _write(
     """Write `data` at byte `at` of the file and return the offset of their end."""
     for start in range(0, len(data), CHUNK_BYTES):
         if not go_on():
-            raise InterruptedError("writing was called off")
+            raise InterruptedError("writing was canceled")
         chunk = data[start : start + CHUNK_BYTES]
         digest.update(chunk)
         done = 0

@@ -40,7 +40,7 @@ def families() -> dict[str, Family]:
             raise _refusal(entry.value, f"{type(error).__name__}: {error}", "an importable Family") from error
         if not isinstance(family, Family) or family.name in found:
             got = f"family {family.name}" if isinstance(family, Family) else type(family).__name__
-            raise _refusal(entry.value, got, f"a Family named otherwise than {', '.join(found)}")
+            raise _refusal(entry.value, got, f"a Family with another name than {', '.join(found)}")
         if family.presets is not None and not family.presets.is_dir():
             allowed = "a folder with model/NAME.yaml"
             raise _refusal(entry.value, f"presets={family.presets}", allowed)
@@ -54,7 +54,7 @@ def preset_folders() -> list[Path]:
 
 
 def _refusal(where: str, got: str, allowed: str) -> ConfigError:
-    return ConfigError(Problem(f"entry point {where}", got, allowed, "mend or uninstall its package"))
+    return ConfigError(Problem(f"entry point {where}", got, allowed, "fix or uninstall its package"))
 
 
 def family_of(model: ModelConfig) -> Family:

@@ -132,8 +132,7 @@ class _Linear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, weight_OI)
         y = _product(way, x, weight_OI, bias_O, dtype)
-        # oneDNN returns a view for x of three dims, and a view returned by a Function can't be summed in
-        # place.
+        # oneDNN returns a view for x of three dims; one returned by a Function can't be summed in place.
         out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
         return out
 

@@ -1,4 +1,4 @@
-"""Convert descriptions of runs and checkpoints of older versions to the current one."""
+"""Convert runs and manifests from before objectives had a section of their own."""
 
 from __future__ import annotations
 

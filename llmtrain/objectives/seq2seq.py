@@ -131,10 +131,10 @@ class PairedTextConfig(SourceTargetConfig):
 
     def data_problems(self, data: Any) -> Iterator[Problem]:
         if data.packing != "concat":
-            allowed = "concat with objective=seq2seq, which lays whole pairs into rows"
+            allowed = "concat with objective=seq2seq, which puts whole pairs into rows"
             yield Problem("data.packing", data.packing, allowed, "leave it out")
         if not data.document_mask:
-            allowed = "true with objective=seq2seq: pairs in a row are texts of their own"
+            allowed = "true with objective=seq2seq: the pairs of a row are separate texts"
             yield Problem("data.document_mask", "false", allowed, "leave it out")
 
     def open(
@@ -167,7 +167,7 @@ class OneTextConfig(SourceTargetConfig):
 
     def data_problems(self, data: Any) -> Iterator[Problem]:
         if data.overlap:
-            allowed = f"0 with objective={self.kind}, which would ask for what two rows share twice"
+            allowed = f"0 with objective={self.kind}, else tokens shared by two rows are predicted twice"
             yield Problem("data.overlap", str(data.overlap), allowed)
 
     def open(

@@ -132,8 +132,8 @@ def _parse_row(line: str, where: str, num_pixels: int, num_classes: int) -> list
     try:
         values = [int(value) for value in line.split(",")]
     except ValueError as error:
-        got = f"a value that is no whole number ({short_name(str(error))})"
-        raise DataError(Problem(where, got, "whole numbers between commas, and no header")) from None
+        got = f"a value that is not an integer ({short_name(str(error))})"
+        raise DataError(Problem(where, got, "integers separated by commas, without a header")) from None
     if len(values) != num_pixels + 1:
         raise DataError(Problem(where, f"{len(values)} values", f"{num_pixels} pixels and a label"))
     if min(values) < 0 or max(values) > 255:
@@ -156,7 +156,7 @@ def _read_tars(pattern: str, num_classes: int) -> np.ndarray:
         rows += [_row_of(sample, name, num_classes) for sample in _samples(name)]
     if not rows:
         allowed = f"samples of .{', .'.join(PICTURES)} or .npy, each with its .cls"
-        raise DataError(Problem(pattern, "no labelled picture", allowed))
+        raise DataError(Problem(pattern, "no labeled picture", allowed))
     return np.stack(rows)
 
 
@@ -248,4 +248,4 @@ def _opened(content: bytes) -> Image.Image:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
         except Image.UnidentifiedImageError:
-            raise ValueError("its content is that of no such file") from None
+            raise ValueError("its content is neither JPEG nor PNG") from None

@@ -109,7 +109,7 @@ class EncoderDecoder(StagedModel):
         Raise ValueError unless exactly one of sources and cache is given.
         """
         if (sources_BS is None) == (cache is None):
-            raise ValueError("give sources, or a cache made of them, and not both")
+            raise ValueError("give either sources or a cache made from them")
         past = 0 if cache is None else cache.length
         if positions_BT is None:
             T = tokens_BT.shape[1]

@@ -22,7 +22,7 @@ def read_rope_by_kind(
     # Before transformers 5, rope_scaling applies to layers without a window.
     scaling = theirs.section("rope_scaling")
     if not both.section(FULL).content and kind_key(scaling) == "type":
-        scaling.require("type", "default", remedy="releases of transformers differ on it: say rope_type")
+        scaling.require("type", "default", remedy="transformers releases read it differently: set rope_type")
     full = {**both.section(FULL).content, **scaling.content}
     full.setdefault("rope_theta", theirs.number("rope_theta", theta))
     local = both.section(SLIDING)

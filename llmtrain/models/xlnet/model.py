@@ -221,7 +221,7 @@ class XLNet(StagedModel):
         Raise ValueError for labels without targets, or for segments if the config has none.
         """
         if labels_BM is not None and targets_BM is None:
-            raise ValueError("labels_BM are of targets_BM")
+            raise ValueError("labels_BM needs targets_BM")
         if segments_BT is not None and not self.config.has_segments:
             raise ValueError("this model has no segments")
         places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)

@@ -94,11 +94,11 @@ def test_real_digits_are_normalised():
     [
         (lambda row: row[:-2], "row 2: got 784 values; allowed: 784 pixels and a label"),
         (lambda row: row + ",3", "row 2: got 786 values"),
-        (lambda row: "x" + row, "row 2: got a value that is no whole number"),
+        (lambda row: "x" + row, "row 2: got a value that is not an integer"),
         (lambda row: "256" + row[row.index(",") :], "row 2: got the value 256; allowed: 0 to 255"),
         (lambda row: "-1" + row[row.index(",") :], "row 2: got the value -1"),
         (lambda row: row[:-1] + "11", "row 2: got the label 11; allowed: 0 to 9"),
-        (lambda row: "", "row 2: got a value that is no whole number"),
+        (lambda row: "", "row 2: got a value that is not an integer"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, change, message: str):
@@ -241,8 +241,8 @@ def of_pixels(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        (EPS, "its content is that of no such file"),  # Pillow gives it to Ghostscript
-        (b"BM" + bytes(100), "its content is that of no such file"),
+        (EPS, "its content is neither JPEG nor PNG"),  # Pillow gives it to Ghostscript
+        (b"BM" + bytes(100), "its content is neither JPEG nor PNG"),
         (of_pixels(20_000, 20_000), "more than 89,478,485 pixels"),
         (of_pixels(10_000, 10_000), "more than 89,478,485 pixels"),
     ],
@@ -267,7 +267,7 @@ def test_tars_that_are_none(tmp_path: Path):
     for name, message in {
         "a.tar": "a truncated tar",
         "b.tar": "a damaged tar file",
-        "c.tar": "no labelled picture",
+        "c.tar": "no labeled picture",
         "{d,e}.tar": "d.tar: got no such file",
     }.items():
         with pytest.raises(DataError) as caught:
@@ -317,7 +317,7 @@ def test_a_row_or_a_packed_file_of_images_takes_bounded_memory(
     row = ",".join(["1"] * 785)
     for name, rows, got in (
         ("long.csv", "1," * 10_000, "row 1: got a row of more than 16,384 bytes"),
-        ("digits.csv", "9" * 5000, "row 1: got a value that is no whole number"),
+        ("digits.csv", "9" * 5000, "row 1: got a value that is not an integer"),
         ("many.csv.gz", f"{row}\n" * 3000, "many.csv.gz: got more than "),
     ):
         path = tmp_path / name
@@ -346,7 +346,7 @@ def test_members_and_files_that_are_no_files(tmp_path: Path):
             member = tarfile.TarInfo("k.png")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-    with pytest.raises(DataError, match="no labelled picture"):
+    with pytest.raises(DataError, match="no labeled picture"):
         Images.open(str(path), "train")
     member = tarfile.TarInfo("k.png")
     member.size = 2**63
