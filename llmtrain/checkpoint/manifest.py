@@ -9,12 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.checkpoint.older import with_objective
 from llmtrain.config import require, show
 from llmtrain.data.mixture import Segment, timeline_problems
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.files import checksum_of_json, is_inside_path
 from llmtrain.models.huggingface.origin import Origin
+from llmtrain.objectives.older import with_objective
 from llmtrain.reading import decode_file, parse_object, read_bytes
 
 FORMAT = "llmtrain-checkpoint"

@@ -36,8 +36,8 @@ class SetUnion:
         Raise LaunchError if not all ranks have called it within TIMEOUT_SECONDS, or `gave_up` returns true.
         """
         if numbers:
-            number_of_list = self._store.add(f"{key}/lists", 1)
-            self._store.set(f"{key}/list {number_of_list}", ",".join(map(str, numbers)))
+            number = self._store.add(f"{key}/lists", 1)
+            self._store.set(f"{key}/list {number}", ",".join(map(str, numbers)))
         arrived = self._store.add(f"{key}/ranks", 1)
         pause, longest = POLL_SECONDS
         deadline = time.monotonic() + TIMEOUT_SECONDS

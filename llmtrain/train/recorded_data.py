@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmtrain.checkpoint.older import run_with_objective
 from llmtrain.config import LARGEST_INT, decode, encode
 from llmtrain.corpus import packages
 from llmtrain.corpus.config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
@@ -20,6 +19,7 @@ from llmtrain.files import at_home
 from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.older import run_with_objective
 from llmtrain.objectives.reading import open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.reading import parse_object, parse_yaml, read_decoded

@@ -1,4 +1,4 @@
-"""Manifests of versions before, read as today's."""
+"""Descriptions of runs and checkpoints of before objectives stood beside models, read as today's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
         return rest, {**given, "kind": "mlm"}
     if family == "xlnet":
         return rest, {**given, "kind": "permuted_lm"}
-    kind = "seq2seq" if given.get("kind", "pairs") == "pairs" else given["kind"]
+    kind = given.get("kind", "pairs")
+    kind = "seq2seq" if kind == "pairs" or not isinstance(kind, str) else kind
     keys = {
         "seq2seq": ("target_length",),
         "span_corruption": ("mean_span", "share", "num_sentinels"),
