@@ -175,16 +175,25 @@ class _Defaults:
     def __init__(self, conf: Path, verb: str) -> None:
         self._conf = conf
         self._own: dict[str, Any] = yaml.safe_load((conf / f"{verb}.yaml").read_text())
-        chosen = (each for each in self._own.get("defaults", ()) if isinstance(each, dict))
+        listed = self._own.get("defaults", ())
+        chosen = (each for each in listed if isinstance(each, dict))
         self._presets = {group: option for each in chosen for group, option in each.items()}
+        self._bases = [_Defaults(conf, each) for each in listed if isinstance(each, str) and each != "_self_"]
 
     def of(self, key: str, own: Any) -> Any:
         """The value of a dotted key; `own`: the field's default, for which a null of conf/ stands too."""
+        found = self._given(key)
+        return own if found == MISSING or (found is None and own != MISSING) else found
+
+    def _given(self, key: str) -> Any:
         section, _, rest = key.partition(".")
         found = self._find(self._own, key)
         if found == MISSING and rest:
             found = self._find(self._preset(section), rest)
-        return own if found == MISSING or (found is None and own != MISSING) else found
+        bases = iter(self._bases)
+        while found == MISSING and (base := next(bases, None)) is not None:
+            found = base._given(key)
+        return found
 
     def _preset(self, group: str) -> dict[str, Any]:
         path = self._conf / group / f"{self._presets.get(group)}.yaml"
