@@ -156,7 +156,7 @@ class Example:
 def _keys_of(config: type) -> TextKeys:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmtrain.cli.overrides.config_types", lambda name: [config])
-        return text_keys.__wrapped__("example")
+        return text_keys("example")
 
 
 @pytest.mark.parametrize(
