@@ -177,7 +177,7 @@ def test_tasks_of_srun_prepare_one_corpus(cluster: Mapping[str, str], tmp_path: 
     source.write_bytes(b'{"text": "\xfc"}')
     failed = prepare(srun, source, "failed")
     assert failed.returncode == 2, failed.stderr
-    assert failed.stderr.count("got bytes that are no UTF-8") == 1
+    assert failed.stderr.count("got bytes that are not UTF-8") == 1
 
 
 def test_the_cluster_starts_twice_and_tells_its_state(cluster: Mapping[str, str]):

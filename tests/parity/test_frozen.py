@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from tests.parity.matrix import TOLERANCES, Cell, deviation
-from tests.support import ranks
-from tests.support.training import Trace, train_steps
+from tests.support.training import Trace, train
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +36,8 @@ def run(
     save_to: Path | None = None,
     resume_from: Path | None = None,
 ) -> Trace:
-    folders = (None if path is None else str(path) for path in (save_to, resume_from))
-    return ranks.run(
-        cell.ranks, train_steps, (*cell.overrides(corpus), *(settings or (FREEZE,))), stop, *folders
-    )[0]
+    overrides = (*cell.overrides(corpus), *(settings or (FREEZE,)))
+    return train(cell.ranks, overrides, stop, save_to, resume_from)[0]
 
 
 def is_frozen(name: str) -> bool:
