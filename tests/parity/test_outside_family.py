@@ -97,7 +97,7 @@ def test_its_presets_stand_beside_those_of_the_package(installed: dict[str, str]
 
 BROKEN = {
     "import missing_library": "ModuleNotFoundError: No module named 'missing_library'; allowed: an",
-    "FAMILY = 3": "got int; allowed: a Family named otherwise than gpt",
+    "FAMILY = 3": "got int; allowed: a Family with another name than gpt",
     "from llmtrain.models.gpt import FAMILIES; FAMILY = FAMILIES[0]": "got family gpt; allowed: a Family",
     NO_PRESETS: "got presets=/nowhere/conf; allowed: a folder with model/NAME.yaml",
 }

@@ -23,6 +23,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -105,7 +106,12 @@ class Popen(subprocess.Popen):
         self, arguments: Sequence[str], program: str = "llmtrain", *, unbuffered: bool = False, **options: Any
     ) -> None:
         flags = ["-u"] if unbuffered else []
-        self._request = {"program": program, "arguments": list(arguments), "unbuffered": unbuffered}
+        self._request = {
+            "program": program,
+            "arguments": list(arguments),
+            "ignores_hangup": signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
+            "unbuffered": unbuffered,
+        }
         super().__init__([sys.executable, *flags, "-m", program, *arguments], **options)
 
     def _execute_child(self, *settings: Any) -> None:  # type: ignore[override]
@@ -224,6 +230,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    # Whether it is ignored is what the asking process says now, not what it said when this one began.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if request["ignores_hangup"] else signal.SIG_DFL)
     if "RANK" in os.environ:
         _name_this_process(f"rank {os.environ['RANK']}")
     unbuffered = request["unbuffered"]
