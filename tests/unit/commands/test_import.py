@@ -328,7 +328,7 @@ def test_parameters_that_the_folder_lacks_and_ones_that_the_model_lacks(
 def test_what_cannot_be_started_from(folder: Path, corpus: Path, tmp_path: Path) -> None:
     from llmtrain.commands import train
 
-    with pytest.raises(ConfigError, match=r"model\.path: got nothing; .*give model\.path="):
+    with pytest.raises(ConfigError, match=r"model\.path: got nothing; .*set model\.path="):
         resolve(compose(["model=pretrained", f"data.path={corpus}"]))
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve(train_settings(corpus, tmp_path / "nowhere"))

@@ -37,7 +37,7 @@ def test_a_share_of_a_head_in_layers_with_a_window() -> None:
 def test_an_older_name_on_which_releases_differ() -> None:
     """transformers 4 scaled by it, 5 leaves it out, unless its section is there too."""
     scaling = {"type": "linear", "factor": 8.0}
-    with pytest.raises(CheckpointError, match=r"rope_scaling\.type: got 'linear'.* say rope_type"):
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.type: got 'linear'.* set rope_type"):
         read({"rope_scaling": scaling})
     named = read({"rope_scaling": {"rope_type": "linear", "factor": 8.0}})
     assert named["rope_scaling"] == {"kind": "linear", "factor": 8.0}

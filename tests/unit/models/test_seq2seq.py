@@ -172,7 +172,7 @@ def test_a_cache_gives_what_a_whole_forward_gives(form: str) -> None:
     steps = [tokens_BT[:, :3], *tokens_BT[:, 3:].split(1, dim=1)]
     found = torch.cat([model(step_BT, cache=cache) for step_BT in steps], dim=1)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="either sources or a cache"):
         model(tokens_BT, sources_BS=sources_BS, cache=cache)
 
 
