@@ -67,6 +67,8 @@ def resolve(
     world_size = launcher.world_size() if world_size is None else world_size
     problems = data_problems(config.objective, config.data)
     fits_data = not problems
+    # Heads that the objective asks for may ask something of the model.
+    problems += [problem.within("model") for problem in config.model.problems()]
     problems += [
         problem.within("schedule") for problem in schedule_problems(config.schedule, config.train.steps)
     ]

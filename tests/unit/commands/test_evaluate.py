@@ -51,7 +51,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: P
 
 def test_a_corpus_of_a_larger_vocabulary_is_refused(tmp_path: Path):
     corpus = write_corpus(tmp_path / "corpus", {"validation": random_documents(20)}, vocab_size=100)
-    with pytest.raises(ConfigError, match=r"data\.path: got data with a vocabulary of 100 tokens.*at most 64") as caught:
+    with pytest.raises(
+        ConfigError, match=r"data\.path: got data with a vocabulary of 100 tokens.*at most 64"
+    ) as caught:
         run(export(tmp_path / "model", 64), corpus)
     assert len(caught.value.problems) == 1
 

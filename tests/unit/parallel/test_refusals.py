@@ -169,7 +169,7 @@ CASES = [
     (("model=roberta_base", "objective=mlm_nsp"), 1, "model.num_segments:", "2 with", "objective=mlm"),
     (("model=bert_tiny", "objective.random=0.5"), 1, "objective.masked:", "1 or less", ""),
     (("model=bert_tiny", "+model.mask_id=7"), 1, "model.mask_id:", "all three special ids", ""),
-    (("model=gpt_tiny", "objective=mlm"), 1, "objective:", "null", "model=… of bert"),
+    (("model=gpt_tiny", "objective=mlm"), 1, "objective:", "causal_lm", "a model of kind encoder"),
     (("model=t5_tiny", "parallel.sequence=2"), 2, "parallel.sequence:", "seq2seq can be divided over", ""),
     (("model=t5_tiny", "model.relative_buckets=6"), 1, "model.relative_buckets:", "a multiple of 4", ""),
     (("model=t5_tiny", "batch.sequence_length=5"), 1, "batch.sequence_length:", "with span_corruption", ""),
