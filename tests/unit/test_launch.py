@@ -268,7 +268,7 @@ def test_no_python_with_llmtrain(tmp_path: Path):
         cwd="/",
     )
     assert done.returncode == 2
-    assert "no Python that has llmtrain" in done.stderr
+    assert "no Python with llmtrain" in done.stderr
 
 
 def checkout(folder: Path) -> Path:
