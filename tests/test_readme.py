@@ -113,10 +113,12 @@ def tour(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long("the README's tour, whose corpus and run all pages build on")
 def test_the_tour(tour: Path):
     assert (tour / "exported/first/model.safetensors").exists()
 
 
+@pytest.mark.long("the first page that runs waits for the tour")
 @pytest.mark.parametrize("page", sorted(NEEDS))
 def test_page(page: str, request: pytest.FixtureRequest, programs: Path, tmp_path: Path):
     for name in NEEDS[page]:
@@ -129,6 +131,7 @@ def test_all_pages_with_commands_are_run():
     assert with_commands == {"README.md", *NEEDS}
 
 
+@pytest.mark.long("the quickstart, from an empty folder to an export")
 def test_the_two_commands(tmp_path: Path):
     """The quickstart, shortened; the other command is the one that runs this test."""
     (_, quickstart, _), (_, test, shown) = [b for b in blocks("README.md") if b[1].startswith("./launch/")]
