@@ -288,7 +288,15 @@ def test_the_stream_is_the_local_one(
     # Room for 4 of 17 shards: the second epoch downloads again.
     options = [f"data.packing={packing}", "data.cache.bytes=45000"]
     assert stream(loader_of(f"{served.url}/corpus", tmp_path, *options)) == local
-    assert sum(path.stat().st_size for path in tmp_path.glob("*-*")) <= 45_000
+    assert sum(map(size_of, tmp_path.glob("*-*"))) <= 45_000
+
+
+def size_of(path: Path) -> int:
+    """A thread that reads ahead may evict the file at any moment."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def refusal(action: Callable[[], Any]) -> str:
