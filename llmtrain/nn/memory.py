@@ -22,6 +22,7 @@ LOGITS_PER_CHUNK = 2**23
 """As in nn/head.py, which a test checks."""
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
+AnyVocabulary = TypeVar("AnyVocabulary", bound=OfVocabulary)
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,40 @@ class ModelMemory(ABC, Generic[AnyConfig]):
                 yield step - 1, self.conditions.recompute.covers(step - 1)
 
 
-def vocabulary_head_bytes(
-    model: OfVocabulary,
-    numbers: Numbers,
-    *,
-    tokens: int,
-    device: str,
-    tensor: int = 1,
-    has_softcap: bool = False,
-) -> int:
-    """Return an upper estimate of the peak bytes of a language model's head and loss on one of `tensor`
-    ranks: chunks of logits, the gradients of the hidden states and of the head's weight, and, in low
-    precision, copies of both. tokens: hidden states that the head reads."""
-    assert model.vocab_size is not None
-    V, D = -(-model.vocab_size // tensor), model.hidden_size
-    chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
-    is_last = chunk == tokens
-    # With several ranks, fairscale's softmax keeps copies, exponentials and a gradient, in fp32.
-    besides = 16 if tensor > 1 else 0
-    if has_softcap:
-        besides += 2 * numbers.compute  # slopes of the cap, and the tanh squared
-    if numbers.compute == 4:
-        # Logits and log-probabilities, besides the previous chunk's.
-        softmax = chunk * V * (4 * (2 if is_last else 3) + besides)
-        return softmax + tokens * D * 4 + V * D * 4
-    softmax = chunk * V * ((10 if is_last else 16) + besides)
-    # A chunk's weight gradient is computed in low precision, and added on a CPU through an fp32 copy.
-    addition = chunk * V * 6 + V * D * (2 + (4 if device == "cpu" else 0))
-    return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
+class VocabularyMemory(ModelMemory[AnyVocabulary]):
+    """Memory of a language model, whose loss works on chunks of logits."""
+
+    @property
+    @abstractmethod
+    def head_tokens(self) -> int:
+        """Return the hidden states of a micro-batch that the head reads on this rank."""
+
+    @property
+    def has_softcap(self) -> bool:
+        """Return whether the head caps its logits."""
+        return False
+
+    def head_bytes(self) -> int:
+        """Return an upper estimate of the peak bytes of head and loss: chunks of logits, the gradients of the
+        hidden states and of the head's weight, and, in low precision, copies of both."""
+        model, numbers, tensor = self.model, self.numbers, self.layout.tensor
+        assert model.vocab_size is not None
+        V, D = -(-model.vocab_size // tensor), model.hidden_size
+        tokens = self.head_tokens
+        chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
+        is_last = chunk == tokens
+        # With several ranks, fairscale's softmax keeps copies, exponentials and a gradient, in fp32.
+        besides = 16 if tensor > 1 else 0
+        if self.has_softcap:
+            besides += 2 * numbers.compute  # slopes of the cap, and the tanh squared
+        if numbers.compute == 4:
+            # Logits and log-probabilities, besides the previous chunk's.
+            softmax = chunk * V * (4 * (2 if is_last else 3) + besides)
+            return softmax + tokens * D * 4 + V * D * 4
+        softmax = chunk * V * ((10 if is_last else 16) + besides)
+        # A chunk's weight gradient is computed in low precision, and added on a CPU through an fp32 copy.
+        addition = chunk * V * 6 + V * D * (2 + (4 if self.conditions.device == "cpu" else 0))
+        return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
 
 
 @dataclass(frozen=True)
@@ -308,7 +315,7 @@ class TransformerToken:
 AnyLayers = TypeVar("AnyLayers", bound=OfLayers)
 
 
-class LayersMemory(ModelMemory[AnyLayers]):
+class LayersMemory(VocabularyMemory[AnyLayers]):
     """A stack of layers over one sequence, with a language-model head."""
 
     causal: ClassVar[bool]
@@ -327,14 +334,9 @@ class LayersMemory(ModelMemory[AnyLayers]):
     def between_layers(self) -> int:
         return self.tokens * self.model.hidden_size
 
-    def head_bytes(self) -> int:
-        return vocabulary_head_bytes(
-            self.model,
-            self.numbers,
-            tokens=self.tokens,
-            device=self.conditions.device,
-            tensor=self.layout.tensor,
-        )
+    @property
+    def head_tokens(self) -> int:
+        return self.tokens
 
     def copied_weights(self, steps: range) -> int:
         layers, tensor = self.model.blocks, self.layout.tensor

@@ -8,24 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.nn.memory import Activations, ModelMemory, TransformerToken, vocabulary_head_bytes
+from llmtrain.nn.memory import Activations, TransformerToken, VocabularyMemory
 
 
-class EncoderDecoderMemory(ModelMemory[Seq2SeqConfig]):
+class EncoderDecoderMemory(VocabularyMemory[Seq2SeqConfig]):
     """Bytes of a micro-batch: activations that each layer keeps of its own side, and the tensor of both
     sides that layers pass on."""
 
     def between_layers(self) -> int:
         return self.layout.micro_size * (self.row.tokens + self.row.target) * self.model.hidden_size
 
-    def head_bytes(self) -> int:
-        return vocabulary_head_bytes(
-            self.model,
-            self.numbers,
-            tokens=self.layout.micro_size * self.row.target,
-            device=self.conditions.device,
-            tensor=self.layout.tensor,
-        )
+    @property
+    def head_tokens(self) -> int:
+        return self.layout.micro_size * self.row.target
 
     def copied_weights(self, steps: range) -> int:
         encoder, decoder = self.model.layer_copies_count(self.layout.tensor)

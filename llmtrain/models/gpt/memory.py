@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmtrain.models.gpt.config import GPTConfig
-from llmtrain.nn.memory import LayersMemory, vocabulary_head_bytes
+from llmtrain.nn.memory import LayersMemory
 
 
 class GPTMemory(LayersMemory[GPTConfig]):
@@ -11,12 +11,6 @@ class GPTMemory(LayersMemory[GPTConfig]):
 
     causal = True
 
-    def head_bytes(self) -> int:
-        return vocabulary_head_bytes(
-            self.model,
-            self.numbers,
-            tokens=self.tokens,
-            device=self.conditions.device,
-            tensor=self.layout.tensor,
-            has_softcap=self.model.logit_softcap is not None,
-        )
+    @property
+    def has_softcap(self) -> bool:
+        return self.model.logit_softcap is not None

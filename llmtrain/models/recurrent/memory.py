@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.nn.memory import Activations, ModelMemory, vocabulary_head_bytes
+from llmtrain.nn.memory import Activations, VocabularyMemory
 
 
-class LSTMMemory(ModelMemory[LSTMConfig]):
+class LSTMMemory(VocabularyMemory[LSTMConfig]):
     """Inputs of each layer, and oneDNN's workspace (measured: 61 bytes per unit in fp32, 43 in bf16)."""
 
     def activations(self, steps: range) -> Activations:
@@ -18,13 +18,9 @@ class LSTMMemory(ModelMemory[LSTMConfig]):
         per_token = 8 + (model.num_layers + 1) * D * compute + model.num_layers * workspace * D + dropouts
         return Activations(self.layout.micro_size * self.row.tokens * per_token, 0)
 
-    def head_bytes(self) -> int:
-        return vocabulary_head_bytes(
-            self.model,
-            self.numbers,
-            tokens=self.layout.micro_size * self.row.tokens,
-            device=self.conditions.device,
-        )
+    @property
+    def head_tokens(self) -> int:
+        return self.layout.micro_size * self.row.tokens
 
     def copied_weights(self, steps: range) -> int:
         D = self.model.hidden_size

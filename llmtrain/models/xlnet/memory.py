@@ -6,7 +6,7 @@ Dim names: B rows, T tokens, M predicted tokens, Q = T + M hidden states of a ro
 from __future__ import annotations
 
 from llmtrain.models.xlnet.config import XLNetConfig
-from llmtrain.nn.memory import Activations, LayersMemory, vocabulary_head_bytes
+from llmtrain.nn.memory import Activations, LayersMemory
 
 
 class XLNetMemory(LayersMemory[XLNetConfig]):
@@ -24,14 +24,9 @@ class XLNetMemory(LayersMemory[XLNetConfig]):
     def between_layers(self) -> int:
         return self.layout.micro_size * self.hidden_states * self.model.hidden_size
 
-    def head_bytes(self) -> int:
-        return vocabulary_head_bytes(
-            self.model,
-            self.numbers,
-            tokens=self.layout.micro_size * int(self.row.predicted),
-            device=self.conditions.device,
-            tensor=self.layout.tensor,
-        )
+    @property
+    def head_tokens(self) -> int:
+        return self.layout.micro_size * int(self.row.predicted)
 
     def copied_weights(self, steps: range) -> int:
         model, tensor = self.model, self.layout.tensor
