@@ -22,10 +22,10 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Keep all checkpoints at multiples of this number of steps; null: none for this reason."""
     asynchronous: bool = True
-    """Whether training goes on while a checkpoint is written from a copy of the state in host memory."""
+    """Whether to continue training while a checkpoint is written from a copy of the state in host memory."""
     resume: str = "auto"
-    """Where to resume. auto: from the newest undamaged checkpoint of the run folder, if any; never: refuse
-    a run folder with checkpoints; a path: from that run folder or checkpoint."""
+    """Checkpoint to resume from. auto: the newest undamaged one of the run folder, if any; never: none, and
+    refuse a run folder with checkpoints; a path: that run folder or checkpoint."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")

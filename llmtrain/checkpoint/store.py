@@ -51,7 +51,7 @@ class Part(NamedTuple):
     values: torch.Tensor
     """1-D, on any device, of any floating-point dtype."""
     is_constant: bool = False
-    """Whether no step changes it."""
+    """Whether it is frozen: no step changes it."""
 
     def pieces(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
         """Yield (key in the file, box in the whole parameter, its values (rows, columns)); padding has

@@ -95,7 +95,7 @@ class _Jobs:
     """The jobs of one command and how they ended."""
 
     name: str
-    """Of the configuration."""
+    """Name of the configuration."""
     swept: set[str]
     """Keys that have several values in the sweep."""
     codes: list[int] = field(default_factory=lambda: [0])

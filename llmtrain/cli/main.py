@@ -21,12 +21,12 @@ from llmtrain.orphans import end_with_launcher
 HELP = ("-h", "--help", "help")
 
 SILENCE_SECONDS = 5.0
-"""How long a rank waits before it ends when another rank prints the message: a launcher ends all ranks as
-soon as one has ended, and could cut the message off."""
+"""Seconds that a rank waits before it exits while another rank prints the message. A launcher ends all ranks
+when the first one exits, which could cut the message off."""
 
 LOST_SECONDS = 3.0
-"""How long a rank that lost the connection to another waits before it says so: the rank that ended prints the
-cause, and a launcher that noticed asks this rank to end meanwhile."""
+"""Seconds that a rank waits before it reports a lost connection. Meanwhile the rank that exited prints the
+cause, or the launcher asks this rank to end."""
 
 
 def main(arguments: list[str] | None = None) -> None:

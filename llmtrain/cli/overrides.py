@@ -36,7 +36,7 @@ NAMED = re.compile(r"\s*([\w./-]+)\s*:(.*)", re.DOTALL | re.ASCII)
 
 @dataclass(frozen=True)
 class TextKey:
-    """What a key that holds text may hold besides one text."""
+    """Values that a text key accepts besides a single text."""
 
     may_be_null: bool = False
     is_list: bool = False

@@ -137,9 +137,8 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
     model = resolve_vocabulary(model, asked, corpora)
     sources = asked.open(model, data, corpora, "train", config.sequence_length)
     timeline = begin(config.max_samples, source_shares(data, sources, 0), {})
-    if isinstance(data, TokenDataConfig):
-        # What drop_last leaves out depends on the batch size, which is unknown here.
-        data = dataclasses.replace(data, drop_last=False)
+    # What drop_last leaves out depends on the batch size, which is unknown here.
+    data = dataclasses.replace(data, drop_last=False)
     stream = open_stream(data, sources, timeline, seed=config.seed)
     return Opened(stream, sources, corpora, data, model, asked)
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Counters:
-    """What a cache has done so far, in this process."""
+    """Counters of the cache in this process."""
 
     bytes: int = 0
     """Downloaded, discarded ones included."""

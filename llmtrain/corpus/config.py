@@ -44,6 +44,10 @@ class Stage:
     """Corpus → weight by tokens from that step on."""
 
 
+ORDER_KEYS = ("packing", "overlap", "shuffle_shards", "drop_last")
+"""Keys of TokenDataConfig that, with the sequence length, determine a corpus' samples and their order."""
+
+
 @dataclass(frozen=True)
 class TokenDataConfig:
     """Corpora that `llmtrain prepare` wrote."""
@@ -145,6 +149,10 @@ class TokenDataConfig:
         weights = [self.weights(step) for step in steps]
         return [name for name in self.names if not any(each[name] for each in weights)]
 
+    def order_settings(self, sequence_length: int) -> dict[str, Any]:
+        """Return the settings that determine the samples of a corpus and their order."""
+        return {"sequence_length": sequence_length, **{key: getattr(self, key) for key in ORDER_KEYS}}
+
     def weights(self, step: int) -> dict[str, float]:
         """Return the weight of each corpus, by tokens, at `step`."""
         if self.mixture is None:
@@ -179,6 +187,39 @@ class ImageDataConfig:
     """Labelled images."""
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
+
+    @property
+    def shuffle_shards(self) -> int:
+        return 1
+
+    @property
+    def drop_last(self) -> bool:
+        return False
+
+    @property
+    def on_bad_shard(self) -> Literal["error", "skip"]:
+        return "error"
+
+    @property
+    def overlap(self) -> int:
+        return 0
+
+    @property
+    def curriculum(self) -> tuple[Stage, ...]:
+        return ()
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Return "", the name of a single source, → its path."""
+        return {"": self.path}
+
+    def order_settings(self, sequence_length: int) -> dict[str, Any]:
+        """Return no settings: images have one order for each seed."""
+        return {}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Return the weight of the only source."""
+        return {"": 1.0}
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file, or tars")

@@ -36,6 +36,16 @@ class ModelConfig(Kinds):
     max_sequence_length: int | None = None
     """Maximum sequence length, in tokens; None: no limit."""
 
+    @property
+    def has_vocabulary(self) -> bool:
+        """Return whether the model reads tokens of a vocabulary."""
+        return False
+
+    @property
+    def lacks_vocab_size(self) -> bool:
+        """Return whether the size of its vocabulary is not known yet."""
+        return False
+
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""
         yield from ()
@@ -72,6 +82,14 @@ class OfVocabulary(ModelConfig):
     vocab_size: int | None
     hidden_size: int
     tie_embeddings: bool
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return True
+
+    @property
+    def lacks_vocab_size(self) -> bool:
+        return self.vocab_size is None
 
     def _vocab(self) -> int:
         if self.vocab_size is None:

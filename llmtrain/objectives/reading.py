@@ -59,6 +59,6 @@ def open_dataset(
     from llmtrain.data.datasets.base import Concatenation, WithoutBadShards
 
     sources = list(objective.open(model, data, corpora, split, sequence_length).values())
-    if isinstance(data, TokenDataConfig) and data.on_bad_shard == "skip":
+    if data.on_bad_shard == "skip":
         sources = [WithoutBadShards(dataset, on_skip) for dataset in sources]
     return sources[0] if len(sources) == 1 else Concatenation(sources)

@@ -14,7 +14,7 @@ from typing import Protocol
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.nn.memory import Conditions
-from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
+from llmtrain.nn.model_config import ModelConfig, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.config import Precision
@@ -181,7 +181,7 @@ def estimate(
 
     Raise ConfigError when the vocabulary is not known yet.
     """
-    if isinstance(model, OfVocabulary) and model.vocab_size is None:
+    if model.lacks_vocab_size:
         raise ConfigError(
             Problem("model.vocab_size", "nothing", "a whole number", "give it, or name a corpus: data.path=…")
         )

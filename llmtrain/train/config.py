@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
-from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.config import DataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import ModelConfig
@@ -81,7 +81,7 @@ class TrainConfig:
     run: RunConfig
     model: ModelConfig
     objective: ObjectiveConfig
-    data: TokenDataConfig | ImageDataConfig
+    data: DataConfig
     batch: BatchConfig
     parallel: ParallelConfig
     recompute: RecomputeConfig
@@ -107,13 +107,12 @@ class TrainConfig:
     def problems(self) -> Iterator[Problem]:
         yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")
         yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
-        if isinstance(self.data, TokenDataConfig):
-            yield from require(
-                self.data.overlap < self.batch.sequence_length,
-                "data.overlap",
-                self.data.overlap,
-                f"less than batch.sequence_length={self.batch.sequence_length}",
-            )
+        yield from require(
+            self.data.overlap < self.batch.sequence_length,
+            "data.overlap",
+            self.data.overlap,
+            f"less than batch.sequence_length={self.batch.sequence_length}",
+        )
         positions = self.model.max_sequence_length
         yield from require(
             positions is None or self.batch.sequence_length <= positions,

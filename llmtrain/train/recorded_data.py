@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtrain.config import LARGEST_INT, decode, encode
 from llmtrain.corpus import packages
-from llmtrain.corpus.config import CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import ORDER_KEYS, CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.corpus.transport import is_remote
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
@@ -95,7 +95,7 @@ class Opened:
     def skipped(self, step: int) -> Skipped:
         """Return the tar files that `step` skips in their present state."""
         # Otherwise nothing but the rows of the step has to be read.
-        is_asked = getattr(self.data, "on_bad_shard", "error") == "skip"
+        is_asked = self.data.on_bad_shard == "skip"
         return self.stream.enter(step - 1) if is_asked else frozenset()
 
 
@@ -158,8 +158,7 @@ class Run:
                     f"data.sources.{unknown[0]}", "no corpus of this step", ", ".join(filter(None, names))
                 )
             )
-        ordering = ("packing", "overlap", "shuffle_shards", "drop_last")
-        section |= {name: getattr(settings, name) for name in ordering}
+        section |= {name: getattr(settings, name) for name in ORDER_KEYS}
         section["curriculum"] = ()
         if names == [""]:
             section |= {"path": self._location(""), "mixture": None, "sources": {}}
@@ -211,7 +210,7 @@ class Run:
         self, data: TokenDataConfig | ImageDataConfig, settings: Order, sources: Mapping[str, Dataset]
     ) -> None:
         recorded = settings.fingerprints
-        locations = {"": data.path} if isinstance(data, ImageDataConfig) else data.paths
+        locations = data.paths
         problems = [
             Problem(
                 str(locations[name]),

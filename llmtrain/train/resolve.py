@@ -13,7 +13,7 @@ from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.files import at_home
 from llmtrain.models.registry import family_of, model_config_type, skeleton_of
-from llmtrain.nn.model_config import ModelConfig, OfVocabulary
+from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
@@ -97,7 +97,7 @@ def resolve(
     except ConfigError as error:
         problems += error.problems
     if without_data:
-        if isinstance(model, OfVocabulary) and model.vocab_size is None:
+        if model.lacks_vocab_size:
             model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
     elif fits_data:
         try:

@@ -378,7 +378,7 @@ class Session:
         data = self.config.data
         return {
             "kind": data.kind,
-            "paths": without_credentials_in({"": data.path} if data.kind == "images" else data.paths),
+            "paths": without_credentials_in(data.paths),
             "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
         }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtrain.config import require
-from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.config import DataConfig
 from llmtrain.data.datasets.base import Dataset
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, samples_of_epoch
@@ -74,7 +74,7 @@ def plan_timeline(
         timeline = timeline.changed(
             start_step, size, source_shares(config.data, sources, start_step), settings
         )
-    for stage in getattr(config.data, "curriculum", ()):
+    for stage in config.data.curriculum:
         if stage.step > start_step:
             shares = source_shares(config.data, sources, stage.step)
             timeline = timeline.changed(stage.step, size, shares, settings)
@@ -82,7 +82,7 @@ def plan_timeline(
 
 
 def open_stream(
-    data: TokenDataConfig | ImageDataConfig,
+    data: DataConfig,
     sources: Mapping[str, Dataset],
     timeline: Timeline,
     *,
@@ -91,8 +91,6 @@ def open_stream(
     on_skip: Callable[[str, int], None] = lambda shard, samples: None,
 ) -> Stream:
     """Return the stream of a run's training samples."""
-    if isinstance(data, ImageDataConfig):
-        return Stream(sources, timeline, seed=seed, shuffle_shards=1)
     return Stream(
         sources,
         timeline,
@@ -113,23 +111,15 @@ def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[
         "samples": {name: len(dataset) for name, dataset in sources.items()},
         "fingerprints": {name: dataset.fingerprint for name, dataset in sources.items()},
     }
-    if isinstance(data, TokenDataConfig):
-        settings["sequence_length"] = config.batch.sequence_length
-        names = ("packing", "overlap", "shuffle_shards", "drop_last")
-        settings |= {name: getattr(data, name) for name in names}
-    return settings
+    return settings | data.order_settings(config.batch.sequence_length)
 
 
 def _epoch_lengths(samples: Mapping[str, int], drop_last: bool, global_size: int) -> dict[str, int]:
     return {name: samples_of_epoch(count, global_size, drop_last) for name, count in samples.items()}
 
 
-def source_shares(
-    data: TokenDataConfig | ImageDataConfig, sources: Mapping[str, Dataset], step: int
-) -> dict[str, float]:
+def source_shares(data: DataConfig, sources: Mapping[str, Dataset], step: int) -> dict[str, float]:
     """Return source → its share of the samples from `step` on; the shares add up to 1."""
-    if isinstance(data, ImageDataConfig):
-        return {"": 1.0}
     tokens = {name: getattr(dataset, "tokens_per_sample", 1.0) for name, dataset in sources.items()}
     return sample_shares(data.weights(step), tokens)
 

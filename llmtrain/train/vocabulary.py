@@ -7,7 +7,6 @@ from typing import Any
 
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.nn.model_config import OfVocabulary
 from llmtrain.objectives.base import ObjectiveConfig
 
 
@@ -17,7 +16,7 @@ def resolve_vocabulary(model: Any, objective: ObjectiveConfig, corpora: Corpora 
 
     Raise ConfigError when the corpus has ids that the model's embedding lacks.
     """
-    if corpora is None or not isinstance(model, OfVocabulary):
+    if corpora is None or not model.has_vocabulary:
         return model
     model, needed, marks = objective.special_ids(model, corpora)
     if model.vocab_size is None:
