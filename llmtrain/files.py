@@ -95,7 +95,7 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
-def at_home(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Expand `~` in `path`. Unlike Path.expanduser, do not raise for an unknown user."""
     return Path(os.path.expanduser(path))
 

@@ -97,7 +97,7 @@ def escape_controls(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def tell(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a message to stderr, without control characters and credentials."""
     print(clean(text), file=sys.stderr, flush=True)
 

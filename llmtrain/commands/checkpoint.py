@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import decode, require
 from llmtrain.errors import CheckpointError, Problem, printable
-from llmtrain.standard_streams import tell
+from llmtrain.standard_streams import print_note
 from llmtrain.tensor_boxes import Box, matrix_shape
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def show(mapping: Mapping[str, Any]) -> None:
 
     config = decode(ShowConfig, mapping)
     is_one = (config.path / MANIFEST).exists()
-    checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, tell)
+    checkpoint = Checkpoint.open(config.path) if is_one else find(config.path, print_note)
     run = () if checkpoint.is_imported else ("config", "layout", "position")
     checkpoint.require("saved_at", "model", *run)
     manifest = checkpoint.manifest
@@ -207,7 +207,7 @@ def diff(mapping: Mapping[str, Any]) -> int:
     from llmtrain.checkpoint.retention import find
 
     config = decode(DiffConfig, mapping)
-    a, b = (find(path, tell) for path in (config.path, config.other))
+    a, b = (find(path, print_note) for path in (config.path, config.other))
     print(f"a  {a.path}\nb  {b.path}")
     told = list(_differences_of_manifests(a, b))
     for line in told:
@@ -341,7 +341,7 @@ def prune(mapping: Mapping[str, Any]) -> None:
     is_run = not config.dry_run and (root.parent / ".lock").exists()
     held = RunFolder(root.parent) if is_run else None
     try:
-        current = retention.find(root, tell)
+        current = retention.find(root, print_note)
         doomed = retention.unkept(
             root,
             current.path,

@@ -92,7 +92,7 @@ def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
         "corpus": any(record["corpus"] for record in records),
         "epoch": True,
         "row": True,
-        "shard": any("shard" in record for record in records),
+        "tar": any("tar" in record for record in records),
         "document": any("document" in record for record in records),
         "tokens": any("tokens" in record for record in records),
     }
@@ -102,11 +102,11 @@ def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
         cells = {name: str(record.get(name, "")) for name in names}
         if record["row"] == EMPTY:
             cells["row"] = "skipped"
-        if "shard" in record:
-            cells["shard"] = PurePosixPath(record["shard"]).name
+        if "tar" in record:
+            cells["tar"] = PurePosixPath(record["tar"]).name
         rows.append(list(cells.values()))
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
-    is_text = [name in ("corpus", "shard") for name in names]
+    is_text = [name in ("corpus", "tar") for name in names]
     for row in rows:
         cells_of = zip(row, widths, is_text, strict=True)
         print("  ".join(c.ljust(w) if text else c.rjust(w) for c, w, text in cells_of).rstrip())

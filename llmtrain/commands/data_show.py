@@ -120,27 +120,27 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
     if isinstance(data, ImageDataConfig):
         raise _no_text()
     try:
-        asked = decode(objective_config_type(section), section)
+        objective = decode(objective_config_type(section), section)
     except ConfigError as error:
         where = [p if p.where.startswith("objective") else p.within("objective") for p in error.problems]
         raise ConfigError(where) from error
-    family = next(family for family in families().values() if family.kind in asked.teaches)
-    model = asked.fitted(family.config())
-    problems = data_problems(asked, data)
-    for problem in asked.length_problems(config.sequence_length, model):
+    family = next(family for family in families().values() if family.kind in objective.teaches)
+    model = objective.fitted(family.config())
+    problems = data_problems(objective, data)
+    for problem in objective.length_problems(config.sequence_length, model):
         problems.append(dataclasses.replace(problem, where=problem.where.removeprefix("batch.")))
     if problems:
         raise ConfigError(problems)
     corpora = open_data(data)
-    if problems := corpora_problems(asked, corpora):
+    if problems := corpora_problems(objective, corpora):
         raise ConfigError(problems)
-    model = resolve_vocabulary(model, asked, corpora)
-    sources = asked.open(model, data, corpora, "train", config.sequence_length)
+    model = resolve_vocabulary(model, objective, corpora)
+    sources = objective.open(model, data, corpora, "train", config.sequence_length)
     timeline = begin(config.max_samples, source_shares(data, sources, 0), {})
     # What drop_last leaves out depends on the batch size, which is unknown here.
     data = dataclasses.replace(data, drop_last=False)
     stream = open_stream(data, sources, timeline, seed=config.seed)
-    return Opened(stream, sources, corpora, data, model, asked)
+    return Opened(stream, sources, corpora, data, model, objective)
 
 
 def _no_text() -> ConfigError:
@@ -167,7 +167,7 @@ class _Printer:
         opened = self._opened
         corpus = f"{sample.corpus}, " if sample.corpus else ""
         if sample.row == EMPTY:
-            print(f"{title}: {corpus}epoch {sample.epoch}, left empty, since its shard cannot be read\n")
+            print(f"{title}: {corpus}epoch {sample.epoch}, left empty, since its tar file cannot be read\n")
             return
         raw = opened.sources[sample.corpus].get(np.array([sample.row]))
         source = opened.stream.names.index(sample.corpus)

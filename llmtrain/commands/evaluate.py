@@ -14,12 +14,12 @@ from llmtrain.config import decode, encode, require
 from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig, data_config_type
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.objectives.reading import corpora_problems, data_problems, open_data, open_dataset
 from llmtrain.output import check_output, write_output
-from llmtrain.standard_streams import tell
+from llmtrain.standard_streams import print_note
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class EvaluateConfig:
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raise UserError for whatever a user can fix."""
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
-    output = None if config.output is None else at_home(config.output)
+    output = None if config.output is None else expand_home(config.output)
     if output is not None:
         check_output(output)
     corpora = open_data(config.data)
@@ -191,7 +191,7 @@ class TargetCounter:
 
 def _say_skipped(shard: str, samples: int) -> None:
     text = f"warning: {shard} is bad: its {samples:,} sequences are left out"
-    tell(text)
+    print_note(text)
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from llmtrain.config import decode, require_utf8
 from llmtrain.errors import Problem
-from llmtrain.files import at_home
-from llmtrain.standard_streams import tell
+from llmtrain.files import expand_home
+from llmtrain.standard_streams import print_note
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     trained = load_trained(config.checkpoint)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    output = at_home(config.output)
+    output = expand_home(config.output)
     huggingface.export_folder(
         trained.config,
         trained.weights,
@@ -53,4 +53,4 @@ def run(mapping: Mapping[str, Any]) -> None:
     )
     # load_trained has printed their names.
     never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""
-    tell(f"exported {trained.source} to {output}{never}")
+    print_note(f"exported {trained.source} to {output}{never}")

@@ -11,7 +11,7 @@ from llmtrain import files
 from llmtrain.config import MAY_BE_EMPTY, decode, encode
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem, UserError
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.generation.answer import Texts, refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.progress import Progress
@@ -49,7 +49,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     """
     config = decode(GenerateCommandConfig, mapping)
     prompts = list(config.prompt) if config.prompt_file is None else _read_lines(config.prompt_file)
-    output = None if config.output is None else at_home(config.output)
+    output = None if config.output is None else expand_home(config.output)
     if output is not None:
         check_output(output)
 
@@ -135,6 +135,6 @@ def _ways(
 def _read_lines(path: Path) -> list[str]:
     """Read lines. Raise DataError if the file is not a text file."""
     try:
-        return at_home(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return expand_home(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(Problem("prompt_file", f"{path} ({error})", "a text file")) from error

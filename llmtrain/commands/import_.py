@@ -10,8 +10,8 @@ from typing import Any
 from llmtrain.config import decode, encode, require_utf8
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, DataError, Problem
-from llmtrain.files import at_home
-from llmtrain.standard_streams import tell
+from llmtrain.files import expand_home
+from llmtrain.standard_streams import print_note
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.interchange.trained import fresh_note, listed, unknown_note
     from llmtrain.models.registry import skeleton_of
 
-    source, output = at_home(config.source), at_home(config.output)
+    source, output = expand_home(config.source), expand_home(config.output)
     imported, tokenizer = read_foreign(source, config.tokenizer)
     model = imported.config
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
@@ -67,13 +67,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     path = save_imported(output, imported.weights, shapes, description, tokenizer, overwrite=config.overwrite)
-    tell(f"imported {model.family}, {model.parameter_count():,} parameters, from {source} to {path}")
+    print_note(f"imported {model.family}, {model.parameter_count():,} parameters, from {source} to {path}")
     if tokenizer is None:
-        tell("no tokenizer came with it: text needs one, give tokenizer=…")
+        print_note("no tokenizer came with it: text needs one, give tokenizer=…")
     if imported.left_out:
-        tell(f"left out, since our model has no use for it: {listed(imported.left_out)}")
+        print_note(f"left out, since our model has no use for it: {listed(imported.left_out)}")
     if imported.unknown:
-        tell(unknown_note(imported.unknown))
+        print_note(unknown_note(imported.unknown))
     if imported.fresh:
-        tell(fresh_note(imported.fresh))
-    tell(f"train on: llmtrain train model=pretrained model.path={config.output} data.path=…")
+        print_note(fresh_note(imported.fresh))
+    print_note(f"train on: llmtrain train model=pretrained model.path={config.output} data.path=…")

@@ -11,7 +11,7 @@ from llmtrain.errors import INTERRUPTED_EXIT_CODE
 from llmtrain.plan.estimate import estimate
 from llmtrain.plan.fit import refuse_if_too_large
 from llmtrain.plan.report import summary
-from llmtrain.standard_streams import tell
+from llmtrain.standard_streams import print_note
 from llmtrain.train.resolve import resolve
 
 
@@ -25,7 +25,7 @@ def run(mapping: Mapping[str, Any]) -> int:
         resolved = resolve(mapping)
         plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
         if launcher.rank() == 0:
-            tell(summary(plan))
+            print_note(summary(plan))
         refuse_if_too_large(plan)
 
         # Everything above answers without importing torch.

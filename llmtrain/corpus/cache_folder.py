@@ -23,7 +23,7 @@ from pathlib import Path
 from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport_source import UPLOAD_AGAIN
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import at_home, checksum, disk_problem, stamp_of
+from llmtrain.files import checksum, disk_problem, expand_home, stamp_of
 from llmtrain.urls import without_credentials
 
 PARTIAL = ".partial"
@@ -73,7 +73,7 @@ class CacheFolder:
         wanted: Callable[[], Collection[str]],
         on_eviction: Callable[[], None],
     ) -> None:
-        self.path = at_home(folder)
+        self.path = expand_home(folder)
         self._most_bytes = most_bytes
         self._wanted = wanted
         self._on_eviction = on_eviction

@@ -16,7 +16,7 @@ from llmtrain.corpus.manifest import PREPARE_AGAIN
 from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.corpus.transport import is_remote
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 
 if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Tokenizer
@@ -128,7 +128,7 @@ def open_corpora(data: TokenDataConfig) -> Corpora:
         remote = is_remote(path)
         try:
             opened[name] = Corpus.open(
-                path if remote else at_home(path),
+                path if remote else expand_home(path),
                 data.verify,
                 on_bad_shard=data.on_bad_shard,
                 cache=Cache(data.cache) if remote else None,

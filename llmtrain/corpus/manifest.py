@@ -163,7 +163,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             Problem(where, f"format {show(raw.get('format'))}", FORMAT, "give the folder of a corpus")
         )
     if raw.get("version") not in READABLE or isinstance(raw["version"], bool):
-        remedy = "prepare the corpus again with this llmtrain, or use the llmtrain that wrote it"
+        remedy = "prepare the corpus again with this llmtrain, or use the version of llmtrain that wrote it"
         got = f"version {show(raw.get('version'))}"
         allowed = f"version {', '.join(map(str, READABLE))}"
         raise DataError(Problem(where, got, allowed, remedy))

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 
 PREFIX = "package:"
 
@@ -37,6 +37,6 @@ def resolve_package_path(path: str) -> Path:
     Raises DataError as `package_root`.
     """
     if not path.startswith(PREFIX):
-        return at_home(path)
+        return expand_home(path)
     root, inside = package_root(path)
     return root / inside

@@ -1,10 +1,10 @@
 """The order of samples: pure functions of seed and number, independent of world size, workers and time.
 
-The samples of a dataset are stored in shards: tar files, or whatever units a dataset reads at a time. In each
-epoch the shards are permuted, each `block_shards` consecutive ones form a block, and the samples are permuted
-within their block. A reader thus needs the shards of one block at a time, whatever the size of the dataset.
-The sample at any position in the order is found in constant time and memory, so that a run resumes at once
-and each rank computes only its own slice.
+The samples of a dataset are stored in tar files, or in whatever units a dataset reads at a time. In each
+epoch the tar files are permuted. Each `block_tars` consecutive ones form a block, and the samples are
+permuted within their block. A reader thus needs the tar files of one block at a time, whatever the size of
+the dataset. The sample at any position in the order is found in constant time and memory, so that a run
+resumes at once and each rank computes only its own slice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ for a thousand."""
 _RUNS_KEPT = 8
 _WORD = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-_SHARDS = 0x5368617264730000
-"""Makes the order of shards independent of the order within blocks."""
+_TARS = 0x5368617264730000
+"""Makes the order of tar files independent of the order within blocks."""
 _SAMPLES = 0x53616D706C650000
 """Makes the keys of samples independent of their order."""
 
@@ -71,14 +71,14 @@ class BlockOrder:
     """The order of the samples of one dataset over an unlimited number of epochs. Thread-safe."""
 
     def __init__(
-        self, shard_sizes: np.ndarray, *, seed: int, block_shards: int, epoch_length: int | None = None
+        self, tar_sizes: np.ndarray, *, seed: int, block_tars: int, epoch_length: int | None = None
     ) -> None:
-        """shard_sizes: number of samples in each shard, (S,), not all 0. epoch_length: number of samples in
+        """tar_sizes: number of samples in each tar file, (S,), not all 0. epoch_length: number of samples in
         an epoch, if the last ones of its order are dropped."""
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._sizes = np.asarray(tar_sizes, dtype=np.int64)
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._sizes)])
         self._seed = seed
-        self._block_shards = block_shards
+        self._block_tars = block_tars
         self.epoch_length = int(self._firsts[-1]) if epoch_length is None else epoch_length
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._run_length = min(_RUN, self.epoch_length)
@@ -131,18 +131,18 @@ class BlockOrder:
             position = min(epoch * self.epoch_length + end, (epoch + 1) * self.epoch_length)
         return found
 
-    def shards_of(self, epoch: int, block: int) -> list[int]:
-        """Return the shards of a block, in the order of the epoch; none after its last block."""
-        shards = self._epoch(epoch).shards[block * self._block_shards : (block + 1) * self._block_shards]
-        return shards.tolist()
+    def tars_of(self, epoch: int, block: int) -> list[int]:
+        """Return the tar files of a block, in the order of the epoch; none after its last block."""
+        tars = self._epoch(epoch).tars[block * self._block_tars : (block + 1) * self._block_tars]
+        return tars.tolist()
 
-    def shard_of(self, index: int) -> int:
-        """Return the shard that contains a sample."""
+    def tar_of(self, index: int) -> int:
+        """Return the tar file that contains a sample."""
         return int(np.searchsorted(self._firsts, index, side="right")) - 1
 
     def after(self, epoch: int, block: int) -> tuple[int, int]:
         """Return (epoch, block) of the next block."""
-        blocks = -(-len(self._sizes) // self._block_shards)
+        blocks = -(-len(self._sizes) // self._block_tars)
         return (epoch, block + 1) if block + 1 < blocks else (epoch + 1, 0)
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -150,7 +150,7 @@ class BlockOrder:
             found = self._epochs.get(epoch)
             if found is None:
                 key = epoch_key(self._seed, epoch)
-                found = self._epochs[epoch] = _Epoch(self._sizes, self._firsts, key, self._block_shards)
+                found = self._epochs[epoch] = _Epoch(self._sizes, self._firsts, key, self._block_tars)
                 if len(self._epochs) > _EPOCHS_KEPT:
                     self._epochs.popitem(last=False)
         return found
@@ -159,14 +159,14 @@ class BlockOrder:
 class _Epoch:
     """The order of one epoch."""
 
-    def __init__(self, sizes: np.ndarray, firsts: np.ndarray, key: int, block_shards: int) -> None:
+    def __init__(self, sizes: np.ndarray, firsts: np.ndarray, key: int, block_tars: int) -> None:
         S = len(sizes)
-        self.shards = permute(np.arange(S), S, _mix(key ^ _SHARDS))
+        self.tars = permute(np.arange(S), S, _mix(key ^ _TARS))
         self._key = key
-        self._block_shards = block_shards
-        self._firsts = firsts[self.shards]
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.shards])])
-        self._block_starts = np.append(self._starts[:-1:block_shards], self._starts[-1])
+        self._block_tars = block_tars
+        self._firsts = firsts[self.tars]
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[self.tars])])
+        self._block_starts = np.append(self._starts[:-1:block_tars], self._starts[-1])
 
     def block_at(self, offset: int) -> tuple[int, int]:
         """Return (block at `offset` samples into the epoch, offset of its end)."""
@@ -180,7 +180,7 @@ class _Epoch:
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
             start, end = self._block_starts[block : block + 2].tolist()
-            # The first block uses the key of the epoch, which keeps the order of a single shard as in earlier
+            # The first block uses the key of the epoch: the order of a single tar file is that of earlier
             # versions.
             key = _mix(self._key + block * _GOLDEN_GAMMA) if block else self._key
             shuffled[chosen] = start + permute(offsets[chosen] - start, end - start, key)

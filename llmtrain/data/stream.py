@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from llmtrain.data.datasets.base import EMPTY, Dataset, ReadsShards, gather
+from llmtrain.data.datasets.base import EMPTY, Dataset, ReadsTars, gather
 from llmtrain.data.mixture import Timeline
 from llmtrain.data.order import BlockOrder, epoch_key, sample_keys
 from llmtrain.errors import DataError, Problem
@@ -58,7 +58,7 @@ class Stream:
         drop_last: bool = False,
         on_bad_shard: Literal["error", "skip"] = "error",
         agree: Agree | None = None,
-        on_skip: Callable[[str, int], None] = lambda shard, samples: None,
+        on_skip: Callable[[str, int], None] = lambda tar, samples: None,
     ) -> None:
         """sources: the datasets of the timeline's sources. shuffle_shards: number of tar files among which
         samples are shuffled. drop_last: whether an epoch ends with its last full step. agree: required by
@@ -82,9 +82,9 @@ class Stream:
                 raise DataError(Problem("data.drop_last", got, "a whole step or more", "give false"))
             self._orders.append(
                 BlockOrder(
-                    dataset.shard_sizes,
+                    dataset.tar_sizes,
                     seed=_source_seed(seed, name),
-                    block_shards=shuffle_shards,
+                    block_tars=shuffle_shards,
                     epoch_length=epoch_length,
                 )
             )
@@ -112,7 +112,7 @@ class Stream:
             first, last = before.get(name, 0), after.get(name, 0)
             for epoch, block in self._orders[source].blocks(first, last):
                 bad = self._enter_block(source, epoch, block, gave_up).result()
-                skipped.update((source, epoch, shard) for shard in bad)
+                skipped.update((source, epoch, tar) for tar in bad)
         return frozenset(skipped)
 
     def origins(self, numbers: range, step: int, skipped: Skipped = frozenset()) -> Origins:
@@ -127,7 +127,7 @@ class Stream:
             epochs[chosen], indices[chosen] = self._orders[source](positions[chosen])
         if skipped:
             for row, (source, epoch, index) in enumerate(zip(sources, epochs, indices, strict=True)):
-                if (source, epoch, self._orders[source].shard_of(index)) in skipped:
+                if (source, epoch, self._orders[source].tar_of(index)) in skipped:
                     indices[row] = EMPTY
         return Origins(sources, epochs, indices)
 
@@ -184,17 +184,17 @@ class Stream:
     def _prepare_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> frozenset[int]:
         """Request the tar files of a block and of the next one; return those of the block to skip."""
         dataset, order = self._datasets[source], self._orders[source]
-        if not isinstance(dataset, ReadsShards):
+        if not isinstance(dataset, ReadsTars):
             return frozenset()
-        shards = order.shards_of(epoch, block)
-        dataset.want([*shards, *order.shards_of(*order.after(epoch, block))])
+        tars = order.tars_of(epoch, block)
+        dataset.want([*tars, *order.tars_of(*order.after(epoch, block))])
         if not self._skips:
             return frozenset()
-        bad = dataset.find_bad(shards)
+        bad = dataset.find_bad(tars)
         if self._agree is not None:
             bad = self._agree(f"{source}/{epoch}/{block}", bad, gave_up)
-        sizes = dataset.shard_sizes
-        bad = [shard for shard in bad if sizes[shard]]
+        sizes = dataset.tar_sizes
+        bad = [tar for tar in bad if sizes[tar]]
         with self._lock:
             in_epoch = self._bad.setdefault((source, epoch), set())
             in_epoch.update(bad)
@@ -202,8 +202,8 @@ class Stream:
         if num_bad == int(np.count_nonzero(sizes)):
             got = f"no readable one of {num_bad} tar files"
             raise DataError(Problem(f"data.path ({dataset.tar_names[bad[0]]})", got, "one or more"))
-        for shard in bad:
-            self._on_skip(dataset.tar_names[shard], int(sizes[shard]))
+        for tar in bad:
+            self._on_skip(dataset.tar_names[tar], int(sizes[tar]))
         return frozenset(bad)
 
 

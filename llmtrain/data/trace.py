@@ -39,7 +39,7 @@ class Sample:
 class Part:
     """The part of a sample that comes from one document."""
 
-    shard: str
+    tar: str
     """Name of the tar file."""
     document: int
     """Number of the document in the tar file."""

@@ -43,7 +43,7 @@ from llmtrain.errors import (
     Problem,
     UserError,
 )
-from llmtrain.files import at_home, write_atomically
+from llmtrain.files import expand_home, write_atomically
 from llmtrain.orphans import end_with_launcher
 from llmtrain.reading import read_bytes
 
@@ -86,10 +86,10 @@ def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path
     """Return LOG_DIR, or logs/ in the run folder that the overrides select (by default as in
     conf/train.yaml)."""
     if environment.get("LOG_DIR"):
-        return at_home(environment["LOG_DIR"]).absolute()
+        return expand_home(environment["LOG_DIR"]).absolute()
     given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
     run_folder = given.get("run.dir") or f"runs/{given.get('run.name') or 'default'}"
-    return at_home(run_folder).absolute() / "logs"
+    return expand_home(run_folder).absolute() / "logs"
 
 
 def keep_previous(log: Path) -> None:

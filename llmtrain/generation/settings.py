@@ -8,7 +8,7 @@ from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.folder import end_ids, unsupported_settings
 from llmtrain.interchange.trained import TrainedModel, listed
 from llmtrain.models.registry import family_of
-from llmtrain.standard_streams import tell
+from llmtrain.standard_streams import print_note
 
 
 def text_ends(trained: TrainedModel, eos_id: int) -> tuple[int, ...]:
@@ -24,7 +24,7 @@ def resolved_for(trained: TrainedModel, config: GenerateConfig, longest: int) ->
     """Return `config` with what the folder says where it says nothing. longest: tokens of a prompt."""
     said = {} if trained.origin is None else trained.origin.generation
     if ignored := unsupported_settings(said):
-        tell(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
+        print_note(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
     has_sources = family_of(trained.config).kind == "encoder_decoder"
     settings = config.resolved(has_sources=has_sources, folder_settings=said)
     if config.max_new_tokens is not None or not said:

@@ -18,7 +18,7 @@ from llmtrain.checkpoint.reader import Checkpoint, Weights
 from llmtrain.config import decode, decode_json, short
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.interchange import huggingface
 from llmtrain.interchange.generation_settings import check_generation
 from llmtrain.models.huggingface.form import Settings
@@ -27,7 +27,7 @@ from llmtrain.models.registry import family_of, model_config_type, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.registry import objective_config_type
-from llmtrain.standard_streams import tell
+from llmtrain.standard_streams import print_note
 from llmtrain.tensor_boxes import Shard, matrix_shape
 from llmtrain.tokenizers.folder import find_tokenizer
 
@@ -126,16 +126,16 @@ class TrainedModel:
 
 def load_trained(path: Path) -> TrainedModel:
     """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged."""
-    path = at_home(path)
+    path = expand_home(path)
     if path.is_file():
         remedy = f"import it first: llmtrain import source={path} output=…"
         raise CheckpointError(Problem(str(path), "a file", "a run, checkpoint or model folder", remedy))
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
         if imported.fresh:
-            tell(fresh_note(imported.fresh))
+            print_note(fresh_note(imported.fresh))
         if imported.unknown:
-            tell(unknown_note(imported.unknown))
+            print_note(unknown_note(imported.unknown))
         return TrainedModel(
             path,
             imported.config,
@@ -148,11 +148,11 @@ def load_trained(path: Path) -> TrainedModel:
             imported.dtype,
             imported.origin,
         )
-    checkpoint = retention.find(path, tell)
+    checkpoint = retention.find(path, print_note)
     is_ours = not checkpoint.is_imported
     fresh = tuple(checkpoint.manifest.get("fresh", ()))
     if fresh:
-        tell(frozen_note(fresh) if is_ours else fresh_note(fresh))
+        print_note(frozen_note(fresh) if is_ours else fresh_note(fresh))
     return TrainedModel(
         source=checkpoint.path,
         config=(config := config_of(checkpoint)),
@@ -181,7 +181,7 @@ class Described(NamedTuple):
 
 def describe(path: Path) -> Described:
     """Return what `load_trained` would find. Raise CheckpointError as it does."""
-    path = at_home(path)
+    path = expand_home(path)
     if (path / "config.json").exists():
         imported = huggingface.import_folder(path)
         usual = _usual_objective(imported.config)

@@ -98,7 +98,7 @@ class Context:
     """Like `rotary`, for layers with a window if theirs differ."""
 
     @property
-    def num_places(self) -> int:
+    def num_states(self) -> int:
         """Return the number of hidden states of a row between layers."""
         return self.positions.shape[1]
 

@@ -14,7 +14,7 @@ import numpy as np
 from llmtrain.config import Kinds
 from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.errors import Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 
@@ -124,7 +124,7 @@ class ObjectiveConfig(Kinds):
                 sequence_length,
                 packing=data.packing,
                 overlap=data.overlap,
-                cache=at_home(data.cache.dir),
+                cache=expand_home(data.cache.dir),
             )
             for name, tokens in self.splits(data, corpora, split).items()
         }

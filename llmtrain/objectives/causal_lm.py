@@ -127,7 +127,7 @@ class CausalLM(LossOfModel):
         for part in parts():
             here = slice(position, position + part.tokens)
             position += part.tokens
-            file = PurePosixPath(part.shard).name
+            file = PurePosixPath(part.tar).name
             lines.append(f"  document {part.document} of {file}, {part.tokens} tokens")
             lines += indented(text.with_marks(tokens_W[here], bears_loss_W[here]))
         if position < len(tokens_W):

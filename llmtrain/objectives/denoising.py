@@ -21,7 +21,7 @@ from llmtrain.objectives.seq2seq import OneText, OneTextConfig, Widths, numbers_
 if TYPE_CHECKING:
     from llmtrain.corpus.corpora import Corpora
 
-_IS_PERMUTED, _SENTENCE, _GAP_LENGTH, _GAP_PLACE, _ONE_TOKEN, _IS_ROTATED, _ROTATION = range(7)
+_IS_PERMUTED, _SENTENCE, _SPAN_LENGTH, _SPAN_POSITION, _ONE_TOKEN, _IS_ROTATED, _ROTATION = range(7)
 """Purposes of random draws."""
 
 
@@ -126,26 +126,26 @@ class Denoising(OneText):
     def _infilled(
         self, text: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        hidden_B = np.floor(sizes_B * self._config.infilling + 0.5).astype(np.int64)
+        masked_B = np.floor(sizes_B * self._config.infilling + 0.5).astype(np.int64)
         # 1.5 times the expected number of spans; very rarely a row needs more and then masks slightly less.
-        most_B = (1.5 * hidden_B / self._config.mean_span).astype(np.int64) + 8
-        places = np.arange(int(most_B.max(initial=0)))
-        drawn_BM = uniform(keys_B, _GAP_LENGTH, places)
+        most_B = (1.5 * masked_B / self._config.mean_span).astype(np.int64) + 8
+        positions = np.arange(int(most_B.max(initial=0)))
+        drawn_BM = uniform(keys_B, _SPAN_LENGTH, positions)
         lengths_BM = np.searchsorted(self._lengths_until, drawn_BM, side="right")
         before_BM = np.cumsum(lengths_BM, axis=1) - lengths_BM
-        lengths_BM = np.minimum(lengths_BM, hidden_B[:, None] - before_BM)
-        is_gap_BM = (before_BM < hidden_B[:, None]) & (places < most_B[:, None])
-        grows_B = is_gap_BM.sum(axis=1) > hidden_B
-        is_gap_BM &= (lengths_BM > 0) | ~grows_B[:, None]
-        gaps_B = is_gap_BM.sum(axis=1)
-        lengths_K = lengths_BM[is_gap_BM]
+        lengths_BM = np.minimum(lengths_BM, masked_B[:, None] - before_BM)
+        is_span_BM = (before_BM < masked_B[:, None]) & (positions < most_B[:, None])
+        grows_B = is_span_BM.sum(axis=1) > masked_B
+        is_span_BM &= (lengths_BM > 0) | ~grows_B[:, None]
+        spans_B = is_span_BM.sum(axis=1)
+        lengths_K = lengths_BM[is_span_BM]
         # All orders of spans and kept tokens are equally likely.
-        sizes_B = sizes_B - np.where(is_gap_BM, lengths_BM, 0).sum(axis=1) + gaps_B
-        is_gap = choose(keys_B, _GAP_PLACE, sizes_B, gaps_B)[_is_token(sizes_B)]
-        steps = np.ones(len(is_gap), dtype=np.int64)
-        steps[is_gap] = lengths_K
-        places = np.minimum(np.cumsum(steps) - steps, max(len(text) - 1, 0))
-        return np.where(is_gap, self._mask_id, text[places]), sizes_B
+        sizes_B = sizes_B - np.where(is_span_BM, lengths_BM, 0).sum(axis=1) + spans_B
+        is_span = choose(keys_B, _SPAN_POSITION, sizes_B, spans_B)[_is_token(sizes_B)]
+        steps = np.ones(len(is_span), dtype=np.int64)
+        steps[is_span] = lengths_K
+        positions = np.minimum(np.cumsum(steps) - steps, max(len(text) - 1, 0))
+        return np.where(is_span, self._mask_id, text[positions]), sizes_B
 
     def _without_tokens(
         self, source: np.ndarray, sizes_B: np.ndarray, keys_B: np.ndarray

@@ -13,16 +13,16 @@ _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _PLACE_BITS = np.uint64(24)
 
 
-def words(keys_B: np.ndarray, what: int, places: np.ndarray) -> np.ndarray:
+def words(keys_B: np.ndarray, what: int, positions: np.ndarray) -> np.ndarray:
     """Return uniform uint64 numbers, (B, M), for positions (M,) or (B, M) below 2^40. what: the purpose of
     the draw; draws for different purposes are independent."""
-    salted = mix((places.astype(np.uint64) + np.uint64(what << 40)) * _GOLDEN_GAMMA)
+    salted = mix((positions.astype(np.uint64) + np.uint64(what << 40)) * _GOLDEN_GAMMA)
     return mix(keys_B.astype(np.uint64)[:, None] + salted)
 
 
-def uniform(keys_B: np.ndarray, what: int, places: np.ndarray) -> np.ndarray:
+def uniform(keys_B: np.ndarray, what: int, positions: np.ndarray) -> np.ndarray:
     """Return numbers in [0, 1), float64 (B, M); arguments as for `words`."""
-    return (words(keys_B, what, places) >> np.uint64(11)) * 2.0**-53
+    return (words(keys_B, what, positions) >> np.uint64(11)) * 2.0**-53
 
 
 def uniform_of_rows(keys_B: np.ndarray, what: int) -> np.ndarray:

@@ -207,12 +207,12 @@ class MaskedLM(LossOfModel):
         """Return the row with the labels at masked positions; separate documents, and the texts of a pair."""
         tokens, labels = row["tokens"], row["labels"]
         documents = row.get("documents", np.zeros(len(tokens), np.int32))
-        asked = labels != IGNORE_INDEX
+        predicted = labels != IGNORE_INDEX
         marked = {
             position: f"⟦{text.name(tokens[position])}→{text.name(labels[position])}⟧"
-            for position in np.flatnonzero(asked).tolist()
+            for position in np.flatnonzero(predicted).tolist()
         }
-        facts = f"{int((documents >= 0).sum())} tokens, {int(asked.sum())} of them asked for"
+        facts = f"{int((documents >= 0).sum())} tokens, {int(predicted.sum())} of them predicted"
         if "pair_labels" in row:
             label = int(row["pair_labels"])
             meanings = {

@@ -155,10 +155,10 @@ class PermutedLM(LossOfModel):
         """Return the row, each predicted token with its rank in the order of prediction."""
         tokens, order = row["tokens"], row["order"]
         documents = row.get("documents", np.zeros(len(tokens), np.int32))
-        asked = np.flatnonzero(order > 0)
-        ranks = {i: rank for rank, i in enumerate(np.argsort(order[asked], kind="stable"), 1)}
-        marked = {p: f"⟦{ranks[i]}: {text.name(tokens[p])}⟧" for i, p in enumerate(asked.tolist())}
-        facts = f"{int((documents >= 0).sum())} tokens, {len(asked)} of them predicted"
+        predicted = np.flatnonzero(order > 0)
+        ranks = {i: rank for rank, i in enumerate(np.argsort(order[predicted], kind="stable"), 1)}
+        marked = {p: f"⟦{ranks[i]}: {text.name(tokens[p])}⟧" for i, p in enumerate(predicted.tolist())}
+        facts = f"{int((documents >= 0).sum())} tokens, {len(predicted)} of them predicted"
         return Shown(facts, text.documents(tokens, documents, marked))
 
     def _places(self, keys_B: np.ndarray, T: int) -> np.ndarray:

@@ -56,9 +56,9 @@ def open_dataset(
     on_skip: called with (file, samples) for each damaged tar file that data.on_bad_shard=skip leaves out.
     Raise DataError if they cannot be read.
     """
-    from llmtrain.data.datasets.base import Concatenation, WithoutBadShards
+    from llmtrain.data.datasets.base import Concatenation, WithoutBadTars
 
     sources = list(objective.open(model, data, corpora, split, sequence_length).values())
     if data.on_bad_shard == "skip":
-        sources = [WithoutBadShards(dataset, on_skip) for dataset in sources]
+        sources = [WithoutBadTars(dataset, on_skip) for dataset in sources]
     return sources[0] if len(sources) == 1 else Concatenation(sources)

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
@@ -143,7 +143,7 @@ class PairedTextConfig(SourceTargetConfig):
         from llmtrain.data.datasets.paired_rows import PairedRows
 
         _, source, target = self.widths(sequence_length)
-        cache = at_home(data.cache.dir)
+        cache = expand_home(data.cache.dir)
         splits = self.splits(data, corpora, split)
         return {name: PairedRows(tokens, source, target, cache=cache) for name, tokens in splits.items()}
 
@@ -329,12 +329,12 @@ class OneText(Seq2Seq):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Split concatenated tokens into rows with end tokens, and return them with the pair number of
         each position, both (B, width)."""
-        places = np.arange(width)
+        positions = np.arange(width)
         tokens = np.zeros((len(sizes_B), width), dtype=np.int64)
-        tokens[places < sizes_B[:, None]] = flat
+        tokens[positions < sizes_B[:, None]] = flat
         rows = np.flatnonzero(is_row_B)
         tokens[rows, sizes_B[rows]] = self._eos_id
-        is_token = (places <= sizes_B[:, None]) & is_row_B[:, None]
+        is_token = (positions <= sizes_B[:, None]) & is_row_B[:, None]
         return tokens, np.where(is_token, 0, NO_PAIR).astype(np.int32)
 
 

@@ -19,7 +19,7 @@ from llmtrain.objectives.seq2seq import OneText, OneTextConfig, Widths, numbers_
 if TYPE_CHECKING:
     from llmtrain.corpus.corpora import Corpora
 
-_KEPT, _HIDDEN = range(2)
+_KEPT, _MASKED = range(2)
 """Purposes of random draws."""
 
 
@@ -47,37 +47,37 @@ class SpanCorruptionConfig(OneTextConfig):
         sequence_length (section 3.1.4: 568 for 512 at 15 % and 3)."""
         # The input's length grows with the text's.
         texts = np.arange(int(sequence_length / (1 - self.share)) + 4)
-        hidden, gaps = self.gaps_of(texts)
-        longest = np.searchsorted(texts - hidden + gaps + 1, sequence_length, side="right")
+        masked, spans = self.spans_of(texts)
+        longest = np.searchsorted(texts - masked + spans + 1, sequence_length, side="right")
         return self.widths_of_text(int(longest) - 1)
 
     def widths_of_text(self, text: int) -> Widths:
-        hidden, gaps = self.gaps_of_one(text)
-        return Widths(text, text - hidden + gaps + 1, hidden + gaps + 1)
+        masked, spans = self.spans_of_one(text)
+        return Widths(text, text - masked + spans + 1, masked + spans + 1)
 
-    def gaps_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def spans_of(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens in spans, spans) for texts of these lengths, int64 of the same shape. A text of
         one token has no span."""
         n = np.asarray(lengths, dtype=np.int64)
-        hidden = np.clip(np.floor(n * self.share + 0.5).astype(np.int64), 1, np.maximum(n - 1, 1))
-        hidden = np.where(n > 1, hidden, 0)
-        gaps = np.maximum(np.floor(hidden / self.mean_span + 0.5).astype(np.int64), np.minimum(hidden, 1))
+        masked = np.clip(np.floor(n * self.share + 0.5).astype(np.int64), 1, np.maximum(n - 1, 1))
+        masked = np.where(n > 1, masked, 0)
+        spans = np.maximum(np.floor(masked / self.mean_span + 0.5).astype(np.int64), np.minimum(masked, 1))
         # Each span follows a token that stays.
-        return hidden, np.minimum(gaps, n - hidden)
+        return masked, np.minimum(spans, n - masked)
 
-    def gaps_of_one(self, text: int) -> tuple[int, int]:
-        """Return `gaps_of` for one text."""
-        hidden, gaps = self.gaps_of(np.array(text))
-        return int(hidden), int(gaps)
+    def spans_of_one(self, text: int) -> tuple[int, int]:
+        """Return `spans_of` for one text."""
+        masked, spans = self.spans_of(np.array(text))
+        return int(masked), int(spans)
 
     def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
         yield from super().length_problems(sequence_length, model)
-        _, gaps = self.gaps_of_one(self.widths(sequence_length).text)
+        _, spans = self.spans_of_one(self.widths(sequence_length).text)
         yield from require(
-            gaps <= self.num_sentinels,
+            spans <= self.num_sentinels,
             "objective.num_sentinels",
             self.num_sentinels,
-            f"{gaps} or more, the gaps of a row with batch.sequence_length={sequence_length}",
+            f"{spans} or more, the spans of a row with batch.sequence_length={sequence_length}",
         )
 
     def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
@@ -117,12 +117,12 @@ class SpanCorruption(OneText):
     def corrupt(
         self, text: np.ndarray, lengths_B: np.ndarray, keys_B: np.ndarray
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        hidden_B, gaps_B = self._config.gaps_of(lengths_B)
-        kept_K = _pieces(keys_B, _KEPT, lengths_B - hidden_B, gaps_B)
-        hidden_K = _pieces(keys_B, _HIDDEN, hidden_B, gaps_B)
-        sentinels_K = self._sentinel_id - numbers_within(gaps_B)
+        masked_B, spans_B = self._config.spans_of(lengths_B)
+        kept_K = _pieces(keys_B, _KEPT, lengths_B - masked_B, spans_B)
+        masked_K = _pieces(keys_B, _MASKED, masked_B, spans_B)
+        sentinels_K = self._sentinel_id - numbers_within(spans_B)
         K = len(kept_K)
-        pieces = np.stack([kept_K, hidden_K], axis=1).reshape(-1)
+        pieces = np.stack([kept_K, masked_K], axis=1).reshape(-1)
         is_hidden = np.repeat(np.arange(2 * K) % 2 == 1, pieces)
         first_hidden_K = (np.cumsum(pieces) - pieces)[1::2]
         # The first token of a span is overwritten by its sentinel.
@@ -130,13 +130,13 @@ class SpanCorruption(OneText):
         source[first_hidden_K] = sentinels_K
         stays = ~is_hidden
         stays[first_hidden_K] = True
-        target = np.empty(int(hidden_K.sum()) + K, dtype=np.int64)
-        behind_K = np.cumsum(hidden_K + 1)
-        target[behind_K - hidden_K - 1] = sentinels_K
+        target = np.empty(int(masked_K.sum()) + K, dtype=np.int64)
+        behind_K = np.cumsum(masked_K + 1)
+        target[behind_K - masked_K - 1] = sentinels_K
         is_text = np.ones(len(target), dtype=bool)
-        is_text[behind_K - hidden_K - 1] = False
+        is_text[behind_K - masked_K - 1] = False
         target[is_text] = text[is_hidden]
-        return (source[stays], lengths_B - hidden_B + gaps_B), (target, hidden_B + gaps_B)
+        return (source[stays], lengths_B - masked_B + spans_B), (target, masked_B + spans_B)
 
 
 def _pieces(keys_B: np.ndarray, what: int, sizes_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:

@@ -133,7 +133,7 @@ class PipelineStage(nn.Module):
         weight = next(self.parameters())
         x: Tensor | None = None
         if not mesh.is_first_stage:
-            x = weight.new_empty(B, context.num_places // self._token_parts, self.config.hidden_size)
+            x = weight.new_empty(B, context.num_states // self._token_parts, self.config.hidden_size)
             dist.recv(x, mesh.stage_rank(stage - 1))
         y = self._through(x, tokens_BT, context)
         cache: KVCache | None = arguments.get("cache")

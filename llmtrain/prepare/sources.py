@@ -23,7 +23,7 @@ import xxhash
 from llmtrain.corpus.packages import PREFIX, package_root
 from llmtrain.corpus.transport import is_remote
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.prepare import remote, source_file
 from llmtrain.prepare.decompress import read_errors
 from llmtrain.prepare.folder_scan import FolderScan, SkippedFiles, printable_path, scan_problem, stat_or_none
@@ -122,7 +122,7 @@ def find_line_pairs(sources: Sequence[str], targets: Sequence[str]) -> list[Sour
     for key, locations in (("source", sources), ("target_source", targets)):
         found.append([])
         for location in locations:
-            path, name = at_home(location), printable_path(location)
+            path, name = expand_home(location), printable_path(location)
             try:
                 status = None if is_remote(location) else stat_or_none(path)
             except OSError as error:

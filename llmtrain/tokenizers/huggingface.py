@@ -253,7 +253,9 @@ def unbundle(content: str, where: str) -> JsonTokenizer | None:
     bundle = decode_file(_Bundle, content_of, where, DataError)
     if bundle.version != 1:
         raise DataError(
-            Problem(where, f"version {bundle.version}", "version 1", "use the llmtrain that wrote it")
+            Problem(
+                where, f"version {bundle.version}", "version 1", "use the version of llmtrain that wrote it"
+            )
         )
     if TOKENIZER not in bundle.files:
         raise _no_tokenizer(where, f"a bundle without {TOKENIZER}")

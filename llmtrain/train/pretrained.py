@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.config import MISSING, encode
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import CheckpointError, ConfigError, Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.models.registry import skeleton_of
 from llmtrain.tokenizers.folder import load_tokenizer
 
@@ -90,7 +90,7 @@ def expand(mapping: Mapping[str, Any]) -> tuple[Mapping[str, Any], Pretrained | 
         raise ConfigError(Problem("model.path", "nothing", allowed, "set model.path=…"))
     from llmtrain.interchange.trained import describe, describe_checkpoint
 
-    folder = at_home(path)
+    folder = expand_home(path)
     try:
         found = describe(folder)
     except CheckpointError:
@@ -112,12 +112,12 @@ def _begun(mapping: Mapping[str, Any], folder: Path) -> Checkpoint | None:
     from llmtrain.checkpoint.reader import Checkpoint
 
     resume = mapping["checkpoint"]["resume"]
-    own = at_home(mapping["run"]["dir"]) / "checkpoints"
+    own = expand_home(mapping["run"]["dir"]) / "checkpoints"
     if resume == "never":
         return None
     held = retention.list_steps(own)
     if not held and resume != "auto":
-        held = retention.list_held(at_home(resume))
+        held = retention.list_held(expand_home(resume))
     if not held:
         return None
     checkpoint = Checkpoint.open(held[-1])

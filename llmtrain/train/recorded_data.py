@@ -15,7 +15,7 @@ from llmtrain.corpus.config import ORDER_KEYS, CacheConfig, ImageDataConfig, Tok
 from llmtrain.corpus.transport import is_remote
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
@@ -202,7 +202,7 @@ class Run:
             allowed = "an address that you give, since what lies there is fetched"
             raise ConfigError(Problem(where, got, allowed, f"give {where}={path} if you trust it"))
         # Path.exists would raise for a name that is too long.
-        if os.path.exists(at_home(path)):
+        if os.path.exists(expand_home(path)):
             return path
         return str(Path(self._folder) / path)
 

@@ -11,7 +11,7 @@ from llmtrain.corpus.config import data_config_type
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of, model_config_type, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
@@ -136,9 +136,9 @@ def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:
     resume = config.checkpoint.resume
-    if resume in ("auto", "never") or at_home(resume).exists():
+    if resume in ("auto", "never") or expand_home(resume).exists():
         return []
-    if at_home(resume).resolve().is_relative_to(at_home(config.run.dir).resolve()):
+    if expand_home(resume).resolve().is_relative_to(expand_home(config.run.dir).resolve()):
         return []  # retention may have deleted the checkpoint that an earlier start went back to
     return [
         Problem(

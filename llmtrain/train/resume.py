@@ -14,7 +14,7 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
-from llmtrain.files import at_home
+from llmtrain.files import expand_home
 from llmtrain.optim.freezing import KEY, frozen_names
 from llmtrain.reading import SETTINGS_BYTES, read_decoded
 from llmtrain.train.changes import changed_settings
@@ -72,7 +72,7 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
                 Problem("run.dir", f"{root.parent}, which holds {held[-1].name}", "no run", remedy)
             )
         return None
-    named = None if resume == "auto" else at_home(resume).resolve()
+    named = None if resume == "auto" else expand_home(resume).resolve()
     is_own = named is None or named.is_relative_to(root.parent.resolve())
     went_back = named is not None and processes.from_main(_went_back_to(root) == str(named))
     if named is not None and (went_back or (held and not is_own)):

@@ -32,7 +32,7 @@ from llmtrain.objectives.base import Objective
 from llmtrain.objectives.reading import open_dataset
 from llmtrain.optim.schedules import multiplier
 from llmtrain.parallel.materialize import Source
-from llmtrain.standard_streams import tell
+from llmtrain.standard_streams import print_note
 from llmtrain.tensor_boxes import Shard
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
@@ -358,7 +358,7 @@ class Session:
             if self._progress is not None:
                 self._progress.message(text)
             else:
-                tell(text)
+                print_note(text)
 
     def _say_what_is_not_evaluated(self) -> None:
         without = [] if self.corpora is None else self.corpora.without("validation")

@@ -60,8 +60,8 @@ def document_lengths(shard: Path) -> np.ndarray:
 def print_padding(shards: list[np.ndarray], width: int) -> None:
     packed = [best_fit(lengths, width) for lengths in shards]
     rows = sum(map(len, packed))
-    held = sum(int(of_shard.lengths.sum()) for of_shard in packed)
-    pieces = sum(len(of_shard.lengths) for of_shard in packed)
+    held = sum(int(of_tar.lengths.sum()) for of_tar in packed)
+    pieces = sum(len(of_tar.lengths) for of_tar in packed)
     padding, apart = (100 * (1 - held / (places * width)) for places in (rows, pieces))
     documents = np.concatenate(shards)
     print(f"{width - 1:>6}{rows:>9,}{padding:>11.3f}{apart:>13.1f}{100 * (documents > width).mean():>9.1f}")

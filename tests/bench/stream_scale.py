@@ -117,7 +117,7 @@ def bench_start(corpus: Path) -> None:
 def bench_memory(corpus: Path, buffers: int, packing: str) -> None:
     process = psutil.Process()
     dataset, loader = open_loader(corpus, packing)
-    buffer_rows = int(dataset.shard_sizes[:SHUFFLE_SHARDS].sum())
+    buffer_rows = int(dataset.tar_sizes[:SHUFFLE_SHARDS].sum())
     num_steps = buffers * buffer_rows // GLOBAL_SIZE
     assert num_steps < len(dataset) // GLOBAL_SIZE
     print(f"{packing}, memory while {buffers} shuffle buffers of {buffer_rows:,} rows are streamed:")
@@ -129,21 +129,21 @@ def bench_memory(corpus: Path, buffers: int, packing: str) -> None:
 
 def bench_mixing(corpus: Path) -> None:
     """How often samples that follow each other are of one shard, or near each other in it."""
-    sizes = TokenSequences(Corpus.open(corpus).split("train"), SEQUENCE_LENGTH).shard_sizes
+    sizes = TokenSequences(Corpus.open(corpus).split("train"), SEQUENCE_LENGTH).tar_sizes
     firsts = np.cumsum(sizes) - sizes
     print(
         f"of neighbours in the order (in a step of {GLOBAL_SIZE}: shards that a step has samples of)\n"
         f"{'shuffle_shards':>16}{'same shard':>12}{f'within {NEAR_ROWS} rows':>17}{'shards a step':>15}"
     )
-    for block_shards in (1, 4, 16, 64, len(sizes)):
-        order = BlockOrder(sizes, seed=0, block_shards=block_shards)
+    for block_tars in (1, 4, 16, 64, len(sizes)):
+        order = BlockOrder(sizes, seed=0, block_tars=block_tars)
         _, indices = order(np.arange(GLOBAL_SIZE * 10_000))
         shards = np.searchsorted(firsts, indices, side="right") - 1
         same = shards[1:] == shards[:-1]
         near = same & (np.abs(np.diff(indices)) <= NEAR_ROWS)
         by_step = np.sort(shards.reshape(-1, GLOBAL_SIZE), axis=1)
         a_step = (np.diff(by_step, axis=1) != 0).sum(axis=1).mean() + 1
-        name = "all" if block_shards == len(sizes) else block_shards
+        name = "all" if block_tars == len(sizes) else block_tars
         print(f"{name:>16}{same.mean():>12.4%}{near.mean():>17.4%}{a_step:>15.1f}")
 
 

@@ -175,9 +175,7 @@ def test_an_altered_or_missing_index(path: Path):
 
 
 def test_many_missing_shards_take_few_lines(tmp_path: Path):
-    path = write_corpus(
-        tmp_path, {"train": random_documents(40)}, documents_per_sample=1, samples_per_shard=1
-    )
+    path = write_corpus(tmp_path, {"train": random_documents(40)}, documents_per_sample=1, samples_per_tar=1)
     for shard in path.glob("train/*.tar"):
         shard.unlink()
     lines = refusal(path).splitlines()

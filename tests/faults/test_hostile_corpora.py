@@ -101,7 +101,7 @@ def test_a_forged_corpus_does_not_spoil_the_rows_of_an_honest_one(path: Path, tm
     honest = TokenSequences(Corpus.open(path).split("train"), 16, packing="best_fit")
     TokenSequences(Corpus.open(forged).split("train"), 16, packing="best_fit", cache=rows)
     after = TokenSequences(Corpus.open(path).split("train"), 16, packing="best_fit", cache=rows)
-    assert after.shard_sizes.tolist() == honest.shard_sizes.tolist()
+    assert after.tar_sizes.tolist() == honest.tar_sizes.tolist()
     assert len(list((rows / "rows").glob("*.counts"))) == 2
 
 

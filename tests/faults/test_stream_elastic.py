@@ -177,7 +177,7 @@ def test_a_shard_that_is_bad_on_one_rank_is_skipped_by_all(corpora: Path, tmp_pa
     # As the second host sees it, the trace is what was consumed; the first cannot know.
     records = trace(run, "1:12", tmp_path / "trace.jsonl", f"data.path={hosts[1] / 'corpus'}")
     assert sum(record["row"] == -1 for record in records) == sum(skipped)
-    assert not any("train-000002" in record.get("shard", "") for record in records)
+    assert not any("train-000002" in record.get("tar", "") for record in records)
     done = llmtrain("data", "trace", str(run), "step=1:12", f"data.path={hosts[0] / 'corpus'}")
     assert done.returncode == 1
     assert "these are not the data that the run read" in done.stdout

@@ -52,7 +52,7 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> TokenSplit:
     folder = tmp_path_factory.mktemp("corpora") / "corpus"
-    corpus = write_corpus(folder, {"train": DOCUMENTS}, samples_per_shard=SHARD // 5, documents_per_sample=5)
+    corpus = write_corpus(folder, {"train": DOCUMENTS}, samples_per_tar=SHARD // 5, documents_per_sample=5)
     return Corpus.open(corpus).split("train")
 
 

@@ -46,7 +46,7 @@ def write_corpus(
     splits: Mapping[str, Documents],
     *,
     documents_per_sample: int = 5,
-    samples_per_shard: int = 3,
+    samples_per_tar: int = 3,
     vocab_size: int = 100,
     dtype: str = "uint16",
     tokenizer: bytes = b"not a real model",
@@ -55,7 +55,7 @@ def write_corpus(
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.model").write_bytes(tokenizer)
     entries = {
-        name: _write_split(path, name, documents, documents_per_sample, samples_per_shard, dtype)
+        name: _write_split(path, name, documents, documents_per_sample, samples_per_tar, dtype)
         for name, documents in splits.items()
     }
     checksums = [shard["xxh3_128"] for entry in entries.values() for shard in entry["shards"]]
@@ -84,7 +84,7 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write_split(
-    path: Path, name: str, documents: Documents, documents_per_sample: int, samples_per_shard: int, dtype: str
+    path: Path, name: str, documents: Documents, documents_per_sample: int, samples_per_tar: int, dtype: str
 ) -> dict[str, Any]:
     (path / name).mkdir(exist_ok=True)
     samples = [
@@ -92,8 +92,8 @@ def _write_split(
     ]
     rows: list[tuple[int, int, int, int, int]] = []
     shards = []
-    for number, first in enumerate(range(0, len(samples), samples_per_shard)):
-        group = samples[first : first + samples_per_shard]
+    for number, first in enumerate(range(0, len(samples), samples_per_tar)):
+        group = samples[first : first + samples_per_tar]
         file = path / name / f"{name}-{number:06d}.tar"
         num_tokens = 0
         with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -301,7 +301,7 @@ def read_images(changed: Path) -> None:
 
 # The table.
 
-_SHARD = "train/train-000001.tar"
+_TAR = "train/train-000001.tar"
 _MODELS = ("gpt2", "llama", "t5", "bert", "xlnet")
 _CHECKPOINTS = ("run/checkpoints/step-00000002", "import/checkpoints/step-00000000")
 _TENSORS = ("rank-00000.safetensors", "weights-00001.safetensors")
@@ -329,7 +329,7 @@ READERS: dict[str, Reader] = {
     "corpus_manifest": _of_corpora("manifest.json", "json"),
     "corpus_index": _of_corpora("train/index.npy", "npy"),
     "corpus_lengths": _of_corpora("train/lengths.npy", "npy"),
-    "corpus_shard": _of_corpora(_SHARD, "tar"),
+    "corpus_shard": _of_corpora(_TAR, "tar"),
     "corpus_tokenizer": _of_corpora("tokenizer.model", "sentencepiece"),
     "corpus_stamps": Reader({"corpus/.verified.json": "json"}, read_corpus, ("cache",)),
     "rows_cache": Reader({"cache/rows/*.counts": "bytes"}, read_rows_cache, ("corpus",)),

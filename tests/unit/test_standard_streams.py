@@ -125,7 +125,7 @@ from llmtrain import standard_streams
 standard_streams.replace_streams()
 print("a\\x1b]0;title\\x07\\x1b[31mred\\x9b2J\\r\\tb  \\u3000c")
 print("\\x1b[31mred\\x1b[0m \\x1b[2J 5 %\\r", file=sys.stderr)
-standard_streams.tell("done\\r\\x1b[8m https://u:S@h/x?sig=S\\nmore")
+standard_streams.print_note("done\\r\\x1b[8m https://u:S@h/x?sig=S\\nmore")
 standard_streams.print_text("\\x1b[31m of a model")
 Console(file=standard_streams.unescaped(sys.stdout), force_terminal=True).print("[bold]live")
 """

@@ -1,4 +1,4 @@
-"""Datasets: numbered samples, read one micro-batch at a time. A dataset's shards are the tar files of its
+"""Datasets: numbered samples, read one micro-batch at a time. A dataset's tar files are those of its
 corpus.
 
 Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), P pieces, S tar files.
@@ -34,7 +34,7 @@ class Dataset(Protocol):
         """A hex hash of the content and the number of samples."""
 
     @property
-    def shard_sizes(self) -> np.ndarray:
+    def tar_sizes(self) -> np.ndarray:
         """Number of samples of each tar file, int64 (S,)."""
 
     def __len__(self) -> int: ...
@@ -48,17 +48,17 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
-class ReadsShards(Protocol):
+class ReadsTars(Protocol):
     """A dataset that reads its tar files on demand."""
 
     @property
     def tar_names(self) -> list[str]:
         """Names of the tar files, for messages."""
 
-    def want(self, shards: Sequence[int]) -> None:
+    def want(self, tars: Sequence[int]) -> None:
         """Prefetch these tar files, which will be read soon in this order."""
 
-    def find_bad(self, shards: Sequence[int]) -> list[int]:
+    def find_bad(self, tars: Sequence[int]) -> list[int]:
         """Return those of these tar files that cannot be read."""
 
 
@@ -104,7 +104,7 @@ class TokenSequences(SamplesOfSplit):
             self._packing = Windows(split, sequence_length)
         else:
             self._packing = BestFit(split, sequence_length, overlap, cache)
-        self._set_sizes(self._packing.shard_sizes)
+        self._set_sizes(self._packing.tar_sizes)
         if len(self) == 0:
             remedy = "prepare more text, or a larger share for this split"
             raise DataError(Problem(f"split {split.name}", f"{split.num_tokens} tokens", "2 or more", remedy))
@@ -118,7 +118,7 @@ class TokenSequences(SamplesOfSplit):
     @property
     def padding(self) -> float:
         """Share of target positions that are padding."""
-        return max(0.0, 1.0 - self._packing.num_places / (len(self) * self.sequence_length))
+        return max(0.0, 1.0 - self._packing.num_positions / (len(self) * self.sequence_length))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens" int64 (M, W); "documents" int32 (M, W), the document's number within the row,
@@ -126,11 +126,11 @@ class TokenSequences(SamplesOfSplit):
         True at tokens that are context only, not targets."""
         M, W = len(indices), self.sequence_length + 1
         pieces = self.pieces(indices)
-        places = pieces.rows * W + pieces.columns
+        offsets_in_batch = pieces.rows * W + pieces.columns
         ids_MW = self._read(pieces, M)
         begins = self._packing.document_begins(pieces)
         documents_MW = np.zeros((M, W), dtype=np.int32)
-        documents_MW.reshape(-1)[places[begins[0]] + begins[1]] = 1
+        documents_MW.reshape(-1)[offsets_in_batch[begins[0]] + begins[1]] = 1
         np.cumsum(documents_MW, axis=1, out=documents_MW)
         filled_M = np.bincount(pieces.rows, weights=pieces.lengths, minlength=M)
         for row in np.flatnonzero(filled_M < W).tolist():
@@ -141,7 +141,7 @@ class TokenSequences(SamplesOfSplit):
             offsets = np.arange(int(pieces.contexts.sum()))
             offsets -= np.repeat(np.cumsum(pieces.contexts) - pieces.contexts, pieces.contexts)
             contexts = np.zeros(M * W, dtype=bool)
-            contexts[np.repeat(places, pieces.contexts) + offsets] = True
+            contexts[np.repeat(offsets_in_batch, pieces.contexts) + offsets] = True
             raw["contexts"] = contexts.reshape(M, W)
         return raw
 
@@ -152,28 +152,28 @@ class TokenSequences(SamplesOfSplit):
     def pieces(self, indices: np.ndarray) -> Pieces:
         """Return the spans of the token stream that these samples hold; EMPTY samples hold none."""
         rows = np.flatnonzero(indices != EMPTY)
-        shards = self._shards_of(indices[rows])
-        return self._packing.pieces(rows, shards, indices[rows] - self._firsts[shards])
+        tars = self._tars_of(indices[rows])
+        return self._packing.pieces(rows, tars, indices[rows] - self._firsts[tars])
 
     def _read(self, pieces: Pieces, num_rows: int) -> np.ndarray:
         W = self.sequence_length + 1
         ids_MW = np.zeros((num_rows, W), dtype=self._split.dtype)
-        places = pieces.rows * W + pieces.columns
-        self._split.read_spans(pieces.starts, pieces.lengths, ids_MW.reshape(-1), places)
+        offsets_in_batch = pieces.rows * W + pieces.columns
+        self._split.read_spans(pieces.starts, pieces.lengths, ids_MW.reshape(-1), offsets_in_batch)
         return ids_MW
 
     def where(self, index: int) -> list[tuple[str, int, int]]:
         """Return (tar file, document, tokens) for each document of a sample: the tar file's name, the
         document's number within it, and the number of the sample's tokens that belong to it."""
         pieces = self.pieces(np.array([index]))
-        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        ends = self._split.tar_starts[shard] + np.cumsum(self._split.lengths_of(shard))
+        tar = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        ends = self._split.tar_starts[tar] + np.cumsum(self._split.lengths_of(tar))
         found = []
         for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
             first = int(np.searchsorted(ends, start, side="right"))
             while length > 0:
                 taken = min(length, int(ends[first]) - start)
-                found.append((self._split.tar_names[shard], first, taken))
+                found.append((self._split.tar_names[tar], first, taken))
                 first, start, length = first + 1, start + taken, length - taken
         return found
 
@@ -186,15 +186,15 @@ class TokenSequences(SamplesOfSplit):
         )
 
 
-class WithoutBadShards:
+class WithoutBadTars:
     """A dataset in which samples of unreadable tar files are EMPTY, for evaluation."""
 
     def __init__(self, dataset: Dataset, on_skip: Callable[[str, int], None]) -> None:
         """on_skip: called with (tar file, samples) for each tar file that is left out."""
         self._dataset = dataset
         self._on_skip = on_skip
-        self.shard_sizes = dataset.shard_sizes
-        self._ends = np.cumsum(self.shard_sizes)
+        self.tar_sizes = dataset.tar_sizes
+        self._ends = np.cumsum(self.tar_sizes)
         self._is_bad: dict[int, bool] = {}
         self._lock = threading.Lock()
 
@@ -207,27 +207,27 @@ class WithoutBadShards:
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return the samples. Raise DataError if no tar file is readable."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        bad = [shard for shard in np.unique(shards[indices != EMPTY]).tolist() if self._find_bad(shard)]
-        return self._dataset.get(np.where(np.isin(shards, bad), EMPTY, indices))
+        tars = np.searchsorted(self._ends, indices, side="right")
+        bad = [tar for tar in np.unique(tars[indices != EMPTY]).tolist() if self._find_bad(tar)]
+        return self._dataset.get(np.where(np.isin(tars, bad), EMPTY, indices))
 
     def describe(self) -> str:
         return self._dataset.describe()
 
-    def _find_bad(self, shard: int) -> bool:
+    def _find_bad(self, tar: int) -> bool:
         dataset = self._dataset
-        if not isinstance(dataset, ReadsShards):
+        if not isinstance(dataset, ReadsTars):
             return False
         with self._lock:
-            if shard not in self._is_bad:
-                self._is_bad[shard] = bool(dataset.find_bad([shard]))
-                if self._is_bad[shard]:
-                    self._on_skip(dataset.tar_names[shard], int(self.shard_sizes[shard]))
+            if tar not in self._is_bad:
+                self._is_bad[tar] = bool(dataset.find_bad([tar]))
+                if self._is_bad[tar]:
+                    self._on_skip(dataset.tar_names[tar], int(self.tar_sizes[tar]))
             num_bad = sum(self._is_bad.values())
-        if num_bad == np.count_nonzero(self.shard_sizes):
+        if num_bad == np.count_nonzero(self.tar_sizes):
             got = f"no readable one of {num_bad} tar files"
-            raise DataError(Problem(f"data.path ({dataset.tar_names[shard]})", got, "one or more"))
-        return self._is_bad[shard]
+            raise DataError(Problem(f"data.path ({dataset.tar_names[tar]})", got, "one or more"))
+        return self._is_bad[tar]
 
 
 class Concatenation:
@@ -236,7 +236,7 @@ class Concatenation:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = datasets
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(d) for d in datasets])])
-        self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in datasets])
+        self.tar_sizes = np.concatenate([dataset.tar_sizes for dataset in datasets])
 
     @property
     def fingerprint(self) -> str:

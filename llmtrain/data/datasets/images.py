@@ -81,7 +81,7 @@ class Images:
         return digest.hexdigest()
 
     @property
-    def shard_sizes(self) -> np.ndarray:
+    def tar_sizes(self) -> np.ndarray:
         return np.array([len(self)])
 
     def __len__(self) -> int:

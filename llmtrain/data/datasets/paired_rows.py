@@ -19,7 +19,7 @@ from llmtrain.data.datasets.samples import Recent, SamplesOfSplit
 from llmtrain.errors import DataError, Problem
 
 
-class _Shard(NamedTuple):
+class _Tar(NamedTuple):
     """The pairs of one tar file that fit into a row, and its rows, all int64."""
 
     numbers: np.ndarray
@@ -56,7 +56,7 @@ class PairedRows(SamplesOfSplit):
             got = f"no pair of up to {source_length} and {target_length} tokens"
             remedy = "give a longer batch.sequence_length, or prepare more text"
             raise DataError(Problem(f"split {split.name}", got, "1 or more", remedy))
-        self._recent: Recent[_Shard] = Recent()
+        self._recent: Recent[_Tar] = Recent()
 
     @property
     def tokens_per_sample(self) -> float:
@@ -91,10 +91,10 @@ class PairedRows(SamplesOfSplit):
     def where(self, index: int) -> list[tuple[str, int, int]]:
         """Return (tar file, document, tokens) for each source and target of a sample: the tar file's name,
         the document's number within it, and its tokens."""
-        shard = int(self._shards_of(np.array(index)))
-        plan, row = self._plan(shard), index - int(self._firsts[shard])
+        tar = int(self._tars_of(np.array(index)))
+        plan, row = self._plan(tar), index - int(self._firsts[tar])
         pairs = range(int(plan.first_pairs[row]), int(plan.first_pairs[row + 1]))
-        name = self._split.tar_names[shard]
+        name = self._split.tar_names[tar]
         return [
             (name, 2 * int(plan.numbers[pair]) + side, int(plan.lengths[side, pair]))
             for pair in pairs
@@ -114,11 +114,11 @@ class PairedRows(SamplesOfSplit):
         """Return, for each pair of the samples, row by row: its row in the micro-batch and its number in
         that row, (P,); starts in the stream and lengths of both sides, (2, P)."""
         found = [(np.empty(0, np.int64),) * 2 + (np.empty((2, 0), np.int64),) * 2]
-        shards = self._shards_of(indices)
-        for shard in np.unique(shards[indices != EMPTY]).tolist():
-            plan = self._plan(shard)
-            chosen = np.flatnonzero((shards == shard) & (indices != EMPTY))
-            inside = indices[chosen] - self._firsts[shard]
+        tars = self._tars_of(indices)
+        for tar in np.unique(tars[indices != EMPTY]).tolist():
+            plan = self._plan(tar)
+            chosen = np.flatnonzero((tars == tar) & (indices != EMPTY))
+            inside = indices[chosen] - self._firsts[tar]
             first, last = plan.first_pairs[inside], plan.first_pairs[inside + 1]
             counts = last - first
             numbers = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -139,21 +139,21 @@ class PairedRows(SamplesOfSplit):
             counts.append((rows, kept.shape[1], int(kept.sum()), lengths.shape[1] - kept.shape[1]))
         return np.array(counts, dtype=np.int64).reshape(-1, 4)
 
-    def _plan(self, shard: int) -> _Shard:
-        if (known := self._recent.get(shard)) is not None:
+    def _plan(self, tar: int) -> _Tar:
+        if (known := self._recent.get(tar)) is not None:
             return known
-        lengths = self._sides(self._split.lengths_of(shard))
-        ends = np.cumsum(lengths.T.reshape(-1)).reshape(-1, 2).T + self._split.tar_starts[shard]
+        lengths = self._sides(self._split.lengths_of(tar))
+        ends = np.cumsum(lengths.T.reshape(-1)).reshape(-1, 2).T + self._split.tar_starts[tar]
         numbers = np.flatnonzero(self._fits(lengths))
         kept = lengths[:, numbers]
-        plan = _Shard(numbers, ends[:, numbers] - kept, kept, self._first_pairs(kept))
-        return self._recent.keep(shard, plan)
+        plan = _Tar(numbers, ends[:, numbers] - kept, kept, self._first_pairs(kept))
+        return self._recent.keep(tar, plan)
 
     def _sides(self, with_ends: np.ndarray) -> np.ndarray:
         """Return the lengths of sources and of targets, int64 (2, pairs), from those of alternating
         documents."""
         if len(with_ends) % 2:
-            got = f"a shard of {len(with_ends):,} documents"
+            got = f"a tar file of {len(with_ends):,} documents"
             raise DataError(Problem(f"split {self._split.name}", got, "two for each pair", PREPARE_AGAIN))
         return with_ends.astype(np.int64).reshape(-1, 2).T
 

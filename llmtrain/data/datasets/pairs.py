@@ -20,7 +20,7 @@ SPECIAL = 3
 SHORTEST_ROW = 16
 
 
-class _Shard(NamedTuple):
+class _Tar(NamedTuple):
     """Documents of one tar file that make passages, all int64."""
 
     starts: np.ndarray
@@ -46,14 +46,14 @@ class Passages(SamplesOfSplit):
         super().__init__(split, f"{sequence_length}/pairs")
         self.sequence_length = sequence_length
         self._longest = sequence_length - SPECIAL
-        lengths = [_text_lengths(of_shard) for of_shard in split.document_lengths()]
+        lengths = [_text_lengths(of_tar) for of_tar in split.document_lengths()]
         self._set_sizes(np.array([int(self._counts(n).sum()) for n in lengths], dtype=np.int64))
         self._num_tokens = sum(int(n[n > 1].sum()) for n in lengths)
         self._num_documents = sum(int((n > 1).sum()) for n in lengths)
         if len(self) == 0:
             remedy = "prepare more text, or a larger share for this split"
             raise DataError(Problem(f"split {split.name}", "no document of 2 tokens", "1 or more", remedy))
-        self._recent: Recent[_Shard] = Recent()
+        self._recent: Recent[_Tar] = Recent()
 
     @property
     def tokens_per_sample(self) -> float:
@@ -66,10 +66,10 @@ class Passages(SamplesOfSplit):
         has one document."""
         M = len(indices)
         starts, lengths = np.zeros((2, M), np.int64), np.zeros((2, M), np.int64)
-        for shard in np.unique(self._shards_of(indices[indices != EMPTY])).tolist():
-            first, last = self._firsts[shard], self._firsts[shard + 1]
+        for tar in np.unique(self._tars_of(indices[indices != EMPTY])).tolist():
+            first, last = self._firsts[tar], self._firsts[tar + 1]
             chosen = np.flatnonzero((indices >= first) & (indices < last))
-            starts[:, chosen], lengths[:, chosen] = self._spans(shard, indices[chosen] - first)
+            starts[:, chosen], lengths[:, chosen] = self._spans(tar, indices[chosen] - first)
         tokens = np.zeros((2, M, self._longest), dtype=self._split.dtype)
         read = lengths > 0
         places = np.arange(2 * M).reshape(2, M) * self._longest
@@ -88,10 +88,10 @@ class Passages(SamplesOfSplit):
             f"in {len(self):,} passages of up to {self._longest}"
         )
 
-    def _spans(self, shard: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _spans(self, tar: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return starts in the stream and lengths of the passages `numbers` of a tar file and of their
         others, each int64 (2, M)."""
-        plan = self._plan(shard)
+        plan = self._plan(tar)
         N = len(plan.starts)
         documents = np.searchsorted(plan.firsts, numbers, side="right") - 1
         chosen = numbers - plan.firsts[documents]
@@ -106,16 +106,16 @@ class Passages(SamplesOfSplit):
         lengths[1] *= N > 1
         return plan.starts[which] + begins, lengths
 
-    def _plan(self, shard: int) -> _Shard:
-        if (known := self._recent.get(shard)) is not None:
+    def _plan(self, tar: int) -> _Tar:
+        if (known := self._recent.get(tar)) is not None:
             return known
-        with_ends = self._split.lengths_of(shard)
-        starts = self._split.tar_starts[shard] + np.cumsum(with_ends) - with_ends
+        with_ends = self._split.lengths_of(tar)
+        starts = self._split.tar_starts[tar] + np.cumsum(with_ends) - with_ends
         lengths = _text_lengths(with_ends)
         kept = lengths > 1
         counts = self._counts(lengths)[kept]
-        plan = _Shard(starts[kept], lengths[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
-        return self._recent.keep(shard, plan)
+        plan = _Tar(starts[kept], lengths[kept], np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+        return self._recent.keep(tar, plan)
 
     def _counts(self, lengths: np.ndarray) -> np.ndarray:
         """Return the number of passages of each document."""

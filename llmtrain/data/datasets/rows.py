@@ -44,13 +44,13 @@ class Pieces:
 class Packing(Protocol):
     """A way to fill rows."""
 
-    shard_sizes: np.ndarray
+    tar_sizes: np.ndarray
     """Number of rows of each tar file, int64 (S,)."""
-    num_places: int
+    num_positions: int
     """Number of target positions in all rows that are not padding."""
 
-    def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
-        """Return the pieces of row `numbers[i]` of tar file `shards[i]`, as row `rows[i]` of a
+    def pieces(self, rows: np.ndarray, tars: np.ndarray, numbers: np.ndarray) -> Pieces:
+        """Return the pieces of row `numbers[i]` of tar file `tars[i]`, as row `rows[i]` of a
         micro-batch, row by row."""
 
     def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
@@ -65,12 +65,12 @@ class Windows(Packing):
         self._split = split
         self._length = sequence_length
         tokens = np.diff(split.tar_starts)
-        self.shard_sizes = np.maximum(0, -(-(tokens - 1) // sequence_length))
-        self.num_places = int(np.maximum(0, tokens - 1).sum())
+        self.tar_sizes = np.maximum(0, -(-(tokens - 1) // sequence_length))
+        self.num_positions = int(np.maximum(0, tokens - 1).sum())
 
-    def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
-        starts = self._split.tar_starts[shards] + numbers * self._length
-        lengths = np.minimum(self._length + 1, self._split.tar_starts[shards + 1] - starts)
+    def pieces(self, rows: np.ndarray, tars: np.ndarray, numbers: np.ndarray) -> Pieces:
+        starts = self._split.tar_starts[tars] + numbers * self._length
+        lengths = np.minimum(self._length + 1, self._split.tar_starts[tars + 1] - starts)
         return Pieces(rows, np.zeros_like(rows), starts, lengths)
 
     def document_begins(self, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
@@ -129,15 +129,15 @@ class BestFit(Packing):
         key = f"{split.identity}/{self._width}/{self._overlap}"
         # Rows, and target positions that are not padding.
         counts = counted_once(cache, key, (len(split.tar_names), 2), self._count)
-        self.shard_sizes = counts[:, 0]
-        self.num_places = int(counts[:, 1].sum())
+        self.tar_sizes = counts[:, 0]
+        self.num_positions = int(counts[:, 1].sum())
         self._recent: Recent[packing.Rows] = Recent()
 
-    def pieces(self, rows: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Pieces:
+    def pieces(self, rows: np.ndarray, tars: np.ndarray, numbers: np.ndarray) -> Pieces:
         parts = []
-        for shard in np.unique(shards).tolist():
-            chosen = np.flatnonzero(shards == shard)
-            plan = self._plan(shard)
+        for tar in np.unique(tars).tolist():
+            chosen = np.flatnonzero(tars == tar)
+            plan = self._plan(tar)
             first, last = (plan.first_piece[numbers[chosen] + i] for i in (0, 1))
             counts = last - first
             inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts - first, counts)
@@ -145,7 +145,7 @@ class BestFit(Packing):
             ends = np.cumsum(lengths)
             row_begins = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts)
             columns = ends - lengths - row_begins
-            starts = plan.starts[inside] + self._split.tar_starts[shard]
+            starts = plan.starts[inside] + self._split.tar_starts[tar]
             parts.append((np.repeat(rows[chosen], counts), columns, starts, lengths, plan.contexts[inside]))
         if not parts:
             return Pieces(*[np.empty(0, np.int64) for _ in range(5)])
@@ -168,8 +168,8 @@ class BestFit(Packing):
         counts[:, 1] -= counts[:, 0]
         return counts
 
-    def _plan(self, shard: int) -> packing.Rows:
-        if (known := self._recent.get(shard)) is not None:
+    def _plan(self, tar: int) -> packing.Rows:
+        if (known := self._recent.get(tar)) is not None:
             return known
-        plan = packing.best_fit(self._split.lengths_of(shard), self._width, self._overlap)
-        return self._recent.keep(shard, plan)
+        plan = packing.best_fit(self._split.lengths_of(tar), self._width, self._overlap)
+        return self._recent.keep(tar, plan)

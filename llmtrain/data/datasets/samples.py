@@ -28,7 +28,7 @@ class SamplesOfSplit:
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
         """Set the number of samples of each tar file, int64 (S,)."""
-        self.shard_sizes = sizes
+        self.tar_sizes = sizes
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
     @property
@@ -42,13 +42,13 @@ class SamplesOfSplit:
     def tar_names(self) -> list[str]:
         return self._split.tar_names
 
-    def want(self, shards: Sequence[int]) -> None:
-        self._split.want(shards)
+    def want(self, tars: Sequence[int]) -> None:
+        self._split.want(tars)
 
-    def find_bad(self, shards: Sequence[int]) -> list[int]:
-        return self._split.find_bad(shards)
+    def find_bad(self, tars: Sequence[int]) -> list[int]:
+        return self._split.find_bad(tars)
 
-    def _shards_of(self, indices: np.ndarray) -> np.ndarray:
+    def _tars_of(self, indices: np.ndarray) -> np.ndarray:
         """Return the tar file of each sample."""
         return np.searchsorted(self._firsts, indices, side="right") - 1
 
@@ -60,15 +60,15 @@ class Recent(Generic[P]):
         self._made: OrderedDict[int, P] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, shard: int) -> P | None:
+    def get(self, tar: int) -> P | None:
         with self._lock:
-            if shard in self._made:
-                self._made.move_to_end(shard)
-            return self._made.get(shard)
+            if tar in self._made:
+                self._made.move_to_end(tar)
+            return self._made.get(tar)
 
-    def keep(self, shard: int, made: P) -> P:
+    def keep(self, tar: int, made: P) -> P:
         with self._lock:
-            self._made[shard] = made
+            self._made[tar] = made
             if len(self._made) > MOST_OPEN_TARS:
                 self._made.popitem(last=False)
         return made

@@ -46,7 +46,7 @@ class PairContext(Context):
         return 0 if self.sources is None else self.sources.shape[1]
 
     @property
-    def num_places(self) -> int:
+    def num_states(self) -> int:
         """Return U."""
         return self.num_sources + self.positions.shape[1]
 

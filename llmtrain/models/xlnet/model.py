@@ -47,7 +47,7 @@ class XLNetContext(Context):
     with_metrics: bool = False
 
     @property
-    def num_places(self) -> int:
+    def num_states(self) -> int:
         """Return Q."""
         return self.distance_ids.shape[2]
 

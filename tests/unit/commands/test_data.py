@@ -34,7 +34,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more with rows and steps of other sizes."""
     folder = tmp_path_factory.mktemp("mixed")
     for seed, name in enumerate(("books", "web")):
-        write_corpus(folder / "data" / name, {"train": random_documents(60, seed)}, samples_per_shard=2)
+        write_corpus(folder / "data" / name, {"train": random_documents(60, seed)}, samples_per_tar=2)
     fixed = (f"data.path={folder / 'data'}", f"run.dir={folder / 'run'}", "data.shuffle_shards=2")
     mixture = "data.mixture={books: 1, web: 2}"
     train(*fixed, mixture, "train.steps=4")
@@ -71,7 +71,7 @@ def test_trace_of_a_step_is_a_table(mixed: Path, capsys: pytest.CaptureFixture[s
     code, lines, problems = call(capsys, "trace", mixed / "run", "step=2")
     assert (code, problems) == (0, [])
     header, *rows, verdict = lines
-    assert header.split() == ["sample", "corpus", "epoch", "row", "shard", "document", "tokens"]
+    assert header.split() == ["sample", "corpus", "epoch", "row", "tar", "document", "tokens"]
     assert {int(row.split()[0]) for row in rows} == set(range(8, 16))
     assert {row.split()[1] for row in rows} <= {"books", "web"}
     assert all(re.fullmatch(r"train-00000\d\.tar", row.split()[4]) for row in rows)
@@ -93,7 +93,7 @@ def test_trace_follows_a_run_over_its_changes(
     tokens = dict.fromkeys(range(40), 0)
     for record in records:
         tokens[record["sample"]] += record["tokens"]
-        assert record["shard"].startswith(f"{mixed / 'data' / record['corpus'] / 'train'}/")
+        assert record["tar"].startswith(f"{mixed / 'data' / record['corpus'] / 'train'}/")
     assert max(tokens.values()) == 33
     assert min(tokens.values()) > 0
     # Twice as many tokens are asked of one corpus as of the other.
@@ -126,7 +126,7 @@ def test_a_corpus_that_moved_or_changed(
     places = f"data.sources={{books: {moved}/books, web: {mixed}/data/web}}"
     assert call(capsys, "trace", copy, "step=6", places)[0] == 0
 
-    write_corpus(moved / "web", {"train": random_documents(60, seed=9)}, samples_per_shard=2)
+    write_corpus(moved / "web", {"train": random_documents(60, seed=9)}, samples_per_tar=2)
     code, _, (problem,) = call(capsys, "trace", copy, "step=6", f"data.path={moved}")
     assert code == 2
     assert f"{moved}/web: got other data than those of the step" in problem

@@ -71,7 +71,7 @@ def open_descriptors() -> int:
 
 def test_open_files_are_bounded_and_closed(tmp_path: Path):
     documents = random_documents(40)
-    path = write_corpus(tmp_path, {"train": documents}, documents_per_sample=1, samples_per_shard=1)
+    path = write_corpus(tmp_path, {"train": documents}, documents_per_sample=1, samples_per_tar=1)
     split = TokenSplit(Folder(path), "train", Corpus.open(path).manifest, most_open=3)
     before = open_descriptors()
     tokens, _ = split.read(0, split.num_tokens)
@@ -84,7 +84,7 @@ def test_open_files_are_bounded_and_closed(tmp_path: Path):
 def test_threads_read_the_same(tmp_path: Path):
     """With one file kept open, threads keep closing each other's."""
     documents = random_documents(40)
-    path = write_corpus(tmp_path, {"train": documents}, documents_per_sample=2, samples_per_shard=1)
+    path = write_corpus(tmp_path, {"train": documents}, documents_per_sample=2, samples_per_tar=1)
     split = TokenSplit(Folder(path), "train", Corpus.open(path).manifest, most_open=1)
     stream = stream_of(documents)
     wrong: list[int] = []

@@ -12,7 +12,7 @@ from llmtrain.data.datasets.base import (
     PADDING_DOCUMENT,
     Concatenation,
     TokenSequences,
-    WithoutBadShards,
+    WithoutBadTars,
 )
 from llmtrain.errors import DataError
 from tests.support.corpora import EOS, random_documents, stream_of, write_corpus
@@ -79,7 +79,7 @@ def test_rows_are_counted_once_a_host(corpus: Corpus, tmp_path: Path, monkeypatc
     (kept,) = (tmp_path / "rows").glob("*.counts")
     monkeypatch.setattr(TokenSplit, "document_lengths", lambda split: pytest.fail("counted again"))
     again = TokenSequences(corpus.split("train"), 33, packing="best_fit", cache=tmp_path)
-    assert again.shard_sizes.tolist() == first.shard_sizes.tolist()
+    assert again.tar_sizes.tolist() == first.tar_sizes.tolist()
     assert again.padding == first.padding
     kept.unlink()
 
@@ -94,8 +94,8 @@ def test_where_names_the_documents_of_a_sample(corpus: Corpus):
             sizes = np.bincount(row["documents"][0][row["documents"][0] >= 0])
             assert [tokens for _, _, tokens in documents] == sizes.tolist()
             first = 0
-            for shard, number, tokens in documents:
-                place = split.tar_names.index(shard)
+            for tar, number, tokens in documents:
+                place = split.tar_names.index(tar)
                 lengths = split.lengths_of(place)
                 begin = int(split.tar_starts[place] + lengths[:number].sum())
                 document = split.read(begin, begin + int(lengths[number]))[0].tolist()
@@ -108,7 +108,7 @@ def test_datasets_one_behind_the_other(corpus: Corpus):
     parts = [TokenSequences(corpus.split(name), 16) for name in ("validation", "train")]
     both = Concatenation(parts)
     assert len(both) == sum(map(len, parts))
-    assert int(both.shard_sizes.sum()) == len(both)
+    assert int(both.tar_sizes.sum()) == len(both)
     order = np.random.default_rng(0).permutation(len(both))
     found = both.get(np.append(order, EMPTY))
     expected = np.concatenate([part.get(np.arange(len(part)))["tokens"] for part in parts])
@@ -161,9 +161,9 @@ def test_sequences_describe_themselves(corpus: Corpus):
 
 def test_an_evaluation_may_leave_out_what_is_bad(tmp_path: Path):
     documents = random_documents(60, seed=3)
-    folder = write_corpus(tmp_path / "corpus", {"validation": documents}, samples_per_shard=2)
+    folder = write_corpus(tmp_path / "corpus", {"validation": documents}, samples_per_tar=2)
     whole = TokenSequences(Corpus.open(folder).split("validation"), 16)
-    altered, missing = (folder / "validation" / f"validation-{shard:06d}.tar" for shard in (1, 3))
+    altered, missing = (folder / "validation" / f"validation-{tar:06d}.tar" for tar in (1, 3))
     content = bytearray(altered.read_bytes())
     content[700] ^= 1
     altered.write_bytes(content)
@@ -172,14 +172,14 @@ def test_an_evaluation_may_leave_out_what_is_bad(tmp_path: Path):
 
     told: list[tuple[str, int]] = []
     split = Corpus.open(folder, "checksum", on_bad_shard="skip").split("validation")
-    left = WithoutBadShards(TokenSequences(split, 16), lambda *facts: told.append(facts))
+    left = WithoutBadTars(TokenSequences(split, 16), lambda *facts: told.append(facts))
     found = left.get(np.array([*range(len(left)), EMPTY]))
-    shards = np.repeat(np.arange(len(left.shard_sizes)), left.shard_sizes)
-    is_bad = np.isin(shards, [1, 3])
+    tars = np.repeat(np.arange(len(left.tar_sizes)), left.tar_sizes)
+    is_bad = np.isin(tars, [1, 3])
     assert (found["documents"][:-1][is_bad] == PADDING_DOCUMENT).all()
     for key, values in everything.items():
         np.testing.assert_array_equal(found[key][:-1][~is_bad], values[~is_bad])
-    assert told == [(str(path), int(left.shard_sizes[shard])) for shard, path in [(1, altered), (3, missing)]]
+    assert told == [(str(path), int(left.tar_sizes[tar])) for tar, path in [(1, altered), (3, missing)]]
 
 
 def test_an_evaluation_of_nothing_that_can_be_read(tmp_path: Path):
@@ -187,7 +187,7 @@ def test_an_evaluation_of_nothing_that_can_be_read(tmp_path: Path):
     (folder / "validation" / "validation-000000.tar").unlink()
     split = Corpus.open(folder, on_bad_shard="skip").split("validation")
     with pytest.raises(DataError, match="no readable one of 1 tar files"):
-        WithoutBadShards(TokenSequences(split, 16), lambda shard, samples: None).get(np.arange(1))
+        WithoutBadTars(TokenSequences(split, 16), lambda tar, samples: None).get(np.arange(1))
 
 
 def test_an_overlap_of_a_whole_row(corpus: Corpus):
@@ -199,7 +199,7 @@ def test_an_overlap_of_a_whole_row(corpus: Corpus):
 def test_damaged_counts_of_rows_are_made_anew(corpus: Corpus, tmp_path: Path, content: bytes):
     def sizes() -> list[int]:
         dataset = TokenSequences(corpus.split("train"), 16, packing="best_fit", cache=tmp_path)
-        return dataset.shard_sizes.tolist()
+        return dataset.tar_sizes.tolist()
 
     expected = sizes()
     (remembered,) = (tmp_path / "rows").glob("*.counts")

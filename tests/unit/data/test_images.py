@@ -173,14 +173,14 @@ def test_pictures_of_webdataset_tars(tmp_path: Path):
     """Of any kind, colour and size; members that are neither picture nor label are left alone."""
     rng = np.random.default_rng(0)
     shades = rng.integers(0, 256, 40)
-    for shard in range(2):
+    for tar in range(2):
         samples = {}
-        for i in range(shard * 20, shard * 20 + 20):
+        for i in range(tar * 20, tar * 20 + 20):
             kind = ("png", "jpg", "npy", "jpeg")[i % 4]
             shape = ((28, 28), (56, 40), (28, 28, 3))[i % 3]
             pixels = np.full(shape, shades[i], np.uint8)
             samples[f"{i:04d}"] = {kind: picture(pixels, kind), "cls": b"%d" % (i % 10), "json": b"{}"}
-        write_tar(tmp_path / f"{shard:03d}.tar", samples)
+        write_tar(tmp_path / f"{tar:03d}.tar", samples)
     opened = open_all_splits(str(tmp_path / "{000..001}.tar"))
     assert sum(map(len, opened)) == 40
     found = pixels_of(opened)[:, 0]

@@ -30,7 +30,7 @@ class Numbers:
         return self.length
 
     @property
-    def shard_sizes(self) -> np.ndarray:
+    def tar_sizes(self) -> np.ndarray:
         return np.array([self.length])
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:

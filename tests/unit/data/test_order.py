@@ -59,9 +59,9 @@ def test_neighbours_do_not_stay_neighbours():
     assert abs(np.corrcoef(np.arange(10_000), permuted)[0, 1]) < 0.03
 
 
-def test_the_order_of_one_shard_is_that_of_earlier_versions():
+def test_the_order_of_one_tar_is_that_of_earlier_versions():
     """A run that an earlier version began must go on in the same order."""
-    epochs, indices = BlockOrder(np.array([10]), seed=7, block_shards=16)(np.arange(8, 12))
+    epochs, indices = BlockOrder(np.array([10]), seed=7, block_tars=16)(np.arange(8, 12))
     assert epochs.tolist() == [0, 0, 1, 1]
     assert indices.tolist() == [8, 3, 7, 4]
     assert epoch_key(7, 1) == 9672475392221035855
@@ -71,40 +71,40 @@ SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 
 
 @settings(max_examples=80)
-@given(sizes=SIZES, seed=st.integers(0, 2**31), block_shards=st.integers(1, 15))
-def test_every_epoch_covers_everything_once(sizes: list[int], seed: int, block_shards: int):
+@given(sizes=SIZES, seed=st.integers(0, 2**31), block_tars=st.integers(1, 15))
+def test_every_epoch_covers_everything_once(sizes: list[int], seed: int, block_tars: int):
     length = sum(sizes)
-    order = BlockOrder(np.array(sizes), seed=seed, block_shards=block_shards)
+    order = BlockOrder(np.array(sizes), seed=seed, block_tars=block_tars)
     epochs, indices = order(np.arange(3 * length))
     for epoch in range(3):
         assert sorted(indices[epochs == epoch]) == list(range(length))
 
 
 @settings(max_examples=80)
-@given(sizes=SIZES, seed=st.integers(0, 2**31), block_shards=st.integers(1, 15))
-def test_a_block_s_samples_are_of_its_shards(sizes: list[int], seed: int, block_shards: int):
+@given(sizes=SIZES, seed=st.integers(0, 2**31), block_tars=st.integers(1, 15))
+def test_a_block_s_samples_are_of_its_tars(sizes: list[int], seed: int, block_tars: int):
     """And `blocks` names, in order, the blocks in which positions fall."""
     length, firsts = sum(sizes), np.cumsum([0, *sizes])
-    order = BlockOrder(np.array(sizes), seed=seed, block_shards=block_shards)
+    order = BlockOrder(np.array(sizes), seed=seed, block_tars=block_tars)
     epochs, indices = order(np.arange(2 * length))
-    blocks = range(-(-len(sizes) // block_shards))
+    blocks = range(-(-len(sizes) // block_tars))
     met = []
     for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
-        shard = int(np.searchsorted(firsts, index, side="right")) - 1
-        assert order.shard_of(index) == shard
-        (place,) = [(epoch, block) for block in blocks if shard in order.shards_of(epoch, block)]
+        tar = int(np.searchsorted(firsts, index, side="right")) - 1
+        assert order.tar_of(index) == tar
+        (place,) = [(epoch, block) for block in blocks if tar in order.tars_of(epoch, block)]
         if not met or met[-1] != place:
             met.append(place)
     assert order.blocks(0, 2 * length) == met
     assert len(set(met)) == len(met)
     for place in met:
-        assert len(order.shards_of(*place)) <= block_shards
+        assert len(order.tars_of(*place)) <= block_tars
 
 
 @settings(max_examples=40)
 @given(sizes=SIZES, seed=st.integers(0, 2**31), data=st.data())
 def test_any_position_is_found_alone(sizes: list[int], seed: int, data: st.DataObject):
-    make = lambda: BlockOrder(np.array(sizes), seed=seed, block_shards=2)  # noqa: E731
+    make = lambda: BlockOrder(np.array(sizes), seed=seed, block_tars=2)  # noqa: E731
     length = sum(sizes)
     _, expected = make()(np.arange(5 * length))
     at = data.draw(st.integers(0, 5 * length - 1))
@@ -113,7 +113,7 @@ def test_any_position_is_found_alone(sizes: list[int], seed: int, data: st.DataO
 
 def test_positions_are_found_alike_together_and_far_apart():
     """Neighbours come out of kept stretches of the order, others one by one."""
-    make = lambda: BlockOrder(np.array([30_000, 25_000]), seed=3, block_shards=1)  # noqa: E731
+    make = lambda: BlockOrder(np.array([30_000, 25_000]), seed=3, block_tars=1)  # noqa: E731
     together = np.stack(make()(np.arange(120_000)))
     shuffled = np.random.default_rng(0).permutation(120_000).reshape(6, 20_000)
     order = make()
@@ -125,20 +125,20 @@ def test_positions_are_found_alike_together_and_far_apart():
     assert [found.shape for found in order(np.empty((0, 3), np.int64))] == [(0, 3), (0, 3)]
 
 
-def test_far_positions_of_many_shards_are_found_at_once():
-    order = BlockOrder(np.full(10_000, 64_000), seed=1, block_shards=16)
+def test_far_positions_of_many_tars_are_found_at_once():
+    order = BlockOrder(np.full(10_000, 64_000), seed=1, block_tars=16)
     epochs, indices = order(np.arange(10**12, 10**12 + 32))
     assert set(epochs.tolist()) == {10**12 // 640_000_000}
     assert len(set(indices.tolist())) == 32
 
 
 def test_blocks_follow_one_another():
-    order = BlockOrder(np.full(5, 3), seed=0, block_shards=2)
+    order = BlockOrder(np.full(5, 3), seed=0, block_tars=2)
     assert [order.after(0, 0), order.after(0, 1), order.after(0, 2)] == [(0, 1), (0, 2), (1, 0)]
 
 
 def test_an_epoch_may_end_early():
-    order = BlockOrder(np.array([4, 3]), seed=0, block_shards=1, epoch_length=6)
+    order = BlockOrder(np.array([4, 3]), seed=0, block_tars=1, epoch_length=6)
     epochs, indices = order(np.arange(12))
     assert epochs.tolist() == [0] * 6 + [1] * 6
     assert [len(set(indices[epochs == epoch].tolist())) for epoch in (0, 1)] == [6, 6]

@@ -64,17 +64,17 @@ def test_every_pair_that_fits_is_in_one_row(
             return
         rows = PairedRows(split, *widths, cache=Path(folder))
         again = PairedRows(split, *widths, cache=Path(folder))
-        assert again.shard_sizes.tolist() == rows.shard_sizes.tolist()
+        assert again.tar_sizes.tolist() == rows.tar_sizes.tolist()
         raw = rows.get(np.arange(len(rows)))
         assert raw["sources"].shape == (len(rows), widths[0])
         assert raw["documents"].shape == (len(rows), widths[1])
         found = [pairs_of(raw, row) for row in range(len(rows))]
         assert all(found)
         assert [pair for row in found for pair in row] == wanted
-        # Next fit: what begins a row of the same shard had no room in the row before.
-        shards = np.repeat(np.arange(len(rows.shard_sizes)), rows.shard_sizes)
+        # Next fit: what begins a row of the same tar file had no room in the row before.
+        tars = np.repeat(np.arange(len(rows.tar_sizes)), rows.tar_sizes)
         for before, after in zip(range(len(found) - 1), range(1, len(found)), strict=True):
-            if shards[before] == shards[after]:
+            if tars[before] == tars[after]:
                 both = [*found[before], found[after][0]]
                 assert any(sum(len(pair[side]) for pair in both) > widths[side] for side in (0, 1))
         # Rows are the same in any order and micro-batch, and EMPTY ones hold nothing.

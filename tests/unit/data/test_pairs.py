@@ -9,7 +9,7 @@ import pytest
 
 from llmtrain.corpus.corpus import Corpus
 from llmtrain.corpus.token_split import TokenSplit
-from llmtrain.data.datasets.base import EMPTY, ReadsShards
+from llmtrain.data.datasets.base import EMPTY, ReadsTars
 from llmtrain.data.datasets.pairs import Passages
 from llmtrain.data.mixture import begin
 from llmtrain.data.stream import Stream
@@ -40,15 +40,15 @@ def test_passages_cover_each_document_once(split: TokenSplit) -> None:
     assert all(2 <= len(passage) <= T - 3 for passage in found)
     assert all(row[n:].any() == 0 for row, n in zip(raw["passages"], raw["passage_lengths"], strict=True))
     assert dataset.tokens_per_sample == pytest.approx(len(together) / len(dataset))
-    assert dataset.shard_sizes.sum() == len(dataset)
-    assert isinstance(dataset, ReadsShards)
+    assert dataset.tar_sizes.sum() == len(dataset)
+    assert isinstance(dataset, ReadsTars)
 
 
-def test_others_are_passages_of_other_documents_of_the_shard(split: TokenSplit) -> None:
+def test_others_are_passages_of_other_documents_of_the_tar(split: TokenSplit) -> None:
     dataset = Passages(split, T)
     raw = dataset.get(np.arange(len(dataset)))
     passages, others = texts(raw, "passages", "passage_lengths"), texts(raw, "others", "other_lengths")
-    shard_of = np.repeat(np.arange(len(dataset.shard_sizes)), dataset.shard_sizes)
+    tar_of = np.repeat(np.arange(len(dataset.tar_sizes)), dataset.tar_sizes)
 
     def document_of(passage: list[int]) -> int:
         holders = [
@@ -59,7 +59,7 @@ def test_others_are_passages_of_other_documents_of_the_shard(split: TokenSplit) 
         return holders[0]
 
     for i, (passage, other) in enumerate(zip(passages, others, strict=True)):
-        assert other in [passages[j] for j in np.flatnonzero(shard_of == shard_of[i])]
+        assert other in [passages[j] for j in np.flatnonzero(tar_of == tar_of[i])]
         assert document_of(passage) != document_of(other)
     assert len({tuple(other) for other in others}) > len(others) // 3
 
@@ -83,7 +83,7 @@ def test_refusals(split: TokenSplit, tmp_path: Path) -> None:
         Passages(lonely, T)
 
 
-def test_a_shard_of_one_document_has_no_others(tmp_path: Path) -> None:
+def test_a_tar_of_one_document_has_no_others(tmp_path: Path) -> None:
     documents = [list(range(5, 45))]
     alone = Corpus.open(write_corpus(tmp_path / "corpus", {"train": documents})).split("train")
     raw = Passages(alone, T).get(np.arange(3))

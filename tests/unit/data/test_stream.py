@@ -22,7 +22,7 @@ def open_source(
     path: Path, seed: int, num_documents: int = 60, on_bad_shard: str = "error"
 ) -> TokenSequences:
     if not path.exists():
-        write_corpus(path, {"train": random_documents(num_documents, seed)}, samples_per_shard=2)
+        write_corpus(path, {"train": random_documents(num_documents, seed)}, samples_per_tar=2)
     corpus = Corpus.open(path, "checksum", on_bad_shard=on_bad_shard)  # type: ignore[arg-type]
     return TokenSequences(corpus.split("train"), 16)
 
@@ -112,14 +112,14 @@ def test_the_last_step_of_an_epoch_may_be_dropped(sources: dict[str, TokenSequen
         make_stream({"": dataset}, drop_last=True, global_size=1000)
 
 
-def damage(path: Path, shard: int) -> None:
-    file = path / "train" / f"train-{shard:06d}.tar"
+def damage(path: Path, tar: int) -> None:
+    file = path / "train" / f"train-{tar:06d}.tar"
     content = bytearray(file.read_bytes())
     content[700] ^= 1
     file.write_bytes(content)
 
 
-def test_a_bad_shard_is_an_error_that_names_it(tmp_path: Path):
+def test_a_bad_tar_is_an_error_that_names_it(tmp_path: Path):
     source = open_source(tmp_path / "a", 0)
     (tmp_path / "a" / "train" / "train-000002.tar").unlink()
     stream = make_stream({"": source})
@@ -127,15 +127,15 @@ def test_a_bad_shard_is_an_error_that_names_it(tmp_path: Path):
         _ = [read(stream, step) for step in range(50)]
 
 
-def test_a_bad_shard_may_be_skipped_without_moving_the_others(tmp_path: Path):
+def test_a_bad_tar_may_be_skipped_without_moving_the_others(tmp_path: Path):
     path = tmp_path / "a"
     whole = make_stream({"": open_source(path, 0)})
     damage(path, 2)
     told: list[tuple[str, int]] = []
     source = open_source(path, 0, on_bad_shard="skip")
     stream = make_stream({"": source}, on_bad_shard="skip", on_skip=lambda *facts: told.append(facts))
-    first = int(source.shard_sizes[:2].sum())
-    bad = range(first, first + int(source.shard_sizes[2]))
+    first = int(source.tar_sizes[:2].sum())
+    bad = range(first, first + int(source.tar_sizes[2]))
     met = 0
     for step in range(len(source) // G):
         _, expected = read(whole, step)
@@ -147,7 +147,7 @@ def test_a_bad_shard_may_be_skipped_without_moving_the_others(tmp_path: Path):
     assert told == [(source.tar_names[2], len(bad))]
 
 
-def test_no_shard_that_can_be_read(tmp_path: Path):
+def test_no_tar_that_can_be_read(tmp_path: Path):
     path = tmp_path / "a"
     open_source(path, 0, num_documents=8)
     damage(path, 0)
@@ -156,15 +156,15 @@ def test_no_shard_that_can_be_read(tmp_path: Path):
         stream.enter(0)
 
 
-def test_an_epoch_of_bad_shards_alone_is_refused(tmp_path: Path):
-    """Even where a block has one shard."""
+def test_an_epoch_of_bad_tars_alone_is_refused(tmp_path: Path):
+    """Even where a block has one tar file."""
     path = tmp_path / "a"
     source = open_source(path, 0, num_documents=40)
-    for shard in range(len(source.shard_sizes)):
-        damage(path, shard)
+    for tar in range(len(source.tar_sizes)):
+        damage(path, tar)
     source = open_source(path, 0, on_bad_shard="skip")
     stream = make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1)
-    with pytest.raises(DataError, match=f"no readable one of {len(source.shard_sizes)} tar files"):
+    with pytest.raises(DataError, match=f"no readable one of {len(source.tar_sizes)} tar files"):
         _ = [stream.enter(step) for step in range(len(source))]
 
 
@@ -179,9 +179,9 @@ def test_a_source_read_fast_does_not_make_another_forget_its_blocks(tmp_path: Pa
         {"a": source, "b": tiny},
         timeline,
         seed=3,
-        shuffle_shards=len(large.shard_sizes),
+        shuffle_shards=len(large.tar_sizes),
         on_bad_shard="skip",
-        on_skip=lambda shard, _: told.append(shard),
+        on_skip=lambda tar, _: told.append(tar),
     )
     for step in range(4):
         stream.enter(step)
@@ -231,7 +231,7 @@ def test_a_thread_that_waits_for_other_ranks_ends_with_its_loader(tmp_path: Path
         for _ in range(2)
     ]
     loaders = [Loader(stream, lambda raw: {}, micro_size=G, workers=2) for stream in streams]
-    first_block = int(source.shard_sizes[0]) // G
+    first_block = int(source.tar_sizes[0]) // G
     other = threading.Thread(target=lambda: [streams[1].enter(step) for step in range(max(1, first_block))])
     other.start()
     steps = loaders[0].steps()

@@ -16,7 +16,7 @@ from llmtrain.objectives.causal_lm import CausalLM
 from tests.support.corpora import EOS, random_documents, write_corpus
 
 DOCUMENTS = {name: random_documents(40, seed, longest=50) for seed, name in enumerate("ab")}
-DOCUMENTS_PER_SHARD = 10
+DOCUMENTS_PER_TAR = 10
 SHARES = {"a": 0.7, "b": 0.3}
 G = 6
 
@@ -25,7 +25,7 @@ G = 6
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpora")
     for name, documents in DOCUMENTS.items():
-        write_corpus(folder / name, {"train": documents}, samples_per_shard=2)
+        write_corpus(folder / name, {"train": documents}, samples_per_tar=2)
     return folder
 
 
@@ -55,12 +55,12 @@ def test_parts_are_of_the_documents_that_they_name(corpora: Path, packing: str, 
             raw = sources[sample.corpus].get(np.array([sample.row]))
             held = raw["tokens"][0][raw["documents"][0] >= 0].tolist()
             for part in parts_of(sources, sample):
-                shard = int(part.shard[-len("000000.tar") :].removesuffix(".tar"))
-                number = shard * DOCUMENTS_PER_SHARD + part.document
+                tar = int(part.tar[-len("000000.tar") :].removesuffix(".tar"))
+                number = tar * DOCUMENTS_PER_TAR + part.document
                 tokens, held = held[: part.tokens], held[part.tokens :]
                 assert len(tokens) == part.tokens > 0
                 assert contains([*DOCUMENTS[sample.corpus][number], EOS], tokens)
-                assert f"/{sample.corpus}/" in part.shard
+                assert f"/{sample.corpus}/" in part.tar
                 seen.add((sample.corpus, number))
             assert held == []
     assert len(seen) == sum(map(len, DOCUMENTS.values()))
@@ -108,16 +108,16 @@ def test_a_step_is_read_as_it_was_before_the_timeline_went_on(corpora: Path):
     assert until(both, 31).segments == both.segments
 
 
-def test_skipped_shards_leave_rows_empty(corpora: Path):
+def test_skipped_tars_leave_rows_empty(corpora: Path):
     sources = open_sources(corpora)
     stream = make_stream(sources)
     whole = list(samples_of(stream, 1))
-    [corpus, shard] = next((s.corpus, p.shard) for s in whole for p in parts_of(sources, s))
-    bad = sources[corpus].tar_names.index(shard)
+    [corpus, tar] = next((s.corpus, p.tar) for s in whole for p in parts_of(sources, s))
+    bad = sources[corpus].tar_names.index(tar)
     skipped = frozenset({(stream.names.index(corpus), 0, bad)})
     left = list(samples_of(stream, 1, skipped))
     for sample, before in zip(left, whole, strict=True):
-        is_bad = before.corpus == corpus and parts_of(sources, before)[0].shard == shard
+        is_bad = before.corpus == corpus and parts_of(sources, before)[0].tar == tar
         assert sample.row == (EMPTY if is_bad else before.row)
         assert (parts_of(sources, sample) == []) == is_bad
     assert left != whole

@@ -93,7 +93,7 @@ def test_gaps_filled_in_are_the_text(lengths: list[int], share: float, mean_span
         filled = [token for place in source for token in gaps.get(place, [place])]
         assert filled == raw["tokens"][row, :length].tolist()
         assert all(gaps.values())
-        hidden, num_gaps = objective._config.gaps_of(np.array(length))
+        hidden, num_gaps = objective._config.spans_of(np.array(length))
         assert (len(gaps), sum(map(len, gaps.values()))) == (int(num_gaps), int(hidden))
 
 
@@ -111,7 +111,7 @@ def test_every_place_lies_in_a_gap_as_often_as_the_share_says() -> None:
     objective = make(kind="span_corruption")
     assert isinstance(objective, SpanCorruption)
     keys, lengths = texts([141] * 4000, 142)["keys"], np.full(4000, 141)
-    hidden_B, _ = objective._config.gaps_of(lengths)
+    hidden_B, _ = objective._config.spans_of(lengths)
     # Tokens that are their places, and sentinels below 0.
     objective._sentinel_id = -1
     source, _ = objective.corrupt(np.tile(np.arange(141), 4000), lengths, keys)[0]

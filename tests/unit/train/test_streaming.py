@@ -19,7 +19,7 @@ class Rows:
     def __init__(self, length: int, fingerprint: str = "") -> None:
         self.length = length
         self.fingerprint = fingerprint or f"{length}"
-        self.shard_sizes = np.array([length])
+        self.tar_sizes = np.array([length])
 
     def __len__(self) -> int:
         return self.length
