@@ -61,6 +61,8 @@ def _decoded(cls: type[T], mapping: Mapping[str, Any], reading: _Reading) -> T:
     return typing.cast(T, value)
 
 
+INTERNAL = "internal"
+"""Marker, in a field's metadata, of a section that the program fills in: it is no key for people."""
 MAY_BE_EMPTY = "may_be_empty"
 """Marker, in a field's metadata, of a text that may have no character; other texts are paths and names."""
 
@@ -84,7 +86,8 @@ def leaves(hint: Any, key: str = "", markers: Mapping[str, Any] = NO_MARKERS) ->
     if dataclasses.is_dataclass(hint):
         hints = _type_hints(typing.cast(type, hint))
         for field in dataclasses.fields(hint):
-            yield from leaves(hints[field.name], _join(key, field.name), field.metadata)
+            if INTERNAL not in field.metadata:
+                yield from leaves(hints[field.name], _join(key, field.name), field.metadata)
     elif typing.get_origin(hint) in _MAPPINGS:
         yield from leaves(arguments[1], _join(key, "*"))
     elif typing.get_origin(hint) in _UNIONS and any(map(_is_section, arguments)):

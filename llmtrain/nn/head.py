@@ -61,17 +61,18 @@ class LanguageModelHead(nn.Module):
 
 
 class TiedHeadModel(nn.Module):
-    """A language model whose head shares the embedding's weight if `config.tie_embeddings`.
+    """A language model whose head shares the embedding's weight if `config.tie_embeddings`. A model for a
+    fine-tuning task, `config.task`, has a TaskHead instead.
 
     A subclass creates `config`, `embedding` and `head`, and then calls `_tie`.
     """
 
     config: Any
     embedding: nn.Embedding
-    head: LanguageModelHead
+    head: nn.Module
 
     def _tie(self) -> None:
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.config.task is None:
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llmtrain.config import Kinds, require
 from llmtrain.errors import Problem
+from llmtrain.nn.task_config import TaskHeadConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class ModelConfig(Kinds):
 
     family: str
     dropout: float
+    task: TaskHeadConfig | None = None
+    """The head of a fine-tuning task, in place of the model's own; set by the objective."""
     max_sequence_length: int | None = None
     """Maximum sequence length, in tokens; None: no limit."""
 
@@ -102,7 +105,15 @@ class OfVocabulary(ModelConfig):
 
     def head_matrix_count(self, tensor: int = 1) -> int:
         """Return the weights of the head's matrices on one of `tensor` ranks that divide the vocabulary."""
+        if self.task is not None:
+            return self.task.matrix_count(self.hidden_size)
         return self.embedding_count(tensor)
+
+    def head_parameter_count(self, tensor: int = 1) -> int:
+        """Return the parameters of the head on one of `tensor` ranks that divide the vocabulary."""
+        if self.task is not None:
+            return self.task.parameter_count(self.hidden_size)
+        return self.head_matrix_count(tensor)
 
     def embedding_count(self, tensor: int = 1) -> int:
         """Return the weights of the token embedding on one of `tensor` ranks that divide the vocabulary."""
@@ -111,5 +122,5 @@ class OfVocabulary(ModelConfig):
     def repeated_count(self, steps: range, tensor: int = 1) -> int:
         """Return the tied head's weight if both the first and the last step are among `steps`."""
         last = len(self.step_parameter_counts()) - 1
-        is_shared = self.tie_embeddings and last > 0 and 0 in steps and last in steps
+        is_shared = self.tie_embeddings and self.task is None and last > 0 and 0 in steps and last in steps
         return self.embedding_count(tensor) if is_shared else 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from llmtrain.nn.model_config import OfVocabulary
+
 Role = Literal["column", "row", "embedding", "head", "heads", "all_heads", "shared"]
 """How parallel/tensor.py divides a module; its docstring has the table."""
 
@@ -19,5 +21,8 @@ LAYERS: dict[str, Role] = {
 }
 """Attention with packed queries, keys and values, and an MLP."""
 
-VOCABULARY: dict[str, Role] = {"embedding": "embedding", "head": "head"}
-"""Token embedding and head of a language model."""
+
+def vocabulary(config: OfVocabulary) -> dict[str, Role]:
+    """Return the roles of token embedding and head; the head of a fine-tuning task is whole on each rank."""
+    roles: dict[str, Role] = {"embedding": "embedding"}
+    return roles if config.task is not None else {**roles, "head": "head"}

@@ -96,6 +96,8 @@ class Context:
     """Whether to return logits of the last token only."""
     local_rotary: tuple[Tensor, Tensor] | None = None
     """Like `rotary`, for layers with a window if theirs differ."""
+    lengths: Tensor | None = None
+    """Tokens of each row, (B,), which a task head needs."""
 
     @property
     def num_states(self) -> int:

@@ -30,7 +30,7 @@ def read_delimited(
     Raise DataError that names file and line.
     """
     quoted = quoting == "double" or (quoting == "auto" and file.kind == "csv")
-    rows = _Rows(file, quoted, counts)
+    rows = Rows(file, quoted, counts)
     with open_source(file) as stream:
         reading = rows.read(stream)
         header = next(reading, None)
@@ -42,7 +42,7 @@ def read_delimited(
         size = 0
         for line, row in reading:
             if len(row) != width:
-                raise _other_width(file, line, row, width, quoted)
+                raise other_width(file, line, row, width, quoted)
             batch.append([row[column] for column in columns])
             size += sum(map(len, batch[-1]))
             if size >= source_file.BATCH_BYTES or len(batch) >= source_file.BATCH_DOCUMENTS:
@@ -53,7 +53,7 @@ def read_delimited(
 
 
 @dataclass
-class _Rows:
+class Rows:
     """The rows of a file, read as Latin-1, in which each byte is a character. Bytes that are not UTF-8 are
     reported later, when the documents are cleaned."""
 
@@ -208,7 +208,8 @@ def _columns(file: SourceFile, header: list[str], names: Sequence[str], quoted: 
     return [header.index(name) for name in names]
 
 
-def _other_width(file: SourceFile, line: int, row: list[str], width: int, quoted: bool) -> DataError:
+def other_width(file: SourceFile, line: int, row: list[str], width: int, quoted: bool) -> DataError:
+    """Return the error for a row with another number of values than the header's `width`."""
     where = f"{file.name} line {line}"
     got = f"{len(row)} values"
     remedy = "quote values that hold delimiters or line ends" if quoted else ""

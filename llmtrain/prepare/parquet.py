@@ -37,13 +37,13 @@ def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[li
     scratch: folder for the uncompressed copy of a compressed file.
     """
     file = part.file
-    with _unpacked(file, scratch) as path, open_source(replace(file, path=path, compression="")) as stream:
+    with unpacked_parquet(file, scratch) as plain, open_source(plain) as stream:
         parquet = open_parquet(file, stream)
         _check_columns(file, parquet.schema_arrow, names)
         listed = _row_groups(file, stream, names)
         row = sum(group.num_rows for group in listed[: part.start])
         groups = range(part.start, len(listed) if part.stop is None else part.stop)
-        rows = _rows_at_a_time(file, path, listed, groups)
+        rows = _rows_at_a_time(file, plain.path, listed, groups)
         batches = parquet.iter_batches(rows, row_groups=list(groups), columns=[*names], use_threads=False)
         allowance = Allowance(file.name, file.size, "bytes of rows")
         gathered: list[list[bytes]] = [[] for _ in names]
@@ -71,11 +71,11 @@ def read_parquet(part: Part, names: Sequence[str], scratch: Path) -> Iterator[li
 
 
 @contextmanager
-def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
-    """Yield the path of an uncompressed file: reading parquet starts at its end, which needs a seekable
-    file."""
+def unpacked_parquet(file: SourceFile, scratch: Path) -> Iterator[SourceFile]:
+    """Yield the file uncompressed, under the same name for messages: reading parquet starts at its end, which
+    needs a seekable file."""
     if not file.compression:
-        yield file.path
+        yield file
         return
     path = scratch / "unpacked.parquet"
     left = shutil.disk_usage(scratch).free * 9 // 10
@@ -89,7 +89,7 @@ def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
                     remedy = "free disk space, or choose another output"
                     raise DataError(Problem(file.name, got, allowed, remedy))
                 plain.write(data)
-        yield path
+        yield replace(file, path=path, compression="")
     finally:
         path.unlink(missing_ok=True)
 

@@ -236,6 +236,21 @@ def _jsonl_error(file: SourceFile, offset: int, lines: list[str], names: Sequenc
 def text_of_object(text: str, where: str, names: Sequence[str], allowed: str) -> list[str]:
     """Return the texts of the named fields of one JSON object, "" for null. Raise DataError that names
     `where`."""
+    row = parse_record(text, where, names, allowed)
+    if not set(names) <= set(row):
+        raise missing_field(where, names, list(row))
+    for name in names:
+        if not isinstance(row[name], str | None):
+            got = f"field {name} that is a {type(row[name]).__name__}"
+            raise DataError(Problem(where, got, "text or null"))
+    return [row[name] or "" for name in names]
+
+
+def parse_record(
+    text: str, where: str, names: Sequence[str] = (), allowed: str = "one JSON object a line"
+) -> dict[str, Any]:
+    """Return the fields of one JSON object; those of `names` may be there only once. Raise DataError that
+    names `where`."""
     remedy = "write one element per line: jq -c '.[]'" if text.lstrip().startswith("[") else ""
     try:
         row = parse_object(text, names)
@@ -252,10 +267,4 @@ def text_of_object(text: str, where: str, names: Sequence[str], allowed: str) ->
         raise DataError(Problem(where, f"invalid JSON ({got})", allowed)) from error
     if not isinstance(row, dict):
         raise DataError(Problem(where, f"a JSON {type(row).__name__}", allowed, remedy))
-    if not set(names) <= set(row):
-        raise missing_field(where, names, list(row))
-    for name in names:
-        if not isinstance(row[name], str | None):
-            got = f"field {name} that is a {type(row[name]).__name__}"
-            raise DataError(Problem(where, got, "text or null"))
-    return [row[name] or "" for name in names]
+    return row

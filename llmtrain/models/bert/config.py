@@ -6,14 +6,15 @@ Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
 from llmtrain.nn.model_config import Row
+from llmtrain.nn.task_config import TaskHeadConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class BertConfig(OfLayers):
     """Pooler and classification head for a pair of texts; null: if the objective needs it."""
     dropout: float = 0.1
     init_std: float = 0.02
+    task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
+    """Head of a fine-tuning task, in place of the language model's; set by the objective."""
 
     @cached_property
     def blocks(self) -> LayerConfig:
@@ -108,6 +111,8 @@ class BertConfig(OfLayers):
     def head_matrix_count(self, tensor: int = 1) -> int:
         """Return the weights of the heads' matrices on one of `tensor` ranks that divide the vocabulary."""
         D = self.hidden_size
+        if self.task is not None:
+            return self.task.matrix_count(D)
         pairs = D * D + 2 * D if self.pair_head else 0
         return -(-self._vocab() // tensor) * D + D * D + pairs
 
@@ -121,8 +126,10 @@ class BertConfig(OfLayers):
         and the last."""
         D, V = self.hidden_size, -(-self._vocab() // tensor)
         positions = self.max_sequence_length + self.position_offset
-        # Biases and a norm.
-        heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.pair_head else 0)
+        if self.task is not None:
+            heads = self.task.parameter_count(D)
+        else:  # biases and a norm besides matrices
+            heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.pair_head else 0)
         return [
             (V + positions + self.num_segments + 2) * D,
             *[self.layer_parameter_count(tensor)] * self.num_layers,
@@ -140,6 +147,7 @@ class BertConfig(OfLayers):
         """Return forward and backward FLOPs per token: 6 per weight of a matrix, the head's for predicted
         tokens only, and attention's 12 · L · D · T."""
         D = self.hidden_size
-        head = row.predicted / row.tokens * (self._vocab() * D + D * D)
+        vocabulary_head = self._vocab() * D + D * D
+        head = row.predicted / row.tokens * (self.head_matrix_count() if self.task else vocabulary_head)
         matrices = self.num_layers * self.layer_matrix_count() + head
         return 6.0 * matrices + 12.0 * self.num_layers * D * row.tokens

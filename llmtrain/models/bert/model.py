@@ -19,6 +19,7 @@ from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.stages import Stage, StagedModel
+from llmtrain.nn.task_head import TaskHead
 from llmtrain.nn.transformer import ACTIVATIONS, Block, Context
 
 
@@ -50,11 +51,15 @@ class Bert(StagedModel):
         self.blocks = nn.ModuleList(
             Block(config.blocks, layer, norm_first=False, causal=False) for layer in range(config.num_layers)
         )
-        self.transform = Linear(D, D)
-        self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.head = LanguageModelHead(D, config.vocab_size, bias=True)
-        self.pooler = Linear(D, D) if config.pair_head else None
-        self.pair_head = Linear(D, 2) if config.pair_head else None
+        has_pairs = config.pair_head and config.task is None
+        self.pooler = Linear(D, D) if has_pairs else None
+        self.pair_head = Linear(D, 2) if has_pairs else None
+        if config.task is not None:
+            self.head: nn.Module = TaskHead(config.task, D)
+        else:
+            self.transform = Linear(D, D)
+            self.transform_norm = nn.LayerNorm(D, eps=config.norm_eps)
+            self.head = LanguageModelHead(D, config.vocab_size, bias=True)
         self._tie()
 
     def stages(self) -> list[Stage]:
@@ -64,11 +69,9 @@ class Bert(StagedModel):
             "positions": self.positions,
             "embedding_norm": self.embedding_norm,
         }
-        heads: dict[str, nn.Module] = {
-            "transform": self.transform,
-            "transform_norm": self.transform_norm,
-            "head": self.head,
-        }
+        heads: dict[str, nn.Module] = {"head": self.head}
+        if self.config.task is None:
+            heads = {"transform": self.transform, "transform_norm": self.transform_norm, **heads}
         if self.segments is not None:
             embeddings["segments"] = self.segments
         if self.pooler is not None and self.pair_head is not None:
@@ -90,6 +93,7 @@ class Bert(StagedModel):
         pair_labels_B: Tensor | None = None,
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
+        lengths_B: Tensor | None = None,
     ) -> BertContext:
         """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
         SUM over predicted tokens of their cross-entropy and, with pair labels, that of their row's pair, in
@@ -99,12 +103,13 @@ class Bert(StagedModel):
         documents_BT: document id of each token, contiguous; a token sees only its own document. Padding is a
             document of its own. None: a row is one document.
         segments_BT: 0 for tokens of text A, 1 for tokens of text B; None: all 0.
-        labels_BT: original token at each masked position, IGNORE_INDEX elsewhere.
+        labels_BT: original token at each masked position, IGNORE_INDEX elsewhere; of a task head, its labels.
         pair_labels_B: class of each row's pair, IGNORE_INDEX if it bears no loss; needs a pair head. A row's
             first token is [CLS].
         dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
         with_metrics: with labels, return sums by name: "loss", "token_loss" of tokens alone, "correct"
             tokens, "pair_loss" of pairs alone, "pair_correct" pairs, and "pairs", their number.
+        lengths_B: tokens of each row, which a task head needs; it returns its own logits or loss.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -116,6 +121,7 @@ class Bert(StagedModel):
             segments=segments_BT,
             pair_labels=pair_labels_B,
             with_metrics=with_metrics,
+            lengths=lengths_B,
         )
 
     def initializers(self) -> dict[str, Initializer]:
@@ -126,16 +132,19 @@ class Bert(StagedModel):
             "positions.weight": normal,
             "blocks.*.attention.*.weight": normal,
             "blocks.*.mlp.*.weight": normal,
-            "transform.weight": normal,
             "*norm.weight": Constant(1.0),
             "*.bias": Constant(0.0),
         }
+        if isinstance(self.head, TaskHead):
+            table |= self.head.initializers(self.config.init_std, biases=False)
+        else:
+            table["transform.weight"] = normal
+            if not self.config.tie_embeddings:
+                table["head.weight"] = normal
         if self.segments is not None:
             table["segments.weight"] = normal
         if self.pooler is not None:
             table |= {"pooler.weight": normal, "pair_head.weight": normal}
-        if not self.config.tie_embeddings:
-            table["head.weight"] = normal
         return table
 
     def _embed(self, tokens_BT: Tensor, context: BertContext) -> Tensor:
@@ -146,6 +155,9 @@ class Bert(StagedModel):
         return self.dropout(self.embedding_norm(x_BTD), context.dropout_keys)
 
     def _finish(self, x_BTD: Tensor, context: BertContext) -> Tensor | dict[str, Tensor]:
+        if isinstance(self.head, TaskHead):
+            assert context.lengths is not None
+            return self.head(x_BTD, context.lengths, context.labels, context.dropout_keys)
         if context.labels is None:
             return self.head(self._transformed(x_BTD))
         asked_BT = context.labels != IGNORE_INDEX

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmtrain.models.bert.config import BertConfig
-from llmtrain.nn.sharding import LAYERS, VOCABULARY, Table
+from llmtrain.nn.sharding import LAYERS, Table, vocabulary
 
 
 def table(config: BertConfig) -> Table:
     """Return name pattern → role."""
-    return {**VOCABULARY, **LAYERS}
+    return {**vocabulary(config), **LAYERS}

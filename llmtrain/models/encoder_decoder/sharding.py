@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.nn.sharding import VOCABULARY, Role, Table
+from llmtrain.nn.sharding import Role, Table, vocabulary
 
 
 def table(config: Seq2SeqConfig) -> Table:
     """Return name pattern → role."""
     divided: dict[str, Role] = {
-        **VOCABULARY,
+        **vocabulary(config),
         "*.attention.qkv": "column",
         "*.attention.output": "row",
         "decoder.*.cross_attention.query": "column",

@@ -8,13 +8,14 @@ Dim names: V vocabulary, D hidden_size, N num_heads, H head_dim, T sequence leng
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
 from llmtrain.nn.model_config import Row
+from llmtrain.nn.task_config import TaskHeadConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class GPTConfig(LayerConfig, OfLayers):
     """The head shares the token embedding's weight."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
+    task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
+    """Head of a fine-tuning task, in place of the language model's; set by the objective."""
 
     @property
     def blocks(self) -> LayerConfig:
@@ -60,20 +63,21 @@ class GPTConfig(LayerConfig, OfLayers):
         return [
             vocabulary + positions,
             *[self.layer_parameter_count(tensor)] * self.num_layers,
-            self._norm_parameter_count() + vocabulary,
+            self._norm_parameter_count() + self.head_parameter_count(tensor),
         ]
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
         """Return the elements of the largest single parameter on one of `tensor` ranks."""
         positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
-        return max(self.largest_layer_parameter_count(tensor), self.head_matrix_count(tensor), positions)
+        return max(self.largest_layer_parameter_count(tensor), self.embedding_count(tensor), positions)
 
     def flops_per_token(self, row: Row) -> float:
         """Return forward and backward FLOPs per token: 6 per weight of a matrix, and attention's 12 · N ·
         H · S per layer for the S keys that a token sees on average, T/2 in the causal triangle (PaLM,
         arXiv:2204.02311, appendix B)."""
         sequence_length, attention_width = row.tokens, self.num_heads * self.head_width
-        matrices = self.num_layers * self.layer_matrix_count() + self._vocab() * self.hidden_size
+        share = 1.0 if self.task is None else row.predicted / row.tokens
+        matrices = self.num_layers * self.layer_matrix_count() + share * self.head_matrix_count()
         keys = 0.0
         for layer in range(self.num_layers):
             window = min(self.window_of(layer) or sequence_length, sequence_length)

@@ -19,6 +19,7 @@ from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.rotary import rotary_tables
 from llmtrain.nn.stages import Stage, StagedModel
+from llmtrain.nn.task_head import TaskHead
 from llmtrain.nn.transformer import (
     Block,
     Context,
@@ -42,7 +43,10 @@ class GPT(StagedModel):
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
-        self.head = LanguageModelHead(D, config.vocab_size, softcap=config.logit_softcap)
+        if config.task is not None:
+            self.head: nn.Module = TaskHead(config.task, D)
+        else:
+            self.head = LanguageModelHead(D, config.vocab_size, softcap=config.logit_softcap)
         self._tie()
 
     def stages(self) -> list[Stage]:
@@ -66,6 +70,7 @@ class GPT(StagedModel):
         cache: KVCache | None = None,
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
+        lengths_B: Tensor | None = None,
     ) -> Context:
         """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
         SUM of cross-entropy in nats, 0-d fp32.
@@ -74,10 +79,12 @@ class GPT(StagedModel):
             cache.
         documents_BT: document id of each token, contiguous; a token sees only its own document. None: a row
             is one document.
-        labels_BT: next token at each position (already shifted), -100 where no loss is borne.
+        labels_BT: next token at each position (already shifted), -100 where no loss is borne; with a task
+            head, its labels.
         cache: keys and values of earlier tokens; forward adds these tokens to it.
         dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
         last_only: return logits of the last token only, (B, 1, V).
+        lengths_B: tokens of each row, which a task head needs; it returns its own logits or loss.
 
         Raise ValueError if both documents and a cache are given.
         """
@@ -95,7 +102,15 @@ class GPT(StagedModel):
             local = replace(self.config, rope_theta=local_theta, rope_scaling=None)
             local_rotary = rotary_tables(local, positions_BT, documents)
         return Context(
-            positions_BT, rotary, documents, labels_BT, cache, dropout_keys_B, last_only, local_rotary
+            positions_BT,
+            rotary,
+            documents,
+            labels_BT,
+            cache,
+            dropout_keys_B,
+            last_only,
+            local_rotary,
+            lengths_B,
         )
 
     def new_cache(self, max_length: int) -> KVCache:
@@ -128,10 +143,12 @@ class GPT(StagedModel):
             table["positions.weight"] = normal
         if config.gated_mlp:
             table["blocks.*.mlp.gate.weight"] = normal
-        if not config.tie_embeddings:
-            table["head.weight"] = normal
         if config.bias or config.has_qkv_bias or config.has_output_bias:
             table["*.bias"] = Constant(0.0)
+        if isinstance(self.head, TaskHead):
+            table |= self.head.initializers(config.init_std, biases="*.bias" not in table)
+        elif not config.tie_embeddings:
+            table["head.weight"] = normal
         return table
 
     def _embed(self, tokens_BT: Tensor, context: Context) -> Tensor:
@@ -146,4 +163,7 @@ class GPT(StagedModel):
     def _finish(self, x_BTD: Tensor, context: Context) -> Tensor:
         if context.last_only:
             x_BTD = x_BTD[:, -1:]
-        return self.head(self.norm(x_BTD), context.labels)
+        x_BTD = self.norm(x_BTD)
+        if isinstance(self.head, TaskHead):
+            return self.head(x_BTD, context.lengths, context.labels, context.dropout_keys)
+        return self.head(x_BTD, context.labels)

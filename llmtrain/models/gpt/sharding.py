@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from llmtrain.models.gpt.config import GPTConfig
-from llmtrain.nn.sharding import LAYERS, VOCABULARY, Role, Table
+from llmtrain.nn.sharding import LAYERS, Role, Table, vocabulary
 
 
 def table(config: GPTConfig) -> Table:
     """Return name pattern → role."""
-    divided: dict[str, Role] = {**VOCABULARY, **LAYERS}
+    divided: dict[str, Role] = {**vocabulary(config), **LAYERS}
     if config.gated_mlp:
         divided["blocks.*.mlp.gate"] = "column"
     if config.qk_norm:

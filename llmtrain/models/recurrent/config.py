@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.model_config import OfVocabulary, Row
+from llmtrain.nn.task_config import TaskHeadConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class LSTMConfig(OfVocabulary):
     num_layers: int = 2
     tie_embeddings: bool = True
     dropout: float = 0.0
+    task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
+    """Head of a fine-tuning task, in place of the language model's; set by the objective."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "1 or more")
@@ -32,11 +35,13 @@ class LSTMConfig(OfVocabulary):
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Return all parameters as one step, with a tied head counted once. Needs vocab_size."""
         V, D = self._vocab(), self.hidden_size
-        return [V * D * (1 if self.tie_embeddings else 2) + self.num_layers * (8 * D * D + 8 * D)]
+        head = self.head_parameter_count() if self.task is not None or not self.tie_embeddings else 0
+        return [V * D + self.num_layers * (8 * D * D + 8 * D) + head]
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
         return max(self._vocab(), 4 * self.hidden_size) * self.hidden_size
 
     def flops_per_token(self, row: Row) -> float:
         """Return forward and backward FLOPs per token, which do not depend on the sequence length."""
-        return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + self._vocab() * self.hidden_size)
+        share = 1.0 if self.task is None else row.predicted / row.tokens
+        return 6.0 * (self.num_layers * 8 * self.hidden_size**2 + share * self.head_matrix_count())

@@ -12,6 +12,7 @@ from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead, TiedHeadModel
 from llmtrain.nn.initialize import Initializer, Uniform
+from llmtrain.nn.task_head import TaskHead
 
 
 class LSTM(nn.LSTM):
@@ -66,7 +67,10 @@ class LSTMLanguageModel(TiedHeadModel):
         self.layer_dropouts = nn.ModuleList(
             Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
         )
-        self.head = LanguageModelHead(D, config.vocab_size)
+        if config.task is not None:
+            self.head: nn.Module = TaskHead(config.task, D)
+        else:
+            self.head = LanguageModelHead(D, config.vocab_size)
         self._tie()
 
     def forward(
@@ -79,8 +83,10 @@ class LSTMLanguageModel(TiedHeadModel):
         cache: LSTMCache | None = None,
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32.
+        """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32. With a task head,
+        which needs lengths_B, the tokens of each row: its logits or, with labels of its task, its loss.
 
         positions_BT and documents_BT are accepted as by decoders, but ignored: the state flows over document
         boundaries, which the end-of-text token marks. Dropout applies between layers, never between tokens;
@@ -97,7 +103,11 @@ class LSTMLanguageModel(TiedHeadModel):
         if cache is not None:
             cache.states = after
             cache.length += tokens_BT.shape[1]
-        return self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
+        if isinstance(self.head, TaskHead):
+            assert lengths_B is not None
+            return self.head(x_BTD, lengths_B, labels_BT, dropout_keys_B)
+        logits_or_loss: Tensor = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
+        return logits_or_loss
 
     def new_cache(self, max_length: int) -> LSTMCache:
         """Return an empty state, whose size does not depend on the length."""
@@ -112,6 +122,8 @@ class LSTMLanguageModel(TiedHeadModel):
         """
         uniform = Uniform(self.config.hidden_size**-0.5)
         table: dict[str, Initializer] = {"embedding.weight": uniform, "layers.*": uniform}
-        if not self.config.tie_embeddings:
+        if isinstance(self.head, TaskHead):
+            table |= dict.fromkeys(self.head.initializers(0.0), uniform)
+        elif not self.config.tie_embeddings:
             table["head.weight"] = uniform
         return table

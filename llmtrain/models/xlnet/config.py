@@ -6,14 +6,15 @@ Dim names: V vocabulary, D hidden_size, L num_layers, N num_heads, T sequence le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
 from llmtrain.nn.model_config import Row
+from llmtrain.nn.task_config import TaskHeadConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class XLNetConfig(OfLayers):
     """The head shares the token embedding's weight."""
     dropout: float = 0.1
     init_std: float = 0.02
+    task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
+    """Head of a fine-tuning task, in place of the language model's; set by the objective."""
 
     @cached_property
     def blocks(self) -> LayerConfig:
@@ -80,9 +83,9 @@ class XLNetConfig(OfLayers):
         and the last."""
         vocabulary = -(-self._vocab() // tensor)
         return [
-            (vocabulary + 1) * self.hidden_size,
+            (vocabulary + (self.task is None)) * self.hidden_size,
             *[self.layer_parameter_count(tensor)] * self.num_layers,
-            vocabulary * (self.hidden_size + 1),
+            self.task.parameter_count(self.hidden_size) if self.task else vocabulary * (self.hidden_size + 1),
         ]
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
@@ -98,5 +101,8 @@ class XLNetConfig(OfLayers):
         D, T = self.hidden_size, row.tokens
         share = row.predicted / T
         per_place = 2 * D * D + 2 * D * self.mlp_width  # query, output, up and down
-        matrices = self.num_layers * (per_place * (1 + share) + 2 * D * D) + self._vocab() * D * share
+        layer, head = 2 * D * D, self.head_matrix_count() * share
+        if self.task is not None:
+            share = 0.0  # no query stream
+        matrices = self.num_layers * (per_place * (1 + share) + layer) + head
         return 6.0 * matrices + 18.0 * self.num_layers * D * T * (1 + share)

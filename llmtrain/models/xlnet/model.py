@@ -25,6 +25,7 @@ from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear, einsum
 from llmtrain.nn.stages import Stage, StagedModel
+from llmtrain.nn.task_head import TaskHead
 from llmtrain.nn.transformer import MLP, Context, PerHead
 
 
@@ -175,18 +176,24 @@ class XLNet(StagedModel):
         self.config = config
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
-        self.target_embedding = nn.Embedding(1, D)
-        """Initial hidden state of the query stream at each position."""
+        self.target_embedding = nn.Embedding(1, D) if config.task is None else None
+        """Initial hidden state of the query stream at each position; a task head needs no query stream."""
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.blocks = nn.ModuleList(XLNetBlock(config, layer) for layer in range(config.num_layers))
         self.head_dropout = Dropout(config.dropout, config.num_layers, HIDDEN)
-        self.head = LanguageModelHead(D, config.vocab_size, bias=True)
+        if config.task is not None:
+            self.head: nn.Module = TaskHead(config.task, D)
+        else:
+            self.head = LanguageModelHead(D, config.vocab_size, bias=True)
         self._tie()
 
     def stages(self) -> list[Stage]:
         """Return the steps of a forward in order: embeddings, each layer, head."""
+        embeddings: dict[str, nn.Module] = {"embedding": self.embedding}
+        if self.target_embedding is not None:
+            embeddings["target_embedding"] = self.target_embedding
         return [
-            Stage({"embedding": self.embedding, "target_embedding": self.target_embedding}, self._embed),
+            Stage(embeddings, self._embed),
             *(Stage({f"blocks.{i}": block}, block) for i, block in enumerate(self.blocks)),
             Stage({"head": self.head}, self._finish),
         ]
@@ -202,6 +209,7 @@ class XLNet(StagedModel):
         labels_BM: Tensor | None = None,
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
+        lengths_B: Tensor | None = None,
     ) -> XLNetContext:
         """Return the arguments shared by all stages. Forward then returns logits (B, M, V) of the query
         stream, or (B, T, V) of the content stream if there are no targets; with labels, the SUM of
@@ -214,13 +222,14 @@ class XLNet(StagedModel):
         documents_BT: document id of each token; a query sees only its own document. Padding is a document of
             its own. None: a row is one document.
         segments_BT: text id of each token, for a config with segments; None: no segment scores.
-        labels_BM: token at each target, IGNORE_INDEX where no loss is borne.
+        labels_BM: token at each target, IGNORE_INDEX where no loss is borne; with a task head, its labels.
         dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
         with_metrics: with labels, return the loss and the number of correct predictions by name.
+        lengths_B: tokens of each row, which a task head needs; it returns its own logits or loss.
 
         Raise ValueError for labels without targets, or for segments if the config has none.
         """
-        if labels_BM is not None and targets_BM is None:
+        if labels_BM is not None and targets_BM is None and self.config.task is None:
             raise ValueError("labels_BM needs targets_BM")
         if segments_BT is not None and not self.config.has_segments:
             raise ValueError("this model has no segments")
@@ -242,6 +251,7 @@ class XLNet(StagedModel):
             sees_nothing=sees_nothing if targets_BM is not None else None,
             is_other_segment=None if segments_BT is None else _differs(segments_BT, places_BQ),
             with_metrics=with_metrics,
+            lengths=lengths_B,
         )
 
     def initializers(self) -> dict[str, Initializer]:
@@ -250,24 +260,30 @@ class XLNet(StagedModel):
         normal = Normal(self.config.init_std)
         table: dict[str, Initializer] = {
             "embedding.weight": normal,
-            "target_embedding.weight": normal,
             "blocks.*.attention.*.weight": normal,
             "blocks.*.mlp.*.weight": normal,
             "blocks.*norm.weight": Constant(1.0),
             "*.bias": Constant(0.0),
         }
+        if isinstance(self.head, TaskHead):
+            return table | self.head.initializers(self.config.init_std, biases=False)
+        table["target_embedding.weight"] = normal
         if not self.config.tie_embeddings:
             table["head.weight"] = normal
         return table
 
     def _embed(self, tokens_BT: Tensor, context: XLNetContext) -> Tensor:
         x_BQD = self.embedding(tokens_BT)
-        if context.targets is not None:
+        if context.targets is not None and self.target_embedding is not None:
             g_BMD = self.target_embedding(torch.zeros_like(context.targets))
             x_BQD = torch.cat([x_BQD, g_BMD], dim=1)
         return self.dropout(x_BQD, context.dropout_keys)
 
     def _finish(self, x_BQD: Tensor, context: XLNetContext) -> Tensor | dict[str, Tensor]:
+        if isinstance(self.head, TaskHead):
+            assert context.lengths is not None
+            x_BQD = self.head_dropout(x_BQD, context.dropout_keys)
+            return self.head(x_BQD, context.lengths, context.labels, context.dropout_keys)
         if context.targets is not None:
             x_BQD = x_BQD[:, x_BQD.shape[1] - context.targets.shape[1] :]
         x_BQD = self.head_dropout(x_BQD, context.dropout_keys)

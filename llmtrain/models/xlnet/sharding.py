@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from llmtrain.models.xlnet.config import XLNetConfig
-from llmtrain.nn.sharding import VOCABULARY, Role, Table
+from llmtrain.nn.sharding import Role, Table, vocabulary
 
 
 def table(config: XLNetConfig) -> Table:
     """Return name pattern → role."""
     divided: dict[str, Role] = {
-        **VOCABULARY,
+        **vocabulary(config),
         "blocks.*.attention.query": "column",
         "blocks.*.attention.key_value": "column",
         "blocks.*.attention.position": "column",

@@ -1,0 +1,1 @@
+"""Tables of labelled texts, straight from files: rows, splits, and their tokens in a cache."""
