@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtrain.config import decode, encode, require
-from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.data.config import data_config_type
 from llmtrain.data.mixture import begin
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.registry import families

@@ -11,7 +11,8 @@ import numpy as np
 
 from llmtrain import files
 from llmtrain.config import decode, encode, require
-from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.data.config import data_config_type
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.config import encode, require, show
-from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.config import encode, require
+from llmtrain.errors import Problem, nearest
 
 
 @dataclass(frozen=True)
@@ -224,19 +224,3 @@ class ImageDataConfig:
     def problems(self) -> Iterator[Problem]:
         yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file, or tars")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
-
-
-DataConfig = TokenDataConfig | ImageDataConfig
-
-DATA_CONFIGS: dict[str, type[TokenDataConfig] | type[ImageDataConfig]] = {
-    "tokens": TokenDataConfig,
-    "images": ImageDataConfig,
-}
-
-
-def data_config_type(section: Mapping[str, Any]) -> type[TokenDataConfig] | type[ImageDataConfig]:
-    """Return the dataclass of a `data` section, by its `kind`. Raises ConfigError for an unknown kind."""
-    kind = section.get("kind", "tokens")
-    if not isinstance(kind, str) or kind not in DATA_CONFIGS:
-        raise ConfigError(Problem("data.kind", show(kind), nearest(str(kind), list(DATA_CONFIGS))))
-    return DATA_CONFIGS[kind]

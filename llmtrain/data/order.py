@@ -156,6 +156,52 @@ class BlockOrder:
         return found
 
 
+class LengthOrder(BlockOrder):
+    """The order of rows of different lengths. Rows of like length follow each other in groups, and the groups are
+    shuffled, so that micro-batches need little padding."""
+
+    POOL = 64
+    """Groups that are made together: the rows of a pool are drawn at random, and sorted by length."""
+
+    def __init__(
+        self, lengths: np.ndarray, *, seed: int, group: int, epoch_length: int | None = None
+    ) -> None:
+        """lengths: tokens of each row, (N,); group: rows of a group."""
+        super().__init__(np.array([len(lengths)]), seed=seed, block_tars=1, epoch_length=epoch_length)
+        self._lengths, self._group = np.asarray(lengths), group
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def _ordered(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epochs, offsets = np.divmod(positions, self.epoch_length)
+        indices = np.empty_like(offsets)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            indices[chosen] = self._order_of(epoch)[offsets[chosen]]
+        return epochs, indices
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch in order, (N,)."""
+        with self._lock:
+            found = self._orders.get(epoch)
+        if found is not None:
+            return found
+        drawn = self._epoch(epoch).indices(np.arange(len(self._lengths)))
+        pools, size = [], self._group * self.POOL
+        for number, start in enumerate(range(0, len(drawn), size)):
+            pool = drawn[start : start + size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
+            groups = np.arange(-(-len(pool) // self._group))
+            key = _mix(epoch_key(self._seed, epoch) + (number + 1) * _GOLDEN_GAMMA)
+            shuffled = permute(groups, len(groups), key)
+            pools.append(np.concatenate([pool[g * self._group : (g + 1) * self._group] for g in shuffled]))
+        order = np.concatenate(pools)
+        with self._lock:
+            self._orders[epoch] = order
+            if len(self._orders) > _EPOCHS_KEPT:
+                self._orders.popitem(last=False)
+        return order
+
+
 class _Epoch:
     """The order of one epoch."""
 

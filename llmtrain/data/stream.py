@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from llmtrain.data.datasets.base import EMPTY, Dataset, ReadsTars, gather
+from llmtrain.data.datasets.base import EMPTY, Dataset, OrdersByLength, ReadsTars, gather
 from llmtrain.data.mixture import Timeline
-from llmtrain.data.order import BlockOrder, epoch_key, sample_keys
+from llmtrain.data.order import BlockOrder, LengthOrder, epoch_key, sample_keys
 from llmtrain.errors import DataError, Problem
 
 GaveUp = Callable[[], bool]
@@ -80,10 +80,18 @@ class Stream:
             if epoch_length == 0:
                 got = f"true with {len(dataset):,} samples and steps of {global_size:,}"
                 raise DataError(Problem("data.drop_last", got, "a whole step or more", "give false"))
+            source_seed = _source_seed(seed, name)
+            if isinstance(dataset, OrdersByLength):
+                self._orders.append(
+                    LengthOrder(
+                        dataset.lengths, seed=source_seed, group=dataset.group, epoch_length=epoch_length
+                    )
+                )
+                continue
             self._orders.append(
                 BlockOrder(
                     dataset.tar_sizes,
-                    seed=_source_seed(seed, name),
+                    seed=source_seed,
                     block_tars=shuffle_shards,
                     epoch_length=epoch_length,
                 )

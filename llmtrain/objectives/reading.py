@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.corpus.config import DataConfig, TokenDataConfig
+from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.corpus.corpora import Corpora, open_corpora
+from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
 from llmtrain.objectives.base import ObjectiveConfig
 

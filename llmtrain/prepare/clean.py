@@ -83,7 +83,7 @@ def clean(documents: Sequence[str] | Sequence[bytes], normalization: str, counts
 
     Raise UnicodeDecodeError for bytes that are not UTF-8.
     """
-    cleaned = [text for text in _cleaned(documents, normalization, counts) if text]
+    cleaned = [text for text in cleaned_texts(documents, normalization, counts) if text]
     counts.documents_read += len(documents)
     counts.empty_dropped += len(documents) - len(cleaned)
     return cleaned
@@ -95,7 +95,7 @@ def clean_pairs(pairs: Pairs, normalization: str, counts: CleanCounts) -> list[b
 
     Raise UnicodeDecodeError for bytes that are not UTF-8.
     """
-    both = [*zip(*(_cleaned(side, normalization, counts) for side in pairs), strict=True)]
+    both = [*zip(*(cleaned_texts(side, normalization, counts) for side in pairs), strict=True)]
     cleaned = [SEPARATOR_BYTE.join(pair) for pair in both if all(pair)]
     empty = sum(not any(pair) for pair in both)
     counts.documents_read += len(both)
@@ -104,7 +104,7 @@ def clean_pairs(pairs: Pairs, normalization: str, counts: CleanCounts) -> list[b
     return cleaned
 
 
-def _cleaned(documents: Texts, normalization: str, counts: CleanCounts) -> list[bytes]:
+def cleaned_texts(documents: Texts, normalization: str, counts: CleanCounts) -> list[bytes]:
     """Return all documents cleaned; b"" for those of white space only."""
     if not documents:
         return []

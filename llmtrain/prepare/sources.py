@@ -13,7 +13,7 @@ import difflib
 import glob
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +45,13 @@ _ALLOWED = (
 )
 
 
-def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[list[SourceFile], SkippedFiles]:
+def find_files(
+    sources: Iterable[str], exclude: Path | None = None, kinds: Mapping[str, str] | None = None
+) -> tuple[list[SourceFile], SkippedFiles]:
     """Return all files of the sources in order, each once, and the skipped entries of folders.
 
-    exclude: folder whose files are not sources.
+    exclude: folder whose files are not sources. kinds: extension → kind of the files that are sources; "":
+    the kind of files with any other extension that the user names; None: KINDS.
     Raise DataError with a problem for each source without a file and for everything unreadable.
     """
     problems: list[Problem] = []
@@ -60,14 +63,15 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
         found = 0
         try:
             if is_remote(source):
-                kind, compression = _kind_of(remote.file_name(source))
+                kind, compression = _kind_of(remote.file_name(source), True, kinds)
                 if kind is None:
-                    raise DataError(Problem(without_credentials(source), "another extension", _ALLOWED))
+                    allowed = _allowed(kinds)
+                    raise DataError(Problem(without_credentials(source), "another extension", allowed))
                 files.setdefault(source, remote.find(source, kind, compression))
                 continue
             for path, name, explicit in _expand(source, scan):
                 try:
-                    file = _source_file(path, name, explicit, skipped)
+                    file = _source_file(path, name, explicit, skipped, kinds)
                 except OSError as error:
                     problems.append(scan_problem(error, path))
                     found += 1
@@ -76,9 +80,8 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
                     found += 1
                     files.setdefault(file.path, file)
             if not found and not scan.problems:
-                raise DataError(
-                    Problem(printable_path(source), "no readable file", _ALLOWED, "check the name")
-                )
+                got, allowed = "no readable file", _allowed(kinds)
+                raise DataError(Problem(printable_path(source), got, allowed, "check the name"))
         except DataError as error:
             problems.extend(error.problems)
         except OSError as error:
@@ -89,18 +92,20 @@ def find_files(sources: Iterable[str], exclude: Path | None = None) -> tuple[lis
     return list(files.values()), skipped
 
 
-def _source_file(path: Path, name: str, explicit: bool, skipped: SkippedFiles) -> SourceFile | None:
+def _source_file(
+    path: Path, name: str, explicit: bool, skipped: SkippedFiles, kinds: Mapping[str, str] | None
+) -> SourceFile | None:
     """Return the source file at `path`, or add it to `skipped` and return None.
 
     explicit: the user named this very file; raise DataError instead of skipping it.
     """
     status = os.stat(path)
     resolved = Path(os.path.realpath(path, strict=True))
-    kind, compression = _kind_of(path.name, explicit)
+    kind, compression = _kind_of(path.name, explicit, kinds)
     if kind is None:
         if explicit:
             extension = printable_path(path.suffix) or "(none)"
-            raise DataError(Problem(name, f"the extension {extension}", _ALLOWED))
+            raise DataError(Problem(name, f"the extension {extension}", _allowed(kinds)))
         skipped.other.append(name)
     elif not stat.S_ISREG(status.st_mode):
         if explicit:
@@ -189,15 +194,26 @@ def _expand(source: str, scan: FolderScan) -> Iterator[tuple[Path, str, bool]]:
         raise DataError(Problem(printable_path(source), "no such file or folder", allowed, "check the name"))
 
 
-def _kind_of(name: str, named: bool = False) -> tuple[str | None, str]:
+def _kind_of(
+    name: str, named: bool = False, kinds: Mapping[str, str] | None = None
+) -> tuple[str | None, str]:
     """Return kind (None if unsupported) and compression of a file by its name. named: the user named the
-    file."""
+    file; kinds: see find_files."""
     parts = name.lower().split(".")
     compression = parts.pop() if parts[-1] in COMPRESSIONS and len(parts) > 1 else ""
     kind = parts[-1] if len(parts) > 1 else None
+    if kinds is not None:
+        return kinds.get(kind or "", kinds.get("") if named else None), compression
     if kind == "json" and (named or compression):
         kind = "jsonl"
     return kind if kind in KINDS else None, compression
+
+
+def _allowed(kinds: Mapping[str, str] | None) -> str:
+    """Return the extensions of sources, for messages."""
+    if kinds is None:
+        return _ALLOWED
+    return "." + " .".join(extension for extension in kinds if extension) + ", each also with .gz or .zst"
 
 
 def contents_fingerprint(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
-from llmtrain.corpus.config import DataConfig
+from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import ModelConfig

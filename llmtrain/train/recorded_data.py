@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtrain.config import LARGEST_INT, decode, encode
 from llmtrain.corpus import packages
-from llmtrain.corpus.config import ORDER_KEYS, CacheConfig, ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import ORDER_KEYS, CacheConfig, ImageDataConfig, TokenDataConfig
 from llmtrain.corpus.transport import is_remote
+from llmtrain.data.config import data_config_type
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.files import expand_home

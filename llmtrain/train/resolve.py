@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtrain.config import decode
-from llmtrain.corpus.config import data_config_type
 from llmtrain.corpus.corpora import Corpora
+from llmtrain.data.config import data_config_type
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.files import expand_home

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtrain.config import require
-from llmtrain.corpus.config import DataConfig
+from llmtrain.data.config import DataConfig
 from llmtrain.data.datasets.base import Dataset
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, samples_of_epoch

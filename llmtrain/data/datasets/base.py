@@ -63,6 +63,19 @@ class ReadsTars(Protocol):
 
 
 @runtime_checkable
+class OrdersByLength(Protocol):
+    """A dataset of rows of different lengths, of which those of like length are trained on together."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 (N,)."""
+
+    @property
+    def group(self) -> int:
+        """Rows of like length that follow each other."""
+
+
+@runtime_checkable
 class NamesDocuments(Protocol):
     """A dataset that knows which documents a sample holds."""
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from llmtrain.config import decode
-from llmtrain.corpus.config import DataConfig, ImageDataConfig, TokenDataConfig, data_config_type
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.data.config import DataConfig, data_config_type
 from llmtrain.errors import ConfigError
 
 CONF = Path(__file__).parents[3] / "conf" / "data"

@@ -1,0 +1,118 @@
+"""The section `data` of a fine-tuning run: tables of labelled texts. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.config import require
+from llmtrain.corpus.config import Stage
+from llmtrain.errors import Problem
+from llmtrain.prepare.config import SplitConfig
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class TableCacheConfig:
+    """The local cache of tables: their tokens and labels, made once for each file, tokenizer and settings."""
+
+    dir: Path = field(default_factory=lambda: Path("~/.cache/llmtrain/tables").expanduser())
+    """A folder on a disk of this machine; all runs and ranks of a user there may share it."""
+
+
+@dataclass(frozen=True)
+class TableDataConfig:
+    """Labelled texts straight from files: .csv, .tsv, .jsonl, .parquet, CoNLL columns, SQuAD's .json."""
+
+    path: str | None = None
+    """A file, a folder, a glob pattern or `package:NAME/path`, whose rows are divided into splits by a hash
+    of their text, as `llmtrain prepare` divides documents."""
+    train: str | None = None
+    """Files of the training split, in place of `path`."""
+    validation: str | None = None
+    """Files of the validation split; null, beside `train`: held out from `train` by the hash."""
+    test: str | None = None
+    """Files of the test split; null, beside `train`: none."""
+    kind: Literal["table"] = "table"
+    """Tables of labelled texts."""
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "json"] = "auto"
+    """Form of the files; auto: by their extension, where .conll, .iob2, .iob and .bio are CoNLL columns."""
+    header: bool = True
+    """The first line of a csv or tsv names its columns; false: columns are named 0, 1, …"""
+    quoting: Literal["auto", "double", "none"] = "auto"
+    """Quotes in csv and tsv, as in `llmtrain prepare`."""
+    text_field: str = "text"
+    """Field of the text; for tagging, of the list of words; for question answering, of the question."""
+    text_pair_field: str | None = None
+    """Field of the second text of a pair; for question answering, of the context."""
+    label_field: str = "label"
+    """Field of the label, of the list of labels or tags, or of the answers."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """Shares of the rows of `path` that are held out."""
+    tokenizer: Path | None = None
+    """A tokenizer, a corpus, a checkpoint or a Hugging Face folder; null: the one of `model.path`."""
+    group: int = 64
+    """Rows of like length that follow each other in the order of training, which keeps padding small; 1: no
+    grouping by length."""
+    workers: int = 2
+    """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
+    cache: TableCacheConfig = field(default_factory=TableCacheConfig)
+    """The cache of tokens and labels."""
+
+    @property
+    def shuffle_shards(self) -> int:
+        return 1
+
+    @property
+    def drop_last(self) -> bool:
+        return False
+
+    @property
+    def on_bad_shard(self) -> Literal["error", "skip"]:
+        return "error"
+
+    @property
+    def overlap(self) -> int:
+        return 0
+
+    @property
+    def curriculum(self) -> tuple[Stage, ...]:
+        return ()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the files of each split that has its own, or "" → `path`, whose rows are divided."""
+        if self.train is None:
+            return {} if self.path is None else {"": self.path}
+        return {split: where for split in SPLITS if (where := getattr(self, split)) is not None}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Return "", the name of the single source, → where its rows are."""
+        return {"": ", ".join(self.files.values())}
+
+    def order_settings(self, sequence_length: int) -> dict[str, Any]:
+        """Return the settings that determine the rows and their order."""
+        return {"sequence_length": sequence_length, "group": self.group}
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """Return the weight of the only source."""
+        return {"": 1.0}
+
+    def problems(self) -> Iterator[Problem]:
+        both = self.path is not None and self.train is not None
+        yield from require(not both, "path", self.path, "null beside data.train", "give one of the two")
+        if self.train is None:
+            for split in ("validation", "test"):
+                got = getattr(self, split)
+                yield from require(
+                    got is None, split, got, "null without data.train", "give data.train=… too"
+                )
+            yield from require(
+                bool(self.path), "path", self.path, "a file, folder or glob pattern", "give data.path=…"
+            )
+        yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
+        yield from require(1 <= self.group <= 1 << 20, "group", self.group, f"1 to {1 << 20}")

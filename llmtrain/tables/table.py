@@ -1,0 +1,145 @@
+"""An opened table: the rows of a fine-tuning run by split, their tokens and labels. It answers what a run
+asks of its corpora."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from llmtrain.errors import DataError, Problem, nearest
+from llmtrain.tables.build import (
+    MANIFEST,
+    TaskReader,
+    ensure_cache,
+    files_fingerprint,
+    find_table_files,
+    table_key,
+)
+from llmtrain.tables.config import SPLITS, TableDataConfig
+from llmtrain.tables.ragged import Column, load_columns
+from llmtrain.tokenizers.base import Tokenizer
+from llmtrain.tokenizers.folder import find_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class TableSplit:
+    """The rows of one split."""
+
+    name: str
+    columns: Mapping[str, Column]
+    fingerprint: str
+    """Hex; changes with any token or label."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+class Table:
+    """The splits of a table; `open_table` makes it."""
+
+    paired = False
+
+    def __init__(self, folder: Path, where: str, tokenizer_path: Path, tokenizer: Tokenizer) -> None:
+        self._folder, self.where, self.tokenizer_path = folder, where, tokenizer_path
+        self._tokenizer = tokenizer
+        self._manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        self.by_name = {"": self}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels, in the order of their numbers."""
+        return tuple(self._manifest["labels"])
+
+    @property
+    def splits(self) -> Mapping[str, Any]:
+        """Split → "rows", "dropped" and "labels", label → count."""
+        splits: Mapping[str, Any] = self._manifest["splits"]
+        return splits
+
+    def split(self, name: str) -> TableSplit:
+        """Return a split. Raise DataError if the table has none of this name."""
+        if name not in self.splits:
+            remedy = f"give data.{name}=…" if name in SPLITS else ""
+            raise DataError(
+                Problem(self.where, f"no split {name!r}", nearest(name, list(self.splits)), remedy)
+            )
+        prefix = f"{name}/"
+        files = [file.removeprefix(prefix) for file in self._manifest["files"] if file.startswith(prefix)]
+        digests = [self._manifest["files"][prefix + file] for file in sorted(files)]
+        fingerprint = xxhash.xxh3_128_hexdigest("/".join(digests).encode())
+        return TableSplit(name, load_columns(self._folder / name, files), fingerprint)
+
+    def without(self, split: str) -> list[str]:
+        """Return "", the name of a single source, if it has no rows in the split."""
+        return [] if split in self.splits else [""]
+
+    def load_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self._tokenizer.sha256
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Role → id, as in the tokenizer."""
+        return self._tokenizer.special_ids
+
+    @property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        return self._tokenizer.sentinel_ids
+
+    @property
+    def eos_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex; changes with any token and label and with the tokenizer."""
+        said = json.dumps([self._manifest["files"], self.tokenizer_sha256], sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(said.encode())
+
+    def counters(self) -> dict[str, float]:
+        """Return no metrics: nothing is downloaded."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def describe(self) -> Iterator[str]:
+        """Yield a line with the rows of each split and their labels."""
+        for split, facts in self.splits.items():
+            dropped = f", {facts['dropped']:,} without text dropped" if facts["dropped"] else ""
+            counts = facts["labels"]
+            shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:12])
+            more = f" and {len(counts) - 12} more" if len(counts) > 12 else ""
+            labels = f": {shown}{more}" if counts else ""
+            yield f"{split}: {facts['rows']:,} rows{dropped}{labels}"
+
+
+def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) -> Table:
+    """Open the table of the section `data`; tokenize it if that was not done before.
+
+    tokenizer: the model's, where `data.tokenizer` is null.
+    Raise DataError for files, rows or labels that cannot be used.
+    """
+    given = data.tokenizer if data.tokenizer is not None else tokenizer
+    if given is None:
+        allowed = "a tokenizer, a corpus, a checkpoint or a Hugging Face folder"
+        raise DataError(Problem("data.tokenizer", "null", allowed, "give data.tokenizer=…, or model.path=…"))
+    path = find_tokenizer(given) or given if given.is_dir() else given
+    loaded = load_tokenizer(path)
+    files = find_table_files(data)
+    key = table_key(data, task, loaded, files_fingerprint(files))
+    folder = ensure_cache(data.cache.dir, key, data, task, loaded, files)
+    return Table(folder, data.paths[""], path, loaded)
