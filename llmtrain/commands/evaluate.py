@@ -12,6 +12,7 @@ import numpy as np
 from llmtrain import files
 from llmtrain.config import decode, encode, require
 from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.corpora import Corpora
 from llmtrain.data.config import data_config_type
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem
@@ -25,7 +26,7 @@ from llmtrain.standard_streams import print_note
 if TYPE_CHECKING:
     import torch
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.loader import MicroBatch
     from llmtrain.interchange.trained import TrainedModel
 
@@ -141,7 +142,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if counter is not None and corpora is not None:
         num_bytes = counter.num_bytes(corpora)
     figures |= objective.figures(totals.loss, totals.num_targets, totals.metrics, num_bytes)
-    if counter is not None and corpora is not None and config.unigram:
+    if counter is not None and isinstance(corpora, Corpora) and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)
     figures |= translated
     if output is not None:
@@ -171,7 +172,7 @@ class TargetCounter:
         counts_V = torch.from_numpy(self._counts_V).to(device) * counted
         self._counts_V = processes.all_sum(counts_V).cpu().numpy()
 
-    def num_bytes(self, corpora: Corpora) -> int:
+    def num_bytes(self, corpora: TextSource) -> int:
         """Return the UTF-8 bytes of the text of the targets; the end of a document has none."""
         lengths_V = corpora.load_tokenizer().token_byte_lengths()
         return int(self._counts_V[: len(lengths_V)] @ lengths_V)
@@ -195,7 +196,7 @@ def _say_skipped(shard: str, samples: int) -> None:
     print_note(text)
 
 
-def _check(config: EvaluateConfig, trained: TrainedModel, corpora: Corpora | None) -> None:
+def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | None) -> None:
     problems = data_problems(trained.objective, config.data)
     problems += corpora_problems(trained.objective, corpora)
     if corpora is not None and trained.tokenizer_path is not None:

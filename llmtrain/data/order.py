@@ -157,8 +157,8 @@ class BlockOrder:
 
 
 class LengthOrder(BlockOrder):
-    """The order of rows of different lengths. Rows of like length follow each other in groups, and the groups are
-    shuffled, so that micro-batches need little padding."""
+    """The order of rows of different lengths. Rows of like length follow each other in groups, and the groups
+    are shuffled, so that micro-batches need little padding."""
 
     POOL = 64
     """Groups that are made together: the rows of a pool are drawn at random, and sorted by length."""

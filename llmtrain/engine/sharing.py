@@ -18,7 +18,7 @@ from llmtrain.parallel.planning import plan_layout
 if TYPE_CHECKING:
     import torch
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.parallel.mesh import Mesh
 
 
@@ -52,7 +52,7 @@ def start_sharing(
     *,
     micro_size: int,
     sequence_length: int,
-    corpora: Corpora | None = None,
+    corpora: TextSource | None = None,
     shares_samples: bool = False,
 ) -> Mesh:
     """Join the other ranks, which must have found the same weights and have the same encoded `config`, and

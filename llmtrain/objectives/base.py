@@ -13,6 +13,7 @@ import numpy as np
 
 from llmtrain.config import Kinds
 from llmtrain.corpus.config import TokenDataConfig
+from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import Problem
 from llmtrain.files import expand_home
 from llmtrain.nn.labels import IGNORE_INDEX
@@ -21,7 +22,7 @@ from llmtrain.nn.model_config import Row
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
@@ -99,7 +100,7 @@ class ObjectiveConfig(Kinds):
         """Yield a problem if this objective cannot read data as the `data` section says."""
         yield from ()
 
-    def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
+    def special_ids(self, model: Any, corpora: TextSource) -> SpecialIds:
         """Return the model's config with the special ids of this objective resolved."""
         return SpecialIds(model, corpora.vocab_size)
 
@@ -108,7 +109,7 @@ class ObjectiveConfig(Kinds):
         return {}
 
     def open(
-        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
     ) -> dict[str, Dataset]:
         """Return corpus name → dataset of its split; the name is "" if there is only one.
 
@@ -129,12 +130,12 @@ class ObjectiveConfig(Kinds):
             for name, tokens in self.splits(data, corpora, split).items()
         }
 
-    def splits(self, data: TokenDataConfig, corpora: Corpora | None, split: str) -> Mapping[str, Any]:
+    def splits(self, data: TokenDataConfig, corpora: TextSource | None, split: str) -> Mapping[str, Any]:
         """Return corpus name → tokens of its split."""
-        assert corpora is not None
+        assert isinstance(corpora, Corpora)
         return corpora.splits(split, data.undrawn if split == "train" else data.names)
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> Objective:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Objective:
         """Return the objective. The special ids of `model` must be resolved."""
         raise NotImplementedError
 

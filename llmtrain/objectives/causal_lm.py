@@ -29,7 +29,7 @@ from llmtrain.objectives.text import Spelling, indented
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.trace import Part
 
 
@@ -43,7 +43,7 @@ class CausalLMConfig(ObjectiveConfig):
     kind: Literal["causal_lm"] = "causal_lm"
     """Next-token prediction."""
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> CausalLM:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> CausalLM:
         return CausalLM(document_mask=data.document_mask)
 
 

@@ -27,7 +27,7 @@ from llmtrain.objectives.base import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
@@ -47,13 +47,13 @@ class ClassificationConfig(ObjectiveConfig):
         return Row(1, predicted=1)
 
     def open(
-        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
     ) -> dict[str, Dataset]:
         from llmtrain.data.datasets.images import Images
 
         return {"": Images.open(data.path, split, model.num_classes)}
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> Classification:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Classification:
         return Classification()
 
 

@@ -19,7 +19,7 @@ from llmtrain.objectives.draws import choose, uniform, uniform_of_rows
 from llmtrain.objectives.seq2seq import OneText, OneTextConfig, Widths, numbers_within
 
 if TYPE_CHECKING:
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
 
 _IS_PERMUTED, _SENTENCE, _SPAN_LENGTH, _SPAN_POSITION, _ONE_TOKEN, _IS_ROTATED, _ROTATION = range(7)
 """Purposes of random draws."""
@@ -60,13 +60,13 @@ class DenoisingConfig(OneTextConfig):
     def widths_of_text(self, text: int) -> Widths:
         return Widths(text, text + 1, text + 1)
 
-    def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
+    def _marks(self, model: Any, corpora: TextSource, needed: int) -> tuple[Any, int]:
         if model.mask_id is not None:
             return model, needed
         mask_id = corpora.special_ids.get("mask", needed)
         return replace(model, mask_id=mask_id), max(needed, mask_id + 1)
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> Denoising:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Denoising:
         assert corpora is not None
         return Denoising(model, self, corpora.load_tokenizer().sentence_ends())
 

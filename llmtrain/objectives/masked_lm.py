@@ -36,7 +36,7 @@ from llmtrain.objectives.draws import uniform, uniform_of_rows
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
@@ -90,7 +90,7 @@ class MaskedLMConfig(ObjectiveConfig):
             allowed = "concat with objective.pairs: a row holds one pair of texts"
             yield Problem("data.packing", data.packing, allowed, "give data.packing=concat")
 
-    def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
+    def special_ids(self, model: Any, corpora: TextSource) -> SpecialIds:
         """Take the tokenizer's ids if it has all three, else the first ids after the corpus' vocabulary."""
         needed = corpora.vocab_size
         if model.mask_id is None:
@@ -104,7 +104,7 @@ class MaskedLMConfig(ObjectiveConfig):
         return dict(zip(model.special_ids, ("[MASK]", "[CLS]", "[SEP]"), strict=True))
 
     def open(
-        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
     ) -> dict[str, Dataset]:
         if not self.has_pairs:
             return super().open(model, data, corpora, split, sequence_length)
@@ -113,7 +113,7 @@ class MaskedLMConfig(ObjectiveConfig):
         splits = self.splits(data, corpora, split)
         return {name: Passages(tokens, sequence_length) for name, tokens in splits.items()}
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> MaskedLM:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> MaskedLM:
         word_starts = text_ids = None
         if corpora is not None and self.whole_words:
             word_starts = corpora.load_tokenizer().word_starts()

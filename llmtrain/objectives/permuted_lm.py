@@ -34,7 +34,7 @@ from llmtrain.objectives.draws import uniform, uniform_of_rows
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
 
@@ -75,7 +75,7 @@ class PermutedLMConfig(ObjectiveConfig):
             f"{shortest} or more, objective.predict_every",
         )
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> PermutedLM:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> PermutedLM:
         return PermutedLM(self, document_mask=data.document_mask, has_segments=model.has_segments)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.corpus.config import TokenDataConfig
-from llmtrain.corpus.corpora import Corpora, open_corpora
+from llmtrain.corpus.corpora import open_corpora
+from llmtrain.corpus.text_source import TextSource
 from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
 from llmtrain.objectives.base import ObjectiveConfig
@@ -25,7 +26,7 @@ def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]
     return [Problem("data.kind", got, objective.data, _REMEDIES[objective.data])]
 
 
-def corpora_problems(objective: ObjectiveConfig, corpora: Corpora | None) -> list[Problem]:
+def corpora_problems(objective: ObjectiveConfig, corpora: TextSource | None) -> list[Problem]:
     """Return a problem if the corpora hold pairs and the objective needs single texts, or the reverse."""
     if corpora is None or objective.paired == "taken" or corpora.paired == (objective.paired == "needed"):
         return []
@@ -38,7 +39,7 @@ def corpora_problems(objective: ObjectiveConfig, corpora: Corpora | None) -> lis
     return [Problem("data.path", got, allowed, remedy)]
 
 
-def open_data(data: DataConfig) -> Corpora | None:
+def open_data(data: DataConfig) -> TextSource | None:
     """Return the corpora of the `data` section; None for images. Raise DataError if they cannot be read."""
     return open_corpora(data) if isinstance(data, TokenDataConfig) else None
 
@@ -47,7 +48,7 @@ def open_dataset(
     objective: ObjectiveConfig,
     model: Any,
     data: DataConfig,
-    corpora: Corpora | None,
+    corpora: TextSource | None,
     split: str,
     sequence_length: int,
     on_skip: Callable[[str, int], None] = lambda file, samples: None,

@@ -35,7 +35,7 @@ from llmtrain.objectives.text import indented
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
@@ -73,7 +73,7 @@ class SourceTargetConfig(ObjectiveConfig):
         _, source, target = self.widths(sequence_length)
         return Row(source, target, predicted=target)
 
-    def special_ids(self, model: Any, corpora: Corpora) -> SpecialIds:
+    def special_ids(self, model: Any, corpora: TextSource) -> SpecialIds:
         """Resolve the start id and the objective's marks; use ids after the corpus' vocabulary if the
         tokenizer has none. The start differs from the end id, which as a document's end would mean that
         nothing follows."""
@@ -89,7 +89,7 @@ class SourceTargetConfig(ObjectiveConfig):
         needed = max(needed, *(i + 1 for i in ids if i is not None))
         return SpecialIds(model, needed, f" with what objective={self.kind} marks texts by")
 
-    def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
+    def _marks(self, model: Any, corpora: TextSource, needed: int) -> tuple[Any, int]:
         """Return the model's config with further special ids, and the number of embedding rows needed."""
         return model, needed
 
@@ -138,7 +138,7 @@ class PairedTextConfig(SourceTargetConfig):
             yield Problem("data.document_mask", "false", allowed, "leave it out")
 
     def open(
-        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
     ) -> dict[str, Dataset]:
         from llmtrain.data.datasets.paired_rows import PairedRows
 
@@ -147,7 +147,7 @@ class PairedTextConfig(SourceTargetConfig):
         splits = self.splits(data, corpora, split)
         return {name: PairedRows(tokens, source, target, cache=cache) for name, tokens in splits.items()}
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> PairedText:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> PairedText:
         return PairedText(model)
 
 
@@ -171,7 +171,7 @@ class OneTextConfig(SourceTargetConfig):
             yield Problem("data.overlap", str(data.overlap), allowed)
 
     def open(
-        self, model: Any, data: Any, corpora: Corpora | None, split: str, sequence_length: int
+        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
     ) -> dict[str, Dataset]:
         return super().open(model, data, corpora, split, self.widths(sequence_length).text)
 

@@ -17,7 +17,7 @@ from llmtrain.objectives.draws import choose
 from llmtrain.objectives.seq2seq import OneText, OneTextConfig, Widths, numbers_within
 
 if TYPE_CHECKING:
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
 
 _KEPT, _MASKED = range(2)
 """Purposes of random draws."""
@@ -80,7 +80,7 @@ class SpanCorruptionConfig(OneTextConfig):
             f"{spans} or more, the spans of a row with batch.sequence_length={sequence_length}",
         )
 
-    def _marks(self, model: Any, corpora: Corpora, needed: int) -> tuple[Any, int]:
+    def _marks(self, model: Any, corpora: TextSource, needed: int) -> tuple[Any, int]:
         """Resolve the sentinels: the tokenizer's if it has enough in T5's order, else the last rows of the
         embedding."""
         count, sentinel_id = self.num_sentinels, model.sentinel_id
@@ -94,7 +94,7 @@ class SpanCorruptionConfig(OneTextConfig):
                 sentinel_id = (model.vocab_size or needed) - 1
         return replace(model, sentinel_id=sentinel_id, num_sentinels=count), needed
 
-    def build(self, model: Any, data: Any, corpora: Corpora | None = None) -> SpanCorruption:
+    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> SpanCorruption:
         return SpanCorruption(model, self)
 
 

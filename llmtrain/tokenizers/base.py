@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,30 @@ PROBES = (
 """Texts that lossy tokenizers are known to change."""
 _REPLACEMENT = "�"
 """Invalid UTF-8 decodes to this."""
+
+
+class Template(NamedTuple):
+    """The special tokens around one text, or around two."""
+
+    first: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+    first_segments: tuple[int, ...] = ()
+    between_segments: tuple[int, ...] = ()
+    last_segments: tuple[int, ...] = ()
+    segments: tuple[int, int] = (0, 1)
+    """Segment of the tokens of the first text and of the second."""
+
+    @property
+    def num_specials(self) -> int:
+        return len(self.first) + len(self.between) + len(self.last)
+
+
+class Frame(NamedTuple):
+    """How a model reads one text, and two."""
+
+    one: Template
+    two: Template
 
 
 class Tokenizer(ABC):
@@ -118,6 +142,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of each text (str or UTF-8) as int32 arrays, in the calling thread."""
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `text`, and the characters [begin, end) that each stands for."""
+
+    @cached_property
+    def frame(self) -> Frame | None:
+        """The special tokens that come with the tokenizer around one text and two; None: it adds none."""
+        return None
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from llmtrain.errors import DataError, Problem
 from llmtrain.reading import decode_file, parse_object
-from llmtrain.tokenizers.base import BUNDLE_FILE, PROBES, ROLES, Tokenizer
+from llmtrain.tokenizers.base import BUNDLE_FILE, PROBES, ROLES, Frame, Template, Tokenizer
 from llmtrain.tokenizers.checks import check_ids, check_steps, library_errors, without_stderr
 
 # There is already one worker per core, and the library's threads do not survive a fork. It reads this at each
@@ -189,6 +189,19 @@ class JsonTokenizer(Tokenizer):
             encodings = self._library.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        with self._errors():
+            encoding = self._library.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def frame(self) -> Frame | None:
+        """What the post-processor adds."""
+        with self._errors():
+            one, two = self._library.encode("a"), self._library.encode("a", "b")
+        frame = Frame(_template(one), _template(two))
+        return frame if frame.one.num_specials or frame.two.num_specials else None
+
     def decode(self, ids: Sequence[int]) -> str:
         with self._errors():
             return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -207,6 +220,21 @@ class JsonTokenizer(Tokenizer):
         if self.unk_id is not None:
             lengths[self.unk_id] = 0
         return lengths
+
+
+def _template(encoding: Any) -> Template:
+    """Return what an encoding has around its texts."""
+    # Ids of a text have its number, added ids have None.
+    texts: list[int | None] = encoding.sequence_ids
+    inside = [i for i, text in enumerate(texts) if text is not None]
+    a = [i for i in inside if texts[i] == 0]
+    b = [i for i in inside if texts[i] == 1]
+    ids, segments = encoding.ids, encoding.type_ids
+    parts = [slice(0, inside[0]), slice(a[-1] + 1, b[0]) if b else slice(0, 0), slice(inside[-1] + 1, None)]
+    of_a, of_b = segments[a[0]], segments[b[0]] if b else segments[a[0]]
+    return Template(
+        *(tuple(ids[part]) for part in parts), *(tuple(segments[part]) for part in parts), (of_a, of_b)
+    )
 
 
 class _Style:

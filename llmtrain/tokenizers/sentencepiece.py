@@ -95,6 +95,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str] | Sequence[bytes]) -> list[np.ndarray]:
         return self._processor.encode([*texts], out_type="numpy", num_threads=1)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 

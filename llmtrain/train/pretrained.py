@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import MISSING, encode
-from llmtrain.corpus.corpora import Corpora
+from llmtrain.corpus.text_source import TextSource
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.models.registry import skeleton_of
@@ -43,7 +43,7 @@ class Pretrained:
     origin: Origin | None = None
     """Settings of the Hugging Face folder that the weights were imported from."""
 
-    def problems(self, corpora: Corpora) -> list[Problem]:
+    def problems(self, corpora: TextSource) -> list[Problem]:
         """Return a problem if the corpora were prepared with another tokenizer than the model's."""
         if self.tokenizer is None:
             return []

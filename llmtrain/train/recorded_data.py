@@ -28,7 +28,7 @@ from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.streaming import Order, open_stream
 
 if TYPE_CHECKING:
-    from llmtrain.corpus.corpora import Corpora
+    from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.stream import Skipped, Stream
 
@@ -88,7 +88,7 @@ class Opened:
 
     stream: Stream
     sources: Mapping[str, Dataset]
-    corpora: Corpora | None
+    corpora: TextSource | None
     data: TokenDataConfig | ImageDataConfig
     model: ModelConfig
     objective: ObjectiveConfig

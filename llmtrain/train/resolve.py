@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtrain.config import decode
-from llmtrain.corpus.corpora import Corpora
+from llmtrain.corpus.text_source import TextSource
 from llmtrain.data.config import data_config_type
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
@@ -40,7 +40,7 @@ class Resolved:
 
     config: TrainConfig
     layout: Layout
-    corpora: Corpora | None
+    corpora: TextSource | None
     pretrained: Pretrained | None = None
     """The weights that training starts from; None: random weights of the seed."""
     trainable: Trainable | None = None
@@ -75,7 +75,7 @@ def resolve(
     problems += _recompute_problems(config.model, config.recompute)
     problems += _resume_problems(config)
     layout: Layout | None = None
-    corpora: Corpora | None = None
+    corpora: TextSource | None = None
     model = config.model
     engine = config.engine
     if engine == "auto":

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llmtrain.corpus.corpora import Corpora
+from llmtrain.corpus.text_source import TextSource
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.objectives.base import ObjectiveConfig
 
 
-def resolve_vocabulary(model: Any, objective: ObjectiveConfig, corpora: Corpora | None) -> Any:
+def resolve_vocabulary(model: Any, objective: ObjectiveConfig, corpora: TextSource | None) -> Any:
     """Return the model's config with its vocabulary known: null takes the corpus' and the special tokens that
     the objective needs.
 
