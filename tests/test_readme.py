@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor
 
 from tests.support.pages import FENCE, PAGES
 from tests.support.training import REPOSITORY
-from tests.support.warm_program import warm_program
+from tests.support.warm_program import warm_environment, warm_program
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +132,7 @@ def test_all_pages_with_commands_are_run():
 
 
 @pytest.mark.long("the quickstart, from an empty folder to an export")
-def test_the_two_commands(tmp_path: Path):
+def test_the_two_commands(programs: Path, tmp_path: Path):
     """The quickstart, shortened; the other command is the one that runs this test."""
     (_, quickstart, _), (_, test, shown) = [b for b in blocks("README.md") if b[1].startswith("./launch/")]
     assert test.split()[0] == "./launch/test.sh"
@@ -149,6 +149,7 @@ def test_the_two_commands(tmp_path: Path):
         FOLDER=str(tmp_path),
         SOURCE=str(source),
         OMP_NUM_THREADS="1",
+        VIRTUAL_ENV=str(warm_environment(tmp_path / "environment", programs)),
     )
     assert done.returncode == 0, done.stdout
     assert "killed (kill -9)" in done.stdout
