@@ -8,8 +8,8 @@
 Imports are most of what a tiny run costs. The process is a child of the one that asks for it, so that its
 pid, signals, pipes and exit code are those of any other. Three things differ from a cold start: modules are
 loaded before the environment is known, /proc shows the first process' command and environment (its name is
-"rank R" where it has a RANK), and resource limits are that process' own. Tests of start-up, of launchers
-themselves and of other environments of Python start cold.
+"rank R" where it has a RANK, and "launcher" where it starts others), and resource limits are that process'
+own. Tests of start-up, of launchers themselves and of other environments of Python start cold.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ PRELUDE = "LLMTRAIN_TEST_PRELUDE"
 """Variable with the path of a program that a warm process runs before all else, as sitecustomize."""
 _SERVER: _Server | None = None
 _COLD = subprocess.Popen
-LAUNCHERS = ("llmtrain.distributed.torchrun", "torch.distributed.run", "tests.gpu")
+TORCHRUN = "llmtrain.distributed.torchrun"
+LAUNCHERS = (TORCHRUN, "torch.distributed.run", "tests.gpu")
 """Programs that start others, which are warm too."""
 
 
@@ -303,6 +304,7 @@ def _end(code: object) -> NoReturn:
 def _main(connection: socket.socket) -> None:
     request = _serve(connection)
     if request["program"] in LAUNCHERS:
+        _name_this_process("launcher")
         request = _serve_ranks() or request
     sys.argv = [request["program"], *request["arguments"]]
     try:
