@@ -42,6 +42,7 @@ _PR_SET_NAME = 15
 PRELUDE = "LLMTRAIN_TEST_PRELUDE"
 """Variable with the path of a program that a warm process runs before all else, as sitecustomize."""
 _SERVER: _Server | None = None
+_SERVER_LOCK = threading.Lock()
 _COLD = subprocess.Popen
 TORCHRUN = "llmtrain.distributed.torchrun"
 LAUNCHERS = (TORCHRUN, "torch.distributed.run", "tests.gpu")
@@ -150,39 +151,46 @@ class _Server:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._lock = threading.Lock()
 
     def start(self, request: dict[str, Any], streams: list[int]) -> int:
         """→ the new process' pid."""
         content = json.dumps(request).encode()
-        # Only while its parent ends is the new process ours by this; other orphans go to init, as they do.
-        _adopt_orphans(True)
-        try:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
-            self._socket.sendmsg([len(content).to_bytes(8, "little")], ancillary)
-            self._socket.sendall(content)
-            answer = self._socket.recv(8, socket.MSG_WAITALL)
-        finally:
-            _adopt_orphans(False)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
+        with self._lock:
+            # Only while its parent ends: other orphans go to init, as they do.
+            _adopt_orphans(True)
+            try:
+                self._socket.sendmsg([len(content).to_bytes(8, "little")], ancillary)
+                self._socket.sendall(content)
+                answer = self._socket.recv(8, socket.MSG_WAITALL)
+            finally:
+                _adopt_orphans(False)
         assert len(answer) == 8, "the warm process ended"
         return int.from_bytes(answer, "little")
 
 
 def _server() -> _Server:
     global _SERVER
-    if _SERVER is None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                cwd=REPOSITORY,
-                env=_server_environment(),
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        atexit.register(lambda: (ours.close(), process.wait(10)))
-        _SERVER = _Server(ours)
-    return _SERVER
+    with _SERVER_LOCK:
+        if _SERVER is None:
+            _SERVER = _start_server()
+        return _SERVER
+
+
+def _start_server() -> _Server:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=REPOSITORY,
+            env=_server_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    atexit.register(lambda: (ours.close(), process.wait(10)))
+    return _Server(ours)
 
 
 def _name_this_process(name: str) -> None:
