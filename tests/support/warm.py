@@ -74,10 +74,11 @@ def rank_environment(size: int) -> dict[str, str]:
     return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
-def start(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> Popen:
-    """`llmtrain ARGUMENTS`, with pipes for both streams."""
+def start(*arguments: str, cwd: Path = REPOSITORY, program: str = "llmtrain", **environment: str) -> Popen:
+    """`python -m PROGRAM ARGUMENTS`, with pipes for both streams."""
     return Popen(
         arguments,
+        program,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
