@@ -4,9 +4,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +36,33 @@ KILLS = [
 NEAR: dict[str, object] = {"near_duplicates": {"threshold": 0.8}}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The folder of two sources, for corpora beside them."""
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice([*"aeioubcdfglmnrstü"], rng.integers(2, 9))) for _ in range(300)]
     for name in ("a", "b"):
         texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(3, 40))) for i in range(100)]
         rows = [*texts, *texts[::7], ""]
         lines = (json.dumps({"text": text, "backwards": text[::-1]}) + "\n" for text in rows)
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    return tmp_path
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def folder(sources: Path) -> Iterator[Path]:
+    """The folder of two sources, for corpora beside them: a corpus names the paths of its sources."""
+    yield sources
+    for corpus in sources.iterdir():
+        if corpus.is_dir() and corpus.name != "whole":
+            shutil.rmtree(corpus)
+
+
+@pytest.fixture(scope="module")
+def whole(sources: Path) -> dict[str, bytes]:
+    """The corpus that one process makes of the sources undisturbed."""
+    assert finish(start(sources, "whole")) == (0, "")
+    return tree(sources / "whole")
 
 
 def start(folder: Path, output: str, workers: int = 1, **options: object) -> Popen:
@@ -91,12 +109,20 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def wait_for_pieces(output: Path, number: int) -> None:
+    """Until so many pieces of the sources are read."""
+    deadline = time.monotonic() + 60
+    while len(list((output / ".prepare" / "read").glob("*/unit.json"))) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("die", "fields"), [("before", {}), ("after", {"target_field": "backwards"})])
 def test_killed_again_and_again_it_goes_on_to_the_same_bytes(
     folder: Path, die: str, fields: dict[str, object]
 ):
-    assert finish(start(folder, "whole", **fields)) == (0, "")
+    assert finish(start(folder, "undisturbed", **fields)) == (0, "")
     kills = planted = 0
     while True:
         # Indexes, lengths and manifest, seven renames together, are cheap and made again by each run.
@@ -113,38 +139,35 @@ def test_killed_again_and_again_it_goes_on_to_the_same_bytes(
             planted += 1
     assert kills >= 5
     assert planted
-    assert tree(folder / "killed") == tree(folder / "whole")
+    assert tree(folder / "killed") == tree(folder / "undisturbed")
 
 
 @pytest.mark.slow
-def test_replacing_a_corpus_and_killed_at_every_step(folder: Path):
+def test_replacing_a_corpus_and_killed_at_every_step(folder: Path, whole: dict[str, bytes]):
     """Until the new corpus is whole the old one stands; whatever has a manifest is one of the two."""
     output = folder / "corpus"
     assert finish(start(folder, "corpus", seed=1)) == (0, "")
     old = tree(output)
-    assert finish(start(folder, "whole")) == (0, "")
-    new = tree(folder / "whole")
     for _ in range(100):
         code, _ = finish(start(folder, "corpus", DIE="before", DIE_AT=9, overwrite=True))
         if (output / "manifest.json").exists():
             standing = {name: data for name, data in tree(output).items() if not name.startswith(".prepare")}
-            assert standing in (old, new)
+            assert standing in (old, whole)
         if code == 0:
             break
     assert code == 0
-    assert tree(output) == new
+    assert tree(output) == whole
 
 
 @pytest.mark.slow
-def test_many_processes_killed_at_any_time_give_the_bytes_of_one(folder: Path):
-    assert finish(start(folder, "one")) == (0, "")
-    for seconds in (0.4, 0.8, 1.2):
-        process = start(folder, "many", workers=3)
-        time.sleep(seconds)
+def test_many_processes_killed_at_any_time_give_the_bytes_of_one(folder: Path, whole: dict[str, bytes]):
+    for workers, pieces in ((2, 1), (3, 6)):
+        process = start(folder, "many", workers=workers)
+        wait_for_pieces(folder / "many", pieces)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert finish(start(folder, "many", workers=3)) == (0, "")
-    assert tree(folder / "many") == tree(folder / "one")
+    assert finish(start(folder, "many", workers=2)) == (0, "")
+    assert tree(folder / "many") == whole
 
 
 @pytest.mark.slow
@@ -225,11 +248,8 @@ def test_processes_of_torchrun_prepare_one_corpus(folder: Path):
 @pytest.mark.slow
 def test_workers_end_with_their_parent(folder: Path):
     process = start(folder, "corpus", workers=2)
-    deadline = time.monotonic() + 30
     # Workers that have finished something are past their start, which a dead parent ends anyway.
-    while not list((folder / "corpus" / ".prepare" / "read").glob("*/unit.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_pieces(folder / "corpus", 1)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     process.kill()
@@ -257,8 +277,9 @@ def test_a_worker_that_the_system_kills_is_told(folder: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_line_and_the_work_goes_on_later(folder: Path, workers: int):
-    assert finish(start(folder, "whole")) == (0, "")
+def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
+    folder: Path, whole: dict[str, bytes], workers: int
+):
     code, error = finish(start(folder, "full", workers=workers, FILE_BYTES=12_000))
     assert code == 1, error
     (line,) = error.strip().splitlines()
@@ -268,7 +289,7 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_later(folder: Path, worker
     assert not (folder / "full" / "manifest.json").exists()
     assert list((folder / "full" / ".prepare" / "read").glob("*/unit.json"))
     assert finish(start(folder, "full", workers=workers)) == (0, "")
-    assert tree(folder / "full") == tree(folder / "whole")
+    assert tree(folder / "full") == whole
 
 
 def test_a_device_without_space_is_told_with_the_path_and_the_bytes_needed(tmp_path: Path):
