@@ -19,6 +19,7 @@ from llmtrain.errors import DataError
 from llmtrain.prepare.config import PrepareConfig
 from llmtrain.prepare.files import disk_errors
 from llmtrain.prepare.job import prepare
+from tests.support.preparing import tree
 from tests.support.warm import LAUNCHERS, Popen
 
 KILLS = [
@@ -103,10 +104,6 @@ def finish(process: Popen) -> tuple[int, str]:
     """Exit code and standard error."""
     _, error = process.communicate(timeout=120)
     return process.returncode, error
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def wait_for_pieces(output: Path, number: int) -> None:
