@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_verbs import call
+from tests.support.data_verbs import call, train
 from tests.support.warm import llmtrain
 
 TEXT = re.compile(r"^    (.*)$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps over text."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(f"data.path={corpus}", f"run.dir={folder}", "train.steps=2")
+    return folder
 
 
 def texts(corpus: Path) -> dict[int, str]:
