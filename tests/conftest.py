@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.corpus import transport
 from tests.support import kernel, time_limit
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
@@ -49,6 +50,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def paired_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of pairs that `llmtrain prepare` made, of several shards."""
     return prepare_small_pairs(tmp_path_factory.mktemp("paired_corpus"))
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files from elsewhere that fail are asked for again at once."""
+    monkeypatch.setattr(transport, "FIRST_WAIT", 0.001)
 
 
 @pytest.fixture
