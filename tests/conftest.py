@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--whole-matrix",
         action="store_true",
         default=os.environ.get(turns.WHOLE) == "all",
-        help="run every cell of tests/parity/matrix.py and every case of tests in turns, not this commit's part; "
+        help="run every cell of the parity matrix and every case of tests in turns, not this commit's part; "
         f"also {turns.WHOLE}=all",
     )
 

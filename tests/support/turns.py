@@ -1,8 +1,7 @@
 """Long lists of cases that a run takes in turn: a part after each commit, all of them within a few commits.
 
-    @pytest.mark.in_turns(3)          # a third of the cases of all its parametrizations
-    @pytest.mark.parametrize(…)
-    def test_…
+    @pytest.mark.in_turns(3)               # a third of the cases that its parametrizations give
+    @pytest.mark.in_turns(3, by="layout")  # those of a third of the layouts
 
 The same commit always runs the same part. `pytest --whole-matrix` and LLMTRAIN_MATRIX=all run every case; so
 does a run that names its tests (`file.py::test`).
@@ -10,12 +9,9 @@ does a run that names its tests (`file.py::test`).
 
 from __future__ import annotations
 
-import os
 import subprocess
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import pytest
 
@@ -23,18 +19,15 @@ from tests.support.training import REPOSITORY
 
 WHOLE = "LLMTRAIN_MATRIX"
 """Variable that is `all` where every case is to run."""
-Case = TypeVar("Case")
 
 
-def of_turn(cases: Sequence[Case], every: int, turn: int, name: Callable[[Case], str]) -> list[Case]:
-    """Return one of `every` parts of the cases, in their order; `every` turns in a row give all.
+def of_turn(cases: Sequence[str], every: int, turn: int) -> list[str]:
+    """Return one of `every` parts of the cases; `every` turns in a row give all.
 
-    A part is drawn by the hash of the names: neighbors in a list often differ in one axis alone, and a part
+    Parts are drawn by the hash of the names: neighbors in a list often differ in one axis alone, and a part
     must not be all that has one value of it.
     """
-    drawn = sorted(cases, key=lambda case: zlib.crc32(name(case).encode()))
-    chosen = {name(case) for case in drawn[turn % every :: every]}
-    return [case for case in cases if name(case) in chosen]
+    return sorted(cases, key=lambda case: zlib.crc32(case.encode()))[turn % every :: every]
 
 
 def this_turn() -> int:
@@ -57,19 +50,23 @@ def take_part(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the items with a mark `in_turns` whose turn it is not."""
     if config.getoption("--whole-matrix") or any("::" in argument for argument in config.args):
         return
-    in_turns: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+    in_turns: dict[tuple[str, int], dict[str, list[pytest.Item]]] = {}
     for item in items:
         mark = item.get_closest_marker("in_turns")
         if mark is not None:
-            test, _, _ = item.nodeid.partition("[")
-            in_turns[test, mark.args[0]].append(item)
-    if not in_turns:
-        return
-    turn = this_turn()
+            group = item.nodeid.partition("[")[0], mark.args[0]
+            in_turns.setdefault(group, {}).setdefault(_case(item, **mark.kwargs), []).append(item)
+    turn = this_turn() if in_turns else 0
     left_out = {
         item
         for (_, every), cases in in_turns.items()
-        for item in set(cases).difference(of_turn(cases, every, turn, lambda item: item.nodeid))
+        for case in set(cases).difference(of_turn(list(cases), every, turn))
+        for item in cases[case]
     }
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def _case(item: pytest.Item, by: str | None = None) -> str:
+    """What takes turns: the value of the parameter `by`, or all parameters."""
+    return item.nodeid.partition("[")[2] if by is None else str(item.callspec.params[by])  # type: ignore[attr-defined]

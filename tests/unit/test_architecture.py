@@ -56,7 +56,6 @@ LONGER = {
     "tests/unit/interchange/test_huggingface.py": "to be divided: export, import",
     "tests/unit/corpus/test_cache.py": "to be divided: downloads, eviction, reading ahead",
     "tests/unit/commands/test_data.py": "to be divided by verb: trace, digest, show",
-    "tests/unit/checkpoint/test_store.py": "to be divided: round trips, damage, interrupted saves",
     "tests/unit/nn/test_attention.py": "one reference that every kernel is compared with",
     "tests/unit/prepare/test_prepare.py": "to be divided: what is kept, what is refused",
     "tests/unit/commands/test_import.py": "to be divided: import and export, training from an import",

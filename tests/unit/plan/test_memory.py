@@ -169,6 +169,7 @@ CASES = {
 }
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize("case", CASES)
 def test_gpt_activations(case: str, precision: str) -> None:
@@ -190,6 +191,7 @@ def test_gpt_activations(case: str, precision: str) -> None:
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_bert_activations(precision: str, dropout: float) -> None:
@@ -218,6 +220,7 @@ def test_bert_activations(precision: str, dropout: float) -> None:
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize(("dropout", "has_segments"), [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
@@ -270,6 +273,7 @@ BART_FORM = replace(
 )
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -295,6 +299,7 @@ def test_seq2seq_activations(form: Seq2SeqConfig, mode: Any, dropout: float, pre
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(
     "form",
     [GPT2_FORM, LLAMA_FORM, QWEN3_FORM, {**LLAMA_FORM, "sliding_window": 40}],
@@ -318,6 +323,7 @@ def test_gpt_activations_of_longer_sequences(
     assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize(("hidden_size", "num_layers"), [(96, 1), (96, 3), (256, 2)])
 @pytest.mark.parametrize("has_bf16", [True, False])
@@ -346,6 +352,7 @@ def test_lstm_activations(
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize(
     ("tokens", "hidden_size", "vocab_size"), [(512, 64, 2000), (512, 256, 2000), (64, 64, 500)]
@@ -473,6 +480,7 @@ def test_activations_grow_with_the_micro_batch_alone() -> None:
 FORMS = {"gpt2": GPT2_FORM, "llama": LLAMA_FORM}
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(("mode", "every"), [("none", 1), ("selective", 1), ("full", 1), ("full", 2)])
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 @pytest.mark.parametrize(("dropout", "with_documents"), [(0.0, False), (0.1, True)])
@@ -510,6 +518,7 @@ PRESETS = sorted(
 )
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(
     ("path", "tensor"),
     [(path, tensor) for path in PRESETS for tensor in (1, 2, 4) if preset(path).kv_heads % tensor == 0],
@@ -720,6 +729,7 @@ def test_copy_of_an_asynchronous_checkpoint() -> None:
     assert copied("cuda", 1) == copied("cpu", 1, asynchronous=False) == 0
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_process_starts_with_its_own_part(path: Path) -> None:
     """Never more than it holds later, so that a plan need not ask for the start."""
