@@ -50,7 +50,6 @@ LONGEST = 400
 LONGER = {
     "tests/parity/architectures.py": "one table of all compared architectures, with their configs",
     "tests/parity/matrix.py": "one table of all cells of the parity matrix, with what each is held to",
-    "tests/unit/plan/test_memory.py": "to be divided: activations, states, pipeline stages, offload",
     "tests/unit/corpus/test_transport.py": "to be divided: HTTP, S3, local files",
     "tests/faults/test_remote_faults.py": "to be divided: faults of the network, of the disk, of the store",
     "tests/unit/interchange/test_huggingface.py": "to be divided: export, import",
