@@ -205,6 +205,13 @@ def test_going_back_sets_later_checkpoints_aside(whole: FakeRun, capsys: pytest.
     assert "already at step 6" in capsys.readouterr().err
 
 
+def test_going_back_moves_nothing_before_it_is_refused(whole: FakeRun):
+    resume = f"checkpoint.resume={whole.folder / 'checkpoints/step-00000002'}"
+    with pytest.raises(CheckpointError, match="another model"):
+        whole.start(resume, "model.hidden_size=64")
+    assert list(checkpoints(whole)) == [2, 4, 6]
+
+
 def test_a_fork_begins_with_metrics_of_its_own(run: FakeRun, whole: FakeRun):
     assert run.start(f"checkpoint.resume={whole.folder / 'checkpoints/step-00000004'}")
     assert list(trained(run.calls)) == list(trained(STEPS[4:]))
@@ -239,6 +246,14 @@ def test_a_damaged_checkpoint_is_passed_over(whole: FakeRun, capsys: pytest.Capt
     assert "damaged checkpoint passed over: step-00000004" in said
     assert list(trained(whole.calls)) == list(trained(STEPS[2:]))
     assert curve(whole) == expected
+
+
+def test_a_damaged_newer_checkpoint_does_not_outrank_a_new_one(whole: FakeRun):
+    (checkpoints(whole)[6].path / "rank-00000.safetensors").write_bytes(b"cut")
+    rules = ("checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=0")
+    assert whole.start("train.steps=5", *rules)
+    assert list(checkpoints(whole)) == [5]
+    assert list_steps(whole.folder / "checkpoints" / "superseded")
 
 
 def test_only_damaged_checkpoints_are_refused(whole: FakeRun):
