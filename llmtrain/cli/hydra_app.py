@@ -97,7 +97,7 @@ def _run_by_hydra(name: str, settings: list[str], quoted: list[str], jobs: _Jobs
     from hydra.core.hydra_config import HydraConfig
 
     def job(config: DictConfig) -> None:  # a function, since Hydra looks at its name and file
-        hydra_config = HydraConfig.get()
+        hydra_config: Any = HydraConfig.get()
         jobs.run(config, hydra_config if str(hydra_config.mode).endswith("MULTIRUN") else None)
 
     # Makes Hydra raise errors instead of printing a summary and ending the process.

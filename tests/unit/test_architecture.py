@@ -50,8 +50,6 @@ LONGEST = 400
 LONGER = {
     "tests/parity/architectures.py": "one table of all compared architectures, with their configs",
     "tests/parity/matrix.py": "one table of all cells of the parity matrix, with what each is held to",
-    "tests/unit/plan/test_memory.py": "to be divided: activations, states, pipeline stages, offload",
-    "tests/unit/checkpoint/test_store.py": "to be divided: round trips, damage, interrupted saves",
     "tests/unit/nn/test_attention.py": "one reference that every kernel is compared with",
 }
 """File → why it is longer than LONGEST."""
