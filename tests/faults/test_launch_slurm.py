@@ -28,6 +28,7 @@ from tests.support.warm_program import warm_program
 __all__ = ["one_process"]
 pytestmark = pytest.mark.slow
 
+PROGRAMS = ("llmtrain", "python")
 SBATCH = REPOSITORY / "launch/slurm.sbatch"
 TWO_NODES = REPOSITORY / "cluster/slurm/two_nodes.sh"
 
@@ -78,7 +79,10 @@ def cluster() -> Iterator[Mapping[str, str]]:
 def warm(cluster: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
     """The environment of a user of the cluster whose `python` starts warm."""
     # A socket's path must be short.
-    with tempfile.TemporaryDirectory(prefix="warm-") as folder, warm_program(Path(folder)) as programs:
+    with (
+        tempfile.TemporaryDirectory(prefix="warm-") as folder,
+        warm_program(Path(folder), PROGRAMS) as programs,
+    ):
         yield {**cluster, "VIRTUAL_ENV": "", "PATH": f"{programs}:{cluster['PATH']}"}
         assert not warm_processes(), "something is left"
 

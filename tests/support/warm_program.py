@@ -1,4 +1,4 @@
-"""Programs `llmtrain` and `python` for shell commands, which start warm (see warm.py).
+"""Programs `llmtrain` and, where asked for, `python` for shell commands, which start warm (see warm.py).
 
 with warm_program(folder) as path:      # a folder for PATH
     subprocess.run(["bash", "-c", "llmtrain plan …"], env={**os.environ, "PATH": f"{path}:{…}"})
@@ -18,7 +18,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,10 +55,10 @@ PROGRAMS = ("llmtrain", TORCHRUN)
 
 
 @contextmanager
-def warm_program(folder: Path) -> Iterator[Path]:
+def warm_program(folder: Path, names: Sequence[str] = ("llmtrain",)) -> Iterator[Path]:
     path, address = folder / "bin", folder / "socket"
     path.mkdir()
-    for name in ("llmtrain", "python"):
+    for name in names:
         is_python = name == "python"
         content = PROGRAM.format(
             python=sys.executable, address=str(address), is_python=is_python, programs=PROGRAMS
