@@ -210,7 +210,7 @@ def test_outputs_that_are_changed_in_place() -> None:
         assert all(torch.equal(found[name], gradients[name]) for name in gradients), mode
 
 
-@pytest.mark.in_turns(2)
+@pytest.mark.in_turns(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_kept_gets_less_and_less(form: str, precision: str) -> None:
