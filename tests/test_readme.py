@@ -132,7 +132,7 @@ def test_all_pages_with_commands_are_run():
 
 
 @pytest.mark.long("the quickstart, from an empty folder to an export")
-def test_the_two_commands(programs: Path, tmp_path: Path):
+def test_the_two_commands(tmp_path: Path):
     """The quickstart, shortened; the other command is the one that runs this test."""
     (_, quickstart, _), (_, test, shown) = [b for b in blocks("README.md") if b[1].startswith("./launch/")]
     assert test.split()[0] == "./launch/test.sh"
@@ -143,14 +143,15 @@ def test_the_two_commands(programs: Path, tmp_path: Path):
     shorter = ["train.steps=40", "batch.global_size=4", "batch.micro_size=4", "batch.sequence_length=64"]
     shorter += ["checkpoint.every=10", "evaluation.every=40", "evaluation.max_samples=32"]
     # The environment of this test is set up already; pip must not run in the middle of the tests.
-    done = run(
-        [f"{REPOSITORY}/{script}", *shorter],
-        tmp_path,
-        FOLDER=str(tmp_path),
-        SOURCE=str(source),
-        OMP_NUM_THREADS="1",
-        VIRTUAL_ENV=str(warm_environment(tmp_path / "environment", programs)),
-    )
+    with warm_program(tmp_path, ("llmtrain", "python")) as programs:
+        done = run(
+            [f"{REPOSITORY}/{script}", *shorter],
+            tmp_path,
+            FOLDER=str(tmp_path),
+            SOURCE=str(source),
+            OMP_NUM_THREADS="1",
+            VIRTUAL_ENV=str(warm_environment(tmp_path / "environment", programs)),
+        )
     assert done.returncode == 0, done.stdout
     assert "killed (kill -9)" in done.stdout
     assert "resuming from" in done.stdout

@@ -30,6 +30,7 @@ from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserErr
 from llmtrain.sweeps import job_folder
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
 HYDRA_SETTINGS = (
@@ -147,7 +148,7 @@ class _Jobs:
         """The problems of all failed jobs."""
         return [problem for failure in self.failures for problem in failure.problems]
 
-    def run(self, config: DictConfig, sweep: DictConfig | None = None) -> None:
+    def run(self, config: DictConfig, sweep: HydraConf | None = None) -> None:
         """Run one job on its composed configuration; keep its exit code, its failure or its crash.
 
         sweep: what Hydra says of the job, if it is one of a sweep.

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import DataError, Problem
-from tests.parity.matrix import this_turn
 from tests.support import fuzz
 from tests.support.fuzz_readers import READERS, Reader
 from tests.support.mutations import mutate
+from tests.support.turns import this_turn
 
 pytestmark = pytest.mark.slow
 
