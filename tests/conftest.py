@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import kernel, time_limit
+from llmtrain.corpus import transport
+from tests.support import kernel, time_limit, turns
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 pytest_runtest_makereport = time_limit.pytest_runtest_makereport
@@ -20,8 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-matrix",
         action="store_true",
-        default=os.environ.get("LLMTRAIN_MATRIX") == "all",
-        help="run every cell of tests/parity/matrix.py, not this commit's part; also LLMTRAIN_MATRIX=all",
+        default=os.environ.get(turns.WHOLE) == "all",
+        help="run every cell of the parity matrix and every case of tests in turns, not this commit's part; "
+        f"also {turns.WHOLE}=all",
     )
 
 
@@ -29,6 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Fast tests first, which tell most in a minute; of several processes slow ones, files with the longest
     first, so that none is left with a long file when the others have done."""
     time_limit.check(items)
+    turns.take_part(config, items)
     files_of_long = {item.path for item in items if item.get_closest_marker("long")}
 
     def slowness(item: pytest.Item) -> int:
@@ -49,6 +52,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def paired_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of pairs that `llmtrain prepare` made, of several shards."""
     return prepare_small_pairs(tmp_path_factory.mktemp("paired_corpus"))
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files from elsewhere that fail are asked for again at once."""
+    monkeypatch.setattr(transport, "FIRST_WAIT", 0.001)
 
 
 @pytest.fixture

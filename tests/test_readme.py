@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor
 
 from tests.support.pages import FENCE, PAGES
 from tests.support.training import REPOSITORY
-from tests.support.warm_program import warm_program
+from tests.support.warm_program import warm_environment, warm_program
 
 pytestmark = pytest.mark.slow
 
@@ -143,13 +143,15 @@ def test_the_two_commands(tmp_path: Path):
     shorter = ["train.steps=40", "batch.global_size=4", "batch.micro_size=4", "batch.sequence_length=64"]
     shorter += ["checkpoint.every=10", "evaluation.every=40", "evaluation.max_samples=32"]
     # The environment of this test is set up already; pip must not run in the middle of the tests.
-    done = run(
-        [f"{REPOSITORY}/{script}", *shorter],
-        tmp_path,
-        FOLDER=str(tmp_path),
-        SOURCE=str(source),
-        OMP_NUM_THREADS="1",
-    )
+    with warm_program(tmp_path, ("llmtrain", "python")) as programs:
+        done = run(
+            [f"{REPOSITORY}/{script}", *shorter],
+            tmp_path,
+            FOLDER=str(tmp_path),
+            SOURCE=str(source),
+            OMP_NUM_THREADS="1",
+            VIRTUAL_ENV=str(warm_environment(tmp_path / "environment", programs)),
+        )
     assert done.returncode == 0, done.stdout
     assert "killed (kill -9)" in done.stdout
     assert "resuming from" in done.stdout

@@ -6,8 +6,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from llmtrain.errors import CheckpointError
 from llmtrain.interchange.huggingface import export_folder
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
+from tests.support.warm import llmtrain
 
 pytestmark = pytest.mark.slow
 
@@ -48,11 +49,18 @@ def _killed_at(n: int, settings: dict[str, Any]) -> None:
     import_.run(settings)
 
 
-def _at_every_moment(settings: dict[str, Any], results: Any) -> None:
-    """Kill an import before its first call, its second, …, until one ends by itself; put what each left."""
+def _both_at_every_moment(cases: dict[bool, dict[str, Any]], results: Any) -> None:
     torch.set_num_threads(1)
-    # Once before, so that no child has to import modules.
-    import_.run({**settings, "output": settings["output"] + "-before", "overwrite": False})
+    for overwrite, settings in cases.items():
+        # Once before, so that no child has to import modules.
+        import_.run({**settings, "output": settings["output"] + "-before", "overwrite": False})
+        for outcome in _at_every_moment(settings):
+            results.put((overwrite, outcome))
+    results.put(None)
+
+
+def _at_every_moment(settings: dict[str, Any]) -> Iterator[tuple[bool, int, str]]:
+    """Kill an import before its first call, its second, …, until one ends by itself; yield what each left."""
     n = 0
     while True:
         n += 1
@@ -70,31 +78,56 @@ def _at_every_moment(settings: dict[str, Any], results: Any) -> None:
             left = (
                 "nothing" if "no checkpoint" in str(error) or "no such folder" in str(error) else str(error)
             )
-        results.put((os.WIFSIGNALED(status), os.waitstatus_to_exitcode(status), left))
+        yield os.WIFSIGNALED(status), os.waitstatus_to_exitcode(status), left
         if not os.WIFSIGNALED(status):
             return
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_every_moment(overwrite: bool, tmp_path: Path) -> None:
+@dataclass
+class Killed:
+    """A folder into which imports were killed, one after the other."""
+
+    output: Path
+    embedding: torch.Tensor
+    """What the imported folder holds."""
+    seen: list[tuple[bool, int, str]]
+    """Of each import: whether it was killed, its exit code, what it left."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Killed]:
+    """Whether there was an earlier import, to be replaced → the imports; all in one process, whose start
+    takes longer than they do."""
+    folder = tmp_path_factory.mktemp("killed")
     tensors = {name: torch.randn(p.shape) for name, p in GPT(CONFIG).named_parameters()}
-    export_folder(CONFIG, tensors, None, tmp_path / "theirs")
-    settings = {
-        "source": str(tmp_path / "theirs"),
-        "output": str(tmp_path / "ours"),
-        "overwrite": overwrite,
+    export_folder(CONFIG, tensors, None, folder / "theirs")
+    cases = {
+        overwrite: {
+            "source": str(folder / "theirs"),
+            "output": str(folder / f"ours-{overwrite}"),
+            "overwrite": overwrite,
+        }
+        for overwrite in (False, True)
     }
-    if overwrite:
-        import_.run(settings)
+    import_.run(cases[True])
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    process = context.Process(target=_at_every_moment, args=(settings, results))
+    process = context.Process(target=_both_at_every_moment, args=(cases, results))
     process.start()
-    seen = []
-    while not seen or seen[-1][0]:
-        seen.append(results.get(timeout=120))
+    found = {
+        overwrite: Killed(Path(str(settings["output"])), tensors["embedding.weight"], [])
+        for overwrite, settings in cases.items()
+    }
+    while (result := results.get(timeout=120)) is not None:
+        overwrite, outcome = result
+        found[overwrite].seen.append(outcome)
     process.join()
+    return found
 
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_every_moment(overwrite: bool, killed: dict[bool, Killed]) -> None:
+    output, seen = killed[overwrite].output, killed[overwrite].seen
     assert len(seen) > 5
     outcomes = [left for _, _, left in seen]
     assert set(outcomes) <= {"nothing", "whole"}
@@ -103,9 +136,9 @@ def test_killed_at_every_moment(overwrite: bool, tmp_path: Path) -> None:
     if overwrite:
         assert outcomes[0] == "whole", "the earlier import"
         assert seen[-1][1] == 0
-    checkpoint: Checkpoint = find(tmp_path / "ours", print)
-    assert torch.equal(checkpoint.weights()["embedding.weight"], tensors["embedding.weight"])
-    (found,) = (tmp_path / "ours" / "checkpoints").iterdir()
+    checkpoint: Checkpoint = find(output, print)
+    assert torch.equal(checkpoint.weights()["embedding.weight"], killed[overwrite].embedding)
+    (found,) = (output / "checkpoints").iterdir()
     assert found.name == "step-00000000"
 
 
@@ -115,8 +148,7 @@ def test_a_pipe_in_place_of_a_file_ends_the_command_in_one_line(tmp_path: Path) 
     (tmp_path / "theirs" / "config.json").unlink()
     os.mkfifo(tmp_path / "theirs" / "config.json")
     settings = [f"source={tmp_path / 'theirs'}", f"output={tmp_path / 'ours'}"]
-    command = [sys.executable, "-m", "llmtrain", "import", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = llmtrain("import", *settings, timeout=120)
     assert done.returncode == 2
     (line,) = done.stderr.strip().split("\n")
     assert "config.json: got a pipe, not a file; allowed: a Hugging Face model folder holds this file" in line

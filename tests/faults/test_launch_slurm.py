@@ -1,4 +1,7 @@
-"""launch/slurm.sbatch on a real Slurm: cluster/slurm/two_nodes.sh brings up two nodes on this machine."""
+"""launch/slurm.sbatch on a real Slurm: cluster/slurm/two_nodes.sh brings up two nodes on this machine.
+
+One job starts from scratch; the others find a `python` that starts warm (see support/warm_program.py).
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,12 @@ import pytest
 from tests.faults.test_launch_torchrun import TRAINING, losses, one_process, unavailable, wait_for_first_step
 from tests.support.corpora import write_text
 from tests.support.training import REPOSITORY
+from tests.support.warm_program import warm_program
 
 __all__ = ["one_process"]
 pytestmark = pytest.mark.slow
 
+PROGRAMS = ("llmtrain", "python")
 SBATCH = REPOSITORY / "launch/slurm.sbatch"
 TWO_NODES = REPOSITORY / "cluster/slurm/two_nodes.sh"
 
@@ -53,7 +58,12 @@ def cluster() -> Iterator[Mapping[str, str]]:
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         foreign = ("SLURM_", "SBATCH_", "MASTER_", "NPROC_PER_NODE", "NNODES", "LOG_DIR")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-        environment = {**clean, "SLURM_PORT": str(three_free_ports()), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **clean,
+            "SLURM_PORT": str(three_free_ports()),
+            "OMP_NUM_THREADS": "1",
+            "VIRTUAL_ENV": sys.prefix,
+        }
         started = subprocess.run(
             [TWO_NODES, "start", folder], env=environment, capture_output=True, text=True
         )
@@ -63,6 +73,24 @@ def cluster() -> Iterator[Mapping[str, str]]:
         finally:
             subprocess.run([TWO_NODES, "stop", folder], env=environment, check=True, capture_output=True)
             assert not processes_with({"SLURM_CONF": f"{folder}/slurm.conf"}), "something is left"
+
+
+@pytest.fixture(scope="module")
+def warm(cluster: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """The environment of a user of the cluster whose `python` starts warm."""
+    # A socket's path must be short.
+    with (
+        tempfile.TemporaryDirectory(prefix="warm-") as folder,
+        warm_program(Path(folder), PROGRAMS) as programs,
+    ):
+        yield {**cluster, "VIRTUAL_ENV": "", "PATH": f"{programs}:{cluster['PATH']}"}
+        assert not warm_processes(), "something is left"
+
+
+def warm_processes() -> dict[str, psutil.Process]:
+    """The launchers and ranks that run on the cluster and started warm, by name."""
+    children = psutil.Process().children(recursive=True)
+    return {child.name(): child for child in children if re.fullmatch(r"launcher|rank \d+", child.name())}
 
 
 def processes_with(variables: Mapping[str, str]) -> list[psutil.Process]:
@@ -108,14 +136,23 @@ class Job:
             time.sleep(0.2)
 
 
-@pytest.mark.parametrize("overrides", [["engine=local"], ["parallel.zero=1"]], ids=["DDP", "ZeRO 1"])
+@pytest.mark.parametrize(
+    ("environment", "overrides"),
+    [("cluster", ["engine=local"]), ("warm", ["parallel.zero=1"])],
+    ids=["DDP, cold", "ZeRO 1"],
+)
 def test_two_nodes_train_as_one_process(
-    cluster: Mapping[str, str], one_process: list[float], corpus: Path, tmp_path: Path, overrides: list[str]
+    request: pytest.FixtureRequest,
+    one_process: list[float],
+    corpus: Path,
+    tmp_path: Path,
+    environment: str,
+    overrides: list[str],
 ):
     folder = tmp_path / "a folder of the user's"
     folder.mkdir()
     arguments = [*TRAINING, f"data.path={corpus}", "run.dir=the run", "train.steps=4", *overrides]
-    job = Job(cluster, folder, *arguments)
+    job = Job(request.getfixturevalue(environment), folder, *arguments)
     assert job.exit_code() == 0, job.output()
     np.testing.assert_allclose(losses(folder / "the run"), one_process, rtol=1e-5)
     assert "step 4" in job.output()
@@ -123,31 +160,30 @@ def test_two_nodes_train_as_one_process(
     assert (job.logs / "rank1.log").exists()
 
 
-def test_a_mistake_fails_the_job_with_code_2(cluster: Mapping[str, str], corpus: Path, tmp_path: Path):
+def test_a_mistake_fails_the_job_with_code_2(warm: Mapping[str, str], corpus: Path, tmp_path: Path):
     arguments = [*TRAINING, f"data.path={corpus}", "run.dir=run", "model.num_leyers=2"]
-    job = Job(cluster, tmp_path, *arguments)
+    job = Job(warm, tmp_path, *arguments)
     assert job.exit_code() == 2, job.output()
     assert 1 <= job.output().count("model.num_leyers") <= 2, "once a node at most"
     assert "Traceback" not in job.output()
 
 
-def test_a_killed_rank_gives_the_job_its_exit_code(cluster: Mapping[str, str], corpus: Path, tmp_path: Path):
+def test_a_killed_rank_gives_the_job_its_exit_code(warm: Mapping[str, str], corpus: Path, tmp_path: Path):
     """Not that of node 0, whose rank only loses its peer, nor the highest one, which srun would give."""
     endless = ["run.dir=run", "train.steps=100000", "evaluation.at_start=false"]
-    job = Job(cluster, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
+    job = Job(warm, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
     wait_for_first_step(tmp_path / "run")
-    [rank] = processes_with({"RANK": "1", "SLURM_JOB_ID": job.id, "SLURM_CONF": cluster["SLURM_CONF"]})
-    rank.kill()
+    warm_processes()["rank 1"].kill()
     assert job.exit_code() == 137, job.output()
     assert "rank 1 exited with 137" in job.output()
 
 
 @pytest.mark.parametrize("to", [[], ["--batch"]], ids=["tasks", "script"])
 def test_a_job_that_is_asked_to_stop_saves_and_gives_75(
-    cluster: Mapping[str, str], corpus: Path, tmp_path: Path, to: list[str]
+    warm: Mapping[str, str], corpus: Path, tmp_path: Path, to: list[str]
 ):
     endless = ["run.dir=run", "train.steps=100000", "checkpoint.every=null", "evaluation.at_start=false"]
-    job = Job(cluster, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
+    job = Job(warm, tmp_path, *TRAINING, f"data.path={corpus}", *endless)
     wait_for_first_step(tmp_path / "run")
     subprocess.run(["scancel", "--signal=USR1", *to, job.id], env=job.environment, check=True)
     assert job.exit_code() == 75, job.output()
@@ -155,14 +191,14 @@ def test_a_job_that_is_asked_to_stop_saves_and_gives_75(
     assert len(list((tmp_path / "run/checkpoints").glob("step-*/manifest.json"))) == 1
 
 
-def test_tasks_of_srun_prepare_one_corpus(cluster: Mapping[str, str], tmp_path: Path):
+def test_tasks_of_srun_prepare_one_corpus(warm: Mapping[str, str], tmp_path: Path):
     """Three tasks on two nodes; and a mistake, which one of them tells."""
     source = write_text(tmp_path / "text.jsonl")
 
     def prepare(command: list[str], source: Path, output: str) -> subprocess.CompletedProcess[str]:
         arguments = [f"source={source}", f"output={output}", "tokenizer.vocab_size=320", "shard_bytes=20000"]
-        run = [*command, sys.executable, "-m", "llmtrain", "prepare", *arguments, "workers=1"]
-        return subprocess.run(run, env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        run = [*command, "llmtrain", "prepare", *arguments, "workers=1"]
+        return subprocess.run(run, env=warm, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     srun = ["srun", "--nodes=2", "--ntasks=3", "--overcommit", "--kill-on-bad-exit=0"]
     done = prepare(srun, source, "many")

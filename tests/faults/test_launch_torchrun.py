@@ -2,6 +2,7 @@
 
 Both share this machine's name, which leads each of them to its own loopback: a rank that advertised it
 could not be reached, so these tests fail unless the launcher picks the interface between the hosts.
+One run starts from scratch by the script; the others start warm, without it (see support/warm.py).
 Where the kernel lets nobody make namespaces, two launchers on the loopback take their place, with a warning.
 """
 
@@ -14,14 +15,16 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from tests.support import warm
 from tests.support.listening import STEERING
 from tests.support.training import REPOSITORY, TINY_GPT
 from tests.support.two_hosts import Hosts, NoNamespacesError, two_hosts
@@ -30,6 +33,9 @@ from tests.support.warm import llmtrain
 pytestmark = pytest.mark.slow
 
 TORCHRUN = REPOSITORY / "launch/torchrun.sh"
+OPTIONS: dict[str, Any] = {
+    "cwd": "/", "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+}  # fmt: skip
 TRAINING = (*TINY_GPT, "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0")
 
 
@@ -44,7 +50,7 @@ def loopback_hosts(reason: str) -> Hosts:
     warnings.warn(
         f"NOT TESTED HERE: hosts with addresses of their own, only the loopback: {reason}", stacklevel=2
     )
-    return Hosts("127.0.0.1", ((), ()))
+    return Hosts("127.0.0.1", ((), ()), ({}, {}))
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +79,32 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def start(*overrides: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+def start(*overrides: str, **environment: str) -> warm.Popen:
+    """A launcher that starts warm."""
+    return warm.Popen(overrides, warm.TORCHRUN, env=clean(environment), **OPTIONS)
+
+
+def start_cold(*overrides: str, prefix: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+    """launch/torchrun.sh."""
+    return subprocess.Popen([*prefix, str(TORCHRUN), *overrides], env=clean(environment), **OPTIONS)
+
+
+def clean(environment: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in STEERING}
-    return subprocess.Popen(
-        [*prefix, str(TORCHRUN), *overrides],
-        cwd="/",
-        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return {**inherited, "OMP_NUM_THREADS": "1", **environment}
 
 
-def start_on(hosts: Hosts, *overrides: str, **environment: str) -> list[subprocess.Popen[str]]:
+def start_on(
+    hosts: Hosts, *overrides: str, is_cold: bool = False, **environment: str
+) -> list[subprocess.Popen[str]]:
     """A launcher on each host."""
-    shared = {"NNODES": "2", **environment}
-    return [
-        start(*overrides, prefix=prefix, NODE_RANK=str(rank), **shared)
-        for rank, prefix in enumerate(hosts.prefixes)
-    ]
+    each = [{"NNODES": "2", "NODE_RANK": str(rank), **environment} for rank in range(2)]
+    if is_cold:
+        return [
+            start_cold(*overrides, prefix=prefix, **own)
+            for prefix, own in zip(hosts.prefixes, each, strict=True)
+        ]
+    return [start(*overrides, **own, **entering) for own, entering in zip(each, hosts.entering, strict=True)]
 
 
 def static(hosts: Hosts) -> dict[str, str]:
@@ -125,14 +138,14 @@ def wait_for_first_step(run: Path) -> None:
 def kill_rank(rank: int, launcher: subprocess.Popen[str]) -> None:
     """kill -9 the process of `rank` that `launcher` started."""
     children = psutil.Process(launcher.pid).children(recursive=True)
-    [process] = [child for child in children if child.environ().get("RANK") == str(rank)]
+    [process] = [child for child in children if child.name() == f"rank {rank}"]
     process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    ("rendezvous", "overrides"),
-    [(static, ["engine=local"]), (numbering_themselves, ["parallel.zero=2"])],
-    ids=["ranks known beforehand, DDP", "hosts number themselves, ZeRO 2"],
+    ("rendezvous", "overrides", "is_cold"),
+    [(static, ["engine=local"], True), (numbering_themselves, ["parallel.zero=2"], False)],
+    ids=["ranks known beforehand, DDP, cold", "hosts number themselves, ZeRO 2"],
 )
 def test_two_hosts_train_as_one_process(
     hosts: Hosts,
@@ -141,10 +154,11 @@ def test_two_hosts_train_as_one_process(
     tmp_path: Path,
     rendezvous: Callable[[Hosts], dict[str, str]],
     overrides: list[str],
+    is_cold: bool,
 ):
     run = tmp_path / "a run's folder"
     training = [*TRAINING, f"data.path={corpus}", f"run.dir={run}", "train.steps=4", *overrides]
-    processes = start_on(hosts, *training, **rendezvous(hosts))
+    processes = start_on(hosts, *training, is_cold=is_cold, **rendezvous(hosts))
     for code, output in finish(processes):
         assert code == 0, output
     np.testing.assert_allclose(losses(run), one_process, rtol=1e-5)

@@ -4,11 +4,11 @@ import errno
 import fcntl
 import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,52 +19,8 @@ from llmtrain.errors import DataError
 from llmtrain.prepare.config import PrepareConfig
 from llmtrain.prepare.files import disk_errors
 from llmtrain.prepare.job import prepare
-
-# Small units make many steps of little text. Spawned workers run the part above `main` too. With
-# DIE_AT=n the process kills itself and its whole group at its n-th rename, before it (DIE=before) or
-# after: every step of the work ends with a rename. With DIE_IN=name only renames to paths with that
-# name count.
-RUNNER = """
-import json, os, signal, sys
-from llmtrain.prepare import document_blocks
-from llmtrain.prepare import near_duplicates
-from llmtrain.prepare import peers
-from llmtrain.prepare import source_file
-source_file.UNIT_BYTES, document_blocks.BLOCK_BYTES, near_duplicates.RANGE_DOCUMENTS = 6_000, 2_500, 90
-peers.HEARTBEAT_SECONDS, peers.LONGEST_LOOK = 0.1, 0.1
-
-renames, replace = 0, os.replace
-def replace_and_die(*names):
-    global renames
-    # Signs of life come by the clock, not by the work.
-    counts = os.environ.get("DIE_IN", "") in str(names[1]) and "/peers/" not in str(names[1])
-    renames += counts
-    if os.environ["DIE"] == "after":
-        replace(*names)
-    if counts and renames == int(os.environ["DIE_AT"]):
-        os.killpg(0, signal.SIGKILL)
-    if os.environ["DIE"] == "before":
-        replace(*names)
-if "DIE_AT" in os.environ:
-    os.replace = replace_and_die
-if "SLOW" in os.environ:
-    import time
-    from llmtrain.prepare import tasks
-    real = tasks.clean
-    tasks.clean = lambda *arguments: time.sleep(0.5) or real(*arguments)
-
-if __name__ == "__main__":
-    from llmtrain.config import decode
-    from llmtrain.prepare.config import PrepareConfig
-    from llmtrain.prepare.job import prepare
-    from llmtrain.errors import UserError
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("SIZE", 1))
-    try:
-        prepare(decode(PrepareConfig, json.loads(sys.argv[1])), rank, size, "job")
-    except UserError as error:
-        sys.exit(str(error))
-"""
-
+from tests.support.preparing import tree
+from tests.support.warm import LAUNCHERS, Popen
 
 KILLS = [
     ("/read/", 3, 0),
@@ -81,26 +37,41 @@ KILLS = [
 NEAR: dict[str, object] = {"near_duplicates": {"threshold": 0.8}}
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Path:
-    path = tmp_path / "runner.py"
-    path.write_text(RUNNER)
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice([*"aeioubcdfglmnrstü"], rng.integers(2, 9))) for _ in range(300)]
     for name in ("a", "b"):
         texts = [f"{i} " + " ".join(rng.choice(words, rng.integers(3, 40))) for i in range(100)]
         rows = [*texts, *texts[::7], ""]
         lines = (json.dumps({"text": text, "backwards": text[::-1]}) + "\n" for text in rows)
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    return path
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
 
 
-def start(runner: Path, output: str, workers: int = 1, **options: object) -> subprocess.Popen[str]:
+@pytest.fixture
+def folder(sources: Path) -> Iterator[Path]:
+    """The folder of two sources, for corpora beside them: a corpus names the paths of its sources."""
+    yield sources
+    for corpus in sources.iterdir():
+        if corpus.is_dir() and corpus.name != "whole":
+            shutil.rmtree(corpus)
+
+
+@pytest.fixture(scope="module")
+def whole(sources: Path) -> dict[str, bytes]:
+    """The corpus that one process makes of the sources undisturbed."""
+    assert finish(start(sources, "whole")) == (0, "")
+    return tree(sources / "whole")
+
+
+def start(folder: Path, output: str, workers: int = 1, **options: object) -> Popen:
     """`options` are environment variables in capitals, and settings of prepare."""
     environment = {key: str(value) for key, value in options.items() if key.isupper()}
     config = {
-        "source": [str(runner.parent / "a.jsonl"), str(runner.parent / "b.jsonl")],
-        "output": str(runner.parent / output),
+        "source": [str(folder / "a.jsonl"), str(folder / "b.jsonl")],
+        "output": str(folder / output),
         "tokenizer": {"vocab_size": 330},
         "split": {"validation": 0.2, "test": 0.1},
         "sample_tokens": 500,
@@ -108,9 +79,10 @@ def start(runner: Path, output: str, workers: int = 1, **options: object) -> sub
         "workers": workers,
         **{key: value for key, value in options.items() if not key.isupper()},
     }
-    return subprocess.Popen(
-        [sys.executable, str(runner), json.dumps(config)],
-        env={**os.environ, **environment},
+    return Popen(
+        [json.dumps(config)],
+        "tests.support.prepare_runner",
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,94 +90,95 @@ def start(runner: Path, output: str, workers: int = 1, **options: object) -> sub
     )
 
 
-def start_job(runner: Path, output: str, size: int, **options: object) -> list[subprocess.Popen[str]]:
+def start_job(folder: Path, output: str, size: int, **options: object) -> list[Popen]:
     """Processes of one job; options of one rank's environment are named NAME_RANK."""
     ranks = []
     for rank in range(size):
         own = {key: value for key, value in options.items() if key[-2:-1] != "_"}
         own |= {key[:-2]: value for key, value in options.items() if key.endswith(f"_{rank}")}
-        ranks.append(start(runner, output, RANK=rank, SIZE=size, **own))
+        ranks.append(start(folder, output, RANK=rank, SIZE=size, **own))
     return ranks
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: Popen) -> tuple[int, str]:
     """Exit code and standard error."""
     _, error = process.communicate(timeout=120)
     return process.returncode, error
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def wait_for_pieces(output: Path, number: int) -> None:
+    """Until so many pieces of the sources are read."""
+    deadline = time.monotonic() + 60
+    while len(list((output / ".prepare" / "read").glob("*/unit.json"))) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("die", "fields"), [("before", {}), ("after", {"target_field": "backwards"})])
 def test_killed_again_and_again_it_goes_on_to_the_same_bytes(
-    runner: Path, die: str, fields: dict[str, object]
+    folder: Path, die: str, fields: dict[str, object]
 ):
-    assert finish(start(runner, "whole", **fields)) == (0, "")
+    assert finish(start(folder, "undisturbed", **fields)) == (0, "")
     kills = planted = 0
     while True:
         # Indexes, lengths and manifest, seven renames together, are cheap and made again by each run.
-        code, error = finish(start(runner, "killed", DIE=die, DIE_AT=8 + kills % 3, **fields))
+        code, error = finish(start(folder, "killed", DIE=die, DIE_AT=8 + kills % 3, **fields))
         if code == 0:
             break
         assert (code, error) == (-signal.SIGKILL, "")
         kills += 1
         assert kills < 30
-        work = runner.parent / "killed" / ".prepare"
+        work = folder / "killed" / ".prepare"
         half_written = work / "corpus" / "train"
         if half_written.is_dir() and not (work / "manifest.json").exists():
             (half_written / ".train-000000.tar.1.tmp").write_text("half a shard")
             planted += 1
     assert kills >= 5
     assert planted
-    assert tree(runner.parent / "killed") == tree(runner.parent / "whole")
+    assert tree(folder / "killed") == tree(folder / "undisturbed")
 
 
 @pytest.mark.slow
-def test_replacing_a_corpus_and_killed_at_every_step(runner: Path):
+def test_replacing_a_corpus_and_killed_at_every_step(folder: Path, whole: dict[str, bytes]):
     """Until the new corpus is whole the old one stands; whatever has a manifest is one of the two."""
-    output = runner.parent / "corpus"
-    assert finish(start(runner, "corpus", seed=1)) == (0, "")
+    output = folder / "corpus"
+    assert finish(start(folder, "corpus", seed=1)) == (0, "")
     old = tree(output)
-    assert finish(start(runner, "whole")) == (0, "")
-    new = tree(runner.parent / "whole")
     for _ in range(100):
-        code, _ = finish(start(runner, "corpus", DIE="before", DIE_AT=9, overwrite=True))
+        code, _ = finish(start(folder, "corpus", DIE="before", DIE_AT=9, overwrite=True))
         if (output / "manifest.json").exists():
             standing = {name: data for name, data in tree(output).items() if not name.startswith(".prepare")}
-            assert standing in (old, new)
+            assert standing in (old, whole)
         if code == 0:
             break
     assert code == 0
-    assert tree(output) == new
+    assert tree(output) == whole
 
 
 @pytest.mark.slow
-def test_many_processes_killed_at_any_time_give_the_bytes_of_one(runner: Path):
-    assert finish(start(runner, "one")) == (0, "")
-    for seconds in (0.4, 0.8, 1.2):
-        process = start(runner, "many", workers=3)
-        time.sleep(seconds)
+def test_many_processes_killed_at_any_time_give_the_bytes_of_one(folder: Path, whole: dict[str, bytes]):
+    for workers, pieces in ((2, 1), (3, 6)):
+        process = start(folder, "many", workers=workers)
+        wait_for_pieces(folder / "many", pieces)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert finish(start(runner, "many", workers=3)) == (0, "")
-    assert tree(runner.parent / "many") == tree(runner.parent / "one")
+    assert finish(start(folder, "many", workers=2)) == (0, "")
+    assert tree(folder / "many") == whole
 
 
 @pytest.mark.slow
-def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(runner: Path):
+def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(folder: Path):
     """One process dies as it ends a piece of a stage; the others end by themselves with a line that names
     it."""
-    assert finish(start(runner, "one", **NEAR)) == (0, "")
+    assert finish(start(folder, "one", **NEAR)) == (0, "")
     for number, (stage, size, victim) in enumerate(KILLS):
         kill = {
             f"DIE_{victim}": ("before", "after")[number % 2],
             f"DIE_AT_{victim}": 1,
             f"DIE_IN_{victim}": stage,
         }
-        results = [finish(process) for process in start_job(runner, "many", size, **kill, **NEAR)]
+        results = [finish(process) for process in start_job(folder, "many", size, **kill, **NEAR)]
         assert results[victim] == (-signal.SIGKILL, ""), stage
         for rank, (code, error) in enumerate(results):
             if rank != victim:
@@ -213,64 +186,67 @@ def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(run
                 (line,) = error.strip().splitlines()
                 assert line.startswith(f"rank {victim} on ")
                 assert "a process that ended before its work was done" in line
-    assert [finish(process) for process in start_job(runner, "many", 2, **NEAR)] == [(0, "")] * 2
-    assert tree(runner.parent / "many") == tree(runner.parent / "one")
+    assert [finish(process) for process in start_job(folder, "many", 2, **NEAR)] == [(0, "")] * 2
+    assert tree(folder / "many") == tree(folder / "one")
 
 
 @pytest.mark.slow
-def test_a_job_refuses_another_and_processes_of_other_settings(runner: Path):
-    slow = start_job(runner, "corpus", 2, SLOW=1)
-    read = runner.parent / "corpus" / ".prepare" / "read"
+def test_a_job_refuses_another_and_processes_of_other_settings(folder: Path):
+    slow = start_job(folder, "corpus", 2, SLOW=1)
+    read = folder / "corpus" / ".prepare" / "read"
     deadline = time.monotonic() + 30
     while not read.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    code, error = finish(start(runner, "corpus"))
+    code, error = finish(start(folder, "corpus"))
     assert code == 1
     assert "got a folder in which another prepare is running; wait for it to end" in error
     assert [finish(process) for process in slow] == [(0, "")] * 2
-    first, second = start_job(runner, "mixed", 2, seed_1=5)
+    first, second = start_job(folder, "mixed", 2, seed_1=5)
     for code, error in (finish(first), finish(second)):
         assert code == 1
         assert error.startswith("rank 1: got other settings or sources than rank 0 has; start all processes")
-    assert finish(start(runner, "corpus")) == (0, "")
+    assert finish(start(folder, "corpus")) == (0, "")
 
 
 @pytest.mark.slow
-def test_a_finished_corpus_is_left_by_a_job_too(runner: Path):
-    assert finish(start(runner, "corpus")) == (0, "")
-    before = tree(runner.parent / "corpus")
-    assert [finish(process) for process in start_job(runner, "corpus", 3)] == [(0, "")] * 3
-    assert tree(runner.parent / "corpus") == before
-    again = [finish(process) for process in start_job(runner, "corpus", 2, seed=4)]
+def test_a_finished_corpus_is_left_by_a_job_too(folder: Path):
+    assert finish(start(folder, "corpus")) == (0, "")
+    before = tree(folder / "corpus")
+    assert [finish(process) for process in start_job(folder, "corpus", 3)] == [(0, "")] * 3
+    assert tree(folder / "corpus") == before
+    again = [finish(process) for process in start_job(folder, "corpus", 2, seed=4)]
     for code, error in again:
         assert code == 1
         assert "a corpus of other sources or settings: seed is 0 there and 4 here" in error
-    assert [finish(process) for process in start_job(runner, "corpus", 2)] == [(0, "")] * 2
-    assert tree(runner.parent / "corpus") == before
+    assert [finish(process) for process in start_job(folder, "corpus", 2)] == [(0, "")] * 2
+    assert tree(folder / "corpus") == before
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_prepare_one_corpus(runner: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [f"source={runner.parent}/a.jsonl", "tokenizer.vocab_size=330", "shard_bytes=15000"]
-    for launcher, output in (([*torchrun, "-m"], "two"), ([sys.executable, "-m"], "one")):
-        command = [*launcher, "llmtrain", "prepare", *arguments, f"output={runner.parent / output}"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("encoding …") == 1
-    assert tree(runner.parent / "one") == tree(runner.parent / "two")
+def test_processes_of_torchrun_prepare_one_corpus(folder: Path):
+    shared = [f"source={folder}/a.jsonl", "tokenizer.vocab_size=330", "shard_bytes=15000"]
+    torchrun = ["--standalone", "--nproc-per-node=2", "-m", "llmtrain"]
+    for program, before, output in ((LAUNCHERS[1], torchrun, "two"), ("llmtrain", [], "one")):
+        process = Popen(
+            [*before, "prepare", *shared, f"output={folder / output}"],
+            program,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        told, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        assert told.count("encoding …") == 1
+    assert tree(folder / "one") == tree(folder / "two")
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_parent(runner: Path):
-    process = start(runner, "corpus", workers=2)
-    deadline = time.monotonic() + 30
+def test_workers_end_with_their_parent(folder: Path):
+    process = start(folder, "corpus", workers=2)
     # Workers that have finished something are past their start, which a dead parent ends anyway.
-    while not list((runner.parent / "corpus" / ".prepare" / "read").glob("*/unit.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_pieces(folder / "corpus", 1)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     process.kill()
@@ -280,8 +256,8 @@ def test_workers_end_with_their_parent(runner: Path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_the_system_kills_is_told(runner: Path):
-    process = start(runner, "corpus", workers=2)
+def test_a_worker_that_the_system_kills_is_told(folder: Path):
+    process = start(folder, "corpus", workers=2)
     parent = psutil.Process(process.pid)
     deadline = time.monotonic() + 30
     # Both: the library's own thread fails, in so many lines, where one dies while the other is begun.
@@ -293,32 +269,24 @@ def test_a_worker_that_the_system_kills_is_told(runner: Path):
     assert code == 1
     assert "workers: got a worker process that was killed" in error
     assert len(error.strip().splitlines()) == 1
-    assert finish(start(runner, "corpus", workers=2)) == (0, "")
+    assert finish(start(folder, "corpus", workers=2)) == (0, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_line_and_the_work_goes_on_later(
-    runner: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, whole: dict[str, bytes], workers: int
 ):
-    assert finish(start(runner, "whole")) == (0, "")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # No file may grow beyond this, which is how a quota answers; processes inherit it.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
-    try:
-        process = start(runner, "full", workers=workers)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    code, error = finish(process)
+    code, error = finish(start(folder, "full", workers=workers, FILE_BYTES=12_000))
     assert code == 1, error
     (line,) = error.strip().splitlines()
-    assert str(runner.parent / "full") in line
+    assert str(folder / "full") in line
     assert "got a full disk" in line
     assert "bytes for the job" in line
-    assert not (runner.parent / "full" / "manifest.json").exists()
-    assert list((runner.parent / "full" / ".prepare" / "read").glob("*/unit.json"))
-    assert finish(start(runner, "full", workers=workers)) == (0, "")
-    assert tree(runner.parent / "full") == tree(runner.parent / "whole")
+    assert not (folder / "full" / "manifest.json").exists()
+    assert list((folder / "full" / ".prepare" / "read").glob("*/unit.json"))
+    assert finish(start(folder, "full", workers=workers)) == (0, "")
+    assert tree(folder / "full") == whole
 
 
 def test_a_device_without_space_is_told_with_the_path_and_the_bytes_needed(tmp_path: Path):

@@ -13,7 +13,7 @@ import pytest
 from llmtrain.corpus.corpus import Corpus
 from tests.support.corpora import write_text
 from tests.support.training import TINY_GPT
-from tests.support.warm import finish, llmtrain, rank_environment, start
+from tests.support.warm import PRELUDE, finish, llmtrain, rank_environment, start
 
 pytestmark = pytest.mark.slow
 
@@ -78,12 +78,13 @@ def test_one_rank_has_another_learning_rate_one_other_data_and_one_another_torch
         path.symlink_to(changed if rank == 2 else corpus)
         commands.append(training(path, tmp_path / "run"))
     commands[1].append("optimizer.lr=0.01")
-    (tmp_path / "sitecustomize.py").write_text(
+    prelude = tmp_path / "other_torch.py"
+    prelude.write_text(
         "from importlib import metadata\n"
         "real = metadata.version\n"
         "metadata.version = lambda name: '2.12.1' if name == 'torch' else real(name)\n"
     )
-    told = errors(start_ranks(commands, environments={3: {"PYTHONPATH": str(tmp_path)}}))
+    told = errors(start_ranks(commands, environments={3: {PRELUDE: str(prelude)}}))
     own, others = (Corpus.open(path).manifest.fingerprint for path in (changed, corpus))
     torch = metadata.version("torch")
     assert told == [
@@ -130,10 +131,10 @@ def test_other_digits_on_one_rank(tmp_path: Path):
 def test_ranks_that_never_come_are_named(corpus: Path, tmp_path: Path):
     """Rank 1 is not started; rank 3 makes a mistake of its own before it could meet the others."""
     good, bad = (training(path, tmp_path / "run") for path in (corpus, tmp_path / "nowhere"))
-    patience = {rank: {"START_TIMEOUT": "8"} for rank in (0, 2)}
+    patience = {rank: {"START_TIMEOUT": "5"} for rank in (0, 2)}
     told = errors(start_ranks([good, good, bad], ranks=[0, 2, 3], size=4, environments=patience))
     assert told == [
-        "start: got 2 of 4 ranks within 8 s, not ranks 1, 3; "
+        "start: got 2 of 4 ranks within 5 s, not ranks 1, 3; "
         "see the messages of the missing ranks, or wait longer with START_TIMEOUT=seconds",
         f"rank 3: {tmp_path}/nowhere: got no such folder; allowed: a corpus; "
         "make one with: llmtrain prepare source=… output=…",

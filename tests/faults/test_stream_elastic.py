@@ -22,7 +22,7 @@ STEPS = 60
 FEWER_STEPS = 36
 """Still several epochs of each corpus."""
 MODEL = ("model=gpt_tiny", "model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "seed=5")
-SETTINGS = (*MODEL, "device=cpu", "batch.global_size=24", "batch.micro_size=2", "batch.sequence_length=32")
+SETTINGS = (*MODEL, "device=cpu", "batch.global_size=24", "batch.sequence_length=32")
 NO_EVALUATION = ("evaluation.every=null", "evaluation.at_start=false", "checkpoint.every=4")
 MIXTURE = "data.mixture={web: 0.5, books: 0.3, code: 0.2}"
 ORDER = ("data.shuffle_shards=2", "data.packing=best_fit", "data.overlap=4")
@@ -39,11 +39,13 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(data: Path | str, run: Path, *overrides: str, steps: int = STEPS) -> list[str]:
+def arguments(data: Path | str, run: Path, *overrides: str, steps: int = STEPS, micro: int = 12) -> list[str]:
+    """micro: samples of a micro-batch."""
     return [
         "train",
         *SETTINGS,
         *NO_EVALUATION,
+        f"batch.micro_size={micro}",
         f"data.path={data}",
         f"run.dir={run}",
         f"train.steps={steps}",
@@ -85,12 +87,15 @@ def alone(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(("processes", "workers"), [(2, 2), (3, 0), (4, 2)])
 def test_ranks_and_threads_do_not_change_what_is_consumed(
     corpora: Path, alone: Path, tmp_path: Path, processes: int, workers: int
 ):
     run = tmp_path / "run"
-    train(processes, arguments(corpora, run, MIXTURE, *ORDER, f"data.workers={workers}", steps=FEWER_STEPS))
+    settings = (MIXTURE, *ORDER, f"data.workers={workers}")
+    # Two micro-batches a step, so that a rank's samples are of both.
+    train(processes, arguments(corpora, run, *settings, steps=FEWER_STEPS, micro=12 // processes))
     assert consumed(run, FEWER_STEPS) == consumed(alone, FEWER_STEPS)
 
 
@@ -98,7 +103,7 @@ def test_kills_and_other_numbers_of_ranks_do_not_change_what_is_consumed(
     corpora: Path, alone: Path, tmp_path: Path
 ):
     run = tmp_path / "run"
-    command = arguments(corpora, run, MIXTURE, *ORDER)
+    command = arguments(corpora, run, MIXTURE, *ORDER, micro=2)
     for turn, processes in enumerate((2, 4, 1)):
         ranks = start_ranks(processes, *command, f"data.workers={2 * (turn % 2)}")
         wait_for_step(random.SystemRandom().randint(15 * turn + 3, 15 * turn + 15), run, ranks[0])
@@ -117,8 +122,8 @@ def test_a_new_source_and_another_batch_disturb_no_other(corpora: Path, tmp_path
     train(1, arguments(corpora, run, two, "data.shuffle_shards=2", steps=8))
     said = train(2, arguments(corpora, run, MIXTURE, "data.shuffle_shards=2", steps=16))
     assert "code joins the mixture at its beginning; the others continue" in said
-    smaller = ("batch.global_size=10", "batch.micro_size=5", "data.shuffle_shards=2")
-    said = train(2, arguments(corpora, run, MIXTURE, *smaller, steps=24))
+    smaller = ("batch.global_size=10", "data.shuffle_shards=2")
+    said = train(2, arguments(corpora, run, MIXTURE, *smaller, steps=24, micro=5))
     assert "batch.global_size was 24, is 10; no sample is lost by that" in said
 
     records = trace(run, "1:24", tmp_path / "trace.jsonl")

@@ -25,7 +25,6 @@ their own.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
-from tests.support.training import REPOSITORY, TINY_GPT, Trace, train
+from tests.support.training import TINY_GPT, Trace, train
 
 STEPS = 4
 README = Path(__file__).with_name("README.md")
@@ -354,22 +353,6 @@ def covered(cell: Cell) -> set[tuple[tuple[str, object], ...]]:
     values = {axis.name: getattr(cell, axis.name) for axis in fields(cell)}
     crossed = [(axis, values[axis]) for axis in CROSSED]
     return {*combinations(crossed, 2), *((value,) for value in values.items())}
-
-
-def this_turn() -> int:
-    """The number of commits so far, so that the parts come in turn; without the history, a number from the
-    commit's hash; without git, 0."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        if git("rev-parse", "--is-shallow-repository") == "false":
-            return int(git("rev-list", "--count", "HEAD") or 0)
-        return int(git("rev-parse", "HEAD") or "0", 16)
-    except FileNotFoundError:
-        return 0
 
 
 @dataclass(frozen=True)

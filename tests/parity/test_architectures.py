@@ -27,14 +27,17 @@ from tests.parity.architectures import (
 
 pytestmark = pytest.mark.slow
 EACH = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+IN_TURNS = pytest.mark.in_turns(2)
 
 
+@IN_TURNS
 @EACH
 def test_logits_are_theirs(architecture: Architecture, tmp_path: Path) -> None:
     found = differences(architecture, tmp_path)
     assert max(found.values()) <= TOLERANCE, found
 
 
+@IN_TURNS
 @EACH
 def test_in_and_out_changes_no_bit(architecture: Architecture, tmp_path: Path) -> None:
     assert changed_tensors(architecture, tmp_path / "single", 10**9) == []
@@ -43,6 +46,7 @@ def test_in_and_out_changes_no_bit(architecture: Architecture, tmp_path: Path) -
     assert len(list((tmp_path / "sharded" / "ours").glob("*.safetensors"))) > 1
 
 
+@IN_TURNS
 @EACH
 def test_no_key_of_theirs_is_unknown(architecture: Architecture, tmp_path: Path) -> None:
     architecture.theirs().save_pretrained(tmp_path)

@@ -53,6 +53,7 @@ def save_both_ways(overrides: list[str], root: str) -> tuple[dict[str, object], 
     return files[0], files[1], files[2] != files[0]
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize(
     ("size", "overrides"),
     [

@@ -86,7 +86,12 @@ TRAINING = (
 )
 
 
-@pytest.fixture(scope="module", params=list(FOLDERS))
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.in_turns(3, by="name")) for name in ("llama", "qwen3", "gemma2")
+]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bert", *OTHERS])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -14,7 +14,7 @@ from tests.support.training import Trace, train
 
 pytestmark = pytest.mark.slow
 
-STEPS, END = 3, 5
+STEPS, END = 2, 4
 TRUNK = ("embedding.*", "positions.*", "blocks.0.*")
 FREEZE = "train.freeze=[" + ",".join(TRUNK) + "]"
 FIRST_STAGE = "train.freeze=[embedding.*,positions.*,blocks.*]"
@@ -32,12 +32,12 @@ def run(
     corpus: Path,
     cell: Cell,
     *settings: str,
-    stop: int = STEPS,
     save_to: Path | None = None,
     resume_from: Path | None = None,
 ) -> Trace:
+    """Of END steps; save_to: the folder of a checkpoint after STEPS of them."""
     overrides = (*cell.overrides(corpus), *(settings or (FREEZE,)))
-    return train(cell.ranks, overrides, stop, save_to, resume_from)[0]
+    return train(cell.ranks, overrides, END, save_to, resume_from, STEPS if save_to else None)[0]
 
 
 def is_frozen(name: str) -> bool:
@@ -54,8 +54,7 @@ def assert_kept(trace: Trace) -> None:
 def one_process(corpus: Path) -> dict[str, Trace]:
     """First, since pools of other sizes end each other."""
     return {
-        "steps": run(corpus, ONE),
-        "end": run(corpus, ONE, stop=END),
+        "trunk": run(corpus, ONE),
         "norm": run(corpus, ONE, FIRST_STAGE),
     }
 
@@ -64,7 +63,7 @@ def one_process(corpus: Path) -> dict[str, Trace]:
 def saved(
     corpus: Path, one_process: dict[str, Trace], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Trace, Path]]:
-    """By layout: what STEPS steps came to, and their checkpoint."""
+    """By layout: what END steps came to, and the checkpoint after STEPS of them."""
     root = tmp_path_factory.mktemp("frozen")
     traces = {name: run(corpus, cell, save_to=root / name) for name, cell in CELLS.items()}
     return {name: (trace, root / name / f"step-{STEPS:08d}") for name, trace in traces.items()}
@@ -74,7 +73,7 @@ def saved(
 def test_layouts(one_process: dict[str, Trace], saved: dict[str, tuple[Trace, Path]], name: str):
     trace, checkpoint = saved[name]
     assert_kept(trace)
-    assert deviation(trace, one_process["steps"]).within(TOLERANCES["fp32"])
+    assert deviation(trace, one_process["trunk"]).within(TOLERANCES["fp32"])
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     trained = {name for name in trace.weights if not is_frozen(name)}
     assert set(manifest["frozen"]) == set(trace.weights) - trained
@@ -84,8 +83,8 @@ def test_layouts(one_process: dict[str, Trace], saved: dict[str, tuple[Trace, Pa
 
 @pytest.mark.parametrize("name", ["zero 3", "pipeline 2"])
 def test_goes_on_bit_by_bit_where_it_was(corpus: Path, saved: dict[str, tuple[Trace, Path]], name: str):
-    whole = run(corpus, CELLS[name], stop=END)
-    resumed = run(corpus, CELLS[name], stop=END, resume_from=saved[name][1])
+    whole, checkpoint = saved[name]
+    resumed = run(corpus, CELLS[name], resume_from=checkpoint)
     assert resumed.losses == whole.losses[STEPS:]
     for weight, expected in whole.weights.items():
         np.testing.assert_array_equal(resumed.weights[weight], expected, err_msg=weight)
@@ -103,9 +102,10 @@ def test_offload(corpus: Path, one_process: dict[str, Trace]):
     offload = ("parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu")
     trace = run(corpus, Cell(2, zero=3), FREEZE, *offload)
     assert_kept(trace)
-    assert deviation(trace, one_process["steps"]).within(TOLERANCES["fp32"])
+    assert deviation(trace, one_process["trunk"]).within(TOLERANCES["fp32"])
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize(
     ("zero", "more"),
     [(0, {}), (2, {}), (3, {}), (1, {"pipeline": 2})],
@@ -113,13 +113,13 @@ def test_offload(corpus: Path, one_process: dict[str, Trace]):
 def test_low_precision(corpus: Path, one_process: dict[str, Trace], zero: int, more: dict[str, int]):
     freeze = FIRST_STAGE if more else FREEZE
     trace = run(corpus, Cell(2, zero=zero, precision="bf16", **more), freeze)
-    assert deviation(trace, one_process["norm" if more else "steps"]).within(TOLERANCES["bf16"])
+    assert deviation(trace, one_process["norm" if more else "trunk"]).within(TOLERANCES["bf16"])
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_goes_on_in_one_process(
     corpus: Path, one_process: dict[str, Trace], saved: dict[str, tuple[Trace, Path]], name: str
 ):
-    resumed = run(corpus, ONE, stop=END, resume_from=saved[name][1])
-    np.testing.assert_allclose(resumed.losses, one_process["end"].losses[STEPS:], rtol=1e-5)
+    resumed = run(corpus, ONE, resume_from=saved[name][1])
+    np.testing.assert_allclose(resumed.losses, one_process["trunk"].losses[STEPS:], rtol=1e-5)
     assert_kept(resumed)

@@ -122,6 +122,7 @@ def theirs_of(
     return [text[: places[0]] if places else text for text, places in zip(tokens, lengths, strict=True)]
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 def test_generation(architecture: Architecture, tmp_path: Path) -> None:
     theirs = architecture.theirs()

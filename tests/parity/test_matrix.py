@@ -14,8 +14,8 @@ from tests.parity.matrix import (
     covered,
     part_of_matrix,
     readme_table,
-    this_turn,
 )
+from tests.support.turns import this_turn
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

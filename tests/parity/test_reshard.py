@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.parity.matrix import STEPS, T5, Cell
+from tests.parity.matrix import T5, Cell
 from tests.support.training import Trace, train
 
 pytestmark = pytest.mark.slow
 
-END = STEPS + 3
+STEPS, END = 2, 4
 UNEVEN = ("model.vocab_size=323",)
 LAYOUTS = {
     "one process": Cell(1, model=UNEVEN),
@@ -43,7 +43,11 @@ PAIRS = [
     ("tensor 2", "zero 3 of 2"),
     ("one process", "3D of 8"),
 ]
-"""(saved at, resumed at)."""
+"""(saved at, resumed at); each run of the suite takes the first and some others."""
+PAIRS_IN_TURNS = [
+    pytest.param(*pair, marks=[pytest.mark.in_turns(4)] if pair != PAIRS[0] else [])
+    for pair in sorted(PAIRS, key=lambda pair: LAYOUTS[pair[1]].ranks)
+]
 
 
 class Run(NamedTuple):
@@ -54,11 +58,16 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """By layout; in order of the number of ranks, so that each pool starts once."""
+def runs(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Run]:
+    """By layout, those that the chosen tests ask for; in order of the number of ranks, so that each pool
+    starts once."""
+    tests = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {parameters.get("origin", parameters.get("layout")) for parameters in tests} & LAYOUTS.keys()
     root = tmp_path_factory.mktemp("saved")
     made = {}
-    for name in sorted({origin for origin, _ in PAIRS}, key=lambda name: LAYOUTS[name].ranks):
+    for name in sorted({"one process", *asked}, key=lambda name: LAYOUTS[name].ranks):
         cell = LAYOUTS[name]
         trace = train(cell.ranks, cell.overrides(corpus), END, save_to=root / name, save_at=STEPS)[0]
         made[name] = Run(trace, root / name / f"step-{STEPS:08d}")
@@ -70,7 +79,7 @@ def resume(corpus: Path, layout: str, checkpoint: Path) -> Trace:
     return train(cell.ranks, cell.overrides(corpus), END, resume_from=checkpoint)[0]
 
 
-@pytest.mark.parametrize(("origin", "target"), sorted(PAIRS, key=lambda pair: LAYOUTS[pair[1]].ranks))
+@pytest.mark.parametrize(("origin", "target"), PAIRS_IN_TURNS)
 def test_goes_on_elsewhere(corpus: Path, runs: dict[str, Run], origin: str, target: str):
     resumed, whole = resume(corpus, target, runs[origin].checkpoint), runs["one process"].trace
     np.testing.assert_allclose(resumed.losses, whole.losses[STEPS:], rtol=1e-5)
@@ -78,6 +87,7 @@ def test_goes_on_elsewhere(corpus: Path, runs: dict[str, Run], origin: str, targ
     np.testing.assert_allclose(resumed.validation_loss, whole.validation_loss, rtol=1e-5)
 
 
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize(
     "layout", ["tensor 2", "pipeline 2", "sequence 2, zero 2", "tensor 2, zero 3 of 2", "3D of 8"]
 )

@@ -44,6 +44,7 @@ def start_peak(overrides: list[str]) -> tuple[int, int]:
     return status("VmHWM") - before, config.model.parameter_count()
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(
     ("overrides", "bytes_per_parameter"),
     [

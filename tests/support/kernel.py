@@ -20,7 +20,10 @@ VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 def build() -> None:
     """Compile it, unless that is done, in a process of its own: no rank's answer may take so long."""
-    toolchain.drop_stale_locks(toolchain.build_folder("cpu_adam").parent)
+    folder = toolchain.build_folder("cpu_adam")
+    toolchain.drop_stale_locks(folder.parent)
+    if (folder / "cpu_adam.so").exists():  # a rank that loads it compiles again what is out of date
+        return
     code = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-c", code]

@@ -3,6 +3,7 @@ a real optimizer over them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,3 +104,12 @@ def save(root: Path, owners: Sequence[Owner], step: int = 1, **description: Any)
     facts = store.describe(owners[0], step, description)  # type: ignore[arg-type]
     store.assemble(partial, step, shares, facts, None)
     return Checkpoint.open(root / step_folder(step))
+
+
+MATRIX = {"w": torch.arange(24.0).reshape(4, 6)}
+"""A parameter to cut."""
+
+
+def flat(*ends: int) -> list[Cut]:
+    """MATRIX cut at `ends`."""
+    return [Cut("w", Shard((4, 6)), start, stop) for start, stop in itertools.pairwise(ends)]

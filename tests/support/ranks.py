@@ -9,6 +9,7 @@ DeepSpeed, which costs seconds.
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import socket
@@ -80,10 +81,13 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    import cpuinfo
     import torch
 
     from llmtrain.distributed import processes
 
+    # DeepSpeed asks for it before each of its CPU optimizers; a second and several processes each time.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     torch.set_num_threads(1)
     processes.start(torch.device("cpu"), single_process_group=True)
     while True:

@@ -65,6 +65,9 @@ def watch(
 
 
 def _name(process: psutil.Process) -> str:
+    # A warm one says itself what it is (see warm.py).
+    if process.name() == "launcher" or re.fullmatch(r"rank \d+", process.name()):
+        return process.name()
     rank = process.environ().get("RANK")
     if rank is not None:
         return f"rank {rank}"

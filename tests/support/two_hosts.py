@@ -8,11 +8,25 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.warm import PRELUDE
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
+ENTER = """
+import ctypes, os
+
+folder, setns = os.getcwd(), ctypes.CDLL(None, use_errno=True).setns
+for kind in ("net", "mnt"):
+    with open(f"/proc/{pid}/ns/{{kind}}") as namespace:
+        assert setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+os.chdir(folder)
+"""
+"""What a warm process runs to enter the namespaces of the process {pid}."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,25 @@ class Hosts:
     address: str
     prefixes: tuple[tuple[str, ...], tuple[str, ...]]
     """What starts a command on each."""
+    entering: tuple[dict[str, str], dict[str, str]]
+    """The environment with which a warm process is on each; see the function of this name."""
+
+
+@contextmanager
+def entering(prefix: Sequence[str], file: Path) -> Iterator[dict[str, str]]:
+    """Yield the environment with which a warm process (see warm.py) and all that it starts are where commands
+    behind `prefix` are; `file` is written for it."""
+    if not prefix:
+        yield {}
+        return
+    with subprocess.Popen([*prefix, "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()  # the prefix has become the shell
+            file.write_text(ENTER.format(pid=holder.pid))
+            yield {PRELUDE: str(file)}
+        finally:
+            holder.kill()
 
 
 class NoNamespacesError(Exception):
@@ -54,7 +87,12 @@ def two_hosts() -> Iterator[Hosts]:
             if done.returncode:
                 raise NoNamespacesError(f"ip {' '.join(command)}: {done.stderr.strip()}", is_kernel=True)
         first, second = ((ip, "netns", "exec", name) for name in names)
-        yield Hosts(ADDRESSES[0], (first, second))
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            one, other = (
+                stack.enter_context(entering(prefix, Path(folder, f"{number}.py")))
+                for number, prefix in enumerate((first, second))
+            )
+            yield Hosts(ADDRESSES[0], (first, second), (one, other))
     finally:
         for name in names:
             subprocess.run([ip, "netns", "delete", name], capture_output=True)

@@ -8,8 +8,8 @@
 Imports are most of what a tiny run costs. The process is a child of the one that asks for it, so that its
 pid, signals, pipes and exit code are those of any other. Three things differ from a cold start: modules are
 loaded before the environment is known, /proc shows the first process' command and environment (its name is
-"rank R" where it has a RANK), and resource limits are that process' own. Tests of start-up, of launchers
-themselves and of other environments of Python start cold.
+"rank R" where it has a RANK, and "launcher" where it starts others), and resource limits are that process'
+own. Tests of start-up, of launchers themselves and of other environments of Python start cold.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ _PR_SET_NAME = 15
 PRELUDE = "LLMTRAIN_TEST_PRELUDE"
 """Variable with the path of a program that a warm process runs before all else, as sitecustomize."""
 _SERVER: _Server | None = None
+_SERVER_LOCK = threading.Lock()
 _COLD = subprocess.Popen
-LAUNCHERS = ("llmtrain.distributed.torchrun", "torch.distributed.run", "tests.gpu")
+TORCHRUN = "llmtrain.distributed.torchrun"
+LAUNCHERS = (TORCHRUN, "torch.distributed.run", "tests.gpu")
 """Programs that start others, which are warm too."""
 
 
@@ -72,10 +74,11 @@ def rank_environment(size: int) -> dict[str, str]:
     return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
-def start(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> Popen:
-    """`llmtrain ARGUMENTS`, with pipes for both streams."""
+def start(*arguments: str, cwd: Path = REPOSITORY, program: str = "llmtrain", **environment: str) -> Popen:
+    """`python -m PROGRAM ARGUMENTS`, with pipes for both streams."""
     return Popen(
         arguments,
+        program,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -149,39 +152,46 @@ class _Server:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._lock = threading.Lock()
 
     def start(self, request: dict[str, Any], streams: list[int]) -> int:
         """→ the new process' pid."""
         content = json.dumps(request).encode()
-        # Only while its parent ends is the new process ours by this; other orphans go to init, as they do.
-        _adopt_orphans(True)
-        try:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
-            self._socket.sendmsg([len(content).to_bytes(8, "little")], ancillary)
-            self._socket.sendall(content)
-            answer = self._socket.recv(8, socket.MSG_WAITALL)
-        finally:
-            _adopt_orphans(False)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
+        with self._lock:
+            # Only while its parent ends: other orphans go to init, as they do.
+            _adopt_orphans(True)
+            try:
+                self._socket.sendmsg([len(content).to_bytes(8, "little")], ancillary)
+                self._socket.sendall(content)
+                answer = self._socket.recv(8, socket.MSG_WAITALL)
+            finally:
+                _adopt_orphans(False)
         assert len(answer) == 8, "the warm process ended"
         return int.from_bytes(answer, "little")
 
 
 def _server() -> _Server:
     global _SERVER
-    if _SERVER is None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                cwd=REPOSITORY,
-                env=_server_environment(),
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        atexit.register(lambda: (ours.close(), process.wait(10)))
-        _SERVER = _Server(ours)
-    return _SERVER
+    with _SERVER_LOCK:
+        if _SERVER is None:
+            _SERVER = _start_server()
+        return _SERVER
+
+
+def _start_server() -> _Server:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=REPOSITORY,
+            env=_server_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    atexit.register(lambda: (ours.close(), process.wait(10)))
+    return _Server(ours)
 
 
 def _name_this_process(name: str) -> None:
@@ -303,6 +313,7 @@ def _end(code: object) -> NoReturn:
 def _main(connection: socket.socket) -> None:
     request = _serve(connection)
     if request["program"] in LAUNCHERS:
+        _name_this_process("launcher")
         request = _serve_ranks() or request
     sys.argv = [request["program"], *request["arguments"]]
     try:

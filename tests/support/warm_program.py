@@ -1,7 +1,11 @@
-"""A program `llmtrain` for shell commands that starts warm (see warm.py).
+"""Programs `llmtrain` and, where asked for, `python` for shell commands, which start warm (see warm.py).
 
 with warm_program(folder) as path:      # a folder for PATH
     subprocess.run(["bash", "-c", "llmtrain plan …"], env={**os.environ, "PATH": f"{path}:{…}"})
+    environment = warm_environment(folder, path)    # for VIRTUAL_ENV
+
+What `python` is asked beside `-m` of llmtrain or of a launcher starts from scratch. The warm process is a
+child of the one that made the folder; the program hands on signals, its exit code and its own end.
 """
 
 from __future__ import annotations
@@ -9,35 +13,58 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
+import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.warm import Popen
+from tests.support.warm import TORCHRUN, Popen
 
 PROGRAM = """#!{python} -IS
-import array, json, os, socket, sys
+import array, json, os, signal, socket, sys
 
+program, words = "llmtrain", sys.argv[1:]
+if {is_python}:
+    if words[:1] != ["-m"] or words[1] not in {programs}:
+        os.execv({python!r}, [{python!r}, *words])
+    program, words = words[1], words[2:]
+process, early = 0, []
+
+def hand_on(number, frame):
+    os.kill(process, number) if process else early.append(number)
+
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, hand_on)
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})
-    request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    request = json.dumps([program, words, os.getcwd(), dict(os.environ)]).encode()
     streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     connection.sendmsg([len(request).to_bytes(8, "little")], streams)
     connection.sendall(request)
+    process = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "little")
+    for number in early:
+        os.kill(process, number)
     sys.exit(connection.recv(1)[0])
 """
+PROGRAMS = ("llmtrain", TORCHRUN)
 
 
 @contextmanager
-def warm_program(folder: Path) -> Iterator[Path]:
+def warm_program(folder: Path, names: Sequence[str] = ("llmtrain",)) -> Iterator[Path]:
     path, address = folder / "bin", folder / "socket"
     path.mkdir()
-    program = path / "llmtrain"
-    program.write_text(PROGRAM.format(python=sys.executable, address=str(address)))
-    program.chmod(0o755)
+    for name in names:
+        is_python = name == "python"
+        content = PROGRAM.format(
+            python=sys.executable, address=str(address), is_python=is_python, programs=PROGRAMS
+        )
+        (path / name).write_text(content)
+        (path / name).chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen()
@@ -46,21 +73,41 @@ def warm_program(folder: Path) -> Iterator[Path]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
+def warm_environment(folder: Path, programs: Path) -> Path:
+    """Make an environment of Python, set up as this one is, with the programs of `warm_program`."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("llmtrain", "python"):
+        (folder / "bin" / name).symlink_to(programs / name)
+    for stamp in Path(sys.prefix).glob(".llmtrain-*"):
+        shutil.copy(stamp, folder)
+    return folder
+
+
 def _answer_all(listener: socket.socket) -> None:
     while True:
         try:
             connection, _ = listener.accept()
         except OSError:  # shut down
             return
-        with connection:
-            head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * 4), socket.MSG_WAITALL)
-            streams = array.array("i")
-            streams.frombytes(ancillary[0][2])
-            size = int.from_bytes(head, "little")
-            arguments, cwd, environment = json.loads(connection.recv(size, socket.MSG_WAITALL))
-            stdin, stdout, stderr = streams
-            process = Popen(arguments, cwd=cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr)
-            for stream in streams:
-                os.close(stream)
-            code = process.wait()
-            connection.sendall(bytes([code if code >= 0 else 128 - code]))
+        threading.Thread(target=_answer, args=(connection,), daemon=True).start()
+
+
+def _answer(connection: socket.socket) -> None:
+    with connection, suppress(ConnectionError):
+        head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * 4), socket.MSG_WAITALL)
+        streams = array.array("i")
+        streams.frombytes(ancillary[0][2])
+        size = int.from_bytes(head, "little")
+        program, words, cwd, environment = json.loads(connection.recv(size, socket.MSG_WAITALL))
+        stdin, stdout, stderr = streams
+        process = Popen(words, program, cwd=cwd, env=environment, stdin=stdin, stdout=stdout, stderr=stderr)
+        for stream in streams:
+            os.close(stream)
+        connection.sendall(process.pid.to_bytes(8, "little"))
+        while process.poll() is None:
+            has_ended, _, _ = select.select([connection], [], [], 0.05)
+            if has_ended:  # it never says more
+                process.kill()
+                process.wait()
+        code = process.returncode
+        connection.sendall(bytes([code if code >= 0 else 128 - code]))

@@ -50,16 +50,7 @@ LONGEST = 400
 LONGER = {
     "tests/parity/architectures.py": "one table of all compared architectures, with their configs",
     "tests/parity/matrix.py": "one table of all cells of the parity matrix, with what each is held to",
-    "tests/unit/plan/test_memory.py": "to be divided: activations, states, pipeline stages, offload",
-    "tests/unit/corpus/test_transport.py": "to be divided: HTTP, S3, local files",
-    "tests/faults/test_remote_faults.py": "to be divided: faults of the network, of the disk, of the store",
-    "tests/unit/interchange/test_huggingface.py": "to be divided: export, import",
-    "tests/unit/corpus/test_cache.py": "to be divided: downloads, eviction, reading ahead",
-    "tests/unit/commands/test_data.py": "to be divided by verb: trace, digest, show",
-    "tests/unit/checkpoint/test_store.py": "to be divided: round trips, damage, interrupted saves",
     "tests/unit/nn/test_attention.py": "one reference that every kernel is compared with",
-    "tests/unit/prepare/test_prepare.py": "to be divided: what is kept, what is refused",
-    "tests/unit/commands/test_import.py": "to be divided: import and export, training from an import",
 }
 """File → why it is longer than LONGEST."""
 

@@ -8,38 +8,63 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmtrain.cli.verbs import DOES_MORE_THAN_PRINT, SECOND_VERBS, VERBS
 from llmtrain.standard_streams import PIPE_CLOSED, OutputLost, _Stream
 from tests.support.training import REPOSITORY, TINY_GPT
+from tests.support.warm import PRELUDE, TORCHRUN, Popen, finish
 
 PRINTING = (["--help"], ["checkpoint", "--help"], ["train", "--help"], ["train", "--cfg", "job"], ["plan"])
 GONE = ("closed", "left", "full", "terminal")
 FULL = "llmtrain: error: standard output: got No space left on device; redirect it to a writable location\n"
 
 
+CLOSED = """
+import os, sys
+
+for number, name in {closed}:
+    os.close(number)
+    setattr(sys, name, None)
+    setattr(sys, f"__{{name}}__", None)
+"""
+"""What a warm process does to be as an interpreter that starts with these streams closed."""
+
+
 def run(
-    arguments: Sequence[str], *, output: str = "kept", error: str = "kept", module: str = "llmtrain"
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    output: str = "kept",
+    error: str = "kept",
+    program: str = "llmtrain",
+    is_cold: bool = False,
 ) -> tuple[int, str]:
-    """`python -m MODULE ARGUMENTS` → exit code, and what it says on standard error where that is kept."""
+    """`python -m PROGRAM ARGUMENTS` → exit code, and what it says on standard error where that is kept."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module, *arguments]
-    closed = "".join(f" {number}>&-" for number, how in ((1, output), (2, error)) if how == "closed")
-    done = subprocess.run(
-        ["sh", "-c", f'exec "$0" "$@"{closed}', *command],
-        stdout=_place(output),
-        stderr=_place(error),
-        cwd=REPOSITORY,
-        env=environment,
-        text=True,
-        timeout=300,
-    )
+    streams = ((1, "stdout", output), (2, "stderr", error))
+    closed = [(number, name) for number, name, how in streams if how == "closed"]
+    ends = (_end(output), _end(error))
+    options: dict[str, Any] = {"stdout": ends[0], "stderr": ends[1], "cwd": REPOSITORY, "text": True}
+    if is_cold:
+        closing = "".join(f" {number}>&-" for number, _ in closed)
+        command = ["sh", "-c", f'exec "$0" "$@"{closing}', sys.executable, "-m", program, *arguments]
+        process = subprocess.Popen(command, env=environment, **options)
+    else:
+        if closed:
+            environment[PRELUDE] = str(folder / "closed.py")
+            Path(environment[PRELUDE]).write_text(CLOSED.format(closed=closed))
+        process = Popen(arguments, program, env=environment, **options)
+    for end in ends:
+        if end != subprocess.PIPE:
+            os.close(end)
+    [done] = finish([process])
     return done.returncode, done.stderr or ""
 
 
-def _place(how: str) -> int | None:
+def _end(how: str) -> int:
     if how == "left":
         reader, writer = os.pipe()
         os.close(reader)
@@ -52,22 +77,23 @@ def _place(how: str) -> int | None:
 
 
 @pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
-def test_what_only_prints_ends_where_it_cannot(arguments: list[str]):
-    assert run(arguments, output="left") == (PIPE_CLOSED, "")
-    assert run(arguments, output="full") == (2, FULL)
-    assert run(arguments, output="closed", error="closed") == (0, "")
+def test_what_only_prints_ends_where_it_cannot(arguments: list[str], tmp_path: Path):
+    is_cold = arguments == ["plan"]
+    assert run(arguments, tmp_path, output="left", is_cold=is_cold) == (PIPE_CLOSED, "")
+    assert run(arguments, tmp_path, output="full", is_cold=is_cold) == (2, FULL)
+    assert run(arguments, tmp_path, output="closed", error="closed", is_cold=is_cold) == (0, "")
 
 
-def test_mistakes_keep_their_exit_code():
-    assert run(["plann"], output="full", error="full") == (2, "")
-    assert run(["plan", "seed=x"], output="closed", error="closed") == (2, "")
+def test_mistakes_keep_their_exit_code(tmp_path: Path):
+    assert run(["plann"], tmp_path, output="full", error="full") == (2, "")
+    assert run(["plan", "seed=x"], tmp_path, output="closed", error="closed") == (2, "")
 
 
 @pytest.mark.parametrize("how", ["closed", "left"])
 def test_training_goes_on_without_output(how: str, corpus: Path, tmp_path: Path):
     settings = [*TINY_GPT, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
     settings += ["train.steps=2", "train.log_every=1", "evaluation.every=null", "evaluation.at_start=false"]
-    assert run(["train", *settings], output=how, error=how) == (0, "")
+    assert run(["train", *settings], tmp_path, output=how, error=how, is_cold=how == "closed") == (0, "")
     assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
 
 
@@ -76,7 +102,7 @@ def test_preparing_goes_on_without_output(how: str, tmp_path: Path):
     source, output = tmp_path / "a.txt", tmp_path / "corpus"
     source.write_text("\n\n".join(f"{number} and some words" * 20 for number in range(300)))
     settings = [f"source={source}", f"output={output}", "tokenizer.vocab_size=280", "workers=1"]
-    assert run(["prepare", *settings], output=how) == (0, "")
+    assert run(["prepare", *settings], tmp_path, output=how) == (0, "")
     assert (output / "manifest.json").exists()
 
 
@@ -85,7 +111,7 @@ def test_preparing_goes_on_without_output(how: str, tmp_path: Path):
 def test_a_launcher_goes_on_without_output(how: str, corpus: Path, tmp_path: Path):
     settings = [*TINY_GPT, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "device=cpu"]
     settings += ["train.steps=2", "evaluation.every=null", "evaluation.at_start=false"]
-    assert run(settings, output=how, error=how, module="llmtrain.distributed.torchrun") == (0, "")
+    assert run(settings, tmp_path, output=how, error=how, program=TORCHRUN) == (0, "")
     assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.standard_streams import PIPE_CLOSED
 from llmtrain.track.config import TrackConfig
+from llmtrain.train.config import TrainConfig
 from llmtrain.train.resolve import resolve
 from llmtrain.train.run_folder import environment
 from tests.support.training import REPOSITORY, compose
@@ -130,9 +132,7 @@ def test_every_field_can_be_given_though_its_yaml_lacks_it():
         *("model.head_dim=16", "model.rope_theta=5000", "model.rope_scaling.factor=4"),
         *("schedule.decay_steps=3", "optimizer.momentum=0.5", "optimizer.alpha=0.5", "model.vocab_size=320"),
     ]
-    mapping = compose(overrides, "plan")
-    mapping.pop("world_size")
-    config = resolve(mapping, 1, data_optional=True).config
+    config = decoded(compose(overrides, "plan"))
     assert isinstance(config.model, GPTConfig)
     assert config.model.rope_scaling is not None
     assert (config.model.head_dim, config.model.rope_theta, config.model.rope_scaling.factor) == (16, 5000, 4)
@@ -140,9 +140,7 @@ def test_every_field_can_be_given_though_its_yaml_lacks_it():
 
 
 def test_no_tracker_at_all():
-    mapping = compose(["track=[]"], "plan")
-    mapping.pop("world_size")
-    assert resolve(mapping, 1, data_optional=True).config.track == TrackConfig()
+    assert decoded(compose(["track=[]"], "plan")).track == TrackConfig()
     assert set(compose([], "plan")["track"]) == {"jsonl"}
 
 
@@ -155,47 +153,52 @@ def test_the_command_is_remembered_as_typed(monkeypatch: pytest.MonkeyPatch):
     assert environment()["command"] == ["llmtrain", "plan", "run.name=1_000", "--cfg", "job"]
 
 
+PAIRED_MODELS = {
+    "encoder": "bert_tiny",
+    "permuted_encoder": "xlnet_tiny",
+    "encoder_decoder": "bart_tiny",
+    "decoder": "gpt_tiny",
+    "classifier": "simple_cnn",
+}
+"""Kind of model → a preset that objectives are tried with."""
+
+
 def test_every_preset_composes_and_decodes():
+    """Hydra takes a fifth of a second for a configuration: those of models have an option of each of these
+    groups too, while there are more."""
+    groups = ("optimizer", "schedule", "precision", "cluster")
+    rest = {group: group_options(group) for group in groups}
     models = [model for model in group_options("model") if model != "pretrained"]  # that needs a folder
     assert len(models) >= 14
+    composed = {}
     for model in models:
-        data = ["data=mnist"] if model == "simple_cnn" else []
-        mapping = compose([f"model={model}", *data, "batch.sequence_length=128"], "plan")
-        mapping.pop("world_size")
-        assert resolve(mapping, 1, data_optional=True).config.model.parameter_count() > 0
-    tiny = {
-        "encoder": "bert_tiny",
-        "permuted_encoder": "xlnet_tiny",
-        "encoder_decoder": "bart_tiny",
-        "decoder": "gpt_tiny",
-        "classifier": "simple_cnn",
-    }
+        words = [f"{group}={options.pop()}" for group, options in rest.items() if options]
+        words += ["device=cuda"] if "precision=fp16" in words else []
+        words += ["data=mnist"] if model == "simple_cnn" else []
+        composed[model] = compose([f"model={model}", *words, "batch.sequence_length=128"], "plan")
+        assert decoded(composed[model]).model.parameter_count() > 0
+    assert not any(rest.values())
     for option in group_options("objective"):
         given = yaml.safe_load((conf_folder() / "objective" / f"{option}.yaml").read_text())
         (kind,) = objective_config_type(given).teaches
         data = ["data=mnist"] if kind == "classifier" else []
-        for other, model in tiny.items():
-            words = [f"model={model}", f"objective={option}", "batch.sequence_length=96", *data]
-            mapping = compose(words, "plan")
-            mapping.pop("world_size")
-            if other == kind:
-                config = resolve(mapping, 1, data_optional=True).config
-                assert encode(config.objective).items() >= mapping["objective"].items()
-                continue
-            with pytest.raises(ConfigError) as refusal:
-                resolve(mapping, 1, data_optional=True)
-            assert [problem.where for problem in refusal.value.problems] == ["objective"]
+        words = [f"model={PAIRED_MODELS[kind]}", f"objective={option}", "batch.sequence_length=96", *data]
+        mapping = compose(words, "plan")
+        assert encode(decoded(mapping).objective).items() >= mapping["objective"].items()
+        for other, model in PAIRED_MODELS.items():
+            if other != kind:
+                with pytest.raises(ConfigError) as refusal:
+                    decoded({**composed[model], "objective": mapping["objective"]})
+                assert [problem.where for problem in refusal.value.problems] == ["objective"]
     for experiment in group_options("experiment"):
-        place = [] if experiment == "mnist_cnn" else ["data.path=null"]
-        mapping = compose([f"experiment={experiment}", *place], "plan")
-        mapping.pop("world_size")
-        resolve(mapping, 1, data_optional=True)
-    for group in ("optimizer", "schedule", "precision", "cluster"):
-        for option in group_options(group):
-            device = "cuda" if option == "fp16" else "cpu"
-            mapping = compose([f"{group}={option}", f"device={device}"], "plan")
-            mapping.pop("world_size")
-            resolve(mapping, 1, data_optional=True)
+        no_data = [] if experiment == "mnist_cnn" else ["data.path=null"]
+        decoded(compose([f"experiment={experiment}", *no_data], "plan"))
+
+
+def decoded(mapping: dict[str, Any]) -> TrainConfig:
+    """A composed configuration of `plan`, as one process without data has it."""
+    own = {key: value for key, value in mapping.items() if key != "world_size"}
+    return resolve(own, 1, data_optional=True).config
 
 
 def test_help_answers_without_torch():

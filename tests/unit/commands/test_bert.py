@@ -111,10 +111,12 @@ def test_data_show_tells_what_is_asked(run: Path, capsys: pytest.CaptureFixture[
     assert cli.run_verb("data", ["show", f"run={run}", "step=2", "max_samples=8"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("step 2, sample") == 8
-    asked = sum(
-        int(line.split(" of them asked")[0].split()[-1]) for line in shown.splitlines() if "asked" in line
+    predicted = sum(
+        int(line.split(" of them predicted")[0].split()[-1])
+        for line in shown.splitlines()
+        if "of them predicted" in line
     )
-    assert shown.count("→") == asked > 0
+    assert shown.count("→") == predicted > 0
     assert ("[CLS]" in shown) == has_pairs(run)
 
 

@@ -21,6 +21,7 @@ def test_the_meta_device_refuses_tensors_of_the_cpu() -> None:
         torch.empty(3, device="meta") + torch.empty(3)
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_and_backward(family: str, dropout: float, request: pytest.FixtureRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,18 +38,18 @@ def operators_of(run: Callable[[], Any]) -> Counter[str]:
     return operators.calls
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_change_no_operator(family: str, precision: str, request: pytest.FixtureRequest) -> None:
     """As many products and kernels of attention of each kind with exact_dropout as without."""
     corpus = request.getfixturevalue("paired_corpus" if family == TRANSFORMER else "corpus")
-    overrides = [*FAMILIES[family], f"data.path={corpus}", "device=cpu"]
+    resolved = resolve(compose([*FAMILIES[family], f"data.path={corpus}", "device=cpu"]), world_size=1)
+    micro = next(open_loader(resolved).steps(0)).micro_batches[0]
 
     def operators(dropout: float, with_keys: bool, training: bool) -> Counter[str]:
-        resolved = resolve(compose([*overrides, f"model.dropout={dropout}"]), world_size=1)
-        model_config = resolved.config.model
+        model_config = replace(resolved.config.model, dropout=dropout)  # type: ignore[call-arg]
         objective: Any = resolved.config.objective.build(model_config, resolved.config.data, resolved.corpora)
-        micro = next(open_loader(resolved).steps(0)).micro_batches[0]
         model = family_of(model_config).build(model_config).train(training)
         keys = {DROPOUT_KEYS: sample_keys(0, list(micro.samples))} if with_keys else {}
         batch = {**micro.batch, **keys}

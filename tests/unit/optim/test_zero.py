@@ -12,7 +12,7 @@ NAMES = ["adamw", "adam", "sgd", "adagrad", "rmsprop"]
 
 
 def losses(name: str, zero: int | None) -> list[float]:
-    """Five steps of a tiny GPT on this rank's part; zero None: plain torch, on all ranks."""
+    """Three steps of a tiny GPT on this rank's part; zero None: plain torch, on all ranks."""
     import numpy as np
     import torch
 
@@ -41,7 +41,7 @@ def losses(name: str, zero: int | None) -> list[float]:
         return MicroBatch(batch, range(sample, sample + 1), np.array([sample]))
 
     found = []
-    for step in range(5):
+    for step in range(3):
         first = 2 * (step * size + rank)
         found.append(engine.train_step([micro_batch(first), micro_batch(first + 1)], lr=0.02).loss)
     return found

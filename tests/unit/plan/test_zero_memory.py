@@ -73,6 +73,7 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
     return found, held, held + plan.memory.buffers
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(
     "overrides",
     [

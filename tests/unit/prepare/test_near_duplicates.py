@@ -22,6 +22,7 @@ from llmtrain.tokenizers.config import TokenizerConfig
 from llmtrain.tokenizers.folder import load_tokenizer
 from llmtrain.tokenizers.sentencepiece import train
 from tests.support.corpora import TEXT
+from tests.support.preparing import tree
 
 
 def words(rng: np.random.Generator, count: int) -> list[str]:
@@ -74,10 +75,6 @@ def changed(rng: np.random.Generator, document: str, changes: int) -> str:
     for place in range(7, len(found), len(found) // changes)[:changes]:
         found[place] = f"new{rng.integers(1 << 40)}"
     return " ".join(found)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_the_first_of_each_cluster_stays_and_unlike_documents_do(tmp_path: Path):

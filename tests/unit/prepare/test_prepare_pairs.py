@@ -19,7 +19,7 @@ from llmtrain.errors import ConfigError, DataError
 from llmtrain.prepare.config import FiltersConfig, NearDuplicatesConfig, PrepareConfig
 from llmtrain.prepare.job import prepare
 from llmtrain.tokenizers.config import TokenizerConfig
-from tests.unit.prepare.test_prepare import config, documents_of, texts, tree
+from tests.support.preparing import config, documents_of, texts, tree
 
 Pair = tuple[str, str]
 FIELDS = {"text_field": "en", "target_field": "es"}

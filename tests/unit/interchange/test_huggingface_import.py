@@ -1,4 +1,4 @@
-"""Export and import of Hugging Face folders, without transformers (tests/parity compares with it)."""
+"""Import of Hugging Face folders of others: older spellings, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,36 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmtrain.config import decode
-from llmtrain.errors import CheckpointError, ConfigError, DataError
+from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.interchange import forms
 from llmtrain.interchange.huggingface import export_folder, import_folder
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.models.encoder_decoder.model import EncoderDecoder
 from llmtrain.models.gpt.config import GPTConfig
-from llmtrain.models.gpt.model import GPT
 from llmtrain.models.huggingface.form import Settings
-from llmtrain.nn.initialize import initialize
-from llmtrain.nn.rope_config import RopeScaling
-from llmtrain.tokenizers.config import TokenizerConfig
-from llmtrain.tokenizers.sentencepiece import train
+from tests.support.huggingface import FORMS, GPT2, LLAMA, weights
 
-GPT2 = GPTConfig(
-    vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, max_sequence_length=16, dropout=0.1
-)
-LLAMA = replace(
-    GPT2,
-    num_kv_heads=2,
-    mlp_hidden_size=48,
-    positions="rope",
-    norm="rmsnorm",
-    gated_mlp=True,
-    activation="silu",
-    bias=False,
-    tie_embeddings=False,
-    rope_theta=500_000.0,
-)
 T5 = Seq2SeqConfig(
     vocab_size=320,
     hidden_size=32,
@@ -61,50 +41,6 @@ T5 = Seq2SeqConfig(
     start_id=0,
     eos_id=1,
 )
-FORMS = {
-    "gpt2": GPT2,
-    "gpt2-untied": replace(GPT2, tie_embeddings=False, activation="gelu", mlp_hidden_size=40),
-    "llama": LLAMA,
-    "llama-tied-bias": replace(LLAMA, tie_embeddings=True, bias=True, num_kv_heads=None),
-    "llama-3.1": replace(LLAMA, rope_scaling=RopeScaling(original_max_sequence_length=4), head_dim=16),
-}
-BY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
-
-
-def weights(config: GPTConfig | Seq2SeqConfig) -> dict[str, Tensor]:
-    model = GPT(config) if isinstance(config, GPTConfig) else EncoderDecoder(config)
-    initialize(model, seed=0)
-    # Biases and norms start alike everywhere; a mix-up would not show.
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
-
-
-@BY_FORM
-def test_import_of_export_is_bitwise_equal(config: GPTConfig, tmp_path: Path) -> None:
-    tensors = weights(config)
-    export_folder(config, tensors, None, tmp_path / "out")
-    back = import_folder(tmp_path / "out")
-    assert back.config == config
-    assert (back.fresh, back.left_out) == ((), ())
-    tensors_back = back.weights
-    assert tensors_back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensors_back[name], tensor), name
-
-
-@BY_FORM
-def test_shards_hold_the_same(config: GPTConfig, tmp_path: Path) -> None:
-    tensors = weights(config)
-    export_folder(config, tensors, None, tmp_path / "out", shard_bytes=30_000)
-    shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(shards) > 2
-    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert {name for shard in shards for name in load_file(shard)} == index["weight_map"].keys()
-    stored = sum(t.numel() * 4 for shard in shards for t in load_file(shard).values())
-    assert index["metadata"]["total_size"] == stored
-    back = import_folder(tmp_path / "out").weights
-    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(
@@ -125,75 +61,6 @@ def test_a_tied_weight_under_one_name_alone(config: Any, embedding: str, copy: s
     assert torch.equal(
         import_folder(tmp_path / "out").weights["embedding.weight"], tensors["embedding.weight"]
     )
-
-
-def test_dtype(tmp_path: Path) -> None:
-    tensors = weights(GPT2)
-    export_folder(GPT2, tensors, None, tmp_path / "out", dtype=torch.bfloat16)
-    back = import_folder(tmp_path / "out").weights
-    assert all(torch.equal(back[name], tensors[name].bfloat16()) for name in tensors)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"norm": "layernorm"}, "norm=layernorm"),
-        ({"gated_mlp": False}, "gated_mlp=False"),
-        ({"positions": "learned", "norm": "layernorm"}, "positions=learned, norm=layernorm"),
-    ],
-)
-def test_forms_that_transformers_has_not(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
-    config = replace(LLAMA, **changes)
-    with pytest.raises(ConfigError) as error:
-        export_folder(config, weights(config), None, tmp_path / "out")
-    assert len(str(error.value).splitlines()) == 1
-    for key in named.split(", "):
-        assert key in str(error.value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda t: t.pop("norm.bias"), "no tensor norm.bias"),
-        (lambda t: t.update(nrom=torch.zeros(1)), "an unknown tensor nrom"),
-        (lambda t: t.update({"norm.bias": torch.zeros(3)}), r"norm\.bias: got shape \(3,\)"),
-    ],
-)
-def test_tensors_that_do_not_fit(
-    damage: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
-) -> None:
-    tensors = weights(GPT2)
-    damage(tensors)
-    with pytest.raises(CheckpointError, match=message):
-        export_folder(GPT2, tensors, None, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_may_be_replaced(tmp_path: Path) -> None:
-    output, tensors = tmp_path / "out", weights(GPT2)
-    output.mkdir()
-    export_folder(GPT2, tensors, None, output)
-    export_folder(LLAMA, weights(LLAMA), None, output)
-    assert import_folder(output).config == LLAMA
-
-    (output / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match=r"another model's folder.*overwrite=true"):
-        export_folder(GPT2, tensors, None, output)
-    export_folder(GPT2, tensors, None, output, overwrite=True)
-    assert import_folder(output).config == GPT2
-
-    (output / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no model's folder"):
-        export_folder(GPT2, tensors, None, output, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_unwritable_output(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is not writable"):
-        export_folder(GPT2, weights(GPT2), None, tmp_path / "file" / "out")
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -453,20 +320,3 @@ def test_spellings_of_older_encoders(tmp_path: Path) -> None:
     back = import_folder(tmp_path / "roberta")
     assert (back.config, back.left_out) == (config, ("roberta.pooler.dense.bias",))
     assert all(torch.equal(back.weights[key], tensor) for key, tensor in tensors.items())
-
-
-def test_tokenizer_travels_along(tmp_path: Path) -> None:
-    text = "the quick brown fox jumps over the lazy dog, again and again and again. "
-    model = train([text * 20, text.upper() * 5], TokenizerConfig(vocab_size=319))
-    (tmp_path / "spm.model").write_bytes(model)
-    export_folder(GPT2, weights(GPT2), tmp_path / "spm.model", tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-
-    small = replace(GPT2, vocab_size=300)
-    with pytest.raises(DataError, match="319 ids; allowed: at most the model's vocab_size of 300"):
-        export_folder(small, weights(small), tmp_path / "spm.model", tmp_path / "out2")
-    with pytest.raises(DataError, match="No such file"):
-        export_folder(GPT2, weights(GPT2), tmp_path / "none.model", tmp_path / "out2")
-    assert not (tmp_path / "out2").exists()
