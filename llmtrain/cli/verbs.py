@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("llmtrain.commands.prepare", "raw text → tokenizer and corpus"),
     "plan": ("llmtrain.commands.plan", "will it run, will it fit, how large is a step; no GPU needed"),
     "train": ("llmtrain.commands.train", "corpus → trained model; resumes by itself"),
+    "finetune": ("llmtrain.commands.train", "model and labelled texts → a model for a task"),
     "evaluate": ("llmtrain.commands.evaluate", "loss, perplexity and bits per byte of a trained model"),
     "generate": ("llmtrain.commands.generate", "text from a trained language model"),
     "import": ("llmtrain.commands.import_", "Hugging Face folder or GGUF file → checkpoint"),
@@ -45,6 +46,7 @@ brackets), and what it does. Each has a function in the verb's module and a file
 CONFIGS: dict[str, tuple[str, ...]] = {
     "prepare": ("llmtrain.prepare.config:PrepareConfig",),
     "train": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
+    "finetune": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
     "plan": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
     "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
     "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
@@ -61,7 +63,15 @@ CONFIGS: dict[str, tuple[str, ...]] = {
 }
 """Name of a configuration → the dataclasses that hold its keys."""
 
-DOES_MORE_THAN_PRINT = {"prepare", "train", "import", "export", "checkpoint_export", "checkpoint_prune"}
+DOES_MORE_THAN_PRINT = {
+    "prepare",
+    "train",
+    "finetune",
+    "import",
+    "export",
+    "checkpoint_export",
+    "checkpoint_prune",
+}
 """Verbs that go on when their output can no longer be written."""
 
 FOLDERS = {

@@ -132,7 +132,7 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
         problems.append(dataclasses.replace(problem, where=problem.where.removeprefix("batch.")))
     if problems:
         raise ConfigError(problems)
-    corpora = open_data(data)
+    corpora = open_data(objective, data)
     if problems := corpora_problems(objective, corpora):
         raise ConfigError(problems)
     model = resolve_vocabulary(model, objective, corpora)

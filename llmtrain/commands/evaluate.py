@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,17 @@ import numpy as np
 
 from llmtrain import files
 from llmtrain.config import decode, encode, require
-from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.corpus.corpora import Corpora
-from llmtrain.data.config import data_config_type
+from llmtrain.data.config import DataConfig, data_config_type
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
-from llmtrain.objectives.reading import corpora_problems, data_problems, open_data, open_dataset
+from llmtrain.objectives.base import Scores
+from llmtrain.objectives.reading import corpora_problems, data_problems, data_section, open_data, open_dataset
 from llmtrain.output import check_output, write_output
+from llmtrain.scoring.figure import Figure
 from llmtrain.standard_streams import print_note
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ USUAL_LENGTH = 1024
 class EvaluateConfig:
     checkpoint: Path
     """A run folder, a checkpoint folder or an exported folder."""
-    data: TokenDataConfig | ImageDataConfig
+    data: DataConfig
     parallel: SharingConfig = field(default_factory=SharingConfig)
     split: str = "validation"
     """train, validation or test."""
@@ -64,6 +66,8 @@ class EvaluateConfig:
     """Also print the loss of the token frequencies of the training split; this reads the whole split."""
     output: Path | None = None
     """A JSON file for the figures."""
+    format: Literal["text", "json"] = "text"
+    """text: one line a figure; json: one object."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.micro_size >= 1, "micro_size", self.micro_size, "1 or more")
@@ -76,11 +80,15 @@ class EvaluateConfig:
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raise UserError for whatever a user can fix."""
+    from llmtrain.interchange.trained import describe
+
+    described = describe(Path(mapping["checkpoint"]))
+    mapping = {**mapping, "data": data_section(mapping["data"], described.objective, described.data)}
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
     output = None if config.output is None else expand_home(config.output)
     if output is not None:
         check_output(output)
-    corpora = open_data(config.data)
+    corpora = open_data(described.objective, config.data, described.tokenizer)
 
     from llmtrain.data.loader import evaluation_batches
     from llmtrain.distributed import processes
@@ -145,10 +153,28 @@ def run(mapping: Mapping[str, Any]) -> None:
     if counter is not None and isinstance(corpora, Corpora) and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)
     figures |= translated
+    if isinstance(objective, Scores) and totals.rows:
+        figures |= objective.scores(dataset, totals.rows)
     if output is not None:
-        write_output(output, lambda path: files.write_json_atomically(path, figures))
+        write_output(output, lambda path: files.write_json_atomically(path, _plain(figures)))
+    if config.format == "json":
+        print(json.dumps(_plain(figures)), flush=True)
+        return
+    width = max(15, *(len(name) for name in figures))
     for name, value in figures.items():
-        print(f"{name:<15} {value:.6g}" if isinstance(value, float) else f"{name:<15} {value}", flush=True)
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{name:<{width}} {shown}", flush=True)
+
+
+def _plain(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures as JSON: one with an interval as `name` and `name_interval`."""
+    plain: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Figure):
+            plain |= {name: value.value, f"{name}_interval": [value.low, value.high]}
+        else:
+            plain[name] = value
+    return plain
 
 
 class TargetCounter:

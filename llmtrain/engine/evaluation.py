@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
+from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.loader import MicroBatch
 from llmtrain.distributed import processes
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
@@ -23,6 +25,9 @@ class Totals:
     num_targets: int
     metric_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Name → (sum, count that the sum is divided by)."""
+    rows: dict[int, np.ndarray] = field(default_factory=dict)
+    """Number of a sample → what the model predicts of it, in ascending order; empty unless the objective
+    gives it."""
 
     @property
     def loss(self) -> float:
@@ -73,14 +78,22 @@ class NamedSums:
 
 
 def sum_over_batches(
-    compute: Callable[[Batch], Terms], batches: Iterable[Batch], counted: bool = True
+    compute: Callable[[Batch], Terms], batches: Iterable[tuple[Batch, np.ndarray]], counted: bool = True
 ) -> Totals:
     """Return the sums over all batches of all ranks. All ranks must pass equally many; those that are not
-    `counted` repeat the batches of ranks that are."""
+    `counted` repeat the batches of ranks that are.
+
+    batches: each with the numbers of its samples, EMPTY in padding rows.
+    """
     sums: dict[str, torch.Tensor] = {}
+    rows: dict[int, np.ndarray] | None = None
     with torch.no_grad():
-        for batch in batches:
+        for batch, indices in batches:
             terms = compute(batch)
+            if terms.rows is not None:
+                rows = {} if rows is None else rows
+                given = zip(indices.tolist(), terms.rows, strict=True)
+                rows |= {index: row for index, row in given if counted and index != EMPTY}
             whole = torch.stack([terms.loss_sum.double(), terms.num_targets.double()])
             for name, value in {LOSS: whole, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
@@ -88,7 +101,11 @@ def sum_over_batches(
         return Totals(0.0, 0)
     reduced = NamedSums().over_ranks(sums)
     loss_sum, num_targets = reduced.pop(LOSS)
-    return Totals(loss_sum, int(num_targets), reduced)
+    found: dict[int, np.ndarray] = {}
+    if rows is not None:
+        for part in processes.gather(rows):
+            found |= part
+    return Totals(loss_sum, int(num_targets), reduced, dict(sorted(found.items())))
 
 
 def evaluate_batches(
@@ -101,5 +118,5 @@ def evaluate_batches(
 ) -> Totals:
     """Return the same sums for a model that is not wrapped; sets it to evaluation mode."""
     module = ObjectiveModule(model, objective, autocast(precision, device)).eval()
-    batches = (to_device(micro.batch, device) for micro in micro_batches)
+    batches = ((to_device(micro.batch, device), micro.indices) for micro in micro_batches)
     return sum_over_batches(lambda batch: Terms(*module(batch)), batches, counted)

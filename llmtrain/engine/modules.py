@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,16 +28,21 @@ class ObjectiveModule(nn.Module):
         self._objective = objective
         self._autocast = autocast
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return (loss_sum, num_targets, metrics) of the objective's Terms."""
+    def forward(
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[np.ndarray] | None]:
+        """Return the fields of the objective's Terms."""
         # Under ZeRO in low precision the weights have low precision, so floating-point inputs must have it
         # too.
         dtype = next(self.model.parameters()).dtype
-        batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
+        batch = {
+            name: x.to(dtype) if x.is_floating_point() and name != "labels" else x
+            for name, x in batch.items()
+        }
         with self._autocast:
             compute = self._objective if self.training else self._objective.evaluate
             terms = compute(self.model, batch)
-        return terms.loss_sum, terms.num_targets, terms.metrics
+        return terms.loss_sum, terms.num_targets, terms.metrics, terms.rows
 
 
 def weight_dtype(precision: Precision, zero: int) -> torch.dtype:

@@ -177,6 +177,8 @@ class Described(NamedTuple):
     tokenizer: Path | None
     """Its file."""
     origin: Origin | None
+    data: Mapping[str, Any] | None = None
+    """The section `data` of the run that trained it."""
 
 
 def describe(path: Path) -> Described:
@@ -198,7 +200,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Described:
     """Return what a checkpoint says of its model."""
     config = config_of(checkpoint)
     objective = objective_of(checkpoint, config)
-    return Described(config, objective, checkpoint.tokenizer, _origin_of(checkpoint))
+    data = (checkpoint.manifest.get("config") or {}).get("data")
+    return Described(config, objective, checkpoint.tokenizer, _origin_of(checkpoint), data)
 
 
 def objective_of(checkpoint: Checkpoint, config: ModelConfig) -> ObjectiveConfig:

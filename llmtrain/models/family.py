@@ -4,19 +4,20 @@ built."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llmtrain.nn.memory import ModelMemory
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.sharding import Table
+from llmtrain.nn.task_config import Pooling
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llmtrain.models.huggingface.form import Form
-    from llmtrain.tokenizers.base import Tokenizer
+    from llmtrain.tokenizers.base import Frame, Tokenizer
 
 Kind = Literal["decoder", "encoder", "permuted_encoder", "encoder_decoder", "classifier"]
 """Inputs and outputs of a model's forward, by which objectives select the models that they can train:
@@ -27,6 +28,14 @@ Kind = Literal["decoder", "encoder", "permuted_encoder", "encoder_decoder", "cla
 - encoder_decoder: a source, and the beginning of a target → logits of each next target token;
 - classifier: images → logits of classes.
 """
+
+
+class PooledHead(NamedTuple):
+    """The usual head of a family over a whole text."""
+
+    pooling: Pooling = "last"
+    dense: bool = False
+    bias: bool = True
 
 
 class Filling(NamedTuple):
@@ -63,6 +72,11 @@ class Family:
     """Return the architectures of transformers that it reads and writes; the first that fits is written."""
     filling: Callable[[Any, Tokenizer], Filling] | None = None
     """(config, tokenizer) → how it reads a prompt with masked tokens; None: it cannot fill them in."""
+    frame: Callable[[Any, Tokenizer], Frame] | None = None
+    """(config, tokenizer) → the special tokens around one text and two, where the tokenizer has none of its
+    own; None: none but eos between two texts."""
+    pooled: PooledHead = field(default_factory=PooledHead)
+    """The head of a fine-tuning task over a whole text."""
     presets: Path | None = None
     """Of a family outside the package: a folder with `model/NAME.yaml`, which Hydra searches after conf/."""
 

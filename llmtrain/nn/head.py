@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.linear import add_product_, linear, product
 
 if TYPE_CHECKING:

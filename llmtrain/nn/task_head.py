@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.initialize import Constant, Initializer, Normal
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.task_config import TaskHeadConfig
 

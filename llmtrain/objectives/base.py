@@ -16,7 +16,7 @@ from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import Problem
 from llmtrain.files import expand_home
-from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
+    from llmtrain.scoring.figure import Figure
     from llmtrain.tokenizers.base import Tokenizer
 
 Batch: TypeAlias = "dict[str, Tensor]"
@@ -45,6 +46,8 @@ class Terms:
     """0-d int64, on the batch's device."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Name → [sum, count that the sum is divided by], (2,)."""
+    rows: list[np.ndarray] | None = None
+    """What the model predicts of each row of the batch; figures over a whole split are computed from it."""
 
 
 class SpecialIds(NamedTuple):
@@ -72,7 +75,7 @@ class ObjectiveConfig(Kinds):
     kind: str
     teaches: ClassVar[tuple[str, ...]]
     """Kinds of model that this objective can train (see models/family.py)."""
-    data: ClassVar[Literal["tokens", "images"]] = "tokens"
+    data: ClassVar[Literal["tokens", "images", "table"]] = "tokens"
     paired: ClassVar[Literal["needed", "refused", "taken"]] = "refused"
     """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
     as two consecutive documents."""
@@ -87,6 +90,14 @@ class ObjectiveConfig(Kinds):
     def row(self, sequence_length: int) -> Row:
         """Return the shape of a row of `batch.sequence_length` tokens as the model sees it."""
         return Row(sequence_length, predicted=sequence_length)
+
+    def following(self, model: Any) -> ObjectiveConfig:
+        """Return the config with what follows from the model that training starts from."""
+        return self
+
+    def with_labels(self, texts: Any) -> ObjectiveConfig:
+        """Return the config with the labels of the texts, as checkpoints store it."""
+        return self
 
     def fitted(self, model: Any) -> Any:
         """Return the model's config with the heads that this objective needs."""
@@ -189,6 +200,14 @@ class NamesArguments(Protocol):
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         """Return the arguments of the model's forward by name."""
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """An objective with figures that take the predictions of all rows together."""
+
+    def scores(self, dataset: Any, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+        """Return figures with their intervals. rows: number of a row of the dataset → Terms.rows of it."""
 
 
 class LossOfModel:

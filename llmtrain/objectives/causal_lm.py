@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,

@@ -1,101 +1,159 @@
-"""Image classification: one label per sample.
-
-Dim names: B samples, C classes, H and W height and width of an image.
-"""
+"""Classification of texts and of pairs of texts: one label of several, or any number of labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from llmtrain.nn.labels import IGNORE_INDEX
-from llmtrain.nn.model_config import Row
-from llmtrain.objectives.base import (
-    DROPOUT_KEYS,
-    Batch,
-    ObjectiveConfig,
-    Shown,
-    Terms,
-    count_targets,
-    ratio,
-    tensors,
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.labels import IGNORE_INDEX
+from llmtrain.nn.task_config import Pooling, TaskHeadConfig
+from llmtrain.objectives.task import (
+    Task,
+    TaskConfig,
+    examples_of,
+    field_of,
+    given_names,
+    in_order,
+    label_of,
+    texts_of,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
-    from llmtrain.corpus.text_source import TextSource
-    from llmtrain.data.datasets.base import Dataset
-    from llmtrain.data.trace import Part
-    from llmtrain.objectives.text import Spelling
+    from llmtrain.data.datasets.examples import Examples
+    from llmtrain.scoring.figure import Figure
+    from llmtrain.tables.build import Example
+    from llmtrain.tables.config import TableDataConfig
+    from llmtrain.tables.ragged import Column
+
+MANY_LABELS = 20
+"""Rows from which on a label of its own for each row is taken for a mistake."""
 
 
 @dataclass(frozen=True)
-class ClassificationConfig(ObjectiveConfig):
-    """Predict the label of an image."""
+class ClassificationConfig(TaskConfig):
+    """Predict the label of a text or of a pair of texts."""
 
-    teaches: ClassVar = ("classifier",)
-    data: ClassVar = "images"
+    pools: ClassVar = True
 
     kind: Literal["classification"] = "classification"
+    multi_label: bool = False
+    """A text may have any number of labels; its field is a list, or text with commas between labels."""
+    labels: tuple[str, ...] = ()
+    """Labels in the order of the outputs; empty: those of the rows to train on, or of the model's head."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss. balanced: as if all classes were equally frequent."""
+    pooling: Pooling | None = None
+    """Hidden state that stands for a text: first token, last token, or mean; null: what suits the family."""
+    head_dropout: float = 0.1
+    """Dropout probability before the outputs."""
+    new_head: bool = False
+    """Start with a new head where the model has one for this task already."""
 
-    def row(self, sequence_length: int) -> Row:
-        """Count an image as one token."""
-        return Row(1, predicted=1)
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from require(
+            not (self.multi_label and self.class_weights == "balanced"),
+            "class_weights",
+            self.class_weights,
+            "none with multi_label=true",
+        )
 
-    def open(
-        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
-    ) -> dict[str, Dataset]:
-        from llmtrain.data.datasets.images import Images
+    def _head_kind(self) -> Literal["classes", "labels"]:
+        return "labels" if self.multi_label else "classes"
 
-        return {"": Images.open(data.path, split, model.num_classes)}
+    def head_of(self, head: TaskHeadConfig, table: Any) -> TaskHeadConfig:
+        head = super().head_of(head, table)
+        if self.class_weights == "none":
+            return replace(head, class_weights=())
+        counts = table.splits["train"]["labels"]
+        rows, present = sum(counts.values()), sum(count > 0 for count in counts.values())
+        weights = [rows / (present * counts[name]) if counts.get(name) else 0.0 for name in head.labels]
+        return replace(head, class_weights=tuple(weights))
 
-    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Classification:
-        return Classification()
+    def build(self, model: Any, data: Any, corpora: Any = None) -> Classification:
+        return Classification(model)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity(), "multi_label": self.multi_label}
+
+    def read(self, values: Mapping[str, Any], data: TableDataConfig) -> Example | None:
+        value = field_of(values, data.label_field)
+        if not self.multi_label:
+            return examples_of(texts_of(values, data), label_of(value, data.label_field))
+        items = value.split(",") if isinstance(value, str) else value
+        if items is None:
+            items = []
+        if not isinstance(items, list):
+            raise ValueError(
+                f"field {data.label_field} that is a {type(value).__name__}", "a list of labels, or text"
+            )
+        found = tuple(label_of(item, data.label_field) for item in items if item not in (None, ""))
+        return examples_of(texts_of(values, data), found)
+
+    def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
+        found = in_order(self._all(labels))
+        if len(found) == 1 and not self.multi_label and not self.labels:
+            raise ValueError(f"one label only, {found[0]}, in {len(labels):,} rows", "two labels or more")
+        if len(found) == len(labels) >= MANY_LABELS and not self.labels:
+            raise ValueError(
+                f"another label in each of {len(labels):,} rows, such as {found[0][:40]!r}",
+                "labels that several rows share; are data.text_field and data.label_field swapped?",
+            )
+        return given_names(found, self.labels)
+
+    def encode_labels(self, labels: Sequence[Any], names: Sequence[str]) -> dict[str, Column]:
+        numbers = {name: number for number, name in enumerate(names)}
+        if not self.multi_label:
+            return {"label": np.array([numbers[label] for label in labels], np.int64)}
+        chosen = np.zeros((len(labels), len(names)), np.float32)
+        for row, of_row in enumerate(labels):
+            chosen[row, [numbers[label] for label in of_row]] = 1.0
+        return {"label": chosen}
+
+    def count_labels(self, labels: Sequence[Any]) -> Mapping[str, int]:
+        counts = Counter(self._all(labels))
+        return {name: counts[name] for name in in_order(counts)}
+
+    def _all(self, labels: Sequence[Any]) -> list[str]:
+        return [label for of_row in labels for label in of_row] if self.multi_label else list(labels)
 
 
-class Classification:
-    """Cross-entropy of the label; evaluation also measures the accuracy."""
+class Classification(Task):
+    """Cross-entropy of the label; with several labels, the mean of the binary cross-entropies of each."""
 
-    def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """Return "images" float32 (B, 1, H, W) and "labels" int64 (B) as tensors, with IGNORE_INDEX in
-        place of the negative labels of empty samples."""
-        labels_B = np.where(raw["labels"] < 0, IGNORE_INDEX, raw["labels"])
-        return tensors({"images": raw["images"], "labels": labels_B})
+    def labels_of(self, raw: Mapping[str, np.ndarray], width: int) -> np.ndarray:
+        return raw["label"]
 
-    def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"]))
+    def _count(self, labels: Tensor) -> Tensor:
+        if self.head.kind == "classes":
+            return super()._count(labels)
+        return (~labels[:, 0].isnan()).sum()
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        loss_sum = model(batch["images"], labels_B=batch["labels"], dropout_keys_B=batch.get(DROPOUT_KEYS))
-        return Terms(loss_sum, count_targets(batch["labels"]))
+    def scores(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+        from llmtrain.scoring.classification import class_figures, label_figures
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Add the metric "accuracy"."""
-        import torch.nn.functional as F
+        truth = dataset.split.array("label")[list(rows)]
+        logits = np.stack(list(rows.values())).astype(np.float64)
+        if self.head.kind == "classes":
+            return class_figures(softmax(logits), truth)
+        return label_figures(1.0 / (1.0 + np.exp(-logits)), truth)
 
-        labels_B = batch["labels"]
-        logits_BC = model(batch["images"]).float()
-        loss_sum = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
-        # No class equals IGNORE_INDEX, so an empty sample never counts as correct.
-        correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
-        num_targets = count_targets(labels_B)
-        return Terms(loss_sum, num_targets, {"accuracy": ratio(correct, num_targets)})
+    def label_text(self, row: Mapping[str, np.ndarray]) -> str:
+        label = row["labels"]
+        if self.head.kind == "classes":
+            return self.head.labels[int(label)] if int(label) != IGNORE_INDEX else "none"
+        return ", ".join(self.head.labels[i] for i in np.flatnonzero(label > 0)) or "none"
 
-    def figures(
-        self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
-    ) -> dict[str, float]:
-        return {}
 
-    def show(
-        self,
-        row: Mapping[str, np.ndarray],
-        raw: Mapping[str, np.ndarray],
-        text: Spelling,
-        parts: Callable[[], Iterable[Part]],
-    ) -> Shown:
-        """Return the label; the image has no text."""
-        return Shown(f"label {int(row['labels'])}", [])
+def softmax(logits_NC: np.ndarray) -> np.ndarray:
+    """Return the probabilities of each class."""
+    exponents = np.exp(logits_NC - logits_NC.max(1, keepdims=True))
+    return exponents / exponents.sum(1, keepdims=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
@@ -91,14 +91,7 @@ class MaskedLMConfig(ObjectiveConfig):
             yield Problem("data.packing", data.packing, allowed, "give data.packing=concat")
 
     def special_ids(self, model: Any, corpora: TextSource) -> SpecialIds:
-        """Take the tokenizer's ids if it has all three, else the first ids after the corpus' vocabulary."""
-        needed = corpora.vocab_size
-        if model.mask_id is None:
-            own = corpora.special_ids if {"mask", "cls", "sep"} <= corpora.special_ids.keys() else {}
-            ids = [own.get(role, needed + n) for n, role in enumerate(("mask", "cls", "sep"))]
-            model = replace(model, mask_id=ids[0], cls_id=ids[1], sep_id=ids[2])
-        needed = max(needed, *(i + 1 for i in model.special_ids))
-        return SpecialIds(model, needed, " with [MASK], [CLS] and [SEP]")
+        return encoder_ids(model, corpora)
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
         return dict(zip(model.special_ids, ("[MASK]", "[CLS]", "[SEP]"), strict=True))
@@ -124,6 +117,18 @@ class MaskedLMConfig(ObjectiveConfig):
         return MaskedLM(
             model, self, document_mask=data.document_mask, word_starts_V=word_starts, text_ids=text_ids
         )
+
+
+def encoder_ids(model: Any, corpora: TextSource) -> SpecialIds:
+    """Resolve [MASK], [CLS] and [SEP]: the tokenizer's ids if it has all three, else the first ids after the
+    corpus' vocabulary."""
+    needed = corpora.vocab_size
+    if model.mask_id is None:
+        own = corpora.special_ids if {"mask", "cls", "sep"} <= corpora.special_ids.keys() else {}
+        ids = [own.get(role, needed + n) for n, role in enumerate(("mask", "cls", "sep"))]
+        model = replace(model, mask_id=ids[0], cls_id=ids[1], sep_id=ids[2])
+    needed = max(needed, *(i + 1 for i in model.special_ids))
+    return SpecialIds(model, needed, " with [MASK], [CLS] and [SEP]")
 
 
 class MaskedLM(LossOfModel):

@@ -32,7 +32,7 @@ def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
     given = rest.pop("objective", None)
     family = rest.get("family", "gpt")
     if not isinstance(given, Mapping):
-        kinds = {"gpt": "causal_lm", "lstm": "causal_lm", "simple_cnn": "classification"}
+        kinds = {"gpt": "causal_lm", "lstm": "causal_lm", "simple_cnn": "image_classification"}
         return rest, {"kind": kinds[family]} if isinstance(family, str) and family in kinds else None
     if family == "bert":
         rest["pair_head"] = given.get("pairs", "none") != "none"

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.corpus.corpora import open_corpora
@@ -11,11 +12,17 @@ from llmtrain.corpus.text_source import TextSource
 from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
 from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.tables.config import TableDataConfig
 
 if TYPE_CHECKING:
     from llmtrain.data.datasets.base import Dataset
+    from llmtrain.tables.build import TaskReader
 
-_REMEDIES = {"tokens": "add data=tokens data.path=…", "images": "add data=mnist"}
+_REMEDIES = {
+    "tokens": "add data=tokens data.path=…",
+    "images": "add data=mnist",
+    "table": "add data=table data.path=…",
+}
 
 
 def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]:
@@ -39,9 +46,31 @@ def corpora_problems(objective: ObjectiveConfig, corpora: TextSource | None) -> 
     return [Problem("data.path", got, allowed, remedy)]
 
 
-def open_data(data: DataConfig) -> TextSource | None:
-    """Return the corpora of the `data` section; None for images. Raise DataError if they cannot be read."""
+def open_data(
+    objective: ObjectiveConfig, data: DataConfig, tokenizer: Path | None = None
+) -> TextSource | None:
+    """Return the corpora of the `data` section, or its table; None for images.
+
+    tokenizer: the model's, where a table's section names none.
+    Raise DataError if they cannot be read.
+    """
+    if isinstance(data, TableDataConfig):
+        from llmtrain.tables.table import open_table
+
+        return open_table(data, cast("TaskReader", objective), tokenizer)
     return open_corpora(data) if isinstance(data, TokenDataConfig) else None
+
+
+def data_section(
+    section: Mapping[str, Any], objective: ObjectiveConfig, recorded: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files
+    that are given."""
+    if objective.data != "table" or section.get("kind") == "table" or recorded is None:
+        return section
+    path = section.get("path")
+    given = {} if path is None else {"path": path, "train": None, "validation": None, "test": None}
+    return {**recorded, **given}
 
 
 def open_dataset(

@@ -11,10 +11,13 @@ from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.objectives.classification import ClassificationConfig
 from llmtrain.objectives.denoising import DenoisingConfig
+from llmtrain.objectives.image_classification import ImageClassificationConfig
 from llmtrain.objectives.masked_lm import MaskedLMConfig
 from llmtrain.objectives.permuted_lm import PermutedLMConfig
+from llmtrain.objectives.regression import RegressionConfig
 from llmtrain.objectives.seq2seq import PairedTextConfig
 from llmtrain.objectives.span_corruption import SpanCorruptionConfig
+from llmtrain.objectives.tagging import TaggingConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "causal_lm": CausalLMConfig,
@@ -23,7 +26,10 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "seq2seq": PairedTextConfig,
     "span_corruption": SpanCorruptionConfig,
     "denoising": DenoisingConfig,
+    "image_classification": ImageClassificationConfig,
     "classification": ClassificationConfig,
+    "regression": RegressionConfig,
+    "tagging": TaggingConfig,
 }
 """`objective.kind` → config class."""
 

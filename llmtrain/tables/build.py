@@ -236,10 +236,7 @@ def _read(
                 got, allowed = "no row with text", f"rows with text in the field {data.text_field}"
                 raise DataError(Problem(file.name, got, allowed))
             print(f"tokenized {count:,} rows of {file.name}", file=sys.stderr, flush=True)
-    found = {split: rows for split, rows in splits.items() if rows.labels}
-    if "train" not in found:
-        raise DataError(Problem("data", "no row to train on", "rows of the training split", "give more rows"))
-    return found
+    return {split: rows for split, rows in splits.items() if rows.labels}
 
 
 def _batches(
@@ -277,8 +274,9 @@ def _splits_of(batch: Sequence[tuple[str, Example]], given: str, data: TableData
 
 
 def _names(splits: Mapping[str, _Rows], task: TaskReader, data: TableDataConfig) -> tuple[str, ...]:
+    rows = splits.get("train")
     try:
-        return task.label_names(splits["train"].labels)
+        return task.label_names([] if rows is None else rows.labels)
     except ValueError as error:
         got, allowed = error.args if len(error.args) == 2 else (str(error), "")
         raise DataError(Problem(f"data.label_field ({data.label_field})", got, allowed)) from error

@@ -85,8 +85,8 @@ class TableDataConfig:
     @property
     def files(self) -> dict[str, str]:
         """Return the files of each split that has its own, or "" → `path`, whose rows are divided."""
-        if self.train is None:
-            return {} if self.path is None else {"": self.path}
+        if self.path is not None:
+            return {"": self.path}
         return {split: where for split in SPLITS if (where := getattr(self, split)) is not None}
 
     @property
@@ -103,16 +103,11 @@ class TableDataConfig:
         return {"": 1.0}
 
     def problems(self) -> Iterator[Problem]:
-        both = self.path is not None and self.train is not None
-        yield from require(not both, "path", self.path, "null beside data.train", "give one of the two")
-        if self.train is None:
-            for split in ("validation", "test"):
-                got = getattr(self, split)
-                yield from require(
-                    got is None, split, got, "null without data.train", "give data.train=… too"
-                )
-            yield from require(
-                bool(self.path), "path", self.path, "a file, folder or glob pattern", "give data.path=…"
-            )
+        given = [split for split in SPLITS if getattr(self, split) is not None]
+        if self.path is not None and given:
+            yield Problem("path", self.path, f"null beside data.{given[0]}", "give one of the two")
+        if not self.path and not given:
+            allowed = "a file, folder or glob pattern"
+            yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
         yield from require(1 <= self.group <= 1 << 20, "group", self.group, f"1 to {1 << 20}")

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from llmtrain.errors import DataError, Problem, nearest
@@ -38,6 +39,12 @@ class TableSplit:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a column of numbers."""
+        column = self.columns[name]
+        assert isinstance(column, np.ndarray)
+        return column
 
 
 class Table:

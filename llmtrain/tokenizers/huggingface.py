@@ -232,9 +232,8 @@ def _template(encoding: Any) -> Template:
     ids, segments = encoding.ids, encoding.type_ids
     parts = [slice(0, inside[0]), slice(a[-1] + 1, b[0]) if b else slice(0, 0), slice(inside[-1] + 1, None)]
     of_a, of_b = segments[a[0]], segments[b[0]] if b else segments[a[0]]
-    return Template(
-        *(tuple(ids[part]) for part in parts), *(tuple(segments[part]) for part in parts), (of_a, of_b)
-    )
+    first, between, last = ((tuple(ids[part]), tuple(segments[part])) for part in parts)
+    return Template(first[0], between[0], last[0], first[1], between[1], last[1], (of_a, of_b))
 
 
 class _Style:

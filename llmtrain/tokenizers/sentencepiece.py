@@ -96,8 +96,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode([*texts], out_type="numpy", num_threads=1)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
-        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+        found = self._processor.encode(text, out_type="offset_mapping")
+        return found["ids"], found["offsets"]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])

@@ -42,6 +42,8 @@ class StepsConfig:
 
     steps: int = 1000
     """Optimizer steps of the whole run, including those before a resume."""
+    epochs: float | None = None
+    """Times that the run goes over its data, in place of `steps`; null: `steps` counts."""
     log_every: int = 10
     """Steps between progress lines when the output is not a terminal; metrics are recorded every step."""
     freeze: tuple[str, ...] = ()
@@ -50,6 +52,8 @@ class StepsConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps >= 1, "steps", self.steps, "1 or more")
+        epochs = self.epochs
+        yield from require(epochs is None or 0 < epochs < 1e6, "epochs", epochs, "more than 0, or null")
         yield from require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
 
 

@@ -140,7 +140,7 @@ class Run:
             model: ModelConfig = self._decoded("model", model_config_type)
             usual = family_of(model).objective(model) if self._config.objective is None else {}
             objective: ObjectiveConfig = self._decoded("objective", objective_config_type, usual)
-            corpora = open_data(data)
+            corpora = open_data(objective, data)
             sources = objective.open(model, data, corpora, "train", settings.sequence_length)
             self._check_same(data, settings, sources)
             stream = open_stream(data, sources, timeline, seed=settings.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,7 +64,11 @@ def resolve(
     mapping, pretrained = expand(mapping)
     mapping = {**mapping, "objective": objective_section(mapping)}
     config = decode(TrainConfig, mapping, VARIANTS)
-    config = replace(config, model=config.objective.fitted(config.model))
+    objective = config.objective.following(config.model)
+    model = config.model
+    if model.task is not None and objective.data != "table":
+        model = replace(model, task=None)  # type: ignore[type-var]
+    config = replace(config, objective=objective, model=objective.fitted(model))
     world_size = launcher.world_size() if world_size is None else world_size
     problems = data_problems(config.objective, config.data)
     fits_data = not problems
@@ -101,11 +106,15 @@ def resolve(
             model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
     elif fits_data:
         try:
-            corpora = open_data(config.data)
+            tokenizer = None if pretrained is None else pretrained.tokenizer
+            corpora = open_data(config.objective, config.data, tokenizer)
             if pretrained is not None and corpora is not None and (found := pretrained.problems(corpora)):
                 raise ConfigError(found)
             model = resolve_vocabulary(config.model, config.objective, corpora)
             problems += corpora_problems(config.objective, corpora)
+            config = replace(config, objective=config.objective.with_labels(corpora))
+            if config.train.epochs is not None:
+                config = _with_steps_of_epochs(config, model, corpora)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -113,6 +122,19 @@ def resolve(
     assert layout is not None
     config = replace(config, model=model, engine=engine)
     return Resolved(config, layout, corpora, pretrained, _trainable(model, config.train.freeze))
+
+
+def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: TextSource | None) -> TrainConfig:
+    """Return the configuration with the steps that `train.epochs` take."""
+    assert config.train.epochs is not None
+    length = config.batch.sequence_length
+    sources = config.objective.open(model, config.data, corpora, "train", length)
+    if len(sources) != 1:
+        got = f"{config.train.epochs:g} with {len(sources)} sources, whose epochs end at different steps"
+        raise ConfigError(Problem("train.epochs", got, "null with a mixture", "give train.steps=…"))
+    [dataset] = sources.values()
+    steps = math.ceil(config.train.epochs * len(dataset) / config.batch.global_size)
+    return replace(config, train=replace(config.train, steps=max(1, steps)))
 
 
 def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:

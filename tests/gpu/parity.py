@@ -15,7 +15,7 @@ from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch
-from llmtrain.objectives.classification import Classification
+from llmtrain.objectives.image_classification import ImageClassification
 from llmtrain.train.resolve import resolve
 from tests.gpu.runs import distance, family_overrides, no_tf32, objective_of
 from tests.gpu.table import Row, judged
@@ -47,7 +47,7 @@ def check(device: str, folder: Path) -> Iterator[Row]:
     cnn = build_module(SimpleCNNConfig(dropout=0.0), torch.device("cpu"))
     initialize(cnn, seed=7)
     images = {"images": torch.rand(16, 1, 28, 28), "labels": torch.arange(16) % 10}
-    yield from _rows("CNN", cnn, Classification(), images, device)
+    yield from _rows("CNN", cnn, ImageClassification(), images, device)
 
 
 def _rows(name: str, model: Any, objective: Any, batch: Batch, device: str) -> Iterator[Row]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from llmtrain.interchange.huggingface import export_folder
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.nn.initialize import initialize
-from llmtrain.nn.labels import IGNORE_INDEX
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from llmtrain.corpus.corpus import Corpus
 from llmtrain.corpus.token_split import TokenSplit
 from llmtrain.data.datasets.base import TokenSequences
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import attention_choice
 from llmtrain.nn.initialize import initialize
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.causal_lm import CausalLM
 from tests.support.corpora import EOS, random_documents, write_corpus
 from tests.support.presets import preset as preset_of

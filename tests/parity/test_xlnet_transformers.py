@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llmtrain.interchange.huggingface import export_folder, import_folder
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.huggingface import XLNET
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn.initialize import initialize
-from llmtrain.nn.labels import IGNORE_INDEX
 
 pytestmark = pytest.mark.slow
 

@@ -192,7 +192,8 @@ def _resume(resume: str) -> None:
     facts = {"tokenizer_sha256": manifest.tokenizer.sha256}
     resumed = find_resume(config, facts, _say)
     if resumed is not None:
-        sources = config.objective.open(config.model, config.data, open_data(config.data), "train", SEQUENCE)
+        corpora = open_data(config.objective, config.data)
+        sources = config.objective.open(config.model, config.data, corpora, "train", SEQUENCE)
         plan_timeline(config, sources, resumed.timeline, resumed.checkpoint.step, _say)
         resumed.note_evaluation(1.0)
 

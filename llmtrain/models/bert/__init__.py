@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.memory import BertMemory
 from llmtrain.models.bert.sharding import table
-from llmtrain.models.family import Family, Filling
+from llmtrain.models.family import Family, Filling, PooledHead
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llmtrain.models.huggingface.form import Form
-    from llmtrain.tokenizers.base import Tokenizer
+    from llmtrain.tokenizers.base import Frame, Tokenizer
 
 
 def _build(config: BertConfig) -> nn.Module:
@@ -37,6 +37,15 @@ def _filling(config: BertConfig, tokenizer: Tokenizer) -> Filling:
     return Filling(mask_id, [cls_id], [sep_id]) if has_cls else Filling(mask_id, [], [tokenizer.eos_id])
 
 
+def _frame(config: BertConfig, tokenizer: Tokenizer) -> Frame:
+    """Return [CLS] A [SEP] and [CLS] A [SEP] B [SEP]."""
+    from llmtrain.tokenizers.base import Frame, Template
+
+    _, cls_id, sep_id = config.special_ids
+    one = Template((cls_id,), (), (sep_id,), (0,), (), (0,))
+    return Frame(one, Template((cls_id,), (sep_id,), (sep_id,), (0,), (0,), (1,)))
+
+
 def _huggingface() -> tuple[Form, ...]:
     from llmtrain.models.bert.huggingface import BERT, ROBERTA
 
@@ -54,5 +63,7 @@ FAMILIES = (
         has_stages=True,
         huggingface=_huggingface,
         filling=_filling,
+        frame=_frame,
+        pooled=PooledHead("first", dense=True),
     ),
 )

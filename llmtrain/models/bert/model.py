@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.nn.documents import Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.task_head import TaskHead

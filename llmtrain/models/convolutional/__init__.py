@@ -23,7 +23,7 @@ FAMILIES = (
         SimpleCNNConfig,
         "classifier",
         _simple_cnn,
-        lambda config: {"kind": "classification"},
+        lambda config: {"kind": "image_classification"},
         memory=SimpleCNNMemory,
     ),
 )

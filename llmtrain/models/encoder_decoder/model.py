@@ -12,13 +12,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.layers import DecoderBlock, EncoderBlock, PairContext, SourceCache, sides
 from llmtrain.nn.documents import CrossDocuments, Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmtrain.models.family import Family
+from llmtrain.models.family import Family, PooledHead
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.memory import GPTMemory
 from llmtrain.models.gpt.sharding import table
@@ -38,5 +38,6 @@ FAMILIES = (
         has_stages=True,
         shares_sequences=True,
         huggingface=_huggingface,
+        pooled=PooledHead("last", bias=False),
     ),
 )

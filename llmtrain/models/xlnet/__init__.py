@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmtrain.models.family import Family, Filling
+from llmtrain.models.family import Family, Filling, PooledHead
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.memory import XLNetMemory
 from llmtrain.models.xlnet.sharding import table
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmtrain.models.huggingface.form import Form
-    from llmtrain.tokenizers.base import Tokenizer
+    from llmtrain.tokenizers.base import Frame, Tokenizer
 
 
 def _build(config: XLNetConfig) -> nn.Module:
@@ -27,6 +27,16 @@ def _filling(config: XLNetConfig, tokenizer: Tokenizer) -> Filling:
     own = tokenizer.special_ids
     is_own = {"sep", "cls"} <= own.keys()
     return Filling(None, [], [own["sep"], own["cls"]] if is_own else [tokenizer.eos_id])
+
+
+def _frame(config: XLNetConfig, tokenizer: Tokenizer) -> Frame:
+    """Return A <sep> <cls> and A <sep> B <sep> <cls>, with eos in place of what the tokenizer lacks."""
+    from llmtrain.tokenizers.base import Frame, Template
+
+    own = tokenizer.special_ids
+    sep_id, cls_id = own.get("sep", tokenizer.eos_id), own.get("cls", tokenizer.eos_id)
+    one = Template((), (), (sep_id, cls_id), (), (), (0, 2))
+    return Frame(one, Template((), (sep_id,), (sep_id, cls_id), (), (0,), (1, 2)))
 
 
 def _huggingface() -> tuple[Form, ...]:
@@ -46,5 +56,7 @@ FAMILIES = (
         has_stages=True,
         huggingface=_huggingface,
         filling=_filling,
+        frame=_frame,
+        pooled=PooledHead("last", dense=True),
     ),
 )

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.nn.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.linear import Linear, einsum
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.task_head import TaskHead

@@ -60,7 +60,8 @@ def test_bleu(run: Path, paired_corpus: Path, tmp_path: Path, capsys: pytest.Cap
     # The same by hand: translate the sources as a file, and compare with the targets.
     trained = load_trained(run)
     data = TokenDataConfig(path=str(paired_corpus))
-    dataset = open_dataset(trained.objective, trained.config, data, open_data(data), "validation", 48)
+    corpora = open_data(trained.objective, data)
+    dataset = open_dataset(trained.objective, trained.config, data, corpora, "validation", 48)
     texts = Texts(trained)
     pairs = [(texts.target(source), texts.target(target)) for source, target in pairs_of(dataset, 2)]
     lines = tmp_path / "sources.txt"

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.nn.initialize import initialize, match_initializers
-from llmtrain.nn.labels import IGNORE_INDEX
 
 B, T, V = 3, 12, 40
 CONFIG = BertConfig(

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.model import EncoderDecoder, sinusoids
 from llmtrain.nn import attention_choice
 from llmtrain.nn.dropout import Dropout, sample_keys
 from llmtrain.nn.initialize import initialize, match_initializers
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.nn.transformer import RelativePositions
 
 S, T, V = 23, 17, 40

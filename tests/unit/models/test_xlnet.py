@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn.initialize import initialize, match_initializers
-from llmtrain.nn.labels import IGNORE_INDEX
 
 B, T, V = 2, 12, 40
 CONFIG = XLNetConfig(

@@ -20,7 +20,7 @@ from llmtrain.models.recurrent.model import LSTMLanguageModel
 from llmtrain.nn.dropout import ATTENTION, HIDDEN, AttentionDropout, Dropout, keep, sample_keys
 from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.base import DROPOUT_KEYS
-from llmtrain.objectives.classification import Classification
+from llmtrain.objectives.image_classification import ImageClassification
 
 STANDARD_ERRORS = 5.5
 """A bound that fair coins pass in all but 4 of 100 million looks."""
@@ -236,7 +236,7 @@ def test_lstm_drops_between_all_layers_and_not_between_tokens():
 
 
 def test_classifier_takes_its_keys_from_the_batch():
-    model, objective = SimpleCNN(SimpleCNNConfig(dropout=0.5)), Classification()
+    model, objective = SimpleCNN(SimpleCNNConfig(dropout=0.5)), ImageClassification()
     initialize(model, seed=0)
     images = np.random.default_rng(0).standard_normal((6, 1, 28, 28)).astype(np.float32)
     batch = objective.collate({"images": images, "labels": np.arange(6)})

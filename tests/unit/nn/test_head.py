@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn import head as head_module
 from llmtrain.nn.head import LanguageModelHead, summed_cross_entropy
-from llmtrain.nn.labels import IGNORE_INDEX
 
 B, T, D, V = 3, 17, 24, 50
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.denoising import Denoising, DenoisingConfig
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.objectives.seq2seq import OneText

@@ -10,7 +10,7 @@ import torch
 
 from llmtrain.data.loader import KEYS, Loader
 from llmtrain.data.stream import Origins, Stream
-from llmtrain.nn.labels import IGNORE_INDEX
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.objectives.base import Batch, Objective
 from llmtrain.train.resolve import Resolved, resolve
 from llmtrain.train.streaming import open_stream, plan_timeline

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.bert.model import Bert
 from llmtrain.nn.initialize import initialize
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.masked_lm import MaskedLM, MaskedLMConfig
 
 V, MASK, CLS, SEP = 100, 100, 101, 102

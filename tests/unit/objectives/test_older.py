@@ -26,7 +26,7 @@ OF_PAIRS = {
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gpt": ({"family": "gpt"}, {}, {"kind": "causal_lm"}),
     "lstm": ({"family": "lstm"}, {}, {"kind": "causal_lm"}),
-    "simple_cnn": ({"family": "simple_cnn"}, {}, {"kind": "classification"}),
+    "simple_cnn": ({"family": "simple_cnn"}, {}, {"kind": "image_classification"}),
     "bert": ({"family": "bert", "objective": MASKED}, {"pair_head": True}, {**MASKED, "kind": "mlm"}),
     "roberta": (
         {"family": "bert", "objective": {**MASKED, "pairs": "none"}},

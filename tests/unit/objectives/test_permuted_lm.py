@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn.initialize import initialize
-from llmtrain.nn.labels import IGNORE_INDEX
 from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
 
 V = 100

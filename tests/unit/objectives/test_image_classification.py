@@ -5,7 +5,7 @@ import torch
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.convolutional.model import SimpleCNN
 from llmtrain.nn.initialize import initialize
-from llmtrain.objectives.classification import Classification
+from llmtrain.objectives.image_classification import ImageClassification
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def raw(labels: list[int]) -> dict[str, np.ndarray]:
 
 
 def test_training_and_evaluation_agree_on_the_loss(model: SimpleCNN):
-    objective = Classification()
+    objective = ImageClassification()
     batch = objective.collate(raw([3, 1, 4, 1, 5]))
     with torch.no_grad():
         trained, evaluated = objective(model, batch), objective.evaluate(model, batch)
@@ -32,7 +32,7 @@ def test_training_and_evaluation_agree_on_the_loss(model: SimpleCNN):
 
 
 def test_accuracy_counts_correct_predictions(model: SimpleCNN):
-    objective = Classification()
+    objective = ImageClassification()
     sample = raw([0, 0, 0, 0])
     with torch.no_grad():
         best = model(torch.from_numpy(sample["images"])).argmax(dim=-1).numpy()
@@ -43,7 +43,7 @@ def test_accuracy_counts_correct_predictions(model: SimpleCNN):
 
 
 def test_empty_samples_add_nothing(model: SimpleCNN):
-    objective = Classification()
+    objective = ImageClassification()
     sample = raw([3, 1, 4])
     filled = objective.collate(sample | {"labels": np.array([3, 1, -1])})
     alone = objective.collate({name: value[:2] for name, value in sample.items()})

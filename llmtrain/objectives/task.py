@@ -1,0 +1,329 @@
+"""Fine-tuning tasks: what objectives over labelled texts have in common.
+
+Dim names: B rows, T tokens of the longest row, C outputs of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from llmtrain.config import require
+from llmtrain.errors import Problem
+from llmtrain.labels import IGNORE_INDEX
+from llmtrain.models.registry import family_of
+from llmtrain.nn.model_config import Row
+from llmtrain.nn.task_config import Pooling, TaskHeadConfig
+from llmtrain.objectives.base import (
+    DROPOUT_KEYS,
+    Batch,
+    LossOfModel,
+    ObjectiveConfig,
+    Shown,
+    SpecialIds,
+    Terms,
+    tensors,
+)
+from llmtrain.objectives.masked_lm import encoder_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmtrain.data.datasets.base import Dataset
+    from llmtrain.data.datasets.examples import Examples
+    from llmtrain.data.trace import Part
+    from llmtrain.objectives.text import Spelling
+    from llmtrain.scoring.figure import Figure
+    from llmtrain.tables.build import Example
+    from llmtrain.tables.config import TableDataConfig
+    from llmtrain.tables.ragged import Column
+    from llmtrain.tables.table import Table
+    from llmtrain.tokenizers.base import Frame, Tokenizer
+
+WIDTH_STEP = 8
+"""Micro-batches are padded to a multiple of this many tokens."""
+
+
+class TaskConfig(ObjectiveConfig):
+    """Base of the configs of fine-tuning tasks. A task also reads the rows of its table (TaskReader)."""
+
+    teaches: ClassVar = ("decoder", "encoder", "permuted_encoder")
+    data: ClassVar = "table"
+    head_kind: ClassVar[Literal["classes", "labels", "values", "tags", "span"]]
+    pools: ClassVar[bool] = False
+    """Whether one vector stands for a whole text."""
+
+    labels: tuple[str, ...]
+    pooling: Pooling | None
+    head_dropout: float
+
+    def problems(self) -> Iterator[Problem]:
+        p = self.head_dropout
+        yield from require(0.0 <= p < 1.0, "head_dropout", p, "0 up to, not including, 1")
+        yield from require(
+            len(set(self.labels)) == len(self.labels), "labels", self.labels, "each label once"
+        )
+
+    def row(self, sequence_length: int) -> Row:
+        """Count a text as one prediction."""
+        return Row(sequence_length, predicted=1)
+
+    def fitted(self, model: Any) -> Any:
+        """Return the model's config with a head for this task in place of its own."""
+        before = model.task
+        if before is not None and before.kind == self._head_kind() and not self.new_head:
+            return model
+        usual = family_of(model).pooled
+        head = TaskHeadConfig(
+            self._head_kind(),
+            pooling=self.pooling or usual.pooling,
+            dense=self.pools and usual.dense,
+            bias=usual.bias or not self.pools,
+            dropout=self.head_dropout,
+        )
+        return replace(model, task=head)
+
+    new_head: bool
+
+    def _head_kind(self) -> Literal["classes", "labels", "values", "tags", "span"]:
+        return self.head_kind
+
+    def following(self, model: Any) -> ObjectiveConfig:
+        """Return the config with the labels of a head that the model has already."""
+        if model.task is None or self.labels or not model.task.labels:
+            return self
+        return replace(self, labels=model.task.labels)  # type: ignore[type-var]
+
+    def with_labels(self, table: Table) -> ObjectiveConfig:
+        """Return the config with the labels of the table, as checkpoints store it."""
+        return self if self.labels else replace(self, labels=table.labels)  # type: ignore[type-var]
+
+    def num_outputs(self, table: Any) -> int:
+        """Return how many outputs the head needs."""
+        return len(self.labels or table.labels)
+
+    def head_of(self, head: TaskHeadConfig, table: Any) -> TaskHeadConfig:
+        """Return the head with what the table says."""
+        if head.outputs is not None:
+            return head
+        return replace(head, outputs=self.num_outputs(table), labels=self.labels or table.labels)
+
+    def special_ids(self, model: Any, corpora: Any) -> SpecialIds:
+        """Resolve the outputs of the head, and the special tokens of an encoder."""
+        found = SpecialIds(model, corpora.vocab_size)
+        if family_of(model).kind == "encoder":
+            found = encoder_ids(model, corpora)
+        return found._replace(model=replace(found.model, task=self.head_of(found.model.task, corpora)))
+
+    def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
+        return {i: f"[{role.upper()}]" for role, i in tokenizer.special_ids.items()}
+
+    def open(
+        self, model: Any, data: Any, corpora: Any, split: str, sequence_length: int
+    ) -> dict[str, Dataset]:
+        return {"": self.examples(model, data, corpora, split, sequence_length)}
+
+    def examples(self, model: Any, data: Any, table: Any, split: str, sequence_length: int) -> Examples:
+        """Return the rows of a split as the model reads them."""
+        from llmtrain.data.datasets.examples import Examples
+
+        frame = frame_of(model, table.load_tokenizer())
+        pad_id = table.special_ids.get("pad", table.eos_id)
+        return Examples(table.split(split), sequence_length, frame, pad_id, data.group)
+
+    # How rows of a table are read (see TaskReader); subclasses say the rest.
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"kind": self.kind, "labels": list(self.labels)}
+
+    def encode_texts(self, contents: Sequence[Any], tokenizer: Tokenizer) -> dict[str, Column]:
+        from llmtrain.tables.ragged import Ragged
+
+        columns: dict[str, Column] = {}
+        for name, texts in zip(("first", "second"), zip(*contents, strict=True), strict=False):
+            columns[name] = Ragged.of(tokenizer.encode_arrays(list(texts)), np.int32)
+        return columns
+
+
+class Task(LossOfModel):
+    """Base of fine-tuning objectives: the loss is that of the model's task head."""
+
+    names: ClassVar = {
+        "tokens": "tokens_BT",
+        "documents": "documents_BT",
+        "segments": "segments_BT",
+        "lengths": "lengths_B",
+        "labels": "labels_BT",
+        DROPOUT_KEYS: "dropout_keys_B",
+    }
+
+    def __init__(self, model: Any) -> None:
+        family = family_of(model)
+        self.head: TaskHeadConfig = model.task
+        # Later tokens see earlier ones alone in a decoder: padding at the end needs no mask.
+        self._masks_padding = family.kind != "decoder"
+        self._has_segments = bool(getattr(model, "num_segments", 0) or getattr(model, "has_segments", False))
+
+    def collate(self, raw: dict[str, np.ndarray]) -> Batch:
+        """Return "tokens" int64 (B, T), "lengths" int64 (B), "labels", and where the model has a use for them
+        "documents" int32 (B, T), 1 at padding, and "segments" int64 (B, T)."""
+        lengths = raw["lengths"]
+        width = min(raw["tokens"].shape[1], -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
+        segments = raw["segments"][:, :width]
+        arrays = {
+            "tokens": raw["tokens"][:, :width],
+            "lengths": lengths,
+            "labels": self.labels_of(raw, width),
+        }
+        if self._masks_padding:
+            arrays["documents"] = (segments < 0).astype(np.int32)
+        if self._has_segments:
+            arrays["segments"] = np.maximum(segments, 0).astype(np.int64)
+        return tensors(arrays)
+
+    def labels_of(self, raw: Mapping[str, np.ndarray], width: int) -> np.ndarray:
+        """Return the labels of a batch, as the head takes them."""
+        raise NotImplementedError
+
+    def target_count(self, batch: Batch) -> int:
+        return int(self._count(batch["labels"]))
+
+    def _count(self, labels: Tensor) -> Tensor:
+        return (labels != IGNORE_INDEX).sum()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
+        return Terms(model(**self.arguments(batch)), self._count(batch["labels"]))
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
+        """Add the predictions of each row, from which figures are computed."""
+        from llmtrain.nn.task_head import task_loss
+
+        arguments = self.arguments(batch)
+        labels = arguments.pop("labels_BT")
+        logits = model(**arguments).float()
+        loss = task_loss(logits, labels, replace(self.head, class_weights=()))
+        return Terms(loss, self._count(labels), rows=self.predictions(logits, batch))
+
+    def predictions(self, logits: Tensor, batch: Batch) -> list[np.ndarray]:
+        """Return what the head says of each row: for a text its logits, fp32 (C)."""
+        return list(logits.cpu().numpy())
+
+    def scores(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+        """Return the figures of the predictions of some rows of the dataset, with their intervals."""
+        raise NotImplementedError
+
+    def figures(
+        self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
+    ) -> dict[str, float]:
+        return {}
+
+    def show(
+        self,
+        row: Mapping[str, np.ndarray],
+        raw: Mapping[str, np.ndarray],
+        text: Spelling,
+        parts: Callable[[], Iterable[Part]],
+    ) -> Shown:
+        """Return the row's text with its special tokens, and its label."""
+        from llmtrain.objectives.text import indented
+
+        tokens = row["tokens"][: int(row["lengths"])]
+        return Shown(f"{len(tokens)} tokens, label {self.label_text(row)}", indented(text.spell(tokens, {})))
+
+    def label_text(self, row: Mapping[str, np.ndarray]) -> str:
+        """Return the label of a row of a batch in words."""
+        raise NotImplementedError
+
+
+def frame_of(model: Any, tokenizer: Tokenizer) -> Frame:
+    """Return the special tokens around texts: the tokenizer's, else the family's, else eos between two."""
+    from llmtrain.tokenizers.base import Frame, Template
+
+    if tokenizer.frame is not None:
+        return tokenizer.frame
+    family = family_of(model)
+    if family.frame is not None:
+        return family.frame(model, tokenizer)
+    return Frame(Template(), Template((), (tokenizer.eos_id,), (), (), (0,), ()))
+
+
+def field_of(values: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field. Raise ValueError if the row has none of this name."""
+    if name not in values:
+        fields = ", ".join(str(field)[:40] for field in list(values)[:24])
+        raise ValueError(f"no field {name}", fields or "(no fields)")
+    return values[name]
+
+
+def text_of(values: Mapping[str, Any], name: str) -> str:
+    """Return a field as text: a number as it is written, a list with spaces between its items."""
+    return _as_text(field_of(values, name), name)
+
+
+def _as_text(value: Any, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, list):
+        return " ".join(_as_text(item, name) for item in value)
+    raise ValueError(f"field {name} that is a {type(value).__name__}", "text, a number or a list of them")
+
+
+def label_of(value: Any, name: str) -> str:
+    """Return a label as text: whole numbers without a fraction, so that 1, "1" and 1.0 are the same."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | float):
+        if value != value:
+            raise ValueError(f"field {name} that is NaN", "a label")
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    got = "nothing" if value is None or value == "" else f"a {type(value).__name__}"
+    raise ValueError(f"{got} in the field {name}", "a label: a word or a number")
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return each label once: numbers by size, else by the alphabet."""
+    found = set(labels)
+    if all(label.lstrip("-").isdecimal() for label in found):
+        return tuple(sorted(found, key=int))
+    return tuple(sorted(found))
+
+
+def given_names(found: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels that were given, or else those found. Raise ValueError if one found was not given, or
+    if there are none."""
+    if not given:
+        if not found:
+            raise ValueError("no row to train on", "rows of the training split, which tell the labels")
+        return tuple(found)
+    unknown = [label for label in found if label not in given]
+    if unknown:
+        raise ValueError(
+            f"the labels {', '.join(unknown[:6])}",
+            f"{', '.join(given[:12])}, as objective.labels or the model's head has them; "
+            "objective.new_head=true makes a new head",
+        )
+    return tuple(given)
+
+
+def examples_of(texts: tuple[str, ...], label: Any) -> Example | None:
+    """Return a row of one text or two, None without any text."""
+    from llmtrain.tables.build import Example
+
+    return Example(texts, texts, label) if any(text.strip() for text in texts) else None
+
+
+def texts_of(values: Mapping[str, Any], data: TableDataConfig) -> tuple[str, ...]:
+    """Return the one or two texts of a row."""
+    names = [data.text_field] + ([] if data.text_pair_field is None else [data.text_pair_field])
+    return tuple(text_of(values, name) for name in names)

@@ -1,0 +1,1 @@
+"""Figures of predictions on held-out data, each with an interval."""

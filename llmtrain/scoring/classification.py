@@ -1,0 +1,129 @@
+"""Figures of classification: from the probabilities of each class and the labels.
+
+Dim names: N rows, C classes, R resamples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmtrain.scoring.figure import Figure, bootstrap, of_samples, resampled_counts
+
+BINS = 15
+"""Bins of the calibration error (Guo et al., arXiv:1706.04599)."""
+
+
+def confusion(predicted_N: np.ndarray, labels_N: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return how many rows of each label (row) were given each class (column), int64 (C, C)."""
+    cells = np.bincount(labels_N * num_classes + predicted_N, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def class_figures(probabilities_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Figure]:
+    """Return the figures of one label a row: accuracy, balanced accuracy, precision, recall and F1 (macro,
+    micro, weighted), Matthews' coefficient, the area under the ROC curve, and the calibration error."""
+    C = probabilities_NC.shape[1]
+    predicted_N = probabilities_NC.argmax(1)
+    matrix = confusion(predicted_N, labels_N, C)
+    whole = _of_matrices(matrix[None])
+    resampled = _of_matrices(resampled_counts(matrix.reshape(-1)).reshape(-1, C, C))
+    figures = {name: of_samples(values[0], resampled[name]) for name, values in whole.items()}
+    confidence_N, correct_N = probabilities_NC.max(1), predicted_N == labels_N
+
+    def of_rows(rows: np.ndarray) -> dict[str, float]:
+        return {
+            "roc_auc": _area(probabilities_NC[rows], labels_N[rows]),
+            "calibration_error": calibration_error(confidence_N[rows], correct_N[rows]),
+        }
+
+    return figures | bootstrap(of_rows, len(labels_N))
+
+
+def label_figures(probabilities_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, Figure]:
+    """Return the figures of any number of labels a row, each predicted from a probability of a half on:
+    accuracy of all labels of a row together, precision, recall and F1 (macro and micro), and the area under
+    the ROC curve of each label, averaged."""
+    predicted_NC, truth_NC = probabilities_NC >= 0.5, labels_NC > 0.5
+
+    def of_rows(rows: np.ndarray) -> dict[str, float]:
+        predicted, truth = predicted_NC[rows], truth_NC[rows]
+        hits, said, there = (predicted & truth).sum(0), predicted.sum(0), truth.sum(0)
+        precision, recall = _ratio(hits, said), _ratio(hits, there)
+        areas = [_area_of(probabilities_NC[rows, c], truth[:, c]) for c in range(truth.shape[1])]
+        known = [area for area in areas if np.isfinite(area)]
+        return {
+            "exact_accuracy": float((predicted == truth).all(1).mean()),
+            "precision_macro": float(precision.mean()),
+            "recall_macro": float(recall.mean()),
+            "f1_macro": float(_ratio(2 * hits, said + there).mean()),
+            "f1_micro": float(_ratio(2 * hits.sum(), said.sum() + there.sum())),
+            "roc_auc": float(np.mean(known)) if known else float("nan"),
+        }
+
+    return bootstrap(of_rows, len(labels_NC))
+
+
+def calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = BINS) -> float:
+    """Return the expected calibration error: the mean distance of confidence and accuracy over bins of equal
+    width, weighted by their rows (arXiv:1706.04599, equation 3)."""
+    numbers = np.minimum((confidence_N * bins).astype(np.int64), bins - 1)
+    confidence = np.bincount(numbers, weights=confidence_N, minlength=bins)
+    correct = np.bincount(numbers, weights=correct_N, minlength=bins)
+    return float(np.abs(confidence - correct).sum() / len(confidence_N))
+
+
+def _of_matrices(matrices_RCC: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the figures that confusion matrices give, each (R,). Classes without a row of their own and
+    without a prediction do not count in the averages over classes, as in scikit-learn."""
+    matrices = matrices_RCC.astype(np.float64)
+    hits_RC = np.diagonal(matrices, axis1=1, axis2=2)
+    there_RC, said_RC = matrices.sum(2), matrices.sum(1)
+    total_R = matrices.sum((1, 2))
+    precision, recall = _ratio(hits_RC, said_RC), _ratio(hits_RC, there_RC)
+    f1 = _ratio(2 * hits_RC, said_RC + there_RC)
+    is_seen, has_rows = said_RC + there_RC > 0, there_RC > 0
+    hits_R = hits_RC.sum(1)
+    # Gorodkin 2004, equation 8; for two classes it is Matthews 1975.
+    covariance = hits_R * total_R - (said_RC * there_RC).sum(1)
+    spread = (total_R**2 - (said_RC**2).sum(1)) * (total_R**2 - (there_RC**2).sum(1))
+    return {
+        "accuracy": hits_R / total_R,
+        "balanced_accuracy": _mean(recall, has_rows),
+        "precision_macro": _mean(precision, is_seen),
+        "recall_macro": _mean(recall, is_seen),
+        "f1_macro": _mean(f1, is_seen),
+        "f1_micro": hits_R / total_R,
+        "f1_weighted": (f1 * there_RC).sum(1) / total_R,
+        "matthews": _ratio(covariance, np.sqrt(spread)),
+    }
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return a / b, 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) > 0)
+
+
+def _mean(values_RC: np.ndarray, counts_RC: np.ndarray) -> np.ndarray:
+    """Return the mean over the classes that count, (R,)."""
+    return _ratio((values_RC * counts_RC).sum(1), counts_RC.sum(1).astype(np.float64))
+
+
+def _area(probabilities_NC: np.ndarray, labels_N: np.ndarray) -> float:
+    """Return the area under the ROC curve: of the second of two classes, else of each class against the
+    others, averaged. NaN where a class has no row."""
+    C = probabilities_NC.shape[1]
+    classes = [1] if C == 2 else range(C)
+    return float(np.mean([_area_of(probabilities_NC[:, c], labels_N == c) for c in classes]))
+
+
+def _area_of(scores_N: np.ndarray, is_positive_N: np.ndarray) -> float:
+    """Return the probability that a positive row has the higher score (Mann and Whitney 1947), a tie counting
+    half."""
+    from scipy.stats import rankdata
+
+    positives = int(is_positive_N.sum())
+    negatives = len(is_positive_N) - positives
+    if not positives or not negatives:
+        return float("nan")
+    ranks = float(rankdata(scores_N)[is_positive_N].sum())
+    return (ranks - positives * (positives + 1) / 2) / (positives * negatives)

@@ -1,0 +1,30 @@
+"""Figures of regression: Pearson's and Spearman's correlation, and the errors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmtrain.scoring.figure import Figure, bootstrap
+
+
+def value_figures(predicted_N: np.ndarray, truth_N: np.ndarray) -> dict[str, Figure]:
+    """Return the figures of one number a row."""
+    from scipy.stats import rankdata
+
+    def of_rows(rows: np.ndarray) -> dict[str, float]:
+        predicted, truth = predicted_N[rows], truth_N[rows]
+        return {
+            "pearson": _correlation(predicted, truth),
+            "spearman": _correlation(rankdata(predicted), rankdata(truth)),
+            "mean_squared_error": float(np.square(predicted - truth).mean()),
+            "mean_absolute_error": float(np.abs(predicted - truth).mean()),
+        }
+
+    return bootstrap(of_rows, len(truth_N))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Pearson's correlation, NaN where one of the two does not vary."""
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
