@@ -77,6 +77,8 @@ class Family:
     own; None: none but eos between two texts."""
     pooled: PooledHead = field(default_factory=PooledHead)
     """The head of a fine-tuning task over a whole text."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Module of a task head → the module of a pre-trained model that it starts from."""
     presets: Path | None = None
     """Of a family outside the package: a folder with `model/NAME.yaml`, which Hydra searches after conf/."""
 

@@ -137,7 +137,7 @@ class TaskConfig(ObjectiveConfig):
     # How rows of a table are read (see TaskReader); subclasses say the rest.
 
     def identity(self) -> Mapping[str, Any]:
-        return {"kind": self.kind, "labels": list(self.labels)}
+        return {"kind": self.kind}
 
     def encode_texts(self, contents: Sequence[Any], tokenizer: Tokenizer) -> dict[str, Column]:
         from llmtrain.tables.ragged import Ragged

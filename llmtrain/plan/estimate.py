@@ -126,7 +126,7 @@ class Plan:
     @property
     def unit(self) -> str:
         """What FLOPs and rates are counted in: "token" or "image"."""
-        return self.objective.data.removesuffix("s")
+        return "image" if self.objective.data == "images" else "token"
 
     @property
     def tokens_per_step(self) -> int:

@@ -25,7 +25,7 @@ import xxhash
 
 from llmtrain.config import encode
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import checksum, checksum_of_json, disk_problem, expand_home, lock, write_json_atomically
+from llmtrain.files import checksum, checksum_of_json, disk_problem, lock, write_json_atomically
 from llmtrain.prepare.clean import CleanCounts, cleaned_texts, digests, split_of
 from llmtrain.prepare.folder_scan import short_name
 from llmtrain.prepare.source_file import SourceFile
@@ -59,8 +59,12 @@ class Example(NamedTuple):
 class TaskReader(Protocol):
     """What a fine-tuning task makes of the rows of a table."""
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels that were given, in order; empty: those of the rows to train on."""
+
     def identity(self) -> Mapping[str, Any]:
-        """Return what determines the columns, as JSON."""
+        """Return what else determines the columns, as JSON."""
 
     def read(self, values: Mapping[str, Any], data: TableDataConfig) -> Example | None:
         """Return one row, or None to drop it for lack of text. Raise ValueError with what is wrong and what
@@ -90,14 +94,18 @@ class _Rows:
     dropped: int = 0
 
 
-def table_key(data: TableDataConfig, task: TaskReader, tokenizer: Tokenizer, files: str) -> str:
-    """Return the name of a table's cache. files: hash of the contents of its files."""
+def table_key(
+    data: TableDataConfig, task: TaskReader, tokenizer: Tokenizer, files: str, labels: Sequence[str] = ()
+) -> str:
+    """Return the name of a table's cache. files: hash of the contents of its files; labels: names that were
+    given."""
     keys = ("format", "header", "quoting", "text_field", "text_pair_field", "label_field", "split")
     said = {
         "version": VERSION,
         "files": files,
         "data": {key: encode(getattr(data, key)) for key in keys},
         "task": task.identity(),
+        "labels": list(labels),
         "tokenizer": tokenizer.sha256,
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
@@ -131,24 +139,21 @@ def files_fingerprint(files: Mapping[str, Sequence[SourceFile]]) -> str:
 
 
 def ensure_cache(
-    root: Path,
-    key: str,
+    folder: Path,
     data: TableDataConfig,
     task: TaskReader,
     tokenizer: Tokenizer,
     files: Mapping[str, Sequence[SourceFile]],
-) -> Path:
-    """Return the folder of the cache `key` under `root`; make it if it is not there or not whole."""
-    folder = expand_home(root) / key
+) -> None:
+    """Make the cache `folder` if it is not there or not whole."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _held(folder.parent / f".{key}.lock"):
+        with _held(folder.with_name(f".{folder.name}.lock")):
             if not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 _build(folder, data, task, tokenizer, files)
     except OSError as error:
         raise DataError(disk_problem(error, folder.parent, key="data.cache.dir")) from error
-    return folder
 
 
 def is_whole(folder: Path) -> bool:

@@ -14,12 +14,14 @@ import numpy as np
 import xxhash
 
 from llmtrain.errors import DataError, Problem, nearest
+from llmtrain.files import expand_home
 from llmtrain.tables.build import (
     MANIFEST,
     TaskReader,
     ensure_cache,
     files_fingerprint,
     find_table_files,
+    is_whole,
     table_key,
 )
 from llmtrain.tables.config import SPLITS, TableDataConfig
@@ -147,6 +149,10 @@ def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) 
     path = find_tokenizer(given) or given if given.is_dir() else given
     loaded = load_tokenizer(path)
     files = find_table_files(data)
-    key = table_key(data, task, loaded, files_fingerprint(files))
-    folder = ensure_cache(data.cache.dir, key, data, task, loaded, files)
+    fingerprint = files_fingerprint(files)
+    folder = expand_home(data.cache.dir) / table_key(data, task, loaded, fingerprint)
+    # The labels that a run has recorded are those that its table had without any given.
+    if task.labels and not (is_whole(folder) and Table(folder, "", path, loaded).labels == task.labels):
+        folder = folder.with_name(table_key(data, task, loaded, fingerprint, task.labels))
+    ensure_cache(folder, data, task, loaded, files)
     return Table(folder, data.paths[""], path, loaded)

@@ -96,6 +96,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     track: TrackConfig
     cluster: ClusterConfig
+    freeze: int = 0
+    """Layers, from the bottom, that keep their values, and with them the embeddings; 0: none."""
     precision: Precision = "fp32"
     """Number format of matrix products."""
     engine: Literal["auto", "local", "deepspeed"] = "auto"
@@ -111,6 +113,7 @@ class TrainConfig:
     def problems(self) -> Iterator[Problem]:
         yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")
         yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
+        yield from require(self.freeze >= 0, "freeze", self.freeze, "0 or more")
         yield from require(
             self.data.overlap < self.batch.sequence_length,
             "data.overlap",

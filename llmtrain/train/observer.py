@@ -30,14 +30,17 @@ class RunObserver:
         trackers: Trackers | None,
         progress: Progress | None,
         counters: Callable[[], Mapping[str, float]] = dict,
+        tokens_per_sample: float | None = None,
     ) -> None:
-        """counters: returns further metrics of the data that was read; called at each step."""
+        """counters: returns further metrics of the data that was read; called at each step.
+        tokens_per_sample: mean length of a sample, if samples have different ones."""
         self._trackers, self._progress, self._counters = trackers, progress, counters
         self._failure: UserError | None = None
         self._device_type = device.type
         self._meter = throughput.ThroughputMeter()
         row = config.objective.row(config.batch.sequence_length)
-        self._units = config.batch.sequence_length if config.objective.data == "tokens" else 1
+        usual = 1 if config.objective.data == "images" else config.batch.sequence_length
+        self._units = usual if tokens_per_sample is None else tokens_per_sample
         self._flops = config.model.flops_per_token(row)
         self._global_size = layout.global_size
         self._processes = layout.world_size
@@ -49,7 +52,7 @@ class RunObserver:
     def on_step(
         self, step: int, result: StepResult, lr: float, seconds: float, data: Mapping[str, float]
     ) -> None:
-        tokens = self._global_size * self._units
+        tokens = round(self._global_size * self._units)
         self._meter.add(tokens, seconds)
         if self._trackers is None or self._progress is None:
             return

@@ -12,7 +12,7 @@ from llmtrain.config import MISSING, encode
 from llmtrain.corpus.text_source import TextSource
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.files import expand_home
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.registry import family_of, skeleton_of
 from llmtrain.tokenizers.folder import load_tokenizer
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ class StartingWeights:
 
     trained: TrainedModel
     model: ModelConfig
+    renamed: Mapping[str, str]
+    """Canonical name → the name that the folder has for it, where they differ."""
     new: Mapping[str, tuple[int, ...]]
     """Canonical name → shape of the parameters that the folder lacks."""
     unused: Mapping[str, tuple[int, ...]]
@@ -162,7 +164,10 @@ class StartingWeights:
         read, make = self.trained.reader(), seed_source(skeleton_of(self.model), seed)
 
         def source(out: Tensor, name: str, shard: Shard, start: int) -> None:
-            (make if name in self.new else read)(out, name, shard, start)
+            if name in self.new:
+                make(out, name, shard, start)
+            else:
+                read(out, self.renamed.get(name, name), shard, start)
 
         return source
 
@@ -197,6 +202,8 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
 
     trained = load_trained(pretrained.path)
     theirs, ours = _shapes(trained.config), _shapes(model)
+    renamed = _renamed(model, ours, theirs)
+    theirs = {**theirs, **{name: theirs[known] for name, known in renamed.items()}}
     where = f"model.path={pretrained.path}"
     problems = [
         Problem(
@@ -223,8 +230,22 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
                 "leave the keys of the model as the folder has them, or train from the seed",
             )
         )
-    unused = {name: shape for name, shape in theirs.items() if name not in ours}
-    return StartingWeights(trained, model, new, unused)
+    used = {*ours, *renamed.values()}
+    unused = {name: shape for name, shape in theirs.items() if name not in used}
+    return StartingWeights(trained, model, renamed, new, unused)
+
+
+def _renamed(
+    model: ModelConfig, ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Return the parameters of a task head that start from others of the folder, and their names there."""
+    found = {}
+    for module, known in family_of(model).aliases.items():
+        for name, shape in ours.items():
+            other = f"{known}.{name.removeprefix(f'{module}.')}"
+            if name.startswith(f"{module}.") and name not in theirs and theirs.get(other) == shape:
+                found[name] = other
+    return found
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -120,7 +120,7 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    config = replace(config, model=model, engine=engine)
+    config = _with_frozen_layers(replace(config, model=model, engine=engine))
     return Resolved(config, layout, corpora, pretrained, _trainable(model, config.train.freeze))
 
 
@@ -135,6 +135,21 @@ def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: Text
     [dataset] = sources.values()
     steps = math.ceil(config.train.epochs * len(dataset) / config.batch.global_size)
     return replace(config, train=replace(config.train, steps=max(1, steps)))
+
+
+def _with_frozen_layers(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with the layers of `freeze` among the patterns of `train.freeze`."""
+    if not config.freeze:
+        return config
+    if not family_of(config.model).has_stages:
+        got = f"{config.freeze} with model.family={config.model.family}, which has no layers to choose from"
+        raise ConfigError(Problem("freeze", got, "0", "name parameters instead: train.freeze=[embedding.*]"))
+    stages = skeleton_of(config.model).stages()  # type: ignore[operator]
+    if config.freeze > len(stages) - 2:
+        allowed = f"0 to {len(stages) - 2}, the layers of the model"
+        raise ConfigError(Problem("freeze", str(config.freeze), allowed))
+    frozen = [f"{name}.*" for stage in stages[: config.freeze + 1] for name in stage.modules]
+    return replace(config, train=replace(config.train, freeze=(*config.train.freeze, *frozen)))
 
 
 def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import prune
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import encode
-from llmtrain.data.datasets.base import Dataset
+from llmtrain.data.datasets.base import Dataset, OrdersByLength
 from llmtrain.data.loader import Loader
 from llmtrain.data.stream import Stream
 from llmtrain.distributed import launcher, processes, set_union, stopping
@@ -99,6 +100,7 @@ class Session:
         self._folder: RunFolder | None = None
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
+        self._tokens_per_sample: float | None = None
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
         processes.on_main(self._hold_folder)
 
@@ -120,6 +122,8 @@ class Session:
         stream = self._open_stream(training, start)
         objective = config.objective.build(config.model, config.data, self.corpora)
         engine, weights = self._build_engine(objective, start)
+        lengths = [source.lengths for source in training.values() if isinstance(source, OrdersByLength)]
+        self._tokens_per_sample = float(np.concatenate(lengths).mean()) if lengths else None
         observer = processes.agree(lambda: self._open_observer(stream, start, weights))
         loader = self._open_loader(stream, objective)
         description = self._describe(stream, start, weights)
@@ -243,7 +247,15 @@ class Session:
         self._progress = Progress(config.train.steps, start_step=start.step, every=every)
         self._say(stream.describe())
         counters = self.corpora.counters if self.corpora is not None else dict
-        return RunObserver(config, self.layout, self.device, self._trackers, self._progress, counters)
+        return RunObserver(
+            config,
+            self.layout,
+            self.device,
+            self._trackers,
+            self._progress,
+            counters,
+            self._tokens_per_sample,
+        )
 
     def _describe_in_folder(self, stream: Stream, weights: WeightRecord) -> None:
         assert self._folder is not None

@@ -65,5 +65,6 @@ FAMILIES = (
         filling=_filling,
         frame=_frame,
         pooled=PooledHead("first", dense=True),
+        aliases={"head.dense": "pooler"},
     ),
 )
