@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.order import BlockOrder, epoch_key, permute, rank_slice
+from llmtrain.data.order import BlockOrder, LengthOrder, epoch_key, permute, rank_slice
 
 KEYS = st.integers(0, 2**64 - 1)
 
@@ -164,3 +164,30 @@ def test_ranks_share_a_step_whatever_their_number(first: int, share: int, data_s
 def test_rank_slice_refuses_a_size_that_does_not_divide():
     with pytest.raises(ValueError, match="not a multiple"):
         rank_slice(range(6), 0, 4)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=400),
+    group=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_an_order_by_length_covers_every_epoch_once(lengths: list[int], group: int, seed: int):
+    count = len(lengths)
+    order = LengthOrder(np.array(lengths), seed=seed, group=group)
+    for epoch in range(2):
+        epochs, indices = order(epoch * count + np.arange(count))
+        assert (epochs == epoch).all()
+        assert sorted(indices.tolist()) == list(range(count))
+
+
+def test_an_order_by_length_needs_little_padding_and_differs_by_epoch():
+    lengths = np.random.default_rng(0).integers(5, 500, 20_000)
+    order = LengthOrder(lengths, seed=1, group=64)
+    _, first = order(np.arange(20_000))
+    _, second = order(20_000 + np.arange(20_000))
+    assert (first != second).mean() > 0.99
+    batches = lengths[first[: 20_000 // 16 * 16]].reshape(-1, 16)
+    assert 1 - batches.sum() / (batches.max(1) * 16).sum() < 0.03
+    # Batches are in no order of length.
+    means = batches.mean(1)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.9
