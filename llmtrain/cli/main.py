@@ -65,7 +65,7 @@ def _answer(arguments: list[str]) -> int:
         print_problems([Problem("llmtrain", repr(verb), known, "see llmtrain --help")])
         return EXIT_CODE
     # A stop may be requested while the configuration is still being composed.
-    with stopping.request.listening() if verb == "train" else nullcontext():
+    with stopping.request.listening() if verb in ("train", "finetune") else nullcontext():
         return run_verb(verb, arguments[1:])
 
 

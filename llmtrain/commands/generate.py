@@ -62,6 +62,9 @@ def run(mapping: Mapping[str, Any]) -> None:
     family = family_of(trained.config)
     if family.kind == "classifier":
         raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))
+    if trained.config.task is not None:
+        got = f"a model with the head of a task ({trained.config.task.kind})"
+        raise ConfigError(Problem("checkpoint", got, "a language model", "evaluate it, or give its trunk"))
     if family.filling is not None:
         from llmtrain.generation.blanks import fill_prompts
 

@@ -22,6 +22,9 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
     came_from: model_type of the folder that the model was imported from; preferred if it still fits.
     Raise ConfigError that names the keys that prevent an export.
     """
+    if getattr(config, "task", None) is not None:
+        got = f"a model with the head of a task ({config.task.kind})"
+        raise ConfigError(Problem("checkpoint", got, "language models", "evaluate it here"))
     misfits = {
         name: form.misfits(config)
         for name, form in forms().items()

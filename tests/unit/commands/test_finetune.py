@@ -1,0 +1,147 @@
+"""`llmtrain finetune`: from a preset or a trained model and a file to figures on held-out rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmtrain.cli import main as cli
+
+WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
+TINY = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0")
+SHORT = ("batch.global_size=16", "batch.micro_size=8", "batch.sequence_length=32", "optimizer.lr=3e-3")
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts with the word that decides their label, and the number of words as a grade."""
+    draw = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "grade"])
+        for number in range(400):
+            good = number % 2
+            words = [*draw.choice(WORDS, draw.integers(4, 14)), ("awful", "great")[good]]
+            draw.shuffle(words)
+            writer.writerow([" ".join(words), ("bad", "good")[good], len(words)])
+    return path
+
+
+def settings(reviews: Path, corpus: Path, tmp_path: Path, *more: str) -> list[str]:
+    data = [f"data.path={reviews}", f"data.tokenizer={corpus}", f"data.cache.dir={tmp_path / 'cache'}"]
+    return [*data, "data.split.validation=0.2", f"run.dir={tmp_path / 'run'}", *SHORT, *more]
+
+
+def figures(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert cli.run_verb("evaluate", [f"checkpoint={run}", "format=json", *more]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "xlnet_tiny", "lstm"])
+def test_a_label_is_learned_and_scored(
+    model: str, reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [key for key in TINY if model != "lstm" or "heads" not in key]
+    words = settings(reviews, corpus, tmp_path, f"model={model}", *tiny, "train.epochs=6")
+    assert cli.run_verb("finetune", words) == 0
+    said = capsys.readouterr().err
+    assert " rows, " in said
+    found = figures(capsys, tmp_path / "run")
+    assert found["accuracy"] > 0.9
+    low, high = found["accuracy_interval"]
+    assert low <= found["accuracy"] <= high
+    assert found["targets"] > 50
+
+
+def test_steps_of_epochs_and_a_resume(reviews: Path, corpus: Path, tmp_path: Path) -> None:
+    words = settings(reviews, corpus, tmp_path, "model=bert_tiny", *TINY, "evaluation.every=null")
+    assert cli.run_verb("finetune", [*words, "train.epochs=1"]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = 400 - 80
+    assert abs(len(steps) - rows / 16) < 4
+    assert cli.run_verb("finetune", [*words, "train.epochs=2"]) == 0
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == pytest.approx(
+        2 * len(steps), abs=1
+    )
+
+
+def test_a_trained_model_is_the_trunk(
+    reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain = [
+        f"data.path={corpus}",
+        f"run.dir={tmp_path / 'trunk'}",
+        "model=bert_tiny",
+        "objective=mlm_nsp",
+    ]
+    pretrain += [*TINY, *SHORT, "train.steps=2", "evaluation.every=null", "evaluation.at_start=false"]
+    assert cli.run_verb("train", pretrain) == 0
+    capsys.readouterr()
+    words = settings(
+        reviews, corpus, tmp_path, f"model.path={tmp_path / 'trunk'}", "train.epochs=1", "freeze=1"
+    )
+    words.remove(f"data.tokenizer={corpus}")
+    assert cli.run_verb("finetune", words) == 0
+    said = capsys.readouterr().err
+    assert "new, started from the seed: head.out.weight (2 × 32), head.out.bias (2)" in said
+    unused = said.split("unused of")[1].splitlines()[0]
+    assert "pair_head.weight" in unused
+    assert "pooler" not in unused, "it became the head's dense layer"
+    found = figures(capsys, tmp_path / "run", f"data.path={reviews}")
+    assert 0.3 < found["accuracy"] <= 1
+
+
+def test_numbers_and_tags(
+    corpus: Path, tmp_path: Path, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = settings(reviews, corpus, tmp_path, "model=bert_tiny", *TINY, "train.epochs=8")
+    assert cli.run_verb("finetune", [*words, "objective=regression", "data.label_field=grade"]) == 0
+    assert figures(capsys, tmp_path / "run")["pearson"] > 0.5
+    path = tmp_path / "tags.conll"
+    rows = list(csv.DictReader(reviews.open()))
+    tagged = [
+        [(w, "B-OPINION" if w in ("awful", "great") else "O") for w in row["text"].split()] for row in rows
+    ]
+    path.write_text("\n".join("".join(f"{w}\t{t}\n" for w, t in words_) for words_ in tagged))
+    words = settings(path, corpus, tmp_path, "model=bert_tiny", *TINY, "train.epochs=4")
+    words += ["objective=tagging", "data.text_field=tokens", "data.label_field=tags"]
+    words.append(f"run.dir={tmp_path / 'tagger'}")
+    assert cli.run_verb("finetune", words) == 0
+    assert figures(capsys, tmp_path / "tagger")["entity_f1"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["model=t5_tiny"], "objective: got classification with model.family=encoder_decoder"),
+        (["freeze=9"], "freeze: got 9; allowed: 0 to 2, the layers of the model"),
+        (["data.text_field=txt"], "got no field txt; allowed: text, label, grade"),
+        (["data.path=none.csv"], "none.csv): got no such file or folder"),
+        (["data.tokenizer=null"], "data.tokenizer: got null"),
+        (["train.epochs=0"], "train.epochs: got 0"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    more: list[str],
+    said: str,
+    reviews: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = settings(reviews, corpus, tmp_path, "model=bert_tiny", *TINY[:1], *more)
+    if more == ["model=t5_tiny"]:
+        words.remove(TINY[0])
+    assert cli.run_verb("finetune", words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmtrain: error")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "run").exists()
