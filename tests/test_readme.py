@@ -100,8 +100,8 @@ def run_page(page: str, folder: Path, programs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for PATH with an `llmtrain` that starts warm."""
-    with warm_program(tmp_path_factory.mktemp("programs")) as path:
+    """A folder for PATH with an `llmtrain` and a `torchrun` that start warm."""
+    with warm_program(tmp_path_factory.mktemp("programs"), ("llmtrain", "torchrun")) as path:
         yield path
 
 

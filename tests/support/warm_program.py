@@ -1,4 +1,5 @@
-"""Programs `llmtrain` and, where asked for, `python` for shell commands, which start warm (see warm.py).
+"""Programs `llmtrain` and, where asked for, `torchrun` and `python` for shell commands, which start warm (see
+warm.py).
 
 with warm_program(folder) as path:      # a folder for PATH
     subprocess.run(["bash", "-c", "llmtrain plan …"], env={**os.environ, "PATH": f"{path}:{…}"})
@@ -27,8 +28,8 @@ from tests.support.warm import TORCHRUN, Popen
 PROGRAM = """#!{python} -IS
 import array, json, os, signal, socket, sys
 
-program, words = "llmtrain", sys.argv[1:]
-if {is_python}:
+program, words = {module!r}, sys.argv[1:]
+if not program:
     if words[:1] != ["-m"] or words[1] not in {programs}:
         os.execv({python!r}, [{python!r}, *words])
     program, words = words[1], words[2:]
@@ -51,7 +52,10 @@ with socket.socket(socket.AF_UNIX) as connection:
         os.kill(process, number)
     sys.exit(connection.recv(1)[0])
 """
+MODULES = {"llmtrain": "llmtrain", "torchrun": "torch.distributed.run", "python": ""}
+"""Program → the module that it runs; python: the one that its arguments name."""
 PROGRAMS = ("llmtrain", TORCHRUN)
+"""Modules that `python -m` starts warm."""
 
 
 @contextmanager
@@ -59,9 +63,8 @@ def warm_program(folder: Path, names: Sequence[str] = ("llmtrain",)) -> Iterator
     path, address = folder / "bin", folder / "socket"
     path.mkdir()
     for name in names:
-        is_python = name == "python"
         content = PROGRAM.format(
-            python=sys.executable, address=str(address), is_python=is_python, programs=PROGRAMS
+            python=sys.executable, address=str(address), module=MODULES[name], programs=PROGRAMS
         )
         (path / name).write_text(content)
         (path / name).chmod(0o755)
