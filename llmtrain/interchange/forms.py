@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
@@ -22,9 +23,6 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
     came_from: model_type of the folder that the model was imported from; preferred if it still fits.
     Raise ConfigError that names the keys that prevent an export.
     """
-    if getattr(config, "task", None) is not None:
-        got = f"a model with the head of a task ({config.task.kind})"
-        raise ConfigError(Problem("checkpoint", got, "language models", "evaluate it here"))
     misfits = {
         name: form.misfits(config)
         for name, form in forms().items()
@@ -40,7 +38,7 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
             Problem("checkpoint", f"a model of family {config.family}", ", ".join(exported), elsewhere)
         )
     nearest = min(misfits, key=lambda name: len(misfits[name]))
-    got = ", ".join(f"{key}={getattr(config, key)}" for key in misfits[nearest])
+    got = ", ".join(f"{key}={attrgetter(key)(config)}" for key in misfits[nearest])
     allowed = ", ".join(f"{key}={has}" for key, has in misfits[nearest].items())
     raise ConfigError(
         Problem(

@@ -33,6 +33,7 @@ from llmtrain.models.huggingface.form import Entry, Form, Settings
 from llmtrain.models.huggingface.keys import Asked, unknown_keys
 from llmtrain.models.huggingface.origin import Origin
 from llmtrain.nn.initialize import fill_box, match_initializers, on_meta
+from llmtrain.objectives.task import frame_of
 from llmtrain.reading import SETTINGS_BYTES, parse_object, read_bytes
 from llmtrain.tensor_boxes import whole
 from llmtrain.tokenizers.folder import EXPORT_MARK, find_tokenizer, load_tokenizer
@@ -77,7 +78,8 @@ def export_folder(
         longest = getattr(config, "max_sequence_length", None)
         named = {role: getattr(config, f"{role}_id", None) for role in ("mask", "cls", "sep")}
         model_ids = {role: i for role, i in named.items() if i is not None}
-        contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path), model_ids)
+        frame = None if getattr(config, "task", None) is None else frame_of(config, tokenizer)
+        contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path), model_ids, frame)
     described = _config_of(form, config, dtype, ids)
     if origin is not None:
         described = origin.settings_of(form, config, lambda config: _config_of(form, config, dtype, ids))

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmtrain.errors import DataError, Problem
-from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Frame, Template, Tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 from llmtrain.tokenizers.huggingface import JsonTokenizer
 
@@ -31,6 +31,7 @@ def tokenizer_files(
     max_length: int | None,
     where: str,
     model_ids: Mapping[str, int] = MappingProxyType({}),
+    frame: Frame | None = None,
 ) -> dict[str, bytes | str | Any]:
     """Return file name → contents: bytes, text, or a value to be written as JSON.
 
@@ -38,13 +39,14 @@ def tokenizer_files(
     messages.
     model_ids: role → id of the model's special tokens; those after the ids of a sentencepiece model are added
     to it.
+    frame: special tokens that a sentencepiece model adds around one text and two; None: none.
     Raise DataError for a kind of sentencepiece model without a fast equivalent.
     """
     if isinstance(tokenizer, JsonTokenizer):
         return dict(tokenizer.files)
     return {
         SENTENCEPIECE_FILE: tokenizer.content,
-        **_json_of_sentencepiece(tokenizer, max_length, where, model_ids),
+        **_json_of_sentencepiece(tokenizer, max_length, where, model_ids, frame),
     }
 
 
@@ -73,7 +75,11 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _json_of_sentencepiece(
-    tokenizer: Tokenizer, max_length: int | None, where: str, model_ids: Mapping[str, int]
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    where: str,
+    model_ids: Mapping[str, int],
+    frame: Frame | None,
 ) -> dict[str, Any]:
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
     spec = proto.ModelProto.FromString(tokenizer.content)
@@ -102,6 +108,8 @@ def _json_of_sentencepiece(
     for i, role in behind:
         special[role] = f"[{role.upper()}]"
         added.append(_added_token(i, special[role], special=True))
+    names = {i: piece.piece for i, piece in enumerate(spec.pieces)}
+    names |= {i: special[role] for i, role in behind}
     content = {
         "version": "1.0",
         "truncation": None,
@@ -109,7 +117,7 @@ def _json_of_sentencepiece(
         "added_tokens": added,
         "normalizer": _normalizer(spec.normalizer_spec),
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": None if frame is None else _post_processor(frame, names),
         "decoder": _decoder(spec.normalizer_spec),
         # The tokenizer's unk_id is checked: that of the model's spec may not exist.
         "model": kinds[kind](spec, types, tokenizer.unk_id or 0),
@@ -123,6 +131,32 @@ def _json_of_sentencepiece(
         **{f"{name}_token": piece for name, piece in special.items()},
     }
     return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+def _post_processor(frame: Frame, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return what adds the special tokens of a frame. names: id → token."""
+    used = {i for template in frame for part in template[:3] for i in part}
+
+    def of(template: Template, texts: str) -> list[dict[str, Any]]:
+        def specials(ids: tuple[int, ...], segments: tuple[int, ...]) -> list[dict[str, Any]]:
+            both = zip(ids, segments, strict=True)
+            return [{"SpecialToken": {"id": names[i], "type_id": segment}} for i, segment in both]
+
+        items = specials(template.first, template.first_segments)
+        items.append({"Sequence": {"id": "A", "type_id": template.segments[0]}})
+        if texts == "AB":
+            items += specials(template.between, template.between_segments)
+            items.append({"Sequence": {"id": "B", "type_id": template.segments[1]}})
+        return items + specials(template.last, template.last_segments)
+
+    return {
+        "type": "TemplateProcessing",
+        "single": of(frame.one, "A"),
+        "pair": of(frame.two, "AB"),
+        "special_tokens": {
+            names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in sorted(used)
+        },
+    }
 
 
 def _unigram(spec: Any, types: Any, unk_id: int) -> dict[str, Any]:

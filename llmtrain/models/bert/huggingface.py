@@ -19,6 +19,7 @@ from llmtrain.models.huggingface.form import (
     same_all,
     unless,
 )
+from llmtrain.models.huggingface.task_heads import TaskHeads
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 _PAIR_HEAD = "cls.seq_relationship."
@@ -26,6 +27,10 @@ _BARE = ("embeddings.", "encoder.", "pooler.")
 """Prefixes of the names in a model without heads."""
 _ROLES = ("mask", "cls", "sep")
 _FRESH = ("transform.*", "transform_norm.*", "head.*")
+
+
+_BERT_TASKS = TaskHeads("Bert", text="classifier", dense="bert.pooler.dense", pooling="first")
+_ROBERTA_TASKS = TaskHeads("Roberta", text="classifier.out_proj", dense="classifier.dense", pooling="first")
 
 
 def _build(config: BertConfig) -> nn.Module:
@@ -96,6 +101,8 @@ def _head_entries(config: BertConfig, bias: str, decoder: str) -> list[Entry]:
 
 def _bert_entries(config: BertConfig) -> list[Entry]:
     entries = _encoder_entries(config, "bert")
+    if config.task is not None:
+        return entries + _BERT_TASKS.entries(config.task)
     entries += same_all(
         {
             "transform": "cls.predictions.transform.dense",
@@ -110,6 +117,8 @@ def _bert_entries(config: BertConfig) -> list[Entry]:
 
 def _roberta_entries(config: BertConfig) -> list[Entry]:
     entries = _encoder_entries(config, "roberta")
+    if config.task is not None:
+        return entries + _ROBERTA_TASKS.entries(config.task)
     entries += same_all({"transform": "lm_head.dense", "transform_norm": "lm_head.layer_norm"})
     return entries + _head_entries(config, "lm_head.bias", "lm_head.decoder")
 
@@ -129,7 +138,8 @@ def _names(names: Collection[str], config: BertConfig, prefix: str, bias: str, d
             if bias in names:
                 continue
             theirs = bias
-        if theirs.startswith(f"{prefix}.pooler.") and not config.pair_head:
+        has_pooler = config.pair_head if config.task is None else config.task.dense
+        if theirs.startswith(f"{prefix}.pooler.") and not has_pooler:
             left_out.append(name)
             continue
         used[name] = theirs
@@ -140,13 +150,16 @@ def _names(names: Collection[str], config: BertConfig, prefix: str, bias: str, d
 
 
 def _misfits(config: BertConfig) -> dict[str, str]:
-    return {"position_offset": "0"} if config.position_offset else {}
+    misfits = {"position_offset": "0"} if config.position_offset else {}
+    return misfits if config.task is None else {**misfits, **_BERT_TASKS.misfits(config.task)}
 
 
 def _roberta_misfits(config: BertConfig) -> dict[str, str]:
     misfits = {} if config.position_offset else {"position_offset": "1 or more"}
     if config.activation != "gelu":
         misfits["activation"] = "gelu"
+    if config.task is not None:
+        return {**misfits, **_ROBERTA_TASKS.misfits(config.task)}
     if config.pair_head:
         misfits["pair_head"] = "false"
     return misfits
@@ -171,7 +184,8 @@ def _write_config(config: BertConfig) -> dict[str, Any]:
 
 def _write_bert_config(config: BertConfig) -> dict[str, Any]:
     architecture = "BertForPreTraining" if config.pair_head else "BertForMaskedLM"
-    return {"architectures": [architecture], **_write_config(config)}
+    of_task = {} if config.task is None else _BERT_TASKS.write(config.task)
+    return {"architectures": [architecture], **_write_config(config), **of_task}
 
 
 def _write_roberta_config(config: BertConfig) -> dict[str, Any]:
@@ -180,6 +194,7 @@ def _write_roberta_config(config: BertConfig) -> dict[str, Any]:
         **_write_config(config),
         # Positions are counted from the one after it.
         "pad_token_id": config.position_offset - 1,
+        **({} if config.task is None else _ROBERTA_TASKS.write(config.task)),
     }
 
 
@@ -227,6 +242,7 @@ def _read_bert_config(theirs: Settings) -> dict[str, Any]:
         **_read_config(theirs, "bert", "cls.predictions.decoder", 0),
         "activation": theirs.choice("hidden_act", _ACTIVATIONS, "gelu"),
         "pair_head": has_pairs,
+        **_BERT_TASKS.read(theirs),
     }
 
 
@@ -235,7 +251,7 @@ def _read_roberta_config(theirs: Settings) -> dict[str, Any]:
     theirs.require("hidden_act", "gelu")
     offset = theirs.whole("pad_token_id", 1) + 1
     said = _read_config(theirs, "roberta", "lm_head.decoder", offset)
-    return {**said, "activation": "gelu", "pair_head": False}
+    return {**said, "activation": "gelu", "pair_head": False, **_ROBERTA_TASKS.read(theirs)}
 
 
 BERT = Form(

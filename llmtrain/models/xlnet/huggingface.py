@@ -22,9 +22,13 @@ from llmtrain.models.huggingface.form import (
     same_all,
     unless,
 )
+from llmtrain.models.huggingface.task_heads import TaskHeads
 from llmtrain.models.xlnet.config import XLNetConfig
 
 _PREFIX = "transformer."
+_TASKS = TaskHeads(
+    "XLNet", text="logits_proj", dense="sequence_summary.summary", span_class="ForQuestionAnsweringSimple"
+)
 _HEADS_OF_TASKS = ("sequence_summary.", "logits_proj.", "qa_outputs.", "classifier.")
 
 
@@ -55,11 +59,21 @@ def _entries(config: XLNetConfig) -> list[Entry]:
     def join_key_value(ts: list[Tensor]) -> Tensor:
         return torch.stack([t.permute(1, 2, 0) for t in ts], dim=1).reshape(2 * N * H, D)
 
-    entries = [
-        same("embedding.weight", "transformer.word_embedding.weight"),
-        Entry("target_embedding.weight", ("transformer.mask_emb",), lambda t: [t[None]], lambda ts: ts[0][0]),
-        same("head.bias", "lm_loss.bias"),
-    ]
+    if config.task is not None:
+        # Theirs always has a query stream, whose embedding no task reads.
+        embedding = ("transformer.word_embedding.weight", "transformer.mask_emb")
+        entries = [
+            Entry("embedding.weight", embedding, lambda t: [t, t.new_zeros(1, 1, D)], lambda ts: ts[0]),
+            *_TASKS.entries(config.task),
+        ]
+    else:
+        entries = [
+            same("embedding.weight", "transformer.word_embedding.weight"),
+            Entry(
+                "target_embedding.weight", ("transformer.mask_emb",), lambda t: [t[None]], lambda ts: ts[0][0]
+            ),
+            same("head.bias", "lm_loss.bias"),
+        ]
     for i in range(config.num_layers):
         ours, theirs = f"blocks.{i}", f"transformer.layer.{i}"
         mine, other = f"{ours}.attention", f"{theirs}.rel_attn"
@@ -84,7 +98,7 @@ def _entries(config: XLNetConfig) -> list[Entry]:
                 }
             ),
         ]
-    if not config.tie_embeddings:
+    if config.task is None and not config.tie_embeddings:
         entries.append(same("head.weight", "lm_loss.weight"))
     return entries
 
@@ -130,6 +144,8 @@ def _write_config(config: XLNetConfig) -> dict[str, Any]:
         "mem_len": None,
         "reuse_len": None,
     }
+    if config.task is not None:
+        written |= _TASKS.write(config.task)
     # A key of our own: an import then knows that these zeros mean no segments.
     return written if config.has_segments else written | {"has_segments": False}
 
@@ -154,6 +170,7 @@ def _read_config(theirs: Settings) -> dict[str, Any]:
         "tie_embeddings": theirs.flag("tie_word_embeddings", True),
         "dropout": theirs.number("dropout", 0.1),
         "init_std": theirs.number("initializer_range", 0.02),
+        **_TASKS.read(theirs),
     }
 
 
@@ -161,7 +178,7 @@ def _names(names: Collection[str], config: XLNetConfig) -> Names:
     """Add `transformer.` to names of a model without head; drop a tied head's copy; leave out heads of
     other tasks."""
     is_bare = not any(name.startswith(_PREFIX) for name in names)
-    left_out = [name for name in names if name.startswith(_HEADS_OF_TASKS)]
+    left_out = [] if config.task is not None else [n for n in names if n.startswith(_HEADS_OF_TASKS)]
     used = {
         name: _PREFIX + name if is_bare and not name.startswith("lm_loss.") else name
         for name in names
@@ -174,7 +191,7 @@ XLNET = Form(
     model_type="xlnet",
     config=XLNetConfig,
     build=_build,
-    misfits=lambda config: {},
+    misfits=lambda config: {} if config.task is None else _TASKS.misfits(config.task),
     entries=_entries,
     write_config=_write_config,
     read_config=_read_config,

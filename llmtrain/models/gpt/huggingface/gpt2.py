@@ -22,6 +22,7 @@ from llmtrain.models.huggingface.form import (
     transposed,
     unless,
 )
+from llmtrain.models.huggingface.task_heads import TaskHeads
 
 
 def build(config: GPTConfig) -> nn.Module:
@@ -66,6 +67,7 @@ OF_OTHERS: dict[str, Any] = {
     )
 }
 """Defaults of options that only Gemma and OLMo 2 change; GPT-2 and Llama have these values."""
+_TASKS = TaskHeads("GPT2", text="score", bias=False)
 _HAS = {
     **OF_OTHERS,
     "positions": "learned",
@@ -86,7 +88,7 @@ def _misfits(config: GPTConfig) -> dict[str, str]:
         misfits["head_dim"] = "hidden_size / num_heads"
     if config.kv_heads != config.num_heads:
         misfits["num_kv_heads"] = "num_heads"
-    return misfits
+    return misfits if config.task is None else {**misfits, **_TASKS.misfits(config.task)}
 
 
 def _entries(config: GPTConfig) -> list[Entry]:
@@ -121,7 +123,9 @@ def _entries(config: GPTConfig) -> list[Entry]:
             entries.append(transposed(f"{ours}.{linear}.weight", f"{theirs}.{conv}.weight"))
             entries.append(same(f"{ours}.{linear}.bias", f"{theirs}.{conv}.bias"))
     entries += same_all({"norm": "transformer.ln_f"})
-    if not config.tie_embeddings:
+    if config.task is not None:
+        entries += _TASKS.entries(config.task)
+    elif not config.tie_embeddings:
         entries.append(same("head.weight", "lm_head.weight"))
     return entries
 
@@ -139,6 +143,7 @@ def _write_config(config: GPTConfig) -> dict[str, Any]:
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
+        **({} if config.task is None else _TASKS.write(config.task)),
     }
 
 
@@ -160,6 +165,7 @@ def _read_config(theirs: Settings) -> dict[str, Any]:
         "tie_embeddings": theirs.is_tied("lm_head.weight", f"{prefix}wte.weight", True),
         "dropout": theirs.number("resid_pdrop", 0.1),
         "init_std": theirs.number("initializer_range", 0.02),
+        **_TASKS.read(theirs),
     }
 
 

@@ -18,6 +18,7 @@ from llmtrain.models.huggingface.form import (
     unless,
 )
 from llmtrain.models.huggingface.rope import read_rope, write_rope
+from llmtrain.models.huggingface.task_heads import TaskHeads
 from llmtrain.models.huggingface.windows import FULL, SLIDING, read_window, read_windows, write_windows
 
 _NORMS = {
@@ -62,9 +63,18 @@ def _entries(config: GPTConfig) -> list[Entry]:
                 same(f"{ours}.mlp.{x}.{p}", f"{theirs}.mlp.{x}_proj.{p}") for x in ("gate", "up", "down")
             ]
     entries.append(same("norm.weight", "model.norm.weight"))
+    if config.task is not None:
+        return entries + task_heads("").entries(config.task)
     if not config.tie_embeddings:
         entries.append(same("head.weight", "lm_head.weight"))
     return entries
+
+
+def task_heads(architecture: str) -> TaskHeads:
+    """Return the heads of tasks of an architecture: LlamaForCausalLM has those of "Llama"."""
+    stem = architecture.removesuffix("ForCausalLM")
+    # Their models for answers have other names for all weights.
+    return TaskHeads(stem, text="score", tags="score", bias=False, span_class=None)
 
 
 def _write_config(config: GPTConfig) -> dict[str, Any]:
@@ -240,16 +250,21 @@ def form(
     _read_config."""
 
     def write_config(config: GPTConfig) -> dict[str, Any]:
-        return {"architectures": [architecture], **_write_config(config), **write(config)}
+        written = {"architectures": [architecture], **_write_config(config), **write(config)}
+        return written if config.task is None else written | task_heads(architecture).write(config.task)
+
+    def misfits_of_all(config: GPTConfig) -> dict[str, str]:
+        of_task = {} if config.task is None else task_heads(architecture).misfits(config.task)
+        return {**misfits(config), **of_task}
 
     def read_config(theirs: Settings) -> dict[str, Any]:
-        return {**_read_config(theirs, rope, tied), **read(theirs)}
+        return {**_read_config(theirs, rope, tied), **read(theirs), **task_heads(architecture).read(theirs)}
 
     return Form(
         model_type=model_type,
         config=GPTConfig,
         build=build,
-        misfits=misfits,
+        misfits=misfits_of_all,
         entries=entries,
         write_config=write_config,
         read_config=read_config,
