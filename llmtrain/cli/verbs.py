@@ -65,6 +65,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {
 
 DOES_MORE_THAN_PRINT = {
     "prepare",
+    "predict",
     "train",
     "finetune",
     "import",

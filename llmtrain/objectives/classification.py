@@ -98,6 +98,11 @@ class ClassificationConfig(TaskConfig):
         found = tuple(label_of(item, data.label_field) for item in items if item not in (None, ""))
         return examples_of(texts_of(values, data), found)
 
+    def blank_labels(self, contents: Sequence[Any]) -> dict[str, Column]:
+        if not self.multi_label:
+            return {"label": np.full(len(contents), IGNORE_INDEX, np.int64)}
+        return {"label": np.full((len(contents), len(self.labels)), np.nan, np.float32)}
+
     def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
         found = in_order(self._all(labels))
         if len(found) == 1 and not self.multi_label and not self.labels:
@@ -145,6 +150,18 @@ class Classification(Task):
         if self.head.kind == "classes":
             return class_figures(softmax(logits), truth)
         return label_figures(1.0 / (1.0 + np.exp(-logits)), truth)
+
+    def said(self, row: np.ndarray) -> dict[str, Any]:
+        names = self.head.labels
+        if self.head.kind == "classes":
+            probabilities = softmax(row[None].astype(np.float64))[0]
+            best = int(probabilities.argmax())
+            return {"prediction": names[best], "probability": float(probabilities[best])}
+        probabilities = 1.0 / (1.0 + np.exp(-row.astype(np.float64)))
+        return {
+            "prediction": [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5],
+            "probabilities": dict(zip(names, probabilities.tolist(), strict=True)),
+        }
 
     def label_text(self, row: Mapping[str, np.ndarray]) -> str:
         label = row["labels"]

@@ -14,6 +14,7 @@ from llmtrain.objectives.denoising import DenoisingConfig
 from llmtrain.objectives.image_classification import ImageClassificationConfig
 from llmtrain.objectives.masked_lm import MaskedLMConfig
 from llmtrain.objectives.permuted_lm import PermutedLMConfig
+from llmtrain.objectives.question_answering import QuestionAnsweringConfig
 from llmtrain.objectives.regression import RegressionConfig
 from llmtrain.objectives.seq2seq import PairedTextConfig
 from llmtrain.objectives.span_corruption import SpanCorruptionConfig
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "classification": ClassificationConfig,
     "regression": RegressionConfig,
     "tagging": TaggingConfig,
+    "question_answering": QuestionAnsweringConfig,
 }
 """`objective.kind` → config class."""
 

@@ -58,6 +58,9 @@ class RegressionConfig(TaskConfig):
             raise ValueError(f"{len(items)} numbers in the field {data.label_field}", f"{wanted}")
         return examples_of(texts_of(values, data), tuple(_number(item, data.label_field) for item in items))
 
+    def blank_labels(self, contents: Sequence[Any]) -> dict[str, Column]:
+        return {"label": np.full((len(contents), max(1, len(self.labels))), np.nan, np.float32)}
+
     def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
         if labels and len(set(labels)) < 2:
             raise ValueError(
@@ -106,6 +109,10 @@ class Regression(Task):
             for column, name in enumerate(self.head.labels)
             for figure, value in value_figures(predicted[:, column], truth[:, column]).items()
         }
+
+    def said(self, row: np.ndarray) -> dict[str, Any]:
+        values = [float(value) for value in row]
+        return {"prediction": values if self.head.labels else values[0]}
 
     def label_text(self, row: Mapping[str, np.ndarray]) -> str:
         return ", ".join(f"{value:g}" for value in row["labels"].reshape(-1))

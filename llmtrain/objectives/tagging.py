@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmtrain.tables.build import Example
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
+    from llmtrain.tables.table import TableSplit
     from llmtrain.tokenizers.base import Tokenizer
 
 
@@ -44,23 +45,32 @@ class TaggingConfig(TaskConfig):
     def build(self, model: Any, data: Any, corpora: Any = None) -> Tagging:
         return Tagging(model)
 
-    def examples(self, model: Any, data: Any, table: Any, split: str, sequence_length: int) -> Examples:
+    def examples_of_split(
+        self, model: Any, split: TableSplit, tokenizer: Tokenizer, sequence_length: int, group: int = 1
+    ) -> Examples:
         from llmtrain.data.datasets.examples import TaggedExamples
 
-        frame = frame_of(model, table.load_tokenizer())
-        pad_id = table.special_ids.get("pad", table.eos_id)
-        return TaggedExamples(table.split(split), sequence_length, frame, pad_id, data.group)
+        pad_id = tokenizer.special_ids.get("pad", tokenizer.eos_id)
+        return TaggedExamples(split, sequence_length, frame_of(model, tokenizer), pad_id, group)
 
     def read(self, values: Mapping[str, Any], data: TableDataConfig) -> Example | None:
         from llmtrain.tables.build import Example
 
-        words, tags = (_items(values, name) for name in (data.text_field, data.label_field))
+        words, tags = self.content(values, data), _items(values, data.label_field)
         if len(words) != len(tags):
             raise ValueError(f"{len(words)} words and {len(tags)} tags", "as many tags as words")
         if not words:
             return None
         found = tuple(label_of(tag, data.label_field) for tag in tags)
-        return Example((" ".join(map(str, words)),), [str(word) for word in words], found)
+        return Example((" ".join(words),), words, found)
+
+    def content(self, values: Mapping[str, Any], data: TableDataConfig) -> Any:
+        return [str(word) for word in _items(values, data.text_field)]
+
+    def blank_labels(self, contents: Sequence[Any]) -> dict[str, Column]:
+        from llmtrain.tables.ragged import Ragged
+
+        return {"tags": Ragged.of([np.zeros(len(words)) for words in contents], np.int32)}
 
     def encode_texts(self, contents: Sequence[Any], tokenizer: Tokenizer) -> dict[str, Column]:
         """Encode each word by itself, all but the first with a space before it, as they stand in a text."""
@@ -137,6 +147,13 @@ class Tagging(Task):
             # Words beyond the length of a sequence are outside of all entities.
             predicted.append(said + [outside] * (len(truth[-1]) - len(said)))
         return tag_figures(predicted, truth)
+
+    def said(self, row: np.ndarray) -> dict[str, Any]:
+        tags, probabilities = row
+        return {
+            "prediction": [self.head.labels[int(tag)] for tag in tags],
+            "probabilities": [float(p) for p in probabilities],
+        }
 
     def label_text(self, row: Mapping[str, np.ndarray]) -> str:
         return " ".join(self.head.labels[tag] for tag in row["labels"].tolist() if tag != IGNORE_INDEX)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from llmtrain.tables.build import Example
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
-    from llmtrain.tables.table import Table
+    from llmtrain.tables.table import Table, TableSplit
     from llmtrain.tokenizers.base import Frame, Tokenizer
 
 WIDTH_STEP = 8
@@ -128,13 +128,27 @@ class TaskConfig(ObjectiveConfig):
 
     def examples(self, model: Any, data: Any, table: Any, split: str, sequence_length: int) -> Examples:
         """Return the rows of a split as the model reads them."""
+        tokenizer = table.load_tokenizer()
+        return self.examples_of_split(model, table.split(split), tokenizer, sequence_length, data.group)
+
+    def examples_of_split(
+        self, model: Any, split: TableSplit, tokenizer: Tokenizer, sequence_length: int, group: int = 1
+    ) -> Examples:
+        """Return rows as the model reads them. group: see OrdersByLength."""
         from llmtrain.data.datasets.examples import Examples
 
-        frame = frame_of(model, table.load_tokenizer())
-        pad_id = table.special_ids.get("pad", table.eos_id)
-        return Examples(table.split(split), sequence_length, frame, pad_id, data.group)
+        pad_id = tokenizer.special_ids.get("pad", tokenizer.eos_id)
+        return Examples(split, sequence_length, frame_of(model, tokenizer), pad_id, group)
 
     # How rows of a table are read (see TaskReader); subclasses say the rest.
+
+    def content(self, values: Mapping[str, Any], data: TableDataConfig) -> Any:
+        """Return what of a row is tokenized, without its label. Raise ValueError as `read` does."""
+        return texts_of(values, data)
+
+    def blank_labels(self, contents: Sequence[Any]) -> dict[str, Column]:
+        """Return the columns of labels of rows that have none."""
+        raise NotImplementedError
 
     def identity(self) -> Mapping[str, Any]:
         return {"kind": self.kind}
@@ -232,6 +246,16 @@ class Task(LossOfModel):
 
         tokens = row["tokens"][: int(row["lengths"])]
         return Shown(f"{len(tokens)} tokens, label {self.label_text(row)}", indented(text.spell(tokens, {})))
+
+    def said(self, row: np.ndarray) -> dict[str, Any]:
+        """Return what `predictions` holds of a row in words: "prediction", and "probability" or
+        "probabilities"."""
+        raise NotImplementedError
+
+    def said_of(self, examples: Any, rows: Mapping[int, np.ndarray]) -> dict[int, dict[str, Any]]:
+        """Return number of a row → `said` of it. rows: number of a sample of `examples` → what `predictions`
+        has of it."""
+        return {number: self.said(row) for number, row in rows.items()}
 
     def label_text(self, row: Mapping[str, np.ndarray]) -> str:
         """Return the label of a row of a batch in words."""

@@ -145,3 +145,79 @@ def test_a_mistake_is_one_line(
     assert len(lines) == 1
     assert said in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def tuned(reviews: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    words = settings(reviews, corpus, folder, "model=bert_tiny", *TINY, "train.epochs=6")
+    assert cli.run_verb("finetune", words) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_predictions_stand_beside_the_rows_in_their_order(
+    suffix: str, tuned: Path, reviews: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / f"said{suffix}"
+    words = [f"checkpoint={tuned}", f"input={reviews}", f"output={output}"]
+    assert cli.run_verb("predict", words) == 0
+    rows = list(csv.DictReader(reviews.open()))
+    if suffix == ".csv":
+        said: list[dict[str, Any]] = list(csv.DictReader(output.open()))
+    elif suffix == ".jsonl":
+        said = [json.loads(line) for line in output.read_text().splitlines()]
+    else:
+        import pyarrow.parquet
+
+        said = pyarrow.parquet.read_table(output).to_pylist()
+    assert [row["text"] for row in said] == [row["text"] for row in rows]
+    assert [row["grade"] for row in said] == [row["grade"] for row in rows]
+    right = [row["prediction"] == row["label"] for row in said]
+    assert np.mean(right) > 0.9
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in said)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_a_killed_prediction_goes_on(
+    tuned: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmtrain.commands import predict
+
+    monkeypatch.setattr(predict, "ROWS_AT_A_TIME", 64)
+    words = [f"checkpoint={tuned}", f"input={reviews}"]
+    assert cli.run_verb("predict", [*words, f"output={tmp_path / 'whole.jsonl'}"]) == 0
+    forward, calls = predict._Work._forward, 0
+
+    def dies(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(predict._Work, "_forward", dies)
+    assert cli.run_verb("predict", [*words, f"output={tmp_path / 'said.jsonl'}"]) == 130
+    assert not (tmp_path / "said.jsonl").exists()
+    before, calls = calls, 1000
+    assert cli.run_verb("predict", [*words, f"output={tmp_path / 'said.jsonl'}"]) == 0
+    assert (tmp_path / "said.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert before == 20
+
+
+def test_transformers_pipeline_says_the_same(tuned: Path, reviews: Path, tmp_path: Path) -> None:
+    import transformers
+
+    assert cli.run_verb("export", [f"checkpoint={tuned}", f"output={tmp_path / 'exported'}"]) == 0
+    output = tmp_path / "said.jsonl"
+    assert cli.run_verb("predict", [f"checkpoint={tuned}", f"input={reviews}", f"output={output}"]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()][:50]
+    pipeline = transformers.pipeline("text-classification", str(tmp_path / "exported"))
+    for row, theirs in zip(rows, pipeline([row["text"] for row in rows]), strict=True):
+        assert theirs["label"] == row["prediction"]
+        assert theirs["score"] == pytest.approx(row["probability"], abs=1e-4)
+    imported = tmp_path / "again.jsonl"
+    words = [f"checkpoint={tmp_path / 'exported'}", f"input={reviews}", f"output={imported}"]
+    assert cli.run_verb("predict", words) == 0
+    again = [json.loads(line) for line in imported.read_text().splitlines()][:50]
+    assert [row["prediction"] for row in again] == [row["prediction"] for row in rows]

@@ -1,0 +1,221 @@
+"""`llmtrain predict`: what a fine-tuned model says of each row of a file, beside the row's own columns.
+
+Rows are read, tokenized and predicted in chunks. A rank writes each of its chunks into a folder beside the
+output, so that a killed job goes on where it was; at the end they are joined in the order of the input.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xxhash
+
+from llmtrain.config import decode, encode, require
+from llmtrain.engine.sharing import SharingConfig, start_sharing
+from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.files import disk_problem, expand_home
+from llmtrain.objectives.task import Task, TaskConfig
+from llmtrain.output import check_output
+from llmtrain.tables.build import files_fingerprint, find_table_files
+from llmtrain.tables.config import TableDataConfig
+from llmtrain.tables.records import Record, name_of, read_records
+from llmtrain.tables.table import TableSplit
+from llmtrain.tables.writing import SUFFIXES, join_chunks, write_chunk
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmtrain.data.datasets.examples import Examples
+    from llmtrain.prepare.source_file import SourceFile
+    from llmtrain.tokenizers.base import Tokenizer
+
+ROWS_AT_A_TIME = 2048
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    checkpoint: Path
+    """A run folder, a checkpoint folder or an exported folder."""
+    input: str
+    """A file, a folder, a glob pattern or `package:NAME/path`."""
+    output: Path
+    """A .jsonl, .csv, .tsv or .parquet file."""
+    parallel: SharingConfig = field(default_factory=SharingConfig)
+    text_field: str | None = None
+    """Field of the text; null: that of the training data."""
+    text_pair_field: str | None = None
+    """Field of the second text; null: that of the training data."""
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "json"] = "auto"
+    """Form of the input; auto: by its extension."""
+    header: bool | None = None
+    """Whether the first line of a csv or tsv names its columns; null: as in the training data."""
+    sequence_length: int | None = None
+    """Tokens of the longest row; null: as in training."""
+    micro_size: int = 32
+    """Rows of the longest length in a forward pass; of shorter rows as many more."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of matrix products."""
+    device: str = "auto"
+    """auto, cpu or cuda; auto: a GPU if there is one."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.micro_size >= 1, "micro_size", self.micro_size, "1 or more")
+        length = self.sequence_length
+        yield from require(length is None or length >= 1, "sequence_length", length, "1 or more, or null")
+        allowed = " ".join(SUFFIXES)
+        yield from require(self.output.suffix in SUFFIXES, "output", self.output, f"a name with {allowed}")
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Write the predictions. Raise UserError for whatever a user can fix."""
+    config = decode(PredictConfig, mapping)
+    output = expand_home(config.output)
+    check_output(output)
+
+    from llmtrain.distributed import processes
+    from llmtrain.interchange.trained import describe, load_trained
+
+    described = describe(config.checkpoint)
+    objective = described.objective
+    if not isinstance(objective, TaskConfig) or described.config.task is None:
+        got = f"a model that learned by {objective.kind}"
+        raise ConfigError(Problem("checkpoint", got, "a fine-tuned model", "see llmtrain finetune --help"))
+    data = _data(config, described.data)
+    files = find_table_files(data)[""]
+    trained = load_trained(config.checkpoint)
+    length = config.sequence_length or trained.sequence_length or 512
+    device = processes.pick_device(config.device)
+    mesh = start_sharing(
+        config.parallel,
+        trained,
+        encode(config),
+        device,
+        micro_size=config.micro_size,
+        sequence_length=length,
+        shares_samples=True,
+    )
+    model = trained.build_over(mesh, device)
+    task = objective.build(trained.config, data)
+    assert isinstance(task, Task)
+    work = _Work(config, objective, task, data, trained.tokenizer(), model, device, length, trained.config)
+    key = xxhash.xxh3_64_hexdigest(
+        f"{files_fingerprint({'': files})}/{trained.source}/{trained.step}/{encode(data)}/{length}".encode()
+    )
+    folder = output.with_name(f".{output.name}.{key}.parts")
+    try:
+        folder.mkdir(exist_ok=True)
+        chunks = work.run(files, folder, mesh.coordinates.data, mesh.layout.data, mesh.contributes_loss)
+        processes.barrier()
+        if processes.is_main():
+            join_chunks([folder / f"{number:08d}.jsonl" for number in range(chunks)], output)
+            shutil.rmtree(folder)
+            print(f"written    {output}", file=sys.stderr, flush=True)
+    except OSError as error:
+        raise ConfigError(disk_problem(error, output, key="output")) from error
+
+
+def _data(config: PredictConfig, recorded: Mapping[str, Any] | None) -> TableDataConfig:
+    """Return the section `data` for the input: that of the training data with what is given."""
+    section = {**(recorded or {}), "path": config.input, "train": None, "validation": None, "test": None}
+    section = {key: value for key, value in section.items() if key in TableDataConfig.__dataclass_fields__}
+    section |= {"format": config.format, "kind": "table"}
+    for name in ("text_field", "text_pair_field", "header"):
+        if getattr(config, name) is not None:
+            section[name] = getattr(config, name)
+    return decode(TableDataConfig, section)
+
+
+@dataclass
+class _Work:
+    """The prediction of all rows of some files."""
+
+    config: PredictConfig
+    objective: TaskConfig
+    task: Task
+    data: TableDataConfig
+    tokenizer: Tokenizer
+    model: nn.Module
+    device: torch.device
+    length: int
+    model_config: Any
+
+    def run(self, files: Sequence[SourceFile], folder: Path, rank: int, size: int, writes: bool) -> int:
+        """Write the chunks of this rank that are not there yet; return the number of all chunks."""
+        started, rows, number = time.perf_counter(), 0, -1
+        for number, chunk in enumerate(self._chunks(files)):
+            path = folder / f"{number:08d}.jsonl"
+            if number % size != rank or path.exists():
+                continue
+            records = self._predicted(chunk)
+            if writes:
+                write_chunk(path, records)
+            rows += len(chunk)
+            rate = rows / (time.perf_counter() - started)
+            print(f"{rows:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+        if number < 0:
+            raise DataError(Problem("input", "no row", "rows with text"))
+        return number + 1
+
+    def _chunks(self, files: Sequence[SourceFile]) -> Iterator[list[tuple[str, Record]]]:
+        def rows() -> Iterator[tuple[str, Record]]:
+            for file in files:
+                for record in read_records(file, quoting=self.data.quoting, header=self.data.header):
+                    yield name_of(file, record.line), record
+
+        reading = rows()
+        while chunk := list(islice(reading, ROWS_AT_A_TIME)):
+            yield chunk
+
+    def _predicted(self, chunk: Sequence[tuple[str, Record]]) -> list[dict[str, Any]]:
+        """Return the rows with what the model says of them."""
+        contents = []
+        for where, record in chunk:
+            try:
+                contents.append(self.objective.content(record.values, self.data))
+            except ValueError as error:
+                got, allowed = error.args if len(error.args) == 2 else (str(error), "")
+                raise DataError(Problem(where, got, allowed)) from error
+        columns = self.objective.encode_texts(contents, self.tokenizer)
+        columns |= self.objective.blank_labels(contents)
+        examples = self._examples(TableSplit("input", columns, ""))
+        found: dict[int, np.ndarray] = {}
+        for rows in self._batches(examples.lengths):
+            found |= dict(zip(rows.tolist(), self._forward(examples, rows), strict=True))
+        of_rows = self.task.said_of(examples, found)
+        said = [of_rows[row] for row in range(len(chunk))]
+        return [{**record.values, **of_row} for (_, record), of_row in zip(chunk, said, strict=True)]
+
+    def _examples(self, split: TableSplit) -> Examples:
+        return self.objective.examples_of_split(self.model_config, split, self.tokenizer, self.length)
+
+    def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the numbers of rows of like length, as many as take about the same time."""
+        most = self.config.micro_size * self.length
+        order = np.argsort(-lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            count = max(1, most // max(1, int(lengths[order[start]])))
+            yield order[start : start + count]
+            start += count
+
+    def _forward(self, examples: Examples, rows: np.ndarray) -> list[np.ndarray]:
+        import torch
+
+        from llmtrain.engine.modules import autocast, to_device
+
+        batch = to_device(self.task.collate(examples.get(rows)), self.device)
+        arguments = self.task.arguments(batch)
+        arguments.pop("labels_BT")
+        self.model.eval()
+        with torch.no_grad(), autocast(self.config.precision, self.device):
+            logits = self.model(**arguments).float()
+        return self.task.predictions(logits, batch)
