@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from llmtrain.config import MISSING, encode, kinds_of
+from llmtrain.config import INTERNAL, MISSING, encode, kinds_of
 
 INTRODUCTION = """\
 # Configuration
@@ -206,9 +206,11 @@ class _Defaults:
 
 
 def _fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, type, default or MISSING) for each field."""
+    """Yield (name, type, default or MISSING) for each field that is a key for people."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if INTERNAL in field.metadata:
+            continue
         default: Any = MISSING
         if field.default is not dataclasses.MISSING:
             default = field.default
