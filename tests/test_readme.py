@@ -31,6 +31,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch/checkpoints.md": ("runs/first",),
     "launch/encoder_decoder.md": ("corpora/small",),
     "launch/evaluate.md": ("corpora/small", "runs/first", "exported/first"),
+    "launch/finetune.md": ("corpora/small",),
     "launch/huggingface.md": ("corpora/small", "exported/first"),
     "launch/plan.md": (),
     "launch/prepare.md": ("corpora/small",),
