@@ -125,7 +125,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         max_samples=config.max_samples,
     )
     counter = None
-    if corpora is not None:
+    if isinstance(corpora, Corpora):
         counter = TargetCounter(max(corpora.vocab_size, getattr(trained.config, "vocab_size", None) or 0))
         batches = counter.watch(batches)
     model = trained.build_over(mesh, device)

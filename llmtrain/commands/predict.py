@@ -213,9 +213,7 @@ class _Work:
         from llmtrain.engine.modules import autocast, to_device
 
         batch = to_device(self.task.collate(examples.get(rows)), self.device)
-        arguments = self.task.arguments(batch)
-        arguments.pop("labels_BT")
         self.model.eval()
         with torch.no_grad(), autocast(self.config.precision, self.device):
-            logits = self.model(**arguments).float()
+            logits = self.model(**self.task.inputs(batch)).float()
         return self.task.predictions(logits, batch)

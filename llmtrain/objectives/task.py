@@ -170,13 +170,13 @@ class Task(LossOfModel):
         "documents": "documents_BT",
         "segments": "segments_BT",
         "lengths": "lengths_B",
-        "labels": "labels_BT",
         DROPOUT_KEYS: "dropout_keys_B",
     }
 
     def __init__(self, model: Any) -> None:
         family = family_of(model)
         self.head: TaskHeadConfig = model.task
+        self._labels = "labels_BM" if family.kind == "permuted_encoder" else "labels_BT"
         # Later tokens see earlier ones alone in a decoder: padding at the end needs no mask.
         self._masks_padding = family.kind != "decoder"
         self._has_segments = bool(getattr(model, "num_segments", 0) or getattr(model, "has_segments", False))
@@ -202,6 +202,13 @@ class Task(LossOfModel):
         """Return the labels of a batch, as the head takes them."""
         raise NotImplementedError
 
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the arguments of the model's forward that give logits."""
+        return super().arguments(batch)
+
+    def arguments(self, batch: Batch) -> dict[str, Tensor]:
+        return {**self.inputs(batch), self._labels: batch["labels"]}
+
     def target_count(self, batch: Batch) -> int:
         return int(self._count(batch["labels"]))
 
@@ -215,9 +222,8 @@ class Task(LossOfModel):
         """Add the predictions of each row, from which figures are computed."""
         from llmtrain.nn.task_head import task_loss
 
-        arguments = self.arguments(batch)
-        labels = arguments.pop("labels_BT")
-        logits = model(**arguments).float()
+        labels = batch["labels"]
+        logits = model(**self.inputs(batch)).float()
         loss = task_loss(logits, labels, replace(self.head, class_weights=()))
         return Terms(loss, self._count(labels), rows=self.predictions(logits, batch))
 

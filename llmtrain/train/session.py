@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import prune
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import encode
-from llmtrain.data.datasets.base import Dataset, OrdersByLength
+from llmtrain.data.datasets.base import Dataset, mean_length
 from llmtrain.data.loader import Loader
 from llmtrain.data.stream import Stream
 from llmtrain.distributed import launcher, processes, set_union, stopping
@@ -100,7 +99,6 @@ class Session:
         self._folder: RunFolder | None = None
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
-        self._tokens_per_sample: float | None = None
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
         processes.on_main(self._hold_folder)
 
@@ -122,9 +120,8 @@ class Session:
         stream = self._open_stream(training, start)
         objective = config.objective.build(config.model, config.data, self.corpora)
         engine, weights = self._build_engine(objective, start)
-        lengths = [source.lengths for source in training.values() if isinstance(source, OrdersByLength)]
-        self._tokens_per_sample = float(np.concatenate(lengths).mean()) if lengths else None
-        observer = processes.agree(lambda: self._open_observer(stream, start, weights))
+        length = mean_length(training.values())
+        observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)
         description = self._describe(stream, start, weights)
         hooks = self._hooks(engine, validation, start, description)
@@ -159,8 +156,7 @@ class Session:
         self._folder = RunFolder(self.config.run.dir)
 
     def _open_training_data(self) -> Mapping[str, Dataset]:
-        config = self.config
-        length = config.batch.sequence_length
+        config, length = self.config, self.config.batch.sequence_length
         return config.objective.open(config.model, config.data, self.corpora, "train", length)
 
     def _open_validation_data(self) -> Dataset | None:
@@ -227,7 +223,9 @@ class Session:
             self._say(note)
         return starting
 
-    def _open_observer(self, stream: Stream, start: _StartingPoint, weights: WeightRecord) -> RunObserver:
+    def _open_observer(
+        self, stream: Stream, start: _StartingPoint, weights: WeightRecord, length: float | None
+    ) -> RunObserver:
         """Describe the run in its folder and open its trackers and progress report, on rank 0 alone."""
         config = self.config
         if not processes.is_main():
@@ -247,15 +245,8 @@ class Session:
         self._progress = Progress(config.train.steps, start_step=start.step, every=every)
         self._say(stream.describe())
         counters = self.corpora.counters if self.corpora is not None else dict
-        return RunObserver(
-            config,
-            self.layout,
-            self.device,
-            self._trackers,
-            self._progress,
-            counters,
-            self._tokens_per_sample,
-        )
+        layout, device = self.layout, self.device
+        return RunObserver(config, layout, device, self._trackers, self._progress, counters, length)
 
     def _describe_in_folder(self, stream: Stream, weights: WeightRecord) -> None:
         assert self._folder is not None

@@ -7,7 +7,7 @@ Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -73,6 +73,12 @@ class OrdersByLength(Protocol):
     @property
     def group(self) -> int:
         """Rows of like length that follow each other."""
+
+
+def mean_length(datasets: Iterable[Dataset]) -> float | None:
+    """Return the mean tokens of a sample, None if all samples have the same length."""
+    lengths = [dataset.lengths for dataset in datasets if isinstance(dataset, OrdersByLength)]
+    return float(np.concatenate(lengths).mean()) if lengths else None
 
 
 @runtime_checkable

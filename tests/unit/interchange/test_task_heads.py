@@ -96,7 +96,7 @@ def test_transformers_computes_the_same_and_it_reads_back(name: str, kind: str, 
     assert imported.config.task.kind == kind
     assert imported.config.task.labels == config.task.labels
     for parameter_name, parameter in model.named_parameters():
-        assert torch.equal(imported.tensors[parameter_name], parameter), parameter_name
+        assert torch.equal(imported.weights[parameter_name], parameter), parameter_name
 
 
 def test_their_own_head_is_read(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_their_own_head_is_read(tmp_path: Path) -> None:
     assert imported.config.task.labels == ("no", "yes")
     model = family_of(imported.config).build(imported.config).eval()
     model.load_state_dict(
-        {name: imported.tensors[name] for name, _ in model.named_parameters()}, strict=False
+        {name: imported.weights[name] for name, _ in model.named_parameters()}, strict=False
     )
     tokens = torch.randint(3, 96, (2, 7))
     with torch.no_grad():
