@@ -26,7 +26,7 @@ from llmtrain.models.huggingface.origin import Origin
 from llmtrain.models.registry import family_of, model_config_type, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
-from llmtrain.objectives.registry import objective_config_type
+from llmtrain.objectives.registry import objective_config_type, objective_of_head
 from llmtrain.standard_streams import print_note
 from llmtrain.tensor_boxes import Shard, matrix_shape
 from llmtrain.tokenizers.folder import find_tokenizer
@@ -220,6 +220,8 @@ def objective_of(checkpoint: Checkpoint, config: ModelConfig) -> ObjectiveConfig
 
 
 def _usual_objective(config: ModelConfig) -> ObjectiveConfig:
+    if config.task is not None:
+        return objective_of_head(config.task)
     section = family_of(config).objective(config)
     return decode(objective_config_type(section), section)
 

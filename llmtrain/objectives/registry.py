@@ -7,6 +7,7 @@ from typing import Any
 
 from llmtrain.config import show
 from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.nn.task_config import TaskHeadConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.objectives.classification import ClassificationConfig
@@ -44,3 +45,13 @@ def objective_config_type(section: Mapping[str, Any]) -> type[ObjectiveConfig]:
         allowed = nearest(str(kind), list(OBJECTIVES))
         raise ConfigError(Problem("objective.kind", show(kind), allowed, "give objective=…"))
     return OBJECTIVES[kind]
+
+
+def objective_of_head(head: TaskHeadConfig) -> ObjectiveConfig:
+    """Return the fine-tuning objective that trains such a head."""
+    labels = head.labels
+    if head.kind in ("classes", "labels"):
+        return ClassificationConfig(multi_label=head.kind == "labels", labels=labels)
+    if head.kind == "values":
+        return RegressionConfig(labels=labels)
+    return TaggingConfig(labels=labels) if head.kind == "tags" else QuestionAnsweringConfig()

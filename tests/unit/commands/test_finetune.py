@@ -110,14 +110,14 @@ def test_numbers_and_tags(
     assert figures(capsys, tmp_path / "run")["pearson"] > 0.5
     path = tmp_path / "tags.conll"
     rows = list(csv.DictReader(reviews.open()))
-    tagged = [
-        [(w, "B-OPINION" if w in ("awful", "great") else "O") for w in row["text"].split()] for row in rows
-    ]
-    path.write_text("\n".join("".join(f"{w}\t{t}\n" for w, t in words_) for words_ in tagged))
-    task = ["objective=tagging", "data.text_field=tokens", "data.label_field=tags", "train.epochs=4"]
+    works = {"film": "film\tB-WORK"}
+    sentences = [[works.get(word, f"{word}\tO") for word in row["text"].split()] for row in rows]
+    path.write_text("\n\n".join("\n".join(lines) for lines in sentences))
+    task = ["objective=tagging", "data.text_field=tokens", "data.label_field=tags", "train.epochs=8"]
     words = settings(path, corpus, tmp_path, "model=bert_tiny", *TINY, *task)
     words.remove(f"run.dir={tmp_path / 'run'}")
-    words.append(f"run.dir={tmp_path / 'tagger'}")
+    words.remove("batch.sequence_length=32")
+    words += [f"run.dir={tmp_path / 'tagger'}", "batch.sequence_length=128"]
     assert cli.run_verb("finetune", words) == 0
     assert figures(capsys, tmp_path / "tagger")["entity_f1"] > 0.9
 
