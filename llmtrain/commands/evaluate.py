@@ -80,14 +80,15 @@ class EvaluateConfig:
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raise UserError for whatever a user can fix."""
+    output = None if mapping["output"] is None else expand_home(mapping["output"])
+    if output is not None:
+        check_output(output)
+
     from llmtrain.interchange.trained import describe
 
     described = describe(Path(mapping["checkpoint"]))
     mapping = {**mapping, "data": data_section(mapping["data"], described.objective, described.data)}
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
-    output = None if config.output is None else expand_home(config.output)
-    if output is not None:
-        check_output(output)
     corpora = open_data(described.objective, config.data, described.tokenizer)
 
     from llmtrain.data.loader import evaluation_batches

@@ -31,6 +31,8 @@ from llmtrain.train.vocabulary import resolve_vocabulary
 NO_PATH = "(none)"
 ASSUMED_VOCABULARY = 8192
 """The vocabulary size of the default tokenizer of `llmtrain prepare`."""
+ASSUMED_OUTPUTS = 2
+"""Outputs of the head of a task, where no data tell its labels."""
 
 VARIANTS = {"model": model_config_type, "objective": objective_config_type, "data": data_config_type}
 
@@ -104,6 +106,8 @@ def resolve(
     if without_data:
         if model.lacks_vocab_size:
             model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
+        if model.task is not None and model.task.outputs is None:
+            model = replace(model, task=replace(model.task, outputs=ASSUMED_OUTPUTS))  # type: ignore[type-var]
     elif fits_data:
         try:
             tokenizer = None if pretrained is None else pretrained.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,4 +45,4 @@ def test_batches_without_a_metric():
 
 
 def batches():
-    return [{"i": torch.tensor(i)} for i in range(3)]
+    return [({"i": torch.tensor(i)}, np.array([i])) for i in range(3)]
