@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmtrain.scoring.figure import Figure, bootstrap, of_samples, resampled_counts
+from llmtrain.scoring.figure import Figure, bootstrap, of_samples, ranks, resampled_counts
 
 BINS = 15
 """Bins of the calibration error (Guo et al., arXiv:1706.04599)."""
@@ -119,11 +119,9 @@ def _area(probabilities_NC: np.ndarray, labels_N: np.ndarray) -> float:
 def _area_of(scores_N: np.ndarray, is_positive_N: np.ndarray) -> float:
     """Return the probability that a positive row has the higher score (Mann and Whitney 1947), a tie counting
     half."""
-    from scipy.stats import rankdata
-
     positives = int(is_positive_N.sum())
     negatives = len(is_positive_N) - positives
     if not positives or not negatives:
         return float("nan")
-    ranks = float(rankdata(scores_N)[is_positive_N].sum())
-    return (ranks - positives * (positives + 1) / 2) / (positives * negatives)
+    rank_sum = float(ranks(scores_N)[is_positive_N].sum())
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)

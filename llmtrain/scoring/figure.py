@@ -49,6 +49,13 @@ def bootstrap(
     return {name: of_samples(value, np.array(found[name])) for name, value in whole.items()}
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value from 1, equal values having their mean rank, float64."""
+    _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[numbers]
+
+
 def resampled_counts(counts: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
     """Return the counts of each kind of row, (K,), in resamples of all rows: (resamples, K). Rows of a kind
     are alike, so that resampled rows are a multinomial draw."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmtrain.scoring.figure import Figure, bootstrap
+from llmtrain.scoring.figure import Figure, bootstrap, ranks
 
 
 def value_figures(predicted_N: np.ndarray, truth_N: np.ndarray) -> dict[str, Figure]:
     """Return the figures of one number a row."""
-    from scipy.stats import rankdata
 
     def of_rows(rows: np.ndarray) -> dict[str, float]:
         predicted, truth = predicted_N[rows], truth_N[rows]
         return {
             "pearson": _correlation(predicted, truth),
-            "spearman": _correlation(rankdata(predicted), rankdata(truth)),
+            "spearman": _correlation(ranks(predicted), ranks(truth)),
             "mean_squared_error": float(np.square(predicted - truth).mean()),
             "mean_absolute_error": float(np.abs(predicted - truth).mean()),
         }
