@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmtrain.engine.base import Setup
 from llmtrain.engine.deepspeed import DeepSpeedEngine
 from llmtrain.engine.modules import ObjectiveModule, autocast
-from llmtrain.objectives.base import Batch, NamesArguments, Terms
+from llmtrain.objectives.base import Batch, NamesArguments, PadsRows, Terms
 from llmtrain.optim.optimizers import Shapes
 from llmtrain.parallel import upstream
 from llmtrain.parallel.pipeline import PipelineStage, SharedWeight
@@ -32,6 +32,8 @@ class PipelineEngine(DeepSpeedEngine):
     def __init__(self, setup: Setup, stage: PipelineStage, shared: Mapping[str, SharedWeight]) -> None:
         """shared: by canonical name, in the same order on all stages."""
         assert isinstance(setup.objective, NamesArguments)
+        if isinstance(setup.objective, PadsRows):
+            setup.objective.pad_fully()
         self._stage = stage
         self._shared = shared
         self._replay = _Replay(stage, setup)

@@ -80,6 +80,8 @@ class ObjectiveConfig(Kinds):
     """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
     as two consecutive documents."""
 
+    divides_sequences: ClassVar[bool] = True
+    """Whether ranks may hold different tokens of a row where the loss is computed."""
     fills_gaps: ClassVar[bool] = False
     """Whether the model learns to write the contents of masked spans, each after its own sentinel."""
 
@@ -200,6 +202,14 @@ class NamesArguments(Protocol):
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         """Return the arguments of the model's forward by name."""
+
+
+@runtime_checkable
+class PadsRows(Protocol):
+    """An objective whose batches are as wide as their longest row."""
+
+    def pad_fully(self) -> None:
+        """From now on, make all batches as wide as the sequence length: pipelines need equal shapes."""
 
 
 @runtime_checkable

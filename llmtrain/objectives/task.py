@@ -53,6 +53,7 @@ class TaskConfig(ObjectiveConfig):
     teaches: ClassVar = ("decoder", "encoder", "permuted_encoder")
     data: ClassVar = "table"
     head_kind: ClassVar[Literal["classes", "labels", "values", "tags", "span"]]
+    divides_sequences: ClassVar = False
     pools: ClassVar[bool] = False
     """Whether one vector stands for a whole text."""
 
@@ -177,6 +178,7 @@ class Task(LossOfModel):
         family = family_of(model)
         self.head: TaskHeadConfig = model.task
         self._labels = "labels_BM" if family.kind == "permuted_encoder" else "labels_BT"
+        self._pads_fully = False
         # Later tokens see earlier ones alone in a decoder: padding at the end needs no mask.
         self._masks_padding = family.kind != "decoder"
         self._has_segments = bool(getattr(model, "num_segments", 0) or getattr(model, "has_segments", False))
@@ -184,8 +186,9 @@ class Task(LossOfModel):
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """Return "tokens" int64 (B, T), "lengths" int64 (B), "labels", and where the model has a use for them
         "documents" int32 (B, T), 1 at padding, and "segments" int64 (B, T)."""
-        lengths = raw["lengths"]
-        width = min(raw["tokens"].shape[1], -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
+        lengths, width = raw["lengths"], raw["tokens"].shape[1]
+        if not self._pads_fully:
+            width = min(width, -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
         segments = raw["segments"][:, :width]
         arrays = {
             "tokens": raw["tokens"][:, :width],
@@ -197,6 +200,9 @@ class Task(LossOfModel):
         if self._has_segments:
             arrays["segments"] = np.maximum(segments, 0).astype(np.int64)
         return tensors(arrays)
+
+    def pad_fully(self) -> None:
+        self._pads_fully = True
 
     def labels_of(self, raw: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         """Return the labels of a batch, as the head takes them."""

@@ -79,6 +79,9 @@ def shared_over_stages(model: nn.Module, here: PipelineStage) -> dict[str, Share
     return shared
 
 
+_MOST_DIMS = 4
+
+
 class PipelineStage(nn.Module):
     """The steps of a model's forward pass that this process runs."""
 
@@ -151,10 +154,14 @@ class PipelineStage(nn.Module):
     def _from_last_stage(self, y: Tensor) -> Tensor:
         mesh = self._mesh
         last = mesh.stage_rank(mesh.layout.pipeline - 1)
-        shape = torch.tensor(y.shape, device=y.device)
-        dist.broadcast(shape, last, group=mesh.pipeline_group)
+        # The head of a task has other dims than hidden states, and may have another dtype.
+        about = torch.tensor(
+            [y.dtype == torch.float32, y.ndim, *y.shape, *[1] * (_MOST_DIMS - y.ndim)], device=y.device
+        )
+        dist.broadcast(about, last, group=mesh.pipeline_group)
         if not mesh.is_last_stage:
-            y = y.new_empty(shape.tolist())
+            is_fp32, dims, *shape = about.tolist()
+            y = y.new_empty(shape[:dims], dtype=torch.float32 if is_fp32 else y.dtype)
         y = y.contiguous()
         dist.broadcast(y, last, group=mesh.pipeline_group)
         return y

@@ -4,8 +4,8 @@ asks of its corpora."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,17 @@ class TableSplit:
     columns: Mapping[str, Column]
     fingerprint: str
     """Hex; changes with any token or label."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """Label → rows, or words, that have it."""
+    dropped: int = 0
+    """Rows that were left out for lack of text."""
+
+    def describe(self) -> str:
+        """Return its rows and labels in a few words."""
+        shown = ", ".join(f"{name} {count:,}" for name, count in list(self.labels.items())[:12])
+        more = f" and {len(self.labels) - 12} more" if len(self.labels) > 12 else ""
+        dropped = f", {self.dropped:,} without text left out" if self.dropped else ""
+        return f"{self.name}: {len(self):,} rows" + (f" ({shown}{more})" if shown else "") + dropped
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -82,7 +93,8 @@ class Table:
         files = [file.removeprefix(prefix) for file in self._manifest["files"] if file.startswith(prefix)]
         digests = [self._manifest["files"][prefix + file] for file in sorted(files)]
         fingerprint = xxhash.xxh3_128_hexdigest("/".join(digests).encode())
-        return TableSplit(name, load_columns(self._folder / name, files), fingerprint)
+        facts, columns = self.splits[name], load_columns(self._folder / name, files)
+        return TableSplit(name, columns, fingerprint, facts["labels"], facts["dropped"])
 
     def without(self, split: str) -> list[str]:
         """Return "", the name of a single source, if it has no rows in the split."""
@@ -124,16 +136,6 @@ class Table:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-    def describe(self) -> Iterator[str]:
-        """Yield a line with the rows of each split and their labels."""
-        for split, facts in self.splits.items():
-            dropped = f", {facts['dropped']:,} without text dropped" if facts["dropped"] else ""
-            counts = facts["labels"]
-            shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:12])
-            more = f" and {len(counts) - 12} more" if len(counts) > 12 else ""
-            labels = f": {shown}{more}" if counts else ""
-            yield f"{split}: {facts['rows']:,} rows{dropped}{labels}"
 
 
 def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) -> Table:

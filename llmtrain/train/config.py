@@ -120,6 +120,12 @@ class TrainConfig:
             self.data.overlap,
             f"less than batch.sequence_length={self.batch.sequence_length}",
         )
+        if not self.objective.divides_sequences:
+            parallel, allowed = self.parallel, f"with objective={self.objective.kind}, which reads whole rows"
+            yield from require(parallel.sequence == 1, "parallel.sequence", parallel.sequence, f"1 {allowed}")
+            yield from require(
+                not parallel.tensor_sequence, "parallel.tensor_sequence", "true", f"false {allowed}"
+            )
         positions = self.model.max_sequence_length
         yield from require(
             positions is None or self.batch.sequence_length <= positions,

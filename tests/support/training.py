@@ -72,7 +72,7 @@ class Trace:
     validation_loss: float
 
 
-def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
+def open_loader(resolved: Any, before: Any = None, start_step: int = 0, objective: Any = None) -> Any:
     """What this process' rank reads of a run's training data; `before`: the encoded timeline of a checkpoint
     at `start_step`."""
     from llmtrain.data.loader import Loader
@@ -85,7 +85,7 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0) -> Any:
     timeline = plan_timeline(config, sources, before, start_step, print)
     return Loader(
         open_stream(config.data, sources, timeline, seed=config.seed),
-        config.objective.build(config.model, config.data, resolved.corpora).collate,
+        (objective or config.objective.build(config.model, config.data, resolved.corpora)).collate,
         micro_size=layout.micro_size,
         data_rank=layout.coordinates(processes.rank()).data,
         data_size=layout.data,
@@ -167,7 +167,7 @@ def train_composed(
     data_rank = layout.coordinates(processes.rank()).data
     start = checkpoint.step if checkpoint else 0
     before = checkpoint.manifest["timeline"] if checkpoint else None
-    loader = open_loader(resolved, before, start)
+    loader = open_loader(resolved, before, start, objective)
     description = {
         "model": encode(config.model),
         "config": encode(config),

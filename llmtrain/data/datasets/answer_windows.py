@@ -79,9 +79,8 @@ class AnswerWindows:
         return len(self.rows)
 
     def describe(self) -> str:
-        return f"{self.split.name}: {len(self.split):,} questions in {len(self):,} windows, " + (
-            f"{self.lengths.mean():.1f} tokens a window"
-        )
+        windows = f"{len(self):,} windows of {self.lengths.mean():.1f} tokens"
+        return f"{self.split.describe()}, {windows}"
 
     def context_at(self, window: int) -> int:
         """Return the position in a window's sequence of its first token of the context."""

@@ -50,7 +50,7 @@ class Examples:
 
     def describe(self) -> str:
         cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
-        return f"{self.split.name}: {len(self):,} rows, {self.lengths.mean():.1f} tokens a row{cut}"
+        return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens" int64 (M, T), padded; "segments" int8 (M, T), -1 at padding; "lengths" int64 (M), 1

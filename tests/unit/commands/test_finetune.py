@@ -131,6 +131,7 @@ def test_numbers_and_tags(
         (["data.path=none.csv"], "none.csv): got no such file or folder"),
         (["data.tokenizer=null"], "data.tokenizer: got null"),
         (["train.epochs=0"], "train.epochs: got 0"),
+        (["parallel.sequence=2"], "parallel.sequence: got 2; allowed: 1 with objective=classification"),
         (["objective=mlm"], "objective: got mlm; allowed: classification, regression, tagging"),
     ],
 )
