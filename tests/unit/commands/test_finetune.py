@@ -55,7 +55,7 @@ def test_a_label_is_learned_and_scored(
     words = settings(reviews, corpus, tmp_path, f"model={model}", *tiny, "train.epochs=6")
     assert cli.run_verb("finetune", words) == 0
     said = capsys.readouterr().err
-    assert " rows, " in said
+    assert " rows (bad 1" in said
     found = figures(capsys, tmp_path / "run")
     assert found["accuracy"] > 0.9
     low, high = found["accuracy_interval"]
