@@ -66,7 +66,7 @@ def _outcome(model: Any, objective: Any, batch: Batch, device: str, precision: A
     there = to_device(batch, place)
     model.zero_grad(set_to_none=True)
     model.train()
-    loss_sum, num_targets, _ = ObjectiveModule(model, objective, autocast(precision, place))(there)
+    loss_sum, num_targets, *_ = ObjectiveModule(model, objective, autocast(precision, place))(there)
     loss = loss_sum / num_targets
     loss.backward()
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
