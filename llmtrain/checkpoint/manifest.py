@@ -186,7 +186,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     decode_file(_Manifest, manifest, where, CheckpointError)
     if found := _tensor_problem(manifest):
         raise CheckpointError(Problem(f"{where}: {found.where}", found.got, found.allowed))
-    return manifest if manifest["version"] == VERSION else {**with_objective(manifest), "version": VERSION}
+    return {**with_objective(manifest), "version": VERSION}
 
 
 def _folder_of(step: Any) -> str | None:

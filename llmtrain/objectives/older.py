@@ -1,4 +1,4 @@
-"""Convert runs and manifests from before objectives had a section of their own."""
+"""Convert runs and manifests from before objectives had a section of their own, and their present names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 
 def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest of version 2 with the objective in a section of its own."""
+    """Return a manifest of version 2 or 3 with the objective in a section of its own, under its present
+    name."""
     found = dict(description)
     if isinstance(description.get("config"), Mapping):
         found["config"] = run_with_objective(description["config"])
@@ -20,9 +21,20 @@ def run_with_objective(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's configuration with an `objective` section, which used to be inside the `model`
     section."""
     if "objective" in config or not isinstance(config.get("model"), Mapping):
-        return dict(config)
+        return _with_present_names(config)
     model, objective = separated(config["model"])
     return {**config, "model": model} | ({} if objective is None else {"objective": objective})
+
+
+def _with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with the present name of the objective of images, which was
+    `classification`."""
+    model, objective = config.get("model"), config.get("objective")
+    if not isinstance(model, Mapping) or not isinstance(objective, Mapping):
+        return dict(config)
+    if (model.get("family"), objective.get("kind")) != ("simple_cnn", "classification"):
+        return dict(config)
+    return {**config, "objective": {**objective, "kind": "image_classification"}}
 
 
 def separated(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -80,3 +80,10 @@ def test_the_objective_stands_beside_the_model(name: str) -> None:
 def test_what_is_no_model_raises_nothing(model: dict[str, Any]) -> None:
     """Its own decoding refuses it."""
     separated(model)
+
+
+def test_the_objective_of_images_has_another_name_now():
+    old = {"model": {"family": "simple_cnn"}, "objective": {"kind": "classification"}}
+    assert run_with_objective(old)["objective"] == {"kind": "image_classification"}
+    ours = {"model": {"family": "bert"}, "objective": {"kind": "classification"}}
+    assert run_with_objective(ours) == ours
