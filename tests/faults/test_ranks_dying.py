@@ -241,6 +241,6 @@ def test_without_a_launcher_the_survivors_say_why_they_end(corpus: Path, tmp_pat
 
 def test_ranks_leave_with_the_code_they_mean():
     """Interpreter shutdown among gloo's threads aborts now and then, so ranks do without it."""
-    ports = [rank_environment(4)["MASTER_PORT"] for _ in range(20)]
+    ports = [rank_environment(4)["MASTER_PORT"] for _ in range(10)]
     [done] = finish([start(*ports, program="tests.support.leaving")], timeout=240)
     assert done.stdout.splitlines() == ["2 2 2 2", "0 0 0 0"] * 10, done.stderr

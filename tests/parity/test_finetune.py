@@ -71,7 +71,7 @@ def references() -> dict[tuple[str, ...], Trace]:
 
 
 @pytest.mark.slow
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(4)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize(
     ("model", "task"),

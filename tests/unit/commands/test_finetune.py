@@ -47,6 +47,7 @@ def figures(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[s
     return found
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "xlnet_tiny", "lstm"])
 def test_a_label_is_learned_and_scored(
     model: str, reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -161,6 +162,7 @@ def tuned(reviews: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder / "run"
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_predictions_stand_beside_the_rows_in_their_order(
     suffix: str, tuned: Path, reviews: Path, tmp_path: Path

@@ -71,6 +71,7 @@ def model_of(name: str, kind: str) -> tuple[Any, Any]:
     return config, model.eval()
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("kind", list(CLASSES))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_transformers_computes_the_same_and_it_reads_back(name: str, kind: str, tmp_path: Path) -> None:
