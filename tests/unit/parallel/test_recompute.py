@@ -350,7 +350,7 @@ def steps_of_layout(mapping: dict[str, Any]) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.in_turns(2)
+@pytest.mark.in_turns(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(layout: str) -> None:

@@ -92,7 +92,7 @@ CASES = {
 }
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize("case", CASES)
 def test_gpt_activations(case: str, precision: str) -> None:
@@ -114,7 +114,7 @@ def test_gpt_activations(case: str, precision: str) -> None:
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_bert_activations(precision: str, dropout: float) -> None:
@@ -143,7 +143,7 @@ def test_bert_activations(precision: str, dropout: float) -> None:
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize(("dropout", "has_segments"), [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
@@ -198,7 +198,7 @@ BART_FORM = replace(
 )
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize("precision", NUMBERS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -224,7 +224,7 @@ def test_seq2seq_activations(form: Seq2SeqConfig, mode: Any, dropout: float, pre
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize(
     "form",
     [GPT2_FORM, LLAMA_FORM, QWEN3_FORM, {**LLAMA_FORM, "sliding_window": 40}],
@@ -248,7 +248,7 @@ def test_gpt_activations_of_longer_sequences(
     assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize(("hidden_size", "num_layers"), [(96, 1), (96, 3), (256, 2)])
 @pytest.mark.parametrize("has_bf16", [True, False])
@@ -277,7 +277,7 @@ def test_lstm_activations(
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize(
     ("tokens", "hidden_size", "vocab_size"), [(512, 64, 2000), (512, 256, 2000), (64, 64, 500)]
@@ -323,7 +323,7 @@ def test_cnn_activations(dropout: float) -> None:
 FORMS = {"gpt2": GPT2_FORM, "llama": LLAMA_FORM}
 
 
-@pytest.mark.in_turns(3)
+@pytest.mark.in_turns(5)
 @pytest.mark.parametrize(("mode", "every"), [("none", 1), ("selective", 1), ("full", 1), ("full", 2)])
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 @pytest.mark.parametrize(("dropout", "with_documents"), [(0.0, False), (0.1, True)])
