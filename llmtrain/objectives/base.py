@@ -105,6 +105,10 @@ class ObjectiveConfig(Kinds):
         """Return the model's config with the heads that this objective needs."""
         return model
 
+    def keeps_head(self, model: Any) -> bool:
+        """Return whether training goes on with the head of the model that it starts from."""
+        return True
+
     def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
         """Yield a problem if rows of this length cannot be made."""
         yield from ()

@@ -94,7 +94,7 @@ class MaskedLMConfig(ObjectiveConfig):
         return encoder_ids(model, corpora)
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
-        return dict(zip(model.special_ids, ("[MASK]", "[CLS]", "[SEP]"), strict=True))
+        return encoder_names(model)
 
     def open(
         self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
@@ -129,6 +129,11 @@ def encoder_ids(model: Any, corpora: TextSource) -> SpecialIds:
         model = replace(model, mask_id=ids[0], cls_id=ids[1], sep_id=ids[2])
     needed = max(needed, *(i + 1 for i in model.special_ids))
     return SpecialIds(model, needed, " with [MASK], [CLS] and [SEP]")
+
+
+def encoder_names(model: Any) -> dict[int, str]:
+    """Return id → name of the special tokens of an encoder."""
+    return dict(zip(model.special_ids, ("[MASK]", "[CLS]", "[SEP]"), strict=True))
 
 
 class MaskedLM(LossOfModel):

@@ -5,6 +5,7 @@ Dim names: B rows, T tokens of the longest row, C outputs of the head.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,7 +28,7 @@ from llmtrain.objectives.base import (
     Terms,
     tensors,
 )
-from llmtrain.objectives.masked_lm import encoder_ids
+from llmtrain.objectives.masked_lm import encoder_ids, encoder_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from llmtrain.tables.table import Table, TableSplit
     from llmtrain.tokenizers.base import Frame, Tokenizer
 
+_WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 WIDTH_STEP = 8
 """Micro-batches are padded to a multiple of this many tokens."""
 
@@ -74,8 +76,7 @@ class TaskConfig(ObjectiveConfig):
 
     def fitted(self, model: Any) -> Any:
         """Return the model's config with a head for this task in place of its own."""
-        before = model.task
-        if before is not None and before.kind == self._head_kind() and not self.new_head:
+        if model.task is not None and self.keeps_head(model):
             return model
         usual = family_of(model).pooled
         head = TaskHeadConfig(
@@ -87,6 +88,10 @@ class TaskConfig(ObjectiveConfig):
         )
         return replace(model, task=head)
 
+    def keeps_head(self, model: Any) -> bool:
+        before = model.task
+        return before is None or (before.kind == self._head_kind() and not self.new_head)
+
     new_head: bool
 
     def _head_kind(self) -> Literal["classes", "labels", "values", "tags", "span"]:
@@ -94,7 +99,7 @@ class TaskConfig(ObjectiveConfig):
 
     def following(self, model: Any) -> ObjectiveConfig:
         """Return the config with the labels of a head that the model has already."""
-        if model.task is None or self.labels or not model.task.labels:
+        if model.task is None or self.labels or not self.keeps_head(model):
             return self
         return replace(self, labels=model.task.labels)  # type: ignore[type-var]
 
@@ -120,7 +125,8 @@ class TaskConfig(ObjectiveConfig):
         return found._replace(model=replace(found.model, task=self.head_of(found.model.task, corpora)))
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
-        return {i: f"[{role.upper()}]" for role, i in tokenizer.special_ids.items()}
+        names = {i: f"[{role.upper()}]" for role, i in tokenizer.special_ids.items()}
+        return names | (encoder_names(model) if family_of(model).kind == "encoder" else {})
 
     def open(
         self, model: Any, data: Any, corpora: Any, split: str, sequence_length: int
@@ -328,11 +334,11 @@ def label_of(value: Any, name: str) -> str:
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return each label once: numbers by size, else by the alphabet."""
-    found = set(labels)
-    if all(label.lstrip("-").isdecimal() for label in found):
-        return tuple(sorted(found, key=int))
-    return tuple(sorted(found))
+    """Return each label once: whole numbers by size, else by the alphabet."""
+    found = sorted(set(labels))
+    if all(_WHOLE_NUMBER.fullmatch(label) for label in found):
+        found.sort(key=int)
+    return tuple(found)
 
 
 def given_names(found: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.config import require
-from llmtrain.corpus.config import Stage
+from llmtrain.corpus.config import CacheConfig, Locate, OneSource
 from llmtrain.errors import Problem
 from llmtrain.prepare.config import SplitConfig
 
@@ -24,8 +24,10 @@ class TableCacheConfig:
 
 
 @dataclass(frozen=True)
-class TableDataConfig:
+class TableDataConfig(OneSource):
     """Labelled texts straight from files: .csv, .tsv, .jsonl, .parquet, CoNLL columns, SQuAD's .json."""
+
+    has_text = True
 
     path: str | None = None
     """A file, a folder, a glob pattern or `package:NAME/path`, whose rows are divided into splits by a hash
@@ -63,26 +65,6 @@ class TableDataConfig:
     """The cache of tokens and labels."""
 
     @property
-    def shuffle_shards(self) -> int:
-        return 1
-
-    @property
-    def drop_last(self) -> bool:
-        return False
-
-    @property
-    def on_bad_shard(self) -> Literal["error", "skip"]:
-        return "error"
-
-    @property
-    def overlap(self) -> int:
-        return 0
-
-    @property
-    def curriculum(self) -> tuple[Stage, ...]:
-        return ()
-
-    @property
     def files(self) -> dict[str, str]:
         """Return the files of each split that has its own, or "" → `path`, whose rows are divided."""
         if self.path is not None:
@@ -98,9 +80,16 @@ class TableDataConfig:
         """Return the settings that determine the rows and their order."""
         return {"sequence_length": sequence_length, "group": self.group}
 
-    def weights(self, step: int) -> Mapping[str, float]:
-        """Return the weight of the only source."""
-        return {"": 1.0}
+    @classmethod
+    def reopened(
+        cls, section: Mapping[str, Any], names: Sequence[str], order: Any, locate: Locate, cache: CacheConfig
+    ) -> dict[str, Any]:
+        """Return the section of a run with the present locations; the tokenizer is that of its checkpoints.
+        See TokenDataConfig."""
+        files = {key: section[key] for key in ("path", *SPLITS) if section.get(key) is not None}
+        located = {key: locate("" if key in ("path", "train") else key, files[key]) for key in files}
+        kept = {} if cache.dir == CacheConfig().dir else {"dir": str(cache.dir)}
+        return {**section, **located, "tokenizer": None, "group": order.group, "cache": kept}
 
     def problems(self) -> Iterator[Problem]:
         given = [split for split in SPLITS if getattr(self, split) is not None]

@@ -35,7 +35,14 @@ class Ragged:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self.starts[index] : self.ends[index]]
+        return self.values[self._start(index) : self.ends[index]]
+
+    def length(self, index: int) -> int:
+        """Return the length of one piece."""
+        return int(self.ends[index]) - self._start(index)
+
+    def _start(self, index: int) -> int:
+        return int(self.ends[index - 1]) if index else 0
 
     @property
     def starts(self) -> np.ndarray:

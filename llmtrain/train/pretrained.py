@@ -42,6 +42,8 @@ class Pretrained:
     """File of the tokenizer that came with the weights."""
     origin: Origin | None = None
     """Settings of the Hugging Face folder that the weights were imported from."""
+    keeps_head: bool = True
+    """Whether training goes on with the head of the folder's model; False: with a new one from the seed."""
 
     def problems(self, corpora: TextSource) -> list[Problem]:
         """Return a problem if the corpora were prepared with another tokenizer than the model's."""
@@ -201,7 +203,10 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
     from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(pretrained.path)
-    theirs, ours = _shapes(trained.config), _shapes(model)
+    held, ours = _shapes(trained.config), _shapes(model)
+    theirs = held
+    if not pretrained.keeps_head:
+        theirs = {name: shape for name, shape in held.items() if not name.startswith("head.")}
     renamed = _renamed(model, ours, theirs)
     theirs = {**theirs, **{name: theirs[known] for name, known in renamed.items()}}
     where = f"model.path={pretrained.path}"
@@ -230,8 +235,8 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
                 "leave the keys of the model as the folder has them, or train from the seed",
             )
         )
-    used = {*ours, *renamed.values()}
-    unused = {name: shape for name, shape in theirs.items() if name not in used}
+    used = {*renamed.values(), *(ours.keys() & theirs.keys())}
+    unused = {name: shape for name, shape in held.items() if name not in used}
     return StartingWeights(trained, model, renamed, new, unused)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmtrain.config import LARGEST_INT, decode, encode
+from llmtrain.config import LARGEST_INT, decode
 from llmtrain.corpus import packages
-from llmtrain.corpus.config import ORDER_KEYS, CacheConfig, ImageDataConfig, TokenDataConfig
+from llmtrain.corpus.config import CacheConfig
 from llmtrain.corpus.transport import is_remote
-from llmtrain.data.config import data_config_type
+from llmtrain.data.config import DataConfig, data_config_type
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.files import expand_home
@@ -89,7 +90,7 @@ class Opened:
     stream: Stream
     sources: Mapping[str, Dataset]
     corpora: TextSource | None
-    data: TokenDataConfig | ImageDataConfig
+    data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
 
@@ -140,53 +141,50 @@ class Run:
             model: ModelConfig = self._decoded("model", model_config_type)
             usual = family_of(model).objective(model) if self._config.objective is None else {}
             objective: ObjectiveConfig = self._decoded("objective", objective_config_type, usual)
-            corpora = open_data(objective, data)
+            corpora = open_data(objective, data, self.path)
             sources = objective.open(model, data, corpora, "train", settings.sequence_length)
             self._check_same(data, settings, sources)
             stream = open_stream(data, sources, timeline, seed=settings.seed)
             self._opened = segment, Opened(stream, sources, corpora, data, model, objective)
         return self._opened[1]
 
-    def _data_config(self, segment: Segment, settings: Order) -> TokenDataConfig | ImageDataConfig:
+    def _data_config(self, segment: Segment, settings: Order) -> DataConfig:
         """Return the run's data config as it was in `segment`, with the present locations and cache."""
-        section = {**self._config.data, "cache": encode(self._moved.cache)}
-        if section.get("kind") == ImageDataConfig.kind:
-            return self._decoded("data", data_config_type, {"path": self._location("")})
-        names = list(segment.shares)
+        section, names = self._config.data, list(segment.shares)
         if unknown := sorted(set(self._moved.sources) - set(names)):
-            raise ConfigError(
-                Problem(
-                    f"data.sources.{unknown[0]}", "no corpus of this step", ", ".join(filter(None, names))
-                )
-            )
-        section |= {name: getattr(settings, name) for name in ORDER_KEYS}
-        section["curriculum"] = ()
-        if names == [""]:
-            section |= {"path": self._location(""), "mixture": None, "sources": {}}
-        else:
-            locations = {name: self._location(name) for name in names}
-            section |= {"path": None, "mixture": dict.fromkeys(names, 1.0), "sources": locations}
-        return self._decoded("data", data_config_type, section)
+            allowed = ", ".join(filter(None, names)) or "data.path, of a run with one source"
+            raise ConfigError(Problem(f"data.sources.{unknown[0]}", "no corpus of this step", allowed))
+        with self._blames_config("data"):
+            kind = data_config_type(section)
+        section = kind.reopened(section, names, settings, self._location, self._moved.cache)
+        with self._blames_config("data"):
+            return decode(kind, section)
+
+    @contextmanager
+    def _blames_config(self, name: str) -> Iterator[None]:
+        """Raise what is wrong with a section as a CheckpointError of config.yaml."""
+        try:
+            yield
+        except ConfigError as error:
+            file = str(self.path / "config.yaml")
+            raise CheckpointError(problem.of_file(file, name) for problem in error.problems) from error
 
     def _decoded(
         self, name: str, kind: Callable[[Mapping[str, Any]], type], changes: Mapping[str, Any] | None = None
     ) -> Any:
         """Return a section of the run's configuration. Raise CheckpointError if it is invalid."""
         section = {**(getattr(self._config, name) or {}), **(changes or {})}
-        try:
+        with self._blames_config(name):
             return decode(kind(section), section)
-        except ConfigError as error:
-            file = str(self.path / "config.yaml")
-            raise CheckpointError(problem.of_file(file, name) for problem in error.problems) from error
 
-    def _location(self, name: str) -> str:
-        """Return the present location of a corpus."""
+    def _location(self, name: str, recorded: str | None = None) -> str:
+        """Return the present location of a source. recorded: where the run read it; None: see data.json."""
         moved = self._moved
         if name in moved.sources:
             return moved.sources[name]
         if moved.path:
             return moved.path if name == "" else f"{moved.path.rstrip('/')}/{name}"
-        path = self._data.paths.get(name)
+        path = recorded or self._data.paths.get(name)
         if path is None:
             remedy = f"give data.sources.{name}=…"
             raise ConfigError(
@@ -207,9 +205,7 @@ class Run:
             return path
         return str(Path(self._folder) / path)
 
-    def _check_same(
-        self, data: TokenDataConfig | ImageDataConfig, settings: Order, sources: Mapping[str, Dataset]
-    ) -> None:
+    def _check_same(self, data: DataConfig, settings: Order, sources: Mapping[str, Dataset]) -> None:
         recorded = settings.fingerprints
         locations = data.paths
         problems = [

@@ -66,8 +66,10 @@ def resolve(
     mapping, pretrained = expand(mapping)
     mapping = {**mapping, "objective": objective_section(mapping)}
     config = decode(TrainConfig, mapping, VARIANTS)
-    objective = config.objective.following(config.model)
     model = config.model
+    objective = config.objective.following(model)
+    if pretrained is not None:
+        pretrained = replace(pretrained, keeps_head=objective.keeps_head(model))
     if model.task is not None and objective.data != "table":
         model = replace(model, task=None)  # type: ignore[type-var]
     config = replace(config, objective=objective, model=objective.fitted(model))

@@ -30,6 +30,7 @@ class Order:
     overlap: int = 0
     shuffle_shards: int = 1
     drop_last: bool = False
+    group: int = 64
 
     def problems(self) -> Iterator[Problem]:
         length = self.sequence_length
@@ -89,14 +90,15 @@ def open_stream(
     seed: int,
     agree: Agree | None = None,
     on_skip: Callable[[str, int], None] = lambda shard, samples: None,
+    drop_last: bool | None = None,
 ) -> Stream:
-    """Return the stream of a run's training samples."""
+    """Return the stream of a run's training samples. drop_last: None for that of the data."""
     return Stream(
         sources,
         timeline,
         seed=seed,
         shuffle_shards=data.shuffle_shards,
-        drop_last=data.drop_last,
+        drop_last=data.drop_last if drop_last is None else drop_last,
         on_bad_shard=data.on_bad_shard,
         agree=agree,
         on_skip=on_skip,

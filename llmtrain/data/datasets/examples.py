@@ -76,18 +76,13 @@ class Examples:
         """Return the position of the first token of the first text, and how many of its tokens are kept."""
         return len(self.template.first), self._kept(index)[0]
 
-    def second_positions(self, index: int) -> tuple[int, int]:
-        """Return the position of the first token of the second text, and how many of its tokens are kept."""
-        kept, of_second = self._kept(index)
-        return len(self.template.first) + kept + len(self.template.between), of_second
-
     def _kept(self, index: int) -> tuple[int, int]:
         """Return how many tokens of each text are kept: of a pair, the longer one is cut first."""
         room = max(0, self.sequence_length - self.template.num_specials)
-        a = int(self._first.lengths[index])
+        a = self._first.length(index)
         if self._second is None:
             return min(a, room), 0
-        b = int(self._second.lengths[index])
+        b = self._second.length(index)
         over = a + b - room
         if over <= 0:
             return a, b

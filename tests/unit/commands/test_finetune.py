@@ -162,6 +162,49 @@ def tuned(reviews: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder / "run"
 
 
+def test_what_a_run_read_is_shown_and_traced(
+    tuned: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = f"data.cache.dir={tmp_path}"
+    capsys.readouterr()
+    assert cli.run_verb("data_show", [f"run={tuned}", "step=2", "max_samples=2", cache]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("step 2, sample 16: epoch 0, row ")
+    assert "[CLS]" in shown
+    assert shown.count(", label good") + shown.count(", label bad") == 2
+    assert cli.run_verb("data_trace", [f"run={tuned}", "step=1:3", cache]) == 0
+    assert capsys.readouterr().out.count("as recorded") == 3
+    moved = tmp_path / "moved.csv"
+    moved.write_text(reviews.read_text().replace("awful", "dreadful"))
+    assert cli.run_verb("data_trace", [f"run={tuned}", "step=1", cache, f"data.path={moved}"]) == 2
+    assert "other data than those of the step" in capsys.readouterr().err
+
+
+def test_rows_are_shown_without_a_run(
+    reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data=table", "objective=classification", f"data.path={reviews}", f"data.tokenizer={corpus}"]
+    assert cli.run_verb("data_show", [*words, f"data.cache.dir={tmp_path}", "max_samples=1"]) == 0
+    assert ", label " in capsys.readouterr().out
+
+
+def test_a_new_head_in_place_of_one_that_is_there(
+    tuned: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other labels are refused unless a new head is asked for, which starts from the seed."""
+    other = tmp_path / "other.csv"
+    other.write_text(reviews.read_text().replace(",good,", ",fine,"))
+    words = [f"model.path={tuned}", "objective=classification", f"data.path={other}", *SHORT]
+    words += [f"data.cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}", "train.epochs=0.2"]
+    assert cli.run_verb("finetune", words) == 2
+    assert "objective.new_head=true makes a new head" in capsys.readouterr().err
+    assert cli.run_verb("finetune", [*words, "objective.new_head=true"]) == 0
+    said = capsys.readouterr().err
+    assert "new, started from the seed: head.dense.weight" in said
+    assert "unused of" in said
+    assert "fine" in (tmp_path / "run/config.yaml").read_text()
+
+
 @pytest.mark.in_turns(3)
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_predictions_stand_beside_the_rows_in_their_order(
