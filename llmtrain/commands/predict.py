@@ -7,7 +7,6 @@ output, so that a killed job goes on where it was; at the end they are joined in
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,8 @@ from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, expand_home
 from llmtrain.objectives.task import Task, TaskConfig
 from llmtrain.output import check_output
-from llmtrain.tables.build import files_fingerprint, find_table_files
+from llmtrain.standard_streams import print_note
+from llmtrain.tables.build import files_fingerprint, find_table_files, phrases
 from llmtrain.tables.config import TableDataConfig
 from llmtrain.tables.records import Record, name_of, read_records
 from llmtrain.tables.table import TableSplit
@@ -118,7 +118,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         if processes.is_main():
             join_chunks([folder / f"{number:08d}.jsonl" for number in range(chunks)], output)
             shutil.rmtree(folder)
-            print(f"written    {output}", file=sys.stderr, flush=True)
+            print_note(f"written    {output}")
     except OSError as error:
         raise ConfigError(disk_problem(error, output, key="output")) from error
 
@@ -160,7 +160,7 @@ class _Work:
                 write_chunk(path, records)
             rows += len(chunk)
             rate = rows / (time.perf_counter() - started)
-            print(f"{rows:,} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+            print_note(f"{rows:,} rows, {rate:,.0f} rows/s")
         if number < 0:
             raise DataError(Problem("input", "no row", "rows with text"))
         return number + 1
@@ -182,8 +182,7 @@ class _Work:
             try:
                 contents.append(self.objective.content(record.values, self.data))
             except ValueError as error:
-                got, allowed = error.args if len(error.args) == 2 else (str(error), "")
-                raise DataError(Problem(where, got, allowed)) from error
+                raise DataError(Problem(where, *phrases(error))) from error
         columns = self.objective.encode_texts(contents, self.tokenizer)
         columns |= self.objective.blank_labels(contents)
         examples = self._examples(TableSplit("input", columns, ""))

@@ -11,9 +11,7 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ from llmtrain.prepare.clean import CleanCounts, cleaned_texts, digests, split_of
 from llmtrain.prepare.folder_scan import short_name
 from llmtrain.prepare.source_file import SourceFile
 from llmtrain.prepare.sources import contents_fingerprint, find_files
+from llmtrain.standard_streams import print_note
 from llmtrain.tables.config import SPLITS, TableDataConfig
 from llmtrain.tables.ragged import Column, join, save_columns, take
 from llmtrain.tables.records import name_of, read_records
@@ -91,7 +90,28 @@ class _Rows:
     columns: list[dict[str, Column]] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
     where: list[str] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    """Hash of the text of each row."""
     dropped: int = 0
+
+    def some(self, most: int) -> _Rows:
+        """Return the rows with the `most` smallest hashes, in their order."""
+        chosen = np.sort(np.argsort(np.array(self.keys, np.uint64), kind="stable")[:most])
+        columns = {name: join([part[name] for part in self.columns]) for name in self.columns[0]}
+        kept = chosen.tolist()
+        return _Rows(
+            [{name: take(column, chosen) for name, column in columns.items()}],
+            [self.labels[row] for row in kept],
+            [self.where[row] for row in kept],
+            [self.keys[row] for row in kept],
+            self.dropped,
+        )
+
+
+def phrases(error: ValueError) -> tuple[str, str]:
+    """Return what a task says of a row that it cannot read: what was got, and what is allowed."""
+    got, allowed = error.args if len(error.args) == 2 else (str(error), "")
+    return got, allowed
 
 
 def table_key(
@@ -99,7 +119,16 @@ def table_key(
 ) -> str:
     """Return the name of a table's cache. files: hash of the contents of its files; labels: names that were
     given."""
-    keys = ("format", "header", "quoting", "text_field", "text_pair_field", "label_field", "split")
+    keys = (
+        "format",
+        "header",
+        "quoting",
+        "text_field",
+        "text_pair_field",
+        "label_field",
+        "split",
+        "max_train_rows",
+    )
     said = {
         "version": VERSION,
         "files": files,
@@ -227,7 +256,8 @@ def _read(
         for file in of_split:
             count = 0
             for batch in _batches(file, task, data, scratch, splits[given or "train"]):
-                chosen = _splits_of(batch, given, data)
+                hashes = _hashes([example for _, example in batch])
+                chosen = _splits_of(hashes, given, data)
                 columns = task.encode_texts([example.content for _, example in batch], tokenizer)
                 for number, split in enumerate(SPLITS):
                     rows = np.flatnonzero(chosen == number)
@@ -236,11 +266,14 @@ def _read(
                         into.columns.append({name: take(column, rows) for name, column in columns.items()})
                         into.labels += [batch[row][1].label for row in rows.tolist()]
                         into.where += [batch[row][0] for row in rows.tolist()]
+                        into.keys += hashes[rows, 0].tolist()
                 count += len(batch)
             if not count:
                 got, allowed = "no row with text", f"rows with text in the field {data.text_field}"
                 raise DataError(Problem(file.name, got, allowed))
-            print(f"tokenized {count:,} rows of {file.name}", file=sys.stderr, flush=True)
+            print_note(f"tokenized {count:,} rows of {file.name}")
+    if data.max_train_rows is not None and splits["train"].labels:
+        splits["train"] = splits["train"].some(data.max_train_rows)
     return {split: rows for split, rows in splits.items() if rows.labels}
 
 
@@ -254,8 +287,7 @@ def _batches(
         try:
             example = task.read(record.values, data)
         except ValueError as error:
-            got, allowed = error.args if len(error.args) == 2 else (str(error), "")
-            raise DataError(Problem(where, got, allowed)) from error
+            raise DataError(Problem(where, *phrases(error))) from error
         if example is None:
             rows.dropped += 1
             continue
@@ -267,15 +299,19 @@ def _batches(
         yield batch
 
 
-def _splits_of(batch: Sequence[tuple[str, Example]], given: str, data: TableDataConfig) -> np.ndarray:
+def _hashes(batch: Sequence[Example]) -> np.ndarray:
+    """Return the two hashes of the text of each row as `llmtrain prepare` makes them, uint64 (N, 2)."""
+    texts = ["\n".join(example.texts) for example in batch]
+    return digests(cleaned_texts(texts, "NFC", CleanCounts()))
+
+
+def _splits_of(hashes: np.ndarray, given: str, data: TableDataConfig) -> np.ndarray:
     """Return the number of each row's split in SPLITS."""
     holds_out = given == "train" and data.validation is None
     if given and not holds_out:
-        return np.full(len(batch), SPLITS.index(given))
-    texts = ["\n".join(example.texts) for _, example in batch]
+        return np.full(len(hashes), SPLITS.index(given))
     # As `llmtrain prepare` does, so that a text that is held out there is held out here.
-    keys = digests(cleaned_texts(texts, "NFC", CleanCounts()))[:, 1]
-    return split_of(keys, data.split.validation, 0.0 if given else data.split.test)
+    return split_of(hashes[:, 1], data.split.validation, 0.0 if given else data.split.test)
 
 
 def _names(splits: Mapping[str, _Rows], task: TaskReader, data: TableDataConfig) -> tuple[str, ...]:
@@ -283,8 +319,7 @@ def _names(splits: Mapping[str, _Rows], task: TaskReader, data: TableDataConfig)
     try:
         return task.label_names([] if rows is None else rows.labels)
     except ValueError as error:
-        got, allowed = error.args if len(error.args) == 2 else (str(error), "")
-        raise DataError(Problem(f"data.label_field ({data.label_field})", got, allowed)) from error
+        raise DataError(Problem(f"data.label_field ({data.label_field})", *phrases(error))) from error
 
 
 def _labels(
@@ -301,9 +336,3 @@ def _labels(
         raise DataError(
             Problem(where, got, allowed, "correct it, or add rows with it to train on")
         ) from error
-
-
-def counted(labels: Sequence[str]) -> Counter[str]:
-    """Return label → count, in the order of the names."""
-    found = Counter(labels)
-    return Counter({name: found[name] for name in sorted(found)})

@@ -54,6 +54,8 @@ class TableDataConfig(OneSource):
     """Field of the label, of the list of labels or tags, or of the answers."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Shares of the rows of `path` that are held out."""
+    max_train_rows: int | None = None
+    """Most rows of the training split, chosen by the hash of their text; null: all."""
     tokenizer: Path | None = None
     """A tokenizer, a corpus, a checkpoint or a Hugging Face folder; null: the one of `model.path`."""
     group: int = 64
@@ -98,5 +100,7 @@ class TableDataConfig(OneSource):
         if not self.path and not given:
             allowed = "a file, folder or glob pattern"
             yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
+        most = self.max_train_rows
+        yield from require(most is None or most >= 1, "max_train_rows", most, "1 or more, or null")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
         yield from require(1 <= self.group <= 1 << 20, "group", self.group, f"1 to {1 << 20}")

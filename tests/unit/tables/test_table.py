@@ -71,6 +71,21 @@ def test_rows_are_divided_by_a_hash_of_their_text(reviews: Path, tokenizer: Path
     assert ours == theirs
 
 
+def test_the_rows_of_fewer_to_train_on_are_always_the_same(
+    reviews: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    whole = pieces(opened(tmp_path, tokenizer, path=str(reviews)), "train")
+    few = opened(tmp_path, tokenizer, path=str(reviews), max_train_rows=40)
+    more = opened(tmp_path, tokenizer, path=str(reviews), max_train_rows=80)
+    assert [few.splits[name]["rows"] for name in ("train", "validation")] == [
+        40,
+        opened(tmp_path, tokenizer, path=str(reviews)).splits["validation"]["rows"],
+    ]
+    assert sum(few.splits["train"]["labels"].values()) == 40
+    assert [row for row in whole if row in set(pieces(few, "train"))] == pieces(few, "train")
+    assert set(pieces(few, "train")) < set(pieces(more, "train"))
+
+
 def pieces(table: Table, split: str) -> list[tuple[int, ...]]:
     column = table.split(split).columns["first"]
     assert isinstance(column, Ragged)
