@@ -163,12 +163,26 @@ class Stream:
             for name, order in zip(self.names, self._orders, strict=True)
         }
 
-    def describe(self) -> str:
-        """Return a description in one line."""
-        described = (dataset.describe() for dataset in self._datasets)
+    def describe(self, micro_size: int | None = None) -> str:
+        """Return a description in one line. micro_size: rows of a batch that is as wide as its longest; its
+        padding is described too."""
         many = len(self.names) > 1
-        named = (f"{n}: {text}" if many else text for n, text in zip(self.names, described, strict=True))
-        return "; ".join(named)
+        described = []
+        for source, (name, dataset) in enumerate(zip(self.names, self._datasets, strict=True)):
+            text = f"{name}: {dataset.describe()}" if many else dataset.describe()
+            if micro_size is not None and isinstance(dataset, OrdersByLength):
+                text += f", {self._padding(source, micro_size, dataset):.1%} of a batch is padding"
+            described.append(text)
+        return "; ".join(described)
+
+    def _padding(self, source: int, micro_size: int, dataset: OrdersByLength) -> float:
+        """Return the share of padding in the batches of the first epoch."""
+        order = self._orders[source]
+        lengths = dataset.lengths[order(np.arange(order.epoch_length))[1]]
+        starts = np.arange(0, len(lengths), micro_size)
+        widths = -(-np.maximum.reduceat(lengths, starts) // dataset.width_step) * dataset.width_step
+        rows = np.diff(starts, append=len(lengths))
+        return 1.0 - float(lengths.sum() / (widths * rows).sum())
 
     def _enter_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> Future[frozenset[int]]:
         key, blocks = (epoch, block), self._blocks[source]

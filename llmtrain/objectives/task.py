@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Frame, Tokenizer
 
 _WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
-WIDTH_STEP = 8
-"""Micro-batches are padded to a multiple of this many tokens."""
 
 
 class TaskConfig(ObjectiveConfig):
@@ -192,6 +190,8 @@ class Task(LossOfModel):
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """Return "tokens" int64 (B, T), "lengths" int64 (B), "labels", and where the model has a use for them
         "documents" int32 (B, T), 1 at padding, and "segments" int64 (B, T)."""
+        from llmtrain.data.datasets.examples import WIDTH_STEP
+
         lengths, width = raw["lengths"], raw["tokens"].shape[1]
         if not self._pads_fully:
             width = min(width, -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)

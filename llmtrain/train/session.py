@@ -243,7 +243,7 @@ class Session:
         )
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self._progress = Progress(config.train.steps, start_step=start.step, every=every)
-        self._say(stream.describe())
+        self._say(stream.describe(self.layout.micro_size if self.layout.pipeline == 1 else None))
         counters = self.corpora.counters if self.corpora is not None else dict
         layout, device = self.layout, self.device
         return RunObserver(config, layout, device, self._trackers, self._progress, counters, length)

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY
+from llmtrain.data.datasets.examples import WIDTH_STEP
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
@@ -34,6 +35,7 @@ class AnswerWindows:
         overlap: tokens of the context that consecutive windows share."""
         self._spans = spans
         self.split, self.sequence_length, self.group = split, sequence_length, group
+        self.width_step = WIDTH_STEP
         self._template, self._pad_id = frame.two, pad_id
         self._first, self._second = (self._ragged(name) for name in ("first", "second"))
         specials = self._template.num_specials

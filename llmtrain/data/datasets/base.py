@@ -74,6 +74,10 @@ class OrdersByLength(Protocol):
     def group(self) -> int:
         """Rows of like length that follow each other."""
 
+    @property
+    def width_step(self) -> int:
+        """Batches are as wide as their longest row, rounded up to a multiple of this many tokens."""
+
 
 def mean_length(datasets: Iterable[Dataset]) -> float | None:
     """Return the mean tokens of a sample, None if all samples have the same length."""

@@ -14,6 +14,9 @@ from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
 from llmtrain.tokenizers.base import Frame, Template
 
+WIDTH_STEP = 8
+"""Batches are padded to a multiple of this many tokens."""
+
 
 class Examples:
     """The rows of one split, each in one sequence; what is too long is cut."""
@@ -23,7 +26,7 @@ class Examples:
     ) -> None:
         """frame: special tokens around texts; group: see OrdersByLength."""
         self.split, self.sequence_length, self.frame = split, sequence_length, frame
-        self.group = group
+        self.group, self.width_step = group, WIDTH_STEP
         self._pad_id = pad_id
         first, second = split.columns["first"], split.columns.get("second")
         assert isinstance(first, Ragged)

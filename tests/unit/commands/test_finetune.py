@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def test_a_label_is_learned_and_scored(
     low, high = found["accuracy_interval"]
     assert low <= found["accuracy"] <= high
     assert found["targets"] > 50
+
+
+def test_the_padding_that_is_said_is_that_of_the_batches(reviews: Path, corpus: Path, tmp_path: Path) -> None:
+    from llmtrain.train.resolve import resolve
+    from tests.support.training import compose, open_loader
+
+    words = settings(reviews, corpus, tmp_path, "model=bert_tiny", "train.epochs=1")
+    resolved = resolve(compose([*words, "data.workers=0"], "finetune"))
+    loader = open_loader(resolved)
+    micro_batches = [
+        micro.batch
+        for step, _ in zip(loader.steps(0), range(resolved.config.train.steps - 1), strict=False)
+        for micro in step.micro_batches
+    ]
+    tokens = sum(int(batch["lengths"].sum()) for batch in micro_batches)
+    positions = sum(batch["tokens"].numel() for batch in micro_batches)
+    [said] = re.findall(r"([0-9.]+)% of a batch is padding", loader.stream.describe(8))
+    assert float(said) / 100 == pytest.approx(1 - tokens / positions, abs=0.02)
 
 
 def test_steps_of_epochs_and_a_resume(reviews: Path, corpus: Path, tmp_path: Path) -> None:
