@@ -17,12 +17,12 @@ from llmtrain.objectives.task import (
     Task,
     TaskConfig,
     examples_of,
-    field_of,
     given_names,
     in_order,
     label_of,
     texts_of,
 )
+from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
     from torch import Tensor

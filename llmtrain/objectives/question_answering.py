@@ -13,7 +13,8 @@ import numpy as np
 from llmtrain.config import require
 from llmtrain.errors import Problem
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, field_of, frame_of, text_of
+from llmtrain.objectives.task import Task, TaskConfig, frame_of, text_of
+from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ import numpy as np
 
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, field_of, frame_of, given_names, in_order, label_of
+from llmtrain.objectives.task import Task, TaskConfig, frame_of, given_names, in_order, label_of
+from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,6 +29,7 @@ from llmtrain.objectives.base import (
     tensors,
 )
 from llmtrain.objectives.masked_lm import encoder_ids, encoder_names
+from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -290,14 +291,6 @@ def frame_of(model: Any, tokenizer: Tokenizer) -> Frame:
     if family.frame is not None:
         return family.frame(model, tokenizer)
     return Frame(Template(), Template((), (tokenizer.eos_id,), (), (), (0,), ()))
-
-
-def field_of(values: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field. Raise ValueError if the row has none of this name."""
-    if name not in values:
-        fields = ", ".join(str(field)[:40] for field in list(values)[:24])
-        raise ValueError(f"no field {name}", fields or "(no fields)")
-    return values[name]
 
 
 def text_of(values: Mapping[str, Any], name: str) -> str:

@@ -31,7 +31,7 @@ from llmtrain.prepare.sources import contents_fingerprint, find_files
 from llmtrain.standard_streams import print_note
 from llmtrain.tables.config import SPLITS, TableDataConfig
 from llmtrain.tables.ragged import Column, join, save_columns, take
-from llmtrain.tables.records import name_of, read_records
+from llmtrain.tables.records import field_of, name_of, read_records
 from llmtrain.tokenizers.base import Tokenizer
 
 VERSION = 1
@@ -119,16 +119,8 @@ def table_key(
 ) -> str:
     """Return the name of a table's cache. files: hash of the contents of its files; labels: names that were
     given."""
-    keys = (
-        "format",
-        "header",
-        "quoting",
-        "text_field",
-        "text_pair_field",
-        "label_field",
-        "split",
-        "max_train_rows",
-    )
+    fields = ("text_field", "text_pair_field", "label_field", "split_field")
+    keys = ("format", "header", "quoting", *fields, "split", "max_train_rows")
     said = {
         "version": VERSION,
         "files": files,
@@ -256,7 +248,7 @@ def _read(
         for file in of_split:
             count = 0
             for batch in _batches(file, task, data, scratch, splits[given or "train"]):
-                hashes = _hashes([example for _, example in batch])
+                hashes = text_hashes(["\n".join(example.texts) for _, example in batch])
                 chosen = _splits_of(hashes, given, data)
                 columns = task.encode_texts([example.content for _, example in batch], tokenizer)
                 for number, split in enumerate(SPLITS):
@@ -286,6 +278,8 @@ def _batches(
         where = name_of(file, record.line)
         try:
             example = task.read(record.values, data)
+            if example is not None and data.split_field is not None:
+                example = example._replace(texts=(str(field_of(record.values, data.split_field)),))
         except ValueError as error:
             raise DataError(Problem(where, *phrases(error))) from error
         if example is None:
@@ -299,9 +293,9 @@ def _batches(
         yield batch
 
 
-def _hashes(batch: Sequence[Example]) -> np.ndarray:
-    """Return the two hashes of the text of each row as `llmtrain prepare` makes them, uint64 (N, 2)."""
-    texts = ["\n".join(example.texts) for example in batch]
+def text_hashes(texts: Sequence[str]) -> np.ndarray:
+    """Return the two hashes of each text as `llmtrain prepare` makes them, uint64 (N, 2): the first chooses
+    among the rows to train on, the second the split."""
     return digests(cleaned_texts(texts, "NFC", CleanCounts()))
 
 

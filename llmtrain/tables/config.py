@@ -54,6 +54,9 @@ class TableDataConfig(OneSource):
     """Field of the label, of the list of labels or tags, or of the answers."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Shares of the rows of `path` that are held out."""
+    split_field: str | None = None
+    """Field whose value is hashed for the split in place of the text, so that rows that share it, such as the
+    title of an article, stay together; null: the text."""
     max_train_rows: int | None = None
     """Most rows of the training split, chosen by the hash of their text; null: all."""
     tokenizer: Path | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,14 @@ def read_records(
         yield from _columns(file)
     else:
         yield from _json(file)
+
+
+def field_of(values: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field. Raise ValueError if the row has none of this name."""
+    if name not in values:
+        fields = ", ".join(str(field)[:40] for field in list(values)[:24])
+        raise ValueError(f"no field {name}", fields or "(no fields)")
+    return values[name]
 
 
 def name_of(file: SourceFile, line: int) -> str:

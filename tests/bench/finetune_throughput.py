@@ -78,9 +78,10 @@ def _keys(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
         f"model.path={options.folder}", "objective=classification", f"data.path={options.file}",
         f"data.max_train_rows={options.rows}", f"data.cache.dir={folder / 'tables'}",
-        f"run.dir={folder / 'run'}", "train.epochs=1", "batch.global_size=32", "batch.micro_size=32", "batch.sequence_length=256",
-        "schedule=constant", "schedule.warmup_steps=0", "optimizer.lr=5e-5", "optimizer.weight_decay=0.01",
-        "optimizer.betas=[0.9,0.999]", "data.workers=0", *options.overrides,
+        f"run.dir={folder / 'run'}", "train.epochs=1", "data.workers=0",
+        "batch.global_size=32", "batch.micro_size=32", "batch.sequence_length=256",
+        "schedule=constant", "schedule.warmup_steps=0", "optimizer.lr=5e-5",
+        "optimizer.weight_decay=0.01", "optimizer.betas=[0.9,0.999]", *options.overrides,
     ]  # fmt: skip
 
 

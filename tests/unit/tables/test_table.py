@@ -15,6 +15,7 @@ from llmtrain.errors import DataError
 from llmtrain.objectives.classification import ClassificationConfig
 from llmtrain.objectives.regression import RegressionConfig
 from llmtrain.objectives.tagging import TaggingConfig
+from llmtrain.prepare.config import SplitConfig
 from llmtrain.tables.build import MANIFEST
 from llmtrain.tables.config import TableCacheConfig, TableDataConfig
 from llmtrain.tables.ragged import Ragged
@@ -84,6 +85,16 @@ def test_the_rows_of_fewer_to_train_on_are_always_the_same(
     assert sum(few.splits["train"]["labels"].values()) == 40
     assert [row for row in whole if row in set(pieces(few, "train"))] == pieces(few, "train")
     assert set(pieces(few, "train")) < set(pieces(more, "train"))
+
+
+def test_rows_of_one_title_stay_together(tokenizer: Path, tmp_path: Path) -> None:
+    rows = [(text, ("bad", "good")[i // 20 % 2], f"title {i % 20}") for i, text in enumerate(texts(300))]
+    path = write_csv(tmp_path / "rows.csv", rows, ("text", "label", "title"))
+    table = opened(tmp_path, tokenizer, path=str(path), split_field="title", split=SplitConfig(0.3, 0.3))
+    assert len(table.splits) == 3
+    assert all(facts["rows"] % 15 == 0 for facts in table.splits.values()), "15 rows share a title"
+    with pytest.raises(DataError, match="no field titel"):
+        opened(tmp_path, tokenizer, path=str(path), split_field="titel")
 
 
 def pieces(table: Table, split: str) -> list[tuple[int, ...]]:
