@@ -180,7 +180,7 @@ class Stream:
         order = self._orders[source]
         lengths = dataset.lengths[order(np.arange(order.epoch_length))[1]]
         starts = np.arange(0, len(lengths), micro_size)
-        widths = -(-np.maximum.reduceat(lengths, starts) // dataset.width_step) * dataset.width_step
+        widths = dataset.widths(np.maximum.reduceat(lengths, starts))
         rows = np.diff(starts, append=len(lengths))
         return 1.0 - float(lengths.sum() / (widths * rows).sum())
 

@@ -191,11 +191,11 @@ class Task(LossOfModel):
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """Return "tokens" int64 (B, T), "lengths" int64 (B), "labels", and where the model has a use for them
         "documents" int32 (B, T), 1 at padding, and "segments" int64 (B, T)."""
-        from llmtrain.data.datasets.examples import WIDTH_STEP
+        from llmtrain.data.datasets.examples import padded_widths
 
         lengths, width = raw["lengths"], raw["tokens"].shape[1]
         if not self._pads_fully:
-            width = min(width, -(-int(lengths.max()) // WIDTH_STEP) * WIDTH_STEP)
+            width = min(width, int(padded_widths(lengths.max())))
         segments = raw["segments"][:, :width]
         arrays = {
             "tokens": raw["tokens"][:, :width],

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY
-from llmtrain.data.datasets.examples import WIDTH_STEP
+from llmtrain.data.datasets.examples import padded_widths
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
@@ -35,7 +35,6 @@ class AnswerWindows:
         overlap: tokens of the context that consecutive windows share."""
         self._spans = spans
         self.split, self.sequence_length, self.group = split, sequence_length, group
-        self.width_step = WIDTH_STEP
         self._template, self._pad_id = frame.two, pad_id
         self._first, self._second = (self._ragged(name) for name in ("first", "second"))
         specials = self._template.num_specials
@@ -88,6 +87,9 @@ class AnswerWindows:
         """Return the position in a window's sequence of its first token of the context."""
         asked = int(self._asked[self.rows[window]])
         return len(self._template.first) + asked + len(self._template.between)
+
+    def widths(self, longest: np.ndarray) -> np.ndarray:
+        return padded_widths(longest)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens", "segments" and "lengths" as Examples does; "context" int64 (M, 2), the positions

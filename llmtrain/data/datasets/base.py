@@ -74,9 +74,8 @@ class OrdersByLength(Protocol):
     def group(self) -> int:
         """Rows of like length that follow each other."""
 
-    @property
-    def width_step(self) -> int:
-        """Batches are as wide as their longest row, rounded up to a multiple of this many tokens."""
+    def widths(self, longest: np.ndarray) -> np.ndarray:
+        """Return the tokens of batches with padding, for the tokens of their longest rows."""
 
 
 def mean_length(datasets: Iterable[Dataset]) -> float | None:

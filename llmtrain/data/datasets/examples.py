@@ -14,8 +14,12 @@ from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
 from llmtrain.tokenizers.base import Frame, Template
 
-WIDTH_STEP = 8
-"""Batches are padded to a multiple of this many tokens."""
+
+def padded_widths(longest: np.ndarray) -> np.ndarray:
+    """Return the widths of batches for the tokens of their longest rows: rounded up to a multiple of 8, which
+    GPUs want, or of less where that would be more than a sixteenth."""
+    step = np.where(longest < 32, 1, np.where(longest < 64, 2, np.where(longest < 128, 4, 8)))
+    return -(-longest // step) * step
 
 
 class Examples:
@@ -26,7 +30,7 @@ class Examples:
     ) -> None:
         """frame: special tokens around texts; group: see OrdersByLength."""
         self.split, self.sequence_length, self.frame = split, sequence_length, frame
-        self.group, self.width_step = group, WIDTH_STEP
+        self.group = group
         self._pad_id = pad_id
         first, second = split.columns["first"], split.columns.get("second")
         assert isinstance(first, Ragged)
@@ -54,6 +58,9 @@ class Examples:
     def describe(self) -> str:
         cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
         return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
+
+    def widths(self, longest: np.ndarray) -> np.ndarray:
+        return padded_widths(longest)
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens" int64 (M, T), padded; "segments" int8 (M, T), -1 at padding; "lengths" int64 (M), 1
