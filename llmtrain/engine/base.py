@@ -327,6 +327,11 @@ class Engine(ABC):
         return self.fragments()
 
     @abstractmethod
+    def release(self) -> None:
+        """Let go of what would keep the engine's memory after the last reference to it. It cannot be used any
+        more."""
+
+    @abstractmethod
     def refresh_weights(self) -> None:
         """Update the weights of the forward pass after the fragments were changed."""
 

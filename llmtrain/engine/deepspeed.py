@@ -219,6 +219,9 @@ class DeepSpeedEngine(Engine):
             name, self.setup.shards[name], held.start, held.stop, held.holder, held.offset, trains
         )
 
+    def release(self) -> None:
+        self._engine.destroy()
+
     def refresh_weights(self) -> None:
         if self.layout.zero == 3:
             upstream.refresh_zero_3(self._engine.optimizer, [p for _, p in self.frozen])

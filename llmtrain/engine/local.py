@@ -131,6 +131,9 @@ class LocalEngine(Engine):
     def fragments(self) -> list[Fragment]:
         return self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
 
+    def release(self) -> None:
+        """Do nothing: the last reference holds all of it."""
+
     def refresh_weights(self) -> None:
         """Do nothing: the fragments are the weights."""
 

@@ -26,6 +26,7 @@ from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.methods import trainable_of, with_method
 from llmtrain.train.pretrained import Pretrained, expand
+from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
 
 NO_PATH = "(none)"
@@ -125,6 +126,7 @@ def resolve(
         raise ConfigError(problems)
     assert layout is not None
     config = with_method(replace(config, model=model, engine=engine))
+    config = with_unfreezing(config, is_pretrained=pretrained is not None or without_data)
     return Resolved(config, layout, corpora, pretrained, trainable_of(model, config.train.freeze))
 
 
