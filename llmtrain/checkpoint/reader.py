@@ -174,6 +174,12 @@ class Checkpoint:
         return frozenset(self.manifest.get("frozen", ()))
 
     @property
+    def updates(self) -> Mapping[str, float]:
+        """Return the optimizer steps that each parameter has had, where the optimizer counts them."""
+        counted: Mapping[str, float] = self.manifest["counters"].get(f"{OPTIMIZER}step", {})
+        return counted
+
+    @property
     def bytes(self) -> int:
         """Return the size of its files, without the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"])

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -153,6 +153,28 @@ class Loader:
             digest(raw, samples),
             int((indices == EMPTY).sum()),
         )
+
+
+class Reading(Protocol):
+    """What gives a run its training steps."""
+
+    def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
+        """Return the steps from `start_step` on."""
+
+
+class OneReading:
+    """The steps of a loader, read in several stretches, each from where the one before ended. Threads
+    read ahead over their ends."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._steps: Iterator[StepBatches] | None = None
+
+    def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
+        """Return the same iterator each time; `start_step` counts the first time."""
+        if self._steps is None:
+            self._steps = self._loader.steps(start_step)
+        return self._steps
 
 
 def evaluation_batches(

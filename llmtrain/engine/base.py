@@ -24,7 +24,8 @@ from llmtrain.engine.modules import to_device
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.optim.optimizers import Shapes, build_optimizer
+from llmtrain.optim.groups import Group, make_groups
+from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.materialize import Source
@@ -125,15 +126,19 @@ class Setup:
     precision: Precision
     optimizer: OptimizerConfig
     exact_dropout: bool = True
+    groups: Mapping[str, Group] | None = None
+    """Optimizer group of each parameter of the whole model that trains, also of those that other ranks hold;
+    None: of those that this rank holds, with one learning rate for all."""
+
+    @property
+    def groups_of(self) -> dict[str, Group]:
+        """Return canonical name → optimizer group."""
+        shapes = {name: shard.shape for name, shard in self.shards.items()}
+        return make_groups(shapes, {}, {}) if self.groups is None else dict(self.groups)
 
     @property
     def layout(self) -> Layout:
         return self.mesh.layout
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the whole parameters by name."""
-        return {name: shard.shape for name, shard in self.shards.items()}
 
 
 class Engine(ABC):
@@ -269,14 +274,13 @@ class Engine(ABC):
         """Clip, step the optimizer with `lr` and clear gradients. Return (gradient norm, whether the step
         was skipped)."""
 
-    def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], Shapes]:
-        """Return the parameters that the optimizer updates, by name, and the shapes of the whole
-        parameters."""
-        return self.trainable, self.setup.shapes
+    def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], dict[str, Group]]:
+        """Return the parameters that the optimizer updates, by name, and the group of each name."""
+        return self.trainable, self.setup.groups_of
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        named, shapes = self._optimized()
-        return build_optimizer(self.setup.optimizer, named, self.device.type, shapes)
+        named, groups = self._optimized()
+        return build_optimizer(self.setup.optimizer, named, self.device.type, groups)
 
     def _answers_for(self, name: str) -> bool:
         """Return whether this rank, among the ranks of one replica, is the one that counts the parameter."""
@@ -321,6 +325,11 @@ class Engine(ABC):
     def held_fragments(self) -> list[Fragment]:
         """Return the fragments to load on resume: this rank's own and its copies of other ranks'."""
         return self.fragments()
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of what would keep the engine's memory after the last reference to it. It cannot be used any
+        more."""
 
     @abstractmethod
     def refresh_weights(self) -> None:

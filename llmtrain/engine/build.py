@@ -6,6 +6,7 @@ values from the seed or a checkpoint, wrap its forwards, and create the engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llmtrain.models.registry import family_of, skeleton_of
@@ -13,6 +14,7 @@ from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.freezing import freeze
+from llmtrain.optim.groups import Group, make_groups, rates
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
 
@@ -62,6 +64,10 @@ class Weights(Protocol):
 class Restorable(Protocol):
     """A checkpoint that can be restored into an engine."""
 
+    @property
+    def updates(self) -> Mapping[str, float]:
+        """Return the optimizer steps that each parameter has had, of those whose steps are counted."""
+
     def weights(self) -> Weights: ...
     def restore(self, engine: Engine) -> None: ...
 
@@ -87,6 +93,7 @@ def build_engine(
     mesh = Mesh(layout)
     model = skeleton_of(config.model)
     freeze(model, config.train.freeze)
+    groups = _groups(model, config.optimizer, {} if checkpoint is None else checkpoint.updates)
     source = weights or seed_source(model, config.seed)
     if checkpoint is not None:
         source = checkpoint.weights().read_into
@@ -137,6 +144,7 @@ def build_engine(
         precision=config.precision,
         optimizer=config.optimizer,
         exact_dropout=config.exact_dropout,
+        groups=groups,
     )
     engine: Engine
     if stage is not None:
@@ -190,6 +198,15 @@ def seed_source(model: nn.Module, seed: int) -> Source:
         fill(out, name, table[name], seed, shard, start)
 
     return source
+
+
+def _groups(model: nn.Module, optimizer: OptimizerConfig, updates: Mapping[str, float]) -> dict[str, Group]:
+    """Return the optimizer group of each parameter of the whole model that trains."""
+    from llmtrain.nn.stages import HasLevels
+
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    levels = model.levels() if isinstance(model, HasLevels) else []
+    return make_groups(shapes, rates(shapes, levels, optimizer), updates)
 
 
 def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shard]:

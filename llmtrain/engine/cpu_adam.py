@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from torch import nn
 from llmtrain.distributed import launcher, processes, toolchain
 from llmtrain.errors import Problem, TrainingError
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.optim.optimizers import Shapes, parameter_groups
+from llmtrain.optim.groups import Group
+from llmtrain.optim.optimizers import parameter_groups
 from llmtrain.parallel import upstream
 
 
 def build_cpu_adam(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], shapes: Shapes
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    groups: Mapping[str, Group],
 ) -> torch.optim.Optimizer:
     """Return Adam or AdamW, as `config` names it, for weights in host memory. Compile it first if necessary.
 
@@ -36,7 +39,7 @@ def build_cpu_adam(
     def build() -> torch.optim.Optimizer:
         try:
             return DeepSpeedCPUAdam(
-                parameter_groups(named_parameters, config.weight_decay, shapes),
+                parameter_groups(named_parameters, config.weight_decay, groups),
                 lr=config.lr,
                 betas=config.betas,
                 eps=config.eps,

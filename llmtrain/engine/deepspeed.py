@@ -14,6 +14,7 @@ from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.optimizers import set_lr
 from llmtrain.parallel import upstream
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
@@ -168,8 +169,7 @@ class DeepSpeedEngine(Engine):
         return all_terms
 
     def _update(self, lr: float) -> tuple[float, bool]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         # Without ZeRO, DeepSpeed reports no norm, so clip here.
         norm = self._clip(self.setup.optimizer.max_grad_norm) if self.layout.zero == 0 else None
         self._step()
@@ -218,6 +218,9 @@ class DeepSpeedEngine(Engine):
         return Fragment(
             name, self.setup.shards[name], held.start, held.stop, held.holder, held.offset, trains
         )
+
+    def release(self) -> None:
+        self._engine.destroy()
 
     def refresh_weights(self) -> None:
         if self.layout.zero == 3:

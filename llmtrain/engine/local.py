@@ -17,6 +17,7 @@ from torch import nn
 from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
+from llmtrain.optim.optimizers import set_lr
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -109,8 +110,7 @@ class LocalEngine(Engine):
         return all_terms
 
     def _update(self, lr: float) -> tuple[float, bool]:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         scale_before = 1.0
         if self._scaler is not None:
             scale_before = self._scaler.get_scale()
@@ -130,6 +130,9 @@ class LocalEngine(Engine):
 
     def fragments(self) -> list[Fragment]:
         return self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
+
+    def release(self) -> None:
+        """Do nothing: the last reference holds all of it."""
 
     def refresh_weights(self) -> None:
         """Do nothing: the fragments are the weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -16,7 +16,7 @@ from llmtrain.engine.base import Setup
 from llmtrain.engine.deepspeed import DeepSpeedEngine
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, NamesArguments, PadsRows, Terms
-from llmtrain.optim.optimizers import Shapes
+from llmtrain.optim.groups import Group
 from llmtrain.parallel import upstream
 from llmtrain.parallel.pipeline import PipelineStage, SharedWeight
 
@@ -70,11 +70,11 @@ class PipelineEngine(DeepSpeedEngine):
         self._make_step = upstream.step_apart(engine)
         return engine
 
-    def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], Shapes]:
-        named, shapes = super()._optimized()
+    def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], dict[str, Group]]:
+        named, groups = super()._optimized()
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self._replay.anchors)}
-        anchor_shapes = {name: anchor.shape for name, anchor in anchors.items()}
-        return [*named, *anchors.items()], {**shapes, **anchor_shapes}
+        of_anchors = dict(zip(anchors, self._replay.anchored, strict=True))
+        return [*named, *anchors.items()], {**groups, **of_anchors}
 
     def _module(self) -> nn.Module:
         return self._whole
@@ -103,7 +103,9 @@ class _Replay(nn.Module):
         self._objective: Any = setup.objective
         self._mesh = setup.mesh
         self._autocast = autocast(setup.precision if setup.layout.zero == 0 else "fp32", setup.device)
-        self.anchors = nn.ParameterList(_anchors(setup))
+        self.anchored = _untrained_groups(setup)
+        """The optimizer group of each anchor."""
+        self.anchors = nn.ParameterList(_anchor(group, setup) for group in self.anchored)
         self._losses: list[Tensor] = []
         self._targets: list[Tensor] = []
 
@@ -132,19 +134,22 @@ class _Replay(nn.Module):
         return [Terms(loss, targets) for loss, targets in zip(losses, self._targets, strict=True)]
 
 
-def _anchors(setup: Setup) -> Iterator[nn.Parameter]:
-    """Yield a parameter that stays 0 for each optimizer group (matrices, vectors) of which this stage trains
-    nothing.
+def _untrained_groups(setup: Setup) -> list[Group]:
+    """Return the optimizer groups of which this stage trains nothing.
 
     DeepSpeed runs a backward pass through each stage and sums gradient norms over stages group by group:
-    if one stage had fewer groups, the others would wait forever.
+    if one stage had fewer groups, the others would wait forever. So each stage has a parameter that stays 0,
+    an anchor, in each of these groups.
     """
+    groups = setup.groups_of
+    trained = {groups[name] for name, p in setup.parameters.items() if p.requires_grad}
+    return sorted({*groups.values()} - trained, key=lambda group: group.place)
+
+
+def _anchor(group: Group, setup: Setup) -> nn.Parameter:
     dtype = next(iter(setup.parameters.values())).dtype
-    trained = {len(setup.shapes[name]) >= 2 for name, p in setup.parameters.items() if p.requires_grad}
-    for is_matrix in (True, False):
-        if is_matrix not in trained:
-            shape = (1, 1) if is_matrix else (1,)
-            yield nn.Parameter(torch.zeros(shape, dtype=dtype, device=setup.device))
+    shape = (1, 1) if group.decays else (1,)
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=setup.device))
 
 
 class _Anchored(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,25 @@ class ZeroSums(dict[str, Tensor]):
         return torch.zeros((), device=self._device)
 
 
+@runtime_checkable
+class HasLevels(Protocol):
+    """A model with layers that methods of fine-tuning tell apart."""
+
+    def levels(self) -> list[list[str]]:
+        """Return the names of its modules by depth: embeddings, each layer from the bottom, and what follows
+        the last, the head among it. Each parameter belongs to one of them, a shared one by its first name."""
+
+
 class StagedModel(TiedHeadModel):
     """A language model whose forward runs its stages one after another."""
 
     @abstractmethod
     def stages(self) -> list[Stage]:
         """Return the steps of a forward in order."""
+
+    def levels(self) -> list[list[str]]:
+        """Return the names of modules by depth; see HasLevels."""
+        return [list(stage.modules) for stage in self.stages()]
 
     @abstractmethod
     def context(self, tokens_BT: Tensor, *_: Any, **arguments: Any) -> Context:

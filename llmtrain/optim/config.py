@@ -22,6 +22,11 @@ class OptimizerConfig:
     """Optimization algorithm."""
     lr: float = 3e-4
     """Peak learning rate, which the schedule multiplies."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one below it: a layer at a distance of d layers from
+    the head has lr · layer_decay^d, and the embeddings, below the lowest, the least."""
+    head_lr: float | None = None
+    """Peak learning rate of the head's own parameters; null: lr."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the running averages of gradient and squared gradient (adamw, adam)."""
     eps: float = 1e-8
@@ -44,6 +49,11 @@ class OptimizerConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0.0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        decay, head_lr = self.layer_decay, self.head_lr
+        yield from require(0.0 < decay <= 1.0, "layer_decay", decay, "more than 0, up to 1")
+        yield from require(
+            head_lr is None or 0.0 < head_lr < float("inf"), "head_lr", head_lr, "a positive number, or null"
+        )
         for i, beta in enumerate(self.betas):
             yield from require(0.0 <= beta < 1.0, f"betas[{i}]", beta, "0 up to, not including, 1")
         yield from require(self.eps > 0.0, "eps", self.eps, "a positive number")

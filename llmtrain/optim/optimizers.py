@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,47 +10,55 @@ from torch import nn
 from torch.optim.adagrad import adagrad
 
 from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.groups import Group
 
 _FUSED_DEVICES = ("cpu", "cuda")
 """Devices for which torch has fused kernels of all optimizers here except rmsprop."""
 
 
-Shapes = Mapping[str, Sequence[int]]
-"""Name → shape of the whole parameter, for parameters that are given as shards of another shape."""
-
-
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, shapes: Shapes | None = None
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    groups: Mapping[str, Group] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters in one group with weight decay and one without; omit empty groups.
+    """Return the trainable parameters by group, in the order of Group.place. "rate" of a group is its
+    multiple of the step's learning rate.
 
-    Parameters of two or more dimensions decay; norms and biases do not. A shared parameter is included once,
-    under its first name.
+    groups: that of each name; None: parameters of two or more dimensions decay, norms and biases do not. A
+    shared parameter is included once, under its first name.
     """
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    found: dict[Group, list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name, parameter in named_parameters:
         if not parameter.requires_grad or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        shape = parameter.shape if shapes is None else shapes[name]
-        (decayed if len(shape) >= 2 else undecayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        group = Group(parameter.ndim >= 2) if groups is None else groups[name]
+        found.setdefault(group, []).append(parameter)
+    return [
+        {"params": found[group], "weight_decay": weight_decay * group.decays, "rate": group.rate}
+        for group in sorted(found, key=lambda group: group.place)
+    ]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group its multiple of the step's learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["rate"]
 
 
 def build_optimizer(
     config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     device_type: str,
-    shapes: Shapes | None = None,
+    groups_of: Mapping[str, Group] | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of `config` for `named_parameters` on a `device_type` device.
 
-    Its groups hold the peak learning rate; the caller multiplies it according to the schedule.
+    groups_of: name → group, for parameters that are given as shards of another shape, or that have rates of
+    their own. The caller gives each step's learning rate to `set_lr`.
     """
-    groups = parameter_groups(named_parameters, config.weight_decay, shapes)
+    groups = parameter_groups(named_parameters, config.weight_decay, groups_of)
     fused = device_type in _FUSED_DEVICES if config.fused is None else config.fused
     match config.name:
         case "adamw":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from llmtrain.data.loader import Loader
+from llmtrain.data.loader import Reading
 from llmtrain.distributed import processes
 from llmtrain.distributed.stop_checks import StopCheck, StoppedError
 from llmtrain.engine.base import Engine, NonFiniteError, StepResult
@@ -60,11 +60,14 @@ class Schedule:
     save_every: int | None
     evaluation_owed: bool = False
     """The run was stopped where an evaluation was due: it is made first."""
+    pause_at: int | None = None
+    """Steps after which the loop saves and returns, to go on with another engine; None: `steps`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of the loop after `step` steps; `interrupted` if it was asked to stop before the last."""
+    """The end of the loop after `step` steps; `interrupted` if it was asked to stop before those it was to
+    take."""
 
     step: int
     validation_loss: float | None
@@ -73,19 +76,20 @@ class Outcome:
 
 def train(
     engine: Engine,
-    loader: Loader,
+    loader: Reading,
     hooks: Hooks,
     observer: Observer,
     schedule: Schedule,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train from `start_step` to `steps`.
+    """Train from `start_step` to `steps`, or to `pause_at`.
 
     When any rank is asked to stop, the loop ends after the current step. A step or an evaluation that takes
     long is abandoned as if it had not begun. A checkpoint is saved first, and everything begun is complete on
     return. Raise TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
     """
     start_step, steps = schedule.start_step, schedule.steps
+    until = steps if schedule.pause_at is None else schedule.pause_at
     validation_loss: float | None = None
     done = saved_step = start_step
 
@@ -117,7 +121,7 @@ def train(
         return Outcome(start_step, None, interrupted=True)
     stopped = False
     batches = loader.steps(start_step)
-    for step in range(start_step, steps):
+    for step in range(start_step, until):
         started = time.perf_counter()
         batch = next(batches)
         lr = hooks.lr(step)
@@ -145,7 +149,7 @@ def train(
                 validation_loss = evaluate(done)
             except StoppedError:
                 stopped = True
-        if stopped or is_due(done, schedule.save_every, steps):
+        if stopped or done == until or is_due(done, schedule.save_every, steps):
             save(evaluated=evaluation_is_due and not stopped, owed=evaluation_is_due and stopped)
         if stopped:
             break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,19 +13,20 @@ from llmtrain.data.config import data_config_type
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem, UserError
 from llmtrain.files import expand_home
-from llmtrain.models.registry import family_of, model_config_type, skeleton_of
+from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
-from llmtrain.optim.freezing import freeze, freeze_problems
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
+from llmtrain.train.methods import trainable_of, with_method
 from llmtrain.train.pretrained import Pretrained, expand
+from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
 
 NO_PATH = "(none)"
@@ -126,8 +127,9 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    config = _with_frozen_layers(replace(config, model=model, engine=engine))
-    return Resolved(config, layout, corpora, pretrained, _trainable(model, config.train.freeze))
+    config = with_method(replace(config, model=model, engine=engine))
+    config = with_unfreezing(config, is_pretrained=pretrained is not None or without_data)
+    return Resolved(config, layout, corpora, pretrained, trainable_of(model, config.train.freeze))
 
 
 def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: TextSource | None) -> TrainConfig:
@@ -141,40 +143,6 @@ def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: Text
     [dataset] = sources.values()
     steps = math.ceil(config.train.epochs * len(dataset) / config.batch.global_size)
     return replace(config, train=replace(config.train, steps=max(1, steps)))
-
-
-def _with_frozen_layers(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with the layers of `freeze` among the patterns of `train.freeze`."""
-    if not config.freeze:
-        return config
-    if not family_of(config.model).has_stages:
-        got = f"{config.freeze} with model.family={config.model.family}, which has no layers to choose from"
-        raise ConfigError(Problem("freeze", got, "0", "name parameters instead: train.freeze=[embedding.*]"))
-    stages = skeleton_of(config.model).stages()  # type: ignore[operator]
-    if config.freeze > len(stages) - 2:
-        allowed = f"0 to {len(stages) - 2}, the layers of the model"
-        raise ConfigError(Problem("freeze", str(config.freeze), allowed))
-    frozen = [f"{name}.*" for stage in stages[: config.freeze + 1] for name in stage.modules]
-    return replace(config, train=replace(config.train, freeze=(*config.train.freeze, *frozen)))
-
-
-def _trainable(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:
-    """Return the parameters that train, or None when `patterns` is empty and all do. Raise ConfigError for a
-    pattern that matches nothing, and when nothing is left to train."""
-    if not patterns:
-        return None
-    skeleton = skeleton_of(model)
-    if problems := list(freeze_problems([name for name, _ in skeleton.named_parameters()], patterns)):
-        raise ConfigError(problems)
-    freeze(skeleton, patterns)
-    steps = [stage.modules.values() for stage in skeleton.stages()] if family_of(model).has_stages else []  # type: ignore[operator]
-    shares = []
-    for modules in steps or [[skeleton]]:
-        held = {p: p.numel() for module in modules for p in module.parameters()}
-        trained = sum(count for p, count in held.items() if p.requires_grad)
-        shares.append(trained / max(1, sum(held.values())))
-    trains = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    return Trainable(trains, tuple(shares))
 
 
 def _resume_problems(config: TrainConfig) -> list[Problem]:

@@ -162,16 +162,21 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
                 "its state cannot be taken over; give another run.dir to start anew",
             )
         )
-    problems += _other_frozen(config.train.freeze, checkpoint)
+    problems += _other_frozen(config.train.freeze, checkpoint, may_thaw=config.method == "gradual")
     if problems:
         raise processes.everywhere(CheckpointError(problems))
 
 
-def _other_frozen(patterns: Sequence[str], checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Yield a problem if other parameters train than before: new ones would have no optimizer state."""
+def _other_frozen(
+    patterns: Sequence[str], checkpoint: Checkpoint, *, may_thaw: bool = False
+) -> Iterator[Problem]:
+    """Yield a problem if other parameters train than before: new ones would have no optimizer state.
+
+    may_thaw: more may train than before, whose optimizer state begins with them.
+    """
     names = checkpoint.manifest["tensors"][WEIGHT]
     ours, theirs = frozen_names(names, patterns), checkpoint.frozen
-    if ours == theirs:
+    if ours == theirs or (may_thaw and ours <= theirs):
         return
     changes = {"frozen that trained": ours - theirs, "trained that were frozen": theirs - ours}
     yield Problem(

@@ -6,47 +6,42 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.manifest import step_folder
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import prune
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import encode
 from llmtrain.data.datasets.base import Dataset, mean_length
-from llmtrain.data.loader import Loader
+from llmtrain.data.loader import Loader, OneReading
 from llmtrain.data.stream import Stream
 from llmtrain.distributed import launcher, processes, set_union, stopping
 from llmtrain.engine.allocator import Heap, keep_freed_memory
 from llmtrain.engine.base import Engine
-from llmtrain.engine.build import build_engine
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import DataError
-from llmtrain.interchange.trained import listed
 from llmtrain.objectives.base import Objective
 from llmtrain.objectives.reading import open_dataset
 from llmtrain.optim.schedules import multiplier
-from llmtrain.parallel.materialize import Source
 from llmtrain.standard_streams import print_note
-from llmtrain.tensor_boxes import Shard
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import recorded
 from llmtrain.train.evaluation import evaluate_dataset
 from llmtrain.train.loop import Hooks, Outcome, Schedule, train
 from llmtrain.train.observer import RunObserver
-from llmtrain.train.pretrained import StartingWeights, open_weights
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, find_resume
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start import start_ranks
+from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.streaming import open_stream, plan_timeline
-from llmtrain.train.weight_record import WeightRecord, record_weights
+from llmtrain.train.unfreezing import unfreezing_of
+from llmtrain.train.weight_record import WeightRecord
 from llmtrain.urls import without_credentials_in
 
 
@@ -68,28 +63,12 @@ def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
     return is_complete
 
 
-@dataclass(frozen=True)
-class _StartingPoint:
-    """Where this start begins: after the steps of a checkpoint, or at step 0."""
-
-    resume: Resume | None
-    evaluation_owed: bool
-    """Whether the evaluation that the checkpoint still owes has to be made first."""
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        return None if self.resume is None else self.resume.checkpoint
-
-    @property
-    def step(self) -> int:
-        return 0 if self.resume is None else self.resume.checkpoint.step
-
-
 class Session:
     """The part of one process in one start of a run."""
 
     def __init__(self, resolved: Resolved, device: torch.device, heap: Heap | None, started: float) -> None:
         """Hold the run folder. Raise CheckpointError when another process does."""
+        self._resolved = resolved
         self.config, self.layout, self.corpora = resolved.config, resolved.layout, resolved.corpora
         self.pretrained = resolved.pretrained
         self.device = device
@@ -119,21 +98,28 @@ class Session:
             return True
         stream = self._open_stream(training, start)
         objective = config.objective.build(config.model, config.data, self.corpora)
-        engine, weights = self._build_engine(objective, start)
+        engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)
         description = self._describe(stream, start, weights)
-        hooks = self._hooks(engine, validation, start, description)
+        reading = OneReading(loader)
         stopping.request.save_first()
-        outcome = train(
-            engine,
-            loader,
-            hooks,
-            observer,
-            self._schedule(start),
-            asked_to_stop=lambda: stopping.request.asked,
-        )
+        while True:
+            outcome = train(
+                engine,
+                reading,
+                self._hooks(engine, validation, start, description),
+                observer,
+                self._schedule(start),
+                asked_to_stop=lambda: stopping.request.asked,
+            )
+            if outcome.interrupted or outcome.step >= config.train.steps:
+                break
+            engine.release()
+            del engine  # or the memory of two would be held
+            start = self._at_step(outcome.step)
+            engine, _ = build_run_engine(self._resolved, self.device, objective, start, self._say)
         processes.on_main(observer.raise_failure)
         self._report(outcome)
         return not outcome.interrupted
@@ -179,12 +165,12 @@ class Session:
             self._say(f"no evaluation: {error}")
             return None
 
-    def _find_start(self, has_validation: bool) -> _StartingPoint:
+    def _find_start(self, has_validation: bool) -> StartingPoint:
         resume = find_resume(self.config, self._data_facts(), self._say)
         owed = resume is not None and resume.evaluation_owed and has_validation
-        return _StartingPoint(resume, owed)
+        return StartingPoint(resume, owed)
 
-    def _open_stream(self, training: Mapping[str, Dataset], start: _StartingPoint) -> Stream:
+    def _open_stream(self, training: Mapping[str, Dataset], start: StartingPoint) -> Stream:
         config = self.config
         before = start.resume.timeline if start.resume is not None else None
         timeline = plan_timeline(config, training, before, start.step, self._say)
@@ -199,32 +185,8 @@ class Session:
             )
         )
 
-    def _build_engine(self, objective: Objective, start: _StartingPoint) -> tuple[Engine, WeightRecord]:
-        """Build the engine with the weights of the checkpoint, of `model=pretrained` or of the seed."""
-        check = FiniteCheck()
-        starting = self._starting_weights() if start.checkpoint is None else None
-        source = None if starting is None else _watched(starting.source(self.config.seed), check)
-        engine = build_engine(self.config, self.layout, self.device, objective, start.checkpoint, source)
-        weights = record_weights(self.config, self.pretrained, start.checkpoint, starting)
-        if weights.never_trained and start.checkpoint is None:
-            self._say(f"warning: these frozen parameters were never trained: {listed(weights.never_trained)}")
-        if self.pretrained is not None:
-            where = f"model.path={self.pretrained.path}"
-            processes.agree(lambda: check.refuse(where))
-        return engine, weights
-
-    def _starting_weights(self) -> StartingWeights | None:
-        """Return the weights of `model=pretrained`, or None for the seed's."""
-        if self.pretrained is None:
-            return None
-        starting = open_weights(self.pretrained, self.config.model)
-        self._say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
-        for note in starting.notes():
-            self._say(note)
-        return starting
-
     def _open_observer(
-        self, stream: Stream, start: _StartingPoint, weights: WeightRecord, length: float | None
+        self, stream: Stream, start: StartingPoint, weights: WeightRecord, length: float | None
     ) -> RunObserver:
         """Describe the run in its folder and open its trackers and progress report, on rank 0 alone."""
         config = self.config
@@ -269,7 +231,7 @@ class Session:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _describe(self, stream: Stream, start: _StartingPoint, weights: WeightRecord) -> dict[str, Any]:
+    def _describe(self, stream: Stream, start: StartingPoint, weights: WeightRecord) -> dict[str, Any]:
         """Return what the manifest of every checkpoint of this start says, as JSON."""
         return {
             "model": encode(self.config.model),
@@ -289,7 +251,7 @@ class Session:
         self,
         engine: Engine,
         validation: Dataset | None,
-        start: _StartingPoint,
+        start: StartingPoint,
         description: Mapping[str, Any],
     ) -> Hooks:
         config = self.config
@@ -319,14 +281,19 @@ class Session:
             finish_save=self._saver.finish,
         )
 
-    def _schedule(self, start: _StartingPoint) -> Schedule:
-        config = self.config
+    def _at_step(self, step: int) -> StartingPoint:
+        """Return the point to go on from after a checkpoint that this start has saved."""
+        return StartingPoint(Resume(Checkpoint.open(self.root / step_folder(step)), is_own=True))
+
+    def _schedule(self, start: StartingPoint) -> Schedule:
+        config, unfreezing = self.config, unfreezing_of(self.config)
         return Schedule(
             start_step=start.step,
             steps=config.train.steps,
             evaluate_every=config.evaluation.every,
             evaluate_at_start=config.evaluation.at_start,
             save_every=config.checkpoint.every,
+            pause_at=None if unfreezing is None else unfreezing.next_change(start.step),
             evaluation_owed=start.evaluation_owed,
         )
 
@@ -384,16 +351,6 @@ class Session:
             "paths": without_credentials_in(data.paths),
             "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
         }
-
-
-def _watched(source: Source, check: FiniteCheck) -> Source:
-    """Return `source` with every value shown to `check`."""
-
-    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
-        source(out, name, shard, start)
-        check.look(name, out)
-
-    return watched
 
 
 def _left_out(shard: str, samples: int) -> str:

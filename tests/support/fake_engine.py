@@ -17,7 +17,7 @@ from llmtrain.distributed import stopping
 from llmtrain.engine.base import StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.objectives.base import Objective
-from llmtrain.train import session as session_module
+from llmtrain.train import starting
 from llmtrain.train.resolve import resolve
 from llmtrain.train.session import Session
 from tests.support.owners import MATRIX, Owner
@@ -108,7 +108,7 @@ class FakeRun:
                 checkpoint.restore(engine)  # type: ignore[arg-type]
             return engine
 
-        self._monkeypatch.setattr(session_module, "build_engine", build)
+        self._monkeypatch.setattr(starting, "build_engine", build)
         self._monkeypatch.setattr(stopping.request, "asked", False)
         own = (f"data.path={self._corpus}", f"run.dir={self.folder}")
         resolved = resolve(compose([*SETTINGS, *own, *overrides]), world_size=1)

@@ -109,6 +109,10 @@ class LSTMLanguageModel(TiedHeadModel):
         logits_or_loss: Tensor = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
         return logits_or_loss
 
+    def levels(self) -> list[list[str]]:
+        """Return the names of modules by depth: embedding, each layer, head; see HasLevels."""
+        return [["embedding"], *([f"layers.{i}"] for i in range(len(self.layers))), ["head"]]
+
     def new_cache(self, max_length: int) -> LSTMCache:
         """Return an empty state, whose size does not depend on the length."""
         return LSTMCache()

@@ -121,6 +121,25 @@ def test_a_trained_model_is_the_trunk(
     assert 0.3 < found["accuracy"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["train.steps=3"], "train.steps: got 3 with method=gradual, which unfreezes 3 times; allowed: 4 or"),
+        (["train.steps=9", "gradual.every=3"], "gradual.every: got 3, with which 3 of them take all 9 steps"),
+    ],
+)
+def test_what_cannot_be_unfrozen(
+    more: list[str], said: str, reviews: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"model.path={tuned}", f"data.path={reviews}", f"data.cache.dir={tmp_path / 'cache'}"]
+    words = ["method=gradual", "train.epochs=null", f"run.dir={tmp_path / 'run'}", *SHORT, *data]
+    assert cli.run_verb("finetune", [*words, "objective=classification", *more]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmtrain: error")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_numbers_and_tags(
     corpus: Path, tmp_path: Path, reviews: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +172,11 @@ def test_numbers_and_tags(
         (["train.epochs=0"], "train.epochs: got 0"),
         (["parallel.sequence=2"], "parallel.sequence: got 2; allowed: 1 with objective=classification"),
         (["objective=mlm"], "objective: got mlm; allowed: classification, regression, tagging"),
+        (["optimizer.layer_decay=1.5"], "optimizer.layer_decay: got 1.5; allowed: more than 0, up to 1"),
+        (["optimizer.head_lr=0"], "optimizer.head_lr: got 0.0; allowed: a positive number, or null"),
+        (["method=gradual"], "method: got gradual with a model that starts from the seed; allowed: full"),
+        (["method=half"], "method: got 'half'; allowed: full, gradual"),
+        (["gradual.every=0"], "gradual.every: got 0; allowed: 1 or more, or null"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -1,0 +1,79 @@
+"""What trains in a run, by the keys `method`, `freeze`, `train.freeze` and those of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.models.registry import family_of, skeleton_of
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.optim.freezing import freeze, freeze_problems
+from llmtrain.optim.groups import rate_problems
+from llmtrain.plan.memory import Trainable
+from llmtrain.train.config import TrainConfig
+
+
+def with_method(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with the layers of `freeze` among the patterns of `train.freeze`. The model's
+    sizes must be resolved.
+
+    Raise ConfigError for what the model cannot do.
+    """
+    if config.freeze or _has_rates(config):
+        config = _with_frozen_layers(config)
+    return config
+
+
+def _has_rates(config: TrainConfig) -> bool:
+    return config.optimizer.layer_decay != 1.0 or config.optimizer.head_lr is not None
+
+
+def _with_frozen_layers(config: TrainConfig) -> TrainConfig:
+    levels, family = levels_of(config.model), config.model.family
+    names = [name for name, _ in skeleton_of(config.model).named_parameters()]
+    problems = [p.within("optimizer") for p in rate_problems(names, levels, family, config.optimizer)]
+    if config.freeze and levels is None:
+        got = f"{config.freeze} with model.family={family}, which has no layers to choose from"
+        problems.append(Problem("freeze", got, "0", "name parameters instead: train.freeze=[embedding.*]"))
+    elif levels is not None and config.freeze > len(levels) - 2:
+        allowed = f"0 to {len(levels) - 2}, the layers of the model"
+        problems.append(Problem("freeze", str(config.freeze), allowed))
+    if problems:
+        raise ConfigError(problems)
+    if not config.freeze or levels is None:
+        return config
+    frozen = patterns_of(levels[: config.freeze + 1])
+    return replace(config, train=replace(config.train, freeze=(*config.train.freeze, *frozen)))
+
+
+def levels_of(model: ModelConfig) -> list[list[str]] | None:
+    """Return the modules of the model by depth (see HasLevels), or None if it has no layers."""
+    from llmtrain.nn.stages import HasLevels
+
+    skeleton = skeleton_of(model)
+    return skeleton.levels() if isinstance(skeleton, HasLevels) else None
+
+
+def patterns_of(levels: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return patterns for `train.freeze` that match the parameters of these levels."""
+    return tuple(f"{module}.*" for level in levels for module in level)
+
+
+def trainable_of(model: ModelConfig, patterns: Sequence[str]) -> Trainable | None:
+    """Return the parameters that train, or None when `patterns` is empty and all do. Raise ConfigError for a
+    pattern that matches nothing, and when nothing is left to train."""
+    if not patterns:
+        return None
+    skeleton = skeleton_of(model)
+    if problems := list(freeze_problems([name for name, _ in skeleton.named_parameters()], patterns)):
+        raise ConfigError(problems)
+    freeze(skeleton, patterns)
+    steps = [stage.modules.values() for stage in skeleton.stages()] if family_of(model).has_stages else []  # type: ignore[operator]
+    shares = []
+    for modules in steps or [[skeleton]]:
+        held = {p: p.numel() for module in modules for p in module.parameters()}
+        trained = sum(count for p, count in held.items() if p.requires_grad)
+        shares.append(trained / max(1, sum(held.values())))
+    trains = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    return Trainable(trains, tuple(shares))

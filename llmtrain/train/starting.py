@@ -1,0 +1,94 @@
+"""Where a start of a run begins, and the engine with which it does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.finite import FiniteCheck
+from llmtrain.checkpoint.reader import Checkpoint
+from llmtrain.distributed import processes
+from llmtrain.engine.base import Engine
+from llmtrain.engine.build import build_engine
+from llmtrain.interchange.trained import listed
+from llmtrain.objectives.base import Objective
+from llmtrain.parallel.materialize import Source
+from llmtrain.tensor_boxes import Shard
+from llmtrain.train.pretrained import Pretrained, StartingWeights, open_weights
+from llmtrain.train.resolve import Resolved
+from llmtrain.train.resume import Resume
+from llmtrain.train.unfreezing import describe, unfreezing_of, with_frozen
+from llmtrain.train.weight_record import WeightRecord, record_weights
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where training begins: after the steps of a checkpoint, or at step 0."""
+
+    resume: Resume | None
+    evaluation_owed: bool = False
+    """Whether the evaluation that the checkpoint still owes has to be made first."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        return None if self.resume is None else self.resume.checkpoint
+
+    @property
+    def step(self) -> int:
+        return 0 if self.resume is None else self.resume.checkpoint.step
+
+
+def build_run_engine(
+    resolved: Resolved, device: torch.device, objective: Objective, start: StartingPoint, say: Say
+) -> tuple[Engine, WeightRecord]:
+    """Build the engine with the weights of the checkpoint, of `model=pretrained` or of the seed. All ranks
+    call it together."""
+    config, pretrained, checkpoint = resolved.config, resolved.pretrained, start.checkpoint
+    check = FiniteCheck()
+    starting = _starting_weights(resolved, say) if checkpoint is None else None
+    source = None if starting is None else _watched(starting.source(config.seed), check)
+    training = config
+    if (unfreezing := unfreezing_of(config)) is not None:
+        gc.collect()  # the engine before this one may be part of a cycle
+        before = None if checkpoint is None else checkpoint.frozen
+        training = with_frozen(config, unfreezing, start.step, before)
+        say(describe(training, unfreezing.next_change(start.step) or config.train.steps))
+    engine = build_engine(training, resolved.layout, device, objective, checkpoint, source)
+    weights = record_weights(config, pretrained, checkpoint, starting)
+    if weights.never_trained and checkpoint is None:
+        say(f"warning: these frozen parameters were never trained: {listed(weights.never_trained)}")
+    if pretrained is not None:
+        _refuse_infinite(check, pretrained)
+    return engine, weights
+
+
+def _refuse_infinite(check: FiniteCheck, pretrained: Pretrained) -> None:
+    where = f"model.path={pretrained.path}"
+    processes.agree(lambda: check.refuse(where))
+
+
+def _starting_weights(resolved: Resolved, say: Say) -> StartingWeights | None:
+    """Return the weights of `model=pretrained`, or None for the seed's."""
+    if resolved.pretrained is None:
+        return None
+    starting = open_weights(resolved.pretrained, resolved.config.model)
+    say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
+    for note in starting.notes():
+        say(note)
+    return starting
+
+
+def _watched(source: Source, check: FiniteCheck) -> Source:
+    """Return `source` with every value shown to `check`."""
+
+    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
+        source(out, name, shard, start)
+        check.look(name, out)
+
+    return watched
