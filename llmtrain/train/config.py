@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
+from llmtrain.train.early_stopping import EarlyStoppingConfig
 from llmtrain.urls import without_credentials_in
 
 
@@ -96,6 +97,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     track: TrackConfig
     cluster: ClusterConfig
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     freeze: int = 0
     """Layers, from the bottom, that keep their values, and with them the embeddings; 0: none."""
     precision: Precision = "fp32"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmtrain.checkpoint.finite import FiniteCheck
 from llmtrain.checkpoint.reader import Checkpoint
@@ -31,14 +30,12 @@ from llmtrain.interchange.trained import listed
 from llmtrain.objectives.base import Objective
 from llmtrain.objectives.reading import open_dataset
 from llmtrain.optim.schedules import multiplier
-from llmtrain.parallel.materialize import Source
 from llmtrain.standard_streams import print_note
-from llmtrain.tensor_boxes import Shard
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import recorded
-from llmtrain.train.evaluation import evaluate_dataset
-from llmtrain.train.loop import Hooks, Outcome, Schedule, train
+from llmtrain.train.judging import Judge
+from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
 from llmtrain.train.pretrained import StartingWeights, open_weights
 from llmtrain.train.resolve import Resolved
@@ -117,6 +114,10 @@ class Session:
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
             return True
+        judge = self._judge = Judge(config, None if start.resume is None else start.resume.evaluations)
+        if judge.ended and not start.evaluation_owed:
+            self._say(f"{judge.why_ended()}; nothing to train")
+            return True
         stream = self._open_stream(training, start)
         objective = config.objective.build(config.model, config.data, self.corpora)
         engine, weights = self._build_engine(objective, start)
@@ -124,7 +125,7 @@ class Session:
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)
         description = self._describe(stream, start, weights)
-        hooks = self._hooks(engine, validation, start, description)
+        hooks = self._hooks(engine, validation, start, description, observer)
         stopping.request.save_first()
         outcome = train(
             engine,
@@ -203,7 +204,7 @@ class Session:
         """Build the engine with the weights of the checkpoint, of `model=pretrained` or of the seed."""
         check = FiniteCheck()
         starting = self._starting_weights() if start.checkpoint is None else None
-        source = None if starting is None else _watched(starting.source(self.config.seed), check)
+        source = None if starting is None else check.watching(starting.source(self.config.seed))
         engine = build_engine(self.config, self.layout, self.device, objective, start.checkpoint, source)
         weights = record_weights(self.config, self.pretrained, start.checkpoint, starting)
         if weights.never_trained and start.checkpoint is None:
@@ -291,19 +292,28 @@ class Session:
         validation: Dataset | None,
         start: _StartingPoint,
         description: Mapping[str, Any],
+        observer: RunObserver,
     ) -> Hooks:
-        config = self.config
+        config, judge = self.config, self._judge
 
         def evaluate(between: Callable[[], None]) -> Totals:
             assert validation is not None
-            workers, max_samples = config.data.workers, config.evaluation.max_samples
-            return evaluate_dataset(engine, validation, self.layout, self.rank, workers, max_samples, between)
+            return judge.evaluate(engine, validation, self.layout, self.rank, between)
+
+        def verdict(step: int, totals: Totals) -> Verdict:
+            assert validation is not None
+            return judge.judge(step, totals, engine.objective, validation, observer)
+
+        def evaluated_late(loss: float | None) -> None:
+            if start.resume is not None:
+                start.resume.note_evaluation({"validation_loss": loss, **judge.recorded(start.step)})
 
         def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
             trackers = processes.from_main(self._trackers.state() if self._trackers is not None else None)
             manifest = {
                 **description,
                 "validation_loss": validation_loss,
+                **judge.recorded(step),
                 "evaluation_owed": evaluation_owed,
                 "trackers": trackers,
             }
@@ -314,9 +324,10 @@ class Session:
             lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
             evaluate=evaluate if validation is not None else None,
             save=save,
-            evaluated_late=start.resume.note_evaluation if start.resume is not None else lambda loss: None,
+            evaluated_late=evaluated_late,
             after_step=self._after_step,
             finish_save=self._saver.finish,
+            judge=verdict,
         )
 
     def _schedule(self, start: _StartingPoint) -> Schedule:
@@ -341,15 +352,8 @@ class Session:
             self._prune(path)
 
     def _prune(self, current: Path) -> None:
-        rules = self.config.checkpoint
         try:
-            prune(
-                self.root,
-                current,
-                keep_last=rules.keep_last,
-                keep_best=rules.keep_best,
-                keep_every=rules.keep_every,
-            )
+            prune(self.root, current, self._judge.rules)
         except OSError as error:  # training needs none of this
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 
@@ -372,6 +376,8 @@ class Session:
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; run the same command to resume")
             return
+        for line in self._judge.closing_lines(outcome):
+            self._say(line)
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         seconds = time.perf_counter() - self._started
         self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {self.config.run.dir}")
@@ -384,16 +390,6 @@ class Session:
             "paths": without_credentials_in(data.paths),
             "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
         }
-
-
-def _watched(source: Source, check: FiniteCheck) -> Source:
-    """Return `source` with every value shown to `check`."""
-
-    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
-        source(out, name, shard, start)
-        check.look(name, out)
-
-    return watched
 
 
 def _left_out(shard: str, samples: int) -> str:
