@@ -71,7 +71,10 @@ def _calibration(curve: Reliability, title: str) -> Figure:
     figure = Figure(figsize=(6, 6), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     above.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle="--", label="perfectly calibrated")
-    above.plot(confidence, accuracy, marker="o", color="tab:blue", label="predictions")
+    above.plot(confidence, accuracy, linewidth=0.8, color="tab:blue", alpha=0.5)
+    # Bins of few predictions say little.
+    sizes = 12 + 160 * curve.rows[filled] / curve.rows.max()
+    above.scatter(confidence, accuracy, sizes, color="tab:blue", zorder=3, clip_on=False, label="predictions")
     above.set(title=title.replace("$", r"\$"), ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
     above.grid(alpha=0.3)
     above.legend(loc="upper left")

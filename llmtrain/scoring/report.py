@@ -13,7 +13,7 @@ BINS = 15
 """Bins of the calibration error (Guo et al., arXiv:1706.04599)."""
 MOST_PRINTED = 12
 """Classes up to which a confusion matrix is printed as text."""
-_NAME_CHARACTERS = 16
+_NAME_CHARACTERS = 20
 
 
 @dataclass(frozen=True)
