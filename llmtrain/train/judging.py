@@ -17,14 +17,12 @@ from llmtrain.objectives.base import Scores
 from llmtrain.parallel.layout import Layout
 from llmtrain.scoring.pictures import draw
 from llmtrain.scoring.report import Report
+from llmtrain.sweeps import FIGURES_FILE
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import History, metric_of, plain
 from llmtrain.train.evaluation import evaluate_dataset
 from llmtrain.train.loop import Outcome, Verdict
 from llmtrain.train.observer import RunObserver
-
-FIGURES_FILE = "figures.json"
-"""File of the run folder: the figures of the last and of the best evaluation."""
 
 
 class Judge:
@@ -97,7 +95,7 @@ class Judge:
     def _leave(self, report: Report | None, observer: RunObserver) -> None:
         folder, best = self._config.run.dir, self._history.best_step
         found: dict[str, Any] = {"step": self._step, "figures": plain(self._figures), "best": None}
-        if best is not None:
+        if best is not None and self._is_asked:
             of_best = plain(self._history.best_figures)
             found["best"] = {"metric": self.metric, "step": best, "figures": of_best}
         try:
