@@ -12,21 +12,24 @@ from llmtrain import files
 from llmtrain.errors import ConfigError
 
 
-def check_output(output: Path) -> None:
-    """Raise ConfigError unless a file can be written there. Call it before the work."""
+def check_output(output: Path, key: str = "output") -> None:
+    """Raise ConfigError unless a file can be written there. Call it before the work.
+
+    key: the key that named it.
+    """
     try:
         if output.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
-        problem = files.disk_problem(error, output, key="output", allowed="a file in a folder that exists")
+        problem = files.disk_problem(error, output, key=key, allowed="a file in a folder that exists")
         raise ConfigError(problem) from error
 
 
-def write_output(output: Path, write: Callable[[Path], None]) -> None:
+def write_output(output: Path, write: Callable[[Path], None], key: str = "output") -> None:
     """Call `write(output)`. Raise ConfigError if that fails."""
     try:
         write(output)
     except OSError as error:
-        raise ConfigError(files.disk_problem(error, output, key="output")) from error
+        raise ConfigError(files.disk_problem(error, output, key=key)) from error

@@ -1,4 +1,4 @@
-"""Name the run folders of the jobs of a sweep."""
+"""Name the run folders of the jobs of a sweep, and what its table is made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 
+FIGURES_FILE = "figures.json"
+"""File of a run folder: the figures of the last and of the best evaluation."""
 MOST_CHARACTERS = 100
 """Maximum length of a folder name; file systems allow 255 bytes."""
 

@@ -18,7 +18,10 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: int = 1
-    """Number of checkpoints with the lowest validation loss to keep in addition."""
+    """Number of checkpoints with the best validation figures to keep in addition."""
+    best: str | None = None
+    """Figure by which checkpoints are the best, such as `f1_macro`; one is then also written at each
+    evaluation that is the best so far. null: `early_stopping.metric`, or else the loss."""
     keep_every: int | None = None
     """Keep all checkpoints at multiples of this number of steps; null: none for this reason."""
     asynchronous: bool = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmtrain.errors import CheckpointError, Problem
+from llmtrain.parallel.materialize import Source
+from llmtrain.tensor_boxes import Shard
 
 SHOWN = 4
 
@@ -20,6 +22,15 @@ class FiniteCheck:
         bad = values.numel() - int(values.isfinite().sum())
         if bad:
             self._bad[name] = max(bad, self._bad.get(name, 0))
+
+    def watching(self, source: Source) -> Source:
+        """Return `source` with every value that it gives looked at."""
+
+        def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
+            source(out, name, shard, start)
+            self.look(name, out)
+
+        return watched
 
     def refuse(self, where: str) -> None:
         """Raise CheckpointError with names and counts if any weight was not finite. where: their source."""

@@ -114,6 +114,20 @@ class _Starting:
 
 
 @dataclass(frozen=True)
+class _Evaluations:
+    """One figure at the evaluations of a run so far."""
+
+    metric: str
+    steps: tuple[int, ...] = ()
+    values: tuple[float | None, ...] = ()
+    best_figures: Mapping[str, float | None] = field(default_factory=dict)
+
+    def problems(self) -> Iterator[Problem]:
+        allowed = f"{len(self.steps)}, as many as steps"
+        yield from require(len(self.values) == len(self.steps), "values", len(self.values), allowed)
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """All fields but the tensors, which may have a million boxes. Fields with a default may be missing."""
 
@@ -132,6 +146,9 @@ class _Manifest:
     validation_loss: Any = None
     """A number, which may be infinite; null: not measured."""
     evaluation_owed: bool = False
+    validation: Mapping[str, float | None] | None = None
+    """Figures of the evaluation at this step; null: none was made, or the checkpoint is older than this."""
+    evaluations: _Evaluations | None = None
     trackers: Mapping[str, _Tracker] | None = None
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()

@@ -233,10 +233,10 @@ def assemble(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def note_evaluation(path: Path, validation_loss: float | None) -> None:
-    """Add the validation loss, measured after saving, to a checkpoint; call it on one rank."""
+def note_evaluation(path: Path, said: Mapping[str, Any]) -> None:
+    """Add what an evaluation after saving gave to a checkpoint; call it on one rank."""
     manifest = Checkpoint.open(path).manifest
-    manifest |= {"validation_loss": validation_loss, "evaluation_owed": False}
+    manifest |= {**said, "evaluation_owed": False}
     manifest["checksum"] = files.checksum_of_json(manifest)
     files.write_json_atomically(path / MANIFEST, manifest, indent=None)
 

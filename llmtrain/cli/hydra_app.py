@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import standard_streams
-from llmtrain.cli import verbs
+from llmtrain.cli import sweep_table, verbs
 from llmtrain.cli.explain import conf_folder, explain, print_problems, second_help
 from llmtrain.cli.overrides import (
     OVERRIDE,
@@ -25,8 +25,12 @@ from llmtrain.cli.overrides import (
     swept_keys,
     text_keys,
 )
+from llmtrain.cli.sweep_table import SweptJob
 from llmtrain.config import short
+from llmtrain.distributed import launcher
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, Problem, UserError
+from llmtrain.files import expand_home
+from llmtrain.standard_streams import print_note
 from llmtrain.sweeps import job_folder
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ HYDRA_SETTINGS = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
+TRAINS = ("train", "finetune")
+"""Verbs whose jobs leave figures."""
 HYDRA_OVERRIDE = re.compile(r"^[+~]*hydra[./=@]|\$\{hydra:")
 """An override of Hydra's own settings, or one that refers to them."""
 
@@ -69,7 +75,7 @@ def run(name: str, arguments: list[str]) -> int:
     quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
     refuse_unreadable(quoted)
     swept = swept_keys(quoted)
-    jobs = _Jobs(name, swept - {"run.dir"} if sweeps else set())
+    jobs = _Jobs(name, swept if sweeps else set())
     if flags or swept or any(HYDRA_OVERRIDE.search(override) for override in overrides):
         try:
             _run_by_hydra(name, [*flags, *_hydra_settings(name)], quoted, jobs)
@@ -78,6 +84,7 @@ def run(name: str, arguments: list[str]) -> int:
             return INTERRUPTED_EXIT_CODE
     else:
         jobs.run(_compose(name, quoted))
+    jobs.print_table()
     return jobs.exit_code()
 
 
@@ -142,6 +149,10 @@ class _Jobs:
     failures: list[UserError] = field(default_factory=list)
     """Kept from Hydra, which would print lines of its own about them."""
     crashes: list[Exception] = field(default_factory=list)
+    ended: list[SweptJob] = field(default_factory=list)
+    """Jobs of a sweep that train."""
+    folders: list[Path] = field(default_factory=list)
+    """The run folder of each of them, without the part that is its own."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -153,12 +164,16 @@ class _Jobs:
 
         sweep: what Hydra says of the job, if it is one of a sweep.
         """
+        folder: Path | None = None
+        before = len(self.codes)
         try:
             composed = self._plain(config)
             if sweep is not None and isinstance(composed.get("run"), dict):
                 # The jobs of a sweep must neither share a run folder nor resume a run of other values.
-                folder = job_folder(list(sweep.overrides.task), self.swept)
-                composed["run"]["dir"] = str(Path(composed["run"]["dir"]) / folder)
+                base = Path(composed["run"]["dir"])
+                folder = base / job_folder(list(sweep.overrides.task), self.swept - {"run.dir"})
+                composed["run"]["dir"] = str(folder)
+                self.folders.append(base)
             if self.name in verbs.DOES_MORE_THAN_PRINT:
                 standard_streams.tolerate_lost_output()
             self.codes.append(_run_verb(self.name, composed))
@@ -171,6 +186,20 @@ class _Jobs:
             self.failures.append(error)
         except Exception as error:
             self.crashes.append(error)
+        if sweep is not None and folder is not None and self.name in TRAINS:
+            is_complete = len(self.codes) > before
+            overrides = list(sweep.overrides.task)
+            self.ended.append(SweptJob.of(overrides, self.swept, expand_home(folder), is_complete))
+
+    def print_table(self) -> None:
+        """Print the figures of the jobs of a sweep that trained, and write them beside their folders."""
+        if not self.ended or launcher.rank() != 0:
+            return
+        try:
+            for line in sweep_table.report(self.ended, [expand_home(folder) for folder in self.folders]):
+                print(line, flush=True)
+        except OSError as error:
+            print_note(f"warning: the table of the sweep could not be written: {error}")
 
     def _plain(self, config: DictConfig) -> dict[str, Any]:
         """Return the configuration as dicts and lists. Raises ConfigError for one that cannot be resolved."""

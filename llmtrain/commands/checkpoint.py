@@ -132,9 +132,15 @@ def _facts_of_run(manifest: Mapping[str, Any]) -> dict[str, str]:
         + " · ".join(f"{axis} {layout[axis]}" for axis in axes)
         + f"; ZeRO {layout['zero']}",
         "precision": run["precision"],
-        "validation": "not evaluated at this step" if loss is None else f"loss {loss:.4f}",
+        "validation": "not evaluated at this step" if loss is None else f"loss {loss:.4f}{_others(manifest)}",
         **_facts_of_training(manifest),
     }
+
+
+def _others(manifest: Mapping[str, Any]) -> str:
+    """Return the other figures of the evaluation at a checkpoint's step."""
+    figures = (manifest.get("validation") or {}).items()
+    return "".join(f", {name} {value:.4f}" for name, value in figures if name != "loss" and value is not None)
 
 
 def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -311,7 +317,9 @@ class PruneConfig:
     keep_last: int = 2
     """Number of the newest checkpoints to keep."""
     keep_best: int = 1
-    """Number of checkpoints with the lowest validation loss to keep in addition."""
+    """Number of checkpoints with the best validation figures to keep in addition."""
+    best: str | None = None
+    """Figure by which they are the best; null: that of the run."""
     keep_every: int | None = None
     """Keep the checkpoints at multiples of this many steps; null: none."""
     dry_run: bool = False
@@ -342,13 +350,8 @@ def prune(mapping: Mapping[str, Any]) -> None:
     held = RunFolder(root.parent) if is_run else None
     try:
         current = retention.find(root, print_note)
-        doomed = retention.unkept(
-            root,
-            current.path,
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            keep_every=config.keep_every,
-        )
+        rules = retention.Rules(config.keep_last, config.keep_best, config.keep_every, config.best)
+        doomed = retention.unkept(root, current.path, rules)
         num_held, num_bytes = len(retention.list_steps(root)), 0
         for path in doomed:
             size = sum(file.stat().st_size for file in path.iterdir())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +25,7 @@ from llmtrain.objectives.base import Scores
 from llmtrain.objectives.reading import corpora_problems, data_problems, data_section, open_data, open_dataset
 from llmtrain.output import check_output, write_output
 from llmtrain.scoring.figure import Figure
+from llmtrain.scoring.report import Report
 from llmtrain.standard_streams import print_note
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from llmtrain.data.loader import MicroBatch
     from llmtrain.interchange.trained import TrainedModel
 
+PICTURE = "confusion.png"
+"""Name of a picture, by which the folder for them is checked."""
 COUNT_WINDOW = 2**20
 """Number of tokens to read at once while counting."""
 
@@ -65,7 +70,9 @@ class EvaluateConfig:
     unigram: bool = False
     """Also print the loss of the token frequencies of the training split; this reads the whole split."""
     output: Path | None = None
-    """A JSON file for the figures."""
+    """A JSON file for the figures; pictures of a task with classes lie beside it, if `pictures` is null."""
+    pictures: Path | None = None
+    """A folder for pictures of a task with classes: confusion.png and calibration.png; null: none."""
     format: Literal["text", "json"] = "text"
     """text: one line a figure; json: one object."""
 
@@ -83,6 +90,9 @@ def run(mapping: Mapping[str, Any]) -> None:
     output = None if mapping["output"] is None else expand_home(mapping["output"])
     if output is not None:
         check_output(output)
+    pictures = None if mapping["pictures"] is None else expand_home(mapping["pictures"])
+    if pictures is not None:
+        check_output(pictures / PICTURE if pictures.is_dir() else pictures, key="pictures")
 
     from llmtrain.interchange.trained import describe
 
@@ -154,28 +164,62 @@ def run(mapping: Mapping[str, Any]) -> None:
     if counter is not None and isinstance(corpora, Corpora) and config.unigram:
         figures["unigram_loss"] = counter.unigram_loss(corpora)
     figures |= translated
+    report = None
     if isinstance(objective, Scores) and totals.rows:
         figures |= objective.scores(dataset, totals.rows)
+        report = objective.report(dataset, totals.rows)
+    plain = _plain(figures) | ({} if report is None else report.encode())
     if output is not None:
-        write_output(output, lambda path: files.write_json_atomically(path, _plain(figures)))
+        write_output(output, lambda path: files.write_json_atomically(path, plain))
+    if report is not None:
+        _draw(report, f"{config.split} of step {trained.step}", output, pictures)
     if config.format == "json":
-        print(json.dumps(_plain(figures)), flush=True)
+        print(json.dumps(plain, allow_nan=False), flush=True)
         return
     width = max(15, *(len(name) for name in figures))
     for name, value in figures.items():
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         print(f"{name:<{width}} {shown}", flush=True)
+    for line in () if report is None else report.lines():
+        print(line, flush=True)
 
 
 def _plain(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures as JSON: one with an interval as `name` and `name_interval`."""
+    """Return the figures as JSON: one with an interval as `name` and `name_interval`, null for what is not
+    defined."""
     plain: dict[str, Any] = {}
     for name, value in figures.items():
         if isinstance(value, Figure):
-            plain |= {name: value.value, f"{name}_interval": [value.low, value.high]}
+            plain |= {
+                name: _finite(value.value),
+                f"{name}_interval": [_finite(value.low), _finite(value.high)],
+            }
         else:
-            plain[name] = value
+            plain[name] = _finite(value)
     return plain
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(report: Report, title: str, output: Path | None, folder: Path | None) -> None:
+    """Write the pictures of a report into a folder, or beside the output under its name."""
+    if folder is None and output is None:
+        return
+    from llmtrain.scoring.pictures import draw
+
+    for name, png in draw(report, title).items():
+        if folder is not None:
+            write_output(folder / f"{name}.png", partial(_write_picture, png), key="pictures")
+        elif output is not None:
+            beside = output.with_name(f"{output.stem}.{name}.png")
+            write_output(beside, partial(_write_picture, png))
+
+
+def _write_picture(png: bytes, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    files.write_atomically(path, png)
 
 
 class TargetCounter:

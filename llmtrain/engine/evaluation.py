@@ -28,6 +28,13 @@ class Totals:
     rows: dict[int, np.ndarray] = field(default_factory=dict)
     """Number of a sample → what the model predicts of it, in ascending order; empty unless the objective
     gives it."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Figures that take the predictions of all rows together, the most telling first."""
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Everything by name, the loss first; empty without targets."""
+        return {"loss": self.loss, **self.metrics, **self.figures} if self.num_targets else {}
 
     @property
     def loss(self) -> float:

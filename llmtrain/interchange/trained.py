@@ -149,6 +149,7 @@ def load_trained(path: Path) -> TrainedModel:
             imported.origin,
         )
     checkpoint = retention.find(path, print_note)
+    _say_which(path, checkpoint)
     is_ours = not checkpoint.is_imported
     fresh = tuple(checkpoint.manifest.get("fresh", ()))
     if fresh:
@@ -167,6 +168,23 @@ def load_trained(path: Path) -> TrainedModel:
         dtype=getattr(torch, checkpoint.manifest.get("dtype", "float32")),
         origin=_origin_of(checkpoint),
     )
+
+
+def _say_which(path: Path, checkpoint: Checkpoint) -> None:
+    """Say which step of a run is taken, where the run was asked to find its best one."""
+    config = checkpoint.manifest.get("config") or {}
+    asked = (config.get("checkpoint") or {}).get("best") or (config.get("early_stopping") or {}).get("metric")
+    if not asked or path in (checkpoint.path, checkpoint.path.parent):
+        return
+    if path.name == retention.BEST and not path.exists():
+        print_note(f"note: step {checkpoint.step:,}, the best of {path.parent}")
+        return
+    best = retention.best_of(path)
+    if best is not None and best.path != checkpoint.path:
+        print_note(
+            f"note: step {checkpoint.step:,} is the newest of {path}; {path}/best is {best.path.name}, "
+            f"which has the best {best.metric}"
+        )
 
 
 class Described(NamedTuple):

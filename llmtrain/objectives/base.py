@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
     from llmtrain.scoring.figure import Figure
+    from llmtrain.scoring.report import Report
     from llmtrain.tokenizers.base import Tokenizer
 
 Batch: TypeAlias = "dict[str, Tensor]"
@@ -88,6 +89,11 @@ class ObjectiveConfig(Kinds):
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""
         yield from ()
+
+    def measures(self) -> tuple[str, ...]:
+        """Return the names of what an evaluation during training gives besides the loss, the most telling
+        first; of figures, all that the rows may define."""
+        return ()
 
     def row(self, sequence_length: int) -> Row:
         """Return the shape of a row of `batch.sequence_length` tokens as the model sees it."""
@@ -220,8 +226,14 @@ class PadsRows(Protocol):
 class Scores(Protocol):
     """An objective with figures that take the predictions of all rows together."""
 
-    def scores(self, dataset: Any, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
-        """Return figures with their intervals. rows: number of a row of the dataset → Terms.rows of it."""
+    def scores(
+        self, dataset: Any, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
+        """Return figures, the most telling first, with their intervals, which take the longest by far. rows:
+        number of a row of the dataset → Terms.rows of it."""
+
+    def report(self, dataset: Any, rows: Mapping[int, np.ndarray]) -> Report | None:
+        """Return what single figures leave out, if the task has classes."""
 
 
 class LossOfModel:

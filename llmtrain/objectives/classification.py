@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from llmtrain.data.datasets.examples import Examples
     from llmtrain.scoring.figure import Figure
+    from llmtrain.scoring.report import Report
     from llmtrain.tables.build import Example
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
@@ -65,6 +66,11 @@ class ClassificationConfig(TaskConfig):
             self.class_weights,
             "none with multi_label=true",
         )
+
+    def measures(self) -> tuple[str, ...]:
+        from llmtrain.scoring.classification import CLASS_FIGURES, LABEL_FIGURES
+
+        return LABEL_FIGURES if self.multi_label else CLASS_FIGURES
 
     def _head_kind(self) -> Literal["classes", "labels"]:
         return "labels" if self.multi_label else "classes"
@@ -142,14 +148,28 @@ class Classification(Task):
             return super()._count(labels)
         return (~labels[:, 0].isnan()).sum()
 
-    def scores(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+    def scores(
+        self, dataset: Examples, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
         from llmtrain.scoring.classification import class_figures, label_figures
 
+        probabilities, truth = self._judged(dataset, rows)
+        of = class_figures if self.head.kind == "classes" else label_figures
+        return of(probabilities, truth, intervals)
+
+    def report(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> Report:
+        from llmtrain.scoring.classification import class_report, label_report
+
+        of = class_report if self.head.kind == "classes" else label_report
+        return of(*self._judged(dataset, rows), self.head.labels)
+
+    def _judged(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities of each label, (rows, C), and the labels."""
         truth = dataset.split.array("label")[list(rows)]
         logits = np.stack(list(rows.values())).astype(np.float64)
         if self.head.kind == "classes":
-            return class_figures(softmax(logits), truth)
-        return label_figures(1.0 / (1.0 + np.exp(-logits)), truth)
+            return softmax(logits), truth
+        return 1.0 / (1.0 + np.exp(-logits)), truth
 
     def said(self, row: np.ndarray) -> dict[str, Any]:
         names = self.head.labels

@@ -42,6 +42,9 @@ class ImageClassificationConfig(ObjectiveConfig):
 
     kind: Literal["image_classification"] = "image_classification"
 
+    def measures(self) -> tuple[str, ...]:
+        return ("accuracy",)
+
     def row(self, sequence_length: int) -> Row:
         """Count an image as one token."""
         return Row(1, predicted=1)

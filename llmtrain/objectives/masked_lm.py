@@ -79,6 +79,10 @@ class MaskedLMConfig(ObjectiveConfig):
     def has_pairs(self) -> bool:
         return self.pairs != "none"
 
+    def measures(self) -> tuple[str, ...]:
+        pairs = ("masked_loss", "pair_accuracy", "pair_loss") if self.has_pairs else ()
+        return ("masked_accuracy", *pairs)
+
     def row(self, sequence_length: int) -> Row:
         return Row(sequence_length, predicted=self.share * sequence_length)
 

@@ -58,6 +58,9 @@ class PermutedLMConfig(ObjectiveConfig):
         yield from require(self.predict_every >= 2, "predict_every", self.predict_every, "2 or more")
         yield from require(self.max_span >= 1, "max_span", self.max_span, "1 or more")
 
+    def measures(self) -> tuple[str, ...]:
+        return ("permuted_accuracy",)
+
     def num_predicted(self, sequence_length: int) -> int:
         """Return the number of predicted positions M, equal for all rows; 0 for rows shorter than
         predict_every."""

@@ -67,6 +67,11 @@ class QuestionAnsweringConfig(TaskConfig):
         yield from require(self.overlap >= 0, "overlap", self.overlap, "0 or more")
         yield from require(self.longest_answer >= 1, "longest_answer", self.longest_answer, "1 or more")
 
+    def measures(self) -> tuple[str, ...]:
+        from llmtrain.scoring.answers import FIGURES
+
+        return FIGURES
+
     def num_outputs(self, table: Any) -> int:
         return 2
 
@@ -210,14 +215,16 @@ class QuestionAnswering(Task):
             found.append(best)
         return found
 
-    def scores(self, dataset: Any, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+    def scores(
+        self, dataset: Any, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
         from llmtrain.scoring.answers import answer_figures
 
         said = self.answers(dataset, rows)
         given = [
             [answer[0] for answer in json.loads(dataset.split.columns["answers"].text(row))] for row in said
         ]
-        return answer_figures([text for text, _ in said.values()], given)
+        return answer_figures([text for text, _ in said.values()], given, intervals)
 
     def answers(
         self, dataset: AnswerWindows, windows: Mapping[int, np.ndarray]

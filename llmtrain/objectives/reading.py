@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmtrain.corpus.config import TokenDataConfig
+from llmtrain.corpus.config import CacheConfig, TokenDataConfig
 from llmtrain.corpus.corpora import open_corpora
 from llmtrain.corpus.text_source import TextSource
 from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
+from llmtrain.files import expand_home
 from llmtrain.objectives.base import ObjectiveConfig
-from llmtrain.tables.config import TableDataConfig
+from llmtrain.tables.config import SPLITS, TableDataConfig
 
 if TYPE_CHECKING:
     from llmtrain.data.datasets.base import Dataset
@@ -64,13 +66,27 @@ def open_data(
 def data_section(
     section: Mapping[str, Any], objective: ObjectiveConfig, recorded: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
-    """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files
-    that are given."""
+    """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files and
+    the keys of tables that are given in `section`, which has the defaults of token data."""
     if objective.data != "table" or section.get("kind") == "table" or recorded is None:
         return section
-    path = section.get("path")
-    given = {} if path is None else {"path": path, "train": None, "validation": None, "test": None}
-    return {**recorded, **given}
+    usual = {field.name for field in fields(TokenDataConfig)}
+    given = {key: value for key, value in section.items() if key not in usual}
+    if section.get("path") is not None:
+        given["path"] = section["path"]
+    if any(given.get(key) is not None for key in ("path", *SPLITS)):
+        given = {**dict.fromkeys(("path", *SPLITS)), **given}
+    cache = (section.get("cache") or {}).get("dir")
+    if cache is not None and expand_home(cache) != expand_home(CacheConfig().dir):
+        given["cache"] = {"dir": cache}
+    return {**recorded, **{key: _within(recorded.get(key), value) for key, value in given.items()}}
+
+
+def _within(before: Any, given: Any) -> Any:
+    """Return a value that is given; of a section, the keys that are given over those before."""
+    if isinstance(before, Mapping) and isinstance(given, Mapping):
+        return {**before, **given}
+    return given
 
 
 def open_dataset(

@@ -42,6 +42,13 @@ class RegressionConfig(TaskConfig):
     new_head: bool = False
     """Start with a new head where the model has one for this task already."""
 
+    def measures(self) -> tuple[str, ...]:
+        from llmtrain.scoring.regression import FIGURES
+
+        if len(self.labels) < 2:
+            return FIGURES
+        return tuple(f"{name}_{figure}" for name in self.labels for figure in FIGURES)
+
     def num_outputs(self, table: Any) -> int:
         return max(1, len(self.labels))
 
@@ -98,17 +105,19 @@ class Regression(Task):
     def _count(self, labels: Tensor) -> Tensor:
         return (~labels[:, 0].isnan()).sum()
 
-    def scores(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+    def scores(
+        self, dataset: Examples, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
         from llmtrain.scoring.regression import value_figures
 
         predicted = np.stack(list(rows.values())).astype(np.float64)
         truth = np.asarray(dataset.split.array("label")[list(rows)], np.float64)
         if predicted.shape[1] == 1:
-            return value_figures(predicted[:, 0], truth[:, 0])
+            return value_figures(predicted[:, 0], truth[:, 0], intervals)
         return {
             f"{name}_{figure}": value
             for column, name in enumerate(self.head.labels)
-            for figure, value in value_figures(predicted[:, column], truth[:, column]).items()
+            for figure, value in value_figures(predicted[:, column], truth[:, column], intervals).items()
         }
 
     def said(self, row: np.ndarray) -> dict[str, Any]:

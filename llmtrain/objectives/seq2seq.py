@@ -69,6 +69,9 @@ class SourceTargetConfig(ObjectiveConfig):
         """Return the widths of a row whose encoder input has at most `sequence_length` tokens."""
         raise NotImplementedError
 
+    def measures(self) -> tuple[str, ...]:
+        return ("token_accuracy", "token_loss")
+
     def row(self, sequence_length: int) -> Row:
         _, source, target = self.widths(sequence_length)
         return Row(source, target, predicted=target)

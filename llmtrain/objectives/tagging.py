@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmtrain.data.datasets.examples import Examples
     from llmtrain.objectives.base import Batch
     from llmtrain.scoring.figure import Figure
+    from llmtrain.scoring.report import Report
     from llmtrain.tables.build import Example
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
@@ -42,6 +43,11 @@ class TaggingConfig(TaskConfig):
     """Dropout probability before the outputs."""
     new_head: bool = False
     """Start with a new head where the model has one for this task already."""
+
+    def measures(self) -> tuple[str, ...]:
+        from llmtrain.scoring.tagging import FIGURES
+
+        return FIGURES
 
     def build(self, model: Any, data: Any, corpora: Any = None) -> Tagging:
         return Tagging(model)
@@ -136,9 +142,22 @@ class Tagging(Task):
         is_word = (batch["labels"] != IGNORE_INDEX).cpu().numpy()
         return [row[:, words] for row, words in zip(both, is_word, strict=True)]
 
-    def scores(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+    def scores(
+        self, dataset: Examples, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
         from llmtrain.scoring.tagging import tag_figures
 
+        return tag_figures(*self._judged(dataset, rows), intervals)
+
+    def report(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> Report:
+        from llmtrain.scoring.tagging import tag_report
+
+        return tag_report(*self._judged(dataset, rows), self.head.labels)
+
+    def _judged(
+        self, dataset: Examples, rows: Mapping[int, np.ndarray]
+    ) -> tuple[list[list[str]], list[list[str]]]:
+        """Return the tags of each row that were predicted, and its own."""
         names, tags = self.head.labels, dataset.split.columns["tags"]
         outside = "O" if "O" in names else names[0]
         predicted, truth = [], []
@@ -147,7 +166,7 @@ class Tagging(Task):
             said = [names[int(tag)] for tag in row[0]]
             # Words beyond the length of a sequence are outside of all entities.
             predicted.append(said + [outside] * (len(truth[-1]) - len(said)))
-        return tag_figures(predicted, truth)
+        return predicted, truth
 
     def said(self, row: np.ndarray) -> dict[str, Any]:
         tags, probabilities = row

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
     from llmtrain.scoring.figure import Figure
+    from llmtrain.scoring.report import Report
     from llmtrain.tables.build import Example
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
@@ -244,9 +245,15 @@ class Task(LossOfModel):
         """Return what the head says of each row: for a text its logits, fp32 (C)."""
         return list(logits.cpu().numpy())
 
-    def scores(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> dict[str, Figure]:
+    def scores(
+        self, dataset: Examples, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
         """Return the figures of the predictions of some rows of the dataset, with their intervals."""
         raise NotImplementedError
+
+    def report(self, dataset: Examples, rows: Mapping[int, np.ndarray]) -> Report | None:
+        """Return what single figures leave out; None: nothing."""
+        return None
 
     def figures(
         self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmtrain.scoring.figure import RESAMPLES, Figure, bootstrap
 
+FIGURES = ("exact_match", "answer_f1", "answered_f1")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -38,7 +39,9 @@ def _overlap(said: Sequence[str], there: Sequence[str]) -> float:
     return 2 * common / (len(said) + len(there))
 
 
-def answer_figures(said: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, Figure]:
+def answer_figures(
+    said: Sequence[str], answers: Sequence[Sequence[str]], intervals: bool = True
+) -> dict[str, Figure]:
     """Return exact match and F1, over all questions and, where some have none, over those with an answer."""
     pairs = list(zip(said, answers, strict=True))
     exact = np.array([exact_match(*pair) for pair in pairs])
@@ -52,4 +55,4 @@ def answer_figures(said: Sequence[str], answers: Sequence[Sequence[str]]) -> dic
             found["answered_f1"] = float(shared[answered].mean()) if len(answered) else float("nan")
         return found
 
-    return bootstrap(of_rows, len(pairs), RESAMPLES)
+    return bootstrap(of_rows, len(pairs), RESAMPLES if intervals else 0)

@@ -5,12 +5,34 @@ Dim names: N rows, C classes, R resamples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from llmtrain.scoring.figure import Figure, bootstrap, of_samples, ranks, resampled_counts
+from llmtrain.scoring.figure import (
+    FEW_RESAMPLES,
+    RESAMPLES,
+    Figure,
+    bootstrap,
+    of_samples,
+    ranks,
+    resampled_counts,
+)
+from llmtrain.scoring.report import BINS, Reliability, Report, classes_of, of_class
 
-BINS = 15
-"""Bins of the calibration error (Guo et al., arXiv:1706.04599)."""
+CLASS_FIGURES = (
+    *("accuracy", "f1_macro", "balanced_accuracy", "precision_macro", "recall_macro"),
+    *("precision_micro", "recall_micro", "f1_micro", "precision_weighted", "recall_weighted", "f1_weighted"),
+    *("matthews", "roc_auc", "calibration_error"),
+)
+"""Figures of one label a row."""
+LABEL_FIGURES = (
+    *("f1_micro", "f1_macro", "exact_accuracy", "precision_macro", "recall_macro"),
+    *("precision_micro", "recall_micro", "precision_weighted", "recall_weighted", "f1_weighted", "roc_auc"),
+)
+"""Figures of any number of labels a row."""
+_LARGEST_CHUNK = 1 << 22
+"""Cells of confusion matrices that are held at once."""
 
 
 def confusion(predicted_N: np.ndarray, labels_N: np.ndarray, num_classes: int) -> np.ndarray:
@@ -19,14 +41,16 @@ def confusion(predicted_N: np.ndarray, labels_N: np.ndarray, num_classes: int) -
     return cells.reshape(num_classes, num_classes)
 
 
-def class_figures(probabilities_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, Figure]:
+def class_figures(
+    probabilities_NC: np.ndarray, labels_N: np.ndarray, intervals: bool = True
+) -> dict[str, Figure]:
     """Return the figures of one label a row: accuracy, balanced accuracy, precision, recall and F1 (macro,
     micro, weighted), Matthews' coefficient, the area under the ROC curve, and the calibration error."""
     C = probabilities_NC.shape[1]
     predicted_N = probabilities_NC.argmax(1)
     matrix = confusion(predicted_N, labels_N, C)
     whole = _of_matrices(matrix[None])
-    resampled = _of_matrices(resampled_counts(matrix.reshape(-1)).reshape(-1, C, C))
+    resampled = _resampled(matrix, RESAMPLES if intervals else 0)
     figures = {name: of_samples(values[0], resampled[name]) for name, values in whole.items()}
     confidence_N, correct_N = probabilities_NC.max(1), predicted_N == labels_N
 
@@ -36,40 +60,78 @@ def class_figures(probabilities_NC: np.ndarray, labels_N: np.ndarray) -> dict[st
             "calibration_error": calibration_error(confidence_N[rows], correct_N[rows]),
         }
 
-    return figures | bootstrap(of_rows, len(labels_N))
+    figures |= bootstrap(of_rows, len(labels_N), FEW_RESAMPLES if intervals else 0)
+    return {name: figures[name] for name in CLASS_FIGURES}
 
 
-def label_figures(probabilities_NC: np.ndarray, labels_NC: np.ndarray) -> dict[str, Figure]:
+def class_report(probabilities_NC: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> Report:
+    """Return the confusion matrix, the figures of each class, and the reliability of the probability of the
+    label that is predicted."""
+    predicted_N = probabilities_NC.argmax(1)
+    matrix = confusion(predicted_N, labels_N, len(names))
+    curve = Reliability.of(probabilities_NC.max(1), predicted_N == labels_N)
+    return Report(tuple(names), classes_of(matrix, names), matrix, curve)
+
+
+def label_figures(
+    probabilities_NC: np.ndarray, labels_NC: np.ndarray, intervals: bool = True
+) -> dict[str, Figure]:
     """Return the figures of any number of labels a row, each predicted from a probability of a half on:
-    accuracy of all labels of a row together, precision, recall and F1 (macro and micro), and the area under
-    the ROC curve of each label, averaged."""
+    accuracy of all labels of a row together, precision, recall and F1 (macro, micro, weighted), and the area
+    under the ROC curve of each label, averaged."""
     predicted_NC, truth_NC = probabilities_NC >= 0.5, labels_NC > 0.5
 
     def of_rows(rows: np.ndarray) -> dict[str, float]:
         predicted, truth = predicted_NC[rows], truth_NC[rows]
         hits, said, there = (predicted & truth).sum(0), predicted.sum(0), truth.sum(0)
-        precision, recall = _ratio(hits, said), _ratio(hits, there)
         areas = [_area_of(probabilities_NC[rows, c], truth[:, c]) for c in range(truth.shape[1])]
         known = [area for area in areas if np.isfinite(area)]
-        return {
+        found = {
             "exact_accuracy": float((predicted == truth).all(1).mean()),
-            "precision_macro": float(precision.mean()),
-            "recall_macro": float(recall.mean()),
-            "f1_macro": float(_ratio(2 * hits, said + there).mean()),
-            "f1_micro": float(_ratio(2 * hits.sum(), said.sum() + there.sum())),
             "roc_auc": float(np.mean(known)) if known else float("nan"),
         }
+        averages = {
+            "precision": (_ratio(hits, said), _ratio(hits.sum(), said.sum())),
+            "recall": (_ratio(hits, there), _ratio(hits.sum(), there.sum())),
+            "f1": (_ratio(2 * hits, said + there), _ratio(2 * hits.sum(), said.sum() + there.sum())),
+        }
+        for name, (of_labels, micro) in averages.items():
+            found[f"{name}_macro"], found[f"{name}_micro"] = float(of_labels.mean()), float(micro)
+            found[f"{name}_weighted"] = float(_ratio((of_labels * there).sum(), there.sum()))
+        return {name: found[name] for name in LABEL_FIGURES}
 
-    return bootstrap(of_rows, len(labels_NC))
+    return bootstrap(of_rows, len(labels_NC), FEW_RESAMPLES if intervals else 0)
+
+
+def label_report(probabilities_NC: np.ndarray, labels_NC: np.ndarray, names: Sequence[str]) -> Report:
+    """Return the figures of each label, and the reliability of the probabilities of all labels."""
+    predicted_NC, truth_NC = probabilities_NC >= 0.5, labels_NC > 0.5
+    hits, said, there = (predicted_NC & truth_NC).sum(0), predicted_NC.sum(0), truth_NC.sum(0)
+    classes = {name: of_class(int(hits[c]), int(said[c]), int(there[c])) for c, name in enumerate(names)}
+    curve = Reliability.of(probabilities_NC.reshape(-1), truth_NC.reshape(-1))
+    return Report(tuple(names), classes, None, curve)
 
 
 def calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = BINS) -> float:
     """Return the expected calibration error: the mean distance of confidence and accuracy over bins of equal
     width, weighted by their rows (arXiv:1706.04599, equation 3)."""
-    numbers = np.minimum((confidence_N * bins).astype(np.int64), bins - 1)
-    confidence = np.bincount(numbers, weights=confidence_N, minlength=bins)
-    correct = np.bincount(numbers, weights=correct_N, minlength=bins)
-    return float(np.abs(confidence - correct).sum() / len(confidence_N))
+    found = Reliability.of(confidence_N, correct_N, bins)
+    return float(np.abs(found.confidence - found.correct).sum() / len(confidence_N))
+
+
+def _resampled(matrix: np.ndarray, resamples: int) -> dict[str, np.ndarray]:
+    """Return the figures of the confusion matrices of resampled rows, each (resamples,)."""
+    C = len(matrix)
+    filled = np.flatnonzero(matrix)
+    counts = resampled_counts(matrix.reshape(-1)[filled], resamples)
+    at_once = max(1, _LARGEST_CHUNK // C**2)
+    parts = []
+    for start in range(0, max(1, resamples), at_once):
+        chunk = counts[start : start + at_once]
+        matrices = np.zeros((len(chunk), C * C), np.int64)
+        matrices[:, filled] = chunk
+        parts.append(_of_matrices(matrices.reshape(-1, C, C)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _of_matrices(matrices_RCC: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,6 +150,10 @@ def _of_matrices(matrices_RCC: np.ndarray) -> dict[str, np.ndarray]:
     spread = (total_R**2 - (said_RC**2).sum(1)) * (total_R**2 - (there_RC**2).sum(1))
     return {
         "accuracy": hits_R / total_R,
+        "precision_micro": hits_R / total_R,
+        "recall_micro": hits_R / total_R,
+        "precision_weighted": (precision * there_RC).sum(1) / total_R,
+        "recall_weighted": (recall * there_RC).sum(1) / total_R,
         "balanced_accuracy": _mean(recall, has_rows),
         "precision_macro": _mean(precision, is_seen),
         "recall_macro": _mean(recall, is_seen),

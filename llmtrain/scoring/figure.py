@@ -15,14 +15,18 @@ _SEED = 20_010_508
 
 
 class Figure(NamedTuple):
-    """A value and the 95 % interval that resampled rows give (Efron 1979, the percentile method)."""
+    """A value and the 95 % interval that resampled rows give (Efron 1979, the percentile method); NaN where
+    it is not defined or was not computed."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        if not np.isfinite(self.value):
+            return "not defined on these rows"
+        known = np.isfinite(self.low)
+        return f"{self.value:.4f}" + (f" [{self.low:.4f}, {self.high:.4f}]" if known else "")
 
 
 def of_samples(value: float, resampled: np.ndarray) -> Figure:
@@ -38,7 +42,7 @@ def bootstrap(
     score: Callable[[np.ndarray], Mapping[str, float]], num_rows: int, resamples: int = FEW_RESAMPLES
 ) -> dict[str, Figure]:
     """Return the figures that `score` gives for the numbers of some rows, of all rows and of resampled
-    ones."""
+    ones; without resamples the intervals are NaN."""
     whole = score(np.arange(num_rows))
     draw = np.random.default_rng(_SEED)
     found: dict[str, list[float]] = {name: [] for name in whole}

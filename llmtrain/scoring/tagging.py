@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmtrain.scoring.classification import confusion
 from llmtrain.scoring.figure import RESAMPLES, Figure, bootstrap
+from llmtrain.scoring.report import Report, classes_of, of_class
+
+FIGURES = ("entity_f1", "accuracy", "entity_precision", "entity_recall")
 
 
 class Entity(NamedTuple):
@@ -42,7 +46,9 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     return found
 
 
-def tag_figures(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, Figure]:
+def tag_figures(
+    predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], intervals: bool = True
+) -> dict[str, Figure]:
     """Return precision, recall and F1 of entities (micro), if there are any, and the accuracy of words."""
     counts = []
     for said, there in zip(predicted, truth, strict=True):
@@ -62,4 +68,25 @@ def tag_figures(predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str
             }
         return found
 
-    return bootstrap(of_rows, len(table), RESAMPLES)
+    return bootstrap(of_rows, len(table), RESAMPLES if intervals else 0)
+
+
+def tag_report(
+    predicted: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], names: Sequence[str]
+) -> Report:
+    """Return the confusion of the tags of words, and precision, recall and F1 of each type of entity, or of
+    each tag where the tags spell none."""
+    numbers = {name: number for number, name in enumerate(names)}
+    said_W = np.array([numbers[tag] for tags in predicted for tag in tags], np.int64)
+    there_W = np.array([numbers[tag] for tags in truth for tag in tags], np.int64)
+    matrix = confusion(said_W, there_W, len(names))
+    of_type: dict[str, list[int]] = {}
+    for said, there in zip(predicted, truth, strict=True):
+        ours, theirs = set(entities(said)), set(entities(there))
+        for found, place in ((ours & theirs, 0), (ours, 1), (theirs, 2)):
+            for entity in found:
+                of_type.setdefault(entity.type, [0, 0, 0])[place] += 1
+    if not any(theirs for _, _, theirs in of_type.values()):
+        return Report(tuple(names), classes_of(matrix, names), matrix)
+    classes = {kind: of_class(*of_type[kind]) for kind in sorted(of_type)}
+    return Report(tuple(names), classes, matrix)

@@ -325,8 +325,12 @@ def _labels(
         label = error.args[0]
         is_wrong = [label in task.count_labels([known]) for known in rows.labels]
         where = rows.where[is_wrong.index(True)] if any(is_wrong) else split
-        got = f"the label {short_name(str(label))} in the {split} split, which no row to train on has"
+        got = f"the label {short_name(str(label))} in the {split} split"
         allowed = ", ".join(short_name(name) for name in names[:12])
+        if task.labels:
+            allowed += ", as objective.labels or the model's head has them"
+            raise DataError(Problem(where, got, allowed, "correct it")) from error
+        got += ", which no row to train on has"
         raise DataError(
             Problem(where, got, allowed, "correct it, or add rows with it to train on")
         ) from error

@@ -14,6 +14,9 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None:
         """Record metrics of `step`. Steps never decrease; one step may be logged in several calls."""
 
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Record pictures of `step`: name → PNG. Their names are those of no metric."""
+
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores, so that a resumed run continues this record: JSON
         values."""

@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class JsonlTracker:
             if files.is_disk_full(error):
                 raise _disk_error(self._path, error) from error
             raise
+
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Record nothing: pictures lie beside the file."""
 
     def state(self) -> dict[str, Any]:
         os.fsync(self._file)

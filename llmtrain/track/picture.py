@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ class PictureTracker:
         self._path, self._metrics_file, self._run_name = path, metrics_file, run_name
 
     def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         pass
 
     def state(self) -> dict[str, Any]:

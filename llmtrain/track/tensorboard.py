@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ class TensorBoardTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        import numpy as np
+        from PIL import Image
+
+        for name, png in pictures.items():
+            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def state(self) -> dict[str, Any]:
         # Metrics up to a checkpoint must be on disk, as a resumed run does not repeat these steps.

@@ -46,6 +46,10 @@ class Trackers:
         for name, tracker in self._trackers.items():
             self._guard(name, partial(tracker.log, step, metrics), None)
 
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        for name, tracker in self._trackers.items():
+            self._guard(name, partial(tracker.show, step, pictures), None)
+
     def state(self) -> dict[str, Any]:
         for name, tracker in self._trackers.items():
             self._earlier[name] = self._guard(name, tracker.state, self._earlier.get(name, {}))

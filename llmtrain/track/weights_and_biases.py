@@ -8,11 +8,12 @@ ones from metrics.jsonl.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ class WandbTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         if step >= self._first_step:
             self._run.log(dict(metrics), step=step)
+
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        import wandb
+        from PIL import Image
+
+        if step >= self._first_step:
+            images = {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in pictures.items()}
+            self._run.log(images, step=step)
 
     def state(self) -> dict[str, Any]:
         return {"run_id": self._run_id}

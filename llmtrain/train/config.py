@@ -20,6 +20,7 @@ from llmtrain.optim.config import OptimizerConfig, ScheduleConfig
 from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
+from llmtrain.train.early_stopping import EarlyStoppingConfig
 from llmtrain.train.method_config import GradualConfig, Method
 from llmtrain.urls import without_credentials_in
 
@@ -101,6 +102,7 @@ class TrainConfig:
     """How a model that has learned is fine-tuned. full: all parameters train, but for those of
     freeze; gradual: the head alone at first, then layer after layer from the top."""
     gradual: GradualConfig = field(default_factory=GradualConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     freeze: int = 0
     """Layers, from the bottom, that keep their values, and with them the embeddings; 0: none."""
     precision: Precision = "fp32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from llmtrain.data.loader import Reading
 from llmtrain.distributed import processes
@@ -30,6 +30,15 @@ class Observer(Protocol):
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None: ...
 
 
+class Verdict(NamedTuple):
+    """What follows from an evaluation."""
+
+    saves: bool = False
+    """A checkpoint is due: the evaluation is the best so far."""
+    ends: bool = False
+    """The run ends here, before its last step."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """Functions that the loop calls besides the engine's; `step` is the number of completed steps."""
@@ -47,6 +56,8 @@ class Hooks:
     """Advance a checkpoint that is being written, and free memory."""
     finish_save: Callable[[], None]
     """Wait until the last checkpoint is complete."""
+    judge: Callable[[int, Totals], Verdict] = lambda step, totals: Verdict()
+    """Take note of an evaluation, and say what follows from it, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class Outcome:
     step: int
     validation_loss: float | None
     interrupted: bool
+    ended_early: bool = False
+    """An evaluation ended it before the last step."""
 
 
 def train(
@@ -84,13 +97,15 @@ def train(
 ) -> Outcome:
     """Train from `start_step` to `steps`, or to `pause_at`.
 
-    When any rank is asked to stop, the loop ends after the current step. A step or an evaluation that takes
-    long is abandoned as if it had not begun. A checkpoint is saved first, and everything begun is complete on
-    return. Raise TrainingError for a loss or gradient that is not finite; the last checkpoint stays.
+    When any rank is asked to stop, the loop ends after the current step; so it does after an evaluation that
+    ends the run. A step or an evaluation that takes long is abandoned as if it had not begun. A checkpoint is
+    saved first, and everything begun is complete on return. Raise TrainingError for a loss or gradient that
+    is not finite; the last checkpoint stays.
     """
     start_step, steps = schedule.start_step, schedule.steps
     until = steps if schedule.pause_at is None else schedule.pause_at
     validation_loss: float | None = None
+    verdict = Verdict()
     done = saved_step = start_step
 
     def stop_requested() -> bool:
@@ -99,11 +114,13 @@ def train(
     stop_check = StopCheck(stop_requested, engine.device)
 
     def evaluate(step: int) -> float | None:
+        nonlocal verdict
         if hooks.evaluate is None:
             return None
         started = time.perf_counter()
         totals = hooks.evaluate(StopCheck(stop_requested, engine.device).check)
         observer.on_evaluation(step, totals, time.perf_counter() - started)
+        verdict = hooks.judge(step, totals)
         return totals.loss if totals.num_targets else None
 
     def save(evaluated: bool, owed: bool) -> None:
@@ -119,6 +136,8 @@ def train(
             validation_loss = evaluate(0)
     except StoppedError:
         return Outcome(start_step, None, interrupted=True)
+    if verdict.ends:
+        return Outcome(start_step, validation_loss, interrupted=False, ended_early=True)
     stopped = False
     batches = loader.steps(start_step)
     for step in range(start_step, until):
@@ -143,18 +162,24 @@ def train(
         data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
         observer.on_step(done, result, lr, time.perf_counter() - started, data)
         hooks.after_step()
-        evaluation_is_due = is_due(done, schedule.evaluate_every, steps)
+        evaluation_is_due, verdict = is_due(done, schedule.evaluate_every, steps), Verdict()
         if evaluation_is_due and not stopped:
             try:
                 validation_loss = evaluate(done)
             except StoppedError:
                 stopped = True
-        if stopped or done == until or is_due(done, schedule.save_every, steps):
+        if (
+            stopped
+            or done == until
+            or verdict.saves
+            or verdict.ends
+            or is_due(done, schedule.save_every, steps)
+        ):
             save(evaluated=evaluation_is_due and not stopped, owed=evaluation_is_due and stopped)
-        if stopped:
+        if stopped or verdict.ends:
             break
     hooks.finish_save()
-    return Outcome(done, validation_loss, interrupted=stopped)
+    return Outcome(done, validation_loss, interrupted=stopped, ended_early=verdict.ends and done < steps)
 
 
 def is_due(done: int, every: int | None, steps: int) -> bool:

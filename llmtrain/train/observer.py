@@ -18,6 +18,9 @@ from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers
 from llmtrain.train.config import TrainConfig
 
+HEADLINES = 2
+"""Figures of an evaluation that its progress line shows."""
+
 
 class RunObserver:
     """Turns the results of steps into metrics and progress lines; ranks other than 0 write nothing."""
@@ -89,9 +92,20 @@ class RunObserver:
             return
         metrics = {"validation_loss": totals.loss}
         metrics |= {f"validation_{name}": value for name, value in totals.metrics.items()}
-        self._log(step, {**metrics, "validation_seconds": seconds})
+        figures = {f"validation_{name}": value for name, value in totals.figures.items()}
+        self._log(step, {**metrics, **figures, "validation_seconds": seconds})
+        metrics |= dict(list(figures.items())[:HEADLINES])
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         self._progress.message(f"step {step:,}: {shown} ({totals.num_targets:,} targets, {seconds:.1f} s)")
+
+    def on_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """pictures: name → PNG."""
+        if self._trackers is not None:
+            self._trackers.show(step, pictures)
+
+    def warn(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.message(f"warning: {text}")
 
     @property
     def failed(self) -> bool:

@@ -24,6 +24,7 @@ from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
+from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.methods import trainable_of, with_method
 from llmtrain.train.pretrained import Pretrained, expand
 from llmtrain.train.unfreezing import with_unfreezing
@@ -124,6 +125,7 @@ def resolve(
                 config = _with_steps_of_epochs(config, model, corpora)
         except UserError as error:
             problems += error.problems
+    problems += metric_problems(config, corpora)
     if problems:
         raise ConfigError(problems)
     assert layout is not None

@@ -50,9 +50,14 @@ class Resume:
         """Whether the run was stopped where an evaluation was due, before it was made."""
         return self.is_own and self.checkpoint.manifest.get("evaluation_owed", False)
 
-    def note_evaluation(self, validation_loss: float | None) -> None:
-        """Record that the owed evaluation was made; all ranks call it."""
-        processes.on_main(lambda: store.note_evaluation(self.checkpoint.path, validation_loss))
+    def note_evaluation(self, said: Mapping[str, Any]) -> None:
+        """Record what the owed evaluation gave; all ranks call it."""
+        processes.on_main(lambda: store.note_evaluation(self.checkpoint.path, said))
+
+    @property
+    def evaluations(self) -> Mapping[str, Any] | None:
+        """The run's record of its evaluations until then; None of a fork, and in old checkpoints."""
+        return self.checkpoint.manifest.get("evaluations") if self.is_own else None
 
 
 def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:

@@ -31,8 +31,8 @@ from llmtrain.standard_streams import print_note
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import recorded
-from llmtrain.train.evaluation import evaluate_dataset
-from llmtrain.train.loop import Hooks, Outcome, Schedule, train
+from llmtrain.train.judging import Judge
+from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, find_resume
@@ -96,6 +96,10 @@ class Session:
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
             return True
+        judge = self._judge = Judge(config, None if start.resume is None else start.resume.evaluations)
+        if judge.ended and not start.evaluation_owed:
+            self._say(f"{judge.why_ended()}; nothing to train")
+            return True
         stream = self._open_stream(training, start)
         objective = config.objective.build(config.model, config.data, self.corpora)
         engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
@@ -109,12 +113,12 @@ class Session:
             outcome = train(
                 engine,
                 reading,
-                self._hooks(engine, validation, start, description),
+                self._hooks(engine, validation, start, description, observer),
                 observer,
                 self._schedule(start),
                 asked_to_stop=lambda: stopping.request.asked,
             )
-            if outcome.interrupted or outcome.step >= config.train.steps:
+            if outcome.interrupted or outcome.ended_early or outcome.step >= config.train.steps:
                 break
             engine.release()
             del engine  # or the memory of two would be held
@@ -253,19 +257,28 @@ class Session:
         validation: Dataset | None,
         start: StartingPoint,
         description: Mapping[str, Any],
+        observer: RunObserver,
     ) -> Hooks:
-        config = self.config
+        config, judge = self.config, self._judge
 
         def evaluate(between: Callable[[], None]) -> Totals:
             assert validation is not None
-            workers, max_samples = config.data.workers, config.evaluation.max_samples
-            return evaluate_dataset(engine, validation, self.layout, self.rank, workers, max_samples, between)
+            return judge.evaluate(engine, validation, self.layout, self.rank, between)
+
+        def verdict(step: int, totals: Totals) -> Verdict:
+            assert validation is not None
+            return judge.judge(step, totals, engine.objective, validation, observer)
+
+        def evaluated_late(loss: float | None) -> None:
+            if start.resume is not None:
+                start.resume.note_evaluation({"validation_loss": loss, **judge.recorded(start.step)})
 
         def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
             trackers = processes.from_main(self._trackers.state() if self._trackers is not None else None)
             manifest = {
                 **description,
                 "validation_loss": validation_loss,
+                **judge.recorded(step),
                 "evaluation_owed": evaluation_owed,
                 "trackers": trackers,
             }
@@ -276,9 +289,10 @@ class Session:
             lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
             evaluate=evaluate if validation is not None else None,
             save=save,
-            evaluated_late=start.resume.note_evaluation if start.resume is not None else lambda loss: None,
+            evaluated_late=evaluated_late,
             after_step=self._after_step,
             finish_save=self._saver.finish,
+            judge=verdict,
         )
 
     def _at_step(self, step: int) -> StartingPoint:
@@ -308,15 +322,8 @@ class Session:
             self._prune(path)
 
     def _prune(self, current: Path) -> None:
-        rules = self.config.checkpoint
         try:
-            prune(
-                self.root,
-                current,
-                keep_last=rules.keep_last,
-                keep_best=rules.keep_best,
-                keep_every=rules.keep_every,
-            )
+            prune(self.root, current, self._judge.rules)
         except OSError as error:  # training needs none of this
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 
@@ -339,6 +346,8 @@ class Session:
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; run the same command to resume")
             return
+        for line in self._judge.closing_lines(outcome):
+            self._say(line)
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         seconds = time.perf_counter() - self._started
         self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {self.config.run.dir}")

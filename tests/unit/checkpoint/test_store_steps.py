@@ -18,7 +18,7 @@ def test_retention(tmp_path: Path):
     losses = {10: 5.0, 20: 3.0, 30: 4.0, 40: None, 50: 6.0, 60: 7.0}
     for step, loss in losses.items():
         save(tmp_path, [Owner(MATRIX)], step, validation_loss=loss)
-    retention.prune(tmp_path, tmp_path / "step-00000060", keep_last=2, keep_best=1, keep_every=30)
+    retention.prune(tmp_path, tmp_path / "step-00000060", retention.Rules(2, 1, 30))
     left = [
         json.loads((path / "manifest.json").read_text())["step"] for path in retention.list_steps(tmp_path)
     ]
@@ -28,7 +28,7 @@ def test_retention(tmp_path: Path):
 def test_losses_that_are_not_finite_are_not_best(tmp_path: Path):
     for step, loss in {1: float("nan"), 2: 3.0, 3: None, 4: 5.0}.items():
         save(tmp_path, [Owner(MATRIX)], step, validation_loss=loss)
-    retention.prune(tmp_path, tmp_path / "step-00000004", keep_last=1, keep_best=1, keep_every=None)
+    retention.prune(tmp_path, tmp_path / "step-00000004", retention.Rules(1, 1))
     assert [path.name for path in retention.list_steps(tmp_path)] == ["step-00000002", "step-00000004"]
 
 

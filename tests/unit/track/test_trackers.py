@@ -42,6 +42,9 @@ class Recorder:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._call(step, dict(metrics))
 
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        self._call(step, dict(pictures))
+
     def state(self) -> dict[str, Any]:
         return self._call()
 
@@ -62,14 +65,16 @@ def test_a_failing_tracker_warns_once_and_stops_nobody(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         trackers.log(1, {"loss": 1.0})
         trackers.log(2, {"loss": 0.5})
+        trackers.show(2, {"confusion": b"PNG"})
         state = trackers.state()
         trackers.close(failed=True)
-    assert working.calls == [(1, {"loss": 1.0}), (2, {"loss": 0.5}), (), (True,)]
-    assert len(broken.calls) == 4
+    seen = [(1, {"loss": 1.0}), (2, {"loss": 0.5}), (2, {"confusion": b"PNG"}), (), (True,)]
+    assert working.calls == seen
+    assert len(broken.calls) == 5
     assert [r.getMessage() for r in caplog.records] == [
         "track.wandb failed, training continues: ConnectionError: no route"
     ]
-    assert state == {"wandb": {}, "jsonl": {"calls": 3}}
+    assert state == {"wandb": {}, "jsonl": {"calls": 4}}
 
 
 def test_a_full_disk_passes() -> None:

@@ -16,6 +16,7 @@ from llmtrain.track.weights_and_biases import WandbTracker, last_logged_step
 
 RUN = """
 import json, os, signal, sys, time
+PICTURED = 12
 from pathlib import Path
 from llmtrain.track.config import JsonlConfig, TrackConfig, WandbConfig
 from llmtrain.track.trackers import open_trackers
@@ -30,6 +31,11 @@ for step in range((resume_step or 0) + 1, last_step + 1):
     trackers.log(step, {"loss": float("nan") if step == 2 else 1.0 / step})
     if step % 2 == 0:
         trackers.log(step, {"validation_loss": 10.0 * step})
+if last_step == PICTURED:
+    import numpy as np
+    from llmtrain.scoring.classification import class_report
+    from llmtrain.scoring.pictures import draw
+    trackers.show(last_step, draw(class_report(np.eye(2)[[0, 1, 1]], np.array([0, 1, 0]), "ab"), "title"))
 print(json.dumps(trackers.state()), flush=True)
 if seconds_before_kill is not None:
     time.sleep(seconds_before_kill)
@@ -115,6 +121,18 @@ def test_steps_that_died_in_memory_are_filled_in(tmp_path: Path) -> None:
     assert last_logged_step(tmp_path, state["wandb"]["run_id"]) == -1
     run(tmp_path, last_step=10, resume_step=5, state=state)
     assert history(tmp_path) == expected(range(1, 11))
+
+
+@pytest.mark.slow
+def test_pictures_are_kept_with_their_step(tmp_path: Path) -> None:
+    run(tmp_path, last_step=12)
+    last = history(tmp_path)[-1]
+    assert last["step"] == 12
+    assert last["loss"] == pytest.approx(1 / 12)
+    for name in ("confusion", "calibration"):
+        assert last[f"{name}._type"] == "image-file"
+        [file] = tmp_path.glob(f"wandb/offline-run-*/files/{last[f'{name}.path']}")
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+"""Pictures of a report: the confusion of classes, and the reliability of probabilities."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtrain.scoring.report import Reliability, Report, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CELLS_NAMED = 20
+"""Classes up to which the cells of a confusion matrix hold their counts."""
+MOST_NAMES = 40
+"""Names of classes along a side of a confusion matrix; of more classes some are left unnamed."""
+
+
+def draw(report: Report, title: str) -> dict[str, bytes]:
+    """Return the pictures that a report allows by name, each a PNG: confusion, calibration."""
+    pictures = {}
+    if report.matrix is not None and report.matrix.any():
+        pictures["confusion"] = _png(_confusion(report.matrix, report.names, title))
+    if report.reliability is not None and report.reliability.rows.any():
+        pictures["calibration"] = _png(_calibration(report.reliability, title))
+    return pictures
+
+
+def _png(figure: Figure) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()
+
+
+def _confusion(matrix: np.ndarray, names: tuple[str, ...], title: str) -> Figure:
+    """Color each cell by its share of its label's rows."""
+    # The import takes a second: do it when something is drawn.
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    size = float(np.clip(3 + 0.45 * count, 4.5, 14))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the label's rows", fraction=0.046)
+    ticks = range(0, count, -(-count // MOST_NAMES))
+    # A dollar sign would begin a formula.
+    labels = [shortened(names[tick]).replace("$", r"\$") for tick in ticks]
+    axes.set_xticks(ticks, labels, rotation=90 if count > 5 else 0)
+    axes.set_yticks(ticks, labels)
+    axes.set(title=title.replace("$", r"\$"), xlabel="predicted", ylabel="label")
+    if count <= MOST_CELLS_NAMED:
+        for row, column in np.ndindex(count, count):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            text = f"{matrix[row, column]:,}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def _calibration(curve: Reliability, title: str) -> Figure:
+    """Draw the accuracy of predictions by their probability, and how many have each."""
+    from matplotlib.figure import Figure
+
+    filled = np.flatnonzero(curve.rows)
+    confidence, accuracy = (
+        values[filled] / curve.rows[filled] for values in (curve.confidence, curve.correct)
+    )
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    above.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle="--", label="perfectly calibrated")
+    above.plot(confidence, accuracy, linewidth=0.8, color="tab:blue", alpha=0.5)
+    # Bins of few predictions say little.
+    sizes = 12 + 160 * curve.rows[filled] / curve.rows.max()
+    above.scatter(confidence, accuracy, sizes, color="tab:blue", zorder=3, clip_on=False, label="predictions")
+    above.set(title=title.replace("$", r"\$"), ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    above.grid(alpha=0.3)
+    above.legend(loc="upper left")
+    edges = np.linspace(0, 1, len(curve.rows) + 1)
+    below.bar(
+        edges[:-1], curve.rows, width=np.diff(edges), align="edge", color="tab:orange", edgecolor="white"
+    )
+    below.set(xlabel="probability of the prediction", ylabel="predictions")
+    return figure

@@ -1,0 +1,110 @@
+"""The evaluations of a run: their figures, its best one, whether it ends early, and what is left in the run
+folder at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmtrain import files
+from llmtrain.checkpoint.retention import Rules
+from llmtrain.data.datasets.base import Dataset
+from llmtrain.distributed import processes
+from llmtrain.engine.base import Engine
+from llmtrain.engine.evaluation import Totals
+from llmtrain.objectives.base import Scores
+from llmtrain.parallel.layout import Layout
+from llmtrain.scoring.pictures import draw
+from llmtrain.scoring.report import Report
+from llmtrain.sweeps import FIGURES_FILE
+from llmtrain.train.config import TrainConfig
+from llmtrain.train.early_stopping import History, metric_of, plain
+from llmtrain.train.evaluation import evaluate_dataset
+from llmtrain.train.loop import Outcome, Verdict
+from llmtrain.train.observer import RunObserver
+
+
+class Judge:
+    """Judges a run by its evaluations. All ranks call its methods alike."""
+
+    def __init__(self, config: TrainConfig, recorded: Mapping[str, Any] | None) -> None:
+        """recorded: `History.encode` of the checkpoint that the run resumes from."""
+        self._config = config
+        self.metric = metric_of(config)
+        self._history = History.of(self.metric, recorded)
+        self._is_asked = config.checkpoint.best is not None or config.early_stopping.metric is not None
+        self._step, self._figures = -1, dict[str, float]()
+
+    @property
+    def rules(self) -> Rules:
+        """Which checkpoints are kept."""
+        keep = self._config.checkpoint
+        return Rules(keep.keep_last, keep.keep_best, keep.keep_every, self.metric)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the evaluations that were recorded end the run."""
+        return self._history.ends(self._config.early_stopping)
+
+    def evaluate(
+        self, engine: Engine, dataset: Dataset, layout: Layout, data_rank: int, between: Callable[[], None]
+    ) -> Totals:
+        """Return the sums and figures over the validation split. between: see evaluate_dataset."""
+        workers, max_samples = self._config.data.workers, self._config.evaluation.max_samples
+        totals = evaluate_dataset(engine, dataset, layout, data_rank, workers, max_samples, between)
+        objective = engine.objective
+        if not (isinstance(objective, Scores) and totals.rows):
+            return totals
+        # Intervals would take longer than the evaluation; one rank computes, so that all decide alike.
+        found = objective.scores(dataset, totals.rows, intervals=False) if processes.is_main() else {}
+        figures = processes.from_main({name: figure.value for name, figure in found.items()})
+        return replace(totals, figures=figures)
+
+    def judge(
+        self, step: int, totals: Totals, objective: Any, dataset: Dataset, observer: RunObserver
+    ) -> Verdict:
+        """Record an evaluation and say what follows from it; at the last one leave figures and pictures."""
+        self._step, self._figures = step, totals.measured
+        is_best = self._history.note(step, self._figures)
+        is_last = step >= self._config.train.steps
+        if (self.ended or is_last) and processes.is_main():
+            report = None
+            if isinstance(objective, Scores) and totals.rows:
+                report = objective.report(dataset, totals.rows)
+            self._leave(report, observer)
+        return Verdict(saves=is_best and self._is_asked and step > 0, ends=self.ended and not is_last)
+
+    def recorded(self, step: int) -> dict[str, Any]:
+        """Return what the manifest of a checkpoint of `step` says of the run's evaluations."""
+        figures = plain(self._figures) if step == self._step else None
+        return {"validation": figures, "evaluations": self._history.encode()}
+
+    def closing_lines(self, outcome: Outcome) -> Iterator[str]:
+        """Yield what a user is told of the evaluations at the end of a run."""
+        if outcome.ended_early:
+            yield self.why_ended()
+        elif self._is_asked and self._history.best is not None:
+            yield self._history.describe_best()
+        if self._is_asked and self._history.best is not None:
+            yield f"the best checkpoint is {self._config.run.dir / 'best'}"
+
+    def why_ended(self) -> str:
+        return self._history.why_ended(self._config.early_stopping)
+
+    def _leave(self, report: Report | None, observer: RunObserver) -> None:
+        folder, best = self._config.run.dir, self._history.best_step
+        found: dict[str, Any] = {"step": self._step, "figures": plain(self._figures), "best": None}
+        if best is not None and self._is_asked:
+            of_best = plain(self._history.best_figures)
+            found["best"] = {"metric": self.metric, "step": best, "figures": of_best}
+        try:
+            if report is not None:
+                found |= report.encode()
+                pictures = draw(report, f"{self._config.run.name}, step {self._step:,}")
+                for name, png in pictures.items():
+                    files.write_atomically(folder / f"{name}.png", png)
+                observer.on_pictures(self._step, pictures)
+            files.write_json_atomically(folder / FIGURES_FILE, found)
+        except OSError as error:  # training needs none of this
+            observer.warn(f"the figures of step {self._step:,} could not be left in {folder}: {error}")
