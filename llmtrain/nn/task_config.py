@@ -30,6 +30,9 @@ class TaskHeadConfig:
     """Biases of the outputs."""
     dropout: float = 0.1
     """Dropout probability of what the outputs read."""
+    encoder_only: bool = False
+    """Of an encoder-decoder: the head reads the encoder's hidden states, and there is no decoder; else those
+    of the decoder, which reads the text that the encoder reads."""
     labels: tuple[str, ...] = ()
     """Names of the classes, labels or tags, in the order of the outputs."""
     class_weights: tuple[float, ...] = ()

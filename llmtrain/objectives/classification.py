@@ -16,6 +16,7 @@ from llmtrain.nn.task_config import Pooling, TaskHeadConfig
 from llmtrain.objectives.task import (
     Task,
     TaskConfig,
+    Trunk,
     examples_of,
     given_names,
     in_order,
@@ -51,6 +52,9 @@ class ClassificationConfig(TaskConfig):
     """Labels in the order of the outputs; empty: those of the rows to train on, or of the model's head."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of the classes in the training loss. balanced: as if all classes were equally frequent."""
+    trunk: Trunk | None = None
+    """What of an encoder-decoder the head reads. both: the decoder's states, which reads the text that the
+    encoder reads; encoder: those of the encoder, without a decoder; null: both."""
     pooling: Pooling | None = None
     """Hidden state that stands for a text: first token, last token, or mean; null: what suits the family."""
     head_dropout: float = 0.1

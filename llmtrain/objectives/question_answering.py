@@ -13,7 +13,7 @@ import numpy as np
 from llmtrain.config import require
 from llmtrain.errors import Problem
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, frame_of, text_of
+from llmtrain.objectives.task import Task, TaskConfig, Trunk, frame_of, text_of
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ class QuestionAnsweringConfig(TaskConfig):
     """How much higher than the best span "no answer" must score to be predicted."""
     labels: tuple[str, ...] = ()
     """Not used: answers have no labels."""
+    trunk: Trunk | None = None
+    """What of an encoder-decoder the head reads. both: the decoder's states, which reads the text that the
+    encoder reads; encoder: those of the encoder, without a decoder; null: both."""
     pooling: Pooling | None = None
     """Not used: each token is a possible begin and end."""
     head_dropout: float = 0.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, examples_of, texts_of
+from llmtrain.objectives.task import Task, TaskConfig, Trunk, examples_of, texts_of
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class RegressionConfig(TaskConfig):
     kind: Literal["regression"] = "regression"
     labels: tuple[str, ...] = ()
     """Names of the numbers, if there are several; the field is then a list."""
+    trunk: Trunk | None = None
+    """What of an encoder-decoder the head reads. both: the decoder's states, which reads the text that the
+    encoder reads; encoder: those of the encoder, without a decoder; null: both."""
     pooling: Pooling | None = None
     """Hidden state that stands for a text: first token, last token, or mean; null: what suits the family."""
     head_dropout: float = 0.0

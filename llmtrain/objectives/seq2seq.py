@@ -60,6 +60,20 @@ class Widths(NamedTuple):
     """Tokens of the decoder's input, and of the labels."""
 
 
+def start_and_end_ids(model: Any, corpora: TextSource) -> SpecialIds:
+    """Resolve the ids that begin a decoder's input and that end a text: those of the tokenizer; if it has no
+    start, the first id after the corpus' vocabulary. The start differs from the end id, which as a document's
+    end would mean that nothing follows."""
+    own, needed = corpora.special_ids, corpora.vocab_size
+    eos_id = corpora.eos_id if model.eos_id is None else model.eos_id
+    start_id = model.start_id
+    if start_id is None:
+        start_id = own["bos"] if own.get("bos", eos_id) != eos_id else needed
+        needed = max(needed, start_id + 1)
+    needed = max(needed, start_id + 1, eos_id + 1)
+    return SpecialIds(replace(model, start_id=start_id, eos_id=eos_id), needed, " with a start id")
+
+
 class SourceTargetConfig(ObjectiveConfig):
     """Base of the objectives of encoder-decoders."""
 
@@ -77,16 +91,9 @@ class SourceTargetConfig(ObjectiveConfig):
         return Row(source, target, predicted=target)
 
     def special_ids(self, model: Any, corpora: TextSource) -> SpecialIds:
-        """Resolve the start id and the objective's marks; use ids after the corpus' vocabulary if the
-        tokenizer has none. The start differs from the end id, which as a document's end would mean that
-        nothing follows."""
-        own, needed = corpora.special_ids, corpora.vocab_size
-        eos_id = corpora.eos_id if model.eos_id is None else model.eos_id
-        start_id = model.start_id
-        if start_id is None:
-            start_id = own["bos"] if own.get("bos", eos_id) != eos_id else needed
-            needed = max(needed, start_id + 1)
-        model = replace(model, start_id=start_id, eos_id=eos_id)
+        """Resolve the start and end ids and the objective's marks; use ids after the corpus' vocabulary if
+        the tokenizer has none."""
+        model, needed, _ = start_and_end_ids(model, corpora)
         model, needed = self._marks(model, corpora, needed)
         ids = (model.start_id, model.mask_id, model.sentinel_id, model.eos_id)
         needed = max(needed, *(i + 1 for i in ids if i is not None))

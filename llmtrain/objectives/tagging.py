@@ -11,7 +11,15 @@ import numpy as np
 
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, frame_of, given_names, in_order, label_of
+from llmtrain.objectives.task import (
+    Task,
+    TaskConfig,
+    Trunk,
+    frame_of,
+    given_names,
+    in_order,
+    label_of,
+)
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
@@ -37,6 +45,9 @@ class TaggingConfig(TaskConfig):
     kind: Literal["tagging"] = "tagging"
     labels: tuple[str, ...] = ()
     """Tags in the order of the outputs; empty: those of the rows to train on, or of the model's head."""
+    trunk: Trunk | None = None
+    """What of an encoder-decoder the head reads. both: the decoder's states, which reads the text that the
+    encoder reads; encoder: those of the encoder, without a decoder; null: encoder."""
     pooling: Pooling | None = None
     """Not used: each word has a tag of its own."""
     head_dropout: float = 0.1

@@ -29,6 +29,7 @@ from llmtrain.objectives.base import (
     tensors,
 )
 from llmtrain.objectives.masked_lm import encoder_ids, encoder_names
+from llmtrain.objectives.seq2seq import start_and_end_ids
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
@@ -48,11 +49,15 @@ if TYPE_CHECKING:
 
 _WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 
+Trunk = Literal["encoder", "both"]
+"""What of an encoder-decoder carries a head: its encoder alone, or both sides, of which the decoder reads the
+same text."""
+
 
 class TaskConfig(ObjectiveConfig):
     """Base of the configs of fine-tuning tasks. A task also reads the rows of its table (TaskReader)."""
 
-    teaches: ClassVar = ("decoder", "encoder", "permuted_encoder")
+    teaches: ClassVar = ("decoder", "encoder", "permuted_encoder", "encoder_decoder")
     data: ClassVar = "table"
     head_kind: ClassVar[Literal["classes", "labels", "values", "tags", "span"]]
     divides_sequences: ClassVar = False
@@ -60,6 +65,7 @@ class TaskConfig(ObjectiveConfig):
     """Whether one vector stands for a whole text."""
 
     labels: tuple[str, ...]
+    trunk: Trunk | None
     pooling: Pooling | None
     head_dropout: float
 
@@ -69,6 +75,18 @@ class TaskConfig(ObjectiveConfig):
         yield from require(
             len(set(self.labels)) == len(self.labels), "labels", self.labels, "each label once"
         )
+
+    def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
+        """Yield a problem for a trunk that the model does not have."""
+        if self.trunk is None:
+            return
+        if family_of(model).kind != "encoder_decoder":
+            allowed = f"null with model.family={model.family}, which has one side"
+            yield Problem("objective.trunk", self.trunk, allowed, "leave it out")
+        elif model.task is not None and model.task.encoder_only != (self.trunk == "encoder"):
+            own = "encoder" if model.task.encoder_only else "both"
+            allowed = f"{own}, as the model's head has it"
+            yield Problem("objective.trunk", self.trunk, allowed, "give objective.new_head=true")
 
     def row(self, sequence_length: int) -> Row:
         """Count a text as one prediction."""
@@ -85,6 +103,7 @@ class TaskConfig(ObjectiveConfig):
             dense=self.pools and usual.dense,
             bias=usual.bias or not self.pools,
             dropout=self.head_dropout,
+            encoder_only=self._encoder_only(model),
         )
         return replace(model, task=head)
 
@@ -93,6 +112,13 @@ class TaskConfig(ObjectiveConfig):
         return before is None or (before.kind == self._head_kind() and not self.new_head)
 
     new_head: bool
+
+    def _encoder_only(self, model: Any) -> bool:
+        """Return whether the head reads an encoder without its decoder: for tags, which transformers has for
+        T5, and where `trunk` says so."""
+        if family_of(model).kind != "encoder_decoder":
+            return False
+        return self._head_kind() == "tags" if self.trunk is None else self.trunk == "encoder"
 
     def _head_kind(self) -> Literal["classes", "labels", "values", "tags", "span"]:
         return self.head_kind
@@ -118,10 +144,13 @@ class TaskConfig(ObjectiveConfig):
         return replace(head, outputs=self.num_outputs(table), labels=self.labels or table.labels)
 
     def special_ids(self, model: Any, corpora: Any) -> SpecialIds:
-        """Resolve the outputs of the head, and the special tokens of an encoder."""
+        """Resolve the outputs of the head, and the special tokens of the model."""
+        kind = family_of(model).kind
         found = SpecialIds(model, corpora.vocab_size)
-        if family_of(model).kind == "encoder":
+        if kind == "encoder":
             found = encoder_ids(model, corpora)
+        elif kind == "encoder_decoder":
+            found = start_and_end_ids(model, corpora)
         return found._replace(model=replace(found.model, task=self.head_of(found.model.task, corpora)))
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ MODELS = {
     "BERT": ("model=bert_tiny", *SIZE),
     "GPT": ("model=gpt_tiny", *SIZE),
     "XLNet": ("model=xlnet_tiny", *SIZE),
+    "T5": ("model=t5_tiny", *SIZE, "model.head_dim=8", "model.num_decoder_layers=1"),
+    "BART": ("model=bart_tiny", *SIZE),
 }
 LAYOUTS = {
     "DDP": (2, ()),
@@ -75,7 +78,15 @@ def references() -> dict[tuple[str, ...], Trace]:
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize(
     ("model", "task"),
-    [("BERT", "classification"), ("GPT", "classification"), ("XLNet", "classification"), ("BERT", "tagging")],
+    [
+        ("BERT", "classification"),
+        ("GPT", "classification"),
+        ("XLNet", "classification"),
+        ("BERT", "tagging"),
+        ("T5", "classification"),
+        ("T5", "tagging"),
+        ("BART", "classification"),
+    ],
 )
 def test_equals_one_process(
     layout: str,
@@ -91,6 +102,8 @@ def test_equals_one_process(
         [references[plain]] = train(1, plain, STEPS)
     size, more = LAYOUTS[layout]
     tolerance = TOLERANCES["bf16" if "precision=bf16" in more else "fp32"]
+    if model == "T5" and "precision=bf16" in more:
+        tolerance = replace(tolerance, loss=0.02)  # attention scores are not divided, so that they round more
     for trace in train(size, (*plain, *more), STEPS):
         found = deviation(trace, references[plain])
         assert found.within(tolerance), found

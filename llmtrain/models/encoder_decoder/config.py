@@ -7,14 +7,15 @@ num_layers, M num_decoder_layers, S source tokens, T target tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from llmtrain.config import require
+from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
 from llmtrain.nn.model_config import Row
+from llmtrain.nn.task_config import TaskHeadConfig
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Seq2SeqConfig(OfLayers):
     """Share of each target that is spread evenly over the vocabulary (label smoothing)."""
     init_std: float | None = None
     """Standard deviation of all initial weights; null: scaled by each matrix's input width."""
+    task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
+    """Head of a fine-tuning task, in place of the language model's; set by the objective."""
 
     @cached_property
     def blocks(self) -> LayerConfig:
@@ -107,7 +110,14 @@ class Seq2SeqConfig(OfLayers):
         )
 
     @property
+    def has_decoder(self) -> bool:
+        """Return whether it has a decoder, which some heads of tasks do without."""
+        return self.task is None or not self.task.encoder_only
+
+    @property
     def decoder_layers(self) -> int:
+        if not self.has_decoder:
+            return 0
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     def problems(self) -> Iterator[Problem]:
@@ -171,13 +181,16 @@ class Seq2SeqConfig(OfLayers):
         encoder_layers = [encoder + 2 * norm] * self.num_layers
         decoder_layers = [decoder + 3 * norm] * self.decoder_layers
         embeddings, head = vocabulary * D, vocabulary * (D + (1 if self.head_bias else 0))
+        if self.task is not None:
+            head = self.task.parameter_count(D)
+        sides = 2 if self.has_decoder else 1
         if self.positions == "learned":
-            embeddings += 2 * self._positions() * D
+            embeddings += sides * self._positions() * D
         if self.embedding_norm:
-            embeddings += 2 * norm
+            embeddings += sides * norm
         if self.norm_first:
             encoder_layers[-1] += norm
-            head += norm
+            head += norm if self.has_decoder else 0
         if self.positions == "relative":
             relative = self._relative_count(tensor)
             encoder_layers = [count + relative for count in encoder_layers]
@@ -188,7 +201,7 @@ class Seq2SeqConfig(OfLayers):
         """Return the parameters that several of `steps` share, counted once for each step but the first."""
         last = self.num_layers + self.decoder_layers + 1
         repeated = 0
-        if self.tie_embeddings and 0 in steps and last in steps:
+        if self.tie_embeddings and self.task is None and 0 in steps and last in steps:
             repeated += self.head_matrix_count(tensor)
         if self.positions == "relative":
             for side in (range(1, self.num_layers + 1), range(self.num_layers + 1, last)):
@@ -201,20 +214,28 @@ class Seq2SeqConfig(OfLayers):
         D, inner = self.hidden_size, self.num_heads * self.head_width
         divided = max(3 * inner, self.mlp_width) * D // tensor
         positions = self._positions() * D if self.positions == "learned" else 0
-        return max(divided, self.head_matrix_count(tensor), positions)
+        return max(divided, self.embedding_count(tensor), positions, D * D if self.task is not None else 0)
 
     def flops_per_token(self, row: Row) -> float:
         """Return forward and backward FLOPs of a row per source token, the tokens that are counted: 6 per
         weight of a matrix for each token that it reads, and attention's 12 · N · H for each pair of
         tokens, half of them in the decoder's causal triangle (PaLM, arXiv:2204.02311, appendix B)."""
-        S, T = row.tokens, row.target
+        S, T = self.sides(row)
         L, M, inner = self.num_layers, self.decoder_layers, self.num_heads * self.head_width
         encoder, decoder = self._layer_matrices()
         keys_values = 2 * self.hidden_size * inner
         weights = L * encoder * S + M * ((decoder - keys_values) * T + keys_values * S)
-        weights += self.head_matrix_count() * T
+        predicted = T if self.task is None else row.predicted
         attended = inner * (L * S * S + M * (T * T / 2 + T * S))
-        return (6.0 * weights + 12.0 * attended) / S
+        weights_of_head = self.head_matrix_count() * predicted
+        return (6.0 * (weights + weights_of_head) + 12.0 * attended) / S
+
+    def sides(self, row: Row) -> tuple[int, int]:
+        """Return the tokens that the encoder and the decoder read of a row; for a task, the decoder reads the
+        same text."""
+        if self.task is None:
+            return row.tokens, row.target
+        return row.tokens, row.tokens if self.has_decoder else 0
 
     def layer_copies_count(self, tensor: int = 1) -> tuple[int, int]:
         """Return the weights and biases of the linear layers of one encoder layer and of one decoder layer

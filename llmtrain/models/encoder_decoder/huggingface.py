@@ -25,8 +25,26 @@ from llmtrain.models.huggingface.form import (
     transposed,
     unless,
 )
+from llmtrain.models.huggingface.task_heads import TaskHeads
 
 _SIDES = ("encoder", "decoder")
+
+_T5_TASKS = TaskHeads(
+    "T5",
+    text="classification_head.out_proj",
+    dense="classification_head.dense",
+    encoder_only=("tags",),
+)
+_BART_TASKS = TaskHeads(
+    "Bart",
+    text="classification_head.out_proj",
+    dense="classification_head.dense",
+    has_tags=False,
+)
+
+
+def _sides(config: Seq2SeqConfig) -> tuple[str, ...]:
+    return _SIDES if config.has_decoder else _SIDES[:1]
 
 
 def _build(config: Seq2SeqConfig) -> nn.Module:
@@ -62,6 +80,10 @@ def _keys_and_values(config: Seq2SeqConfig, ours: str, theirs: Iterable[str]) ->
     return Entry(ours, tuple(theirs), split, join)
 
 
+_HEADS = ("lm_head.", "final_logits", "classification_head.", "classifier.", "qa_outputs.")
+"""Beginnings of the names of heads, which stand beside the model."""
+
+
 def _special_ids(config: Seq2SeqConfig) -> dict[str, int]:
     """Return the special ids by Hugging Face's names. The start id is also the padding id, as in T5,
     unless it ends texts too."""
@@ -77,12 +99,14 @@ def _names(
     """Add `prefix` to names of a model without head; drop copies of the embedding and buffers. If only a
     copy is stored, as by tools that save a shared tensor once, use it as the embedding."""
     copies = [shared.replace("shared", f"{side}.embed_tokens") for side in _SIDES]
-    dropped = {*copies, *unused, *(["lm_head.weight"] if config.tie_embeddings else [])}
+    # The head of a task stands in place of the language model's.
+    no_head = config.tie_embeddings or config.task is not None
+    dropped = {*copies, *unused, *(["lm_head.weight"] if no_head else [])}
     is_bare = not any(name.startswith(prefix) for name in names)
     used: dict[str, str] = {}
     held: list[str] = []
     for name in sorted(names):
-        theirs = prefix + name if is_bare and not name.startswith(("lm_head.", "final_logits")) else name
+        theirs = prefix + name if is_bare and not name.startswith(_HEADS) else name
         if theirs not in dropped:
             used[name] = theirs
         elif theirs not in unused:
@@ -127,13 +151,19 @@ def _t5_misfits(config: Seq2SeqConfig) -> dict[str, str]:
     misfits = _misfits(config, _T5)
     if config.gated_mlp and config.activation == "gelu":
         misfits["activation"] = "gelu_tanh"
-    return misfits
+    return misfits if config.task is None else {**misfits, **_T5_TASKS.misfits(config.task)}
+
+
+def _t5_prefix(config: Seq2SeqConfig) -> str:
+    """Return the module of the model within the class of its head."""
+    return "" if config.task is None or config.task.kind == "span" else "transformer."
 
 
 def _t5_entries(config: Seq2SeqConfig) -> list[Entry]:
-    entries = [same("embedding.weight", "shared.weight")]
+    prefix = _t5_prefix(config)
+    entries = [same("embedding.weight", f"{prefix}shared.weight")]
     for side, i in _layers(config):
-        ours, theirs = f"{side}.{i}", f"{side}.block.{i}.layer"
+        ours, theirs = f"{side}.{i}", f"{prefix}{side}.block.{i}.layer"
         attention, last = f"{theirs}.0.SelfAttention", 2 if side == "decoder" else 1
         norms = {"attention_norm": "0.layer_norm", "mlp_norm": f"{last}.layer_norm"}
         entries.append(
@@ -158,7 +188,10 @@ def _t5_entries(config: Seq2SeqConfig) -> list[Entry]:
         entries += same_all(
             {f"{ours}.{mine}": f"{theirs}.{other}" for mine, other in pairs.items()}, parameters=("weight",)
         )
-    entries += same_all({f"{side}_norm": f"{side}.final_layer_norm" for side in _SIDES}, ("weight",))
+    norms = {f"{side}_norm": f"{prefix}{side}.final_layer_norm" for side in _sides(config)}
+    entries += same_all(norms, ("weight",))
+    if config.task is not None:
+        return entries + _T5_TASKS.entries(config.task)
     if not config.tie_embeddings:
         entries.append(same("head.weight", "lm_head.weight"))
     return entries
@@ -171,7 +204,7 @@ def _write_t5_config(config: Seq2SeqConfig) -> dict[str, Any]:
         "d_kv": config.head_width,
         "d_ff": config.mlp_width,
         "num_layers": config.num_layers,
-        "num_decoder_layers": config.decoder_layers,
+        "num_decoder_layers": config.num_decoder_layers or config.num_layers,
         "num_heads": config.num_heads,
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_max_distance,
@@ -185,6 +218,7 @@ def _write_t5_config(config: Seq2SeqConfig) -> dict[str, Any]:
         # Keys of our own, which keep the positions of the sentinels.
         "sentinel_id": config.sentinel_id,
         "num_sentinels": config.num_sentinels,
+        **({} if config.task is None else _T5_TASKS.write(config.task)),
     }
 
 
@@ -214,6 +248,7 @@ def _read_t5_config(theirs: Settings) -> dict[str, Any]:
         "dropout": theirs.number("dropout_rate", 0.1),
         "sentinel_id": theirs.content.get("sentinel_id"),
         "num_sentinels": theirs.whole("num_sentinels", 100),
+        **_T5_TASKS.read(theirs),
     }
 
 
@@ -237,7 +272,7 @@ def _bart_misfits(config: Seq2SeqConfig) -> dict[str, str]:
     misfits = _misfits(config, _BART)
     if config.head_width * config.num_heads != config.hidden_size:
         misfits["head_dim"] = "hidden_size / num_heads"
-    return misfits
+    return misfits if config.task is None else {**misfits, **_BART_TASKS.misfits(config.task)}
 
 
 def _bart_entries(config: Seq2SeqConfig) -> list[Entry]:
@@ -267,6 +302,8 @@ def _bart_entries(config: Seq2SeqConfig) -> list[Entry]:
             if side == "decoder":
                 parts = [f"{theirs}.encoder_attn.{x}_proj.{p}" for x in "kv"]
                 entries.append(_keys_and_values(config, f"{ours}.cross_attention.key_value.{p}", parts))
+    if config.task is not None:
+        return entries + _BART_TASKS.entries(config.task)
     if config.head_bias:
         entries.append(Entry("head.bias", ("final_logits_bias",), lambda t: [t[None]], lambda ts: ts[0][0]))
     if not config.tie_embeddings:
@@ -295,6 +332,7 @@ def _write_bart_config(config: Seq2SeqConfig) -> dict[str, Any]:
         # The default is an id of BART's own tokenizer.
         "forced_eos_token_id": config.eos_id,
         **_special_ids(config),
+        **({} if config.task is None else _BART_TASKS.write(config.task)),
     }
 
 
@@ -323,10 +361,16 @@ def _read_bart_config(theirs: Settings) -> dict[str, Any]:
         "tie_embeddings": theirs.is_tied("lm_head.weight", "model.shared.weight", True),
         "dropout": theirs.number("dropout", 0.1),
         "init_std": theirs.number("init_std", 0.02),
+        **_BART_TASKS.read(theirs),
     }
 
 
-_T5_UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+_T5_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def _t5_names(names: Collection[str], config: Seq2SeqConfig) -> Names:
+    prefix = _t5_prefix(config)
+    return _names(names, config, f"{prefix}shared.weight", (f"{prefix}{_T5_UNUSED}",), prefix)
 
 
 def _bart_unused(config: Seq2SeqConfig) -> tuple[str, ...]:
@@ -342,7 +386,7 @@ T5 = Form(
     entries=_t5_entries,
     write_config=_write_t5_config,
     read_config=_read_t5_config,
-    names=lambda names, config: _names(names, config, "shared.weight", _T5_UNUSED),
+    names=_t5_names,
 )
 BART = Form(
     model_type="bart",

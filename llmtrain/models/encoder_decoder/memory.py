@@ -16,11 +16,12 @@ class EncoderDecoderMemory(VocabularyMemory[Seq2SeqConfig]):
     sides that layers pass on."""
 
     def between_layers(self) -> int:
-        return self.layout.micro_size * (self.row.tokens + self.row.target) * self.model.hidden_size
+        return self.layout.micro_size * sum(self.model.sides(self.row)) * self.model.hidden_size
 
     @property
     def head_tokens(self) -> int:
-        return self.layout.micro_size * self.row.target
+        S, T = self.model.sides(self.row)
+        return self.layout.micro_size * (T if self.model.has_decoder else S)
 
     def copied_weights(self, steps: range) -> int:
         encoder, decoder = self.model.layer_copies_count(self.layout.tensor)
@@ -32,7 +33,7 @@ class EncoderDecoderMemory(VocabularyMemory[Seq2SeqConfig]):
     def activations(self, steps: range) -> Activations:
         model, residual, recompute = self.model, self.numbers.residual, self.conditions.recompute
         L, last = model.num_layers, model.num_layers + model.decoder_layers
-        S, T = self.row.tokens, self.row.target
+        S, T = model.sides(self.row)
         between = (S + T) * model.hidden_size * residual
         kept, working = 0, 0
         for step in steps:
@@ -49,7 +50,8 @@ class EncoderDecoderMemory(VocabularyMemory[Seq2SeqConfig]):
         if 0 in steps:
             kept += 8 * (S + T) + (between if model.dropout > 0 else 0)
             kept += between if model.embedding_norm else 0
-        for step, length, other in ((L, S, T), (last + 1, T, S)):
+        ends = ((L, S, T), (last + 1, T, S)) if model.has_decoder else ((L, S, T),)
+        for step, length, other in ends:
             if step in steps and model.norm_first:
                 kept += length * self._side(length, causal=True).norm() + self._kept_by_norm(other)
         B = self.layout.micro_size

@@ -21,6 +21,7 @@ from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.stages import Stage, StagedModel
+from llmtrain.nn.task_head import TaskHead
 from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions
 
 
@@ -34,23 +35,32 @@ class EncoderDecoder(StagedModel):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
+        if config.task is not None and config.has_decoder and config.start_id is None:
+            raise ValueError("the start id is not resolved yet")
         self.config = config
         D, M = config.hidden_size, config.decoder_layers
         relative = None
         if config.positions == "relative":
             relative = RelativePositions(config.relative_buckets, config.relative_max_distance)
         self.embedding = nn.Embedding(config.vocab_size, D)
-        self.source_positions, self.target_positions = _learned_positions(config), _learned_positions(config)
+        has_decoder = config.has_decoder
+        self.source_positions = _learned_positions(config)
+        self.target_positions = _learned_positions(config) if has_decoder else None
         self.source_norm = make_norm(config.blocks) if config.embedding_norm else None
-        self.target_norm = make_norm(config.blocks) if config.embedding_norm else None
-        self.dropout = Dropout(config.dropout, -1, HIDDEN)
+        self.target_norm = make_norm(config.blocks) if config.embedding_norm and has_decoder else None
+        # One for each side, so that the masks of targets do not depend on how far sources are padded.
+        self.source_dropout = Dropout(config.dropout, -1, HIDDEN)
+        self.target_dropout = Dropout(config.dropout, -1, HIDDEN + 1)
         self.encoder = nn.ModuleList(
             EncoderBlock(config, layer, relative) for layer in range(config.num_layers)
         )
         self.encoder_norm = make_norm(config.blocks) if config.norm_first else None
         self.decoder = nn.ModuleList(DecoderBlock(config, layer, relative) for layer in range(M))
-        self.decoder_norm = make_norm(config.blocks) if config.norm_first else None
-        self.head = LanguageModelHead(D, config.vocab_size, bias=config.head_bias)
+        self.decoder_norm = make_norm(config.blocks) if config.norm_first and has_decoder else None
+        if config.task is not None:
+            self.head: nn.Module = TaskHead(config.task, D)
+        else:
+            self.head = LanguageModelHead(D, config.vocab_size, bias=config.head_bias)
         self._tie()
 
     @property
@@ -67,8 +77,9 @@ class EncoderDecoder(StagedModel):
                 embeddings[name] = module
         *encoder, last = [Stage({f"encoder.{i}": block}, block) for i, block in enumerate(self.encoder)]
         heads: dict[str, nn.Module] = {"head": self.head}
-        if self.encoder_norm is not None and self.decoder_norm is not None:
+        if self.encoder_norm is not None:
             last = Stage({**last.modules, "encoder_norm": self.encoder_norm}, self._finish_encoder)
+        if self.decoder_norm is not None:
             heads["decoder_norm"] = self.decoder_norm
         return [
             Stage(embeddings, self._embed),
@@ -91,6 +102,7 @@ class EncoderDecoder(StagedModel):
         cache: SourceCache | None = None,
         dropout_keys_B: Tensor | None = None,
         with_metrics: bool = False,
+        lengths_B: Tensor | None = None,
     ) -> PairContext:
         """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
         SUM of cross-entropy in nats, smoothed by config.label_smoothing, 0-d fp32.
@@ -105,9 +117,14 @@ class EncoderDecoder(StagedModel):
         dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
         with_metrics: with labels, return sums by name: "loss", "token_loss" without smoothing, and
             "correct" predictions.
+        lengths_B: tokens of each row, which a task head needs; it returns its own logits or loss. Tokens and
+            documents are then those of a text: the encoder reads it, and the decoder reads it again, shifted
+            to the right, so that its state at the end token has seen all of the text.
 
-        Raise ValueError unless exactly one of sources and cache is given.
+        Raise ValueError unless exactly one of sources and cache is given, which a task needs neither of.
         """
+        if self.config.task is not None:
+            return self._context_of_text(tokens_BT, documents_BT, labels_BT, dropout_keys_B, lengths_B)
         if (sources_BS is None) == (cache is None):
             raise ValueError("give either sources or a cache made from them")
         past = 0 if cache is None else cache.length
@@ -140,6 +157,36 @@ class EncoderDecoder(StagedModel):
             crossing=crossing,
             with_metrics=with_metrics,
         )
+
+    def _context_of_text(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        labels: Tensor | None,
+        dropout_keys_B: Tensor | None,
+        lengths_B: Tensor | None,
+    ) -> PairContext:
+        """Return the context of a text that both sides read, or, without a decoder, the encoder alone."""
+        encoder = self._encoder_context(tokens_BT, None, documents_BT, dropout_keys_B)
+        has_decoder = self.config.has_decoder
+        documents_BT = documents_BT if has_decoder else None
+        return PairContext(
+            positions=encoder.positions if has_decoder else encoder.positions[:, :0],
+            documents=None if documents_BT is None else Documents(documents_BT),
+            labels=labels,
+            dropout_keys=dropout_keys_B,
+            sources=tokens_BT,
+            encoder=encoder,
+            crossing=None if documents_BT is None else CrossDocuments(documents_BT, documents_BT),
+            lengths=lengths_B,
+        )
+
+    def _decoder_input(self, tokens_BT: Tensor) -> Tensor:
+        """Return a text shifted to the right behind the start token; nothing without a decoder."""
+        if not self.config.has_decoder:
+            return tokens_BT[:, :0]
+        start_B1 = torch.full_like(tokens_BT[:, :1], self.config.start_id or 0)
+        return torch.cat((start_B1, tokens_BT[:, :-1]), dim=1)
 
     @torch.no_grad()
     def new_cache(
@@ -195,23 +242,26 @@ class EncoderDecoder(StagedModel):
         table: dict[str, Initializer] = {
             "embedding.weight": normal(D**-0.5 if config.scale_embedding or tied_as_is else 1.0),
             "*.attention.qkv.weight": packed,
-            "decoder.*.cross_attention.query.weight": query,
-            "decoder.*.cross_attention.key_value.weight": read,
             "*attention.output.weight": normal((config.num_heads * H) ** -0.5),
             "*.mlp.up.weight": read,
             "*.mlp.down.weight": normal(config.mlp_width**-0.5),
             "*norm.weight": Constant(1.0),
         }
+        if config.has_decoder:
+            table["decoder.*.cross_attention.query.weight"] = query
+            table["decoder.*.cross_attention.key_value.weight"] = read
         if config.positions == "learned":
             table["*_positions.weight"] = normal(1.0)
         if config.positions == "relative":
             table["*.attention.relative.weight"] = read
         if config.gated_mlp:
             table["*.mlp.gate.weight"] = read
-        if not config.tie_embeddings:
-            table["head.weight"] = read
-        if config.bias or config.head_bias:
+        if config.bias or (config.head_bias and config.task is None):
             table["*.bias"] = Constant(0.0)
+        if isinstance(self.head, TaskHead):
+            table |= self.head.initializers(read.std, biases=not config.bias)
+        elif not config.tie_embeddings:
+            table["head.weight"] = read
         return table
 
     def _tie(self) -> None:
@@ -238,16 +288,20 @@ class EncoderDecoder(StagedModel):
         )
 
     def _embed(self, tokens_BT: Tensor, context: PairContext) -> Tensor:
+        if self.config.task is not None:
+            tokens_BT = self._decoder_input(tokens_BT)
         ids_BU = tokens_BT if context.sources is None else torch.cat((context.sources, tokens_BT), dim=1)
         x_BUD = self.embedding(ids_BU)
         if self.config.scale_embedding:
             x_BUD = x_BUD * self.config.hidden_size**0.5
         source_BSD, target_BTD = sides(x_BUD, context)
+        keys_B = context.dropout_keys
         target_BTD = self._placed(target_BTD, context.positions, self.target_positions, self.target_norm)
+        target_BTD = self.target_dropout(target_BTD, keys_B)
         if context.encoder is not None:
             places_BS = context.encoder.positions
             source_BSD = self._placed(source_BSD, places_BS, self.source_positions, self.source_norm)
-        return self.dropout(torch.cat((source_BSD, target_BTD), dim=1), context.dropout_keys)
+        return torch.cat((self.source_dropout(source_BSD, keys_B), target_BTD), dim=1)
 
     def _placed(
         self, x_BTD: Tensor, places_BT: Tensor, learned: nn.Module | None, norm: nn.Module | None
@@ -267,9 +321,12 @@ class EncoderDecoder(StagedModel):
         return torch.cat((self.encoder_norm(source_BSD), target_BTD), dim=1)
 
     def _finish(self, x_BUD: Tensor, context: PairContext) -> Tensor | dict[str, Tensor]:
-        x_BTD = sides(x_BUD, context)[1]
+        x_BTD = sides(x_BUD, context)[1 if self.config.has_decoder else 0]
         if self.decoder_norm is not None:
             x_BTD = self.decoder_norm(x_BTD)
+        if isinstance(self.head, TaskHead):
+            assert context.lengths is not None
+            return self.head(x_BTD, context.lengths, context.labels, context.dropout_keys)
         if self.config.scale_logits:
             x_BTD = x_BTD * self.config.hidden_size**-0.5
         if context.labels is None:

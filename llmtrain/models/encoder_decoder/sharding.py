@@ -12,12 +12,15 @@ def table(config: Seq2SeqConfig) -> Table:
         **vocabulary(config),
         "*.attention.qkv": "column",
         "*.attention.output": "row",
-        "decoder.*.cross_attention.query": "column",
-        "decoder.*.cross_attention.key_value": "column",
-        "decoder.*.cross_attention.output": "row",
         "*.mlp.up": "column",
         "*.mlp.down": "row",
     }
+    if config.has_decoder:
+        divided |= {
+            "decoder.*.cross_attention.query": "column",
+            "decoder.*.cross_attention.key_value": "column",
+            "decoder.*.cross_attention.output": "row",
+        }
     if config.gated_mlp:
         divided["*.mlp.gate"] = "column"
     if config.positions == "relative":

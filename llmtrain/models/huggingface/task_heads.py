@@ -42,11 +42,17 @@ class TaskHeads:
     """The hidden state that stands for a text."""
     span_class: str | None = "ForQuestionAnswering"
     """Suffix of the class for answers; None: it has none that fits."""
+    has_tags: bool = True
+    """Whether it has a class for tags."""
+    encoder_only: tuple[str, ...] = ()
+    """Of an encoder-decoder: the kinds of head that read an encoder without its decoder."""
 
     def misfits(self, head: TaskHeadConfig) -> dict[str, str]:
         """Return what of a head this architecture does not have, with what it has."""
-        if head.kind == "span" and self.span_class is None:
-            return {"task.kind": "classes, labels, values or tags"}
+        if (head.kind == "span" and self.span_class is None) or (head.kind == "tags" and not self.has_tags):
+            return {"task.kind": f"classes, labels{', tags' if self.has_tags else ', span'} or values"}
+        if head.encoder_only != (head.kind in self.encoder_only):
+            return {"task.encoder_only": str(head.kind in self.encoder_only).lower()}
         if head.kind in ("tags", "span"):
             return {}
         own = {"pooling": self.pooling, "dense": self.dense is not None, "bias": self.bias}
@@ -90,6 +96,7 @@ class TaskHeads:
             "dense": is_text and self.dense is not None,
             "bias": self.bias if is_text else True,
             "dropout": theirs.number("classifier_dropout", 0.1),
+            "encoder_only": kind in self.encoder_only,
             "labels": [] if kind in ("values", "span") else labels,
         }
         return {"task": head}

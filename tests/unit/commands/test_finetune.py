@@ -49,7 +49,7 @@ def figures(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[s
 
 
 @pytest.mark.in_turns(2)
-@pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "xlnet_tiny", "lstm"])
+@pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "xlnet_tiny", "lstm", "t5_tiny", "bart_tiny"])
 def test_a_label_is_learned_and_scored(
     model: str, reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +164,7 @@ def test_numbers_and_tags(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["model=t5_tiny"], "objective: got classification with model.family=seq2seq"),
+        (["model=simple_cnn"], "objective: got classification with model.family=simple_cnn"),
         (["freeze=9"], "freeze: got 9; allowed: 0 to 2, the layers of the model"),
         (["data.text_field=txt"], "got no field txt; allowed: text, label, grade"),
         (["data.path=none.csv"], "none.csv): got no such file or folder"),
@@ -188,7 +188,7 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = settings(reviews, corpus, tmp_path, "model=bert_tiny", *TINY[:1], *more)
-    if more == ["model=t5_tiny"]:
+    if more == ["model=simple_cnn"]:
         words.remove(TINY[0])
     assert cli.run_verb("finetune", words) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmtrain: error")]

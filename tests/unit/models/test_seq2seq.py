@@ -16,6 +16,7 @@ from llmtrain.models.encoder_decoder.model import EncoderDecoder, sinusoids
 from llmtrain.nn import attention_choice
 from llmtrain.nn.dropout import Dropout, sample_keys
 from llmtrain.nn.initialize import initialize, match_initializers
+from llmtrain.nn.task_config import TaskHeadConfig
 from llmtrain.nn.transformer import RelativePositions
 
 S, T, V = 23, 17, 40
@@ -54,6 +55,13 @@ FORMS = {
     "bart, head bias": replace(BART, head_bias=True, tie_embeddings=False, num_decoder_layers=None),
 }
 EACH = pytest.mark.parametrize("form", FORMS)
+CLASSES = TaskHeadConfig("classes", 3, dense=True)
+TAGS = TaskHeadConfig("tags", 5, encoder_only=True)
+OF_TASKS = {
+    f"{form}, {head.kind}": replace(FORMS[form], task=head, start_id=1)
+    for form in ("t5", "t5 1.1", "bart", "bart, head bias")
+    for head in (CLASSES, TAGS)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -97,9 +105,9 @@ def packed(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 PAIRS = [(random_ids(n, seed=n), random_ids(m, seed=m + 50)) for n, m in ((9, 3), (1, 6), (8, 5))]
 
 
-@EACH
+@pytest.mark.parametrize("form", [*FORMS, *OF_TASKS])
 def test_counts_names_and_initializers_agree(form: str) -> None:
-    config = FORMS[form]
+    config = {**FORMS, **OF_TASKS}[form]
     assert not list(config.problems())
     model = make(config)
     match_initializers(model.initializers(), [name for name, _ in model.named_parameters()])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.bert.config import BertConfig
+from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.models.registry import family_of
@@ -26,6 +27,8 @@ def model_of(config_type: Any, head: TaskHeadConfig) -> Any:
     keys: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_layers": 2, "task": head}
     if config_type is not LSTMConfig:
         keys["num_heads"] = 2
+    if config_type is Seq2SeqConfig:
+        keys |= {"start_id": 1, "positions": "relative", "norm_first": True}
     config = config_type(**keys)
     model = family_of(config).build(config)
     initialize(model, 0)
@@ -33,12 +36,15 @@ def model_of(config_type: Any, head: TaskHeadConfig) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("config_type", [BertConfig, GPTConfig, XLNetConfig, LSTMConfig])
+@pytest.mark.parametrize("config_type", [BertConfig, GPTConfig, XLNetConfig, LSTMConfig, Seq2SeqConfig])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_padding_changes_nothing(config_type: Any, kind: Any, pooling: Any) -> None:
     outputs = 2 if kind == "span" else 3
-    model = model_of(config_type, TaskHeadConfig(kind, outputs, pooling=pooling, dense=kind == "classes"))
+    head = TaskHeadConfig(
+        kind, outputs, pooling=pooling, dense=kind == "classes", encoder_only=kind in ("tags", "values")
+    )
+    model = model_of(config_type, head)
     torch.manual_seed(0)
     tokens, lengths = torch.randint(0, 50, (3, 8)), torch.tensor([8, 5, 3])
     documents = (torch.arange(8) >= lengths[:, None]).int()

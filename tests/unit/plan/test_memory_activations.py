@@ -24,7 +24,9 @@ from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn import attention_choice, head
 from llmtrain.nn import memory as nn_memory
 from llmtrain.nn.memory import Conditions, Numbers
+from llmtrain.nn.model_config import Row
 from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.nn.task_config import TaskHeadConfig
 from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
 from llmtrain.objectives.seq2seq import PairedTextConfig
 from llmtrain.parallel.recompute import apply_recompute
@@ -220,6 +222,30 @@ def test_seq2seq_activations(form: Seq2SeqConfig, mode: Any, dropout: float, pre
     expected = kept_by(config, numbers, B, S, row, document_mask=False, recompute=recompute)
     expected += B * targets * config.hidden_size * numbers.compute + 4 * V * config.hidden_size
     if precision == "autocast" and mode == "none":
+        expected += kept_copies(config)
+    assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.in_turns(3)
+@pytest.mark.parametrize("precision", NUMBERS)
+@pytest.mark.parametrize("encoder_only", [False, True])
+@pytest.mark.parametrize("form", [T5_FORM, BART_FORM], ids=["t5", "bart"])
+def test_activations_of_a_task_over_an_encoder_decoder(
+    form: Seq2SeqConfig, encoder_only: bool, precision: str
+) -> None:
+    head = TaskHeadConfig("classes", 3, pooling="last", dropout=0.0, encoder_only=encoder_only)
+    config, S = replace(form, dropout=0.1, task=head, start_id=1), 160
+    model = built(EncoderDecoder(config), precision)
+    tokens_BS, lengths_B, labels_B = torch.randint(V, (B, S)), torch.full((B,), S), torch.zeros(B).long()
+
+    def loss() -> torch.Tensor:
+        keys_B = torch.arange(B)
+        with autocast(precision):
+            return model(tokens_BS, lengths_B=lengths_B, labels_BT=labels_B, dropout_keys_B=keys_B)
+
+    numbers = NUMBERS[precision]
+    expected = kept_by(config, numbers, B, S, Row(S, predicted=1), document_mask=False)
+    if precision == "autocast":
         expected += kept_copies(config)
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.05)
 

@@ -201,6 +201,8 @@ GEMMA3 = form(
     _read_gemma3,
     rope=_read_gemma3_rope,
     tied=True,
+    has_tags=False,
+    stem="Gemma3Text",
 )
 GEMMA3_WITH_IMAGES = replace(
     GEMMA3,

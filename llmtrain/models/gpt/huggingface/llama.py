@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,17 +65,14 @@ def _entries(config: GPTConfig) -> list[Entry]:
             ]
     entries.append(same("norm.weight", "model.norm.weight"))
     if config.task is not None:
-        return entries + task_heads("").entries(config.task)
+        return entries + _TASKS.entries(config.task)
     if not config.tie_embeddings:
         entries.append(same("head.weight", "lm_head.weight"))
     return entries
 
 
-def task_heads(architecture: str) -> TaskHeads:
-    """Return the heads of tasks of an architecture: LlamaForCausalLM has those of "Llama"."""
-    stem = architecture.removesuffix("ForCausalLM")
-    # Their models for answers have other names for all weights.
-    return TaskHeads(stem, text="score", tags="score", bias=False, span_class=None)
+_TASKS = TaskHeads("", text="score", tags="score", bias=False)
+"""The heads of tasks of all architectures, whose classes have names of their own."""
 
 
 def _write_config(config: GPTConfig) -> dict[str, Any]:
@@ -245,31 +243,52 @@ def form(
     rope: Read = _ROPE,
     tied: bool = False,
     entries: Callable[[GPTConfig], list[Entry]] = _entries,
+    answers: str | None = None,
+    has_tags: bool = True,
+    stem: str | None = None,
 ) -> Form:
     """Return the form of an architecture. write, read: keys besides the common ones. rope, tied: as in
-    _read_config."""
+    _read_config. answers: module of the model in its class for answers, elsewhere "model"; None: it has no
+    such class. has_tags: whether it has one for tags; stem: of the names of these classes; None: Llama, of
+    LlamaForCausalLM."""
+    heads = replace(
+        _TASKS,
+        stem=stem or architecture.removesuffix("ForCausalLM"),
+        span_class=None if answers is None else "ForQuestionAnswering",
+        has_tags=has_tags,
+    )
+
+    def model_of(config: GPTConfig) -> str:
+        has_answers = config.task is not None and config.task.kind == "span"
+        return answers if has_answers and answers is not None else "model"
+
+    def entries_of(config: GPTConfig) -> list[Entry]:
+        def renamed(name: str) -> str:
+            return f"{model_of(config)}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+        return [replace(entry, theirs=tuple(map(renamed, entry.theirs))) for entry in entries(config)]
 
     def write_config(config: GPTConfig) -> dict[str, Any]:
         written = {"architectures": [architecture], **_write_config(config), **write(config)}
-        return written if config.task is None else written | task_heads(architecture).write(config.task)
+        return written if config.task is None else written | heads.write(config.task)
 
     def misfits_of_all(config: GPTConfig) -> dict[str, str]:
-        of_task = {} if config.task is None else task_heads(architecture).misfits(config.task)
+        of_task = {} if config.task is None else heads.misfits(config.task)
         return {**misfits(config), **of_task}
 
     def read_config(theirs: Settings) -> dict[str, Any]:
-        return {**_read_config(theirs, rope, tied), **read(theirs), **task_heads(architecture).read(theirs)}
+        return {**_read_config(theirs, rope, tied), **read(theirs), **heads.read(theirs)}
 
     return Form(
         model_type=model_type,
         config=GPTConfig,
         build=build,
         misfits=misfits_of_all,
-        entries=entries,
+        entries=entries_of,
         write_config=write_config,
         read_config=read_config,
         names=lambda names, config: without_buffers_and_copies(
-            names, config, "model.", "embed_tokens.weight"
+            names, config, f"{model_of(config)}.", "embed_tokens.weight"
         ),
     )
 
@@ -280,6 +299,7 @@ LLAMA = form(
     lambda config: misfits(config, bias=ANY, qkv_bias=ANY, output_bias=config.has_qkv_bias),
     _write_biases,
     _read_biases,
+    answers="transformer",
 )
 MISTRAL = form(
     "mistral",
@@ -288,6 +308,7 @@ MISTRAL = form(
     lambda config: {"sliding_window": config.sliding_window},
     _read_window,
     rope=_ROPE_128K,
+    answers="model",
 )
 MINISTRAL = form(
     "ministral",
@@ -296,6 +317,7 @@ MINISTRAL = form(
     write_windows,
     _read_window,
     rope=_ROPE_128K,
+    answers="transformer",
 )
 QWEN2 = form(
     "qwen2",
@@ -304,6 +326,7 @@ QWEN2 = form(
     _write_layers,
     lambda theirs: {"qkv_bias": True, **_read_layers(theirs)},
     rope=_ROPE_32K,
+    answers="transformer",
 )
 QWEN3 = form(
     "qwen3",
@@ -319,6 +342,7 @@ QWEN3 = form(
     lambda config: {"attention_bias": config.has_qkv_bias, **_write_layers(config)},
     _read_qwen3,
     rope=_ROPE_32K,
+    answers="transformer",
 )
 SMOLLM3 = form(
     "smollm3",
@@ -336,4 +360,5 @@ SMOLLM3 = form(
     _read_smollm3,
     rope=partial(read_rope, theta=2_000_000.0, longest=2048),
     tied=True,
+    answers="transformer",
 )

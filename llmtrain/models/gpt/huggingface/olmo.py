@@ -45,6 +45,7 @@ OLMO2 = form(
     _misfits,
     _write,
     _read,
+    has_tags=False,
 )
 OLMO3 = form(
     "olmo3",
@@ -53,4 +54,5 @@ OLMO3 = form(
     _write_olmo3,
     lambda theirs: {**_read(theirs), **_read_windows(theirs)},
     rope=_read_rope,
+    has_tags=False,
 )
