@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.features.config import FeaturesConfig
-from llmtrain.features.solver import Solution, Solver, mean_loss
+from llmtrain.features.solver import Solution, Solver, mean_loss, scales
 from llmtrain.nn.task_config import TaskHeadConfig
 
 SLOPE = 0.1
@@ -59,8 +59,8 @@ def solve_head(
     rows_ND, labels = torch.from_numpy(train[0]), torch.from_numpy(train[1])
     dense: Callable[[Tensor], Tensor] = lambda vectors: vectors  # noqa: E731
     if head.dense:
-        mean_D, scale_D = rows_ND.mean(0), rows_ND.std(0, correction=0).clamp(min=1e-6)
-        slope_D = SLOPE / scale_D
+        mean_D = rows_ND.mean(0)
+        slope_D = SLOPE / scales(rows_ND - mean_D, mean_D)
         weights = {"head.dense.weight": torch.diag(slope_D), "head.dense.bias": -mean_D * slope_D}
         dense = lambda vectors: torch.addcmul(-mean_D * slope_D, vectors, slope_D).tanh()  # noqa: E731
     rows_ND = dense(rows_ND)

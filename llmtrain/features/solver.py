@@ -15,6 +15,8 @@ from llmtrain.nn.task_head import task_loss
 
 GRADIENT_TOLERANCE = 1e-5
 """Largest entry of the gradient at which a solution counts as found, where the Hessian is about 1."""
+ROUNDING = 1e-5
+"""Deviation, as a share of the mean, up to which a column of vectors counts as constant."""
 JITTER = 1e-6
 """Share of the mean variance that is added to a Hessian, which rounding could make indefinite."""
 
@@ -47,8 +49,7 @@ class Solver:
         # A head without biases sees no constant, so its vectors keep their mean.
         self._mean_D = vectors_ND.mean(0) if head.bias else torch.zeros_like(vectors_ND[0])
         rows_ND = vectors_ND - self._mean_D
-        scale_D = rows_ND.square().mean(0).sqrt()
-        self._scale_D = torch.where(scale_D > 0, scale_D, torch.ones_like(scale_D))
+        self._scale_D = scales(rows_ND, self._mean_D)
         self._rows_ND = rows_ND.div_(self._scale_D)
         self._gram_DD = (self._rows_ND.T @ self._rows_ND).double() / len(rows_ND)
 
@@ -130,6 +131,13 @@ class Solver:
         w_DC = self._spread(columns_DK) / self._scale_D[:, None]
         bias_C = self._spread(constants_K) - self._mean_D @ w_DC
         return Solution(w_DC.T.contiguous(), bias_C, iterations, columns_DK, constants_K)
+
+
+def scales(rows_ND: Tensor, mean_D: Tensor) -> Tensor:
+    """Return the deviation of each column of rows whose mean was taken off; 1 for a column that differs by no
+    more than rounding, which would be scaled up."""
+    deviation_D = rows_ND.square().mean(0).sqrt()
+    return torch.where(deviation_D > ROUNDING * mean_D.abs(), deviation_D, torch.ones_like(deviation_D))
 
 
 def mean_loss(solution: Solution, vectors_ND: Tensor, labels: Tensor, head: TaskHeadConfig) -> float:

@@ -22,7 +22,7 @@ def vectors(seed: int = 0) -> np.ndarray:
     """Correlated, of very different sizes, with a mean that is not 0, and one that is constant."""
     draw = np.random.default_rng(seed)
     mixed = draw.normal(size=(N, D)) @ (draw.normal(size=(D, D)) * np.logspace(0, -1.5, D))
-    return np.concatenate([mixed + 3 * draw.normal(size=D), np.full((N, 1), 2.0)], 1).astype(np.float32)
+    return np.concatenate([mixed + 3 * draw.normal(size=D), np.full((N, 1), 0.1)], 1).astype(np.float32)
 
 
 def classes(rows: np.ndarray, count: int) -> np.ndarray:
