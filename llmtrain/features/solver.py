@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmtrain.features.minimize import minimize
 from llmtrain.nn.task_config import TaskHeadConfig
 from llmtrain.nn.task_head import task_loss
 
-GRADIENT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
 """Largest entry of the gradient at which a solution counts as found, where the Hessian is about 1."""
 ROUNDING = 1e-5
 """Deviation, as a share of the mean, up to which a column of vectors counts as constant."""
@@ -76,40 +77,30 @@ class Solver:
         curvature = 0.25 if self._is_binary else (outputs - 1) / outputs**2
         if kind == "labels":
             curvature = 0.25 / outputs
-        factor_DD = self._cholesky(curvature, strength).float()
-        per_constant = curvature**-0.5
-        x_DK = torch.zeros(len(self._mean_D), width)
-        b_K = torch.zeros(width)
+        factor_DD = self._cholesky(curvature, strength)
+        eye_DD = torch.eye(len(factor_DD), dtype=factor_DD.dtype)
+        back_DD = torch.linalg.solve_triangular(factor_DD, eye_DD, upper=False).T.float().contiguous()
+        per_constant, num_constants = curvature**-0.5, width if self._head.bias else 0
+        x = torch.zeros(len(self._mean_D) * width + num_constants)
         if start is not None:
-            x_DK, b_K = factor_DD.T @ start.columns, start.constants / per_constant
-        x_DK.requires_grad_()
-        b_K.requires_grad_(self._head.bias)
-        parameters = [x_DK, b_K] if self._head.bias else [x_DK]
-        search = torch.optim.LBFGS(
-            parameters,
-            max_iter=self._max_iterations,
-            tolerance_grad=GRADIENT_TOLERANCE,
-            tolerance_change=1e-8,
-            line_search_fn="strong_wolfe",
-        )
+            x_DK, b_K = factor_DD.T.float() @ start.columns, start.constants / per_constant
+            x = torch.cat([x_DK.flatten(), b_K[:num_constants]])
 
-        def columns() -> tuple[Tensor, Tensor]:
-            return torch.linalg.solve_triangular(factor_DD.T, x_DK, upper=True), b_K * per_constant
+        def columns(x: Tensor) -> tuple[Tensor, Tensor]:
+            matrix, constants = x[: len(x) - num_constants], x[len(x) - num_constants :]
+            b_K = constants * per_constant if num_constants else torch.zeros(width)
+            return back_DD @ matrix.view(-1, width), b_K
 
-        def loss() -> Tensor:
-            search.zero_grad()
-            w_DK, c_K = columns()
-            logits = self._spread(torch.addmm(c_K, self._rows_ND, w_DK))
+        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.clone().requires_grad_()
+            w_DK, b_K = columns(x)
+            logits = self._spread(torch.addmm(b_K, self._rows_ND, w_DK))
             total = task_loss(logits, self._labels, self._head) / len(self._labels)
             total = total + strength / 2 * w_DK.square().sum()
-            total.backward()
-            return total.detach()
+            return total.detach(), torch.autograd.grad(total, x)[0]
 
-        search.step(loss)  # type: ignore[arg-type]
-        iterations = int(search.state[x_DK]["n_iter"])
-        with torch.no_grad():
-            w_DK, c_K = columns()
-        return self._solution(w_DK.detach(), c_K.detach(), iterations)
+        x, iterations = minimize(loss, x, self._max_iterations, GRADIENT_TOLERANCE)
+        return self._solution(*columns(x), iterations)
 
     @property
     def _is_binary(self) -> bool:

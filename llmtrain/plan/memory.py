@@ -178,8 +178,8 @@ def _of_stage(
 def _activations(
     memory: ModelMemory, steps: range, layout: Layout, trainable: Trainable | None
 ) -> Activations:
-    """Return what `steps` keep. Below the lowest that trains, a step holds its own only while it runs; a stage
-    of a pipeline sends gradients to the one before it, and keeps all."""
+    """Return what `steps` keep. Below the lowest that trains, a step holds its own only while it runs; a
+    stage of a pipeline sends gradients to the one before it, and keeps all."""
     if trainable is None or layout.pipeline > 1:
         return memory.activations(steps)
     kept = trainable.kept(steps)

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from llmtrain.features.config import FeaturesConfig
+from llmtrain.features.minimize import minimize
 from llmtrain.features.path import PATIENCE, solve_head
 from llmtrain.features.solver import Solver
 from llmtrain.nn.task_config import TaskHeadConfig
@@ -48,6 +49,19 @@ def test_logistic_regression(count: int, weighted: bool) -> None:
         ).fit(scaled, labels)
         ours = solution.logits(torch.from_numpy(rows)).softmax(1).numpy()
         np.testing.assert_allclose(ours, theirs.predict_proba(scaled), atol=TOLERANCE)
+
+
+def test_minimize_ends_where_the_gradient_does() -> None:
+    hessian = torch.diag(torch.logspace(-2, 2, 8))
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x - 1) @ hessian @ (x - 1) / 2, hessian @ (x - 1)
+
+    found, iterations = minimize(function, torch.zeros(8), 100, 1e-5)
+    np.testing.assert_allclose(found, 1, atol=1e-3)
+    assert 8 < iterations < 60
+    assert minimize(function, found, 100, 1e-5)[1] == 0
+    assert minimize(function, torch.zeros(8), 3, 1e-5)[1] == 3
 
 
 def test_without_biases() -> None:
