@@ -21,8 +21,8 @@ def minimize(
 ) -> tuple[Tensor, int]:
     """Return where `function` is smallest, and the iterations that this took.
 
-    function: x → its value, 0-d, and its gradient; best with a Hessian near the identity, since the first step
-    is the gradient itself. x: where to begin, 1-D. tolerance: largest entry of the gradient at the end.
+    function: x → its value, 0-d, and its gradient; best with a Hessian near the identity, since the first
+    step is the gradient itself. x: where to begin, 1-D. tolerance: largest entry of the gradient at the end.
     """
     value, gradient = function(x)
     history: deque[tuple[Tensor, Tensor]] = deque(maxlen=HISTORY)
