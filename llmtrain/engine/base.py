@@ -328,8 +328,7 @@ class Engine(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of what would keep the engine's memory after the last reference to it. It cannot be used any
-        more."""
+        """Let go of what would outlive the last reference to the engine, which cannot be used any more."""
 
     @abstractmethod
     def refresh_weights(self) -> None:

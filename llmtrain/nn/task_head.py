@@ -77,6 +77,23 @@ class TaskHead(nn.Module):
         return table
 
 
+class TextVectors(TaskHead):
+    """In place of a head: the vector that it would read of each text, (B, D)."""
+
+    def __init__(self, config: TaskHeadConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        lengths_B: Tensor,
+        labels: Tensor | None = None,
+        dropout_keys_B: Tensor | None = None,
+    ) -> Tensor:
+        return self._pooled(x_BTD, lengths_B)
+
+
 def task_loss(logits: Tensor, labels: Tensor, config: TaskHeadConfig) -> Tensor:
     """Return the summed loss of logits, 0-d fp32; see TaskHead.forward."""
     if config.kind in ("classes", "tags"):

@@ -81,6 +81,8 @@ class ObjectiveConfig(Kinds):
     """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
     as two consecutive documents."""
 
+    pools: ClassVar[bool] = False
+    """Whether one vector stands for a whole text."""
     divides_sequences: ClassVar[bool] = True
     """Whether ranks may hold different tokens of a row where the loss is computed."""
     fills_gaps: ClassVar[bool] = False

@@ -61,8 +61,6 @@ class TaskConfig(ObjectiveConfig):
     data: ClassVar = "table"
     head_kind: ClassVar[Literal["classes", "labels", "values", "tags", "span"]]
     divides_sequences: ClassVar = False
-    pools: ClassVar[bool] = False
-    """Whether one vector stands for a whole text."""
 
     labels: tuple[str, ...]
     trunk: Trunk | None

@@ -33,6 +33,13 @@ class Trainable:
     """The trainable share of the parameters of each step of the forward pass; one share for a model without
     steps."""
 
+    def kept(self, steps: range) -> range:
+        """Return those of `steps` that keep activations on one process: from the lowest that trains on."""
+        if len(self.shares) == 1:
+            return steps
+        lowest = next((step for step, share in enumerate(self.shares) if share > 0), len(self.shares))
+        return range(min(max(steps.start, lowest), steps.stop), steps.stop)
+
     def count(self, model: ModelConfig, layout: Layout, steps: range) -> int:
         """Return the trainable parameters of one process that runs `steps`, before ZeRO divides them.
 
@@ -151,7 +158,7 @@ def _of_stage(
         if _is_away(layout.offload_parameters, conditions.device):
             weights -= stored * _share(P, replicas)
 
-    of_micro_batch = Activations(0, 0) if memory is None else memory.activations(steps)
+    of_micro_batch = Activations(0, 0) if memory is None else _activations(memory, steps, layout, trainable)
     in_flight = min(layout.pipeline - stage, layout.accumulation)
     has_head = stage == layout.pipeline - 1
     handed_on = 0 if memory is None or has_head else memory.between_layers() * numbers.residual
@@ -166,6 +173,21 @@ def _of_stage(
         checkpoint_copy=4 * (1 + optimizer_slots(optimizer)) * owned if is_copied else 0,
         runtime=RUNTIME_BYTES[conditions.device],
     )
+
+
+def _activations(
+    memory: ModelMemory, steps: range, layout: Layout, trainable: Trainable | None
+) -> Activations:
+    """Return what `steps` keep. Below the lowest that trains, a step holds its own only while it runs; a
+    stage of a pipeline sends gradients to the one before it, and keeps all."""
+    if trainable is None or layout.pipeline > 1:
+        return memory.activations(steps)
+    kept = trainable.kept(steps)
+    found = memory.activations(kept)
+    if kept.start == steps.start:
+        return found
+    passing = memory.activations(range(kept.start - 1, kept.start))
+    return Activations(found.kept, max(found.working, passing.kept + passing.working))
 
 
 def model_memory(

@@ -11,6 +11,7 @@ from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
 from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
+from llmtrain.features.config import FeaturesConfig
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
@@ -100,7 +101,9 @@ class TrainConfig:
     cluster: ClusterConfig
     method: Method = "full"
     """How a model that has learned is fine-tuned. full: all parameters train, but for those of
-    freeze; gradual: the head alone at first, then layer after layer from the top."""
+    freeze; features: the head is solved over the vectors of the frozen rest; gradual: the head alone trains
+    at first, then layer after layer from the top."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     gradual: GradualConfig = field(default_factory=GradualConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     freeze: int = 0

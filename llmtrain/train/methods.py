@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.registry import family_of, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
+from llmtrain.objectives.registry import OBJECTIVES
 from llmtrain.optim.freezing import freeze, freeze_problems
-from llmtrain.optim.groups import rate_problems
+from llmtrain.optim.groups import HEAD, rate_problems
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
 
@@ -23,6 +24,34 @@ def with_method(config: TrainConfig) -> TrainConfig:
     if config.freeze or _has_rates(config):
         config = _with_frozen_layers(config)
     return config
+
+
+def method_problems(config: TrainConfig, is_pretrained: bool) -> Iterator[Problem]:
+    """Yield a problem for each key that does not go with the method; known before the data are read."""
+    if config.method != "full" and not is_pretrained:
+        got, allowed = f"{config.method} with a model that starts from the seed", "full"
+        yield Problem("method", got, allowed, "give model.path=…, whose layers have learned")
+    if config.method != "features":
+        return
+    if not config.objective.pools:
+        tasks = ", ".join(name for name, kind in OBJECTIVES.items() if kind.pools)
+        got = f"{config.objective.kind} with method=features, which has one vector for each text"
+        yield Problem("objective", got, tasks, "give method=full or method=gradual")
+    for axis in ("zero", "tensor", "pipeline", "sequence"):
+        size, usual = getattr(config.parallel, axis), 0 if axis == "zero" else 1
+        if size != usual:
+            got = f"{size} with method=features, whose ranks hold whole models"
+            yield Problem(f"parallel.{axis}", got, str(usual))
+
+
+def with_features(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of a run with method=features: of one step, in which the head alone changes.
+    Return any other unchanged."""
+    if config.method != "features":
+        return config
+    modules = (name.split(".")[0] for name, _ in skeleton_of(config.model).named_parameters())
+    trunk = tuple(f"{module}.*" for module in dict.fromkeys(modules) if module != HEAD)
+    return replace(config, train=replace(config.train, steps=1, freeze=trunk))
 
 
 def _has_rates(config: TrainConfig) -> bool:

@@ -25,7 +25,7 @@ from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
-from llmtrain.train.methods import trainable_of, with_method
+from llmtrain.train.methods import method_problems, trainable_of, with_features, with_method
 from llmtrain.train.pretrained import Pretrained, expand
 from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
@@ -77,6 +77,7 @@ def resolve(
     config = replace(config, objective=objective, model=objective.fitted(model))
     world_size = launcher.world_size() if world_size is None else world_size
     problems = data_problems(config.objective, config.data)
+    problems += method_problems(config, is_pretrained=pretrained is not None or without_data)
     fits_data = not problems
     # Heads that the objective asks for may ask something of the model.
     problems += [problem.within("model") for problem in config.model.problems()]
@@ -130,7 +131,7 @@ def resolve(
         raise ConfigError(problems)
     assert layout is not None
     config = with_method(replace(config, model=model, engine=engine))
-    config = with_unfreezing(config, is_pretrained=pretrained is not None or without_data)
+    config = with_features(with_unfreezing(config))
     return Resolved(config, layout, corpora, pretrained, trainable_of(model, config.train.freeze))
 
 

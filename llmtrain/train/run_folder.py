@@ -6,6 +6,7 @@ RUN/
   git.json           commit of the working folder; git.diff: its uncommitted changes
   data.json          fingerprint and size of the training data
   metrics.jsonl      one object a step
+  features.json      with method=features: the strengths of regularization that were tried, with their losses
   loss.png           with track=[jsonl,picture]: the loss curves
   checkpoints/       step-00000500/ …
 """

@@ -37,6 +37,7 @@ from llmtrain.train.observer import RunObserver
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, find_resume
 from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.solved import build_solved_engine, conclude
 from llmtrain.train.start import start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.streaming import open_stream, plan_timeline
@@ -102,26 +103,30 @@ class Session:
             return True
         stream = self._open_stream(training, start)
         objective = config.objective.build(config.model, config.data, self.corpora)
-        engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
+        if config.method == "features":
+            engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
+        else:
+            engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)
         description = self._describe(stream, start, weights)
         reading = OneReading(loader)
         stopping.request.save_first()
+
+        def asked() -> bool:
+            return stopping.request.asked
+
         while True:
-            outcome = train(
-                engine,
-                reading,
-                self._hooks(engine, validation, start, description, observer),
-                observer,
-                self._schedule(start),
-                asked_to_stop=lambda: stopping.request.asked,
-            )
+            hooks = self._hooks(engine, validation, start, description, observer)
+            if config.method == "features":
+                outcome = conclude(engine, reading, hooks, observer, config.train.steps, asked)
+            else:
+                outcome = train(engine, reading, hooks, observer, self._schedule(start), asked)
             if outcome.interrupted or outcome.ended_early or outcome.step >= config.train.steps:
                 break
             engine.release()
-            del engine  # or the memory of two would be held
+            del engine, hooks  # or the memory of two would be held
             start = self._at_step(outcome.step)
             engine, _ = build_run_engine(self._resolved, self.device, objective, start, self._say)
         processes.on_main(observer.raise_failure)

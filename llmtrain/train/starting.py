@@ -15,6 +15,7 @@ from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
 from llmtrain.engine.build import build_engine
 from llmtrain.interchange.trained import listed
+from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import Objective
 from llmtrain.parallel.materialize import Source
 from llmtrain.tensor_boxes import Shard
@@ -51,8 +52,10 @@ def build_run_engine(
     call it together."""
     config, pretrained, checkpoint = resolved.config, resolved.pretrained, start.checkpoint
     check = FiniteCheck()
-    starting = _starting_weights(resolved, say) if checkpoint is None else None
-    source = None if starting is None else _watched(starting.source(config.seed), check)
+    starting = None
+    if checkpoint is None and pretrained is not None:
+        starting = open_starting_weights(pretrained, config.model, say)
+    source = None if starting is None else watched(starting.source(config.seed), check)
     training = config
     if (unfreezing := unfreezing_of(config)) is not None:
         gc.collect()  # the engine before this one may be part of a cycle
@@ -64,31 +67,30 @@ def build_run_engine(
     if weights.never_trained and checkpoint is None:
         say(f"warning: these frozen parameters were never trained: {listed(weights.never_trained)}")
     if pretrained is not None:
-        _refuse_infinite(check, pretrained)
+        refuse_infinite(check, pretrained)
     return engine, weights
 
 
-def _refuse_infinite(check: FiniteCheck, pretrained: Pretrained) -> None:
+def refuse_infinite(check: FiniteCheck, pretrained: Pretrained) -> None:
+    """Raise on all ranks if a value that any of them has looked at is not finite."""
     where = f"model.path={pretrained.path}"
     processes.agree(lambda: check.refuse(where))
 
 
-def _starting_weights(resolved: Resolved, say: Say) -> StartingWeights | None:
-    """Return the weights of `model=pretrained`, or None for the seed's."""
-    if resolved.pretrained is None:
-        return None
-    starting = open_weights(resolved.pretrained, resolved.config.model)
+def open_starting_weights(pretrained: Pretrained, model: ModelConfig, say: Say) -> StartingWeights:
+    """Return the weights of `model=pretrained`, and say which are new and which go unused."""
+    starting = open_weights(pretrained, model)
     say(f"starting from the weights of {starting.trained.source}, with a fresh optimizer")
     for note in starting.notes():
         say(note)
     return starting
 
 
-def _watched(source: Source, check: FiniteCheck) -> Source:
+def watched(source: Source, check: FiniteCheck) -> Source:
     """Return `source` with every value shown to `check`."""
 
-    def watched(out: Tensor, name: str, shard: Shard, start: int) -> None:
+    def looked_at(out: Tensor, name: str, shard: Shard, start: int) -> None:
         source(out, name, shard, start)
         check.look(name, out)
 
-    return watched
+    return looked_at

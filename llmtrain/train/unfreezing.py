@@ -47,14 +47,11 @@ def unfreezing_of(config: TrainConfig) -> Unfreezing | None:
     return Unfreezing(config.train.freeze, waiting, config.gradual.every)
 
 
-def with_unfreezing(config: TrainConfig, is_pretrained: bool) -> TrainConfig:
+def with_unfreezing(config: TrainConfig) -> TrainConfig:
     """Return the configuration of a run with method=gradual, with `gradual.every` resolved; any other
     unchanged. Raise ConfigError for what cannot be unfrozen within the run's steps."""
     if config.method != "gradual":
         return config
-    if not is_pretrained:
-        got, allowed = "gradual with a model that starts from the seed", "full"
-        raise ConfigError(Problem("method", got, allowed, "give model.path=…, whose layers have learned"))
     levels = levels_of(config.model)
     if levels is None:
         got = f"gradual with model.family={config.model.family}, which has no layers to choose from"

@@ -136,12 +136,14 @@ def steps_with_a_restart_before(restart: int | None) -> list[float]:
 
     from llmtrain.engine.cpu_adam import build_cpu_adam
     from llmtrain.optim.config import OptimizerConfig
+    from llmtrain.optim.groups import Group
 
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(100, generator=generator))
 
     def build() -> torch.optim.Optimizer:
-        return build_cpu_adam(OptimizerConfig(implementation="deepspeed"), [("w", parameter)], {"w": (100,)})
+        config = OptimizerConfig(implementation="deepspeed")
+        return build_cpu_adam(config, [("w", parameter)], {"w": Group(False)})
 
     optimizer = build()
     for step in range(40):

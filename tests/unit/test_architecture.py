@@ -28,7 +28,7 @@ ORDER = (
     {"engine"},
     {"checkpoint"},
     {"interchange"},
-    {"generation", "output"},
+    {"features", "generation", "output"},
     {"train"},
     {"commands"},
     {"cli"},

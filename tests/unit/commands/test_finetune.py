@@ -175,7 +175,7 @@ def test_numbers_and_tags(
         (["optimizer.layer_decay=1.5"], "optimizer.layer_decay: got 1.5; allowed: more than 0, up to 1"),
         (["optimizer.head_lr=0"], "optimizer.head_lr: got 0.0; allowed: a positive number, or null"),
         (["method=gradual"], "method: got gradual with a model that starts from the seed; allowed: full"),
-        (["method=half"], "method: got 'half'; allowed: full, gradual"),
+        (["method=half"], "method: got 'half'; allowed: full, features, gradual"),
         (["gradual.every=0"], "gradual.every: got 0; allowed: 1 or more, or null"),
     ],
 )

@@ -11,11 +11,13 @@ from torch import nn
 
 from llmtrain.engine import deepspeed as deepspeed_engine
 from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import head
 from llmtrain.nn import memory as nn_memory
 from llmtrain.nn.memory import Conditions, Numbers
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.optim.config import OptimizerConfig
+from llmtrain.optim.freezing import freeze
 from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan import memory
@@ -27,8 +29,14 @@ from llmtrain.plan.memory import (
     start_bytes,
 )
 from tests.support.planned_memory import (
+    GPT2_FORM,
     PRESETS,
+    B,
+    T,
+    V,
     all_steps,
+    built,
+    kept_bytes,
     layout,
     memory_of,
 )
@@ -136,6 +144,46 @@ def test_gradients_and_the_optimizer_are_of_what_trains() -> None:
     share = pytest.approx(embedding / P, rel=1e-3)
     assert frozen_blocks.optimizer / plan(None).optimizer == share
     assert frozen_blocks.gradients / plan(None).gradients == share
+
+
+def test_frozen_layers_below_what_trains_keep_no_activations() -> None:
+    """As torch keeps them of a model whose lower layers are frozen."""
+    model = GPTConfig(**GPT2_FORM, dropout=0.1)
+    frozen = 2
+    module = built(GPT(model), "fp32")
+    freeze(module, ["embedding.*", "positions.*", "blocks.0.*"])
+    labels = torch.randint(V, (B, T))
+
+    def logits() -> torch.Tensor:
+        context = module.context(labels)
+        x = labels
+        for stage in module.stages()[:-1]:
+            x = stage.run(x, context)
+        return x
+
+    shares = tuple(0.0 if step < frozen else 1.0 for step in all_steps(model))
+    kept = Trainable(1, shares).kept(all_steps(model))
+    assert kept == range(frozen, model.num_layers + 2)
+    whole = memory_of(model, Numbers(4, 4), B, T, Conditions("cpu"))
+    planned = whole.activations(kept).kept - whole.activations(range(kept.stop - 1, kept.stop)).kept
+    assert kept_bytes(module, logits) == pytest.approx(planned, rel=0.05)
+    assert Trainable(1, (1.0,)).kept(range(1)) == range(1)
+
+    def activations(shares: tuple[float, ...]) -> int:
+        return memory_per_process(
+            model,
+            row_of(model, 16),
+            layout(),
+            precision="fp32",
+            optimizer=OptimizerConfig(),
+            conditions=Conditions("cpu"),
+            trainable=Trainable(1, shares),
+        ).activations
+
+    everything = activations((1.0,) * 5)
+    head_alone, two_layers = (activations((0.0,) * lowest + (1.0,) * (5 - lowest)) for lowest in (4, 2))
+    assert activations((1.0, 0.0, 0.0, 0.0, 1.0)) == everything, "gradients pass through"
+    assert 0 < head_alone < two_layers < everything
 
 
 @pytest.mark.in_turns(3)
