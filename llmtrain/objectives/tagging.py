@@ -11,7 +11,16 @@ import numpy as np
 
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, field_of, frame_of, given_names, in_order, label_of
+from llmtrain.objectives.task import (
+    Task,
+    TaskConfig,
+    field_of,
+    frame_of,
+    given_names,
+    in_order,
+    kind_of,
+    label_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +128,7 @@ def _items(values: Mapping[str, Any], name: str) -> list[Any]:
     if isinstance(value, str):
         return value.split()
     if not isinstance(value, list):
-        raise ValueError(f"field {name} that is a {type(value).__name__}", "a list of words, or text")
+        raise ValueError(f"{kind_of(value)} in the field {name}", "a list of words, or text")
     return value
 
 

@@ -315,7 +315,14 @@ def _as_text(value: Any, name: str) -> str:
         return str(value)
     if isinstance(value, list):
         return " ".join(_as_text(item, name) for item in value)
-    raise ValueError(f"field {name} that is a {type(value).__name__}", "text, a number or a list of them")
+    raise ValueError(f"{kind_of(value)} in the field {name}", "text, a number or a list of them")
+
+
+def kind_of(value: Any) -> str:
+    """Return in words what kind of value a file has."""
+    kinds: dict[type, str] = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    kinds |= {list: "a list", dict: "an object", type(None): "nothing"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def label_of(value: Any, name: str) -> str:
@@ -324,13 +331,12 @@ def label_of(value: Any, name: str) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, int | float):
-        if value != value:
-            raise ValueError(f"field {name} that is NaN", "a label")
-        return str(value)
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    got = "nothing" if value is None or value == "" else f"a {type(value).__name__}"
+    text = str(value).strip() if isinstance(value, int | float | str) else ""
+    if text.lower() == "nan":  # as other programs write what is missing
+        raise ValueError(f"NaN in the field {name}", "a label")
+    if text:
+        return text
+    got = "nothing" if value == "" else kind_of(value)
     raise ValueError(f"{got} in the field {name}", "a label: a word or a number")
 
 
