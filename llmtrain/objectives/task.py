@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from llmtrain.config import require
-from llmtrain.errors import Problem
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import Row
@@ -108,10 +108,22 @@ class TaskConfig(ObjectiveConfig):
         return len(self.labels or table.labels)
 
     def head_of(self, head: TaskHeadConfig, table: Any) -> TaskHeadConfig:
-        """Return the head with what the table says."""
+        """Return the head with what the table says. Raise ConfigError for labels that a head of the model's
+        own does not have in this order."""
         if head.outputs is not None:
-            return head
+            return self._head_with_labels(head)
         return replace(head, outputs=self.num_outputs(table), labels=self.labels or table.labels)
+
+    def _head_with_labels(self, head: TaskHeadConfig) -> TaskHeadConfig:
+        if not self.labels or self.labels == head.labels:
+            return head
+        # transformers' names of labels that nobody has named.
+        are_unnamed = head.labels == tuple(f"LABEL_{number}" for number in range(len(self.labels)))
+        if are_unnamed:
+            return replace(head, labels=self.labels)
+        allowed = f"{', '.join(head.labels[:12]) or 'none'}, as the model's head has them, in this order"
+        remedy = "leave it out, or give objective.new_head=true"
+        raise ConfigError(Problem("objective.labels", ", ".join(self.labels[:12]), allowed, remedy))
 
     def special_ids(self, model: Any, corpora: Any) -> SpecialIds:
         """Resolve the outputs of the head, and the special tokens of an encoder."""
