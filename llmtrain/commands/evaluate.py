@@ -22,7 +22,14 @@ from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.objectives.base import Scores
-from llmtrain.objectives.reading import corpora_problems, data_problems, data_section, open_data, open_dataset
+from llmtrain.objectives.reading import (
+    corpora_problems,
+    data_problems,
+    data_section,
+    open_data,
+    open_dataset,
+    other_tokenizer,
+)
 from llmtrain.output import check_output, write_output
 from llmtrain.scoring.figure import Figure
 from llmtrain.scoring.report import Report
@@ -274,14 +281,8 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | 
         ours = corpora.tokenizer_sha256
         theirs = trained.tokenizer().sha256
         if ours != theirs:
-            problems.append(
-                Problem(
-                    "data.path",
-                    f"data prepared with another tokenizer ({ours[:12]}…)",
-                    f"the tokenizer of {trained.source} ({theirs[:12]}…)",
-                    f"prepare it with tokenizer.model={trained.tokenizer_path}",
-                )
-            )
+            where, path = str(trained.source), trained.tokenizer_path
+            problems.append(other_tokenizer(config.data, ours, theirs, where, path))
     vocab_size = getattr(trained.config, "vocab_size", None)
     if not problems and corpora is not None and vocab_size is not None:
         needed = corpora.vocab_size

@@ -119,6 +119,9 @@ def run(mapping: Mapping[str, Any]) -> None:
             join_chunks([folder / f"{number:08d}.jsonl" for number in range(chunks)], output)
             shutil.rmtree(folder)
             print_note(f"written    {output}")
+    except DataError:
+        shutil.rmtree(folder, ignore_errors=True)  # of an input that has to change
+        raise
     except OSError as error:
         raise ConfigError(disk_problem(error, output, key="output")) from error
 

@@ -20,6 +20,7 @@ from llmtrain.objectives.task import (
     examples_of,
     given_names,
     in_order,
+    kind_of,
     label_of,
     texts_of,
 )
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
 
-MANY_LABELS = 20
-"""Rows from which on a label of its own for each row is taken for a mistake."""
+MANY_LABELS = 8
+"""Rows from which on labels that hardly any two rows share are taken for a mistake."""
+MOST_LABELS = 0.9
+"""Labels for a row up to which labels are taken for labels."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,7 @@ class ClassificationConfig(TaskConfig):
         if items is None:
             items = []
         if not isinstance(items, list):
-            raise ValueError(
-                f"field {data.label_field} that is a {type(value).__name__}", "a list of labels, or text"
-            )
+            raise ValueError(f"{kind_of(value)} in the field {data.label_field}", "a list of labels, or text")
         found = tuple(label_of(item, data.label_field) for item in items if item not in (None, ""))
         return examples_of(texts_of(values, data), found)
 
@@ -115,11 +116,16 @@ class ClassificationConfig(TaskConfig):
 
     def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
         found = in_order(self._all(labels))
-        if len(found) == 1 and not self.multi_label and not self.labels:
-            raise ValueError(f"one label only, {found[0]}, in {len(labels):,} rows", "two labels or more")
-        if len(found) == len(labels) >= MANY_LABELS and not self.labels:
+        count = len(labels)
+        if self.labels or not count:
+            return given_names(found, self.labels)
+        if not found:
+            raise ValueError(f"no label in any of {count:,} rows", "rows with labels")
+        if len(found) == 1 and all(not self.multi_label or of_row for of_row in labels):
+            raise ValueError(f"one label only, {found[0]}, in {count:,} rows", "two labels or more")
+        if count >= MANY_LABELS and len(found) > MOST_LABELS * count:
             raise ValueError(
-                f"another label in each of {len(labels):,} rows, such as {found[0][:40]!r}",
+                f"{len(found):,} labels in {count:,} rows, such as {found[0][:40]!r}",
                 "labels that several rows share; are data.text_field and data.label_field swapped?",
             )
         return given_names(found, self.labels)

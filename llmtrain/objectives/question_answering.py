@@ -144,7 +144,9 @@ def _answers(value: Any, context: str) -> list[Answer]:
     a list of texts, or a text. Raise ValueError for one that is not in the context."""
     if isinstance(value, Mapping):
         texts, starts = value.get("text", []), value.get("answer_start", [])
-        value = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=False)]
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise ValueError("answers whose text and answer_start are no lists of one length", "such lists")
+        value = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)]
     items = [] if value in (None, "") else value if isinstance(value, list) else [value]
     found = []
     for item in items:
@@ -152,7 +154,9 @@ def _answers(value: Any, context: str) -> list[Answer]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"an answer that is {str(text)[:40]!r}", "a text of the context")
         start = item.get("answer_start") if isinstance(item, Mapping) else None
-        if start is None or context[start : start + len(text)] != text:
+        if type(start) not in (int, type(None)):
+            raise ValueError(f"answer_start={str(start)[:40]!r}", "the number of a character, or null")
+        if start is None or start < 0 or context[start : start + len(text)] != text:
             near = context.find(text)
             if near < 0:
                 got = f"the answer {text[:40]!r}, which is not in its context"

@@ -48,6 +48,20 @@ def corpora_problems(objective: ObjectiveConfig, corpora: TextSource | None) -> 
     return [Problem("data.path", got, allowed, remedy)]
 
 
+def other_tokenizer(
+    data: DataConfig | None, ours: str, theirs: str, where: str, path: Path | None
+) -> Problem:
+    """Return the problem of data with another tokenizer than a model's.
+
+    ours, theirs: sha256 of the data's and of the model's; where: what holds the model; path: its tokenizer.
+    """
+    got, allowed = f"another tokenizer ({ours[:12]}…)", f"the tokenizer of {where} ({theirs[:12]}…)"
+    if isinstance(data, TableDataConfig):
+        return Problem("data.tokenizer", got, allowed, "leave it out: the model brings its own")
+    remedy = f"prepare it with tokenizer.model={path}"
+    return Problem("data.path", f"data prepared with {got}", allowed, remedy)
+
+
 def open_data(
     objective: ObjectiveConfig, data: DataConfig, tokenizer: Path | None = None
 ) -> TextSource | None:

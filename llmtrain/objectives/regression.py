@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llmtrain.tables.ragged import Column
     from llmtrain.tables.table import Table
 
+LARGEST = 1e18
+"""Largest number to predict: its square is a number in fp32."""
+
 
 @dataclass(frozen=True)
 class RegressionConfig(TaskConfig):
@@ -94,8 +97,8 @@ def _number(value: Any, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{str(value)[:40]!r} in the field {name}", "a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{number} in the field {name}", "a finite number")
+    if not math.isfinite(number) or abs(number) > LARGEST:
+        raise ValueError(f"{number} in the field {name}", f"a finite number, at most {LARGEST:g} in size")
     return number
 
 

@@ -18,6 +18,7 @@ from llmtrain.objectives.task import (
     frame_of,
     given_names,
     in_order,
+    kind_of,
     label_of,
 )
 from llmtrain.tables.records import field_of
@@ -131,7 +132,7 @@ def _items(values: Mapping[str, Any], name: str) -> list[Any]:
     if isinstance(value, str):
         return value.split()
     if not isinstance(value, list):
-        raise ValueError(f"field {name} that is a {type(value).__name__}", "a list of words, or text")
+        raise ValueError(f"{kind_of(value)} in the field {name}", "a list of words, or text")
     return value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from llmtrain.config import require
-from llmtrain.errors import Problem
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import Row
@@ -136,10 +136,22 @@ class TaskConfig(ObjectiveConfig):
         return len(self.labels or table.labels)
 
     def head_of(self, head: TaskHeadConfig, table: Any) -> TaskHeadConfig:
-        """Return the head with what the table says."""
+        """Return the head with what the table says. Raise ConfigError for labels that a head of the model's
+        own does not have in this order."""
         if head.outputs is not None:
-            return head
+            return self._head_with_labels(head)
         return replace(head, outputs=self.num_outputs(table), labels=self.labels or table.labels)
+
+    def _head_with_labels(self, head: TaskHeadConfig) -> TaskHeadConfig:
+        if not self.labels or self.labels == head.labels:
+            return head
+        # transformers' names of labels that nobody has named.
+        are_unnamed = head.labels == tuple(f"LABEL_{number}" for number in range(len(self.labels)))
+        if are_unnamed:
+            return replace(head, labels=self.labels)
+        allowed = f"{', '.join(head.labels[:12]) or 'none'}, as the model's head has them, in this order"
+        remedy = "leave it out, or give objective.new_head=true"
+        raise ConfigError(Problem("objective.labels", ", ".join(self.labels[:12]), allowed, remedy))
 
     def special_ids(self, model: Any, corpora: Any) -> SpecialIds:
         """Resolve the outputs of the head, and the special tokens of the model."""
@@ -341,7 +353,14 @@ def _as_text(value: Any, name: str) -> str:
         return str(value)
     if isinstance(value, list):
         return " ".join(_as_text(item, name) for item in value)
-    raise ValueError(f"field {name} that is a {type(value).__name__}", "text, a number or a list of them")
+    raise ValueError(f"{kind_of(value)} in the field {name}", "text, a number or a list of them")
+
+
+def kind_of(value: Any) -> str:
+    """Return in words what kind of value a file has."""
+    kinds: dict[type, str] = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    kinds |= {list: "a list", dict: "an object", type(None): "nothing"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def label_of(value: Any, name: str) -> str:
@@ -350,13 +369,12 @@ def label_of(value: Any, name: str) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, int | float):
-        if value != value:
-            raise ValueError(f"field {name} that is NaN", "a label")
-        return str(value)
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    got = "nothing" if value is None or value == "" else f"a {type(value).__name__}"
+    text = str(value).strip() if isinstance(value, int | float | str) else ""
+    if text.lower() == "nan":  # as other programs write what is missing
+        raise ValueError(f"NaN in the field {name}", "a label")
+    if text:
+        return text
+    got = "nothing" if value == "" else kind_of(value)
     raise ValueError(f"{got} in the field {name}", "a label: a word or a number")
 
 

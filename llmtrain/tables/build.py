@@ -260,13 +260,24 @@ def _read(
                         into.where += [batch[row][0] for row in rows.tolist()]
                         into.keys += hashes[rows, 0].tolist()
                 count += len(batch)
+            _refuse_changed(file)
             if not count:
-                got, allowed = "no row with text", f"rows with text in the field {data.text_field}"
-                raise DataError(Problem(file.name, got, allowed))
+                got = "no row with text" if file.size else "an empty file"
+                raise DataError(Problem(file.name, got, f"rows with text in the field {data.text_field}"))
             print_note(f"tokenized {count:,} rows of {file.name}")
     if data.max_train_rows is not None and splits["train"].labels:
         splits["train"] = splits["train"].some(data.max_train_rows)
     return {split: rows for split, rows in splits.items() if rows.labels}
+
+
+def _refuse_changed(file: SourceFile) -> None:
+    """Raise DataError for a file that is no longer the one whose contents name the cache."""
+    if file.url:
+        return
+    now = file.path.stat()
+    if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+        got = "a file that changed while it was read"
+        raise DataError(Problem(file.name, got, "a file at rest", "run the same command again"))
 
 
 def _batches(

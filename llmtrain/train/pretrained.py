@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import MISSING, encode
 from llmtrain.corpus.text_source import TextSource
+from llmtrain.data.config import DataConfig
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of, skeleton_of
+from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,21 +47,14 @@ class Pretrained:
     keeps_head: bool = True
     """Whether training goes on with the head of the folder's model; False: with a new one from the seed."""
 
-    def problems(self, corpora: TextSource) -> list[Problem]:
+    def problems(self, corpora: TextSource, data: DataConfig | None = None) -> list[Problem]:
         """Return a problem if the corpora were prepared with another tokenizer than the model's."""
         if self.tokenizer is None:
             return []
         theirs = load_tokenizer(self.tokenizer).sha256
         if theirs == corpora.tokenizer_sha256:
             return []
-        return [
-            Problem(
-                "data.path",
-                f"data prepared with another tokenizer ({corpora.tokenizer_sha256[:12]}…)",
-                f"the tokenizer of {self.path} ({theirs[:12]}…)",
-                f"prepare it with tokenizer.model={self.tokenizer}",
-            )
-        ]
+        return [other_tokenizer(data, corpora.tokenizer_sha256, theirs, str(self.path), self.tokenizer)]
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,11 @@ def resolve(
         try:
             tokenizer = None if pretrained is None else pretrained.tokenizer
             corpora = open_data(config.objective, config.data, tokenizer)
-            if pretrained is not None and corpora is not None and (found := pretrained.problems(corpora)):
+            if (
+                pretrained is not None
+                and corpora is not None
+                and (found := pretrained.problems(corpora, config.data))
+            ):
                 raise ConfigError(found)
             model = resolve_vocabulary(config.model, config.objective, corpora)
             problems += corpora_problems(config.objective, corpora)

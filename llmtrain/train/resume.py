@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.files import expand_home
+from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.optim.freezing import KEY, frozen_names
 from llmtrain.reading import SETTINGS_BYTES, read_decoded
 from llmtrain.train.changes import changed_settings
@@ -149,14 +150,10 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
         problems.append(Problem(str(checkpoint.path), f"another model ({', '.join(different)})", "", remedy))
     theirs = manifest["data"]
     if theirs.get("tokenizer_sha256") != data["tokenizer_sha256"]:
-        problems.append(
-            Problem(
-                "data.path",
-                f"data prepared with another tokenizer ({str(data['tokenizer_sha256'])[:12]}…)",
-                f"the tokenizer of {checkpoint.path} ({str(theirs.get('tokenizer_sha256'))[:12]}…)",
-                f"prepare it with tokenizer.model={checkpoint.tokenizer}, or give another run.dir",
-            )
-        )
+        ours, own = str(data["tokenizer_sha256"]), str(theirs.get("tokenizer_sha256"))
+        where = str(checkpoint.path)
+        found = other_tokenizer(config.data, ours, own, where, checkpoint.tokenizer)
+        problems.append(replace(found, remedy=f"{found.remedy}, or give another run.dir"))
     before = manifest["config"]
     if before["optimizer"]["name"] != config.optimizer.name:
         problems.append(

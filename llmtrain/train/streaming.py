@@ -11,6 +11,7 @@ from llmtrain.data.config import DataConfig
 from llmtrain.data.datasets.base import Dataset
 from llmtrain.data.mixture import Segment, Timeline, begin, sample_shares
 from llmtrain.data.stream import Agree, Stream, samples_of_epoch
+from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.reading import decode_file
 from llmtrain.train.config import TrainConfig
@@ -55,6 +56,7 @@ def plan_timeline(
     """Return the timeline `before`, continued from `start_step` on as `config` says; `say` gets each change.
 
     before: the encoded timeline of the checkpoint that the run resumes from; None for a fresh run.
+    Raise CheckpointError where the rows of a table have changed since.
     """
     settings = order_settings(config, sources)
     size = config.batch.global_size
@@ -64,6 +66,8 @@ def plan_timeline(
         timeline = Timeline.decode(before)
         last = timeline.at(start_step)
         order = Order.of(last, "the checkpoint's timeline")
+        if config.data.kind == "table":
+            _refuse_other_rows(config, last.settings, settings, start_step)
         for line in _changes(last, size, source_shares(config.data, sources, start_step), settings):
             say(f"note: {line}")
         # When the rows of an epoch change, each source keeps its relative position in the epoch.
@@ -80,6 +84,23 @@ def plan_timeline(
             shares = source_shares(config.data, sources, stage.step)
             timeline = timeline.changed(stage.step, size, shares, settings)
     return timeline
+
+
+def _refuse_other_rows(
+    config: TrainConfig, were: Mapping[str, Any], are: Mapping[str, Any], step: int
+) -> None:
+    """Raise CheckpointError if the rows to train on are others under the same settings: a run of several
+    epochs would be of neither file. Corpora may grow, since few runs read them twice."""
+    if were["fingerprints"] == are["fingerprints"]:
+        return
+    if any(were.get(key) != are[key] for key in are if key not in ("samples", "fingerprints")):
+        return  # the fingerprints change with the sequence length
+    where = next(iter(config.data.paths.values()))
+    got = f"{where}, whose rows to train on have changed since step {step:,} of {config.run.dir}"
+    remedy = f"restore them, or begin another run.dir with model.path={config.run.dir}"
+    raise processes.everywhere(
+        CheckpointError(Problem("data.path", got, "the rows that the run began with", remedy))
+    )
 
 
 def open_stream(

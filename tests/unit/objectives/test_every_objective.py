@@ -10,6 +10,7 @@ import torch
 
 from llmtrain.data.loader import KEYS, Loader
 from llmtrain.data.stream import Origins, Stream
+from llmtrain.interchange.trained import build_module
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.objectives.base import Batch, Objective
 from llmtrain.train.resolve import Resolved, resolve
@@ -37,7 +38,7 @@ class Reading:
     """A run's data as a rank reads them."""
 
     def __init__(self, resolved: Resolved) -> None:
-        config = resolved.config
+        self.config = config = resolved.config
         self.objective: Objective = config.objective.build(config.model, config.data, resolved.corpora)
         length = config.batch.sequence_length
         self.sources = config.objective.open(config.model, config.data, resolved.corpora, "train", length)
@@ -110,3 +111,12 @@ def test_every_epoch_asks_for_other_tokens(reading: Reading, name: str) -> None:
     assert bool(drawn) == (name in DRAWN)
     asked = int((first["labels"] != IGNORE_INDEX).sum())
     assert reading.objective.target_count(first) == asked > 0
+
+
+def test_an_evaluation_gives_what_the_config_says(reading: Reading) -> None:
+    model = build_module(reading.config.model, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    with torch.no_grad():
+        terms = reading.objective.evaluate(model.eval(), reading.epoch(0))
+    assert {*terms.metrics} == {*reading.config.objective.measures()}
