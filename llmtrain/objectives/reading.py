@@ -27,7 +27,7 @@ _REMEDIES = {
 
 def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]:
     """Return a problem if the objective cannot learn from this kind of data."""
-    if data.kind == objective.data:
+    if objective.reads(data.kind):
         return list(objective.data_problems(data))
     got = f"{data.kind!r} with objective.kind={objective.kind}"
     return [Problem("data.kind", got, objective.data, _REMEDIES[objective.data])]
@@ -66,7 +66,7 @@ def data_section(
 ) -> Mapping[str, Any]:
     """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files
     that are given."""
-    if objective.data != "table" or section.get("kind") == "table" or recorded is None:
+    if section.get("kind") == "table" or recorded is None or recorded.get("kind") != "table":
         return section
     path = section.get("path")
     given = {} if path is None else {"path": path, "train": None, "validation": None, "test": None}

@@ -35,7 +35,8 @@ class Ragged:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self.starts[index] : self.ends[index]]
+        start = self.ends[index - 1] if index > 0 else 0
+        return self.values[start : self.ends[index]]
 
     @property
     def starts(self) -> np.ndarray:
