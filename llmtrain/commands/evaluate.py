@@ -21,6 +21,7 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
+from llmtrain.generation.written import check_written, written_figures
 from llmtrain.objectives.base import Scores
 from llmtrain.objectives.reading import (
     corpora_problems,
@@ -34,6 +35,7 @@ from llmtrain.output import check_output, write_output
 from llmtrain.scoring.figure import Figure
 from llmtrain.scoring.report import Report
 from llmtrain.standard_streams import print_note
+from llmtrain.tables.config import TableDataConfig
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +73,9 @@ class EvaluateConfig:
     """Number format of matrix products."""
     device: str = "auto"
     """auto, cpu or cuda; auto: a GPU if there is one."""
-    bleu: bool = False
-    """Also print BLEU of the texts that an encoder–decoder generates, with the settings of `generate`."""
+    bleu: bool | None = None
+    """Also print BLEU of the texts that an encoder–decoder generates, with the settings of `generate`; for
+    the sources of a table ROUGE and chrF too. null: true for a table, else false."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     unigram: bool = False
     """Also print the loss of the token frequencies of the training split; this reads the whole split."""
@@ -88,8 +91,18 @@ class EvaluateConfig:
         for name in ("max_samples", "sequence_length"):
             value = getattr(self, name)
             yield from require(value is None or value >= 1, name, value, "1 or more, or null")
-        if not self.bleu and self.generate != GenerateConfig():
-            yield Problem("generate", "settings", "none with bleu=false", "give bleu=true")
+        if self.bleu is False:
+            yield from _unused_settings(self.generate)
+
+    @property
+    def writes(self) -> bool:
+        """Return whether texts are generated, if the objective has any."""
+        return isinstance(self.data, TableDataConfig) if self.bleu is None else self.bleu
+
+
+def _unused_settings(generate: GenerateConfig) -> Iterator[Problem]:
+    if generate != GenerateConfig():
+        yield Problem("generate", "settings", "none with bleu=false", "give bleu=true")
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -115,8 +128,14 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
-    if config.bleu:
+    writes = config.writes and (config.bleu or trained.objective.paired == "needed")
+    of_table = isinstance(config.data, TableDataConfig)
+    if not writes and (problems := list(_unused_settings(config.generate))):
+        raise ConfigError(problems)
+    if writes:
         check_bleu(trained.objective, config.parallel)
+        if of_table:
+            check_written(config.parallel)
     length = _sequence_length(config, trained)
     dataset = open_dataset(
         trained.objective, trained.config, config.data, corpora, config.split, length, _say_skipped
@@ -151,9 +170,10 @@ def run(mapping: Mapping[str, Any]) -> None:
     totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
     if counter is not None:
         counter.sum_over_ranks(counted, device)
-    translated = {}
-    if config.bleu:
-        translated = translation_figures(trained, model, dataset, config.generate, mesh, config.max_samples)
+    translated: dict[str, Any] = {}
+    if writes:
+        of_texts: Any = written_figures if of_table else translation_figures
+        translated = of_texts(trained, model, dataset, config.generate, mesh, config.max_samples)
     if not processes.is_main():
         return
     figures: dict[str, Any] = {

@@ -21,7 +21,10 @@ from llmtrain.config import decode, encode, require
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, expand_home
-from llmtrain.objectives.task import Task, TaskConfig
+from llmtrain.generation.answer import refuse_pipeline_of_answers
+from llmtrain.generation.config import GenerateConfig
+from llmtrain.generation.written import Writer
+from llmtrain.objectives.task import TaskConfig
 from llmtrain.output import check_output
 from llmtrain.standard_streams import print_note
 from llmtrain.tables.build import files_fingerprint, find_table_files, phrases
@@ -58,12 +61,14 @@ class PredictConfig:
     """Form of the input; auto: by its extension."""
     header: bool | None = None
     """Whether the first line of a csv or tsv names its columns; null: as in the training data."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How an encoder–decoder writes texts; max_new_tokens=null: as many as its targets had in training."""
     sequence_length: int | None = None
     """Tokens of the longest row; null: as in training."""
     micro_size: int = 32
     """Rows of the longest length in a forward pass; of shorter rows as many more."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of matrix products."""
+    """Number format of matrix products; texts are always written in fp32."""
     device: str = "auto"
     """auto, cpu or cuda; auto: a GPU if there is one."""
 
@@ -85,8 +90,14 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.interchange.trained import describe, load_trained
 
     described = describe(config.checkpoint)
-    objective = described.objective
-    if not isinstance(objective, TaskConfig) or described.config.task is None:
+    objective: Any = described.objective
+    writes = objective.paired == "needed"
+    if writes:
+        refuse_pipeline_of_answers(config.parallel)
+    elif config.generate != GenerateConfig():
+        got = f"settings with a model of {objective.kind}, which writes no texts"
+        raise ConfigError(Problem("generate", got, "none", "leave it out"))
+    if not writes and (not isinstance(objective, TaskConfig) or described.config.task is None):
         got = f"a model that learned by {objective.kind}"
         raise ConfigError(Problem("checkpoint", got, "a fine-tuned model", "see llmtrain finetune --help"))
     data = _data(config, described.data)
@@ -105,10 +116,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     )
     model = trained.build_over(mesh, device)
     task = objective.build(trained.config, data)
-    assert isinstance(task, Task)
-    work = _Work(config, objective, task, data, trained.tokenizer(), model, device, length, trained.config)
+    writer = Writer(trained, model, config.generate) if writes else None
+    work = _Work(
+        config, objective, task, data, trained.tokenizer(), model, device, length, trained.config, writer
+    )
     key = xxhash.xxh3_64_hexdigest(
-        f"{files_fingerprint({'': files})}/{trained.source}/{trained.step}/{encode(data)}/{length}".encode()
+        f"{files_fingerprint({'': files})}/{trained.source}/{trained.step}/{encode(data)}/{length}"
+        f"/{encode(config.generate)}".encode()
     )
     folder = output.with_name(f".{output.name}.{key}.parts")
     try:
@@ -128,7 +142,9 @@ def run(mapping: Mapping[str, Any]) -> None:
 
 def _data(config: PredictConfig, recorded: Mapping[str, Any] | None) -> TableDataConfig:
     """Return the section `data` for the input: that of the training data with what is given."""
-    section = {**(recorded or {}), "path": config.input, "train": None, "validation": None, "test": None}
+    if recorded is None or recorded.get("kind") != "table":
+        recorded = {}
+    section = {**recorded, "path": config.input, "train": None, "validation": None, "test": None}
     section = {key: value for key, value in section.items() if key in TableDataConfig.__dataclass_fields__}
     section |= {"format": config.format, "kind": "table"}
     for name in ("text_field", "text_pair_field", "header"):
@@ -142,14 +158,17 @@ class _Work:
     """The prediction of all rows of some files."""
 
     config: PredictConfig
-    objective: TaskConfig
-    task: Task
+    objective: Any
+    """A TaskConfig, or that of an encoder–decoder that writes."""
+    task: Any
     data: TableDataConfig
     tokenizer: Tokenizer
     model: nn.Module
     device: torch.device
     length: int
     model_config: Any
+    writer: Writer | None = None
+    """Writes texts, with a model that does."""
 
     def run(self, files: Sequence[SourceFile], folder: Path, rank: int, size: int, writes: bool) -> int:
         """Write the chunks of this rank that are not there yet; return the number of all chunks."""
@@ -189,12 +208,19 @@ class _Work:
         columns = self.objective.encode_texts(contents, self.tokenizer)
         columns |= self.objective.blank_labels(contents)
         examples = self._examples(TableSplit("input", columns, ""))
+        said = self._said(examples, len(chunk))
+        return [{**record.values, **of_row} for (_, record), of_row in zip(chunk, said, strict=True)]
+
+    def _said(self, examples: Any, count: int) -> list[dict[str, Any]]:
+        """Return what the model says of each row."""
+        if self.writer is not None:
+            sources = [examples.source(row) for row in range(count)]
+            return [{"prediction": text} for text in self.writer.write(sources)]
         found: dict[int, np.ndarray] = {}
         for rows in self._batches(examples.lengths):
             found |= dict(zip(rows.tolist(), self._forward(examples, rows), strict=True))
         of_rows = self.task.said_of(examples, found)
-        said = [of_rows[row] for row in range(len(chunk))]
-        return [{**record.values, **of_row} for (_, record), of_row in zip(chunk, said, strict=True)]
+        return [of_rows[row] for row in range(count)]
 
     def _examples(self, split: TableSplit) -> Examples:
         return self.objective.examples_of_split(self.model_config, split, self.tokenizer, self.length)

@@ -32,9 +32,12 @@ class Texts:
         self._num_sentinels = 0
         if config.sentinel_id is not None and trained.objective.fills_gaps:
             self._sentinel_id, self._num_sentinels = config.sentinel_id, config.num_sentinels or 0
-        # BART saw <s> before every text; models trained here see texts with their ends alone.
+        # BART saw <s> before every text; models trained here see texts with their ends alone, but those that
+        # were trained on a table see what the tokenizer says.
         own_cls = self.tokenizer.special_ids.get("cls")
         self._first_ids = [] if own_cls is None or trained.sequence_length is not None else [own_cls]
+        if (first_ids := getattr(trained.objective, "first_ids", None)) is not None:
+            self._first_ids = list(first_ids)
 
     def source(self, text: str) -> list[int]:
         """Ids of a text with its end, a sentinel for each mark. A space before a mark belongs to the piece

@@ -35,7 +35,7 @@ def check_bleu(objective: ObjectiveConfig, parallel: SharingConfig) -> None:
         raise ConfigError(Problem("bleu", got, "false", "give one that was trained with objective=seq2seq"))
     refuse_pipeline_of_answers(parallel)
     if importlib.util.find_spec("sacrebleu") is None:
-        install = 'pip install "llmtrain[translate]"'
+        install = 'pip install "llmtrain[seq2seq]"'
         raise ConfigError(Problem("bleu", "true without the package sacrebleu", "", install))
 
 

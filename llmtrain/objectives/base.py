@@ -77,6 +77,8 @@ class ObjectiveConfig(Kinds):
     teaches: ClassVar[tuple[str, ...]]
     """Kinds of model that this objective can train (see models/family.py)."""
     data: ClassVar[Literal["tokens", "images", "table"]] = "tokens"
+    also_reads: ClassVar[tuple[str, ...]] = ()
+    """Other kinds of data than `data` that it can read."""
     paired: ClassVar[Literal["needed", "refused", "taken"]] = "refused"
     """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
     as two consecutive documents."""
@@ -87,6 +89,11 @@ class ObjectiveConfig(Kinds):
     """Whether ranks may hold different tokens of a row where the loss is computed."""
     fills_gaps: ClassVar[bool] = False
     """Whether the model learns to write the contents of masked spans, each after its own sentinel."""
+
+    @classmethod
+    def reads(cls, data: str) -> bool:
+        """Return whether the objective can read this kind of data."""
+        return data == cls.data or data in cls.also_reads
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""

@@ -29,7 +29,7 @@ _REMEDIES = {
 
 def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]:
     """Return a problem if the objective cannot learn from this kind of data."""
-    if data.kind == objective.data:
+    if objective.reads(data.kind):
         return list(objective.data_problems(data))
     got = f"{data.kind!r} with objective.kind={objective.kind}"
     return [Problem("data.kind", got, objective.data, _REMEDIES[objective.data])]
@@ -82,7 +82,7 @@ def data_section(
 ) -> Mapping[str, Any]:
     """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files and
     the keys of tables that are given in `section`, which has the defaults of token data."""
-    if objective.data != "table" or section.get("kind") == "table" or recorded is None:
+    if section.get("kind") == "table" or recorded is None or recorded.get("kind") != "table":
         return section
     usual = {field.name for field in fields(TokenDataConfig)}
     given = {key: value for key, value in section.items() if key not in usual}

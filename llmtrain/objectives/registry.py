@@ -14,10 +14,10 @@ from llmtrain.objectives.classification import ClassificationConfig
 from llmtrain.objectives.denoising import DenoisingConfig
 from llmtrain.objectives.image_classification import ImageClassificationConfig
 from llmtrain.objectives.masked_lm import MaskedLMConfig
+from llmtrain.objectives.paired_text import PairedTextConfig
 from llmtrain.objectives.permuted_lm import PermutedLMConfig
 from llmtrain.objectives.question_answering import QuestionAnsweringConfig
 from llmtrain.objectives.regression import RegressionConfig
-from llmtrain.objectives.seq2seq import PairedTextConfig
 from llmtrain.objectives.span_corruption import SpanCorruptionConfig
 from llmtrain.objectives.tagging import TaggingConfig
 

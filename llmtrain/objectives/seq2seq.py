@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from llmtrain.config import require
 from llmtrain.errors import Problem
-from llmtrain.files import expand_home
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
@@ -111,54 +109,6 @@ class SourceTargetConfig(ObjectiveConfig):
         if model.sentinel_id is not None:
             names |= {model.sentinel_id - i: f"<extra_{i}>" for i in range(model.num_sentinels or 0)}
         return names
-
-
-@dataclass(frozen=True)
-class PairedTextConfig(SourceTargetConfig):
-    """Predict targets from sources of a corpus of paired texts."""
-
-    paired: ClassVar = "needed"
-
-    kind: Literal["seq2seq"] = "seq2seq"
-    target_length: int | None = None
-    """Tokens of the decoder's input; null: batch.sequence_length, as for the encoder."""
-
-    def problems(self) -> Iterator[Problem]:
-        length = self.target_length
-        yield from require(length is None or length >= 2, "target_length", length, "2 or more, or null")
-
-    def widths(self, sequence_length: int) -> Widths:
-        return Widths(0, sequence_length, self.target_length or sequence_length)
-
-    def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
-        longest, target = model.max_sequence_length, self.target_length or 0
-        yield from require(
-            longest is None or target <= longest,
-            "objective.target_length",
-            target,
-            f"1 to model.max_sequence_length={longest}",
-        )
-
-    def data_problems(self, data: Any) -> Iterator[Problem]:
-        if data.packing != "concat":
-            allowed = "concat with objective=seq2seq, which puts whole pairs into rows"
-            yield Problem("data.packing", data.packing, allowed, "leave it out")
-        if not data.document_mask:
-            allowed = "true with objective=seq2seq: the pairs of a row are separate texts"
-            yield Problem("data.document_mask", "false", allowed, "leave it out")
-
-    def open(
-        self, model: Any, data: Any, corpora: TextSource | None, split: str, sequence_length: int
-    ) -> dict[str, Dataset]:
-        from llmtrain.data.datasets.paired_rows import PairedRows
-
-        _, source, target = self.widths(sequence_length)
-        cache = expand_home(data.cache.dir)
-        splits = self.splits(data, corpora, split)
-        return {name: PairedRows(tokens, source, target, cache=cache) for name, tokens in splits.items()}
-
-    def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> PairedText:
-        return PairedText(model)
 
 
 class OneTextConfig(SourceTargetConfig):
@@ -285,14 +235,6 @@ class Seq2Seq(LossOfModel, ABC):
         counts = int((source_documents >= 0).sum()), int((documents >= 0).sum())
         named = f", {pairs} pairs" if pairs > 1 else ""
         return Shown(f"{counts[0]} tokens of source, {counts[1]} of target{named}", lines)
-
-
-class PairedText(Seq2Seq):
-    """Pairs of the corpus, several per row; attention stays within a pair."""
-
-    def examples(self, raw: dict[str, np.ndarray]) -> Examples:
-        """Return the dataset's arrays, which already have the form of Examples."""
-        return Examples(raw["sources"], raw["source_documents"], raw["targets"], raw["documents"])
 
 
 class OneText(Seq2Seq):

@@ -62,6 +62,10 @@ class TaskReader(Protocol):
     def labels(self) -> tuple[str, ...]:
         """Names of the labels that were given, in order; empty: those of the rows to train on."""
 
+    @property
+    def paired(self) -> str:
+        """Return "needed" if rows are pairs of a source and a target."""
+
     def identity(self) -> Mapping[str, Any]:
         """Return what else determines the columns, as JSON."""
 

@@ -63,9 +63,11 @@ class TableSplit:
 class Table:
     """The splits of a table; `open_table` makes it."""
 
-    paired = False
-
-    def __init__(self, folder: Path, where: str, tokenizer_path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, folder: Path, where: str, tokenizer_path: Path, tokenizer: Tokenizer, paired: bool = False
+    ) -> None:
+        """paired: whether its rows are pairs of a source and a target."""
+        self.paired = paired
         self._folder, self.where, self.tokenizer_path = folder, where, tokenizer_path
         self._tokenizer = tokenizer
         self._manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
@@ -157,4 +159,4 @@ def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) 
     if task.labels and not (is_whole(folder) and Table(folder, "", path, loaded).labels == task.labels):
         folder = folder.with_name(table_key(data, task, loaded, fingerprint, task.labels))
     ensure_cache(folder, data, task, loaded, files)
-    return Table(folder, data.paths[""], path, loaded)
+    return Table(folder, data.paths[""], path, loaded, task.paired == "needed")

@@ -44,12 +44,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = [str(word) for word in draw.choice(WORDS, draw.integers(2, 30))]
             tags = ["B-X" if word == "film" else "O" for word in words]
             row = {"text": " ".join(words), "label": number % 3, "words": words, "tags": tags}
+            row["short"] = " ".join(words[::-2])
             file.write(json.dumps(row) + "\n")
     return path
 
 
 def settings(model: str, task: str, rows: Path, corpus: Path, cache: Path) -> tuple[str, ...]:
-    fields = ("data.text_field=words", "data.label_field=tags") if task == "tagging" else ()
+    fields = {
+        "tagging": ("data.text_field=words", "data.label_field=tags"),
+        "seq2seq": ("data.label_field=short", "objective.target_length=40"),
+    }.get(task, ())
     return (
         *MODELS[model],
         f"objective={task}",
@@ -86,6 +90,7 @@ def references() -> dict[tuple[str, ...], Trace]:
         ("T5", "classification"),
         ("T5", "tagging"),
         ("BART", "classification"),
+        ("T5", "seq2seq"),
     ],
 )
 def test_equals_one_process(

@@ -35,8 +35,6 @@ class EncoderDecoder(StagedModel):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
-        if config.task is not None and config.has_decoder and config.start_id is None:
-            raise ValueError("the start id is not resolved yet")
         self.config = config
         D, M = config.hidden_size, config.decoder_layers
         relative = None
@@ -185,7 +183,8 @@ class EncoderDecoder(StagedModel):
         """Return a text shifted to the right behind the start token; nothing without a decoder."""
         if not self.config.has_decoder:
             return tokens_BT[:, :0]
-        start_B1 = torch.full_like(tokens_BT[:, :1], self.config.start_id or 0)
+        assert self.config.start_id is not None
+        start_B1 = torch.full_like(tokens_BT[:, :1], self.config.start_id)
         return torch.cat((start_B1, tokens_BT[:, :-1]), dim=1)
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ def test_what_cannot_be_is_refused(
     assert "prompt: got nothing; allowed: a text that the model reads" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert evaluate(run, paired_corpus, "bleu=true") == 2
-    assert 'bleu: got true without the package sacrebleu; pip install "llmtrain[translate]"' in (
+    assert 'bleu: got true without the package sacrebleu; pip install "llmtrain[seq2seq]"' in (
         capsys.readouterr().err
     )
 

@@ -27,8 +27,8 @@ from llmtrain.nn.memory import Conditions, Numbers
 from llmtrain.nn.model_config import Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.nn.task_config import TaskHeadConfig
+from llmtrain.objectives.paired_text import PairedTextConfig
 from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
-from llmtrain.objectives.seq2seq import PairedTextConfig
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.plan import machine
 from tests.support.memory import allocated
