@@ -178,11 +178,9 @@ class Stream:
     def _padding(self, source: int, micro_size: int, dataset: OrdersByLength) -> float:
         """Return the share of padding in the batches of the first epoch."""
         order = self._orders[source]
-        lengths = dataset.lengths[order(np.arange(order.epoch_length))[1]]
-        starts = np.arange(0, len(lengths), micro_size)
-        widths = dataset.widths(np.maximum.reduceat(lengths, starts))
-        rows = np.diff(starts, append=len(lengths))
-        return 1.0 - float(lengths.sum() / (widths * rows).sum())
+        rows = order(np.arange(order.epoch_length))[1]
+        batches = (rows[start : start + micro_size] for start in range(0, len(rows), micro_size))
+        return 1.0 - float(dataset.lengths[rows].sum() / sum(map(dataset.batch_tokens, batches)))
 
     def _enter_block(self, source: int, epoch: int, block: int, gave_up: GaveUp) -> Future[frozenset[int]]:
         key, blocks = (epoch, block), self._blocks[source]

@@ -13,17 +13,8 @@ from llmtrain.config import require
 from llmtrain.errors import Problem
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.task_config import Pooling, TaskHeadConfig
-from llmtrain.objectives.task import (
-    Task,
-    TaskConfig,
-    Trunk,
-    examples_of,
-    given_names,
-    in_order,
-    kind_of,
-    label_of,
-    texts_of,
-)
+from llmtrain.objectives.fields import examples_of, given_names, in_order, kind_of, label_of, texts_of
+from llmtrain.objectives.task import Task, TaskConfig, Trunk
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:

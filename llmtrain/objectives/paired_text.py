@@ -16,9 +16,10 @@ from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.files import expand_home
 from llmtrain.objectives.base import ObjectiveConfig
+from llmtrain.objectives.fields import text_of
 from llmtrain.objectives.seq2seq import Examples, Seq2Seq, SourceTargetConfig, Widths
-from llmtrain.objectives.task import WIDTH_STEP, field_of, text_of
 from llmtrain.tables.config import TableDataConfig
+from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:
     from llmtrain.corpus.text_source import TextSource
@@ -213,6 +214,7 @@ class RowsOfPairs(PairedText):
 
 
 def _width(documents: np.ndarray) -> int:
-    """Return a multiple of WIDTH_STEP, or the whole width, that holds all tokens. documents: (B, W)."""
-    longest = int((documents >= 0).sum(1).max(initial=1))
-    return min(documents.shape[1], max(1, -(-longest // WIDTH_STEP)) * WIDTH_STEP)
+    """Return the width that holds all tokens. documents: (B, W)."""
+    from llmtrain.data.datasets.examples import padded_width
+
+    return min(documents.shape[1], padded_width(int((documents >= 0).sum(1).max(initial=1))))

@@ -13,7 +13,8 @@ import numpy as np
 from llmtrain.config import require
 from llmtrain.errors import Problem
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, Trunk, frame_of, text_of
+from llmtrain.objectives.fields import text_of
+from llmtrain.objectives.task import Task, TaskConfig, Trunk, frame_of
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:

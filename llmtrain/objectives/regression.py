@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import Task, TaskConfig, Trunk, examples_of, texts_of
+from llmtrain.objectives.fields import examples_of, texts_of
+from llmtrain.objectives.task import Task, TaskConfig, Trunk
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:

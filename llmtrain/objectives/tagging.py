@@ -11,16 +11,8 @@ import numpy as np
 
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.task import (
-    Task,
-    TaskConfig,
-    Trunk,
-    frame_of,
-    given_names,
-    in_order,
-    kind_of,
-    label_of,
-)
+from llmtrain.objectives.fields import given_names, in_order, kind_of, label_of
+from llmtrain.objectives.task import Task, TaskConfig, Trunk, frame_of
 from llmtrain.tables.records import field_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY
-from llmtrain.data.datasets.examples import padded_widths
+from llmtrain.data.datasets.examples import padded_width
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
@@ -88,8 +88,8 @@ class AnswerWindows:
         asked = int(self._asked[self.rows[window]])
         return len(self._template.first) + asked + len(self._template.between)
 
-    def widths(self, longest: np.ndarray) -> np.ndarray:
-        return padded_widths(longest)
+    def batch_tokens(self, rows: np.ndarray) -> int:
+        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens", "segments" and "lengths" as Examples does; "context" int64 (M, 2), the positions

@@ -74,8 +74,8 @@ class OrdersByLength(Protocol):
     def group(self) -> int:
         """Rows of like length that follow each other."""
 
-    def widths(self, longest: np.ndarray) -> np.ndarray:
-        """Return the tokens of batches with padding, for the tokens of their longest rows."""
+    def batch_tokens(self, rows: np.ndarray) -> int:
+        """Return the tokens of a batch of these rows, padding included."""
 
 
 def mean_length(datasets: Iterable[Dataset]) -> float | None:

@@ -15,10 +15,10 @@ from llmtrain.tables.table import TableSplit
 from llmtrain.tokenizers.base import Frame, Template
 
 
-def padded_widths(longest: np.ndarray) -> np.ndarray:
-    """Return the widths of batches for the tokens of their longest rows: rounded up to a multiple of 8, which
+def padded_width(longest: int) -> int:
+    """Return the width of a batch for the tokens of its longest row: rounded up to a multiple of 8, which
     GPUs want, or of less where that would be more than a sixteenth."""
-    step = np.where(longest < 32, 1, np.where(longest < 64, 2, np.where(longest < 128, 4, 8)))
+    step = 1 if longest < 32 else 2 if longest < 64 else 4 if longest < 128 else 8
     return -(-longest // step) * step
 
 
@@ -59,8 +59,8 @@ class Examples:
         cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
         return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
 
-    def widths(self, longest: np.ndarray) -> np.ndarray:
-        return padded_widths(longest)
+    def batch_tokens(self, rows: np.ndarray) -> int:
+        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens" int64 (M, T), padded; "segments" int8 (M, T), -1 at padding; "lengths" int64 (M), 1

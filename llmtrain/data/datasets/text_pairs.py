@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY, PADDING_DOCUMENT
+from llmtrain.data.datasets.examples import padded_width
 from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
 
@@ -80,6 +81,11 @@ class TextPairs:
         )
         tokens = f"{means[0] + len(self._first_ids):.1f} tokens a source and {means[1]:.1f} a target"
         return f"{self.split.describe()}{pairs}, {tokens}{cut}"
+
+    def batch_tokens(self, rows: np.ndarray) -> int:
+        source = int(self._kept[0][rows].max()) + len(self._first_ids) + 1
+        target = int(self._kept[1][rows].max()) + 1
+        return len(rows) * (padded_width(source) + padded_width(target))
 
     def source(self, sample: int) -> np.ndarray:
         """Return the ids of a sample's source, with its end."""
