@@ -171,7 +171,7 @@ def test_numbers_and_tags(
         (["data.tokenizer=null"], "data.tokenizer: got null"),
         (["train.epochs=0"], "train.epochs: got 0"),
         (["parallel.sequence=2"], "parallel.sequence: got 2; allowed: 1 with objective=classification"),
-        (["objective=mlm"], "objective: got mlm; allowed: classification, regression, tagging"),
+        (["objective=mlm"], "objective: got mlm; allowed: seq2seq, classification, regression, tagging"),
         (["optimizer.layer_decay=1.5"], "optimizer.layer_decay: got 1.5; allowed: more than 0, up to 1"),
         (["optimizer.head_lr=0"], "optimizer.head_lr: got 0.0; allowed: a positive number, or null"),
         (["method=gradual"], "method: got gradual with a model that starts from the seed; allowed: full"),
