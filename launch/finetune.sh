@@ -47,15 +47,16 @@ step "Preparing a corpus of the reviews, without their labels"
 "${llmtrain[@]}" prepare source="$source" text_field=text output="$corpus" tokenizer.vocab_size=8192 "${held_out[@]}"
 
 step "Pre-training a small BERT on it: masked words, and whether two parts of a text follow each other"
+# Many small batches without dropout: a step costs less than it teaches, and no text is seen three times.
 "${llmtrain[@]}" train data.path="$corpus" run.dir="$runs/pretrained" run.name=pretrained \
-    "${bert[@]}" objective=mlm_nsp batch.global_size=64 batch.micro_size=64 batch.sequence_length=128 train.steps=2400 \
-    optimizer.lr=1e-3 schedule=linear precision=$precision train.log_every=50 checkpoint.every=200 \
-    evaluation.every=400 evaluation.max_samples=256 $pretraining
+    "${bert[@]}" model.dropout=0 objective=mlm_nsp batch.global_size=16 batch.micro_size=16 batch.sequence_length=128 \
+    train.steps=8000 optimizer.lr=1e-3 schedule=linear precision=$precision train.log_every=100 checkpoint.every=500 \
+    evaluation.every=1000 evaluation.max_samples=256 $pretraining
 
 method scratch "${bert[@]}" data.tokenizer="$corpus" "$@"
-method full model.path="$runs/pretrained" optimizer.layer_decay=0.8 "$@"
-method gradual model.path="$runs/pretrained" method=gradual "$@"
-method freeze model.path="$runs/pretrained" freeze=2 "$@"
+method full model.path="$runs/pretrained" model.dropout=0.1 optimizer.layer_decay=0.8 "$@"
+method gradual model.path="$runs/pretrained" model.dropout=0.1 method=gradual "$@"
+method freeze model.path="$runs/pretrained" model.dropout=0.1 freeze=2 "$@"
 method features model.path="$runs/pretrained" method=features
 method lstm model=lstm data.tokenizer="$corpus" objective.pooling=mean optimizer.lr=1e-3 "$@"
 

@@ -6,6 +6,7 @@ The README's tour is run once; what it leaves behind is copied for the pages tha
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
@@ -167,3 +168,40 @@ def test_the_two_commands(tmp_path: Path):
     assert losses[0] > 8.5
     assert losses[-1] < losses[0] - 1.0
     assert "unigram_loss" in shown
+
+
+@pytest.mark.long("pre-training and six fine-tunings, shortened, by the script that a user starts")
+def test_fine_tuning_in_one_command(tmp_path: Path):
+    with open(REVIEWS, encoding="utf-8", newline="") as file:
+        rows = list(islice(csv.DictReader(file), 0, None, 40))  # those of one label come first in the file
+    source = tmp_path / "reviews.csv"
+    with open(source, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    shorter = ["train.epochs=0.6", "batch.global_size=8", "batch.micro_size=8", "batch.sequence_length=32"]
+    with warm_program(tmp_path, ("llmtrain", "python")) as programs:
+        environment = str(warm_environment(tmp_path / "environment", programs))
+        done = run(
+            [f"{REPOSITORY}/launch/finetune.sh", *shorter],
+            tmp_path,
+            FOLDER=str(tmp_path),
+            SOURCE=str(source),
+            ROWS="120",
+            PRETRAIN="train.steps=2 evaluation.every=null evaluation.at_start=false",
+            OMP_NUM_THREADS="1",
+            VIRTUAL_ENV=environment,
+        )
+    assert done.returncode == 0, done.stdout
+    table = done.stdout.rpartition("== All on the same test split")[2].splitlines()[1:]
+    assert table[0].split() == ["trained", "seconds", "accuracy"]
+    assert len(table) == 8
+    assert all(
+        re.search(r"\d [01]\.\d{4} \[[01]\.\d{4}, [01]\.\d{4}\]$", " ".join(row.split())) for row in table[1:]
+    )
+    trained = {row[:32].strip(): int(row[32:44].replace(",", "")) for row in table[1:]}
+    assert (
+        trained["pre-trained, features"]
+        < trained["pre-trained, two layers frozen"]
+        < trained["pre-trained, full"]
+    )

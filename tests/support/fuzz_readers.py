@@ -195,7 +195,7 @@ def _resume(resume: str) -> None:
         corpora = open_data(config.objective, config.data)
         sources = config.objective.open(config.model, config.data, corpora, "train", SEQUENCE)
         plan_timeline(config, sources, resumed.timeline, resumed.checkpoint.step, _say)
-        resumed.note_evaluation(1.0)
+        resumed.note_evaluation({"validation_loss": 1.0})
 
 
 def _say(text: str) -> None:
