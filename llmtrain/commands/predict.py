@@ -18,13 +18,13 @@ import numpy as np
 import xxhash
 
 from llmtrain.config import decode, encode, require
+from llmtrain.data.order import batches_by_length
 from llmtrain.engine.sharing import SharingConfig, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, expand_home
 from llmtrain.generation.answer import refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import Writer
-from llmtrain.objectives.task import TaskConfig
 from llmtrain.output import check_output
 from llmtrain.standard_streams import print_note
 from llmtrain.tables.build import files_fingerprint, find_table_files, phrases
@@ -62,7 +62,8 @@ class PredictConfig:
     header: bool | None = None
     """Whether the first line of a csv or tsv names its columns; null: as in the training data."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """How an encoder–decoder writes texts; max_new_tokens=null: as many as its targets had in training."""
+    """Settings of the texts that an encoder–decoder generates; max_new_tokens=null: the length of targets in
+    training."""
     sequence_length: int | None = None
     """Tokens of the longest row; null: as in training."""
     micro_size: int = 32
@@ -97,7 +98,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     elif config.generate != GenerateConfig():
         got = f"settings with a model of {objective.kind}, which writes no texts"
         raise ConfigError(Problem("generate", got, "none", "leave it out"))
-    if not writes and (not isinstance(objective, TaskConfig) or described.config.task is None):
+    if not writes and (objective.data != "table" or described.config.task is None):
         got = f"a model that learned by {objective.kind}"
         raise ConfigError(Problem("checkpoint", got, "a fine-tuned model", "see llmtrain finetune --help"))
     data = _data(config, described.data)
@@ -217,23 +218,13 @@ class _Work:
             sources = [examples.source(row) for row in range(count)]
             return [{"prediction": text} for text in self.writer.write(sources)]
         found: dict[int, np.ndarray] = {}
-        for rows in self._batches(examples.lengths):
+        for rows in batches_by_length(examples.lengths, self.config.micro_size * self.length):
             found |= dict(zip(rows.tolist(), self._forward(examples, rows), strict=True))
         of_rows = self.task.said_of(examples, found)
         return [of_rows[row] for row in range(count)]
 
     def _examples(self, split: TableSplit) -> Examples:
         return self.objective.examples_of_split(self.model_config, split, self.tokenizer, self.length)
-
-    def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the numbers of rows of like length, as many as take about the same time."""
-        most = self.config.micro_size * self.length
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            count = max(1, most // max(1, int(lengths[order[start]])))
-            yield order[start : start + count]
-            start += count
 
     def _forward(self, examples: Examples, rows: np.ndarray) -> list[np.ndarray]:
         import torch

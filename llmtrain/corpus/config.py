@@ -196,7 +196,7 @@ def _mixture_problems(where: str, mixture: Mapping[str, float]) -> Iterator[Prob
 
 
 class OneSource:
-    """What a section `data` answers whose samples come from one source, whole, in one order for each seed."""
+    """Base of `data` sections with a single source. Its order depends on the seed alone."""
 
     shuffle_shards: ClassVar[int] = 1
     drop_last: ClassVar[bool] = False

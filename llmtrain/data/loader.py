@@ -156,7 +156,7 @@ class Loader:
 
 
 class Reading(Protocol):
-    """What gives a run its training steps."""
+    """Yields the training steps of a run from any step on."""
 
     def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
         """Return the steps from `start_step` on."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -232,6 +233,17 @@ class _Epoch:
             shuffled[chosen] = start + permute(offsets[chosen] - start, end - start, key)
         slots = np.searchsorted(self._starts, shuffled, side="right") - 1
         return self._firsts[slots] + shuffled - self._starts[slots]
+
+
+def batches_by_length(lengths: np.ndarray, most_tokens: int) -> Iterator[np.ndarray]:
+    """Yield the numbers of rows of like length, the longest first, in batches of at most `most_tokens` with
+    padding, or of one row."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, most_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + count]
+        start += count
 
 
 def rank_slice(samples: range, data_rank: int, data_size: int) -> range:

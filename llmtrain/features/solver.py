@@ -32,7 +32,7 @@ class Solution:
     """(C), 0 for a head without biases."""
     iterations: int
     columns: Tensor
-    """What was solved for, over vectors of mean 0 and variance 1, (D, K): where the next one may start."""
+    """Solution over standardized vectors (mean 0, variance 1), (D, K); the next solve may start from it."""
     constants: Tensor
     """The same of the biases, (K)."""
 
@@ -104,7 +104,7 @@ class Solver:
 
     @property
     def _is_binary(self) -> bool:
-        """Whether there are two classes, of which the difference of the logits says all."""
+        """Return whether there are two classes: only the difference of their logits matters then."""
         return self._head.kind == "classes" and self._head.num_outputs == 2
 
     def _spread(self, columns: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import xxhash
 from torch import nn
 
 from llmtrain.config import encode
+from llmtrain.data.order import batches_by_length
 from llmtrain.distributed import processes
 from llmtrain.engine.build import build_for_use
 from llmtrain.engine.modules import autocast, to_device
@@ -41,11 +42,11 @@ def build_trunk(model: Any, mesh: Mesh, device: torch.device, source: Source) ->
 
 
 class _Store(NamedTuple):
-    """What rank 0 holds of a split."""
+    """The vectors of a split and their cache, on rank 0 alone."""
 
     cache: VectorCache
     vectors: np.ndarray
-    """Of all rows, fp32 (N, D)."""
+    """Vectors of all rows, fp32 (N, D); those of absent rows are not set yet."""
     absent: list[range]
     """The rows of each chunk that is not in the cache."""
 
@@ -107,7 +108,7 @@ class Vectorizer:
     @torch.no_grad()
     def _compute(self, examples: Examples, chunk: range) -> np.ndarray:
         vectors_MD = np.empty((len(chunk), self.model_config.hidden_size), np.float32)
-        for rows in _batches(examples.lengths[chunk.start : chunk.stop]):
+        for rows in batches_by_length(examples.lengths[chunk.start : chunk.stop], TOKENS):
             batch = to_device(self.task.collate(examples.get(rows + chunk.start)), self.device)
             with autocast(self.precision, self.device):
                 vectors_MD[rows] = self.model(**self.task.inputs(batch)).float().cpu().numpy()
@@ -121,13 +122,3 @@ def _keep(store: _Store | None, chunks: list[range], made: list[np.ndarray | Non
             assert vectors_MD is not None, "each chunk has a rank"
             store.cache.write(chunk, vectors_MD)
             store.vectors[chunk.start : chunk.stop] = vectors_MD
-
-
-def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the numbers of rows of like length, of about TOKENS tokens."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        count = max(1, TOKENS // max(1, int(lengths[order[start]])))
-        yield order[start : start + count]
-        start += count

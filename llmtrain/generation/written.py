@@ -1,4 +1,4 @@
-"""What an encoder–decoder writes for the sources of a table, and how good it is."""
+"""Generate the targets of a table's sources with an encoder–decoder, and score them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from llmtrain.tables.build import (
     table_key,
 )
 from llmtrain.tables.config import SPLITS, TableDataConfig
-from llmtrain.tables.ragged import Column, load_columns
+from llmtrain.tables.ragged import Column, Ragged, load_columns
 from llmtrain.tokenizers.base import Tokenizer
 from llmtrain.tokenizers.folder import find_tokenizer, load_tokenizer
 
@@ -57,6 +57,12 @@ class TableSplit:
         """Return a column of numbers."""
         column = self.columns[name]
         assert isinstance(column, np.ndarray)
+        return column
+
+    def ragged(self, name: str) -> Ragged:
+        """Return a column of pieces of different lengths."""
+        column = self.columns[name]
+        assert isinstance(column, Ragged)
         return column
 
 

@@ -26,7 +26,7 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Shard
 from llmtrain.train.loop import Hooks, Observer, Outcome, Schedule, train
 from llmtrain.train.resolve import Resolved
-from llmtrain.train.starting import Say, open_starting_weights, refuse_infinite, watched
+from llmtrain.train.starting import Say, open_starting_weights, refuse_infinite
 from llmtrain.train.weight_record import WeightRecord, record_weights
 
 FACTS = "features.json"
@@ -46,7 +46,7 @@ def build_solved_engine(
     check = FiniteCheck()
     starting = open_starting_weights(pretrained, config.model, say)
     source = starting.source(config.seed)
-    solved = _solve(resolved, device, objective, watched(source, check), say)
+    solved = _solve(resolved, device, objective, check.watching(source), say)
     refuse_infinite(check, pretrained)
     for line in table(solved):
         say(line)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from llmtrain.checkpoint.finite import FiniteCheck
 from llmtrain.checkpoint.reader import Checkpoint
@@ -17,8 +16,6 @@ from llmtrain.engine.build import build_engine
 from llmtrain.interchange.trained import listed
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import Objective
-from llmtrain.parallel.materialize import Source
-from llmtrain.tensor_boxes import Shard
 from llmtrain.train.pretrained import Pretrained, StartingWeights, open_weights
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume
@@ -55,7 +52,7 @@ def build_run_engine(
     starting = None
     if checkpoint is None and pretrained is not None:
         starting = open_starting_weights(pretrained, config.model, say)
-    source = None if starting is None else watched(starting.source(config.seed), check)
+    source = None if starting is None else check.watching(starting.source(config.seed))
     training = config
     if (unfreezing := unfreezing_of(config)) is not None:
         gc.collect()  # the engine before this one may be part of a cycle
@@ -84,13 +81,3 @@ def open_starting_weights(pretrained: Pretrained, model: ModelConfig, say: Say) 
     for note in starting.notes():
         say(note)
     return starting
-
-
-def watched(source: Source, check: FiniteCheck) -> Source:
-    """Return `source` with every value shown to `check`."""
-
-    def looked_at(out: Tensor, name: str, shard: Shard, start: int) -> None:
-        source(out, name, shard, start)
-        check.look(name, out)
-
-    return looked_at

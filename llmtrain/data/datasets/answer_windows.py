@@ -12,7 +12,6 @@ import xxhash
 from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.datasets.examples import padded_width
 from llmtrain.labels import IGNORE_INDEX
-from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
 from llmtrain.tokenizers.base import Frame
 
@@ -36,7 +35,7 @@ class AnswerWindows:
         self._spans = spans
         self.split, self.sequence_length, self.group = split, sequence_length, group
         self._template, self._pad_id = frame.two, pad_id
-        self._first, self._second = (self._ragged(name) for name in ("first", "second"))
+        self._first, self._second = (self.split.ragged(name) for name in ("first", "second"))
         specials = self._template.num_specials
         most = max(1, (sequence_length - specials) // 2)
         self._asked = np.minimum(self._first.lengths, most)
@@ -61,11 +60,6 @@ class AnswerWindows:
         self.begins, self.ends = np.array(begins, np.int64), np.array(ends, np.int64)
         """First token of the context in each window, and the one behind its last."""
         self.lengths = self._asked[self.rows] + self.ends - self.begins + specials
-
-    def _ragged(self, name: str) -> Ragged:
-        column = self.split.columns[name]
-        assert isinstance(column, Ragged)
-        return column
 
     @property
     def fingerprint(self) -> str:

@@ -10,7 +10,6 @@ import xxhash
 
 from llmtrain.data.datasets.base import EMPTY
 from llmtrain.labels import IGNORE_INDEX
-from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
 from llmtrain.tokenizers.base import Frame, Template
 
@@ -32,9 +31,8 @@ class Examples:
         self.split, self.sequence_length, self.frame = split, sequence_length, frame
         self.group = group
         self._pad_id = pad_id
-        first, second = split.columns["first"], split.columns.get("second")
-        assert isinstance(first, Ragged)
-        assert second is None or isinstance(second, Ragged)
+        first = split.ragged("first")
+        second = split.ragged("second") if "second" in split.columns else None
         self._first, self._second = first, second
         self.template: Template = frame.one if second is None else frame.two
         room = max(0, sequence_length - self.template.num_specials)
@@ -127,9 +125,7 @@ class TaggedExamples(Examples):
         """Return in addition "tag_labels" int64 (M, T): the tag at the first token of each word, IGNORE_INDEX
         elsewhere."""
         raw = super().get(indices)
-        starts, tags = self.split.columns["word_starts"], self.split.columns["tags"]
-        assert isinstance(starts, Ragged)
-        assert isinstance(tags, Ragged)
+        starts, tags = self.split.ragged("word_starts"), self.split.ragged("tags")
         labels = np.full(raw["tokens"].shape, IGNORE_INDEX, np.int64)
         for row, index in enumerate(indices.tolist()):
             if index != EMPTY:

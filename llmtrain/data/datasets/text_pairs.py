@@ -12,7 +12,6 @@ import xxhash
 
 from llmtrain.data.datasets.base import EMPTY, PADDING_DOCUMENT
 from llmtrain.data.datasets.examples import padded_width
-from llmtrain.tables.ragged import Ragged
 from llmtrain.tables.table import TableSplit
 
 
@@ -35,8 +34,8 @@ class TextPairs:
         of a row, else one for its first."""
         self.split, self.group = split, group
         self._widths, self._first_ids, self._eos_id = (source_length, target_length), first_ids, eos_id
-        self._sources, self._targets = self._ragged("first"), self._ragged("target")
-        of_all, counts = self._ragged("target_ends"), self._ragged("target_ends").lengths
+        self._sources, self._targets = self.split.ragged("first"), self.split.ragged("target")
+        of_all, counts = self.split.ragged("target_ends"), self.split.ragged("target_ends").lengths
         # Rows to predict may have no targets.
         samples = counts if each_target else np.ones(len(split), np.int64)
         self.rows = np.repeat(np.arange(len(split)), samples)
@@ -53,11 +52,6 @@ class TextPairs:
         self.truncated = int((sources > room[0]).sum()), int((targets > room[1]).sum())
         """Samples whose source is cut, and those whose target is."""
         self.lengths = self._kept[0] + self._kept[1] + len(first_ids) + 2
-
-    def _ragged(self, name: str) -> Ragged:
-        column = self.split.columns[name]
-        assert isinstance(column, Ragged)
-        return column
 
     @property
     def fingerprint(self) -> str:
@@ -100,7 +94,7 @@ class TextPairs:
 
     def references(self, sample: int) -> list[str]:
         """Return all targets of a sample's row as text."""
-        found: list[str] = json.loads(self._ragged("references").text(int(self.rows[sample])))
+        found: list[str] = json.loads(self.split.ragged("references").text(int(self.rows[sample])))
         return found
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
