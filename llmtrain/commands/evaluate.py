@@ -35,7 +35,6 @@ from llmtrain.output import check_output, write_output
 from llmtrain.scoring.figure import Figure
 from llmtrain.scoring.report import Report
 from llmtrain.standard_streams import print_note
-from llmtrain.tables.config import TableDataConfig
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +96,7 @@ class EvaluateConfig:
     @property
     def writes(self) -> bool:
         """Return whether texts are generated, if the objective has any."""
-        return isinstance(self.data, TableDataConfig) if self.bleu is None else self.bleu
+        return self.data.is_table if self.bleu is None else self.bleu
 
 
 def _unused_settings(generate: GenerateConfig) -> Iterator[Problem]:
@@ -129,7 +128,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
     writes = config.writes and (config.bleu or trained.objective.paired == "needed")
-    of_table = isinstance(config.data, TableDataConfig)
+    of_table = config.data.is_table
     if not writes and (problems := list(_unused_settings(config.generate))):
         raise ConfigError(problems)
     if writes:

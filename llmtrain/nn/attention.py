@@ -55,6 +55,7 @@ def attend(
         has_bias=bias_NTS is not None,
         has_scale=scale is not None,
         has_softcap=softcap is not None,
+        for_inference=torch.is_inference_mode_enabled(),
         runs_flash=flash is not None,
     )
     kernel = choose_kernel(call)

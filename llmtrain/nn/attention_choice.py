@@ -17,6 +17,8 @@ BLOCK = 128
 """Queries per block of the blockwise kernel: the fastest of 64, 128 and 256."""
 LONGEST_BLOCKWISE = 2048
 """Maximum queries or keys for the blockwise kernel, which keeps B·N·T²/2 probabilities for backward."""
+LONGEST_MASKED = 512
+"""Maximum keys for torch's kernel with a mask of documents, (B, 1, T, S), in inference on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class AttentionCall:
     has_scale: bool = False
     """Whether scores are scaled by a factor other than 1 / sqrt(head width)."""
     has_softcap: bool = False
+    for_inference: bool = False
+    """Whether torch's inference mode is on, so that nothing is kept for gradients."""
     runs_flash: bool = False
     """Whether torch's flash attention for packed documents supports this device, dtype and head width."""
 
@@ -50,7 +54,10 @@ def choose_kernel(call: AttentionCall) -> Kernel:
     fits_blocks = call.num_queries == call.num_keys or not call.causal
     is_short = call.num_queries > 1 and longest <= LONGEST_BLOCKWISE
     if call.device == "cpu" and call.dropout == "none" and fits_blocks and is_short:
-        return "blockwise"
+        # torch's kernel is the faster one forward and the slower one backward.
+        masks_pay = not call.has_documents or (not call.causal and longest <= LONGEST_MASKED)
+        if not (call.for_inference and is_plain and masks_pay):
+            return "blockwise"
     # No fused kernel supports a soft cap or a given dropout mask.
     if call.has_softcap or call.dropout == "sample_keys":
         return "all_scores"

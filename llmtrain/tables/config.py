@@ -28,6 +28,7 @@ class TableDataConfig(OneSource):
     """Labelled texts straight from files: .csv, .tsv, .jsonl, .parquet, CoNLL columns, SQuAD's .json."""
 
     has_text = True
+    is_table = True
 
     path: str | None = None
     """A file, a folder, a glob pattern or `package:NAME/path`, whose rows are divided into splits by a hash

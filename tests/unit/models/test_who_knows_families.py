@@ -8,6 +8,7 @@ from pathlib import Path
 
 import llmtrain
 from llmtrain.config import kinds_of
+from llmtrain.data.config import DATA_CONFIGS
 from llmtrain.models.registry import FAMILIES
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
@@ -15,6 +16,7 @@ from llmtrain.objectives.registry import OBJECTIVES
 
 PACKAGE = Path(llmtrain.__file__).parent
 CONFIGS = {cls.__name__ for base in (ModelConfig, ObjectiveConfig) for cls in kinds_of(base)}
+CONFIGS |= {cls.__name__ for cls in DATA_CONFIGS.values()}
 NAMES = {family.name for family in FAMILIES} | set(OBJECTIVES)
 OPEN = {"llmtrain.models.registry", "llmtrain.models.family", "llmtrain.models.huggingface"}
 """What of models/ speaks of all families alike."""

@@ -224,6 +224,7 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 CPU, GPU = AttentionCall("cpu", 50, 50), AttentionCall("cuda", 50, 50)
+INFERENCE = replace(CPU, for_inference=True)
 PACKED = replace(GPU, has_documents=True, runs_flash=True)
 
 
@@ -239,6 +240,11 @@ PACKED = replace(GPU, has_documents=True, runs_flash=True)
         (replace(CPU, num_queries=7), "torch"),
         (replace(CPU, num_queries=7, causal=False), "blockwise"),
         (replace(CPU, num_keys=2049, causal=False), "torch"),
+        (INFERENCE, "torch"),
+        (replace(INFERENCE, has_documents=True), "blockwise"),
+        (replace(INFERENCE, has_documents=True, causal=False), "torch"),
+        (replace(INFERENCE, has_documents=True, causal=False, num_keys=513), "blockwise"),
+        (replace(INFERENCE, has_scale=True), "blockwise"),
         (replace(CPU, dropout="generator"), "torch"),
         (replace(CPU, dropout="sample_keys"), "all_scores"),
         (replace(CPU, dropout="generator", has_softcap=True), "all_scores"),
