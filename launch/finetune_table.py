@@ -29,7 +29,7 @@ TITLES = {
     "scratch": "from scratch",
     "full": "pre-trained, full",
     "gradual": "pre-trained, gradual",
-    "freeze": "pre-trained, two layers frozen",
+    "freeze": "pre-trained, one layer frozen",
     "features": "pre-trained, features",
     "lstm": "LSTM from scratch",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ class Writer:
 
     def __init__(self, trained: TrainedModel, model: nn.Module, config: GenerateConfig) -> None:
         """model: the trained one, built. Raise ConfigError for settings that it cannot follow."""
-        self._model = model
+        self.model = model
         self._texts = Texts(trained)
         target_length = getattr(trained.objective, "target_length", None) or trained.sequence_length
         if config.max_new_tokens is None and target_length is not None:
@@ -43,7 +43,7 @@ class Writer:
         from llmtrain.generation.generate import generate
 
         ids = [source.tolist() for source in sources]
-        found = generate(self._model, ids, self._settings, eos_ids=self._ends, on_done=on_done)
+        found = generate(self.model, ids, self._settings, eos_ids=self._ends, on_done=on_done)
         return [self._texts.target(target) for target in found]
 
 
@@ -51,6 +51,45 @@ def check_written(parallel: SharingConfig) -> None:
     """Raise ConfigError for pipelines, and without the packages that count."""
     refuse_pipeline_of_answers(parallel)
     check_packages("bleu")
+
+
+def written_texts(
+    writer: Writer, dataset: TextPairs, mesh: Mesh, max_samples: int | None, shows_progress: bool = False
+) -> dict[int, str]:
+    """Return what the model writes for the first `max_samples` rows, by the number of a sample, on rank 0; on
+    others nothing. Raise UserError on all ranks for one that any of them meets.
+
+    All processes call it together; data-parallel ones share the rows."""
+    from llmtrain.distributed import processes
+
+    _, samples = np.unique(dataset.rows, return_index=True)  # a row to train on has a sample for each target
+    own = samples[:max_samples][mesh.coordinates.data :: mesh.layout.data].tolist()
+    progress = Progress(len(own)) if shows_progress and processes.is_main() else None
+    texts: list[str] = []
+    problem: UserError | None = None
+    try:
+        texts = writer.write([dataset.source(sample) for sample in own], progress)
+    except UserError as error:  # a diverged model: what one rank meets, those with other rows may not
+        problem = error
+    if problems := [found for found in processes.gather(problem) if found is not None]:
+        raise processes.everywhere(problems[0])
+    # Processes that share the model wrote the same.
+    speaks = mesh.coordinates.tensor == 0
+    gathered = processes.gather_to_main(dict(zip(own, texts, strict=True)) if speaks else {})
+    if not processes.is_main():
+        return {}
+    return {sample: text for of_rank in gathered for sample, text in sorted(of_rank.items())}
+
+
+def figures_of(texts: Mapping[int, str], dataset: TextPairs, intervals: bool = True) -> dict[str, Any]:
+    """Return the figures of texts that were written for samples; none of none. The references are the texts
+    of the table."""
+    if not texts:
+        return {}
+    in_order = sorted(texts)
+    references = [dataset.references(sample) for sample in in_order]
+    figures = text_figures([texts[sample] for sample in in_order], references, intervals)
+    return {"written": len(texts), **figures}
 
 
 def written_figures(
@@ -61,28 +100,7 @@ def written_figures(
     mesh: Mesh,
     max_samples: int | None,
 ) -> dict[str, Any]:
-    """Return the figures of what the model writes for the first `max_samples` rows, on rank 0; on others
-    nothing. The references are the texts of the table.
-
-    All processes call it together; data-parallel ones share the rows."""
-    from llmtrain.distributed import processes
-
-    _, samples = np.unique(dataset.rows, return_index=True)  # a row to train on has a sample for each target
-    samples = samples[:max_samples]
-    place, places = mesh.coordinates.data, mesh.layout.data
-    own = samples[place::places].tolist()
-    progress = Progress(len(own)) if processes.is_main() else None
-    try:
-        written = Writer(trained, model, config).write([dataset.source(sample) for sample in own], progress)
-    except UserError as error:  # a diverged model: what one rank finds, others may not
-        error.everywhere = True if places == 1 else None
-        raise
-    # Processes that share the model wrote the same.
-    speaks = mesh.coordinates.tensor == 0
-    gathered = processes.gather_to_main(dict(zip(own, written, strict=True)) if speaks else {})
-    if not processes.is_main():
-        return {}
-    texts = {sample: text for of_rank in gathered for sample, text in of_rank.items()}
-    in_order = sorted(texts)
-    figures = text_figures([texts[n] for n in in_order], [dataset.references(n) for n in in_order])
-    return {"written": len(texts), **figures}
+    """Return the figures of what a trained model writes for the first `max_samples` rows, on rank 0; on
+    others nothing."""
+    writer = Writer(trained, model, config)
+    return figures_of(written_texts(writer, dataset, mesh, max_samples, shows_progress=True), dataset)

@@ -14,28 +14,36 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.scoring.figure import RESAMPLES, Figure, bootstrap
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+MEASURES = ("bleu", "chrf", *ROUGE)
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
 """Module → package."""
 
 
+def missing_packages() -> list[str]:
+    """Return the packages that count and are not installed."""
+    return [package for module, package in PACKAGES.items() if find_spec(module) is None]
+
+
 def check_packages(key: str) -> None:
     """Raise ConfigError without the packages that count. key: the key that asks for these figures."""
-    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
-    if missing:
+    if missing := missing_packages():
         got = f"figures of texts without the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         remedy = f'pip install "llmtrain[seq2seq]", or give {key}=false'
         raise ConfigError(Problem(key, got, "", remedy))
 
 
-def text_figures(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+def text_figures(
+    written: Sequence[str], references: Sequence[Sequence[str]], intervals: bool = True
+) -> dict[str, Any]:
     """Return the figures of texts of which each has one right answer or several, with their intervals, and
     the signature of BLEU. ROUGE is the mean over rows of F1, 0 to 1, of stemmed words, of the best reference
     of each row; BLEU and chrF are of the whole corpus, 0 to 100."""
     by_row = _rouge_of_rows(written, references)
+    resamples = RESAMPLES if intervals else 0
     figures: dict[str, Any] = bootstrap(
-        lambda rows: dict(zip(ROUGE, by_row[rows].mean(0).tolist(), strict=True)), len(written), RESAMPLES
+        lambda rows: dict(zip(ROUGE, by_row[rows].mean(0).tolist(), strict=True)), len(written), resamples
     )
-    corpora, signature = _sacrebleu(written, references)
+    corpora, signature = _sacrebleu(written, references, resamples)
     return {**figures, **corpora, "bleu_signature": signature}
 
 
@@ -51,7 +59,9 @@ def _rouge_of_rows(written: Sequence[str], references: Sequence[Sequence[str]]) 
     return np.array(rows)
 
 
-def _sacrebleu(written: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict[str, Figure], str]:
+def _sacrebleu(
+    written: Sequence[str], references: Sequence[Sequence[str]], resamples: int
+) -> tuple[dict[str, Figure], str]:
     """Return BLEU and chrF, and the signature of BLEU."""
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -63,7 +73,7 @@ def _sacrebleu(written: Sequence[str], references: Sequence[Sequence[str]]) -> t
     for name, metric in (("bleu", bleu), ("chrf", chrf)):
         # The counts of each row, whose sums over rows give the score.
         counts = np.array(metric._extract_corpus_statistics(list(written), streams))
-        figures |= bootstrap(partial(_of_rows, name, metric, counts), len(written), RESAMPLES)
+        figures |= bootstrap(partial(_of_rows, name, metric, counts), len(written), resamples)
     return figures, str(bleu.get_signature())
 
 

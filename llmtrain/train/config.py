@@ -70,8 +70,13 @@ class EvaluationConfig:
     """Also evaluate before the first step: the loss of an untrained model should be near ln(vocabulary)."""
     max_samples: int | None = 512
     """Number of sequences of the validation split to evaluate; null: all."""
+    written: int | None = None
+    """Rows of the validation split whose targets an encoder–decoder over a table writes, for ROUGE, BLEU and
+    chrF; null: 32 if the layout allows it."""
 
     def problems(self) -> Iterator[Problem]:
+        written = self.written
+        yield from require(written is None or written >= 0, "written", written, "0 or more, or null")
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
         yield from require(
             self.max_samples is None or self.max_samples >= 1,

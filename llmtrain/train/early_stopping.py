@@ -12,6 +12,8 @@ from llmtrain.config import require
 from llmtrain.corpus.text_source import TextSource
 from llmtrain.errors import Problem
 from llmtrain.scoring.direction import gain
+from llmtrain.scoring.texts import MEASURES
+from llmtrain.train.writing_rules import rows_to_write
 
 if TYPE_CHECKING:
     from llmtrain.train.config import TrainConfig
@@ -43,7 +45,7 @@ def metric_of(config: TrainConfig) -> str:
 
 def metric_problems(config: TrainConfig, corpora: TextSource | None) -> Iterator[Problem]:
     """Yield a problem for each metric that no evaluation of this run gives."""
-    known = (LOSS, *config.objective.measures())
+    known = (LOSS, *config.objective.measures(), *(MEASURES if rows_to_write(config) else ()))
     for key, metric in (
         ("early_stopping.metric", config.early_stopping.metric),
         ("checkpoint.best", config.checkpoint.best),

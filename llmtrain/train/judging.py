@@ -23,6 +23,7 @@ from llmtrain.train.early_stopping import History, metric_of, plain
 from llmtrain.train.evaluation import evaluate_dataset
 from llmtrain.train.loop import Outcome, Verdict
 from llmtrain.train.observer import RunObserver
+from llmtrain.train.writing import ValidationWriter
 
 
 class Judge:
@@ -31,6 +32,8 @@ class Judge:
     def __init__(self, config: TrainConfig, recorded: Mapping[str, Any] | None) -> None:
         """recorded: `History.encode` of the checkpoint that the run resumes from."""
         self._config = config
+        self.writer: ValidationWriter | None = None
+        """Writes texts whose figures are those of an evaluation; None: none are written."""
         self.metric = metric_of(config)
         self._history = History.of(self.metric, recorded)
         self._is_asked = config.checkpoint.best is not None or config.early_stopping.metric is not None
@@ -54,6 +57,8 @@ class Judge:
         workers, max_samples = self._config.data.workers, self._config.evaluation.max_samples
         totals = evaluate_dataset(engine, dataset, layout, data_rank, workers, max_samples, between)
         objective = engine.objective
+        if self.writer is not None:
+            return replace(totals, figures=processes.from_main(self.writer.figures(engine, dataset)))
         if not (isinstance(objective, Scores) and totals.rows):
             return totals
         # Intervals would take longer than the evaluation; one rank computes, so that all decide alike.

@@ -29,6 +29,7 @@ from llmtrain.train.methods import method_problems, trainable_of, with_features,
 from llmtrain.train.pretrained import Pretrained, expand
 from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
+from llmtrain.train.writing_rules import writing_problems
 
 NO_PATH = "(none)"
 ASSUMED_VOCABULARY = 8192
@@ -131,6 +132,7 @@ def resolve(
         except UserError as error:
             problems += error.problems
     problems += metric_problems(config, corpora)
+    problems += writing_problems(config)
     if problems:
         raise ConfigError(problems)
     assert layout is not None

@@ -43,6 +43,8 @@ from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.streaming import open_stream, plan_timeline
 from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
+from llmtrain.train.writing import ValidationWriter
+from llmtrain.train.writing_rules import rows_to_write
 from llmtrain.urls import without_credentials_in
 
 
@@ -107,6 +109,8 @@ class Session:
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
         else:
             engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
+        if validation is not None and self.corpora is not None and rows_to_write(config):
+            judge.writer = ValidationWriter(config, self.corpora, weights.origin)
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)

@@ -16,6 +16,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from llmtrain.cli import main as cli
 from llmtrain.generation.answer import Texts
 from llmtrain.interchange.trained import load_trained
+from llmtrain.scoring.texts import MEASURES
 from tests.unit.commands.test_finetune_trunks import folder_of
 
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
@@ -59,6 +60,40 @@ def tuned(rows: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     words = settings(rows, corpus, folder, *TINY, "objective.target_length=40", "train.epochs=10")
     assert cli.run_verb("finetune", [*words, "objective.prefix=tl: "]) == 0
     return folder / "run"
+
+
+def test_texts_are_written_and_scored_during_training(tuned: Path, capsys: Any) -> None:
+    """The last figures are those of `evaluate` on as many rows."""
+    lines = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "validation_bleu" in line][-1]
+    capsys.readouterr()
+    assert cli.run_verb("evaluate", [f"checkpoint={tuned}", "max_samples=32", "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["written"] == 32
+    for name in MEASURES:
+        assert last[f"validation_{name}"] == pytest.approx(found[name], rel=1e-6)
+
+
+def test_checkpoints_are_chosen_by_the_texts(rows: Path, corpus: Path, tmp_path: Path) -> None:
+    words = settings(rows, corpus, tmp_path, *TINY, "objective.target_length=40", "train.epochs=2")
+    few = ("evaluation.every=6", "evaluation.written=4", "checkpoint.best=bleu")
+    assert cli.run_verb("finetune", [*words, *few]) == 0
+    assert json.loads((tmp_path / "run/figures.json").read_text())["best"]["metric"] == "bleu"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("evaluation.written=4", "parallel.zero=3"), "evaluation.written: got 4 with parallel.zero=3"),
+        (("evaluation.written=-1",), "evaluation.written: got -1; allowed: 0 or more, or null"),
+        (("evaluation.written=0", "checkpoint.best=bleu"), "checkpoint.best: got bleu; allowed: loss,"),
+    ],
+)
+def test_texts_that_cannot_be_written(
+    rows: Path, corpus: Path, tmp_path: Path, capsys: Any, more: tuple[str, ...], said: str
+) -> None:
+    assert cli.run_verb("finetune", settings(rows, corpus, tmp_path, *TINY, *more)) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_texts_are_written_and_scored(tuned: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
