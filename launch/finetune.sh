@@ -56,7 +56,7 @@ step "Pre-training a small BERT on it: masked words, and whether two parts of a 
     train.log_every=100 checkpoint.every=500 evaluation.every=1000 evaluation.max_samples=256 $pretraining
 
 method scratch "${bert[@]}" data.tokenizer="$corpus" "$@"
-method full model.path="$runs/pretrained" model.dropout=0.1 optimizer.layer_decay=0.9 "$@"
+method full model.path="$runs/pretrained" model.dropout=0.1 "$@"
 method gradual model.path="$runs/pretrained" model.dropout=0.1 method=gradual "$@"
 method freeze model.path="$runs/pretrained" model.dropout=0.1 freeze=1 "$@"
 method features model.path="$runs/pretrained" method=features

@@ -169,6 +169,17 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
         raise processes.everywhere(CheckpointError(problems))
 
 
+def check_same_validation(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, alike on all ranks, if a table's validation split is not the checkpoint's."""
+    theirs = checkpoint.manifest["data"].get("validation")
+    if None in (theirs, data["validation"]) or theirs == data["validation"]:
+        return
+    key = "data.path" if getattr(config.data, "validation", None) is None else "data.validation"
+    got = f"rows to evaluate that have changed since step {checkpoint.step:,} of {config.run.dir}"
+    remedy = f"restore them, or go on in another run.dir with model.path={checkpoint.path}"
+    raise _refusal(Problem(key, got, "the rows that the run's figures are of", remedy))
+
+
 def _other_frozen(
     patterns: Sequence[str], checkpoint: Checkpoint, *, may_thaw: bool = False
 ) -> Iterator[Problem]:

@@ -35,7 +35,7 @@ from llmtrain.train.judging import Judge
 from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
 from llmtrain.train.resolve import Resolved
-from llmtrain.train.resume import Resume, find_resume
+from llmtrain.train.resume import Resume, check_same_validation, find_resume
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.solved import build_solved_engine, conclude
 from llmtrain.train.start import start_ranks
@@ -81,6 +81,7 @@ class Session:
         self._folder: RunFolder | None = None
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
+        self._evaluated: str | None = None
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
         processes.on_main(self._hold_folder)
 
@@ -95,6 +96,7 @@ class Session:
         # Check everything that may be refused before building anything.
         training = processes.agree(self._open_training_data)
         validation = processes.agree(self._open_validation_data)
+        self._evaluated = None if validation is None else validation.fingerprint
         start = self._find_start(has_validation=validation is not None)
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
@@ -104,6 +106,8 @@ class Session:
             self._say(f"{judge.why_ended()}; nothing to train")
             return True
         stream = self._open_stream(training, start)
+        if start.resume is not None and start.resume.is_own:
+            check_same_validation(config, start.resume.checkpoint, self._data_facts())
         objective = config.objective.build(config.model, config.data, self.corpora)
         if config.method == "features":
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
@@ -368,6 +372,7 @@ class Session:
             "kind": data.kind,
             "paths": without_credentials_in(data.paths),
             "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
+            "validation": self._evaluated if data.is_table else None,
         }
 
 

@@ -112,6 +112,21 @@ def test_rows_that_changed_since_the_run_began(
     assert cli.run_verb("finetune", longer) == 0
 
 
+def test_rows_to_evaluate_that_changed_since_the_run_began(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, held_out = write(tmp_path / "rows.jsonl", ROWS), write(tmp_path / "held_out.jsonl", ROWS[:4])
+    files = [f"data.train={own}", f"data.validation={held_out}", "data.path=null", "evaluation.every=1"]
+    arguments = words(own, tmp_path / "run", *SIZES, f"data.tokenizer={corpus}", *files)
+    assert cli.run_verb("finetune", arguments) == 0
+    longer = [*arguments, "train.steps=4"]
+    write(held_out, ROWS[:6])
+    said = error(capsys, "finetune", longer)
+    assert "data.validation: got rows to evaluate that have changed since step 2 of" in said
+    write(held_out, ROWS[:4])
+    assert cli.run_verb("finetune", longer) == 0
+
+
 def test_a_prediction_that_is_refused_leaves_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
