@@ -46,7 +46,9 @@ def check(device: str, folder: Path) -> Iterator[Row]:
             yield from _rows(name, model, objective_of(resolved), batch, device)
     cnn = build_module(SimpleCNNConfig(dropout=0.0), torch.device("cpu"))
     initialize(cnn, seed=7)
-    images = {"images": torch.rand(16, 1, 28, 28), "labels": torch.arange(16) % 10}
+    # Seeded: how many pools turn another way in bf16 depends on the images.
+    drawn = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(7))
+    images = {"images": drawn, "labels": torch.arange(16) % 10}
     yield from _rows("CNN", cnn, ImageClassification(), images, device)
 
 
