@@ -79,12 +79,28 @@ def keep(keys: Tensor, first_row: int, rows: int, columns: int, p: float) -> Ten
     row = torch.arange(first_row, first_row + rows, device=device)
     row_keys = _mix(keys[..., None] + row * _STEP_ROW).to(torch.int32)[..., None]
     column = (torch.arange(columns, device=device) * _STEP_COLUMN).to(torch.int32)
+    if device.type != "cpu" or row_keys.numel() * columns <= CACHED_ELEMENTS:
+        return _is_kept(row_keys, column, p)
+    kept = torch.empty(*row_keys.shape[:-1], columns, dtype=torch.bool)
+    flat_keys, flat_kept = row_keys.reshape(-1, 1), kept.view(-1, columns)
+    size = max(1, CACHED_ELEMENTS // columns)
+    for start in range(0, len(flat_keys), size):
+        chunk = slice(start, start + size)
+        flat_kept[chunk] = _is_kept(flat_keys[chunk], column, p)
+    return kept
+
+
+def _is_kept(row_keys: Tensor, column: Tensor, p: float) -> Tensor:
     # In place and in 32 bits, since it covers all elements; multiplications wrap.
     x = row_keys ^ column
     x.mul_(_FACTOR).bitwise_xor_((x >> 15) & 0x1FFFF).mul_(_SECOND_FACTOR)
     x.bitwise_xor_((x >> 13) & 0x7FFFF).bitwise_and_(0x7FFFFFFF)
     return x >= int(p * 2**31)
 
+
+CACHED_ELEMENTS = 2**15
+"""Elements of a mask that a CPU computes at once, so that they stay in its cache through all operations; so
+few torch does not divide over threads."""
 
 _STEP_ROW, _STEP_COLUMN = 0x9E3779B1, 0x5EB5A7
 _FACTOR, _SECOND_FACTOR = 0x2C1B3C6D, 0x297A2D39

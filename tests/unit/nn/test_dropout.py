@@ -17,6 +17,7 @@ from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.nn import dropout
 from llmtrain.nn.dropout import ATTENTION, HIDDEN, AttentionDropout, Dropout, keep, sample_keys
 from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.base import DROPOUT_KEYS
@@ -138,6 +139,15 @@ def test_parts_equal_the_whole():
     heads = AttentionDropout(0.3, 1, keys).scaled_mask(6, 8, 8, torch.float32)
     halves = [AttentionDropout(0.3, 1, keys, first).scaled_mask(3, 8, 8, torch.float32) for first in (0, 3)]
     assert torch.equal(torch.cat(halves, dim=1), heads)
+
+
+@pytest.mark.parametrize("elements", [1, 64, 100, 2**20])
+def test_chunks_of_a_mask_equal_the_whole(elements: int, monkeypatch: pytest.MonkeyPatch):
+    keys = sample_keys(3, range(6)).view(2, 3)
+    monkeypatch.setattr(dropout, "CACHED_ELEMENTS", 2**40)
+    whole = keep(keys, 4, 7, 11, 0.3)
+    monkeypatch.setattr(dropout, "CACHED_ELEMENTS", elements)
+    assert torch.equal(keep(keys, 4, 7, 11, 0.3), whole)
 
 
 def test_a_sample_keeps_its_mask_in_any_batch():
