@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune on film reviews with one command: a small BERT learns from the texts alone, then the sentiment of a few of
 # them by each method; one table compares these with a BERT from scratch, an LSTM and TF-IDF on the same held-out
-# reviews. Takes about 35 minutes on two cores; a second start goes on where the first was stopped.
+# reviews. Took 43 minutes on one core of a busy machine; a second start goes on where the first was stopped.
 #
 #   ./launch/finetune.sh [OVERRIDES OF FINETUNE…]        such as train.epochs=2
 #   ROWS=4000 ./launch/finetune.sh                       more labelled reviews to learn from

@@ -78,7 +78,7 @@ def written_texts(
     gathered = processes.gather_to_main(dict(zip(own, texts, strict=True)) if speaks else {})
     if not processes.is_main():
         return {}
-    return {sample: text for of_rank in gathered for sample, text in sorted(of_rank.items())}
+    return {sample: text for of_rank in gathered for sample, text in of_rank.items()}
 
 
 def figures_of(texts: Mapping[int, str], dataset: TextPairs, intervals: bool = True) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class AttentionCall:
     """Whether scores are scaled by a factor other than 1 / sqrt(head width)."""
     has_softcap: bool = False
     for_inference: bool = False
-    """Whether torch's inference mode is on, so that nothing is kept for gradients."""
+    """Whether torch's inference mode is on: nothing is kept for gradients."""
     runs_flash: bool = False
     """Whether torch's flash attention for packed documents supports this device, dtype and head width."""
 

@@ -114,7 +114,7 @@ class Session:
         else:
             engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
         if validation is not None and self.corpora is not None and rows_to_write(config):
-            judge.writer = ValidationWriter(config, self.corpora, weights.origin)
+            judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)

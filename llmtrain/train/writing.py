@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from llmtrain.config import decode_json
 from llmtrain.corpus.text_source import TextSource
 from llmtrain.engine.base import Engine
@@ -15,6 +13,7 @@ from llmtrain.generation.written import Writer, figures_of, written_texts
 from llmtrain.interchange.trained import TrainedModel
 from llmtrain.models.huggingface.origin import Origin
 from llmtrain.scoring.texts import MEASURES
+from llmtrain.train.starting import Say
 from llmtrain.train.writing_rules import rows_to_write
 
 if TYPE_CHECKING:
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
 class ValidationWriter:
     """Writes with the weights of an engine. All ranks call it together."""
 
-    def __init__(self, config: TrainConfig, corpora: TextSource, origin: Any) -> None:
-        """origin: the settings of the Hugging Face folder that the weights came from, as JSON; None: none."""
+    def __init__(self, config: TrainConfig, corpora: TextSource, origin: Any, say: Say) -> None:
+        """origin: settings of the Hugging Face folder that the weights came from, as JSON; None: none."""
         self.rows = rows_to_write(config)
+        self._say = say
         self._trained = TrainedModel(
             config.run.dir,
             config.model,
@@ -40,15 +40,15 @@ class ValidationWriter:
         self._writer: Writer | None = None
 
     def figures(self, engine: Engine, dataset: Any) -> dict[str, float]:
-        """Return the figures of the texts of the first rows of a TextPairs, on rank 0; none elsewhere, and
-        none where the model has no finite numbers to choose a word by."""
+        """Return the figures of the texts of the first rows of a TextPairs, on rank 0; on others nothing.
+        Warn and return nothing if the model cannot write, as with logits that are not finite."""
         engine.model.eval()
         try:
             if self._writer is None or self._writer.model is not engine.model:
                 self._writer = Writer(self._trained, engine.model, GenerateConfig())
-            with torch.no_grad():
-                texts = written_texts(self._writer, dataset, engine.mesh, self.rows)
-        except UserError:
+            texts = written_texts(self._writer, dataset, engine.mesh, self.rows)
+        except UserError as error:
+            self._say(f"warning: no texts were scored: {error}")
             return {}
         finally:
             engine.model.train()

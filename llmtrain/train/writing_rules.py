@@ -1,4 +1,4 @@
-"""How many rows of a validation table a model writes texts for during training. Free of torch."""
+"""Decide for how many validation rows to write texts during training. Free of torch."""
 
 from __future__ import annotations
 

@@ -14,9 +14,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from llmtrain.cli import main as cli
+from llmtrain.errors import CheckpointError, Problem
 from llmtrain.generation.answer import Texts
 from llmtrain.interchange.trained import load_trained
 from llmtrain.scoring.texts import MEASURES
+from llmtrain.train import writing
 from tests.unit.commands.test_finetune_trunks import folder_of
 
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
@@ -79,6 +81,18 @@ def test_checkpoints_are_chosen_by_the_texts(rows: Path, corpus: Path, tmp_path:
     few = ("evaluation.every=6", "evaluation.written=4", "checkpoint.best=bleu")
     assert cli.run_verb("finetune", [*words, *few]) == 0
     assert json.loads((tmp_path / "run/figures.json").read_text())["best"]["metric"] == "bleu"
+
+
+def test_a_model_that_cannot_write_goes_on_training(
+    rows: Path, corpus: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise CheckpointError(Problem("model", "logits that are not finite"))
+
+    monkeypatch.setattr(writing, "written_texts", fail)
+    words = settings(rows, corpus, tmp_path, *TINY, "objective.target_length=40", "train.epochs=1")
+    assert cli.run_verb("finetune", words) == 0
+    assert "warning: no texts were scored: model: got logits that are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
