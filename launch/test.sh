@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up an environment and run the tests: ./launch/test.sh [PYTEST ARGUMENTS…]; the exit code is that of pytest.
 #
-#   ./launch/test.sh                      all tests, on up to four cores
+#   ./launch/test.sh                      all tests, in up to four processes
 #   ./launch/test.sh -m 'not slow'        fast tests only
 #   ./launch/test.sh tests/unit/data -x   some of the tests
 #
@@ -13,12 +13,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up test
 cd "$repository"
 say "running the tests"
-# Run test files in parallel, those with slow tests first; the tests of a file share fixtures. Use one thread per
-# process: more threads than cores would slow each other down.
+# Run test files in parallel, those with slow tests first; the tests of a file share fixtures. Use one process more
+# than cores, since a third of the time tests wait for ranks, servers and time limits, and one thread per process:
+# more threads than cores would slow each other down.
 if (($# == 0)); then
     export OMP_NUM_THREADS=1
     # DeepSpeed's CPU optimizer takes minutes to compile, once: beside the tests that do without.
     "$python" -m tests.support.kernel >/dev/null 2>&1 &
-    set -- --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+    processes=$("$python" -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+    set -- --numprocesses "$processes" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"
