@@ -146,6 +146,17 @@ def sync_folder(path: Path) -> None:
     sync(path)
 
 
+def replace_folder(partial: Path, output: Path) -> None:
+    """Give a finished folder its name; one that had it before is removed."""
+    sync_folder(partial)
+    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
+    if output.exists():
+        os.rename(output, replaced)
+    os.rename(partial, output)
+    sync_folder(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
     """Lock the open `file`, exclusively or `shared`, until it is closed or the process ends. Locking it again
     converts the lock.

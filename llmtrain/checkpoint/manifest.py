@@ -114,6 +114,18 @@ class _Starting:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The folder whose weights a checkpoint leaves out, since no training changed them."""
+
+    path: str
+    """Absolute."""
+    digest: str
+    """Of its weights; see interchange/base.py."""
+    relative: str = ""
+    """The path from the checkpoint's folder, for folders that are moved together."""
+
+
+@dataclass(frozen=True)
 class _Evaluations:
     """One figure at the evaluations of a run so far."""
 
@@ -160,6 +172,7 @@ class _Manifest:
     imported_from: str | None = None
     started_from: str | None = None
     starting: _Starting | None = None
+    base: Base | None = None
 
     def problems(self) -> Iterator[Problem]:
         family = self.model.get("family")
@@ -238,7 +251,7 @@ def _tensor_problem(manifest: Mapping[str, Any]) -> Problem | None:
             if covered != (numel := prod(entry["shape"])):
                 got = f"{covered:,} elements in boxes"
                 return Problem(where, got, f"{numel:,}, as its shape {entry['shape']} has")
-    for name in manifest.get("frozen", ()):
+    for name in () if manifest.get("base") is not None else manifest.get("frozen", ()):
         if name not in kinds[WEIGHT]:
             return Problem("frozen", show(name), "names of weights")
     for file, size in needed.items():

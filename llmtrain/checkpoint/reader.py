@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmtrain.checkpoint.manifest import MANIFEST, OPTIMIZER, WEIGHT, read_manif
 from llmtrain.engine.base import Engine, optimizer_slot, set_optimizer_counter
 from llmtrain.errors import CheckpointError, Problem, nearest
 from llmtrain.safetensors_files import open_safetensors
-from llmtrain.tensor_boxes import Box, Shard, whole
+from llmtrain.tensor_boxes import Box, Shard, matrix_shape, whole
 from llmtrain.tokenizers.base import TOKENIZER_FILES
 
 MAX_OPEN_FILES = 256
@@ -48,6 +48,9 @@ class Reader:
     def read_into(self, out: torch.Tensor, kind: str, name: str, shard: Shard, start: int) -> None:
         """Fill `out` (1-D, any device and dtype) with elements [start, start + len(out)) of the flattened
         `shard`; padding becomes 0. Raise CheckpointError as `read` does, and if the shape differs."""
+        if kind == WEIGHT and name in self._checkpoint.left_out:
+            read_part(self._checkpoint.of_base(name), out, name, shard, start)
+            return
         entry = self._checkpoint.entry(kind, name)
         if tuple(entry["shape"]) != shard.shape:
             path, theirs = self._checkpoint.path, tuple(entry["shape"])
@@ -125,22 +128,39 @@ def _slices(box: Box, within: Box) -> tuple[slice, slice]:
     return slice(row, row + box.rows), slice(column, column + box.columns)
 
 
+def read_part(weight: torch.Tensor, out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
+    """Fill `out` (1-D) with elements [start, start + len(out)) of the flattened `shard` of a whole weight, as
+    Reader.read_into does."""
+    if tuple(weight.shape) != shard.shape:
+        raise CheckpointError(Problem(name, f"shape {tuple(weight.shape)}", f"shape {shard.shape}"))
+    matrix = weight.reshape(matrix_shape(shard.shape))
+    with torch.no_grad():
+        if shard.is_padded:
+            out.zero_()
+        for box, place in shard.pieces(start, start + out.numel()):
+            part = matrix[box.row : box.row + box.rows, box.column : box.column + box.columns]
+            out[place] = part.reshape(-1).to(out.device, out.dtype)
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """Canonical name → whole fp32 weight, read on access and not kept."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._entries = checkpoint.manifest["tensors"][WEIGHT]
         self._reader = Reader(checkpoint)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._checkpoint.left_out:
+            return self._checkpoint.of_base(name).float()
         shape = tuple(self._entries[name]["shape"])
         return self._reader.read(WEIGHT, name, whole(shape)).view(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter((*self._entries, *sorted(self._checkpoint.left_out)))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + len(self._checkpoint.left_out)
 
     def read_into(self, out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
         """Read a part of a weight, as Reader.read_into does."""
@@ -153,6 +173,8 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+    base: Mapping[str, torch.Tensor] | None = None
+    """The weights that it left out, which interchange/base.py opens; None: not opened."""
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -172,6 +194,24 @@ class Checkpoint:
     def frozen(self) -> frozenset[str]:
         """Return the names of the parameters that were not trained."""
         return frozenset(self.manifest.get("frozen", ()))
+
+    @cached_property
+    def left_out(self) -> frozenset[str]:
+        """Return the names of the weights that it does not hold, which are those of its base."""
+        return self.frozen - self.manifest["tensors"][WEIGHT].keys()
+
+    @property
+    def weight_names(self) -> frozenset[str]:
+        """Return the names of all weights of the model."""
+        return self.left_out | self.manifest["tensors"][WEIGHT].keys()
+
+    def of_base(self, name: str) -> torch.Tensor:
+        """Return a whole weight that it left out, as the base holds it. Raise CheckpointError if it was not
+        opened, or lacks it."""
+        if self.base is None or name not in self.base:
+            where = f"{self.path}: base {self.manifest['base']['path']}"
+            raise CheckpointError(Problem(where, f"no {name}", "the weights that it was trained over"))
+        return self.base[name]
 
     @property
     def updates(self) -> Mapping[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,7 @@ class Pending:
         description: Mapping[str, Any],
         tokenizer: Path | None,
         then: Then | None,
+        left_out: Collection[str],
     ) -> None:
         self._step = step
         self.partial = partial
@@ -79,7 +80,7 @@ class Pending:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._hook = engine.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
         self._thread = threading.Thread(
-            target=self._work, args=(store.collect(engine),), name="checkpoint", daemon=True
+            target=self._work, args=(store.collect(engine, left_out),), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -154,6 +155,8 @@ class Saver:
     def __init__(self, root: Path, *, asynchronous: bool = True) -> None:
         self._root = root
         self._asynchronous = asynchronous
+        self.left_out: Collection[str] = ()
+        """Names of the frozen weights that checkpoints leave out, because their base holds them."""
         self._pending: Pending | None = None
         self._copier = Copier()
 
@@ -173,12 +176,14 @@ class Saver:
         """
         self.finish()
         if not self._asynchronous:
-            path = store.save(self._root, step, engine, description, tokenizer)
+            path = store.save(self._root, step, engine, description, tokenizer, self.left_out)
             if then is not None:
                 then(path)
             return
         partial = store.begin(self._root, step)
-        self._pending = Pending(step, partial, engine, self._copier, description, tokenizer, then)
+        self._pending = Pending(
+            step, partial, engine, self._copier, description, tokenizer, then, self.left_out
+        )
 
     def poll(self) -> None:
         """Advance the pending checkpoint if no rank's thread is busy with it. A collective if one is

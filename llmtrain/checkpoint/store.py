@@ -20,7 +20,7 @@ import dataclasses
 import datetime
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,14 +73,17 @@ class Share:
     """Names of the parameters that are not trained."""
 
 
-def collect(engine: Engine) -> Share:
-    """Return this rank's share: views of the engine's memory, which the next step changes."""
+def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
+    """Return this rank's share: views of the engine's memory, which the next step changes.
+
+    left_out: names of frozen weights that the checkpoint's base holds."""
     parts: list[Part] = []
     counters: dict[str, dict[str, float]] = {}
     frozen: set[str] = set()
     for fragment in engine.fragments():
         place = fragment.name, fragment.shard, fragment.start
-        parts.append(Part(WEIGHT, *place, fragment.view_of(fragment.holder), not fragment.trains))
+        if fragment.trains or fragment.name not in left_out:
+            parts.append(Part(WEIGHT, *place, fragment.view_of(fragment.holder), not fragment.trains))
         if not fragment.trains:
             frozen.add(fragment.name)
             continue
@@ -148,17 +151,23 @@ def conclude(partial: Path, step: int, problem: tuple[str, str] | None) -> Path:
 
 
 def save(
-    root: Path, step: int, engine: Engine, description: Mapping[str, Any], tokenizer: Path | None
+    root: Path,
+    step: int,
+    engine: Engine,
+    description: Mapping[str, Any],
+    tokenizer: Path | None,
+    left_out: Collection[str] = (),
 ) -> Path:
     """Write the engine's state as `root/step-…`. Called by all ranks; returns when it is on disk.
 
-    `description` is JSON for the manifest: model config, run config, tracker state, …. Raise TrainingError
+    `description` is JSON for the manifest: model config, run config, tracker state, …; `left_out` is that of
+    `collect`. Raise TrainingError
     on all ranks if the disk is full; earlier checkpoints stay.
     """
     partial = begin(root, step)
     written, problem = None, None
     try:
-        written = write_share(partial, processes.rank(), collect(engine))
+        written = write_share(partial, processes.rank(), collect(engine, left_out))
     except Exception as error:  # hand_in reports it to all ranks
         problem = why(error, partial)
     shares = hand_in(partial, written, problem)

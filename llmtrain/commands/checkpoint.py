@@ -149,9 +149,14 @@ def _facts_of_training(manifest: Mapping[str, Any]) -> dict[str, str]:
 
     entries = manifest["tensors"][WEIGHT]
     frozen, fresh = manifest.get("frozen", ()), manifest.get("fresh", ())
-    numbers = sum(math.prod(entries[name]["shape"]) for name in frozen)
+    held = [math.prod(entries[name]["shape"]) for name in frozen if name in entries]
+    left_out = len(frozen) - len(held)
     facts = {
-        "frozen": f"{len(frozen):,} of {len(entries):,} parameters, {numbers:,} numbers" if frozen else "",
+        "frozen": f"{len(frozen):,} of {len(entries) + left_out:,} parameters, "
+        + (f"{left_out:,} of them in the base" if left_out else f"{sum(held):,} numbers")
+        if frozen
+        else "",
+        "base": manifest["base"]["path"] if manifest.get("base") else "",
         "untrained": ", ".join(fresh),
         **{which: ", ".join(names) for which, names in (manifest.get("starting") or {}).items()},
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.config import decode, require_utf8
-from llmtrain.errors import Problem
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.standard_streams import print_note
 
@@ -21,6 +21,9 @@ class ExportConfig:
     """A folder that does not exist yet or is empty."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the weights; null: that of the source for an untrained import, else fp32."""
+    form: Literal["plain", "merged", "peft"] | None = None
+    """merged: with what LoRA added summed into the matrices; peft: what LoRA added alone, as a folder of
+    PEFT; plain: a model without additions; null: merged if there is something to merge, else plain."""
     overwrite: bool = False
     """Replace the folder of another model."""
 
@@ -36,11 +39,24 @@ def run(mapping: Mapping[str, Any]) -> None:
     import torch
 
     from llmtrain.interchange import huggingface
+    from llmtrain.interchange.merged import merged
     from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(config.checkpoint)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     output = expand_home(config.output)
+    is_adapted = getattr(trained.config, "adaptation", None) is not None
+    if config.form == "peft":
+        from llmtrain.interchange.peft import export_peft
+
+        export_peft(trained, output, overwrite=config.overwrite)
+        base = "its base" if trained.base is None else trained.base.path
+        print_note(f"exported what was added to {base} from {trained.source} to {output}")
+        return
+    if config.form == "plain" and is_adapted:
+        got = f"plain, with {trained.source}, to whose matrices something was added"
+        raise ConfigError(Problem("form", got, "merged, peft"))
+    trained = merged(trained)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     huggingface.export_folder(
         trained.config,
         trained.weights,
@@ -53,4 +69,5 @@ def run(mapping: Mapping[str, Any]) -> None:
     )
     # load_trained has printed their names.
     never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""
-    print_note(f"exported {trained.source} to {output}{never}")
+    summed = ", with what was added to its matrices summed into them" if is_adapted else ""
+    print_note(f"exported {trained.source} to {output}{summed}{never}")

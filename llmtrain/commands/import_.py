@@ -17,11 +17,14 @@ from llmtrain.standard_streams import print_note
 @dataclass(frozen=True)
 class ImportConfig:
     source: Path
-    """A Hugging Face folder, or a GGUF file."""
+    """A Hugging Face folder, a GGUF file, or a PEFT folder of LoRA."""
     output: Path
     """A folder that does not exist yet or is empty."""
     tokenizer: Path | None = None
     """File or folder of a tokenizer to use in place of the model's."""
+    base: Path | None = None
+    """Of a PEFT folder: the Hugging Face folder that it was trained over, which must stay where it is; null:
+    the one that it names."""
     overwrite: bool = False
     """Replace an earlier import."""
 
@@ -40,10 +43,16 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     from llmtrain.interchange.foreign import read_foreign
     from llmtrain.interchange.imported import save_imported
+    from llmtrain.interchange.peft_import import is_peft
     from llmtrain.interchange.trained import fresh_note, listed, unknown_note
     from llmtrain.models.registry import skeleton_of
 
     source, output = expand_home(config.source), expand_home(config.output)
+    if is_peft(source):
+        _import_peft(config, source, output)
+        return
+    if config.base is not None:
+        raise ConfigError(Problem("base", str(config.base), f"nothing, since {source} is no PEFT folder"))
     imported, tokenizer = read_foreign(source, config.tokenizer)
     model = imported.config
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
@@ -77,3 +86,33 @@ def run(mapping: Mapping[str, Any]) -> None:
     if imported.fresh:
         print_note(fresh_note(imported.fresh))
     print_note(f"train on: llmtrain train model=pretrained model.path={config.output} data.path=…")
+
+
+def _import_peft(config: ImportConfig, source: Path, output: Path) -> None:
+    from llmtrain.interchange.base import record_of
+    from llmtrain.interchange.imported import save_imported
+    from llmtrain.interchange.peft_import import import_peft
+    from llmtrain.tokenizers.folder import find_tokenizer, load_tokenizer
+
+    found = import_peft(source, None if config.base is None else expand_home(config.base))
+    file = config.tokenizer or find_tokenizer(found.base)
+    tokenizer = None if file is None else load_tokenizer(file)
+    description = {
+        "imported_from": str(source.absolute()),
+        "model": encode(found.config),
+        "data": {"tokenizer_sha256": None if tokenizer is None else tokenizer.sha256},
+        "origin": None if found.origin is None else encode(found.origin),
+        "base": encode(record_of(found.base, output / "checkpoints")),
+    }
+    shapes = {name: tuple(weight.shape) for name, weight in found.weights.items()}
+    path = save_imported(
+        output,
+        found.weights,
+        shapes,
+        description,
+        tokenizer,
+        overwrite=config.overwrite,
+        left_out=found.left_out,
+    )
+    added = sum(weight.numel() for weight in found.weights.values())
+    print_note(f"imported {added:,} parameters that {source} adds to {found.base}, to {path}")

@@ -188,11 +188,10 @@ def build_for_use(config: ModelConfig, mesh: Mesh, device: torch.device, source:
 
 
 def seed_source(model: nn.Module, seed: int) -> Source:
-    """Return the initial values, given by the seed and the model's own table."""
-    from llmtrain.nn.initialize import fill, match_initializers
+    """Return the initial values, given by the seed and the model's tables."""
+    from llmtrain.nn.initialize import fill, initializers_of
 
-    names = [name for name, _ in model.named_parameters()]
-    table = match_initializers(model.initializers(), names)  # type: ignore[operator]
+    table = initializers_of(model)
 
     def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
         fill(out, name, table[name], seed, shard, start)

@@ -97,7 +97,7 @@ def export_folder(
                 files.write_atomically(partial / name, content)
             else:
                 files.write_json_atomically(partial / name, content)
-        _put_in_place(partial, output)
+        files.replace_folder(partial, output)
     except (OSError, SafetensorError) as error:
         remedy = "make room, then export again"
         raise CheckpointError(files.disk_problem(error, output, if_full=remedy)) from error
@@ -370,13 +370,3 @@ def _refuse_foreign(output: Path, overwrite: bool) -> None:
     except (OSError, ValueError):
         got, remedy = "something that is no model's folder", "choose another output"
     raise CheckpointError(Problem(str(output), got, "a new or empty folder, or an earlier export", remedy))
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    files.sync_folder(partial)
-    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-    if output.exists():
-        os.rename(output, replaced)
-    os.rename(partial, output)
-    files.sync_folder(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)

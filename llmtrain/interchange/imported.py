@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def save_imported(
     *,
     overwrite: bool = False,
     file_bytes: int = FILE_BYTES,
+    left_out: Collection[str] = (),
 ) -> Path:
     """Write `weights` (canonical name → tensor, each read once) to `output`; return the path of the
     checkpoint.
@@ -51,6 +52,7 @@ def save_imported(
     shapes: shapes of all weights, in the order of writing.
     description: JSON values for the manifest: imported_from, the config of the model, ….
     overwrite: replace an earlier import.
+    left_out: names of further weights, which the base in the description holds.
     Raise CheckpointError if weights are not finite, or `output` holds something else or is not writable.
     """
     root = output / "checkpoints"
@@ -66,6 +68,7 @@ def save_imported(
             _write(partial, number, group, weights, shapes, check) for number, group in enumerate(groups, 1)
         ]
         check.refuse(description["imported_from"])
+        shares[0]["frozen"] = sorted(left_out)
         facts = {
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "position": {"step": 0},

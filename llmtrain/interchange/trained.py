@@ -13,13 +13,14 @@ from torch import nn
 
 from llmtrain.checkpoint import retention
 from llmtrain.checkpoint.finite import FiniteCheck
-from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT
-from llmtrain.checkpoint.reader import Checkpoint, Weights
+from llmtrain.checkpoint.manifest import MANIFEST, WEIGHT, Base
+from llmtrain.checkpoint.reader import Checkpoint, Weights, read_part
 from llmtrain.config import decode, decode_json, short
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.files import expand_home
 from llmtrain.interchange import huggingface
+from llmtrain.interchange.base import base_of, with_base
 from llmtrain.interchange.generation_settings import check_generation
 from llmtrain.models.huggingface.form import Settings
 from llmtrain.models.huggingface.origin import Origin
@@ -28,7 +29,7 @@ from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.registry import objective_config_type, objective_of_head
 from llmtrain.standard_streams import print_note
-from llmtrain.tensor_boxes import Shard, matrix_shape
+from llmtrain.tensor_boxes import Shard
 from llmtrain.tokenizers.folder import find_tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class TrainedModel:
     """Of all weights where they came from, as long as nothing was trained."""
     origin: Origin | None = None
     """The settings of the Hugging Face folder that it came from, also through training."""
+    base: Base | None = None
+    """The folder of the weights that its checkpoint leaves out."""
+    left_out: frozenset[str] = frozenset()
+    """Their names."""
 
     def build(self, device: torch.device) -> nn.Module:
         """The module on `device`, fp32, in evaluation mode. Raises CheckpointError for weights that are not
@@ -95,16 +100,7 @@ class TrainedModel:
         weights = self.weights
         if isinstance(weights, Weights):
             return weights.read_into
-
-        def source(out: torch.Tensor, name: str, shard: Shard, start: int) -> None:
-            whole = weights[name]
-            matrix = whole.reshape(matrix_shape(tuple(whole.shape)))
-            out.zero_()
-            for box, place in shard.pieces(start, start + out.numel()):
-                part = matrix[box.row : box.row + box.rows, box.column : box.column + box.columns]
-                out[place] = part.reshape(-1).to(out.device, out.dtype)
-
-        return source
+        return lambda out, name, shard, start: read_part(weights[name], out, name, shard, start)
 
     @property
     def own_end_id(self) -> int | None:
@@ -148,7 +144,7 @@ def load_trained(path: Path) -> TrainedModel:
             imported.dtype,
             imported.origin,
         )
-    checkpoint = retention.find(path, print_note)
+    checkpoint = with_base(retention.find(path, print_note))
     _say_which(path, checkpoint)
     is_ours = not checkpoint.is_imported
     fresh = tuple(checkpoint.manifest.get("fresh", ()))
@@ -167,6 +163,8 @@ def load_trained(path: Path) -> TrainedModel:
         fresh=fresh,
         dtype=getattr(torch, checkpoint.manifest.get("dtype", "float32")),
         origin=_origin_of(checkpoint),
+        base=base_of(checkpoint),
+        left_out=checkpoint.left_out,
     )
 
 
@@ -272,13 +270,14 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     model = checkpoint.manifest["model"]
     where = str(checkpoint.path / MANIFEST)
     shapes = [entry["shape"] for entry in checkpoint.manifest["tensors"][WEIGHT].values()]
+    is_whole = not checkpoint.left_out  # else what it left out is compared when it is read
     _check_layers(checkpoint, "model", model)
     try:
         config: ModelConfig = decode(model_config_type(model), model)
         expected = config.parameter_count()
     except ConfigError as error:
         raise CheckpointError(problem.of_file(where, "model") for problem in error.problems) from error
-    if (stored := sum(map(prod, shapes))) != expected:
+    if is_whole and (stored := sum(map(prod, shapes))) != expected:
         got = f"a model of {expected:,} parameters"
         raise CheckpointError(Problem(f"{where}: model", got, f"{stored:,}, as many as are stored"))
     return config
@@ -286,7 +285,7 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
 
 def _check_layers(checkpoint: Checkpoint, name: str, model: Mapping[str, Any]) -> None:
     """Raise CheckpointError for more layers than there are weights, before anything is made of each."""
-    most = len(checkpoint.manifest["tensors"][WEIGHT])
+    most = len(checkpoint.weight_names)
     for key, value in model.items():
         if key.endswith("layers") and isinstance(value, (int, float)) and value > most:
             where = f"{checkpoint.path / MANIFEST}: {name}.{key}"

@@ -70,8 +70,15 @@ def model_config_type(section: Mapping[str, Any]) -> type[ModelConfig]:
 
 
 def skeleton_of(model: ModelConfig) -> nn.Module:
-    """Return the module on the meta device: parameters have shapes but no values."""
+    """Return the module on the meta device, with what an adaptation adds to it: parameters have shapes but no
+    values."""
     from llmtrain.nn.initialize import on_meta
 
     with on_meta():
-        return family_of(model).build(model)
+        skeleton = family_of(model).build(model)
+        adaptation = getattr(model, "adaptation", None)
+        if adaptation is not None:
+            from llmtrain.adapt.apply import adapt
+
+            adapt(skeleton, adaptation)
+    return skeleton

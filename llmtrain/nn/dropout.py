@@ -38,6 +38,8 @@ class Dropout(nn.Module):
         self.p, self.layer, self.kind = p, layer, kind
         self.sequence_part = 0
         """Which of the equal parts of the sequence the activations are, if ranks share sequences."""
+        self.first_column = 0
+        """Index in the whole activations of the first of their columns, if ranks share these."""
 
     def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """Drop elements by masks from the keys; without keys, by torch's generator."""
@@ -46,7 +48,8 @@ class Dropout(nn.Module):
         if keys_B is None:
             return F.dropout(x_BTD, self.p)
         T, D = x_BTD.shape[1:]
-        kept_BTD = keep(_mixed(keys_B, self.layer, self.kind), self.sequence_part * T, T, D, self.p)
+        keys = _mixed(keys_B, self.layer, self.kind)
+        kept_BTD = keep(keys, self.sequence_part * T, T, D, self.p, self.first_column)
         return x_BTD * kept_BTD.to(x_BTD.dtype).mul_(1.0 / (1.0 - self.p))
 
     def extra_repr(self) -> str:
@@ -72,13 +75,14 @@ class AttentionDropout:
         return keep(keys_BN, 0, T, S, self.p).to(dtype).mul_(1.0 / (1.0 - self.p))
 
 
-def keep(keys: Tensor, first_row: int, rows: int, columns: int, p: float) -> Tensor:
+def keep(keys: Tensor, first_row: int, rows: int, columns: int, p: float, first_column: int = 0) -> Tensor:
     """Return True with probability 1 − p, as a function of (key, row, column): (…, rows, columns) for keys
     (…)."""
     device = keys.device
     row = torch.arange(first_row, first_row + rows, device=device)
     row_keys = _mix(keys[..., None] + row * _STEP_ROW).to(torch.int32)[..., None]
-    column = (torch.arange(columns, device=device) * _STEP_COLUMN).to(torch.int32)
+    column = torch.arange(first_column, first_column + columns, device=device)
+    column = (column * _STEP_COLUMN).to(torch.int32)
     if device.type != "cpu" or row_keys.numel() * columns <= CACHED_ELEMENTS:
         return _is_kept(row_keys, column, p)
     kept = torch.empty(*row_keys.shape[:-1], columns, dtype=torch.bool)

@@ -97,6 +97,22 @@ def match_initializers(table: Mapping[str, Initializer], names: Iterable[str]) -
     return matched
 
 
+def added_to(model: nn.Module) -> dict[str, Initializer]:
+    """Return name → initializer of the parameters that were added to a model from outside."""
+    added: dict[str, Initializer] = getattr(model, "added", {})
+    return added
+
+
+def initializers_of(model: nn.Module) -> dict[str, Initializer]:
+    """Return the initializer of each parameter: those of the model's table, and of what was added to it.
+
+    Raise ValueError as `match_initializers` does.
+    """
+    added = added_to(model)
+    own = [name for name, _ in model.named_parameters() if name not in added]
+    return {**match_initializers(model.initializers(), own), **added}  # type: ignore[operator]
+
+
 def fill_box(name: str, initializer: Initializer, seed: int, shape: tuple[int, ...], box: Box) -> Tensor:
     """Return the elements of `box` in the parameter `name` of `shape`: (rows, columns) fp32, on the CPU.
 
@@ -139,15 +155,14 @@ def fill(out: Tensor, name: str, initializer: Initializer, seed: int, shard: Sha
 
 
 def initialize(model: nn.Module, seed: int, shards: Mapping[str, Shard] | None = None) -> None:
-    """Fill each parameter of `model` that is not on the meta device, by the model's table.
+    """Fill each parameter of `model` that is not on the meta device, as `initializers_of` says.
 
     shards: which part of the whole each parameter is; those not named are whole.
 
     Raise ValueError if the table doesn't match the parameters.
     """
     parameters = dict(model.named_parameters())
-    table = model.initializers()  # type: ignore[operator]
-    for name, initializer in match_initializers(table, parameters).items():
+    for name, initializer in initializers_of(model).items():
         parameter = parameters[name]
         if parameter.device.type != "meta":
             shard = (shards or {}).get(name, Shard(tuple(parameter.shape)))

@@ -41,6 +41,7 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from llmtrain.adapt.modules import Bottleneck, LowRank
 from llmtrain.nn.dropout import Dropout
 from llmtrain.nn.head import LanguageModelHead, capped, summed_cross_entropy
 from llmtrain.nn.linear import linear
@@ -50,8 +51,8 @@ from llmtrain.parallel.mesh import Mesh, all_sum_over
 from llmtrain.tensor_boxes import Shard
 
 _DIVIDED_DIM: dict[Role, dict[str, int]] = {
-    "column": {"weight": 0, "bias": 0},
-    "row": {"weight": 1},
+    "column": {"weight": 0, "bias": 0, "lora.b": 0},
+    "row": {"weight": 1, "lora.a": 1},
     "embedding": {"weight": 0},
     "head": {"weight": 0, "bias": 0},
     "heads": {"weight": 0},
@@ -81,18 +82,22 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
         for name in names if role != "shared" else []:
             module = modules[name]
             part = _LAYERS[role](module, layout.tensor_sequence)
-            for key, parameter in module.named_parameters(recurse=False):
+            for key, child in module.named_children():
+                setattr(part, key, child)  # what an adaptation added
+            for key, parameter in list(module.named_parameters()):
                 dim = _DIVIDED_DIM[role].get(key)
                 if dim is None:
-                    part.register_parameter(key, parameter)
+                    _register(part, key, parameter)
                     continue
                 shard = Shard(tuple(parameter.shape), dim, mesh.coordinates.tensor, layout.tensor)
                 if parameter not in parts:
                     local = torch.empty(shard.local_shape, dtype=parameter.dtype, device=parameter.device)
                     parts[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
-                part.register_parameter(key, parts[parameter])
+                _register(part, key, parts[parameter])
                 shards[f"{name}.{key}"] = shard
             model.set_submodule(name, part)
+            if role == "row" and isinstance(product := getattr(part, "lora", None), LowRank):
+                product.dropout.first_column = mesh.coordinates.tensor * product.a.shape[1]
     for module in model.modules():
         if hasattr(module, "first_head"):
             heads = cast(int, module.num_heads)
@@ -102,13 +107,19 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
     return shards
 
 
+def _register(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    """Give a module, or one in it, a parameter by its name."""
+    path, _, name = key.rpartition(".")
+    module.get_submodule(path).register_parameter(name, parameter)
+
+
 def share_sequence(model: nn.Module, mesh: Mesh) -> None:
     """Set in all dropout layers which part of the tokens of a sequence they process."""
     layout, coordinates = mesh.layout, mesh.coordinates
     for name, module in model.named_modules():
         if isinstance(module, Dropout):
             module.sequence_part = coordinates.sequence
-            if layout.tensor_sequence and name.startswith("blocks."):
+            if layout.tensor_sequence and name.startswith("blocks.") and ".lora." not in name:
                 module.sequence_part = coordinates.sequence * layout.tensor + coordinates.tensor
 
 
@@ -118,9 +129,11 @@ def mark_parameters(
     """Mark divided weights for DeepSpeed, and sum the gradients of whole weights that process only a part of
     the tokens or heads over the tensor group."""
     shared = [pattern for pattern, role in table.items() if role == "shared"]
+    # Of a product beside a divided layer, A or B is whole, and each process has a part of its gradient.
+    divided = [f"{pattern}.lora" for pattern, role in table.items() if role in ("column", "row")]
     for name, parameter in parameters.items():
         sees_a_part = mesh.layout.tensor_sequence and name.startswith(("blocks.", "norm."))
-        sees_a_part |= any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in shared)
+        sees_a_part |= any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in shared + divided)
         if shards[name].count > 1:
             parameter.model_parallel = True  # type: ignore[attr-defined]
         elif sees_a_part and parameter.requires_grad:
@@ -139,6 +152,8 @@ class _TensorParallel(nn.Module):
         super().__init__()
         self.shares_sequence = shares_sequence
         self.register_parameter("bias", None)
+        self.lora: LowRank | None = None
+        self.adapter: Bottleneck | None = None
 
     def _enter(self, x_BTD: Tensor) -> Tensor:
         x: Tensor = (
@@ -156,24 +171,32 @@ class _TensorParallel(nn.Module):
 
 
 class ColumnParallelLinear(_TensorParallel):
-    """A slice of the outputs of a Linear."""
+    """A slice of the outputs of a Linear, and of a product beside it: A is whole, B divided."""
 
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear(self._enter(x_BTD), self.weight, self.bias)
+        x_BTD = self._enter(x_BTD)
+        y_BTD = linear(x_BTD, self.weight, self.bias)
+        return y_BTD if self.lora is None else y_BTD + self.lora(x_BTD)
 
 
 class RowParallelLinear(_TensorParallel):
-    """A Linear over a slice of its inputs."""
+    """A Linear over a slice of its inputs, and a product beside it: A is divided, B whole. A bottleneck
+    behind it is whole."""
 
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        y_BTD = self._leave(linear(x_BTD, self.weight))
-        return y_BTD if self.bias is None else y_BTD + self.bias
+        y_BTD = linear(x_BTD, self.weight)
+        if self.lora is not None:
+            y_BTD = y_BTD + self.lora(x_BTD)
+        y_BTD = self._leave(y_BTD)
+        if self.bias is not None:
+            y_BTD = y_BTD + self.bias
+        return y_BTD if self.adapter is None else y_BTD + self.adapter(y_BTD)
 
 
 class VocabParallelEmbedding(_TensorParallel):

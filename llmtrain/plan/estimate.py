@@ -95,7 +95,8 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        return self.model.parameter_count()
+        added = 0 if self.trainable is None else sum(self.trainable.added)
+        return self.model.parameter_count() + added
 
     @cached_property
     def flops_per_token(self) -> float:

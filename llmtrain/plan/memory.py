@@ -30,8 +30,14 @@ class Trainable:
 
     parameters: int
     shares: tuple[float, ...]
-    """The trainable share of the parameters of each step of the forward pass; one share for a model without
-    steps."""
+    """The trainable parameters of each step of the forward pass, as a share of the model's own there; one
+    share for a model without steps."""
+    added: tuple[int, ...] = ()
+    """Parameters of each step beside the model's own, which an adaptation added; empty: none."""
+
+    def added_count(self, steps: range) -> int:
+        """Return the parameters that were added to `steps`, as if the tensor axis did not divide them."""
+        return sum(self.added[step] for step in steps) if self.added else 0
 
     def kept(self, steps: range) -> range:
         """Return those of `steps` that keep activations on one process: from the lowest that trains on."""
@@ -126,6 +132,7 @@ def _of_stage(
 ) -> Memory:
     P, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
     trained = P if trainable is None else trainable.count(model, layout, steps)
+    P += 0 if trainable is None else trainable.added_count(steps)
     is_low = precision != "fp32"
     stored = weight_bytes(precision, layout)
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)

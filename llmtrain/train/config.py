@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llmtrain.adapt.config import AdapterConfig, LoraConfig
 from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
 from llmtrain.data.config import DataConfig
@@ -107,7 +108,11 @@ class TrainConfig:
     method: Method = "full"
     """How a model that has learned is fine-tuned. full: all parameters train, but for those of
     freeze; features: the head is solved over the vectors of the frozen rest; gradual: the head alone trains
-    at first, then layer after layer from the top."""
+    at first, then layer after layer from the top. Of the others small parameters train, and with them the
+    head of a task: lora: products of low rank beside the matrices of the layers; adapter: bottlenecks behind
+    sublayers; bitfit: the biases (arXiv:2106.10199)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     gradual: GradualConfig = field(default_factory=GradualConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

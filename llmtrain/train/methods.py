@@ -12,6 +12,7 @@ from llmtrain.objectives.registry import OBJECTIVES
 from llmtrain.optim.freezing import freeze, freeze_problems
 from llmtrain.optim.groups import HEAD, rate_problems
 from llmtrain.plan.memory import Trainable
+from llmtrain.train.adaptation import with_adaptation
 from llmtrain.train.config import TrainConfig
 
 
@@ -21,6 +22,7 @@ def with_method(config: TrainConfig) -> TrainConfig:
 
     Raise ConfigError for what the model cannot do.
     """
+    config = with_adaptation(config)
     if config.freeze or _has_rates(config):
         config = _with_frozen_layers(config)
     return config
@@ -94,15 +96,19 @@ def trainable_of(model: ModelConfig, patterns: Sequence[str]) -> Trainable | Non
     pattern that matches nothing, and when nothing is left to train."""
     if not patterns:
         return None
+    from llmtrain.nn.initialize import added_to
+
     skeleton = skeleton_of(model)
     if problems := list(freeze_problems([name for name, _ in skeleton.named_parameters()], patterns)):
         raise ConfigError(problems)
     freeze(skeleton, patterns)
     steps = [stage.modules.values() for stage in skeleton.stages()] if family_of(model).has_stages else []  # type: ignore[operator]
-    shares = []
+    added = {p for name, p in skeleton.named_parameters() if name in added_to(skeleton)}
+    shares, counts = [], []
     for modules in steps or [[skeleton]]:
         held = {p: p.numel() for module in modules for p in module.parameters()}
         trained = sum(count for p, count in held.items() if p.requires_grad)
-        shares.append(trained / max(1, sum(held.values())))
+        counts.append(sum(count for p, count in held.items() if p in added))
+        shares.append(trained / max(1, sum(held.values()) - counts[-1]))
     trains = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    return Trainable(trains, tuple(shares))
+    return Trainable(trains, tuple(shares), tuple(counts) if added else ())

@@ -138,7 +138,7 @@ def resolve(
     assert layout is not None
     config = with_method(replace(config, model=model, engine=engine))
     config = with_features(with_unfreezing(config))
-    return Resolved(config, layout, corpora, pretrained, trainable_of(model, config.train.freeze))
+    return Resolved(config, layout, corpora, pretrained, trainable_of(config.model, config.train.freeze))
 
 
 def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: TextSource | None) -> TrainConfig:

@@ -9,7 +9,6 @@ from typing import Any
 
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
-from llmtrain.checkpoint.manifest import WEIGHT
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
@@ -187,7 +186,7 @@ def _other_frozen(
 
     may_thaw: more may train than before, whose optimizer state begins with them.
     """
-    names = checkpoint.manifest["tensors"][WEIGHT]
+    names = checkpoint.weight_names
     ours, theirs = frozen_names(names, patterns), checkpoint.frozen
     if ours == theirs or (may_thaw and ours <= theirs):
         return

@@ -113,6 +113,7 @@ class Session:
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
         else:
             engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
+        self._saver.left_out = weights.left_out
         if validation is not None and self.corpora is not None and rows_to_write(config):
             judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
         length = mean_length(training.values())
@@ -260,6 +261,7 @@ class Session:
             "origin": weights.origin,
             "fresh": weights.never_trained,
             "starting": weights.differences,
+            "base": None if weights.base is None else encode(weights.base),
         }
 
     # What the loop calls

@@ -13,6 +13,7 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
 from llmtrain.engine.build import build_engine
+from llmtrain.interchange.base import with_base
 from llmtrain.interchange.trained import listed
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import Objective
@@ -48,6 +49,8 @@ def build_run_engine(
     """Build the engine with the weights of the checkpoint, of `model=pretrained` or of the seed. All ranks
     call it together."""
     config, pretrained, checkpoint = resolved.config, resolved.pretrained, start.checkpoint
+    if checkpoint is not None:
+        checkpoint = with_base(checkpoint, None if pretrained is None else pretrained.path)
     check = FiniteCheck()
     starting = None
     if checkpoint is None and pretrained is not None:

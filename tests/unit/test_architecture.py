@@ -21,6 +21,7 @@ ORDER = (
     {"tables"},
     {"data"},
     {"nn"},
+    {"adapt"},
     {"models", "scoring"},
     {"objectives"},
     {"parallel"},

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from llmtrain.adapt.config import AdapterConfig, LoraConfig
 from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
@@ -42,6 +43,8 @@ class XLNetConfig(OfLayers):
     init_std: float = 0.02
     task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
     """Head of a fine-tuning task, in place of the language model's; set by the objective."""
+    adaptation: LoraConfig | AdapterConfig | None = field(default=None, metadata={INTERNAL: True})
+    """What fine-tuning adds to the layers; set by the method."""
 
     @cached_property
     def blocks(self) -> LayerConfig:

@@ -1,0 +1,156 @@
+"""Add the parameters of an adaptation to an ordinary model, by patterns of the names of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from llmtrain.adapt.config import Adaptation, AdapterConfig, LoraConfig
+from llmtrain.adapt.modules import AdaptedLinear, Bottleneck, LowRank, Packing
+from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.nn.initialize import Initializer, added_to
+from llmtrain.nn.linear import Linear
+from llmtrain.nn.stages import HasLevels
+
+LORA, ADAPTER = "lora", "adapter"
+"""Names of the added modules within the layer that they are added to."""
+NAMES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matrix of the layers of a model."""
+
+    name: str
+    """Of its module."""
+    layer: Linear
+    packing: Packing | None
+    """The parts that its rows hold, if it holds several matrices."""
+
+    @property
+    def targets(self) -> list[str]:
+        """Return the names by which patterns select it: its parts', or its own."""
+        return [self.name] if self.packing is None else [f"{self.name}.{part}" for part in self.packing.units]
+
+
+def adapt(model: nn.Module, config: Adaptation) -> None:
+    """Add to `model`, which is on the meta device, what `config` describes.
+
+    The names of its own parameters stay. `model.added` has the initial values of the new ones by name.
+    Raise ConfigError for a model without layers, a pattern that matches nothing, and a rank that is larger
+    than a matrix.
+    """
+    sites = _sites(model)
+    if not sites:
+        got = f"{config.method} with a model that has no layers of attention and MLPs"
+        raise ConfigError(Problem("method", got, "full"))
+    if isinstance(config, LoraConfig):
+        added = _add_products(model, config, sites)
+    else:
+        added = _add_bottlenecks(model, config, sites)
+    model.added = {**added_to(model), **added}  # type: ignore[assignment]
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    """Return the matrices of the layers of a model, in its order."""
+    if not isinstance(model, HasLevels):
+        return []
+    modules = dict(model.named_modules())
+    layers = tuple(f"{name}." for level in model.levels()[1:-1] for name in level)
+    return [
+        Site(name, module, _packing_of(modules[name.rpartition(".")[0]], name.rpartition(".")[2]))
+        for name, module in modules.items()
+        if isinstance(module, Linear) and name.startswith(layers)
+    ]
+
+
+def _packing_of(parent: Any, key: str) -> Packing | None:
+    """Return how the matrix `key` of a module is packed; see nn/transformer.py and models/xlnet/model.py."""
+    if key == "qkv":
+        return Packing({"query": parent.queries_per_kv, "key": 1, "value": 1}, parent.head_dim)
+    if key == "key_value":
+        return Packing({"key": 1, "value": 1}, parent.head_dim)
+    return None
+
+
+def _add_products(model: nn.Module, config: LoraConfig, sites: list[Site]) -> dict[str, Initializer]:
+    if problems := list(_target_problems(config, sites)):
+        raise ConfigError(problems)
+    added: dict[str, Initializer] = {}
+    for number, site in enumerate(sites):
+        chosen = [name for name in site.targets if _is_chosen(name, config)]
+        if not chosen and not (site.packing and config.targets and _is_chosen(site.name, config)):
+            continue
+        parts = [] if site.packing is None else [name.rpartition(".")[2] for name in chosen]
+        product = LowRank(site.layer, config, number, site.packing, parts)
+        model.set_submodule(site.name, AdaptedLinear(site.layer, lora=product))
+        added |= product.initializers(f"{site.name}.{LORA}")
+    if config.dropout > 0:
+        _pass_keys(model)
+    return added
+
+
+def _is_chosen(name: str, config: LoraConfig) -> bool:
+    return config.targets is None or any(_matches(name, pattern) for pattern in config.targets)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _target_problems(config: LoraConfig, sites: list[Site]) -> Iterator[Problem]:
+    names = [name for site in sites for name in dict.fromkeys([*site.targets, site.name])]
+    for i, pattern in enumerate(config.targets or ()):
+        if not any(_matches(name, pattern) for name in names):
+            ends = list(dict.fromkeys(".".join(name.split(".")[2:]) for name in names))
+            got = f"{pattern!r}, which no matrix of the layers matches"
+            yield Problem(f"lora.targets[{i}]", got, nearest(pattern, ends))
+    for site in sites:
+        for name in site.targets:
+            rows = site.layer.out_features
+            if site.packing is not None:
+                part = site.packing.units[name.rpartition(".")[2]]
+                rows = rows // site.packing.units_of_group * part
+            least = min(rows, site.layer.in_features)
+            if _is_chosen(name, config) and config.rank > least:
+                got = f"{config.rank}, with {name} of {rows} × {site.layer.in_features}"
+                yield Problem(
+                    "lora.rank", got, f"1 to {least}", "lower it, or leave that matrix out of lora.targets"
+                )
+                return
+
+
+def _pass_keys(model: Any) -> None:
+    """Let the forward pass of each layer give its products the keys of the batch for their dropout.
+
+    Its `forward` is replaced, not hooked, since a recomputation calls that alone, maybe after the forward
+    pass of another batch.
+    """
+    for block in model.blocks:
+        inside = [module for module in block.modules() if isinstance(module, LowRank)]
+        if inside:
+            block.forward = _with_keys(block.forward, inside)
+
+
+def _with_keys(forward: Callable[..., Any], products: list[LowRank]) -> Callable[..., Any]:
+    def run(x: Any, context: Any, *others: Any) -> Any:
+        for product in products:
+            product.keys = context.dropout_keys
+        return forward(x, context, *others)
+
+    return run
+
+
+def _add_bottlenecks(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, Initializer]:
+    ends = ("mlp.down",) if config.kind == "pfeiffer" else ("mlp.down", "attention.output")
+    added: dict[str, Initializer] = {}
+    for site in sites:
+        if site.name.endswith(ends):
+            bottleneck = Bottleneck(site.layer.out_features, config)
+            model.set_submodule(site.name, AdaptedLinear(site.layer, adapter=bottleneck))
+            added |= bottleneck.initializers(f"{site.name}.{ADAPTER}")
+    return added

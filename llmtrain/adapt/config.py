@@ -1,0 +1,63 @@
+"""Configs of what fine-tuning adds to a model. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmtrain.config import INTERNAL, require
+from llmtrain.errors import Problem
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv:2106.09685): W·x + scale·B·A·x, with W frozen."""
+
+    method: Literal["lora"] = field(default="lora", metadata={INTERNAL: True})
+    rank: int = 8
+    """Rows of A and columns of B."""
+    alpha: float = 16.0
+    """The product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout probability of what A reads."""
+    targets: tuple[str, ...] | None = None
+    """fnmatch patterns of the matrices' names, or of their ends: `mlp.*`, `query`; null: all matrices of the
+    layers. A matrix that holds several (`attention.qkv`) has its parts as targets (`qkv.query`), each with
+    an A of its own; if it is named itself, it has one for all."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
+    start: Literal["uniform", "normal"] = "uniform"
+    """Values that A starts from, B from 0. uniform: between ±1 / sqrt(columns), as in Microsoft's and in
+    PEFT's; normal: of standard deviation 1 / rank."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.rank >= 1, "rank", self.rank, "1 or more")
+        yield from require(self.alpha > 0, "alpha", self.alpha, "more than 0")
+        yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
+        yield from require(self.targets != (), "targets", "[]", "one pattern or more, or null for all")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Bottleneck adapters: y + up·f(down·y) after sublayers of each layer, with the rest frozen."""
+
+    method: Literal["adapter"] = field(default="adapter", metadata={INTERNAL: True})
+    kind: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """houlsby: after attention and after the MLP (arXiv:1902.00751); pfeiffer: after the MLP alone
+    (arXiv:2005.00247)."""
+    width: int = 64
+    """Rows of down and columns of up."""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "relu"
+    """The function f."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.width >= 1, "width", self.width, "1 or more")
+
+
+Adaptation = LoraConfig | AdapterConfig
+"""What stands in a model's config of the parameters that were added to it."""

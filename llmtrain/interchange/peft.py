@@ -1,0 +1,142 @@
+"""PEFT folders, in and out: what LoRA added to a Hugging Face model, without that model.
+
+adapter_config.json         the settings; names of the matrices
+adapter_model.safetensors   `base_model.model.NAME.lora_A.weight` (R, I) and `lora_B` (O, R), and heads
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtrain import files
+from llmtrain.adapt.config import LoraConfig
+from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.interchange.forms import form_of
+from llmtrain.interchange.products import Product, is_by_inputs, products_in, theirs_of
+from llmtrain.interchange.trained import TrainedModel
+from llmtrain.models.registry import skeleton_of
+from llmtrain.nn.linear import Linear
+from llmtrain.optim.groups import HEAD
+from llmtrain.tokenizers.folder import EXPORT_MARK
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TASKS = {"classes": "SEQ_CLS", "labels": "SEQ_CLS", "values": "SEQ_CLS", "tags": "TOKEN_CLS"}
+
+
+def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False) -> None:
+    """Write the folder that PeftModel.from_pretrained loads over the base, complete or not at all.
+
+    Raise ConfigError for a model without LoRA, and for one whose matrices transformers has in another form;
+    CheckpointError for an output that holds something else or is not writable.
+    """
+    adaptation = getattr(trained.config, "adaptation", None)
+    if not isinstance(adaptation, LoraConfig):
+        got = f"{trained.source}, which was not trained by LoRA"
+        raise ConfigError(Problem("form", f"peft, with {got}", "merged", "PEFT has a form for LoRA alone"))
+    model = skeleton_of(trained.config)
+    came_from = None if trained.origin is None else trained.origin.settings.get("model_type")
+    entries = form_of(trained.config, came_from).entries(trained.config)
+    products, weights = products_in(model), trained.weights
+    matrices = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    added: dict[str, Product] = {}
+    names: list[str] = []
+    by_inputs = False
+    heads: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.ours.startswith(f"{HEAD}.") and trained.config.task is not None:
+            parts = entry.split_all([weights[name] for name in entry.all_ours])
+            heads |= dict(zip(entry.theirs, parts, strict=True))
+        if entry.ours.removesuffix(".weight") not in matrices:
+            continue
+        names += [name.removesuffix(".weight") for name in entry.theirs]
+        found = theirs_of(entry, products, weights, model)
+        if any(not name.endswith(".weight") for name in found):
+            got = f"LoRA of {entry.ours}, which transformers holds as {entry.theirs[0]}"
+            raise ConfigError(Problem("form", f"peft, with {got}", "merged", "PEFT adds to matrices alone"))
+        added |= {name.removesuffix(".weight"): product for name, product in found.items()}
+        by_inputs |= bool(found) and is_by_inputs(entry, model)
+    settings = _settings(trained, adaptation, added, names, list(heads), by_inputs)
+    scale = {name: _scale(settings, name) for name in added}
+    tensors = {f"{PREFIX}{name}": weight for name, weight in heads.items()}
+    for name, product in added.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = product.a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = product.b / scale[name]
+    _write(output.absolute(), settings, tensors, overwrite)
+
+
+def _settings(
+    trained: TrainedModel,
+    lora: LoraConfig,
+    added: Mapping[str, Product],
+    names: list[str],
+    heads: list[str],
+    by_inputs: bool,
+) -> dict[str, Any]:
+    """Return adapter_config.json. names: of all matrices of linear layers."""
+    ranks = Counter(product.rank for product in added.values())
+    rank = ranks.most_common(1)[0][0]
+    others = {name: product.rank for name, product in added.items() if product.rank != rank}
+    head = trained.config.task
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if head is None else TASKS.get(head.kind, "QUESTION_ANS"),
+        "base_model_name_or_path": "" if trained.base is None else trained.base.path,
+        "r": rank,
+        "lora_alpha": lora.scale * rank,
+        "lora_dropout": lora.dropout,
+        "use_rslora": False,
+        "rank_pattern": others,
+        "alpha_pattern": {name: lora.scale * count for name, count in others.items()},
+        "target_modules": _shortest(list(added), names),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in heads}) or None,
+        "fan_in_fan_out": by_inputs,
+        "bias": "none",
+        "inference_mode": True,
+        EXPORT_MARK: True,
+    }
+
+
+def _shortest(chosen: list[str], names: list[str]) -> list[str]:
+    """Return the last words of the names of the chosen matrices, where no other has the same, or else the
+    names."""
+    ends = {name.rpartition(".")[2] for name in chosen}
+    same = {name for name in names if name.rpartition(".")[2] in ends}
+    return sorted(ends) if same == set(chosen) else sorted(chosen)
+
+
+def _scale(settings: Mapping[str, Any], name: str) -> float:
+    """Return the factor of a product in PEFT."""
+    alpha = settings["alpha_pattern"].get(name, settings["lora_alpha"])
+    return float(alpha / settings["rank_pattern"].get(name, settings["r"]))
+
+
+def _write(output: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+    if output.exists() and any(output.iterdir()) and not (overwrite and (output / CONFIG).exists()):
+        remedy = "choose another output" + (", or set overwrite=true" if (output / CONFIG).exists() else "")
+        raise CheckpointError(Problem(str(output), "a folder with files", "a new or empty folder", remedy))
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        contiguous = {
+            name: weight.detach().to(torch.float32).contiguous() for name, weight in tensors.items()
+        }
+        save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
+        files.sync(partial / WEIGHTS)
+        files.write_json_atomically(partial / CONFIG, settings)
+        files.replace_folder(partial, output)
+    except OSError as error:
+        raise CheckpointError(
+            files.disk_problem(error, output, if_full="make room, then export again")
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

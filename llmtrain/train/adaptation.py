@@ -1,0 +1,87 @@
+"""The methods of fine-tuning that train a few parameters beside a frozen model: lora, adapter, bitfit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
+from fnmatch import fnmatchcase
+
+from llmtrain.adapt.config import Adaptation
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.models.registry import skeleton_of
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.optim.groups import HEAD
+from llmtrain.train.config import TrainConfig
+
+BITFIT = "bitfit"
+_LAYER = re.compile(r"\.\d+(?=\.)")
+
+
+def trains_beside(config: TrainConfig) -> bool:
+    """Return whether the method trains a few parameters, whose checkpoints leave out the others."""
+    return config.method == BITFIT or _wanted(config) is not None
+
+
+def with_adaptation(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with what its method adds to the model, and with all else in `train.freeze`.
+    Return that of another method unchanged.
+
+    Raise ConfigError for a model that the method does not fit, and for one that has been adapted already and
+    not merged.
+    """
+    wanted, held = _wanted(config), adaptation_of(config.model)
+    if held is not None and wanted == type(held)():
+        wanted = held  # settings that nobody changed are those of the folder
+    if held is not None and held != wanted:
+        got = f"{config.method} with {_described(held)} in the model of model.path"
+        remedy = "go on with it, or merge it first: llmtrain export checkpoint=… output=… form=merged"
+        raise ConfigError(Problem("method", got, f"{held.method} with the same settings", remedy))
+    if not trains_beside(config):
+        return config
+    model = config.model
+    if wanted is not None:
+        if all(field.name != "adaptation" for field in fields(model)):  # type: ignore[arg-type]
+            got = f"{config.method} with model.family={model.family}"
+            raise ConfigError(Problem("method", got, "full", "that family cannot be adapted"))
+        model = replace(model, adaptation=wanted)  # type: ignore[type-var]
+    from llmtrain.nn.initialize import added_to
+
+    skeleton = skeleton_of(model)
+    names = [name for name, _ in skeleton.named_parameters()]
+    trained = set(added_to(skeleton))
+    if config.method == BITFIT:
+        trained |= {name for name in names if name.endswith(".bias")}
+        if not trained:
+            got = f"{BITFIT} with model.family={model.family}, this model of which has no biases"
+            raise ConfigError(Problem("method", got, "lora"))
+    if model.task is not None:
+        trained |= {name for name in names if name.startswith(f"{HEAD}.")}
+    frozen = _patterns([name for name in names if name not in trained], trained)
+    steps = replace(config.train, freeze=(*config.train.freeze, *frozen))
+    return replace(config, model=model, train=steps)
+
+
+def adaptation_of(model: ModelConfig) -> Adaptation | None:
+    """Return what was added to the model."""
+    found: Adaptation | None = getattr(model, "adaptation", None)
+    return found
+
+
+def _wanted(config: TrainConfig) -> Adaptation | None:
+    known: dict[str, Adaptation] = {"lora": config.lora, "adapter": config.adapter}
+    return known.get(config.method)
+
+
+def _described(held: Adaptation) -> str:
+    settings = ((field.name, getattr(held, field.name)) for field in fields(held) if field.name != "method")
+    return f"{held.method} ({', '.join(f'{key}={value}' for key, value in settings)})"
+
+
+def _patterns(names: Sequence[str], others: Collection[str]) -> tuple[str, ...]:
+    """Return patterns that match all of `names` and none of `others`, one for all layers where it can be."""
+    found: dict[str, None] = {}
+    for name in names:
+        pattern = _LAYER.sub(".*", name)
+        found[name if any(fnmatchcase(other, pattern) for other in others) else pattern] = None
+    return tuple(found)
