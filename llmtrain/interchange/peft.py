@@ -26,7 +26,6 @@ from llmtrain.interchange.trained import TrainedModel
 from llmtrain.models.registry import skeleton_of
 from llmtrain.nn.linear import Linear
 from llmtrain.optim.groups import HEAD
-from llmtrain.tokenizers.folder import EXPORT_MARK
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -102,7 +101,6 @@ def _settings(
         "fan_in_fan_out": by_inputs,
         "bias": "none",
         "inference_mode": True,
-        EXPORT_MARK: True,
     }
 
 

@@ -19,7 +19,7 @@ from llmtrain.interchange import huggingface
 from llmtrain.interchange.forms import forms
 from llmtrain.interchange.huggingface_weights import read_json
 from llmtrain.interchange.peft import CONFIG, PREFIX, WEIGHTS
-from llmtrain.interchange.products import Product, ours_of, products_in, values_of
+from llmtrain.interchange.products import Product, ours_of, products_in, shapes_of, values_of
 from llmtrain.models.huggingface.form import Entry, Form, Settings
 from llmtrain.models.registry import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
@@ -49,14 +49,14 @@ class _Settings:
 
     def problems(self) -> Iterator[Problem]:
         if self.peft_type != "LORA":
-            yield Problem("peft_type", show(self.peft_type), "LORA", "other kinds of PEFT are not read")
+            yield Problem("peft_type", show(self.peft_type), "LORA")
         if self.use_dora:
-            yield Problem("use_dora", "true", "false", "LoRA with magnitudes of its own is not read")
+            yield Problem("use_dora", "true", "false, since magnitudes are not read")
         expressions = [key for key in self.alpha_pattern if not _PLAIN.fullmatch(key)]
         if expressions:
-            yield Problem("alpha_pattern", show(expressions[0]), "names", "regular expressions are not read")
+            yield Problem("alpha_pattern", show(expressions[0]), "names, not regular expressions")
         if self.bias != "none":
-            yield Problem("bias", show(self.bias), "none", "trained biases are not read")
+            yield Problem("bias", show(self.bias), "none")
 
     def scale(self, name: str, rank: int) -> float:
         """Return the factor of the product of a matrix."""
@@ -96,7 +96,9 @@ def import_peft(source: Path, base: Path | None) -> ImportedPeft:
     imported = huggingface.import_folder(folder)
     form, config = _with_head(folder, settings, imported.config, heads)
     entries = form.entries(config)
-    given = _products(source, settings, factors, {name for entry in entries for name in entry.theirs})
+    plain = skeleton_of(config)
+    shapes = {name: shape for entry in entries for name, shape in shapes_of(entry, plain).items()}
+    given = _products(source, settings, factors, shapes)
     lora = _lora_of(settings, config, entries, given)
     adapted: ModelConfig = replace(config, adaptation=lora)  # type: ignore[type-var]
     model = skeleton_of(adapted)
@@ -106,12 +108,6 @@ def import_peft(source: Path, base: Path | None) -> ImportedPeft:
         for matrix, held in ours_of(entry, given, model).items():
             product = products[matrix]
             a, b = values_of(product, held)
-            if (a.shape, b.shape) != (product.a.shape, product.b.shape):
-                got = f"a product of {tuple(held.b.shape)} and {tuple(held.a.shape)} for {entry.theirs[0]}"
-                allowed = f"one for {tuple(model.get_parameter(f'{matrix}.weight').shape)}, as {folder} has"
-                raise CheckpointError(
-                    Problem(str(source), got, allowed, "give the base that it was trained over")
-                )
             weights |= {f"{matrix}.lora.a": a, f"{matrix}.lora.b": b}
         if all(name in heads for name in entry.theirs):
             weights[entry.ours] = entry.join([heads[name] for name in entry.theirs])
@@ -166,9 +162,11 @@ def _products(
     source: Path,
     settings: _Settings,
     factors: Mapping[str, Mapping[str, Tensor]],
-    known: set[str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Product]:
-    """Return weight of theirs → its product, all padded to one rank."""
+    """Return weight of theirs → its product, all padded to one rank.
+
+    shapes: (outputs, inputs) of the base's matrices."""
     found: dict[str, Product] = {}
     for name, pair in factors.items():
         where = f"{source / WEIGHTS}: {short(name)}"
@@ -180,9 +178,13 @@ def _products(
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
             got = f"lora_A of shape {tuple(a.shape)}, lora_B of {tuple(b.shape)}"
             raise CheckpointError(Problem(where, got, "(rank, inputs) and (outputs, rank)"))
-        if f"{name}.weight" not in known:
-            remedy = "give the base that it was trained over: base=…"
+        remedy = "give the base that it was trained over: base=…"
+        shape = shapes.get(f"{name}.weight")
+        if shape is None:
             raise CheckpointError(Problem(where, "a matrix that the base does not have", "", remedy))
+        if (len(b), a.shape[1]) != shape:
+            got = f"a product of shape {(len(b), a.shape[1])}"
+            raise CheckpointError(Problem(where, got, f"{shape}, as the base has", remedy))
         found[f"{name}.weight"] = Product(a, b * settings.scale(name, len(a)))
     rank = max(product.rank for product in found.values())
     return {name: _padded(product, rank) for name, product in found.items()}

@@ -75,6 +75,14 @@ def is_by_inputs(entry: Entry, model: nn.Module) -> bool:
     return any(part.ndim == 2 and part.shape[0] == 0 for part in parts)
 
 
+def shapes_of(entry: Entry, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name of a matrix of theirs → (O, I)."""
+    ours = [torch.empty(model.get_parameter(name).shape, device="meta") for name in entry.all_ours]
+    shapes = zip(entry.theirs, entry.split_all(ours), strict=True)
+    is_turned = len(ours[0].shape) == 2 and is_by_inputs(entry, model)
+    return {name: tuple(part.shape)[:: -1 if is_turned else 1] for name, part in shapes}
+
+
 def ours_of(entry: Entry, given: Mapping[str, Product], model: nn.Module) -> dict[str, Product]:
     """Return name of a matrix of ours → the product that `given`, theirs by name, adds to it.
 
