@@ -9,14 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from llmtrain.adapt.config import Adaptation, AdapterConfig, LoraConfig
+from llmtrain.adapt.config import Adaptation, AdapterConfig, LoraConfig, PrefixConfig, PromptConfig
 from llmtrain.adapt.modules import AdaptedLinear, Bottleneck, LowRank, Packing
+from llmtrain.adapt.virtual import (
+    Prefix,
+    PrefixedAttention,
+    PromptedEmbedding,
+    SoftPrompt,
+    begin_with,
+    count_positions_from,
+)
 from llmtrain.errors import ConfigError, Problem, nearest
-from llmtrain.nn.initialize import Initializer, added_to
+from llmtrain.nn.initialize import Initializer, Normal, added_to
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.stages import HasLevels
+from llmtrain.nn.transformer import Attention, CrossAttention
 
-LORA, ADAPTER = "lora", "adapter"
+LORA, ADAPTER, PREFIX, PROMPT = "lora", "adapter", "prefix", "prompt"
 """Names of the added modules within the layer that they are added to."""
 NAMES_SHOWN = 12
 
@@ -48,10 +57,15 @@ def adapt(model: nn.Module, config: Adaptation) -> None:
     if not sites:
         got = f"{config.method} with a model that has no layers of attention and MLPs"
         raise ConfigError(Problem("method", got, "full"))
-    if isinstance(config, LoraConfig):
-        added = _add_products(model, config, sites)
-    else:
-        added = _add_bottlenecks(model, config, sites)
+    match config:
+        case LoraConfig():
+            added = _add_products(model, config, sites)
+        case AdapterConfig():
+            added = _add_bottlenecks(model, config, sites)
+        case PrefixConfig():
+            added = _add_prefixes(model, config)
+        case PromptConfig():
+            added = _add_prompt(model, config)
     model.added = {**added_to(model), **added}  # type: ignore[assignment]
 
 
@@ -154,3 +168,34 @@ def _add_bottlenecks(model: nn.Module, config: AdapterConfig, sites: list[Site])
             model.set_submodule(site.name, AdaptedLinear(site.layer, adapter=bottleneck))
             added |= bottleneck.initializers(f"{site.name}.{ADAPTER}")
     return added
+
+
+def _add_prefixes(model: Any, config: PrefixConfig) -> dict[str, Initializer]:
+    added: dict[str, Initializer] = {}
+    for name, attention in _self_attentions(model, config.method).items():
+        heads = attention.num_heads // attention.queries_per_kv
+        attention.prefix = Prefix(heads, config.length, attention.head_dim)
+        attention.attend = PrefixedAttention(attention.attend, attention.prefix)
+        added[f"{name}.{PREFIX}.weight"] = Normal(model.config.init_std)
+    count_positions_from(model, config.length)
+    return added
+
+
+def _add_prompt(model: Any, config: PromptConfig) -> dict[str, Initializer]:
+    _self_attentions(model, config.method)
+    prompt = SoftPrompt(config.length, model.config.hidden_size)
+    model.embedding = PromptedEmbedding(model.embedding, prompt)
+    begin_with(model, prompt)
+    return {f"embedding.{PROMPT}.vectors": Normal(model.config.init_std)}
+
+
+def _self_attentions(model: nn.Module, method: str) -> dict[str, Attention]:
+    """Return name → attention of each layer. Raise ConfigError for a model with other attention than that of
+    decoders and encoders."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    if not found or any(isinstance(module, CrossAttention) for module in model.modules()):
+        got = f"{method} with a model.family={model.config.family}"  # type: ignore[union-attr]
+        raise ConfigError(
+            Problem("method", got, "lora, adapter, full", "virtual tokens are for decoders and encoders")
+        )
+    return found

@@ -8,10 +8,21 @@ from typing import Literal
 
 from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
+from llmtrain.nn.sharding import Table
+
+
+class Addition:
+    """Base of the configs."""
+
+    @property
+    def sharding(self) -> Table:
+        """Return pattern → role of added modules that tensor parallelism divides in a way of their own; of
+        others the role of the layer that they are added to says it."""
+        return {}
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Addition):
     """LoRA (arXiv:2106.09685): W·x + scale·B·A·x, with W frozen."""
 
     method: Literal["lora"] = field(default="lora", metadata={INTERNAL: True})
@@ -43,7 +54,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Addition):
     """Bottleneck adapters: y + up·f(down·y) after sublayers of each layer, with the rest frozen."""
 
     method: Literal["adapter"] = field(default="adapter", metadata={INTERNAL: True})
@@ -59,5 +70,33 @@ class AdapterConfig:
         yield from require(self.width >= 1, "width", self.width, "1 or more")
 
 
-Adaptation = LoraConfig | AdapterConfig
+@dataclass(frozen=True)
+class PrefixConfig(Addition):
+    """Prefix tuning (arXiv:2101.00190): learned keys and values before those of each layer's tokens."""
+
+    method: Literal["prefix"] = field(default="prefix", metadata={INTERNAL: True})
+    length: int = 20
+    """Keys of each head; positions of tokens count from here."""
+
+    @property
+    def sharding(self) -> Table:
+        return {"*.prefix": "added_heads"}
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.length >= 1, "length", self.length, "1 or more")
+
+
+@dataclass(frozen=True)
+class PromptConfig(Addition):
+    """Prompt tuning (arXiv:2104.08691): learned vectors before the embeddings of each row's tokens."""
+
+    method: Literal["prompt"] = field(default="prompt", metadata={INTERNAL: True})
+    length: int = 20
+    """Vectors, which count as tokens of the row beyond batch.sequence_length."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.length >= 1, "length", self.length, "1 or more")
+
+
+Adaptation = LoraConfig | AdapterConfig | PrefixConfig | PromptConfig
 """What stands in a model's config of the parameters that were added to it."""

@@ -45,7 +45,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.interchange.imported import save_imported
     from llmtrain.interchange.peft_import import is_peft
     from llmtrain.interchange.trained import fresh_note, listed, unknown_note
-    from llmtrain.models.registry import skeleton_of
+    from llmtrain.models.skeleton import skeleton_of
 
     source, output = expand_home(config.source), expand_home(config.output)
     if is_peft(source):

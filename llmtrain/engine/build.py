@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from llmtrain.models.registry import family_of, skeleton_of
+from llmtrain.models.skeleton import sharding_of, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
@@ -128,9 +128,7 @@ def build_engine(
     if layout.tensor > 1:
         from llmtrain.parallel.tensor import mark_parameters
 
-        table = family_of(config.model).sharding
-        assert table is not None
-        mark_parameters(parameters, shards, table(config.model), mesh)
+        mark_parameters(parameters, shards, sharding_of(config.model), mesh)
     apply_recompute(model, config.recompute)
     model.train()
     setup = Setup(
@@ -214,9 +212,7 @@ def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shar
     if mesh.layout.tensor > 1:
         from llmtrain.parallel.tensor import shard_tensors
 
-        table = family_of(config).sharding
-        assert table is not None
-        shards = shard_tensors(model, table(config), mesh)
+        shards = shard_tensors(model, sharding_of(config), mesh)
     if mesh.layout.sequence > 1:
         from llmtrain.parallel.sequence import share_attention
 

@@ -12,7 +12,7 @@ from llmtrain.adapt.modules import LowRank
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.interchange.products import filled, products_in
 from llmtrain.interchange.trained import TrainedModel
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 
 
 def merged(trained: TrainedModel) -> TrainedModel:

@@ -23,7 +23,7 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.interchange.forms import form_of
 from llmtrain.interchange.products import Product, is_by_inputs, products_in, theirs_of
 from llmtrain.interchange.trained import TrainedModel
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.linear import Linear
 from llmtrain.optim.groups import HEAD
 

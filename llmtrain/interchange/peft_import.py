@@ -21,7 +21,7 @@ from llmtrain.interchange.huggingface_weights import read_json
 from llmtrain.interchange.peft import CONFIG, PREFIX, WEIGHTS
 from llmtrain.interchange.products import Product, ours_of, products_in, shapes_of, values_of
 from llmtrain.models.huggingface.form import Entry, Form, Settings
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.reading import decode_file
 from llmtrain.safetensors_files import open_safetensors

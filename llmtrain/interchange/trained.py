@@ -24,7 +24,8 @@ from llmtrain.interchange.base import base_of, with_base
 from llmtrain.interchange.generation_settings import check_generation
 from llmtrain.models.huggingface.form import Settings
 from llmtrain.models.huggingface.origin import Origin
-from llmtrain.models.registry import family_of, model_config_type, skeleton_of
+from llmtrain.models.registry import family_of, model_config_type
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.registry import objective_config_type, objective_of_head

@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtrain.config import show
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.models import bert, convolutional, encoder_decoder, gpt, recurrent, xlnet
 from llmtrain.models.family import Family
 from llmtrain.nn.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from torch import nn
 
 FAMILIES = (
     *gpt.FAMILIES,
@@ -67,18 +64,3 @@ def model_config_type(section: Mapping[str, Any]) -> type[ModelConfig]:
     if not isinstance(name, str) or name not in families():
         raise ConfigError(Problem("model.family", show(name), nearest(str(name), list(families()))))
     return families()[name].config
-
-
-def skeleton_of(model: ModelConfig) -> nn.Module:
-    """Return the module on the meta device, with what an adaptation adds to it: parameters have shapes but no
-    values."""
-    from llmtrain.nn.initialize import on_meta
-
-    with on_meta():
-        skeleton = family_of(model).build(model)
-        adaptation = getattr(model, "adaptation", None)
-        if adaptation is not None:
-            from llmtrain.adapt.apply import adapt
-
-            adapt(skeleton, adaptation)
-    return skeleton

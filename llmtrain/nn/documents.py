@@ -27,6 +27,7 @@ class Documents:
         self.window = window
         self._ids_BT = ids_BT
         self._narrowed: Documents | None = None
+        self._lengthened: Documents | None = None
         self._begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         self._begins_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
 
@@ -42,6 +43,14 @@ class Documents:
         if self._narrowed is None or self._narrowed.window != window:
             self._narrowed = Documents(self._ids_BT, causal=self.causal, window=window)
         return self._narrowed
+
+    def after(self, count: int) -> Documents:
+        """Return the same documents in rows with `count` more tokens of the first one before them; cached."""
+        if self._lengthened is None or self._lengthened._ids_BT.shape[1] != count + self._ids_BT.shape[1]:
+            first_BP = self._ids_BT[:, :1].expand(-1, count)
+            ids_BT = torch.cat([first_BP, self._ids_BT], dim=1)
+            self._lengthened = Documents(ids_BT, causal=self.causal, window=self.window)
+        return self._lengthened
 
     @cached_property
     def ends(self) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmtrain.adapt.virtual import PrefixedAttention
 from llmtrain.nn.documents import Documents
 from llmtrain.nn.dropout import AttentionDropout
 from llmtrain.parallel.mesh import Mesh
@@ -41,6 +42,8 @@ class SharedAttention:
         import_deepspeed()
         from deepspeed.sequence.layer import DistributedAttention
 
+        if isinstance(attend, PrefixedAttention):
+            attend.part = mesh.coordinates.sequence
         self._attend = attend
         self._part = mesh.coordinates.sequence
         self._exchange: Any = DistributedAttention(

@@ -11,6 +11,7 @@
 | head      | LanguageModelHead    | vocabulary    | maxima and sums of softmax | gradient of the input  |
 | heads     | PerHead              | heads         | none                       | none                   |
 | all_heads | AllHeadsNorm         | heads         | sums of squares            | gradient of the sums   |
+| added_heads | Prefix             | heads         | none                       | none                   |
 | shared    | any, called by heads | nothing       | none                       | none                   |
 
 The gradients of `shared` parameters are summed over the tensor group, since each process uses them for its
@@ -42,6 +43,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 
 from llmtrain.adapt.modules import Bottleneck, LowRank
+from llmtrain.adapt.virtual import SoftPrompt
 from llmtrain.nn.dropout import Dropout
 from llmtrain.nn.head import LanguageModelHead, capped, summed_cross_entropy
 from llmtrain.nn.linear import linear
@@ -57,6 +59,7 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "head": {"weight": 0, "bias": 0},
     "heads": {"weight": 0},
     "all_heads": {"weight": 0},
+    "added_heads": {"weight": 0},
     "shared": {},
 }
 """Role → parameter → divided dim; other parameters stay whole."""
@@ -154,6 +157,7 @@ class _TensorParallel(nn.Module):
         self.register_parameter("bias", None)
         self.lora: LowRank | None = None
         self.adapter: Bottleneck | None = None
+        self.prompt: SoftPrompt | None = None
 
     def _enter(self, x_BTD: Tensor) -> Tensor:
         x: Tensor = (
@@ -211,7 +215,7 @@ class VocabParallelEmbedding(_TensorParallel):
         x_BTD = F.embedding(local_BT.masked_fill(elsewhere_BT, 0), self.weight)
         # Also whole with sequence parallelism, because positions are added before the sequence is divided.
         x: Tensor = reduce_from_model_parallel_region(x_BTD.masked_fill(elsewhere_BT[..., None], 0.0))
-        return x
+        return x if self.prompt is None else self.prompt(x, tokens_BT)
 
 
 class VocabParallelHead(_TensorParallel):
@@ -299,6 +303,7 @@ _LAYERS: dict[Role, Callable[[Any, bool], nn.Module]] = {
     "head": VocabParallelHead,
     "heads": PartOfHeads,
     "all_heads": PartOfAllHeadsNorm,
+    "added_heads": lambda module, _: module,
 }
 
 

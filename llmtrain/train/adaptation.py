@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 
-from llmtrain.adapt.config import Adaptation
+from llmtrain.adapt.config import Adaptation, PrefixConfig, PromptConfig
+from llmtrain.config import require
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.optim.groups import HEAD
 from llmtrain.train.config import TrainConfig
@@ -62,6 +63,26 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
     return replace(config, model=model, train=steps)
 
 
+def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Yield a problem for each key that does not go with virtual tokens; known before the data are read."""
+    wanted = _wanted(config)
+    if not isinstance(wanted, PrefixConfig | PromptConfig):
+        return
+    if config.objective.data != "table":
+        got = f"{config.objective.kind} with method={wanted.method}, whose rows hold several documents"
+        yield Problem("objective", got, "a task over a table", "the virtual tokens belong to one text")
+    positions, longest = config.model.max_sequence_length, config.batch.sequence_length
+    if positions is not None and longest + wanted.length > positions:
+        got = f"{longest}, with {wanted.length} virtual tokens before them"
+        yield Problem("batch.sequence_length", got, f"1 to {max(1, positions - wanted.length)}")
+    if isinstance(wanted, PromptConfig):
+        parallel, allowed = config.parallel, f"with method={wanted.method}, whose rows begin on one rank"
+        yield from require(parallel.sequence == 1, "parallel.sequence", parallel.sequence, f"1 {allowed}")
+        yield from require(
+            not parallel.tensor_sequence, "parallel.tensor_sequence", "true", f"false {allowed}"
+        )
+
+
 def adaptation_of(model: ModelConfig) -> Adaptation | None:
     """Return what was added to the model."""
     found: Adaptation | None = getattr(model, "adaptation", None)
@@ -69,8 +90,8 @@ def adaptation_of(model: ModelConfig) -> Adaptation | None:
 
 
 def _wanted(config: TrainConfig) -> Adaptation | None:
-    known: dict[str, Adaptation] = {"lora": config.lora, "adapter": config.adapter}
-    return known.get(config.method)
+    sections: tuple[Adaptation, ...] = (config.lora, config.adapter, config.prefix, config.prompt)
+    return {section.method: section for section in sections}.get(config.method)
 
 
 def _described(held: Adaptation) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain.adapt.config import AdapterConfig, LoraConfig
+from llmtrain.adapt.config import AdapterConfig, LoraConfig, PrefixConfig, PromptConfig
 from llmtrain.checkpoint.config import CheckpointConfig
 from llmtrain.config import encode, require, require_utf8
 from llmtrain.data.config import DataConfig
@@ -110,9 +110,12 @@ class TrainConfig:
     freeze; features: the head is solved over the vectors of the frozen rest; gradual: the head alone trains
     at first, then layer after layer from the top. Of the others small parameters train, and with them the
     head of a task: lora: products of low rank beside the matrices of the layers; adapter: bottlenecks behind
-    sublayers; bitfit: the biases (arXiv:2106.10199)."""
+    sublayers; prefix: keys and values before those of each layer; prompt: vectors before the embeddings;
+    bitfit: the biases (arXiv:2106.10199)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     gradual: GradualConfig = field(default_factory=GradualConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

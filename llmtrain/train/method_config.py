@@ -9,7 +9,7 @@ from typing import Literal
 from llmtrain.config import require
 from llmtrain.errors import Problem
 
-Method = Literal["full", "features", "gradual", "lora", "adapter", "bitfit"]
+Method = Literal["full", "features", "gradual", "lora", "adapter", "prefix", "prompt", "bitfit"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.registry import family_of, skeleton_of
+from llmtrain.models.registry import family_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.registry import OBJECTIVES
 from llmtrain.optim.freezing import freeze, freeze_problems

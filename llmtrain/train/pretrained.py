@@ -13,7 +13,8 @@ from llmtrain.corpus.text_source import TextSource
 from llmtrain.data.config import DataConfig
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.files import expand_home
-from llmtrain.models.registry import family_of, skeleton_of
+from llmtrain.models.registry import family_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 

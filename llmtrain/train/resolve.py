@@ -23,6 +23,7 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
+from llmtrain.train.adaptation import adaptation_problems
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.methods import method_problems, trainable_of, with_features, with_method
@@ -79,6 +80,7 @@ def resolve(
     world_size = launcher.world_size() if world_size is None else world_size
     problems = data_problems(config.objective, config.data)
     problems += method_problems(config, is_pretrained=pretrained is not None or without_data)
+    problems += adaptation_problems(config)
     fits_data = not problems
     # Heads that the objective asks for may ask something of the model.
     problems += [problem.within("model") for problem in config.model.problems()]

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.optim.freezing import frozen_names
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.methods import levels_of, patterns_of, trainable_of

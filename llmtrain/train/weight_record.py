@@ -11,7 +11,7 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.config import encode
 from llmtrain.distributed import processes
 from llmtrain.interchange.base import base_of, record_of
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.optim.freezing import frozen_names
 from llmtrain.train.adaptation import trains_beside
 from llmtrain.train.config import TrainConfig

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmtrain.checkpoint.reader import Checkpoint
 from tests.parity.matrix import TOLERANCES, deviation
-from tests.support.training import Trace, train
+from tests.support import ranks
+from tests.support.training import Trace, composed, open_loader, train
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +20,8 @@ STEPS = 4
 SIZE = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0.1")
 MODELS = {
     "GPT": ("model=gpt_tiny", *SIZE),
+    "GPT over texts": ("model=gpt_tiny", *SIZE),
+    "BERT over words": ("model=bert_tiny", *SIZE),
     "Llama": ("model=llama_tiny", *SIZE, "model.num_kv_heads=2", "model.mlp_hidden_size=48"),
     "BERT": ("model=bert_tiny", *SIZE),
     "T5": ("model=t5_tiny", *SIZE, "model.head_dim=8", "model.num_decoder_layers=2"),
@@ -27,6 +31,8 @@ METHODS = {
     "lora of parts": ("method=lora", "lora.targets=[query,value,mlp.up]", "lora.rank_stabilized=true"),
     "lora of packed": ("method=lora", "lora.targets=[qkv,mlp.down]", "lora.start=normal"),
     "adapter": ("method=adapter", "adapter.kind=houlsby", "adapter.width=6"),
+    "prefix": ("method=prefix", "prefix.length=5"),
+    "prompt": ("method=prompt", "prompt.length=5"),
     "bitfit": ("method=bitfit",),
 }
 LAYOUTS = {
@@ -43,7 +49,9 @@ LAYOUTS = {
     "tensor, bf16": (2, ("parallel.tensor=2", "precision=bf16")),
 }
 CASES = [
-    *(("GPT", method) for method in METHODS),
+    *(("GPT", method) for method in METHODS if method not in ("prefix", "prompt")),
+    *((model, method) for model in ("GPT over texts", "BERT") for method in ("prefix", "prompt")),
+    ("BERT over words", "prompt"),
     ("Llama", "lora"),
     ("Llama", "adapter"),
     ("BERT", "lora"),
@@ -54,7 +62,17 @@ CASES = [
 ]
 READ_WHOLE = ("sequence", "tensor, shared tokens")
 """Layouts that models of tasks, which read whole rows, cannot have."""
-TASKS = {"BERT": "classification", "T5": "seq2seq"}
+TASKS = {
+    "GPT over texts": "classification",
+    "BERT": "classification",
+    "BERT over words": "tagging",
+    "T5": "seq2seq",
+}
+FIELDS = {
+    "classification": (),
+    "tagging": ("data.text_field=words", "data.label_field=tags"),
+    "seq2seq": ("data.label_field=short", "objective.target_length=40"),
+}
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 
 
@@ -66,6 +84,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(120):
             words = [str(word) for word in draw.choice(WORDS, draw.integers(2, 30))]
             row = {"text": " ".join(words), "label": number % 3, "short": " ".join(words[::-2])}
+            row |= {"words": words, "tags": ["B-X" if word == "film" else "O" for word in words]}
             file.write(json.dumps(row) + "\n")
     return path
 
@@ -81,7 +100,7 @@ def settings(
         batch = ("batch.global_size=8", "batch.micro_size=2", "batch.sequence_length=48", "seed=7")
         data: tuple[str, ...] = (f"data.path={corpus}",)
         if model in TASKS:
-            fields = () if model == "BERT" else ("data.label_field=short", "objective.target_length=40")
+            fields = FIELDS[TASKS[model]]
             table = (f"data.path={rows}", f"data.tokenizer={corpus}", f"data.cache.dir={folder / 'cache'}")
             data = (f"objective={TASKS[model]}", "data=table", *table, "data.split.validation=0.2", *fields)
         train(1, (*size, *data, *batch), 1, save_to=folder)
@@ -131,6 +150,8 @@ def test_equals_one_process(
         ("GPT", "bitfit", (".bias",)),
         ("BERT", "lora", ("lora.", "head.")),
         ("BERT", "bitfit", (".bias", "head.")),
+        ("BERT", "prefix", (".prefix.", "head.")),
+        ("BERT", "prompt", (".prompt.", "head.")),
     ],
 )
 def test_what_trains(
@@ -155,3 +176,40 @@ def test_a_resume_is_bit_exact_at_another_layout(
     for trace in train(2, (*words, "parallel.zero=3"), STEPS, resume_from=step):
         assert np.allclose(trace.losses, whole.losses[2:], atol=1e-5)
     assert Checkpoint.open(step).frozen
+
+
+def gathered_after_a_step(mapping: dict[str, Any]) -> tuple[int, int]:
+    """→ how many elements of frozen weights this rank holds as whole ones and as its shares, after a step."""
+    import torch
+
+    from llmtrain.distributed import processes
+    from llmtrain.engine.build import build_engine
+    from llmtrain.train.pretrained import open_weights
+    from llmtrain.train.resolve import resolve
+
+    resolved = resolve(mapping)
+    config, device = resolved.config, torch.device("cpu")
+    processes.start(device, single_process_group=True)
+    assert resolved.pretrained is not None
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
+    source = open_weights(resolved.pretrained, config.model).source(config.seed)
+    engine = build_engine(config, resolved.layout, device, objective, None, source)
+    for _, step in zip(range(2), open_loader(resolved).steps(0), strict=False):
+        engine.train_step(step.micro_batches, lr=1e-3)
+    frozen: list[Any] = [parameter for _, parameter in engine.frozen]
+    # Parameters of under 100,000 elements stay gathered; of the others an empty tensor is left.
+    large = [parameter for parameter in frozen if parameter.ds_numel >= 10**5]
+    assert large
+    return sum(p.data.numel() for p in large), sum(p.ds_tensor.numel() for p in large)
+
+
+def test_zero_3_lets_go_of_frozen_weights(corpus: Path, tmp_path: Path) -> None:
+    """Releases of DeepSpeed after 0.19.2 were said to keep them gathered."""
+    size = ("model=gpt_tiny", "model.num_layers=2", "model.hidden_size=256", "model.num_heads=4")
+    batch = ("batch.global_size=2", "batch.micro_size=1", "batch.sequence_length=16")
+    train(1, (*size, f"data.path={corpus}", *batch), 1, save_to=tmp_path)
+    path = f"model.path={tmp_path / 'step-00000001'}"
+    words = ("model=pretrained", path, f"data.path={corpus}", *batch, "method=lora", "parallel.zero=3")
+    for whole, shares in ranks.run(2, gathered_after_a_step, composed(words)):
+        assert whole <= 16
+        assert shares > 10**5

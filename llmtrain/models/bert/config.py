@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from llmtrain.adapt.config import AdapterConfig, LoraConfig
+from llmtrain.adapt.config import Adaptation
 from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.layer_config import LayerConfig, OfLayers
@@ -56,7 +56,7 @@ class BertConfig(OfLayers):
     init_std: float = 0.02
     task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
     """Head of a fine-tuning task, in place of the language model's; set by the objective."""
-    adaptation: LoraConfig | AdapterConfig | None = field(default=None, metadata={INTERNAL: True})
+    adaptation: Adaptation | None = field(default=None, metadata={INTERNAL: True})
     """What fine-tuning adds to the layers; set by the method."""
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmtrain.adapt.config import AdapterConfig, LoraConfig
+from llmtrain.adapt.config import Adaptation
 from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
 from llmtrain.nn.model_config import OfVocabulary, Row
@@ -27,7 +27,7 @@ class LSTMConfig(OfVocabulary):
     dropout: float = 0.0
     task: TaskHeadConfig | None = field(default=None, metadata={INTERNAL: True})
     """Head of a fine-tuning task, in place of the language model's; set by the objective."""
-    adaptation: LoraConfig | AdapterConfig | None = field(default=None, metadata={INTERNAL: True})
+    adaptation: Adaptation | None = field(default=None, metadata={INTERNAL: True})
     """What fine-tuning adds to the layers; set by the method."""
 
     def problems(self) -> Iterator[Problem]:

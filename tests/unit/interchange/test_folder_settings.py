@@ -21,7 +21,7 @@ from llmtrain.interchange.trained import listed, unknown_note
 from llmtrain.models.bert.config import BertConfig
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.gpt.config import GPTConfig
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.models.xlnet.config import XLNetConfig
 
 TRILLION = 10**12

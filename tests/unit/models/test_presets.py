@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmtrain.models.bert.model import Bert
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from tests.support.presets import preset, preset_section, usual_objective
 from tests.support.training import REPOSITORY

@@ -1,0 +1,36 @@
+"""A model of a config, with what fine-tuning adds to it: its module without values, and how it is divided."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmtrain.models.registry import family_of
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.nn.sharding import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def skeleton_of(model: ModelConfig) -> nn.Module:
+    """Return the module on the meta device, with what an adaptation adds to it: parameters have shapes but no
+    values."""
+    from llmtrain.nn.initialize import on_meta
+
+    with on_meta():
+        skeleton = family_of(model).build(model)
+        adaptation = getattr(model, "adaptation", None)
+        if adaptation is not None:
+            from llmtrain.adapt.apply import adapt
+
+            adapt(skeleton, adaptation)
+    return skeleton
+
+
+def sharding_of(model: ModelConfig) -> Table:
+    """Return how tensor parallelism divides the model, whose family can be divided."""
+    table = family_of(model).sharding
+    assert table is not None
+    adaptation = getattr(model, "adaptation", None)
+    added: Table = {} if adaptation is None else adaptation.sharding
+    return {**table(model), **added}
