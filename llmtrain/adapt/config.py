@@ -20,6 +20,11 @@ class Addition:
         others the role of the layer that they are added to says it."""
         return {}
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Return the tokens that it puts before those of a row."""
+        return 0
+
 
 @dataclass(frozen=True)
 class LoraConfig(Addition):
@@ -82,6 +87,10 @@ class PrefixConfig(Addition):
     def sharding(self) -> Table:
         return {"*.prefix": "added_heads"}
 
+    @property
+    def virtual_tokens(self) -> int:
+        return self.length
+
     def problems(self) -> Iterator[Problem]:
         yield from require(self.length >= 1, "length", self.length, "1 or more")
 
@@ -93,6 +102,10 @@ class PromptConfig(Addition):
     method: Literal["prompt"] = field(default="prompt", metadata={INTERNAL: True})
     length: int = 20
     """Vectors, which count as tokens of the row beyond batch.sequence_length."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.length
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.length >= 1, "length", self.length, "1 or more")

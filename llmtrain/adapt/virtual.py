@@ -148,6 +148,9 @@ def begin_with(model: Any, prompt: SoftPrompt) -> None:
         return found[:, prompt.length :] if is_by_token and not _goes_on(context.cache) else found
 
     model.context, model.stages = context, stages
+    if hasattr(model, "new_cache"):
+        new_cache = model.new_cache
+        model.new_cache = lambda max_length: new_cache(max_length + prompt.length)
 
 
 def _goes_on(cache: KVCache | None) -> bool:

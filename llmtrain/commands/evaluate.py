@@ -319,7 +319,7 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | 
 
 
 def _sequence_length(config: EvaluateConfig, trained: TrainedModel) -> int:
-    longest = trained.config.max_sequence_length
+    longest = trained.config.longest_row
     usual = min(longest or USUAL_LENGTH, USUAL_LENGTH)
     length = config.sequence_length or trained.sequence_length or usual
     if longest is not None and length > longest:

@@ -179,7 +179,7 @@ def _problems(
     for problem in config.problems():
         yield problem.within("generate")
     model_config: Any = model.config
-    longest: int | None = getattr(model_config, "max_sequence_length", None)
+    longest: int | None = model_config.longest_row
     vocab_size: int = model_config.vocab_size
     is_source = has_sources(model)
     for index, prompt in enumerate(prompts):

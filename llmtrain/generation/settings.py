@@ -31,7 +31,7 @@ def resolved_for(trained: TrainedModel, config: GenerateConfig, longest: int) ->
         return settings
     # A target begins with a token that counts.
     used = 1 if has_sources else longest
-    room = [trained.config.max_sequence_length]
+    room = [trained.config.longest_row]
     if said.get("max_new_tokens") is None:
         room.append(said.get("max_length"))
     fitting = min([length - used for length in room if length is not None], default=settings.new_tokens)

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain import files
-from llmtrain.adapt.config import LoraConfig
+from llmtrain.adapt.config import LoraConfig, PrefixConfig, PromptConfig
 from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.interchange import virtual_tokens
 from llmtrain.interchange.forms import form_of
 from llmtrain.interchange.products import Product, is_by_inputs, products_in, theirs_of
 from llmtrain.interchange.trained import TrainedModel
@@ -35,13 +36,18 @@ TASKS = {"classes": "SEQ_CLS", "labels": "SEQ_CLS", "values": "SEQ_CLS", "tags":
 def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False) -> None:
     """Write the folder that PeftModel.from_pretrained loads over the base, complete or not at all.
 
-    Raise ConfigError for a model without LoRA, and for one whose matrices transformers has in another form;
-    CheckpointError for an output that holds something else or is not writable.
+    Raise ConfigError for an addition that PEFT has no form for, and for matrices that transformers has in
+    another; CheckpointError for an output that holds something else or is not writable.
     """
     adaptation = getattr(trained.config, "adaptation", None)
+    if isinstance(adaptation, PrefixConfig | PromptConfig) and trained.config.task is None:
+        _export_virtual(trained, adaptation, output.absolute(), overwrite)
+        return
     if not isinstance(adaptation, LoraConfig):
-        got = f"{trained.source}, which was not trained by LoRA"
-        raise ConfigError(Problem("form", f"peft, with {got}", "merged", "PEFT has a form for LoRA alone"))
+        method = "another method" if adaptation is None else f"method={adaptation.method}"
+        got = f"peft, with {trained.source}, trained by {method}"
+        allowed = "PEFT has a form for LoRA, and for prefixes and prompts of language models"
+        raise ConfigError(Problem("form", got, "merged" if adaptation is None else "", allowed))
     model = skeleton_of(trained.config)
     came_from = None if trained.origin is None else trained.origin.settings.get("model_type")
     entries = form_of(trained.config, came_from).entries(trained.config)
@@ -71,6 +77,20 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = product.a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = product.b / scale[name]
     _write(output.absolute(), settings, tensors, overwrite)
+
+
+def _export_virtual(
+    trained: TrainedModel, config: PrefixConfig | PromptConfig, output: Path, overwrite: bool
+) -> None:
+    model = skeleton_of(trained.config)
+    settings = {
+        **virtual_tokens.settings(config, model),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "" if trained.base is None else trained.base.path,
+        "inference_mode": True,
+    }
+    matrix = virtual_tokens.to_peft(trained.weights, model, config)
+    _write(output, settings, {virtual_tokens.KEY: matrix}, overwrite)
 
 
 def _settings(

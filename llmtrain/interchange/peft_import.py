@@ -1,4 +1,4 @@
-"""Read a PEFT folder: what LoRA added to the model of a Hugging Face folder."""
+"""Read a PEFT folder: what was added to the model of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.adapt.config import LoraConfig
-from llmtrain.config import decode, short, show
-from llmtrain.errors import CheckpointError, Problem
-from llmtrain.interchange import huggingface
+from llmtrain.adapt.config import LoraConfig, PrefixConfig, PromptConfig
+from llmtrain.config import decode, require, short, show
+from llmtrain.errors import CheckpointError, ConfigError, Problem
+from llmtrain.interchange import huggingface, virtual_tokens
 from llmtrain.interchange.forms import forms
 from llmtrain.interchange.huggingface_weights import read_json
 from llmtrain.interchange.peft import CONFIG, PREFIX, WEIGHTS
@@ -45,11 +45,15 @@ class _Settings:
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"
+    num_virtual_tokens: int = 0
+    prefix_projection: bool = False
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def problems(self) -> Iterator[Problem]:
-        if self.peft_type != "LORA":
-            yield Problem("peft_type", show(self.peft_type), "LORA")
+        known = ("LORA", *virtual_tokens.KINDS.values())
+        yield from require(self.peft_type in known, "peft_type", self.peft_type, ", ".join(known))
+        if self.prefix_projection:
+            yield Problem("prefix_projection", "true", "false, since projections are not read")
         if self.use_dora:
             yield Problem("use_dora", "true", "false, since magnitudes are not read")
         expressions = [key for key in self.alpha_pattern if not _PLAIN.fullmatch(key)]
@@ -92,6 +96,8 @@ def import_peft(source: Path, base: Path | None) -> ImportedPeft:
     settings = decode_file(_Settings, read_json(where), str(where), CheckpointError)
     folder = _base_of(source, settings, base)
     tensors = _tensors_of(source)
+    if settings.peft_type != "LORA":
+        return _import_virtual(source, settings, folder, tensors)
     factors, heads = _divided(source, tensors)
     imported = huggingface.import_folder(folder)
     form, config = _with_head(folder, settings, imported.config, heads)
@@ -111,6 +117,29 @@ def import_peft(source: Path, base: Path | None) -> ImportedPeft:
             weights |= {f"{matrix}.lora.a": a, f"{matrix}.lora.b": b}
         if all(name in heads for name in entry.theirs):
             weights[entry.ours] = entry.join([heads[name] for name in entry.theirs])
+    names = {name for name, _ in model.named_parameters()}
+    return ImportedPeft(adapted, weights, frozenset(names - weights.keys()), folder, imported.origin)
+
+
+def _import_virtual(
+    source: Path, settings: _Settings, folder: Path, tensors: Mapping[str, Tensor]
+) -> ImportedPeft:
+    imported = huggingface.import_folder(folder)
+    kinds: dict[str, type[PrefixConfig | PromptConfig]] = {
+        "PREFIX_TUNING": PrefixConfig,
+        "PROMPT_TUNING": PromptConfig,
+    }
+    if set(tensors) != {virtual_tokens.KEY}:
+        got, allowed = ", ".join(map(short, list(tensors)[:4])) or "nothing", f"{virtual_tokens.KEY} alone"
+        raise CheckpointError(Problem(str(source / WEIGHTS), got, allowed))
+    try:
+        addition = decode(kinds[settings.peft_type], {"length": settings.num_virtual_tokens})
+    except ConfigError as error:
+        found = (p.of_file(str(source / CONFIG), "num_virtual_tokens") for p in error.problems)
+        raise CheckpointError(found) from error
+    adapted: ModelConfig = replace(imported.config, adaptation=addition)
+    model = skeleton_of(adapted)
+    weights = virtual_tokens.from_peft(tensors[virtual_tokens.KEY].float(), model, addition)
     names = {name for name, _ in model.named_parameters()}
     return ImportedPeft(adapted, weights, frozenset(names - weights.keys()), folder, imported.origin)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from llmtrain.config import Kinds, require
 from llmtrain.errors import Problem
@@ -48,6 +49,14 @@ class ModelConfig(Kinds):
     def lacks_vocab_size(self) -> bool:
         """Return whether the size of its vocabulary is not known yet."""
         return False
+
+    @property
+    def longest_row(self) -> int | None:
+        """Return the maximum number of tokens of a row, without virtual ones before them; None: no limit."""
+        adaptation: Any = getattr(self, "adaptation", None)
+        if self.max_sequence_length is None or adaptation is None:
+            return self.max_sequence_length
+        return self.max_sequence_length - int(adaptation.virtual_tokens)
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""

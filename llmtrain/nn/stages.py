@@ -65,5 +65,5 @@ class StagedModel(TiedHeadModel):
         for stage in self.stages():
             x = stage.run(x, context)
         if context.cache is not None:
-            context.cache.length += tokens_BT.shape[1]
+            context.cache.length += context.positions.shape[1]
         return x

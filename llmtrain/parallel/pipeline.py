@@ -131,7 +131,7 @@ class PipelineStage(nn.Module):
         may start the next batch while later stages work on this one.
         """
         mesh, stage = self._mesh, self._mesh.coordinates.pipeline
-        B, T = tokens_BT.shape
+        B = len(tokens_BT)
         context = self._make_context(tokens_BT, **arguments)
         weight = next(self.parameters())
         x: Tensor | None = None
@@ -141,7 +141,7 @@ class PipelineStage(nn.Module):
         y = self._through(x, tokens_BT, context)
         cache: KVCache | None = arguments.get("cache")
         if cache is not None:
-            cache.length += T
+            cache.length += context.positions.shape[1]
         if not mesh.is_last_stage:
             dist.send(y.contiguous(), mesh.stage_rank(stage + 1))
         if context.labels is not None:

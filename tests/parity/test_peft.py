@@ -102,6 +102,37 @@ def test_same_logits_both_ways(case: str, tmp_path: Path) -> None:
     assert torch.allclose(again(tokens_BT).logits, wanted, atol=1e-5)
 
 
+VIRTUAL = {
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(VIRTUAL))
+@pytest.mark.parametrize("form", ["Llama", "GPT-2"])
+def test_virtual_tokens(kind: str, form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CASES[form][0]()
+    model.save_pretrained(tmp_path / "base")
+    reference = peft.get_peft_model(model, VIRTUAL[kind]())
+    for parameter in reference.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    reference.save_pretrained(tmp_path / "peft")
+    tokens_BT = tokens()
+    wanted = reference.eval()(tokens_BT).logits.detach()[:, -tokens_BT.shape[1] :]
+    import_.run({"source": tmp_path / "peft", "base": tmp_path / "base", "output": tmp_path / "ours"})
+    module = ours(tmp_path / "ours")
+    assert torch.allclose(module(tokens_BT), wanted, atol=1e-5)
+    cache = module.new_cache(64)  # generation: at first several tokens, then one by one
+    found = [module(part, cache=cache) for part in tokens_BT.split([12, 1, 7], dim=1)]
+    assert torch.allclose(torch.cat(found, dim=1), wanted, atol=1e-5)
+    export.run({"checkpoint": tmp_path / "ours", "output": tmp_path / "again", "form": "peft"})
+    plain = type(model).from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(plain, tmp_path / "again").eval()
+    assert torch.allclose(again(tokens_BT).logits[:, -tokens_BT.shape[1] :], wanted, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_same_gradients(tmp_path: Path) -> None:
     reference = made("Llama", tmp_path)
