@@ -91,7 +91,8 @@ def adaptation_of(model: ModelConfig) -> Adaptation | None:
 
 def _wanted(config: TrainConfig) -> Adaptation | None:
     sections: tuple[Adaptation, ...] = (config.lora, config.adapter, config.prefix, config.prompt)
-    return {section.method: section for section in sections}.get(config.method)
+    by_method: dict[str, Adaptation] = {section.method: section for section in sections}
+    return by_method.get(config.method)
 
 
 def _described(held: Adaptation) -> str:
