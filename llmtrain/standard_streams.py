@@ -15,12 +15,15 @@ import os
 import re
 import select
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO, cast
 
 from llmtrain.errors import EXIT_CODE, Problem
 from llmtrain.urls import without_credentials
 
+Say = Callable[[str], None]
+"""What tells a user one line."""
 PIPE_CLOSED = 141
 """Exit code after the reader of stdout has closed it, as a shell reports SIGPIPE."""
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from llmtrain.checkpoint.store import remove
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.scoring.direction import goes_down
+from llmtrain.standard_streams import Say
 
-Say = Callable[[str], None]
 LOSS = "loss"
 BEST = "best"
 """RUN/best stands for the best checkpoint of a run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from llmtrain.files import expand_home
 from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.optim.freezing import KEY, frozen_names
 from llmtrain.reading import SETTINGS_BYTES, read_decoded
+from llmtrain.standard_streams import Say
 from llmtrain.train.changes import changed_settings
 from llmtrain.train.config import TrainConfig, model_differences, recorded
 
-Say = Callable[[str], None]
 NAMES_SHOWN = 4
 """Most names of parameters in a message."""
 WENT_BACK = "went_back.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,12 @@ from llmtrain.interchange.base import with_base
 from llmtrain.interchange.trained import listed
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import Objective
+from llmtrain.standard_streams import Say
 from llmtrain.train.pretrained import Pretrained, StartingWeights, open_weights
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume
 from llmtrain.train.unfreezing import describe, unfreezing_of, with_frozen
 from llmtrain.train.weight_record import WeightRecord, record_weights
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from llmtrain.data.stream import Agree, Stream, samples_of_epoch
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.reading import decode_file
+from llmtrain.standard_streams import Say
 from llmtrain.train.config import TrainConfig
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
