@@ -13,7 +13,7 @@ from llmtrain.generation.written import Writer, figures_of, written_texts
 from llmtrain.interchange.trained import TrainedModel
 from llmtrain.models.huggingface.origin import Origin
 from llmtrain.scoring.texts import MEASURES
-from llmtrain.train.starting import Say
+from llmtrain.standard_streams import Say
 from llmtrain.train.writing_rules import rows_to_write
 
 if TYPE_CHECKING:
