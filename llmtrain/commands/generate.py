@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,21 @@ class GenerateCommandConfig:
     """A text, or a list of texts."""
     prompt_file: Path | None = None
     """A file with one prompt per line, in place of `prompt`."""
+    adapter: bool = True
+    """Of a model with additions (LoRA and the like): with them; false: its base alone."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """Name → run or checkpoint whose additions are put on the model, its base; the texts of each are printed
+    under its name."""
     output: Path | None = None
     """A file for the texts, one line per prompt; null: print them."""
     device: str = "auto"
     """auto, cpu or cuda; auto: a GPU if there is one."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.adapters and not self.adapter:
+            yield Problem("adapter", "false with adapters", "true, or no adapters")
+        if len(self.adapters) > 1 and self.output is not None:
+            yield Problem("output", str(self.output), f"null with {len(self.adapters)} adapters", "name one")
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -53,12 +64,28 @@ def run(mapping: Mapping[str, Any]) -> None:
     if output is not None:
         check_output(output)
 
-    from llmtrain.distributed import processes
-    from llmtrain.generation.generate import generate
-    from llmtrain.generation.settings import resolved_for, text_ends
+    from llmtrain.interchange.additions import with_additions, without_additions
     from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(config.checkpoint)
+    if not config.adapter:
+        trained = without_additions(trained)
+    if not config.adapters:
+        _generate(config, trained, prompts, output)
+    for name, path in config.adapters.items():
+        adapted = with_additions(trained, name, expand_home(path))
+        if len(config.adapters) > 1:
+            print_text(f"[{name}]")
+        _generate(config, adapted, prompts, output)
+
+
+def _generate(
+    config: GenerateCommandConfig, trained: TrainedModel, prompts: Sequence[str], output: Path | None
+) -> None:
+    from llmtrain.distributed import processes
+    from llmtrain.generation.generate import generate
+    from llmtrain.generation.settings import resolved_for, text_ends
+
     family = family_of(trained.config)
     if family.kind == "classifier":
         raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))

@@ -28,7 +28,7 @@ def record_of(folder: Path, checkpoints: Path) -> Base:
     folder = folder.absolute()
     # A checkpoint lies one level deeper.
     relative = os.path.relpath(folder, checkpoints.absolute() / "step")
-    return Base(str(folder), _digest_of(folder), relative)
+    return Base(str(folder), digest_of(folder), relative)
 
 
 def base_of(checkpoint: Checkpoint) -> Base | None:
@@ -54,7 +54,7 @@ def with_base(checkpoint: Checkpoint, given: Path | None = None) -> Checkpoint:
         allowed = "the folder that it was trained over, whose weights it does not repeat"
         raise CheckpointError(Problem(where, got, allowed, f"put it back; {MERGE}"))
     for path in found:
-        if _digest_of(path) == base.digest:
+        if digest_of(path) == base.digest:
             return replace(checkpoint, base=_weights_of(path))
     got = f"{found[0]}, whose weights have changed since"
     raise CheckpointError(Problem(where, got, "those that it was trained over", f"restore them; {MERGE}"))
@@ -70,7 +70,7 @@ def _weights_of(path: Path) -> Mapping[str, torch.Tensor]:
     return Checkpoint.open(path).weights()
 
 
-def _digest_of(path: Path) -> str:
+def digest_of(path: Path) -> str:
     """Return a hash of all weights of a folder, in hex."""
     digest = xxhash.xxh3_128()
     if (path / huggingface.CONFIG).exists():

@@ -121,8 +121,10 @@ class TrainedModel:
         return load_tokenizer(self.tokenizer_path)
 
 
-def load_trained(path: Path) -> TrainedModel:
-    """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged."""
+def load_trained(path: Path, base: Path | None = None) -> TrainedModel:
+    """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged.
+
+    base: where to look first for the weights that a checkpoint leaves out."""
     path = expand_home(path)
     if path.is_file():
         remedy = f"import it first: llmtrain import source={path} output=…"
@@ -145,7 +147,7 @@ def load_trained(path: Path) -> TrainedModel:
             imported.dtype,
             imported.origin,
         )
-    checkpoint = with_base(retention.find(path, print_note))
+    checkpoint = with_base(retention.find(path, print_note), base)
     _say_which(path, checkpoint)
     is_ours = not checkpoint.is_imported
     fresh = tuple(checkpoint.manifest.get("fresh", ()))
