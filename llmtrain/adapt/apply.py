@@ -109,7 +109,7 @@ def _add_products(model: nn.Module, config: LoraConfig, sites: list[Site]) -> di
 
 
 def _is_chosen(name: str, config: LoraConfig) -> bool:
-    return config.targets is None or any(_matches(name, pattern) for pattern in config.targets)
+    return not config.targets or any(_matches(name, pattern) for pattern in config.targets)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -118,7 +118,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _target_problems(config: LoraConfig, sites: list[Site]) -> Iterator[Problem]:
     names = [name for site in sites for name in dict.fromkeys([*site.targets, site.name])]
-    for i, pattern in enumerate(config.targets or ()):
+    for i, pattern in enumerate(config.targets):
         if not any(_matches(name, pattern) for name in names):
             ends = list(dict.fromkeys(".".join(name.split(".")[2:]) for name in names))
             got = f"{pattern!r}, which no matrix of the layers matches"

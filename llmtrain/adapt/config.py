@@ -37,8 +37,8 @@ class LoraConfig(Addition):
     """The product is scaled by alpha / rank."""
     dropout: float = 0.0
     """Dropout probability of what A reads."""
-    targets: tuple[str, ...] | None = None
-    """fnmatch patterns of the matrices' names, or of their ends: `mlp.*`, `query`; null: all matrices of the
+    targets: tuple[str, ...] = ()
+    """fnmatch patterns of the matrices' names, or of their ends: `mlp.*`, `query`; none: all matrices of the
     layers. A matrix that holds several (`attention.qkv`) has its parts as targets (`qkv.query`), each with
     an A of its own; if it is named itself, it has one for all."""
     rank_stabilized: bool = False
@@ -55,7 +55,6 @@ class LoraConfig(Addition):
         yield from require(self.rank >= 1, "rank", self.rank, "1 or more")
         yield from require(self.alpha > 0, "alpha", self.alpha, "more than 0")
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
-        yield from require(self.targets != (), "targets", "[]", "one pattern or more, or null for all")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_the_keys_are_those_of_the_typed_configurations():
         *("source", "output", "text_field", "target_field", "target_source", "tokenizer.model"),
         "filters.languages",
     }
-    assert {*text_keys("import")} == {"source", "output", "tokenizer"}
+    assert {*text_keys("import")} == {"source", "output", "tokenizer", "base"}
     assert {*text_keys("checkpoint_export")} >= {"path", "output"}
     assert {"run", "step", "data.path", "data.sources.*"} <= {*text_keys("data_show")}
     assert not {"optimizer.lr", "data.kind", "seed", "data.mixture.*"} & {*text_keys("train")}

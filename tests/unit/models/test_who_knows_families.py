@@ -18,7 +18,7 @@ PACKAGE = Path(llmtrain.__file__).parent
 CONFIGS = {cls.__name__ for base in (ModelConfig, ObjectiveConfig) for cls in kinds_of(base)}
 CONFIGS |= {cls.__name__ for cls in DATA_CONFIGS.values()}
 NAMES = {family.name for family in FAMILIES} | set(OBJECTIVES)
-OPEN = {"llmtrain.models.registry", "llmtrain.models.family", "llmtrain.models.huggingface"}
+OPEN = {f"llmtrain.models.{name}" for name in ("registry", "family", "skeleton", "huggingface")}
 """What of models/ speaks of all families alike."""
 
 
