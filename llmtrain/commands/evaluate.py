@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmtrain import files
+from llmtrain.commands import harness
 from llmtrain.config import decode, encode, require
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.data.config import DataConfig, data_config_type
@@ -84,6 +85,21 @@ class EvaluateConfig:
     """A folder for pictures of a task with classes: confusion.png and calibration.png; null: none."""
     format: Literal["text", "json"] = "text"
     """text: one line a figure; json: one object."""
+    suite: Literal["lm_eval"] | None = None
+    """lm_eval: do tasks of EleutherAI's lm-evaluation-harness, in place of data; null: evaluate on data."""
+    tasks: tuple[str, ...] = ()
+    """With suite=lm_eval: names of tasks, groups or tags, or patterns of them, such as `mmlu_*`."""
+    tasks_path: Path | None = None
+    """With suite=lm_eval: a folder of further tasks, a .yaml file for each, as --include_path of the harness.
+    Functions of Python that such a file names are run."""
+    limit: int | None = None
+    """With suite=lm_eval: documents of each task, the first ones; null: all."""
+    num_fewshot: int | None = None
+    """With suite=lm_eval: solved examples before each document; null: as the task says."""
+    add_bos: bool | None = None
+    """With suite=lm_eval: begin each text with the bos token; null: where the tokenizer does."""
+    batch_tokens: int = 4096
+    """With suite=lm_eval: tokens of one forward pass, padding included."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.micro_size >= 1, "micro_size", self.micro_size, "1 or more")
@@ -106,6 +122,12 @@ def _unused_settings(generate: GenerateConfig) -> Iterator[Problem]:
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raise UserError for whatever a user can fix."""
+    if mapping.get("suite") is not None:
+        harness.run(mapping, EvaluateConfig)
+        return
+    if given := [key for key in harness.KEYS if mapping.get(key) not in (None, [])]:
+        problems = [Problem(key, str(mapping[key]), "with suite=lm_eval alone", "give it") for key in given]
+        raise ConfigError(problems)
     output = None if mapping["output"] is None else expand_home(mapping["output"])
     if output is not None:
         check_output(output)
@@ -181,6 +203,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         "split": config.split,
         "targets": totals.num_targets,
         "loss": totals.loss,
+        **totals.source_losses,
         **totals.metrics,
     }
     num_bytes = 0

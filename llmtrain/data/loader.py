@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from llmtrain.data.datasets.base import EMPTY, Dataset
+from llmtrain.data.datasets.base import EMPTY, Concatenation, Dataset
 from llmtrain.data.order import epoch_key, rank_slice, sample_keys
 from llmtrain.data.stream import Stream, digest
 
@@ -48,6 +48,8 @@ class MicroBatch:
     """Digest of contents and numbers of the samples; training only."""
     num_skipped: int = 0
     """Number of rows left empty because their tar file is unreadable; training only."""
+    source: str = ""
+    """Name of the dataset that all its samples are from; evaluation of several only."""
 
     @property
     def first_sample(self) -> int:
@@ -191,19 +193,29 @@ def evaluation_batches(
     """Yield one pass over a dataset in its own order, each sample once over all ranks.
 
     All ranks get the same number of micro-batches of micro_size rows; rows after the last sample are EMPTY.
+    A micro-batch of a Concatenation has samples of one of its datasets only.
     max_samples: use this many samples, evenly spaced, because adjacent samples come from one source.
     """
     length = len(dataset) if max_samples is None else min(len(dataset), max_samples)
-    global_size = micro_size * data_size
+    taken = np.arange(length) * len(dataset) // max(1, length)
+    cuts: list[np.ndarray] = [taken]
+    if isinstance(dataset, Concatenation):
+        cuts = np.split(taken, np.flatnonzero(np.diff(dataset.sources(taken))) + 1)
+    parts = [part[i : i + micro_size] for part in cuts for i in range(0, len(part), micro_size)]
 
-    def fetch(step: int) -> MicroBatch:
-        samples = rank_slice(range(step * global_size, (step + 1) * global_size), data_rank, data_size)
-        numbers = np.array(samples)
-        indices = np.where(numbers < length, numbers * len(dataset) // length, EMPTY)
+    def fetch(number: int) -> MicroBatch:
+        part = parts[number] if number < len(parts) else taken[:0]
+        indices = np.full(micro_size, EMPTY)
+        indices[: len(part)] = part
         raw = {**dataset.get(indices), KEYS: sample_keys(indices, _EVALUATION_KEY)}
-        return MicroBatch(_tensors(raw, collate, pin_memory), samples, indices)
+        samples = range(number * micro_size, (number + 1) * micro_size)
+        source = ""
+        if isinstance(dataset, Concatenation) and len(part):
+            source = dataset.names[dataset.sources(part[:1])[0]]
+        return MicroBatch(_tensors(raw, collate, pin_memory), samples, indices, source=source)
 
-    yield from _in_order(fetch, iter(range(-(-length // global_size))), workers)
+    steps = -(-len(parts) // data_size)
+    yield from _in_order(fetch, iter(range(data_rank, steps * data_size, data_size)), workers)
 
 
 def _tensors(raw: dict[str, np.ndarray], collate: Collate, pin_memory: bool) -> Batch:

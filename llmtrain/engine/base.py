@@ -237,9 +237,7 @@ class Engine(ABC):
         # A pipeline stage lacks modules without parameters, such as the embeddings' dropout.
         for part in (module, self.model):
             part.eval()
-        batches = (
-            (to_device(self._part_of(micro.batch), self.device), micro.indices) for micro in micro_batches
-        )
+        batches = ((to_device(self._part_of(micro.batch), self.device), micro) for micro in micro_batches)
         totals = sum_over_batches(lambda batch: Terms(*module(batch)), batches, self.mesh.contributes_loss)
         for part in (module, self.model):
             part.train()

@@ -15,6 +15,7 @@ from llmtrain.distributed import processes
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
 from llmtrain.objectives.base import Batch, Objective, Terms
 from llmtrain.parallel.config import Precision
+from llmtrain.scoring.direction import LOSS_OF
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Totals:
     num_targets: int
     metric_sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Name → (sum, count that the sum is divided by)."""
+    sources: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Of a mixture: name of a corpus → its part of loss_sum and of num_targets."""
     rows: dict[int, np.ndarray] = field(default_factory=dict)
     """Number of a sample → what the model predicts of it, in ascending order; empty unless the objective
     gives it."""
@@ -34,11 +37,18 @@ class Totals:
     @property
     def measured(self) -> dict[str, float]:
         """Everything by name, the loss first; empty without targets."""
-        return {"loss": self.loss, **self.metrics, **self.figures} if self.num_targets else {}
+        if not self.num_targets:
+            return {}
+        return {"loss": self.loss, **self.source_losses, **self.metrics, **self.figures}
 
     @property
     def loss(self) -> float:
         return self.loss_sum / max(1, self.num_targets)
+
+    @property
+    def source_losses(self) -> dict[str, float]:
+        """Mean loss of each corpus of a mixture, as `loss/NAME`."""
+        return {f"{LOSS_OF}{name}": total / count for name, (total, count) in self.sources.items() if count}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -46,7 +56,7 @@ class Totals:
 
 
 LOSS = "/loss"
-"""Name of the loss among the sums; names of metrics have no slash."""
+"""Name of the loss among the sums; names of metrics have no slash. `/loss/NAME` is that of a corpus."""
 
 
 class NamedSums:
@@ -85,34 +95,37 @@ class NamedSums:
 
 
 def sum_over_batches(
-    compute: Callable[[Batch], Terms], batches: Iterable[tuple[Batch, np.ndarray]], counted: bool = True
+    compute: Callable[[Batch], Terms], batches: Iterable[tuple[Batch, MicroBatch]], counted: bool = True
 ) -> Totals:
     """Return the sums over all batches of all ranks. All ranks must pass equally many; those that are not
     `counted` repeat the batches of ranks that are.
 
-    batches: each with the numbers of its samples, EMPTY in padding rows.
+    batches: each with the micro-batch that it was made of.
     """
     sums: dict[str, torch.Tensor] = {}
     rows: dict[int, np.ndarray] | None = None
     with torch.no_grad():
-        for batch, indices in batches:
+        for batch, micro in batches:
             terms = compute(batch)
             if terms.rows is not None:
                 rows = {} if rows is None else rows
-                given = zip(indices.tolist(), terms.rows, strict=True)
+                given = zip(micro.indices.tolist(), terms.rows, strict=True)
                 rows |= {index: row for index, row in given if counted and index != EMPTY}
             whole = torch.stack([terms.loss_sum.double(), terms.num_targets.double()])
-            for name, value in {LOSS: whole, **terms.metrics}.items():
+            of_source = {f"{LOSS}/{micro.source}": whole} if micro.source else {}
+            for name, value in {LOSS: whole, **of_source, **terms.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * counted
     if not sums:  # then on no rank, since all have equally many
         return Totals(0.0, 0)
     reduced = NamedSums().over_ranks(sums)
     loss_sum, num_targets = reduced.pop(LOSS)
+    of_sources = {name: reduced.pop(name) for name in [*reduced] if name.startswith(f"{LOSS}/")}
+    sources = {name.removeprefix(f"{LOSS}/"): (a, int(b)) for name, (a, b) in of_sources.items()}
     found: dict[int, np.ndarray] = {}
     if rows is not None:
         for part in processes.gather(rows):
             found |= part
-    return Totals(loss_sum, int(num_targets), reduced, dict(sorted(found.items())))
+    return Totals(loss_sum, int(num_targets), reduced, sources, dict(sorted(found.items())))
 
 
 def evaluate_batches(
@@ -125,5 +138,5 @@ def evaluate_batches(
 ) -> Totals:
     """Return the same sums for a model that is not wrapped; sets it to evaluation mode."""
     module = ObjectiveModule(model, objective, autocast(precision, device)).eval()
-    batches = ((to_device(micro.batch, device), micro.indices) for micro in micro_batches)
+    batches = ((to_device(micro.batch, device), micro) for micro in micro_batches)
     return sum_over_batches(lambda batch: Terms(*module(batch)), batches, counted)

@@ -54,11 +54,13 @@ def start_sharing(
     sequence_length: int,
     corpora: TextSource | None = None,
     shares_samples: bool = False,
+    timeout_minutes: float = 10.0,
 ) -> Mesh:
     """Join the other ranks, which must have found the same weights and have the same encoded `config`, and
     return the mesh.
 
     shares_samples: ranks beyond the model's size process other samples; otherwise they are refused.
+    timeout_minutes: how long a rank waits for another one.
 
     Raise ConfigError if the ranks don't match the division, LaunchError if ranks differ.
     """
@@ -89,5 +91,5 @@ def start_sharing(
     remedy = "name one checkpoint's folder, the same on all ranks"
     facts["checkpoint found"] = Fact(trained.source.name, remedy)
     facts["step of the checkpoint"] = Fact(trained.step, remedy)
-    processes.start(device, facts=facts)
+    processes.start(device, timeout_minutes=timeout_minutes, facts=facts)
     return Mesh(layout)

@@ -53,7 +53,7 @@ def generate(
     if found := list(_problems(model, prompts, config)):
         raise ConfigError(found)
     outputs: list[list[int]] = [[] for _ in prompts]
-    with _writing(model, config):
+    with for_writing(model, config):
         for group in _groups(prompts, config.batch_size, mixed=has_sources(model)):
             rows = Rows(
                 model,
@@ -106,7 +106,7 @@ def sample(logits_BV: Tensor, config: GenerateConfig, draws: Sequence[float]) ->
 
 
 @contextmanager
-def _writing(model: nn.Module, config: GenerateConfig) -> Iterator[None]:
+def for_writing(model: nn.Module, config: GenerateConfig) -> Iterator[None]:
     """Put the model in evaluation mode, with packed weights if they are faster."""
     was_training = model.training
     model.eval()
@@ -152,7 +152,7 @@ def _one_by_one(
             logits_BV[:, rows.known(eos_ids)] = -torch.inf
         draws = []
         if config.temperature != 0:
-            draws = [_uniform(config.seed, group[i], starts[i] + length) for i in running]
+            draws = [uniform(config.seed, group[i], starts[i] + length) for i in running]
         tokens_B = sample(logits_BV, config, draws)
         tokens = tokens_B.tolist()
         going = [row for row, token in enumerate(tokens) if token not in eos_ids]
@@ -167,7 +167,7 @@ def _one_by_one(
         rows.extend(tokens_B)
 
 
-def _uniform(seed: int, index: int, position: int) -> float:
+def uniform(seed: int, index: int, position: int) -> float:
     """Return a pseudo-random number in [0, 1) that depends only on the arguments."""
     digest = hashlib.blake2b(f"{seed}\0{index}\0{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

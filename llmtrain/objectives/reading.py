@@ -119,7 +119,7 @@ def open_dataset(
     """
     from llmtrain.data.datasets.base import Concatenation, WithoutBadTars
 
-    sources = list(objective.open(model, data, corpora, split, sequence_length).values())
+    sources = objective.open(model, data, corpora, split, sequence_length)
     if data.on_bad_shard == "skip":
-        sources = [WithoutBadTars(dataset, on_skip) for dataset in sources]
-    return sources[0] if len(sources) == 1 else Concatenation(sources)
+        sources = {name: WithoutBadTars(dataset, on_skip) for name, dataset in sources.items()}
+    return next(iter(sources.values())) if len(sources) == 1 else Concatenation(sources)

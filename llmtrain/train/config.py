@@ -13,6 +13,7 @@ from llmtrain.config import encode, require, require_utf8
 from llmtrain.data.config import DataConfig
 from llmtrain.errors import Problem
 from llmtrain.features.config import FeaturesConfig
+from llmtrain.harness.config import HarnessConfig
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
@@ -119,6 +120,7 @@ class TrainConfig:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     gradual: GradualConfig = field(default_factory=GradualConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     freeze: int = 0
     """Layers, from the bottom, that keep their values, and with them the embeddings; 0: none."""
     precision: Precision = "fp32"

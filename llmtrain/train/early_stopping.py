@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtrain.config import require
 from llmtrain.corpus.text_source import TextSource
 from llmtrain.errors import Problem
-from llmtrain.scoring.direction import gain
+from llmtrain.scoring.direction import LOSS_OF, gain
 from llmtrain.scoring.texts import MEASURES
 from llmtrain.train.writing_rules import rows_to_write
 
@@ -45,7 +45,8 @@ def metric_of(config: TrainConfig) -> str:
 
 def metric_problems(config: TrainConfig, corpora: TextSource | None) -> Iterator[Problem]:
     """Yield a problem for each metric that no evaluation of this run gives."""
-    known = (LOSS, *config.objective.measures(), *(MEASURES if rows_to_write(config) else ()))
+    of_sources = [f"{LOSS_OF}{name}" for name in _evaluated(corpora)]
+    known = (LOSS, *of_sources, *config.objective.measures(), *(MEASURES if rows_to_write(config) else ()))
     for key, metric in (
         ("early_stopping.metric", config.early_stopping.metric),
         ("checkpoint.best", config.checkpoint.best),
@@ -60,6 +61,15 @@ def metric_problems(config: TrainConfig, corpora: TextSource | None) -> Iterator
         elif corpora is not None and len(corpora.without("validation")) == len(corpora.by_name):
             got = f"{metric} without a validation split"
             yield Problem(key, got, "null without evaluations", "give data that have a validation split")
+
+
+def _evaluated(corpora: TextSource | None) -> list[str]:
+    """Return the corpora of a mixture that have held-out text, if there are several."""
+    if corpora is None:
+        return []
+    without = corpora.without("validation")
+    names = [name for name in corpora.by_name if name not in without]
+    return names if len(names) > 1 else []
 
 
 @dataclass

@@ -23,6 +23,7 @@ from llmtrain.train.early_stopping import History, metric_of, plain
 from llmtrain.train.evaluation import evaluate_dataset
 from llmtrain.train.loop import Outcome, Verdict
 from llmtrain.train.observer import RunObserver
+from llmtrain.train.suite import TrainingSuite
 from llmtrain.train.writing import ValidationWriter
 
 
@@ -34,6 +35,8 @@ class Judge:
         self._config = config
         self.writer: ValidationWriter | None = None
         """Writes texts whose figures are those of an evaluation; None: none are written."""
+        self.suite: TrainingSuite | None = None
+        """Does tasks of the harness at evaluations; None: there are none."""
         self.metric = metric_of(config)
         self._history = History.of(self.metric, recorded)
         self._is_asked = config.checkpoint.best is not None or config.early_stopping.metric is not None
@@ -51,9 +54,24 @@ class Judge:
         return self._history.ends(self._config.early_stopping)
 
     def evaluate(
+        self,
+        engine: Engine,
+        dataset: Dataset,
+        layout: Layout,
+        data_rank: int,
+        step: int,
+        between: Callable[[], None],
+    ) -> Totals:
+        """Return the sums and figures over the validation split, and the figures of tasks that are due after
+        `step`. between: see evaluate_dataset."""
+        totals = self._of_split(engine, dataset, layout, data_rank, between)
+        if self.suite is None or not self.suite.is_due(step):
+            return totals
+        return replace(totals, figures={**totals.figures, **self.suite.figures(engine, between)})
+
+    def _of_split(
         self, engine: Engine, dataset: Dataset, layout: Layout, data_rank: int, between: Callable[[], None]
     ) -> Totals:
-        """Return the sums and figures over the validation split. between: see evaluate_dataset."""
         workers, max_samples = self._config.data.workers, self._config.evaluation.max_samples
         totals = evaluate_dataset(engine, dataset, layout, data_rank, workers, max_samples, between)
         objective = engine.objective

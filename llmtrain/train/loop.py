@@ -45,8 +45,9 @@ class Hooks:
 
     lr: Callable[[int], float]
     """Number of the step, counted from 0 → its learning rate."""
-    evaluate: Callable[[Callable[[], None]], Totals] | None
-    """Make one pass over held-out data, given a function to call between batches; None without such data."""
+    evaluate: Callable[[int, Callable[[], None]], Totals] | None
+    """Make one pass over held-out data, given the completed steps and a function to call between batches;
+    None without such data."""
     save: Callable[[int, float | None, bool], None]
     """Begin a checkpoint, given the completed steps, the validation loss if it was measured at that step, and
     whether an evaluation was due there and is still owed."""
@@ -118,7 +119,7 @@ def train(
         if hooks.evaluate is None:
             return None
         started = time.perf_counter()
-        totals = hooks.evaluate(StopCheck(stop_requested, engine.device).check)
+        totals = hooks.evaluate(step, StopCheck(stop_requested, engine.device).check)
         observer.on_evaluation(step, totals, time.perf_counter() - started)
         verdict = hooks.judge(step, totals)
         return totals.loss if totals.num_targets else None

@@ -9,6 +9,7 @@ import torch
 from llmtrain.engine.base import StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import UserError
+from llmtrain.harness.results import OF_TASKS
 from llmtrain.nn.linear import product
 from llmtrain.parallel.layout import Layout
 from llmtrain.track import throughput
@@ -90,13 +91,19 @@ class RunObserver:
     def on_evaluation(self, step: int, totals: Totals, seconds: float) -> None:
         if self._trackers is None or self._progress is None:
             return
-        metrics = {"validation_loss": totals.loss}
-        metrics |= {f"validation_{name}": value for name, value in totals.metrics.items()}
-        figures = {f"validation_{name}": value for name, value in totals.figures.items()}
-        self._log(step, {**metrics, **figures, "validation_seconds": seconds})
+        means = {"loss": totals.loss, **totals.source_losses, **totals.metrics}
+        metrics = {f"validation_{name}": value for name, value in means.items()}
+        of_tasks = {name: value for name, value in totals.figures.items() if name.startswith(OF_TASKS)}
+        figures = {
+            f"validation_{name}": value for name, value in totals.figures.items() if name not in of_tasks
+        }
+        self._log(step, {**metrics, **figures, **of_tasks, "validation_seconds": seconds})
         metrics |= dict(list(figures.items())[:HEADLINES])
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         self._progress.message(f"step {step:,}: {shown} ({totals.num_targets:,} targets, {seconds:.1f} s)")
+        if of_tasks:
+            named = (f"{name.removeprefix(OF_TASKS)} {value:.4f}" for name, value in of_tasks.items())
+            self._progress.message(f"step {step:,}: tasks: {', '.join(named)}")
 
     def on_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """pictures: name → PNG."""

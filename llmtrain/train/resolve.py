@@ -28,6 +28,7 @@ from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.methods import method_problems, trainable_of, with_features, with_method
 from llmtrain.train.pretrained import Pretrained, expand
+from llmtrain.train.suite_rules import suite_problems
 from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
 from llmtrain.train.writing_rules import writing_problems
@@ -135,6 +136,7 @@ def resolve(
             problems += error.problems
     problems += metric_problems(config, corpora)
     problems += writing_problems(config)
+    problems += suite_problems(config)
     if problems:
         raise ConfigError(problems)
     assert layout is not None

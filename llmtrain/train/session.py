@@ -41,6 +41,7 @@ from llmtrain.train.solved import build_solved_engine, conclude
 from llmtrain.train.start import start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.streaming import open_stream, plan_timeline
+from llmtrain.train.suite import TrainingSuite, tasks_of
 from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
 from llmtrain.train.writing import ValidationWriter
@@ -97,6 +98,7 @@ class Session:
         training = processes.agree(self._open_training_data)
         validation = processes.agree(self._open_validation_data)
         self._evaluated = None if validation is None else validation.fingerprint
+        tasks = None if validation is None else processes.agree(lambda: tasks_of(config))
         start = self._find_start(has_validation=validation is not None)
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
@@ -116,6 +118,8 @@ class Session:
         self._saver.left_out = weights.left_out
         if validation is not None and self.corpora is not None and rows_to_write(config):
             judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
+        if validation is not None and self.corpora is not None and config.harness.tasks:
+            judge.suite = TrainingSuite(config, self.corpora, weights.origin, tasks, self._say)
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)
@@ -180,7 +184,7 @@ class Session:
                 lambda shard, samples: self._say(_left_out(shard, samples)),
             )
         except DataError as error:
-            self._say(f"no evaluation: {error}")
+            self._say(f"no evaluation{', nor tasks' if config.harness.tasks else ''}: {error}")
             return None
 
     def _find_start(self, has_validation: bool) -> StartingPoint:
@@ -276,9 +280,9 @@ class Session:
     ) -> Hooks:
         config, judge = self.config, self._judge
 
-        def evaluate(between: Callable[[], None]) -> Totals:
+        def evaluate(step: int, between: Callable[[], None]) -> Totals:
             assert validation is not None
-            return judge.evaluate(engine, validation, self.layout, self.rank, between)
+            return judge.evaluate(engine, validation, self.layout, self.rank, step, between)
 
         def verdict(step: int, totals: Totals) -> Verdict:
             assert validation is not None

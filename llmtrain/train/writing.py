@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from llmtrain.train.config import TrainConfig
 
 
+def without_weights(config: TrainConfig, corpora: TextSource, origin: Any) -> TrainedModel:
+    """Return what a run trains, for a look at all but its weights. origin: as in ValidationWriter."""
+    return TrainedModel(
+        config.run.dir,
+        config.model,
+        config.objective,
+        {},
+        corpora.tokenizer_path,
+        step=0,
+        sequence_length=config.batch.sequence_length,
+        origin=None if origin is None else decode_json(Origin, origin),
+    )
+
+
 class ValidationWriter:
     """Writes with the weights of an engine. All ranks call it together."""
 
@@ -27,16 +41,7 @@ class ValidationWriter:
         """origin: settings of the Hugging Face folder that the weights came from, as JSON; None: none."""
         self.rows = rows_to_write(config)
         self._say = say
-        self._trained = TrainedModel(
-            config.run.dir,
-            config.model,
-            config.objective,
-            {},
-            corpora.tokenizer_path,
-            step=0,
-            sequence_length=config.batch.sequence_length,
-            origin=None if origin is None else decode_json(Origin, origin),
-        )
+        self._trained = without_weights(config, corpora, origin)
         self._writer: Writer | None = None
 
     def figures(self, engine: Engine, dataset: Any) -> dict[str, float]:

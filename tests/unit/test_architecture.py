@@ -30,6 +30,7 @@ ORDER = (
     {"checkpoint"},
     {"interchange"},
     {"features", "generation", "output"},
+    {"harness"},
     {"train"},
     {"commands"},
     {"cli"},
@@ -43,6 +44,8 @@ ONLY_IN = {
     "deepspeed": {"engine", "parallel"},
     "wandb": {"track"},
     "sentencepiece": {"tokenizers", "interchange"},
+    "lm_eval": {"harness"},
+    "datasets": {"harness"},
     "transformers": set(),
 }
 

@@ -7,7 +7,7 @@ Dim names: M samples of a micro-batch, W tokens of a row (sequence length + 1), 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -255,8 +255,9 @@ class WithoutBadTars:
 class Concatenation:
     """Several datasets in a row as one, for evaluation."""
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self._datasets = datasets
+    def __init__(self, by_name: Mapping[str, Dataset]) -> None:
+        self.names = tuple(by_name)
+        self._datasets = datasets = list(by_name.values())
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(d) for d in datasets])])
         self.tar_sizes = np.concatenate([dataset.tar_sizes for dataset in datasets])
 
@@ -268,8 +269,12 @@ class Concatenation:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
+    def sources(self, indices: np.ndarray) -> np.ndarray:
+        """Return the place in `names` of the dataset of each sample; 0 for EMPTY."""
+        return np.clip(np.searchsorted(self._firsts, indices, side="right") - 1, 0, None)
+
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        sources = np.clip(np.searchsorted(self._firsts, indices, side="right") - 1, 0, None)
+        sources = self.sources(indices)
         inner = np.where(indices == EMPTY, EMPTY, indices - self._firsts[sources])
         return gather(self._datasets, sources, inner)
 

@@ -106,7 +106,7 @@ def test_where_names_the_documents_of_a_sample(corpus: Corpus):
 
 def test_datasets_one_behind_the_other(corpus: Corpus):
     parts = [TokenSequences(corpus.split(name), 16) for name in ("validation", "train")]
-    both = Concatenation(parts)
+    both = Concatenation(dict(zip("ab", parts, strict=True)))
     assert len(both) == sum(map(len, parts))
     assert int(both.tar_sizes.sum()) == len(both)
     order = np.random.default_rng(0).permutation(len(both))
@@ -115,6 +115,8 @@ def test_datasets_one_behind_the_other(corpus: Corpus):
     np.testing.assert_array_equal(found["tokens"], np.concatenate([expected[order], np.zeros((1, 17), int)]))
     assert (found["documents"][-1] == PADDING_DOCUMENT).all()
     assert both.fingerprint not in [part.fingerprint for part in parts]
+    sources = both.sources(np.arange(len(both)))
+    assert np.bincount(sources).tolist() == [len(part) for part in parts]
 
 
 def test_documents_count_from_zero_in_each_row(tmp_path: Path):

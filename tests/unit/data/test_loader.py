@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.data.datasets.base import EMPTY
+from llmtrain.data.datasets.base import EMPTY, Concatenation
 from llmtrain.data.loader import Loader, evaluation_batches
 from llmtrain.data.mixture import begin
 from llmtrain.data.stream import Stream
@@ -198,6 +198,29 @@ def test_evaluation_takes_each_sample_once_and_equally_many_batches(
         n for batches in zip(*ranks, strict=True) for micro in batches for n in micro.indices.tolist()
     ]
     assert in_order == [*range(length), *[EMPTY] * (len(in_order) - length)]
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3])
+@pytest.mark.parametrize("max_samples", [None, 9])
+def test_a_batch_of_an_evaluation_is_of_one_corpus(data_size: int, max_samples: int | None):
+    parts = {"a": Numbers(5), "b": Numbers(1), "c": Numbers(14)}
+    mixture = Concatenation(parts)
+    ranks = [
+        list(
+            evaluation_batches(
+                mixture, collate, micro_size=4, data_rank=rank, data_size=data_size, max_samples=max_samples
+            )
+        )
+        for rank in range(data_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    taken: list[int] = []
+    for micro in [micro for batches in zip(*ranks, strict=True) for micro in batches]:
+        numbers = micro.indices[micro.indices != EMPTY]
+        assert {"abc"[source] for source in mixture.sources(numbers)} <= {micro.source}
+        taken += numbers.tolist()
+    alone = evaluation_batches(Numbers(20), collate, micro_size=4, max_samples=max_samples)
+    assert taken == [n for micro in alone for n in micro.indices.tolist() if n != EMPTY]
 
 
 def test_a_shortened_evaluation_is_spread_over_the_dataset():

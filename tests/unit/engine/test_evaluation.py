@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.data.loader import MicroBatch
 from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches
 from llmtrain.objectives.base import Terms
 from tests.support import ranks
@@ -38,11 +39,24 @@ def test_batches_without_a_metric():
     """Some batches have a metric that others lack."""
     one = torch.ones(())
     metrics = [{"accuracy": torch.tensor([1.0, 4.0])}, {}, {"accuracy": torch.tensor([2.0, 4.0])}]
-    totals = sum_over_batches(lambda batch: Terms(3.0 * one, one, metrics[int(batch["i"])]), batches())
+    totals = sum_over_batches(
+        lambda batch: Terms(3.0 * one, one, metrics[int(batch["i"])]), batches("", "", "")
+    )
     assert totals == Totals(9.0, 3, {"accuracy": (3.0, 8.0)})
     assert totals.metrics == {"accuracy": 0.375}
     assert sum_over_batches(lambda batch: Terms(one, one), []) == Totals(0.0, 0)
 
 
-def batches():
-    return [({"i": torch.tensor(i)}, np.array([i])) for i in range(3)]
+def batches(*sources: str):
+    return [
+        ({"i": torch.tensor(i)}, MicroBatch({}, range(i, i + 1), np.array([i]), source=source))
+        for i, source in enumerate(sources)
+    ]
+
+
+def test_losses_of_corpora_are_parts_of_the_whole():
+    totals = sum_over_batches(lambda batch: Terms(1.0 * batch["i"], torch.tensor(2)), batches("a", "b", "a"))
+    assert totals.sources == {"a": (2.0, 4), "b": (1.0, 2)}
+    assert totals.source_losses == {"loss/a": 0.5, "loss/b": 0.5}
+    assert totals.measured == {"loss": 0.5, "loss/a": 0.5, "loss/b": 0.5}
+    assert (totals.loss_sum, totals.num_targets) == (3.0, 6)

@@ -55,7 +55,7 @@ class Training:
     def on_evaluation(self, step: int, *_: object) -> None:
         self.done.append(f"evaluated {step}")
 
-    def evaluate(self, between: Callable[[], None]) -> Totals:
+    def evaluate(self, step: int, between: Callable[[], None]) -> Totals:
         for batch in range(3):
             between()
             self._note(f"batch {batch}")

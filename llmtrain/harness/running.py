@@ -1,0 +1,121 @@
+"""Run loaded tasks on a model, on all processes that hold it, without a trace in the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmtrain.distributed import processes
+from llmtrain.distributed.stop_checks import StoppedError
+from llmtrain.errors import DataError, Problem, UserError
+from llmtrain.harness.tasks import SEED, said
+from llmtrain.harness.team import Team
+
+if TYPE_CHECKING:
+    from llmtrain.harness.model import HarnessModel
+
+RESAMPLES = 100_000
+"""Of documents, for the standard error of figures without a formula; the harness's default."""
+_ALONE = "DISABLE_MULTIPROC"
+"""Variable that keeps the harness from forking this process, whose libraries have threads."""
+
+
+def run_tasks(
+    team: Team,
+    make_model: Callable[[], HarnessModel],
+    tasks: Mapping[str, Any] | None,
+    *,
+    limit: int | None,
+    resamples: int = RESAMPLES,
+    chat: bool = False,
+) -> Any:
+    """Return the harness's results on rank 0, None on the others. All processes of the team call it.
+
+    make_model: called on rank 0. tasks: of `load_tasks`; None on other ranks. limit: documents of each task.
+    resamples: 0: without standard errors. chat: render requests by the model's chat template.
+    Raise UserError on all processes for one that any of them meets, and for a task that fails.
+    """
+    problem: UserError | None = None
+    results = None
+    if processes.is_main():
+        try:
+            with _undisturbed():
+                results = _evaluate(make_model(), tasks, limit, resamples, chat)
+        except UserError as error:
+            if error.everywhere:  # the others have met it too
+                raise
+            problem = error
+        team.dismiss()
+    else:
+        team.follow()
+    problem = processes.from_main(problem)
+    if problem is not None:
+        raise processes.everywhere(problem)
+    return results
+
+
+def _evaluate(lm: HarnessModel, tasks: Any, limit: int | None, resamples: int, chat: bool) -> Any:
+    from lm_eval.evaluator import evaluate
+
+    try:
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(seed=SEED)
+        return evaluate(
+            lm=lm,
+            task_dict=tasks,
+            limit=limit,
+            bootstrap_iters=resamples,
+            log_samples=False,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+    except (UserError, StoppedError):
+        raise
+    except Exception as error:  # whatever a template or a function of a task may raise
+        if _is_ours(error):
+            raise
+        raise DataError(Problem("tasks", f"a task that fails ({said(error)})", "", "correct it")) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether the error was raised below the model, not by a task."""
+    room = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without _evaluate
+    return any(Path(frame.filename).is_relative_to(room) for frame in frames)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside, random numbers begin as in a run of the harness, and what is printed goes to stderr; afterwards
+    generators and variables are as before. No bar is shown for making requests."""
+    import lm_eval.api.task as building
+
+    states = random.getstate(), np.random.get_state()
+    bar = building.tqdm
+    building.tqdm = lambda documents, **_: documents  # the requests of a task are made in a moment
+    before = os.environ.get(_ALONE)
+    os.environ[_ALONE] = "1"
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices), contextlib.redirect_stdout(sys.stderr):
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            building.tqdm = bar
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            if before is None:
+                del os.environ[_ALONE]
+            else:
+                os.environ[_ALONE] = before
