@@ -126,4 +126,4 @@ def test_the_loss_of_each_corpus_during_training(
     assert f"step 2: validation loss {found[2]['validation_loss']:.4f}, validation loss/noise " in said
     assert f"the best was loss/prose {found[2]['validation_loss/prose']:.4f} at step 2" in said
     assert cli.run_verb("train", [*words[:-1], "checkpoint.best=loss/verse"]) == 2
-    assert "checkpoint.best: got loss/verse; allowed: loss, loss/prose, loss/noise" in capsys.readouterr().err
+    assert "checkpoint.best: got loss/verse; allowed: loss, loss/noise, loss/prose" in capsys.readouterr().err
