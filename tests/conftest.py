@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=slowness, reverse=hasattr(config, "workerinput"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the library `datasets` keeps of files of tasks lies among the tests' folders."""
+    os.environ.setdefault("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("data_sets")))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus that `llmtrain prepare` made."""

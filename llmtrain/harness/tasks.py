@@ -92,8 +92,10 @@ def _load(name: str, manager: Any) -> Any:
 
 def _problem(name: str, manager: Any, error: Exception) -> Problem:
     data = (manager.task_index[name].cfg or {}).get("dataset_path")
-    if data is not None and data not in _OF_FILES and isinstance(error, OSError):
-        got = f"{name}, whose data set {data} is not on this machine and cannot be fetched"
+    is_fetched = data is not None and data not in _OF_FILES and isinstance(error, OSError)
+    if is_fetched or isinstance(error, ConnectionError):
+        which = f"set {data} is" if is_fetched else "are"
+        got = f"{name}, whose data {which} not on this machine and cannot be fetched ({said(error)})"
         remedy = (
             "fetch it where there is a network, with the same HF_HOME, or give tasks of files: tasks_path=…"
         )

@@ -85,6 +85,7 @@ def test_solved_examples(model: Path, tasks: Path, capsys: pytest.CaptureFixture
         ("tasks=[choice] data.path=corpus", "data.path: got corpus; allowed: none with a suite"),
         ("tasks=[choice] sequence_length=100", "sequence_length: got 100; allowed: 2 to 64"),
         ("tasks=[hellaswag]", "tasks: got hellaswag, whose data set .* cannot be fetched.*HF_HOME"),
+        ("tasks=[ai2_arc]", "tasks: got ai2_arc, whose data are not on this machine and cannot be fetched"),
         ("tasks=[lost]", "tasks: got lost, which does not load .*relative to the folder"),
         ("tasks=[broken]", "tasks: got broken, which does not load"),
         ("tasks=[undefined]", "tasks: got undefined, which does not load .*no element 7"),
