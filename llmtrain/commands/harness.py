@@ -93,7 +93,7 @@ def run(mapping: Mapping[str, Any], whole: type) -> None:
     trained = load_trained(config.checkpoint)
     codec = Codec(trained.tokenizer(), config.add_bos)
     device = processes.pick_device(config.device)
-    longest = config.sequence_length or trained.config.max_sequence_length
+    longest = config.sequence_length or trained.config.longest_row
     mesh = start_sharing(
         config.parallel,
         trained,
@@ -194,7 +194,7 @@ def _check_model(config: SuiteConfig, described: Described) -> None:
         raise ConfigError(Problem("checkpoint", got, allowed, "evaluate it on data, or give its trunk"))
     if described.tokenizer is None:
         raise ConfigError(Problem("checkpoint", f"{config.checkpoint}, without a tokenizer", allowed))
-    longest = model.max_sequence_length
+    longest = model.longest_row
     if longest is not None and (config.sequence_length or 0) > longest:
         allowed = f"2 to {longest}, the model's longest, or null"
         raise ConfigError(Problem("sequence_length", str(config.sequence_length), allowed))

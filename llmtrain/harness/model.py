@@ -74,7 +74,7 @@ class HarnessModel(TemplateLM):
         return cls(
             team,
             codec,
-            max_length or longest_of(trained.config.max_sequence_length),
+            max_length or longest_of(trained.config.longest_row),
             lambda config: config.resolved(has_sources=False, folder_settings=said),
             text_ends(trained, codec.eos_id),
             # LongRoPE rotates the keys of a context by other factors where the whole is longer.
@@ -201,9 +201,9 @@ class HarnessModel(TemplateLM):
         return self._render(chat_history, add_generation_prompt)
 
 
-def longest_of(max_sequence_length: int | None) -> int:
+def longest_of(longest_row: int | None) -> int:
     """Return how many tokens a model reads at most."""
-    return UNBOUNDED if max_sequence_length is None else max_sequence_length
+    return UNBOUNDED if longest_row is None else longest_row
 
 
 def _short(texts: Any) -> str:

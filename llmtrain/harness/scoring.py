@@ -135,7 +135,8 @@ def _logits_of(model: nn.Module, predicted_BT: Tensor) -> Iterator[None]:
 
     def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_BTD, *others = arguments
-        return (hidden_BTD[predicted_BT], *others)
+        # Virtual tokens stand before those of a row.
+        return (hidden_BTD[:, -predicted_BT.shape[1] :][predicted_BT], *others)
 
     handle = head.register_forward_pre_hook(select)
     try:

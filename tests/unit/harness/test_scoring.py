@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from llmtrain.adapt.config import PromptConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.generate import generate
@@ -16,6 +19,7 @@ from llmtrain.harness import continuing, scoring
 from llmtrain.harness.codec import Codec
 from llmtrain.harness.continuing import Ends, continue_texts
 from llmtrain.harness.scoring import Row, score_rows
+from llmtrain.interchange.trained import build_module
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
@@ -38,12 +42,19 @@ def lstm() -> LSTMLanguageModel:
     return model.eval()
 
 
+def prompted() -> nn.Module:
+    """A GPT whose rows begin with virtual tokens."""
+    model = build_module(replace(gpt().config, adaptation=PromptConfig(length=3)), torch.device("cpu"))
+    initialize(model, seed=0)
+    return model.eval()
+
+
 def tokens(length: int, seed: int = 0) -> list[int]:
     found: list[int] = np.random.default_rng([length, seed]).integers(4, V, length).tolist()
     return found
 
 
-@pytest.mark.parametrize("build", [gpt, lstm])
+@pytest.mark.parametrize("build", [gpt, lstm, prompted])
 def test_scores_are_sums_of_log_probabilities(build: Any):
     model = build()
     rows = [Row(tokens(9), [[7, 8, 9], [5], [6]]), Row(tokens(4), [[11]]), Row(tokens(20), [tokens(20, 1)])]
@@ -82,7 +93,7 @@ def test_batches_hold_so_many_tokens():
     assert {batch.shared for batch in batches} == {0}
 
 
-@pytest.mark.parametrize("build", [gpt, lstm])
+@pytest.mark.parametrize("build", [gpt, lstm, prompted])
 def test_a_context_is_read_once_for_all_its_continuations(build: Any):
     model, context, other = build(), tokens(30), tokens(30, 9)
     answers = [[5], [6, 7], [8, 9, 10, 11]]
