@@ -127,6 +127,15 @@ class Tokenizer(ABC):
     def typed_specials(self) -> list[str]:
         """Return the special tokens that `encode` recognizes where a text contains their spelling."""
 
+    def added_tokens(self) -> list[str]:
+        """Return the tokens, special or not, that `encode` matches whole before it divides a text."""
+        return self.typed_specials()
+
+    @abstractmethod
+    def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """Return a tokenizer that also matches `tokens` whole; those that the vocabulary lacks have the ids
+        after its last, in this order."""
+
     @abstractmethod
     def encode_specials_as_text(self) -> None:
         """Make `encode` treat the spelling of special tokens as ordinary text from now on."""

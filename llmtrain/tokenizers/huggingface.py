@@ -161,6 +161,19 @@ class JsonTokenizer(Tokenizer):
             return []
         return [token.content for token in self._added.values() if token.special]
 
+    def added_tokens(self) -> list[str]:
+        return [*self.typed_specials(), *(t.content for t in self._added.values() if not t.special)]
+
+    def with_tokens(self, tokens: Sequence[str]) -> JsonTokenizer:
+        from tokenizers import AddedToken as Added
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(self.files[TOKENIZER])
+        with self._errors():
+            library.add_special_tokens([Added(token, normalized=False, special=True) for token in tokens])
+            content = library.to_str(pretty=True)
+        return JsonTokenizer({**self.files, TOKENIZER: content}, self._where)
+
     def encode_specials_as_text(self) -> None:
         spec, typed = json.loads(self.files[TOKENIZER]), {*self.typed_specials()}
         vocabulary = spec["model"]["vocab"]

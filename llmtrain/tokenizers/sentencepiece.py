@@ -79,6 +79,21 @@ class SentencePieceTokenizer(Tokenizer):
         special = {*self.special_ids.values(), *self.sentinel_ids}
         return [pieces[i] for i in sorted(special) if _is_user_defined(self._processor, i)]
 
+    def added_tokens(self) -> list[str]:
+        spec = _spec(self.content, "tokenizer")
+        return [piece.piece for piece in spec.pieces if piece.type == spec.SentencePiece.USER_DEFINED]
+
+    def with_tokens(self, tokens: Sequence[str]) -> SentencePieceTokenizer:
+        spec, known = _spec(self.content, "tokenizer"), {*self.pieces()}
+        kind = spec.SentencePiece.USER_DEFINED
+        for piece in spec.pieces:
+            if piece.piece in tokens:
+                piece.type = kind
+        for token in tokens:
+            if token not in known:
+                spec.pieces.add(piece=token, score=0.0, type=kind)
+        return SentencePieceTokenizer(spec.SerializeToString())
+
     def encode_specials_as_text(self) -> None:
         spec, typed = _spec(self.content, "tokenizer"), {*self.typed_specials()}
         for piece in spec.pieces:

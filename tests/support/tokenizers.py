@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,21 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int = 500) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, **KINDS[kind]}))
     return folder
+
+
+def write_chat_tokenizer(folder: Path, kind: str, tokens: Sequence[str], template: str | None) -> Path:
+    """A folder with a tokenizer that has further special tokens, and a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_str(_trained(kind))
+    tokenizer.add_special_tokens(list(tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= KINDS[kind] | ({} if template is None else {"chat_template": template})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@functools.cache
+def _trained(kind: str) -> str:
+    content: str = train_tokenizer(kind).to_str()
+    return content

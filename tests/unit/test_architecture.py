@@ -16,7 +16,7 @@ ORDER = (
     {"reading"},
     {"safetensors_files"},
     {"distributed", "optim", "tokenizers", "track"},
-    {"corpus"},
+    {"chat", "corpus"},
     {"prepare"},
     {"tables"},
     {"data"},
