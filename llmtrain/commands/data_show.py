@@ -1,11 +1,13 @@
 """`llmtrain data show`: print samples of a run or of a corpus as text, as the model sees them.
 
-Tokens that the objective hides are shown in ⟦ ⟧ with the target.
+Tokens that the objective hides are shown in ⟦ ⟧ with the target. Tokens without a loss are shown in ⟦ ⟧, or
+in grey on a terminal.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,17 @@ from llmtrain.models.registry import families
 from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.objectives.text import Spelling
+from llmtrain.standard_streams import escape_controls, unescaped
 from llmtrain.train.recorded_data import MovedConfig, Opened, Run, steps_of
 from llmtrain.train.streaming import open_stream, source_shares
 from llmtrain.train.vocabulary import resolve_vocabulary
 
 if TYPE_CHECKING:
     from llmtrain.data.trace import Sample
+
+
+_GREY = ("\ufdd0", "\ufdd1")
+"""On a terminal, around what is printed in grey; Unicode reserves these characters for programs."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,9 @@ class _Printer:
         self._opened = opened
         tokenizer, config = opened.corpora.load_tokenizer(), opened.objective
         self._objective = config.build(opened.model, opened.data, opened.corpora)
-        self._text = Spelling(tokenizer, config.special_names(opened.model, tokenizer))
+        names = config.special_names(opened.model, tokenizer)
+        self._coloured = sys.stdout.isatty()
+        self._text = Spelling(tokenizer, names, _GREY) if self._coloured else Spelling(tokenizer, names)
 
     def print(self, title: str, sample: Sample) -> None:
         from llmtrain.data.datasets.base import EMPTY
@@ -189,5 +198,12 @@ class _Printer:
         facts, lines = self._objective.show(row, raw, self._text, lambda: parts_of(opened.sources, sample))
         print(f"{title}: {corpus}epoch {sample.epoch}, row {sample.row}, {facts}")
         for line in lines:
-            print(line.rstrip())
+            self._print_line(line.rstrip())
         print(flush=True)
+
+    def _print_line(self, line: str) -> None:
+        if not self._coloured:
+            print(line)
+            return
+        line = escape_controls(line).replace(_GREY[0], "\x1b[90m").replace(_GREY[1], "\x1b[0m")
+        print(line, file=unescaped(sys.stdout), flush=True)

@@ -23,7 +23,7 @@ from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import check_written, written_figures
-from llmtrain.objectives.base import Scores
+from llmtrain.objectives.base import HasReference, Scores
 from llmtrain.objectives.reading import (
     corpora_problems,
     data_problems,
@@ -146,6 +146,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.distributed import processes
     from llmtrain.engine.evaluation import evaluate_batches
     from llmtrain.interchange.trained import load_trained
+    from llmtrain.train.reference import reference_of
 
     trained = load_trained(config.checkpoint)
     _check(config, trained, corpora)
@@ -162,6 +163,8 @@ def run(mapping: Mapping[str, Any]) -> None:
         trained.objective, trained.config, config.data, corpora, config.split, length, _say_skipped
     )
     objective = trained.objective.build(trained.config, config.data, corpora)
+    if isinstance(objective, HasReference):
+        objective.references = reference_of(trained.source, dataset)
     device = processes.pick_device(config.device)
     mesh = start_sharing(
         config.parallel,

@@ -66,6 +66,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         overwrite=config.overwrite,
         origin=trained.origin,
         end_id=trained.own_end_id,
+        chat_template=getattr(trained.objective, "chat_template", None),
     )
     # load_trained has printed their names.
     never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""

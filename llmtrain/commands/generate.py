@@ -41,6 +41,8 @@ class GenerateCommandConfig:
     adapters: Mapping[str, Path] = field(default_factory=dict)
     """Name → run or checkpoint whose additions are put on the model, its base; the texts of each are printed
     under its name."""
+    chat: bool = False
+    """Each prompt is what a user says: render it by the chat template, and print the answer alone."""
     output: Path | None = None
     """A file for the texts, one line per prompt; null: print them."""
     device: str = "auto"
@@ -92,6 +94,8 @@ def _generate(
     if trained.config.task is not None:
         got = f"a model with the head of a task ({trained.config.task.kind})"
         raise ConfigError(Problem("checkpoint", got, "a language model", "evaluate it, or give its trunk"))
+    if config.chat and family.kind != "decoder":
+        raise ConfigError(Problem("chat", "true", f"false with model.family={trained.config.family}"))
     if family.filling is not None:
         from llmtrain.generation.blanks import fill_prompts
 
@@ -107,7 +111,11 @@ def _generate(
             trained, prompts, config.generate.top_k or TOP_K, config.parallel, encode(config), config.device
         )
         return
-    ids, eos_id, show = _ways(trained, prompts)
+    chat_ends: tuple[int, ...] = ()
+    if config.chat:
+        ids, eos_id, show, chat_ends = _answers(trained, prompts)
+    else:
+        ids, eos_id, show = _ways(trained, prompts)
     settings = resolved_for(trained, config.generate, max(map(len, ids), default=1))
     if family.kind == "encoder_decoder":
         refuse_pipeline_of_answers(config.parallel)
@@ -124,7 +132,8 @@ def _generate(
     if output is not None and processes.is_main():
         on_done = Progress(len(prompts))
     try:
-        found = generate(model, ids, settings, eos_ids=text_ends(trained, eos_id), on_done=on_done)
+        ends = {*text_ends(trained, eos_id), *chat_ends}
+        found = generate(model, ids, settings, eos_ids=ends, on_done=on_done)
     except UserError as error:  # all ranks check the same prompts
         raise processes.everywhere(error) from None
     if not processes.is_main():
@@ -160,6 +169,29 @@ def _ways(
         tokenizer.eos_id,
         lambda number, found: prompts[number] + tokenizer.decode_after(ids[number], found),
     )
+
+
+def _answers(
+    trained: TrainedModel, prompts: Sequence[str]
+) -> tuple[list[list[int]], int, Callable[[int, list[int]], str], tuple[int, ...]]:
+    """Return what `_ways` does for what users say, and the ids that end an answer."""
+    from llmtrain.chat.encoder import Encoder, end_ids
+    from llmtrain.chat.error import ChatError
+    from llmtrain.chat.renderer import Renderer
+    from llmtrain.chat.source import PLAIN, template_of
+
+    tokenizer = trained.tokenizer()
+    recorded = getattr(trained.objective, "chat_template", None)
+    try:
+        template = template_of(tokenizer, None if recorded == PLAIN else recorded)
+        with Renderer(template) as renderer:
+            texts = [renderer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+            ends = end_ids(renderer, template, tokenizer)
+    except ChatError as fault:
+        raise ConfigError(Problem("prompt", fault.got, fault.allowed, "give chat=false")) from None
+    encoder = Encoder(tokenizer)
+    ids = [encoder.encode(text)[0].tolist() for text in texts]
+    return ids, tokenizer.eos_id, lambda number, found: tokenizer.decode_after(ids[number], found), ends
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -17,7 +17,8 @@ def text_ends(trained: TrainedModel, eos_id: int) -> tuple[int, ...]:
     said = () if trained.origin is None else end_ids(trained.origin.generation)
     if said and trained.own_end_id is None:
         return said
-    return tuple(dict.fromkeys((*said, eos_id)))
+    of_answers: tuple[int, ...] = getattr(trained.objective, "end_ids", ())
+    return tuple(dict.fromkeys((*said, eos_id, *of_answers)))
 
 
 def resolved_for(trained: TrainedModel, config: GenerateConfig, longest: int) -> GenerateConfig:

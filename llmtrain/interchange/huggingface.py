@@ -27,7 +27,12 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem, nearest
 from llmtrain.interchange.forms import form_of, forms
 from llmtrain.interchange.generation_settings import FILE as GENERATION
 from llmtrain.interchange.generation_settings import read_generation, write_generation
-from llmtrain.interchange.huggingface_tokenizer import read_tokenizer, special_ids, tokenizer_files
+from llmtrain.interchange.huggingface_tokenizer import (
+    chat_files,
+    read_tokenizer,
+    special_ids,
+    tokenizer_files,
+)
 from llmtrain.interchange.huggingface_weights import INDEX, WEIGHTS, Stored, StoredTensors, read_json
 from llmtrain.models.huggingface.form import Entry, Form, Settings
 from llmtrain.models.huggingface.keys import Asked, unknown_keys
@@ -55,6 +60,7 @@ def export_folder(
     overwrite: bool = False,
     origin: Origin | None = None,
     end_id: int | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` of transformers loads. It appears complete or not at all.
 
@@ -64,6 +70,7 @@ def export_folder(
     overwrite: replace the folder of another model; an earlier export is always replaced.
     origin: the folder that the model was imported from; its settings are kept as far as they still apply.
     end_id: id of the end token in the training data; None: the model was not trained here.
+    chat_template: of the conversations that it was trained on; None: that of the tokenizer, if it has one.
     Raise ConfigError for a model without an equivalent in transformers, CheckpointError for tensors that do
     not fit the config or an output that is not writable, DataError for a tokenizer that does not fit.
     """
@@ -80,6 +87,7 @@ def export_folder(
         model_ids = {role: i for role, i in named.items() if i is not None}
         frame = None if getattr(config, "task", None) is None else frame_of(config, tokenizer)
         contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path), model_ids, frame)
+        contents |= chat_files(contents, tokenizer, chat_template)
     described = _config_of(form, config, dtype, ids)
     if origin is not None:
         described = origin.settings_of(form, config, lambda config: _config_of(form, config, dtype, ids))

@@ -18,10 +18,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llmtrain.chat.source import TEMPLATE_FILE, own_source
 from llmtrain.errors import DataError, Problem
 from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Frame, Template, Tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
-from llmtrain.tokenizers.huggingface import JsonTokenizer
+from llmtrain.tokenizers.huggingface import TOKENIZER_CONFIG, JsonTokenizer
 
 SPACE = "▁"
 
@@ -48,6 +49,20 @@ def tokenizer_files(
         SENTENCEPIECE_FILE: tokenizer.content,
         **_json_of_sentencepiece(tokenizer, max_length, where, model_ids, frame),
     }
+
+
+def chat_files(
+    contents: Mapping[str, Any], tokenizer: Tokenizer, template: str | None
+) -> dict[str, bytes | str | Any]:
+    """Return the files that change for a chat template which the tokenizer does not have itself.
+    contents: its other files."""
+    if template is None or (isinstance(tokenizer, JsonTokenizer) and own_source(tokenizer) == template):
+        return {}
+    found: dict[str, Any] = {TEMPLATE_FILE: template}
+    if isinstance(config := contents.get(TOKENIZER_CONFIG), dict):
+        # What the template spells must become the special tokens.
+        found[TOKENIZER_CONFIG] = {**config, "split_special_tokens": False}
+    return found
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

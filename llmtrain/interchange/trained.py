@@ -108,7 +108,8 @@ class TrainedModel:
         """The id that ends the texts that it was trained on here; None where it was not."""
         if self.sequence_length is None or self.tokenizer_path is None:
             return None
-        return self.tokenizer().eos_id
+        of_answers: tuple[int, ...] = getattr(self.objective, "end_ids", ())
+        return of_answers[0] if of_answers else self.tokenizer().eos_id
 
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError when there is none with the weights."""

@@ -82,6 +82,20 @@ class TiedHeadModel(nn.Module):
         return self
 
 
+def count_correct(head: nn.Module, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return how many labels other than IGNORE_INDEX are the likeliest token, 0-d int64. head: a
+    LanguageModelHead, or one for a part of the vocabulary."""
+    asked_BT = labels_BT != IGNORE_INDEX
+    if hidden_BTD.shape[1] != labels_BT.shape[1]:  # this rank holds a part of the tokens
+        return ((head(hidden_BTD).argmax(-1) == labels_BT) & asked_BT).sum()
+    correct = torch.zeros((), dtype=torch.int64, device=labels_BT.device)
+    size = max(1, LOGITS_PER_CHUNK // head.vocab_size)  # type: ignore[operator]
+    hidden_MD, labels_M = hidden_BTD[asked_BT], labels_BT[asked_BT]
+    for hidden, labels in zip(hidden_MD.split(size), labels_M.split(size), strict=True):
+        correct += (head(hidden).argmax(-1) == labels).sum()
+    return correct
+
+
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

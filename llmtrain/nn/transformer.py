@@ -98,6 +98,8 @@ class Context:
     """Like `rotary`, for layers with a window if theirs differ."""
     lengths: Tensor | None = None
     """Tokens of each row, (B,), which a task head needs."""
+    with_metrics: bool = False
+    """Whether to return sums by name in place of the loss."""
 
     @property
     def num_states(self) -> int:

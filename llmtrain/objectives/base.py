@@ -87,6 +87,8 @@ class ObjectiveConfig(Kinds):
     """Whether one vector stands for a whole text."""
     divides_sequences: ClassVar[bool] = True
     """Whether ranks may hold different tokens of a row where the loss is computed."""
+    has_stages: ClassVar[bool] = True
+    """Whether pipelines can run it: its loss is the output of the model's forward."""
     fills_gaps: ClassVar[bool] = False
     """Whether the model learns to write the contents of masked spans, each after its own sentinel."""
 
@@ -229,6 +231,15 @@ class PadsRows(Protocol):
 
     def pad_fully(self) -> None:
         """From now on, make all batches as wide as the sequence length: pipelines need equal shapes."""
+
+
+@runtime_checkable
+class HasReference(Protocol):
+    """An objective whose loss is measured against the model that training starts from. Without references its
+    `evaluate` returns what they are made of as rows."""
+
+    references: dict[bool, np.ndarray] | None
+    """Whether rows are held out → predictions of them by that model, in the order of the dataset."""
 
 
 @runtime_checkable

@@ -13,9 +13,11 @@ from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.objectives.classification import ClassificationConfig
 from llmtrain.objectives.denoising import DenoisingConfig
 from llmtrain.objectives.image_classification import ImageClassificationConfig
+from llmtrain.objectives.instruct import InstructConfig
 from llmtrain.objectives.masked_lm import MaskedLMConfig
 from llmtrain.objectives.paired_text import PairedTextConfig
 from llmtrain.objectives.permuted_lm import PermutedLMConfig
+from llmtrain.objectives.preferences import PreferenceConfig
 from llmtrain.objectives.question_answering import QuestionAnsweringConfig
 from llmtrain.objectives.regression import RegressionConfig
 from llmtrain.objectives.span_corruption import SpanCorruptionConfig
@@ -33,6 +35,8 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "regression": RegressionConfig,
     "tagging": TaggingConfig,
     "question_answering": QuestionAnsweringConfig,
+    "instruct": InstructConfig,
+    "dpo": PreferenceConfig,
 }
 """`objective.kind` → config class."""
 

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +29,7 @@ from llmtrain.prepare.folder_scan import short_name
 from llmtrain.prepare.source_file import SourceFile
 from llmtrain.prepare.sources import contents_fingerprint, find_files
 from llmtrain.standard_streams import print_note
-from llmtrain.tables.config import SPLITS, TableDataConfig
+from llmtrain.tables.config import CONVERSATION_FIELDS, SPLITS, TableDataConfig
 from llmtrain.tables.ragged import Column, join, save_columns, take
 from llmtrain.tables.records import field_of, name_of, read_records
 from llmtrain.tokenizers.base import Tokenizer
@@ -55,6 +55,15 @@ class Example(NamedTuple):
     """What the task predicts, as the file has it."""
 
 
+class UnreadableRowError(Exception):
+    """A row that cannot be tokenized: its number among those that were given, what was got, and what is
+    allowed."""
+
+    def __init__(self, row: int, got: str, allowed: str) -> None:
+        super().__init__(row, got, allowed)
+        self.row, self.got, self.allowed = row, got, allowed
+
+
 class TaskReader(Protocol):
     """What a fine-tuning task makes of the rows of a table."""
 
@@ -74,7 +83,7 @@ class TaskReader(Protocol):
         is allowed, two phrases."""
 
     def encode_texts(self, contents: Sequence[Any], tokenizer: Tokenizer) -> dict[str, Column]:
-        """Return the columns of the texts of many rows."""
+        """Return the columns of the texts of many rows. Raise UnreadableRowError for one that has none."""
 
     def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
         """Return the names of the labels that the rows to train on have, in order; empty for numbers."""
@@ -123,9 +132,9 @@ def table_key(
 ) -> str:
     """Return the name of a table's cache. files: hash of the contents of its files; labels: names that were
     given."""
-    fields = ("text_field", "text_pair_field", "label_field", "split_field")
-    keys = ("format", "header", "quoting", *fields, "split", "max_train_rows")
-    said = {
+    of_rows = ("text_field", "text_pair_field", "label_field", "split_field")
+    keys = ("format", "header", "quoting", *of_rows, "split", "max_train_rows")
+    said: dict[str, Any] = {
         "version": VERSION,
         "files": files,
         "data": {key: encode(getattr(data, key)) for key in keys},
@@ -133,6 +142,9 @@ def table_key(
         "labels": list(labels),
         "tokenizer": tokenizer.sha256,
     }
+    usual = {each.name: each.default for each in fields(TableDataConfig)}
+    given = {key: getattr(data, key) for key in CONVERSATION_FIELDS}
+    said["data"] |= {key: value for key, value in given.items() if value != usual[key]}
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
@@ -254,7 +266,10 @@ def _read(
             for batch in _batches(file, task, data, scratch, splits[given or "train"]):
                 hashes = text_hashes(["\n".join(example.texts) for _, example in batch])
                 chosen = _splits_of(hashes, given, data)
-                columns = task.encode_texts([example.content for _, example in batch], tokenizer)
+                try:
+                    columns = task.encode_texts([example.content for _, example in batch], tokenizer)
+                except UnreadableRowError as error:
+                    raise DataError(Problem(batch[error.row][0], error.got, error.allowed)) from error
                 for number, split in enumerate(SPLITS):
                     rows = np.flatnonzero(chosen == number)
                     if len(rows):

@@ -13,6 +13,11 @@ from llmtrain.errors import Problem
 from llmtrain.prepare.config import SplitConfig
 
 SPLITS = ("train", "validation", "test")
+CONVERSATION_FIELDS = (
+    "messages_field", "prompt_field", "completion_field", "instruction_field", "input_field", "output_field",
+    "chosen_field", "rejected_field",
+)  # fmt: skip
+"""Keys of the fields of conversations."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,23 @@ class TableDataConfig(OneSource):
     """Field of the second text of a pair; for question answering, of the context."""
     label_field: str = "label"
     """Field of the label, of the list of labels or tags, or of the answers."""
+    messages_field: str = "messages"
+    """Field of a conversation: a list of {role, content}. A row without it may have prompt and completion, or
+    instruction and output."""
+    prompt_field: str | None = None
+    """Field of what comes before a completion, in place of a conversation; null: prompt."""
+    completion_field: str | None = None
+    """Field of the completion; null: completion."""
+    instruction_field: str | None = None
+    """Field of an instruction, in place of a conversation; null: instruction."""
+    input_field: str | None = None
+    """Field of what an instruction is about, which may be empty; null: input, where a row has it."""
+    output_field: str | None = None
+    """Field of the answer to an instruction; null: output."""
+    chosen_field: str = "chosen"
+    """Of preferences: field of the answer, or the conversation, that is preferred."""
+    rejected_field: str = "rejected"
+    """Field of the one that it is preferred to."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Shares of the rows of `path` that are held out."""
     split_field: str | None = None
@@ -104,6 +126,11 @@ class TableDataConfig(OneSource):
         if not self.path and not given:
             allowed = "a file, folder or glob pattern"
             yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
+        prompts = self.prompt_field or self.completion_field
+        instructions = self.instruction_field or self.input_field or self.output_field
+        if prompts and instructions:
+            allowed = f"null beside {instructions}, a field of instructions"
+            yield Problem("prompt_field", prompts, allowed, "give fields of one form")
         most = self.max_train_rows
         yield from require(most is None or most >= 1, "max_train_rows", most, "1 or more, or null")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.errors import DataError, Problem, nearest
-from llmtrain.files import expand_home
+from llmtrain.files import disk_problem, expand_home
 from llmtrain.tables.build import (
     MANIFEST,
     TaskReader,
@@ -70,9 +70,17 @@ class Table:
     """The splits of a table; `open_table` makes it."""
 
     def __init__(
-        self, folder: Path, where: str, tokenizer_path: Path, tokenizer: Tokenizer, paired: bool = False
+        self,
+        folder: Path,
+        where: str,
+        tokenizer_path: Path,
+        tokenizer: Tokenizer,
+        paired: bool = False,
+        grown_from: str | None = None,
     ) -> None:
-        """paired: whether its rows are pairs of a source and a target."""
+        """paired: whether its rows are pairs of a source and a target; grown_from: sha256 of the tokenizer
+        before it had new tokens."""
+        self.grown_from = grown_from
         self.paired = paired
         self._folder, self.where, self.tokenizer_path = folder, where, tokenizer_path
         self._tokenizer = tokenizer
@@ -157,7 +165,14 @@ def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) 
         allowed = "a tokenizer, a corpus, a checkpoint or a Hugging Face folder"
         raise DataError(Problem("data.tokenizer", "null", allowed, "give data.tokenizer=…, or model.path=…"))
     path = find_tokenizer(given) or given if given.is_dir() else given
-    loaded = load_tokenizer(path)
+    loaded, grown_from = load_tokenizer(path), None
+    if new_tokens := tuple(getattr(task, "new_tokens", ())):
+        grown_from = loaded.sha256
+        loaded = loaded.with_tokens(new_tokens)
+    if path.read_bytes() != loaded.content:
+        # Checkpoints copy this file, which must hold all of the tokenizer: tokenizer.json has neither the
+        # roles of special tokens nor the chat template.
+        path = _saved(loaded, expand_home(data.cache.dir))
     files = find_table_files(data)
     fingerprint = files_fingerprint(files)
     folder = expand_home(data.cache.dir) / table_key(data, task, loaded, fingerprint)
@@ -165,4 +180,14 @@ def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) 
     if task.labels and not (is_whole(folder) and Table(folder, "", path, loaded).labels == task.labels):
         folder = folder.with_name(table_key(data, task, loaded, fingerprint, task.labels))
     ensure_cache(folder, data, task, loaded, files)
-    return Table(folder, data.paths[""], path, loaded, task.paired == "needed")
+    return Table(folder, data.paths[""], path, loaded, task.paired == "needed", grown_from)
+
+
+def _saved(tokenizer: Tokenizer, cache: Path) -> Path:
+    """Return the file of a tokenizer that was made here, from which checkpoints copy it."""
+    folder = cache / f"tokenizer-{tokenizer.sha256[:32]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tokenizer.save(folder)
+    except OSError as error:
+        raise DataError(disk_problem(error, folder, key="data.cache.dir")) from error

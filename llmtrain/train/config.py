@@ -151,6 +151,9 @@ class TrainConfig:
             yield from require(
                 not parallel.tensor_sequence, "parallel.tensor_sequence", "true", f"false {allowed}"
             )
+        if not self.objective.has_stages:
+            stages, allowed = self.parallel.pipeline, f"1 with objective={self.objective.kind}"
+            yield from require(stages == 1, "parallel.pipeline", stages, allowed)
         positions = self.model.max_sequence_length
         yield from require(
             positions is None or self.batch.sequence_length <= positions,

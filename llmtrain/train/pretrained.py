@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +47,15 @@ class Pretrained:
     """Settings of the Hugging Face folder that the weights were imported from."""
     keeps_head: bool = True
     """Whether training goes on with the head of the folder's model; False: with a new one from the seed."""
+    grows: bool = False
+    """Whether the vocabulary may be larger than the folder's."""
 
     def problems(self, corpora: TextSource, data: DataConfig | None = None) -> list[Problem]:
         """Return a problem if the corpora were prepared with another tokenizer than the model's."""
         if self.tokenizer is None:
             return []
         theirs = load_tokenizer(self.tokenizer).sha256
-        if theirs == corpora.tokenizer_sha256:
+        if theirs in (corpora.tokenizer_sha256, getattr(corpora, "grown_from", None)):
             return []
         return [other_tokenizer(data, corpora.tokenizer_sha256, theirs, str(self.path), self.tokenizer)]
 
@@ -149,6 +151,8 @@ class StartingWeights:
     """Canonical name → shape of the parameters that the folder lacks."""
     unused: Mapping[str, tuple[int, ...]]
     """The same of the parameters of the folder that the model lacks."""
+    grown: Mapping[str, int] = field(default_factory=dict)
+    """Canonical name → rows that a larger vocabulary adds to the folder's."""
 
     @property
     def untrained(self) -> frozenset[str]:
@@ -157,6 +161,7 @@ class StartingWeights:
 
     def source(self, seed: int) -> Source:
         """Return a function that reads or creates any part of any parameter."""
+        from llmtrain.checkpoint.reader import read_part
         from llmtrain.engine.build import seed_source
 
         read, make = self.trained.reader(), seed_source(skeleton_of(self.model), seed)
@@ -164,10 +169,20 @@ class StartingWeights:
         def source(out: Tensor, name: str, shard: Shard, start: int) -> None:
             if name in self.new:
                 make(out, name, shard, start)
+            elif name in self.grown:
+                read_part(self._larger(name), out, name, shard, start)
             else:
                 read(out, self.renamed.get(name, name), shard, start)
 
         return source
+
+    def _larger(self, name: str) -> Tensor:
+        """Return a weight with the rows that a larger vocabulary adds, each the mean of the others."""
+        import torch
+
+        weight = self.trained.weights[self.renamed.get(name, name)].float()
+        mean = weight.double().mean(0, keepdim=True).float()
+        return torch.cat([weight, mean.expand(self.grown[name], *weight.shape[1:])])
 
     def notes(self) -> list[str]:
         """Return one line for the new parameters and one for the unused, if there are any."""
@@ -175,7 +190,11 @@ class StartingWeights:
             "new, started from the seed": self.new,
             f"unused of {self.trained.source}": self.unused,
         }
-        return [f"{what}: {_listed(shapes)}" for what, shapes in lines.items() if shapes]
+        said = [f"{what}: {_listed(shapes)}" for what, shapes in lines.items() if shapes]
+        if self.grown:
+            named = ", ".join(f"{name} (+ {rows})" for name, rows in self.grown.items())
+            said.append(f"rows of new tokens, each the mean of the others: {named}")
+        return said
 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -206,6 +225,8 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
     renamed = _renamed(model, ours, theirs)
     theirs = {**theirs, **{name: theirs[known] for name, known in renamed.items()}}
     where = f"model.path={pretrained.path}"
+    grown = _grown(trained.config, model, ours, theirs) if pretrained.grows else {}
+    theirs = {**theirs, **{name: ours[name] for name in grown}}
     problems = [
         Problem(
             where,
@@ -233,7 +254,22 @@ def open_weights(pretrained: Pretrained, model: ModelConfig) -> StartingWeights:
         )
     used = {*renamed.values(), *(ours.keys() & theirs.keys())}
     unused = {name: shape for name, shape in held.items() if name not in used}
-    return StartingWeights(trained, model, renamed, new, unused)
+    return StartingWeights(trained, model, renamed, new, unused, grown)
+
+
+def _grown(
+    before: Any, model: Any, ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Return the parameters with a row for each token of a vocabulary that is larger than the folder's, and
+    the number of new rows."""
+    size, needed = getattr(before, "vocab_size", None), getattr(model, "vocab_size", None)
+    if size is None or needed is None or needed <= size:
+        return {}
+    return {
+        name: needed - size
+        for name, shape in ours.items()
+        if shape[:1] == (needed,) and theirs.get(name) == (size, *shape[1:])
+    }
 
 
 def _renamed(

@@ -74,7 +74,8 @@ def resolve(
     model = config.model
     objective = config.objective.following(model)
     if pretrained is not None:
-        pretrained = replace(pretrained, keeps_head=objective.keeps_head(model))
+        grows = bool(getattr(objective, "new_tokens", ()))
+        pretrained = replace(pretrained, keeps_head=objective.keeps_head(model), grows=grows)
     if model.task is not None and objective.data != "table":
         model = replace(model, task=None)  # type: ignore[type-var]
     config = replace(config, objective=objective, model=objective.fitted(model))

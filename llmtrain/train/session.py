@@ -34,6 +34,7 @@ from llmtrain.train.config import recorded
 from llmtrain.train.judging import Judge
 from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
+from llmtrain.train.reference import give_reference
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, check_same_validation, find_resume
 from llmtrain.train.run_folder import RunFolder
@@ -120,6 +121,8 @@ class Session:
             judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
         if validation is not None and self.corpora is not None and config.harness.tasks:
             judge.suite = TrainingSuite(config, self.corpora, weights.origin, tasks, self._say)
+        rows = {False: next(iter(training.values())), True: validation}
+        give_reference(objective, engine, rows, config, self.rank, start, self._say)
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)

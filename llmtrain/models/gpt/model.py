@@ -7,6 +7,7 @@ Dim names: B batch, T sequence, S keys, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.nn.documents import Documents
 from llmtrain.nn.dropout import HIDDEN, Dropout
-from llmtrain.nn.head import LanguageModelHead
+from llmtrain.nn.head import LanguageModelHead, count_correct
 from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.rotary import rotary_tables
@@ -71,6 +72,7 @@ class GPT(StagedModel):
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
         lengths_B: Tensor | None = None,
+        with_metrics: bool = False,
     ) -> Context:
         """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
         SUM of cross-entropy in nats, 0-d fp32.
@@ -85,6 +87,7 @@ class GPT(StagedModel):
         dropout_keys_B: keys from which dropout masks are generated; None: torch's generator.
         last_only: return logits of the last token only, (B, 1, V).
         lengths_B: tokens of each row, which a task head needs; it returns its own logits or loss.
+        with_metrics: with labels, return sums by name: "loss" and "correct" predictions.
 
         Raise ValueError if both documents and a cache are given.
         """
@@ -111,6 +114,7 @@ class GPT(StagedModel):
             last_only,
             local_rotary,
             lengths_B,
+            with_metrics,
         )
 
     def new_cache(self, max_length: int) -> KVCache:
@@ -160,10 +164,13 @@ class GPT(StagedModel):
             x_BTD = x_BTD + self.positions(context.positions)
         return self.dropout(x_BTD, context.dropout_keys)
 
-    def _finish(self, x_BTD: Tensor, context: Context) -> Tensor:
+    def _finish(self, x_BTD: Tensor, context: Context) -> Any:
         if context.last_only:
             x_BTD = x_BTD[:, -1:]
         x_BTD = self.norm(x_BTD)
         if isinstance(self.head, TaskHead):
             return self.head(x_BTD, context.lengths, context.labels, context.dropout_keys)
-        return self.head(x_BTD, context.labels)
+        logits_or_loss = self.head(x_BTD, context.labels)
+        if context.labels is None or not context.with_metrics:
+            return logits_or_loss
+        return {"loss": logits_or_loss, "correct": count_correct(self.head, x_BTD, context.labels)}

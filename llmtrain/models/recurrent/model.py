@@ -5,12 +5,14 @@ Dim names: B batch, T sequence, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.nn.dropout import HIDDEN, Dropout
-from llmtrain.nn.head import LanguageModelHead, TiedHeadModel
+from llmtrain.nn.head import LanguageModelHead, TiedHeadModel, count_correct
 from llmtrain.nn.initialize import Initializer, Uniform
 from llmtrain.nn.task_head import TaskHead
 
@@ -84,7 +86,8 @@ class LSTMLanguageModel(TiedHeadModel):
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
         lengths_B: Tensor | None = None,
-    ) -> Tensor:
+        with_metrics: bool = False,
+    ) -> Any:
         """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32. With a task head,
         which needs lengths_B, the tokens of each row: its logits or, with labels of its task, its loss.
 
@@ -92,6 +95,7 @@ class LSTMLanguageModel(TiedHeadModel):
         boundaries, which the end-of-text token marks. Dropout applies between layers, never between tokens;
         masks are generated from dropout_keys_B; None: by torch's generator.
         last_only: return logits of the last token only, (B, 1, V).
+        with_metrics: with labels, return sums by name: "loss" and "correct" predictions.
         """
         before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
         after = []
@@ -107,7 +111,9 @@ class LSTMLanguageModel(TiedHeadModel):
             assert lengths_B is not None
             return self.head(x_BTD, lengths_B, labels_BT, dropout_keys_B)
         logits_or_loss: Tensor = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
-        return logits_or_loss
+        if labels_BT is None or not with_metrics:
+            return logits_or_loss
+        return {"loss": logits_or_loss, "correct": count_correct(self.head, x_BTD, labels_BT)}
 
     def levels(self) -> list[list[str]]:
         """Return the names of modules by depth: embedding, each layer, head; see HasLevels."""

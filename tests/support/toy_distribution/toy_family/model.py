@@ -5,11 +5,13 @@ Dim names: B batch, T sequence, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from llmtrain.nn.dropout import HIDDEN, Dropout
-from llmtrain.nn.head import LanguageModelHead, TiedHeadModel
+from llmtrain.nn.head import LanguageModelHead, TiedHeadModel, count_correct
 from llmtrain.nn.initialize import Initializer, Normal
 
 from .config import ToyConfig
@@ -53,8 +55,10 @@ class Toy(TiedHeadModel):
         cache: ToyCache | None = None,
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
-    ) -> Tensor:
-        """Logits (B, T, V); with labels the sum of cross-entropy in nats, 0-d fp32."""
+        with_metrics: bool = False,
+    ) -> Any:
+        """Logits (B, T, V); with labels the sum of cross-entropy in nats, 0-d fp32, and if with_metrics
+        sums by name: "loss" and "correct" predictions."""
         x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
         before = 0 if cache is None else cache.length
         sums_BTD = x_BTD.cumsum(1)
@@ -64,7 +68,10 @@ class Toy(TiedHeadModel):
             cache.sum_BD, cache.length = sums_BTD[:, -1], before + tokens_BT.shape[1]
         counts_T = torch.arange(before + 1, before + tokens_BT.shape[1] + 1, device=tokens_BT.device)
         x_BTD = x_BTD + self.mix(sums_BTD / counts_T[:, None])
-        return self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
+        logits_or_loss = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
+        if labels_BT is None or not with_metrics:
+            return logits_or_loss
+        return {"loss": logits_or_loss, "correct": count_correct(self.head, x_BTD, labels_BT)}
 
     def new_cache(self, max_length: int) -> ToyCache:
         return ToyCache()
