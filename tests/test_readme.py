@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 NEEDS: dict[str, tuple[str, ...]] = {
     "cluster/README.md": ("corpora/small",),
     "launch/bert.md": ("corpora/small",),
+    "launch/chat.md": ("corpora/small", "runs/first"),
     "launch/checkpoints.md": ("runs/first",),
     "launch/encoder_decoder.md": ("corpora/small",),
     "launch/evaluate.md": ("corpora/small", "runs/first", "exported/first"),

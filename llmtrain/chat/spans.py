@@ -27,6 +27,7 @@ SYSTEM = "system"
 ASSISTANT = "assistant"
 """The role whose messages are trained."""
 _RESERVED = re.compile(f"[{''.join(sorted(RESERVED))}]")
+_THOUGHT = re.compile("<think>(.*?)</think>", re.DOTALL)
 _MOST_SHAPES = 4096
 
 
@@ -166,8 +167,28 @@ class Spans:
             assert opening is not None
             return opening
         if content is None:
+            content = self._begin_of_thought(text, messages, number, asked)
+        if content is None:
             raise _unclear("an answer that changes the text before it")
         return content
+
+    def _begin_of_thought(self, text: str, messages: Messages, number: int, asked: str | None) -> int | None:
+        """Return where an answer begins whose thought stands elsewhere than in its content. asked: the text
+        with the prompt, which may have a part of it."""
+        content = messages[number]["content"]
+        thought = _THOUGHT.search(content) if isinstance(content, str) else None
+        if thought is None:
+            return None
+        sign = _sign(number)
+        other = f"{content[: thought.start(1)]}\n{sign}\n{content[thought.end(1) :]}"
+        probe = self._attempt([*messages[:number], _with(messages[number], other), *messages[number + 1 :]])
+        before = None if probe is None or probe.count(sign) != 1 else probe.partition(sign)[0]
+        if before is None or not text.startswith(before):
+            return None
+        same = 0
+        while asked is not None and same < min(len(before), len(asked)) and before[same] == asked[same]:
+            same += 1
+        return len(before) if asked is None else same
 
     def _end(self, text: str, messages: Messages, number: int, end: int) -> int:
         """Return the end of the turn of an answer, whose content ends at `end`."""
@@ -180,9 +201,7 @@ class Spans:
                 return end + tokens.end()
             if own.strip():  # a mark that the vocabulary lacks
                 return end + len(own.rstrip())
-            # Nothing of its own: then the token that begins the next turn ends this one.
-            token = self._token_at(text, end)
-            return end if token is None or token[1] == self._bos else token[0]
+            return self._end_by_next(text, end)
         # Within a conversation a turn ends in another way than at its end: by the token that follows whatever
         # comes next, another message or the prompt for an answer.
         asked = self._after(messages, number, prompt=True)
@@ -195,9 +214,16 @@ class Spans:
         if own_end is None:
             raise _unclear("an answer whose turn it ends in no clear way")
         mark = own_end.rstrip()
-        if mark and self._tokens.search(mark) is None and text.startswith(mark, end):
-            return end + len(mark)
-        return end
+        if not mark:
+            return self._end_by_next(text, end)
+        is_text = self._tokens.search(mark) is None
+        return end + len(mark) if is_text and text.startswith(mark, end) else end
+
+    def _end_by_next(self, text: str, end: int) -> int:
+        """Return the end of a turn that has nothing of its own to end it: the token that begins the next one
+        does."""
+        token = self._token_at(text, end)
+        return end if token is None or token[1] == self._bos else token[0]
 
     def _between(self, messages: Messages, number: int) -> str | None:
         """Return what stands between the content of a message and of the one before; None if that is not

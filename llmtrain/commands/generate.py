@@ -191,7 +191,11 @@ def _answers(
         raise ConfigError(Problem("prompt", fault.got, fault.allowed, "give chat=false")) from None
     encoder = Encoder(tokenizer)
     ids = [encoder.encode(text)[0].tolist() for text in texts]
-    return ids, tokenizer.eos_id, lambda number, found: tokenizer.decode_after(ids[number], found), ends
+
+    def answer(number: int, found: list[int]) -> str:
+        return tokenizer.decode_after(ids[number], found).strip()
+
+    return ids, tokenizer.eos_id, answer, ends
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -141,6 +141,7 @@ class ChatConfig(ObjectiveConfig):
         """Return the tokens of conversations. Raise UnreadableRowError."""
         from llmtrain.chat.encoder import Encoder
         from llmtrain.chat.error import ChatError
+        from llmtrain.chat.source import special_tokens
         from llmtrain.tables.build import UnreadableRowError
 
         encoder, found, left_out = Encoder(tokenizer), [], 0
@@ -152,6 +153,11 @@ class ChatConfig(ObjectiveConfig):
                     raise UnreadableRowError(row, fault.got, fault.allowed) from None
                 found.append(encoded)
                 left_out += is_short
+        pieces, matched = tokenizer.pieces(), {*tokenizer.added_tokens(), *special_tokens(tokenizer).values()}
+        open_ended = sum(pieces[each.ids[each.ends[-1] - 1]] not in matched for each in found)
+        if open_ended:
+            what = "no token of the chat template ends the last answer, which the model learns to stop by"
+            print_note(f"note: of {open_ended:,} rows {what}")
         if left_out:
             print_note(f"note: the chat template leaves out the system message of {left_out:,} rows")
         return found

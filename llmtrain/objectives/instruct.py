@@ -136,7 +136,7 @@ class Instruct(CausalLM):
         lines = []
         for number, part in enumerate(parts()):
             here = documents_W == number
-            lines.append(f"  row {part.document} of the table, {part.tokens} tokens")
+            lines.append(f"  conversation {part.document}, {part.tokens} tokens")
             lines += text.apart(tokens_W[here], ~contexts_W[here])
         padding = int((documents_W < 0).sum())
         if padding:

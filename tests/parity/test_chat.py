@@ -38,7 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(int(draw.integers(1, 4))):
                 said = [" ".join(draw.choice(words, draw.integers(2, 9))) for _ in range(2)]
                 messages += [message("user", said[0]), message("assistant", said[1])]
-            row = {"messages": messages, "prompt": "the film", "chosen": said[0], "rejected": said[1] + " no"}
+            row = {
+                "messages": messages,
+                "prompt": messages[0]["content"],
+                "chosen": said[0],
+                "rejected": said[1] + " no",
+            }
             file.write(json.dumps(row) + "\n")
     style = STYLES["chatml"]
     write_chat_tokenizer(folder / "chatml", "gpt2", style.tokens, style.plain)
@@ -89,6 +94,7 @@ def references() -> dict[str, Trace]:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turns(4)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("case", ["packed", "single", "dpo", "grown true", "grown false"])
 def test_equals_one_process(case: str, layout: str, folder: Path, references: dict[str, Trace]) -> None:
@@ -134,7 +140,10 @@ def test_the_loss_is_that_of_transformers_and_grown_exports_load(
     assert cli.run_verb("finetune", words) == 0
     assert cli.run_verb("export", [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]) == 0
     capsys.readouterr()
-    assert cli.run_verb("evaluate", [f"checkpoint={tmp_path / 'run'}", "format=json"]) == 0
+    assert (
+        cli.run_verb("evaluate", [f"checkpoint={tmp_path / 'run'}", "format=json", "sequence_length=256"])
+        == 0
+    )
     ours = json.loads(capsys.readouterr().out)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

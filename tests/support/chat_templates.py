@@ -105,6 +105,21 @@ STYLES = {
         (*IM, "<think>", "</think>"),
         thinks=True,
     ),
+    "qwen 3.5, not thinking": Style(
+        r"""{% set ns = namespace(last=0) %}{% for m in messages %}
+{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}
+{% set thought = '' %}{% set content = m.content %}
+{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}
+{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}
+{% if loop.index0 > ns.last %}{{ '<think>\n' }}{% if thought %}[[{{ thought + '\n</think>\n\n' }}]]{% else %}
+{{ '\n</think>\n\n' }}{% endif %}{% endif %}
+[[{{ content + '<|im_end|>' }}]]{% else %}{{ m.content + '<|im_end|>' }}{% endif %}
+{{ '\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}""",
+        (*IM, "<think>", "</think>"),
+        thinks=True,
+    ),
     "phi 3": Style(
         r"""{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}
 [[{{ m.content + '<|end|>' }}]]{% else %}{{ m.content + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}

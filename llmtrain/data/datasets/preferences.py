@@ -43,8 +43,8 @@ class Preferences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of the longer answer of each pair, with its prompt, int64."""
-        return np.minimum(self._ends.max(axis=1), self.sequence_length)
+        """Tokens of both answers of each pair, with their prompts, int64."""
+        return np.minimum(self._ends, self.sequence_length).sum(axis=1)
 
     @property
     def tar_sizes(self) -> np.ndarray:
@@ -54,7 +54,8 @@ class Preferences:
         return len(self.rows)
 
     def batch_tokens(self, rows: np.ndarray) -> int:
-        return 2 * len(rows) * padded_width(int(self.lengths[rows].max()))
+        longest = min(int(self._ends[rows].max()), self.sequence_length)
+        return 2 * len(rows) * padded_width(longest)
 
     def describe(self) -> str:
         said = f"{self.split.name}: {len(self.split):,} pairs, {self._ends.mean():.1f} tokens an answer"

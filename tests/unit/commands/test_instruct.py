@@ -99,7 +99,7 @@ def test_answers_are_learned_and_exported(
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
 
     asked = ["chat=true", "prompt=tell me about red", "generate.temperature=0", "generate.max_new_tokens=20"]
-    assert run(capsys, "generate", f"checkpoint={tmp_path / 'run'}", *asked).strip() == "It is warm."
+    assert run(capsys, "generate", f"checkpoint={tmp_path / 'run'}", *asked) == "It is warm.\n"
 
     run(capsys, "export", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}")
     import transformers
