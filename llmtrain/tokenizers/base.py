@@ -134,7 +134,7 @@ class Tokenizer(ABC):
     @abstractmethod
     def with_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """Return a tokenizer that also matches `tokens` whole; those that the vocabulary lacks have the ids
-        after its last, in this order."""
+        after its last, in this order. It is this one if it matches them already."""
 
     @abstractmethod
     def encode_specials_as_text(self) -> None:

@@ -168,6 +168,8 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import AddedToken as Added
         from tokenizers import Tokenizer as Library
 
+        if {*tokens} <= {*self.added_tokens()}:
+            return self
         library = Library.from_str(self.files[TOKENIZER])
         with self._errors():
             library.add_special_tokens([Added(token, normalized=False, special=True) for token in tokens])

@@ -84,6 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
         return [piece.piece for piece in spec.pieces if piece.type == spec.SentencePiece.USER_DEFINED]
 
     def with_tokens(self, tokens: Sequence[str]) -> SentencePieceTokenizer:
+        if {*tokens} <= {*self.added_tokens()}:
+            return self
         spec, known = _spec(self.content, "tokenizer"), {*self.pieces()}
         kind = spec.SentencePiece.USER_DEFINED
         for piece in spec.pieces:
