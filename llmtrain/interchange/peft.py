@@ -25,6 +25,7 @@ from llmtrain.interchange.forms import form_of
 from llmtrain.interchange.products import Product, is_by_inputs, products_in, theirs_of
 from llmtrain.interchange.trained import TrainedModel
 from llmtrain.models.skeleton import skeleton_of
+from llmtrain.nn.initialize import added_to
 from llmtrain.nn.linear import Linear
 from llmtrain.optim.groups import HEAD
 
@@ -40,6 +41,7 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
     another; CheckpointError for an output that holds something else or is not writable.
     """
     adaptation = getattr(trained.config, "adaptation", None)
+    _refuse_what_peft_lacks(trained)
     if isinstance(adaptation, PrefixConfig | PromptConfig) and trained.config.task is None:
         _export_virtual(trained, adaptation, output.absolute(), overwrite)
         return
@@ -77,6 +79,20 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = product.a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = product.b / scale[name]
     _write(output.absolute(), settings, tensors, overwrite)
+
+
+def _refuse_what_peft_lacks(trained: TrainedModel) -> None:
+    """Raise ConfigError where other weights than additions and the head of a task were trained."""
+    own = HEAD if trained.config.task is not None else None
+    added = added_to(skeleton_of(trained.config))
+    others = [
+        name
+        for name in trained.weights
+        if name not in added and name not in trained.left_out and name.partition(".")[0] != own
+    ]
+    if trained.base is not None and others:
+        got = f"peft, with {trained.source}, which trained {others[0]} too"
+        raise ConfigError(Problem("form", got, "merged"))
 
 
 def _export_virtual(

@@ -58,6 +58,8 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
             raise ConfigError(Problem("method", got, "lora"))
     if model.task is not None:
         trained |= {name for name in names if name.startswith(f"{HEAD}.")}
+    if getattr(config.objective, "new_tokens", ()):  # their vectors have to be learned
+        trained |= {name for name in names if name.startswith(("embedding.", f"{HEAD}."))}
     frozen = _patterns([name for name in names if name not in trained], trained)
     steps = replace(config.train, freeze=(*config.train.freeze, *frozen))
     return replace(config, model=model, train=steps)
@@ -71,6 +73,9 @@ def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
     if config.objective.data != "table":
         got = f"{config.objective.kind} with method={wanted.method}, whose rows hold several documents"
         yield Problem("objective", got, "a task over a table", "the virtual tokens belong to one text")
+    if getattr(config.objective, "packing", False):
+        got = f"true with method={wanted.method}, whose virtual tokens belong to one text"
+        yield Problem("objective.packing", got, "false")
     positions, longest = config.model.max_sequence_length, config.batch.sequence_length
     if positions is not None and longest + wanted.length > positions:
         got = f"{longest}, with {wanted.length} virtual tokens before them"

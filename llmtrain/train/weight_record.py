@@ -61,7 +61,12 @@ def _base(config: TrainConfig, starting: StartingWeights) -> tuple[Base | None, 
     """Return the folder of the weights that no step changes, and their names."""
     trained = starting.trained
     names = [name for name, _ in skeleton_of(config.model).named_parameters()]
-    frozen = frozen_names(names, config.train.freeze) - starting.new.keys() - starting.renamed.keys() - starting.grown.keys()
+    frozen = (
+        frozen_names(names, config.train.freeze)
+        - starting.new.keys()
+        - starting.renamed.keys()
+        - starting.grown.keys()
+    )
     if trained.base is not None:  # it left weights out itself
         return trained.base, frozen & trained.left_out
     root = config.run.dir / "checkpoints"
