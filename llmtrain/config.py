@@ -103,6 +103,12 @@ def leaves(hint: Any, key: str = "", markers: Mapping[str, Any] = NO_MARKERS) ->
 class Kinds:
     """Base of a class whose dataclasses below are the forms of a section, one for each kind of a thing."""
 
+    @classmethod
+    def form_of(cls, section: Mapping[str, Any]) -> type:
+        """Return the dataclass of a section. Raise ConfigError for a section of no kind, with a key that is
+        relative to it."""
+        raise NotImplementedError
+
 
 def kinds_of(hint: Any) -> list[type]:
     """Return the dataclasses below a class of Kinds that is none itself, in the order of their names."""
@@ -118,7 +124,7 @@ def kinds_of(hint: Any) -> list[type]:
 
 
 def _is_section(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) in _MAPPINGS
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) in _MAPPINGS or bool(kinds_of(hint))
 
 
 def encode(value: Any) -> Any:
@@ -228,6 +234,12 @@ def _decode_value(hint: Any, raw: Any, where: str, reading: _Reading) -> Any:
         return raw
     if origin in _UNIONS:
         return _decode_union(arguments, raw, where, reading)
+    if kinds_of(hint) and isinstance(raw, Mapping):
+        try:
+            hint = hint.form_of(raw)
+        except ConfigError as error:
+            problems.extend(problem.within(where) for problem in error.problems)
+            return _INVALID
     if dataclasses.is_dataclass(hint):
         return _decode_dataclass(typing.cast(type, hint), raw, where, reading)
     if origin is Literal:

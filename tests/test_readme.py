@@ -38,6 +38,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch/plan.md": (),
     "launch/prepare.md": ("corpora/small",),
     "launch/stream.md": ("corpora/small",),
+    "launch/transfer.md": ("corpora/small",),
     "launch/train.md": ("corpora/small", "runs/first"),
 }
 """Page with commands → what it uses of the tour's folder."""

@@ -84,8 +84,16 @@ def _text_kind(hint: Any) -> TextKey | None:
 
 
 def _find(keys: TextKeys, name: str) -> TextKey | None:
-    """Return the entry of a key, or that of the names below its section."""
-    return keys.get(name) or keys.get(f"{name.rpartition('.')[0]}.*")
+    """Return the entry of a key, or the one in which `*` stands for a name of it."""
+    if name in keys:
+        return keys[name]
+    parts = name.split(".")
+
+    def stands_for(key: str) -> bool:
+        own = key.split(".")
+        return len(own) == len(parts) and all(a in ("*", b) for a, b in zip(own, parts, strict=True))
+
+    return next((kind for key, kind in keys.items() if "*" in key and stands_for(key)), None)
 
 
 def refuse_unusable(flags: list[str], overrides: list[str], keys: TextKeys) -> None:

@@ -23,7 +23,7 @@ from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import check_written, written_figures
-from llmtrain.objectives.base import HasReference, Scores
+from llmtrain.objectives.base import HasReference, ObjectiveConfig, Scores
 from llmtrain.objectives.reading import (
     corpora_problems,
     data_problems,
@@ -59,6 +59,8 @@ class EvaluateConfig:
     checkpoint: Path
     """A run folder, a checkpoint folder or an exported folder."""
     data: DataConfig
+    objective: ObjectiveConfig | None = None
+    """What is evaluated; null: what the model learned by. prompted: labels by a prompt, without training."""
     parallel: SharingConfig = field(default_factory=SharingConfig)
     split: str = "validation"
     """train, validation or test."""
@@ -140,7 +142,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     described = describe(Path(mapping["checkpoint"]))
     mapping = {**mapping, "data": data_section(mapping["data"], described.objective, described.data)}
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
-    corpora = open_data(described.objective, config.data, described.tokenizer)
+    corpora = open_data(config.objective or described.objective, config.data, described.tokenizer)
 
     from llmtrain.data.loader import evaluation_batches
     from llmtrain.distributed import processes
@@ -148,7 +150,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.interchange.trained import load_trained
     from llmtrain.train.reference import reference_of
 
-    trained = load_trained(config.checkpoint)
+    trained = load_trained(config.checkpoint).learned_by(config.objective)
     _check(config, trained, corpora)
     writes = config.writes and (config.bleu or trained.objective.paired == "needed")
     of_table = config.data.is_table

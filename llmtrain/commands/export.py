@@ -19,6 +19,8 @@ class ExportConfig:
     """A run folder or a checkpoint folder."""
     output: Path
     """A folder that does not exist yet or is empty."""
+    task: str | None = None
+    """Task of which the head is written, of a model that learned several."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the weights; null: that of the source for an untrained import, else fp32."""
     form: Literal["plain", "merged", "peft"] | None = None
@@ -40,9 +42,10 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     from llmtrain.interchange import huggingface
     from llmtrain.interchange.merged import merged
+    from llmtrain.interchange.one_task import model_of
     from llmtrain.interchange.trained import load_trained
 
-    trained = load_trained(config.checkpoint)
+    trained = model_of(load_trained(config.checkpoint), config.task)
     output = expand_home(config.output)
     is_adapted = getattr(trained.config, "adaptation", None) is not None
     if config.form == "peft":

@@ -16,7 +16,7 @@ def run(mapping: Mapping[str, Any]) -> int:
     Raise UserError for whatever a user can fix.
     """
     section = mapping.get("objective") or {}
-    tasks = [name for name, config in OBJECTIVES.items() if config.reads("table")]
+    tasks = [name for name, config in OBJECTIVES.items() if config.reads("table") or config.has_task_head]
     if section.get("kind") not in tasks:
         got = str(section.get("kind", "nothing"))
         raise ConfigError(Problem("objective", got, ", ".join(tasks), "give objective=classification"))

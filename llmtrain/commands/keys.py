@@ -296,7 +296,8 @@ def _plain(value: Any) -> str:
         return "[" + ",".join(map(_plain, value)) + "]"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value).replace(str(Path.home()), "~")
+    text = f"{value:g}" if isinstance(value, float) else str(value).replace(str(Path.home()), "~")
+    return text.replace("\n", r"\n")
 
 
 def type_words(hint: Any) -> str:
@@ -310,7 +311,7 @@ def type_words(hint: Any) -> str:
         return f"{words}, or null" if type(None) in arguments else words
     if origin is Literal:
         return ", ".join(f"`{each}`" for each in arguments)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or kinds_of(hint):
         return "section"
     if origin in (tuple, list):
         if dataclasses.is_dataclass(arguments[0]):

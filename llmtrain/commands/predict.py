@@ -25,6 +25,7 @@ from llmtrain.files import disk_problem, expand_home
 from llmtrain.generation.answer import refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import Writer
+from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.output import check_output
 from llmtrain.standard_streams import print_note
 from llmtrain.tables.build import files_fingerprint, find_table_files, phrases
@@ -54,6 +55,10 @@ class PredictConfig:
     """A file, a folder, a glob pattern or `package:NAME/path`."""
     output: Path
     """A .jsonl, .csv, .tsv or .parquet file."""
+    task: str | None = None
+    """Task to predict, of a model that learned several."""
+    objective: ObjectiveConfig | None = None
+    """What is predicted; null: what the model learned by. prompted: labels by a prompt, without training."""
     parallel: SharingConfig = field(default_factory=SharingConfig)
     text_field: str | None = None
     """Field of the text; null: that of the training data."""
@@ -92,22 +97,24 @@ def run(mapping: Mapping[str, Any]) -> None:
     check_output(output)
 
     from llmtrain.distributed import processes
+    from llmtrain.interchange.one_task import described_of, model_of
     from llmtrain.interchange.trained import describe, load_trained
 
-    described = describe(config.checkpoint)
-    objective: Any = described.objective
+    described = described_of(describe(config.checkpoint), config.task)
+    objective: Any = config.objective or described.objective
     writes = objective.paired == "needed"
     if writes:
         refuse_pipeline_of_answers(config.parallel)
     elif config.generate != GenerateConfig():
         got = f"settings with a model of {objective.kind}, which writes no texts"
         raise ConfigError(Problem("generate", got, "none", "leave it out"))
-    if not writes and (objective.data != "table" or described.config.task is None):
+    lacks_head = objective.has_task_head and described.config.task is None
+    if not writes and (objective.data != "table" or lacks_head):
         got = f"a model that learned by {objective.kind}"
         raise ConfigError(Problem("checkpoint", got, "a fine-tuned model", "see llmtrain finetune --help"))
     data = _data(config, described.data)
     files = find_table_files(data)[""]
-    trained = load_trained(config.checkpoint)
+    trained = model_of(load_trained(config.checkpoint), config.task).learned_by(config.objective)
     length = config.sequence_length or trained.sequence_length or 512
     device = processes.pick_device(config.device)
     micro_size = config.micro_size or (32 if device.type == "cuda" else max(1, CPU_TOKENS // length))

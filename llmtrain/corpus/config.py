@@ -174,6 +174,10 @@ class TokenDataConfig:
         """Return the settings that determine the samples of a corpus and their order."""
         return {"sequence_length": sequence_length, **{key: getattr(self, key) for key in ORDER_KEYS}}
 
+    def shares_of(self, sizes: Mapping[str, int]) -> dict[str, float] | None:
+        """Return None: a corpus' share of the samples follows from `weights`."""
+        return None
+
     def weights(self, step: int) -> dict[str, float]:
         """Return the weight of each corpus, by tokens, at `step`."""
         if self.mixture is None:
@@ -204,6 +208,11 @@ class OneSource:
     on_bad_shard: ClassVar[Literal["error", "skip"]] = "error"
     overlap: ClassVar[int] = 0
     curriculum: ClassVar[tuple[Stage, ...]] = ()
+
+    def shares_of(self, sizes: Mapping[str, int]) -> dict[str, float] | None:
+        """Return each source's share of the samples where sizes decide it; None: `weights` does. sizes:
+        samples of each source."""
+        return None
 
     def weights(self, step: int) -> dict[str, float]:
         """Return the weight of the only source."""

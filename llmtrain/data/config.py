@@ -9,19 +9,20 @@ from llmtrain.config import show
 from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.tables.config import TableDataConfig
+from llmtrain.tables.several_config import TasksDataConfig
 
-DataConfig = TokenDataConfig | ImageDataConfig | TableDataConfig
+DataConfig = TokenDataConfig | ImageDataConfig | TableDataConfig | TasksDataConfig
+DataConfigType = type[TokenDataConfig] | type[ImageDataConfig] | type[TableDataConfig] | type[TasksDataConfig]
 
-DATA_CONFIGS: dict[str, type[TokenDataConfig] | type[ImageDataConfig] | type[TableDataConfig]] = {
+DATA_CONFIGS: dict[str, DataConfigType] = {
     "tokens": TokenDataConfig,
     "images": ImageDataConfig,
     "table": TableDataConfig,
+    "tasks": TasksDataConfig,
 }
 
 
-def data_config_type(
-    section: Mapping[str, Any],
-) -> type[TokenDataConfig] | type[ImageDataConfig] | type[TableDataConfig]:
+def data_config_type(section: Mapping[str, Any]) -> DataConfigType:
     """Return the dataclass of a `data` section, by its `kind`. Raise ConfigError for an unknown kind."""
     kind = section.get("kind", "tokens")
     if not isinstance(kind, str) or kind not in DATA_CONFIGS:

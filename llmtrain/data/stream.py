@@ -165,12 +165,12 @@ class Stream:
 
     def describe(self, micro_size: int | None = None) -> str:
         """Return a description in one line. micro_size: rows of a batch that is as wide as its longest; its
-        padding is described too."""
+        padding is described too, of a single source."""
         many = len(self.names) > 1
         described = []
         for source, (name, dataset) in enumerate(zip(self.names, self._datasets, strict=True)):
             text = f"{name}: {dataset.describe()}" if many else dataset.describe()
-            if micro_size is not None and isinstance(dataset, OrdersByLength):
+            if micro_size is not None and isinstance(dataset, OrdersByLength) and not many:
                 text += f", {self._padding(source, micro_size, dataset):.1%} of a batch is padding"
             described.append(text)
         return "; ".join(described)

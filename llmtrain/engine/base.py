@@ -12,14 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
-from llmtrain.data.stream import combine_digests
 from llmtrain.distributed import processes
-from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches
+from llmtrain.engine.counting import count, weighed
+from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches, with_terms
 from llmtrain.engine.modules import to_device
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
@@ -179,14 +178,9 @@ class Engine(ABC):
         assert len(micro_batches) == self.layout.accumulation
         batches = [self._prepared(micro) for micro in micro_batches]
         counted = self.mesh.contributes_loss
-        counts = np.zeros(3, dtype=np.int64)
-        if counted:
-            counts[0] = sum(self.objective.target_count(batch) for batch in batches)
-        if counted and self.mesh.coordinates.sequence == 0:
-            counts[1] = sum(micro.digest for micro in micro_batches)
-            counts[2] = sum(micro.num_skipped for micro in micro_batches)
-        summed = processes.all_sum(torch.from_numpy(counts).to(self.device)).tolist()
-        num_targets, data_digest, num_skipped = summed[0], combine_digests(summed[1]), summed[2]
+        counts = count(self.objective, micro_batches, batches, self.mesh, self.device)
+        batches = weighed(self.objective, batches, counts)
+        num_targets, data_digest, num_skipped, _ = counts
         if num_targets == 0:
             # Skip a step without targets: weight decay and momentum would change the weights.
             asked = torch.tensor(int(stop_requested()), device=self.device)
@@ -241,7 +235,7 @@ class Engine(ABC):
         totals = sum_over_batches(lambda batch: Terms(*module(batch)), batches, self.mesh.contributes_loss)
         for part in (module, self.model):
             part.train()
-        return totals
+        return with_terms(totals, self.objective)
 
     def _prepared(self, micro: MicroBatch) -> Batch:
         """Return this rank's part of a micro-batch, on the device and with dropout keys."""

@@ -14,7 +14,7 @@ from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.freezing import freeze
-from llmtrain.optim.groups import Group, make_groups, rates
+from llmtrain.optim.groups import Group, Penalty, make_groups, rates
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
 
@@ -79,13 +79,18 @@ def build_engine(
     objective: Any,
     checkpoint: Restorable | None,
     weights: Source | None = None,
+    penalties: Mapping[str, Penalty] | None = None,
 ) -> Engine:
     """Return the engine that `config` names, in the checkpoint's state, or at the start of training with
-    `weights` or values from the seed. Called by all ranks together."""
+    `weights` or values from the seed. Called by all ranks together.
+
+    penalties: by the names of the parameters that have one.
+    """
     import torch
 
     from llmtrain.engine.base import Setup, fill_fragments
     from llmtrain.engine.modules import weight_dtype
+    from llmtrain.optim.penalties import apply_penalties
     from llmtrain.parallel.materialize import materialize
     from llmtrain.parallel.mesh import Mesh
     from llmtrain.parallel.recompute import apply_recompute
@@ -93,7 +98,8 @@ def build_engine(
     mesh = Mesh(layout)
     model = skeleton_of(config.model)
     freeze(model, config.train.freeze)
-    groups = _groups(model, config.optimizer, {} if checkpoint is None else checkpoint.updates)
+    updates = {} if checkpoint is None else checkpoint.updates
+    groups = _groups(model, config.optimizer, updates, penalties or {})
     source = weights or seed_source(model, config.seed)
     if checkpoint is not None:
         source = checkpoint.weights().read_into
@@ -163,6 +169,8 @@ def build_engine(
         # Below ZeRO 3, DeepSpeed makes its fp32 masters from weights that are already rounded.
         fill_fragments(engine, source)
         engine.refresh_weights()
+    if penalties:
+        apply_penalties(engine.optimizer)
     return engine
 
 
@@ -197,13 +205,18 @@ def seed_source(model: nn.Module, seed: int) -> Source:
     return source
 
 
-def _groups(model: nn.Module, optimizer: OptimizerConfig, updates: Mapping[str, float]) -> dict[str, Group]:
+def _groups(
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    updates: Mapping[str, float],
+    penalties: Mapping[str, Penalty],
+) -> dict[str, Group]:
     """Return the optimizer group of each parameter of the whole model that trains."""
     from llmtrain.nn.stages import HasLevels
 
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     levels = model.levels() if isinstance(model, HasLevels) else []
-    return make_groups(shapes, rates(shapes, levels, optimizer), updates)
+    return make_groups(shapes, rates(shapes, levels, optimizer), updates, penalties)
 
 
 def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shard]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from llmtrain.data.datasets.base import EMPTY
 from llmtrain.data.loader import MicroBatch
 from llmtrain.distributed import processes
 from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
-from llmtrain.objectives.base import Batch, Objective, Terms
+from llmtrain.objectives.base import Batch, Objective, Terms, WeighsTerms
 from llmtrain.parallel.config import Precision
 from llmtrain.scoring.direction import LOSS_OF
 
@@ -128,6 +128,13 @@ def sum_over_batches(
     return Totals(loss_sum, int(num_targets), reduced, sources, dict(sorted(found.items())))
 
 
+def with_terms(totals: Totals, objective: Objective) -> Totals:
+    """Return the sums with the loss of an objective of several terms, whose targets are counted apart."""
+    if not isinstance(objective, WeighsTerms):
+        return totals
+    return replace(totals, loss_sum=objective.loss_of(totals.metrics) * totals.num_targets)
+
+
 def evaluate_batches(
     model: nn.Module,
     objective: Objective,
@@ -139,4 +146,5 @@ def evaluate_batches(
     """Return the same sums for a model that is not wrapped; sets it to evaluation mode."""
     module = ObjectiveModule(model, objective, autocast(precision, device)).eval()
     batches = ((to_device(micro.batch, device), micro) for micro in micro_batches)
-    return sum_over_batches(lambda batch: Terms(*module(batch)), batches, counted)
+    totals = sum_over_batches(lambda batch: Terms(*module(batch)), batches, counted)
+    return with_terms(totals, objective)

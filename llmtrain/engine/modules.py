@@ -12,6 +12,8 @@ from torch import nn
 from llmtrain.objectives.base import Batch, Objective
 from llmtrain.parallel.config import Precision
 
+EXACT = ("labels", "factors")
+"""Floating-point parts of a batch that keep their dtype, by what precedes a slash in their names."""
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,7 +38,7 @@ class ObjectiveModule(nn.Module):
         # too.
         dtype = next(self.model.parameters()).dtype
         batch = {
-            name: x.to(dtype) if x.is_floating_point() and name != "labels" else x
+            name: x.to(dtype) if x.is_floating_point() and name.split("/")[0] not in EXACT else x
             for name, x in batch.items()
         }
         with self._autocast:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,6 +69,22 @@ class TrainedModel:
     """The folder of the weights that its checkpoint leaves out."""
     left_out: frozenset[str] = frozenset()
     """Their names."""
+
+    def learned_by(self, objective: ObjectiveConfig | None) -> TrainedModel:
+        """Return the model as if it had learned by this objective; None: by its own. Raise ConfigError for
+        one that needs another model."""
+        if objective is None:
+            return self
+        kind, head = family_of(self.config).kind, "the head of a task" if self.config.task else "no such head"
+        if kind not in objective.teaches:
+            got = f"{objective.kind} with a model of kind {kind}"
+            raise ConfigError(Problem("objective", got, f"a model of kind {' or '.join(objective.teaches)}"))
+        if objective.has_task_head != (self.config.task is not None):
+            got = f"{objective.kind} with a model that has {head}"
+            raise ConfigError(Problem("objective", got, "null: what the model learned by", "leave it out"))
+        if problems := list(objective.length_problems(self.sequence_length or 1, self.config)):
+            raise ConfigError(problems)
+        return replace(self, objective=objective)
 
     def build(self, device: torch.device) -> nn.Module:
         """The module on `device`, fp32, in evaluation mode. Raises CheckpointError for weights that are not

@@ -62,7 +62,8 @@ class LanguageModelHead(nn.Module):
 
 class TiedHeadModel(nn.Module):
     """A language model whose head shares the embedding's weight if `config.tie_embeddings`. A model for a
-    fine-tuning task, `config.task`, has a TaskHead instead.
+    fine-tuning task, `config.task`, has a TaskHead instead, or besides, with the language model's as
+    `token_head`.
 
     A subclass creates `config`, `embedding` and `head`, and then calls `_tie`.
     """
@@ -70,10 +71,12 @@ class TiedHeadModel(nn.Module):
     config: Any
     embedding: nn.Embedding
     head: nn.Module
+    token_head: nn.Module
 
     def _tie(self) -> None:
-        if self.config.tie_embeddings and self.config.task is None:
-            self.head.weight = cast(nn.Parameter, self.embedding.weight)
+        if self.config.tie_embeddings and self.config.predicts_tokens:
+            head = self.head if self.config.task is None else self.token_head
+            head.weight = cast(nn.Parameter, self.embedding.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Leaving the meta device creates new Parameters, separate for each module.

@@ -126,7 +126,7 @@ class VocabularyMemory(ModelMemory[AnyVocabulary]):
         """Return an upper estimate of the peak bytes of head and loss: chunks of logits, the gradients of the
         hidden states and of the head's weight, and, in low precision, copies of both."""
         model, numbers, tensor = self.model, self.numbers, self.layout.tensor
-        if model.task is not None:
+        if not model.predicts_tokens:
             of_weight = model.head_matrix_count() * (4 + numbers.compute)
             return self.head_tokens * model.hidden_size * 4 + of_weight
         assert model.vocab_size is not None

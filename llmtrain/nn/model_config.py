@@ -108,6 +108,11 @@ class OfVocabulary(ModelConfig):
             raise ValueError("vocab_size is not resolved yet")
         return self.vocab_size
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Return whether the model has the head of a language model, alone or beside those of tasks."""
+        return self.task is None or self.task.has_tokens
+
     def vocabulary_problems(self) -> Iterator[Problem]:
         size = self.vocab_size
         yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
@@ -131,5 +136,5 @@ class OfVocabulary(ModelConfig):
     def repeated_count(self, steps: range, tensor: int = 1) -> int:
         """Return the tied head's weight if both the first and the last step are among `steps`."""
         last = len(self.step_parameter_counts()) - 1
-        is_shared = self.tie_embeddings and self.task is None and last > 0 and 0 in steps and last in steps
+        is_shared = self.tie_embeddings and self.predicts_tokens and last > 0 and 0 in steps and last in steps
         return self.embedding_count(tensor) if is_shared else 0

@@ -25,4 +25,6 @@ LAYERS: dict[str, Role] = {
 def vocabulary(config: OfVocabulary) -> dict[str, Role]:
     """Return the roles of token embedding and head; the head of a fine-tuning task is whole on each rank."""
     roles: dict[str, Role] = {"embedding": "embedding"}
-    return roles if config.task is not None else {**roles, "head": "head"}
+    if not config.predicts_tokens:
+        return roles
+    return {**roles, "head" if config.task is None else "token_head": "head"}

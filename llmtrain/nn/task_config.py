@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmtrain.config import require
@@ -17,9 +17,10 @@ class TaskHeadConfig:
     """A head over the hidden states, in place of the language model's. The objective of a fine-tuning task
     sets these keys."""
 
-    kind: Literal["classes", "labels", "values", "tags", "span"]
+    kind: Literal["classes", "labels", "values", "tags", "span", "tokens", "several"]
     """What it predicts. classes: one class a text; labels: any number of labels a text; values: numbers for a
-    text; tags: one class a token; span: first and last token of an answer."""
+    text; tags: one class a token; span: first and last token of an answer; several: what each of several
+    heads predicts, of which one may be tokens, hidden ones, by the head of the language model."""
     outputs: int | None = None
     """Number of outputs; null until the labels of the data are known."""
     pooling: Pooling = "first"
@@ -38,6 +39,13 @@ class TaskHeadConfig:
     class_weights: tuple[float, ...] = ()
     """Weight of each class in the training loss; empty: 1."""
 
+    names: tuple[str, ...] = ()
+    """Of several: the names of the tasks."""
+    heads: tuple[TaskHeadConfig, ...] = ()
+    """Of several: the head of each task."""
+    uncertain: bool = False
+    """Of several: a learned variance weighs each task's loss."""
+
     def problems(self) -> Iterator[Problem]:
         yield from require(self.outputs is None or self.outputs >= 1, "outputs", self.outputs, "1 or more")
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
@@ -49,11 +57,43 @@ class TaskHeadConfig:
             raise ValueError("the number of outputs is not resolved yet")
         return self.outputs
 
+    @property
+    def has_tokens(self) -> bool:
+        """Return whether the model has the head of the language model besides."""
+        return any(head.kind == "tokens" for head in self.heads)
+
+    @property
+    def by_name(self) -> dict[str, TaskHeadConfig]:
+        """Return the head of each of several tasks."""
+        return dict(zip(self.names, self.heads, strict=True))
+
+    def assuming(self, outputs: int) -> TaskHeadConfig:
+        """Return the head with a number of outputs where it is not known yet."""
+        if self.heads:
+            return replace(self, heads=tuple(head.assuming(outputs) for head in self.heads))
+        is_known = self.outputs is not None or self.kind == "tokens"
+        return self if is_known else replace(self, outputs=outputs)
+
     def matrix_count(self, hidden_size: int) -> int:
-        """Return the weights of the head's matrices."""
+        """Return the weights of the head's matrices, without those of the language model."""
+        if self.heads:
+            return sum(head.matrix_count(hidden_size) for head in self.heads)
+        if self.kind == "tokens":
+            return 0
         return hidden_size * (self.num_outputs + (hidden_size if self.dense else 0))
 
     def parameter_count(self, hidden_size: int) -> int:
-        """Return the parameters of the head."""
+        """Return the parameters of the head, without those of the language model."""
+        if self.heads:
+            variances = len(self.heads) if self.uncertain else 0
+            return sum(head.parameter_count(hidden_size) for head in self.heads) + variances
+        if self.kind == "tokens":
+            return 0
         biases = (self.num_outputs if self.bias else 0) + (hidden_size if self.dense else 0)
         return self.matrix_count(hidden_size) + biases
+
+
+def variance_share(kind: str) -> float:
+    """Return the factor of a loss over its variance: 1/2 of squared errors (Kendall et al., arXiv:1705.07115,
+    equations 7 and 10)."""
+    return 0.5 if kind == "values" else 1.0

@@ -100,11 +100,20 @@ class Context:
     """Tokens of each row, (B,), which a task head needs."""
     with_metrics: bool = False
     """Whether to return sums by name in place of the loss."""
+    asked: Tensor | None = None
+    """Positions of each row whose logits are returned, (B, M); None: all."""
 
     @property
     def num_states(self) -> int:
         """Return the number of hidden states of a row between layers."""
         return self.positions.shape[1]
+
+
+def asked_states(x_BTD: Tensor, asked_BM: Tensor | None) -> Tensor:
+    """Return the hidden states of the asked positions, (B, M, D); all if none are given."""
+    if asked_BM is None:
+        return x_BTD
+    return x_BTD.gather(1, asked_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
 class PerHead(nn.Module):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import numpy as np
 
-from llmtrain.config import Kinds
+from llmtrain.config import Kinds, show
 from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.corpus.corpora import Corpora
-from llmtrain.errors import Problem
+from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.files import expand_home
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
@@ -76,9 +76,11 @@ class ObjectiveConfig(Kinds):
     kind: str
     teaches: ClassVar[tuple[str, ...]]
     """Kinds of model that this objective can train (see models/family.py)."""
-    data: ClassVar[Literal["tokens", "images", "table"]] = "tokens"
+    data: ClassVar[Literal["tokens", "images", "table", "tasks"]] = "tokens"
     also_reads: ClassVar[tuple[str, ...]] = ()
     """Other kinds of data than `data` that it can read."""
+    has_task_head: ClassVar[bool] = False
+    """Whether the model has the head of a task in place of the language model's."""
     paired: ClassVar[Literal["needed", "refused", "taken"]] = "refused"
     """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
     as two consecutive documents."""
@@ -91,6 +93,17 @@ class ObjectiveConfig(Kinds):
     """Whether pipelines can run it: its loss is the output of the model's forward."""
     fills_gaps: ClassVar[bool] = False
     """Whether the model learns to write the contents of masked spans, each after its own sentinel."""
+
+    @classmethod
+    def form_of(cls, section: Mapping[str, Any]) -> type:
+        """Return the config class of a section by its `kind`. Raise ConfigError if it is none below this."""
+        from llmtrain.objectives.registry import OBJECTIVES
+
+        kinds = {name: config for name, config in OBJECTIVES.items() if issubclass(config, cls)}
+        kind = section.get("kind")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ConfigError(Problem("kind", show(kind), nearest(str(kind), list(kinds))))
+        return kinds[kind]
 
     @classmethod
     def reads(cls, data: str) -> bool:
@@ -117,6 +130,10 @@ class ObjectiveConfig(Kinds):
     def with_labels(self, texts: Any) -> ObjectiveConfig:
         """Return the config with the labels of the texts, as checkpoints store it."""
         return self
+
+    def of_task(self, name: str) -> ObjectiveConfig:
+        """Return the objective of one of several tasks."""
+        raise KeyError(name)
 
     def fitted(self, model: Any) -> Any:
         """Return the model's config with the heads that this objective needs."""
@@ -172,6 +189,10 @@ class ObjectiveConfig(Kinds):
     def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Objective:
         """Return the objective. The special ids of `model` must be resolved."""
         raise NotImplementedError
+
+
+class SharesTrunk(ObjectiveConfig):
+    """Base of the configs of objectives that can be one of several tasks over one trunk."""
 
 
 class Objective(Protocol):
@@ -243,6 +264,24 @@ class HasReference(Protocol):
 
 
 @runtime_checkable
+class WeighsTerms(Protocol):
+    """An objective whose loss is a weighted sum of terms, each the mean over its own targets.
+
+    The engine divides by the number N of all targets of the global batch, so a term of n targets is
+    multiplied by N / n first.
+    """
+
+    def term_counts(self, batch: Batch) -> np.ndarray:
+        """Return the number of targets of each term, int64 (K,); their sum is `target_count`."""
+
+    def weighed(self, batch: Batch, counts: np.ndarray) -> Batch:
+        """Return the batch with the factor of each term. counts: targets of each in the global batch."""
+
+    def loss_of(self, metrics: Mapping[str, float]) -> float:
+        """Return the loss that the metrics of a whole split come to."""
+
+
+@runtime_checkable
 class Scores(Protocol):
     """An objective with figures that take the predictions of all rows together."""
 
@@ -266,7 +305,11 @@ class LossOfModel:
     """Metric, in nats per token, whose exponential is the perplexity; None: the loss."""
 
     def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"]))
+        return int(self.count(batch["labels"]))
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Return the number of targets among the labels of a batch, 0-d int64."""
+        return count_targets(labels)
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
         """Return the arguments of the model's forward, or of its `context` and stages, by name."""

@@ -144,9 +144,9 @@ class Classification(Task):
     def labels_of(self, raw: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         return raw["label"]
 
-    def _count(self, labels: Tensor) -> Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         if self.head.kind == "classes":
-            return super()._count(labels)
+            return super().count(labels)
         return (~labels[:, 0].isnan()).sum()
 
     def scores(

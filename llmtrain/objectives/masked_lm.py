@@ -22,7 +22,7 @@ from llmtrain.objectives.base import (
     DROPOUT_KEYS,
     Batch,
     LossOfModel,
-    ObjectiveConfig,
+    SharesTrunk,
     Shown,
     SpecialIds,
     Terms,
@@ -34,7 +34,7 @@ from llmtrain.objectives.base import (
 from llmtrain.objectives.draws import uniform, uniform_of_rows
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
@@ -49,7 +49,7 @@ _CHOSEN, _REPLACED, _DRAWN, _IS_PAIR, _CUT = range(5)
 
 
 @dataclass(frozen=True)
-class MaskedLMConfig(ObjectiveConfig):
+class MaskedLMConfig(SharesTrunk):
     """Predict masked tokens, and optionally a relation of two texts (arXiv:1810.04805, section 3.1)."""
 
     teaches: ClassVar = ("encoder",)
@@ -67,11 +67,15 @@ class MaskedLMConfig(ObjectiveConfig):
     """Share of the predicted tokens that are replaced by a random token; the others stay unchanged."""
     whole_words: bool = False
     """Whether all tokens of a word are masked together."""
+    pair_weight: float = 1.0
+    """Factor of the loss of the relation of texts beside that of masked tokens."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 < self.share < 1, "share", self.share, "more than 0, less than 1")
         for name in ("masked", "random"):
             yield from require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        weight = self.pair_weight
+        yield from require(0 < weight < float("inf"), "pair_weight", weight, "a positive number")
         both = self.masked + self.random
         yield from require(both <= 1 + 1e-9, "masked", f"{both:g} with random", "1 or less together")
 
@@ -199,11 +203,18 @@ class MaskedLM(LossOfModel):
         arrays["tokens"], arrays["labels"] = self._hide(arrays["tokens"], may_hide_BT, keys_B)
         return tensors(arrays)
 
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        weight = {} if self._config.pair_weight == 1.0 else {"pair_weight": self._config.pair_weight}
+        return {**super().arguments(batch), **weight}
+
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Add "masked_accuracy"; with pairs also "masked_loss" of the tokens alone, "pair_accuracy" and
         "pair_loss"."""
-        num_targets = count_targets(batch["labels"])
         sums = model(**self.arguments(batch), with_metrics=True)
+        return self.terms_of(sums, count_targets(batch["labels"]))
+
+    def terms_of(self, sums: Mapping[str, Tensor], num_targets: Tensor) -> Terms:
+        """Return loss and metrics from what the model sums up."""
         metrics = {"masked_accuracy": ratio(sums["correct"], num_targets)}
         if self._config.pairs != "none":
             metrics["masked_loss"] = ratio(sums["token_loss"], num_targets)

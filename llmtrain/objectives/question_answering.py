@@ -200,8 +200,8 @@ class QuestionAnswering(Task):
     def labels_of(self, raw: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         return raw["span"]
 
-    def _count(self, labels: Tensor) -> Tensor:
-        return super()._count(labels[:, 0])
+    def count(self, labels: Tensor) -> Tensor:
+        return super().count(labels[:, 0])
 
     def predictions(self, logits: Tensor, batch: Batch) -> list[np.ndarray]:
         """Return the best spans of each window, fp32 (CANDIDATES + 1, 3): position in the context of the

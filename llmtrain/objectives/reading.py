@@ -15,15 +15,18 @@ from llmtrain.errors import Problem
 from llmtrain.files import expand_home
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.tables.config import SPLITS, TableDataConfig
+from llmtrain.tables.several_config import TasksDataConfig
 
 if TYPE_CHECKING:
     from llmtrain.data.datasets.base import Dataset
+    from llmtrain.objectives.multi_task import MultiTaskConfig
     from llmtrain.tables.build import TaskReader
 
 _REMEDIES = {
     "tokens": "add data=tokens data.path=…",
     "images": "add data=mnist",
     "table": "add data=table data.path=…",
+    "tasks": "add data=tasks data.tasks.NAME.path=…",
 }
 
 
@@ -56,7 +59,7 @@ def other_tokenizer(
     ours, theirs: sha256 of the data's and of the model's; where: what holds the model; path: its tokenizer.
     """
     got, allowed = f"another tokenizer ({ours[:12]}…)", f"the tokenizer of {where} ({theirs[:12]}…)"
-    if isinstance(data, TableDataConfig):
+    if data is not None and data.is_table:
         return Problem("data.tokenizer", got, allowed, "leave it out: the model brings its own")
     remedy = f"prepare it with tokenizer.model={path}"
     return Problem("data.path", f"data prepared with {got}", allowed, remedy)
@@ -74,7 +77,29 @@ def open_data(
         from llmtrain.tables.table import open_table
 
         return open_table(data, cast("TaskReader", objective), tokenizer)
+    if isinstance(data, TasksDataConfig):
+        from llmtrain.tables.several import open_tables
+
+        return open_tables(data, cast("MultiTaskConfig", objective).tasks, tokenizer)
     return open_corpora(data) if isinstance(data, TokenDataConfig) else None
+
+
+def data_of_plan(
+    section: Mapping[str, Any], objective: Mapping[str, Any] | None, path: str
+) -> tuple[Mapping[str, Any], bool]:
+    """Return the section `data` of a plan, with `path` in place of data that it does not name, and whether it
+    names none. objective: the section of the objective."""
+    is_of_tasks = section.get("kind") == "tasks"
+    if is_of_tasks:  # the plan's own default is a path
+        section = {key: value for key, value in section.items() if key != "path"}
+    if any(section.get(key) for key in ("path", "mixture", "tasks")):
+        return section, False
+    if not is_of_tasks:
+        return {**section, "path": path}, True
+    of_tasks: dict[str, dict[str, Any]] = {"tasks": {}, "corpora": {}}
+    for name, task in ((objective or {}).get("tasks") or {}).items():
+        of_tasks["corpora" if task.get("kind") == "mlm" else "tasks"][name] = {"path": path}
+    return {**section, **of_tasks}, True
 
 
 def data_section(
@@ -82,18 +107,39 @@ def data_section(
 ) -> Mapping[str, Any]:
     """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files and
     the keys of tables that are given in `section`, which has the defaults of token data."""
-    if section.get("kind") == "table" or recorded is None or recorded.get("kind") != "table":
+    kind = None if recorded is None else recorded.get("kind")
+    if recorded is None or kind not in ("table", "tasks") or section.get("kind") == kind:
         return section
+    cache = (section.get("cache") or {}).get("dir")
+    has_cache = cache is not None and expand_home(cache) != expand_home(CacheConfig().dir)
+    if kind == "tasks":
+        tables = {name: _with_files(table) for name, table in (section.get("tasks") or {}).items()}
+        return _over(recorded, {"tasks": tables, **({"cache": {"dir": cache}} if has_cache else {})})
     usual = {field.name for field in fields(TokenDataConfig)}
     given = {key: value for key, value in section.items() if key not in usual}
     if section.get("path") is not None:
         given["path"] = section["path"]
-    if any(given.get(key) is not None for key in ("path", *SPLITS)):
-        given = {**dict.fromkeys(("path", *SPLITS)), **given}
-    cache = (section.get("cache") or {}).get("dir")
-    if cache is not None and expand_home(cache) != expand_home(CacheConfig().dir):
+    given = _with_files(given)
+    if has_cache:
         given["cache"] = {"dir": cache}
     return {**recorded, **{key: _within(recorded.get(key), value) for key, value in given.items()}}
+
+
+def _with_files(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a table that are given; where files are, they are the only ones."""
+    if any(given.get(key) is not None for key in ("path", *SPLITS)):
+        return {**dict.fromkeys(("path", *SPLITS)), **given}
+    return given
+
+
+def _over(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections with the keys that are given over those before, at every depth."""
+    both = {
+        key: _over(before[key], value)
+        for key, value in given.items()
+        if isinstance(value, Mapping) and isinstance(before.get(key), Mapping)
+    }
+    return {**before, **given, **both}
 
 
 def _within(before: Any, given: Any) -> Any:

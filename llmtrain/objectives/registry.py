@@ -15,9 +15,11 @@ from llmtrain.objectives.denoising import DenoisingConfig
 from llmtrain.objectives.image_classification import ImageClassificationConfig
 from llmtrain.objectives.instruct import InstructConfig
 from llmtrain.objectives.masked_lm import MaskedLMConfig
+from llmtrain.objectives.multi_task import MultiTaskConfig
 from llmtrain.objectives.paired_text import PairedTextConfig
 from llmtrain.objectives.permuted_lm import PermutedLMConfig
 from llmtrain.objectives.preferences import PreferenceConfig
+from llmtrain.objectives.prompted import PromptedConfig
 from llmtrain.objectives.question_answering import QuestionAnsweringConfig
 from llmtrain.objectives.regression import RegressionConfig
 from llmtrain.objectives.span_corruption import SpanCorruptionConfig
@@ -37,6 +39,8 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "question_answering": QuestionAnsweringConfig,
     "instruct": InstructConfig,
     "dpo": PreferenceConfig,
+    "prompted": PromptedConfig,
+    "multi_task": MultiTaskConfig,
 }
 """`objective.kind` → config class."""
 

@@ -109,7 +109,7 @@ class Regression(Task):
     def labels_of(self, raw: Mapping[str, np.ndarray], width: int) -> np.ndarray:
         return raw["label"]
 
-    def _count(self, labels: Tensor) -> Tensor:
+    def count(self, labels: Tensor) -> Tensor:
         return (~labels[:, 0].isnan()).sum()
 
     def scores(

@@ -13,7 +13,6 @@ import numpy as np
 
 from llmtrain.config import require
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.labels import IGNORE_INDEX
 from llmtrain.models.registry import family_of
 from llmtrain.nn.model_config import Row
 from llmtrain.nn.task_config import Pooling, TaskHeadConfig
@@ -22,6 +21,7 @@ from llmtrain.objectives.base import (
     Batch,
     LossOfModel,
     ObjectiveConfig,
+    SharesTrunk,
     Shown,
     SpecialIds,
     Terms,
@@ -50,11 +50,12 @@ Trunk = Literal["encoder", "both"]
 same text."""
 
 
-class TaskConfig(ObjectiveConfig):
+class TaskConfig(SharesTrunk):
     """Base of the configs of fine-tuning tasks. A task also reads the rows of its table (TaskReader)."""
 
     teaches: ClassVar = ("decoder", "encoder", "permuted_encoder", "encoder_decoder")
     data: ClassVar = "table"
+    has_task_head: ClassVar = True
     head_kind: ClassVar[Literal["classes", "labels", "values", "tags", "span"]]
     divides_sequences: ClassVar = False
 
@@ -151,17 +152,11 @@ class TaskConfig(ObjectiveConfig):
 
     def special_ids(self, model: Any, corpora: Any) -> SpecialIds:
         """Resolve the outputs of the head, and the special tokens of the model."""
-        kind = family_of(model).kind
-        found = SpecialIds(model, corpora.vocab_size)
-        if kind == "encoder":
-            found = encoder_ids(model, corpora)
-        elif kind == "encoder_decoder":
-            found = start_and_end_ids(model, corpora)
+        found = trunk_ids(model, corpora)
         return found._replace(model=replace(found.model, task=self.head_of(found.model.task, corpora)))
 
     def special_names(self, model: Any, tokenizer: Tokenizer) -> dict[int, str]:
-        names = {i: f"[{role.upper()}]" for role, i in tokenizer.special_ids.items()}
-        return names | (encoder_names(model) if family_of(model).kind == "encoder" else {})
+        return trunk_names(model, tokenizer)
 
     def open(
         self, model: Any, data: Any, corpora: Any, split: str, sequence_length: int
@@ -218,7 +213,7 @@ class Task(LossOfModel):
     def __init__(self, model: Any) -> None:
         family = family_of(model)
         self.head: TaskHeadConfig = model.task
-        self._labels = "labels_BM" if family.kind == "permuted_encoder" else "labels_BT"
+        self.labels_argument = "labels_BM" if family.kind == "permuted_encoder" else "labels_BT"
         self._pads_fully = False
         # Later tokens see earlier ones alone in a decoder: padding at the end needs no mask.
         self._masks_padding = family.kind != "decoder"
@@ -256,16 +251,10 @@ class Task(LossOfModel):
         return super().arguments(batch)
 
     def arguments(self, batch: Batch) -> dict[str, Tensor]:
-        return {**self.inputs(batch), self._labels: batch["labels"]}
-
-    def target_count(self, batch: Batch) -> int:
-        return int(self._count(batch["labels"]))
-
-    def _count(self, labels: Tensor) -> Tensor:
-        return (labels != IGNORE_INDEX).sum()
+        return {**self.inputs(batch), self.labels_argument: batch["labels"]}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        return Terms(model(**self.arguments(batch)), self._count(batch["labels"]))
+        return Terms(model(**self.arguments(batch)), self.count(batch["labels"]))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
         """Add the predictions of each row, from which figures are computed."""
@@ -274,7 +263,7 @@ class Task(LossOfModel):
         labels = batch["labels"]
         logits = model(**self.inputs(batch)).float()
         loss = task_loss(logits, labels, replace(self.head, class_weights=()))
-        return Terms(loss, self._count(labels), rows=self.predictions(logits, batch))
+        return Terms(loss, self.count(labels), rows=self.predictions(logits, batch))
 
     def predictions(self, logits: Tensor, batch: Batch) -> list[np.ndarray]:
         """Return what the head says of each row: for a text its logits, fp32 (C)."""
@@ -321,6 +310,24 @@ class Task(LossOfModel):
     def label_text(self, row: Mapping[str, np.ndarray]) -> str:
         """Return the label of a row of a batch in words."""
         raise NotImplementedError
+
+
+def trunk_ids(model: Any, corpora: Any) -> SpecialIds:
+    """Resolve the special tokens of the model, whatever its head."""
+    kind = family_of(model).kind
+    if kind == "encoder":
+        return encoder_ids(model, corpora)
+    return (
+        start_and_end_ids(model, corpora)
+        if kind == "encoder_decoder"
+        else SpecialIds(model, corpora.vocab_size)
+    )
+
+
+def trunk_names(model: Any, tokenizer: Tokenizer) -> dict[int, str]:
+    """Return id → name of the special tokens, for showing samples."""
+    names = {i: f"[{role.upper()}]" for role, i in tokenizer.special_ids.items()}
+    return names | (encoder_names(model) if family_of(model).kind == "encoder" else {})
 
 
 def frame_of(model: Any, tokenizer: Tokenizer) -> Frame:

@@ -15,6 +15,14 @@ Levels = Sequence[Sequence[str]]
 """The modules of a model by depth: the embeddings, each layer from the bottom, and what follows the last."""
 
 
+class Penalty(NamedTuple):
+    """A term of the loss: `factor` times the squared Euclidean distance of the parameters from the values
+    that they started from, or from 0."""
+
+    factor: float = 0.0
+    to_start: bool = False
+
+
 class Group(NamedTuple):
     """What parameters of one optimizer group have in common."""
 
@@ -25,11 +33,12 @@ class Group(NamedTuple):
     updates: float = 0.0
     """Optimizer steps that they had when the engine was built. ZeRO holds a group as one tensor with one step
     counter, so parameters that began to train later need a group of their own."""
+    penalty: Penalty = Penalty()
 
     @property
-    def place(self) -> tuple[bool, float, float]:
+    def place(self) -> tuple[bool, float, float, Penalty]:
         """Return what groups are sorted by: those with weight decay first, then the fastest."""
-        return not self.decays, -self.rate, -self.updates
+        return not self.decays, -self.rate, -self.updates, self.penalty
 
 
 def level_of(name: str, levels: Levels) -> int | None:
@@ -73,11 +82,17 @@ def rate_problems(
 
 
 def make_groups(
-    shapes: Mapping[str, Sequence[int]], rates: Mapping[str, float], updates: Mapping[str, float]
+    shapes: Mapping[str, Sequence[int]],
+    rates: Mapping[str, float],
+    updates: Mapping[str, float],
+    penalties: Mapping[str, Penalty] | None = None,
 ) -> dict[str, Group]:
-    """Return the group of each parameter. shapes: of the whole parameters; rates, updates: 1 and 0 for those
-    that they lack."""
+    """Return the group of each parameter.
+
+    shapes: of the whole parameters; rates, updates, penalties: 1, 0 and none for those that they lack.
+    """
+    held = penalties or {}
     return {
-        name: Group(len(shape) >= 2, rates.get(name, 1.0), updates.get(name, 0.0))
+        name: Group(len(shape) >= 2, rates.get(name, 1.0), updates.get(name, 0.0), held.get(name, Penalty()))
         for name, shape in shapes.items()
     }

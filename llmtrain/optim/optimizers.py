@@ -22,7 +22,7 @@ def parameter_groups(
     groups: Mapping[str, Group] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters by group, in the order of Group.place. "rate" of a group is its
-    multiple of the step's learning rate.
+    multiple of the step's learning rate, "penalty" what optim/penalties.py adds to the loss.
 
     groups: that of each name; None: parameters of two or more dimensions decay, norms and biases do not. A
     shared parameter is included once, under its first name.
@@ -36,7 +36,12 @@ def parameter_groups(
         group = Group(parameter.ndim >= 2) if groups is None else groups[name]
         found.setdefault(group, []).append(parameter)
     return [
-        {"params": found[group], "weight_decay": weight_decay * group.decays, "rate": group.rate}
+        {
+            "params": found[group],
+            "weight_decay": weight_decay * group.decays,
+            "rate": group.rate,
+            "penalty": group.penalty,
+        }
         for group in sorted(found, key=lambda group: group.place)
     ]
 

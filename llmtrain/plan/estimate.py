@@ -42,6 +42,11 @@ class _Checkpoints(Protocol):
     def asynchronous(self) -> bool: ...
 
 
+class _Transfer(Protocol):
+    @property
+    def weight_copies(self) -> int: ...
+
+
 class Workload(Protocol):
     """The part of an objective's config that the estimate reads."""
 
@@ -73,6 +78,8 @@ class RunSettings(Protocol):
     def exact_dropout(self) -> bool: ...
     @property
     def checkpoint(self) -> _Checkpoints: ...
+    @property
+    def transfer(self) -> _Transfer: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Plan:
     """Memory of one process; None when it is unknown."""
     trainable: Trainable | None = None
     """None: all parameters train."""
+    weight_copies: int = 0
+    """Numbers for each weight in the optimizer's state besides those of its algorithm."""
 
     @cached_property
     def parameters(self) -> int:
@@ -172,6 +181,7 @@ class Plan:
             conditions=replace(self.conditions, recompute=recompute),
             asynchronous_checkpoints=self.asynchronous_checkpoints,
             trainable=self.trainable,
+            weight_copies=self.weight_copies,
         )
 
 
@@ -210,4 +220,5 @@ def estimate(
         steps=settings.train.steps,
         available_bytes=available,
         trainable=trainable,
+        weight_copies=settings.transfer.weight_copies,
     )

@@ -103,14 +103,17 @@ def memory_per_process(
     conditions: Conditions,
     asynchronous_checkpoints: bool = False,
     trainable: Trainable | None = None,
+    weight_copies: int = 0,
 ) -> Memory:
     """Return the memory of one process that trains `model`, in the pipeline stage that holds most.
 
     Without ZeRO, weights are fp32 and autocast gives the low precision. With ZeRO, weights and activations
     are in the low precision, with sharded fp32 master weights (arXiv:1910.02054). Gradients, master weights
-    and optimizer state exist for `trainable` parameters only; None: for all.
+    and optimizer state exist for `trainable` parameters only; None: for all. weight_copies: fp32 numbers for
+    each weight that are part of the optimizer's state besides those of its algorithm.
     """
-    shared = (precision, optimizer, conditions, asynchronous_checkpoints, trainable)
+    slots = optimizer_slots(optimizer) + weight_copies
+    shared = (precision, slots, conditions, asynchronous_checkpoints, trainable)
     stages = [
         _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
@@ -125,7 +128,7 @@ def _of_stage(
     stage: int,
     steps: range,
     precision: Precision,
-    optimizer: OptimizerConfig,
+    slots: int,
     conditions: Conditions,
     asynchronous_checkpoints: bool,
     trainable: Trainable | None,
@@ -137,7 +140,7 @@ def _of_stage(
     stored = weight_bytes(precision, layout)
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
     memory = model_memory(model, row, numbers, layout, conditions)
-    state = optimizer_slots(optimizer) * 4 * trained
+    state = slots * 4 * trained
     # bf16 gradients are accumulated in fp32; ZeRO 1 keeps both.
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
@@ -177,7 +180,7 @@ def _of_stage(
         activations=in_flight * (of_micro_batch.kept + handed_on) + of_micro_batch.working,
         logits=memory.head_bytes() if memory is not None and has_head else 0,
         buffers=buffers,
-        checkpoint_copy=4 * (1 + optimizer_slots(optimizer)) * owned if is_copied else 0,
+        checkpoint_copy=4 * (1 + slots) * owned if is_copied else 0,
         runtime=RUNTIME_BYTES[conditions.device],
     )
 

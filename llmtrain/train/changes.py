@@ -8,7 +8,13 @@ from typing import Any
 
 from llmtrain.sweeps import CHANGES_NO_TRAINING
 
-NAMED_BY_USERS = ("data.mixture", "data.sources")
+NAMED_BY_USERS = (
+    "data.mixture",
+    "data.sources",
+    "data.shares",
+    "objective.weights",
+    "objective.verbalizer",
+)
 """Sections whose keys the user chooses: an added or removed key is a change."""
 
 

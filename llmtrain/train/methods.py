@@ -34,6 +34,17 @@ def method_problems(config: TrainConfig, is_pretrained: bool) -> Iterator[Proble
     if config.method != "full" and not is_pretrained:
         got, allowed = f"{config.method} with a model that starts from the seed", "full"
         yield Problem("method", got, allowed, "give model.path=…, whose layers have learned")
+    if not is_pretrained or config.method == "features":
+        where = (
+            "method=features, which has no steps" if is_pretrained else "a model that starts from the seed"
+        )
+        for key in ("l2_sp", "l2_new"):
+            if factor := getattr(config.transfer, key):
+                yield Problem(f"transfer.{key}", f"{factor:g} with {where}", "0")
+    elif config.transfer.l2_sp and config.method == "gradual" and config.optimizer.name == "sgd":
+        # ZeRO would hold weights that begin to train with those that have moved already.
+        got = f"{config.transfer.l2_sp:g} with method=gradual and optimizer=sgd, which counts no steps"
+        yield Problem("transfer.l2_sp", got, "0", "give optimizer=adamw")
     if config.method != "features":
         return
     if not config.objective.pools:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -34,6 +35,8 @@ FAMILY = "pretrained"
 LEAST_MATCHED = 0.5
 """The smallest share of a model's numbers that a folder must hold, so that the model can start from it."""
 NAMES_SHOWN = 6
+_OF_SEVERAL = re.compile(r"^head\.tasks\.[^.]+\.")
+"""What the names of one of several heads begin with."""
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,9 @@ def _renamed(
     found = {}
     for module, known in family_of(model).aliases.items():
         for name, shape in ours.items():
-            other = f"{known}.{name.removeprefix(f'{module}.')}"
-            if name.startswith(f"{module}.") and name not in theirs and theirs.get(other) == shape:
+            of_one = _OF_SEVERAL.sub("head.", name)
+            other = f"{known}.{of_one.removeprefix(f'{module}.')}"
+            if of_one.startswith(f"{module}.") and name not in theirs and theirs.get(other) == shape:
                 found[name] = other
     return found
 

@@ -16,7 +16,7 @@ from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
-from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
+from llmtrain.objectives.reading import corpora_problems, data_of_plan, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
 from llmtrain.parallel.layout import Layout
@@ -64,10 +64,10 @@ def resolve(
 
     Raise UserError with all problems found.
     """
-    section = mapping.get("data", {})
-    without_data = data_optional and not section.get("path") and not section.get("mixture")
-    if without_data:
-        mapping = {**mapping, "data": {**section, "path": NO_PATH}}
+    without_data = False
+    if data_optional:
+        section, without_data = data_of_plan(mapping.get("data", {}), mapping.get("objective"), NO_PATH)
+        mapping = {**mapping, "data": section}
     mapping, pretrained = expand(mapping)
     mapping = {**mapping, "objective": objective_section(mapping)}
     config = decode(TrainConfig, mapping, VARIANTS)
@@ -76,7 +76,7 @@ def resolve(
     if pretrained is not None:
         grows = bool(getattr(objective, "new_tokens", ()))
         pretrained = replace(pretrained, keeps_head=objective.keeps_head(model), grows=grows)
-    if model.task is not None and objective.data != "table":
+    if model.task is not None and not objective.has_task_head:
         model = replace(model, task=None)  # type: ignore[type-var]
     config = replace(config, objective=objective, model=objective.fitted(model))
     world_size = launcher.world_size() if world_size is None else world_size
@@ -116,8 +116,8 @@ def resolve(
     if without_data:
         if model.lacks_vocab_size:
             model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
-        if model.task is not None and model.task.outputs is None:
-            model = replace(model, task=replace(model.task, outputs=ASSUMED_OUTPUTS))  # type: ignore[type-var]
+        if model.task is not None:
+            model = replace(model, task=model.task.assuming(ASSUMED_OUTPUTS))  # type: ignore[type-var]
     elif fits_data:
         try:
             tokenizer = None if pretrained is None else pretrained.tokenizer
@@ -151,11 +151,11 @@ def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: Text
     assert config.train.epochs is not None
     length = config.batch.sequence_length
     sources = config.objective.open(model, config.data, corpora, "train", length)
-    if len(sources) != 1:
+    if len(sources) != 1 and not config.data.is_table:
         got = f"{config.train.epochs:g} with {len(sources)} sources, whose epochs end at different steps"
         raise ConfigError(Problem("train.epochs", got, "null with a mixture", "give train.steps=…"))
-    [dataset] = sources.values()
-    steps = math.ceil(config.train.epochs * len(dataset) / config.batch.global_size)
+    samples = sum(map(len, sources.values()))
+    steps = math.ceil(config.train.epochs * samples / config.batch.global_size)
     return replace(config, train=replace(config.train, steps=max(1, steps)))
 
 

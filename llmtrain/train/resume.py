@@ -163,9 +163,18 @@ def _check_same_model(config: TrainConfig, checkpoint: Checkpoint, data: Mapping
                 "its state cannot be taken over; give another run.dir to start anew",
             )
         )
+    problems += _without_start(config, checkpoint)
     problems += _other_frozen(config.train.freeze, checkpoint, may_thaw=config.method == "gradual")
     if problems:
         raise processes.everywhere(CheckpointError(problems))
+
+
+def _without_start(config: TrainConfig, checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Yield a problem if the run holds weights near values that the checkpoint does not have."""
+    before = checkpoint.manifest["config"].get("transfer", {}).get("l2_sp", 0.0)
+    if config.transfer.l2_sp and not before:
+        got = f"{config.transfer.l2_sp:g} over a checkpoint without the values that its weights started from"
+        yield Problem("transfer.l2_sp", got, "0", "give another run.dir to start anew")
 
 
 def check_same_validation(config: TrainConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ def _fingerprint(resolved: Resolved) -> str | None:
     """Return the fingerprint of the data that this rank sees; None for an unreadable file."""
     if resolved.corpora is not None:
         return resolved.corpora.fingerprint
-    path = resolved.config.data.path
+    path = getattr(resolved.config.data, "path", None)
     assert path is not None, "data without corpora is one file"
     try:
         return xxhash.xxh3_128_hexdigest(resolve_package_path(path).read_bytes())

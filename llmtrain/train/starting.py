@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ from llmtrain.engine.base import Engine
 from llmtrain.engine.build import build_engine
 from llmtrain.interchange.base import with_base
 from llmtrain.interchange.trained import listed
+from llmtrain.models.registry import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import Objective
+from llmtrain.optim.groups import Penalty
 from llmtrain.standard_streams import Say
+from llmtrain.train.config import TrainConfig
 from llmtrain.train.pretrained import Pretrained, StartingWeights, open_weights
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume
@@ -60,13 +64,24 @@ def build_run_engine(
         before = None if checkpoint is None else checkpoint.frozen
         training = with_frozen(config, unfreezing, start.step, before)
         say(describe(training, unfreezing.next_change(start.step) or config.train.steps))
-    engine = build_engine(training, resolved.layout, device, objective, checkpoint, source)
     weights = record_weights(config, pretrained, checkpoint, starting)
+    new = () if weights.differences is None else weights.differences["new"]
+    penalties = penalties_of(config, new)
+    engine = build_engine(training, resolved.layout, device, objective, checkpoint, source, penalties)
     if weights.never_trained and checkpoint is None:
         say(f"warning: these frozen parameters were never trained: {listed(weights.never_trained)}")
     if pretrained is not None:
         refuse_infinite(check, pretrained)
     return engine, weights
+
+
+def penalties_of(config: TrainConfig, new: Collection[str]) -> dict[str, Penalty]:
+    """Return the penalties of the section `transfer` by the names of the parameters. new: those that
+    model.path lacks."""
+    if not config.transfer.l2_sp and not config.transfer.l2_new:
+        return {}
+    names = [name for name, _ in skeleton_of(config.model).named_parameters()]
+    return config.transfer.penalties(names, new)
 
 
 def refuse_infinite(check: FiniteCheck, pretrained: Pretrained) -> None:

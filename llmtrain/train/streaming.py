@@ -65,7 +65,7 @@ def plan_timeline(
         timeline = Timeline.decode(before)
         last = timeline.at(start_step)
         order = Order.of(last, "the checkpoint's timeline")
-        if config.data.kind == "table":
+        if config.data.is_table:
             _refuse_other_rows(config, last.settings, settings, start_step)
         for line in _changes(last, size, source_shares(config.data, sources, start_step), settings):
             say(f"note: {line}")
@@ -94,7 +94,7 @@ def _refuse_other_rows(
         return
     if any(were.get(key) != are[key] for key in are if key not in ("samples", "fingerprints")):
         return  # the fingerprints change with the sequence length
-    where = next(iter(config.data.paths.values()))
+    where = ", ".join(config.data.paths.values())
     got = f"{where}, whose rows to train on have changed since step {step:,} of {config.run.dir}"
     remedy = f"restore them, or begin another run.dir with model.path={config.run.dir}"
     raise processes.everywhere(
@@ -142,6 +142,9 @@ def _epoch_lengths(samples: Mapping[str, int], drop_last: bool, global_size: int
 
 def source_shares(data: DataConfig, sources: Mapping[str, Dataset], step: int) -> dict[str, float]:
     """Return source → its share of the samples from `step` on; the shares add up to 1."""
+    by_rows = data.shares_of({name: len(dataset) for name, dataset in sources.items()})
+    if by_rows is not None:
+        return by_rows
     tokens = {name: getattr(dataset, "tokens_per_sample", 1.0) for name, dataset in sources.items()}
     return sample_shares(data.weights(step), tokens)
 

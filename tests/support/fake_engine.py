@@ -102,6 +102,7 @@ class FakeRun:
             objective: Objective,
             checkpoint: Checkpoint | None,
             _source: Any,
+            _penalties: Any,
         ) -> FakeEngine:
             engine = FakeEngine(objective, self.calls, on_call)
             if checkpoint is not None:

@@ -144,6 +144,7 @@ def train_composed(
     from llmtrain.train.evaluation import evaluate_dataset
     from llmtrain.train.pretrained import open_weights
     from llmtrain.train.resolve import resolve
+    from llmtrain.train.starting import penalties_of
 
     resolved = resolve(mapping)
     config, layout = resolved.config, resolved.layout
@@ -153,13 +154,15 @@ def train_composed(
     checkpoint = Checkpoint.open(Path(resume_from)) if resume_from else None
     fresh = build_module(config.model, place)
     initialize(fresh, config.seed)
-    source = None
+    source, new = None, []
     if resolved.pretrained is not None:
-        source = open_weights(resolved.pretrained, config.model).source(config.seed)
+        starting = open_weights(resolved.pretrained, config.model)
+        source, new = starting.source(config.seed), list(starting.new)
         for name, parameter in fresh.named_parameters():
             source(parameter.detach().view(-1), name, Shard(tuple(parameter.shape)), 0)
     initial_weights = {name: p.detach().cpu().numpy() for name, p in fresh.named_parameters()}
-    engine = build_engine(config, layout, place, objective, checkpoint, source)
+    penalties = penalties_of(config, new)
+    engine = build_engine(config, layout, place, objective, checkpoint, source, penalties)
     length = config.batch.sequence_length
     validation = open_dataset(
         config.objective, config.model, config.data, resolved.corpora, "validation", length

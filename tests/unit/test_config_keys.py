@@ -49,12 +49,12 @@ def test_all_keys_are_looked_at():
     assert len(keys) > 50
 
 
-def sections(hint: Any) -> set[type]:
-    """The dataclasses that a config is made of."""
+def sections(hint: Any, around: frozenset[Any] = frozenset()) -> set[type]:
+    """The dataclasses that a config is made of. around: those that the hint is in, which may be its own."""
     if dataclasses.is_dataclass(hint):
-        below = typing.get_type_hints(hint).values()
-        return {typing.cast(type, hint)}.union(*map(sections, below))
-    return set().union(*map(sections, [*typing.get_args(hint), *kinds_of(hint)]))
+        below = typing.get_type_hints(hint).values() if hint not in around else ()
+        return {typing.cast(type, hint)}.union(*(sections(each, around | {hint}) for each in below))
+    return set().union(*(sections(each, around) for each in [*typing.get_args(hint), *kinds_of(hint)]))
 
 
 SECTIONS = sorted(set().union(*map(sections, CONFIGS)), key=str)

@@ -261,6 +261,10 @@ class Concatenation:
         self._firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(d) for d in datasets])])
         self.tar_sizes = np.concatenate([dataset.tar_sizes for dataset in datasets])
 
+    def parts(self) -> list[tuple[int, Dataset]]:
+        """Return the number of the first sample of each dataset, and the dataset."""
+        return list(zip(self._firsts.tolist(), self._datasets, strict=False))
+
     @property
     def fingerprint(self) -> str:
         together = "/".join(dataset.fingerprint for dataset in self._datasets)

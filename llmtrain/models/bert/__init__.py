@@ -65,6 +65,6 @@ FAMILIES = (
         filling=_filling,
         frame=_frame,
         pooled=PooledHead("first", dense=True),
-        aliases={"head.dense": "pooler"},
+        aliases={"head.dense": "pooler", "token_head": "head"},
     ),
 )

@@ -114,10 +114,11 @@ class BertConfig(OfLayers):
     def head_matrix_count(self, tensor: int = 1) -> int:
         """Return the weights of the heads' matrices on one of `tensor` ranks that divide the vocabulary."""
         D = self.hidden_size
-        if self.task is not None:
-            return self.task.matrix_count(D)
+        of_tasks = 0 if self.task is None else self.task.matrix_count(D)
+        if not self.predicts_tokens:
+            return of_tasks
         pairs = D * D + 2 * D if self.pair_head else 0
-        return -(-self._vocab() // tensor) * D + D * D + pairs
+        return of_tasks + -(-self._vocab() // tensor) * D + D * D + pairs
 
     def layer_parameter_count(self, tensor: int = 1) -> int:
         """Return the parameters of one layer on one of `tensor` ranks that divide its matrices."""
@@ -129,10 +130,10 @@ class BertConfig(OfLayers):
         and the last."""
         D, V = self.hidden_size, -(-self._vocab() // tensor)
         positions = self.max_sequence_length + self.position_offset
-        if self.task is not None:
-            heads = self.task.parameter_count(D)
-        else:  # biases and a norm besides matrices
-            heads = self.head_matrix_count(tensor) + V + 3 * D + (D + 2 if self.pair_head else 0)
+        heads = 0 if self.task is None else self.task.parameter_count(D) - self.task.matrix_count(D)
+        heads += self.head_matrix_count(tensor)
+        if self.predicts_tokens:  # biases and a norm besides matrices
+            heads += V + 3 * D + (D + 2 if self.pair_head else 0)
         return [
             (V + positions + self.num_segments + 2) * D,
             *[self.layer_parameter_count(tensor)] * self.num_layers,

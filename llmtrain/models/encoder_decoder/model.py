@@ -21,7 +21,7 @@ from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.stages import Stage, StagedModel
-from llmtrain.nn.task_head import TaskHead
+from llmtrain.nn.task_head import TaskHead, make_task_head
 from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions
 
 
@@ -56,7 +56,7 @@ class EncoderDecoder(StagedModel):
         self.decoder = nn.ModuleList(DecoderBlock(config, layer, relative) for layer in range(M))
         self.decoder_norm = make_norm(config.blocks) if config.norm_first and has_decoder else None
         if config.task is not None:
-            self.head: nn.Module = TaskHead(config.task, D)
+            self.head: nn.Module = make_task_head(config.task, D)
         else:
             self.head = LanguageModelHead(D, config.vocab_size, bias=config.head_bias)
         self._tie()

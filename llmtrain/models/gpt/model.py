@@ -20,11 +20,12 @@ from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.rotary import rotary_tables
 from llmtrain.nn.stages import Stage, StagedModel
-from llmtrain.nn.task_head import TaskHead
+from llmtrain.nn.task_head import TaskHead, make_task_head
 from llmtrain.nn.transformer import (
     Block,
     Context,
     KVCache,
+    asked_states,
 )
 
 
@@ -45,7 +46,7 @@ class GPT(StagedModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
         if config.task is not None:
-            self.head: nn.Module = TaskHead(config.task, D)
+            self.head: nn.Module = make_task_head(config.task, D)
         else:
             self.head = LanguageModelHead(D, config.vocab_size, softcap=config.logit_softcap)
         self._tie()
@@ -73,6 +74,7 @@ class GPT(StagedModel):
         last_only: bool = False,
         lengths_B: Tensor | None = None,
         with_metrics: bool = False,
+        asked_BM: Tensor | None = None,
     ) -> Context:
         """Return the arguments shared by all stages. Forward then returns logits (B, T, V); with labels, the
         SUM of cross-entropy in nats, 0-d fp32.
@@ -88,6 +90,7 @@ class GPT(StagedModel):
         last_only: return logits of the last token only, (B, 1, V).
         lengths_B: tokens of each row, which a task head needs; it returns its own logits or loss.
         with_metrics: with labels, return sums by name: "loss" and "correct" predictions.
+        asked_BM: positions whose logits are returned, (B, M, V); None: all.
 
         Raise ValueError if both documents and a cache are given.
         """
@@ -115,6 +118,7 @@ class GPT(StagedModel):
             local_rotary,
             lengths_B,
             with_metrics,
+            asked_BM,
         )
 
     def new_cache(self, max_length: int) -> KVCache:
@@ -167,7 +171,7 @@ class GPT(StagedModel):
     def _finish(self, x_BTD: Tensor, context: Context) -> Any:
         if context.last_only:
             x_BTD = x_BTD[:, -1:]
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.norm(asked_states(x_BTD, context.asked))
         if isinstance(self.head, TaskHead):
             return self.head(x_BTD, context.lengths, context.labels, context.dropout_keys)
         logits_or_loss = self.head(x_BTD, context.labels)

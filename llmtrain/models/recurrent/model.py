@@ -14,7 +14,8 @@ from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead, TiedHeadModel, count_correct
 from llmtrain.nn.initialize import Initializer, Uniform
-from llmtrain.nn.task_head import TaskHead
+from llmtrain.nn.task_head import TaskHead, make_task_head
+from llmtrain.nn.transformer import asked_states
 
 
 class LSTM(nn.LSTM):
@@ -70,7 +71,7 @@ class LSTMLanguageModel(TiedHeadModel):
             Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
         )
         if config.task is not None:
-            self.head: nn.Module = TaskHead(config.task, D)
+            self.head: nn.Module = make_task_head(config.task, D)
         else:
             self.head = LanguageModelHead(D, config.vocab_size)
         self._tie()
@@ -87,6 +88,7 @@ class LSTMLanguageModel(TiedHeadModel):
         last_only: bool = False,
         lengths_B: Tensor | None = None,
         with_metrics: bool = False,
+        asked_BM: Tensor | None = None,
     ) -> Any:
         """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32. With a task head,
         which needs lengths_B, the tokens of each row: its logits or, with labels of its task, its loss.
@@ -96,6 +98,7 @@ class LSTMLanguageModel(TiedHeadModel):
         masks are generated from dropout_keys_B; None: by torch's generator.
         last_only: return logits of the last token only, (B, 1, V).
         with_metrics: with labels, return sums by name: "loss" and "correct" predictions.
+        asked_BM: positions whose logits are returned, (B, M, V); None: all.
         """
         before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
         after = []
@@ -110,6 +113,7 @@ class LSTMLanguageModel(TiedHeadModel):
         if isinstance(self.head, TaskHead):
             assert lengths_B is not None
             return self.head(x_BTD, lengths_B, labels_BT, dropout_keys_B)
+        x_BTD = asked_states(x_BTD, asked_BM)
         logits_or_loss: Tensor = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
         if labels_BT is None or not with_metrics:
             return logits_or_loss
@@ -133,7 +137,10 @@ class LSTMLanguageModel(TiedHeadModel):
         uniform = Uniform(self.config.hidden_size**-0.5)
         table: dict[str, Initializer] = {"embedding.weight": uniform, "layers.*": uniform}
         if isinstance(self.head, TaskHead):
-            table |= dict.fromkeys(self.head.initializers(0.0), uniform)
+            of_head = self.head.initializers(0.0)
+            table |= {
+                name: uniform if name.endswith((".weight", ".bias")) else of_head[name] for name in of_head
+            }
         elif not self.config.tie_embeddings:
             table["head.weight"] = uniform
         return table

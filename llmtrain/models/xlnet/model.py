@@ -25,7 +25,7 @@ from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.linear import Linear, einsum
 from llmtrain.nn.stages import Stage, StagedModel
-from llmtrain.nn.task_head import TaskHead
+from llmtrain.nn.task_head import TaskHead, make_task_head
 from llmtrain.nn.transformer import MLP, Context, PerHead
 
 
@@ -182,7 +182,7 @@ class XLNet(StagedModel):
         self.blocks = nn.ModuleList(XLNetBlock(config, layer) for layer in range(config.num_layers))
         self.head_dropout = Dropout(config.dropout, config.num_layers, HIDDEN)
         if config.task is not None:
-            self.head: nn.Module = TaskHead(config.task, D)
+            self.head: nn.Module = make_task_head(config.task, D)
         else:
             self.head = LanguageModelHead(D, config.vocab_size, bias=True)
         self._tie()

@@ -163,6 +163,13 @@ PAIRED_MODELS = {
 """Kind of model → a preset that objectives are tried with."""
 
 
+NEEDED_KEYS = {
+    "multi_task": ["objective.tasks.topic.kind=classification", "objective.tasks.names.kind=tagging"],
+    "prompted": ["objective.verbalizer={bad: terrible, good: great}"],
+}
+"""Keys that an objective has no default for."""
+
+
 def test_every_preset_composes_and_decodes():
     """Hydra takes a fifth of a second for a configuration: those of models have an option of each of these
     groups too, while there are more."""
@@ -182,8 +189,9 @@ def test_every_preset_composes_and_decodes():
         given = yaml.safe_load((conf_folder() / "objective" / f"{option}.yaml").read_text())
         objective = objective_config_type(given)
         kind = objective.teaches[0]
-        data = {"tokens": [], "images": ["data=mnist"], "table": ["data=table"]}[objective.data]
+        data = [] if objective.data == "tokens" else [f"data={objective.data.replace('images', 'mnist')}"]
         words = [f"model={PAIRED_MODELS[kind]}", f"objective={option}", "batch.sequence_length=96", *data]
+        words += NEEDED_KEYS.get(option, [])
         mapping = compose(words, "plan")
         assert encode(decoded(mapping).objective).items() >= mapping["objective"].items()
         for other, model in PAIRED_MODELS.items():

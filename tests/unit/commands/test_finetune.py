@@ -121,6 +121,38 @@ def test_a_trained_model_is_the_trunk(
     assert 0.3 < found["accuracy"] <= 1
 
 
+def test_weights_near_their_start_over_stops_and_unfreezing(
+    reviews: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was stopped and one that was not end alike, without the folder that they began with; what is
+    unfrozen later starts where it was."""
+    import shutil
+
+    from llmtrain.checkpoint.reader import Checkpoint
+
+    data = [f"data.path={reviews}", f"data.cache.dir={tmp_path / 'cache'}", "objective=classification"]
+    words = [*data, *SHORT, "method=gradual", "train.epochs=null", "evaluation.every=null", "seed=1"]
+    words += ["transfer.l2_sp=0.5", "schedule=constant", "optimizer.weight_decay=0"]
+    runs = {name: [*words, f"run.dir={tmp_path / name}"] for name in ("whole", "stopped")}
+    shutil.copytree(tuned, tmp_path / "base" / "run")
+    began = f"model.path={tmp_path / 'base' / 'run'}"
+    assert cli.run_verb("finetune", [*runs["whole"], began, "train.steps=8", "gradual.every=2"]) == 0
+    assert cli.run_verb("finetune", [*runs["stopped"], began, "train.steps=7", "gradual.every=2"]) == 0
+    shutil.rmtree(tmp_path / "base")
+    assert cli.run_verb("finetune", [*runs["stopped"], began, "train.steps=8", "gradual.every=2"]) == 0
+    ends = {n: Checkpoint.open(tmp_path / n / "checkpoints/step-00000008") for n in runs}
+    for name, weight in ends["whole"].weights().items():
+        assert np.array_equal(weight, ends["stopped"].weights()[name]), name
+    assert set(ends["whole"].manifest["tensors"]["optimizer.start"]) == set(ends["whole"].weights())
+    plain = [word for word in runs["stopped"] if not word.startswith("transfer.")]
+    other = [word.replace("stopped", "other") for word in plain]
+    assert cli.run_verb("finetune", [*other, f"model.path={tuned}", "train.steps=8", "gradual.every=2"]) == 0
+    capsys.readouterr()
+    again = [*other, f"model.path={tuned}", "train.steps=9", "gradual.every=2", "transfer.l2_sp=0.5"]
+    assert cli.run_verb("finetune", again) == 2
+    assert "transfer.l2_sp: got 0.5 over a checkpoint without the values" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -176,6 +208,11 @@ def test_numbers_and_tags(
         (["optimizer.head_lr=0"], "optimizer.head_lr: got 0.0; allowed: a positive number, or null"),
         (["method=gradual"], "method: got gradual with a model that starts from the seed; allowed: full"),
         (["method=half"], "method: got 'half'; allowed: full, features, gradual"),
+        (
+            ["transfer.l2_sp=0.1"],
+            "transfer.l2_sp: got 0.1 with a model that starts from the seed; allowed: 0",
+        ),
+        (["transfer.l2_new=-1"], "transfer.l2_new: got -1.0; allowed: 0 or more"),
         (["gradual.every=0"], "gradual.every: got 0; allowed: 1 or more, or null"),
     ],
 )

@@ -25,6 +25,7 @@ from llmtrain.plan.estimate import Plan, estimate
 from llmtrain.plan.fit import changes, refuse_if_too_large, warnings
 from llmtrain.plan.report import summary, table
 from llmtrain.plan.units import duration, gib, quantity
+from llmtrain.train.transfer_config import TransferConfig
 from tests.support.presets import preset, usual_objective
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -59,6 +60,7 @@ class Settings:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     exact_dropout: bool = True
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
 
 
 def planned(

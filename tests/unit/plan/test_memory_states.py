@@ -95,6 +95,25 @@ def test_zero_shards_term_by_term() -> None:
     assert terms[3] == (2 * P // 8, 4 * P // 8, 12 * P // 8)
 
 
+def test_copies_of_weights_are_divided_with_the_optimizer_state() -> None:
+    model = GPTConfig(vocab_size=50257)
+    P = model.parameter_count()
+
+    def optimizer(copies: int, zero: int, data: int) -> int:
+        return memory_per_process(
+            model,
+            row_of(model, 16),
+            layout(zero=zero, data=data),
+            precision="bf16",
+            optimizer=OptimizerConfig(),
+            conditions=Conditions("cuda"),
+            weight_copies=copies,
+        ).optimizer
+
+    assert optimizer(1, 0, 1) - optimizer(0, 0, 1) == 4 * P
+    assert optimizer(1, 3, 8) - optimizer(0, 3, 8) == 4 * P // 8
+
+
 def test_fp32_and_fp16() -> None:
     model = GPTConfig(vocab_size=50257)
     P = model.parameter_count()
