@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 
 if TYPE_CHECKING:
     from torch import Tensor

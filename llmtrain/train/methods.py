@@ -34,17 +34,7 @@ def method_problems(config: TrainConfig, is_pretrained: bool) -> Iterator[Proble
     if config.method != "full" and not is_pretrained:
         got, allowed = f"{config.method} with a model that starts from the seed", "full"
         yield Problem("method", got, allowed, "give model.path=…, whose layers have learned")
-    if not is_pretrained or config.method == "features":
-        where = (
-            "method=features, which has no steps" if is_pretrained else "a model that starts from the seed"
-        )
-        for key in ("l2_sp", "l2_new"):
-            if factor := getattr(config.transfer, key):
-                yield Problem(f"transfer.{key}", f"{factor:g} with {where}", "0")
-    elif config.transfer.l2_sp and config.method == "gradual" and config.optimizer.name == "sgd":
-        # ZeRO would hold weights that begin to train with those that have moved already.
-        got = f"{config.transfer.l2_sp:g} with method=gradual and optimizer=sgd, which counts no steps"
-        yield Problem("transfer.l2_sp", got, "0", "give optimizer=adamw")
+    yield from _transfer_problems(config, is_pretrained)
     if config.method != "features":
         return
     if not config.objective.pools:
@@ -56,6 +46,22 @@ def method_problems(config: TrainConfig, is_pretrained: bool) -> Iterator[Proble
         if size != usual:
             got = f"{size} with method=features, whose ranks hold whole models"
             yield Problem(f"parallel.{axis}", got, str(usual))
+
+
+def _transfer_problems(config: TrainConfig, is_pretrained: bool) -> Iterator[Problem]:
+    """Yield a problem for each term of transfer that has no weights to act on."""
+    method, transfer = config.method, config.transfer
+    where = "a model that starts from the seed"
+    if is_pretrained:
+        where = f"method={method}, which leaves the weights of model.path as they are"
+    if not is_pretrained or method in ("features", "lora", "adapter", "prefix", "prompt"):
+        for key in ("l2_sp", "l2_new"):
+            if factor := getattr(transfer, key):
+                yield Problem(f"transfer.{key}", f"{factor:g} with {where}", "0")
+    elif transfer.l2_sp and method == "gradual" and config.optimizer.name == "sgd":
+        # ZeRO would hold weights that begin to train with those that have moved already.
+        got = f"{transfer.l2_sp:g} with method=gradual and optimizer=sgd, which counts no steps"
+        yield Problem("transfer.l2_sp", got, "0", "give optimizer=adamw")
 
 
 def with_features(config: TrainConfig) -> TrainConfig:

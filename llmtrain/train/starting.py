@@ -15,7 +15,7 @@ from llmtrain.engine.base import Engine
 from llmtrain.engine.build import build_engine
 from llmtrain.interchange.base import with_base
 from llmtrain.interchange.trained import listed
-from llmtrain.models.registry import skeleton_of
+from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import Objective
 from llmtrain.optim.groups import Penalty
