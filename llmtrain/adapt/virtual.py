@@ -144,7 +144,8 @@ def begin_with(model: Any, prompt: SoftPrompt) -> None:
 
     def _own(found: Any, context: Any) -> Any:
         """Return a result for each token without those of virtual ones."""
-        is_by_token = isinstance(found, Tensor) and found.ndim == 3 and found.shape[1] == context.num_states
+        is_by_token = isinstance(found, Tensor) and found.ndim == 3 and context.asked is None
+        is_by_token = is_by_token and found.shape[1] == context.num_states
         return found[:, prompt.length :] if is_by_token and not _goes_on(context.cache) else found
 
     model.context, model.stages = context, stages
@@ -167,6 +168,8 @@ def _lengthened(arguments: dict[str, Any], length: int, task: Any) -> dict[str, 
     if (positions_BT := found.get("positions_BT")) is not None:
         first_P = torch.arange(length, device=positions_BT.device).expand(len(positions_BT), -1)
         found["positions_BT"] = torch.cat([first_P, positions_BT + length], dim=1)
+    if (asked_BM := found.get("asked_BM")) is not None:
+        found["asked_BM"] = asked_BM + length
     if (lengths_B := found.get("lengths_B")) is not None:
         found["lengths_B"] = lengths_B + length
     if (labels := found.get("labels_BT")) is not None:
