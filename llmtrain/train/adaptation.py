@@ -66,8 +66,12 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
 
 
 def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
-    """Yield a problem for each key that does not go with virtual tokens; known before the data are read."""
+    """Yield a problem for each key that does not go with the method; known before the data are read."""
     wanted = _wanted(config)
+    if trains_beside(config) and (tokens := getattr(config.objective, "new_tokens", ())):
+        got = f"{', '.join(tokens)} with method={config.method}, which leaves embedding and head as they are"
+        remedy = "begin with a model that has learned them by method=full"
+        yield Problem("objective.new_tokens", got, "[]", remedy)
     if not isinstance(wanted, PrefixConfig | PromptConfig):
         return
     if config.objective.data != "table":

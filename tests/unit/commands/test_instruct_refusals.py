@@ -46,7 +46,7 @@ def refusal(
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
-    [line] = [line for line in said.splitlines() if line.startswith("llmtrain: error")]
+    *_, line = [line for line in said.splitlines() if line.startswith("llmtrain: error")]
     return line
 
 
@@ -132,6 +132,18 @@ def test_settings(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert "instruct with model.family=bert" in refusal(rows, chatml, tmp_path, capsys, "model=bert_tiny")
     assert "1 with objective=instruct, which reads whole rows" in refusal(
         rows, chatml, tmp_path, capsys, "objective.packing=false", "parallel.sequence=2"
+    )
+
+
+def test_methods(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, chatml = [{"messages": ASKED}], folders["chatml"]
+    assert (
+        "objective.packing: got true with method=prefix, whose virtual tokens belong to one text"
+        in refusal(rows, chatml, tmp_path, capsys, "method=prefix")
+    )
+    assert (
+        "objective.new_tokens: got <|x|> with method=lora, which leaves embedding and head as they are"
+        in refusal(rows, chatml, tmp_path, capsys, "method=lora", "objective.new_tokens=['<|x|>']")
     )
 
 
