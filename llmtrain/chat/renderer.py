@@ -84,7 +84,7 @@ class Renderer:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.write(json.dumps(request, default=_placeholder) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -102,3 +102,8 @@ class Renderer:
         if code == -signal.SIGXCPU:
             return ChatError("a chat template that takes too long", "one that ends in some seconds")
         return ChatError(f"a chat template whose process ended with code {code}", "one that can be rendered")
+
+
+def _placeholder(value: object) -> str:
+    """Return what a template sees of a value that is no JSON, such as a date of a parquet file."""
+    return f"<{type(value).__name__}>"

@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from llmtrain.chat.error import ChatError
-from llmtrain.chat.template import RESERVED, Messages, Template
+from llmtrain.chat.error import ChatError, check_text
+from llmtrain.chat.template import Messages, Template
 
 SYSTEM = "system"
 ASSISTANT = "assistant"
 """The role whose messages are trained."""
-_RESERVED = re.compile(f"[{''.join(sorted(RESERVED))}]")
 _THOUGHT = re.compile("<think>(.*?)</think>", re.DOTALL)
 _MOST_SHAPES = 4096
 
@@ -92,12 +91,7 @@ class Spans:
         messages = [dict(message) for message in messages]
         if not any(message["role"] == ASSISTANT for message in messages):
             raise ChatError("messages without an answer", f"at least one message with the role {ASSISTANT}")
-        for message in messages:
-            for value in message.values():
-                if isinstance(value, str) and _RESERVED.search(value):
-                    raise ChatError(
-                        "a character of U+FDD0 to U+FDEF", "text without these, which Unicode reserves"
-                    )
+        check_text(messages)
         rendered = self._template.render(self._as_taken(messages))
         if self._template.has_marks:
             if not rendered.marked:

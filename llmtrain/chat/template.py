@@ -25,7 +25,6 @@ Messages = Sequence[Mapping[str, Any]]
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Around what a template renders between `{% generation %}` and `{% endgeneration %}`: two of the characters
 that Unicode reserves for a program's own use, which no text may contain."""
-RESERVED = frozenset(map(chr, range(0xFDD0, 0xFDF0)))
 LONGEST_TEXT = 1 << 24
 """Maximum characters of a conversation as text."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")

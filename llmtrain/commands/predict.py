@@ -111,7 +111,8 @@ def run(mapping: Mapping[str, Any]) -> None:
     lacks_head = objective.has_task_head and described.config.task is None
     if not writes and (objective.data != "table" or lacks_head):
         got = f"a model that learned by {objective.kind}"
-        raise ConfigError(Problem("checkpoint", got, "a fine-tuned model", "see llmtrain finetune --help"))
+        remedy = "see llmtrain finetune --help"
+        raise ConfigError(Problem("checkpoint", got, "one with the head of a task", remedy))
     data = _data(config, described.data)
     files = find_table_files(data)[""]
     trained = model_of(load_trained(config.checkpoint), config.task).learned_by(config.objective)

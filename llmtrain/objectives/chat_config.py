@@ -191,12 +191,13 @@ def encoded_row(
     """Return the tokens of a row and which of them are trained, and whether a system message is left out.
     Raise ChatError."""
     from llmtrain.chat.encoder import Encoded
-    from llmtrain.chat.error import ChatError
+    from llmtrain.chat.error import ChatError, check_text
     from llmtrain.chat.spans import Marked
 
     if conversation.completion is not None:
         end = tokenizer.pieces()[tokenizer.eos_id]
         text = conversation.prompt + conversation.completion
+        check_text(text)
         text += "" if text.endswith(end) else end
         encoded = encoder.conversation(Marked(text, ((len(conversation.prompt), len(text)),)))
         first = np.array(tokenizer.first_ids, np.int32)

@@ -57,6 +57,7 @@ def test_a_template_without_an_end_is_ended() -> None:
     [
         ([message("user", "Hi?")], "messages without an answer"),
         ([message("user", "\ufdd0"), message("assistant", "Ho.")], "U+FDD0"),
+        ([message("user", "Hi?"), message("assistant", "\ud800")], "a lone surrogate"),
         ([message("critic", "Hm."), *ASKED], "the role 'critic', which the chat template leaves out"),
         ([ASKED[0], {**ASKED[1], "tool_calls": [{"name": "f"}]}], "tool_calls"),
         ([ASKED[0], message("assistant", "<think>Ho.</think>")], "leaves nothing"),
