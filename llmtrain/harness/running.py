@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
 
 from llmtrain.distributed import processes
 from llmtrain.distributed.stop_checks import StoppedError
 from llmtrain.errors import DataError, Problem, UserError
-from llmtrain.harness.tasks import SEED, said
+from llmtrain.harness.tasks import said
 from llmtrain.harness.team import Team
+from llmtrain.harness.undisturbed import SEED, undisturbed
 
 if TYPE_CHECKING:
     from llmtrain.harness.model import HarnessModel
 
 RESAMPLES = 100_000
 """Of documents, for the standard error of figures without a formula; the harness's default."""
-_ALONE = "DISABLE_MULTIPROC"
-"""Variable that keeps the harness from forking this process, whose libraries have threads."""
 
 
 def run_tasks(
@@ -48,7 +40,7 @@ def run_tasks(
     results = None
     if processes.is_main():
         try:
-            with _undisturbed():
+            with undisturbed():
                 results = _evaluate(make_model(), tasks, limit, resamples, chat)
         except UserError as error:
             if error.everywhere:  # the others have met it too
@@ -91,31 +83,3 @@ def _is_ours(error: BaseException) -> bool:
     room = Path(__file__).parent
     frames = traceback.extract_tb(error.__traceback__)[1:]  # without _evaluate
     return any(Path(frame.filename).is_relative_to(room) for frame in frames)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Inside, random numbers begin as in a run of the harness, and what is printed goes to stderr; afterwards
-    generators and variables are as before. No bar is shown for making requests."""
-    import lm_eval.api.task as building
-
-    states = random.getstate(), np.random.get_state()
-    bar = building.tqdm
-    building.tqdm = lambda documents, **_: documents  # the requests of a task are made in a moment
-    before = os.environ.get(_ALONE)
-    os.environ[_ALONE] = "1"
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), contextlib.redirect_stdout(sys.stderr):
-        random.seed(0)
-        np.random.seed(SEED)
-        torch.manual_seed(SEED)
-        try:
-            yield
-        finally:
-            building.tqdm = bar
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            if before is None:
-                del os.environ[_ALONE]
-            else:
-                os.environ[_ALONE] = before

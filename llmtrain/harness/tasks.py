@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 from llmtrain.errors import DataError, Problem
 from llmtrain.files import expand_home
 from llmtrain.harness.names import files_of, files_of_package, fitting, package_folder
+from llmtrain.harness.undisturbed import undisturbed
 
-SEED = 1234
-"""Of the draw of solved examples; the harness's default."""
 CONNECT_SECONDS = 3.0
 HUB_OFFLINE = "HF_HUB_OFFLINE"
 OFFLINE = (HUB_OFFLINE, "HF_DATASETS_OFFLINE")
@@ -32,6 +31,11 @@ def load_tasks(names: Sequence[str], tasks_path: Path | None, num_fewshot: int |
     """
     if not _reaches_network():
         _do_without_network()
+    with undisturbed():
+        return _load_all(names, tasks_path, num_fewshot)
+
+
+def _load_all(names: Sequence[str], tasks_path: Path | None, num_fewshot: int | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     _say_less()
