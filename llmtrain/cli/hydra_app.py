@@ -25,6 +25,7 @@ from llmtrain.cli.overrides import (
     swept_keys,
     text_keys,
 )
+from llmtrain.cli.repeated import refuse_repeated
 from llmtrain.cli.sweep_table import SweptJob
 from llmtrain.config import short
 from llmtrain.distributed import launcher
@@ -72,6 +73,7 @@ def run(name: str, arguments: list[str]) -> int:
         search_path.extend()
     keys = text_keys(name) if overrides else {}
     refuse_unusable(flags, overrides, keys)
+    refuse_repeated(overrides)
     quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
     refuse_unreadable(quoted)
     swept = swept_keys(quoted)

@@ -17,7 +17,7 @@ from llmtrain.commands import harness
 from llmtrain.config import decode, encode, require
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.data.config import DataConfig, data_config_type
-from llmtrain.engine.sharing import SharingConfig, start_sharing
+from llmtrain.engine.sharing import SharingConfig, stage_problems, start_sharing
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
@@ -324,6 +324,7 @@ def _say_skipped(shard: str, samples: int) -> None:
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | None) -> None:
     problems = data_problems(trained.objective, config.data)
     problems += corpora_problems(trained.objective, corpora)
+    problems += stage_problems(trained.objective, config.parallel)
     if corpora is not None and trained.tokenizer_path is not None:
         ours = corpora.tokenizer_sha256
         theirs = trained.tokenizer().sha256

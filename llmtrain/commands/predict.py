@@ -19,7 +19,7 @@ import xxhash
 
 from llmtrain.config import decode, encode, require
 from llmtrain.data.order import batches_by_length
-from llmtrain.engine.sharing import SharingConfig, start_sharing
+from llmtrain.engine.sharing import SharingConfig, stage_problems, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, expand_home
 from llmtrain.generation.answer import refuse_pipeline_of_answers
@@ -108,8 +108,10 @@ def run(mapping: Mapping[str, Any]) -> None:
     elif config.generate != GenerateConfig():
         got = f"settings with a model of {objective.kind}, which writes no texts"
         raise ConfigError(Problem("generate", got, "none", "leave it out"))
+    if problems := stage_problems(objective, config.parallel):
+        raise ConfigError(problems)
     lacks_head = objective.has_task_head and described.config.task is None
-    if not writes and (objective.data != "table" or lacks_head):
+    if not writes and (not objective.labels_rows or lacks_head):
         got = f"a model that learned by {objective.kind}"
         remedy = "see llmtrain finetune --help"
         raise ConfigError(Problem("checkpoint", got, "one with the head of a task", remedy))

@@ -132,7 +132,8 @@ def with_terms(totals: Totals, objective: Objective) -> Totals:
     """Return the sums with the loss of an objective of several terms, whose targets are counted apart."""
     if not isinstance(objective, WeighsTerms):
         return totals
-    return replace(totals, loss_sum=objective.loss_of(totals.metrics) * totals.num_targets)
+    # The metrics have the losses of the terms by name.
+    return replace(totals, loss_sum=objective.loss_of(totals.metrics) * totals.num_targets, sources={})
 
 
 def evaluate_batches(

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmtrain.config import require
 from llmtrain.distributed import launcher
 from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.nn.model_config import ModelConfig
+from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.parallel.config import BatchConfig, ParallelConfig
 from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
@@ -31,6 +33,12 @@ class Trained(Protocol):
     def source(self) -> Path: ...
     @property
     def step(self) -> int | None: ...
+
+
+def stage_problems(objective: ObjectiveConfig, parallel: SharingConfig) -> list[Problem]:
+    """Return a problem if the objective cannot be run in the stages of a pipeline."""
+    stages, allowed = parallel.pipeline, f"1 with objective={objective.kind}"
+    return list(require(stages == 1 or objective.has_stages, "parallel.pipeline", stages, allowed))
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class ObjectiveConfig(Kinds):
     data: ClassVar[Literal["tokens", "images", "table", "tasks"]] = "tokens"
     also_reads: ClassVar[tuple[str, ...]] = ()
     """Other kinds of data than `data` that it can read."""
+    labels_rows: ClassVar[bool] = False
+    """Whether the model says a label, or what stands for one, of each row of a table."""
     has_task_head: ClassVar[bool] = False
     """Whether the model has the head of a task in place of the language model's."""
     paired: ClassVar[Literal["needed", "refused", "taken"]] = "refused"

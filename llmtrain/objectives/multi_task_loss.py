@@ -81,7 +81,8 @@ class MultiTask:
         the targets of each task in this batch."""
         factors = np.where(counts > 0, self._weights * counts.sum() / np.maximum(counts, 1), 0.0)
         own = self.term_counts(batch)
-        return {**batch, **tensors({"factors": np.stack([factors, own]).astype(np.float32)})}
+        given = tensors({"factors": np.stack([factors, own]).astype(np.float32)})
+        return {**batch, "factors": given["factors"].to(batch[TASK].device)}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the arguments of the model's forward that give the logits of all tasks."""

@@ -53,6 +53,7 @@ class PromptedConfig(ObjectiveConfig):
 
     teaches: ClassVar = ("encoder", "decoder")
     data: ClassVar = "table"
+    labels_rows: ClassVar = True
     divides_sequences: ClassVar = False
     has_stages: ClassVar = False
 

@@ -56,6 +56,7 @@ class TaskConfig(SharesTrunk):
     teaches: ClassVar = ("decoder", "encoder", "permuted_encoder", "encoder_decoder")
     data: ClassVar = "table"
     has_task_head: ClassVar = True
+    labels_rows: ClassVar = True
     head_kind: ClassVar[Literal["classes", "labels", "values", "tags", "span"]]
     divides_sequences: ClassVar = False
 

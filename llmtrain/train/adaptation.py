@@ -58,8 +58,6 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
             raise ConfigError(Problem("method", got, "lora"))
     if model.task is not None:
         trained |= {name for name in names if name.startswith(f"{HEAD}.")}
-    if getattr(config.objective, "new_tokens", ()):  # their vectors have to be learned
-        trained |= {name for name in names if name.startswith(("embedding.", f"{HEAD}."))}
     frozen = _patterns([name for name in names if name not in trained], trained)
     steps = replace(config.train, freeze=(*config.train.freeze, *frozen))
     return replace(config, model=model, train=steps)

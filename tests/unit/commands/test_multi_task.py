@@ -136,6 +136,11 @@ def test_one_task_is_predicted_and_exported(trained: Path, files: dict[str, Path
         assert theirs["score"] == pytest.approx(row["probability"], abs=1e-4)
 
 
+def test_no_pipeline_evaluates_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_verb("evaluate", [f"checkpoint={trained}", "parallel.pipeline=2"]) == 2
+    assert "parallel.pipeline: got 2; allowed: 1 with objective=multi_task" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["predict", "export"])
 @pytest.mark.parametrize(("task", "said"), [([], "task: got nothing"), (["task=topic"], "task: got topic")])
 def test_which_task(
