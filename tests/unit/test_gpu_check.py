@@ -74,10 +74,11 @@ def test_a_broken_part_is_a_row_and_keeps_what_it_found(tmp_path: Path) -> None:
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    (first, last) = results(part("hangs", 6.0), tmp_path)
+    # Time enough for the start of a process on a machine with other work.
+    (first, last) = results(part("hangs", 20.0), tmp_path)
     assert first[1] == "ok"
     assert last[:2] == ("all of it", "FAILED")
-    assert last[2].startswith("not done within 6 s")
+    assert last[2].startswith("not done within 20 s")
     assert ends(int((tmp_path / "child").read_text()))
 
 
