@@ -100,6 +100,8 @@ class EvaluateConfig:
     """With suite=lm_eval: solved examples before each document; null: as the task says."""
     add_bos: bool | None = None
     """With suite=lm_eval: begin each text with the bos token; null: where the tokenizer does."""
+    chat: bool = False
+    """With suite=lm_eval: render each request by the model's chat template, solved examples as turns."""
     batch_tokens: int = 4096
     """With suite=lm_eval: tokens of one forward pass, padding included."""
 
@@ -127,7 +129,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if mapping.get("suite") is not None:
         harness.run(mapping, EvaluateConfig)
         return
-    if given := [key for key in harness.KEYS if mapping.get(key) not in (None, [])]:
+    if given := [key for key in harness.KEYS if mapping.get(key) not in (None, [], False)]:
         problems = [Problem(key, str(mapping[key]), "with suite=lm_eval alone", "give it") for key in given]
         raise ConfigError(problems)
     output = None if mapping["output"] is None else expand_home(mapping["output"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from llmtrain.output import check_output, write_output
 if TYPE_CHECKING:
     from llmtrain.interchange.trained import Described, TrainedModel
 
-KEYS = ("tasks", "tasks_path", "limit", "num_fewshot", "add_bos")
-"""Keys of `llmtrain evaluate` that are those of a suite alone, and null or empty by default."""
+KEYS = ("tasks", "tasks_path", "limit", "num_fewshot", "add_bos", "chat")
+"""Keys of `llmtrain evaluate` that are those of a suite alone, and null, empty or false by default."""
 WAIT_MINUTES = 120.0
 """How long other processes wait for rank 0, which fetches the data of tasks and counts their figures."""
 
@@ -47,6 +48,8 @@ class SuiteConfig:
     """Solved examples before each document."""
     add_bos: bool | None = None
     """Whether texts begin with the token that begins texts."""
+    chat: bool = False
+    """Whether requests are conversations by the model's chat template."""
     batch_tokens: int = 4096
     """Tokens of one forward pass."""
     sequence_length: int | None = None
@@ -128,12 +131,16 @@ def _results(
         low_precision=autocast(config.precision, device),
     )
 
-    def make_model() -> Any:
-        from llmtrain.harness.model import HarnessModel
+    with ExitStack() as opened:
 
-        return HarnessModel.of(team, codec, trained, config.sequence_length)
+        def make_model() -> Any:
+            from llmtrain.harness.conversing import Conversing
+            from llmtrain.harness.model import HarnessModel
 
-    return run_tasks(team, make_model, tasks, limit=config.limit)
+            conversing = opened.enter_context(Conversing(trained)) if config.chat else None
+            return HarnessModel.of(team, codec, trained, config.sequence_length, conversing)
+
+        return run_tasks(team, make_model, tasks, limit=config.limit, chat=config.chat)
 
 
 def _show(config: SuiteConfig, trained: TrainedModel, results: Any, output: Path | None) -> None:

@@ -19,6 +19,7 @@ from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.settings import text_ends
 from llmtrain.harness.codec import Codec
 from llmtrain.harness.continuing import Ends
+from llmtrain.harness.conversing import Conversing
 from llmtrain.harness.scoring import Row
 from llmtrain.harness.team import Team
 from llmtrain.interchange.trained import TrainedModel
@@ -66,9 +67,15 @@ class HarnessModel(TemplateLM):
 
     @classmethod
     def of(
-        cls, team: Team, codec: Codec, trained: TrainedModel, max_length: int | None = None
+        cls,
+        team: Team,
+        codec: Codec,
+        trained: TrainedModel,
+        max_length: int | None = None,
+        conversing: Conversing | None = None,
     ) -> HarnessModel:
-        """Return a trained decoder. max_length: None: all that it reads."""
+        """Return a trained decoder. max_length: None: all that it reads. conversing: renders conversations,
+        whose answers have ends of their own."""
         said = {} if trained.origin is None else trained.origin.generation
         scaling = getattr(trained.config, "rope_scaling", None)
         return cls(
@@ -76,7 +83,8 @@ class HarnessModel(TemplateLM):
             codec,
             max_length or longest_of(trained.config.longest_row),
             lambda config: config.resolved(has_sources=False, folder_settings=said),
-            text_ends(trained, codec.eos_id),
+            [*text_ends(trained, codec.eos_id), *(() if conversing is None else conversing.end_ids)],
+            None if conversing is None else conversing.render,
             # LongRoPE rotates the keys of a context by other factors where the whole is longer.
             shares_contexts=scaling is None or scaling.kind != "longrope",
         )

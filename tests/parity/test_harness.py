@@ -6,19 +6,24 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from llmtrain.cli import main as cli
+from llmtrain.harness.conversing import Conversing
 from llmtrain.interchange.huggingface import export_folder
+from llmtrain.interchange.trained import load_trained
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn.initialize import initialize
 from tests.support import warm
+from tests.support.chat_templates import STYLES
 from tests.support.harness_tasks import TASKS, numbers, write_tasks
 from tests.support.huggingface import GPT2
 from tests.support.imports import LLAMA
@@ -81,7 +86,7 @@ def offline() -> Iterator[None]:
         yield
 
 
-def of_hf(folder: Path, tasks: Path, batch_size: int) -> dict[str, Any]:
+def of_hf(folder: Path, tasks: Path, batch_size: int, **more: Any) -> dict[str, Any]:
     """What the harness's own model finds."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -93,6 +98,7 @@ def of_hf(folder: Path, tasks: Path, batch_size: int) -> dict[str, Any]:
             tasks=list(TASKS),
             task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
             log_samples=False,
+            **more,
         )
     assert found is not None
     return dict(found)
@@ -117,6 +123,27 @@ def test_figures_are_those_of_the_harness_s_own_model(
                 assert ours[task][figure] == expected, (task, figure)
     assert 0 < alone["choice"]["acc,none"] < 1
     assert alone["choice"]["acc_stderr,none"] > 0
+
+
+def test_conversations_are_those_of_the_harness_s_own_model(
+    llama: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By the folder's chat template; the model continues what a task begins of an answer."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(STYLES["chatml"].plain)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " What? "}]
+    answered = [*messages, {"role": "assistant", "content": "The answer is"}]
+    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template
+    with Conversing(load_trained(folder)) as conversing:
+        theirs = rendered(messages, tokenize=False, add_generation_prompt=True)
+        assert conversing.render(messages, True) == theirs
+        theirs = rendered(answered, tokenize=False, continue_final_message=True)
+        assert conversing.render(answered, False) == theirs
+    own = write_tasks(tmp_path / "tasks")
+    begun = (own / "choice.yaml").read_text() + 'gen_prefix: "The answer is"\n'
+    (own / "choice.yaml").write_text(begun)
+    ours = numbers(evaluated(folder, own, capsys, "chat=true", "batch_tokens=1", "num_fewshot=1"))
+    assert ours == numbers(of_hf(folder, own, 1, apply_chat_template=True, num_fewshot=1))
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"])
