@@ -45,8 +45,10 @@ def metric_of(config: TrainConfig) -> str:
 
 def metric_problems(config: TrainConfig, corpora: TextSource | None) -> Iterator[Problem]:
     """Yield a problem for each metric that no evaluation of this run gives."""
-    of_sources = [f"{LOSS_OF}{name}" for name in _evaluated(corpora)]
-    known = (LOSS, *of_sources, *config.objective.measures(), *(MEASURES if rows_to_write(config) else ()))
+    measures = config.objective.measures()
+    # Tasks have their losses under names of their own.
+    of_sources = [f"{LOSS_OF}{name}" for name in _evaluated(corpora) if f"{name}/{LOSS}" not in measures]
+    known = (LOSS, *of_sources, *measures, *(MEASURES if rows_to_write(config) else ()))
     for key, metric in (
         ("early_stopping.metric", config.early_stopping.metric),
         ("checkpoint.best", config.checkpoint.best),
