@@ -210,6 +210,7 @@ def test_masked_words_of_unlabelled_text_beside_a_task(
         (["parallel.pipeline=2"], "parallel.pipeline: got 2; allowed: 1 with objective=multi_task"),
         (["data=table", "~data.tasks"], "data.kind: got 'table' with objective.kind=multi_task"),
         (["objective.tasks.text.kind=mlm"], "data.corpora: got none; allowed: text"),
+        (["checkpoint.best=loss/tags"], "checkpoint.best: got loss/tags; allowed: loss, sentiment/accuracy"),
         (["checkpoint.best=accuracy"], "checkpoint.best: got accuracy; allowed: loss, sentiment/accuracy"),
         (["task=x"], "task"),
     ],
