@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from llmtrain.corpus import transport
@@ -15,6 +16,9 @@ from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 pytest_runtest_makereport = time_limit.pytest_runtest_makereport
 os.environ.setdefault(kernel.VARIABLE, kernel.FOLDER)
+# No example has a time limit: other programs may have the machine just then.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
