@@ -149,6 +149,10 @@ def _put_something_else(path: Path, source: random.Random) -> None:
         path.symlink_to(path.name if what == "itself" else what)
 
 
+GREY = ("\x1b[90m", "\x1b[0m")
+"""What stands before and after text without a loss on a terminal."""
+
+
 class _Terminal(standard_streams._Text):
     def isatty(self) -> bool:
         return True
@@ -169,7 +173,10 @@ def read(name: str, path: Path) -> None:
         except UserError as error:
             refusal = error
     for stream in (out, err):
-        check_printed(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+        text = stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        for own in GREY:  # of `data show`
+            text = text.replace(own, "")
+        check_printed(text)
     if refusal is not None:
         check_refusal(refusal)
         raise refusal
