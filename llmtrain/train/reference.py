@@ -21,9 +21,10 @@ from llmtrain.engine.base import Engine
 from llmtrain.errors import CheckpointError, DataError, Problem
 from llmtrain.files import disk_problem, write_atomically
 from llmtrain.objectives.base import HasReference, Objective
+from llmtrain.standard_streams import Say
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.evaluation import evaluate_dataset
-from llmtrain.train.starting import Say, StartingPoint
+from llmtrain.train.starting import StartingPoint
 
 PATTERN = "reference-*.safetensors"
 _NAMES = {False: "train", True: "validation"}
