@@ -3,9 +3,9 @@
     python -m tests.bench.lora_throughput FOLDER CORPUS [--rank 8] [--threads 2] [--rounds 3] [key=value …]
 
 FOLDER: a decoder as a Hugging Face folder; CORPUS: what `llmtrain prepare` made with its tokenizer. Both have
-products beside the same matrices, all of the layers, and take the same rows in the same order. Each side runs
-in a process of its own, in turn. Both take fused AdamW and clip at 1. The peak is that of the whole process,
-the reading of the weights included.
+products beside the same matrices, all of the layers, and take the same rows in the same order, in which the
+documents see each other. Each side runs in a process of its own, in turn. Both take fused AdamW and clip at
+1. The peak is that of the whole process, the reading of the weights included.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _keys(options: argparse.Namespace) -> list[str]:
         "model=pretrained", f"model.path={options.folder}", f"data.path={options.corpus}", "method=lora",
         f"lora.rank={options.rank}", f"train.steps={STEPS}", "run.dir=none", "batch.global_size=2",
         "batch.micro_size=2", "batch.sequence_length=512", "optimizer.betas=[0.9,0.999]",
-        "optimizer.weight_decay=0", *options.overrides,
+        "optimizer.weight_decay=0", "data.document_mask=false", *options.overrides,
     ]  # fmt: skip
 
 
