@@ -149,8 +149,8 @@ def _put_something_else(path: Path, source: random.Random) -> None:
         path.symlink_to(path.name if what == "itself" else what)
 
 
-GREY = ("\x1b[90m", "\x1b[0m")
-"""What stands before and after text without a loss on a terminal."""
+GREY = re.compile("\x1b\\[90m([^\x1b]*)\x1b\\[0m")
+"""Text that `data show` prints in grey on a terminal, with no other control sequence in it."""
 
 
 class _Terminal(standard_streams._Text):
@@ -174,9 +174,7 @@ def read(name: str, path: Path) -> None:
             refusal = error
     for stream in (out, err):
         text = stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
-        for own in GREY:  # of `data show`
-            text = text.replace(own, "")
-        check_printed(text)
+        check_printed(GREY.sub(r"\1", text))
     if refusal is not None:
         check_refusal(refusal)
         raise refusal
