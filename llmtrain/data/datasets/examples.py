@@ -21,7 +21,33 @@ def padded_width(longest: int) -> int:
     return -(-longest // step) * step
 
 
-class Examples:
+class CutRows:
+    """Base of datasets with a sample for each row of a table, cut to a maximum length."""
+
+    split: TableSplit
+    sequence_length: int
+    """Tokens of the longest row."""
+    truncated: int
+    """Rows that are cut."""
+    lengths: np.ndarray
+    """Tokens of each row, int64 (N,)."""
+
+    @property
+    def tar_sizes(self) -> np.ndarray:
+        return np.array([len(self)])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def describe(self) -> str:
+        cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
+        return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
+
+    def batch_tokens(self, rows: np.ndarray) -> int:
+        return len(rows) * padded_width(int(self.lengths[rows].max()))
+
+
+class Examples(CutRows):
     """The rows of one split, each in one sequence; what is too long is cut."""
 
     def __init__(
@@ -38,27 +64,12 @@ class Examples:
         room = max(0, sequence_length - self.template.num_specials)
         both = first.lengths if second is None else first.lengths + second.lengths
         self.truncated = int((both > room).sum())
-        """Rows that are cut."""
         self.lengths = np.minimum(both, room) + self.template.num_specials
 
     @property
     def fingerprint(self) -> str:
         said = f"{self.split.fingerprint}/{self.sequence_length}/{self.frame}"
         return xxhash.xxh3_128_hexdigest(said.encode())
-
-    @property
-    def tar_sizes(self) -> np.ndarray:
-        return np.array([len(self)])
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def describe(self) -> str:
-        cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
-        return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
-
-    def batch_tokens(self, rows: np.ndarray) -> int:
-        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens" int64 (M, T), padded; "segments" int8 (M, T), -1 at padding; "lengths" int64 (M), 1

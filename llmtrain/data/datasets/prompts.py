@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY
-from llmtrain.data.datasets.examples import padded_width
+from llmtrain.data.datasets.examples import CutRows
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.tables.table import TableSplit
 
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
         return len(self.first) + own + of_answer + (len(self.last) if self.mask_id is not None else 0)
 
 
-class Prompts:
+class Prompts(CutRows):
     """The rows of one split; fields that are too long are cut, the longest first."""
 
     def __init__(self, split: TableSplit, sequence_length: int, prompt: Prompt, group: int = 64) -> None:
@@ -64,7 +64,6 @@ class Prompts:
         names = [part for part in prompt.parts if isinstance(part, str)]
         totals = np.sum([split.ragged(name).lengths for name in names], axis=0)
         self.truncated = int((totals > self._room).sum())
-        """Rows that are cut."""
         self.lengths = np.minimum(totals, self._room) + prompt.num_fixed
 
     @property
@@ -74,20 +73,6 @@ class Prompts:
         said = f"{self.split.fingerprint}/{self.sequence_length}/{tokens}/{answers}"
         said += f"/{self.prompt.first.tolist()}/{self.prompt.last.tolist()}"
         return xxhash.xxh3_128_hexdigest(said.encode())
-
-    @property
-    def tar_sizes(self) -> np.ndarray:
-        return np.array([len(self)])
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def describe(self) -> str:
-        cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
-        return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
-
-    def batch_tokens(self, rows: np.ndarray) -> int:
-        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens" int64 (M, R, T), padded; "lengths" int64 (M, R), 1 for EMPTY samples; "asked" int64
