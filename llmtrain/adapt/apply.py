@@ -27,7 +27,6 @@ from llmtrain.nn.transformer import Attention, CrossAttention
 
 LORA, ADAPTER, PREFIX, PROMPT = "lora", "adapter", "prefix", "prompt"
 """Names of the added modules within the layer that they are added to."""
-NAMES_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Site:
     """A matrix of the layers of a model."""
 
     name: str
-    """Of its module."""
+    """Name of the module that holds it."""
     layer: Linear
     packing: Packing | None
     """The parts that its rows hold, if it holds several matrices."""

@@ -111,4 +111,4 @@ class PromptConfig(Addition):
 
 
 Adaptation = LoraConfig | AdapterConfig | PrefixConfig | PromptConfig
-"""What stands in a model's config of the parameters that were added to it."""
+"""The `adaptation` of a model's config: it describes the parameters that were added to the model."""

@@ -1,4 +1,4 @@
-"""What fine-tuning adds to a linear layer: a product of low rank beside it, a bottleneck behind it.
+"""Modules that fine-tuning adds to a linear layer: a low-rank product (LoRA) or a bottleneck adapter.
 
 Dim names: I inputs of the layer, O its outputs, P parts of its rows that are adapted, R rank, D hidden
 width, W width of the bottleneck.
@@ -21,12 +21,15 @@ from llmtrain.nn.transformer import ACTIVATIONS
 _FIRST_NUMBER = 8192
 """Beyond the numbers of layers and heads, so that the masks of LoRA's dropout are its own."""
 STARTING_STD = 0.02
-"""Of the matrix of a bottleneck that reads."""
+"""Standard deviation of the initial values of a bottleneck's down matrix."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a matrix holds several: its rows are groups, of which each has the units of each part in turn."""
+    """Layout of a matrix that holds several parts, such as queries, keys and values.
+
+    Its rows form groups; each group contains the units of the first part, then those of the next, and so on.
+    """
 
     units: Mapping[str, int]
     """Name of a part → its units in a group."""

@@ -1,4 +1,4 @@
-"""What a user is told of a conversation or a chat template that cannot be used."""
+"""Errors in conversations and chat templates, with the texts that users see."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from llmtrain.chat.source import ChatTemplate
 from llmtrain.chat.spans import Marked
 
 SECONDS = 20
-"""Of computation for one conversation."""
+"""Maximum computing time for one conversation, in seconds."""
 
 
 class Renderer:

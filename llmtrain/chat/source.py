@@ -40,7 +40,7 @@ PLAIN = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What is needed to render conversations."""
+    """A chat template and the special tokens that it is rendered with."""
 
     source: str
     """The template."""
