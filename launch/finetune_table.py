@@ -31,6 +31,14 @@ TITLES = {
     "gradual": "pre-trained, gradual",
     "freeze": "pre-trained, one layer frozen",
     "features": "pre-trained, features",
+    "lora": "pre-trained, LoRA",
+    "adapter": "pre-trained, adapter",
+    "prefix": "pre-trained, prefix",
+    "prompt": "pre-trained, soft prompt",
+    "bitfit": "pre-trained, BitFit",
+    "prompted_0": "prompt without examples",
+    "prompted_32": "prompt, 32 examples",
+    "prompted": "prompt, tuned",
     "lstm": "LSTM from scratch",
 }
 
@@ -49,9 +57,11 @@ class Row(NamedTuple):
 
 def of_run(title: str, run: Path) -> Row:
     figures = json.loads((run / "test.json").read_text())
-    checkpoint = Checkpoint.open(list_steps(run / "checkpoints")[-1])
-    weights = checkpoint.manifest["tensors"][WEIGHT]
-    trained = sum(math.prod(w["shape"]) for name, w in weights.items() if name not in checkpoint.frozen)
+    trained = 0
+    if (run / "checkpoints").exists():
+        checkpoint = Checkpoint.open(list_steps(run / "checkpoints")[-1])
+        weights = checkpoint.manifest["tensors"][WEIGHT]
+        trained = sum(math.prod(w["shape"]) for name, w in weights.items() if name not in checkpoint.frozen)
     seconds = sum(map(float, (run / "seconds").read_text().split()))
     return Row(title, trained, seconds, figures["accuracy"], *figures["accuracy_interval"])
 

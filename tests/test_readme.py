@@ -172,7 +172,7 @@ def test_the_two_commands(tmp_path: Path):
     assert "unigram_loss" in shown
 
 
-@pytest.mark.long("pre-training and six fine-tunings, shortened, by the script that a user starts")
+@pytest.mark.long("pre-training and twelve fine-tunings, shortened, by the script that a user starts")
 def test_fine_tuning_in_one_command(tmp_path: Path):
     with open(REVIEWS, encoding="utf-8", newline="") as file:
         rows = list(islice(csv.DictReader(file), 0, None, 40))  # those of one label come first in the file
@@ -197,13 +197,15 @@ def test_fine_tuning_in_one_command(tmp_path: Path):
     assert done.returncode == 0, done.stdout
     table = done.stdout.rpartition("== All on the same test split")[2].splitlines()[1:]
     assert table[0].split() == ["trained", "seconds", "accuracy"]
-    assert len(table) == 8
+    assert len(table) == 16
     assert all(
         re.search(r"\d [01]\.\d{4} \[[01]\.\d{4}, [01]\.\d{4}\]$", " ".join(row.split())) for row in table[1:]
     )
     trained = {row[:32].strip(): int(row[32:44].replace(",", "")) for row in table[1:]}
+    assert trained["prompt, 32 examples"] == 0
     assert (
         trained["pre-trained, features"]
+        < trained["pre-trained, LoRA"]
         < trained["pre-trained, one layer frozen"]
         < trained["pre-trained, full"]
     )

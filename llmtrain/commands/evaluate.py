@@ -23,7 +23,7 @@ from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import check_written, written_figures
-from llmtrain.objectives.base import HasReference, ObjectiveConfig, Scores
+from llmtrain.objectives.base import Calibrates, HasReference, ObjectiveConfig, Scores
 from llmtrain.objectives.reading import (
     corpora_problems,
     data_problems,
@@ -166,6 +166,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     dataset = open_dataset(
         trained.objective, trained.config, config.data, corpora, config.split, length, _say_skipped
     )
+    calibrating = trained.objective.calibration_rows(trained.config, corpora, length)
     objective = trained.objective.build(trained.config, config.data, corpora)
     if isinstance(objective, HasReference):
         objective.references = reference_of(trained.source, dataset)
@@ -180,21 +181,24 @@ def run(mapping: Mapping[str, Any]) -> None:
         corpora=corpora,
         shares_samples=True,
     )
-    batches: Iterator[MicroBatch] = evaluation_batches(
-        dataset,
-        objective.collate,
+    batches_of = partial(
+        evaluation_batches,
+        collate=objective.collate,
         micro_size=config.micro_size,
         data_rank=mesh.coordinates.data,
         data_size=mesh.layout.data,
         workers=config.data.workers,
-        max_samples=config.max_samples,
     )
+    batches: Iterator[MicroBatch] = batches_of(dataset, max_samples=config.max_samples)
     counter = None
     if isinstance(corpora, Corpora):
         counter = TargetCounter(max(corpora.vocab_size, getattr(trained.config, "vocab_size", None) or 0))
         batches = counter.watch(batches)
     model = trained.build_over(mesh, device)
     counted = mesh.contributes_loss
+    if isinstance(objective, Calibrates) and calibrating is not None:
+        said = evaluate_batches(model, objective, batches_of(calibrating), device, config.precision, counted)
+        objective.calibrate(said.rows)
     totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
     if counter is not None:
         counter.sum_over_ranks(counted, device)

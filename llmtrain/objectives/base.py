@@ -188,6 +188,11 @@ class ObjectiveConfig(Kinds):
         assert isinstance(corpora, Corpora)
         return corpora.splits(split, data.undrawn if split == "train" else data.names)
 
+    def calibration_rows(self, model: Any, corpora: Any, sequence_length: int) -> Dataset | None:
+        """Return rows to train on that an evaluation predicts first, for the objective's `calibrate`; None
+        for none. Raise ConfigError if there are too few."""
+        return None
+
     def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Objective:
         """Return the objective. The special ids of `model` must be resolved."""
         raise NotImplementedError
@@ -263,6 +268,14 @@ class HasReference(Protocol):
 
     references: dict[bool, np.ndarray] | None
     """Whether rows are held out → predictions of them by that model, in the order of the dataset."""
+
+
+@runtime_checkable
+class Calibrates(Protocol):
+    """An objective whose config may have calibration rows."""
+
+    def calibrate(self, rows: Mapping[int, np.ndarray]) -> None:
+        """Set later predictions by those of these rows. rows: number of a row → Terms.rows of it."""
 
 
 @runtime_checkable

@@ -27,6 +27,7 @@ from llmtrain.objectives.base import DROPOUT_KEYS, Batch, ObjectiveConfig, Shown
 from llmtrain.objectives.classification import Classification
 from llmtrain.objectives.fields import in_order, label_of, texts_of
 from llmtrain.objectives.prompt_template import Piece, Template, parse
+from llmtrain.objectives.shots import chosen_rows
 from llmtrain.objectives.task import frame_of, trunk_ids, trunk_names
 from llmtrain.tables.records import field_of
 
@@ -67,7 +68,10 @@ class PromptedConfig(ObjectiveConfig):
     """Rows to train on that precede each prompt with their answers, the same for all; evaluation of decoders
     only."""
     shots_seed: int = 0
-    """Seed of the choice of these rows, which takes the labels in turn."""
+    """Seed of the choice of these rows, and of those of `calibration`, which takes the labels in turn."""
+    calibration: int = 0
+    """Rows to train on, others than the shots, that calibrate the scores: from each answer's score its mean over
+    them is subtracted, so that all texts together favour none (arXiv:2102.09690, 2309.17249). Evaluation only."""
     separator: str = "\n\n"
     """Text between two prompts."""
 
@@ -82,8 +86,8 @@ class PromptedConfig(ObjectiveConfig):
         words = [word.strip() for word in self.verbalizer.values()]
         yield from require(all(words), "verbalizer", got, "words that are not empty")
         yield from require(len(set(words)) == len(words), "verbalizer", got, "another word for each label")
-        yield from require(self.shots >= 0, "shots", self.shots, "0 or more")
-        yield from require(self.shots_seed >= 0, "shots_seed", self.shots_seed, "0 or more")
+        for name in ("shots", "shots_seed", "calibration"):
+            yield from require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -122,23 +126,26 @@ class PromptedConfig(ObjectiveConfig):
     ) -> dict[str, Dataset]:
         """Return the rows of the split as prompts, with the shots before each. Raise ConfigError for shots in
         training: a row would stand in its own prompt."""
-        if self.shots and split == "train":
-            raise ConfigError(Problem("objective.shots", str(self.shots), "0 for the rows to train on"))
-        tokenizer = corpora.load_tokenizer()
-        before = np.zeros(0, np.int64)
-        if self.shots:
-            rows = self._prompts(model, corpora.split("train"), tokenizer, sequence_length)
-            before = self._shots(rows, tokenizer)
-        return {
-            "": self._prompts(model, corpora.split(split), tokenizer, sequence_length, before, data.group)
-        }
+        if split == "train":
+            self._refuse_examples("rows to train on")
+        return {"": self._after_shots(model, corpora, corpora.split(split), sequence_length, data.group)}
+
+    def calibration_rows(self, model: Any, corpora: Any, sequence_length: int) -> Dataset | None:
+        """Return the rows over which the mean of the scores becomes 0, with the shots before each."""
+        if not self.calibration:
+            return None
+        train = corpora.split("train")
+        rows = chosen_rows(train.array("label"), self.calibration, self.shots_seed, skip=self.shots)
+        if len(rows) < self.calibration:
+            got = f"{self.calibration} of {len(train):,} rows to train on, beside {self.shots} shots"
+            raise ConfigError(Problem("objective.calibration", got, f"0 to {len(rows)}"))
+        return self._after_shots(model, corpora, train.chosen(rows), sequence_length)
 
     def examples_of_split(
         self, model: Any, split: TableSplit, tokenizer: Tokenizer, sequence_length: int, group: int = 1
     ) -> Prompts:
         """Return rows as the model reads them. group: see OrdersByLength."""
-        if self.shots:
-            raise ConfigError(Problem("objective.shots", str(self.shots), "0 for rows without a table"))
+        self._refuse_examples("rows without a table")
         return self._prompts(model, split, tokenizer, sequence_length, group=group)
 
     def build(self, model: Any, data: Any, corpora: Any = None) -> Prompted:
@@ -191,7 +198,24 @@ class PromptedConfig(ObjectiveConfig):
     def blank_labels(self, contents: Sequence[Any]) -> dict[str, Column]:
         return {"label": np.full(len(contents), IGNORE_INDEX, np.int64)}
 
+    def _refuse_examples(self, rows: str) -> None:
+        given = {name: getattr(self, name) for name in ("shots", "calibration") if getattr(self, name)}
+        problems = [Problem(f"objective.{name}", str(got), f"0 for {rows}") for name, got in given.items()]
+        if problems:
+            raise ConfigError(problems)
+
     # The template in tokens.
+
+    def _after_shots(
+        self, model: Any, corpora: Any, split: TableSplit, sequence_length: int, group: int = 64
+    ) -> Prompts:
+        """Return rows as prompts, each after the shots."""
+        tokenizer = corpora.load_tokenizer()
+        before = np.zeros(0, np.int64)
+        if self.shots:
+            rows = self._prompts(model, corpora.split("train"), tokenizer, sequence_length)
+            before = self._shots(rows, tokenizer)
+        return self._prompts(model, split, tokenizer, sequence_length, before, group)
 
     def _prompts(
         self,
@@ -269,20 +293,6 @@ class PromptedConfig(ObjectiveConfig):
         return np.concatenate([ids for example in examples for ids in (example, between)])
 
 
-def chosen_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return the numbers of `count` random rows that have each label in turn, as long as it has rows left, in
-    random order; fewer if there are fewer rows."""
-    draw = np.random.default_rng(seed)
-    order = draw.permutation(len(labels))
-    # The place of each row among those of its label.
-    places = np.zeros(len(labels), np.int64)
-    for label in np.unique(labels):
-        own = order[labels[order] == label]
-        places[own] = np.arange(len(own))
-    first = order[np.argsort(places[order], kind="stable")][:count]
-    return draw.permutation(first)
-
-
 def _column(name: str) -> str:
     """Return the name of the column of a field, for a file."""
     return "field_" + "".join(c if c.isalnum() else f"_{ord(c):x}_" for c in name)
@@ -298,6 +308,14 @@ class Prompted(Classification):
     def __init__(self, model: Any, labels: Sequence[str]) -> None:
         self.head = TaskHeadConfig("classes", outputs=len(labels), labels=tuple(labels))
         self._fills = family_of(model).kind == "encoder"
+        self._favoured: Tensor | None = None
+        """Mean score of each answer, fp32 (C), once it is calibrated."""
+
+    def calibrate(self, rows: Mapping[int, np.ndarray]) -> None:
+        """Subtract the mean of these predictions from those that follow."""
+        import torch
+
+        self._favoured = torch.from_numpy(np.mean(list(rows.values()), axis=0, dtype=np.float64)).float()
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """Return "tokens" int64 (B, R, T), "asked" int64 (B, R, A), "answers" int64 (B, C, A), "labels" int64
@@ -334,12 +352,16 @@ class Prompted(Classification):
     def _terms(self, logits: Tensor, batch: Batch) -> Terms:
         import torch.nn.functional as F
 
-        labels, scores_BC = batch["labels"], answer_scores(logits, batch["answers"])
+        labels, scores_BC = batch["labels"], self._scores(logits, batch)
         loss = F.cross_entropy(scores_BC, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         return Terms(loss, self.count(labels))
 
     def predictions(self, logits: Tensor, batch: Batch) -> list[np.ndarray]:
-        return list(answer_scores(logits, batch["answers"]).detach().cpu().numpy())
+        return list(self._scores(logits, batch).detach().cpu().numpy())
+
+    def _scores(self, logits: Tensor, batch: Batch) -> Tensor:
+        scores_BC = answer_scores(logits, batch["answers"])
+        return scores_BC if self._favoured is None else scores_BC - self._favoured.to(scores_BC.device)
 
     def show(
         self,

@@ -25,7 +25,7 @@ from llmtrain.tables.build import (
     table_key,
 )
 from llmtrain.tables.config import SPLITS, TableDataConfig
-from llmtrain.tables.ragged import Column, Ragged, load_columns
+from llmtrain.tables.ragged import Column, Ragged, load_columns, take
 from llmtrain.tokenizers.base import Tokenizer
 from llmtrain.tokenizers.folder import find_tokenizer, load_tokenizer
 
@@ -52,6 +52,12 @@ class TableSplit:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    def chosen(self, rows: np.ndarray) -> TableSplit:
+        """Return the rows with these numbers, in their order."""
+        columns = {name: take(column, rows) for name, column in self.columns.items()}
+        said = f"{self.fingerprint}/{rows.tolist()}"
+        return TableSplit(self.name, columns, xxhash.xxh3_128_hexdigest(said.encode()))
 
     def array(self, name: str) -> np.ndarray:
         """Return a column of numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,55 @@ def test_shots_and_answers_of_several_tokens(
     assert sum(text.count(f"Verdict: {word}") for word in words) == 4
 
 
+def test_calibration_takes_the_mean_over_chosen_rows_from_the_scores(
+    reviews: Path,
+    trunks: dict[str, Path],
+    words_of: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    from llmtrain.interchange.trained import load_trained
+    from llmtrain.objectives.prompted import PromptedConfig
+    from llmtrain.objectives.shots import chosen_rows
+    from llmtrain.tables.config import TableDataConfig
+    from llmtrain.tables.table import open_table
+
+    given = ["data=table", f"data.path={reviews}", f"data.cache.dir={tmp_path / 'cache'}", *prompt(words_of)]
+    given += [f"checkpoint={trunks['bert_tiny']}", "sequence_length=48", "data.split.validation=0.2"]
+    found = evaluated(capsys, *given, "objective.calibration=30", "micro_size=7")
+    assert found["loss"] != evaluated(capsys, *given)["loss"]
+
+    verbalizer = {"bad": words_of[0], "good": words_of[1]}
+    config = PromptedConfig(template="{text} it was {answer}.", verbalizer=verbalizer)
+    trained = load_trained(trunks["bert_tiny"]).learned_by(config)
+    data = TableDataConfig(path=str(reviews), split=replace(TableDataConfig().split, validation=0.2))
+    table = open_table(data, config, trained.tokenizer_path)  # type: ignore[arg-type]
+    model, task = trained.build(torch.device("cpu")).eval(), config.build(trained.config, None)
+
+    def scores(split: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        dataset: Any = config.open(trained.config, data, table, split, 48)[""]
+        batch = task.collate(dataset.get(np.arange(len(dataset)) if rows is None else rows))
+        with torch.no_grad():
+            return np.stack(task.predictions(model(**task.inputs(batch)), batch)), batch["labels"].numpy()
+
+    rows = chosen_rows(table.split("train").array("label"), 30, seed=0)
+    calibrated, labels = scores("validation")
+    calibrated = calibrated - scores("train", rows)[0].mean(0)
+    assert found["accuracy"] == pytest.approx((calibrated.argmax(1) == labels).mean())
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(calibrated), torch.from_numpy(labels))
+    assert found["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+    words = [*given, "objective.calibration=9999"]
+    assert cli.run_verb("evaluate", words) == 2
+    assert "objective.calibration: got 9999 of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["objective.calibration=2"], "objective.calibration: got 2; allowed: 0 for rows to train on"),
         (["objective.verbalizer.good=unquestionably"], "objective.verbalizer.good: got 'unquestionably', "),
         (["objective.template={text} it was"], "objective.template: got '{text} it was', no {answer}"),
         (["objective.template={txt} was {answer}"], "got no field txt; allowed: text, label"),

@@ -8,7 +8,8 @@ import torch
 
 from llmtrain.data.datasets.prompts import NO_TOKEN, fit
 from llmtrain.objectives.prompt_template import Piece, parse
-from llmtrain.objectives.prompted import PromptedConfig, answer_scores, chosen_rows
+from llmtrain.objectives.prompted import PromptedConfig, answer_scores
+from llmtrain.objectives.shots import chosen_rows
 
 
 def test_a_template_keeps_spaces_with_the_words_after_them() -> None:
@@ -71,3 +72,6 @@ def test_shots_take_the_labels_in_turn() -> None:
     assert (chosen_rows(labels, 12, seed=4) != rows).any()
     assert (labels[chosen_rows(labels, 40, seed=0)] == 1).sum() == 10
     assert len(chosen_rows(labels, 200, seed=0)) == 100
+    others = chosen_rows(labels, 6, seed=3, skip=12)
+    assert not set(others.tolist()) & set(rows.tolist())
+    assert (labels[others] == 1).sum() == 3
