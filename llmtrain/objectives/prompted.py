@@ -70,8 +70,9 @@ class PromptedConfig(ObjectiveConfig):
     shots_seed: int = 0
     """Seed of the choice of these rows, and of those of `calibration`, which takes the labels in turn."""
     calibration: int = 0
-    """Rows to train on, others than the shots, that calibrate the scores: from each answer's score its mean over
-    them is subtracted, so that all texts together favour none (arXiv:2102.09690, 2309.17249). Evaluation only."""
+    """Rows to train on, others than the shots, that calibrate the scores: from each answer's score its mean
+    over them is subtracted, so that all texts together favour none (arXiv:2102.09690, 2309.17249). Evaluation
+    only."""
     separator: str = "\n\n"
     """Text between two prompts."""
 
