@@ -95,7 +95,7 @@ def _import_peft(config: ImportConfig, source: Path, output: Path) -> None:
     from llmtrain.tokenizers.folder import find_tokenizer, load_tokenizer
 
     found = import_peft(source, None if config.base is None else expand_home(config.base))
-    file = config.tokenizer or find_tokenizer(found.base)
+    file = config.tokenizer or find_tokenizer(source) or find_tokenizer(found.base)
     tokenizer = None if file is None else load_tokenizer(file)
     description = {
         "imported_from": str(source.absolute()),

@@ -80,14 +80,7 @@ def export_folder(
     ids: dict[str, int] = {}
     contents: dict[str, Any] = {}
     if tokenizer_path is not None:
-        tokenizer = read_tokenizer(tokenizer_path, config.vocab_size or 0)
-        ids = special_ids(tokenizer)
-        longest = getattr(config, "max_sequence_length", None)
-        named = {role: getattr(config, f"{role}_id", None) for role in ("mask", "cls", "sep")}
-        model_ids = {role: i for role, i in named.items() if i is not None}
-        frame = None if getattr(config, "task", None) is None else frame_of(config, tokenizer)
-        contents |= tokenizer_files(tokenizer, longest, str(tokenizer_path), model_ids, frame)
-        contents |= chat_files(contents, tokenizer, chat_template)
+        ids, contents = tokenizer_of(config, tokenizer_path, chat_template)
     described = _config_of(form, config, dtype, ids)
     if origin is not None:
         described = origin.settings_of(form, config, lambda config: _config_of(form, config, dtype, ids))
@@ -100,17 +93,35 @@ def export_folder(
     try:
         partial.mkdir(parents=True)
         _write_weights(partial, model, form.entries(config), tensors, dtype, shard_bytes)
-        for name, content in contents.items():
-            if isinstance(content, bytes | str):
-                files.write_atomically(partial / name, content)
-            else:
-                files.write_json_atomically(partial / name, content)
+        write_contents(partial, contents)
         files.replace_folder(partial, output)
     except (OSError, SafetensorError) as error:
         remedy = "make room, then export again"
         raise CheckpointError(files.disk_problem(error, output, if_full=remedy)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def tokenizer_of(config: Any, path: Path, chat_template: str | None) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the special ids of a model's tokenizer, and name → content of its files in a folder.
+
+    Raise DataError for a tokenizer that does not fit the model."""
+    tokenizer = read_tokenizer(path, config.vocab_size or 0)
+    longest = getattr(config, "max_sequence_length", None)
+    named = {role: getattr(config, f"{role}_id", None) for role in ("mask", "cls", "sep")}
+    model_ids = {role: i for role, i in named.items() if i is not None}
+    frame = None if getattr(config, "task", None) is None else frame_of(config, tokenizer)
+    contents = tokenizer_files(tokenizer, longest, str(path), model_ids, frame)
+    return special_ids(tokenizer), contents | chat_files(contents, tokenizer, chat_template)
+
+
+def write_contents(folder: Path, contents: Mapping[str, Any]) -> None:
+    """Write files by name: text and bytes as they are, all else as JSON."""
+    for name, content in contents.items():
+        if isinstance(content, bytes | str):
+            files.write_atomically(folder / name, content)
+        else:
+            files.write_json_atomically(folder / name, content)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ from llmtrain.adapt.config import LoraConfig, PrefixConfig, PromptConfig
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.interchange import virtual_tokens
 from llmtrain.interchange.forms import form_of
+from llmtrain.interchange.huggingface import tokenizer_of, write_contents
 from llmtrain.interchange.products import Product, is_by_inputs, products_in, theirs_of
 from llmtrain.interchange.trained import TrainedModel
-from llmtrain.models.skeleton import skeleton_of
+from llmtrain.models.skeleton import of_vocabulary, skeleton_of
 from llmtrain.nn.initialize import added_to
 from llmtrain.nn.linear import Linear
 from llmtrain.optim.groups import HEAD
+from llmtrain.standard_streams import print_note
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -59,7 +61,12 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
     names: list[str] = []
     by_inputs = False
     heads: dict[str, Tensor] = {}
+    vocabulary: dict[str, Tensor] = {}
+    of_tokens = set(of_vocabulary(trained.config, model)) - trained.left_out
     for entry in entries:
+        if entry.ours in of_tokens and trained.base is not None:
+            parts = entry.split_all([weights[name] for name in entry.all_ours])
+            vocabulary |= dict(zip(entry.theirs, parts, strict=True))
         if entry.ours.startswith(f"{HEAD}.") and trained.config.task is not None:
             parts = entry.split_all([weights[name] for name in entry.all_ours])
             heads |= dict(zip(entry.theirs, parts, strict=True))
@@ -74,17 +81,25 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
         by_inputs |= bool(found) and is_by_inputs(entry, model)
     settings = _settings(trained, adaptation, added, names, list(heads), by_inputs)
     scale = {name: _scale(settings, name) for name in added}
-    tensors = {f"{PREFIX}{name}": weight for name, weight in heads.items()}
+    tensors = {f"{PREFIX}{name}": weight for name, weight in (heads | vocabulary).items()}
     for name, product in added.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = product.a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = product.b / scale[name]
-    _write(output.absolute(), settings, tensors, overwrite)
+    contents: dict[str, Any] = {}
+    if vocabulary and trained.tokenizer_path is not None:
+        template = getattr(trained.objective, "chat_template", None)
+        _, contents = tokenizer_of(trained.config, trained.tokenizer_path, template)
+    _write(output.absolute(), settings, tensors, overwrite, contents)
+    if vocabulary:
+        size = len(next(iter(vocabulary.values())))
+        print_note(f"its vocabulary has grown: PEFT loads it over base.resize_token_embeddings({size})")
 
 
 def _refuse_what_peft_lacks(trained: TrainedModel) -> None:
     """Raise ConfigError where other weights than additions and the head of a task were trained."""
     own = HEAD if trained.config.task is not None else None
-    added = added_to(skeleton_of(trained.config))
+    skeleton = skeleton_of(trained.config)
+    added = added_to(skeleton).keys() | set(of_vocabulary(trained.config, skeleton))
     others = [
         name
         for name in trained.weights
@@ -154,7 +169,14 @@ def _scale(settings: Mapping[str, Any], name: str) -> float:
     return float(alpha / settings["rank_pattern"].get(name, settings["r"]))
 
 
-def _write(output: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+def _write(
+    output: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    overwrite: bool,
+    contents: Mapping[str, Any] = {},
+) -> None:
+    """contents: name → content of further files."""
     if output.exists() and any(output.iterdir()) and not (overwrite and (output / CONFIG).exists()):
         remedy = "choose another output" + (", or set overwrite=true" if (output / CONFIG).exists() else "")
         raise CheckpointError(Problem(str(output), "a folder with files", "a new or empty folder", remedy))
@@ -166,7 +188,7 @@ def _write(output: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tens
         }
         save_file(contiguous, partial / WEIGHTS, metadata={"format": "pt"})
         files.sync(partial / WEIGHTS)
-        files.write_json_atomically(partial / CONFIG, settings)
+        write_contents(partial, {**contents, CONFIG: settings})
         files.replace_folder(partial, output)
     except OSError as error:
         raise CheckpointError(

@@ -21,7 +21,7 @@ from llmtrain.interchange.huggingface_weights import read_json
 from llmtrain.interchange.peft import CONFIG, PREFIX, WEIGHTS
 from llmtrain.interchange.products import Product, ours_of, products_in, shapes_of, values_of
 from llmtrain.models.huggingface.form import Entry, Form, Settings
-from llmtrain.models.skeleton import skeleton_of
+from llmtrain.models.skeleton import of_vocabulary, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.reading import decode_file
 from llmtrain.safetensors_files import open_safetensors
@@ -101,6 +101,7 @@ def import_peft(source: Path, base: Path | None) -> ImportedPeft:
     factors, heads = _divided(source, tensors)
     imported = huggingface.import_folder(folder)
     form, config = _with_head(folder, settings, imported.config, heads)
+    config = _with_vocabulary(form, config, heads)
     entries = form.entries(config)
     plain = skeleton_of(config)
     shapes = {name: shape for entry in entries for name, shape in shapes_of(entry, plain).items()}
@@ -263,6 +264,19 @@ def _with_head(
     keys = {"architectures": [f"{stem}{suffix}"], "id2label": labels}
     theirs = Settings(folder / huggingface.CONFIG, content).with_keys(**keys)
     return form, decode(form.config, form.read_config(theirs))
+
+
+def _with_vocabulary(form: Form, config: ModelConfig, held: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the config with the vocabulary of the embedding that came with the additions, if one did."""
+    of_tokens = set(of_vocabulary(config, skeleton_of(config)))
+    sizes = [
+        len(held[name])
+        for entry in form.entries(config)
+        if entry.ours in of_tokens
+        for name in entry.theirs
+        if name in held
+    ]
+    return replace(config, vocab_size=max(sizes)) if sizes else config  # type: ignore[type-var]
 
 
 def _of_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:

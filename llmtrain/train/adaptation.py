@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from llmtrain.adapt.config import Adaptation, PrefixConfig, PromptConfig
 from llmtrain.config import require
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.models.skeleton import skeleton_of
+from llmtrain.models.skeleton import of_vocabulary, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.optim.groups import HEAD
 from llmtrain.train.config import TrainConfig
@@ -56,6 +56,9 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
         if not trained:
             got = f"{BITFIT} with model.family={model.family}, this model of which has no biases"
             raise ConfigError(Problem("method", got, "lora"))
+    if getattr(config.objective, "new_tokens", ()):
+        # Their rows have learned nothing yet.
+        trained |= set(of_vocabulary(model, skeleton))
     if model.task is not None:
         trained |= {name for name in names if name.startswith(f"{HEAD}.")}
     frozen = _patterns([name for name in names if name not in trained], trained)
@@ -66,10 +69,6 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
 def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
     """Yield a problem for each key that does not go with the method; known before the data are read."""
     wanted = _wanted(config)
-    if trains_beside(config) and (tokens := getattr(config.objective, "new_tokens", ())):
-        got = f"{', '.join(tokens)} with method={config.method}, which leaves embedding and head as they are"
-        remedy = "begin with a model that has learned them by method=full"
-        yield Problem("objective.new_tokens", got, "[]", remedy)
     if not isinstance(wanted, PrefixConfig | PromptConfig):
         return
     if config.objective.data != "table":

@@ -15,7 +15,7 @@ from llmtrain.data.config import DataConfig
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of
-from llmtrain.models.skeleton import skeleton_of
+from llmtrain.models.skeleton import of_vocabulary, skeleton_of
 from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 
@@ -270,8 +270,8 @@ def _grown(
         return {}
     return {
         name: needed - size
-        for name, shape in ours.items()
-        if shape[:1] == (needed,) and theirs.get(name) == (size, *shape[1:])
+        for name in of_vocabulary(model, skeleton_of(model))
+        if theirs.get(name) == (size, *ours[name][1:])
     }
 
 

@@ -75,11 +75,12 @@ def settings(folder: Path, case: str) -> tuple[str, ...]:
     if case.startswith("grown"):
         start = (
             "model=pretrained",
-            f"model.path={folder / ('base ' + case.split()[1])}",
+            f"model.path={folder / ' '.join(['base', case.split()[1]])}",
             "model.dropout=0.1",
         )
         template = f"objective.template={folder / 'chatml.jinja'}"
-        return ("objective=instruct", *start, *data(folder, None), template, GROWN, "train.steps=20")
+        method = ("method=lora",) if case.endswith("lora") else ()
+        return ("objective=instruct", *start, *data(folder, None), template, GROWN, "train.steps=20", *method)
     more = (
         ("objective=dpo",)
         if case == "dpo"
@@ -96,7 +97,7 @@ def references() -> dict[str, Trace]:
 @pytest.mark.slow
 @pytest.mark.in_turns(4)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("case", ["packed", "single", "dpo", "grown true", "grown false"])
+@pytest.mark.parametrize("case", ["packed", "single", "dpo", "grown true", "grown false", "grown false lora"])
 def test_equals_one_process(case: str, layout: str, folder: Path, references: dict[str, Trace]) -> None:
     size, more = LAYOUTS[layout]
     divides = any("sequence" in key for key in more)
@@ -162,6 +163,53 @@ def test_the_loss_is_that_of_transformers_and_grown_exports_load(
         total, count = total + float(loss) * targets, count + targets
     assert count == ours["targets"]
     assert total / count == pytest.approx(ours["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_lora_with_new_tokens_goes_out_to_peft_and_back(tied: str, folder: Path, tmp_path: Path) -> None:
+    """The rows of the new tokens train; logits of the merged folder, of the folder of PEFT over the larger
+    base, and of that read again, are those of the run."""
+    import peft
+    import torch
+    import transformers
+
+    from llmtrain.interchange.trained import load_trained
+
+    given = settings(folder, f"grown {tied} lora")
+    words = [word for word in given if word not in ("train.steps=20", "model.dropout=0.1")]
+    words += ["train.epochs=null", "train.steps=3", f"run.dir={tmp_path / 'run'}"]
+    base, hf = folder / f"base {tied}", tmp_path / "hf"
+    assert cli.run_verb("export", [f"checkpoint={base}", f"output={hf}"]) == 0
+    assert cli.run_verb("finetune", [word.replace(str(base), str(hf)) for word in words]) == 0
+    run = f"checkpoint={tmp_path / 'run'}"
+    trained = load_trained(tmp_path / "run")
+    changed = trained.weights["embedding.weight"]
+    assert not torch.equal(changed[-2], changed[-1]), "both began as the mean"
+    assert trained.left_out
+    assert "embedding.weight" not in trained.left_out
+
+    for form in ("merged", "peft"):
+        assert cli.run_verb("export", [run, f"output={tmp_path / form}", f"form={form}"]) == 0
+    again = [f"source={tmp_path / 'peft'}", f"base={hf}", f"output={tmp_path / 'again'}"]
+    assert cli.run_verb("import", again) == 0
+    tokens_BT = torch.arange(40).view(2, 20) * 3 % len(changed)
+    tokens_BT[:, 3:5] = torch.tensor([len(changed) - 2, len(changed) - 1])
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        wanted = trained.build(cpu).eval()(tokens_BT)
+        read = load_trained(tmp_path / "again")
+        torch.testing.assert_close(read.build(cpu).eval()(tokens_BT), wanted, atol=1e-5, rtol=1e-5)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(tokens_BT).logits, wanted, atol=1e-5, rtol=1e-5)
+        model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "peft")
+        assert len(tokenizer) == len(changed)
+        assert tokenizer.chat_template
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()
+        torch.testing.assert_close(model(tokens_BT).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert read.tokenizer().vocab_size == len(changed)
 
 
 def held_out(folder: Path, run: Path) -> list[list[dict[str, str]]]:
