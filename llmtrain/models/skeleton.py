@@ -37,7 +37,7 @@ def sharding_of(model: ModelConfig) -> Table:
 
 
 def of_vocabulary(model: ModelConfig, skeleton: nn.Module) -> list[str]:
-    """Return the names of the parameters with a row for each token: of the embedding, and of a head that is not
-    tied to it."""
+    """Return the names of the parameters with a row for each token: of the embedding, and of a head that is
+    not tied to it."""
     size = getattr(model, "vocab_size", None)
     return [name for name, p in skeleton.named_parameters() if p.ndim and len(p) == size]
