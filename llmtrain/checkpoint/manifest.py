@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from llmtrain.checkpoint.names import MANIFEST
 from llmtrain.config import require, show
 from llmtrain.data.mixture import Segment, timeline_problems
 from llmtrain.errors import CheckpointError, Problem
@@ -21,7 +22,6 @@ FORMAT = "llmtrain-checkpoint"
 VERSION = 3
 """Version 3 moved the objective out of the model section and lists frozen parameters."""
 READABLE = (2, VERSION)
-MANIFEST = "manifest.json"
 MANIFEST_BYTES = 256 << 20
 MANIFEST_VALUES = 10_000_000
 """Enough for a million boxes, such as a thousand ranks and a model with three hundred weights."""

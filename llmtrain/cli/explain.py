@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmtrain.cli.verbs import CONFIGS, FOLDERS, SECOND_VERBS, VERBS, config_types, word_keys
+from llmtrain.cli.verbs import CONFIGS, FOLDERS, PLAIN_WORDS, SECOND_VERBS, VERBS, config_types, word_keys
 from llmtrain.errors import EXIT_CODE, Problem, nearest
 
 
@@ -43,6 +43,12 @@ def second_help(name: str) -> str:
     verb, _, second = name.partition("_")
     first_line = f"usage: llmtrain {verb} {second} {SECOND_VERBS[verb][second][0]} [key=value …]"
     return f"{first_line}\n\n{(conf_folder() / f'{name}.yaml').read_text()}"
+
+
+def plain_help(verb: str) -> str:
+    """Return what `llmtrain VERB --help` prints for a verb that takes plain words."""
+    words = PLAIN_WORDS[verb].replace("RUNS", "RUN…")
+    return f"usage: llmtrain {verb} {words} [key=value …]\n\n{(conf_folder() / f'{verb}.yaml').read_text()}"
 
 
 def explain(error: Exception, name: str) -> Problem:

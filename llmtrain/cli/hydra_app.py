@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain import standard_streams
 from llmtrain.cli import sweep_table, verbs
-from llmtrain.cli.explain import conf_folder, explain, print_problems, second_help
+from llmtrain.cli.explain import conf_folder, explain, plain_help, print_problems, second_help
 from llmtrain.cli.overrides import (
     OVERRIDE,
     quote,
@@ -124,6 +124,8 @@ def _hydra_settings(name: str) -> list[str]:
     settings = list(HYDRA_SETTINGS)
     if name.partition("_")[0] in verbs.SECOND_VERBS:
         settings.append(f"hydra.help.template={quote_text(second_help(name))}")
+    if name in verbs.PLAIN_WORDS:
+        settings.append(f"hydra.help.template={quote_text(plain_help(name))}")
     return settings
 
 

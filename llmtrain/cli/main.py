@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from llmtrain import standard_streams
 from llmtrain.cli.explain import print_keys, print_problems, second_usage, usage
-from llmtrain.cli.verbs import SECOND_VERBS, VERBS, second_verb
+from llmtrain.cli.verbs import PLAIN_WORDS, SECOND_VERBS, VERBS, second_verb, with_plain_words
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
@@ -77,6 +77,8 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     try:
         if verb in SECOND_VERBS:
             verb, arguments = second_verb(verb, arguments)
+        elif verb in PLAIN_WORDS:
+            arguments = with_plain_words(verb, arguments)
         from llmtrain.cli import hydra_app
 
         return hydra_app.run(verb, arguments)

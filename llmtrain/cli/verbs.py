@@ -6,6 +6,8 @@ Free of Hydra and of the modules named, so that `llmtrain --help` answers at onc
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -23,6 +25,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "import": ("llmtrain.commands.import_", "Hugging Face folder or GGUF file → checkpoint"),
     "export": ("llmtrain.commands.export", "trained model → Hugging Face folder"),
     "checkpoint": ("llmtrain.commands.checkpoint", "verify, show, compare, export or prune checkpoints"),
+    "status": ("llmtrain.commands.status", "where a run is, in a second"),
+    "report": ("llmtrain.commands.report", "runs → one HTML page: curves, events, differences"),
     "data": ("llmtrain.commands.data", "which documents made a step, what they say, one hash over a run's"),
 }
 """Verb → its module, which has a function `run(mapping)`, and what it does."""
@@ -44,6 +48,9 @@ SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
 """Verb → second verb → the keys whose values may stand as plain words before the overrides (optional ones in
 brackets), and what it does. Each has a function in the verb's module and a file conf/VERB_SECOND.yaml."""
 
+PLAIN_WORDS = {"status": "RUN", "report": "RUNS"}
+"""Verb → the key whose value, or several values (…S), may stand as plain words before the overrides."""
+
 CONFIGS: dict[str, tuple[str, ...]] = {
     "prepare": ("llmtrain.prepare.config:PrepareConfig",),
     "train": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
@@ -54,6 +61,8 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
     "import": ("llmtrain.commands.import_:ImportConfig",),
     "export": ("llmtrain.commands.export:ExportConfig",),
+    "status": ("llmtrain.commands.status:StatusConfig",),
+    "report": ("llmtrain.commands.report:ReportConfig",),
     "checkpoint_verify": ("llmtrain.commands.checkpoint:VerifyConfig",),
     "checkpoint_show": ("llmtrain.commands.checkpoint:ShowConfig",),
     "checkpoint_diff": ("llmtrain.commands.checkpoint:DiffConfig",),
@@ -72,6 +81,7 @@ DOES_MORE_THAN_PRINT = {
     "finetune",
     "import",
     "export",
+    "report",
     "checkpoint_export",
     "checkpoint_prune",
 }
@@ -81,6 +91,7 @@ FOLDERS = {
     "path": "a run folder or a checkpoint folder",
     "other": "a run folder or a checkpoint folder",
     "run": "a run folder",
+    "runs": "run folders",
 }
 """Key of a plain word before the overrides → what it may be."""
 
@@ -96,15 +107,33 @@ def second_verb(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
         raise ConfigError(Problem(f"llmtrain {verb}", repr(second), known, f"see llmtrain {verb} --help"))
     words = SECOND_VERBS[verb][second][0]
     for key, is_needed in word_keys(words).items():
-        # A path may contain `=`; a key contains no `/`.
-        is_path = (
-            rest and not rest[0].startswith("-") and ("/" in rest[0].partition("=")[0] or "=" not in rest[0])
-        )
-        if is_path:
+        if rest and is_path(rest[0]):
             rest = [*rest[1:], f"{key}={rest[0]}"]
         elif is_needed and not any(word.startswith((f"{key}=", "-")) for word in rest):
             raise ConfigError(Problem(key, "nothing", FOLDERS[key], f"llmtrain {verb} {second} {words}"))
     return f"{verb}_{second}", rest
+
+
+def is_path(word: str) -> bool:
+    """Return whether a word of the command line is a path. It may contain `=`; a key contains no `/`."""
+    return not word.startswith("-") and ("/" in word.partition("=")[0] or "=" not in word)
+
+
+def with_plain_words(verb: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with the plain words before the overrides as an override.
+
+    Raise ConfigError for several where one is taken."""
+    words = list(itertools.takewhile(is_path, arguments))
+    rest = arguments[len(words) :]
+    key = PLAIN_WORDS[verb].lower()
+    if not words:
+        return rest
+    if key.endswith("s"):
+        quoted = ",".join(json.dumps(word, ensure_ascii=False) for word in words)
+        return [f"{key}=[{quoted}]", *rest]
+    if len(words) > 1:
+        raise ConfigError(Problem(f"llmtrain {verb}", repr(words[1]), f"{FOLDERS[key]}, one, then key=value"))
+    return [f"{key}={words[0]}", *rest]
 
 
 def word_keys(words: str) -> dict[str, bool]:

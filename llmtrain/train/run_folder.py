@@ -6,6 +6,7 @@ RUN/
   git.json           commit of the working folder; git.diff: its uncommitted changes
   data.json          fingerprint and size of the training data
   metrics.jsonl      one object a step
+  events.jsonl       starts, checkpoints, and how each start ended
   features.json      with method=features: the strengths of regularization that were tried, with their losses
   loss.png           with track=[jsonl,picture]: the loss curves
   checkpoints/       step-00000500/ …
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 import platform
 import stat
+import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +29,7 @@ from llmtrain import files
 from llmtrain.distributed import launcher
 from llmtrain.errors import CheckpointError, Problem, TrainingError
 from llmtrain.git import cut, git_state
+from llmtrain.track.events import note_event
 from llmtrain.urls import without_credentials
 
 PACKAGES = (
@@ -54,7 +57,12 @@ class RunFolder:
             got = "a file with another name, or with none"
             raise CheckpointError(Problem(str(path / ".lock"), got, "a file of the run's own", "remove it"))
         try:
-            files.lock(self._lock, path)
+            try:
+                files.lock(self._lock, path)
+            except BlockingIOError:
+                # `llmtrain status` tries the lock for a moment.
+                time.sleep(0.2)
+                files.lock(self._lock, path)
         except BlockingIOError:
             said = os.pread(self._lock.fileno(), 200, 0).decode(errors="replace").strip()
             holder = said or "another process"
@@ -83,6 +91,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def note(self, kind: str, step: int | None = None, **facts: Any) -> None:
+        """Record an event of the run; see track/events.py."""
+        note_event(self.path, kind, step, **facts)
 
     def close(self) -> None:
         self._lock.close()

@@ -3,6 +3,7 @@ resume from, build the engine, open the trackers, run the loop."""
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -152,6 +153,8 @@ class Session:
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
         self._saver.abandon()
+        if failed:
+            self._note("fail")
         if self.corpora is not None:
             self.corpora.close()
         if self._progress is not None:
@@ -228,6 +231,7 @@ class Session:
             resume_step=own.step if own is not None else None,
             state=own.manifest.get("trackers") if own is not None else None,
         )
+        self._note("start", start.step, host=platform.node(), processes=processes.world_size())
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self._progress = Progress(config.train.steps, start_step=start.step, every=every)
         self._say(stream.describe(self.layout.micro_size if self.layout.pipeline == 1 else None))
@@ -340,6 +344,7 @@ class Session:
 
     def _on_saved(self, step: int, path: Path) -> None:
         self._say(f"step {step:,}: checkpoint {path}")
+        self._note("save", step)
         if processes.is_main():
             self._prune(path)
 
@@ -359,12 +364,17 @@ class Session:
             else:
                 print_note(text)
 
+    def _note(self, kind: str, step: int | None = None, **facts: Any) -> None:
+        if self._folder is not None:
+            self._folder.note(kind, step, **facts)
+
     def _say_what_is_not_evaluated(self) -> None:
         without = [] if self.corpora is None else self.corpora.without("validation")
         if without and self.corpora is not None and len(without) < len(self.corpora.by_name):
             self._say(f"note: {', '.join(without)} has no validation split; the others are evaluated")
 
     def _report(self, outcome: Outcome) -> None:
+        self._note("stop" if outcome.interrupted else "done", outcome.step)
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; run the same command to resume")
             return

@@ -29,7 +29,7 @@ ORDER = (
     {"engine"},
     {"checkpoint"},
     {"interchange"},
-    {"features", "generation", "output"},
+    {"features", "generation", "output", "report"},
     {"harness"},
     {"train"},
     {"commands"},

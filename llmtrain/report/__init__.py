@@ -1,0 +1,1 @@
+"""What a run folder tells: where a run is, and a page about one run or several."""
