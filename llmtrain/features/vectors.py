@@ -83,7 +83,7 @@ class Vectorizer:
         return None if store is None else store.vectors
 
     def _open(self, folder: Path, rows: int) -> _Store:
-        cache = VectorCache(folder, rows, self.model_config.hidden_size)
+        cache = VectorCache(folder, rows, self.model_config.output_width)
         return _Store(cache, *cache.read())
 
     def _identity(self, examples: Examples) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Vectorizer:
 
     @torch.no_grad()
     def _compute(self, examples: Examples, chunk: range) -> np.ndarray:
-        vectors_MD = np.empty((len(chunk), self.model_config.hidden_size), np.float32)
+        vectors_MD = np.empty((len(chunk), self.model_config.output_width), np.float32)
         for rows in batches_by_length(examples.lengths[chunk.start : chunk.stop], TOKENS):
             batch = to_device(self.task.collate(examples.get(rows + chunk.start)), self.device)
             with autocast(self.precision, self.device):

@@ -62,6 +62,10 @@ class ModelConfig(Kinds):
         """Yield a problem for each invalid value."""
         yield from ()
 
+    def token_head_problems(self) -> Iterator[Problem]:
+        """Yield a problem for each setting with which the model cannot have the head of a language model."""
+        yield from ()
+
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Return the parameters of each step on one of `tensor` ranks that divide matrices and vocabulary."""
         raise NotImplementedError
@@ -117,16 +121,21 @@ class OfVocabulary(ModelConfig):
         size = self.vocab_size
         yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
 
+    @property
+    def output_width(self) -> int:
+        """Return the width of the hidden states that a head reads."""
+        return self.hidden_size
+
     def head_matrix_count(self, tensor: int = 1) -> int:
         """Return the weights of the head's matrices on one of `tensor` ranks that divide the vocabulary."""
         if self.task is not None:
-            return self.task.matrix_count(self.hidden_size)
+            return self.task.matrix_count(self.output_width)
         return self.embedding_count(tensor)
 
     def head_parameter_count(self, tensor: int = 1) -> int:
         """Return the parameters of the head on one of `tensor` ranks that divide the vocabulary."""
         if self.task is not None:
-            return self.task.parameter_count(self.hidden_size)
+            return self.task.parameter_count(self.output_width)
         return self.head_matrix_count(tensor)
 
     def embedding_count(self, tensor: int = 1) -> int:

@@ -63,6 +63,13 @@ class TaskHeadConfig:
         return any(head.kind == "tokens" for head in self.heads)
 
     @property
+    def is_of_whole_texts(self) -> bool:
+        """Return whether each prediction is of a whole text."""
+        if self.heads:
+            return all(head.is_of_whole_texts for head in self.heads)
+        return self.kind in ("classes", "labels", "values")
+
+    @property
     def by_name(self) -> dict[str, TaskHeadConfig]:
         """Return the head of each of several tasks."""
         return dict(zip(self.names, self.heads, strict=True))

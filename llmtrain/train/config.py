@@ -167,6 +167,8 @@ class TrainConfig:
         kind = family_of(self.model).kind
         if kind in self.objective.teaches:
             yield from self.objective.length_problems(self.batch.sequence_length, self.model)
+            if not self.objective.has_task_head:
+                yield from (problem.within("model") for problem in self.model.token_head_problems())
             return
         got = f"{self.objective.kind} with model.family={self.model.family}"
         allowed = ", ".join(name for name, config in OBJECTIVES.items() if kind in config.teaches)

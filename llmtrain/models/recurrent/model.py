@@ -1,6 +1,7 @@
-"""An LSTM language model (Zaremba et al., arXiv:1409.2329).
+"""Recurrent networks: language models (Zaremba et al., arXiv:1409.2329) and readers of whole texts.
 
-Dim names: B batch, T sequence, D hidden width, V vocabulary.
+Dim names: B batch, T sequence, D hidden width, W width of what a head reads (2 D if bidirectional), V
+vocabulary, N heads of the attention.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtrain.models.recurrent.config import LSTMConfig
+from llmtrain.models.recurrent.attention import make_attention
+from llmtrain.models.recurrent.cells import Documents, Reversal, State, make_cells
+from llmtrain.models.recurrent.config import RecurrentConfig
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead, TiedHeadModel, count_correct
 from llmtrain.nn.initialize import Initializer, Uniform
@@ -18,62 +21,44 @@ from llmtrain.nn.task_head import TaskHead, make_task_head
 from llmtrain.nn.transformer import asked_states
 
 
-class LSTM(nn.LSTM):
-    """`nn.LSTM` over rows. Computes in fp32 if autocast requests a low precision that this CPU has no
-    kernel for, where torch would fail."""
-
-    def __init__(self, input_size: int, hidden_size: int) -> None:
-        super().__init__(input_size, hidden_size, batch_first=True)
-
-    def forward(  # type: ignore[override]
-        self, x_BTD: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if x_BTD.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or has_low_precision_kernel():
-            return super().forward(x_BTD, state)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x_BTD.float(), state)
-
-
-def has_low_precision_kernel() -> bool:
-    """Return whether this CPU can run an LSTM in bf16; plan/machine.py determines it without torch."""
-    name = "_is_mkldnn_bf16_supported"
-    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
-
-
-class LSTMCache:
-    """Hidden and cell states after the tokens seen so far, for generation."""
+class RecurrentCache:
+    """States after the tokens seen so far, for generation."""
 
     def __init__(self) -> None:
         self.length = 0
-        self.states: list[tuple[Tensor, Tensor]] = []
-        """(h, c) of each layer, (1, B, D) each; empty before the first token."""
+        self.states: list[State] = []
+        """Of each layer, (1, B, D) each; empty before the first token."""
 
     def select(self, rows_R: Tensor) -> None:
         """Keep only these rows, in this order; a row may occur several times."""
-        self.states = [(h[:, rows_R], c[:, rows_R]) for h, c in self.states]
+        self.states = [tuple(part[:, rows_R] for part in state) for state in self.states]
 
     reorder = select
 
 
-class LSTMLanguageModel(TiedHeadModel):
+class RecurrentModel(TiedHeadModel):
     """Token ids → logits, or the summed loss. `config.vocab_size` must be resolved."""
 
-    def __init__(self, config: LSTMConfig) -> None:
+    def __init__(self, config: RecurrentConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not resolved yet")
         self.config = config
-        D = config.hidden_size
-        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_width)
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
-        self.layers = nn.ModuleList(LSTM(D, D) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(make_cells(config, width) for width in config.input_widths)
+        if config.bidirectional:
+            self.reversed_layers = nn.ModuleList(make_cells(config, width) for width in config.input_widths)
         self.layer_dropouts = nn.ModuleList(
             Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
         )
+        self.attention = make_attention(config)
         if config.task is not None:
-            self.head: nn.Module = make_task_head(config.task, D)
+            self.head: nn.Module = make_task_head(config.task, config.output_width)
+        elif config.reads_whole_texts:
+            raise ValueError("a language model must not see what it predicts")
         else:
-            self.head = LanguageModelHead(D, config.vocab_size)
+            self.head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self._tie()
 
     def forward(
@@ -83,7 +68,7 @@ class LSTMLanguageModel(TiedHeadModel):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
-        cache: LSTMCache | None = None,
+        cache: RecurrentCache | None = None,
         dropout_keys_B: Tensor | None = None,
         last_only: bool = False,
         lengths_B: Tensor | None = None,
@@ -93,49 +78,123 @@ class LSTMLanguageModel(TiedHeadModel):
         """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32. With a task head,
         which needs lengths_B, the tokens of each row: its logits or, with labels of its task, its loss.
 
-        positions_BT and documents_BT are accepted as by decoders, but ignored: the state flows over document
-        boundaries, which the end-of-text token marks. Dropout applies between layers, never between tokens;
-        masks are generated from dropout_keys_B; None: by torch's generator.
+        positions_BT: accepted as by decoders, but ignored.
+        documents_BT: number of each token's document; each is read from a state of zeros. None: a row is
+            one text.
+        dropout_keys_B: keys from which dropout masks are generated; None: torch's generator. Dropout applies
+            between layers, never between tokens.
         last_only: return logits of the last token only, (B, 1, V).
         with_metrics: with labels, return sums by name: "loss" and "correct" predictions.
         asked_BM: positions whose logits are returned, (B, M, V); None: all.
         """
-        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
-        after = []
-        x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
-        for layer, dropout, state in zip(self.layers, self.layer_dropouts, before, strict=True):
-            x_BTD, state = layer(x_BTD, state)
-            x_BTD = dropout(x_BTD, dropout_keys_B)
-            after.append(state)
-        if cache is not None:
-            cache.states = after
-            cache.length += tokens_BT.shape[1]
         if isinstance(self.head, TaskHead):
             assert lengths_B is not None
-            return self.head(x_BTD, lengths_B, labels_BT, dropout_keys_B)
+            states_BTW = self._read(tokens_BT, lengths_B, dropout_keys_B)
+            return self.head(*self._summary(states_BTW, lengths_B), labels_BT, dropout_keys_B)
+        x_BTD = self._continue(tokens_BT, documents_BT, cache, dropout_keys_B)
         x_BTD = asked_states(x_BTD, asked_BM)
         logits_or_loss: Tensor = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
         if labels_BT is None or not with_metrics:
             return logits_or_loss
         return {"loss": logits_or_loss, "correct": count_correct(self.head, x_BTD, labels_BT)}
 
+    def _continue(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        cache: RecurrentCache | None,
+        dropout_keys_B: Tensor | None,
+    ) -> Tensor:
+        """Return the hidden states of tokens that follow those of the cache, and advance it."""
+        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
+        documents = None if documents_BT is None else Documents(documents_BT)
+        after = []
+        x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
+        for layer, dropout, state in zip(self.layers, self.layer_dropouts, before, strict=True):
+            if documents is None:
+                x_BTD, state = layer(x_BTD, state)
+                after.append(state)
+            else:
+                x_BTD = documents.run(layer, x_BTD)
+            x_BTD = dropout(x_BTD, dropout_keys_B)
+        if cache is not None:
+            cache.states = after
+            cache.length += tokens_BT.shape[1]
+        return x_BTD
+
+    def _read(self, tokens_BT: Tensor, lengths_B: Tensor, dropout_keys_B: Tensor | None) -> Tensor:
+        """Return the hidden states of whole texts, (B, T, W): those of the forward direction, and then those
+        of the reversed, if there is one."""
+        reverse = Reversal(lengths_B, tokens_BT.shape[1])
+        x_BTW = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
+        for i, (layer, dropout) in enumerate(zip(self.layers, self.layer_dropouts, strict=True)):
+            states, _ = layer(x_BTW)
+            if self.config.bidirectional:
+                from_end, _ = self.reversed_layers[i](reverse(x_BTW))
+                states = torch.cat((states, reverse(from_end)), dim=-1)
+            x_BTW = dropout(states, dropout_keys_B)
+        return x_BTW
+
+    def _summary(self, states_BTW: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states that the task head pools, and how many there are of each text: with attention,
+        or if the last state of each direction is asked for, a single one."""
+        task = self.config.task
+        assert task is not None
+        takes_last = task.pooling == "last" and task.is_of_whole_texts
+        if self.attention is not None:
+            pooled_BW, _ = self._attended(states_BTW, lengths_B)
+        elif self.config.bidirectional and takes_last:
+            pooled_BW = self._final(states_BTW, lengths_B)
+        else:
+            return states_BTW, lengths_B
+        return pooled_BW[:, None], torch.ones_like(lengths_B)
+
+    def _attended(self, states_BTW: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.attention is not None
+        is_token_BT = torch.arange(states_BTW.shape[1], device=lengths_B.device) < lengths_B[:, None]
+        found: tuple[Tensor, Tensor] = self.attention(
+            states_BTW, self._final(states_BTW, lengths_B), is_token_BT
+        )
+        return found
+
+    def _final(self, states_BTW: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the last state of each direction, (B, W): that of the last token, and of the first."""
+        rows_B = torch.arange(len(states_BTW), device=states_BTW.device)
+        last_BW = states_BTW[rows_B, (lengths_B - 1).clamp(min=0)]
+        D = self.config.hidden_size
+        return torch.cat((last_BW[:, :D], states_BTW[:, 0, D:]), dim=-1)
+
+    def attention_weights(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor | None:
+        """Return the weight that each token has in the vector of its text, (B, N, T) fp32, 0 at padding; None
+        without attention."""
+        if self.attention is None:
+            return None
+        return self._attended(self._read(tokens_BT, lengths_B, None), lengths_B)[1]
+
     def levels(self) -> list[list[str]]:
         """Return the names of modules by depth: embedding, each layer, head; see HasLevels."""
-        return [["embedding"], *([f"layers.{i}"] for i in range(len(self.layers))), ["head"]]
+        sides = ["layers", *(["reversed_layers"] if self.config.bidirectional else [])]
+        layers = [[f"{side}.{i}" for side in sides] for i in range(len(self.layers))]
+        has_parameters = self.config.attention_parameter_count > 0
+        return [["embedding"], *layers, [*(["attention"] if has_parameters else []), "head"]]
 
-    def new_cache(self, max_length: int) -> LSTMCache:
+    def new_cache(self, max_length: int) -> RecurrentCache:
         """Return an empty state, whose size does not depend on the length."""
-        return LSTMCache()
+        return RecurrentCache()
 
     def initializers(self) -> dict[str, Initializer]:
         """Return the initialization.
 
-        | parameter                         | value                  |
-        |-----------------------------------|------------------------|
-        | embedding, head (if untied), LSTM | uniform ±1/sqrt(D)     |
+        | parameter                                      | value                  |
+        |------------------------------------------------|------------------------|
+        | embedding, head (if untied), cells, attention  | uniform ±1/sqrt(D)     |
         """
         uniform = Uniform(self.config.hidden_size**-0.5)
         table: dict[str, Initializer] = {"embedding.weight": uniform, "layers.*": uniform}
+        if self.config.bidirectional:
+            table["reversed_layers.*"] = uniform
+        if self.config.attention_parameter_count:
+            table["attention.*"] = uniform
         if isinstance(self.head, TaskHead):
             of_head = self.head.initializers(0.0)
             table |= {

@@ -17,7 +17,7 @@ from llmtrain.models.encoder_decoder.model import EncoderDecoder
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn.initialize import initialize
 
 V, LENGTH, EOS, START = 5, 3, 4, 0
@@ -29,8 +29,8 @@ def gpt() -> GPT:
     return GPT(GPTConfig(vocab_size=V, hidden_size=16, num_layers=2, num_heads=2, init_std=0.5))
 
 
-def lstm() -> LSTMLanguageModel:
-    return LSTMLanguageModel(LSTMConfig(vocab_size=V, hidden_size=16, num_layers=2))
+def lstm() -> RecurrentModel:
+    return RecurrentModel(LSTMConfig(vocab_size=V, hidden_size=16, num_layers=2))
 
 
 def seq2seq() -> EncoderDecoder:

@@ -16,7 +16,7 @@ from llmtrain.generation.generate import generate, sample
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn.initialize import initialize
 from tests.support.training import compose
 
@@ -32,8 +32,8 @@ def gpt() -> GPT:
     return model
 
 
-def lstm() -> LSTMLanguageModel:
-    model = LSTMLanguageModel(LSTMConfig(vocab_size=V, hidden_size=32))
+def lstm() -> RecurrentModel:
+    model = RecurrentModel(LSTMConfig(vocab_size=V, hidden_size=32))
     initialize(model, seed=0)
     return model
 

@@ -23,7 +23,7 @@ from llmtrain.interchange.trained import build_module
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn.initialize import initialize
 from llmtrain.tokenizers.folder import load_tokenizer
 
@@ -36,8 +36,8 @@ def gpt() -> GPT:
     return model.eval()
 
 
-def lstm() -> LSTMLanguageModel:
-    model = LSTMLanguageModel(LSTMConfig(vocab_size=V, hidden_size=32, num_layers=2))
+def lstm() -> RecurrentModel:
+    model = RecurrentModel(LSTMConfig(vocab_size=V, hidden_size=32, num_layers=2))
     initialize(model, seed=0)
     return model.eval()
 

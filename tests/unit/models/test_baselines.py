@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.convolutional.model import SimpleCNN
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn.initialize import initialize
 
 V = 64
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def lstm(request: pytest.FixtureRequest) -> LSTMLanguageModel:
-    model = LSTMLanguageModel(LSTMConfig(vocab_size=V, hidden_size=32, tie_embeddings=request.param))
+def lstm(request: pytest.FixtureRequest) -> RecurrentModel:
+    model = RecurrentModel(LSTMConfig(vocab_size=V, hidden_size=32, tie_embeddings=request.param))
     initialize(model, seed=0)
     return model
 
 
-def test_lstm_cached_logits_equal_full_logits(lstm: LSTMLanguageModel) -> None:
+def test_lstm_cached_logits_equal_full_logits(lstm: RecurrentModel) -> None:
     x = torch.randint(0, V, (2, 12))
     cache = lstm.new_cache(12)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_lstm_cached_logits_equal_full_logits(lstm: LSTMLanguageModel) -> None:
     assert cache.length == 12
 
 
-def test_lstm_loss(lstm: LSTMLanguageModel) -> None:
+def test_lstm_loss(lstm: RecurrentModel) -> None:
     x = torch.randint(0, V, (2, 12))
     labels = x.roll(-1, 1)
     labels[:, -1] = -100
@@ -40,7 +40,7 @@ def test_lstm_loss(lstm: LSTMLanguageModel) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_lstm_learns(lstm: LSTMLanguageModel) -> None:
+def test_lstm_learns(lstm: RecurrentModel) -> None:
     x = torch.randint(0, V, (4, 16), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(lstm.parameters(), lr=1e-2)
     losses = []

@@ -16,7 +16,7 @@ from llmtrain.models.convolutional.model import SimpleCNN
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn import dropout
 from llmtrain.nn.dropout import ATTENTION, HIDDEN, AttentionDropout, Dropout, keep, sample_keys
 from llmtrain.nn.initialize import initialize
@@ -215,7 +215,7 @@ LSTM_CONFIG = LSTMConfig(vocab_size=64, hidden_size=32, num_layers=3, dropout=0.
 
 @pytest.mark.parametrize("config", [GPT_CONFIG, LSTM_CONFIG], ids=lambda config: config.family)
 def test_language_models_do_not_know_their_micro_batches(config: GPTConfig | LSTMConfig):
-    model = GPT(config) if isinstance(config, GPTConfig) else LSTMLanguageModel(config)
+    model = GPT(config) if isinstance(config, GPTConfig) else RecurrentModel(config)
     initialize(model, seed=0)
     tokens, keys = torch.randint(0, 64, (4, 16)), sample_keys(0, range(4))
     whole = model(tokens, dropout_keys_B=keys)
@@ -231,7 +231,7 @@ def test_language_models_do_not_know_their_micro_batches(config: GPTConfig | LST
 
 def test_lstm_drops_between_all_layers_and_not_between_tokens():
     """The same computed layer by layer and token by token, the state carried on whole."""
-    model = LSTMLanguageModel(LSTM_CONFIG)
+    model = RecurrentModel(LSTM_CONFIG)
     initialize(model, seed=0)
     keys = sample_keys(0, range(4))
     tokens = torch.randint(0, 64, (4, 12))

@@ -13,7 +13,7 @@ from llmtrain.models.convolutional.model import SimpleCNN
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
-from llmtrain.models.recurrent.model import LSTMLanguageModel
+from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn.initialize import (
     TILE,
     Constant,
@@ -110,8 +110,8 @@ def test_distributions() -> None:
     [
         (GPT, GPT2),
         (GPT, LLAMA),
-        (LSTMLanguageModel, LSTMConfig(vocab_size=64, hidden_size=32)),
-        (LSTMLanguageModel, LSTMConfig(vocab_size=64, hidden_size=32, tie_embeddings=False)),
+        (RecurrentModel, LSTMConfig(vocab_size=64, hidden_size=32)),
+        (RecurrentModel, LSTMConfig(vocab_size=64, hidden_size=32, tie_embeddings=False)),
         (SimpleCNN, SimpleCNNConfig()),
     ],
 )

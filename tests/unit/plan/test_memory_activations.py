@@ -17,8 +17,6 @@ from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.models.encoder_decoder.model import EncoderDecoder
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
-from llmtrain.models.recurrent import model as recurrent
-from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.models.xlnet.config import XLNetConfig
 from llmtrain.models.xlnet.model import XLNet
 from llmtrain.nn import attention_choice, head
@@ -30,7 +28,6 @@ from llmtrain.nn.task_config import TaskHeadConfig
 from llmtrain.objectives.paired_text import PairedTextConfig
 from llmtrain.objectives.permuted_lm import PermutedLM, PermutedLMConfig
 from llmtrain.parallel.recompute import apply_recompute
-from llmtrain.plan import machine
 from tests.support.memory import allocated
 from tests.support.planned_memory import (
     GPT2_FORM,
@@ -272,35 +269,6 @@ def test_gpt_activations_of_longer_sequences(
     expected += 400 * config.hidden_size * 4 + 4 * V * config.hidden_size
     found = kept_bytes(model, lambda: model(tokens_BT, labels_BT=tokens_BT, documents_BT=documents_BT))
     assert found == pytest.approx(expected, rel=TOLERANCE)
-
-
-@pytest.mark.in_turns(5)
-@pytest.mark.parametrize("precision", ["fp32", "autocast"])
-@pytest.mark.parametrize(("hidden_size", "num_layers"), [(96, 1), (96, 3), (256, 2)])
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_lstm_activations(
-    has_bf16: bool, hidden_size: int, num_layers: int, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On processors with and without bf16; what has it can do without."""
-    assert machine.has_bf16() == recurrent.has_low_precision_kernel()
-    if has_bf16 and not machine.has_bf16():
-        pytest.skip("this processor has no LSTM in bf16")
-    monkeypatch.setattr(recurrent, "has_low_precision_kernel", lambda: has_bf16)
-    config = LSTMConfig(vocab_size=V, hidden_size=hidden_size, num_layers=num_layers)
-    model = built(recurrent.LSTMLanguageModel(config), precision)
-    tokens_BT = torch.randint(V, (B, T))
-
-    def loss() -> torch.Tensor:
-        with autocast(precision):
-            return model(tokens_BT, labels_BT=tokens_BT)
-
-    numbers, conditions = NUMBERS[precision], Conditions("cpu", has_bf16=has_bf16)
-    planned = memory_of(config, numbers, B, T, conditions)
-    expected = planned.activations(range(1)).kept
-    expected += B * T * hidden_size * numbers.compute + 4 * V * hidden_size
-    if precision == "autocast":
-        expected += 2 * planned.low_precision_copies(range(1))
-    assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.in_turns(5)

@@ -1,0 +1,133 @@
+"""Layers of recurrent cells, computed by torch's fused kernels; over packed rows, one document at a time.
+
+Dim names: B batch, T sequence, D hidden width, P documents of like length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.models.recurrent.config import RecurrentConfig
+
+State = tuple[Tensor, ...]
+"""What a cell passes from one token to the next, (1, B, D) each: (h,); of an LSTM (h, c)."""
+
+
+class Cells(nn.Module):
+    """Base of layers of one kind of cell in one direction, beside one of torch's modules."""
+
+    def forward(self, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Return the hidden states of all tokens, (B, T, D), and the state after the last.
+
+        Computes in fp32 if autocast requests a low precision that this CPU has no kernel for, where torch
+        would fail or round at each step.
+        """
+        run: Any = super().forward
+        given: Any = state
+        if state is not None and not self._has_cell_state:
+            given = state[0]
+        if x_BTD.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or self._has_low_precision():
+            states_BTD, last = run(x_BTD, given)
+        else:
+            with torch.autocast("cpu", enabled=False):
+                states_BTD, last = run(x_BTD.float(), given)
+        return states_BTD, last if isinstance(last, tuple) else (last,)
+
+    _has_cell_state = False
+
+    def _has_low_precision(self) -> bool:
+        return False
+
+
+class RNN(Cells, nn.RNN):  # type: ignore[misc]
+    """h' = f(W x + b + U h + c), with f tanh or max(0, ·)."""
+
+    def __init__(self, input_size: int, hidden_size: int, nonlinearity: str = "tanh") -> None:
+        nn.RNN.__init__(self, input_size, hidden_size, nonlinearity=nonlinearity, batch_first=True)
+
+
+class GRU(Cells, nn.GRU):  # type: ignore[misc]
+    """Gated recurrent units as cuDNN has them: the reset gate acts after the product with the state."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        nn.GRU.__init__(self, input_size, hidden_size, batch_first=True)
+
+
+class LSTM(Cells, nn.LSTM):  # type: ignore[misc]
+    """Long short-term memory with a forget gate and without peepholes."""
+
+    _has_cell_state = True
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        nn.LSTM.__init__(self, input_size, hidden_size, batch_first=True)
+
+    def _has_low_precision(self) -> bool:
+        return has_low_precision_kernel()
+
+
+def has_low_precision_kernel() -> bool:
+    """Return whether this CPU can run an LSTM in bf16; plan/machine.py determines it without torch."""
+    name = "_is_mkldnn_bf16_supported"
+    return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+
+
+def make_cells(config: RecurrentConfig, input_size: int) -> Cells:
+    """Return one direction of a layer of the family's cells."""
+    if config.family == "rnn":
+        return RNN(input_size, config.hidden_size, config.nonlinearity)  # type: ignore[attr-defined]
+    return {"gru": GRU, "lstm": LSTM}[config.family](input_size, config.hidden_size)
+
+
+class Documents:
+    """The documents of packed rows, each of which a layer reads from a state of zeros.
+
+    Those of like length, between two powers of two, go through a layer as the rows of one batch, so that
+    padding at most doubles the work.
+    """
+
+    def __init__(self, documents_BT: Tensor) -> None:
+        """documents_BT: the number of each token's document; one goes on as long as the number stays."""
+        B, T = documents_BT.shape
+        begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+        begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        firsts = begins_BT.flatten().nonzero().squeeze(1)
+        ends = torch.cat((firsts[1:], firsts.new_tensor([B * T])))
+        lengths = ends - firsts
+        self._shape = (B, T)
+        self._groups: list[tuple[Tensor, Tensor]] = []
+        widths = torch.tensor([1 << (n - 1).bit_length() for n in lengths.tolist()], device=firsts.device)
+        for width in widths.unique().tolist():
+            of_width = widths == width
+            places = torch.arange(width, device=firsts.device)
+            indices_PW = (firsts[of_width, None] + places).clamp(max=B * T - 1)
+            self._groups.append((indices_PW, places < lengths[of_width, None]))
+        places = torch.cat([indices[is_token] for indices, is_token in self._groups])
+        self._order = torch.empty_like(places)
+        self._order[places] = torch.arange(B * T, device=places.device)
+
+    def run(self, layer: nn.Module, x_BTD: Tensor) -> Tensor:
+        """Return the hidden states of all tokens, (B, T, D)."""
+        flat = x_BTD.flatten(0, 1)
+        found = []
+        for indices_PW, is_token_PW in self._groups:
+            x_PWD = flat.index_select(0, indices_PW.flatten()).unflatten(0, indices_PW.shape)
+            found.append(layer(x_PWD)[0][is_token_PW])
+        return torch.cat(found).index_select(0, self._order).unflatten(0, self._shape)
+
+
+class Reversal:
+    """Texts from their last token to their first; the padding after them stays. Twice is the text again."""
+
+    def __init__(self, lengths_B: Tensor, T: int) -> None:
+        places_T = torch.arange(T, device=lengths_B.device)
+        is_token_BT = places_T < lengths_B[:, None]
+        sources_BT = torch.where(is_token_BT, lengths_B[:, None] - 1 - places_T, places_T)
+        rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
+        self._sources = (rows_B1 * T + sources_BT).flatten()
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        # Unlike gather, it keeps no input for the backward pass.
+        return x_BTD.flatten(0, 1).index_select(0, self._sources).view(x_BTD.shape)
