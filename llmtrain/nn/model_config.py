@@ -122,6 +122,11 @@ class OfVocabulary(ModelConfig):
         yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
 
     @property
+    def embedding_width(self) -> int:
+        """Return the width of the token embedding."""
+        return self.hidden_size
+
+    @property
     def output_width(self) -> int:
         """Return the width of the hidden states that a head reads."""
         return self.hidden_size

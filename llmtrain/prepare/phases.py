@@ -3,7 +3,7 @@
 1. read             sources → document blocks with hashes
 2. duplicates       hashes, one range at a time → documents to drop
 3. near-duplicates  if configured: signatures, bands, pairs, clusters → documents to drop
-4. tokenizer        a sample of the training documents → a sentencepiece model, unless a tokenizer is given
+4. tokenizer        a sample of the training documents → a tokenizer, unless one is given
 5. encode           document blocks → token ids
 6. tar files        token ids → webdataset tar files and their index
 
@@ -35,7 +35,7 @@ from llmtrain.prepare.source_file import SourceFile
 from llmtrain.prepare.sources import plan_units
 from llmtrain.prepare.tars import Vocabulary
 from llmtrain.prepare.workers import Workers
-from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
+from llmtrain.tokenizers.base import BUNDLE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 
 Task = tuple[Any, ...]
@@ -194,7 +194,8 @@ class Phases:
     def make_tokenizer(
         self, blocks: list[DocumentBlock], dropped_paths: list[Path], given: Tokenizer | None
     ) -> Tokenizer:
-        path = self._folder("corpus") / (SENTENCEPIECE_FILE if given is None else given.file_name)
+        made = BUNDLE_FILE if self.config.tokenizer.kind == "words" else SENTENCEPIECE_FILE
+        path = self._folder("corpus") / (made if given is None else given.file_name)
         if given is not None:
             if self.peers.rank == 0 and not path.exists():
                 given.save(path.parent)

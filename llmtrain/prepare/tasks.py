@@ -28,6 +28,7 @@ from llmtrain.prepare.tars import Vocabulary
 from llmtrain.prepare.workers import count
 from llmtrain.tokenizers.config import TokenizerConfig
 from llmtrain.tokenizers.sentencepiece import train
+from llmtrain.tokenizers.words import train_words
 
 
 def read_unit(
@@ -112,7 +113,7 @@ def train_tokenizer(
     seed: int,
     path: Path,
 ) -> int:
-    """Train a sentencepiece model on a sample of the training documents; write it to `path`. Return 0.
+    """Train a tokenizer on a sample of the training documents; write it to `path`. Return 0.
 
     Raise DataError if there is no training document.
     """
@@ -126,7 +127,8 @@ def train_tokenizer(
                 "add text or lower split.validation and split.test",
             )
         )
-    write_atomically(path, train(documents, config))
+    make = train_words if config.kind == "words" else train
+    write_atomically(path, make(documents, config))
     return 0
 
 

@@ -22,10 +22,15 @@ class TokenizerConfig:
     """The tokenizer: a sentencepiece model to train (Kudo and Richardson, arXiv:1808.06226), or an existing
     tokenizer."""
 
-    kind: Literal["unigram", "bpe"] = "unigram"
-    """Model type: unigram language model (arXiv:1804.10959) or byte-pair encoding (arXiv:1508.07909)."""
+    kind: Literal["unigram", "bpe", "words"] = "unigram"
+    """Model type: unigram language model (arXiv:1804.10959), byte-pair encoding (arXiv:1508.07909), or the
+    most frequent whole words, with one id for all others."""
     vocab_size: int = 8192
-    """Number of ids, including special tokens and 256 bytes."""
+    """Number of ids, including special tokens and, but for words, 256 bytes; of words the most."""
+    min_count: int = 1
+    """Of words: how often one occurs at least in the training documents."""
+    lowercase: bool = True
+    """Of words: whether texts are read in lower case."""
     model: Path | None = None
     """Existing tokenizer to use without training: a sentencepiece .model, a tokenizer.json, or the folder of
     a Hugging Face model, run, checkpoint or corpus. null: train one."""
@@ -42,7 +47,12 @@ class TokenizerConfig:
     ordinary text. special: as special tokens, for texts made by a chat template."""
 
     def problems(self) -> Iterator[Problem]:
-        if self.model is None:
+        if self.kind == "words":
+            least = len(SPECIAL_TOKENS) + 1
+            allowed = f"{least} ({len(SPECIAL_TOKENS)} specials, a word) to {1 << 24}"
+            yield from require(least <= self.vocab_size <= 1 << 24, "vocab_size", self.vocab_size, allowed)
+            yield from require(self.min_count >= 1, "min_count", self.min_count, "1 or more")
+        elif self.model is None:
             yield from require(
                 SMALLEST_VOCABULARY <= self.vocab_size <= 1 << 24,
                 "vocab_size",

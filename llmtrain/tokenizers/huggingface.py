@@ -194,6 +194,13 @@ class JsonTokenizer(Tokenizer):
             pieces[i] = piece
         return pieces
 
+    def words(self, text: str) -> list[str]:
+        """Return what the text is divided into before the vocabulary is asked."""
+        normalizer, divider = self._library.normalizer, self._library.pre_tokenizer
+        with self._errors():
+            normal = text if normalizer is None else normalizer.normalize_str(text)
+            return [normal] if divider is None else [word for word, _ in divider.pre_tokenize_str(normal)]
+
     def encode(self, text: str) -> list[int]:
         with self._errors():
             return self._library.encode(text, add_special_tokens=False).ids
@@ -254,9 +261,11 @@ def _template(encoding: Any) -> Template:
 class _Style:
     """The notation of spaces and bytes in a vocabulary."""
 
-    def __init__(self, byte_level: bool, byte_fallback: bool, prefix: str | None, suffix: str | None) -> None:
+    def __init__(
+        self, byte_level: bool, byte_fallback: bool, prefix: str | None, suffix: str | None, words: bool
+    ) -> None:
         self.byte_level, self.byte_fallback = byte_level, byte_fallback
-        self.prefix, self.suffix = prefix, suffix
+        self.prefix, self.suffix, self.words = prefix, suffix, words
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> _Style:
@@ -265,12 +274,15 @@ class _Style:
         is_wordpiece = model.get("type") == "WordPiece"
         prefix = model.get("continuing_subword_prefix") or ("##" if is_wordpiece else None)
         suffix = model.get("end_of_word_suffix") or None
-        return cls(byte_level, bool(model.get("byte_fallback")), prefix, suffix)
+        words = model.get("type") == "WordLevel"
+        return cls(byte_level, bool(model.get("byte_fallback")), prefix, suffix, words)
 
     def starts_word(self, piece: str) -> bool:
         if self.byte_level:
             # Space, tab and line ends.
             return piece[:1] in "ĠĊĉč"
+        if self.words:
+            return True
         return not piece.startswith(self.prefix) if self.prefix else piece.startswith(SPACE)
 
     def num_bytes(self, piece: str) -> int:
@@ -278,6 +290,8 @@ class _Style:
             return len(piece)  # one character per byte
         if self.byte_fallback and _BYTE.fullmatch(piece):
             return 1
+        if self.words:
+            return len(piece.encode()) + piece[:1].isalnum()
         if self.prefix:
             bare = piece.removeprefix(self.prefix)
             return len(bare.encode()) + (bare == piece and piece[:1].isalnum())

@@ -24,6 +24,7 @@ from llmtrain.parallel.config import BatchConfig, ParallelConfig, Precision
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.track.config import TrackConfig
 from llmtrain.train.early_stopping import EarlyStoppingConfig
+from llmtrain.train.embeddings_config import EmbeddingsConfig
 from llmtrain.train.method_config import GradualConfig, Method
 from llmtrain.train.transfer_config import TransferConfig
 from llmtrain.urls import without_credentials_in
@@ -120,6 +121,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     gradual: GradualConfig = field(default_factory=GradualConfig)
+    embeddings: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)

@@ -26,6 +26,12 @@ from llmtrain.plan.memory import Trainable
 from llmtrain.train.adaptation import adaptation_problems
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
+from llmtrain.train.embeddings import (
+    embedding_problems,
+    known_words,
+    tokenizer_of_words,
+    with_frozen_embedding,
+)
 from llmtrain.train.methods import method_problems, trainable_of, with_features, with_method
 from llmtrain.train.pretrained import Pretrained, expand
 from llmtrain.train.suite_rules import suite_problems
@@ -83,6 +89,7 @@ def resolve(
     problems = data_problems(config.objective, config.data)
     problems += method_problems(config, is_pretrained=pretrained is not None or without_data)
     problems += adaptation_problems(config)
+    problems += embedding_problems(config, is_pretrained=pretrained is not None)
     fits_data = not problems
     # Heads that the objective asks for may ask something of the model.
     problems += [problem.within("model") for problem in config.model.problems()]
@@ -120,7 +127,7 @@ def resolve(
             model = replace(model, task=model.task.assuming(ASSUMED_OUTPUTS))  # type: ignore[type-var]
     elif fits_data:
         try:
-            tokenizer = None if pretrained is None else pretrained.tokenizer
+            tokenizer = tokenizer_of_words(config) if pretrained is None else pretrained.tokenizer
             corpora = open_data(config.objective, config.data, tokenizer)
             if (
                 pretrained is not None
@@ -128,6 +135,8 @@ def resolve(
                 and (found := pretrained.problems(corpora, config.data))
             ):
                 raise ConfigError(found)
+            if config.embeddings.path is not None and corpora is not None:
+                known_words(config, corpora)
             model = resolve_vocabulary(config.model, config.objective, corpora)
             problems += corpora_problems(config.objective, corpora)
             config = replace(config, objective=config.objective.with_labels(corpora))
@@ -141,7 +150,7 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    config = with_method(replace(config, model=model, engine=engine))
+    config = with_frozen_embedding(with_method(replace(config, model=model, engine=engine)))
     config = with_features(with_unfreezing(config))
     return Resolved(config, layout, corpora, pretrained, trainable_of(config.model, config.train.freeze))
 

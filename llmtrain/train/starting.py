@@ -12,7 +12,7 @@ from llmtrain.checkpoint.finite import FiniteCheck
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
-from llmtrain.engine.build import build_engine
+from llmtrain.engine.build import build_engine, seed_source
 from llmtrain.interchange.base import with_base
 from llmtrain.interchange.trained import listed
 from llmtrain.models.skeleton import skeleton_of
@@ -21,6 +21,7 @@ from llmtrain.objectives.base import Objective
 from llmtrain.optim.groups import Penalty
 from llmtrain.standard_streams import Say
 from llmtrain.train.config import TrainConfig
+from llmtrain.train.embeddings import embedding_source
 from llmtrain.train.pretrained import Pretrained, StartingWeights, open_weights
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume
@@ -58,6 +59,10 @@ def build_run_engine(
     if checkpoint is None and pretrained is not None:
         starting = open_starting_weights(pretrained, config.model, say)
     source = None if starting is None else check.watching(starting.source(config.seed))
+    if checkpoint is None and config.embeddings.path is not None:
+        assert resolved.corpora is not None
+        otherwise = seed_source(skeleton_of(config.model), config.seed)
+        source = embedding_source(config, resolved.corpora, otherwise, say)
     training = config
     if (unfreezing := unfreezing_of(config)) is not None:
         gc.collect()  # the engine before this one may be part of a cycle
