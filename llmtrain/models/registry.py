@@ -11,7 +11,7 @@ from typing import Any
 
 from llmtrain.config import show
 from llmtrain.errors import ConfigError, Problem, nearest
-from llmtrain.models import bert, convolutional, encoder_decoder, gpt, recurrent, xlnet
+from llmtrain.models import bert, convolutional, encoder_decoder, gpt, recurrent, recurrent_seq2seq, xlnet
 from llmtrain.models.family import Family
 from llmtrain.nn.model_config import ModelConfig
 
@@ -21,6 +21,7 @@ FAMILIES = (
     *xlnet.FAMILIES,
     *encoder_decoder.FAMILIES,
     *recurrent.FAMILIES,
+    *recurrent_seq2seq.FAMILIES,
     *convolutional.FAMILIES,
 )
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtrain.models.recurrent.config import RecurrentConfig
-
 State = tuple[Tensor, ...]
 """What a cell passes from one token to the next, (1, B, D) each: (h,); of an LSTM (h, c)."""
 
@@ -26,15 +24,18 @@ class Cells(nn.Module):
         would fail or round at each step.
         """
         run: Any = super().forward
-        given: Any = state
-        if state is not None and not self._has_cell_state:
-            given = state[0]
         if x_BTD.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or self._has_low_precision():
-            states_BTD, last = run(x_BTD, given)
+            states_BTD, last = run(x_BTD, self._given(state))
         else:
+            if state is not None:
+                state = tuple(part.float() for part in state)
             with torch.autocast("cpu", enabled=False):
-                states_BTD, last = run(x_BTD.float(), given)
+                states_BTD, last = run(x_BTD.float(), self._given(state))
         return states_BTD, last if isinstance(last, tuple) else (last,)
+
+    def _given(self, state: State | None) -> Any:
+        """Return a state as torch's module takes it."""
+        return state if state is None or self._has_cell_state else state[0]
 
     _has_cell_state = False
 
@@ -74,11 +75,11 @@ def has_low_precision_kernel() -> bool:
     return hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
 
 
-def make_cells(config: RecurrentConfig, input_size: int) -> Cells:
-    """Return one direction of a layer of the family's cells."""
-    if config.family == "rnn":
-        return RNN(input_size, config.hidden_size, config.nonlinearity)  # type: ignore[attr-defined]
-    return {"gru": GRU, "lstm": LSTM}[config.family](input_size, config.hidden_size)
+def make_cells(kind: str, input_size: int, hidden_size: int, nonlinearity: str = "tanh") -> Cells:
+    """Return one direction of a layer of cells. kind: rnn, gru or lstm; nonlinearity: of rnn."""
+    if kind == "rnn":
+        return RNN(input_size, hidden_size, nonlinearity)
+    return {"gru": GRU, "lstm": LSTM}[kind](input_size, hidden_size)
 
 
 class Documents:

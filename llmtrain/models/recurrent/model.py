@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.models.recurrent.attention import make_attention
-from llmtrain.models.recurrent.cells import Documents, Reversal, State, make_cells
+from llmtrain.models.recurrent.cells import Cells, Documents, Reversal, State, make_cells
 from llmtrain.models.recurrent.config import RecurrentConfig
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead, TiedHeadModel, count_correct
@@ -46,9 +46,9 @@ class RecurrentModel(TiedHeadModel):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_width)
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
-        self.layers = nn.ModuleList(make_cells(config, width) for width in config.input_widths)
+        self.layers = nn.ModuleList(map(self._cells, config.input_widths))
         if config.bidirectional:
-            self.reversed_layers = nn.ModuleList(make_cells(config, width) for width in config.input_widths)
+            self.reversed_layers = nn.ModuleList(map(self._cells, config.input_widths))
         self.layer_dropouts = nn.ModuleList(
             Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
         )
@@ -60,6 +60,10 @@ class RecurrentModel(TiedHeadModel):
         else:
             self.head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self._tie()
+
+    def _cells(self, width: int) -> Cells:
+        config = self.config
+        return make_cells(config.family, width, config.hidden_size, getattr(config, "nonlinearity", "tanh"))
 
     def forward(
         self,

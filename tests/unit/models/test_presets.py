@@ -115,7 +115,7 @@ def test_no_form_loads_the_compiler_of_torch() -> None:
 
 
 def test_all_published_sizes_are_checked() -> None:
-    recurrent = {"rnn", "gru", "lstm", "bilstm", "attention_lstm"}
+    recurrent = {"rnn", "gru", "lstm", "bilstm", "attention_lstm", "seq2seq_lstm"}
     assert {*EXACT, *ROUNDED, *recurrent} == set(NAMES)
 
 

@@ -10,10 +10,13 @@ import torch
 from llmtrain.models.recurrent import cells as recurrent_cells
 from llmtrain.models.recurrent import model as recurrent
 from llmtrain.models.recurrent.config import GRUConfig, LSTMConfig, RNNConfig
+from llmtrain.models.recurrent_seq2seq.config import RecurrentSeq2SeqConfig
+from llmtrain.models.recurrent_seq2seq.model import RecurrentSeq2Seq
 from llmtrain.nn.memory import Conditions
 from llmtrain.nn.task_config import TaskHeadConfig
+from llmtrain.objectives.paired_text import PairedTextConfig
 from llmtrain.plan import machine
-from tests.support.planned_memory import NUMBERS, B, T, V, autocast, built, kept_bytes, memory_of
+from tests.support.planned_memory import NUMBERS, B, T, V, autocast, built, kept_by, kept_bytes, memory_of
 
 
 @pytest.mark.in_turns(5)
@@ -70,3 +73,32 @@ def test_activations_of_readers(cells: Any, num_layers: int, bidirectional: bool
         return model(tokens_BT, lengths_B=lengths_B, labels_BT=labels_B, dropout_keys_B=keys_B)
 
     assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.in_turns(3)
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize(("num_layers", "decoder_layers"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("S", "targets"), [(80, 40), (30, 60)])
+def test_activations_of_an_encoder_decoder(
+    cell: Any, num_layers: int, decoder_layers: int, S: int, targets: int
+) -> None:
+    config = RecurrentSeq2SeqConfig(
+        cell=cell,
+        vocab_size=V,
+        hidden_size=64,
+        embedding_size=48,
+        num_layers=num_layers,
+        num_decoder_layers=decoder_layers,
+        start_id=1,
+    )
+    model = built(RecurrentSeq2Seq(config), "fp32")
+    sources_BS, tokens_BT = torch.randint(V, (B, S)), torch.randint(V, (B, targets))
+    row = PairedTextConfig(target_length=targets).row(S)
+    expected = kept_by(config, NUMBERS["fp32"], B, S, row)
+    expected += B * targets * 48 * 4 + 4 * V * 48
+
+    def loss() -> torch.Tensor:
+        keys_B = torch.arange(B)
+        return model(tokens_BT, sources_BS=sources_BS, labels_BT=tokens_BT, dropout_keys_B=keys_B)
+
+    assert kept_bytes(model, loss) == pytest.approx(expected, rel=0.1)
