@@ -21,12 +21,13 @@ from llmtrain.config import decode, encode, require
 from llmtrain.data.order import batches_by_length
 from llmtrain.engine.sharing import SharingConfig, stage_problems, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem
-from llmtrain.files import disk_problem, expand_home
+from llmtrain.files import disk_problem, expand_home, write_atomically
 from llmtrain.generation.answer import refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import Writer
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.output import check_output
+from llmtrain.scoring.attention import AttendedText, as_html, as_png
 from llmtrain.standard_streams import print_note
 from llmtrain.tables.build import files_fingerprint, find_table_files, phrases
 from llmtrain.tables.config import TableDataConfig
@@ -80,6 +81,10 @@ class PredictConfig:
     """Number format of matrix products; texts are always written in fp32."""
     device: str = "auto"
     """auto, cpu or cuda; auto: a GPU if there is one."""
+    attention: Path | None = None
+    """A .html or .png file for the weights of a model with attention over the words of texts; null: none."""
+    attention_rows: int = 10
+    """Rows, from the first, whose weights are drawn."""
 
     def problems(self) -> Iterator[Problem]:
         size = self.micro_size
@@ -88,6 +93,10 @@ class PredictConfig:
         yield from require(length is None or length >= 1, "sequence_length", length, "1 or more, or null")
         allowed = " ".join(SUFFIXES)
         yield from require(self.output.suffix in SUFFIXES, "output", self.output, f"a name with {allowed}")
+        drawn, count = self.attention, self.attention_rows
+        is_drawing = drawn is None or drawn.suffix in (".html", ".png")
+        yield from require(is_drawing, "attention", drawn, "a name with .html or .png, or null")
+        yield from require(1 <= count <= 1000, "attention_rows", count, "1 to 1000")
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -116,6 +125,9 @@ def run(mapping: Mapping[str, Any]) -> None:
         remedy = "see llmtrain finetune --help"
         raise ConfigError(Problem("checkpoint", got, "one with the head of a task", remedy))
     data = _data(config, described.data)
+    if config.attention is not None:
+        check_output(expand_home(config.attention))
+        refuse_without_weights(described.config, data)
     files = find_table_files(data)[""]
     trained = model_of(load_trained(config.checkpoint), config.task).learned_by(config.objective)
     length = config.sequence_length or trained.sequence_length or 512
@@ -159,11 +171,24 @@ def run(mapping: Mapping[str, Any]) -> None:
             join_chunks([folder / f"{number:08d}.jsonl" for number in range(chunks)], output)
             shutil.rmtree(folder)
             print_note(f"written    {output}")
+            if config.attention is not None:
+                drawn = expand_home(config.attention)
+                write_atomically(drawn, work.drawing(files, drawn.suffix))
+                print_note(f"written    {drawn}")
     except DataError:
         shutil.rmtree(folder, ignore_errors=True)  # of an input that has to change
         raise
     except OSError as error:
         raise ConfigError(disk_problem(error, output, key="output")) from error
+
+
+def refuse_without_weights(model: Any, data: TableDataConfig) -> None:
+    """Raise ConfigError for a model, or rows, whose words have no weights to draw."""
+    if not model.weighs_tokens:
+        got, allowed = f"a drawing with model.family={model.family} without attention over its states", "null"
+        raise ConfigError(Problem("attention", got, allowed, "train with model=attention_lstm"))
+    if data.text_pair_field is not None:
+        raise ConfigError(Problem("attention", "a drawing of pairs of texts", "null with text_pair_field"))
 
 
 def _data(config: PredictConfig, recorded: Mapping[str, Any] | None) -> TableDataConfig:
@@ -224,6 +249,41 @@ class _Work:
         reading = rows()
         while chunk := list(islice(reading, ROWS_AT_A_TIME)):
             yield chunk
+
+    def drawing(self, files: Sequence[SourceFile], suffix: str) -> bytes:
+        """Return the weights of the first rows, as HTML or PNG."""
+        chunk = next(self._chunks(files))[: self.config.attention_rows]
+        said = self._predicted(chunk)
+        texts = [self.objective.content(record.values, self.data)[0] for _, record in chunk]
+        columns = self.objective.encode_texts([(text,) for text in texts], self.tokenizer)
+        columns |= self.objective.blank_labels(texts)
+        examples = self._examples(TableSplit("input", columns, ""))
+        attended = []
+        for row, (text, values) in enumerate(zip(texts, said, strict=True)):
+            weights = self._weights(examples, row)
+            spans = self.tokenizer.encode_with_offsets(text)[1][: weights.shape[1]]
+            attended.append(AttendedText(self._caption(values), text, spans, weights))
+        title = f"attention of {self.config.checkpoint}"
+        return as_png(attended, title) if suffix == ".png" else as_html(attended, title).encode()
+
+    def _weights(self, examples: Examples, row: int) -> np.ndarray:
+        """Return the weights of the tokens of a row's text, (heads, tokens)."""
+        import torch
+
+        from llmtrain.engine.modules import to_device
+
+        batch = to_device(self.task.collate(examples.get(np.array([row]))), self.device)
+        with torch.inference_mode():
+            weights = self.model.attention_weights(batch["tokens"], batch["lengths"])[0]  # type: ignore[operator]
+        first, count = examples.text_positions(row)
+        return np.asarray(weights[:, first : first + count].cpu().numpy())
+
+    def _caption(self, values: Mapping[str, Any]) -> str:
+        """Return what the model says of a row, and its label if the row has one."""
+        label = values.get(self.data.label_field)
+        given = "" if label is None else f"label {label}, "
+        sure = f" ({values['probability']:.3f})" if "probability" in values else ""
+        return f"{given}prediction {values['prediction']}{sure}"
 
     def _predicted(self, chunk: Sequence[tuple[str, Record]]) -> list[dict[str, Any]]:
         """Return the rows with what the model says of them."""

@@ -62,6 +62,11 @@ class ModelConfig(Kinds):
         """Yield a problem for each invalid value."""
         yield from ()
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Return whether a text's prediction is made with a weight for each token (`attention_weights`)."""
+        return False
+
     def token_head_problems(self) -> Iterator[Problem]:
         """Yield a problem for each setting with which the model cannot have the head of a language model."""
         yield from ()

@@ -98,6 +98,10 @@ class RecurrentConfig(OfVocabulary):
         return self.bidirectional or self.attention is not None
 
     @property
+    def weighs_tokens(self) -> bool:
+        return self.attention is not None
+
+    @property
     def input_widths(self) -> list[int]:
         """Return the width of what each layer reads."""
         return [self.embedding_width, *[self.output_width] * (self.num_layers - 1)]

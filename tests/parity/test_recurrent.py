@@ -1,0 +1,64 @@
+"""Recurrent networks: two processes equal one, and a resume is bit-exact, for each kind of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.matrix import TOLERANCES, deviation
+from tests.support.training import train
+
+STEPS = 4
+WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
+SIZE = ("model.hidden_size=16", "model.num_layers=2", "model.dropout=0.2")
+BATCH = ("batch.global_size=8", "batch.micro_size=2", "batch.sequence_length=32", "train.steps=20", "seed=7")
+KINDS = {
+    "RNN": ("model=rnn", "model.nonlinearity=relu"),
+    "GRU": ("model=gru",),
+    "BiLSTM": ("model=bilstm", "objective=tagging", "data.text_field=words", "data.label_field=tags"),
+    "RNN of texts": ("model=rnn", "objective=classification"),
+    "attention": ("model=attention_lstm", "model.attention=multi_head", "objective=classification"),
+    "encoder-decoder": ("model=seq2seq_lstm", "data.label_field=short", "objective.target_length=24"),
+    "packed pairs": ("model=seq2seq_lstm", "model.cell=gru"),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with open(path, "w") as file:
+        for number in range(120):
+            words = [str(word) for word in draw.choice(WORDS, draw.integers(2, 20))]
+            tags = ["B-X" if word == "film" else "O" for word in words]
+            row = {"text": " ".join(words), "label": number % 3, "words": words, "tags": tags}
+            file.write(json.dumps({**row, "short": " ".join(words[::-2])}) + "\n")
+    return path
+
+
+def settings(kind: str, rows: Path, corpus: Path, pairs: Path, cache: Path) -> tuple[str, ...]:
+    common = (*KINDS[kind], *SIZE, *BATCH, "optimizer.lr=3e-3")
+    if any(word.startswith(("objective", "data")) for word in KINDS[kind]):
+        data = ("data=table", f"data.path={rows}", f"data.tokenizer={corpus}", f"data.cache.dir={cache}")
+        return (*common, *data, "data.split.validation=0.2")
+    return (*common, f"data.path={pairs if kind == 'packed pairs' else corpus}")
+
+
+@pytest.mark.slow
+@pytest.mark.in_turns(2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one_and_a_resume_is_bit_exact(
+    kind: str, rows: Path, corpus: Path, paired_corpus: Path, tmp_path: Path
+) -> None:
+    words = settings(kind, rows, corpus, paired_corpus, tmp_path / "tables")
+    [whole] = train(1, words, STEPS, save_to=tmp_path / "saved", save_at=2)
+    [step] = (tmp_path / "saved").glob("step-*2")
+    [rest] = train(1, words, STEPS, resume_from=step)
+    assert rest.losses == whole.losses[2:]
+    assert all(np.array_equal(rest.weights[name], whole.weights[name]) for name in whole.weights)
+    for trace in train(2, words, STEPS):
+        found = deviation(trace, whole)
+        assert found.within(TOLERANCES["fp32"]), found
