@@ -37,6 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch/huggingface.md": ("corpora/small", "exported/first"),
     "launch/plan.md": (),
     "launch/prepare.md": ("corpora/small",),
+    "launch/recurrent.md": (),
     "launch/stream.md": ("corpora/small",),
     "launch/transfer.md": ("corpora/small",),
     "launch/train.md": ("corpora/small", "runs/first"),

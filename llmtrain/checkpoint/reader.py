@@ -16,6 +16,7 @@ from llmtrain import files
 from llmtrain.checkpoint.cover import cover_problem
 from llmtrain.checkpoint.manifest import MANIFEST, OPTIMIZER, WEIGHT, read_manifest
 from llmtrain.engine.base import Engine, optimizer_slot, set_optimizer_counter
+from llmtrain.engine.carried import CARRIED, carried_by
 from llmtrain.errors import CheckpointError, Problem, nearest
 from llmtrain.safetensors_files import open_safetensors
 from llmtrain.tensor_boxes import Box, Shard, matrix_shape, whole
@@ -302,3 +303,11 @@ class Checkpoint:
                     set_optimizer_counter(engine.optimizer, fragment, key, values[fragment.name])
         engine.refresh_weights()
         engine.load_scaler_state(self.manifest["scaler"])
+        states = carried_by(engine.model)
+        shape = [] if states is None else [states.rows, states.width + 2]
+        # Rows of a step of another size stand elsewhere in the corpus: they begin from zeros.
+        if (
+            states is not None
+            and self.manifest["tensors"].get(CARRIED, {CARRIED: {}})[CARRIED].get("shape") == shape
+        ):
+            states.unpack(reader.read(CARRIED, CARRIED, whole(tuple(shape))))

@@ -33,6 +33,7 @@ from llmtrain.checkpoint.reader import Checkpoint, cover_problem_of
 from llmtrain.checkpoint.writer import write_safetensors
 from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine, optimizer_tensors
+from llmtrain.engine.carried import CARRIED, carried_by, share_of
 from llmtrain.errors import Problem, TrainingError
 from llmtrain.tensor_boxes import Box, Shard
 from llmtrain.tokenizers.base import TOKENIZER_FILES
@@ -92,6 +93,10 @@ def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
                 parts.append(Part(OPTIMIZER + key, *place, value))
             else:
                 counters.setdefault(OPTIMIZER + key, {})[fragment.name] = value
+    if (states := carried_by(engine.model)) is not None:
+        # A copy: the next forward pass changes them.
+        shard, values = share_of(states, engine.mesh.coordinates.data, engine.layout.data)
+        parts.append(Part(CARRIED, CARRIED, shard, 0, values))
     return Share(parts, counters, engine.scaler_state(), frozenset(frozen))
 
 

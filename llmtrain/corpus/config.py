@@ -80,6 +80,9 @@ class TokenDataConfig:
     """Tar files among which sequences are shuffled; as many are in use at a time."""
     drop_last: bool = False
     """End an epoch with its last complete step; the remaining sequences are not used in it."""
+    continued: bool = False
+    """Each row of a step goes on where the same row of the step before ended, and a recurrent language model
+    begins it from the state there: truncated back-propagation through time."""
     workers: int = 2
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
     verify: Literal["size", "checksum"] = "checksum"
@@ -100,6 +103,12 @@ class TokenDataConfig:
             "0 with packing=concat, whose rows cut documents where they end",
             "give data.packing=best_fit",
         )
+        if self.continued:
+            wanted = {"packing": "concat", "drop_last": True, "on_bad_shard": "error", "mixture": None}
+            for key, value in wanted.items():
+                said, got = encode(value), getattr(self, key)
+                allowed = f"{str(said).lower() if value is not None else 'null'} with continued=true"
+                yield from require(got == value, key, encode(got), allowed)
         if self.mixture is None:
             yield from require(bool(self.path), "path", self.path, "a corpus", "give data.path=…")
             for key in ("sources", "curriculum"):
@@ -163,7 +172,7 @@ class TokenDataConfig:
 
         names: the corpora of the step; order: its settings, see `order_settings`.
         """
-        recorded = {key: getattr(order, key) for key in ORDER_KEYS}
+        recorded = {key: getattr(order, key) for key in (*ORDER_KEYS, "continued")}
         section = {**section, **recorded, "cache": encode(cache), "curriculum": ()}
         if list(names) == [""]:
             return {**section, "path": locate("", None), "mixture": None, "sources": {}}
@@ -172,7 +181,9 @@ class TokenDataConfig:
 
     def order_settings(self, sequence_length: int) -> dict[str, Any]:
         """Return the settings that determine the samples of a corpus and their order."""
-        return {"sequence_length": sequence_length, **{key: getattr(self, key) for key in ORDER_KEYS}}
+        said = {"sequence_length": sequence_length, **{key: getattr(self, key) for key in ORDER_KEYS}}
+        # Runs of earlier versions did not record it.
+        return {**said, "continued": True} if self.continued else said
 
     def shares_of(self, sizes: Mapping[str, int]) -> dict[str, float] | None:
         """Return None: a corpus' share of the samples follows from `weights`."""
@@ -205,6 +216,7 @@ class OneSource:
 
     shuffle_shards: ClassVar[int] = 1
     drop_last: ClassVar[bool] = False
+    continued: ClassVar[bool] = False
     on_bad_shard: ClassVar[Literal["error", "skip"]] = "error"
     overlap: ClassVar[int] = 0
     curriculum: ClassVar[tuple[Stage, ...]] = ()

@@ -203,6 +203,22 @@ class LengthOrder(BlockOrder):
         return order
 
 
+class LaneOrder(BlockOrder):
+    """The order of samples as they are stored, in lanes of equal length: sample i of a step follows sample i
+    of the step before. What is left after the last whole step of an epoch is not used."""
+
+    def __init__(self, tar_sizes: np.ndarray, *, lanes: int) -> None:
+        """lanes: samples of a step."""
+        length = int(np.sum(tar_sizes)) // lanes
+        super().__init__(tar_sizes, seed=0, block_tars=len(tar_sizes), epoch_length=length * lanes)
+        self._lanes, self._lane_length = lanes, length
+
+    def _ordered(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epochs, offsets = np.divmod(positions, self.epoch_length)
+        steps, lanes = np.divmod(offsets, self._lanes)
+        return epochs, lanes * self._lane_length + steps
+
+
 class _Epoch:
     """The order of one epoch."""
 

@@ -17,7 +17,7 @@ import xxhash
 
 from llmtrain.data.datasets.base import EMPTY, Dataset, OrdersByLength, ReadsTars, gather
 from llmtrain.data.mixture import Timeline
-from llmtrain.data.order import BlockOrder, LengthOrder, epoch_key, sample_keys
+from llmtrain.data.order import BlockOrder, LaneOrder, LengthOrder, epoch_key, sample_keys
 from llmtrain.errors import DataError, Problem
 
 GaveUp = Callable[[], bool]
@@ -56,12 +56,14 @@ class Stream:
         seed: int,
         shuffle_shards: int,
         drop_last: bool = False,
+        continued: bool = False,
         on_bad_shard: Literal["error", "skip"] = "error",
         agree: Agree | None = None,
         on_skip: Callable[[str, int], None] = lambda tar, samples: None,
     ) -> None:
         """sources: the datasets of the timeline's sources. shuffle_shards: number of tar files among which
-        samples are shuffled. drop_last: whether an epoch ends with its last full step. agree: required by
+        samples are shuffled. drop_last: whether an epoch ends with its last full step. continued: whether
+            the rows of a step follow those of the step before. agree: required by
         on_bad_shard="skip" with several ranks. on_skip: called with (name, samples) of each skipped tar file.
 
         Raise DataError if drop_last is set and a source is smaller than a step.
@@ -81,6 +83,9 @@ class Stream:
                 got = f"true with {len(dataset):,} samples and steps of {global_size:,}"
                 raise DataError(Problem("data.drop_last", got, "a whole step or more", "give false"))
             source_seed = _source_seed(seed, name)
+            if continued:
+                self._orders.append(LaneOrder(dataset.tar_sizes, lanes=global_size))
+                continue
             if isinstance(dataset, OrdersByLength):
                 self._orders.append(
                     LengthOrder(

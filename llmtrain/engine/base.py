@@ -17,6 +17,7 @@ from torch import nn
 
 from llmtrain.data.loader import MicroBatch
 from llmtrain.distributed import processes
+from llmtrain.engine.carried import with_lanes
 from llmtrain.engine.counting import count, weighed
 from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches, with_terms
 from llmtrain.engine.modules import to_device
@@ -242,7 +243,7 @@ class Engine(ABC):
         batch = micro.batch
         if self.setup.exact_dropout:
             batch = {**batch, DROPOUT_KEYS: sample_keys(self.setup.seed, list(micro.samples))}
-        return self._part_of(batch)
+        return self._part_of(with_lanes(batch, self.model, micro))
 
     def _part_of(self, batch: Batch) -> Batch:
         """Return this rank's tokens of the batch, if ranks share sequences."""
@@ -293,10 +294,8 @@ class Engine(ABC):
 
     def _whole_fragments(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
         """Return fragments of parameters that are not divided over replicas."""
-        return [
-            Fragment(name, self.setup.shards[name], 0, p.numel(), p, 0, p.requires_grad)
-            for name, p in parameters
-        ]
+        shards = self.setup.shards
+        return [Fragment(n, shards[n], 0, p.numel(), p, 0, p.requires_grad) for n, p in parameters]
 
     def _each_replicas_share(self, fragments: list[Fragment]) -> list[Fragment]:
         """Return this replica's share (every n-th) of fragments that all replicas hold, so that each is

@@ -53,6 +53,8 @@ class Settings(Protocol):
     def seed(self) -> int: ...
     @property
     def exact_dropout(self) -> bool: ...
+    @property
+    def carried_rows(self) -> int | None: ...
 
 
 class Weights(Protocol):
@@ -137,6 +139,8 @@ def build_engine(
         mark_parameters(parameters, shards, sharding_of(config.model), mesh)
     apply_recompute(model, config.recompute)
     model.train()
+    if config.carried_rows is not None:
+        model.carry_states(config.carried_rows, device)  # type: ignore[operator]
     setup = Setup(
         model=model,
         objective=objective,

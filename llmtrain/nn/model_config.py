@@ -63,6 +63,11 @@ class ModelConfig(Kinds):
         yield from ()
 
     @property
+    def carries_states(self) -> bool:
+        """Return whether rows may begin from the state after earlier rows."""
+        return False
+
+    @property
     def weighs_tokens(self) -> bool:
         """Return whether a text's prediction is made with a weight for each token (`attention_weights`)."""
         return False

@@ -39,12 +39,13 @@ class CausalLMConfig(ObjectiveConfig):
 
     teaches: ClassVar = ("decoder",)
     paired: ClassVar = "taken"
+    continues: ClassVar = True
 
     kind: Literal["causal_lm"] = "causal_lm"
     """Next-token prediction."""
 
     def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> CausalLM:
-        return CausalLM(document_mask=data.document_mask)
+        return CausalLM(document_mask=data.document_mask, continued=data.continued)
 
 
 class CausalLM(LossOfModel):
@@ -59,12 +60,15 @@ class CausalLM(LossOfModel):
         "documents": "documents_BT",
         "labels": "labels_BT",
         DROPOUT_KEYS: "dropout_keys_B",
+        "lanes": "lanes_B",
+        "places": "places_B",
+        "ends": "ends_B",
     }
 
-    def __init__(self, document_mask: bool = True) -> None:
+    def __init__(self, document_mask: bool = True, continued: bool = False) -> None:
         """Without document_mask, packed documents attend to each other and positions count from the start
-        of the row; the targets stay the same."""
-        self._document_mask = document_mask
+        of the row; the targets stay the same. continued: rows go on where those of the step before ended."""
+        self._document_mask, self._continued = document_mask, continued
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """Return the batch of stacked windows.
@@ -73,7 +77,7 @@ class CausalLM(LossOfModel):
         (B, W) bool, True at tokens that are context only.
         Returns "tokens" (B, T) and "labels" (B, T), IGNORE_INDEX where no loss is borne, both int64. If
         some row holds several documents and they are masked, also "positions" (B, T) int64 and "documents"
-        (B, T) int32.
+        (B, T) int32. If rows go on, "ends" (B) bool: whether the next row begins another text.
         """
         tokens_BW, documents_BW = raw["tokens"], raw["documents"]
         inputs_BT, targets_BT = documents_BW[:, :-1], documents_BW[:, 1:]
@@ -89,6 +93,10 @@ class CausalLM(LossOfModel):
         if self._document_mask and has_boundary:
             batch["positions"] = positions_in_documents(inputs_BT)
             batch["documents"] = inputs_BT
+        if self._continued:
+            # The last token of a row is the first of the next.
+            last_B, before_B = documents_BW[:, -1], documents_BW[:, -2]
+            batch["ends"] = (last_B < 0) | (self._document_mask & (last_B != before_B))
         return tensors(batch)
 
     def part_of_sequences(self, batch: Batch, part: int, parts: int) -> Batch:

@@ -139,6 +139,11 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu or cuda; auto: a GPU if there is one."""
 
+    @property
+    def carried_rows(self) -> int | None:
+        """Return the rows whose states go on from step to step; None: each begins from zeros."""
+        return self.batch.global_size if self.data.continued else None
+
     def problems(self) -> Iterator[Problem]:
         yield from require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu, cuda")
         yield from require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -158,6 +163,11 @@ class TrainConfig:
         if not self.objective.has_stages:
             stages, allowed = self.parallel.pipeline, f"1 with objective={self.objective.kind}"
             yield from require(stages == 1, "parallel.pipeline", stages, allowed)
+        if self.data.continued:
+            model, objective = self.model.family, self.objective.kind
+            fits = self.model.carries_states and self.objective.continues
+            allowed = f"false with model.family={model} and objective={objective}, which carry no state"
+            yield from require(fits, "data.continued", True, allowed)
         positions = self.model.max_sequence_length
         yield from require(
             positions is None or self.batch.sequence_length <= positions,

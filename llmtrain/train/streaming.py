@@ -31,6 +31,7 @@ class Order:
     shuffle_shards: int = 1
     drop_last: bool = False
     group: int = 64
+    continued: bool = False
 
     def problems(self) -> Iterator[Problem]:
         length = self.sequence_length
@@ -119,6 +120,7 @@ def open_stream(
         seed=seed,
         shuffle_shards=data.shuffle_shards,
         drop_last=data.drop_last if drop_last is None else drop_last,
+        continued=data.continued,
         on_bad_shard=data.on_bad_shard,
         agree=agree,
         on_skip=on_skip,

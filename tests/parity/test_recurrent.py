@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmtrain.checkpoint.reader import Checkpoint
+from llmtrain.engine.carried import CARRIED
+from llmtrain.tensor_boxes import Box
 from tests.parity.matrix import TOLERANCES, deviation
 from tests.support.training import train
 
@@ -15,9 +18,11 @@ STEPS = 4
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 SIZE = ("model.hidden_size=16", "model.num_layers=2", "model.dropout=0.2")
 BATCH = ("batch.global_size=8", "batch.micro_size=2", "batch.sequence_length=32", "train.steps=20", "seed=7")
+CARRIED = ("data.continued=true", "data.drop_last=true")
 KINDS = {
     "RNN": ("model=rnn", "model.nonlinearity=relu"),
     "GRU": ("model=gru",),
+    "carried state": ("model=lstm", *CARRIED),
     "BiLSTM": ("model=bilstm", "objective=tagging", "data.text_field=words", "data.label_field=tags"),
     "RNN of texts": ("model=rnn", "objective=classification"),
     "attention": ("model=attention_lstm", "model.attention=multi_head", "objective=classification"),
@@ -41,7 +46,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(kind: str, rows: Path, corpus: Path, pairs: Path, cache: Path) -> tuple[str, ...]:
     common = (*KINDS[kind], *SIZE, *BATCH, "optimizer.lr=3e-3")
-    if any(word.startswith(("objective", "data")) for word in KINDS[kind]):
+    if any(word.startswith(("objective", "data.label_field")) for word in KINDS[kind]):
         data = ("data=table", f"data.path={rows}", f"data.tokenizer={corpus}", f"data.cache.dir={cache}")
         return (*common, *data, "data.split.validation=0.2")
     return (*common, f"data.path={pairs if kind == 'packed pairs' else corpus}")
@@ -58,6 +63,12 @@ def test_two_processes_equal_one_and_a_resume_is_bit_exact(
     [step] = (tmp_path / "saved").glob("step-*2")
     [rest] = train(1, words, STEPS, resume_from=step)
     assert rest.losses == whole.losses[2:]
+    checkpoint = Checkpoint.open(step)
+    if kind == "carried state":
+        [(_, _, box)] = checkpoint.entry(CARRIED, CARRIED)["boxes"]
+        states = checkpoint.read(CARRIED, CARRIED, Box(*box))
+        assert (states[:, :-2].abs().sum(1) > 0).all()
+        assert (states[:, -2] > 0).any(), "rows that go on"
     assert all(np.array_equal(rest.weights[name], whole.weights[name]) for name in whole.weights)
     for trace in train(2, words, STEPS):
         found = deviation(trace, whole)

@@ -89,8 +89,9 @@ class Documents:
     padding at most doubles the work.
     """
 
-    def __init__(self, documents_BT: Tensor) -> None:
-        """documents_BT: the number of each token's document; one goes on as long as the number stays."""
+    def __init__(self, documents_BT: Tensor, goes_on: bool = False) -> None:
+        """documents_BT: the number of each token's document; one goes on as long as the number stays.
+        goes_on: the first document of each row may begin from a state, and that after the last is wanted."""
         B, T = documents_BT.shape
         begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
         begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
@@ -99,24 +100,47 @@ class Documents:
         lengths = ends - firsts
         self._shape = (B, T)
         self._groups: list[tuple[Tensor, Tensor]] = []
-        widths = torch.tensor([1 << (n - 1).bit_length() for n in lengths.tolist()], device=firsts.device)
-        for width in widths.unique().tolist():
-            of_width = widths == width
+        widths = [1 << (n - 1).bit_length() for n in lengths.tolist()]
+        if goes_on:
+            # The state after a padded row would be that after its padding.
+            widths = [
+                n if end % T == 0 else w
+                for n, w, end in zip(lengths.tolist(), widths, ends.tolist(), strict=True)
+            ]
+        widths_P = torch.tensor(widths, device=firsts.device)
+        self._rows, self._begins, self._ends = firsts // T, firsts % T == 0, ends % T == 0
+        self._of_group: list[Tensor] = []
+        for width in widths_P.unique().tolist():
+            of_width = widths_P == width
             places = torch.arange(width, device=firsts.device)
             indices_PW = (firsts[of_width, None] + places).clamp(max=B * T - 1)
             self._groups.append((indices_PW, places < lengths[of_width, None]))
+            self._of_group.append(of_width.nonzero().squeeze(1))
         places = torch.cat([indices[is_token] for indices, is_token in self._groups])
         self._order = torch.empty_like(places)
         self._order[places] = torch.arange(B * T, device=places.device)
 
-    def run(self, layer: nn.Module, x_BTD: Tensor) -> Tensor:
-        """Return the hidden states of all tokens, (B, T, D)."""
+    def run(self, layer: nn.Module, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """Return the hidden states of all tokens, (B, T, D), and with a state to begin from, if documents go
+        on, that after the last token of each row."""
         flat = x_BTD.flatten(0, 1)
-        found = []
-        for indices_PW, is_token_PW in self._groups:
+        found, lasts, rows = [], [], []
+        for (indices_PW, is_token_PW), numbers in zip(self._groups, self._of_group, strict=True):
             x_PWD = flat.index_select(0, indices_PW.flatten()).unflatten(0, indices_PW.shape)
-            found.append(layer(x_PWD)[0][is_token_PW])
-        return torch.cat(found).index_select(0, self._order).unflatten(0, self._shape)
+            first = None
+            if state is not None:
+                begins_P1 = self._begins[numbers, None]
+                first = tuple((part[:, self._rows[numbers]] * begins_P1).contiguous() for part in state)
+            states_PWD, last = layer(x_PWD, first)
+            found.append(states_PWD[is_token_PW])
+            ends = self._ends[numbers]
+            lasts.append(tuple(part[:, ends] for part in last))
+            rows.append(self._rows[numbers][ends])
+        states_BTD = torch.cat(found).index_select(0, self._order).unflatten(0, self._shape)
+        if state is None:
+            return states_BTD, None
+        order_B = torch.cat(rows).argsort()
+        return states_BTD, tuple(torch.cat(parts, dim=1)[:, order_B] for parts in zip(*lasts, strict=True))
 
 
 class Reversal:

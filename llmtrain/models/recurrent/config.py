@@ -98,6 +98,15 @@ class RecurrentConfig(OfVocabulary):
         return self.bidirectional or self.attention is not None
 
     @property
+    def carries_states(self) -> bool:
+        return not self.reads_whole_texts
+
+    @property
+    def state_width(self) -> int:
+        """Return the numbers of the states of all layers after a token; LSTMs have a cell beside each."""
+        return self.num_layers * self.hidden_size * (2 if self.gates == 4 else 1)
+
+    @property
     def weighs_tokens(self) -> bool:
         return self.attention is not None
 

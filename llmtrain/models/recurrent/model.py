@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmtrain.models.recurrent.attention import make_attention
 from llmtrain.models.recurrent.cells import Cells, Documents, Reversal, State, make_cells
 from llmtrain.models.recurrent.config import RecurrentConfig
+from llmtrain.nn.carried import CarriedStates
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead, TiedHeadModel, count_correct
 from llmtrain.nn.initialize import Initializer, Uniform
@@ -53,6 +54,7 @@ class RecurrentModel(TiedHeadModel):
             Dropout(config.dropout, layer, HIDDEN) for layer in range(config.num_layers)
         )
         self.attention = make_attention(config)
+        self.carried: CarriedStates | None = None
         if config.task is not None:
             self.head: nn.Module = make_task_head(config.task, config.output_width)
         elif config.reads_whole_texts:
@@ -78,6 +80,9 @@ class RecurrentModel(TiedHeadModel):
         lengths_B: Tensor | None = None,
         with_metrics: bool = False,
         asked_BM: Tensor | None = None,
+        lanes_B: Tensor | None = None,
+        places_B: Tensor | None = None,
+        ends_B: Tensor | None = None,
     ) -> Any:
         """Return logits (B, T, V); with labels, the SUM of cross-entropy in nats, 0-d fp32. With a task head,
         which needs lengths_B, the tokens of each row: its logits or, with labels of its task, its loss.
@@ -90,12 +95,18 @@ class RecurrentModel(TiedHeadModel):
         last_only: return logits of the last token only, (B, 1, V).
         with_metrics: with labels, return sums by name: "loss" and "correct" predictions.
         asked_BM: positions whose logits are returned, (B, M, V); None: all.
+        lanes_B, places_B, ends_B: in training steps whose rows go on from those before, the arguments of
+            CarriedStates, from which rows begin and which keeps where they end. None: rows begin from zeros.
         """
         if isinstance(self.head, TaskHead):
             assert lengths_B is not None
             states_BTW = self._read(tokens_BT, lengths_B, dropout_keys_B)
             return self.head(*self._summary(states_BTW, lengths_B), labels_BT, dropout_keys_B)
-        x_BTD = self._continue(tokens_BT, documents_BT, cache, dropout_keys_B)
+        if lanes_B is not None and self.carried is not None:
+            assert places_B is not None and ends_B is not None
+            x_BTD = self._carry_on(tokens_BT, documents_BT, dropout_keys_B, lanes_B, places_B, ends_B)
+        else:
+            x_BTD = self._continue(tokens_BT, documents_BT, cache, dropout_keys_B)
         x_BTD = asked_states(x_BTD, asked_BM)
         logits_or_loss: Tensor = self.head(x_BTD[:, -1:] if last_only else x_BTD, labels_BT)
         if labels_BT is None or not with_metrics:
@@ -110,20 +121,46 @@ class RecurrentModel(TiedHeadModel):
         dropout_keys_B: Tensor | None,
     ) -> Tensor:
         """Return the hidden states of tokens that follow those of the cache, and advance it."""
-        before = cache.states if cache is not None and cache.states else [None] * len(self.layers)
-        documents = None if documents_BT is None else Documents(documents_BT)
-        after = []
+        before: list[Any] = [None] * len(self.layers)
+        if cache is not None and cache.states:
+            before = cache.states
+        documents = None if documents_BT is None else Documents(documents_BT, goes_on=cache is not None)
+        after: list[Any] = []
         x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
         for layer, dropout, state in zip(self.layers, self.layer_dropouts, before, strict=True):
-            if documents is None:
-                x_BTD, state = layer(x_BTD, state)
-                after.append(state)
-            else:
-                x_BTD = documents.run(layer, x_BTD)
+            x_BTD, state = layer(x_BTD, state) if documents is None else documents.run(layer, x_BTD, state)
+            after.append(state)
             x_BTD = dropout(x_BTD, dropout_keys_B)
         if cache is not None:
             cache.states = after
             cache.length += tokens_BT.shape[1]
+        return x_BTD
+
+    def carry_states(self, rows: int, device: torch.device) -> None:
+        """From now on, carry the states of so many rows from training step to training step."""
+        self.carried = CarriedStates(rows, self.config.state_width, device)
+
+    def _carry_on(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        dropout_keys_B: Tensor | None,
+        lanes_B: Tensor,
+        places_B: Tensor,
+        ends_B: Tensor,
+    ) -> Tensor:
+        """Return the hidden states of rows that begin from carried states, and keep those after them."""
+        assert self.carried is not None
+        parts = self.carried.before(lanes_B, places_B).unflatten(
+            1, (len(self.layers), -1, self.config.hidden_size)
+        )
+        cache = RecurrentCache()
+        cache.states = [
+            tuple(part[None].contiguous() for part in layer.unbind(1)) for layer in parts.unbind(1)
+        ]
+        x_BTD = self._continue(tokens_BT, documents_BT, cache, dropout_keys_B)
+        after = [torch.stack([part[0] for part in state], dim=1) for state in cache.states]
+        self.carried.keep(lanes_B, places_B, torch.stack(after, dim=1).flatten(1), ends_B)
         return x_BTD
 
     def _read(self, tokens_BT: Tensor, lengths_B: Tensor, dropout_keys_B: Tensor | None) -> Tensor:

@@ -94,6 +94,14 @@ def test_what_a_recurrent_network_cannot_be(
         (("model=bilstm",), "model.bidirectional: got true; allowed: false with a language model"),
         (("model=attention_lstm",), "model.attention: got additive; allowed: null with a language model"),
         (("model=gru", "model.embedding_size=9"), "model.embedding_size: got 9; allowed: hidden_size=256"),
+        (
+            ("model=gru", "data.continued=true"),
+            "data.drop_last: got False; allowed: true with continued=true",
+        ),
+        (
+            ("model=gpt_tiny", "data.continued=true", "data.drop_last=true"),
+            "data.continued: got True; allowed: false with model.family=gpt",
+        ),
     ],
 )
 def test_language_models_that_cannot_be(
