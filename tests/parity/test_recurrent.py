@@ -18,11 +18,11 @@ STEPS = 4
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 SIZE = ("model.hidden_size=16", "model.num_layers=2", "model.dropout=0.2")
 BATCH = ("batch.global_size=8", "batch.micro_size=2", "batch.sequence_length=32", "train.steps=20", "seed=7")
-CARRIED = ("data.continued=true", "data.drop_last=true")
+GOES_ON = ("data.continued=true", "data.drop_last=true")
 KINDS = {
     "RNN": ("model=rnn", "model.nonlinearity=relu"),
     "GRU": ("model=gru",),
-    "carried state": ("model=lstm", *CARRIED),
+    "carried state": ("model=lstm", *GOES_ON),
     "BiLSTM": ("model=bilstm", "objective=tagging", "data.text_field=words", "data.label_field=tags"),
     "RNN of texts": ("model=rnn", "objective=classification"),
     "attention": ("model=attention_lstm", "model.attention=multi_head", "objective=classification"),
