@@ -103,7 +103,8 @@ class RecurrentModel(TiedHeadModel):
             states_BTW = self._read(tokens_BT, lengths_B, dropout_keys_B)
             return self.head(*self._summary(states_BTW, lengths_B), labels_BT, dropout_keys_B)
         if lanes_B is not None and self.carried is not None:
-            assert places_B is not None and ends_B is not None
+            assert places_B is not None
+            assert ends_B is not None
             x_BTD = self._carry_on(tokens_BT, documents_BT, dropout_keys_B, lanes_B, places_B, ends_B)
         else:
             x_BTD = self._continue(tokens_BT, documents_BT, cache, dropout_keys_B)
@@ -122,8 +123,8 @@ class RecurrentModel(TiedHeadModel):
     ) -> Tensor:
         """Return the hidden states of tokens that follow those of the cache, and advance it."""
         before: list[Any] = [None] * len(self.layers)
-        if cache is not None and cache.states:
-            before = cache.states
+        if cache is not None:
+            before = cache.states or [self._zeros(len(tokens_BT))] * len(self.layers)
         documents = None if documents_BT is None else Documents(documents_BT, goes_on=cache is not None)
         after: list[Any] = []
         x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
@@ -135,6 +136,11 @@ class RecurrentModel(TiedHeadModel):
             cache.states = after
             cache.length += tokens_BT.shape[1]
         return x_BTD
+
+    def _zeros(self, B: int) -> State:
+        """Return the state that texts begin from."""
+        zeros = self.embedding.weight.new_zeros(1, B, self.config.hidden_size)
+        return (zeros, zeros) if self.config.gates == 4 else (zeros,)
 
     def carry_states(self, rows: int, device: torch.device) -> None:
         """From now on, carry the states of so many rows from training step to training step."""
