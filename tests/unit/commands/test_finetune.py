@@ -55,9 +55,11 @@ def test_a_label_is_learned_and_scored(
     model: str, reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = [key for key in TINY if model not in RECURRENT or "heads" not in key]
-    # The last state of a plain network forgets what stands far before it.
-    tiny += ["objective.pooling=mean"] if model == "rnn" else []
-    words = settings(reviews, corpus, tmp_path, f"model={model}", *tiny, "train.epochs=6")
+    epochs = 6
+    if model == "rnn":
+        # The last state of a plain network forgets what stands far before it.
+        tiny, epochs = [*tiny, "objective.pooling=mean"], 12
+    words = settings(reviews, corpus, tmp_path, f"model={model}", *tiny, f"train.epochs={epochs}")
     assert cli.run_verb("finetune", words) == 0
     said = capsys.readouterr().err
     assert " rows (bad 1" in said
