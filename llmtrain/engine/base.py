@@ -108,6 +108,13 @@ def dropout_seed(seed: int, first_sample: int, stage: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed torch's generators. On a CPU, torch.manual_seed takes a millisecond to note who asks it."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
 @dataclass(frozen=True)
 class Setup:
     """The parts of an engine: the divided model and this rank's position in the layout."""
@@ -193,7 +200,7 @@ class Engine(ABC):
             if i and self.layout.pipeline == 1:
                 between()
             stage = self.mesh.coordinates.pipeline
-            torch.manual_seed(dropout_seed(self.setup.seed, micro_batches[i].first_sample, stage))
+            seed_dropout(dropout_seed(self.setup.seed, micro_batches[i].first_sample, stage), self.device)
             return to_device(batches[i], self.device)
 
         losses: list[torch.Tensor] = []
