@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return 2 if item.path in files_of_long else 1
 
     items.sort(key=slowness, reverse=hasattr(config, "workerinput"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: collections of garbage need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

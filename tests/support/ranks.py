@@ -1,23 +1,27 @@
-"""A pool of gloo ranks that stays alive for many tests, forked from a process that has imported torch and
-DeepSpeed, which costs seconds.
+"""A pool of gloo ranks that stays alive for many tests, in processes that start warm (see warm.py).
 
     results = ranks.run(2, function, argument, …)   # [rank 0's result, rank 1's result]
 
 `function` must be importable (a module's own, no closure); arguments and results are pickled.
+
+A rank is `python -m tests.support.ranks`, whose standard input is a pipe for both directions.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+PROGRAM = "tests.support.ranks"
+REPOSITORY = Path(__file__).resolve().parents[2]
 _POOLS: dict[int, Pool] = {}
 TIMEOUT_SECONDS = 900
 """DeepSpeed compiles its CPU optimizer at first use: minutes on a busy machine."""
@@ -27,15 +31,16 @@ class Pool:
     """`size` processes in one process group."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.everything"])
-        port = free_port()
+        from tests.support.warm import Popen, rank_environment
+
+        shared = {**_environment(), **rank_environment(size), "OMP_NUM_THREADS": "1"}
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
-            process.start()
+            ours, theirs = Pipe()
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = Popen([], PROGRAM, stdin=theirs, env={**shared, **own}, cwd=REPOSITORY)
+            theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -59,6 +64,7 @@ class Pool:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
+            process.wait()
         _POOLS.pop(len(self._processes), None)
 
 
@@ -72,20 +78,20 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     return _POOLS[size].run(function, *arguments)
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+@functools.cache
+def _environment() -> dict[str, str]:
+    """That of the first pool: what a later test sets is not for pools that outlive it."""
+    return dict(os.environ)
+
+
+def _serve(pipe: Connection) -> None:
     import cpuinfo
     import torch
 
     from llmtrain.distributed import processes
+    from tests.support.warm import name_this_process
 
+    name_this_process("pool")  # no rank of a run
     # DeepSpeed asks for it before each of its CPU optimizers; a second and several processes each time.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     torch.set_num_threads(1)
@@ -111,3 +117,7 @@ def free_port() -> int:
 def _close_all() -> None:
     for pool in list(_POOLS.values()):
         pool.close()
+
+
+if __name__ == "__main__":
+    _serve(Connection(os.dup(0)))

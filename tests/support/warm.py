@@ -194,7 +194,7 @@ def _start_server() -> _Server:
     return _Server(ours)
 
 
-def _name_this_process(name: str) -> None:
+def name_this_process(name: str) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
@@ -243,7 +243,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     # Whether it is ignored is what the asking process says now, not what it said when this one began.
     signal.signal(signal.SIGHUP, signal.SIG_IGN if request["ignores_hangup"] else signal.SIG_DFL)
     if "RANK" in os.environ:
-        _name_this_process(f"rank {os.environ['RANK']}")
+        name_this_process(f"rank {os.environ['RANK']}")
     unbuffered = request["unbuffered"]
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     sys.stdout = sys.__stdout__ = _stream(1, "strict", unbuffered, line_buffering=os.isatty(1))
@@ -264,7 +264,7 @@ def _serve_ranks() -> dict[str, Any]:
     own = os.fork()
     if own == 0:
         ours.close()
-        _name_this_process("warm")
+        name_this_process("warm")
         # The launcher's output ends with the launcher.
         with open(os.devnull, "r+b", buffering=0) as nowhere:
             for usual in range(3):
@@ -313,7 +313,7 @@ def _end(code: object) -> NoReturn:
 def _main(connection: socket.socket) -> None:
     request = _serve(connection)
     if request["program"] in LAUNCHERS:
-        _name_this_process("launcher")
+        name_this_process("launcher")
         request = _serve_ranks() or request
     sys.argv = [request["program"], *request["arguments"]]
     try:

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import random
+import string
 import sys
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,9 +32,9 @@ LANGUAGES = {
 
 def prose(count: int, seed: int = 0) -> str:
     """Words of ordinary lengths in no pattern, with stop words between."""
-    rng = np.random.default_rng(seed)
-    words = ["".join(rng.choice([*"abcdefghijklmnopqrstuvwxyz"], rng.integers(4, 8))) for _ in range(count)]
-    words[::9] = rng.choice(["the", "and", "with", "have"], len(words[::9]))
+    rng = random.Random(seed)
+    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randrange(4, 8))) for _ in range(count)]
+    words[::9] = rng.choices(["the", "and", "with", "have"], k=len(words[::9]))
     return " ".join(words)
 
 
