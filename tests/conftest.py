@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 
 from llmtrain.corpus import transport
-from tests.support import kernel, time_limit, turns
+from tests.support import kernel, peak, time_limit, turns  # noqa: F401
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
 pytest_runtest_makereport = time_limit.pytest_runtest_makereport

@@ -16,6 +16,7 @@ import sentencepiece.sentencepiece_model_pb2  # noqa: F401  # when a tokenizer i
 import torch._dynamo  # noqa: F401  # an optimizer's first step would
 
 import llmtrain
+import tests.support.peak  # noqa: F401
 from llmtrain.cli import hydra_app
 
 for module in pkgutil.walk_packages(llmtrain.__path__, "llmtrain."):
