@@ -18,6 +18,8 @@ say "running the tests"
 # more threads than cores would slow each other down.
 if (($# == 0)); then
     export OMP_NUM_THREADS=1
+    # Compile sources once, not in each of a hundred processes.
+    unset PYTHONDONTWRITEBYTECODE
     # DeepSpeed's CPU optimizer takes minutes to compile, once: beside the tests that do without.
     "$python" -m tests.support.kernel >/dev/null 2>&1 &
     processes=$("$python" -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
