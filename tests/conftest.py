@@ -15,6 +15,7 @@ from llmtrain.corpus import transport
 from tests.support import kernel, peak, time_limit, turns  # noqa: F401
 from tests.support.corpora import prepare_small_corpus, prepare_small_pairs
 
+IS_RANK = "LOCAL_RANK" in os.environ
 gc.disable()  # until tests are collected: a tenth of the time, for nothing
 pytest_runtest_makereport = time_limit.pytest_runtest_makereport
 os.environ.setdefault(kernel.VARIABLE, kernel.FOLDER)
@@ -58,6 +59,14 @@ def pytest_collection_finish() -> None:
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the library `datasets` keeps of files of tasks lies among the tests' folders."""
     os.environ.setdefault("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("data_sets")))
+
+
+@pytest.fixture(autouse=True)
+def no_rank() -> Iterator[None]:
+    """DeepSpeed, once imported here, leaves a LOCAL_RANK, by which accelerate would look for other ranks."""
+    yield
+    if not IS_RANK:
+        os.environ.pop("LOCAL_RANK", None)
 
 
 @pytest.fixture(scope="session")
