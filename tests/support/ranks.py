@@ -13,6 +13,7 @@ import atexit
 import functools
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import Pipe
@@ -41,6 +42,7 @@ class Pool:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = Popen([], PROGRAM, stdin=theirs, env={**shared, **own}, cwd=REPOSITORY)
             theirs.close()
+            ours.send(sys.path)  # pytest adds the folders of tests that are in no package
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -92,6 +94,7 @@ def _serve(pipe: Connection) -> None:
     from tests.support.warm import name_this_process
 
     name_this_process("pool")  # no rank of a run
+    sys.path[:] = pipe.recv()
     # DeepSpeed asks for it before each of its CPU optimizers; a second and several processes each time.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     torch.set_num_threads(1)
