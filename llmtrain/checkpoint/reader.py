@@ -196,6 +196,11 @@ class Checkpoint:
         """Return the names of the parameters that were not trained."""
         return frozenset(self.manifest.get("frozen", ()))
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Return the names of the weights that forward passes change, and no optimizer."""
+        return frozenset(self.manifest.get("statistics", ()))
+
     @cached_property
     def left_out(self) -> frozenset[str]:
         """Return the names of the weights that it does not hold, which are those of its base."""

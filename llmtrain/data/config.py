@@ -8,15 +8,23 @@ from typing import Any
 from llmtrain.config import show
 from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.errors import ConfigError, Problem, nearest
+from llmtrain.tables.columns_config import ColumnDataConfig
 from llmtrain.tables.config import TableDataConfig
 from llmtrain.tables.several_config import TasksDataConfig
 
-DataConfig = TokenDataConfig | ImageDataConfig | TableDataConfig | TasksDataConfig
-DataConfigType = type[TokenDataConfig] | type[ImageDataConfig] | type[TableDataConfig] | type[TasksDataConfig]
+DataConfig = TokenDataConfig | ImageDataConfig | ColumnDataConfig | TableDataConfig | TasksDataConfig
+DataConfigType = (
+    type[TokenDataConfig]
+    | type[ImageDataConfig]
+    | type[ColumnDataConfig]
+    | type[TableDataConfig]
+    | type[TasksDataConfig]
+)
 
 DATA_CONFIGS: dict[str, DataConfigType] = {
     "tokens": TokenDataConfig,
     "images": ImageDataConfig,
+    "columns": ColumnDataConfig,
     "table": TableDataConfig,
     "tasks": TasksDataConfig,
 }

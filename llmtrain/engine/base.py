@@ -21,6 +21,7 @@ from llmtrain.engine.carried import with_lanes
 from llmtrain.engine.counting import count, weighed
 from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches, with_terms
 from llmtrain.engine.modules import to_device
+from llmtrain.engine.statistics import Statistics
 from llmtrain.nn.dropout import sample_keys
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Objective, SharesSequences, Terms
 from llmtrain.optim.config import OptimizerConfig
@@ -88,6 +89,8 @@ class Fragment:
     trains: bool = True
     """Whether the optimizer has state for it. The holder of a frozen weight is the weight itself, in its
     own dtype."""
+    is_statistic: bool = False
+    """Whether forward passes change it, and no optimizer."""
 
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this fragment's part, 1-D, of a tensor shaped like `holder`."""
@@ -160,6 +163,7 @@ class Engine(ABC):
         self.device = setup.device
         self.trainable = [(name, p) for name, p in setup.parameters.items() if p.requires_grad]
         self.frozen = [(name, p) for name, p in setup.parameters.items() if not p.requires_grad]
+        self.statistics = Statistics(setup.model, setup.mesh)
         self._sums = NamedSums()
 
     def train_step(
@@ -205,7 +209,10 @@ class Engine(ABC):
 
         losses: list[torch.Tensor] = []
         metrics: dict[str, torch.Tensor] = {}
-        for terms in self._accumulate(len(batches), run, scale):
+        with self.statistics.kept_on_failure():
+            all_terms = self._accumulate(len(batches), run, scale)
+            self.statistics.average()
+        for terms in all_terms:
             losses.append(terms.loss_sum.detach().double() * counted)
             for name, value in terms.metrics.items():
                 metrics[name] = metrics.get(name, torch.zeros_like(value)) + value * counted

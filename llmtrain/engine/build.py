@@ -224,8 +224,12 @@ def _groups(
 
 
 def _divide(model: nn.Module, config: ModelConfig, mesh: Mesh) -> dict[str, Shard]:
-    """Divide the model by tables along the tensor and sequence axes, and return the divided weights."""
+    """Divide the model by tables along the tensor and sequence axes, and return the divided weights; let its
+    batch norms share their statistics."""
+    from llmtrain.parallel.batch_norm import share_norms
+
     shards: dict[str, Shard] = {}
+    share_norms(model, mesh)
     if mesh.layout.tensor > 1:
         from llmtrain.parallel.tensor import shard_tensors
 

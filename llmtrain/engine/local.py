@@ -18,6 +18,7 @@ from llmtrain.engine.base import Engine, Fragment, Setup
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.optimizers import set_lr
+from llmtrain.tensor_boxes import Shard
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -126,10 +127,17 @@ class LocalEngine(Engine):
         return norm, skipped
 
     def held_fragments(self) -> list[Fragment]:
-        return self._whole_fragments(self.setup.parameters.items())
+        return [*self._whole_fragments(self.setup.parameters.items()), *self._statistics()]
 
     def fragments(self) -> list[Fragment]:
-        return self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
+        shared = self._each_replicas_share(self._whole_fragments(self.setup.parameters.items()))
+        return [*shared, *self._statistics()[self.mesh.replica :: self.mesh.replicas]]
+
+    def _statistics(self) -> list[Fragment]:
+        return [
+            Fragment(name, Shard(tuple(values.shape)), 0, values.numel(), values, 0, False, True)
+            for name, values in self.statistics.by_name.items()
+        ]
 
     def release(self) -> None:
         """Do nothing: the last reference holds all of it."""

@@ -89,7 +89,7 @@ def start_sharing(
     layout = plan_layout(
         ParallelConfig(tensor=sharing.tensor, pipeline=sharing.pipeline),
         BatchConfig(micro_size * replicas, micro_size, sequence_length),
-        engine="deepspeed",
+        engine="deepspeed" if sharing.pipeline > 1 else "local",
         precision="fp32",
         world_size=world_size,
         device=device.type,

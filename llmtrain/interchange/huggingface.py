@@ -38,6 +38,7 @@ from llmtrain.models.huggingface.form import Entry, Form, Settings
 from llmtrain.models.huggingface.keys import Asked, unknown_keys
 from llmtrain.models.huggingface.origin import Origin
 from llmtrain.nn.initialize import fill_box, match_initializers, on_meta
+from llmtrain.nn.state import named_state
 from llmtrain.objectives.task import frame_of
 from llmtrain.reading import SETTINGS_BYTES, parse_object, read_bytes
 from llmtrain.tensor_boxes import whole
@@ -229,7 +230,7 @@ class _Joined(Mapping[str, Tensor]):
         self._stored, self._where, self._model = stored, where, model
         self._entries = {name: entry for entry in entries for name in entry.all_ours}
         self._fresh = fresh
-        self._names = [name for name, _ in model.named_parameters()]
+        self._names = list(named_state(model))
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._fresh:
@@ -247,7 +248,7 @@ class _Joined(Mapping[str, Tensor]):
 
 def _fresh_weight(model: nn.Module, name: str) -> Tensor:
     """Return the initial value of a weight, as for training with seed 0."""
-    parameters = dict(model.named_parameters())
+    parameters = named_state(model)
     table = match_initializers(model.initializers(), parameters)  # type: ignore[operator]
     shape = tuple(parameters[name].shape)
     return fill_box(name, table[name], 0, shape, whole(shape)).view(shape)
@@ -262,7 +263,7 @@ def _on_meta(form: Form, config: Any) -> nn.Module:
 
 
 def _own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {name: tuple(values.shape) for name, values in named_state(model).items()}
 
 
 def _their_shapes(model: nn.Module, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
@@ -322,17 +323,23 @@ def _config_of(form: Form, config: Any, dtype: torch.dtype, ids: Mapping[str, in
     """Return the config.json of an export. ids: keys of special token ids of the tokenizer."""
     return {
         "model_type": form.model_type,
+        **(_of_vocabulary(config, ids) if config.has_vocabulary else {}),
+        "dtype": str(dtype).removeprefix("torch."),
+        EXPORT_MARK: EXPORTED_BY,
+        **form.write_config(config),
+    }
+
+
+def _of_vocabulary(config: Any, ids: Mapping[str, int]) -> dict[str, Any]:
+    return {
         "vocab_size": config.vocab_size,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        "dtype": str(dtype).removeprefix("torch."),
         # The defaults of transformers are ids of other tokenizers.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
         **ids,
-        EXPORT_MARK: EXPORTED_BY,
-        **form.write_config(config),
     }
 
 

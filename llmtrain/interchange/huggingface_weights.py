@@ -24,8 +24,8 @@ INDEX_BYTES = 64 << 20
 """Maximum size of the index."""
 MOST_DIMS = 8
 """Maximum number of dimensions of a tensor; some functions of torch recurse over them."""
-_BUFFERS = ("position_ids", "token_type_ids")
-"""Endings of names of buffers that older releases of transformers stored: positions and zeros."""
+_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+"""Endings of names of buffers that nothing here reads: positions, zeros, and the steps of batch norms."""
 
 
 class Stored(Mapping[str, Tensor]):

@@ -27,6 +27,7 @@ from llmtrain.models.huggingface.origin import Origin
 from llmtrain.models.registry import family_of, model_config_type
 from llmtrain.models.skeleton import skeleton_of
 from llmtrain.nn.model_config import ModelConfig
+from llmtrain.nn.state import named_state
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.registry import objective_config_type, objective_of_head
 from llmtrain.standard_streams import print_note
@@ -294,7 +295,7 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     _check_layers(checkpoint, "model", model)
     try:
         config: ModelConfig = decode(model_config_type(model), model)
-        expected = config.parameter_count()
+        expected = config.parameter_count() + config.statistics_count()
     except ConfigError as error:
         raise CheckpointError(problem.of_file(where, "model") for problem in error.problems) from error
     if is_whole and (stored := sum(map(prod, shapes))) != expected:
@@ -336,9 +337,9 @@ def load_weights(
     weights: Mapping[str, torch.Tensor],
     look: Callable[[str, torch.Tensor], None] = lambda name, weight: None,
 ) -> None:
-    """Copy `weights` into the module's parameters; `look` sees each. Raises CheckpointError when names or
-    shapes differ."""
-    parameters = dict(module.named_parameters())
+    """Copy `weights` into the module's parameters and statistics; `look` sees each. Raises CheckpointError
+    when names or shapes differ."""
+    parameters = named_state(module)
     if set(parameters) != set(weights):
         missing, extra = sorted(set(parameters) - set(weights)), sorted(set(weights) - set(parameters))
         raise CheckpointError(

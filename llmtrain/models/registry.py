@@ -11,7 +11,16 @@ from typing import Any
 
 from llmtrain.config import show
 from llmtrain.errors import ConfigError, Problem, nearest
-from llmtrain.models import bert, convolutional, encoder_decoder, gpt, recurrent, recurrent_seq2seq, xlnet
+from llmtrain.models import (
+    bert,
+    convolutional,
+    encoder_decoder,
+    feedforward,
+    gpt,
+    recurrent,
+    recurrent_seq2seq,
+    xlnet,
+)
 from llmtrain.models.family import Family
 from llmtrain.nn.model_config import ModelConfig
 
@@ -23,6 +32,7 @@ FAMILIES = (
     *recurrent.FAMILIES,
     *recurrent_seq2seq.FAMILIES,
     *convolutional.FAMILIES,
+    *feedforward.FAMILIES,
 )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llmtrain.nn.state import named_state
 from llmtrain.tensor_boxes import Box, Shard, matrix_shape
 
 _FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_})
@@ -104,12 +105,13 @@ def added_to(model: nn.Module) -> dict[str, Initializer]:
 
 
 def initializers_of(model: nn.Module) -> dict[str, Initializer]:
-    """Return the initializer of each parameter: those of the model's table, and of what was added to it.
+    """Return the initializer of each parameter and statistic: those of the model's table, and of what was
+    added to it.
 
     Raise ValueError as `match_initializers` does.
     """
     added = added_to(model)
-    own = [name for name, _ in model.named_parameters() if name not in added]
+    own = [name for name in named_state(model) if name not in added]
     return {**match_initializers(model.initializers(), own), **added}  # type: ignore[operator]
 
 
@@ -161,7 +163,7 @@ def initialize(model: nn.Module, seed: int, shards: Mapping[str, Shard] | None =
 
     Raise ValueError if the table doesn't match the parameters.
     """
-    parameters = dict(model.named_parameters())
+    parameters = named_state(model)
     for name, initializer in initializers_of(model).items():
         parameter = parameters[name]
         if parameter.device.type != "meta":

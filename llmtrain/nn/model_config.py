@@ -97,6 +97,11 @@ class ModelConfig(Kinds):
         counts = self.step_parameter_counts()
         return sum(counts) - self.repeated_count(range(len(counts)))
 
+    def statistics_count(self) -> int:
+        """Return how many numbers forward passes change, such as the running averages of batch norm;
+        checkpoints hold them beside the parameters."""
+        return 0
+
     def flops_per_token(self, row: Row) -> float:
         """Return forward and backward FLOPs per counted token of `row`; for images, per image."""
         raise NotImplementedError

@@ -76,7 +76,7 @@ class ObjectiveConfig(Kinds):
     kind: str
     teaches: ClassVar[tuple[str, ...]]
     """Kinds of model that this objective can train (see models/family.py)."""
-    data: ClassVar[Literal["tokens", "images", "table", "tasks"]] = "tokens"
+    data: ClassVar[Literal["tokens", "images", "columns", "table", "tasks"]] = "tokens"
     also_reads: ClassVar[tuple[str, ...]] = ()
     """Other kinds of data than `data` that it can read."""
     labels_rows: ClassVar[bool] = False
@@ -134,6 +134,11 @@ class ObjectiveConfig(Kinds):
     def with_labels(self, texts: Any) -> ObjectiveConfig:
         """Return the config with the labels of the texts, as checkpoints store it."""
         return self
+
+    def measured(self, model: Any, data: Any) -> tuple[ObjectiveConfig, Any]:
+        """Return the config and the model's with what both take from the training split of data without text,
+        as checkpoints store it. Raise DataError if it cannot be read."""
+        return self, model
 
     def of_task(self, name: str) -> ObjectiveConfig:
         """Return the objective of one of several tasks."""

@@ -1,36 +1,31 @@
 """Image classification: one label per sample.
 
-Dim names: B samples, C classes, H and W height and width of an image.
+Dim names: B samples, C channels, H and W height and width of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from llmtrain.labels import IGNORE_INDEX
+from llmtrain.config import require
+from llmtrain.errors import DataError, Problem
 from llmtrain.nn.model_config import Row
-from llmtrain.objectives.base import (
-    DROPOUT_KEYS,
-    Batch,
-    ObjectiveConfig,
-    Shown,
-    Terms,
-    count_targets,
-    ratio,
-    tensors,
-)
+from llmtrain.objectives.augmentation import augmented, draw_changes
+from llmtrain.objectives.base import Batch, ObjectiveConfig, tensors
+from llmtrain.objectives.one_label import MEASURES, OneLabel
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
     from llmtrain.corpus.text_source import TextSource
     from llmtrain.data.datasets.base import Dataset
-    from llmtrain.data.trace import Part
-    from llmtrain.objectives.text import Spelling
+
+CHANGES = "changes"
+"""Key of a batch: how each image is changed in training, see augmentation.py."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,19 @@ class ImageClassificationConfig(ObjectiveConfig):
     data: ClassVar = "images"
 
     kind: Literal["image_classification"] = "image_classification"
+    crop: int = 0
+    """Pixels of padding on each side, out of which training cuts a part of the image's own size; 0: none."""
+    flip: bool = False
+    """Training mirrors each image with probability 1/2; not for digits or letters."""
+    cutout: int = 0
+    """Side, in pixels, of a square that training blanks at a random place (arXiv:1708.04552); 0: none."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.crop >= 0, "crop", self.crop, "0 or more")
+        yield from require(self.cutout >= 0, "cutout", self.cutout, "0 or more")
 
     def measures(self) -> tuple[str, ...]:
-        return ("accuracy",)
+        return MEASURES
 
     def row(self, sequence_length: int) -> Row:
         """Count an image as one token."""
@@ -54,51 +59,49 @@ class ImageClassificationConfig(ObjectiveConfig):
     ) -> dict[str, Dataset]:
         from llmtrain.data.datasets.images import Images
 
-        return {"": Images.open(data.path, split, model.num_classes)}
+        if getattr(model, "inputs", None) not in (None, model.channels * model.image_size**2):
+            got = f"{model.inputs} with images of {model.channels} × {model.image_size} × {model.image_size}"
+            raise DataError(Problem("model.inputs", got, "null", "leave it out"))
+        for key, values in (("data.mean", data.mean), ("data.std", data.std)):
+            if len(values) not in (1, model.channels):
+                allowed = f"one, or {model.channels} as model.channels has"
+                raise DataError(Problem(key, f"{len(values)} numbers", allowed))
+        images = Images.open(
+            data.path,
+            split,
+            model.num_classes,
+            size=model.image_size,
+            channels=model.channels,
+            resize=data.resize,
+            mean=data.mean,
+            std=data.std,
+        )
+        return {"": images}
 
     def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> ImageClassification:
-        return ImageClassification()
+        return ImageClassification(self)
 
 
-class ImageClassification:
-    """Cross-entropy of the label; evaluation also measures the accuracy."""
+class ImageClassification(OneLabel):
+    """Cross-entropy of the label. Training changes images as the config says, evaluation leaves them
+    alone."""
+
+    key: ClassVar = "images"
+
+    def __init__(self, config: ImageClassificationConfig | None = None) -> None:
+        self.config = config or ImageClassificationConfig()
+        self._changes = bool(self.config.crop or self.config.flip or self.config.cutout)
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
-        """Return "images" float32 (B, 1, H, W) and "labels" int64 (B) as tensors, with IGNORE_INDEX in
-        place of the negative labels of empty samples."""
-        labels_B = np.where(raw["labels"] < 0, IGNORE_INDEX, raw["labels"])
-        return tensors({"images": raw["images"], "labels": labels_B})
+        """Return "images" float32 (B, C, H, W), "labels" int64 (B), and "changes" if training makes any,
+        drawn by the keys of the samples."""
+        batch = super().collate(raw)
+        if self._changes:
+            height, width = raw["images"].shape[2:]
+            batch |= tensors({CHANGES: draw_changes(raw["keys"], height, width, self.config)})
+        return batch
 
-    def target_count(self, batch: Batch) -> int:
-        return int(count_targets(batch["labels"]))
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:
-        loss_sum = model(batch["images"], labels_B=batch["labels"], dropout_keys_B=batch.get(DROPOUT_KEYS))
-        return Terms(loss_sum, count_targets(batch["labels"]))
-
-    def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Add the metric "accuracy"."""
-        import torch.nn.functional as F
-
-        labels_B = batch["labels"]
-        logits_BC = model(batch["images"]).float()
-        loss_sum = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE_INDEX, reduction="sum")
-        # No class equals IGNORE_INDEX, so an empty sample never counts as correct.
-        correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
-        num_targets = count_targets(labels_B)
-        return Terms(loss_sum, num_targets, {"accuracy": ratio(correct, num_targets)})
-
-    def figures(
-        self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
-    ) -> dict[str, float]:
-        return {}
-
-    def show(
-        self,
-        row: Mapping[str, np.ndarray],
-        raw: Mapping[str, np.ndarray],
-        text: Spelling,
-        parts: Callable[[], Iterable[Part]],
-    ) -> Shown:
-        """Return the label; the image has no text."""
-        return Shown(f"label {int(row['labels'])}", [])
+    def inputs(self, batch: Batch) -> Tensor:
+        if CHANGES not in batch:
+            return batch["images"]
+        return augmented(batch["images"], batch[CHANGES], self.config)

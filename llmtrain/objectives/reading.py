@@ -25,9 +25,14 @@ if TYPE_CHECKING:
 _REMEDIES = {
     "tokens": "add data=tokens data.path=…",
     "images": "add data=mnist",
+    "columns": "add data=columns data.path=…",
     "table": "add data=table data.path=…",
     "tasks": "add data=tasks data.tasks.NAME.path=…",
 }
+
+
+OVER = ("table", "tasks", "columns", "images")
+"""Kinds of data of a run whose section an evaluation starts from."""
 
 
 def data_problems(objective: ObjectiveConfig, data: DataConfig) -> list[Problem]:
@@ -68,7 +73,7 @@ def other_tokenizer(
 def open_data(
     objective: ObjectiveConfig, data: DataConfig, tokenizer: Path | None = None
 ) -> TextSource | None:
-    """Return the corpora of the `data` section, or its table; None for images.
+    """Return the corpora of the `data` section, or its table; None for images and columns.
 
     tokenizer: the model's, where a table's section names none.
     Raise DataError if they cannot be read.
@@ -108,7 +113,7 @@ def data_section(
     """Return the section `data` for a trained model: of a fine-tuned one, that of its run, with the files and
     the keys of tables that are given in `section`, which has the defaults of token data."""
     kind = None if recorded is None else recorded.get("kind")
-    if recorded is None or kind not in ("table", "tasks") or section.get("kind") == kind:
+    if recorded is None or kind not in OVER or section.get("kind") == kind:
         return section
     cache = (section.get("cache") or {}).get("dir")
     has_cache = cache is not None and expand_home(cache) != expand_home(CacheConfig().dir)

@@ -11,6 +11,7 @@ from llmtrain.nn.task_config import TaskHeadConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.objectives.classification import ClassificationConfig
+from llmtrain.objectives.columns import ColumnsConfig
 from llmtrain.objectives.denoising import DenoisingConfig
 from llmtrain.objectives.image_classification import ImageClassificationConfig
 from llmtrain.objectives.instruct import InstructConfig
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "span_corruption": SpanCorruptionConfig,
     "denoising": DenoisingConfig,
     "image_classification": ImageClassificationConfig,
+    "columns": ColumnsConfig,
     "classification": ClassificationConfig,
     "regression": RegressionConfig,
     "tagging": TaggingConfig,

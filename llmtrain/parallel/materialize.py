@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from llmtrain.nn.state import named_statistics
 from llmtrain.tensor_boxes import Shard
 
 Source = Callable[[Tensor, str, Shard, int], None]
@@ -23,13 +24,14 @@ def materialize(
     source: Source | None,
     then: Callable[[nn.Parameter], None] | None = None,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Shard]]:
-    """Allocate and fill the parameters of the modules `held`, which are parts of `model`.
+    """Allocate and fill the parameters and statistics of the modules `held`, which are parts of `model`.
 
     shards: shards of the divided parameters; others are whole. source: None leaves the values uninitialized.
     then: called with each parameter as soon as it is created, so that memory held elsewhere can be freed.
     Return parameters and shards by canonical name, which is the first name for a tied weight.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    statistics = {id(buffer): name for name, buffer in named_statistics(model).items()}
     made: dict[nn.Parameter, nn.Parameter] = {}  # by the parameter on the meta device
     parameters: dict[str, nn.Parameter] = {}
     all_shards: dict[str, Shard] = {}
@@ -49,4 +51,11 @@ def materialize(
                         then(made[parameter])
                     parameters[name], all_shards[name] = made[parameter], shard
                 part.register_parameter(key, made[parameter])
+            for key, buffer in part.named_buffers(recurse=False):
+                if buffer.device.type == "meta":
+                    # Statistics keep fp32: they change by less than a step of a shorter format.
+                    held_values = torch.empty(buffer.shape, device=device)
+                    if source is not None:
+                        source(held_values.view(-1), statistics[id(buffer)], Shard(tuple(buffer.shape)), 0)
+                    part.register_buffer(key, held_values)
     return parameters, all_shards

@@ -13,7 +13,8 @@ def shape_of(model: ModelConfig) -> ModelShape:
     """Return the sizes that decide over which axes, and by what, the model can be divided."""
     family = family_of(model)
     if not family.has_stages:
-        return ModelShape(model.family, family.axes, dropout=model.dropout)
+        has_statistics = model.statistics_count() > 0
+        return ModelShape(model.family, family.axes, dropout=model.dropout, has_statistics=has_statistics)
     config: Any = model
     scaling = getattr(config.blocks, "rope_scaling", None)
     return ModelShape(

@@ -13,6 +13,7 @@ from llmtrain.parallel.refusals import (
     model_problems,
     pipeline_problems,
     sequence_problems,
+    statistics_problems,
     world_problems,
 )
 from llmtrain.parallel.zero_refusals import hierarchy_problems, offload_problems, quantization_problems
@@ -52,6 +53,7 @@ def plan_layout(
     problems += quantization_problems(parallel, precision, device, on_this_machine)
     if model is not None:
         problems += model_problems(parallel, model, exact_dropout, world_size)
+        problems += statistics_problems(parallel, model, engine)
     data = parallel.data or world_size // processes_per_replica(parallel)
     if data >= 1:
         problems += batch_problems(batch, data)

@@ -144,6 +144,18 @@ def sequence_problems(parallel: ParallelConfig, batch: BatchConfig) -> Iterator[
     )
 
 
+def statistics_problems(parallel: ParallelConfig, model: ModelShape, engine: EngineName) -> Iterator[Problem]:
+    """Refuse DeepSpeed, which knows no numbers besides parameters, for a model whose forward passes change
+    some."""
+    yield from require(
+        not model.has_statistics or engine == "local",
+        "parallel.zero" if parallel.zero else "engine",
+        f"{parallel.zero or engine} with model.family={model.family}, whose batch norms keep running averages",
+        "0" if parallel.zero else "local",
+        "give engine=local parallel.zero=0: such models are small",
+    )
+
+
 def model_problems(
     parallel: ParallelConfig, model: ModelShape, exact_dropout: bool, world_size: int
 ) -> Iterator[Problem]:

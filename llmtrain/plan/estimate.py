@@ -135,12 +135,12 @@ class Plan:
 
     @property
     def unit(self) -> str:
-        """What FLOPs and rates are counted in: "token" or "image"."""
-        return "image" if self.objective.data == "images" else "token"
+        """What FLOPs and rates are counted in: "token", "image" or "row"."""
+        return {"images": "image", "columns": "row"}.get(self.objective.data, "token")
 
     @property
     def tokens_per_step(self) -> int:
-        return self.layout.global_size if self.unit == "image" else self.layout.tokens_per_step
+        return self.layout.tokens_per_step if self.unit == "token" else self.layout.global_size
 
     @property
     def total_tokens(self) -> int:

@@ -18,7 +18,7 @@ from llmtrain.scoring.figure import (
     ranks,
     resampled_counts,
 )
-from llmtrain.scoring.report import BINS, Reliability, Report, classes_of, of_class
+from llmtrain.scoring.report import BINS, Mistakes, Reliability, Report, classes_of, of_class
 
 CLASS_FIGURES = (
     *("accuracy", "f1_macro", "balanced_accuracy", "precision_macro", "recall_macro"),
@@ -64,13 +64,18 @@ def class_figures(
     return {name: figures[name] for name in CLASS_FIGURES}
 
 
-def class_report(probabilities_NC: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> Report:
-    """Return the confusion matrix, the figures of each class, and the reliability of the probability of the
-    label that is predicted."""
+def class_report(
+    probabilities_NC: np.ndarray,
+    labels_N: np.ndarray,
+    names: Sequence[str],
+    mistakes: Mistakes | None = None,
+) -> Report:
+    """Return the confusion matrix, the figures of each class, the reliability of the probability of the label
+    that is predicted, and the mistakes that are given."""
     predicted_N = probabilities_NC.argmax(1)
     matrix = confusion(predicted_N, labels_N, len(names))
     curve = Reliability.of(probabilities_NC.max(1), predicted_N == labels_N)
-    return Report(tuple(names), classes_of(matrix, names), matrix, curve)
+    return Report(tuple(names), classes_of(matrix, names), matrix, curve, mistakes)
 
 
 def label_figures(

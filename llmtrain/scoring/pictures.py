@@ -1,4 +1,5 @@
-"""Pictures of a report: the confusion of classes, and the reliability of probabilities."""
+"""Pictures of a report: the confusion of classes, the reliability of probabilities, and the worst
+mistakes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmtrain.scoring.report import Reliability, Report, shortened
+from llmtrain.scoring.report import Mistakes, Reliability, Report, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,13 +20,30 @@ MOST_NAMES = 40
 
 
 def draw(report: Report, title: str) -> dict[str, bytes]:
-    """Return the pictures that a report allows by name, each a PNG: confusion, calibration."""
+    """Return the pictures that a report allows by name, each a PNG: confusion, calibration, mistakes."""
     pictures = {}
     if report.matrix is not None and report.matrix.any():
         pictures["confusion"] = _png(_confusion(report.matrix, report.names, title))
     if report.reliability is not None and report.reliability.rows.any():
         pictures["calibration"] = _png(_calibration(report.reliability, title))
+    if report.mistakes is not None:
+        pictures["mistakes"] = _png(_mistakes(report.mistakes, report.names, title))
     return pictures
+
+
+def grid(pictures_NHWK: np.ndarray, columns: int, scale: int = 2) -> bytes:
+    """Return a PNG of pictures, uint8 (N, H, W, K), side by side in rows of `columns`."""
+    from PIL import Image
+
+    N, H, W, K = pictures_NHWK.shape
+    rows = -(-N // columns)
+    sheet = np.zeros((rows, columns, H + 1, W + 1, K), np.uint8)
+    sheet.reshape(-1, H + 1, W + 1, K)[:N, :H, :W] = pictures_NHWK
+    whole = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (H + 1), columns * (W + 1), K)
+    picture = Image.fromarray(whole[..., 0] if K == 1 else whole)
+    png = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(png, "PNG")
+    return png.getvalue()
 
 
 def _png(figure: Figure) -> bytes:
@@ -83,4 +101,23 @@ def _calibration(curve: Reliability, title: str) -> Figure:
         edges[:-1], curve.rows, width=np.diff(edges), align="edge", color="tab:orange", edgecolor="white"
     )
     below.set(xlabel="probability of the prediction", ylabel="predictions")
+    return figure
+
+
+def _mistakes(worst: Mistakes, names: tuple[str, ...], title: str) -> Figure:
+    """Draw the pictures, each with its label, and what was said with which probability."""
+    from matplotlib.figure import Figure
+
+    columns = 5
+    rows = -(-len(worst.rows) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.5), layout="constrained")
+    figure.suptitle(title.replace("$", r"\$"))
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).reshape(-1)):
+        axes.set_axis_off()
+        if i < len(worst.rows):
+            label, said = (
+                shortened(names[of[i]]).replace("$", r"\$") for of in (worst.labels, worst.predicted)
+            )
+            axes.imshow(worst.pictures[i].squeeze(), cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"{label}\nnot {said} ({worst.confidence[i]:.0%})", fontsize=8)
     return figure

@@ -37,6 +37,21 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class Mistakes:
+    """Pictures that were told wrong, the worst first."""
+
+    rows: np.ndarray
+    """Number of each in its split, int64 (K,)."""
+    pictures: np.ndarray
+    """uint8 (K, height, width, channels)."""
+    labels: np.ndarray
+    predicted: np.ndarray
+    """Number of the class, int64 (K,)."""
+    confidence: np.ndarray
+    """Probability that was given to it, (K,)."""
+
+
+@dataclass(frozen=True)
 class Report:
     """The figures of each class over some rows."""
 
@@ -47,6 +62,7 @@ class Report:
     matrix: np.ndarray | None = None
     """Rows of each class (row) that were given each class (column), int64 (C, C)."""
     reliability: Reliability | None = None
+    mistakes: Mistakes | None = None
 
     def encode(self) -> dict[str, Any]:
         """Return the report as JSON."""
@@ -63,6 +79,13 @@ class Report:
                     "accuracy": float(curve.correct[number] / curve.rows[number]),
                 }
                 for number in np.flatnonzero(curve.rows).tolist()
+            ]
+        if self.mistakes is not None:
+            worst = self.mistakes
+            columns = (worst.rows, worst.labels, worst.predicted, worst.confidence)
+            found["worst_mistakes"] = [
+                {"row": row, "label": self.names[label], "predicted": self.names[said], "probability": share}
+                for row, label, said, share in zip(*(column.tolist() for column in columns), strict=True)
             ]
         return found
 

@@ -29,6 +29,7 @@ from llmtrain.prepare.folder_scan import short_name
 from llmtrain.prepare.source_file import SourceFile
 from llmtrain.prepare.sources import contents_fingerprint, find_files
 from llmtrain.standard_streams import print_note
+from llmtrain.tables.columns_config import ColumnDataConfig
 from llmtrain.tables.config import CONVERSATION_FIELDS, SPLITS, TableDataConfig
 from llmtrain.tables.ragged import Column, join, save_columns, take
 from llmtrain.tables.records import field_of, name_of, read_records
@@ -148,7 +149,7 @@ def table_key(
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
-def find_table_files(data: TableDataConfig) -> dict[str, list[SourceFile]]:
+def find_table_files(data: TableDataConfig | ColumnDataConfig) -> dict[str, list[SourceFile]]:
     """Return the files of each split, or those under "" whose rows are divided. Raise DataError."""
     kinds = EXTENSIONS if data.format == "auto" else {**EXTENSIONS, "": data.format}
     if data.format != "auto":

@@ -43,7 +43,7 @@ class RunObserver:
         self._device_type = device.type
         self._meter = throughput.ThroughputMeter()
         row = config.objective.row(config.batch.sequence_length)
-        usual = 1 if config.objective.data == "images" else config.batch.sequence_length
+        usual = 1 if config.objective.data in ("images", "columns") else config.batch.sequence_length
         self._units = usual if tokens_per_sample is None else tokens_per_sample
         self._flops = config.model.flops_per_token(row)
         self._global_size = layout.global_size

@@ -16,6 +16,7 @@ from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of
 from llmtrain.models.skeleton import of_vocabulary, skeleton_of
+from llmtrain.nn.state import named_state
 from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
 
@@ -290,4 +291,4 @@ def _renamed(
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in skeleton_of(model).named_parameters()}
+    return {name: tuple(values.shape) for name, values in named_state(skeleton_of(model)).items()}

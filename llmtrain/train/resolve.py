@@ -139,7 +139,9 @@ def resolve(
                 known_words(config, corpora)
             model = resolve_vocabulary(config.model, config.objective, corpora)
             problems += corpora_problems(config.objective, corpora)
-            config = replace(config, objective=config.objective.with_labels(corpora))
+            objective = config.objective.with_labels(corpora)
+            objective, model = objective.measured(model, config.data)
+            config = replace(config, objective=objective)
             if config.train.epochs is not None:
                 config = _with_steps_of_epochs(config, model, corpora)
         except UserError as error:

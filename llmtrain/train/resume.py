@@ -195,7 +195,7 @@ def _other_frozen(
 
     may_thaw: more may train than before, whose optimizer state begins with them.
     """
-    names = checkpoint.weight_names
+    names = checkpoint.weight_names - checkpoint.statistics
     ours, theirs = frozen_names(names, patterns), checkpoint.frozen
     if ours == theirs or (may_thaw and ours <= theirs):
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -33,9 +34,12 @@ def _fingerprint(resolved: Resolved) -> str | None:
     """Return the fingerprint of the data that this rank sees; None for an unreadable file."""
     if resolved.corpora is not None:
         return resolved.corpora.fingerprint
-    path = getattr(resolved.config.data, "path", None)
-    assert path is not None, "data without corpora is one file"
+    data: Any = resolved.config.data
+    files: Mapping[str, str] = getattr(data, "files", data.paths)
+    digest = xxhash.xxh3_128()
     try:
-        return xxhash.xxh3_128_hexdigest(resolve_package_path(path).read_bytes())
+        for path in files.values():
+            digest.update(resolve_package_path(path).read_bytes())
+        return digest.hexdigest()
     except (OSError, DataError):
         return None

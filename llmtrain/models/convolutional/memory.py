@@ -11,9 +11,11 @@ class SimpleCNNMemory(ModelMemory[SimpleCNNConfig]):
     hidden layer and the log-probabilities."""
 
     def activations(self, steps: range) -> Activations:
-        kept = 784 + 32 * 784 + 32 * 196 + 64 * 196 + 64 * 49 + 128
+        S, half, quarter = (self.model.image_size // n for n in (1, 2, 4))
+        pooled = 32 * half**2 + 64 * quarter**2
+        kept = (self.model.channels + 32) * S**2 + 64 * half**2 + pooled + 128
         hidden_dropout = 128 if self.model.dropout > 0 else 0
-        indices = 8 * (32 * 196 + 64 * 49)
+        indices = 8 * pooled
         per_image = (kept + hidden_dropout) * self.numbers.compute + indices + 4 * self.model.num_classes + 8
         return Activations(self.layout.micro_size * per_image, 0)
 

@@ -1,4 +1,4 @@
-"""A small convolutional classifier of 28×28 digits (in the style of LeNet, LeCun et al. 1998).
+"""A small convolutional classifier (in the style of LeNet, LeCun et al. 1998).
 
 Dim names: B batch, C classes, D hidden width; image tensors have channels, height and width.
 """
@@ -15,24 +15,24 @@ from llmtrain.nn.linear import Linear
 
 
 class SimpleCNN(nn.Module):
-    """conv 1→32, pool, conv 32→64, pool, fc 3136→128→classes."""
+    """conv channels→32, pool, conv 32→64, pool, fc → 128 → classes."""
 
     def __init__(self, config: SimpleCNNConfig) -> None:
         super().__init__()
         self.config = config
-        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(config.channels, 32, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
-        self.fc1 = Linear(64 * 7 * 7, 128)
+        self.fc1 = Linear(config.pooled, 128)
         self.fc2 = Linear(128, config.num_classes)
         self.dropout = Dropout(config.dropout, 0, HIDDEN)
 
     def forward(
-        self, images_B1HW: Tensor, labels_B: Tensor | None = None, dropout_keys_B: Tensor | None = None
+        self, images_BCHW: Tensor, labels_B: Tensor | None = None, dropout_keys_B: Tensor | None = None
     ) -> Tensor:
-        """Return logits (B, C) of images (B, 1, 28, 28); with labels, the SUM of cross-entropy in nats
-        over labels other than -100, 0-d fp32. Dropout masks are generated from dropout_keys_B; None: by
-        torch's generator."""
-        x = F.max_pool2d(F.relu(self.conv1(images_B1HW)), 2)
+        """Return logits (B, C) of images (B, channels, height, width); with labels, the SUM of cross-entropy
+        in nats over labels other than -100, 0-d fp32. Dropout masks are generated from dropout_keys_B; None:
+        by torch's generator."""
+        x = F.max_pool2d(F.relu(self.conv1(images_BCHW)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x_BD = F.relu(self.fc1(x.flatten(1)))
         # Dropout treats an image as a sequence of one token.
@@ -47,7 +47,7 @@ class SimpleCNN(nn.Module):
 
         | parameter             | value                                           |
         |-----------------------|-------------------------------------------------|
-        | weights and biases    | uniform ±1/sqrt(inputs of one output: 9, 288, 3136, 128) |
+        | weights and biases    | uniform ±1/sqrt(inputs of one output; of digits 9, 288, 3136, 128) |
         """
-        inputs = {"conv1": 9, "conv2": 9 * 32, "fc1": 64 * 7 * 7, "fc2": 128}
+        inputs = {"conv1": 9 * self.config.channels, "conv2": 9 * 32, "fc1": self.config.pooled, "fc2": 128}
         return {f"{name}.*": Uniform(n**-0.5) for name, n in inputs.items()}
