@@ -88,7 +88,10 @@ def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
         place = fragment.name, fragment.shard, fragment.start
         if fragment.trains or fragment.name not in left_out:
             is_constant = not fragment.trains and not fragment.is_statistic
-            parts.append(Part(WEIGHT, *place, fragment.view_of(fragment.holder), is_constant))
+            values = fragment.view_of(fragment.holder)
+            # A copy: forward passes of the next step change it, before the step waits for the copier.
+            values = values.clone() if fragment.is_statistic else values
+            parts.append(Part(WEIGHT, *place, values, is_constant))
         if fragment.is_statistic:
             statistics.add(fragment.name)
             continue

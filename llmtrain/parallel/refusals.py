@@ -150,7 +150,7 @@ def statistics_problems(parallel: ParallelConfig, model: ModelShape, engine: Eng
     yield from require(
         not model.has_statistics or engine == "local",
         "parallel.zero" if parallel.zero else "engine",
-        f"{parallel.zero or engine} with model.family={model.family}, whose batch norms keep running averages",
+        f"{parallel.zero or engine} with model.family={model.family}, whose batch norms keep averages",
         "0" if parallel.zero else "local",
         "give engine=local parallel.zero=0: such models are small",
     )

@@ -247,7 +247,8 @@ def _idx(path: Path, dims: int) -> np.ndarray:
         raise DataError(Problem(str(path), "no such file", "beside the other", CHECK)) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(Problem(str(path), f"an unreadable file ({error})", "an idx file", CHECK)) from error
-    header = np.frombuffer(content[: 4 + 4 * dims], ">u4")
+    start = content[: 4 + 4 * dims]
+    header = np.frombuffer(start, ">u4", len(start) // 4)
     if len(header) < 1 + dims or header[0] != 0x800 + dims:
         raise DataError(Problem(str(path), "another header", f"an idx file of bytes with {dims} dims", CHECK))
     sides = [int(side) for side in header[1:]]

@@ -33,6 +33,12 @@ EXACT = {
     "gemma3_1b": 999_885_952,
     "olmo2_1b": 1_484_916_736,
     "simple_cnn": 421_642,
+    "mlp": 784 * 256 + 256 + 256 * 10 + 10,
+    # As He et al.'s models are published by torchvision.
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
     # As transformers counts BertForPreTraining, and RobertaForMaskedLM without its one segment.
     "bert_base": 110_106_428,
     "bert_large": 336_226_108,
@@ -48,6 +54,10 @@ EXACT = {
 }
 # Papers that print a rounded size, and sizes of our own.
 ROUNDED = {
+    # He et al., table 6.
+    "resnet20": 0.27e6,
+    "resnet32": 0.46e6,
+    "resnet56": 0.85e6,
     "gpt3_6.7b": 6.7e9,
     "gpt3_13b": 12.9e9,
     "gpt3_175b": 174.6e9,
@@ -75,15 +85,8 @@ def load(name: str) -> ModelConfig:
 
 
 FORMS = (
-    "gpt_tiny",
-    "llama_tiny",
-    "lstm",
-    "attention_lstm",
-    "simple_cnn",
-    "bert_tiny",
-    "xlnet_tiny",
-    "t5_tiny",
-    "bart_tiny",
+    *("gpt_tiny", "llama_tiny", "lstm", "attention_lstm", "simple_cnn", "mlp", "resnet20"),
+    *("bert_tiny", "xlnet_tiny", "t5_tiny", "bart_tiny"),
 )
 
 # That of a folder is no size of its own.
