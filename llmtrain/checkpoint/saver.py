@@ -74,14 +74,13 @@ class Pending:
         self._is_handed_in = False
         self._is_copied = threading.Event()
         self._is_called_off = threading.Event()
+        share = store.collect(engine, left_out)
         self._stream = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._hook = engine.optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy())
-        self._thread = threading.Thread(
-            target=self._work, args=(store.collect(engine, left_out),), name="checkpoint", daemon=True
-        )
+        self._thread = threading.Thread(target=self._work, args=(share,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _work(self, share: Share) -> None:

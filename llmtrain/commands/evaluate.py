@@ -150,6 +150,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.distributed import processes
     from llmtrain.engine.evaluation import evaluate_batches
     from llmtrain.interchange.trained import load_trained
+    from llmtrain.train.examiner import give_classifier
     from llmtrain.train.reference import reference_of
 
     trained = load_trained(config.checkpoint).learned_by(config.objective)
@@ -171,6 +172,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if isinstance(objective, HasReference):
         objective.references = reference_of(trained.source, dataset)
     device = processes.pick_device(config.device)
+    give_classifier(objective, trained.config, config.data, device)
     mesh = start_sharing(
         config.parallel,
         trained,

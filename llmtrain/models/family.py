@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from llmtrain.models.huggingface.form import Form
     from llmtrain.tokenizers.base import Frame, Tokenizer
 
-Kind = Literal["decoder", "encoder", "permuted_encoder", "encoder_decoder", "classifier"]
+Kind = Literal["decoder", "encoder", "permuted_encoder", "encoder_decoder", "classifier", "generator"]
 """Inputs and outputs of a model's forward, by which objectives select the models that they can train:
 
 - decoder: tokens → logits of each next token;
 - encoder: tokens → logits of each token, with context from both sides;
 - permuted_encoder: tokens in an order, and positions to predict → logits of these;
 - encoder_decoder: a source, and the beginning of a target → logits of each next target token;
-- classifier: images → logits of classes.
+- classifier: images, or rows of numbers → logits of classes;
+- generator: noise → images; it has a discriminator beside it.
 """
 
 

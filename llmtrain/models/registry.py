@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.config import show
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.models import (
+    adversarial,
     bert,
     convolutional,
     encoder_decoder,
@@ -33,6 +34,7 @@ FAMILIES = (
     *recurrent_seq2seq.FAMILIES,
     *convolutional.FAMILIES,
     *feedforward.FAMILIES,
+    *adversarial.FAMILIES,
 )
 
 

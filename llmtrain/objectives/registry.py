@@ -8,6 +8,7 @@ from typing import Any
 from llmtrain.config import show
 from llmtrain.errors import ConfigError, Problem, nearest
 from llmtrain.nn.task_config import TaskHeadConfig
+from llmtrain.objectives.adversarial import AdversarialConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.causal_lm import CausalLMConfig
 from llmtrain.objectives.classification import ClassificationConfig
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "denoising": DenoisingConfig,
     "image_classification": ImageClassificationConfig,
     "columns": ColumnsConfig,
+    "adversarial": AdversarialConfig,
     "classification": ClassificationConfig,
     "regression": RegressionConfig,
     "tagging": TaggingConfig,

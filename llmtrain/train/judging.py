@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from llmtrain import files
 from llmtrain.checkpoint.retention import Rules
 from llmtrain.data.datasets.base import Dataset
 from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
 from llmtrain.engine.evaluation import Totals
-from llmtrain.objectives.base import Scores
+from llmtrain.objectives.base import DrawsSamples, Scores
 from llmtrain.parallel.layout import Layout
-from llmtrain.scoring.pictures import draw
+from llmtrain.scoring.pictures import draw, grid
 from llmtrain.scoring.report import Report
 from llmtrain.sweeps import FIGURES_FILE
 from llmtrain.train.config import TrainConfig
@@ -25,6 +27,9 @@ from llmtrain.train.loop import Outcome, Verdict
 from llmtrain.train.observer import RunObserver
 from llmtrain.train.suite import TrainingSuite
 from llmtrain.train.writing import ValidationWriter
+
+SAMPLES = "samples"
+"""Folder of a run with the grids of images that the model made."""
 
 
 class Judge:
@@ -41,6 +46,8 @@ class Judge:
         self._history = History.of(self.metric, recorded)
         self._is_asked = config.checkpoint.best is not None or config.early_stopping.metric is not None
         self._step, self._figures = -1, dict[str, float]()
+        self._grid: bytes | None = None
+        """Picture of the images that the model makes; None: it makes none."""
 
     @property
     def rules(self) -> Rules:
@@ -65,6 +72,7 @@ class Judge:
         """Return the sums and figures over the validation split, and the figures of tasks that are due after
         `step`. between: see evaluate_dataset."""
         totals = self._of_split(engine, dataset, layout, data_rank, between)
+        self._grid = _grid(engine)
         if self.suite is None or not self.suite.is_due(step):
             return totals
         return replace(totals, figures={**totals.figures, **self.suite.figures(engine, between)})
@@ -91,6 +99,8 @@ class Judge:
         self._step, self._figures = step, totals.measured
         is_best = self._history.note(step, self._figures)
         is_last = step >= self._config.train.steps
+        if isinstance(objective, DrawsSamples) and processes.is_main():
+            self._leave_samples(step, objective, observer)
         if (self.ended or is_last) and processes.is_main():
             report = None
             if isinstance(objective, Scores) and totals.rows:
@@ -115,6 +125,20 @@ class Judge:
     def why_ended(self) -> str:
         return self._history.why_ended(self._config.early_stopping)
 
+    def _leave_samples(self, step: int, objective: DrawsSamples, observer: RunObserver) -> None:
+        """Leave the grid of samples in the run folder and the trackers, and warn of what the figures show."""
+        for warning in objective.warnings(self._figures) if step else ():
+            observer.warn(f"step {step:,}: {warning}")
+        if self._grid is None:
+            return
+        folder = self._config.run.dir / SAMPLES
+        try:
+            folder.mkdir(exist_ok=True)
+            files.write_atomically(folder / f"step-{step:08d}.png", self._grid)
+        except OSError as error:  # training needs none of this
+            observer.warn(f"the samples of step {step:,} could not be left in {folder}: {error}")
+        observer.on_pictures(step, {"samples": self._grid})
+
     def _leave(self, report: Report | None, observer: RunObserver) -> None:
         folder, best = self._config.run.dir, self._history.best_step
         found: dict[str, Any] = {"step": self._step, "figures": plain(self._figures), "best": None}
@@ -131,3 +155,15 @@ class Judge:
             files.write_json_atomically(folder / FIGURES_FILE, found)
         except OSError as error:  # training needs none of this
             observer.warn(f"the figures of step {self._step:,} could not be left in {folder}: {error}")
+
+
+def _grid(engine: Engine) -> bytes | None:
+    """Return a picture of the images that the engine's model makes, on rank 0 alone; None: it makes none."""
+    objective = engine.objective
+    if not isinstance(objective, DrawsSamples) or not processes.is_main():
+        return None
+    engine.model.eval()
+    with torch.no_grad():
+        images = objective.samples(engine.model)
+    engine.model.train()
+    return grid(images, columns=8)

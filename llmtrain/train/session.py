@@ -32,6 +32,7 @@ from llmtrain.standard_streams import print_note
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import recorded
+from llmtrain.train.examiner import give_classifier
 from llmtrain.train.judging import Judge
 from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
@@ -124,6 +125,7 @@ class Session:
             judge.suite = TrainingSuite(config, self.corpora, weights.origin, tasks, self._say)
         rows = {False: next(iter(training.values())), True: validation}
         give_reference(objective, engine, rows, config, self.rank, start, self._say)
+        processes.agree(lambda: give_classifier(objective, config.model, config.data, self.device))
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)

@@ -32,15 +32,24 @@ class SimpleCNN(nn.Module):
         """Return logits (B, C) of images (B, channels, height, width); with labels, the SUM of cross-entropy
         in nats over labels other than -100, 0-d fp32. Dropout masks are generated from dropout_keys_B; None:
         by torch's generator."""
-        x = F.max_pool2d(F.relu(self.conv1(images_BCHW)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x_BD = F.relu(self.fc1(x.flatten(1)))
+        x_BD = self.features(images_BCHW)
         # Dropout treats an image as a sequence of one token.
         x_BD = self.dropout(x_BD[:, None], dropout_keys_B)[:, 0]
-        logits_BC = self.fc2(x_BD)
+        logits_BC = self.logits(x_BD)
         if labels_B is None:
             return logits_BC
         return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return what the last layer reads, (B, D)."""
+        x = F.max_pool2d(F.relu(self.conv1(images_BCHW)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return F.relu(self.fc1(x.flatten(1)))
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """Return logits (B, C) of features (B, D)."""
+        logits_BC: Tensor = self.fc2(features_BD)
+        return logits_BC
 
     def initializers(self) -> dict[str, Initializer]:
         """Return torch's default: Kaiming uniform (arXiv:1502.01852) with a = sqrt(5), biases likewise.

@@ -85,7 +85,7 @@ class ResNet(nn.Module):
     ) -> Tensor:
         """Return logits (B, C) of images (B, channels, height, width); with labels, the SUM of cross-entropy
         in nats over labels other than -100, 0-d fp32. There is no dropout for the keys to decide."""
-        logits_BC = self.head(self.features(images_BCHW))
+        logits_BC = self.logits(self.features(images_BCHW))
         if labels_B is None:
             return logits_BC
         return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
@@ -97,6 +97,11 @@ class ResNet(nn.Module):
             x = stage(x)
         mean_BD: Tensor = x.mean((2, 3))
         return mean_BD
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """Return logits (B, C) of features (B, D)."""
+        logits_BC: Tensor = self.head(features_BD)
+        return logits_BC
 
     def initializers(self) -> dict[str, Initializer]:
         """Return the initial values:
