@@ -51,9 +51,8 @@ class TurnsEngine(LocalEngine):
             # Each turn is a step over one micro-batch of each replica.
             self._backward(terms, 0, scale * count)
             set_lr(self._optimizer, self._lr)
-            torch.nn.utils.clip_grad_norm_(
-                first.parameters(), self.setup.optimizer.max_grad_norm or float("inf")
-            )
+            if (most := self.setup.optimizer.max_grad_norm) > 0:
+                torch.nn.utils.clip_grad_norm_(first.parameters(), most)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             found.append(terms)

@@ -93,7 +93,7 @@ class AdversarialConfig(ObjectiveConfig):
 
     def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
         if self.loss == "wgan_gp" and model.layers == "convolutional" and model.discriminator_norm != "none":
-            got = f"{model.discriminator_norm} with objective.loss=wgan_gp, which penalizes each image's gradient"
+            got = f"{model.discriminator_norm} with wgan_gp, which penalizes each image's gradient"
             yield Problem("model.discriminator_norm", got, "none")
 
     def open(
@@ -150,23 +150,26 @@ class Adversarial:
         real, keys_B = batch["images"], batch.get(DROPOUT_KEYS)
         with torch.no_grad():
             made = model(batch["noise"])
+        on_real_B, on_made_B = model.score(real, keys_B), model.score(made, keys_B)
         if self.config.loss == "wgan_gp":
-            on_real_B, on_made_B = model.score(real, keys_B), model.score(made, keys_B)
-            loss_sum = (on_made_B - on_real_B).sum() + self.config.penalty * self._penalty(model, batch, made)
+            loss_B = on_made_B - on_real_B + self.config.penalty * self._penalty(model, batch, made)
         else:
-            on_real_B, on_made_B = model.score(real, keys_B), model.score(made, keys_B)
-            target_B = torch.full_like(on_real_B, 1.0 - self.config.smoothing)
-            loss_sum = _cross_entropy(on_real_B, target_B) + F.softplus(on_made_B.float()).sum()
+            # The cross-entropy of the logit z and the target t is softplus(z) − t·z.
+            smoothed_B = F.softplus(on_real_B.float()) - (1.0 - self.config.smoothing) * on_real_B.float()
+            loss_B = smoothed_B + F.softplus(on_made_B.float())
         count = count_targets(batch["labels"])
-        told = ((on_real_B > on_made_B).float()).sum()
-        return Terms(loss_sum.float(), count, {"told_apart": ratio(told, count)})
+        is_there_B = batch["labels"] >= 0
+        told = ((on_real_B > on_made_B) & is_there_B).float().sum()
+        loss_sum = (loss_B.float() * is_there_B).sum()
+        return Terms(loss_sum, count, {"told_apart": ratio(told, count)})
 
     def generator_terms(self, model: Any, batch: Batch) -> Terms:
         """Return the loss of the generator's turn, with further noise."""
         import torch.nn.functional as F
 
         score_B = model.score(model(batch["further_noise"]), batch.get(DROPOUT_KEYS)).float()
-        loss_sum = -score_B.sum() if self.config.loss == "wgan_gp" else F.softplus(-score_B).sum()
+        loss_B = -score_B if self.config.loss == "wgan_gp" else F.softplus(-score_B)
+        loss_sum = (loss_B * (batch["labels"] >= 0)).sum()
         return Terms(loss_sum, count_targets(batch["labels"]))
 
     def parts(self, model: Any) -> tuple[nn.Module, nn.Module]:
@@ -177,18 +180,19 @@ class Adversarial:
         return self.discriminator_terms(model, batch)
 
     def _penalty(self, model: Any, batch: Batch, made: Tensor) -> Tensor:
-        """Return the sum of (‖∇ score‖ − 1)² at random points between real and generated (algorithm 1)."""
+        """Return (‖∇ score‖ − 1)² of each sample at random points between real and generated (algorithm 1)."""
         import torch
 
         share = batch["mixed"].view(-1, 1, 1, 1)
         between = (share * batch["images"] + (1 - share) * made).detach().requires_grad_()
         score = model.score(between, batch.get(DROPOUT_KEYS)).sum()
         (gradient,) = torch.autograd.grad(score, between, create_graph=True)
-        return (gradient.flatten(1).float().norm(dim=1) - 1).square().sum()
+        penalty_B: Tensor = (gradient.flatten(1).float().norm(dim=1) - 1).square()
+        return penalty_B
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Terms:
-        """Add the metrics "generator_loss", "told_apart" and "variety"; with a classifier, as rows, features of a
-        real and a generated image, and the class of the latter."""
+        """Add the metrics "generator_loss", "told_apart" and "variety"; with a classifier, as rows, features
+        of a real and a generated image, and the class of the latter."""
         import torch
 
         with torch.enable_grad():
@@ -259,9 +263,3 @@ def gaussian(keys_B: np.ndarray, what: int, count: int) -> np.ndarray:
     radius = np.sqrt(-2 * np.log1p(-uniform(keys_B, what, places)))
     angle = 2 * np.pi * uniform(keys_B, what + 1, places)
     return (radius * np.cos(angle)).astype(np.float32)
-
-
-def _cross_entropy(score_B: Tensor, target_B: Tensor) -> Tensor:
-    import torch.nn.functional as F
-
-    return F.binary_cross_entropy_with_logits(score_B.float(), target_B.float(), reduction="sum")

@@ -163,7 +163,7 @@ class TrainConfig:
         if self.objective.takes_turns:
             allowed = f"with objective={self.objective.kind}, whose parts take turns"
             is_local = self.engine != "deepspeed" and self.parallel.zero == 0
-            got = self.parallel.zero or self.engine
+            got = str(self.parallel.zero or self.engine)
             yield from require(is_local, "parallel.zero", got, f"0 and engine=local {allowed}")
             yield from require(self.precision != "fp16", "precision", "fp16", f"fp32, bf16 {allowed}")
         if not self.objective.has_stages:

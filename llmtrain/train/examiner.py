@@ -33,7 +33,7 @@ def give_classifier(objective: Any, model: Any, data: Any, device: torch.device)
     if sizes[0] != sizes[1]:
         got, allowed = (f"images of {size}×{size} with {channels} channels" for size, channels in sizes)
         raise ConfigError(Problem(KEY, got, allowed, "train one on images of this size"))
-    classifier = trained.build(device)
+    classifier: Any = trained.build(device)
     if not hasattr(classifier, "features"):
         raise ConfigError(Problem(KEY, f"a model of family {theirs.family}", "simple_cnn, resnet"))
     section = described.data or {"kind": "images"}

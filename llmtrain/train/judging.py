@@ -127,7 +127,8 @@ class Judge:
 
     def _leave_samples(self, step: int, objective: DrawsSamples, observer: RunObserver) -> None:
         """Leave the grid of samples in the run folder and the trackers, and warn of what the figures show."""
-        for warning in objective.warnings(self._figures) if step else ():
+        # What a generator makes at first is alike too.
+        for warning in objective.warnings(self._figures) if 4 * step >= self._config.train.steps else ():
             observer.warn(f"step {step:,}: {warning}")
         if self._grid is None:
             return

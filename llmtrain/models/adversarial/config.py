@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from llmtrain.config import require
@@ -91,12 +92,12 @@ class GANConfig(ModelConfig):
                 (self.latent_size, *self.hidden, self.numbers),
                 (self.numbers, *reversed(self.hidden), 1),
             ):
-                for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+                for inputs, outputs in pairwise(sizes):
                     yield Layer(inputs, outputs, inputs * outputs, 1, False)
             return
         start = self.widths[0] * self.sides[0] ** 2
         yield Layer(self.latent_size, start, self.latent_size * start, 1, False)
-        pairs = list(zip(self.widths, self.widths[1:], strict=False))
+        pairs = list(pairwise(self.widths))
         for i, (inputs, outputs) in enumerate(pairs):
             # Each input pixel meets each weight once.
             yield Layer(inputs, outputs, 16 * inputs * outputs, self.sides[i] ** 2, i + 1 < len(pairs))

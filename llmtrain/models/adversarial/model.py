@@ -6,6 +6,8 @@ Dim names: B batch, Z latent_size; image tensors have channels, height and width
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class LinearGenerator(nn.Module):
         super().__init__()
         self.config = config
         sizes = (config.latent_size, *config.hidden, config.numbers)
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, noise_BZ: Tensor) -> Tensor:
         x = noise_BZ
@@ -43,7 +45,7 @@ class LinearDiscriminator(nn.Module):
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
         sizes = (config.numbers, *reversed(config.hidden), 1)
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(sizes))
         self.dropouts = nn.ModuleList(Dropout(config.dropout, i, HIDDEN) for i in range(len(config.hidden)))
 
     def forward(self, images: Tensor, keys_B: Tensor | None = None) -> Tensor:
@@ -63,9 +65,7 @@ class ConvolutionalGenerator(nn.Module):
         self.config = config
         widths = config.widths
         self.start = Linear(config.latent_size, widths[0] * config.sides[0] ** 2)
-        self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, 2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(BatchNorm(width, config.synchronized_norm) for width in widths[:-1])
 
     def forward(self, noise_BZ: Tensor) -> Tensor:
@@ -83,9 +83,7 @@ class ConvolutionalDiscriminator(nn.Module):
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
         widths = config.widths[::-1]
-        self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 4, 2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 4, 2, padding=1) for a, b in pairwise(widths))
         with_norm = widths[2:] if config.discriminator_norm == "batch" else ()
         self.norms = nn.ModuleList(BatchNorm(width, config.synchronized_norm) for width in with_norm)
         self.end = Linear(widths[-1] * config.sides[0] ** 2, 1)
@@ -107,11 +105,13 @@ class GAN(nn.Module):
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
         self.config = config
-        is_linear = config.layers == "linear"
-        self.generator: nn.Module = (LinearGenerator if is_linear else ConvolutionalGenerator)(config)
-        self.discriminator: nn.Module = (LinearDiscriminator if is_linear else ConvolutionalDiscriminator)(
-            config
-        )
+        self.generator: nn.Module
+        self.discriminator: nn.Module
+        if config.layers == "linear":
+            self.generator, self.discriminator = LinearGenerator(config), LinearDiscriminator(config)
+        else:
+            self.generator = ConvolutionalGenerator(config)
+            self.discriminator = ConvolutionalDiscriminator(config)
 
     def forward(self, noise_BZ: Tensor) -> Tensor:
         """Return images (B, channels, height, width) of values from -1 to 1."""
@@ -119,19 +119,19 @@ class GAN(nn.Module):
         return images
 
     def score(self, images: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        """Return how real the discriminator finds images, as the logit of a probability, (B,). keys_B: of dropout,
-        as `nn.dropout.Dropout` takes them."""
+        """Return how real the discriminator finds images, as the logit of a probability, (B,).
+        keys_B: of dropout, as `nn.dropout.Dropout` takes them."""
         score_B: Tensor = self.discriminator(images, keys_B)
         return score_B
 
     def initializers(self) -> dict[str, Initializer]:
         """Return the initial values, of a linear layer of n inputs:
 
-        | parameter                      | linear                      | convolutional (DCGAN, section 4)     |
-        |--------------------------------|-----------------------------|--------------------------------------|
-        | weights                        | uniform ±1/√n, torch's own  | normal, 0.02                         |
-        | biases                         | 0                           | 0                                    |
-        | norms                          |                             | weight 1, bias 0, mean 0, variance 1 |
+        | parameter | linear                     | convolutional (DCGAN, section 4)     |
+        |-----------|----------------------------|--------------------------------------|
+        | weights   | uniform ±1/√n, torch's own | normal, 0.02                         |
+        | biases    | 0                          | 0                                    |
+        | norms     |                            | weight 1, bias 0, mean 0, variance 1 |
         """
         config = self.config
         if config.layers == "linear":
