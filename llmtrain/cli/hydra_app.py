@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import standard_streams
-from llmtrain.cli import sweep_table, verbs
+from llmtrain.cli import experiments, sweep_table, verbs
 from llmtrain.cli.explain import conf_folder, explain, plain_help, print_problems, second_help
 from llmtrain.cli.overrides import (
     OVERRIDE,
@@ -76,7 +76,9 @@ def run(name: str, arguments: list[str]) -> int:
     refuse_repeated(overrides)
     quoted = [quote(override, keys, sweeps=sweeps) for override in overrides]
     refuse_unreadable(quoted)
-    swept = swept_keys(quoted)
+    of_experiment = experiments.swept_keys(quoted)
+    swept = swept_keys(quoted) | of_experiment
+    sweeps = sweeps or bool(of_experiment)
     jobs = _Jobs(name, swept if sweeps else set())
     if flags or swept or any(HYDRA_OVERRIDE.search(override) for override in overrides):
         try:
@@ -200,8 +202,11 @@ class _Jobs:
         if not self.ended or launcher.rank() != 0:
             return
         try:
-            for line in sweep_table.report(self.ended, [expand_home(folder) for folder in self.folders]):
+            folders = [expand_home(folder) for folder in self.folders]
+            for line in sweep_table.report(self.ended, folders):
                 print(line, flush=True)
+            if (drawn := sweep_table.draw_curves(self.ended, folders)) is not None:
+                print(f"curves drawn in {drawn}", flush=True)
         except OSError as error:
             print_note(f"warning: the table of the sweep could not be written: {error}")
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from llmtrain import files
 from llmtrain.sweeps import FIGURES_FILE
+from llmtrain.track.picture import draw_several, read_curves
 
 SEED = "seed"
 MOST_FIGURES = 3
 """Figures of each job that are printed; the files have all."""
-CSV_FILE, JSON_FILE = "sweep.csv", "sweep.json"
+CSV_FILE, JSON_FILE, CURVES_FILE = "sweep.csv", "sweep.json", "curves.png"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,7 @@ def report(jobs: Sequence[SweptJob], folders: Sequence[Path]) -> Iterator[str]:
         return
     keys = list(dict.fromkeys(key for job in jobs for key in job.values))
     names = list(dict.fromkeys(name for job in jobs for name in job.figures))
-    folder = folders[0]
-    if len(set(folders)) > 1:
-        folder = Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    folder = _common(folders)
     groups = list(_groups(jobs))
     _write(folder, jobs, keys, names, groups)
     shown = names[:MOST_FIGURES]
@@ -83,6 +83,29 @@ def report(jobs: Sequence[SweptJob], folders: Sequence[Path]) -> Iterator[str]:
         figures = [f"{name} {mean:.4f} ± {deviation:.4f}" for name, (mean, deviation) in summary.items()]
         yield f"{which}mean ± standard deviation of {of_seeds} seeds: {', '.join(figures[:MOST_FIGURES])}"
     yield f"written to {folder / CSV_FILE} and {folder / JSON_FILE}"
+
+
+def draw_curves(jobs: Sequence[SweptJob], folders: Sequence[Path]) -> Path | None:
+    """Draw the losses of all jobs beside each other into the folder of the sweep; return the picture's path,
+    None where fewer than two jobs have any. Raise OSError if it cannot be written."""
+    curves = {}
+    for job in jobs:
+        metrics = job.folder / METRICS_FILE
+        name = ", ".join(f"{key}={value}" for key, value in job.values.items()) or job.folder.name
+        if metrics.is_file():
+            curves[name] = read_curves(metrics)
+    if len(curves) < 2:
+        return None
+    path = _common(folders) / CURVES_FILE
+    files.write_atomically(path, draw_several(curves, path.parent.name))
+    return path
+
+
+def _common(folders: Sequence[Path]) -> Path:
+    """Return the folder of a sweep."""
+    if len(set(folders)) == 1:
+        return folders[0]
+    return Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
 
 
 def _groups(

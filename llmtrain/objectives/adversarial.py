@@ -180,7 +180,8 @@ class Adversarial:
         return self.discriminator_terms(model, batch)
 
     def _penalty(self, model: Any, batch: Batch, made: Tensor) -> Tensor:
-        """Return (‖∇ score‖ − 1)² of each sample at random points between real and generated (algorithm 1)."""
+        """Return (‖∇ score‖ − 1)² of each sample at random points between real and generated (algorithm
+        1)."""
         import torch
 
         share = batch["mixed"].view(-1, 1, 1, 1)

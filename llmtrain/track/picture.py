@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrain import files
 from llmtrain.track.base import Metrics
 from llmtrain.track.jsonl import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PictureTracker:
@@ -59,6 +62,39 @@ def draw_losses(curves: Curves, title: str) -> bytes:
     axes.set(title=title, xlabel="optimizer steps", ylabel="loss (nats per predicted token or label)")
     axes.grid(alpha=0.3)
     axes.legend()
+    return _png(figure)
+
+
+MOST_LABELLED = 20
+"""Runs up to which a legend names them."""
+
+
+def draw_several(curves: Mapping[str, Curves], title: str) -> bytes:
+    """Return a PNG of the losses of several runs by name: training on the left, validation on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, what in ((left, "loss", "training"), (right, "validation_loss", "validation")):
+        for run, of_run in curves.items():
+            steps, values = of_run[name]
+            shown = _smoothed(values) if name == "loss" else values
+            axes.plot(steps, shown, linewidth=1.2, label=run.replace("$", r"\$"))
+        axes.set(title=f"{what} loss", xlabel="optimizer steps", ylabel="nats per predicted token or label")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    if len(curves) <= MOST_LABELLED:
+        right.legend(fontsize=8)
+    figure.suptitle(title.replace("$", r"\$"))
+    return _png(figure)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Return the mean of each value and up to nine before it."""
+    return [sum(values[max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(values))]
+
+
+def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()
