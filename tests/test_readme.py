@@ -35,6 +35,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch/evaluate.md": ("corpora/small", "runs/first", "exported/first"),
     "launch/finetune.md": ("corpora/small",),
     "launch/huggingface.md": ("corpora/small", "exported/first"),
+    "launch/images.md": (),
     "launch/plan.md": (),
     "launch/prepare.md": ("corpora/small",),
     "launch/recurrent.md": (),
