@@ -3,7 +3,10 @@ by forward passes."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def named_statistics(model: nn.Module) -> dict[str, Tensor]:
