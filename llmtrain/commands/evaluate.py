@@ -172,7 +172,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if isinstance(objective, HasReference):
         objective.references = reference_of(trained.source, dataset)
     device = processes.pick_device(config.device)
-    give_classifier(objective, trained.config, config.data, device)
+    give_classifier(objective, trained.config, device)
     mesh = start_sharing(
         config.parallel,
         trained,

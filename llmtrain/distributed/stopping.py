@@ -95,3 +95,8 @@ def _say(text: str) -> None:
         # print() is not reentrant, and the main thread may be inside one. The reader of stderr may be gone.
         with suppress(OSError):
             os.write(2, text.encode())
+
+
+def asked() -> bool:
+    """Return whether this process was asked to stop."""
+    return request.asked

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from llmtrain.models.skeleton import sharding_of, skeleton_of
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
-from llmtrain.objectives.base import TakesTurns
+from llmtrain.objectives.turns import TakesTurns
 from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.freezing import freeze
 from llmtrain.optim.groups import Group, Penalty, make_groups, rates

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _NOISE, _FIXED, _MIXED = 41, 43, 45
 """Purposes of the draws, as of `draws.uniform`; noise takes the next one too."""
+CENTER = 0.5
+"""Mean and standard deviation that pixels are normalized by, whatever the data say: values from −1 to 1,
+which the generator's tanh gives."""
 GRID = 64
 """Images of the grid that is drawn from the same noise each time."""
 COLLAPSED_VARIETY, COLLAPSED_SHARE = 0.2, 0.5
@@ -80,17 +83,6 @@ class AdversarialConfig(ObjectiveConfig):
         """Count an image as one token."""
         return Row(1, predicted=1)
 
-    def fitted(self, model: Any) -> Any:
-        return model
-
-    def data_problems(self, data: Any) -> Iterator[Problem]:
-        """Require values from −1 to 1, which the generator's tanh gives."""
-        for key in ("mean", "std"):
-            values = getattr(data, key)
-            allowed = "0.5: generated values are between -1 and 1"
-            remedy = f"give data.{key}=[0.5], or experiment=gan_digits"
-            yield from require(set(values) == {0.5}, f"data.{key}", list(values), allowed, remedy)
-
     def length_problems(self, sequence_length: int, model: Any) -> Iterator[Problem]:
         if self.loss == "wgan_gp" and model.layers == "convolutional" and model.discriminator_norm != "none":
             got = f"{model.discriminator_norm} with wgan_gp, which penalizes each image's gradient"
@@ -101,9 +93,17 @@ class AdversarialConfig(ObjectiveConfig):
     ) -> dict[str, Dataset]:
         from llmtrain.data.datasets.images import Images
 
-        shape = {"size": model.image_size, "channels": model.channels, "resize": data.resize}
-        constants = {"mean": data.mean, "std": data.std}
-        return {"": Images.open(data.path, split, model.num_classes, **shape, **constants)}
+        images = Images.open(
+            data.path,
+            split,
+            model.num_classes,
+            size=model.image_size,
+            channels=model.channels,
+            resize=data.resize,
+            mean=(CENTER,),
+            std=(CENTER,),
+        )
+        return {"": images}
 
     def build(self, model: Any, data: Any, corpora: TextSource | None = None) -> Adversarial:
         return Adversarial(self, model.latent_size)
@@ -111,6 +111,8 @@ class AdversarialConfig(ObjectiveConfig):
 
 class Adversarial:
     """The losses of both turns; noise follows from the keys of the real samples beside it."""
+
+    pixel_mean = pixel_std = CENTER
 
     def __init__(self, config: AdversarialConfig, latent_size: int) -> None:
         self.config = config

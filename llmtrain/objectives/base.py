@@ -319,43 +319,6 @@ class Scores(Protocol):
         """Return what single figures leave out, if the task has classes."""
 
 
-@runtime_checkable
-class TakesTurns(Protocol):
-    """An objective of two parts of a model, each with a loss of its own."""
-
-    def parts(self, model: Any) -> tuple[nn.Module, nn.Module]:
-        """Return the part that takes a step on each micro-batch, and the one that follows."""
-
-    def discriminator_terms(self, model: Any, batch: Batch) -> Terms:
-        """Return the loss of the first part's turn."""
-
-    def generator_terms(self, model: Any, batch: Batch) -> Terms:
-        """Return the loss of the second part's turn."""
-
-
-@runtime_checkable
-class Classifies(Protocol):
-    """An objective whose samples a trained classifier looks at."""
-
-    classify: Callable[[Tensor], tuple[Tensor, Tensor]] | None
-    """Images → features and logits."""
-
-    @property
-    def classifier(self) -> str | None:
-        """Return the folder of the classifier; None: there is none."""
-
-
-@runtime_checkable
-class DrawsSamples(Protocol):
-    """An objective whose model makes images."""
-
-    def samples(self, model: Any) -> np.ndarray:
-        """Return images of noise that is always the same, uint8 (N, height, width, channels)."""
-
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
-        """Yield a line for each sign in the figures of an evaluation that the model has failed."""
-
-
 class LossOfModel:
     """Base of objectives whose loss is the output of the model's forward: the sum over the batch's
     "labels"."""

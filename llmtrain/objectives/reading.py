@@ -97,7 +97,7 @@ def data_of_plan(
     is_of_tasks = section.get("kind") == "tasks"
     if is_of_tasks:  # the plan's own default is a path
         section = {key: value for key, value in section.items() if key != "path"}
-    if any(section.get(key) for key in ("path", "mixture", "tasks")):
+    if any(section.get(key) for key in ("path", "mixture", "tasks", "train")):
         return section, False
     if not is_of_tasks:
         return {**section, "path": path}, True

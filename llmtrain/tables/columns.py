@@ -65,9 +65,9 @@ def read_columns(data: ColumnDataConfig, split: str) -> ColumnRows:
 
 def _of_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str], data: ColumnDataConfig) -> ColumnRows:
     names = [name for name in rows[0] if name not in (data.label_field, *data.ignored)]
-    if data.numeric is not None and data.categorical is not None:
+    if data.numeric and data.categorical:
         names = [*data.numeric, *data.categorical]
-    for name in (*(data.numeric or ()), *(data.categorical or ()), *data.ignored):
+    for name in (*data.numeric, *data.categorical, *data.ignored):
         if name not in rows[0]:
             raise DataError(Problem("data", f"no column {name}", nearest(name, list(rows[0]))))
     columns: dict[str, list[str]] = {name: [] for name in names}
@@ -110,11 +110,11 @@ def _column(name: str, values: Sequence[str], rows: ColumnRows, data: ColumnData
         got, remedy = f"column {short_name(name)} without a value", f"give data.ignored=[{short_name(name)}]"
         raise DataError(Problem(", ".join(data.files.values()), got, "values in each column", remedy))
     is_numeric = _are_numbers(given)
-    if name in (data.numeric or ()):
+    if name in data.numeric:
         for value, where in zip(values, rows.places, strict=True):
             if value and _number(value) is None:
                 raise DataError(Problem(where, f"{short_name(value)} in {name}", "a number"))
-    elif data.numeric is not None or name in (data.categorical or ()) or not is_numeric:
+    elif data.numeric or name in data.categorical or not is_numeric:
         categories = sorted(set(given), key=_in_order(given))
         if len(categories) > MOST_CATEGORIES:
             got = f"{len(categories):,} different values in {short_name(name)}"

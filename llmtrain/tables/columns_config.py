@@ -40,10 +40,10 @@ class ColumnDataConfig(OneSource):
     """Quotes in csv and tsv, as in `llmtrain prepare`."""
     label_field: str = "label"
     """Column of the class."""
-    numeric: tuple[str, ...] | None = None
-    """Columns of numbers; null: those whose values in the training split are all numbers."""
-    categorical: tuple[str, ...] | None = None
-    """Columns of categories; null: all others."""
+    numeric: tuple[str, ...] = ()
+    """Columns of numbers; []: those whose values in the training split are all numbers."""
+    categorical: tuple[str, ...] = ()
+    """Columns of categories; []: all others."""
     ignored: tuple[str, ...] = ()
     """Columns that are left out, such as the number of a row."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -85,7 +85,7 @@ class ColumnDataConfig(OneSource):
         if not self.path and not given:
             allowed = "a file, folder or glob pattern"
             yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
-        for name in (*(self.numeric or ()), *(self.categorical or ())):
+        for name in (*self.numeric, *self.categorical):
             yield from require(name != self.label_field, "label_field", name, "no column that is read too")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
 

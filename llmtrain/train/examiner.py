@@ -12,13 +12,13 @@ from llmtrain.config import decode
 from llmtrain.data.config import data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.interchange.trained import describe, load_trained
-from llmtrain.objectives.base import Classifies
+from llmtrain.objectives.turns import Classifies
 
 KEY = "objective.classifier"
 
 
-def give_classifier(objective: Any, model: Any, data: Any, device: torch.device) -> None:
-    """Give an objective that names a classifier its features and logits, of images as `data` normalizes them.
+def give_classifier(objective: Any, model: Any, device: torch.device) -> None:
+    """Give an objective that names a classifier its features and logits.
 
     Raise ConfigError for a model that has none, or that reads images of another size.
     """
@@ -38,8 +38,8 @@ def give_classifier(objective: Any, model: Any, data: Any, device: torch.device)
         raise ConfigError(Problem(KEY, f"a model of family {theirs.family}", "simple_cnn, resnet"))
     section = described.data or {"kind": "images"}
     read: Any = decode(data_config_type(section), section)
-    constants = [_of_channels(values, device) for values in (data.mean, data.std, read.mean, read.std)]
-    mean, std, their_mean, their_std = constants
+    mean, std = objective.pixel_mean, objective.pixel_std
+    their_mean, their_std = (_of_channels(values, device) for values in (read.mean, read.std))
 
     @torch.no_grad()
     def classify(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from llmtrain.data.datasets.base import Dataset
 from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
 from llmtrain.engine.evaluation import Totals
-from llmtrain.objectives.base import DrawsSamples, Scores
+from llmtrain.objectives.base import Scores
+from llmtrain.objectives.turns import DrawsSamples
 from llmtrain.parallel.layout import Layout
 from llmtrain.scoring.pictures import draw, grid
 from llmtrain.scoring.report import Report

@@ -125,7 +125,7 @@ class Session:
             judge.suite = TrainingSuite(config, self.corpora, weights.origin, tasks, self._say)
         rows = {False: next(iter(training.values())), True: validation}
         give_reference(objective, engine, rows, config, self.rank, start, self._say)
-        processes.agree(lambda: give_classifier(objective, config.model, config.data, self.device))
+        processes.agree(lambda: give_classifier(objective, config.model, self.device))
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
         loader = self._open_loader(stream, objective)
@@ -133,15 +133,12 @@ class Session:
         reading = OneReading(loader)
         stopping.request.save_first()
 
-        def asked() -> bool:
-            return stopping.request.asked
-
         while True:
             hooks = self._hooks(engine, validation, start, description, observer)
             if config.method == "features":
-                outcome = conclude(engine, reading, hooks, observer, config.train.steps, asked)
+                outcome = conclude(engine, reading, hooks, observer, config.train.steps, stopping.asked)
             else:
-                outcome = train(engine, reading, hooks, observer, self._schedule(start), asked)
+                outcome = train(engine, reading, hooks, observer, self._schedule(start), stopping.asked)
             if outcome.interrupted or outcome.ended_early or outcome.step >= config.train.steps:
                 break
             engine.release()

@@ -74,7 +74,6 @@ def test_a_run_leaves_samples_and_figures(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.mean=[0.1]"], "data.mean: got [0.1]; allowed: 0.5"),
         (["objective.loss=wgan_gp"], "model.discriminator_norm: got batch with wgan_gp"),
         (["parallel.zero=1"], "allowed: 0 and engine=local with objective=adversarial"),
         (["parallel.tensor=2"], "parallel.tensor"),

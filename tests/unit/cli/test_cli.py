@@ -158,7 +158,8 @@ PAIRED_MODELS = {
     "permuted_encoder": "xlnet_tiny",
     "encoder_decoder": "bart_tiny",
     "decoder": "gpt_tiny",
-    "classifier": "simple_cnn",
+    "classifier": "mlp",
+    "generator": "gan",
 }
 """Kind of model → a preset that objectives are tried with."""
 
@@ -168,6 +169,10 @@ NEEDED_KEYS = {
     "prompted": ["objective.verbalizer={bad: terrible, good: great}"],
 }
 """Keys that an objective has no default for."""
+
+
+OWN_DATA = ("mnist_cnn", "gan_digits", "optimizers", "xor")
+"""Experiments on data of a package."""
 
 
 def test_every_preset_composes_and_decodes():
@@ -181,7 +186,8 @@ def test_every_preset_composes_and_decodes():
     for model in models:
         words = [f"{group}={options.pop()}" for group, options in rest.items() if options]
         words += ["device=cuda"] if "precision=fp16" in words else []
-        words += ["data=mnist"] if model == "simple_cnn" else []
+        chosen = yaml.safe_load((conf_folder() / "model" / f"{model}.yaml").read_text())
+        words += ["data=mnist"] if "image_size" in chosen else []
         composed[model] = compose([f"model={model}", *words, "batch.sequence_length=128"], "plan")
         assert decoded(composed[model]).model.parameter_count() > 0
     assert not any(rest.values())
@@ -200,7 +206,7 @@ def test_every_preset_composes_and_decodes():
                     decoded({**composed[model], "objective": mapping["objective"]})
                 assert [problem.where for problem in refusal.value.problems] == ["objective"]
     for experiment in group_options("experiment"):
-        no_data = [] if experiment == "mnist_cnn" else ["data.path=null"]
+        no_data = [] if experiment in OWN_DATA else ["data.path=null"]
         decoded(compose([f"experiment={experiment}", *no_data], "plan"))
 
 
