@@ -160,12 +160,6 @@ class TrainConfig:
             yield from require(
                 not parallel.tensor_sequence, "parallel.tensor_sequence", "true", f"false {allowed}"
             )
-        if self.objective.takes_turns:
-            allowed = f"with objective={self.objective.kind}, whose parts take turns"
-            is_local = self.engine != "deepspeed" and self.parallel.zero == 0
-            got = str(self.parallel.zero or self.engine)
-            yield from require(is_local, "parallel.zero", got, f"0 and engine=local {allowed}")
-            yield from require(self.precision != "fp16", "precision", "fp16", f"fp32, bf16 {allowed}")
         if not self.objective.has_stages:
             stages, allowed = self.parallel.pipeline, f"1 with objective={self.objective.kind}"
             yield from require(stages == 1, "parallel.pipeline", stages, allowed)
@@ -184,6 +178,12 @@ class TrainConfig:
         )
         kind = family_of(self.model).kind
         if kind in self.objective.teaches:
+            if self.objective.takes_turns:
+                allowed = f"with objective={self.objective.kind}, whose parts take turns"
+                is_local = self.engine != "deepspeed" and self.parallel.zero == 0
+                got = str(self.parallel.zero or self.engine)
+                yield from require(is_local, "parallel.zero", got, f"0 and engine=local {allowed}")
+                yield from require(self.precision != "fp16", "precision", "fp16", f"fp32, bf16 {allowed}")
             yield from self.objective.length_problems(self.batch.sequence_length, self.model)
             if not self.objective.has_task_head:
                 yield from (problem.within("model") for problem in self.model.token_head_problems())
