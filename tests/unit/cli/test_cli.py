@@ -186,8 +186,9 @@ def test_every_preset_composes_and_decodes():
     for model in models:
         words = [f"{group}={options.pop()}" for group, options in rest.items() if options]
         words += ["device=cuda"] if "precision=fp16" in words else []
-        chosen = yaml.safe_load((conf_folder() / "model" / f"{model}.yaml").read_text())
-        words += ["data=mnist"] if "image_size" in chosen else []
+        chosen = (conf_folder() / "model" / f"{model}.yaml").read_text()
+        words += ["data=mnist"] if "image_size:" in chosen else []
+        words += ["data=table"] if "objective: classification" in chosen else []
         composed[model] = compose([f"model={model}", *words, "batch.sequence_length=128"], "plan")
         assert decoded(composed[model]).model.parameter_count() > 0
     assert not any(rest.values())

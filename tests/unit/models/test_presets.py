@@ -34,6 +34,8 @@ EXACT = {
     "olmo2_1b": 1_484_916_736,
     "simple_cnn": 421_642,
     "mlp": 784 * 256 + 256 + 256 * 10 + 10,
+    "gan": 1_093_137,
+    "dcgan": 904_834,
     # As He et al.'s models are published by torchvision.
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
