@@ -6,7 +6,6 @@ model family; the objective defines what a batch means.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from llmtrain.data.loader import MicroBatch
 from llmtrain.distributed import processes
 from llmtrain.engine.carried import with_lanes
 from llmtrain.engine.counting import count, weighed
+from llmtrain.engine.dropout import dropout_seed, seed_dropout
 from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches, with_terms
 from llmtrain.engine.modules import to_device
 from llmtrain.engine.statistics import Statistics
@@ -100,22 +100,6 @@ class Fragment:
         """Yield the fragment's boxes in the whole parameter, each with its slice of `view_of`; padding has
         none."""
         return self.shard.pieces(self.start, self.stop)
-
-
-def dropout_seed(seed: int, first_sample: int, stage: int = 0) -> int:
-    """Return the dropout seed of a micro-batch for torch's generator. It depends on the run's seed, on the
-    global number of the first sample, so that ranks and restarts don't change it, and on the pipeline
-    stage, since stages have different layers."""
-    place = f"{first_sample}" if stage == 0 else f"{first_sample}/{stage}"
-    digest = hashlib.blake2b(f"dropout/{seed}/{place}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed torch's generators. On a CPU, torch.manual_seed takes a millisecond to note who asks it."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
 
 
 @dataclass(frozen=True)
