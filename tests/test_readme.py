@@ -41,6 +41,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch/recurrent.md": (),
     "launch/stream.md": ("corpora/small",),
     "launch/transfer.md": ("corpora/small",),
+    "launch/vectors.md": (),
     "launch/train.md": ("corpora/small", "runs/first"),
 }
 """Page with commands → what it uses of the tour's folder."""

@@ -198,11 +198,16 @@ def save(
 def describe(engine: Engine, step: int, description: Mapping[str, Any]) -> dict[str, Any]:
     """Return `description` with further fields of the manifest: time, position in training, layout."""
     return {
-        "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "saved_at": now(),
         "position": {"step": step},
         "layout": dataclasses.asdict(engine.layout),
         **description,
     }
+
+
+def now() -> str:
+    """Return the time as manifests hold it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def assemble(

@@ -120,7 +120,14 @@ def print_keys(arguments: list[str]) -> int:
     purposes = {verb: purpose for verb, (_, purpose) in VERBS.items()}
     for verb, seconds in SECOND_VERBS.items():
         purposes |= {f"{verb}_{second}": purpose for second, (_, purpose) in seconds.items()}
-    print(page({name: config_types(name)[0] for name in CONFIGS}, purposes, conf_folder()), end="")
+    configs: dict[str, type] = {}
+    for name in CONFIGS:
+        found = config_types(name)
+        configs[name] = found[0]
+        if name == "train":
+            configs["train model=word2vec"] = found[-1]
+    purposes["train model=word2vec"] = "texts → word vectors; also with model=fasttext, glove and one_hot"
+    print(page(configs, purposes, conf_folder()), end="")
     return 0
 
 

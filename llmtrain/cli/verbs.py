@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("llmtrain.commands.status", "where a run is, in a second"),
     "report": ("llmtrain.commands.report", "runs → one HTML page: curves, events, differences"),
     "data": ("llmtrain.commands.data", "which documents made a step, what they say, one hash over a run's"),
+    "vectors": ("llmtrain.commands.vectors", "word vectors: nearest words, figures, maps, files in and out"),
 }
 """Verb → its module, which has a function `run(mapping)`, and what it does."""
 
@@ -44,6 +45,17 @@ SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "show": ("[RUN]", "samples of step=…, or the first of data.path=…, as text"),
         "digest": ("RUN", "one hash over what the first steps=… consumed"),
     },
+    "vectors": {
+        "nearest": ("CHECKPOINT", "the words nearest to word=…"),
+        "analogy": ("CHECKPOINT", "accuracy on the analogies of file=…, or the answer to words=[a,b,c]"),
+        "similarity": (
+            "CHECKPOINT",
+            "Spearman's ρ on the judged pairs of file=…, or the cosine of words=[a,b]",
+        ),
+        "map": ("CHECKPOINT", "words in two dimensions → output=….png, and TensorBoard's projector=FOLDER"),
+        "export": ("CHECKPOINT", "→ output=FILE in format=text, binary or gensim"),
+        "import": ("INPUT", "file of vectors → checkpoint output=FOLDER"),
+    },
 }
 """Verb → second verb → the keys whose values may stand as plain words before the overrides (optional ones in
 brackets), and what it does. Each has a function in the verb's module and a file conf/VERB_SECOND.yaml."""
@@ -53,7 +65,11 @@ PLAIN_WORDS = {"status": "RUN", "report": "RUNS"}
 
 CONFIGS: dict[str, tuple[str, ...]] = {
     "prepare": ("llmtrain.prepare.config:PrepareConfig",),
-    "train": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
+    "train": (
+        "llmtrain.train.config:TrainConfig",
+        "llmtrain.train.pretrained:PretrainedKeys",
+        "llmtrain.train.vectors_config:VectorRunConfig",
+    ),
     "finetune": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
     "plan": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
     "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
@@ -71,6 +87,12 @@ CONFIGS: dict[str, tuple[str, ...]] = {
     "data_trace": ("llmtrain.commands.data:TraceConfig",),
     "data_show": ("llmtrain.commands.data_show:ShowConfig",),
     "data_digest": ("llmtrain.commands.data:DigestConfig",),
+    "vectors_nearest": ("llmtrain.commands.vectors:NearestConfig",),
+    "vectors_analogy": ("llmtrain.commands.vectors:AnalogyConfig",),
+    "vectors_similarity": ("llmtrain.commands.vectors:SimilarityConfig",),
+    "vectors_map": ("llmtrain.commands.vectors:MapConfig",),
+    "vectors_export": ("llmtrain.commands.vectors:ExportConfig",),
+    "vectors_import": ("llmtrain.commands.vectors:ImportConfig",),
 }
 """Name of a configuration → the dataclasses that hold its keys."""
 
@@ -84,6 +106,9 @@ DOES_MORE_THAN_PRINT = {
     "report",
     "checkpoint_export",
     "checkpoint_prune",
+    "vectors_map",
+    "vectors_export",
+    "vectors_import",
 }
 """Verbs that go on when their output can no longer be written."""
 
@@ -92,6 +117,8 @@ FOLDERS = {
     "other": "a run folder or a checkpoint folder",
     "run": "a run folder",
     "runs": "run folders",
+    "checkpoint": "a run folder, a checkpoint folder or a file of vectors",
+    "input": "a file of vectors",
 }
 """Key of a plain word before the overrides → what it may be."""
 
@@ -144,7 +171,9 @@ def word_keys(words: str) -> dict[str, bool]:
 def runner(name: str) -> Callable[[Mapping[str, Any]], int | None]:
     """Return the function that runs a composed configuration of this name; it may return an exit code."""
     verb, _, function = name.partition("_")
-    return getattr(importlib.import_module(VERBS[verb][0]), function or "run")
+    module = importlib.import_module(VERBS[verb][0])
+    # A second verb that is a word of Python has an underscore behind it.
+    return getattr(module, f"{function}_" if hasattr(module, f"{function}_") else function or "run")
 
 
 def has_model_group(name: str) -> bool:

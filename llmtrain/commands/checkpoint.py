@@ -39,6 +39,7 @@ def verify(mapping: Mapping[str, Any]) -> None:
     """Print a line for each checkpoint. Raise CheckpointError with the damage of all of them."""
     from llmtrain.checkpoint.reader import Checkpoint
     from llmtrain.interchange.trained import config_of
+    from llmtrain.vectors.config import vectors_config_type
 
     config = decode(VerifyConfig, mapping)
     problems: list[Problem] = []
@@ -46,7 +47,7 @@ def verify(mapping: Mapping[str, Any]) -> None:
         try:
             checkpoint = Checkpoint.open(path)
             flaw = checkpoint.damage() or checkpoint.incompleteness()
-            if "model" in checkpoint.manifest:
+            if "model" in checkpoint.manifest and vectors_config_type(checkpoint.manifest["model"]) is None:
                 config_of(checkpoint)
             found = [Problem(str(path), f"a damaged checkpoint ({flaw})")] if flaw else []
         except CheckpointError as error:

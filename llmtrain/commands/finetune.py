@@ -8,6 +8,7 @@ from typing import Any
 from llmtrain.commands import train
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.objectives.registry import OBJECTIVES
+from llmtrain.train.vectors_config import refuse_word_vectors
 
 
 def run(mapping: Mapping[str, Any]) -> int:
@@ -15,6 +16,7 @@ def run(mapping: Mapping[str, Any]) -> int:
 
     Raise UserError for whatever a user can fix.
     """
+    refuse_word_vectors(mapping, "finetune")
     section = mapping.get("objective") or {}
     tasks = [name for name, config in OBJECTIVES.items() if config.reads("table") or config.has_task_head]
     if section.get("kind") not in tasks:

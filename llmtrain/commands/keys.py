@@ -76,6 +76,10 @@ EXTRAS = {
 }
 
 
+PRESETS = {"train model=word2vec": "model/word2vec"}
+"""Verb with a preset → the file of conf/ that holds the defaults of its keys."""
+
+
 class Row(NamedTuple):
     """A row of a table."""
 
@@ -104,7 +108,7 @@ def page(configs: Mapping[str, type], purposes: Mapping[str, str], conf: Path) -
     for verb, config in configs.items():
         words = f"llmtrain {verb.replace('_', ' ')}"
         parts.append(f"## {words}\n\n{_sentence(purposes[verb])}\n")
-        parts += _verb(verb, words, config, _Defaults(conf, verb), described)
+        parts += _verb(verb, words, config, _Defaults(conf, PRESETS.get(verb, verb)), described)
     parts.append(_groups(conf))
     return "\n".join(parts)
 
@@ -175,8 +179,14 @@ class _Defaults:
         self._conf = conf
         self._own: dict[str, Any] = yaml.safe_load((conf / f"{verb}.yaml").read_text())
         chosen = self._own.get("defaults", ())
-        self._bases = [_Defaults(conf, each) for each in chosen if isinstance(each, str) and each != "_self_"]
-        self._presets = {group: each[group] for each in chosen if isinstance(each, dict) for group in each}
+        bases = [each for each in chosen if isinstance(each, str) and each != "_self_"]
+        self._bases = [_Defaults(conf, str(Path(verb).with_name(each))) for each in bases]
+        self._presets = {
+            group.removeprefix("override /").partition("@")[0]: each[group]
+            for each in chosen
+            if isinstance(each, dict)
+            for group in each
+        }
 
     def of(self, key: str, own: Any) -> Any:
         """Return the value of a dotted key. own: the field's default, which a null in conf/ stands for."""

@@ -10,10 +10,12 @@ from llmtrain.plan.estimate import estimate
 from llmtrain.plan.fit import refuse_if_too_large
 from llmtrain.plan.report import table
 from llmtrain.train.resolve import resolve
+from llmtrain.train.vectors_config import refuse_word_vectors
 
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the plan. Raise ConfigError when the run would be refused or does not fit."""
+    refuse_word_vectors(mapping, "plan")
     settings = dict(mapping)
     world_size = settings.pop("world_size", None)
     if world_size is not None and (not isinstance(world_size, int) or world_size < 1):

@@ -13,6 +13,7 @@ from llmtrain.plan.fit import refuse_if_too_large
 from llmtrain.plan.report import summary
 from llmtrain.standard_streams import print_note
 from llmtrain.train.resolve import resolve
+from llmtrain.train.vectors_config import decode_run, is_word_vectors
 
 
 def run(mapping: Mapping[str, Any]) -> int:
@@ -22,6 +23,8 @@ def run(mapping: Mapping[str, Any]) -> int:
     """
     started = time.perf_counter()
     with stopping.request.listening():
+        if is_word_vectors(mapping):
+            return _train_vectors(mapping)
         resolved = resolve(mapping)
         plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
         if launcher.rank() == 0:
@@ -33,3 +36,12 @@ def run(mapping: Mapping[str, Any]) -> int:
 
         is_complete = train_run(resolved, plan.memory.total, started)
     return 0 if is_complete else INTERRUPTED_EXIT_CODE
+
+
+def _train_vectors(mapping: Mapping[str, Any]) -> int:
+    """Train word vectors, which go through a text without batches."""
+    config = decode_run(mapping)
+
+    from llmtrain.train.vectors_run import train_vectors
+
+    return 0 if train_vectors(config) else INTERRUPTED_EXIT_CODE

@@ -15,7 +15,8 @@ from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, expand_home
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.train.config import TrainConfig
-from llmtrain.train.word_vectors import WordVectors, read_vectors
+from llmtrain.vectors.keyed import WordVectors
+from llmtrain.vectors.reading import read_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

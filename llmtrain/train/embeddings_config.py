@@ -11,7 +11,8 @@ class EmbeddingsConfig:
     """Word vectors that the embedding starts from, in place of values from the seed."""
 
     path: Path | None = None
-    """A file of word vectors in word2vec's text form; null: none. Each word of the tokenizer takes its
-    vector; a table without data.tokenizer is divided into the file's words."""
+    """A run of word vectors, one of its checkpoints, or a file in any form that `llmtrain vectors import`
+    reads; null: none. Each word of the tokenizer takes its vector; a table without data.tokenizer is divided
+    into the file's words."""
     freeze: bool = False
     """The embedding keeps its values."""

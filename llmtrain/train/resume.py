@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
@@ -66,9 +66,39 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
     Raise CheckpointError when the one to resume from is damaged or belongs to another model, tokenizer
     or optimizer, or when `never` meets a folder with checkpoints. No file is moved before the checks.
     """
-    root = config.run.dir / "checkpoints"
+    found = locate(config.run.dir / "checkpoints", config.checkpoint.resume, say)
+    if found is None:
+        return None
+    checkpoint, is_own, named = found
+    if checkpoint.is_imported:
+        where = "checkpoint.resume" if named is not None else "run.dir"
+        got = f"{named or config.run.dir}, weights without an optimizer's state"
+        remedy = f"give model=pretrained model.path={named or config.run.dir}"
+        remedy += "" if named is not None else " and another run.dir"
+        raise _refusal(Problem(where, got, "a run, or one of its checkpoints", remedy))
+    _check_same_model(config, checkpoint, data)
+    go_on(config.run.dir / "checkpoints", found, say)
+    for change in changed_settings(checkpoint.manifest["config"], recorded(config)):
+        say(f"note: {change}")
+    return Resume(checkpoint, is_own)
+
+
+class Located(NamedTuple):
+    """A checkpoint to resume from, before it is checked that it fits."""
+
+    checkpoint: Checkpoint
+    is_own: bool
+    """Whether it is of this run."""
+    named: Path | None
+    """The checkpoint that the user named."""
+
+
+def locate(root: Path, resume: str, say: Say) -> Located | None:
+    """Return the checkpoint that a run whose checkpoints are in `root` resumes from, the same on every rank;
+    None for a fresh start.
+
+    resume: that of CheckpointConfig. Raise CheckpointError as find_resume does."""
     processes.on_main(lambda: store.tidy(root))
-    resume = config.checkpoint.resume
     held = processes.from_main(retention.list_steps(root))
     if resume == "never":
         if held:
@@ -85,28 +115,19 @@ def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resum
         say(f"checkpoint.resume={resume}: ignored, {root.parent} resumes from its newest checkpoint ({why})")
         named, is_own = None, True
     if named is not None:
-        checkpoint = retention.find(named, say)
-    else:
-        newest, rejected = retention.newest_good(root, say)
-        if newest is None and rejected:
-            remedy = "restore one from elsewhere, or give another run.dir to start anew"
-            raise _refusal(Problem(str(root), f"only damaged checkpoints ({rejected[0]})", "", remedy))
-        if newest is None:
-            return None
-        checkpoint = newest
-    if checkpoint.is_imported:
-        where = "checkpoint.resume" if named is not None else "run.dir"
-        got = f"{named or root.parent}, weights without an optimizer's state"
-        remedy = f"give model=pretrained model.path={named or root.parent}"
-        remedy += "" if named is not None else " and another run.dir"
-        raise _refusal(Problem(where, got, "a run, or one of its checkpoints", remedy))
-    _check_same_model(config, checkpoint, data)
-    if is_own:
-        processes.on_main(lambda: _go_back(root, checkpoint.step, named, say))
-    say(f"resuming from {checkpoint.path} (step {checkpoint.step:,})")
-    for change in changed_settings(checkpoint.manifest["config"], recorded(config)):
-        say(f"note: {change}")
-    return Resume(checkpoint, is_own)
+        return Located(retention.find(named, say), is_own, named)
+    newest, rejected = retention.newest_good(root, say)
+    if newest is None and rejected:
+        remedy = "restore one from elsewhere, or give another run.dir to start anew"
+        raise _refusal(Problem(str(root), f"only damaged checkpoints ({rejected[0]})", "", remedy))
+    return None if newest is None else Located(newest, is_own, None)
+
+
+def go_on(root: Path, found: Located, say: Say) -> None:
+    """Set aside what the run saved after its checkpoint, which fits, and say that it resumes from there."""
+    if found.is_own:
+        processes.on_main(lambda: _go_back(root, found.checkpoint.step, found.named, say))
+    say(f"resuming from {found.checkpoint.path} (step {found.checkpoint.step:,})")
 
 
 def _went_back_to(root: Path) -> str | None:

@@ -8,6 +8,7 @@ RUN/
   metrics.jsonl      one object a step
   events.jsonl       starts, checkpoints, and how each start ended
   features.json      with method=features: the strengths of regularization that were tried, with their losses
+  words/             of word vectors: the vocabulary, and the text as rows of it
   loss.png           with track=[jsonl,picture]: the loss curves
   checkpoints/       step-00000500/ …
 """

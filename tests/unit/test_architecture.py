@@ -18,7 +18,7 @@ ORDER = (
     {"distributed", "optim", "tokenizers", "track"},
     {"chat", "corpus"},
     {"prepare"},
-    {"tables"},
+    {"tables", "vectors"},
     {"data"},
     {"nn"},
     {"adapt"},

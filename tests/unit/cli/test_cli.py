@@ -23,6 +23,8 @@ from llmtrain.track.config import TrackConfig
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.resolve import resolve
 from llmtrain.train.run_folder import environment
+from llmtrain.train.vectors_config import decode_run
+from llmtrain.vectors.config import VECTORS_CONFIGS
 from tests.support.training import REPOSITORY, compose
 
 
@@ -180,7 +182,8 @@ def test_every_preset_composes_and_decodes():
     groups too, while there are more."""
     groups = ("optimizer", "schedule", "precision", "cluster")
     rest = {group: group_options(group) for group in groups}
-    models = [model for model in group_options("model") if model != "pretrained"]  # that needs a folder
+    others = {"pretrained", "_word_vectors", *VECTORS_CONFIGS}  # the first needs a folder
+    models = [model for model in group_options("model") if model not in others]
     assert len(models) >= 14
     composed = {}
     for model in models:
@@ -192,6 +195,9 @@ def test_every_preset_composes_and_decodes():
         composed[model] = compose([f"model={model}", *words, "batch.sequence_length=128"], "plan")
         assert decoded(composed[model]).model.parameter_count() > 0
     assert not any(rest.values())
+    for model in VECTORS_CONFIGS:
+        mapping = compose([f"model={model}", "data.path=texts"], "train")
+        assert holds(encode(decode_run(mapping).model), mapping["model"])
     for option in group_options("objective"):
         given = yaml.safe_load((conf_folder() / "objective" / f"{option}.yaml").read_text())
         objective = objective_config_type(given)
