@@ -77,11 +77,11 @@ def _form_of(file: IO[bytes]) -> str:
         return "text"  # GloVe's, which has no first line of sizes
     # The numbers of the binary form have bytes that no text has.
     _, _, numbers = rest.partition(b" ")
-    return "text" if not numbers or _is_text(numbers[:64]) else "binary"
+    return "text" if not numbers or _is_text(numbers.split(b"\n")[0][:64]) else "binary"
 
 
 def _is_text(piece: bytes) -> bool:
-    return all(byte in b"0123456789+-.eEinfa \r\n" for byte in piece.split(b"\n")[0])
+    return all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in piece)
 
 
 def _sizes(line: bytes) -> tuple[int, int] | None:
