@@ -73,7 +73,8 @@ class VectorSaver:
             shutil.copyfile(self._vocabulary, copy)
             files.sync(copy)
             beside = {"file": copy.name, "bytes": copy.stat().st_size, "xxh3_128": files.checksum(copy)}
-            words = {"file": beside, "places": [], "counters": {}, "scaler": {}, "frozen": []}
+            # A share of no tensor, but of one more file.
+            words = {**{key: type(value)() for key, value in share.items()}, "file": beside}
             at = {"saved_at": store.now(), "position": {"step": step}, "layout": self._layout}
             store.assemble(partial, step, [share, words], {**at, **description}, None)
         except Exception as error:  # told by raise_if_any, which removes what was written
