@@ -46,7 +46,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.interchange.peft_import import is_peft
     from llmtrain.interchange.trained import fresh_note, listed, unknown_note
     from llmtrain.models.skeleton import skeleton_of
-    from llmtrain.nn.state import named_state
+    from llmtrain.nn.state import named_state, named_statistics
 
     source, output = expand_home(config.source), expand_home(config.output)
     if is_peft(source):
@@ -76,7 +76,15 @@ def run(mapping: Mapping[str, Any]) -> None:
         "origin": None if imported.origin is None else encode(imported.origin),
     }
     shapes = {name: tuple(values.shape) for name, values in named_state(module).items()}
-    path = save_imported(output, imported.weights, shapes, description, tokenizer, overwrite=config.overwrite)
+    path = save_imported(
+        output,
+        imported.weights,
+        shapes,
+        description,
+        tokenizer,
+        overwrite=config.overwrite,
+        statistics=named_statistics(module),
+    )
     print_note(f"imported {model.family}, {model.parameter_count():,} parameters, from {source} to {path}")
     if tokenizer is None:
         print_note("no tokenizer came with it: text needs one, give tokenizer=…")

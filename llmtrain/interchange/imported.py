@@ -45,6 +45,7 @@ def save_imported(
     overwrite: bool = False,
     file_bytes: int = FILE_BYTES,
     left_out: Collection[str] = (),
+    statistics: Collection[str] = (),
 ) -> Path:
     """Write `weights` (canonical name → tensor, each read once) to `output`; return the path of the
     checkpoint.
@@ -53,6 +54,7 @@ def save_imported(
     description: JSON values for the manifest: imported_from, the config of the model, ….
     overwrite: replace an earlier import.
     left_out: names of further weights, which the base in the description holds.
+    statistics: names of those that forward passes change, not an optimizer.
     Raise CheckpointError if weights are not finite, or `output` holds something else or is not writable.
     """
     root = output / "checkpoints"
@@ -68,7 +70,7 @@ def save_imported(
             _write(partial, number, group, weights, shapes, check) for number, group in enumerate(groups, 1)
         ]
         check.refuse(description["imported_from"])
-        shares[0]["frozen"] = sorted(left_out)
+        shares[0] |= {"frozen": sorted(left_out), "statistics": sorted(statistics)}
         facts = {
             "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "position": {"step": 0},
@@ -146,4 +148,5 @@ def _write(
         "counters": {},
         "scaler": {},
         "frozen": [],
+        "statistics": [],
     }

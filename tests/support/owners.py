@@ -45,6 +45,7 @@ class Owner:
     """One rank. Each cut lies at an offset of a holder of its own, after one step of AdamW."""
 
     device = torch.device("cpu")
+    model = torch.nn.Module()
     layout = Layout(1, 1, 1, 1, 1, 0, 2, 4, 8, 32)
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], cuts: Sequence[Cut] | None = None) -> None:
