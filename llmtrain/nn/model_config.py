@@ -68,6 +68,11 @@ class ModelConfig(Kinds):
         return False
 
     @property
+    def steps_by_token(self) -> bool:
+        """Return whether a forward pass calls a module once for each token of a row."""
+        return False
+
+    @property
     def weighs_tokens(self) -> bool:
         """Return whether a text's prediction is made with a weight for each token (`attention_weights`)."""
         return False

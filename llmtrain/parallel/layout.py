@@ -28,6 +28,8 @@ class ModelShape:
     """Whether `tensor_sequence` is supported: the tensor group divides the tokens between its matrices."""
     reads_lengths: bool = False
     """Whether position embeddings depend on the length of the sequence."""
+    steps_by_token: bool = False
+    """Whether a forward pass calls a module once for each token, of which rows have different numbers."""
     has_statistics: bool = False
     """Whether forward passes change some of its numbers, as those of batch norm do."""
 

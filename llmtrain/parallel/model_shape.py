@@ -14,7 +14,13 @@ def shape_of(model: ModelConfig) -> ModelShape:
     family = family_of(model)
     if not family.has_stages:
         has_statistics = model.statistics_count() > 0
-        return ModelShape(model.family, family.axes, dropout=model.dropout, has_statistics=has_statistics)
+        return ModelShape(
+            model.family,
+            family.axes,
+            dropout=model.dropout,
+            steps_by_token=model.steps_by_token,
+            has_statistics=has_statistics,
+        )
     config: Any = model
     scaling = getattr(config.blocks, "rope_scaling", None)
     return ModelShape(

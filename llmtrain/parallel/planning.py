@@ -14,6 +14,7 @@ from llmtrain.parallel.refusals import (
     pipeline_problems,
     sequence_problems,
     statistics_problems,
+    step_problems,
     world_problems,
 )
 from llmtrain.parallel.zero_refusals import hierarchy_problems, offload_problems, quantization_problems
@@ -54,6 +55,7 @@ def plan_layout(
     if model is not None:
         problems += model_problems(parallel, model, exact_dropout, world_size)
         problems += statistics_problems(parallel, model, engine)
+        problems += step_problems(parallel, model)
     data = parallel.data or world_size // processes_per_replica(parallel)
     if data >= 1:
         problems += batch_problems(batch, data)

@@ -144,6 +144,17 @@ def sequence_problems(parallel: ParallelConfig, batch: BatchConfig) -> Iterator[
     )
 
 
+def step_problems(parallel: ParallelConfig, model: ModelShape) -> Iterator[Problem]:
+    """Refuse ZeRO 3, which gathers weights at each call of a module, for a model whose ranks call one as
+    often as their rows have tokens."""
+    yield from require(
+        not model.steps_by_token or parallel.zero < 3,
+        "parallel.zero",
+        f"{parallel.zero} with model.family={model.family}, which goes from token to token",
+        "0, 1, 2",
+    )
+
+
 def statistics_problems(parallel: ParallelConfig, model: ModelShape, engine: EngineName) -> Iterator[Problem]:
     """Refuse DeepSpeed, which knows no numbers besides parameters, for a model whose forward passes change
     some."""

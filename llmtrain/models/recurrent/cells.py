@@ -5,6 +5,7 @@ Dim names: B batch, T sequence, D hidden width, P documents of like length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,26 @@ State = tuple[Tensor, ...]
 """What a cell passes from one token to the next, (1, B, D) each: (h,); of an LSTM (h, c)."""
 
 
+Layer = Callable[[Tensor, "State | None"], tuple[Tensor, State]]
+
+
 class Cells(nn.Module):
     """Base of layers of one kind of cell in one direction, beside one of torch's modules."""
 
-    def forward(self, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State | None]:
         """Return the hidden states of all tokens, (B, T, D), and the state after the last.
+
+        documents: those of packed rows; see Documents.run. They are divided in here, because ZeRO 3 gathers
+        weights at each call of a module, which all ranks have to make equally often.
+        """
+        if documents is not None:
+            return documents.run(self._read, x_BTD, state)
+        return self._read(x_BTD, state)
+
+    def _read(self, x_BTD: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Read rows of one text each.
 
         Computes in fp32 if autocast requests a low precision that this CPU has no kernel for, where torch
         would fail or round at each step.
@@ -120,7 +136,7 @@ class Documents:
         self._order = torch.empty_like(places)
         self._order[places] = torch.arange(B * T, device=places.device)
 
-    def run(self, layer: nn.Module, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+    def run(self, layer: Layer, x_BTD: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """Return the hidden states of all tokens, (B, T, D), and with a state to begin from, if documents go
         on, that after the last token of each row."""
         flat = x_BTD.flatten(0, 1)

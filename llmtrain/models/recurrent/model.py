@@ -129,7 +129,7 @@ class RecurrentModel(TiedHeadModel):
         after: list[Any] = []
         x_BTD = self.dropout(self.embedding(tokens_BT), dropout_keys_B)
         for layer, dropout, state in zip(self.layers, self.layer_dropouts, before, strict=True):
-            x_BTD, state = layer(x_BTD, state) if documents is None else documents.run(layer, x_BTD, state)
+            x_BTD, state = layer(x_BTD, state, documents)
             after.append(state)
             x_BTD = dropout(x_BTD, dropout_keys_B)
         if cache is not None:

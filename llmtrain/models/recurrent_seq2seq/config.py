@@ -61,6 +61,10 @@ class RecurrentSeq2SeqConfig(OfVocabulary):
     adaptation: Adaptation | None = field(default=None, metadata={INTERNAL: True})
     """What fine-tuning adds to the layers; set by the method."""
 
+    @property
+    def steps_by_token(self) -> bool:
+        return True
+
     def problems(self) -> Iterator[Problem]:
         yield from self.vocabulary_problems()
         for name in ("hidden_size", "num_layers"):

@@ -68,6 +68,10 @@ def test_an_encoder_decoder_learns_to_write(rows: Path, corpus: Path, tmp_path: 
         (("model=gru", "parallel.tensor=2"), "gru runs data-parallel"),
         (("model=rnn", "parallel.pipeline=2", "parallel.zero=1"), "rnn runs data-parallel"),
         (
+            ("model=seq2seq_lstm", "objective=seq2seq", "parallel.zero=3"),
+            "parallel.zero: got '3 with model.family=recurrent_seq2seq, which goes from token to token'",
+        ),
+        (
             ("model=seq2seq_lstm", "objective=seq2seq", "parallel.tensor=2"),
             "recurrent_seq2seq runs data-parallel",
         ),

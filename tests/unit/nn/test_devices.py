@@ -27,9 +27,10 @@ def test_the_meta_device_refuses_tensors_of_the_cpu() -> None:
 def test_forward_and_backward(family: str, dropout: float, request: pytest.FixtureRequest) -> None:
     """Up to the logits: which labels count is data, which the meta device has not."""
     corpus = request.getfixturevalue("paired_corpus" if family == TRANSFORMER else "corpus")
-    resolved = resolve(
-        compose([*FAMILIES[family], f"data.path={corpus}", f"model.dropout={dropout}"]), world_size=1
-    )
+    words = [*FAMILIES[family], f"data.path={corpus}", f"model.dropout={dropout}"]
+    if family == "LSTM":
+        words.append("data.document_mask=false")  # where documents begin is data too
+    resolved = resolve(compose(words), world_size=1)
     model_config = resolved.config.model
     objective: Any = resolved.config.objective.build(model_config, resolved.config.data, resolved.corpora)
     steps = open_loader(resolved).steps(0)
