@@ -34,7 +34,7 @@ PARTS = (
     Part("scaler", "tests.gpu.scaler:check", 30),
     Part("zero", "tests.gpu.zero:check", 90, ("deepspeed",)),
     Part("checkpoints", "tests.gpu.checkpoints:check", 30),
-    Part("resume", "tests.gpu.resume:check", 150),
+    Part("resume", "tests.gpu.resume:check", 75),
     Part("generation", "tests.gpu.generation:check", 30),
     Part("gpt2 124M", "tests.gpu.speed:gpt2", 60, TRAINER),
     Part("bert base", "tests.gpu.speed:bert", 60, TRAINER),
