@@ -14,6 +14,7 @@ import numpy as np
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
+from llmtrain.labels import IGNORE_INDEX
 from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import (
     DROPOUT_KEYS,
@@ -127,8 +128,8 @@ class Adversarial:
 
     def collate(self, raw: dict[str, np.ndarray]) -> Batch:
         """Return "images" (B, K, H, W), "noise" and "further_noise" (B, Z), "mixed" (B,), all float32, and
-        "labels" int64 (B), −100 for empty samples and else the class."""
-        labels_B = np.where(raw["labels"] < 0, -100, raw["labels"])
+        "labels" int64 (B), IGNORE_INDEX for empty samples."""
+        labels_B = np.where(raw["labels"] < 0, IGNORE_INDEX, raw["labels"])
         keys_B = raw["keys"]
         drawn = uniform(keys_B, _MIXED, np.zeros(1))[:, 0].astype(np.float32)
         return tensors(

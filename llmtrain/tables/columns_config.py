@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmtrain.config import require
-from llmtrain.corpus.config import CacheConfig, Locate, OneSource
+from llmtrain.corpus.config import CacheConfig, Locate
 from llmtrain.errors import Problem
 from llmtrain.prepare.config import SplitConfig
-from llmtrain.tables.config import SPLITS
+from llmtrain.tables.config import FilesOfSplits
 
 
 @dataclass(frozen=True)
-class ColumnDataConfig(OneSource):
+class ColumnDataConfig(FilesOfSplits):
     """Rows of numbers and categories, with a class each, from files: .csv, .tsv, .jsonl, .parquet."""
 
     has_text = False
@@ -24,12 +24,6 @@ class ColumnDataConfig(OneSource):
     path: str | None = None
     """A file, a folder, a glob pattern or `package:NAME/path`, whose rows are divided into splits by a hash
     of their values."""
-    train: str | None = None
-    """Files of the training split, in place of `path`."""
-    validation: str | None = None
-    """Files of the validation split; null, beside `train`: held out from `train` by the hash."""
-    test: str | None = None
-    """Files of the test split; null, beside `train`: none."""
     kind: Literal["columns"] = "columns"
     """Rows of numbers and categories."""
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "json"] = "auto"
@@ -51,18 +45,6 @@ class ColumnDataConfig(OneSource):
     workers: int = 0
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
 
-    @property
-    def files(self) -> dict[str, str]:
-        """Return the files of each split that has its own, or "" → `path`, whose rows are divided."""
-        if self.path is not None:
-            return {"": self.path}
-        return {split: where for split in SPLITS if (where := getattr(self, split)) is not None}
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """Return "", the name of the single source, → where its rows are."""
-        return {"": ", ".join(self.files.values())}
-
     def order_settings(self, sequence_length: int) -> dict[str, Any]:
         """Return no settings: rows have one order for each seed."""
         return {}
@@ -72,19 +54,10 @@ class ColumnDataConfig(OneSource):
         cls, section: Mapping[str, Any], names: Sequence[str], order: Any, locate: Locate, cache: CacheConfig
     ) -> dict[str, Any]:
         """Return the section of a run with the present locations; see TokenDataConfig."""
-        files = {key: section[key] for key in ("path", *SPLITS) if section.get(key) is not None}
-        return {
-            **section,
-            **{key: locate("" if key in ("path", "train") else key, files[key]) for key in files},
-        }
+        return {**section, **cls.relocated(section, locate)}
 
     def problems(self) -> Iterator[Problem]:
-        given = [split for split in SPLITS if getattr(self, split) is not None]
-        if self.path is not None and given:
-            yield Problem("path", self.path, f"null beside data.{given[0]}", "give one of the two")
-        if not self.path and not given:
-            allowed = "a file, folder or glob pattern"
-            yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
+        yield from self.file_problems()
         for name in (*self.numeric, *self.categorical):
             yield from require(name != self.label_field, "label_field", name, "no column that is read too")
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

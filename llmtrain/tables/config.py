@@ -29,7 +29,50 @@ class TableCacheConfig:
 
 
 @dataclass(frozen=True)
-class TableDataConfig(OneSource):
+class FilesOfSplits(OneSource):
+    """Base of `data` sections with rows from files, which a hash divides into splits unless each has its
+    own."""
+
+    path: str | None = None
+    """A file, a folder, a glob pattern or `package:NAME/path`, whose rows are divided into splits by a
+    hash."""
+    train: str | None = None
+    """Files of the training split, in place of `path`."""
+    validation: str | None = None
+    """Files of the validation split; null, beside `train`: held out from `train` by the hash."""
+    test: str | None = None
+    """Files of the test split; null, beside `train`: none."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the files of each split that has its own, or "" → `path`, whose rows are divided."""
+        if self.path is not None:
+            return {"": self.path}
+        return {split: where for split in SPLITS if (where := getattr(self, split)) is not None}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Return "", the name of the single source, → where its rows are."""
+        return {"": ", ".join(self.files.values())}
+
+    @staticmethod
+    def relocated(section: Mapping[str, Any], locate: Locate) -> dict[str, Any]:
+        """Return the present locations of the files that the section of a run names."""
+        given = {key: section[key] for key in ("path", *SPLITS) if section.get(key) is not None}
+        return {key: locate("" if key in ("path", "train") else key, given[key]) for key in given}
+
+    def file_problems(self) -> Iterator[Problem]:
+        """Yield a problem for files that are named twice or not at all."""
+        given = [split for split in SPLITS if getattr(self, split) is not None]
+        if self.path is not None and given:
+            yield Problem("path", self.path, f"null beside data.{given[0]}", "give one of the two")
+        if not self.path and not given:
+            allowed = "a file, folder or glob pattern"
+            yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
+
+
+@dataclass(frozen=True)
+class TableDataConfig(FilesOfSplits):
     """Labelled texts straight from files: .csv, .tsv, .jsonl, .parquet, CoNLL columns, SQuAD's .json."""
 
     has_text = True
@@ -38,12 +81,6 @@ class TableDataConfig(OneSource):
     path: str | None = None
     """A file, a folder, a glob pattern or `package:NAME/path`, whose rows are divided into splits by a hash
     of their text, as `llmtrain prepare` divides documents."""
-    train: str | None = None
-    """Files of the training split, in place of `path`."""
-    validation: str | None = None
-    """Files of the validation split; null, beside `train`: held out from `train` by the hash."""
-    test: str | None = None
-    """Files of the test split; null, beside `train`: none."""
     kind: Literal["table"] = "table"
     """Tables of labelled texts."""
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "json"] = "auto"
@@ -92,18 +129,6 @@ class TableDataConfig(OneSource):
     cache: TableCacheConfig = field(default_factory=TableCacheConfig)
     """The cache of tokens and labels."""
 
-    @property
-    def files(self) -> dict[str, str]:
-        """Return the files of each split that has its own, or "" → `path`, whose rows are divided."""
-        if self.path is not None:
-            return {"": self.path}
-        return {split: where for split in SPLITS if (where := getattr(self, split)) is not None}
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """Return "", the name of the single source, → where its rows are."""
-        return {"": ", ".join(self.files.values())}
-
     def order_settings(self, sequence_length: int) -> dict[str, Any]:
         """Return the settings that determine the rows and their order."""
         return {"sequence_length": sequence_length, "group": self.group}
@@ -114,18 +139,17 @@ class TableDataConfig(OneSource):
     ) -> dict[str, Any]:
         """Return the section of a run with the present locations; the tokenizer is that of its checkpoints.
         See TokenDataConfig."""
-        files = {key: section[key] for key in ("path", *SPLITS) if section.get(key) is not None}
-        located = {key: locate("" if key in ("path", "train") else key, files[key]) for key in files}
         kept = {} if cache.dir == CacheConfig().dir else {"dir": str(cache.dir)}
-        return {**section, **located, "tokenizer": None, "group": order.group, "cache": kept}
+        return {
+            **section,
+            **cls.relocated(section, locate),
+            "tokenizer": None,
+            "group": order.group,
+            "cache": kept,
+        }
 
     def problems(self) -> Iterator[Problem]:
-        given = [split for split in SPLITS if getattr(self, split) is not None]
-        if self.path is not None and given:
-            yield Problem("path", self.path, f"null beside data.{given[0]}", "give one of the two")
-        if not self.path and not given:
-            allowed = "a file, folder or glob pattern"
-            yield Problem("path", str(self.path), allowed, "give data.path=…, or data.train=…")
+        yield from self.file_problems()
         prompts = self.prompt_field or self.completion_field
         instructions = self.instruction_field or self.input_field or self.output_field
         if prompts and instructions:
