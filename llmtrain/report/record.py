@@ -20,7 +20,7 @@ from llmtrain.track.events import EVENTS, Event, read_events
 from llmtrain.track.jsonl import read_metrics
 
 RECORD_BYTES = 1 << 20
-"""Largest accepted size of a file that describes a run."""
+"""Largest accepted size of a file that describes a run; usual ones have some thousand bytes."""
 METRICS, CONFIG, LOCK = "metrics.jsonl", "config.yaml", ".lock"
 SILENT_SECONDS = 120.0
 """A run that holds its folder is silent if no step ends for so long, or for SILENT_STEPS of its steps."""
@@ -117,8 +117,10 @@ class RunRecord:
         return found.values[-1] if found is not None and found.values else None
 
 
-def read_run(path: Path) -> RunRecord:
-    """Read a run folder. Raise CheckpointError for a folder in which no run ever started."""
+def read_run(path: Path, last_bytes: int | None = None) -> RunRecord:
+    """Read a run folder. Raise CheckpointError for a folder in which no run ever started.
+
+    last_bytes: of the metrics read only so much of their end; None: all."""
     if not (path / CONFIG).exists():
         got = f"{path}, " + ("a folder in which no run started" if path.is_dir() else "no such folder")
         raise CheckpointError(Problem("run", got, "a run folder, with config.yaml and metrics.jsonl"))
@@ -129,7 +131,7 @@ def read_run(path: Path) -> RunRecord:
         _described(path / CONFIG),
         _described(path / "environment.json"),
         _described(path / "data.json"),
-        _series(metrics),
+        _series(metrics, last_bytes),
         read_events(path / EVENTS),
         _saved(path),
         _holder(path / LOCK),
@@ -149,10 +151,10 @@ def _described(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _series(path: Path) -> dict[str, Series]:
+def _series(path: Path, last_bytes: int | None) -> dict[str, Series]:
     found: dict[str, Series] = {}
     try:
-        for record in read_metrics(path):
+        for record in read_metrics(path, last_bytes):
             for name, value in record.items():
                 if name != "step" and type(value) in (int, float):
                     series = found.setdefault(name, Series([], []))

@@ -60,9 +60,11 @@ class JsonlTracker:
         os.close(self._file)
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics file in order, without damaged lines; none if the file is missing.
     Values are numbers, strings or null.
+
+    last_bytes: read only so much of its end; None: all of it.
 
     Raise OSError if the file is larger than METRICS_BYTES.
     """
@@ -71,6 +73,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb", opener=files.open_regular) as file:
         if (size := os.fstat(file.fileno()).st_size) > METRICS_BYTES:
             raise OSError(errno.EINVAL, f"a file of {size:,} bytes, more than {METRICS_BYTES:,}", str(path))
+        if last_bytes is not None and size > last_bytes:
+            file.seek(size - last_bytes)
+            file.readline(LONGEST_LINE)  # the rest of a line
         while line := file.readline(LONGEST_LINE):
             try:
                 record = parse_object(line)

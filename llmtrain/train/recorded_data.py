@@ -25,6 +25,7 @@ from llmtrain.objectives.older import run_with_objective
 from llmtrain.objectives.reading import open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.reading import parse_object, parse_yaml, read_decoded
+from llmtrain.report.record import METRICS, RECORD_BYTES
 from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.streaming import Order, open_stream
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.stream import Skipped, Stream
 
-METRICS = "metrics.jsonl"
-RECORD_BYTES = 1 << 20
-"""Largest accepted size of a file that describes a run; usual ones have some thousand bytes."""
 T = TypeVar("T")
 
 

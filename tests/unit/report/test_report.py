@@ -15,6 +15,7 @@ from llmtrain.cli import main as cli
 from llmtrain.report.page import MOST_POINTS, _thinned
 from llmtrain.report.record import Series, read_run
 from llmtrain.track.events import read_events
+from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.run_folder import RunFolder
 
 TINY = ("model=gpt_tiny", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2")
@@ -57,6 +58,18 @@ def test_where_a_finished_run_is(runs: tuple[Path, Path], capsys: pytest.Capture
     assert "step            4 of 4 (100.0%)\n" in shown
     kinds = [(event.kind, event.step) for event in read_events(runs[0] / "events.jsonl")]
     assert kinds == [("start", 0), ("save", 2), ("done", 2), ("start", 2), ("save", 4), ("done", 4)]
+
+
+def test_the_end_of_long_metrics_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": step / 7}) + "\n" for step in range(1, 500)))
+    records = list(read_metrics(path))
+    assert [record["step"] for record in records] == list(range(1, 500))
+    for last_bytes in (1000, 1001, 1017):
+        found = list(read_metrics(path, last_bytes))
+        assert found == records[-len(found) :]
+        assert 900 < sum(len(json.dumps(record)) + 1 for record in found) <= last_bytes
+    assert list(read_metrics(path, 1 << 20)) == records
 
 
 def test_a_run_that_a_process_holds(
