@@ -11,49 +11,23 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from finetune_table import of_words
+from finetune_table import of_words, parameters_of, reviews_of
 
-from llmtrain.checkpoint.manifest import WEIGHT
-from llmtrain.checkpoint.reader import Checkpoint
-from llmtrain.checkpoint.retention import list_steps
-from llmtrain.corpus.packages import resolve_package_path
-from llmtrain.prepare.clean import split_of
-from llmtrain.tables.build import text_hashes
+from llmtrain.report.page import STYLE, table_of
 
-VALIDATION, TEST = 0.05, 0.1
-"""Shares of the reviews that baselines.sh holds out."""
 MOST_NUMBERS = 5000
 ONES = (
-    *(
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-    ),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-)
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
 TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-STYLE = """body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left; }
- td.number { text-align: right; } img { max-width: 100%; }"""
 
 
 class Part(NamedTuple):
@@ -158,18 +132,7 @@ def page(runs: Path) -> None:
             markdown.append(
                 "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
             )
-            cells = "".join(
-                "<tr>"
-                + "".join(
-                    f"<td{' class=number' if i in (1, 2) else ''}>{escape(cell)}</td>"
-                    for i, cell in enumerate(row)
-                )
-                + "</tr>"
-                for row in rows
-            )
-            html.append(
-                f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>{cells}</table>"
-            )
+            html.append(table_of(head, rows))
         for picture in pictures:
             name = str(picture.relative_to(runs))
             data = base64.b64encode(picture.read_bytes()).decode()
@@ -219,11 +182,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def parameters_of(run: Path) -> int:
-    checkpoint = Checkpoint.open(list_steps(run / "checkpoints")[-1])
-    return sum(math.prod(weight["shape"]) for weight in checkpoint.manifest["tensors"][WEIGHT].values())
-
-
 def in_words(number: int) -> str:
     """Return a number below 10,000 in English words."""
     if number < 20:
@@ -248,14 +206,11 @@ def numbers(path: Path) -> None:
 
 def first(source: str, count: int, path: Path) -> None:
     """Write the first reviews of the test split."""
-    found = resolve_package_path(source) if source.startswith("package:") else Path(source)
-    with open(found, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["text"].strip()]
-    of_split = split_of(text_hashes([row["text"] for row in rows])[:, 1], VALIDATION, TEST)
+    rows, _, of_split = reviews_of(source)
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(held_out(rows, of_split.tolist(), count))
+        writer.writerows(rows[number] for number in np.flatnonzero(of_split == 2)[:count])
 
 
 def tfidf(source: str, rows: int, path: Path) -> None:
@@ -268,11 +223,6 @@ def tfidf(source: str, rows: int, path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(said))
-
-
-def held_out(rows: list[dict[str, str]], splits: list[int], count: int) -> Iterator[dict[str, str]]:
-    chosen = [row for row, split in zip(rows, splits, strict=True) if split == 2]
-    yield from chosen[:count]
 
 
 def main() -> None:

@@ -55,13 +55,27 @@ class Row(NamedTuple):
     high: float
 
 
+def parameters_of(run: Path, trained_alone: bool = False) -> int:
+    """Return how many parameters the newest checkpoint of a run has, or how many of them it trained."""
+    checkpoint = Checkpoint.open(list_steps(run / "checkpoints")[-1])
+    weights = checkpoint.manifest["tensors"][WEIGHT]
+    left_out = checkpoint.statistics | (checkpoint.frozen if trained_alone else frozenset())
+    return sum(math.prod(w["shape"]) for name, w in weights.items() if name not in left_out)
+
+
+def reviews_of(source: str) -> tuple[list[dict[str, str]], np.ndarray, np.ndarray]:
+    """Return the rows of the reviews, the hashes of their texts and the split of each: 0 train, 1 validation,
+    2 test."""
+    path = resolve_package_path(source) if source.startswith("package:") else source
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["text"].strip()]
+    hashes = text_hashes([row["text"] for row in rows])
+    return rows, hashes, split_of(hashes[:, 1], VALIDATION, TEST)
+
+
 def of_run(title: str, run: Path) -> Row:
     figures = json.loads((run / "test.json").read_text())
-    trained = 0
-    if (run / "checkpoints").exists():
-        checkpoint = Checkpoint.open(list_steps(run / "checkpoints")[-1])
-        weights = checkpoint.manifest["tensors"][WEIGHT]
-        trained = sum(math.prod(w["shape"]) for name, w in weights.items() if name not in checkpoint.frozen)
+    trained = parameters_of(run, trained_alone=True) if (run / "checkpoints").exists() else 0
     seconds = sum(map(float, (run / "seconds").read_text().split()))
     return Row(title, trained, seconds, figures["accuracy"], *figures["accuracy_interval"])
 
@@ -71,12 +85,9 @@ def of_words(source: str, most: int) -> Row:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    path = resolve_package_path(source) if source.startswith("package:") else source
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [(row["text"], row["label"]) for row in csv.DictReader(file) if row["text"].strip()]
+    read, hashes, of_split = reviews_of(source)
+    rows = [(row["text"], row["label"]) for row in read]
     started = time.perf_counter()
-    hashes = text_hashes([text for text, _ in rows])
-    of_split = split_of(hashes[:, 1], VALIDATION, TEST)
     numbers = [np.flatnonzero(of_split == split) for split in range(3)]
     # The rows that data.max_train_rows keeps.
     numbers[0] = numbers[0][np.argsort(hashes[numbers[0], 0], kind="stable")[:most]]

@@ -76,7 +76,7 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def table_of(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """Return a table. Cells that are numbers as text, such as 1,234, stand to the right."""
 
     def cell(value: Any) -> str:
@@ -94,7 +94,7 @@ def _summary(records: Sequence[RunRecord]) -> str:
     for record in records:
         for name, value in _facts(record).items():
             facts.setdefault(name, []).append(value)
-    return _table(["", *_names(records)], ([name, *values] for name, values in facts.items()))
+    return table_of(["", *_names(records)], ([name, *values] for name, values in facts.items()))
 
 
 def _facts(record: RunRecord) -> dict[str, str]:
@@ -204,7 +204,7 @@ def _events(records: Sequence[RunRecord]) -> str:
             rows.append(
                 ["", name, "save", "", f"{len(saves) - len(kept)} more between the first and the last"]
             )
-    return _table(["when", "run", "event", "step", ""], rows)
+    return table_of(["when", "run", "event", "step", ""], rows)
 
 
 def _settings(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -214,7 +214,7 @@ def _settings(records: Sequence[RunRecord]) -> Iterator[str]:
         keys = dict.fromkeys(key for settings in flat for key in settings)
         rows = [[key, *(settings.get(key, "") for settings in flat)] for key in keys]
         different = [row for row in rows if len({str(value) for value in row[1:]}) > 1]
-        yield _table(["key that differs", *_names(records)], different)
+        yield table_of(["key that differs", *_names(records)], different)
     for name, record in zip(_names(records), records, strict=True):
         text = yaml.safe_dump(dict(record.config), sort_keys=False)
         yield f"<details><summary>all settings of {escape(name)}</summary><pre>{escape(text)}</pre></details>"
@@ -236,7 +236,7 @@ def _data(records: Sequence[RunRecord]) -> str:
         where = ", ".join(map(str, paths.values())) if isinstance(paths, Mapping) else ""
         passes = "" if epoch is None else f"{epoch:.2f}"
         rows.append([name, where, str(record.data.get("train", "")), passes, f"{sum(targets):,.0f}"])
-    return _table(["run", "read from", "what", "epochs", "targets"], rows)
+    return table_of(["run", "read from", "what", "epochs", "targets"], rows)
 
 
 def _moment(at: float) -> str:
