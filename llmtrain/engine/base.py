@@ -90,7 +90,7 @@ class Fragment:
     """Whether the optimizer has state for it. The holder of a frozen weight is the weight itself, in its
     own dtype."""
     is_statistic: bool = False
-    """Whether forward passes change it, and no optimizer."""
+    """Whether forward passes update it, in place of the optimizer, such as an average of batch norm."""
 
     def view_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this fragment's part, 1-D, of a tensor shaped like `holder`."""

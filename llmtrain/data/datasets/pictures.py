@@ -28,7 +28,7 @@ LARGEST_PICTURE = 64 << 20
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model reads: pictures of one size, and labels of so many classes."""
+    """Size of the pictures that a model reads, and number of its classes."""
 
     size: int = 28
     """Height and width, in pixels."""
@@ -36,8 +36,8 @@ class Shape:
     """1: grey, 3: color."""
     num_classes: int = 10
     resize: bool = True
-    """Whether files of pictures are scaled to the size; else those of another size are refused. Arrays of
-    another size are always refused."""
+    """Scale picture files to this size; false: refuse those of another size. Arrays of another size are always
+    refused."""
 
     @property
     def numbers(self) -> int:

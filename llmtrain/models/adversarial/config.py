@@ -22,7 +22,7 @@ class Layer(NamedTuple):
     outputs: int
     weights: int
     positions: int
-    """How often each weight is used."""
+    """Number of places of an image at which each weight is applied."""
     has_norm: bool
 
 
@@ -34,7 +34,7 @@ class GANConfig(ModelConfig):
     family: Literal["gan"] = "gan"
     """Generator and discriminator."""
     layers: Literal["linear", "convolutional"] = "linear"
-    """What both are made of."""
+    """Kind of the layers of generator and discriminator."""
     latent_size: int = 100
     """Numbers of the noise that the generator begins with."""
     hidden: tuple[int, ...] = (256, 512)
@@ -52,7 +52,7 @@ class GANConfig(ModelConfig):
     synchronized_norm: bool = True
     """Batch norms take mean and variance over the micro-batches of all replicas; false: each over its own."""
     dropout: float = 0.0
-    """Of the discriminator's hidden layers (linear)."""
+    """Dropout probability after the discriminator's hidden layers (linear)."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.latent_size >= 1, "latent_size", self.latent_size, "1 or more")

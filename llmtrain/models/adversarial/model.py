@@ -19,7 +19,7 @@ from llmtrain.nn.initialize import Constant, Initializer, Normal, Uniform
 from llmtrain.nn.linear import Linear
 
 SLOPE = 0.2
-"""Of the leaky ReLU for negative inputs (DCGAN, section 3)."""
+"""Slope of the leaky ReLU for negative inputs (DCGAN, section 3)."""
 
 
 class LinearGenerator(nn.Module):

@@ -45,7 +45,7 @@ class ResNetConfig(ModelConfig):
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Output channels of each stage; each but the first halves height and width."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
-    """What precedes the stages. imagenet: a 7×7 convolution and a max pool, each of stride 2; cifar: a 3×3
+    """Layers before the stages. imagenet: a 7×7 convolution and a max pool, each of stride 2; cifar: a 3×3
     convolution."""
     stem_width: int = 64
     """Output channels of the stem."""
