@@ -36,8 +36,8 @@ class Shape:
     """1: grey, 3: color."""
     num_classes: int = 10
     resize: bool = True
-    """Scale picture files to this size; false: refuse those of another size. Arrays of another size are always
-    refused."""
+    """Scale picture files to this size; false: refuse those of another size. Arrays of another size
+    are always refused."""
 
     @property
     def numbers(self) -> int:
