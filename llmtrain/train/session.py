@@ -3,8 +3,6 @@ resume from, build the engine, open the trackers, run the loop."""
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,19 +16,13 @@ from llmtrain.checkpoint.retention import prune
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import encode
 from llmtrain.data.datasets.base import Dataset, mean_length
-from llmtrain.data.loader import Loader, OneReading
+from llmtrain.data.loader import OneReading
 from llmtrain.data.stream import Stream
-from llmtrain.distributed import launcher, processes, set_union, stopping
+from llmtrain.distributed import processes, stopping
 from llmtrain.engine.allocator import Heap, keep_freed_memory
 from llmtrain.engine.base import Engine
 from llmtrain.engine.evaluation import Totals
-from llmtrain.errors import DataError
-from llmtrain.objectives.base import Objective
-from llmtrain.objectives.reading import open_dataset
 from llmtrain.optim.schedules import multiplier
-from llmtrain.standard_streams import print_note
-from llmtrain.track.progress import Progress
-from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import recorded
 from llmtrain.train.examiner import give_classifier
 from llmtrain.train.judging import Judge
@@ -39,17 +31,16 @@ from llmtrain.train.observer import RunObserver
 from llmtrain.train.reference import give_reference
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, check_same_validation, find_resume
-from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.run_data import RunData
+from llmtrain.train.run_record import RunRecord
 from llmtrain.train.solved import build_solved_engine, conclude
 from llmtrain.train.start import start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
-from llmtrain.train.streaming import open_stream, plan_timeline
 from llmtrain.train.suite import TrainingSuite, tasks_of
 from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
 from llmtrain.train.writing import ValidationWriter
 from llmtrain.train.writing_rules import rows_to_write
-from llmtrain.urls import without_credentials_in
 
 
 def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
@@ -82,12 +73,11 @@ class Session:
         self.rank = self.layout.coordinates(processes.rank()).data
         self._heap = heap
         self._started = started
-        self._folder: RunFolder | None = None
-        self._trackers: Trackers | None = None
-        self._progress: Progress | None = None
-        self._evaluated: str | None = None
+        self.record = RunRecord(self.config)
+        self._say = self.record.say
+        self.data = RunData(resolved, self._say)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
-        processes.on_main(self._hold_folder)
+        processes.on_main(self.record.hold_folder)
 
     @property
     def root(self) -> Path:
@@ -98,9 +88,8 @@ class Session:
         """Open everything in order, train, and return whether all steps are done."""
         config = self.config
         # Check everything that may be refused before building anything.
-        training = processes.agree(self._open_training_data)
-        validation = processes.agree(self._open_validation_data)
-        self._evaluated = None if validation is None else validation.fingerprint
+        training = self.data.open()
+        validation = self.data.validation
         tasks = None if validation is None else processes.agree(lambda: tasks_of(config))
         start = self._find_start(has_validation=validation is not None)
         if start.step >= config.train.steps and not start.evaluation_owed:
@@ -110,9 +99,9 @@ class Session:
         if judge.ended and not start.evaluation_owed:
             self._say(f"{judge.why_ended()}; nothing to train")
             return True
-        stream = self._open_stream(training, start)
+        stream = self.data.open_stream(training, start)
         if start.resume is not None and start.resume.is_own:
-            check_same_validation(config, start.resume.checkpoint, self._data_facts())
+            check_same_validation(config, start.resume.checkpoint, self.data.facts())
         objective = config.objective.build(config.model, config.data, self.corpora)
         if config.method == "features":
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
@@ -128,7 +117,7 @@ class Session:
         processes.agree(lambda: give_classifier(objective, config.model, self.device))
         length = mean_length(training.values())
         observer = processes.agree(lambda: self._open_observer(stream, start, weights, length))
-        loader = self._open_loader(stream, objective)
+        loader = self.data.open_loader(stream, objective, self.rank, self.device.type == "cuda")
         description = self._describe(stream, start, weights)
         reading = OneReading(loader)
         stopping.request.save_first()
@@ -152,65 +141,15 @@ class Session:
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
         self._saver.abandon()
-        if failed:
-            self._note("fail")
-        if self.corpora is not None:
-            self.corpora.close()
-        if self._progress is not None:
-            self._progress.close()
-        if self._trackers is not None:
-            self._trackers.close(failed)
-        if self._folder is not None:
-            self._folder.close()
+        self.data.close()
+        self.record.close(failed)
 
     # What a start opens, in order
 
-    def _hold_folder(self) -> None:
-        self._folder = RunFolder(self.config.run.dir)
-
-    def _open_training_data(self) -> Mapping[str, Dataset]:
-        config, length = self.config, self.config.batch.sequence_length
-        return config.objective.open(config.model, config.data, self.corpora, "train", length)
-
-    def _open_validation_data(self) -> Dataset | None:
-        """Return None when nothing is evaluated, because of the settings or for lack of data."""
-        config = self.config
-        if config.evaluation.every is None and not config.evaluation.at_start:
-            return None
-        try:
-            self._say_what_is_not_evaluated()
-            return open_dataset(
-                config.objective,
-                config.model,
-                config.data,
-                self.corpora,
-                "validation",
-                config.batch.sequence_length,
-                lambda shard, samples: self._say(_left_out(shard, samples)),
-            )
-        except DataError as error:
-            self._say(f"no evaluation{', nor tasks' if config.harness.tasks else ''}: {error}")
-            return None
-
     def _find_start(self, has_validation: bool) -> StartingPoint:
-        resume = find_resume(self.config, self._data_facts(), self._say)
+        resume = find_resume(self.config, self.data.facts(), self._say)
         owed = resume is not None and resume.evaluation_owed and has_validation
         return StartingPoint(resume, owed)
-
-    def _open_stream(self, training: Mapping[str, Dataset], start: StartingPoint) -> Stream:
-        config = self.config
-        before = start.resume.timeline if start.resume is not None else None
-        timeline = plan_timeline(config, training, before, start.step, self._say)
-        return processes.agree(
-            lambda: open_stream(
-                config.data,
-                training,
-                timeline,
-                seed=config.seed,
-                agree=set_union.of_all_ranks(),
-                on_skip=lambda shard, samples: self._say(f"{_left_out(shard, samples)} in this epoch"),
-            )
-        )
 
     def _open_observer(
         self, stream: Stream, start: StartingPoint, weights: WeightRecord, length: float | None
@@ -220,51 +159,29 @@ class Session:
         if not processes.is_main():
             return RunObserver(config, self.layout, self.device, None, None)
         self._describe_in_folder(stream, weights)
-        # A fork of another run has tracks of its own.
         own = start.checkpoint if start.resume is not None and start.resume.is_own else None
-        self._trackers = open_trackers(
-            config.track,
-            run_dir=config.run.dir,
-            run_name=config.run.name,
-            resolved_config=recorded(config),
-            resume_step=own.step if own is not None else None,
-            state=own.manifest.get("trackers") if own is not None else None,
-        )
-        self._note("start", start.step, host=platform.node(), processes=processes.world_size())
-        every = 1 if sys.stderr.isatty() else config.train.log_every
-        self._progress = Progress(config.train.steps, start_step=start.step, every=every)
+        self.record.begin(start.step, own)
         self._say(stream.describe(self.layout.micro_size if self.layout.pipeline == 1 else None))
         counters = self.corpora.counters if self.corpora is not None else dict
         layout, device = self.layout, self.device
-        return RunObserver(config, layout, device, self._trackers, self._progress, counters, length)
+        record = self.record
+        return RunObserver(config, layout, device, record.trackers, record.progress, counters, length)
 
     def _describe_in_folder(self, stream: Stream, weights: WeightRecord) -> None:
-        assert self._folder is not None
         facts: dict[str, Any] = {"device": str(self.device), "world_size": processes.world_size()}
         if self.pretrained is not None:
             facts["started_from"] = str(self.pretrained.path)
         if weights.differences is not None:
             facts |= {f"{which}_parameters": names for which, names in weights.differences.items()}
-        data = {**self._data_facts(), "train": stream.describe(), "timeline": stream.timeline.encode()}
-        self._folder.describe(recorded(self.config), data, facts)
-
-    def _open_loader(self, stream: Stream, objective: Objective) -> Loader:
-        return Loader(
-            stream,
-            objective.collate,
-            micro_size=self.layout.micro_size,
-            data_rank=self.rank,
-            data_size=self.layout.data,
-            workers=self.config.data.workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        data = {**self.data.facts(), "train": stream.describe(), "timeline": stream.timeline.encode()}
+        self.record.describe(data, facts)
 
     def _describe(self, stream: Stream, start: StartingPoint, weights: WeightRecord) -> dict[str, Any]:
         """Return what the manifest of every checkpoint of this start says, as JSON."""
         return {
             "model": encode(self.config.model),
             "config": recorded(self.config),
-            "data": {**self._data_facts(), "train": stream.describe()},
+            "data": {**self.data.facts(), "train": stream.describe()},
             "timeline": stream.timeline.encode(),
             "resumed_from": str(start.checkpoint.path) if start.checkpoint is not None else None,
             "started_from": str(self.pretrained.path) if self.pretrained is not None else None,
@@ -284,7 +201,7 @@ class Session:
         description: Mapping[str, Any],
         observer: RunObserver,
     ) -> Hooks:
-        config, judge = self.config, self._judge
+        config, judge, record = self.config, self._judge, self.record
 
         def evaluate(step: int, between: Callable[[], None]) -> Totals:
             assert validation is not None
@@ -299,7 +216,7 @@ class Session:
                 start.resume.note_evaluation({"validation_loss": loss, **judge.recorded(start.step)})
 
         def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
-            trackers = processes.from_main(self._trackers.state() if self._trackers is not None else None)
+            trackers = processes.from_main(record.trackers.state() if record.trackers is not None else None)
             manifest = {
                 **description,
                 "validation_loss": validation_loss,
@@ -343,7 +260,7 @@ class Session:
 
     def _on_saved(self, step: int, path: Path) -> None:
         self._say(f"step {step:,}: checkpoint {path}")
-        self._note("save", step)
+        self.record.note("save", step)
         if processes.is_main():
             self._prune(path)
 
@@ -353,27 +270,8 @@ class Session:
         except OSError as error:  # training needs none of this
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 
-    # What the run says
-
-    def _say(self, text: str) -> None:
-        """Print a line on rank 0, above the progress line where there is one."""
-        if launcher.rank() == 0:
-            if self._progress is not None:
-                self._progress.message(text)
-            else:
-                print_note(text)
-
-    def _note(self, kind: str, step: int | None = None, **facts: Any) -> None:
-        if self._folder is not None:
-            self._folder.note(kind, step, **facts)
-
-    def _say_what_is_not_evaluated(self) -> None:
-        without = [] if self.corpora is None else self.corpora.without("validation")
-        if without and self.corpora is not None and len(without) < len(self.corpora.by_name):
-            self._say(f"note: {', '.join(without)} has no validation split; the others are evaluated")
-
     def _report(self, outcome: Outcome) -> None:
-        self._note("stop" if outcome.interrupted else "done", outcome.step)
+        self.record.note("stop" if outcome.interrupted else "done", outcome.step)
         if outcome.interrupted:
             self._say(f"stopped at step {outcome.step:,} as asked; run the same command to resume")
             return
@@ -382,17 +280,3 @@ class Session:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         seconds = time.perf_counter() - self._started
         self._say(f"done: step {outcome.step:,}{loss}, {seconds:.0f} s, run folder {self.config.run.dir}")
-
-    def _data_facts(self) -> dict[str, Any]:
-        """Return what identifies the data: its kind, locations and tokenizer."""
-        data = self.config.data
-        return {
-            "kind": data.kind,
-            "paths": without_credentials_in(data.paths),
-            "tokenizer_sha256": self.corpora.tokenizer_sha256 if self.corpora is not None else None,
-            "validation": self._evaluated if data.is_table else None,
-        }
-
-
-def _left_out(shard: str, samples: int) -> str:
-    return f"warning: {shard} is bad: its {samples:,} sequences are left empty"

@@ -16,7 +16,7 @@ from llmtrain.checkpoint.retention import list_steps
 from llmtrain.engine.base import NonFiniteError
 from llmtrain.errors import CheckpointError, Problem, TrainingError
 from llmtrain.track.trackers import Trackers
-from llmtrain.train import session as session_module
+from llmtrain.train import run_record
 from tests.support.fake_engine import FakeRun, raise_at, stop_at, trained
 
 EVALUATION = [f"evaluate batch {number}" for number in (1, 2, 3, 4)]
@@ -148,14 +148,14 @@ class FailsAt:
 
 def track_besides(tracker: FailsAt, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let later starts open this tracker beside those of the settings."""
-    original = session_module.open_trackers
+    original = run_record.open_trackers
 
     def opened(*arguments: Any, **settings: Any) -> Trackers:
         trackers = original(*arguments, **settings)
         trackers.open("besides", lambda: tracker)
         return trackers
 
-    monkeypatch.setattr(session_module, "open_trackers", opened)
+    monkeypatch.setattr(run_record, "open_trackers", opened)
 
 
 def test_a_tracker_that_fails_does_not_stop_training(
