@@ -46,6 +46,10 @@ class Forwarder:
         """Forward later requests: before this call there are no ranks, and a request ends the launcher."""
         self._has_ranks = True
 
+    def end_ranks(self) -> None:
+        """Kill the ranks of this host."""
+        _send(signal.SIGKILL, _ranks())
+
     def _on_signal(self, number: int) -> None:
         if not self._has_ranks:
             with suppress(OSError):

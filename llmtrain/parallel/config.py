@@ -26,6 +26,9 @@ class ParallelConfig:
     """Pipeline stages, which divide the layers."""
     sequence: int = 1
     """Processes that divide each sequence."""
+    elastic: tuple[Literal["data", "tensor", "pipeline"], ...] = ("data",)
+    """Axes that may be smaller where a launcher with NNODES=MIN:MAX starts fewer processes than are asked
+    for: replicas are given up first, then stages, then parts of matrices. The global batch stays."""
     zero: Literal[0, 1, 2, 3] = 0
     """What the replicas shard (arXiv:1910.02054): 1 optimizer state, 2 also gradients, 3 also weights."""
     tensor_sequence: bool = False

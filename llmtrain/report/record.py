@@ -84,7 +84,7 @@ class RunRecord:
     @property
     def state(self) -> str:
         """Return one of starting, running, silent, finished, failed, stopped."""
-        last = next((event.kind for event in reversed(self.events) if event.kind != "save"), None)
+        last = next((e.kind for e in reversed(self.events) if e.kind not in ("save", "restart")), None)
         if self.holder is not None:
             if last != "start" or self.silent_for is None:
                 return "starting"

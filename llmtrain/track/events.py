@@ -1,4 +1,4 @@
-"""What happened to a run besides its steps: starts, checkpoints, and how each start ended."""
+"""What happened to a run besides its steps: starts, checkpoints, restarts, and how each start ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmtrain import files
 from llmtrain.reading import parse_object
 
 EVENTS = "events.jsonl"
-KINDS = ("start", "save", "stop", "done", "fail")
+KINDS = ("start", "save", "stop", "done", "fail", "restart")
 MOST_BYTES = 64 << 20
 """Bytes at the end of a file of events that are read."""
 
