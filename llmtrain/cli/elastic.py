@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from llmtrain.cli.hydra_app import composed
 from llmtrain.errors import UserError
@@ -20,6 +21,7 @@ from llmtrain.train.resolve import layout_refusals
 def main(arguments: Sequence[str]) -> None:
     """Print what does not fit."""
     sizes, *overrides = arguments
+    said: dict[str, Any]
     try:
         refused = layout_refusals(composed("train", overrides), map(int, sizes.split(",")))
         said = {"problems": [], "refused": refused}

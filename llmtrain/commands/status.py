@@ -92,7 +92,9 @@ def lines_of(record: RunRecord) -> list[tuple[str, str]]:
         lines.append(("checkpoint", f"step {saved.step:,}, {duration(saved.seconds_ago)} ago, {saved.path}"))
     lines.append(("starts", str(facts["starts"])))
     if restarts := [event for event in record.events if event.kind == "restart"]:
-        lines.append(("restarts", f"{len(restarts)}; the last: {printable(str(restarts[-1].facts.get('why')))}"))
+        lines.append(
+            ("restarts", f"{len(restarts)}; the last: {printable(str(restarts[-1].facts.get('why')))}")
+        )
     if record.holder is not None:
         lines.append(("process", record.holder.removeprefix("process ")))
     return lines

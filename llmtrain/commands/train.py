@@ -13,6 +13,7 @@ from llmtrain.plan.fit import refuse_if_too_large
 from llmtrain.plan.report import summary
 from llmtrain.standard_streams import print_note
 from llmtrain.train.resolve import resolve
+from llmtrain.train.time_limit import refuse_if_too_short
 from llmtrain.train.vectors_config import decode_run, is_word_vectors
 
 
@@ -26,6 +27,8 @@ def run(mapping: Mapping[str, Any]) -> int:
         if is_word_vectors(mapping):
             return _train_vectors(mapping)
         resolved = resolve(mapping)
+        wanted = resolved.config
+        refuse_if_too_short(wanted.train.time_limit, wanted.run.dir, wanted.train.steps)
         plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
         if launcher.rank() == 0:
             print_note(summary(plan))

@@ -27,10 +27,12 @@ def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bo
     each = hosts.num_processes or max(1, torch.accelerator.device_count())
     sizes = {num_nodes: num_nodes * each for num_nodes in range(hosts.least, hosts.num_nodes + 1)}
     command = [sys.executable, "-m", PROGRAM, ",".join(map(str, sizes.values())), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         got = f"a configuration that cannot be read ({' '.join(done.stderr.split())[-300:]})"
-        raise ConfigError(Problem("NNODES", got, remedy="see the lines of llmtrain train with these overrides"))
+        raise ConfigError(
+            Problem("NNODES", got, remedy="see the lines of llmtrain train with these overrides")
+        )
     said = json.loads(done.stdout)
     if said["problems"]:
         raise ConfigError(Problem(**problem) for problem in said["problems"])

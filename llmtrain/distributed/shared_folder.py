@@ -1,4 +1,4 @@
-"""Check that the hosts of a job see one run folder: a later start may have other hosts, or other first ones."""
+"""Check that the hosts of a job see one run folder: a later start may have others, or another first one."""
 
 from __future__ import annotations
 

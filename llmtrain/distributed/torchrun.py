@@ -1,13 +1,13 @@
 """Launch `llmtrain train` on the processes of this host, configured by environment variables as torchrun is.
 
 `launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's elastic agent, as `torchrun` does, and
-adds three things: the exit code of the rank that failed (torchrun always returns 1), one log per global rank,
-and ports on one network interface only: the loopback for one host, the interface that reaches the other hosts
-for several.
+adds: the exit code of the rank that failed (torchrun always returns 1), one log per global rank, ports on
+one network interface only (the loopback for one host, the interface that reaches the other hosts for
+several), and restarts that tell what failed and go on with the hosts that are left.
 
 Environment:
   NPROC_PER_NODE           number of processes on this host; default: one per accelerator, or 1
-  NNODES                   number of hosts; default 1; MIN:MAX: the job goes on with the hosts that are left
+  NNODES                   number of hosts; default 1; MIN:MAX: the job goes on with hosts that are left
   MASTER_ADDR MASTER_PORT  address and port of host 0; required if NNODES > 1; the port defaults to 29500
   NODE_RANK                rank of this host, 0 … NNODES-1; required with MASTER_ADDR if NNODES > 1
   RDZV_ENDPOINT            instead of MASTER_ADDR, MASTER_PORT and NODE_RANK: HOST:PORT of one of the hosts;
@@ -16,8 +16,8 @@ Environment:
   START_TIMEOUT            seconds to wait for all hosts and ranks at the start; default 600
   STOP_TIMEOUT             seconds that ranks have to save and exit after a stop request (SIGTERM, SIGUSR1,
                            Ctrl-C); default 3600
-  MAX_RESTARTS             how often ranks that failed are started anew, from the last checkpoint; default 0, with
-                           NNODES=MIN:MAX 100; after 3 failures without a new step the job ends nevertheless
+  MAX_RESTARTS             how often ranks are started anew after a failure, from the last checkpoint; default
+                           0, with NNODES=MIN:MAX 100; 3 failures without a new step end the job before
   JOIN_TIMEOUT             seconds to wait at the start for more than MIN hosts; default 30
   LOG_DIR                  folder of the logs rankR.log; default: logs/ in the run folder
 """

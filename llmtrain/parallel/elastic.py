@@ -57,7 +57,9 @@ def shrunk(
             if batch.global_size % data:
                 continue
             share = batch.global_size // data
-            micro_size = next(size for size in range(min(batch.micro_size, share), 0, -1) if share % size == 0)
+            micro_size = next(
+                size for size in range(min(batch.micro_size, share), 0, -1) if share % size == 0
+            )
             yield (
                 replace(parallel, data=wanted and data, tensor=tensor, pipeline=pipeline),
                 replace(batch, micro_size=micro_size),

@@ -159,7 +159,9 @@ def _engine_of(config: TrainConfig) -> EngineName:
     return "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
 
 
-def _fitted(config: TrainConfig, world_size: int, on_this_machine: bool, is_elastic: bool | None = None) -> Fitted:
+def _fitted(
+    config: TrainConfig, world_size: int, on_this_machine: bool, is_elastic: bool | None = None
+) -> Fitted:
     """Return the layout on `world_size` processes. is_elastic: whether axes may shrink; None: if the launcher
     says so. Raise ConfigError if none fits."""
 

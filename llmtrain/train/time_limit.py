@@ -23,7 +23,7 @@ SAVES = 2
 CLOSING_SECONDS = 5.0
 """What is left for the rest: ranks agree, trackers are closed, processes end."""
 FIRST_SAVE_SECONDS = 300.0
-"""What a save is taken to last until one is measured, but at most FIRST_SAVE_SHARE of the time that is left."""
+"""What a save is taken to last until one is measured, but at most FIRST_SAVE_SHARE of the time left."""
 FIRST_SAVE_SHARE = 0.25
 
 _FORM = re.compile(r"(?:(?:(\d{1,4})-)?(\d{1,5}):([0-5]?\d):([0-5]?\d)|(\d{1,9}(?:\.\d*)?))", re.ASCII)
@@ -57,10 +57,11 @@ def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int) -> None
     needed = SAVES * took + CLOSING_SECONDS
     if left < needed:
         given = "of Slurm" if limit is None else limit
+        left = max(0.0, left)
         raise ConfigError(
             Problem(
                 KEY,
-                f"{given}, of which {max(0.0, left):.1f} s are left, while a save of this run took {took:.1f} s",
+                f"{given}, of which {left:.1f} s are left, while a save of this run took {took:.1f} s",
                 f"more than {needed:.1f} s after the start",
                 f"give the job more time, or set {KEY} to what it has",
             )
@@ -82,6 +83,7 @@ class TimeLimit:
         """end: when the time is up, by `clock`; None: never. save_seconds: what a save took before."""
         self._end, self._clock = end, clock
         self._save_seconds = save_seconds
+        self._assumed = 0.0
         self._longest_gap = 0.0
         self._asked_at: float | None = None
         self._questions = 0
@@ -123,4 +125,4 @@ class TimeLimit:
         """Say why the run stops."""
         assert self._end is not None
         left = duration(max(0.0, self._end - self._clock()))
-        return f"its time is up in {left}, and a save and the end take up to {self.needed_seconds:.0f} s"
+        return f"its time is up in {left}, of which saving and ending may take {self.needed_seconds:.0f} s"
