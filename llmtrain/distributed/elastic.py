@@ -39,8 +39,10 @@ def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bo
     refused: dict[str, str] = said["refused"]
     fitting = [num_nodes for num_nodes, size in sizes.items() if str(size) not in refused]
     if hosts.least not in fitting:
-        got = f"{hosts.least}:{hosts.num_nodes}, but no layout fits {sizes[hosts.least]} processes"
+        size = sizes[hosts.least]
+        plural = "process" if size == 1 else "processes"
+        got = f"{hosts.least}:{hosts.num_nodes}, but no layout fits {size} {plural}"
         allowed = f"MIN among {', '.join(map(str, fitting))}" if fitting else "bounds with a layout; none has"
-        remedy = f"name the axes that may shrink in parallel.elastic ({refused[str(sizes[hosts.least])]})"
+        remedy = f"name the axes that may shrink in parallel.elastic ({refused[str(size)]})"
         raise ConfigError(Problem("NNODES", got, allowed, remedy))
     return lambda num_nodes: num_nodes in fitting
