@@ -82,8 +82,7 @@ def test_a_job_goes_on_after_all_that_a_cluster_does_to_it(
     time.sleep(3)
     assert not warm_processes(), "what is cancelled stays so"
 
-    kinds = [event.kind for event in read_events(run / "events.jsonl") if event.kind != "save"]
-    assert kinds == ["start", "stop", "start", "start", "stop", "start", "stop"], job.output()
+    assert starts(run) == 4
     assert job.output().count("exit code 75: requeued") == 2
     found = losses(run)
     undisturbed = tmp_path / "undisturbed"
