@@ -30,10 +30,15 @@ class Heartbeats:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._last: dict[int, tuple[int, float]] = {}
+        self._looked = time.monotonic()
 
     def alive(self, names: Iterable[int]) -> list[int]:
         """Return those of `names` whose counter changed within ALIVE_SECONDS."""
         names, now = list(names), time.monotonic()
+        if now - self._looked > ALIVE_SECONDS / 2:
+            # Nobody looked meanwhile, as when this process, which may serve the store, was stopped.
+            self._last = {name: (count, now) for name, (count, _) in self._last.items()}
+        self._looked = now
         for name in names:
             count = self._store.add(f"heartbeats of {name}", 0)
             if count != self._last.get(name, (0, now))[0]:
@@ -51,7 +56,7 @@ class Pulse:
         self._where = address, port
         self._name = name
         self._end_ranks = end_ranks
-        self._last = time.monotonic()
+        self._missed = 0
         self._is_over = threading.Event()
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
@@ -67,16 +72,17 @@ class Pulse:
                 if store is None:
                     store = PrefixStore("launchers", stores.connect(*self._where, ALIVE_SECONDS))
                 beat(store, self._name)
-                self._last = time.monotonic()
+                self._missed = 0
             except DistError:
                 store = None
 
     def _watch(self) -> None:
         while not self._is_over.wait(BEAT_SECONDS):
-            silence = time.monotonic() - self._last
-            if silence > LOST_SECONDS:
+            # Counted, not timed: a process that was stopped must first have the chance to ask again.
+            self._missed += 1
+            if self._missed * BEAT_SECONDS > LOST_SECONDS:
                 print(
-                    f"llmtrain: host 0 gave no answer for {silence:.0f} s: this host ends its ranks",
+                    f"llmtrain: host 0 gave no answer for {LOST_SECONDS:.0f} s: this host ends its ranks",
                     file=sys.stderr,
                     flush=True,
                 )

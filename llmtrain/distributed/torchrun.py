@@ -209,6 +209,11 @@ class _Job:
                     return verdict.code
         except StoppedWaitingError:
             return INTERRUPTED_EXIT_CODE
+        except LaunchError as error:
+            if not rendezvous.attempt:
+                raise
+            print(error, file=sys.stderr)  # hosts that are missing after a failure are no mistake of the user
+            return 1
         except DistError as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if rendezvous.is_supervised and rendezvous.attempt:  # it had begun: no mistake of the user

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,22 @@ import psutil
 import pytest
 
 from llmtrain.track.events import read_events
-from tests.faults.test_launch_torchrun import TRAINING, finish, kill_rank, losses, start, wait_for_first_step
+from tests.faults.test_launch_torchrun import (
+    TRAINING,
+    finish,
+    hosts,
+    kill_rank,
+    losses,
+    start,
+    start_on,
+    unavailable,
+    wait_for_first_step,
+)
 from tests.support.ranks import free_port
+from tests.support.two_hosts import Hosts
 from tests.support.warm import Popen
 
+__all__ = ["hosts"]
 pytestmark = pytest.mark.slow
 
 LONG = (
@@ -155,3 +168,27 @@ def test_a_stop_request_ends_a_host_that_waits(tmp_path: Path) -> None:
     os.kill(waiting.pid, signal.SIGTERM)
     [(code, output)] = finish([waiting])
     assert code == 75, output
+
+
+@pytest.mark.long("a host without a network notices after half a minute")
+def test_a_host_whose_network_is_cut_is_left_behind(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    """No connection breaks: the signs of life tell. It ends its own ranks, for the other goes on without it."""
+    if not hosts.prefixes[1]:
+        unavailable("it needs hosts with addresses of their own")
+    run = tmp_path / "run"
+    training = [*LONG, f"data.path={corpus}", f"run.dir={run}", "train.steps=80"]
+    ip, _, _, name = hosts.prefixes[1]
+    cable = [ip, "-n", name, "link", "set", f"lt{os.getpid()}b"]
+    meeting = {"RDZV_ENDPOINT": f"{hosts.address}:29621", "NNODES": "1:2", "NPROC_PER_NODE": "1"}
+    launchers = start_on(hosts, *training, **meeting)
+    try:
+        wait_until(lambda: events(run, "save"))
+        subprocess.run([*cable, "down"], check=True)
+        (code, output), (cut_code, cut) = finish(launchers)
+    finally:
+        subprocess.run([*cable, "up"], check=True)
+    assert code == 0, output
+    assert "llmtrain: host 1 gave no sign of life: restart 1 of 100, from step " in output
+    assert len(losses(run)) == 80
+    assert cut_code == 1, cut
+    assert "host 0 gave no answer for 30 s: this host ends its ranks" in cut
