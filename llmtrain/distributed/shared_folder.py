@@ -16,6 +16,7 @@ from llmtrain.errors import ConfigError, Problem
 SEEN_SECONDS = 10.0
 """How long a network file system may take to show a file of another host."""
 ANSWER_SECONDS = 60.0
+GOODBYE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 
 
@@ -50,6 +51,10 @@ def require_shared(store: Store, node_rank: int, num_nodes: int, folder: Path, w
             store.set(f"sees {node_rank}", "" if seen else socket.gethostname())
     _wait(store, ["blind"])
     if blind := json.loads(store.get("blind")) if store.check(["blind"]) else ["host 0 gave no answer"]:
+        store.add("read", 1)
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        while node_rank == 0 and store.add("read", 0) < num_nodes and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)  # host 0 serves the store in which the others read it
         got = f"{folder}, which is not the same folder on {', '.join(blind)}"
         allowed = f"with {why}, a folder that all hosts share"
         remedy = "put it on a shared file system, and start on all hosts in the same working folder"

@@ -172,7 +172,7 @@ def test_a_stop_request_ends_a_host_that_waits(tmp_path: Path) -> None:
 
 @pytest.mark.long("a host without a network notices after half a minute")
 def test_a_host_whose_network_is_cut_is_left_behind(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
-    """No connection breaks: the signs of life tell. It ends its own ranks, for the other goes on without it."""
+    """No connection breaks: the signs of life tell. It ends its own ranks; the other goes on without it."""
     if not hosts.prefixes[1]:
         unavailable("it needs hosts with addresses of their own")
     run = tmp_path / "run"
