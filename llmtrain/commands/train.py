@@ -44,6 +44,7 @@ def run(mapping: Mapping[str, Any]) -> int:
 def _train_vectors(mapping: Mapping[str, Any]) -> int:
     """Train word vectors, which go through a text without batches."""
     config = decode_run(mapping)
+    refuse_if_too_short(config.train.time_limit, config.run.dir, config.train.steps)
 
     from llmtrain.train.vectors_run import train_vectors
 

@@ -282,11 +282,10 @@ class Session:
 
     def _report(self, outcome: Outcome) -> None:
         if outcome.interrupted:
-            why, facts = "as asked", {}
-            if self._limit.is_over:
-                why, facts = f"as {self._limit.reason()}", {"why": "time limit"}
+            facts = {"why": "time limit"} if self._limit.is_over else {}
             self.record.note("stop", outcome.step, **facts)
-            self._say(f"stopped at step {outcome.step:,} {why}; run the same command to resume")
+            why = self._limit.why()
+            self._say(f"stopped at step {outcome.step:,} as {why}; run the same command to resume")
             return
         self.record.note("done", outcome.step)
         for line in self._judge.closing_lines(outcome):

@@ -47,11 +47,13 @@ def end_of(limit: str | None) -> float | None:
     return job_time.scheduled_end() if seconds is None else job_time.started() + seconds
 
 
-def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int) -> None:
-    """Raise ConfigError if what is left of the time is less than the run's last save took."""
+def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int | None) -> None:
+    """Raise ConfigError if what is left of the time is less than the run's last save took.
+
+    steps: those of the whole run, after which nothing is left to do; None: not known yet."""
     end = end_of(limit)
     last = last_save(read_events(run_folder / EVENTS)) if end is not None else None
-    if end is None or last is None or (last.step or 0) >= steps:
+    if end is None or last is None or (steps is not None and (last.step or 0) >= steps):
         return
     took, left = float(last.facts["seconds"]), end - time.time()
     needed = SAVES * took + CLOSING_SECONDS
@@ -121,8 +123,9 @@ class TimeLimit:
         save = self._assumed if self._save_seconds is None else SAVES * self._save_seconds
         return save + self._longest_gap + CLOSING_SECONDS
 
-    def reason(self) -> str:
-        """Say why the run stops."""
-        assert self._end is not None
+    def why(self) -> str:
+        """Say why the run stopped: because the time is up soon, or else because it was asked to."""
+        if not self.is_over or self._end is None:
+            return "asked"
         left = duration(max(0.0, self._end - self._clock()))
         return f"its time is up in {left}, of which saving and ending may take {self.needed_seconds:.0f} s"
