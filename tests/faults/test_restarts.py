@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,20 +55,47 @@ def events(run: Path, kind: str) -> list[int]:
     return [event.step or 0 for event in read_events(run / "events.jsonl") if event.kind == kind]
 
 
+class Job:
+    """Launchers with one rank on each host."""
+
+    def __init__(self, overrides: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._overrides, self._environment = overrides, environment
+        self.launchers: list[Popen] = []
+
+    def add_host(self) -> Popen:
+        self.launchers.append(start(*self._overrides, **self._environment))
+        return self.launchers[-1]
+
+    def host_of(self, rank: int) -> Popen:
+        """The launcher of a rank."""
+
+        def has_it(launcher: Popen) -> bool:
+            children = psutil.Process(launcher.pid).children(recursive=True)
+            return any(child.name() == f"rank {rank}" for child in children)
+
+        return next(each for each in self.launchers if each.poll() is None and has_it(each))
+
+    def finish(self) -> list[tuple[int, str]]:
+        """Each launcher's exit code and output."""
+        return finish(list(self.launchers))
+
+
 @contextmanager
-def job(hosts: int, *overrides: str, **environment: str) -> Iterator[list[Popen]]:
-    """A launcher with one rank on each host; the first serves. They have ended when the block has."""
+def job(num_hosts: int, *overrides: str, **environment: str) -> Iterator[Job]:
+    """A launcher on each host; the first serves. They have ended when the block has."""
     shared = {"RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "NPROC_PER_NODE": "1", **environment}
-    shared.setdefault("NNODES", str(hosts))
-    launchers = [start(*overrides, **shared)]
+    shared.setdefault("NNODES", str(num_hosts))
+    started = Job(overrides, shared)
     try:
-        if hosts > 1:
+        started.add_host()
+        if num_hosts > 1:
             where = ("127.0.0.1", int(shared["RDZV_ENDPOINT"].rpartition(":")[2]))
             wait_until(lambda: any(c.laddr[:2] == where for c in psutil.net_connections("tcp")))
-        launchers += [start(*overrides, **shared) for _ in range(hosts - 1)]
-        yield launchers
+        for _ in range(num_hosts - 1):
+            started.add_host()
+        yield started
     finally:
-        for launcher in launchers:
+        for launcher in started.launchers:
             if launcher.poll() is None:
                 launcher.kill()
 
@@ -88,64 +115,66 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_that_of_an_undisturbed_run(
 ) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     training = [*LONG, f"data.path={corpus}", "train.steps=60"]
-    with job(2, *training, f"run.dir={run}", MAX_RESTARTS="2") as launchers:
+    with job(2, *training, f"run.dir={run}", MAX_RESTARTS="2") as disturbed:
         wait_until(lambda: events(run, "save"))
-        kill_rank(1, next(each for each in launchers if has_rank(1, each)))
-        (code, output), (other_code, other) = finish(list(launchers))
+        kill_rank(1, disturbed.host_of(1))
+        (code, output), (other_code, other) = disturbed.finish()
     assert (code, other_code) == (0, 0), output + other
     said = output + other
     [restart] = [event for event in read_events(run / "events.jsonl") if event.kind == "restart"]
     assert f"killed by SIGKILL, as when memory runs out): restart 1 of 2, from step {restart.step}\n" in said
     assert events(run, "start") == [0, restart.step]
     assert (run / "logs/rank0.1.log").exists(), "the log of the first attempt is kept"
-    with job(2, *training, f"run.dir={undisturbed}") as launchers:
-        assert [code for code, _ in finish(list(launchers))] == [0, 0]
+    with job(2, *training, f"run.dir={undisturbed}") as whole:
+        assert [code for code, _ in whole.finish()] == [0, 0]
     assert losses(run) == losses(undisturbed), "bit for bit"
 
 
-def has_rank(rank: int, launcher: Popen) -> bool:
-    return any(
-        child.name() == f"rank {rank}" for child in psutil.Process(launcher.pid).children(recursive=True)
-    )
-
-
 def test_one_of_three_hosts_is_gone_for_good(corpus: Path, tmp_path: Path) -> None:
-    """The others go on with a layout of two; one that comes is taken at the next restart."""
+    """The others go on with a layout of two; one that comes meanwhile is taken at the next restart."""
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    training = [*LONG, f"data.path={corpus}", "train.steps=120", "batch.global_size=12", "parallel.data=3"]
-    with job(3, *training, f"run.dir={run}", NNODES="2:3") as launchers:
+    training = [*LONG, f"data.path={corpus}", "train.steps=250", "batch.global_size=12", "parallel.data=3"]
+    with job(3, *training, f"run.dir={run}", NNODES="2:3") as disturbed:
         wait_until(lambda: events(run, "save"))
-        kill_host(next(each for each in launchers[1:]))
-        codes = finish(list(launchers))
-    output = "".join(said for _, said in codes)
-    assert [code for code, _ in codes].count(0) == 2, output
-    [restart] = events(run, "restart")
-    assert f"gave no sign of life: restart 1 of 100, from step {restart}\n" in output
+        kill_host(disturbed.launchers[1])
+        wait_until(lambda: len(events(run, "start")) == 2)
+        spare = disturbed.add_host()
+        assert spare.stdout is not None
+        while "the job runs without this host, which waits" not in spare.stdout.readline():
+            assert spare.poll() is None
+        kill_rank(1, disturbed.host_of(1))
+        ended = disturbed.finish()
+    output = "".join(said for _, said in ended)
+    assert [code for code, _ in ended] == [0, -signal.SIGKILL, 0, 0], output
+    first, second = events(run, "restart")
+    assert f"gave no sign of life: restart 1 of 100, from step {first}\n" in output
+    assert f"restart 2 of 100, from step {second}\n" in output
     assert "note: parallel.data was 3 and is 2" in output
-    with job(1, *training, f"run.dir={undisturbed}", "parallel.data=1") as launchers:
-        assert finish(list(launchers))[0][0] == 0
+    assert "note: parallel.data was 2 and is 3" in output
+    with job(1, *training, f"run.dir={undisturbed}", "parallel.data=1") as whole:
+        assert whole.finish()[0][0] == 0
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
 
 
 def test_what_is_not_restarted(corpus: Path, tmp_path: Path) -> None:
     """A mistake, a stop request, and a failure that comes again and again without a new step."""
     training = [*LONG, f"data.path={corpus}", "train.steps=100000"]
-    with job(1, *training, "model.num_leyers=2", f"run.dir={tmp_path}/wrong", MAX_RESTARTS="9") as launchers:
-        [(code, output)] = finish(list(launchers))
+    with job(1, *training, "model.num_leyers=2", f"run.dir={tmp_path}/wrong", MAX_RESTARTS="9") as failing:
+        [(code, output)] = failing.finish()
     assert code == 2, output
     assert "restart" not in output
     run = tmp_path / "asked"
-    with job(1, *training, f"run.dir={run}", MAX_RESTARTS="9") as launchers:
+    with job(1, *training, f"run.dir={run}", MAX_RESTARTS="9") as asked:
         wait_for_first_step(run)
-        launchers[0].terminate()
-        [(code, output)] = finish(list(launchers))
+        asked.launchers[0].terminate()
+        [(code, output)] = asked.finish()
     assert (code, events(run, "restart")) == (75, []), output
     run = tmp_path / "loop"
-    with job(1, *training, f"run.dir={run}", "checkpoint.every=null", MAX_RESTARTS="9") as launchers:
+    with job(1, *training, f"run.dir={run}", "checkpoint.every=null", MAX_RESTARTS="9") as looping:
         for number in range(3):
             wait_until(lambda number=number: len(events(run, "start")) == number + 1)
-            kill_rank(0, launchers[0])
-        [(code, output)] = finish(list(launchers))
+            kill_rank(0, looping.launchers[0])
+        [(code, output)] = looping.finish()
     assert code == 137, output
     assert events(run, "restart") == [0, 0]
     assert "no restart: rank 0 exited with 137 (killed by SIGKILL, as when memory runs out); " in output
@@ -154,8 +183,8 @@ def test_what_is_not_restarted(corpus: Path, tmp_path: Path) -> None:
 
 def test_bounds_without_a_layout_and_folders_that_are_not_shared(corpus: Path, tmp_path: Path) -> None:
     training = [*LONG, f"data.path={corpus}", "train.steps=4", "parallel.tensor=2", f"run.dir={tmp_path}/run"]
-    with job(1, *training, NNODES="1:2", LOG_DIR=str(tmp_path / "logs")) as launchers:
-        [(code, output)] = finish(list(launchers))
+    with job(1, *training, NNODES="1:2", LOG_DIR=str(tmp_path / "logs")) as failing:
+        [(code, output)] = failing.finish()
     assert code == 2, output
     told = "NNODES: got 1:2, but no layout fits 1 process; allowed: MIN among 2; name the axes that may"
     assert [line[: len(told)] for line in output.splitlines()] == [told], output
