@@ -29,7 +29,7 @@ from tests.faults.test_launch_torchrun import (
 )
 from tests.support.ranks import free_port
 from tests.support.two_hosts import Hosts
-from tests.support.warm import Popen
+from tests.support.warm import Popen, on_ranks
 
 __all__ = ["hosts"]
 pytestmark = pytest.mark.slow
@@ -221,3 +221,14 @@ def test_a_host_whose_network_is_cut_is_left_behind(hosts: Hosts, corpus: Path, 
     assert len(losses(run)) == 80
     assert cut_code == 1, cut
     assert "host 0 gave no answer for 30 s: this host ends its ranks" in cut
+
+
+def test_ranks_stop_together_before_their_time_is_up(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    training = [*LONG, f"data.path={corpus}", f"run.dir={run}", "train.steps=100000", "checkpoint.every=null"]
+    ended = on_ranks(2, "train", *training, "train.time_limit=00:00:15")
+    assert [done.returncode for done in ended] == [75, 75], ended[0].stderr
+    assert "as its time is up in 0:00:" in ended[0].stdout + ended[0].stderr
+    [stop] = [event for event in read_events(run / "events.jsonl") if event.kind == "stop"]
+    assert (stop.facts, events(run, "save")) == ({"why": "time limit"}, [stop.step])
+    assert len(losses(run)) == stop.step
