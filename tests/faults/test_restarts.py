@@ -114,7 +114,7 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_that_of_an_undisturbed_run(
     corpus: Path, tmp_path: Path
 ) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    training = [*LONG, f"data.path={corpus}", "train.steps=60"]
+    training = [*LONG, f"data.path={corpus}", "train.steps=120"]
     with job(2, *training, f"run.dir={run}", MAX_RESTARTS="2") as disturbed:
         wait_until(lambda: events(run, "save"))
         kill_rank(1, disturbed.host_of(1))
