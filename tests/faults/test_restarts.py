@@ -17,7 +17,9 @@ import pytest
 
 from llmtrain.track.events import read_events
 from tests.faults.test_launch_torchrun import (
+    OPTIONS,
     TRAINING,
+    clean,
     finish,
     hosts,
     kill_rank,
@@ -29,7 +31,7 @@ from tests.faults.test_launch_torchrun import (
 )
 from tests.support.ranks import free_port
 from tests.support.two_hosts import Hosts
-from tests.support.warm import Popen, on_ranks
+from tests.support.warm import TORCHRUN, Popen, on_ranks
 
 __all__ = ["hosts"]
 pytestmark = pytest.mark.slow
@@ -130,6 +132,7 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_that_of_an_undisturbed_run(
     assert losses(run) == losses(undisturbed), "bit for bit"
 
 
+@pytest.mark.long("a host counts as gone after ten seconds, and ranks on three hosts start three times")
 def test_one_of_three_hosts_is_gone_for_good(corpus: Path, tmp_path: Path) -> None:
     """The others go on with a layout of two; one that comes meanwhile is taken at the next restart."""
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
@@ -181,7 +184,30 @@ def test_what_is_not_restarted(corpus: Path, tmp_path: Path) -> None:
     assert output.rstrip().endswith("3 failures without a new step")
 
 
-def test_bounds_without_a_layout_and_folders_that_are_not_shared(corpus: Path, tmp_path: Path) -> None:
+def test_hosts_without_a_shared_run_folder_are_refused(tmp_path: Path) -> None:
+    """As after a requeue the run would begin anew on other nodes."""
+    shared = {
+        "RDZV_ENDPOINT": f"127.0.0.1:{free_port()}",
+        "NPROC_PER_NODE": "1",
+        "NNODES": "2",
+        "REQUEUE": "1",
+    }
+    folders = [tmp_path / name for name in ("one", "other")]
+    launchers = []
+    for folder in folders:
+        folder.mkdir()
+        options = {**OPTIONS, "cwd": folder, "env": clean(shared)}
+        launchers.append(Popen(["data.path=none", "run.dir=run"], TORCHRUN, **options))
+        time.sleep(1)
+    for code, output in finish(list(launchers)):
+        assert code == 2, output
+        [line] = output.splitlines()
+        assert line.startswith("run.dir: got ")
+        assert "/run, which is not the same folder on " in line
+        assert "; allowed: with REQUEUE=1, a folder that all hosts share; put it on a shared file" in line
+
+
+def test_bounds_without_a_layout(corpus: Path, tmp_path: Path) -> None:
     training = [*LONG, f"data.path={corpus}", "train.steps=4", "parallel.tensor=2", f"run.dir={tmp_path}/run"]
     with job(1, *training, NNODES="1:2", LOG_DIR=str(tmp_path / "logs")) as failing:
         [(code, output)] = failing.finish()
