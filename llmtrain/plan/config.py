@@ -159,15 +159,25 @@ class AssumeConfig:
     virtual_stages: int = 1
     """Runs of layers of each pipeline stage under the interleaved schedule (arXiv:2104.04473); 1: 1F1B, which
     llmtrain runs."""
-    attention: Literal["auto", "flash", "all_scores"] = "auto"
-    """Attention's kernel. auto: the one that llmtrain chooses; all_scores: scores of all pairs are written to
-    memory, as before flash attention (arXiv:2205.14135)."""
+    attention: Literal["auto", "flash", "flash1", "all_scores"] = "auto"
+    """Attention's kernel. auto: the one that llmtrain chooses; flash: FlashAttention 2 or cuDNN's; flash1: the
+    first FlashAttention, half as fast; all_scores: scores of all pairs are written to memory, as before it."""
+    even_layers: bool = False
+    """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as in
+    Megatron; false: stages are balanced with these, as in llmtrain."""
     fused: bool = False
     """Operations on each element are fused, by a compiler or by hand, as Megatron does; llmtrain's are not."""
     overlap_gradients: bool | None = None
     """Gradients are reduced while the backward pass goes on; null: as llmtrain does, not in a pipeline."""
+    whole_recompute: bool | None = None
+    """Recomputation of a whole layer computes its last product again, whose output nothing needs; null: as in
+    llmtrain, in a pipeline only."""
+    gradient_bytes: Literal[2, 4] | None = None
+    """Bytes of a gradient as it is reduced; null: as in llmtrain."""
+    overlap_transfers: bool = False
+    """Pipeline stages hand micro-batches on while they compute; false: they wait for each other."""
     overlap_tensor: bool = False
-    """Collectives of tensor parallelism run beside the products that they belong to, in chunks."""
+    """Collectives of tensor and sequence parallelism run beside the products that they belong to, in chunks."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(

@@ -237,7 +237,7 @@ def stage_steps(model: ModelConfig, layout: Layout) -> list[range]:
     return _divided(model, layout.pipeline, layout.tensor, layout.sequence_length if by_time else None)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _divided(model: ModelConfig, pipeline: int, tensor: int, sequence_length: int | None) -> list[range]:
     """Divide by parameters, or, given a sequence length, by multiplications of a token."""
     counts = model.step_parameter_counts(tensor)
