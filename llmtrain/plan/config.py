@@ -41,8 +41,9 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class EfficiencyConfig:
-    """How much of its data sheet a device reaches: the constants of the time model. `tests/bench/published.py`
-    fits those of GPUs to published runs; `llmtrain plan calibrate` measures those of this machine."""
+    """How much of its data sheet a device reaches: the constants of the time model.
+    `tests/bench/published.py` fits those of GPUs to published runs; `llmtrain plan calibrate` measures those
+    of this machine."""
 
     matrix: float = 0.75
     """Share of the peak that large matrix products reach."""
@@ -160,13 +161,15 @@ class AssumeConfig:
     """Runs of layers of each pipeline stage under the interleaved schedule (arXiv:2104.04473); 1: 1F1B, which
     llmtrain runs."""
     attention: Literal["auto", "flash", "flash1", "all_scores"] = "auto"
-    """Attention's kernel. auto: the one that llmtrain chooses; flash: FlashAttention 2 or cuDNN's; flash1: the
-    first FlashAttention, half as fast; all_scores: scores of all pairs are written to memory, as before it."""
+    """Attention's kernel. auto: the one that llmtrain chooses; flash: FlashAttention 2 or cuDNN's; flash1:
+    the first FlashAttention, half as fast; all_scores: scores of all pairs are written to memory, as before
+    it."""
     even_layers: bool = False
-    """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as in
-    Megatron; false: stages are balanced with these, as in llmtrain."""
+    """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as
+    in Megatron; false: stages are balanced with these, as in llmtrain."""
     fused: bool = False
-    """Operations on each element are fused, by a compiler or by hand, as Megatron does; llmtrain's are not."""
+    """Operations on each element are fused, by a compiler or by hand, as Megatron does; llmtrain's are
+    not."""
     overlap_gradients: bool | None = None
     """Gradients are reduced while the backward pass goes on; null: as llmtrain does, not in a pipeline."""
     whole_recompute: bool | None = None
@@ -177,7 +180,8 @@ class AssumeConfig:
     overlap_transfers: bool = False
     """Pipeline stages hand micro-batches on while they compute; false: they wait for each other."""
     overlap_tensor: bool = False
-    """Collectives of tensor and sequence parallelism run beside the products that they belong to, in chunks."""
+    """Collectives of tensor and sequence parallelism run beside the products that they belong to, in
+    chunks."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from llmtrain.models.registry import family_of
 from llmtrain.nn.memory import Activations, Conditions, Division, ModelMemory, Numbers
@@ -93,7 +94,7 @@ class Memory:
         return max(self.terms, key=self.terms.__getitem__)
 
 
-def memory_per_process(
+def memory_of_stages(
     model: ModelConfig,
     row: Row,
     layout: Layout,
@@ -104,8 +105,8 @@ def memory_per_process(
     asynchronous_checkpoints: bool = False,
     trainable: Trainable | None = None,
     weight_copies: int = 0,
-) -> Memory:
-    """Return the memory of one process that trains `model`, in the pipeline stage that holds most.
+) -> list[Memory]:
+    """Return the memory of one process of each pipeline stage that trains `model`.
 
     Without ZeRO, weights are fp32 and autocast gives the low precision. With ZeRO, weights and activations
     are in the low precision, with sharded fp32 master weights (arXiv:1910.02054). Gradients, master weights
@@ -114,11 +115,15 @@ def memory_per_process(
     """
     slots = optimizer_slots(optimizer) + weight_copies
     shared = (precision, slots, conditions, asynchronous_checkpoints, trainable)
-    stages = [
+    return [
         _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
     ]
-    return max(stages, key=lambda memory: memory.total)
+
+
+def memory_per_process(*arguments: Any, **settings: Any) -> Memory:
+    """Return the memory of one process in the stage that holds most; arguments as of `memory_of_stages`."""
+    return max(memory_of_stages(*arguments, **settings), key=lambda memory: memory.total)
 
 
 def _of_stage(

@@ -19,11 +19,13 @@ from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.reading import corpora_problems, data_of_plan, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
+from llmtrain.parallel.config import EngineName
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.adaptation import adaptation_problems
+from llmtrain.train.auto_layout import with_auto_layout
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.embeddings import (
@@ -101,10 +103,10 @@ def resolve(
     layout: Layout | None = None
     corpora: TextSource | None = None
     model = config.model
-    engine = config.engine
-    if engine == "auto":
-        engine = "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
+    engine = _engine(config)
     try:
+        config = with_auto_layout(config, world_size, ASSUMED_VOCABULARY)
+        engine = _engine(config)
         layout = plan_layout(
             config.parallel,
             config.batch,
@@ -155,6 +157,13 @@ def resolve(
     config = with_frozen_embedding(with_method(replace(config, model=model, engine=engine)))
     config = with_features(with_unfreezing(config))
     return Resolved(config, layout, corpora, pretrained, trainable_of(config.model, config.train.freeze))
+
+
+def _engine(config: TrainConfig) -> EngineName:
+    """Return the engine that runs the layout."""
+    if config.engine != "auto":
+        return config.engine
+    return "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
 
 
 def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: TextSource | None) -> TrainConfig:

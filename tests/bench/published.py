@@ -1,14 +1,14 @@
 """How far the planner's times are from published runs, and the fit of its constants.
 
-    python -m tests.bench.published                 # errors by source, and with each source left out (minutes)
-    python -m tests.bench.published --quick         # errors by source alone
+    python -m tests.bench.published                 # errors by source, and with each source left out
+    (minutes) python -m tests.bench.published --quick         # errors by source alone
     python -m tests.bench.published --fit           # fit the constants to all runs and print them
     python -m tests.bench.published --fit --write   # and write them into conf/cluster/
 
-published.csv has 296 runs of 8 to 3,072 A100 and H100, with the page of each. Seven constants are shared by all
-devices; four more belong to a kind of device, and one to the H100 of 500 W. None belongs to a source or a model.
-Runs of one model on one device in one source (a group) weigh together as much as one run. Constants that the
-runs do not determine stay near what the literature says (PRIORS).
+published.csv has 296 runs of 8 to 3,072 A100 and H100, with the page of each. Seven constants are shared by
+all devices; four more belong to a kind of device, and one to the H100 of 500 W. None belongs to a source or a
+model. Runs of one model on one device in one source (a group) weigh together as much as one run. Constants
+that the runs do not determine stay near what the literature says (PRIORS).
 """
 
 from __future__ import annotations
@@ -55,7 +55,14 @@ PRIOR_WEIGHT = 0.1
 """Error of one run that a constant off by a factor of e counts as."""
 LINEAR_UP_TO = 0.05
 """Errors beyond this one weigh less than their square (soft L1), so that no single run decides."""
-KIND = {"h200": "h100", "b200": "h100", "mi300x": "h100", "h100_96g": "h100", "l40s": "a100", "rtx4090": "a100"}
+KIND = {
+    "h200": "h100",
+    "b200": "h100",
+    "mi300x": "h100",
+    "h100_96g": "h100",
+    "l40s": "a100",
+    "rtx4090": "a100",
+}
 """Cluster → the kind of device whose constants it takes, where no run tells its own."""
 OF_KIND = ("matrix", "matrix_depth", "attention", "memory")
 SHARED = tuple(name for name in PRIORS if "." not in name)
@@ -70,8 +77,8 @@ def efficiency(constants: Constants, cluster: str) -> EfficiencyConfig:
 
 
 def errors(runs: Sequence[Run], constants: Constants | None, *, is_exact: bool) -> npt.NDArray[np.float64]:
-    """Return the logarithm of planned over published tokens a second of each run; constants: None for those of
-    conf/cluster/."""
+    """Return the logarithm of planned over published tokens a second of each run; constants: None for those
+    of conf/cluster/."""
     found = []
     for run in runs:
         cluster: ClusterConfig = cluster_of(run)
@@ -156,11 +163,15 @@ def write(constants: Constants) -> None:
         lines = [f"  {name}: {float(f'{getattr(found, name):.3g}')}" for name in found.__dataclass_fields__]
         kind = KIND.get(path.stem)
         note = f" of the {kind} kind" if kind else ""
-        path.write_text(f"{head}efficiency:\n  # fitted by tests/bench/published.py{note}\n" + "\n".join(lines) + "\n")
+        path.write_text(
+            f"{head}efficiency:\n  # fitted by tests/bench/published.py{note}\n" + "\n".join(lines) + "\n"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, help="another file of runs with the same columns")
     parser.add_argument("--quick", action="store_true", help="leave no source out")
     parser.add_argument("--fit", action="store_true")

@@ -39,12 +39,14 @@ class Call:
     head_width: int
     dropout: bool
     kernel: str
-    """flash, flash1 or all_scores."""
+    """flash, flash1, blockwise or all_scores."""
     causal: bool = True
 
 
 def attention_seconds(device: Device, call: Call) -> tuple[float, float]:
     """Return the time of the forward and of the backward pass."""
+    if call.kernel == "blockwise":
+        return _blockwise(device, call)
     return _all_scores(device, call) if call.kernel == "all_scores" else _flash(device, call)
 
 
@@ -59,6 +61,13 @@ def _flash(device: Device, call: Call) -> tuple[float, float]:
         rate *= FIRST_FLASH
     forward = 4 * pairs * call.head_width / rate
     return forward, FLASH_BACKWARD * forward
+
+
+def _blockwise(device: Device, call: Call) -> tuple[float, float]:
+    """As all scores, of the keys alone that a block of queries sees."""
+    forward, backward = _all_scores(device, call)
+    seen = min(1.0, (call.keys + FLASH_BLOCK / 2) / call.queries)
+    return seen * forward, seen * backward
 
 
 def _all_scores(device: Device, call: Call) -> tuple[float, float]:

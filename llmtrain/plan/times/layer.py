@@ -67,7 +67,7 @@ class Setting:
     row: Row
     assume: AssumeConfig
     kernel: str
-    """Attention's kernel: flash, flash1 or all_scores."""
+    """Attention's kernel: flash, flash1, blockwise or all_scores."""
     residual_bytes: int
     """Bytes of a number between layers."""
 

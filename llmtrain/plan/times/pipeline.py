@@ -1,4 +1,4 @@
-"""Time of a pipeline's schedule, step by step: 1F1B and its interleaved form (arXiv:2104.04473, section 2.2)."""
+"""Time of a pipeline's schedule, step by step: 1F1B and its interleaved form (arXiv:2104.04473, 2.2)."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from functools import lru_cache
 from llmtrain.plan.times.device import Device
 
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 64, 0.6))
-"""Rows and columns of a tile, and the share of the best tile's rate that it reaches (as measured for cuBLAS in
-the guide above: smaller tiles reuse operands less)."""
+"""Rows and columns of a tile, and the share of the best tile's rate that it reaches (as measured for cuBLAS
+in the guide above: smaller tiles reuse operands less)."""
 ALIGNED_BYTES = 16
 UNALIGNED = 0.2
 """Share of the rate of a product whose rows do not begin at multiples of ALIGNED_BYTES (the same guide)."""
@@ -49,8 +49,8 @@ def _area(rows: int, columns: int, count: int, multiprocessors: int) -> float:
 
 
 def layer_product_seconds(device: Device, rows: int, columns: int, depth: int) -> tuple[float, float]:
-    """Return the time of a linear layer's forward pass over `rows` tokens, and of its backward pass, which has
-    two products: the gradients of the input and of the weight."""
+    """Return the time of a linear layer's forward pass over `rows` tokens, and of its backward pass, which
+    has two products: the gradients of the input and of the weight."""
     forward = product_seconds(device, rows, columns, depth)
     backward = product_seconds(device, rows, depth, columns) + product_seconds(device, depth, columns, rows)
     return forward, backward

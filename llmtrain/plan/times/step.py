@@ -1,8 +1,8 @@
 """Time of one optimizer step, part by part: what each part takes, and how much of it the step waits for.
 
-Layers, head and collectives of a micro-batch (`layer.py`) pass through the pipeline's schedule (`pipeline.py`);
-once a step come the reduction of gradients, the optimizer, and what ZeRO gathers (arXiv:1910.02054) and
-offloads (arXiv:2101.06840).
+Layers, head and collectives of a micro-batch (`layer.py`) pass through the pipeline's schedule
+(`pipeline.py`); once a step come the reduction of gradients, the optimizer, and what ZeRO gathers
+(arXiv:1910.02054) and offloads (arXiv:2101.06840).
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def step_time(
         step.include(of_pass, layout.accumulation)
     if layout.pipeline > 1:
         waits = 0.0 if assume.overlap_transfers else transfer * chunks
-        step.add("pipeline transfers", 2 * transfer * chunks * layout.accumulation, 2 * waits * layout.accumulation)
+        step.add(
+            "pipeline transfers", 2 * transfer * chunks * layout.accumulation, 2 * waits * layout.accumulation
+        )
         work = 2 * layout.pipeline * layout.accumulation * chunks
         run: Schedule = simulated_seconds if is_exact and work <= SIMULATED_WORK else estimated_seconds
         total = run(
@@ -217,15 +219,13 @@ def _transfer(model: ModelConfig, setting: Setting) -> float:
     layout = setting.layout
     if layout.pipeline == 1:
         return 0.0
-    size = setting.tokens * int(getattr(model, "hidden_size", 1)) * setting.device.number_bytes
+    size = float(setting.tokens * int(getattr(model, "hidden_size", 1)) * setting.device.number_bytes)
     if layout.tensor_sequence:
-        size //= layout.tensor
+        size /= layout.tensor
     return send_seconds(setting.links, layout.data * layout.sequence * layout.tensor, size)
 
 
-def _once_a_step(
-    step: Pass, setting: Setting, stage: Stage, parameters: int, slots: int, host: Host
-) -> None:
+def _once_a_step(step: Pass, setting: Setting, stage: Stage, parameters: int, slots: int, host: Host) -> None:
     """Add the reduction of gradients, the optimizer and the gathers after it, of the fullest stage."""
     layout, device, replicas = setting.layout, setting.device, setting.replicas
     overlaps = setting.assume.overlap_gradients
@@ -247,8 +247,8 @@ def _once_a_step(
         step.add("offload", moved)
         step.add("optimizer", computed)
     else:
-        size = owned * (OPTIMIZER_BYTES + SLOT_BYTES * (1 + slots))
-        step.add("optimizer", device.traffic_seconds(size))
+        touched = owned * (OPTIMIZER_BYTES + SLOT_BYTES * (1 + slots))
+        step.add("optimizer", device.traffic_seconds(touched))
     if layout.offload_parameters != "none":
         passes = 2 * layout.accumulation
         moved = owned * number / host.link * passes
