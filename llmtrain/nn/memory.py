@@ -162,7 +162,7 @@ class TransformerToken:
         model, mode = self.model, self.conditions.recompute.mode
         covers = self.conditions.recompute.covers
         windows = [(covers(step - 1), model.window_of(step - 1)) for step in steps if self._is_block(step)]
-        sizes = {window: self.block(window) for _, window in windows}
+        sizes = {window: self.block(window) for window in {window for _, window in windows}}
         kept = sum(sizes[window] for is_recomputed, window in windows if not is_recomputed)
         again = [sizes[window] for is_recomputed, window in windows if is_recomputed]
         if recomputed := len(again):
@@ -321,7 +321,7 @@ AnyLayers = TypeVar("AnyLayers", bound=OfLayers)
 class LayersMemory(VocabularyMemory[AnyLayers]):
     """A stack of layers over one sequence, with a language-model head."""
 
-    causal: ClassVar[bool]
+    causal: ClassVar[bool] = False
 
     @property
     def tokens(self) -> int:

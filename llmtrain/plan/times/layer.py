@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,25 +141,35 @@ def _attention(
 ) -> None:
     """Time attention, with the mean of the keys that the layers see."""
     T, layout = setting.row.tokens, setting.layout
-    causal = bool(getattr(family_of(model).memory, "causal", False))
-    keys = 0.0
-    for layer in range(blocks.num_layers):
-        window = min(blocks.window_of(layer) or T, T)
-        keys += (window - window**2 / (2 * T)) if causal else window
     call = Call(
         rows=layout.micro_size,
         queries=T,
-        keys=keys / blocks.num_layers,
+        keys=mean_keys(model, blocks, T),
         heads=max(1, blocks.num_heads // (layout.tensor * layout.sequence)),
         head_width=blocks.head_width,
         dropout=blocks.dropout > 0,
         kernel=setting.kernel,
-        causal=causal,
+        causal=is_causal(model),
     )
     there, back = attention_seconds(setting.device, call)
     forward.add("attention", there)
     backward.add("attention", back)
     again.add("attention", there)
+
+
+def is_causal(model: ModelConfig) -> bool:
+    """Return whether a token sees only those before it."""
+    return bool(getattr(family_of(model).memory, "causal", False))
+
+
+def mean_keys(model: ModelConfig, blocks: LayerConfig, tokens: int) -> float:
+    """Return the keys that a token of a row of `tokens` sees, on average over tokens and layers."""
+    keys = 0.0
+    windows = [blocks.sliding_window and blocks.window_of(layer) for layer in range(blocks.num_layers)]
+    for window, layers in Counter(windows).items():
+        seen = min(window or tokens, tokens)
+        keys += layers * (seen - seen**2 / (2 * tokens) if is_causal(model) else seen)
+    return keys / blocks.num_layers
 
 
 def _elements(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pass, again: Pass) -> None:

@@ -25,6 +25,7 @@ from llmtrain.plan.times.layer import (
     embedding_passes,
     head_passes,
     layer_passes,
+    mean_keys,
     single_passes,
 )
 from llmtrain.plan.times.pipeline import estimated_seconds, simulated_seconds
@@ -141,36 +142,30 @@ def stage_passes(
     counts = model.step_parameter_counts(layout.tensor)
     of_layer = config.blocks.layer_parameter_count(layout.tensor)
     weight = _correction(model, setting, counts, of_layer)
+    kinds = {False: (Pass(), Pass()), True: (Pass(), Pass())}
+    for is_recomputed, (layer, layer_back) in kinds.items():
+        layer.include(plain)
+        layer_back.include(plain_back)
+        if is_recomputed:
+            layer_back.include(again, under="recomputation")
+        _gather_weights(setting, layer, layer_back, of_layer)
     stages = []
     ends = {0: embedding_passes(model, setting), len(counts) - 1: head_passes(model, setting)}
     for run in runs:
         forward, backward = Pass(), Pass()
-        for kind, number in _kinds(run, len(counts), recompute).items():
-            if kind == "ends":
-                continue
-            share = weight * number
-            layer, layer_back = Pass(), Pass()
-            layer.include(plain)
-            layer_back.include(plain_back)
-            if kind == "recomputed":
-                layer_back.include(again, under="recomputation")
-            _gather_weights(setting, layer, layer_back, of_layer)
-            forward.include(layer, share)
-            backward.include(layer_back, share)
-        for step in (run.start, run.stop - 1):
-            if step in ends:
-                there, back = ends[step]
-                forward.include(there)
-                backward.include(back)
+        layers = [step - 1 for step in run if 0 < step < len(counts) - 1]
+        recomputed = sum(map(recompute.covers, layers))
+        for is_recomputed, number in ((True, recomputed), (False, len(layers) - recomputed)):
+            if number:
+                layer, layer_back = kinds[is_recomputed]
+                forward.include(layer, weight * number)
+                backward.include(layer_back, weight * number)
+        for step in {run.start, run.stop - 1} & ends.keys():
+            there, back = ends[step]
+            forward.include(there)
+            backward.include(back)
         stages.append(Stage(forward, backward))
     return stages
-
-
-def _kinds(run: range, steps: int, recompute: RecomputeConfig) -> dict[str, int]:
-    """Return how many layers of a stage are recomputed, and how many are not."""
-    layers = [step - 1 for step in run if 0 < step < steps - 1]
-    recomputed = sum(recompute.covers(layer) for layer in layers)
-    return {"plain": len(layers) - recomputed, "recomputed": recomputed}
 
 
 def _correction(model: ModelConfig, setting: Setting, counts: list[int], of_layer: int) -> float:
@@ -179,14 +174,9 @@ def _correction(model: ModelConfig, setting: Setting, counts: list[int], of_laye
     config: Any = model
     row = setting.row
     plain = 6.0 * config.blocks.layer_matrix_count()
-    causal = bool(getattr(family_of(model).memory, "causal", False))
     width = config.blocks.num_heads * config.blocks.head_width
     layers = len(counts) - 2
-    keys = 0.0
-    for layer in range(config.blocks.num_layers):
-        window = min(config.blocks.window_of(layer) or row.tokens, row.tokens)
-        keys += (window - window**2 / (2 * row.tokens)) if causal else window
-    plain += 12.0 * width * keys / config.blocks.num_layers
+    plain += 12.0 * width * mean_keys(model, config.blocks, row.tokens)
     share = min(1.0, row.predicted / row.tokens) if row.predicted else 1.0
     head = 6.0 * share * config.head_matrix_count()
     return max(0.1, (model.flops_per_token(row) - head) / (plain * layers))
