@@ -26,7 +26,7 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from llmtrain.plan.config import ClusterConfig, EfficiencyConfig
-from tests.bench.published_rows import CONF, Run, by_source, cluster_of, read, tokens_per_second
+from tests.bench.published_rows import CONF, Run, by_source, cluster_of, memory_gib, read, tokens_per_second
 
 Constants = dict[str, float]
 
@@ -141,6 +141,19 @@ def show(runs: Sequence[Run], found: npt.NDArray[np.float64], title: str) -> Non
     print(table(title, [*rows, ("all", runs, found)]), flush=True)
 
 
+def memory_table(runs: Sequence[Run]) -> str:
+    """Return the published peaks of memory beside the forecast, by source."""
+    lines = [f"{'peak memory of a GPU':<34} {'runs':>5} {'median':>8} {'worst':>7} {'bias':>7}"]
+    for source, of_source in by_source([run for run in runs if run.memory_gib is not None]):
+        found = np.array([memory_gib(run) / (run.memory_gib or 1) - 1 for run in of_source])
+        absolute = np.abs(found)
+        lines.append(
+            f"{source:<34} {len(of_source):>5} {np.median(absolute):>8.1%} {absolute.max():>7.0%} "
+            f"{np.median(found):>+7.1%}"
+        )
+    return "\n".join(lines)
+
+
 def left_out(runs: list[Run]) -> npt.NDArray[np.float64]:
     """Return the errors of each run with constants that were fitted without its source."""
     found = np.zeros(len(runs))
@@ -187,6 +200,7 @@ def main() -> None:
             write(constants)
         return
     show(runs, errors(runs, None, is_exact=True), "constants of conf/cluster")
+    print(f"\n{memory_table(runs)}", flush=True)
     if not options.quick:
         print()
         show(runs, left_out(runs), "each source left out of the fit")

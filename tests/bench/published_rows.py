@@ -13,10 +13,13 @@ import yaml
 
 from llmtrain.config import decode
 from llmtrain.models.gpt.config import GPTConfig
+from llmtrain.nn.memory import Conditions
 from llmtrain.nn.model_config import Row
 from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.config import AssumeConfig, ClusterConfig
+from llmtrain.plan.memory import GIB, memory_of_stages
 from llmtrain.plan.times.collectives import links_of
 from llmtrain.plan.times.device import device_of
 from llmtrain.plan.times.layer import Setting
@@ -99,10 +102,30 @@ def tokens_per_second(run: Run, cluster: ClusterConfig, *, is_exact: bool = True
     return run.layout.tokens_per_step / seconds / run.layout.world_size
 
 
+def memory_gib(run: Run) -> float:
+    """Return the planned memory of one device, in the stage that holds most, in GiB."""
+    precision: Any = run.precision
+    length = run.layout.sequence_length
+    stages = memory_of_stages(
+        run.model,
+        Row(length, predicted=length),
+        run.layout,
+        precision=precision,
+        optimizer=OptimizerConfig(),
+        conditions=Conditions("cuda", document_mask=False, recompute=run.recompute),
+    )
+    return max(stage.total for stage in stages) / GIB
+
+
 def by_source(runs: list[Run]) -> Iterator[tuple[str, list[Run]]]:
     """Yield each source with its runs."""
     for source in sorted({run.source for run in runs}):
         yield source, [run for run in runs if run.source == source]
+
+
+def padded(size: int, multiple: int) -> int:
+    """Return the next multiple, as Megatron pads vocabularies (`--make-vocab-size-divisible-by 128`)."""
+    return -(-size // multiple) * multiple
 
 
 def _run(row: dict[str, str]) -> Run:
@@ -114,7 +137,7 @@ def _run(row: dict[str, str]) -> Run:
     data, micro = number("dp"), number("micro_batch")
     framework = row["framework"]
     model = GPTConfig(
-        vocab_size=number("vocab"),
+        vocab_size=padded(number("vocab"), 128 * tensor if framework in FUSED else 1),
         max_sequence_length=number("seq_len"),
         hidden_size=number("hidden"),
         num_layers=number("layers"),
