@@ -16,7 +16,7 @@ from llmtrain.errors import ConfigError, Problem, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("llmtrain.commands.prepare", "raw text → tokenizer and corpus"),
-    "plan": ("llmtrain.commands.plan", "will it run, will it fit, how fast, without a GPU; plan search: the best layout"),
+    "plan": ("llmtrain.commands.plan", "will it run, fit, and how fast; plan search: the best layout"),
     "train": ("llmtrain.commands.train", "corpus → trained model; resumes by itself"),
     "finetune": ("llmtrain.commands.finetune", "model and labelled texts → a model for a task"),
     "evaluate": ("llmtrain.commands.evaluate", "loss, perplexity and bits per byte of a trained model"),

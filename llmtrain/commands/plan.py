@@ -45,6 +45,8 @@ def run(mapping: Mapping[str, Any]) -> None:
         print(json.dumps(found, indent=2))
         return
     print(report.table(plan))
+    if resolved.config.parallel.auto:
+        print(f"parallel=auto chose {' '.join(own_choice(resolved).overrides())}")
     if bought is not None:
         print("\n".join(budgets.lines(bought, plan)))
     if plan.time is not None and (

@@ -159,7 +159,7 @@ def left_out(runs: list[Run]) -> npt.NDArray[np.float64]:
     found = np.zeros(len(runs))
     for source, of_source in by_source(runs):
         others = [run for run in runs if run.source != source]
-        constants = fit(others, rounds=8)
+        constants = fit(others, rounds=6)
         of_it = errors(of_source, constants, is_exact=True)
         places = [place for place, run in enumerate(runs) if run.source == source]
         found[places] = of_it

@@ -91,8 +91,8 @@ def test_collectives_by_links() -> None:
     links = links_of(A100, 64)
     size = 1e9
     node = size * 7 / 8 / (300e9 * A100.efficiency.node_link)
-    assert gather_seconds(links, Group(8, 1), size) == pytest.approx(node, rel=0.01)
-    assert reduce_seconds(links, Group(8, 1), size) == pytest.approx(2 * node, rel=0.01)
+    assert gather_seconds(links, Group(8, 1), size) == pytest.approx(node, rel=0.02)
+    assert reduce_seconds(links, Group(8, 1), size) == pytest.approx(2 * node, rel=0.02)
     # Eight ranks of a host share its eight adapters; one rank of each host has only its own.
     whole_hosts = gather_seconds(links, Group(64, 1), size)
     one_a_host = gather_seconds(links, Group(8, 8), size)
