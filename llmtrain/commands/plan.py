@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from llmtrain.config import decode
 from llmtrain.distributed import launcher
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.plan import budget as budgets
 from llmtrain.plan import report, search_report
 from llmtrain.plan.advice import best_change, slower_because
@@ -108,6 +108,11 @@ def _why(space: Space, found: Found) -> str | None:
 
 
 def _plan(resolved: Resolved, keys: PlanKeys) -> Plan:
+    layers, stages = len(resolved.config.model.step_parameter_counts()) - 2, resolved.layout.pipeline
+    chunks = keys.assume.virtual_stages
+    if chunks > 1 and chunks * stages > layers:
+        allowed = f"1 to {max(1, layers // stages)}: {layers} layers in {stages} pipeline stages"
+        raise ConfigError(Problem("assume.virtual_stages", str(chunks), allowed))
     return estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable, keys.assume)
 
 

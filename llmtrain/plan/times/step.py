@@ -18,7 +18,13 @@ from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.memory import held_parameter_count, stage_steps
-from llmtrain.plan.times.collectives import exposed, gather_seconds, reduce_seconds, send_seconds
+from llmtrain.plan.times.collectives import (
+    Group,
+    exposed,
+    gather_seconds,
+    reduce_seconds,
+    send_seconds,
+)
 from llmtrain.plan.times.layer import (
     Pass,
     Setting,
@@ -141,7 +147,7 @@ def stage_passes(
     plain, plain_back, again = layer_passes(model, setting, recompute)
     counts = model.step_parameter_counts(layout.tensor)
     of_layer = config.blocks.layer_parameter_count(layout.tensor)
-    weight = _correction(model, setting, counts, of_layer)
+    weight = _correction(model, setting, len(counts) - 2)
     kinds = {False: (Pass(), Pass()), True: (Pass(), Pass())}
     for is_recomputed, (layer, layer_back) in kinds.items():
         layer.include(plain)
@@ -168,14 +174,13 @@ def stage_passes(
     return stages
 
 
-def _correction(model: ModelConfig, setting: Setting, counts: list[int], of_layer: int) -> float:
+def _correction(model: ModelConfig, setting: Setting, layers: int) -> float:
     """Return the work of the model's layers in that of its plain ones: 1 for a decoder; layers with attention
     to a source, or of two streams, do more."""
     config: Any = model
     row = setting.row
     plain = 6.0 * config.blocks.layer_matrix_count()
     width = config.blocks.num_heads * config.blocks.head_width
-    layers = len(counts) - 2
     plain += 12.0 * width * mean_keys(model, config.blocks, row.tokens)
     share = min(1.0, row.predicted / row.tokens) if row.predicted else 1.0
     head = 6.0 * share * config.head_matrix_count()
@@ -184,21 +189,25 @@ def _correction(model: ModelConfig, setting: Setting, counts: list[int], of_laye
 
 def _gather_weights(setting: Setting, forward: Pass, backward: Pass, parameters: int) -> None:
     """Add what ZeRO 3 gathers before both passes of a layer, and what ZeRO 2 and 3 reduce after the backward
-    pass; the layers before and after are computed meanwhile (arXiv:1910.02054, 2304.11277)."""
+    pass; the layers before and after are computed meanwhile (arXiv:1910.02054, 2304.11277). ZeRO++
+    (arXiv:2306.10209) sends numbers of fewer bits, and gathers within a host before the backward pass."""
     layout, device = setting.layout, setting.device
     if layout.zero < 2 or setting.replicas.size == 1:
         return
-    whole = parameters * device.number_bytes
-    gathered = gather_seconds(setting.links, setting.replicas, whole / (2 if layout.quantized_weights else 1))
+    links, replicas = setting.links, setting.replicas
     number = setting.assume.gradient_bytes or device.number_bytes
-    reduced = gather_seconds(setting.links, setting.replicas, parameters * number)
+    size = parameters * (1 if layout.quantized_weights else device.number_bytes)
+    gathered = gather_seconds(links, replicas, size)
+    near = Group(layout.hierarchical_partition, replicas.stride)
+    gathered_back = gathered if near.size == 1 else gather_seconds(links, near, size)
+    reduced = gather_seconds(links, replicas, parameters * (0.5 if layout.quantized_gradients else number))
     interference = device.efficiency.interference
     there, back = forward.computing, backward.computing
     if layout.zero == 3:
         forward.add("weight gathers", gathered, exposed(gathered, there, interference))
-        both = gathered + reduced
+        both = gathered_back + reduced
         waited = exposed(both, back, interference)
-        backward.add("weight gathers", gathered, waited * gathered / both)
+        backward.add("weight gathers", gathered_back, waited * gathered_back / both)
         backward.add("gradient reduction", reduced, waited * reduced / both)
     else:
         backward.add("gradient reduction", reduced, exposed(reduced, back, interference))

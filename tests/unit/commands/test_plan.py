@@ -118,6 +118,7 @@ def test_the_text_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         ([*SMALL, "cluster.network_bandwidth=25"], "cluster.network_bandwidth: got 25.0; allowed: 1e+06 to"),
         ([*SMALL, "cluster.peak_flops.bf16=312"], "cluster.peak_flops.bf16: got 312"),
         (["serch", *SMALL], "llmtrain plan: got 'serch'"),
+        ([*SMALL, "assume.virtual_stages=1000"], "assume.virtual_stages: got 1000; allowed: 1 to "),
     ],
 )
 def test_mistakes_are_one_line(
