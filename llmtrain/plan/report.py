@@ -113,7 +113,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parts": {} if time is None else {name: seconds for name, seconds in time.parts.items() if seconds},
         "memory": [{**stage.terms, "total": stage.total} for stage in plan.stage_memory],
         "available_bytes": plan.available_bytes,
-        "fits": not plan.is_too_large,
+        "fits": None if plan.available_bytes is None else not plan.is_too_large,
         "seconds": plan.seconds,
         "kilowatt_hours": costs.kilowatt_hours(plan),
         "dollars": costs.dollars(plan),

@@ -20,6 +20,9 @@ in the guide above: smaller tiles reuse operands less)."""
 ALIGNED_BYTES = 16
 UNALIGNED = 0.3
 """Share of the rate of a product whose rows do not begin at multiples of ALIGNED_BYTES (the same guide)."""
+UNALIGNED_BATCH = 0.1
+"""The same of many products at once, as those of attention's heads: heads of 108 dims made layers of 13,824 a
+third slower in BLOOM's trials than heads of 144 did (github.com/bigscience-workshop/bigscience, tr11-176B-ml)."""
 
 
 @lru_cache(maxsize=65536)
@@ -29,7 +32,7 @@ def product_seconds(device: Device, rows: int, columns: int, depth: int, count: 
     if device.multiprocessors is not None:
         numbers = ALIGNED_BYTES // device.number_bytes
         if columns % numbers or depth % numbers:
-            rate *= UNALIGNED
+            rate *= UNALIGNED if count == 1 else UNALIGNED_BATCH
         computing = 2 * depth * _area(rows, columns, count, device.multiprocessors) / rate
     else:
         computing = 2.0 * rows * columns * depth * count / rate
