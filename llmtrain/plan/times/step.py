@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from llmtrain.models.registry import family_of
+from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
@@ -139,11 +140,14 @@ def stage_passes(
 ) -> list[Stage]:
     """Return the passes of each stage of the pipeline, with what ZeRO gathers around them."""
     layout = setting.layout
-    if not family_of(model).has_stages:
+    config: Any = model
+    if not family_of(model).has_stages or not isinstance(config.blocks, LayerConfig):
         forward, backward = single_passes(model, setting)
         _gather_weights(setting, forward, backward, model.parameter_count())
-        return [Stage(forward, backward)]
-    config: Any = model
+        part, part_back = Pass(), Pass()
+        part.include(forward, 1 / (len(runs) * layout.tensor))
+        part_back.include(backward, 1 / (len(runs) * layout.tensor))
+        return [Stage(part, part_back)] * len(runs)
     plain, plain_back, again = layer_passes(model, setting, recompute)
     counts = model.step_parameter_counts(layout.tensor)
     of_layer = config.blocks.layer_parameter_count(layout.tensor)
