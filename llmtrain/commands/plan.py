@@ -26,7 +26,7 @@ from llmtrain.train.vectors_config import refuse_word_vectors
 
 Keys = TypeVar("Keys", bound=PlanKeys)
 
-CHOSEN = ("parallel", "parallel.", "batch.micro_size=", "recompute=", "recompute.mode=", "world_size=")
+CHOSEN = ("parallel=", "parallel.", "batch.micro_size=", "recompute=", "recompute.", "world_size=")
 """Beginnings of overrides that a search chooses anew."""
 OF_SEARCH = ("rank_by=", "objective=time", "objective=memory", "objective=cost", "top=", "format=")
 
@@ -125,7 +125,7 @@ def _divided(mapping: Mapping[str, Any], cls: type[Keys]) -> tuple[Keys, dict[st
 
 def _command() -> list[str]:
     """Return `llmtrain plan` with the overrides of this command that a search does not choose."""
-    words = launcher.command()[1:]
-    given = [word for word in words if "=" in word]
+    words = launcher.command()[2:]  # without the program and the verb
+    given = words[1:] if words[:1] == ["search"] else words
     kept = [word for word in given if not word.lstrip("+").startswith((*CHOSEN, *OF_SEARCH))]
     return ["llmtrain", "plan", *map(shlex.quote, kept)]
