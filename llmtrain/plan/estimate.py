@@ -137,8 +137,9 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """The share of a step that pipeline stages are idle under the 1F1B schedule (arXiv:2104.04473)."""
-        idle = self.layout.pipeline - 1
+        """The share of a step that pipeline stages are idle under the 1F1B schedule, or the interleaved one
+        (arXiv:2104.04473)."""
+        idle = (self.layout.pipeline - 1) / self.assume.virtual_stages
         return idle / (self.layout.accumulation + idle)
 
     @property

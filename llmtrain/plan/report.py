@@ -49,7 +49,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield row(
             "pipeline",
             f"{layout.pipeline} stages, {layout.accumulation} micro-batches a step: "
-            f"{plan.bubble:.1%} of it idle (1F1B)",
+            f"{plan.bubble:.1%} of it idle ({'1F1B' if plan.assume.virtual_stages == 1 else 'interleaved'})",
         )
     yield row(
         "batch",
