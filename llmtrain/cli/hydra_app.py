@@ -138,7 +138,8 @@ def _run_by_hydra(name: str, settings: list[str], quoted: list[str], jobs: _Jobs
 
 def _hydra_settings(name: str) -> list[str]:
     settings = list(HYDRA_SETTINGS)
-    if name.partition("_")[0] in verbs.SECOND_VERBS:
+    verb, _, second = name.partition("_")
+    if second in verbs.SECOND_VERBS.get(verb, {}):
         settings.append(f"hydra.help.template={quote_text(second_help(name))}")
     if name in verbs.PLAIN_WORDS:
         settings.append(f"hydra.help.template={quote_text(plain_help(name))}")

@@ -11,6 +11,7 @@ from llmtrain.errors import INTERRUPTED_EXIT_CODE
 from llmtrain.plan.estimate import estimate
 from llmtrain.plan.fit import refuse_if_too_large
 from llmtrain.plan.report import summary
+from llmtrain.plan.space import Choice
 from llmtrain.standard_streams import print_note
 from llmtrain.train.resolve import resolve
 from llmtrain.train.time_limit import refuse_if_too_short
@@ -32,6 +33,10 @@ def run(mapping: Mapping[str, Any]) -> int:
         plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
         if launcher.rank() == 0:
             print_note(summary(plan))
+            if resolved.config.parallel.auto:
+                config = resolved.config
+                choice = Choice(config.parallel, config.batch, config.recompute, resolved.layout)
+                print_note(f"parallel=auto chose {' '.join(choice.overrides())}")
         refuse_if_too_large(plan)
 
         # Everything above answers without importing torch.

@@ -18,6 +18,9 @@ Offload = Literal["none", "cpu", "nvme"]
 class ParallelConfig:
     """The number of processes on each axis, and what each process keeps of the model's states."""
 
+    auto: bool = False
+    """Let the planner choose the other keys, the micro-batch and recomputation: the fastest layout that
+    fits."""
     data: int | None = None
     """Data-parallel replicas, each with its own samples; null: as many as the processes allow."""
     tensor: int = 1

@@ -26,6 +26,7 @@ from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.adaptation import adaptation_problems
+from llmtrain.train.auto_layout import with_auto_layout
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.embeddings import (
@@ -95,6 +96,8 @@ def resolve(
     model = config.model
     engine = _engine_of(config)
     try:
+        config = with_auto_layout(config, world_size, ASSUMED_VOCABULARY)
+        engine = _engine_of(config)
         fitted = _fitted(config, world_size, on_this_machine=config.cluster.is_local or not data_optional)
         layout = fitted.layout
         config = replace(config, parallel=fitted.parallel, batch=fitted.batch)
@@ -154,6 +157,7 @@ def _decoded(mapping: Mapping[str, Any]) -> tuple[TrainConfig, Pretrained | None
 
 
 def _engine_of(config: TrainConfig) -> EngineName:
+    """Return the engine that runs the layout."""
     if config.engine != "auto":
         return config.engine
     return "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
@@ -192,7 +196,8 @@ def layout_refusals(mapping: Mapping[str, Any], sizes: Iterable[int]) -> dict[in
     refused = {}
     for size in sizes:
         try:
-            _fitted(config, size, on_this_machine=True, is_elastic=True)
+            fitted = with_auto_layout(config, size, ASSUMED_VOCABULARY)
+            _fitted(fitted, size, on_this_machine=True, is_elastic=True)
         except ConfigError as error:
             refused[size] = str(error.problems[0])
     return refused
