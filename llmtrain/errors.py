@@ -17,6 +17,10 @@ INTERRUPTED_EXIT_CODE = 75
 """Exit code of a run that stopped on request before its end, under every launcher; the same command resumes
 it (EX_TEMPFAIL of sysexits)."""
 
+WATCH_EXIT_CODE = 76
+"""Exit code of a rank of a job that its watch ended, because no rank made progress or collectives differed; a
+launcher may start it again."""
+
 FEW = 8
 """Up to this many known names are always listed in a message."""
 MANY = 32

@@ -22,6 +22,8 @@ from llmtrain.distributed.restarts import ATTEMPT
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, LaunchError, Problem, UserError
 
 T = TypeVar("T")
+_store_at: tuple[str, int] | None = None
+"""Where the store of the ranks is served."""
 
 
 def rank() -> int:
@@ -129,6 +131,8 @@ def _open_store(rank: int, seconds: float) -> dist.TCPStore:
     else:
         address = hosts.reachable_address(address)
         launcher.await_host(address, int(port), seconds)
+    global _store_at
+    _store_at = address, int(port)
     reached = hosts.LOOPBACK if launcher.on_one_host() else address
     hosts.restrict_to_interface(hosts.route_to(reached).interface)
     try:
@@ -139,6 +143,15 @@ def _open_store(rank: int, seconds: float) -> dist.TCPStore:
         raise LaunchError(
             Problem("MASTER_ADDR and MASTER_PORT", got, "rank 0's own address and a free port")
         ) from error
+
+
+def connect_to_store(seconds: float) -> dist.TCPStore:
+    """Return a further connection to the store of the ranks; seconds: timeout of each operation.
+
+    Raise torch's DistError if it does not answer.
+    """
+    assert _store_at is not None, "only ranks that a launcher started have a store"
+    return stores.connect(*_store_at, seconds)
 
 
 def lost_rank(error: BaseException) -> str | None:

@@ -1,0 +1,1 @@
+"""Hangs, wrong collectives and slow ranks: found while a run goes on, and named."""

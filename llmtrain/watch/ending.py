@@ -1,0 +1,59 @@
+"""How the watch ends a job: the report, the event, the exit line, the processes of this host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from llmtrain import files
+from llmtrain.errors import WATCH_EXIT_CODE, Problem
+from llmtrain.track.events import note_event
+from llmtrain.watch import kernel
+from llmtrain.watch.layout import RankState
+
+FAREWELL_SECONDS = 3.0
+"""Seconds that other ranks of this host have to end by themselves."""
+
+
+def write_report(folder: Path, text: str) -> Path | None:
+    """Write a report under a new name; None if that cannot be done."""
+    number = 1
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        while (path := folder / f"watch.{number}.txt").exists():
+            number += 1
+        files.write_atomically(path, text)
+        return path
+    return None
+
+
+def tell(run: Path, kind: str, problem: Problem, text: str, report: Path | None, step: int) -> None:
+    """Print the report and the exit line, and note the event."""
+    saved = "" if report is None else f"\nthis report: {report}"
+    with suppress(OSError):
+        os.write(2, f"\nllmtrain: {text.rstrip()}{saved}\nllmtrain: error: {problem}\n".encode(errors="replace"))
+    note_event(run, kind, step, what=str(problem), report=None if report is None else str(report))
+
+
+def leave(states: Sequence[RankState], folder: Path) -> NoReturn:
+    """End this process, after the others of this host, of which some cannot end themselves, and remove their
+    folder."""
+
+    def lives(state: RankState) -> bool:
+        return kernel.state_of(state.pid, state.started) != kernel.ENDED
+
+    others = [state for state in states if state.pid != os.getpid()]
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    while time.monotonic() < deadline and any(map(lives, others)):
+        time.sleep(0.1)
+    for state in filter(lives, others):
+        with suppress(OSError):
+            os.kill(state.pid, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(WATCH_EXIT_CODE)

@@ -1,0 +1,47 @@
+"""What a rank is doing, as the loop and the engines say it.
+
+    with phases.FORWARD:
+        …
+
+A phase may be inside another. Without a watch it costs a fraction of a microsecond.
+"""
+
+from __future__ import annotations
+
+from llmtrain.watch import recorder
+from llmtrain.watch.layout import PHASES
+
+
+class Phase:
+    """A phase as a context; one object serves all its uses."""
+
+    def __init__(self, name: str) -> None:
+        self._number = PHASES.index(name)
+
+    def __enter__(self) -> None:
+        if recorder.current is not None:
+            recorder.current.enter(self._number)
+
+    def __exit__(self, *_: object) -> None:
+        if recorder.current is not None:
+            recorder.current.leave()
+
+
+DATA = Phase("data")
+FORWARD = Phase("forward")
+BACKWARD = Phase("backward")
+OPTIMIZER = Phase("optimizer")
+EVALUATION = Phase("evaluation")
+SAVE = Phase("save")
+
+
+def begin_step(step: int) -> None:
+    """Say that the step with this number, counted from 1, begins."""
+    if recorder.current is not None:
+        recorder.current.begin_step(step)
+
+
+def begin_micro_batch(number: int) -> None:
+    """Say that the micro-batch with this number, counted from 0, begins."""
+    if recorder.current is not None:
+        recorder.current.begin_micro_batch(number)

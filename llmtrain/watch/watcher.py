@@ -1,0 +1,333 @@
+"""The watching thread of a rank: it notes the rank's stack, looks at the ranks of its host, and ends the job
+when none of the run makes progress.
+
+The lowest rank of a host that gives signs of life speaks for the host. On one host it also judges; of several
+hosts, the first one's speaker does (see board.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrain import files
+from llmtrain.errors import WATCH_EXIT_CODE, Problem
+from llmtrain.watch import ending, judge, layout
+from llmtrain.watch.board import Board
+from llmtrain.watch.checker import Calls, first_divergence
+from llmtrain.watch.config import WatchConfig
+from llmtrain.watch.judge import Verdict
+from llmtrain.watch.layout import RankState
+from llmtrain.watch.neighbours import Brief, Folder
+from llmtrain.watch.recorder import Recorder
+from llmtrain.watch.report import headline, report
+
+PERIOD_SECONDS = 0.5
+EARLY = 0.9
+"""Part of the limit after which ranks are examined, so that the report is out within it."""
+SUSPENDED_SECONDS = 5.0
+"""A thread that was not run for so long was stopped itself, with the machine or by a signal."""
+ANSWER_SECONDS = 4.0
+"""Seconds that hosts have to say what their ranks do."""
+HOST_SILENT_SECONDS = 10.0
+LINGER_SECONDS = 10.0
+"""Seconds for which a rank that failed still compares collectives."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the watch writes, and where its hosts and ranks are."""
+
+    run: Path
+    """The run folder, which gets the event."""
+    logs: Path
+    """The folder of the report."""
+    hosts: Sequence[tuple[str, tuple[int, ...]]]
+    """Name and ranks of each host."""
+
+    @property
+    def host_of(self) -> dict[int, str]:
+        """Return rank → name of its host."""
+        return {rank: name for name, ranks in self.hosts for rank in ranks}
+
+
+class Watcher:
+    """Watches in a thread, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        config: WatchConfig,
+        places: Places,
+        recorder: Recorder,
+        folder: Folder,
+        board: Board | None,
+        *,
+        compares: bool,
+    ) -> None:
+        """board: None on one host. compares: whether collectives of ranks are compared."""
+        self._config, self._places, self._compares = config, places, compares
+        self._recorder, self._folder, self._board = recorder, folder, board
+        self._part = layout.TAKES_PART
+        self._stopped = threading.Event()
+        self._progress = _Progress()
+        self._answered = 0
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, failed: bool) -> None:
+        """Take no part any more. After a failure the thread goes on for a while, to tell what the failure
+        came from."""
+        self._part = layout.FAILED if failed else layout.GONE
+        self._recorder.beat(self._part)
+        if failed and len(self._places.host_of) > 1:
+            threading.Timer(LINGER_SECONDS, self._stopped.set).start()
+            return
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._stopped.wait(PERIOD_SECONDS):
+            now = time.monotonic()
+            if now - last > SUSPENDED_SECONDS:
+                self._progress.suspend(now - last)
+            last = now
+            with suppress(OSError):  # the folder may go at any time, as when memory is full
+                self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        self._recorder.beat(self._part)
+        self._recorder.write_text(now)
+        if self._folder.end.exists():
+            os._exit(WATCH_EXIT_CODE)
+        briefs = self._folder.briefs(now)
+        self._progress.note(briefs, now, self._phase_counts)
+        alive = [rank for rank, brief in briefs.items() if _is_alive(brief)]
+        if min(alive, default=-1) != self._folder.own:
+            return
+        if self._compares:
+            self._compare_here()
+        if self._board is not None:
+            self._talk(self._board, now)
+        elif self._is_too_long(self._progress.idle(now), self._patience()):
+            self._end_hang(self._folder.examined(), self._progress.idle(now))
+
+    @property
+    def _phase_counts(self) -> bool:
+        return self._recorder.is_warm and self._recorder.phase not in ("data", "evaluation", "save", "start")
+
+    def _patience(self) -> float:
+        """Return how long the ranks of this host may stay without progress."""
+        if self._config.hang_seconds == 0:
+            return float("inf")
+        states = judge.taking_part(self._folder.states(time.monotonic()))
+        return max(judge.limit_of(self._config, states), judge.LONGER * self._progress.longest)
+
+    def _is_too_long(self, idle: float, patience: float) -> bool:
+        return idle > EARLY * patience
+
+    # Several hosts
+
+    def _talk(self, board: Board, now: float) -> None:
+        patience = self._patience() if self._progress.idle(now) > 2 * PERIOD_SECONDS else self._config.hang_seconds
+        said: dict[str, Any] = {"idle": self._progress.idle(now), "patience": _finite(patience)}
+        if self._compares:
+            said |= self._calls_said(board.topic.get("calls", {}))
+        board.exchange(said)
+        if board.end is not None:
+            self._leave(board.end)
+        if board.question > self._answered:
+            self._answer(board)
+        if board.is_judge:
+            self._judge_hosts(board, now)
+        silence = now - board.answered_at
+        if self._is_too_long(min(silence, self._progress.idle(now)), max(self._patience(), HOST_SILENT_SECONDS)):
+            why = f"the store that rank 0 or its launcher serves has not answered for {silence:.0f} s"
+            states = self._folder.examined()
+            verdict = judge.who_is_behind(judge.taking_part(states))
+            if verdict.why.startswith("for which") or len(verdict.behind) in (0, len(states)):
+                verdict = Verdict((), why)
+            self._end_hang(states, self._progress.idle(now), verdict, f"{why[0].upper()}{why[1:]}.\n")
+
+    def _answer(self, board: Board) -> None:
+        self._answered = board.question
+        content: dict[str, Any] = {"states": [state.encode() for state in self._folder.examined()]}
+        if self._compares:
+            content["rings"] = [_encode_calls(calls) for calls in self._calls_here()]
+        board.answer(board.question, content)
+
+    def _judge_hosts(self, board: Board, now: float) -> None:
+        hosts = board.hosts()
+        own = (self._progress.idle(now), self._patience())
+        spoken = [own] + [
+            (said["idle"] + age, said["patience"] or float("inf"))
+            for host, (said, age) in hosts.items()
+            if host != board.host and age < HOST_SILENT_SECONDS
+        ]
+        idle = min(seconds for seconds, _ in spoken)
+        patience = max(seconds for _, seconds in spoken)
+        if self._compares and self._hosts_differ(board, {h: said for h, (said, _) in hosts.items()}):
+            self._compare_hosts(board)
+        if self._is_too_long(idle, patience):
+            answers = self._ask_all(board)
+            states = [RankState.decode(state) for answer in answers.values() for state in answer["states"]]
+            silent = [host for host in range(board.num_hosts) if host not in answers]
+            verdict = None
+            if silent:
+                ranks = tuple(sorted(rank for host in silent for rank in self._places.hosts[host][1]))
+                names = ", ".join(dict.fromkeys(self._places.hosts[host][0] for host in silent))
+                verdict = Verdict(ranks, f"whose host ({names}) gives no sign of life")
+            self._end_hang(sorted(states, key=lambda state: state.rank), idle, verdict)
+
+    def _ask_all(self, board: Board) -> dict[int, dict[str, Any]]:
+        """Ask all hosts what their ranks do; return host → answer, of those that answer in time."""
+        question = board.question + 1
+        board.ask(question, board.topic)
+        self._answer(board)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            answers = board.answers(question)
+            if len(answers) == board.num_hosts or time.monotonic() > deadline:
+                return answers
+            time.sleep(PERIOD_SECONDS / 2)
+
+    # Collectives
+
+    def _calls_here(self) -> list[Calls]:
+        folder = self._folder
+        return [Calls(rank, folder.host, *layout.read_ring(folder.file_of(rank))) for rank in folder.ranks]
+
+    def _compare_here(self) -> None:
+        problem = first_divergence(self._calls_here())
+        if problem is not None:
+            self._end_divergence(problem)
+
+    def _calls_said(self, asked: dict[str, int]) -> dict[str, Any]:
+        """Return how far each group has come on this host, and the checksums at the numbers that the judge
+        asked for."""
+        last: dict[str, int] = {}
+        chains: dict[str, int] = {}
+        for calls in self._calls_here():
+            for key, (number, _) in calls.last().items():
+                last[str(key)] = min(number, last.get(str(key), number))
+                chain = calls.chain_at(key, asked[str(key)]) if str(key) in asked else None
+                if chain is not None:
+                    chains[str(key)] = chain
+        return {"last": last, "asked": asked, "chains": chains}
+
+    def _hosts_differ(self, board: Board, said: dict[int, dict[str, Any]]) -> bool:
+        """Return whether hosts gave different checksums for what was asked last; ask for the next ones."""
+        lasts: dict[str, list[int]] = {}
+        for of_host in said.values():
+            for key, number in of_host.get("last", {}).items():
+                lasts.setdefault(key, []).append(number)
+        asked = board.topic.get("calls", {})
+        replies = [of_host for of_host in said.values() if of_host.get("asked") == asked]
+        if len(replies) < len(said):
+            return False
+        board.topic = {"calls": {key: min(numbers) for key, numbers in lasts.items() if len(numbers) > 1}}
+        return any(
+            len({reply["chains"][key] for reply in replies if key in reply["chains"]}) > 1 for key in asked
+        )
+
+    def _compare_hosts(self, board: Board) -> None:
+        answers = self._ask_all(board)
+        calls = [_decode_calls(ring) for answer in answers.values() for ring in answer.get("rings", ())]
+        problem = first_divergence(sorted(calls, key=lambda of_rank: of_rank.rank))
+        if problem is not None:
+            self._end_divergence(problem)
+
+    # The end
+
+    def _end_hang(
+        self, states: list[RankState], idle: float, verdict: Verdict | None = None, note: str = ""
+    ) -> None:
+        taking = judge.taking_part(states)
+        verdict = verdict or judge.who_is_behind(taking)
+        problem = headline(taking, verdict, idle, self._places.host_of)
+        text = note + report(taking, verdict, idle, self._places.host_of)
+        self._end("hang", problem, text, max((state.step for state in taking), default=0))
+
+    def _end_divergence(self, problem: Problem) -> None:
+        states = self._folder.examined()
+        self._end("divergence", problem, f"Collectives differ. {problem}\n", max(s.step for s in states))
+
+    def _end(self, kind: str, problem: Problem, text: str, step: int) -> None:
+        end = {"kind": kind, "line": str(problem), "by": self._folder.own}
+        decided = end if self._board is None else self._board.decide(end)
+        if decided == end:
+            path = ending.write_report(self._places.logs, f"llmtrain: error: {problem}\n\n{text}")
+            ending.tell(self._places.run, kind, problem, text, path, step)
+        self._leave(decided)
+
+    def _leave(self, end: dict[str, Any]) -> None:
+        states = self._folder.states(time.monotonic())
+        files.write_atomically(self._folder.end, json.dumps(end))
+        ending.leave(states, self._folder.path)
+
+    def suspect(self) -> str | None:
+        """Return a sentence about the rank that is behind, as far as this rank can see now; None if it cannot
+        tell."""
+        states = judge.taking_part(self._folder.examined())
+        verdict = judge.who_is_behind(states)
+        if not verdict.behind or len(states) < 2:
+            return None
+        named = next(state for state in states if state.rank in verdict.behind)
+        return f"{named.name}, {verdict.why}"
+
+
+class _Progress:
+    """When the ranks of this host last made progress."""
+
+    def __init__(self) -> None:
+        self._ticks: dict[int, int] = {}
+        self._at = time.monotonic()
+        self.longest = 0.0
+        """Longest pause within steps so far."""
+
+    def note(self, briefs: dict[int, Brief], now: float, counts: bool) -> None:
+        """counts: whether a pause that ends here is one of a step."""
+        ticks = {rank: brief.ticks for rank, brief in briefs.items() if brief.part == layout.TAKES_PART}
+        if ticks != self._ticks:
+            if counts and now - self._at > 2 * PERIOD_SECONDS:
+                self.longest = max(self.longest, now - self._at)
+            self._ticks, self._at = ticks, now
+
+    def suspend(self, seconds: float) -> None:
+        """Leave out seconds in which this thread did not run."""
+        self._at += seconds
+
+    def idle(self, now: float) -> float:
+        return now - self._at
+
+
+def _is_alive(brief: Brief) -> bool:
+    return brief.part != layout.GONE and brief.silence < judge.SILENT_SECONDS
+
+
+def _finite(seconds: float) -> float:
+    """Return 0 for infinity, which JSON lacks."""
+    return 0.0 if seconds == float("inf") else seconds
+
+
+def _encode_calls(calls: Calls) -> dict[str, Any]:
+    packed = base64.b85encode(zlib.compress(calls.records.tobytes())).decode()
+    return {"rank": calls.rank, "host": calls.host, "records": packed, "places": calls.places}
+
+
+def _decode_calls(said: dict[str, Any]) -> Calls:
+    content = zlib.decompress(base64.b85decode(said["records"]))
+    return Calls(said["rank"], said["host"], np.frombuffer(content, layout.RECORD), said["places"])
