@@ -17,12 +17,14 @@ CHANGES_NO_TRAINING = (
     "track",
     "cluster",
     "checkpoint",
+    "watch",
+    "debug",
     "device",
     "model.path",
     "data.path",
     "data.cache",
 )
-"""Sections and keys that do not affect training: names and paths, tracking and saving."""
+"""Sections and keys that do not affect training: names and paths, tracking, saving and watching."""
 
 
 def job_folder(overrides: Sequence[str], swept: Collection[str]) -> str:

@@ -147,7 +147,12 @@ def tell_lost_rank(said: str) -> int:
     if stopping.request.asked:
         return INTERRUPTED_EXIT_CODE
     where, got = f"rank {launcher.rank()}", f"a lost connection to another rank ({said})"
-    print_problems([Problem(where, got, remedy="that process ended; its own message tells why")])
+    remedy = "that process ended; its own message tells why"
+    from llmtrain.watch import watch
+
+    if "timed out" in said.lower() and (behind := watch.suspect()) is not None:
+        got, remedy = f"no answer from another rank ({said})", f"behind is {behind}"
+    print_problems([Problem(where, got, remedy=remedy)])
     return 1
 
 

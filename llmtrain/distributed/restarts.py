@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE
+from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, WATCH_EXIT_CODE
 
 ATTEMPT = "LLMTRAIN_ATTEMPT"
 """Variable by which a launcher tells its ranks the number of the attempt, from 1."""
@@ -31,6 +31,8 @@ def root_cause(exit_codes: Sequence[int]) -> int:
     def specificity(index: int) -> int:
         code = shell_code(exit_codes[index])
         known = _LEAST_SPECIFIC_FIRST
+        if code == WATCH_EXIT_CODE:  # such a rank kills those that cannot end themselves
+            return len(known) + 1
         return known.index(code) if code in known else len(known)
 
     return max((i for i, code in enumerate(exit_codes) if code), key=specificity)

@@ -54,6 +54,7 @@ from llmtrain.distributed.restarts import (
 from llmtrain.errors import (
     EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
+    WATCH_EXIT_CODE,
     ConfigError,
     LaunchError,
     Problem,
@@ -297,6 +298,9 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> tuple[int,
         for rank, failure in sorted(failures.items())
         if failure.timestamp - earliest <= _SAME_FAILURE_SECONDS
     }
+    if said := last_report(folder, earliest - _SAME_FAILURE_SECONDS):
+        print(f"llmtrain: the watch ended this job ({WATCH_EXIT_CODE}): {said}", file=sys.stderr)
+        return WATCH_EXIT_CODE, said.partition(";")[0]
     rank = list(causes)[root_cause(list(causes.values()))]
     code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
     what = f"rank {rank} exited with {code}{_meaning(code)}"
@@ -307,6 +311,16 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> tuple[int,
     if rank:
         print(*_tail(log), sep="\n", file=sys.stderr)
     return code, what
+
+
+def last_report(folder: Path, since: float) -> str:
+    """Return the first line of the newest report of a watch among the logs, and its path; "" without one
+    since then, in seconds since 1970."""
+    reports = sorted((path.stat().st_mtime, path) for path in folder.glob("watch.*.txt"))
+    if not reports or reports[-1][0] < since:
+        return ""
+    first = read_bytes(reports[-1][1], 1 << 20).decode(errors="replace").partition("\n")[0]
+    return f"{first.removeprefix('llmtrain: error: ')}; the report: {reports[-1][1]}"
 
 
 def _meaning(code: int) -> str:

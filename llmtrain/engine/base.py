@@ -32,6 +32,7 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.materialize import Source
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Box, Shard
+from llmtrain.watch import phases
 
 _LOSS_AND_STOP = "/loss and stop"
 """Name under which a step's loss and stop request travel with the metrics, whose names have no slash."""
@@ -185,6 +186,7 @@ class Engine(ABC):
         scale = self.mesh.replicas / num_targets
 
         def run(i: int) -> Batch:
+            phases.begin_micro_batch(i)
             if i and self.layout.pipeline == 1:
                 between()
             stage = self.mesh.coordinates.pipeline
@@ -210,7 +212,8 @@ class Engine(ABC):
             finite = per_micro.isfinite().tolist()
             bad = [micro for micro, ok in zip(micro_batches, finite, strict=True) if not ok]
             raise NonFiniteError(f"loss {loss}", _samples_of(bad) or _samples_of(micro_batches))
-        grad_norm, skipped = self._update(lr)
+        with phases.OPTIMIZER:
+            grad_norm, skipped = self._update(lr)
         if not math.isfinite(grad_norm) and not self.scaler_state():
             raise NonFiniteError(f"gradient norm {grad_norm}", _samples_of(micro_batches))
         return StepResult(

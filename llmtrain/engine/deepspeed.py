@@ -20,6 +20,7 @@ from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.tensor_boxes import Shard
+from llmtrain.watch import phases
 
 MAX_BUCKET_ELEMENTS = 200_000_000
 
@@ -161,8 +162,10 @@ class DeepSpeedEngine(Engine):
         for i in range(count):
             is_last = i == count - 1
             self._engine.set_gradient_accumulation_boundary(is_last)
-            terms = Terms(*self._engine(batch(i)))
-            self._engine.backward(terms.loss_sum * scale, scale_wrt_gas=False)
+            with phases.FORWARD:
+                terms = Terms(*self._engine(batch(i)))
+            with phases.BACKWARD:
+                self._engine.backward(terms.loss_sum * scale, scale_wrt_gas=False)
             if not is_last:
                 self._engine.step()  # counts the micro-batch; updates only at the boundary
             all_terms.append(terms)

@@ -16,6 +16,7 @@ from llmtrain.engine.modules import ObjectiveModule, autocast, to_device
 from llmtrain.objectives.base import Batch, Objective, Terms, WeighsTerms
 from llmtrain.parallel.config import Precision
 from llmtrain.scoring.direction import LOSS_OF
+from llmtrain.watch import phases
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def sum_over_batches(
     sums: dict[str, torch.Tensor] = {}
     rows: dict[int, np.ndarray] | None = None
     with torch.no_grad():
-        for batch, micro in batches:
+        for number, (batch, micro) in enumerate(batches):
+            phases.begin_micro_batch(number)
             terms = compute(batch)
             if terms.rows is not None:
                 rows = {} if rows is None else rows

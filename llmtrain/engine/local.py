@@ -19,6 +19,7 @@ from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.optimizers import set_lr
 from llmtrain.tensor_boxes import Shard
+from llmtrain.watch import phases
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -100,14 +101,17 @@ class LocalEngine(Engine):
     def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
         all_terms = []
         for i in range(count):
-            terms = Terms(*self._wrapped(batch(i)))
+            with phases.FORWARD:
+                terms = Terms(*self._wrapped(batch(i)))
             loss = terms.loss_sum * scale
             if self._averager is not None:
                 self._averager.enabled = i == count - 1
-            (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
+            with phases.BACKWARD:
+                (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
             all_terms.append(terms)
         if self._averager is not None:
-            self._averager.finish()
+            with phases.BACKWARD:
+                self._averager.finish()
         return all_terms
 
     def _update(self, lr: float) -> tuple[float, bool]:

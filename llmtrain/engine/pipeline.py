@@ -19,6 +19,7 @@ from llmtrain.objectives.base import Batch, NamesArguments, PadsRows, Terms
 from llmtrain.optim.groups import Group
 from llmtrain.parallel import upstream
 from llmtrain.parallel.pipeline import PipelineStage, SharedWeight
+from llmtrain.watch import phases
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -83,7 +84,9 @@ class PipelineEngine(DeepSpeedEngine):
         # DeepSpeed divides by the number of micro-batches.
         self._replay.begin(batch, scale * count)
         dummy = torch.zeros(1, device=self.device)
-        self._engine.train_batch(repeat((dummy, dummy)))
+        # The forward passes within say so themselves.
+        with phases.BACKWARD:
+            self._engine.train_batch(repeat((dummy, dummy)))
         return self._replay.terms(count)
 
     def _step(self) -> None:
@@ -116,6 +119,10 @@ class _Replay(nn.Module):
         self._losses, self._targets = [], []
 
     def forward(self, x: Tensor) -> Tensor:
+        with phases.FORWARD:
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         batch = self._batch(len(self._targets))
         self._targets.append(torch.tensor(self._objective.target_count(batch), device=x.device))
         with self._autocast:

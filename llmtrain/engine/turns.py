@@ -20,6 +20,7 @@ from llmtrain.engine.base import Setup, StepResult
 from llmtrain.engine.local import GradientAverager, LocalEngine
 from llmtrain.objectives.base import Batch, Terms, ratio
 from llmtrain.optim.optimizers import set_lr
+from llmtrain.watch import phases
 
 
 class TurnsEngine(LocalEngine):
@@ -46,7 +47,7 @@ class TurnsEngine(LocalEngine):
         current: Batch = {}
         for i in range(count):
             current = batch(i)
-            with self._autocast(), _frozen(second):
+            with phases.FORWARD, self._autocast(), _frozen(second):
                 terms = objective.discriminator_terms(self.model, current)
             # Each turn is a step over one micro-batch of each replica.
             self._backward(terms, 0, scale * count)
@@ -56,7 +57,7 @@ class TurnsEngine(LocalEngine):
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             found.append(terms)
-        with self._autocast(), _frozen(first):
+        with phases.FORWARD, self._autocast(), _frozen(first):
             terms = objective.generator_terms(self.model, current)
         self._backward(terms, 1, scale * count)
         last = found[-1]
@@ -67,9 +68,10 @@ class TurnsEngine(LocalEngine):
         averager = self._averagers[part]
         if averager is not None:
             averager.enabled = True
-        (terms.loss_sum * scale).backward()
-        if averager is not None:
-            averager.finish()
+        with phases.BACKWARD:
+            (terms.loss_sum * scale).backward()
+            if averager is not None:
+                averager.finish()
 
     def _autocast(self) -> Any:
         from llmtrain.engine.modules import autocast

@@ -30,6 +30,7 @@ from llmtrain.train.time_limit import ALLOWED as TIME_ALLOWED
 from llmtrain.train.time_limit import seconds_of
 from llmtrain.train.transfer_config import TransferConfig
 from llmtrain.urls import without_credentials_in
+from llmtrain.watch.config import DebugConfig, WatchConfig
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class TrainConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     freeze: int = 0
     """Layers, from the bottom, that keep their values, and with them the embeddings; 0: none."""
     precision: Precision = "fp32"

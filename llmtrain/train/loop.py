@@ -13,6 +13,7 @@ from llmtrain.distributed.stop_checks import StopCheck, StoppedError
 from llmtrain.engine.base import Engine, NonFiniteError, StepResult
 from llmtrain.engine.evaluation import Totals
 from llmtrain.errors import Problem, TrainingError
+from llmtrain.watch import phases
 
 
 class Observer(Protocol):
@@ -119,14 +120,17 @@ def train(
         if hooks.evaluate is None:
             return None
         started = time.perf_counter()
-        totals = hooks.evaluate(step, StopCheck(stop_requested, engine.device).check)
+        with phases.EVALUATION:
+            totals = hooks.evaluate(step, StopCheck(stop_requested, engine.device).check)
         observer.on_evaluation(step, totals, time.perf_counter() - started)
-        verdict = hooks.judge(step, totals)
+        with phases.EVALUATION:
+            verdict = hooks.judge(step, totals)
         return totals.loss if totals.num_targets else None
 
     def save(evaluated: bool, owed: bool) -> None:
         nonlocal saved_step
-        hooks.save(done, validation_loss if evaluated else None, owed and hooks.evaluate is not None)
+        with phases.SAVE:
+            hooks.save(done, validation_loss if evaluated else None, owed and hooks.evaluate is not None)
         saved_step = done
 
     try:
@@ -143,7 +147,9 @@ def train(
     batches = loader.steps(start_step)
     for step in range(start_step, until):
         started = time.perf_counter()
-        batch = next(batches)
+        phases.begin_step(step + 1)
+        with phases.DATA:
+            batch = next(batches)
         lr = hooks.lr(step)
         stop_check.begin()
         try:
@@ -179,7 +185,8 @@ def train(
             save(evaluated=evaluation_is_due and not stopped, owed=evaluation_is_due and stopped)
         if stopped or verdict.ends:
             break
-    hooks.finish_save()
+    with phases.SAVE:
+        hooks.finish_save()
     return Outcome(done, validation_loss, interrupted=stopped, ended_early=verdict.ends and done < steps)
 
 

@@ -34,7 +34,7 @@ from llmtrain.train.resume import Resume, check_same_validation, find_resume
 from llmtrain.train.run_data import RunData
 from llmtrain.train.run_record import RunRecord
 from llmtrain.train.solved import build_solved_engine, conclude
-from llmtrain.train.start import start_ranks
+from llmtrain.train.start import same_work, start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.suite import TrainingSuite, tasks_of
 from llmtrain.train.time_limit import TimeLimit
@@ -42,6 +42,8 @@ from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
 from llmtrain.train.writing import ValidationWriter
 from llmtrain.train.writing_rules import rows_to_write
+from llmtrain.watch import watch
+from llmtrain.watch.watch import watched
 
 
 def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
@@ -52,13 +54,15 @@ def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
     device = processes.pick_device(resolved.config.device)
     heap = Heap(forecast_bytes) if device.type == "cpu" and keep_freed_memory() else None
     start_ranks(resolved, device)
-    session = Session(resolved, device, heap, started)
-    try:
-        is_complete = session.train()
-    except BaseException:
-        session.close(failed=True)
-        raise
-    session.close(failed=False)
+    config = resolved.config
+    with watched(config.watch, config.debug, config.run.dir, device, same_work(resolved.layout)):
+        session = Session(resolved, device, heap, started)
+        try:
+            is_complete = session.train()
+        except BaseException:
+            session.close(failed=True)
+            raise
+        session.close(failed=False)
     return is_complete
 
 
@@ -76,6 +80,7 @@ class Session:
         self._started = started
         self.record = RunRecord(self.config)
         self._say = self.record.say
+        watch.say_by(self._say)
         self.data = RunData(resolved, self._say)
         self._limit = TimeLimit.of_run(self.config.train.time_limit, self.config.run.dir)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
@@ -164,10 +169,13 @@ class Session:
         own = start.checkpoint if start.resume is not None and start.resume.is_own else None
         self.record.begin(start.step, own)
         self._say(stream.describe(self.layout.micro_size if self.layout.pipeline == 1 else None))
-        counters = self.corpora.counters if self.corpora is not None else dict
         layout, device = self.layout, self.device
         record = self.record
-        return RunObserver(config, layout, device, record.trackers, record.progress, counters, length)
+        return RunObserver(config, layout, device, record.trackers, record.progress, self._counters, length)
+
+    def _counters(self) -> dict[str, float]:
+        """Return metrics that other parts of the run count; new ones at each step."""
+        return {**(self.corpora.counters() if self.corpora is not None else {}), **watch.times()}
 
     def _describe_in_folder(self, stream: Stream, weights: WeightRecord) -> None:
         facts: dict[str, Any] = {"device": str(self.device), "world_size": processes.world_size()}
@@ -260,6 +268,7 @@ class Session:
 
     def _after_step(self) -> None:
         self._saver.poll()
+        watch.after_step()
         if self._heap is not None:
             self._heap.after_step()
 

@@ -11,6 +11,7 @@ from llmtrain.config import encode
 from llmtrain.corpus.packages import resolve_package_path
 from llmtrain.distributed.agreement import Fact, run_facts
 from llmtrain.errors import DataError
+from llmtrain.parallel.layout import Layout
 from llmtrain.train.resolve import Resolved
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ def start_ranks(resolved: Resolved, device: torch.device) -> None:
     if resolved.pretrained is not None:
         facts["model.path"] = Fact(resolved.pretrained.path.name, "start all ranks with the same command")
     processes.start(device, single_process_group=resolved.config.engine == "deepspeed", facts=facts)
+
+
+def same_work(layout: Layout) -> list[list[int]]:
+    """Return the groups of ranks that do the same work: those of one pipeline stage."""
+    stages: dict[int, list[int]] = {}
+    for rank in range(layout.world_size):
+        stages.setdefault(layout.coordinates(rank).pipeline, []).append(rank)
+    return list(stages.values())
 
 
 def _fingerprint(resolved: Resolved) -> str | None:

@@ -84,7 +84,9 @@ class Board:
     def _hosts(self, store: Store) -> dict[int, tuple[dict[str, Any], float]]:
         now = time.monotonic()
         found = {}
-        known = [host for host in range(self.num_hosts) if host in self._seen or store.check([f"host/{host}"])]
+        known = [
+            host for host in range(self.num_hosts) if host in self._seen or store.check([f"host/{host}"])
+        ]
         contents = store.multi_get([f"host/{host}" for host in known]) if known else []
         for host, content in zip(known, contents, strict=True):
             said = json.loads(content)

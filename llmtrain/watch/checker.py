@@ -67,12 +67,18 @@ def _named(key: int, common: int, members: list[Calls]) -> Problem:
     by_rank = {calls.rank: calls.of_group(key) for calls in members}
     begin = max(min(records) for records in by_rank.values())
     number = next(
-        (n for n in range(begin, common + 1) if len({_chain(records, n) for records in by_rank.values()}) > 1),
+        (
+            n
+            for n in range(begin, common + 1)
+            if len({_chain(records, n) for records in by_rank.values()}) > 1
+        ),
         common,
     )
     # Of several that differ, the fewest are wrong; of two, both are shown.
     votes = Counter(_chain(records, number) for records in by_rank.values())
-    usual, _ = max(votes.items(), key=lambda item: (item[1], _chain(by_rank[min(by_rank)], number) == item[0]))
+    usual, _ = max(
+        votes.items(), key=lambda item: (item[1], _chain(by_rank[min(by_rank)], number) == item[0])
+    )
     odd = next(calls for calls in members if _chain(by_rank[calls.rank], number) != usual)
     agreeing = [calls for calls in members if _chain(by_rank[calls.rank], number) == usual]
     got = f"{_text(odd, by_rank[odd.rank].get(number))} as number {number:,} of its group"
@@ -101,4 +107,3 @@ def _text(calls: Calls, record: Any) -> str:
     file, _, line = where.rpartition(":")
     micro = f", micro-batch {record['micro']}" if record["micro"] >= 0 else ""
     return f"{what} at {short(file)}:{line} in step {record['step']:,}{micro}"
-

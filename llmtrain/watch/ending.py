@@ -37,7 +37,9 @@ def tell(run: Path, kind: str, problem: Problem, text: str, report: Path | None,
     """Print the report and the exit line, and note the event."""
     saved = "" if report is None else f"\nthis report: {report}"
     with suppress(OSError):
-        os.write(2, f"\nllmtrain: {text.rstrip()}{saved}\nllmtrain: error: {problem}\n".encode(errors="replace"))
+        os.write(
+            2, f"\nllmtrain: {text.rstrip()}{saved}\nllmtrain: error: {problem}\n".encode(errors="replace")
+        )
     note_event(run, kind, step, what=str(problem), report=None if report is None else str(report))
 
 
@@ -49,8 +51,10 @@ def leave(states: Sequence[RankState], folder: Path) -> NoReturn:
         return kernel.state_of(state.pid, state.started) != kernel.ENDED
 
     others = [state for state in states if state.pid != os.getpid()]
+    # A launcher looks at the first exit code: let it be that of a rank that leaves by itself.
+    leaving = [s for s in others if kernel.state_of(s.pid, s.started) != kernel.STOPPED]
     deadline = time.monotonic() + FAREWELL_SECONDS
-    while time.monotonic() < deadline and any(map(lives, others)):
+    while time.monotonic() < deadline and any(map(lives, leaving)):
         time.sleep(0.1)
     for state in filter(lives, others):
         with suppress(OSError):

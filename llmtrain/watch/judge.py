@@ -11,6 +11,7 @@ from llmtrain.watch.layout import TAKES_PART, RankState
 
 SILENT_SECONDS = 5.0
 """A rank whose watching thread gave no sign of life for so long is silent."""
+WAITED_FOR = "for which the others wait"
 LONGER = 3.0
 """A run whose ranks have paused longer than the limit before is given so many times the longest pause."""
 
@@ -27,13 +28,19 @@ class Verdict:
 
 def limit_of(config: WatchConfig, states: Sequence[RankState]) -> float:
     """Return the seconds that the ranks may stay without progress: the longest limit of what any of them
-    does; infinity for none."""
+    does; infinity for none. A rank that is stopped does nothing, so that the others wait in vain."""
+    if any(state.process in (kernel.STOPPED, kernel.ENDED) for state in states):
+        return config.hang_seconds
     seconds = [_limit(config, state) for state in states]
     return max(seconds, default=float("inf"))
 
 
 def _limit(config: WatchConfig, state: RankState) -> float:
-    limits = {"evaluation": config.evaluation_seconds, "save": config.save_seconds, "end": config.save_seconds}
+    limits = {
+        "evaluation": config.evaluation_seconds,
+        "save": config.save_seconds,
+        "end": config.save_seconds,
+    }
     seconds = limits.get(state.phase)
     if seconds is None:
         seconds = config.hang_seconds
@@ -58,7 +65,7 @@ def who_is_behind(states: Sequence[RankState]) -> Verdict:
     waits = waits_for(states)
     waited_for = {rank for ranks in waits.values() for rank in ranks}
     if behind := sorted(waited_for - set(waits)):
-        return Verdict(tuple(behind), "for which the others wait")
+        return Verdict(tuple(behind), WAITED_FOR)
     if waited_for:
         return Verdict(tuple(sorted(waited_for & set(waits))), "which wait for each other")
     if len(states) == 1:

@@ -74,7 +74,7 @@ class Kind(NamedTuple):
 
     name: str
     argument: int | None
-    """Which argument of ProcessGroup's method has the tensors whose shape is the same on all ranks, or None."""
+    """Which argument of ProcessGroup's method has the tensors that are alike on all ranks, or None."""
     same_shape: bool = True
     """Whether ranks must agree on the shape."""
 

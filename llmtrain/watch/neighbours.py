@@ -17,7 +17,8 @@ from typing import IO, NamedTuple
 from llmtrain.watch import kernel, layout
 from llmtrain.watch.layout import RankState
 
-MEMORY = Path("/dev/shm")  # noqa: S108: the folder below it has a name at random, and is this user's alone
+MEMORY = Path("/dev/shm")  # noqa: S108
+"""The folder below it has a random name, and is for this user alone."""
 PREFIX = "llmtrain-watch-"
 DUMP_SIGNAL = signal.SIGRTMIN + 9
 """Makes a rank write its Python stack, even while a call holds Python's lock."""
@@ -77,8 +78,8 @@ class Folder:
             self.path.rmdir()
 
     def briefs(self, now: float) -> dict[int, Brief]:
-        """Return rank → what it notes, of the ranks of this host that have begun to; GONE for those whose file
-        was removed."""
+        """Return rank → what it notes, of the ranks of this host that have begun to. GONE: its file was
+        removed."""
         found = {}
         for rank in self.ranks:
             content = self._map(rank)
@@ -114,17 +115,18 @@ class Folder:
         silent = []
         for state in states:
             state.process, state.wait = kernel.state_of(state.pid, state.started), kernel.wait_of(state.pid)
-            if state.silence > SILENT_SECONDS and state.process not in (kernel.ENDED, kernel.STOPPED):
-                if self._trace_of(state.rank).exists():
-                    with suppress(OSError):
-                        os.kill(state.pid, DUMP_SIGNAL)
-                        silent.append(state)
+            hears = state.process not in (kernel.ENDED, kernel.STOPPED)
+            if state.silence > SILENT_SECONDS and hears and self._trace_of(state.rank).exists():
+                with suppress(OSError):
+                    os.kill(state.pid, DUMP_SIGNAL)
+                    silent.append(state)
         if silent:
             time.sleep(DUMP_SECONDS)
         for state in silent:
             with suppress(OSError):
                 text = self._trace_of(state.rank).read_text(errors="replace")
-                frames = [_FRAME.match(line) for line in text.rpartition("(most recent call first)")[2].splitlines()]
+                lines = text.rpartition("(most recent call first)")[2].splitlines()
+                frames = [_FRAME.match(line) for line in lines]
                 stack = [(found[1], int(found[2]), found[3]) for found in frames if found is not None]
                 if stack:
                     state.stack, state.stack_age = stack[::-1], 0.0

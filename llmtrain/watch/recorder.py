@@ -1,7 +1,7 @@
 """Note what this rank does: the step, the phase, and its collectives.
 
-Called by the main thread, and during a backward pass on a GPU by the thread of autograd, while the main thread
-waits for it.
+Called by the main thread; in a backward pass on a GPU by the thread of autograd, for which the main thread
+waits.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llmtrain.distributed.agreement import format_ranks
 from llmtrain.errors import Problem
-from llmtrain.watch import kernel
 from llmtrain.watch.judge import Verdict, waits_for
 from llmtrain.watch.layout import Call, RankState
 
@@ -42,11 +41,9 @@ def headline(
     return Problem(f"{format_ranks(verdict.behind)} on {names}", got)
 
 
-def report(
-    states: Sequence[RankState], verdict: Verdict, seconds: float, hosts: Mapping[int, str]
-) -> str:
-    """Return the report as lines: each group of ranks that are at the same place, the ones behind first."""
-    lines = [f"No rank made progress for {seconds:.0f} s. {headline(states, verdict, seconds, hosts)}."]
+def report(states: Sequence[RankState], verdict: Verdict, seconds: float, hosts: Mapping[int, str]) -> str:
+    """Return the report: each group of ranks that are at the same place, with a stack, those behind first."""
+    lines = [f"no rank made progress for {seconds:.0f} s"]
     missing = sorted(set(hosts) - {state.rank for state in states})
     if missing:
         lines.append(f"Nothing is known of {format_ranks(missing)}.")
@@ -55,9 +52,9 @@ def report(
         first, ranks = group[0], sorted(state.rank for state in group)
         on = ", ".join(dict.fromkeys(state.host for state in group))
         lines += ["", f"{format_ranks(ranks)} on {on}: {place_of(first)} for {first.phase_age:.0f} s"]
+        pids = ", ".join(str(state.pid) for state in group)
+        lines.append(f"  {'process' if len(group) == 1 else 'processes'} {pids}: {_process(first)}")
         lines += [f"  {line}" for line in _details(first, waits.get(first.rank, ()))]
-        if len(group) > 1:
-            lines.append(f"  processes {', '.join(str(state.pid) for state in group)}")
         lines += [f"    {line}" for line in stack_lines(first.stack)]
     return "\n".join(lines) + "\n"
 
@@ -74,6 +71,8 @@ def place_of(state: RankState) -> str:
 def stack_lines(stack: Sequence[tuple[str, int, str]]) -> Iterator[str]:
     """Yield a line for each frame, with its source where this host has the file."""
     for file, line, function in stack:
+        if file.startswith("<frozen"):
+            continue
         source = linecache.getline(file, line).strip()
         yield f"{short(file)}:{line} in {function}" + (f": {source}" if source else "")
 
@@ -95,10 +94,11 @@ def _bytes(size: int) -> str:
     return f"{size:,} bytes" if size < 1 << 20 else f"{size / (1 << 20):,.1f} MiB"
 
 
+def _process(state: RankState) -> str:
+    return state.process + (f", in {state.wait} of the kernel" if state.wait else "")
+
+
 def _details(state: RankState, late: Sequence[int]) -> Iterator[str]:
-    if state.process != kernel.RUNNING or state.wait:
-        where = f", in {state.wait} of the kernel" if state.wait else ""
-        yield f"process {state.pid}: {state.process}{where}"
     if state.silence > 2:
         yield f"no sign of life for {state.silence:.0f} s"
     call = state.call

@@ -64,7 +64,9 @@ class Comparison:
                 before = self._slow_for.get(rank, 0)
                 self._slow_for[rank] = now = before + steps if is_slow else 0
                 if (before < needed <= now) or (before >= needed and not is_slow):
-                    found.append(self._described(rank, is_slow, own[rank] / max(median, 1e-9), seconds, peers))
+                    found.append(
+                        self._described(rank, is_slow, own[rank] / max(median, 1e-9), seconds, peers)
+                    )
         return found
 
     def _described(
@@ -116,7 +118,7 @@ class Stragglers:
             self._sent = own, None
             return
         all_ranks = own.new_empty(dist.get_world_size(), len(CATEGORIES))
-        self._sent = all_ranks, dist.all_gather_into_tensor(all_ranks, own, async_op=True)
+        self._sent = all_ranks, dist.all_gather([*all_ranks.unbind()], own[0], async_op=True)
 
     def _read(self) -> None:
         assert self._sent is not None

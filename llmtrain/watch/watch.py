@@ -68,12 +68,11 @@ class Watch:
             self.stragglers = Stragglers(config, clock, peers, device, self._on_slow)
         board = None
         if len(by_host) > 1:
-            board = Board(
-                lambda: processes.connect_to_store(STORE_SECONDS), f"watch/{token}", number, len(by_host)
-            )
+            board = Board(_connect, f"watch/{token}", number, len(by_host))
+        logs = os.environ.get("LOG_DIR")
         places = Places(
             run,
-            Path(os.environ["LOG_DIR"]) if os.environ.get("LOG_DIR") else run / "logs",
+            Path(logs) if logs else run / "logs",
             [(host, tuple(ranks)) for (host, _), ranks in by_host.items()],
         )
         self.watcher = Watcher(config, places, self._recorder, self._folder, board, compares=compares)
@@ -83,7 +82,7 @@ class Watch:
         self.watcher.start()
 
     def close(self, failed: bool) -> None:
-        """Stop watching. After a failure of one of several ranks go on for a while, until the process ends."""
+        """Stop watching. After a failure of one of several ranks it goes on for a while: see Watcher.stop."""
         self.watcher.stop(failed)
         if failed and processes.world_size() > 1:
             return
@@ -97,8 +96,8 @@ class Watch:
         who = f"rank {slow.rank} on {self._hosts[slow.rank]}"
         step = self._recorder.step
         if slow.is_slow:
-            times = f"{slow.phase} takes {slow.seconds:.3f} s a step, {slow.median:.3f} s in the median"
-            self.say(f"warning: {who} is slow: its own work takes {slow.factor:.1f} times the median; {times}")
+            times = f"{slow.phase} {slow.seconds:.3f} s a step, median {slow.median:.3f} s"
+            self.say(f"warning: {who} is slow: its work takes {slow.factor:.1f} times the median; {times}")
         else:
             self.say(f"{who} keeps up again")
         facts = {"rank": slow.rank, "host": self._hosts[slow.rank], "is_slow": slow.is_slow}
@@ -154,6 +153,10 @@ def suspect() -> str | None:
         with suppress(OSError):
             return _current.watcher.suspect()
     return None
+
+
+def _connect() -> dist.Store:
+    return processes.connect_to_store(STORE_SECONDS)
 
 
 def _host_key() -> str:

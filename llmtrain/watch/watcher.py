@@ -23,7 +23,7 @@ import numpy as np
 
 from llmtrain import files
 from llmtrain.errors import WATCH_EXIT_CODE, Problem
-from llmtrain.watch import ending, judge, layout
+from llmtrain.watch import ending, judge, kernel, layout
 from llmtrain.watch.board import Board
 from llmtrain.watch.checker import Calls, first_divergence
 from llmtrain.watch.config import WatchConfig
@@ -93,7 +93,9 @@ class Watcher:
         self._part = layout.FAILED if failed else layout.GONE
         self._recorder.beat(self._part)
         if failed and len(self._places.host_of) > 1:
-            threading.Timer(LINGER_SECONDS, self._stopped.set).start()
+            timer = threading.Timer(LINGER_SECONDS, self._stopped.set)
+            timer.daemon = True
+            timer.start()
             return
         self._stopped.set()
         self._thread.join()
@@ -107,6 +109,9 @@ class Watcher:
             last = now
             with suppress(OSError):  # the folder may go at any time, as when memory is full
                 self._tick(now)
+        if self._part == layout.FAILED:
+            self._recorder.close()
+            self._folder.close()
 
     def _tick(self, now: float) -> None:
         self._recorder.beat(self._part)
@@ -133,7 +138,11 @@ class Watcher:
         """Return how long the ranks of this host may stay without progress."""
         if self._config.hang_seconds == 0:
             return float("inf")
+        if self._progress.idle(time.monotonic()) < self._config.hang_seconds / 2:
+            return self._config.hang_seconds  # which is not reached: ranks need not be looked at
         states = judge.taking_part(self._folder.states(time.monotonic()))
+        for state in states:
+            state.process = kernel.state_of(state.pid, state.started)
         return max(judge.limit_of(self._config, states), judge.LONGER * self._progress.longest)
 
     def _is_too_long(self, idle: float, patience: float) -> bool:
@@ -142,8 +151,8 @@ class Watcher:
     # Several hosts
 
     def _talk(self, board: Board, now: float) -> None:
-        patience = self._patience() if self._progress.idle(now) > 2 * PERIOD_SECONDS else self._config.hang_seconds
-        said: dict[str, Any] = {"idle": self._progress.idle(now), "patience": _finite(patience)}
+        idle, patience = self._progress.idle(now), self._patience()
+        said: dict[str, Any] = {"idle": idle, "patience": _finite(patience)}
         if self._compares:
             said |= self._calls_said(board.topic.get("calls", {}))
         board.exchange(said)
@@ -154,13 +163,13 @@ class Watcher:
         if board.is_judge:
             self._judge_hosts(board, now)
         silence = now - board.answered_at
-        if self._is_too_long(min(silence, self._progress.idle(now)), max(self._patience(), HOST_SILENT_SECONDS)):
+        if self._is_too_long(min(silence, idle), max(patience, HOST_SILENT_SECONDS)):
             why = f"the store that rank 0 or its launcher serves has not answered for {silence:.0f} s"
             states = self._folder.examined()
             verdict = judge.who_is_behind(judge.taking_part(states))
-            if verdict.why.startswith("for which") or len(verdict.behind) in (0, len(states)):
+            if verdict.why == judge.WAITED_FOR or len(verdict.behind) in (0, len(states)):
                 verdict = Verdict((), why)
-            self._end_hang(states, self._progress.idle(now), verdict, f"{why[0].upper()}{why[1:]}.\n")
+            self._end_hang(states, idle, verdict, f"{why}; ")
 
     def _answer(self, board: Board) -> None:
         self._answered = board.question
@@ -263,7 +272,7 @@ class Watcher:
 
     def _end_divergence(self, problem: Problem) -> None:
         states = self._folder.examined()
-        self._end("divergence", problem, f"Collectives differ. {problem}\n", max(s.step for s in states))
+        self._end("divergence", problem, "collectives of ranks differ", max(s.step for s in states))
 
     def _end(self, kind: str, problem: Problem, text: str, step: int) -> None:
         end = {"kind": kind, "line": str(problem), "by": self._folder.own}
@@ -281,7 +290,8 @@ class Watcher:
     def suspect(self) -> str | None:
         """Return a sentence about the rank that is behind, as far as this rank can see now; None if it cannot
         tell."""
-        states = judge.taking_part(self._folder.examined())
+        # Ranks that failed wait no more, but tell for whom they waited.
+        states = [state for state in self._folder.examined() if state.part != layout.GONE]
         verdict = judge.who_is_behind(states)
         if not verdict.behind or len(states) < 2:
             return None

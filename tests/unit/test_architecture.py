@@ -17,6 +17,7 @@ ORDER = (
     {"safetensors_files"},
     {"optim", "tokenizers", "track"},
     {"distributed"},
+    {"watch"},
     {"chat", "corpus"},
     {"prepare"},
     {"tables", "vectors"},
