@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +21,8 @@ from llmtrain.watch.layout import RankState
 
 FAREWELL_SECONDS = 3.0
 """Seconds that other ranks of this host have to end by themselves."""
+RECORDER_SECONDS = 2.0
+"""Most seconds that a rank spends on torch's flight recorder."""
 
 
 def write_report(folder: Path, text: str) -> Path | None:
@@ -41,6 +45,23 @@ def tell(run: Path, kind: str, problem: Problem, text: str, report: Path | None,
             2, f"\nllmtrain: {text.rstrip()}{saved}\nllmtrain: error: {problem}\n".encode(errors="replace")
         )
     note_event(run, kind, step, what=str(problem), report=None if report is None else str(report))
+
+
+def write_flight_recorder(folder: Path, rank: int) -> None:
+    """Write what torch's flight recorder has of this rank's collectives, where it has any: with NCCL always,
+    with gloo if TORCH_FR_BUFFER_SIZE says so."""
+
+    def write() -> None:
+        with suppress(Exception):  # it is not documented, and the report stands without it
+            from torch._C import _distributed_c10d as c10d
+
+            content = c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
+            if json.loads(content)["entries"]:
+                files.write_atomically(folder / f"flight-recorder.rank{rank}.json", content)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(RECORDER_SECONDS)
 
 
 def leave(states: Sequence[RankState], folder: Path) -> NoReturn:

@@ -28,11 +28,11 @@ class Verdict:
 
 def limit_of(config: WatchConfig, states: Sequence[RankState]) -> float:
     """Return the seconds that the ranks may stay without progress: the longest limit of what any of them
-    does; infinity for none. A rank that is stopped does nothing, so that the others wait in vain."""
+    does; infinity if that has none. A rank that is stopped does nothing, so that the others wait in vain."""
     if any(state.process in (kernel.STOPPED, kernel.ENDED) for state in states):
         return config.hang_seconds
     seconds = [_limit(config, state) for state in states]
-    return max(seconds, default=float("inf"))
+    return max(seconds, default=config.hang_seconds)
 
 
 def _limit(config: WatchConfig, state: RankState) -> float:

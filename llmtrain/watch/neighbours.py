@@ -43,7 +43,7 @@ class Folder:
         """token: random, the same on all ranks. own: this rank. ranks: those of this host."""
         root = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
         _remove_leftovers(root)
-        self.path = root / f"{PREFIX}{os.getuid()}-{token}"
+        self.path = root / f"{_prefix()}{token}"
         self.path.mkdir(mode=0o700, exist_ok=True)
         self.host, self.own, self.ranks = host, own, ranks
         self._maps: dict[int, mmap.mmap] = {}
@@ -133,9 +133,17 @@ class Folder:
         return states
 
 
+def _prefix() -> str:
+    """Return how the names of folders begin whose processes this one can see."""
+    processes = 0
+    with suppress(OSError):
+        processes = os.stat("/proc/self/ns/pid").st_ino
+    return f"{PREFIX}{os.getuid()}-{processes}-"
+
+
 def _remove_leftovers(root: Path) -> None:
     """Remove the folders of runs of this user whose processes have all ended: killed ranks leave them."""
-    for folder in root.glob(f"{PREFIX}{os.getuid()}-*"):
+    for folder in root.glob(f"{_prefix()}*"):
         with suppress(OSError):
             files = [*folder.glob("rank*[0-9]")]
             heads = [layout.HEAD.unpack_from(file.read_bytes()) for file in files]

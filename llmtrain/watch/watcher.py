@@ -117,6 +117,7 @@ class Watcher:
         self._recorder.beat(self._part)
         self._recorder.write_text(now)
         if self._folder.end.exists():
+            ending.write_flight_recorder(self._places.logs, self._folder.own)
             os._exit(WATCH_EXIT_CODE)
         briefs = self._folder.briefs(now)
         self._progress.note(briefs, now, self._phase_counts)
@@ -127,7 +128,9 @@ class Watcher:
             self._compare_here()
         if self._board is not None:
             self._talk(self._board, now)
-        elif self._is_too_long(self._progress.idle(now), self._patience()):
+        elif self._part == layout.TAKES_PART and self._is_too_long(
+            self._progress.idle(now), self._patience()
+        ):
             self._end_hang(self._folder.examined(), self._progress.idle(now))
 
     @property
@@ -163,7 +166,8 @@ class Watcher:
         if board.is_judge:
             self._judge_hosts(board, now)
         silence = now - board.answered_at
-        if self._is_too_long(min(silence, idle), max(patience, HOST_SILENT_SECONDS)):
+        is_cut_off = self._is_too_long(min(silence, idle), max(patience, HOST_SILENT_SECONDS))
+        if self._part == layout.TAKES_PART and is_cut_off:
             why = f"the store that rank 0 or its launcher serves has not answered for {silence:.0f} s"
             states = self._folder.examined()
             verdict = judge.who_is_behind(judge.taking_part(states))
@@ -190,7 +194,7 @@ class Watcher:
         patience = max(seconds for _, seconds in spoken)
         if self._compares and self._hosts_differ(board, {h: said for h, (said, _) in hosts.items()}):
             self._compare_hosts(board)
-        if self._is_too_long(idle, patience):
+        if self._part == layout.TAKES_PART and self._is_too_long(idle, patience):
             answers = self._ask_all(board)
             states = [RankState.decode(state) for answer in answers.values() for state in answer["states"]]
             silent = [host for host in range(board.num_hosts) if host not in answers]
@@ -276,7 +280,10 @@ class Watcher:
 
     def _end(self, kind: str, problem: Problem, text: str, step: int) -> None:
         end = {"kind": kind, "line": str(problem), "by": self._folder.own}
-        decided = end if self._board is None else self._board.decide(end)
+        decided = end
+        if self._board is not None:
+            decided = self._board.decide(end)
+            time.sleep(3 * PERIOD_SECONDS)  # the store may end with this process: let other hosts read it
         if decided == end:
             path = ending.write_report(self._places.logs, f"llmtrain: error: {problem}\n\n{text}")
             ending.tell(self._places.run, kind, problem, text, path, step)
@@ -285,6 +292,7 @@ class Watcher:
     def _leave(self, end: dict[str, Any]) -> None:
         states = self._folder.states(time.monotonic())
         files.write_atomically(self._folder.end, json.dumps(end))
+        ending.write_flight_recorder(self._places.logs, self._folder.own)
         ending.leave(states, self._folder.path)
 
     def suspect(self) -> str | None:

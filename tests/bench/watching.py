@@ -1,0 +1,95 @@
+"""Seconds of a step with all of the watch against none of it, on the same ranks, in turn.
+
+    python -m tests.bench.watching CORPUS [--size 2] [--rounds 10] [--steps 20] [--collectives]
+
+With --collectives the comparison of collectives is on as well; a run has it off unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.support.ranks import Pool
+from tests.support.training import compose, open_loader
+
+MODEL = ("model=gpt_tiny", "batch.sequence_length=128", "batch.micro_size=4", "data.workers=0")
+AIM = 0.995
+_ready: dict[str, Any] = {}
+
+
+def prepare(overrides: list[str]) -> None:
+    """Build an engine in this rank and take its first steps."""
+    import torch
+
+    from llmtrain.engine.build import build_engine
+    from llmtrain.train.resolve import resolve
+
+    resolved = resolve(compose(overrides))
+    config, layout = resolved.config, resolved.layout
+    objective = config.objective.build(config.model, config.data, resolved.corpora)
+    engine = build_engine(config, layout, torch.device("cpu"), objective, None)
+    _ready.update(engine=engine, steps=open_loader(resolved).steps(), config=config)
+    clock(3, "", False)
+
+
+def clock(steps: int, folder: str, collectives: bool) -> float:
+    """Seconds a step, watched if a folder is given; opening and closing the watch are not counted."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from llmtrain.distributed import processes
+    from llmtrain.watch import phases, watch
+    from llmtrain.watch.config import DebugConfig
+
+    everyone = [list(range(processes.world_size()))]
+    settings = _ready["config"].watch, DebugConfig(collectives=collectives)
+    opened: Any = nullcontext()
+    if folder:
+        opened = watch.watched(*settings, Path(folder), torch.device("cpu"), everyone)
+    with opened:
+        processes.barrier()
+        started = time.perf_counter()
+        for step in range(steps):
+            phases.begin_step(step + 1)
+            with phases.DATA:
+                batch = next(_ready["steps"])
+            _ready["engine"].train_step(batch.micro_batches, lr=1e-4)
+            watch.after_step()
+            watch.times()
+        return (time.perf_counter() - started) / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("corpus")
+    parser.add_argument("--size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--collectives", action="store_true")
+    options = parser.parse_args()
+    pool = Pool(options.size)
+    overrides = [*MODEL, f"data.path={options.corpus}", f"batch.global_size={4 * options.size}"]
+    pool.run(prepare, [*overrides, "watch.times_every=10", "watch.straggler_steps=10"])
+    ratios, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds):
+            sides = [("", False), (folder, options.collectives)]
+            # Each goes first as often as the other.
+            times = {side: max(pool.run(clock, options.steps, *side)) for side in sides[:: (-1) ** number]}
+            off, on = (times[side] for side in sides)
+            ratios.append(off / on)
+            seconds.append((off, on))
+    off, on = (statistics.median(side) for side in zip(*seconds, strict=True))
+    print(f"a step of {options.size} ranks: {off * 1000:.2f} ms off, {on * 1000:.2f} ms on")
+    print(f"speed on against off: {statistics.median(ratios):.4f} (aim {AIM})")
+    pool.close()
+
+
+if __name__ == "__main__":
+    main()
