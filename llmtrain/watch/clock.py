@@ -51,6 +51,8 @@ class CudaClock:
         self._free: list[Any] = []
 
     def mark(self, category: int) -> None:
+        if self._marks and self._marks[-1][1] == category:
+            return
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((event, category))

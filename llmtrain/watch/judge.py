@@ -12,6 +12,8 @@ from llmtrain.watch.layout import TAKES_PART, RankState
 SILENT_SECONDS = 5.0
 """A rank whose watching thread gave no sign of life for so long is silent."""
 WAITED_FOR = "for which the others wait"
+DEBUGGERS = ("/bdb.py", "/pydevd.py")
+"""Files of debuggers: a rank with a frame of theirs waits for a person."""
 LONGER = 3.0
 """A run whose ranks have paused longer than the limit before is given so many times the longest pause."""
 
@@ -48,7 +50,8 @@ def _limit(config: WatchConfig, state: RankState) -> float:
             seconds = max(seconds, config.data_seconds) if config.data_seconds else 0
         if not state.is_warm:
             seconds = max(seconds, config.start_seconds) if config.start_seconds else 0
-    return seconds or float("inf")
+    is_debugged = any(file.endswith(DEBUGGERS) for file, _, _ in state.stack)
+    return float("inf") if is_debugged or seconds == 0 else seconds
 
 
 def who_is_behind(states: Sequence[RankState]) -> Verdict:

@@ -127,7 +127,8 @@ class Recorder:
         tensors = tensors_of(arguments, kind.argument)
         peer = -1
         if kind.name in OF_A_PAIR and method != "recv_anysource":
-            peer = dist.get_global_rank(group, arguments[1])
+            members = _ranks_of(group)
+            peer = members[arguments[1]] if arguments[1] < len(members) else -1
         place, key = self._place_of(group, kind.name, peer)
         self._counts[place] = number = self._counts[place] + 1
         size = sum(tensor.nbytes for tensor in tensors)
@@ -181,7 +182,7 @@ class Recorder:
         found = self._group_places.get(name)
         if found is None:
             place = min(len(self._group_places), layout.MAX_GROUPS - 1)
-            ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+            ranks = tuple(sorted(_ranks_of(group)))
             digest = hashlib.blake2b(f"{name} {ranks}".encode(), digest_size=8).digest()
             # The last place counts several groups together, which nobody can compare.
             key = 0 if place == layout.MAX_GROUPS - 1 else int.from_bytes(digest, "little") or 1
@@ -209,6 +210,13 @@ class Recorder:
         inside = [thread for thread in list(self.threads) if thread in frames]
         chosen = main if main in inside or not inside else inside[0]
         return list(_frames(frames.get(chosen or 0)))[::-1]
+
+
+def _ranks_of(group: Any) -> list[int]:
+    """Return the ranks of a group; none of one that torch.distributed does not know."""
+    with contextlib.suppress(KeyError, ValueError, RuntimeError):
+        return list(dist.get_process_group_ranks(group))
+    return []
 
 
 def _frames(frame: Any) -> Iterator[tuple[str, int, str]]:

@@ -17,7 +17,7 @@ from llmtrain.watch import layout
 
 RECORD = Struct("<QqIIiiBBBBI4q")
 """One layout.RECORD."""
-COMPARED = Struct("<qiiBBBB4q")
+COMPARED = Struct("<qiBBBB4q")
 TOTAL = Struct("<Q")
 MAX_DIMS = 4
 DTYPES = tuple(
@@ -72,10 +72,10 @@ class Ring:
             dtype = _DTYPE_NUMBERS[tensors[0].dtype]
             if kind.same_shape:
                 dims, shape = _folded(tensors)
-        # The two ends of a message must agree.
+        # The two ends of a message must agree. Stages may be at different micro-batches.
         compared_kind = _SENDS if kind_number == _RECEIVES else kind_number
         op = _operation(arguments)
-        compared = COMPARED.pack(number, step, micro, compared_kind, dtype, dims, op, *shape)
+        compared = COMPARED.pack(number, step, compared_kind, dtype, dims, op, *shape)
         chain = self._chains[key] = zlib.crc32(compared, self._chains.get(key, 0))
         at = layout.RING_AT + 16 + self._total % layout.RING_CALLS * RECORD.size
         place = self._place()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.distributed import processes
+from llmtrain.files import expand_home
 from llmtrain.track.events import note_event
 from llmtrain.watch import calls, recorder
 from llmtrain.watch.board import Board
@@ -72,7 +73,7 @@ class Watch:
         logs = os.environ.get("LOG_DIR")
         places = Places(
             run,
-            Path(logs) if logs else run / "logs",
+            expand_home(logs) if logs else run / "logs",
             [(host, tuple(ranks)) for (host, _), ranks in by_host.items()],
         )
         self.watcher = Watcher(config, places, self._recorder, self._folder, board, compares=compares)

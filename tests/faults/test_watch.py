@@ -145,3 +145,22 @@ def test_hosts_find_the_stopped_rank_together(corpus: Path, tmp_path: Path):
     )
     report = (run / "logs/watch.1.txt").read_text()
     assert report.count("llmtrain/train/loop.py:") >= 2
+
+
+def test_a_rank_is_named_when_the_library_gives_up_first(corpus: Path, tmp_path: Path):
+    run, short = tmp_path / "run", "processes.start.__kwdefaults__['timeout_minutes'] = 0.1"
+    words = command(corpus, run, "watch.hang_seconds=0")
+    environment = prelude(tmp_path, f"from llmtrain.distributed import processes\n{short}\n")
+    started = start_ranks(2, "train", *words, "batch.micro_size=4", **environment)
+    try:
+        wait_for_step(5, run, started[0])
+        started[1].send_signal(signal.SIGSTOP)
+        _, said = started[0].communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        for rank in started:
+            rank.kill()
+            rank.wait()
+    assert started[0].returncode == 1, said
+    [told] = [line for line in said.splitlines() if line.startswith("llmtrain: error: ")]
+    assert re.match(r"llmtrain: error: rank 0: got no answer from another rank \(", told)
+    assert re.search(r"; behind is rank 1 on \S+, whose process is stopped by a signal or a debugger$", told)

@@ -84,3 +84,8 @@ def test_limits_are_those_of_the_slowest_phase():
     assert limit_of(config, [state(0), state(1, phase="evaluation")]) == float("inf")
     assert limit_of(config, [state(0), state(1, is_warm=False)]) == 300
     assert limit_of(config, [state(0), state(1, phase="save", process=kernel.STOPPED)]) == 60
+
+
+def test_a_debugger_may_take_its_time():
+    debugged = state(1, stack=[("a.py", 1, "f"), ("/usr/lib/python3.11/bdb.py", 90, "dispatch_line")])
+    assert limit_of(WatchConfig(), [state(0), debugged]) == float("inf")
