@@ -54,8 +54,8 @@ class Recorder:
         """Place of a group → its ranks."""
         self.places: list[str] = []
         """Source lines by number, with a ring."""
-        self.threads: dict[int, float] = {}
-        """Thread that is inside a collective → since when."""
+        self.thread = 0
+        """The thread that is inside a collective; 0: none is."""
         self._phases = [START]
         self.is_warm = False
         """Whether the first step is done."""
@@ -131,14 +131,14 @@ class Recorder:
             peer = members[arguments[1]] if arguments[1] < len(members) else -1
         place, key = self._place_of(group, kind.name, peer)
         self._counts[place] = number = self._counts[place] + 1
-        size = sum(tensor.nbytes for tensor in tensors)
+        size = tensors[0].nbytes if len(tensors) == 1 else sum(tensor.nbytes for tensor in tensors)
         self._last = (place, KIND_NUMBERS[kind.name], number, size, peer)
         if self._ring is not None:
             self._ring.add(
                 key, number, KIND_NUMBERS[kind.name], kind, tensors, arguments, self.step, self.micro
             )
         layout.COUNT.pack_into(self.buffer, layout.COUNTS_AT + place * layout.COUNT.size, key, number)
-        self.threads[threading.get_ident()] = time.monotonic()
+        self.thread = threading.get_ident()
         self._write_call(True, self._last)
         if self.clock is not None:
             self.clock.mark(COMMUNICATION)
@@ -153,7 +153,7 @@ class Recorder:
 
     def begin_wait(self, work: Any) -> None:
         """Note that this rank waits for a collective."""
-        self.threads[threading.get_ident()] = time.monotonic()
+        self.thread = threading.get_ident()
         self._write_call(True, self._pending.pop(id(work), self._last))
         if self.clock is not None:
             self.clock.mark(COMMUNICATION)
@@ -163,7 +163,7 @@ class Recorder:
         self._end()
 
     def _end(self) -> None:
-        self.threads.pop(threading.get_ident(), None)
+        self.thread = 0
         self._write_call(False, self._last)
         if self.clock is not None:
             self.clock.mark(self._phases[-1])
@@ -206,9 +206,7 @@ class Recorder:
         """Return file, line and function of each frame of the main thread, the innermost last; of the thread
         that is inside a collective, if the main thread waits for another one."""
         frames = sys._current_frames()
-        main = threading.main_thread().ident
-        inside = [thread for thread in list(self.threads) if thread in frames]
-        chosen = main if main in inside or not inside else inside[0]
+        chosen = self.thread if self.thread in frames else threading.main_thread().ident
         return list(_frames(frames.get(chosen or 0)))[::-1]
 
 
