@@ -7,6 +7,7 @@ RUN/
   data.json          fingerprint and size of the training data
   metrics.jsonl      one object a step
   events.jsonl       starts, checkpoints, restarts, and how each start ended
+  logs/              output of ranks under launch/torchrun.sh, and reports of hangs
   features.json      with method=features: the strengths of regularization that were tried, with their losses
   words/             of word vectors: the vocabulary, and the text as rows of it
   loss.png           with track=[jsonl,picture]: the loss curves

@@ -46,6 +46,10 @@ class Board:
         self.end: dict[str, Any] | None = None
         """How the job ends, once that is decided."""
 
+    def another(self) -> Board:
+        """Return a view with a connection of its own, for another thread."""
+        return Board(self._connect, self._prefix, self.host, self.num_hosts)
+
     @property
     def is_judge(self) -> bool:
         return self._judge.get("host") == self.host

@@ -18,6 +18,7 @@ from llmtrain.track.events import note_event
 from llmtrain.watch import calls, recorder
 from llmtrain.watch.board import Board
 from llmtrain.watch.clock import CudaClock, WallClock
+from llmtrain.watch.comparing import Comparing
 from llmtrain.watch.config import DebugConfig, WatchConfig
 from llmtrain.watch.neighbours import Folder
 from llmtrain.watch.recorder import Recorder
@@ -76,7 +77,8 @@ class Watch:
             expand_home(logs) if logs else run / "logs",
             [(host, tuple(ranks)) for (host, _), ranks in by_host.items()],
         )
-        self.watcher = Watcher(config, places, self._recorder, self._folder, board, compares=compares)
+        comparing = Comparing(self._folder) if compares else None
+        self.watcher = Watcher(config, places, self._recorder, self._folder, board, comparing)
         if dist.is_initialized():
             calls.install()
         recorder.current = self._recorder

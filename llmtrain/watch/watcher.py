@@ -7,25 +7,21 @@ hosts, the first one's speaker does (see board.py).
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import threading
 import time
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmtrain import files
 from llmtrain.errors import WATCH_EXIT_CODE, Problem
 from llmtrain.watch import ending, judge, kernel, layout
 from llmtrain.watch.board import Board
-from llmtrain.watch.checker import Calls, first_divergence
+from llmtrain.watch.comparing import Comparing
 from llmtrain.watch.config import WatchConfig
 from llmtrain.watch.judge import Verdict
 from llmtrain.watch.layout import RankState
@@ -72,11 +68,10 @@ class Watcher:
         recorder: Recorder,
         folder: Folder,
         board: Board | None,
-        *,
-        compares: bool,
+        comparing: Comparing | None,
     ) -> None:
-        """board: None on one host. compares: whether collectives of ranks are compared."""
-        self._config, self._places, self._compares = config, places, compares
+        """board: None on one host. comparing: None if collectives are not compared."""
+        self._config, self._places, self._comparing = config, places, comparing
         self._recorder, self._folder, self._board = recorder, folder, board
         self._part = layout.TAKES_PART
         self._stopped = threading.Event()
@@ -124,8 +119,8 @@ class Watcher:
         alive = [rank for rank, brief in briefs.items() if _is_alive(brief)]
         if min(alive, default=-1) != self._folder.own:
             return
-        if self._compares:
-            self._compare_here()
+        if self._comparing is not None and (problem := self._comparing.on_this_host()) is not None:
+            self._end_divergence(problem)
         if self._board is not None:
             self._talk(self._board, now)
         elif self._part == layout.TAKES_PART and self._is_too_long(
@@ -155,9 +150,9 @@ class Watcher:
 
     def _talk(self, board: Board, now: float) -> None:
         idle, patience = self._progress.idle(now), self._patience()
-        said: dict[str, Any] = {"idle": idle, "patience": _finite(patience)}
-        if self._compares:
-            said |= self._calls_said(board.topic.get("calls", {}))
+        said: dict[str, Any] = {"idle": idle, "patience": _finite(patience), "odd": self._odd(now)}
+        if self._comparing is not None:
+            said |= self._comparing.said(board.topic.get("calls", {}))
         board.exchange(said)
         if board.end is not None:
             self._leave(board.end)
@@ -175,11 +170,19 @@ class Watcher:
                 verdict = Verdict((), why)
             self._end_hang(states, idle, verdict, f"{why}; ")
 
+    def _odd(self, now: float) -> list[str]:
+        """Return a sentence about each rank of this host that cannot go on."""
+        states = judge.taking_part(self._folder.states(now)) if self._progress.idle(now) > 1 else []
+        for state in states:
+            state.process = kernel.state_of(state.pid, state.started)
+        odd = [state for state in states if state.process in (kernel.STOPPED, kernel.ENDED)]
+        return [f"{state.name}, whose process is {state.process}" for state in odd]
+
     def _answer(self, board: Board) -> None:
         self._answered = board.question
         content: dict[str, Any] = {"states": [state.encode() for state in self._folder.examined()]}
-        if self._compares:
-            content["rings"] = [_encode_calls(calls) for calls in self._calls_here()]
+        if self._comparing is not None:
+            content["rings"] = self._comparing.rings()
         board.answer(board.question, content)
 
     def _judge_hosts(self, board: Board, now: float) -> None:
@@ -192,8 +195,8 @@ class Watcher:
         ]
         idle = min(seconds for seconds, _ in spoken)
         patience = max(seconds for _, seconds in spoken)
-        if self._compares and self._hosts_differ(board, {h: said for h, (said, _) in hosts.items()}):
-            self._compare_hosts(board)
+        if self._comparing is not None:
+            self._compare_hosts(self._comparing, board, [said for said, _ in hosts.values()])
         if self._part == layout.TAKES_PART and self._is_too_long(idle, patience):
             answers = self._ask_all(board)
             states = [RankState.decode(state) for answer in answers.values() for state in answer["states"]]
@@ -217,50 +220,12 @@ class Watcher:
                 return answers
             time.sleep(PERIOD_SECONDS / 2)
 
-    # Collectives
-
-    def _calls_here(self) -> list[Calls]:
-        folder = self._folder
-        return [Calls(rank, folder.host, *layout.read_ring(folder.file_of(rank))) for rank in folder.ranks]
-
-    def _compare_here(self) -> None:
-        problem = first_divergence(self._calls_here())
-        if problem is not None:
-            self._end_divergence(problem)
-
-    def _calls_said(self, asked: dict[str, int]) -> dict[str, Any]:
-        """Return how far each group has come on this host, and the checksums at the numbers that the judge
-        asked for."""
-        last: dict[str, int] = {}
-        chains: dict[str, int] = {}
-        for calls in self._calls_here():
-            for key, (number, _) in calls.last().items():
-                last[str(key)] = min(number, last.get(str(key), number))
-                chain = calls.chain_at(key, asked[str(key)]) if str(key) in asked else None
-                if chain is not None:
-                    chains[str(key)] = chain
-        return {"last": last, "asked": asked, "chains": chains}
-
-    def _hosts_differ(self, board: Board, said: dict[int, dict[str, Any]]) -> bool:
-        """Return whether hosts gave different checksums for what was asked last; ask for the next ones."""
-        lasts: dict[str, list[int]] = {}
-        for of_host in said.values():
-            for key, number in of_host.get("last", {}).items():
-                lasts.setdefault(key, []).append(number)
+    def _compare_hosts(self, comparing: Comparing, board: Board, said: Sequence[dict[str, Any]]) -> None:
         asked = board.topic.get("calls", {})
-        replies = [of_host for of_host in said.values() if of_host.get("asked") == asked]
-        if len(replies) < len(said):
-            return False
-        board.topic = {"calls": {key: min(numbers) for key, numbers in lasts.items() if len(numbers) > 1}}
-        return any(
-            len({reply["chains"][key] for reply in replies if key in reply["chains"]}) > 1 for key in asked
-        )
-
-    def _compare_hosts(self, board: Board) -> None:
-        answers = self._ask_all(board)
-        calls = [_decode_calls(ring) for answer in answers.values() for ring in answer.get("rings", ())]
-        problem = first_divergence(sorted(calls, key=lambda of_rank: of_rank.rank))
-        if problem is not None:
+        if any(of_host.get("asked") != asked for of_host in said):
+            return  # some have not read yet what was asked last
+        board.topic = {"calls": comparing.next_numbers(said)}
+        if comparing.differ(said) and (problem := comparing.of_rings(self._ask_all(board).values())):
             self._end_divergence(problem)
 
     # The end
@@ -301,10 +266,11 @@ class Watcher:
         # Ranks that failed wait no more, but tell for whom they waited.
         states = [state for state in self._folder.examined() if state.part != layout.GONE]
         verdict = judge.who_is_behind(states)
-        if not verdict.behind or len(states) < 2:
-            return None
-        named = next(state for state in states if state.rank in verdict.behind)
-        return f"{named.name}, {verdict.why}"
+        if verdict.behind and len(states) > 1:
+            named = next(state for state in states if state.rank in verdict.behind)
+            return f"{named.name}, {verdict.why}"
+        hosts = {} if self._board is None else self._board.another().hosts()
+        return next((odd for said, _ in hosts.values() for odd in said["odd"]), None)
 
 
 class _Progress:
@@ -339,13 +305,3 @@ def _is_alive(brief: Brief) -> bool:
 def _finite(seconds: float) -> float:
     """Return 0 for infinity, which JSON lacks."""
     return 0.0 if seconds == float("inf") else seconds
-
-
-def _encode_calls(calls: Calls) -> dict[str, Any]:
-    packed = base64.b85encode(zlib.compress(calls.records.tobytes())).decode()
-    return {"rank": calls.rank, "host": calls.host, "records": packed, "places": calls.places}
-
-
-def _decode_calls(said: dict[str, Any]) -> Calls:
-    content = zlib.decompress(base64.b85decode(said["records"]))
-    return Calls(said["rank"], said["host"], np.frombuffer(content, layout.RECORD), said["places"])
