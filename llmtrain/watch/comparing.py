@@ -1,7 +1,7 @@
 """Compare the collectives of ranks while they run: those of one host directly, those of several by checksums
 first.
 
-The judge asks all hosts for the checksum of each group's collectives up to a number that all of its ranks have
+The judge asks all hosts for the checksum of each group's collectives up to a number that all its ranks have
 reached. Only if these differ do hosts send the collectives themselves.
 """
 
