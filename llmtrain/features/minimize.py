@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from llmtrain.watch import phases
+
 HISTORY = 10
 """Latest steps that the estimate of the Hessian rests on."""
 SUFFICIENT = 1e-4
@@ -27,6 +29,7 @@ def minimize(
     value, gradient = function(x)
     history: deque[tuple[Tensor, Tensor]] = deque(maxlen=HISTORY)
     for iteration in range(max_iterations):
+        phases.go_on()
         if float(gradient.abs().max()) <= tolerance:
             return x, iteration
         direction = -_newton(gradient, history)

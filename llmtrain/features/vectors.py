@@ -24,6 +24,7 @@ from llmtrain.nn.task_head import TextVectors
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.materialize import Source
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.watch import phases
 
 if TYPE_CHECKING:
     from llmtrain.data.datasets.examples import Examples
@@ -109,6 +110,7 @@ class Vectorizer:
     def _compute(self, examples: Examples, chunk: range) -> np.ndarray:
         vectors_MD = np.empty((len(chunk), self.model_config.output_width), np.float32)
         for rows in batches_by_length(examples.lengths[chunk.start : chunk.stop], TOKENS):
+            phases.go_on()
             batch = to_device(self.task.collate(examples.get(rows + chunk.start)), self.device)
             with autocast(self.precision, self.device):
                 vectors_MD[rows] = self.model(**self.task.inputs(batch)).float().cpu().numpy()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.rows import Rows
+from llmtrain.watch import phases
 
 PADDING = -1
 """Fills finished texts after their end."""
@@ -36,6 +37,7 @@ def beam_search(rows: Rows, config: GenerateConfig, eos_ids: Collection[int]) ->
     prompts = list(range(B))
     rows.select(torch.arange(B, device=rows.device).repeat_interleave(N))
     for length in range(1, config.new_tokens + 1):
+        phases.go_on()
         log_probs_BNV = rows.penalized(rows.logits.log_softmax(-1)).unflatten(0, (-1, N))
         if length <= (config.min_new_tokens or 0):
             log_probs_BNV[..., ends_E] = -torch.inf

@@ -19,6 +19,7 @@ from llmtrain.generation.beam import beam_search
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.rows import Rows, has_sources
 from llmtrain.nn.linear import packed_weights
+from llmtrain.watch import phases
 
 OnToken = Callable[[int, int], None]
 """Called with (prompt index, token) for each token as it is drawn; with beam search, once the text is
@@ -147,6 +148,7 @@ def _one_by_one(
     text."""
     running = list(range(len(group)))
     for length in range(config.new_tokens):
+        phases.go_on()
         logits_BV = rows.penalized(rows.logits)
         if length < (config.min_new_tokens or 0):
             logits_BV[:, rows.known(eos_ids)] = -torch.inf

@@ -21,7 +21,7 @@ class WatchConfig:
     """Seconds without progress of any rank in a step until a report names the rank that is behind and the job
     ends. A run whose ranks have paused longer before is given three times the longest pause. 0: nothing is
     watched, whatever the other limits say."""
-    start_seconds: float = 600.0
+    start_seconds: float = 1800.0
     """The same limit from the meeting of the ranks to the end of the first step; 0: none."""
     data_seconds: float = 600.0
     """The same limit while a rank waits for data, which may come from elsewhere; 0: none."""

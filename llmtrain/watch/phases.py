@@ -41,6 +41,12 @@ def begin_step(step: int) -> None:
         recorder.current.begin_step(step)
 
 
+def go_on() -> None:
+    """Say that this rank gets on with long work, which has neither steps nor collectives."""
+    if recorder.current is not None:
+        recorder.current.go_on()
+
+
 def begin_micro_batch(number: int) -> None:
     """Say that the micro-batch with this number, counted from 0, begins."""
     if recorder.current is not None:

@@ -99,6 +99,9 @@ class Recorder:
         self.step, self.micro = step, -1
         self._write_progress()
 
+    def go_on(self) -> None:
+        self._write_progress()
+
     def begin_micro_batch(self, number: int) -> None:
         self.micro = number
         self._write_progress()
