@@ -132,6 +132,26 @@ def test_a_collective_left_out_is_named_with_its_line(corpus: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [("parallel.pipeline=2", "parallel.zero=1"), ("parallel.tensor=2", "parallel.zero=3")],
+    ids=["pipeline", "tensor and ZeRO 3"],
+)
+def test_engines_call_the_same_collectives_on_all_ranks(
+    corpus: Path, tmp_path: Path, layout: tuple[str, ...]
+):
+    run = tmp_path / "run"
+    settings = ["debug.collectives=true", "train.steps=7", "checkpoint.every=4", "evaluation.every=4"]
+    settings += ["watch.times_every=2", "watch.hang_seconds=60", "evaluation.max_samples=8"]
+    ranks = finish(start_ranks(4, "train", *command(corpus, run, *settings, *layout)))
+    assert [rank.returncode for rank in ranks] == [0] * 4, ranks
+    timed = [json.loads(line) for line in (run / "metrics.jsonl").open() if "seconds/forward" in line]
+    assert timed
+    assert all(
+        timed[-1][f"seconds/{phase}"] > 0 for phase in ("forward", "backward", "communication", "optimizer")
+    )
+
+
 def test_hosts_find_the_stopped_rank_together(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     words = command(corpus, run, "batch.micro_size=1")
