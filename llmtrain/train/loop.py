@@ -185,6 +185,7 @@ def train(
             save(evaluated=evaluation_is_due and not stopped, owed=evaluation_is_due and stopped)
         if stopped or verdict.ends:
             break
+    phases.end_steps()
     with phases.SAVE:
         hooks.finish_save()
     return Outcome(done, validation_loss, interrupted=stopped, ended_early=verdict.ends and done < steps)

@@ -41,6 +41,12 @@ def begin_step(step: int) -> None:
         recorder.current.begin_step(step)
 
 
+def end_steps() -> None:
+    """Say that the steps are over: what follows may take as long as a save."""
+    if recorder.current is not None:
+        recorder.current.end_steps()
+
+
 def go_on() -> None:
     """Say that this rank gets on with long work, which has neither steps nor collectives."""
     if recorder.current is not None:

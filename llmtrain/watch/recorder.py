@@ -23,7 +23,7 @@ from llmtrain.watch import kernel, layout
 from llmtrain.watch.clock import Clock
 from llmtrain.watch.ring import Ring, tensors_of
 
-START, STEP = layout.PHASES.index("start"), layout.PHASES.index("step")
+START, STEP, END = (layout.PHASES.index(name) for name in ("start", "step", "end"))
 COMMUNICATION = len(layout.PHASES)
 """Number under which the clock counts the time in collectives."""
 OF_A_PAIR = ("send", "recv")
@@ -97,6 +97,11 @@ class Recorder:
         self.is_warm = self._phases[0] == STEP
         self._phases = [STEP]
         self.step, self.micro = step, -1
+        self._write_progress()
+
+    def end_steps(self) -> None:
+        self._phases = [END]
+        self.micro = -1
         self._write_progress()
 
     def go_on(self) -> None:

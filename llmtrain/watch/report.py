@@ -64,6 +64,8 @@ def place_of(state: RankState) -> str:
     if state.phase == "start" or not state.step:
         return "its start" if state.phase in ("start", "step") else f"the {state.phase} before the first step"
     micro = f" of micro-batch {state.micro}" if state.phase in ("forward", "backward") else ""
+    if state.phase == "end":
+        return f"the end, after step {state.step:,}"
     where = "" if state.phase == "step" else f"{state.phase}{micro} of "
     return f"{where}step {state.step:,}"
 

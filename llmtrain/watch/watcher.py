@@ -130,7 +130,13 @@ class Watcher:
 
     @property
     def _phase_counts(self) -> bool:
-        return self._recorder.is_warm and self._recorder.phase not in ("data", "evaluation", "save", "start")
+        return self._recorder.is_warm and self._recorder.phase not in (
+            "start",
+            "data",
+            "evaluation",
+            "save",
+            "end",
+        )
 
     def _patience(self) -> float:
         """Return how long the ranks of this host may stay without progress."""
@@ -195,6 +201,8 @@ class Watcher:
         ]
         idle = min(seconds for seconds, _ in spoken)
         patience = max(seconds for _, seconds in spoken)
+        if any(said["odd"] or age > HOST_SILENT_SECONDS for said, age in hosts.values()):
+            patience = self._config.hang_seconds or patience  # the others wait in vain
         if self._comparing is not None:
             self._compare_hosts(self._comparing, board, [said for said, _ in hosts.values()])
         if self._part == layout.TAKES_PART and self._is_too_long(idle, patience):

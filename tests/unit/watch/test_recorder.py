@@ -43,6 +43,10 @@ def test_neighbours_read_step_phase_and_stack(noting: Recorder):
     after = layout.read_state(noting.path, "here", time.monotonic())
     assert after is not None
     assert (after.phase, after.is_warm, after.ticks > state.ticks) == ("step", False, True)
+    phases.begin_step(8)
+    assert noting.is_warm
+    phases.end_steps()
+    assert noting.phase == "end"
 
 
 def test_without_a_watch_phases_do_nothing():
