@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--collectives", action="store_true")
     options = parser.parse_args()
+    from tests.bench.watching import clock, prepare  # by this name other processes find them
+
     pool = Pool(options.size)
     overrides = [*MODEL, f"data.path={options.corpus}", f"batch.global_size={4 * options.size}"]
     pool.run(prepare, [*overrides, "watch.times_every=10", "watch.straggler_steps=10"])
