@@ -37,8 +37,9 @@ def prepare(overrides: list[str]) -> None:
     clock(3, "", False)
 
 
-def clock(steps: int, folder: str, collectives: bool) -> float:
-    """Seconds a step, watched if a folder is given; opening and closing the watch are not counted."""
+def clock(steps: int, folder: str, collectives: bool) -> tuple[float, float]:
+    """Seconds a step by the clock and of the processor, watched if a folder is given; opening and closing the
+    watch are not counted."""
     from contextlib import nullcontext
 
     import torch
@@ -54,7 +55,7 @@ def clock(steps: int, folder: str, collectives: bool) -> float:
         opened = watch.watched(*settings, Path(folder), torch.device("cpu"), everyone)
     with opened:
         processes.barrier()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         for step in range(steps):
             phases.begin_step(step + 1)
             with phases.DATA:
@@ -62,7 +63,7 @@ def clock(steps: int, folder: str, collectives: bool) -> float:
             _ready["engine"].train_step(batch.micro_batches, lr=1e-4)
             watch.after_step()
             watch.times()
-        return (time.perf_counter() - started) / steps
+        return (time.perf_counter() - started) / steps, (time.process_time() - used) / steps
 
 
 def main() -> None:
@@ -78,18 +79,21 @@ def main() -> None:
     pool = Pool(options.size)
     overrides = [*MODEL, f"data.path={options.corpus}", f"batch.global_size={4 * options.size}"]
     pool.run(prepare, [*overrides, "watch.times_every=10", "watch.straggler_steps=10"])
-    ratios, seconds = [], []
+    rounds: list[list[tuple[float, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
+        sides = (("", False), (folder, options.collectives))
         for number in range(options.rounds):
-            sides = [("", False), (folder, options.collectives)]
             # Each goes first as often as the other.
-            times = {side: max(pool.run(clock, options.steps, *side)) for side in sides[:: (-1) ** number]}
-            off, on = (times[side] for side in sides)
-            ratios.append(off / on)
-            seconds.append((off, on))
-    off, on = (statistics.median(side) for side in zip(*seconds, strict=True))
-    print(f"a step of {options.size} ranks: {off * 1000:.2f} ms off, {on * 1000:.2f} ms on")
-    print(f"speed on against off: {statistics.median(ratios):.4f} (aim {AIM})")
+            order = sides[:: (-1) ** number]
+            times = {side: pool.run(clock, options.steps, *side) for side in order}
+            rounds.append([tuple(map(max, zip(*times[side], strict=True))) for side in sides])  # type: ignore[misc]
+    for number, name in enumerate(("by the clock", "of the processor")):
+        pairs = [(off[number], on[number]) for off, on in rounds]
+        off, on = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratios = sorted(off / on for off, on in pairs)
+        middle = f"{ratios[len(ratios) // 4]:.3f} to {ratios[3 * len(ratios) // 4]:.3f}"
+        print(f"a step {name}: {off * 1000:.2f} ms off, {on * 1000:.2f} ms on")
+        print(f"  speed on against off: {statistics.median(ratios):.4f}, half of them {middle} (aim {AIM})")
     pool.close()
 
 
