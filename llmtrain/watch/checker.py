@@ -81,7 +81,7 @@ def _named(key: int, common: int, members: list[Calls]) -> Problem:
     )
     odd = next(calls for calls in members if _chain(by_rank[calls.rank], number) != usual)
     agreeing = [calls for calls in members if _chain(by_rank[calls.rank], number) == usual]
-    got = f"{_text(odd, by_rank[odd.rank].get(number))} as number {number:,} of its group"
+    got = f"{_text(odd, by_rank[odd.rank].get(number))} as number {number:,} among its ranks"
     others = format_ranks([calls.rank for calls in agreeing])
     allowed = f"what {others} called: {_text(agreeing[0], by_rank[agreeing[0].rank].get(number))}"
     remedy = "a rank has left out a collective or called another one; compare these two lines"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,13 @@ def who_is_behind(states: Sequence[RankState]) -> Verdict:
     if behind := sorted(waited_for - set(waits)):
         return Verdict(tuple(behind), WAITED_FOR)
     if waited_for:
-        return Verdict(tuple(sorted(waited_for & set(waits))), "which wait for each other")
+        # Of ranks that wait for each other, the one that most others wait for has gone another way.
+        waiting = Counter(rank for ranks in waits.values() for rank in ranks)
+        most = max(waiting.values())
+        odd = tuple(sorted(rank for rank, count in waiting.items() if count == most))
+        if len(odd) < len(waited_for):
+            return Verdict(odd, "for which the most others wait, while it waits for them elsewhere")
+        return Verdict(tuple(sorted(waited_for)), "which wait for each other")
     if len(states) == 1:
         return Verdict((states[0].rank,), "which is alone")
     busy = _ranks(state for state in states if state.call is None or not state.call.waits)

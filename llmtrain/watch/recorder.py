@@ -60,7 +60,7 @@ class Recorder:
         self.is_warm = False
         """Whether the first step is done."""
         self._progress = self._calls = 0
-        self._group_places: dict[str, tuple[int, int]] = {}
+        self._group_places: dict[str, tuple[int, int, int]] = {}
         self._counts = [0] * layout.MAX_GROUPS
         self._last: tuple[int, int, int, int, int] = (0, 0, 0, 0, -1)
         self._pending: dict[int, tuple[int, int, int, int, int]] = {}
@@ -137,14 +137,13 @@ class Recorder:
         if kind.name in OF_A_PAIR and method != "recv_anysource":
             members = _ranks_of(group)
             peer = members[arguments[1]] if arguments[1] < len(members) else -1
-        place, key = self._place_of(group, kind.name, peer)
+        place, key, of_ranks = self._place_of(group, kind.name, peer)
         self._counts[place] = number = self._counts[place] + 1
         size = tensors[0].nbytes if len(tensors) == 1 else sum(tensor.nbytes for tensor in tensors)
         self._last = (place, KIND_NUMBERS[kind.name], number, size, peer)
         if self._ring is not None:
-            self._ring.add(
-                key, number, KIND_NUMBERS[kind.name], kind, tensors, arguments, self.step, self.micro
-            )
+            number_of_kind = KIND_NUMBERS[kind.name]
+            self._ring.add(of_ranks, number_of_kind, kind, tensors, arguments, self.step, self.micro)
         layout.COUNT.pack_into(self.buffer, layout.COUNTS_AT + place * layout.COUNT.size, key, number)
         self.thread = threading.get_ident()
         self._write_call(True, self._last)
@@ -180,22 +179,21 @@ class Recorder:
         self._calls += 1
         layout.CALL.pack_into(self.buffer, layout.CALL_AT, self._calls, *call, waits, time.monotonic())
 
-    def _place_of(self, group: Any, kind: str, peer: int) -> tuple[int, int]:
-        """Return the place of a group, or of a pair of its ranks, and the key that all its ranks have for
-        it."""
-        name = group.group_name
-        if peer >= 0:
-            sender, receiver = (self.rank, peer) if kind == "send" else (peer, self.rank)
-            name = f"{name} {sender}>{receiver}"
+    def _place_of(self, group: Any, kind: str, peer: int) -> tuple[int, int, int]:
+        """Return the place of a group, or of a pair of its ranks; the key that all its ranks have for it; and
+        the key of its set of ranks, which several groups may have."""
+        name, pair = group.group_name, ""
+        if kind in OF_A_PAIR:
+            pair = f"{self.rank}>{peer}" if kind == "send" else f"{peer}>{self.rank}"
+            name = f"{name} {pair}"
         found = self._group_places.get(name)
         if found is None:
             place = min(len(self._group_places), layout.MAX_GROUPS - 1)
-            ranks = tuple(sorted(_ranks_of(group)))
-            digest = hashlib.blake2b(f"{name} {ranks}".encode(), digest_size=8).digest()
+            self.groups[place] = ranks = tuple(sorted(_ranks_of(group)))
             # The last place counts several groups together, which nobody can compare.
-            key = 0 if place == layout.MAX_GROUPS - 1 else int.from_bytes(digest, "little") or 1
-            self.groups[place] = ranks
-            found = self._group_places[name] = place, key
+            key = 0 if place == layout.MAX_GROUPS - 1 else _digest(f"{name} {ranks}")
+            of_ranks = _digest(pair or str(ranks))
+            found = self._group_places[name] = place, key, of_ranks
         return found
 
     def write_text(self, now: float) -> None:
@@ -216,6 +214,11 @@ class Recorder:
         frames = sys._current_frames()
         chosen = self.thread if self.thread in frames else threading.main_thread().ident
         return list(_frames(frames.get(chosen or 0)))[::-1]
+
+
+def _digest(text: str) -> int:
+    """Return a number of 64 bits that is not 0."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
 def _ranks_of(group: Any) -> list[int]:

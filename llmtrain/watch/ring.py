@@ -53,12 +53,12 @@ class Ring:
         self._buffer, self._places = buffer, places
         self._numbers: dict[tuple[str, int], int] = {}
         self._chains: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
         self._total = 0
 
     def add(
         self,
         key: int,
-        number: int,
         kind_number: int,
         kind: layout.Kind,
         tensors: list[torch.Tensor],
@@ -66,7 +66,9 @@ class Ring:
         step: int,
         micro: int,
     ) -> None:
-        """Add one collective: the one with this number in the group of this key."""
+        """Add the next collective among the ranks of this key: ranks call those of all groups that have the
+        same ranks in one order."""
+        number = self._counts[key] = self._counts.get(key, 0) + 1
         shape, dtype, dims = [0] * MAX_DIMS, NO_TENSOR, 0
         if tensors:
             dtype = _DTYPE_NUMBERS[tensors[0].dtype]

@@ -63,6 +63,13 @@ def test_ranks_that_wait_for_each_other():
     assert (verdict.behind, verdict.why) == ((0, 1), "which wait for each other")
 
 
+def test_a_rank_that_went_another_way():
+    """It left out a collective, and waits for all others in the next one, of another group."""
+    others = [state(rank, call(WORLD, (0, 1, 2, 3), 8)) for rank in (0, 2, 3)]
+    verdict = who_is_behind([*others, state(1, call(DATA_0, (0, 1, 2, 3), 5))])
+    assert (verdict.behind, "elsewhere" in verdict.why) == ((1,), True)
+
+
 @pytest.mark.parametrize("process", [kernel.STOPPED, kernel.ENDED, kernel.STATES["D"]])
 def test_a_process_that_cannot_go_on_comes_first(process: str):
     states = [state(0), state(1, call(WORLD, (0, 1), 5), process=process)]

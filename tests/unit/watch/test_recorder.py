@@ -156,5 +156,5 @@ def test_collectives_are_noted_and_compared(tmp_path: Path):
     for dtype in ("int64", "float64"):
         assert f"all_reduce of {dtype} (2,) at tests/unit/watch/test_recorder.py:" in said
     assert "in step 2" in said
-    assert "as number 2 of its group" in said
+    assert "as number 2 among its ranks" in said
     assert first_divergence([of_ranks[0], Calls(1, "node1", of_ranks[0].records, of_ranks[0].places)]) is None
