@@ -42,8 +42,9 @@ own, counts = processes.all_sum, 0
 
 def all_sum(values):
     global counts
-    counts += values.dtype.is_floating_point is False
-    return values if counts == 20 and not values.dtype.is_floating_point else own(values)
+    is_count = values.shape == (3,) and not values.dtype.is_floating_point
+    counts += is_count
+    return values if is_count and counts == 20 else own(values)
 
 if os.environ.get("RANK") == "1":
     processes.all_sum = all_sum
@@ -124,12 +125,9 @@ def test_a_collective_left_out_is_named_with_its_line(corpus: Path, tmp_path: Pa
     assert WATCH_EXIT_CODE in [rank.returncode for rank in ranks], ranks
     told = [line for rank in ranks for line in rank.stderr.splitlines() if "as number" in line]
     assert len(told) == 1, ranks
-    assert re.search(
-        r"rank 1 on \S+: got all_reduce of float32 .* at llmtrain/engine/local.py:\d+ in step 20", told[0]
-    )
-    assert re.search(
-        r"ranks 0, 2-3 called: all_reduce of int64 \(3,\) at \S*counting.py:\d+ in step 20", told[0]
-    )
+    assert re.search(r"rank 1 on \S+: got all_reduce of .* at \S+\.py:\d+ in step 20", told[0])
+    assert re.search(r"called: all_reduce of int64 \(3,\) at \S*engine/counting.py:\d+ in step 20", told[0])
+    assert "what ranks 0, 2-3 called" in told[0]
 
 
 @pytest.mark.parametrize(
