@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol
 from llmtrain.data.loader import Reading
 from llmtrain.distributed import processes
 from llmtrain.distributed.stop_checks import StopCheck, StoppedError
-from llmtrain.engine.base import Engine, NonFiniteError, StepResult
+from llmtrain.engine.base import Engine, StepResult
 from llmtrain.engine.evaluation import Totals
+from llmtrain.engine.gate import NonFiniteError
 from llmtrain.errors import Problem, TrainingError
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
-from llmtrain.engine.base import NonFiniteError, total_norm
+from llmtrain.engine.base import total_norm
 from llmtrain.engine.dropout import dropout_seed
+from llmtrain.engine.gate import NonFiniteError
 from llmtrain.engine.local import LocalEngine
 from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
