@@ -106,11 +106,15 @@ def list_held(path: Path) -> list[Path]:
     return list_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 
 
-def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
+def newest_good(root: Path, say: Say, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest undamaged checkpoint under `root`, and the problems of newer ones, which are also
-    reported. Ranks share the checks and agree on the result."""
+    reported. Ranks share the checks and agree on the result.
+
+    at_most: its last step; None: any."""
     rejected: list[str] = []
     for path in reversed(processes.from_main(list_steps(root))):
+        if at_most is not None and path.name > step_folder(at_most):
+            continue
         try:
             checkpoint = Checkpoint.open(path)
             damage = checkpoint.damage(processes.rank(), processes.world_size())

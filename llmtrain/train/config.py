@@ -26,6 +26,7 @@ from llmtrain.track.config import TrackConfig
 from llmtrain.train.early_stopping import EarlyStoppingConfig
 from llmtrain.train.embeddings_config import EmbeddingsConfig
 from llmtrain.train.method_config import GradualConfig, Method
+from llmtrain.train.spikes_config import OnSpike, SpikesConfig
 from llmtrain.train.transfer_config import TransferConfig
 from llmtrain.urls import without_credentials_in
 
@@ -56,6 +57,13 @@ class StepsConfig:
     freeze: tuple[str, ...] = ()
     """fnmatch patterns of the names of parameters that are not trained, such as `blocks.*`. Under ZeRO in
     bf16 or fp16 they are held and saved in that type."""
+    on_spike: OnSpike | None = None
+    """What is done about a step whose loss or gradient norm is not finite, or far above those before. skip:
+    the step is left out; rollback: so it is, but after several in a row the run goes back to the last
+    checkpoint before them and leaves out the samples since; stop: the run stops before it. null: it stops
+    where they are not finite."""
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    """Which steps those are."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps >= 1, "steps", self.steps, "1 or more")

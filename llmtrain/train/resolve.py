@@ -34,6 +34,7 @@ from llmtrain.train.embeddings import (
 )
 from llmtrain.train.methods import method_problems, trainable_of, with_features, with_method
 from llmtrain.train.pretrained import Pretrained, expand
+from llmtrain.train.spikes_config import spike_problems
 from llmtrain.train.suite_rules import suite_problems
 from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
@@ -149,6 +150,7 @@ def resolve(
     problems += metric_problems(config, corpora)
     problems += writing_problems(config)
     problems += suite_problems(config)
+    problems += spike_problems(config)
     if problems:
         raise ConfigError(problems)
     assert layout is not None

@@ -121,8 +121,8 @@ def decode_run(mapping: Mapping[str, Any]) -> VectorRunConfig:
 
     Raise ConfigError for a section or a layout that it cannot have, and as `decode` does."""
     section = dict(mapping.get("train") or {})
-    if section.get("freeze") is None:
-        section.pop("freeze", None)
+    steps = {field.name for field in fields(VectorStepsConfig)}
+    section = {key: value for key, value in section.items() if value is not None or key in steps}
     family = mapping["model"]["family"]
     own = {field.name for field in fields(VectorRunConfig)}
     others = {field.name for field in fields(TrainConfig)} - own
