@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from llmtrain.train.resume import Resume, check_same_validation, find_resume
 from llmtrain.train.run_data import RunData
 from llmtrain.train.run_record import RunRecord
 from llmtrain.train.solved import build_solved_engine, conclude
+from llmtrain.train.spikes import SpikeGuard
 from llmtrain.train.start import start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.suite import TrainingSuite, tasks_of
@@ -51,14 +53,19 @@ def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
     device = processes.pick_device(resolved.config.device)
     heap = Heap(forecast_bytes) if device.type == "cpu" and keep_freed_memory() else None
     start_ranks(resolved, device)
-    session = Session(resolved, device, heap, started)
-    try:
-        is_complete = session.train()
-    except BaseException:
-        session.close(failed=True)
-        raise
-    session.close(failed=False)
-    return is_complete
+    while True:
+        session = Session(resolved, device, heap, started)
+        try:
+            is_complete = session.train()
+        except BaseException:
+            session.close(failed=True)
+            raise
+        session.close(failed=False)
+        if not session.went_back:
+            return is_complete
+        # As a start after a kill, whatever checkpoint the first one was to resume from.
+        checkpoint = replace(resolved.config.checkpoint, resume="auto")
+        resolved = replace(resolved, config=replace(resolved.config, checkpoint=checkpoint))
 
 
 class Session:
@@ -77,6 +84,8 @@ class Session:
         self._say = self.record.say
         self.data = RunData(resolved, self._say)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
+        self.went_back = False
+        """Whether the run goes on in another session, from its newest checkpoint."""
         processes.on_main(self.record.hold_folder)
 
     @property
@@ -102,6 +111,9 @@ class Session:
         stream = self.data.open_stream(training, start)
         if start.resume is not None and start.resume.is_own:
             check_same_validation(config, start.resume.checkpoint, self.data.facts())
+        spikes = None if start.resume is None else start.resume.spikes
+        note, finish = self.record.note, self._saver.finish
+        self._guard = SpikeGuard(config.train, spikes, self.root, stream.timeline, self._say, note, finish)
         objective = config.objective.build(config.model, config.data, self.corpora)
         if config.method == "features":
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
@@ -128,6 +140,11 @@ class Session:
                 outcome = conclude(engine, reading, hooks, observer, config.train.steps, stopping.asked)
             else:
                 outcome = train(engine, reading, hooks, observer, self._schedule(start), stopping.asked)
+            if outcome.went_back:
+                reading.close()
+                engine.release()
+                self.went_back = True
+                return False
             if outcome.interrupted or outcome.ended_early or outcome.step >= config.train.steps:
                 break
             engine.release()
@@ -141,7 +158,8 @@ class Session:
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
         self._saver.abandon()
-        self.data.close()
+        if not self.went_back:
+            self.data.close()
         self.record.close(failed)
 
     # What a start opens, in order
@@ -221,6 +239,7 @@ class Session:
                 **description,
                 "validation_loss": validation_loss,
                 **judge.recorded(step),
+                **self._guard.recorded(),
                 "evaluation_owed": evaluation_owed,
                 "trackers": trackers,
             }
@@ -235,6 +254,8 @@ class Session:
             after_step=self._after_step,
             finish_save=self._saver.finish,
             judge=verdict,
+            accepts=self._guard.accepts,
+            rejected=self._guard.rejected,
         )
 
     def _at_step(self, step: int) -> StartingPoint:
