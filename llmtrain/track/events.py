@@ -15,7 +15,7 @@ from llmtrain import files
 from llmtrain.reading import parse_object
 
 EVENTS = "events.jsonl"
-KINDS = ("start", "save", "skip", "rollback", "stop", "done", "fail")
+KINDS = ("start", "save", "upload", "skip", "rollback", "stop", "done", "fail")
 MOST_BYTES = 64 << 20
 """Bytes at the end of a file of events that are read."""
 

@@ -30,6 +30,7 @@ from llmtrain.train.judging import Judge
 from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
 from llmtrain.train.reference import give_reference
+from llmtrain.train.remote import RemoteCopy
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, check_same_validation, find_resume
 from llmtrain.train.run_data import RunData
@@ -87,6 +88,7 @@ class Session:
         self.went_back = False
         """Whether the run goes on in another session, from its newest checkpoint."""
         processes.on_main(self.record.hold_folder)
+        self._copy = RemoteCopy(self.config.checkpoint, self.config.run.dir, self._say, self.record.note)
 
     @property
     def root(self) -> Path:
@@ -97,16 +99,20 @@ class Session:
         """Open everything in order, train, and return whether all steps are done."""
         config = self.config
         # Check everything that may be refused before building anything.
+        self._copy.open()
         training = self.data.open()
         validation = self.data.validation
         tasks = None if validation is None else processes.agree(lambda: tasks_of(config))
         start = self._find_start(has_validation=validation is not None)
+        judge = self._judge = Judge(config, None if start.resume is None else start.resume.evaluations)
+        self._copy.begin(start.step, lambda: judge.rules)
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
+            self._copy.finish()
             return True
-        judge = self._judge = Judge(config, None if start.resume is None else start.resume.evaluations)
         if judge.ended and not start.evaluation_owed:
             self._say(f"{judge.why_ended()}; nothing to train")
+            self._copy.finish()
             return True
         stream = self.data.open_stream(training, start)
         if start.resume is not None and start.resume.is_own:
@@ -152,12 +158,14 @@ class Session:
             start = self._at_step(outcome.step)
             engine, _ = build_run_engine(self._resolved, self.device, objective, start, self._say)
         processes.on_main(observer.raise_failure)
+        self._copy.finish()
         self._report(outcome)
         return not outcome.interrupted
 
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
         self._saver.abandon()
+        self._copy.close()
         if not self.went_back:
             self.data.close()
         self.record.close(failed)
@@ -232,6 +240,7 @@ class Session:
         def evaluated_late(loss: float | None) -> None:
             if start.resume is not None:
                 start.resume.note_evaluation({"validation_loss": loss, **judge.recorded(start.step)})
+                self._copy.submit(start.resume.checkpoint.path)
 
         def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
             trackers = processes.from_main(record.trackers.state() if record.trackers is not None else None)
@@ -276,18 +285,20 @@ class Session:
 
     def _after_step(self) -> None:
         self._saver.poll()
+        self._copy.poll()
         if self._heap is not None:
             self._heap.after_step()
 
     def _on_saved(self, step: int, path: Path) -> None:
         self._say(f"step {step:,}: checkpoint {path}")
         self.record.note("save", step)
+        self._copy.submit(path)
         if processes.is_main():
             self._prune(path)
 
     def _prune(self, current: Path) -> None:
         try:
-            prune(self.root, current, self._judge.rules)
+            prune(self.root, current, self._judge.rules, self._copy.held)
         except OSError as error:  # training needs none of this
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 

@@ -83,6 +83,8 @@ class VectorRunConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more")
+        remote = self.checkpoint.remote
+        yield from require(remote is None, "checkpoint.remote", remote, "null with word vectors")
         given, usual = self.parallel, ParallelConfig()
         for field in fields(given):
             value, alone = getattr(given, field.name), getattr(usual, field.name)
