@@ -26,6 +26,7 @@ from llmtrain.track.config import TrackConfig
 from llmtrain.train.early_stopping import EarlyStoppingConfig
 from llmtrain.train.embeddings_config import EmbeddingsConfig
 from llmtrain.train.method_config import GradualConfig, Method
+from llmtrain.train.profile_config import ProfileConfig
 from llmtrain.train.spikes_config import OnSpike, SpikesConfig
 from llmtrain.train.transfer_config import TransferConfig
 from llmtrain.urls import without_credentials_in
@@ -133,6 +134,7 @@ class TrainConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     freeze: int = 0
     """Layers, from the bottom, that keep their values, and with them the embeddings; 0: none."""
     precision: Precision = "fp32"

@@ -29,6 +29,7 @@ from llmtrain.train.examiner import give_classifier
 from llmtrain.train.judging import Judge
 from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
+from llmtrain.train.profiling import Profile
 from llmtrain.train.reference import give_reference
 from llmtrain.train.remote import RemoteCopy
 from llmtrain.train.resolve import Resolved
@@ -88,6 +89,7 @@ class Session:
         self.went_back = False
         """Whether the run goes on in another session, from its newest checkpoint."""
         processes.on_main(self.record.hold_folder)
+        self._profile = Profile(self.config.profile, self.config.run.dir, device, self._say)
         self._copy = RemoteCopy(self.config.checkpoint, self.config.run.dir, self._say, self.record.note)
 
     @property
@@ -138,6 +140,7 @@ class Session:
         loader = self.data.open_loader(stream, objective, self.rank, self.device.type == "cuda")
         description = self._describe(stream, start, weights)
         reading = OneReading(loader)
+        watched = self._profile.watching(reading)
         stopping.request.save_first()
 
         while True:
@@ -145,7 +148,7 @@ class Session:
             if config.method == "features":
                 outcome = conclude(engine, reading, hooks, observer, config.train.steps, stopping.asked)
             else:
-                outcome = train(engine, reading, hooks, observer, self._schedule(start), stopping.asked)
+                outcome = train(engine, watched, hooks, observer, self._schedule(start), stopping.asked)
             if outcome.went_back:
                 reading.close()
                 engine.release()
@@ -164,6 +167,7 @@ class Session:
 
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
+        self._profile.close()
         self._saver.abandon()
         self._copy.close()
         if not self.went_back:
@@ -284,6 +288,7 @@ class Session:
         )
 
     def _after_step(self) -> None:
+        self._profile.after_step()
         self._saver.poll()
         self._copy.poll()
         if self._heap is not None:
@@ -293,6 +298,7 @@ class Session:
         self._say(f"step {step:,}: checkpoint {path}")
         self.record.note("save", step)
         self._copy.submit(path)
+        self.record.keep(step, path)
         if processes.is_main():
             self._prune(path)
 

@@ -1,5 +1,5 @@
-"""Copies of checkpoints elsewhere: a run whose folder is lost goes on from there, and no kill, refusal or damage
-leaves one there that looks whole but is not."""
+"""Copies of checkpoints elsewhere: a run whose folder is lost goes on from there, and no kill leaves one that
+looks whole but is not."""
 
 from __future__ import annotations
 

@@ -142,6 +142,9 @@ class FailsAt:
     def state(self) -> dict[str, Any]:
         return {}
 
+    def keep(self, step: int, checkpoint: Path) -> None:
+        pass
+
     def close(self, failed: bool) -> None:
         pass
 
