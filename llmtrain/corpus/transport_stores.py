@@ -154,6 +154,8 @@ class S3File(StoreFile):
         if any(code in text for code in _S3_REFUSES):
             remedy = "give credentials that may read it, as Amazon's own tools take them (AWS_PROFILE, say)"
             return DataError(Problem(where, f"access refused ({text})", "", remedy))
+        if "NO_SUCH_BUCKET" in text:
+            return DataError(Problem(where, f"no such bucket ({text})", "", "create it, or check the URL"))
         if "HTTP status 301" in text or "HTTP status 400" in text:
             remedy = "check the URL, and give the region of the bucket in AWS_REGION"
             return DataError(Problem(where, text, "", remedy))
