@@ -16,6 +16,8 @@ from llmtrain.reading import parse_object
 
 EVENTS = "events.jsonl"
 KINDS = ("start", "save", "upload", "skip", "rollback", "stop", "done", "fail")
+ENDS = ("start", "stop", "done", "fail")
+"""Kinds of which the last one says in what state a run is."""
 MOST_BYTES = 64 << 20
 """Bytes at the end of a file of events that are read."""
 

@@ -11,7 +11,8 @@ from typing import Any
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.distributed import launcher, processes
 from llmtrain.standard_streams import print_note
-from llmtrain.track.alerts import alert_of
+from llmtrain.track.alerts import alert_of, alert_of_restart
+from llmtrain.track.events import EVENTS, read_events
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import TrainConfig, recorded
@@ -54,7 +55,10 @@ class RunRecord:
             resume_step=continued.step if continued is not None else None,
             state=continued.manifest.get("trackers") if continued is not None else None,
         )
+        before = read_events(config.run.dir / EVENTS)
         self.note("start", step, host=platform.node(), processes=processes.world_size())
+        if config.track.alerts and step:
+            self.trackers.alert(*alert_of_restart(config.run.name, step, before))
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self.progress = Progress(config.train.steps, start_step=step, every=every)
 

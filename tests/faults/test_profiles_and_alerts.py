@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import UserError
-from llmtrain.track.alerts import alert_of
+from llmtrain.track.alerts import alert_of, alert_of_restart
+from llmtrain.track.events import Event
 from llmtrain.train.resolve import resolve
 from tests.faults.test_spikes import SIZE, SPOILS, arguments
 from tests.support.training import TINY_GPT, compose
@@ -54,16 +55,21 @@ def test_alerts_and_artifacts(corpus: Path, tmp_path: Path):
     texts = [record["alert"]["text"] for record in found if record["type"] == "alert"]
     assert texts[0].startswith("step 8: gradient norm")
     assert "bad steps in a row" in texts[1]
-    assert texts[2].startswith("step 6: host ")
+    assert texts[2].startswith("from step 6, after fail (step 9")
     kept = [record for record in found if "artifact" in record["type"]]
     assert len(kept) >= 4, {record["type"] for record in found}
 
 
 def test_which_events_are_told():
-    assert alert_of("run", "start", 0, {}) is None
     assert alert_of("run", "save", 10, {}) is None
     assert alert_of("run", "skip", 1200, {"why": "loss nan"}) == ("run bad step", "step 1,200: loss nan")
     assert alert_of("run", "hang", None, {"rank": 3}) == ("run hangs", "rank 3")
+    before = [Event("hang", 0.0, 7, {"why": "rank 3 is behind"}), Event("save", 0.0, 8)]
+    assert alert_of_restart("run", 6, before) == (
+        "run restarted",
+        "from step 6, after hang (step 7: rank 3 is behind)",
+    )
+    assert alert_of_restart("run", 6, [Event("start", 0.0, 0)])[1] == "from step 6, after start"
 
 
 @pytest.mark.parametrize(
