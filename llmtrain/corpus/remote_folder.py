@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 import xxhash
 
+from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport import next_wait
 from llmtrain.corpus.transport_source import PassingError, is_http
 from llmtrain.corpus.transport_stores import S3File, StoreFile
@@ -180,7 +181,10 @@ class RemoteFolder:
         if isinstance(failure, DataError):
             [problem, *_] = failure.problems
             remedy = problem.remedy.replace("that may read it", "that may read and write there")
-            raise DataError(Problem(where, problem.got.replace("no such file", "nothing there"), "", remedy))
+            if isinstance(failure, TarFileError):
+                got, remedy = problem.got.replace("no such file", "nothing there"), "check the URL"
+                raise DataError(Problem(where, got, "", remedy))
+            raise DataError(Problem(where, problem.got, problem.allowed, remedy))
         assert isinstance(failure, PassingError)
         if failures > self._retries:
             got = f"no success in {failures} attempts ({failure.reason})"

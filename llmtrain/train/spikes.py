@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any, Protocol
 
 from llmtrain.checkpoint import retention, store
@@ -49,8 +48,10 @@ class _Window:
             return f"{name} {value}"
         if len(self.values) < (self.values.maxlen or 0):
             return None
-        mean = fmean(self.values)
-        deviation = max(pstdev(self.values), LEAST_DEVIATION * abs(mean))
+        # Exact sums: ranks on different processors must decide alike.
+        mean = math.fsum(self.values) / len(self.values)
+        variance = math.fsum((past - mean) ** 2 for past in self.values) / len(self.values)
+        deviation = max(math.sqrt(variance), LEAST_DEVIATION * abs(mean))
         above = (value - mean) / deviation if deviation else math.inf if value > mean else 0.0
         if above <= deviations:
             return None

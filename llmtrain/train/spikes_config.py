@@ -35,7 +35,7 @@ class SpikesConfig:
     def problems(self) -> Iterator[Problem]:
         is_size = math.isfinite(self.deviations) and self.deviations > 0
         yield from require(is_size, "deviations", self.deviations, "more than 0")
-        yield from require(2 <= self.window <= 10_000, "window", self.window, "2 to 10000")
+        yield from require(2 <= self.window <= 1000, "window", self.window, "2 to 1000")
         yield from require(self.in_a_row >= 1, "in_a_row", self.in_a_row, "1 or more")
         yield from require(self.rollbacks >= 1, "rollbacks", self.rollbacks, "1 or more")
 

@@ -138,7 +138,7 @@ def test_a_run_that_is_sent_back_takes_its_copy_with_it(
 @pytest.mark.parametrize(
     ("remote", "words"),
     [
-        ("http://127.0.0.1:9/run", ("a web server, which takes no files", "s3://")),
+        ("http://127.0.0.1:9/run", ("checkpoint.remote: got http://127.0.0.1:9/run", "s3://")),
         ("nowhere://bucket/run", ("an unknown scheme",)),
         ("file:///proc/run", ("checkpoint.remote: file:///proc/run",)),
         ("runs/copy", ("checkpoint.remote: got runs/copy", "a URL such as s3://bucket/folder")),
