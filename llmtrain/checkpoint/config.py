@@ -41,7 +41,9 @@ class CheckpointConfig:
     def problems(self) -> Iterator[Problem]:
         is_url = self.remote is None or ("://" in self.remote and not is_http(self.remote))
         shown = None if self.remote is None else without_credentials(self.remote)
-        yield from require(is_url, "remote", shown, "a URL such as s3://bucket/folder or file:///disk/folder")
+        yield from require(
+            is_url, "remote", shown, "a URL such as s3://bucket/run, file:///disk/run, or null"
+        )
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
         yield from require(self.keep_last >= 1, "keep_last", self.keep_last, "1 or more")
         yield from require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or more")

@@ -57,7 +57,6 @@ UNDOCUMENTED = {
         "optimizer",
         "fp32_groups_flat_partition",
         "get_grads_for_norm",
-        "mpu",
         "norm_type",
     ),
     "deepspeed.utils.tensor_fragment.tensor_fragment": (

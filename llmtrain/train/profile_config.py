@@ -16,17 +16,16 @@ MOST_STEPS = 100
 class ProfileConfig:
     """Traces of a few steps by torch's profiler, in RUN/profile/."""
 
-    steps: tuple[int, ...] | None = None
-    """The first and the last step, as [100,105]; null: none."""
+    steps: tuple[int, ...] = ()
+    """The first and the last step, as [100,105]; []: none."""
     ranks: tuple[int, ...] = (0,)
     """Ranks that write a trace."""
 
     def problems(self) -> Iterator[Problem]:
         steps = self.steps
-        is_range = steps is None or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
-        got = None if steps is None else list(steps)
-        yield from require(is_range, "steps", got, "[FIRST,LAST] from 1 on, or null")
-        if steps is not None and is_range:
+        is_range = not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
+        yield from require(is_range, "steps", list(steps), "[FIRST,LAST] from 1 on, or []")
+        if steps and is_range:
             count = steps[1] - steps[0] + 1
             yield from require(count <= MOST_STEPS, "steps", f"{count} steps", f"{MOST_STEPS} steps at most")
         yield from require(bool(self.ranks), "ranks", "[]", "one rank or more")
@@ -36,7 +35,7 @@ class ProfileConfig:
 def profile_problems(config: ProfileConfig, steps: int, world_size: int | None) -> Iterator[Problem]:
     """Yield a problem for a profile that a run of so many steps on so many processes never makes. world_size:
     None where the layout fits none."""
-    if config.steps is None:
+    if not config.steps:
         return
     allowed = f"steps up to train.steps={steps}"
     yield from require(config.steps[0] <= steps, "profile.steps", list(config.steps), allowed)

@@ -27,7 +27,7 @@ class Profile:
     """The profile of one start. Only the ranks that write one do anything."""
 
     def __init__(self, config: ProfileConfig, run_dir: Path, device: torch.device, say: Say) -> None:
-        self._range = config.steps if processes.rank() in config.ranks else None
+        self._range = config.steps if config.steps and processes.rank() in config.ranks else None
         self._folder, self._device, self._say = run_dir / FOLDER, device, say
         self._step = 0
         self._profiler: Any = None

