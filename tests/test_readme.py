@@ -30,7 +30,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "cluster/README.md": ("corpora/small",),
     "launch/bert.md": ("corpora/small",),
     "launch/chat.md": ("corpora/small", "runs/first"),
-    "launch/checkpoints.md": ("runs/first",),
+    "launch/checkpoints.md": ("corpora/small", "runs/first"),
     "launch/encoder_decoder.md": ("corpora/small",),
     "launch/evaluate.md": ("corpora/small", "runs/first", "exported/first"),
     "launch/finetune.md": ("corpora/small",),
