@@ -13,7 +13,7 @@ import torch
 
 from llmtrain.checkpoint.manifest import step_folder
 from llmtrain.checkpoint.reader import Checkpoint
-from llmtrain.checkpoint.retention import prune
+from llmtrain.checkpoint.retention import list_steps, prune
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import encode
 from llmtrain.data.datasets.base import Dataset, mean_length
@@ -110,11 +110,11 @@ class Session:
         self._copy.begin(start.step, lambda: judge.rules)
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
-            self._copy.finish()
+            self._finish_copy()
             return True
         if judge.ended and not start.evaluation_owed:
             self._say(f"{judge.why_ended()}; nothing to train")
-            self._copy.finish()
+            self._finish_copy()
             return True
         stream = self.data.open_stream(training, start)
         if start.resume is not None and start.resume.is_own:
@@ -161,7 +161,7 @@ class Session:
             start = self._at_step(outcome.step)
             engine, _ = build_run_engine(self._resolved, self.device, objective, start, self._say)
         processes.on_main(observer.raise_failure)
-        self._copy.finish()
+        self._finish_copy()
         self._report(outcome)
         return not outcome.interrupted
 
@@ -301,6 +301,13 @@ class Session:
         self.record.keep(step, path)
         if processes.is_main():
             self._prune(path)
+
+    def _finish_copy(self) -> None:
+        """Wait for the copy elsewhere, and delete what had to be kept for it."""
+        self._copy.finish()
+        if processes.is_main() and self.config.checkpoint.remote is not None:
+            for newest in list_steps(self.root)[-1:]:
+                self._prune(newest)
 
     def _prune(self, current: Path) -> None:
         try:
