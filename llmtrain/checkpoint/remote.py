@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ RECORD = (
     "metrics.jsonl",
 )
 """Files of a run folder that are copied with each checkpoint."""
+RUN_ID = "run.json"
+"""File there and in the mirror: a random name, by which a run knows its own copy."""
 CONTINUED = ("events.jsonl", "metrics.jsonl")
 """Those of them that a run on a new machine goes on with."""
 PARALLEL = 4
@@ -56,6 +59,7 @@ class RemoteRun:
         self.folder = RemoteFolder(url)
         self._run_dir = run_dir
         self._mirror = run_dir / CHECKPOINTS / MIRROR
+        self._own_id = self._mirror / RUN_ID
         self._verify = verify
 
     def refresh(self) -> list[str]:
@@ -82,6 +86,22 @@ class RemoteRun:
             if path.name not in found:
                 self._forget(path.name)
         return [path.name for path in retention.list_steps(self._mirror)]
+
+    def belongs(self) -> bool:
+        """Return whether what is there is the copy of this run, or may become it: nothing is there, or the
+        run folder has no checkpoint and goes on with what is there. Both get the same name of the run."""
+        own = _run_id(self._own_id.read_bytes()) if self._own_id.exists() else None
+        there = _run_id(self.folder.read(RUN_ID, 1000)) if RUN_ID in self.folder.sizes() else None
+        if there is not None and own != there and (own or retention.list_steps(self._own_id.parents[1])):
+            return False
+        name = there or own or secrets.token_hex(8)
+        content = json.dumps({"run": name}).encode()
+        if own != name:
+            self._mirror.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(self._own_id, content)
+        if there != name:
+            self.folder.write(RUN_ID, content)
+        return True
 
     def upload(self, path: Path) -> bool:
         """Copy a checkpoint of the run folder, and the record of the run; return whether it was not there.
@@ -215,3 +235,11 @@ class RemoteRun:
     def _write_progress(self, step: str, done: Mapping[str, Any]) -> None:
         self._mirror.mkdir(parents=True, exist_ok=True)
         files.write_atomically(self._progress(step), json.dumps(done))
+
+
+def _run_id(content: bytes) -> str | None:
+    """Return the random name of a run; None if it cannot be read."""
+    with suppress(ValueError):
+        found = parse_object(content).get("run")
+        return found if isinstance(found, str) else None
+    return None

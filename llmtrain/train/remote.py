@@ -112,6 +112,13 @@ class RemoteCopy:
         if not processes.is_main():
             return []
         self._on_store(remote.folder.probe)
+        if not self._on_store(remote.belongs):
+            remedy = (
+                "give it another checkpoint.remote, or start from an empty run.dir to go on with that one"
+            )
+            raise CheckpointError(
+                Problem(self._key, f"the copy of another run than {self._run_dir}", "", remedy)
+            )
         return self._on_store(remote.refresh)
 
     def _on_store(self, action: Callable[[], T]) -> T:

@@ -15,9 +15,11 @@ import pytest
 
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
+from llmtrain.errors import UserError
 from llmtrain.track.jsonl import read_metrics
+from llmtrain.train.resolve import resolve
 from tests.support.servers import s3_client, s3_server
-from tests.support.training import TINY_GPT
+from tests.support.training import TINY_GPT, compose
 from tests.support.warm import finish, llmtrain, on_ranks, start
 
 pytestmark = pytest.mark.slow
@@ -138,13 +140,13 @@ def test_a_run_that_is_sent_back_takes_its_copy_with_it(
 @pytest.mark.parametrize(
     ("remote", "words"),
     [
-        ("http://127.0.0.1:9/run", ("checkpoint.remote: got 'http://127.0.0.1:9/run'", "s3://")),
         ("nowhere://bucket/run", ("an unknown scheme",)),
         ("file:///proc/run", ("checkpoint.remote: file:///proc/run",)),
-        ("runs/copy", ("checkpoint.remote: got 'runs/copy'", "a URL such as s3://bucket/run")),
     ],
 )
-def test_refusals_before_training(corpus: Path, tmp_path: Path, remote: str, words: tuple[str, ...]):
+def test_refusals_of_stores_before_training(
+    corpus: Path, tmp_path: Path, remote: str, words: tuple[str, ...]
+):
     done = llmtrain(*arguments(corpus, tmp_path / "run", remote))
     [line] = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: error: ")]
     assert done.returncode == 2
@@ -153,10 +155,29 @@ def test_refusals_before_training(corpus: Path, tmp_path: Path, remote: str, wor
         assert word in line
 
 
+@pytest.mark.parametrize("remote", ["http://127.0.0.1:9/run", "runs/copy"])
+def test_refusals_before_ranks_start(corpus: Path, remote: str):
+    with pytest.raises(UserError) as caught:
+        resolve(compose(arguments(corpus, Path("run"), remote)[1:]))
+    said = f"checkpoint.remote: got '{remote}'; allowed: a URL such as s3://bucket/run"
+    assert str(caught.value).startswith(said)
+
+
+def test_the_copy_of_another_run_is_left_alone(corpus: Path, tmp_path: Path, whole: tuple[Path, Path]):
+    other = tmp_path / "other"
+    plain = [word for word in arguments(corpus, other, "") if not word.startswith("checkpoint.remote")]
+    assert llmtrain(*plain, "train.steps=2").returncode == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole[1].rglob("*") if path.is_file())
+    done = llmtrain(*arguments(corpus, other, f"file://{whole[1]}"))
+    assert done.returncode == 2
+    assert f"got the copy of another run than {other}" in done.stderr
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in whole[1].rglob("*") if path.is_file())
+
+
 def test_never_refuses_a_copy(corpus: Path, tmp_path: Path, whole: tuple[Path, Path]):
     done = llmtrain(*arguments(corpus, tmp_path / "run", f"file://{whole[1]}", "checkpoint.resume=never"))
     assert done.returncode == 2
-    assert "which holds" in done.stderr or "a folder that holds step-00000012" in done.stderr
+    assert "got a folder that holds step-00000012; allowed: no run" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def test_a_spike_is_skipped(corpus: Path, tmp_path: Path, spoiled: dict[str, str
     assert "step 10: not taken" not in traced.stdout
 
 
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize(("size", "overrides"), [(1, ()), (2, ("parallel.zero=1",))])
 def test_a_run_goes_back(
     corpus: Path, tmp_path: Path, spoiled: dict[str, str], size: int, overrides: tuple[str, ...]
@@ -132,6 +133,7 @@ def test_a_run_goes_back(
     assert "not taken" not in traced.stdout
 
 
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

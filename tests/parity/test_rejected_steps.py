@@ -69,7 +69,7 @@ def state_after(
     return files, rejected, engine.scaler_state()
 
 
-@pytest.mark.in_turns(2)
+@pytest.mark.in_turns(4)
 @pytest.mark.parametrize(
     ("size", "overrides"),
     [
