@@ -41,7 +41,8 @@ def second_usage(verb: str) -> str:
 def second_help(name: str) -> str:
     """Return what `llmtrain VERB SECOND --help` prints; `name` is that of its configuration."""
     verb, _, second = name.partition("_")
-    first_line = f"usage: llmtrain {verb} {second} {SECOND_VERBS[verb][second][0]} [key=value …]"
+    words = [verb, second, SECOND_VERBS[verb][second][0]]
+    first_line = f"usage: llmtrain {' '.join(filter(None, words))} [key=value …]"
     return f"{first_line}\n\n{(conf_folder() / f'{name}.yaml').read_text()}"
 
 

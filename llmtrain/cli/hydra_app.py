@@ -92,6 +92,20 @@ def run(name: str, arguments: list[str]) -> int:
     return jobs.exit_code()
 
 
+def composed(name: str, overrides: list[str]) -> dict[str, Any]:
+    """Return the configuration `name` with overrides as typed. Raise UserError for mistakes of the user."""
+    if verbs.has_model_group(name):
+        from llmtrain.cli import search_path
+
+        search_path.extend()
+    keys = text_keys(name)
+    refuse_unusable([], overrides, keys)
+    refuse_repeated(overrides)
+    quoted = [quote(override, keys) for override in overrides]
+    refuse_unreadable(quoted)
+    return _Jobs(name, set()).plain(_compose(name, quoted))
+
+
 def _compose(name: str, quoted: list[str]) -> DictConfig:
     """Return the configuration `name` with overrides. Raises ConfigError for what Hydra refuses.
 
@@ -124,7 +138,8 @@ def _run_by_hydra(name: str, settings: list[str], quoted: list[str], jobs: _Jobs
 
 def _hydra_settings(name: str) -> list[str]:
     settings = list(HYDRA_SETTINGS)
-    if name.partition("_")[0] in verbs.SECOND_VERBS:
+    verb, _, second = name.partition("_")
+    if second in verbs.SECOND_VERBS.get(verb, {}):
         settings.append(f"hydra.help.template={quote_text(second_help(name))}")
     if name in verbs.PLAIN_WORDS:
         settings.append(f"hydra.help.template={quote_text(plain_help(name))}")
@@ -173,7 +188,7 @@ class _Jobs:
         folder: Path | None = None
         before = len(self.codes)
         try:
-            composed = self._plain(config)
+            composed = self.plain(config)
             if sweep is not None and isinstance(composed.get("run"), dict):
                 # The jobs of a sweep must neither share a run folder nor resume a run of other values.
                 base = Path(composed["run"]["dir"])
@@ -210,7 +225,7 @@ class _Jobs:
         except OSError as error:
             print_note(f"warning: the table of the sweep could not be written: {error}")
 
-    def _plain(self, config: DictConfig) -> dict[str, Any]:
+    def plain(self, config: DictConfig) -> dict[str, Any]:
         """Return the configuration as dicts and lists. Raises ConfigError for one that cannot be resolved."""
         from omegaconf import OmegaConf
 

@@ -13,7 +13,15 @@ from dataclasses import replace
 
 from llmtrain import standard_streams
 from llmtrain.cli.explain import print_keys, print_problems, second_usage, usage
-from llmtrain.cli.verbs import PLAIN_WORDS, SECOND_VERBS, VERBS, second_verb, with_plain_words
+from llmtrain.cli.verbs import (
+    PLAIN_WORDS,
+    SECOND_VERBS,
+    STANDS_ALONE,
+    VERBS,
+    has_second_verb,
+    second_verb,
+    with_plain_words,
+)
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import EXIT_CODE, INTERRUPTED_EXIT_CODE, Problem, UserError, nearest
 from llmtrain.orphans import end_with_launcher
@@ -71,11 +79,11 @@ def _answer(arguments: list[str]) -> int:
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Run a verb with the arguments after it, print the problems of a UserError, and return the exit code."""
-    if verb in SECOND_VERBS and (not arguments or arguments[0] in HELP):
+    if verb in SECOND_VERBS and verb not in STANDS_ALONE and (not arguments or arguments[0] in HELP):
         print(second_usage(verb))
         return 0
     try:
-        if verb in SECOND_VERBS:
+        if has_second_verb(verb, arguments):
             verb, arguments = second_verb(verb, arguments)
         elif verb in PLAIN_WORDS:
             arguments = with_plain_words(verb, arguments)

@@ -16,7 +16,7 @@ from llmtrain.errors import ConfigError, Problem, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("llmtrain.commands.prepare", "raw text → tokenizer and corpus"),
-    "plan": ("llmtrain.commands.plan", "will it run, will it fit, how large is a step; no GPU needed"),
+    "plan": ("llmtrain.commands.plan", "will it run, fit, and how fast; plan search: the best layout"),
     "train": ("llmtrain.commands.train", "corpus → trained model; resumes by itself"),
     "finetune": ("llmtrain.commands.finetune", "model and labelled texts → a model for a task"),
     "evaluate": ("llmtrain.commands.evaluate", "loss, perplexity and bits per byte of a trained model"),
@@ -33,6 +33,9 @@ VERBS: dict[str, tuple[str, str]] = {
 """Verb → its module, which has a function `run(mapping)`, and what it does."""
 
 SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "plan": {
+        "search": ("", "all legal layouts of a model on a cluster → the best, as overrides to paste"),
+    },
     "checkpoint": {
         "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
         "show": ("PATH", "step, model, layout it was saved under, files, tensors"),
@@ -60,6 +63,12 @@ SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
 """Verb → second verb → the keys whose values may stand as plain words before the overrides (optional ones in
 brackets), and what it does. Each has a function in the verb's module and a file conf/VERB_SECOND.yaml."""
 
+STANDS_ALONE = {"plan"}
+"""Verbs that have second verbs, and also do something without one."""
+
+RENAMED = {"plan_search": {f"objective={each}": f"rank_by={each}" for each in ("time", "memory", "cost")}}
+"""Name of a configuration → an argument → the override that it stands for."""
+
 PLAIN_WORDS = {"status": "RUN", "report": "RUNS"}
 """Verb → the key whose value, or several values (…S), may stand as plain words before the overrides."""
 
@@ -71,7 +80,16 @@ CONFIGS: dict[str, tuple[str, ...]] = {
         "llmtrain.train.vectors_config:VectorRunConfig",
     ),
     "finetune": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
-    "plan": ("llmtrain.train.config:TrainConfig", "llmtrain.train.pretrained:PretrainedKeys"),
+    "plan": (
+        "llmtrain.train.config:TrainConfig",
+        "llmtrain.train.pretrained:PretrainedKeys",
+        "llmtrain.plan.keys:PlanKeys",
+    ),
+    "plan_search": (
+        "llmtrain.train.config:TrainConfig",
+        "llmtrain.train.pretrained:PretrainedKeys",
+        "llmtrain.plan.keys:SearchKeys",
+    ),
     "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
     "predict": ("llmtrain.commands.predict:PredictConfig",),
     "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
@@ -138,7 +156,15 @@ def second_verb(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
             rest = [*rest[1:], f"{key}={rest[0]}"]
         elif is_needed and not any(word.startswith((f"{key}=", "-")) for word in rest):
             raise ConfigError(Problem(key, "nothing", FOLDERS[key], f"llmtrain {verb} {second} {words}"))
-    return f"{verb}_{second}", rest
+    renamed = RENAMED.get(f"{verb}_{second}", {})
+    return f"{verb}_{second}", [renamed.get(word, word) for word in rest]
+
+
+def has_second_verb(verb: str, arguments: list[str]) -> bool:
+    """Return whether the first argument is, or should be, a second verb of `verb`."""
+    if verb not in STANDS_ALONE:
+        return verb in SECOND_VERBS
+    return bool(arguments) and is_path(arguments[0])
 
 
 def is_path(word: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from llmtrain.config import INTERNAL, MISSING, encode, kinds_of
+from llmtrain.plan.keys import PlanKeys, SearchKeys
 
 INTRODUCTION = """\
 # Configuration
@@ -57,14 +58,6 @@ EXTRAS = {
             "With `model=pretrained`: an import, a run, a checkpoint or a Hugging Face folder.",
         )
     ],
-    "plan": [
-        Extra(
-            "world_size",
-            "whole number, or null",
-            "`null`",
-            "Number of processes; null: as many as the launcher started, else 1.",
-        )
-    ],
     "checkpoint_export": [
         Extra(
             "path",
@@ -97,6 +90,10 @@ class Form(NamedTuple):
     cls: type
 
 
+BESIDES: dict[str, type] = {"plan": PlanKeys, "plan_search": SearchKeys}
+"""Verb → the dataclass of its keys besides those of its config."""
+
+
 def page(configs: Mapping[str, type], purposes: Mapping[str, str], conf: Path) -> str:
     """Return the page.
 
@@ -125,12 +122,26 @@ def _verb(
             sections.append((name, forms))
         elif not forms and before is None:
             rows.append(Row(name, hint, defaults.of(name, own), meaning_of(config, name)))
+    extras = _extras(verb, defaults)
     if before is not None:
-        yield f"The keys of [{before}](#{_anchor(before)})" + (", and:\n" if verb in EXTRAS else ".\n")
-    if rows or verb in EXTRAS:
-        yield _table(rows, EXTRAS.get(verb, ()))
+        yield f"The keys of [{before}](#{_anchor(before)})" + (", and:\n" if extras else ".\n")
+    if rows or extras:
+        yield _table(rows, extras)
     for section, forms in sections:
         yield from _section(section, forms, words, defaults, described)
+
+
+def _extras(verb: str, defaults: _Defaults) -> list[Extra]:
+    """Return the keys that the config of a verb lacks."""
+    found = list(EXTRAS.get(verb, ()))
+    cls = BESIDES.get(verb)
+    for name, hint, own in () if cls is None else _fields(cls):
+        forms = _forms(hint)
+        rows = [Row(name, hint, own, meaning_of(cls, name))] if not forms and cls is not None else []
+        for form in forms:
+            rows += _rows(form.cls, name, (), defaults)
+        found += [Extra(r.key, type_words(r.hint), _default_words(r.default), r.meaning) for r in rows]
+    return found
 
 
 def _section(

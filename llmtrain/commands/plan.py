@@ -1,26 +1,131 @@
-"""`llmtrain plan`: what a run will need, without starting it."""
+"""`llmtrain plan`: what a run will need, without starting it; `llmtrain plan search`: the best layout."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
+from llmtrain.config import decode
+from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.plan.estimate import estimate
+from llmtrain.plan import budget as budgets
+from llmtrain.plan import report, search_report
+from llmtrain.plan.advice import best_change, slower_because
+from llmtrain.plan.estimate import Plan, available_bytes, estimate
 from llmtrain.plan.fit import refuse_if_too_large
-from llmtrain.plan.report import table
-from llmtrain.train.resolve import resolve
+from llmtrain.plan.keys import PlanKeys, SearchKeys
+from llmtrain.plan.search import Found
+from llmtrain.plan.search import search as search_space
+from llmtrain.plan.space import Choice, Space
+from llmtrain.train.auto_layout import space_of
+from llmtrain.train.resolve import Resolved, resolve
 from llmtrain.train.vectors_config import refuse_word_vectors
+
+Keys = TypeVar("Keys", bound=PlanKeys)
+
+CHOSEN = ("parallel=", "parallel.", "batch.micro_size=", "recompute=", "recompute.", "world_size=")
+"""Beginnings of overrides that a search chooses anew."""
+OF_SEARCH = ("rank_by=", "objective=time", "objective=memory", "objective=cost", "top=", "format=")
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Print the plan. Raise ConfigError when the run would be refused or does not fit."""
+    """Print the plan. Raise ConfigError when the run would be refused; as text, also when it does not fit."""
     refuse_word_vectors(mapping, "plan")
-    settings = dict(mapping)
-    world_size = settings.pop("world_size", None)
-    if world_size is not None and (not isinstance(world_size, int) or world_size < 1):
-        raise ConfigError(Problem("world_size", repr(world_size), "1 or more, or null"))
-    resolved = resolve(settings, world_size, data_optional=True)
-    plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
-    print(table(plan))
+    keys, settings = _divided(mapping, PlanKeys)
+    resolved = resolve(settings, keys.world_size, data_optional=True)
+    plan = _plan(resolved, keys)
+    bought = budgets.budgeted(keys.budget, plan) if keys.budget.is_given else None
+    if keys.format == "json":
+        found = report.as_json(plan)
+        if bought is not None:
+            found["budget"] = {field.name: getattr(bought, field.name) for field in fields(bought)}
+        print(json.dumps(found, indent=2))
+        return
+    print(report.table(plan))
+    if resolved.config.parallel.auto:
+        print(f"parallel=auto chose {' '.join(own_choice(resolved).overrides())}")
+    if bought is not None:
+        print("\n".join(budgets.lines(bought, plan)))
+    if plan.time is not None and (
+        help_ := best_change(space_of(plan, resolved.config), own_choice(resolved))
+    ):
+        print(f"what helps most: {help_}")
     refuse_if_too_large(plan)
+
+
+def search(mapping: Mapping[str, Any]) -> None:
+    """Print the best layouts. Raise ConfigError when there is none, or none that fits."""
+    refuse_word_vectors(mapping, "plan search")
+    keys, settings = _divided(mapping, SearchKeys)
+    world_size = keys.world_size or launcher.world_size()
+    own: Choice | None = None
+    refusal: str | None = None
+    try:
+        resolved = resolve(settings, world_size, data_optional=True)
+        own = own_choice(resolved)
+    except ConfigError as error:
+        # The settings may be right but for the layout, which is what is sought.
+        resolved = _on_one_process(settings)
+        refusal = f"your own choice cannot run: {str(error).splitlines()[0]}"
+    plan = _plan(resolved, keys)
+    available = available_bytes(plan.cluster, plan.conditions.device, world_size)
+    plan = replace(plan, available_bytes=available)
+    space = space_of(plan, resolved.config)
+    found = search_space(space, world_size, keys.rank_by, keys.top, own)
+    why = refusal or _why(space, found)
+    command = _command()
+    if keys.format == "json":
+        print(json.dumps(search_report.as_json(found, command, why), indent=2))
+    else:
+        print("\n".join(search_report.lines(found, command, why)))
+
+
+def _on_one_process(settings: Mapping[str, Any]) -> Resolved:
+    """Resolve the run on one process, in the layout that every run has."""
+    batch = {**settings["batch"], "micro_size": 1}
+    return resolve(
+        {**settings, "parallel": {}, "recompute": {}, "batch": batch, "engine": "auto"}, 1, data_optional=True
+    )
+
+
+def own_choice(resolved: Resolved) -> Choice:
+    """Return the choice that the user made."""
+    config = resolved.config
+    return Choice(config.parallel, config.batch, config.recompute, resolved.layout)
+
+
+def _why(space: Space, found: Found) -> str | None:
+    own = found.own
+    if own is None:
+        return None
+    available = space.plan.available_bytes
+    if available is not None and own.memory_bytes > available:
+        return "your own choice does not fit into memory"
+    return slower_because(space, own, found.best[0])
+
+
+def _plan(resolved: Resolved, keys: PlanKeys) -> Plan:
+    layers, stages = len(resolved.config.model.step_parameter_counts()) - 2, resolved.layout.pipeline
+    chunks = keys.assume.virtual_stages
+    if chunks > 1 and chunks * stages > layers:
+        allowed = f"1 to {max(1, layers // stages)}: {layers} layers in {stages} pipeline stages"
+        raise ConfigError(Problem("assume.virtual_stages", str(chunks), allowed))
+    return estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable, keys.assume)
+
+
+def _divided(mapping: Mapping[str, Any], cls: type[Keys]) -> tuple[Keys, dict[str, Any]]:
+    """Return the keys of the verb, and the settings of the run."""
+    names = {field.name for field in fields(cls)}
+    keys = decode(cls, {name: value for name, value in mapping.items() if name in names})
+    return keys, {name: value for name, value in mapping.items() if name not in names}
+
+
+def _command() -> list[str]:
+    """Return `llmtrain plan` with the overrides of this command that a search does not choose."""
+    words = launcher.command()[2:]  # without the program and the verb
+    given = words[1:] if words[:1] == ["search"] else words
+    kept = [word for word in given if not word.lstrip("+").startswith((*CHOSEN, *OF_SEARCH))]
+    return ["llmtrain", "plan", *map(shlex.quote, kept)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.config import decode
+from llmtrain.errors import printable
 from llmtrain.files import expand_home
 from llmtrain.report.record import RunRecord, read_run
 from llmtrain.track.progress import duration
@@ -58,6 +59,7 @@ def facts_of(record: RunRecord) -> dict[str, Any]:
         "checkpoint_step": None if saved is None else saved.step,
         "seconds_since_checkpoint": None if saved is None else saved.seconds_ago,
         "starts": sum(event.kind == "start" for event in record.events),
+        "restarts": sum(event.kind == "restart" for event in record.events),
         "process": record.holder,
     }
 
@@ -89,6 +91,10 @@ def lines_of(record: RunRecord) -> list[tuple[str, str]]:
         saved = record.saved[-1]
         lines.append(("checkpoint", f"step {saved.step:,}, {duration(saved.seconds_ago)} ago, {saved.path}"))
     lines.append(("starts", str(facts["starts"])))
+    if restarts := [event for event in record.events if event.kind == "restart"]:
+        lines.append(
+            ("restarts", f"{len(restarts)}; the last: {printable(str(restarts[-1].facts.get('why')))}")
+        )
     if record.holder is not None:
         lines.append(("process", record.holder.removeprefix("process ")))
     return lines

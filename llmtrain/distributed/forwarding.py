@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from llmtrain.distributed import stopping
+from llmtrain.distributed import guard, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE
 
 IMPATIENT_SECONDS = 10.0
@@ -44,7 +44,13 @@ class Forwarder:
 
     def ranks_start(self) -> None:
         """Forward later requests: before this call there are no ranks, and a request ends the launcher."""
+        if not _NO_RANKS:
+            _NO_RANKS.add(guard.start())
         self._has_ranks = True
+
+    def end_ranks(self) -> None:
+        """Kill the ranks of this host."""
+        _send(signal.SIGKILL, _ranks())
 
     def _on_signal(self, number: int) -> None:
         if not self._has_ranks:
@@ -75,8 +81,12 @@ class Forwarder:
             _send(signal.SIGKILL, left)
 
 
+_NO_RANKS: set[int] = set()
+"""Process numbers of children that are no ranks."""
+
+
 def _ranks() -> list[psutil.Process]:
-    return psutil.Process().children()
+    return [child for child in psutil.Process().children() if child.pid not in _NO_RANKS]
 
 
 def _send(number: signal.Signals, ranks: list[psutil.Process]) -> None:

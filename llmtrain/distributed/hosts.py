@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llmtrain.errors import ConfigError, Problem
@@ -24,6 +25,8 @@ LOCALHOST = (
 )
 """Names that resolve to the own host on every host."""
 DEFAULT_PORT = 29500
+ELASTIC_RESTARTS = 100
+"""Restarts of a job whose number of hosts may change, unless MAX_RESTARTS says otherwise."""
 ANSWER_SECONDS = 15
 """Timeout of the test for a store, which answers at once from its own thread."""
 
@@ -35,6 +38,7 @@ class Hosts:
     num_processes: int | None = None
     """Number of processes on this host; None: one per accelerator, or 1."""
     num_nodes: int = 1
+    """Number of hosts; of a job that goes on with fewer, the most."""
     node_rank: int | None = 0
     """Rank of this host among `num_nodes`; None: ranks are assigned in order of arrival."""
     address: str = LOOPBACK
@@ -42,6 +46,20 @@ class Hosts:
     port: int = 0
     """Port of the store; 0: any free port, on a single host."""
     run_id: str = "llmtrain"
+    least_nodes: int | None = None
+    """Number of hosts with which the job still goes on; None: `num_nodes`."""
+    max_restarts: int = 0
+    """How often ranks are started anew after a failure."""
+
+    @property
+    def least(self) -> int:
+        """Return the least number of hosts with which the job runs."""
+        return self.num_nodes if self.least_nodes is None else self.least_nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Return whether the job goes on with fewer hosts."""
+        return self.least < self.num_nodes
 
     @property
     def address_variable(self) -> str:
@@ -72,7 +90,19 @@ def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
         return None
 
     num_processes = whole_number("NPROC_PER_NODE", 1)
-    num_nodes = whole_number("NNODES", 1) or 1
+    least, num_nodes = 1, 1
+    bounds = environment.get("NNODES", "").strip()
+    if found := re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", bounds, re.ASCII):
+        least, num_nodes = map(int, found.groups())
+        if least > num_nodes:
+            problems.append(Problem("NNODES", repr(bounds), "MIN:MAX with MIN ≤ MAX", "such as 2:3"))
+    elif ":" in bounds:
+        problems.append(Problem("NNODES", repr(bounds), "a number, or MIN:MAX", "such as 2:3"))
+    else:
+        least = num_nodes = whole_number("NNODES", 1) or 1
+    restarts = whole_number("MAX_RESTARTS", 0)
+    if restarts is None:
+        restarts = ELASTIC_RESTARTS if least < num_nodes else 0
     endpoint = environment.get("RDZV_ENDPOINT", "").strip()
     address = environment.get("MASTER_ADDR", "").strip()
     run_id = environment.get("RDZV_ID", "").strip() or Hosts.run_id
@@ -97,7 +127,8 @@ def hosts_from_environment(environment: Mapping[str, str]) -> Hosts:
     if problems:
         raise ConfigError(problems)
     # A single host keeps the loopback: no other host connects.
-    return hosts if num_nodes > 1 else Hosts(num_processes)
+    hosts = hosts if num_nodes > 1 else Hosts(num_processes)
+    return replace(hosts, least_nodes=least if least < num_nodes else None, max_restarts=restarts)
 
 
 def require_store(address: str, port: int, variable: str) -> None:

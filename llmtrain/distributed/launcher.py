@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from llmtrain.distributed.restarts import ELASTIC
 from llmtrain.errors import ConfigError, LaunchError, Problem
 
 START_SECONDS = 600.0
 STOP_SECONDS = 3600.0
+JOIN_SECONDS = 30.0
 
 _command: list[str] | None = None
 
@@ -47,6 +49,15 @@ def stop_seconds() -> float:
     Raise ConfigError if the variable is not a positive number.
     """
     return _seconds("STOP_TIMEOUT", STOP_SECONDS)
+
+
+def join_seconds() -> float:
+    """Return how long an elastic job that could run waits for more hosts at its start: JOIN_TIMEOUT, default
+    JOIN_SECONDS.
+
+    Raise ConfigError if the variable is not a positive number.
+    """
+    return _seconds("JOIN_TIMEOUT", JOIN_SECONDS)
 
 
 def _seconds(name: str, default: float) -> float:
@@ -105,6 +116,11 @@ def local_rank() -> int:
 def on_one_host() -> bool:
     """Return whether the launcher declares that all ranks run on this host. Only torchrun does."""
     return os.environ.get("LOCAL_WORLD_SIZE", "").strip() == str(world_size())
+
+
+def is_elastic() -> bool:
+    """Return whether the launcher may start fewer processes than the layout asks for."""
+    return bool(os.environ.get(ELASTIC))
 
 
 def _whole(name: str, default: int, least: int = 0) -> int:

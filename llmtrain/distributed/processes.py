@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from llmtrain.distributed import agreement, hosts, launcher, stores
 from llmtrain.distributed.agreement import Fact
+from llmtrain.distributed.restarts import ATTEMPT
 from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, LaunchError, Problem, UserError
 
 T = TypeVar("T")
@@ -82,14 +83,16 @@ def start(
     if launcher.world_size() > 1:
         rank, size, seconds = launcher.rank(), launcher.world_size(), launcher.start_seconds()
         store = _open_store(rank, seconds)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # The store of a launcher outlives the ranks that it starts anew.
+        variables = (ATTEMPT, "TORCHELASTIC_RESTART_COUNT")
+        attempt = ".".join(os.environ.get(name, "0") for name in variables)
         agreement.check_ranks_agree(
             dist.PrefixStore(f"meeting/{attempt}", store), rank, size, facts or {}, seconds
         )
         store.set_timeout(timeout)
         dist.init_process_group(
             backend,
-            store=store,
+            store=dist.PrefixStore(f"group/{attempt}", store),
             rank=rank,
             world_size=size,
             timeout=timeout,

@@ -1,4 +1,5 @@
-"""Rendezvous of the launchers of a run's hosts: wait for all hosts and assign a node rank to each.
+"""Rendezvous of the launchers of a run's hosts: wait for the hosts, assign a node rank to each, and after a
+failure meet again.
 
 Uses a store that listens on one address and holds numbers and JSON. torch's own `c10d` rendezvous listens on
 all addresses and unpickles whatever anybody writes there.
@@ -9,10 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -24,19 +27,45 @@ from torch.distributed.elastic.rendezvous import (
 from llmtrain.distributed import stores
 from llmtrain.distributed.hosts import Hosts, Route, require_store
 from llmtrain.distributed.launcher import await_host
+from llmtrain.distributed.liveness import Heartbeats, Pulse, beat
+from llmtrain.distributed.restarts import Ending, Verdict
 from llmtrain.errors import ConfigError, LaunchError, Problem
 
 BACKEND = "llmtrain"
 """The name under which the rendezvous is registered with torch's agent."""
 POLL_SECONDS = 0.2
-ALIVE_SECONDS = 10.0
-"""A launcher without a heartbeat for this long has ended, and may have been restarted."""
+LOOK_SECONDS = 0.5
+"""Interval of looking whether another host has failed."""
+FOLLOW_SECONDS = 6.0
+"""How long the ranks of a host may go on, and say what they know, once those of another have failed."""
+GOODBYE_SECONDS = 5.0
+"""How long host 0, which serves the store, waits for the others to read what becomes of the job."""
+
+
+class StoppedWaitingError(Exception):
+    """This launcher was asked to stop while it waited for others."""
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """What a rendezvous asks of its launcher."""
+
+    end_ranks: Callable[[], None] = lambda: None
+    """Kill the ranks of this host."""
+    is_stopping: Callable[[], bool] = lambda: False
+    """Whether this launcher was asked to stop."""
+    fits: Callable[[int], bool] = lambda num_nodes: True
+    """Whether a job on so many hosts has a layout."""
+    check_folder: Callable[[Store, int, int], None] = lambda store, node_rank, num_nodes: None
+    """Raise ConfigError unless all admitted hosts see the same run folder."""
+    join_seconds: float = 30.0
+    """How long an elastic job that could run waits for more hosts at its start."""
 
 
 class Rendezvous(RendezvousHandler):
-    """The rendezvous handler of one launcher, called by torch's agent."""
+    """The rendezvous handler of one launcher, called by torch's agent, once for each attempt of the job."""
 
-    def __init__(self, hosts: Hosts, route: Route, seconds: float) -> None:
+    def __init__(self, hosts: Hosts, route: Route, seconds: float, helpers: Helpers | None = None) -> None:
         """Serve the store if this is the serving host, else connect to it.
 
         seconds: timeout for the store, and again for the other hosts.
@@ -44,7 +73,32 @@ class Rendezvous(RendezvousHandler):
         does not answer.
         """
         self._hosts, self._seconds = hosts, seconds
+        self._helpers = helpers or Helpers()
         self._serves, self._address, self._store = _open_store(hosts, route, seconds)
+        self._launchers = PrefixStore("launchers", self._store)
+        self._heartbeats = Heartbeats(self._launchers)
+        self._name: int | None = None
+        self._pulse: Pulse | None = None
+        self._members: list[int] = []
+        self.attempt = 0
+        """The number of the attempt that this host takes part in."""
+        self._next_look = self._follows_at = 0.0
+        self._followed = False
+
+    @property
+    def is_supervised(self) -> bool:
+        """Return whether the job goes on after a failure."""
+        return self._hosts.max_restarts > 0
+
+    @property
+    def serves(self) -> bool:
+        """Return whether this host decides what becomes of the job."""
+        return self._serves
+
+    @property
+    def num_nodes(self) -> int:
+        """Return the number of hosts of the attempt."""
+        return len(self._members)
 
     def settings(self) -> dict[str, RendezvousHandler]:
         """Return the `rdzv_configs` by which torch's launcher passes this handler to its agent."""
@@ -52,60 +106,166 @@ class Rendezvous(RendezvousHandler):
         return {"handler": self}
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for all hosts; return the node rank of this host and the store, which the ranks use too.
+        """Wait for the hosts; return the node rank of this host and the store, which the ranks use too.
 
-        Raise LaunchError if hosts are missing, or this host does not belong to the run.
+        Raise LaunchError if hosts are missing, or this host does not belong to the run; StoppedWaitingError
+        if this launcher is asked to stop meanwhile.
         """
         node_rank = self._node_rank()
         ranks_store = RendezvousStoreInfo(self._address, self._store.port)
-        return RendezvousInfo(
-            PrefixStore("agent", self._store), node_rank, self._hosts.num_nodes, ranks_store
-        )
+        own = PrefixStore(f"agent/{self.attempt}", self._store)
+        return RendezvousInfo(own, node_rank, self.num_nodes, ranks_store)
 
     def _node_rank(self) -> int:
-        store = PrefixStore("launchers", self._store)
+        store = self._launchers
         run = store.compare_set("run", "", self._hosts.run_id).decode()
         if run != self._hosts.run_id:
             got = f"{self._store.port} of {self._address}, which the run {run!r} uses"
             remedy = "give each run its own port, or all hosts of one run the same RDZV_ID"
             raise LaunchError(Problem(self._hosts.port_variable, got, remedy=remedy))
-        name = self._name(store)
-        heartbeats, deadline = _Heartbeats(store), time.monotonic() + self._seconds
+        if self._name is None:
+            self._name = self._new_name()
+            if self.is_supervised:
+                self._pulse = Pulse(self._address, self._store.port, self._name, self._helpers.end_ranks)
         while True:
-            store.add(f"heartbeats of {name}", 1)
-            missing = self._admit(store, heartbeats) if self._serves else "host 0 waits for others"
-            if store.check(["admitted"]):
-                break
-            if time.monotonic() > deadline:
-                got = f"not all {self._hosts.num_nodes} hosts within {self._seconds:g} s ({missing})"
-                remedy = "see the messages of the other hosts, or wait longer with START_TIMEOUT=seconds"
+            attempt = int(store.compare_set("attempt", "", "1"))
+            node_rank = self._join(attempt)
+            if node_rank is not None:
+                self.attempt = attempt
+                self._follows_at, self._followed = 0.0, False
+                self._helpers.check_folder(self._of_attempt, node_rank, self.num_nodes)
+                return node_rank
+            if not self.is_supervised:
+                got = f"too many hosts: all {self._hosts.num_nodes} have joined without this one"
+                remedy = "give each host its own NODE_RANK, or wait for the earlier launch to end"
                 raise LaunchError(Problem("start", got, remedy=remedy))
-            time.sleep(POLL_SECONDS)
-        admitted: list[int] = json.loads(store.get("admitted"))
-        if name not in admitted or store.add(f"taken {name}", 1) > 1:
-            got = f"too many hosts: all {self._hosts.num_nodes} have joined without this one"
-            remedy = "give each host its own NODE_RANK, or wait for the earlier launch to end"
-            raise LaunchError(Problem("start", got, remedy=remedy))
-        return admitted.index(name)
+            print("llmtrain: the job runs without this host, which waits for a restart", file=sys.stderr)
+            self._await_attempt_after(attempt)
 
-    def _name(self, store: Store) -> int:
+    @property
+    def _of_attempt(self) -> Store:
+        return PrefixStore(f"attempt {self.attempt}", self._launchers)
+
+    def _new_name(self) -> int:
         """Return the number that identifies this launcher; the serving one is 0."""
         if self._serves:
             return 0
-        return store.add("names", 1) if self._hosts.node_rank is None else self._hosts.node_rank
+        return self._launchers.add("names", 1) if self._hosts.node_rank is None else self._hosts.node_rank
 
-    def _admit(self, store: Store, heartbeats: _Heartbeats) -> str:
-        """Admit the hosts once all have arrived; return a description of those that are missing."""
-        wanted = self._hosts.num_nodes
-        number_themselves = self._hosts.node_rank is None
-        names = range(store.add("names", 0) + 1 if number_themselves else wanted)
-        alive = heartbeats.alive(names)
-        if len(alive) >= wanted:
-            store.set("admitted", json.dumps(alive[:wanted]))
-        joined = f"{len(alive)} of {wanted} joined"
-        if number_themselves:
-            return joined
-        return f"{joined}, not NODE_RANK {', '.join(str(name) for name in names if name not in alive)}"
+    def _join(self, attempt: int) -> int | None:
+        """Wait until the hosts of an attempt are admitted; return the node rank of this one, None if it is
+        not among them."""
+        own = PrefixStore(f"attempt {attempt}", self._launchers)
+        if self.is_supervised and own.check(["admitted"]):
+            return None  # it began without this host, which may have come in the place of one that is gone
+        own.set(f"ready {self._name}", "")
+        deadline = time.monotonic() + self._seconds
+        admission = _Admission(self._hosts, self._heartbeats, own, self._helpers, is_first=attempt == 1)
+        while not own.check(["admitted"]):
+            assert self._name is not None
+            beat(self._launchers, self._name)
+            missing = admission.admit(self._names()) if self._serves else "host 0 waits for others"
+            if self._helpers.is_stopping():
+                raise StoppedWaitingError
+            if time.monotonic() > deadline and not own.check(["admitted"]):
+                wanted = f"{self._hosts.num_nodes} hosts"
+                if self._hosts.is_elastic:
+                    wanted = f"{self._hosts.least} to {wanted}"
+                got = f"not all {wanted} within {self._seconds:g} s ({missing})"
+                remedy = "see the messages of the other hosts, or wait longer with START_TIMEOUT=seconds"
+                raise LaunchError(Problem("start", got, remedy=remedy))
+            time.sleep(POLL_SECONDS)
+        admitted: list[int] = json.loads(own.get("admitted"))
+        if self._name not in admitted or own.add(f"taken {self._name}", 1) > 1:
+            return None
+        self._members = admitted
+        return admitted.index(self._name)
+
+    def _names(self) -> range:
+        """Return the names that launchers can have."""
+        if self._hosts.node_rank is None:
+            return range(self._launchers.add("names", 0) + 1)
+        return range(self._hosts.num_nodes)
+
+    def _await_attempt_after(self, attempt: int) -> None:
+        while int(self._launchers.get("attempt")) <= attempt:
+            if self._helpers.is_stopping():
+                raise StoppedWaitingError
+            if self._launchers.check(["over"]):
+                got = "a job that has ended while this host waited"
+                raise LaunchError(Problem("start", got, remedy="nothing is left to do here"))
+            time.sleep(POLL_SECONDS)
+
+    # The end of an attempt
+
+    def conclude(self, ending: Ending, decide: Callable[[dict[str, Ending | None]], Verdict]) -> Verdict:
+        """Tell the other hosts how the ranks of this one ended; return what becomes of the job, which host 0
+        decides when all have ended or are gone.
+
+        decide: name of each host → its ending, None for one that is gone → the verdict; host 0 calls it.
+        """
+        own = self._of_attempt
+        if self._followed:
+            ending = Ending(ending.code, ending.what, ending.asked, followed=True)
+        own.set(f"ending {self._name}", json.dumps(asdict(ending)))
+        if ending.code:
+            own.set("failed", "")
+        if not self._serves:
+            while not own.check(["verdict"]):
+                time.sleep(POLL_SECONDS)
+            verdict = Verdict(**json.loads(own.get("verdict")))
+            own.add("read", 1)
+            return verdict
+        verdict = decide(self._endings(own))
+        if verdict.restart:
+            self._launchers.set("attempt", str(self.attempt + 1))
+        else:
+            self._launchers.set("over", str(verdict.code))
+        own.set("verdict", json.dumps(asdict(verdict)))
+        if not verdict.restart:
+            deadline = time.monotonic() + GOODBYE_SECONDS
+            others = len(self._heartbeats.alive(self._members)) - 1
+            while own.add("read", 0) < others and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+        return verdict
+
+    def _endings(self, own: Store) -> dict[str, Ending | None]:
+        """Wait until the ranks of each host have ended, or the host is gone."""
+        found: dict[int, Ending | None] = {}
+        while len(found) < len(self._members):
+            alive = self._heartbeats.alive(self._members)
+            for name in self._members:
+                if own.check([f"ending {name}"]):
+                    found[name] = Ending(**json.loads(own.get(f"ending {name}")))
+                elif name not in alive:
+                    found[name] = None
+            time.sleep(POLL_SECONDS)
+        return {str(self._members.index(name)): found[name] for name in self._members}
+
+    def _follow_failures(self) -> None:
+        """End the ranks of this host some seconds after those of another one failed, which they may wait
+        for."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        try:
+            self._look(now)
+        except DistError:
+            self._helpers.end_ranks()
+            raise
+
+    def _look(self, now: float) -> None:
+        own = self._of_attempt
+        if self._serves and len(self._heartbeats.alive(self._members)) < len(self._members):
+            own.set("failed", "")
+        if not self._follows_at and own.check(["failed"]):
+            self._follows_at = now + FOLLOW_SECONDS
+        if self._follows_at and now > self._follows_at and not self._followed:
+            self._followed = True
+            self._helpers.end_ranks()
+
+    # What torch's agent asks
 
     @property
     def use_agent_store(self) -> bool:
@@ -118,7 +278,9 @@ class Rendezvous(RendezvousHandler):
         return self._hosts.run_id
 
     def num_nodes_waiting(self) -> int:
-        """Return 0: no host joins a run that has begun."""
+        """Return 0: no host joins an attempt that has begun. The agent asks several times a second."""
+        if self.is_supervised:
+            self._follow_failures()
         return 0
 
     def is_closed(self) -> bool:
@@ -130,27 +292,51 @@ class Rendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         return True
 
+    def close(self) -> None:
+        """Give no further signs of life."""
+        if self._pulse is not None:
+            self._pulse.stop()
+
+
+class _Admission:
+    """Admits the hosts of one attempt, on host 0."""
+
+    def __init__(
+        self, hosts: Hosts, heartbeats: Heartbeats, store: Store, helpers: Helpers, is_first: bool
+    ) -> None:
+        self._hosts, self._heartbeats, self._store, self._helpers = hosts, heartbeats, store, helpers
+        self._patience = helpers.join_seconds if is_first else 0.0
+        self._most_ready, self._since = 0, time.monotonic()
+
+    def admit(self, names: range) -> str:
+        """Admit the hosts once enough have arrived; return a description of those that are missing."""
+        wanted = self._hosts.num_nodes
+        alive = self._heartbeats.alive(names)
+        ready = [name for name in alive if self._store.check([f"ready {name}"])]
+        if len(ready) > self._most_ready:
+            self._most_ready, self._since = len(ready), time.monotonic()
+        if len(ready) >= wanted or (len(ready) >= self._hosts.least and self._comes_nobody(ready, alive)):
+            count = self._fitting(min(wanted, len(ready)))
+            if count:
+                self._store.set("admitted", json.dumps(ready[:count]))
+        joined = f"{len(ready)} of {wanted} joined"
+        if self._hosts.node_rank is None:
+            return joined
+        return f"{joined}, not NODE_RANK {', '.join(str(name) for name in names if name not in ready)}"
+
+    def _comes_nobody(self, ready: list[int], alive: list[int]) -> bool:
+        """Return whether no other host is to be expected soon."""
+        return ready == alive and time.monotonic() - self._since >= self._patience
+
+    def _fitting(self, count: int) -> int:
+        """Return the largest number of hosts, at most `count`, that has a layout; 0 if none has."""
+        counts = range(count, self._hosts.least - 1, -1)
+        return next((number for number in counts if self._helpers.fits(number)), 0)
+
 
 def _from_settings(parameters: RendezvousParameters) -> RendezvousHandler:
     handler: RendezvousHandler = parameters.config["handler"]
     return handler
-
-
-class _Heartbeats:
-    """Heartbeats of the launchers: each increments its own counter."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._last: dict[int, tuple[int, float]] = {}
-
-    def alive(self, names: Iterable[int]) -> list[int]:
-        """Return those of `names` whose counter changed within ALIVE_SECONDS."""
-        now = time.monotonic()
-        for name in names:
-            count = self._store.add(f"heartbeats of {name}", 0)
-            if count != self._last.get(name, (0, now))[0]:
-                self._last[name] = (count, now)
-        return [name for name in names if name in self._last and now - self._last[name][1] < ALIVE_SECONDS]
 
 
 def _open_store(hosts: Hosts, route: Route, seconds: float) -> tuple[bool, str, TCPStore]:

@@ -1,13 +1,13 @@
 """Launch `llmtrain train` on the processes of this host, configured by environment variables as torchrun is.
 
 `launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's elastic agent, as `torchrun` does, and
-adds three things: the exit code of the rank that failed (torchrun always returns 1), one log per global rank,
-and ports on one network interface only: the loopback for one host, the interface that reaches the other hosts
-for several.
+adds: the exit code of the rank that failed (torchrun always returns 1), one log per global rank, ports on
+one network interface only (the loopback for one host, the interface that reaches the other hosts for
+several), and restarts that tell what failed and go on with the hosts that are left.
 
 Environment:
   NPROC_PER_NODE           number of processes on this host; default: one per accelerator, or 1
-  NNODES                   number of hosts; default 1
+  NNODES                   number of hosts; default 1; MIN:MAX: the job goes on with hosts that are left
   MASTER_ADDR MASTER_PORT  address and port of host 0; required if NNODES > 1; the port defaults to 29500
   NODE_RANK                rank of this host, 0 … NNODES-1; required with MASTER_ADDR if NNODES > 1
   RDZV_ENDPOINT            instead of MASTER_ADDR, MASTER_PORT and NODE_RANK: HOST:PORT of one of the hosts;
@@ -16,6 +16,9 @@ Environment:
   START_TIMEOUT            seconds to wait for all hosts and ranks at the start; default 600
   STOP_TIMEOUT             seconds that ranks have to save and exit after a stop request (SIGTERM, SIGUSR1,
                            Ctrl-C); default 3600
+  MAX_RESTARTS             how often ranks are started anew after a failure, from the last checkpoint; default
+                           0, with NNODES=MIN:MAX 100; 3 failures without a new step end the job before
+  JOIN_TIMEOUT             seconds to wait at the start for more than MIN hosts; default 30
   LOG_DIR                  folder of the logs rankR.log; default: logs/ in the run folder
 """
 
@@ -27,14 +30,27 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrain import standard_streams
+from llmtrain.distributed import job_time
+from llmtrain.distributed.elastic import elastic_bounds
+from llmtrain.distributed.folders import log_folder, run_folder
 from llmtrain.distributed.forwarding import Forwarder
 from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, restrict_to_interface, route_to
-from llmtrain.distributed.launcher import start_seconds, stop_seconds
+from llmtrain.distributed.launcher import join_seconds, start_seconds, stop_seconds
+from llmtrain.distributed.restarts import (
+    ATTEMPT,
+    ELASTIC,
+    SIGTERM_CODE,
+    Ending,
+    Restarts,
+    Verdict,
+    root_cause,
+    shell_code,
+)
 from llmtrain.errors import (
     EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
@@ -43,53 +59,22 @@ from llmtrain.errors import (
     Problem,
     UserError,
 )
-from llmtrain.files import expand_home, write_atomically
+from llmtrain.files import write_atomically
 from llmtrain.orphans import end_with_launcher
 from llmtrain.reading import read_bytes
+from llmtrain.track.events import note_event
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-SHOWN_LOG_LINES = 20
+    from llmtrain.distributed.rendezvous import Rendezvous
 
-# Exit codes that a rank can also have because another rank failed: it was terminated, it stopped on request,
-# a connection broke (an exception), or its communication library aborted. Any other code has its own cause.
-_SIGTERM, _EXCEPTION, _SIGABRT = 128 + 15, 1, 128 + 6
-_LEAST_SPECIFIC_FIRST = (_SIGTERM, INTERRUPTED_EXIT_CODE, _EXCEPTION, _SIGABRT)
+SHOWN_LOG_LINES = 20
 
 # torch's agent waits 30 s before it kills the peers of a failed rank; later exit codes are consequences.
 _SAME_FAILURE_SECONDS = 5
-
-
-def root_cause(exit_codes: Sequence[int]) -> int:
-    """Return the index of the nonzero exit code that best identifies why a job failed; the first in a tie.
-
-    After one rank fails the others follow in any order, and hosts have different clocks, so the codes are
-    better evidence than the times. Negative codes are signals, as in subprocess.
-    """
-
-    def specificity(index: int) -> int:
-        code = shell_code(exit_codes[index])
-        known = _LEAST_SPECIFIC_FIRST
-        return known.index(code) if code in known else len(known)
-
-    return max((i for i, code in enumerate(exit_codes) if code), key=specificity)
-
-
-def shell_code(exit_code: int) -> int:
-    """Return the exit code as a shell reports it: 128 + n for a process ended by signal n."""
-    return 128 - exit_code if exit_code < 0 else exit_code
-
-
-def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path:
-    """Return LOG_DIR, or logs/ in the run folder that the overrides select (by default as in
-    conf/train.yaml)."""
-    if environment.get("LOG_DIR"):
-        return expand_home(environment["LOG_DIR"]).absolute()
-    given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
-    run_folder = given.get("run.dir") or f"runs/{given.get('run.name') or 'default'}"
-    return expand_home(run_folder).absolute() / "logs"
 
 
 def keep_previous(log: Path) -> None:
@@ -123,7 +108,8 @@ def job_exit_code(folder: Path) -> int:
 
 
 def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `python -m llmtrain train OVERRIDES` on every rank of this host.
+    """Run `python -m llmtrain train OVERRIDES` on every rank of this host, anew after a failure where
+    MAX_RESTARTS allows it.
 
     Return 0, INTERRUPTED_EXIT_CODE after a stop request, or the exit code of the rank that failed, as a shell
     reports it.
@@ -133,6 +119,7 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     hosts = hosts_from_environment(environment)
     patience = math.ceil(start_seconds())
     forwarder = Forwarder(stop_seconds())
+    fits = elastic_bounds(hosts, overrides)
     route = route_to(hosts.address, hosts.address_variable)
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
@@ -148,75 +135,162 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
         raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a writable folder ({error})")) from None
 
     restrict_to_interface(route.interface)
+    job_time.tell_ranks()
+    if hosts.is_elastic:
+        os.environ[ELASTIC] = "1"
+    job = _Job(hosts, route, folder, overrides, forwarder, fits, patience)
     with forwarder.listening():
-        code = _run_agent(hosts, route, folder, overrides, patience, forwarder)
-    if forwarder.asked and code == _SIGTERM:  # before the rank installed its signal handlers
-        code = INTERRUPTED_EXIT_CODE
+        code = job.run(needs_shared_folder(hosts, environment))
     if code and hosts.num_nodes > 1:
         write_atomically(exit_report, f"{code}\n")
     return code
 
 
-def _run_agent(
-    hosts: Hosts,
-    route: Route,
-    folder: Path,
-    overrides: Sequence[str],
-    patience: int,
-    forwarder: Forwarder,
-) -> int:
-    import torch
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def needs_shared_folder(hosts: Hosts, environment: Mapping[str, str]) -> str:
+    """Return the setting that needs a run folder which all hosts share; "" if none does.
 
-    from llmtrain.distributed.rendezvous import BACKEND, Rendezvous
+    Raise ConfigError for a REQUEUE that is neither 0 nor 1."""
+    requeue = environment.get("REQUEUE", "").strip()
+    if requeue not in ("", "0", "1"):
+        raise ConfigError(Problem("REQUEUE", repr(requeue), "0, 1", "correct this environment variable"))
+    if requeue == "1":
+        return "REQUEUE=1"
+    return f"MAX_RESTARTS={hosts.max_restarts}" if hosts.max_restarts else ""
 
-    if "LOGLEVEL" not in os.environ:
-        # _explain reports a failed rank in two lines, in place of the agent's long log.
-        for name in list(logging.root.manager.loggerDict):
-            if name.startswith("torch.distributed.elastic"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-    num_processes = hosts.num_processes or max(1, torch.accelerator.device_count())
-    # By default torch uses all cores in every process.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
-    # Both streams of a rank go to one file, because the agent opens a log only once.
-    merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
-    command = [sys.executable, "-u", "-m", "llmtrain", "train", *overrides]
-    try:
+
+class _Job:
+    """The part of this host in a job: an attempt, and after a failure further ones."""
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        route: Route,
+        folder: Path,
+        overrides: Sequence[str],
+        forwarder: Forwarder,
+        fits: Callable[[int], bool],
+        patience: int,
+    ) -> None:
+        self._hosts, self._route, self._folder, self._overrides = hosts, route, folder, overrides
+        self._forwarder, self._fits, self._patience = forwarder, fits, patience
+
+    def run(self, needs_shared: str) -> int:
+        """Return the exit code of the job. needs_shared: why all hosts must share the run folder, if so."""
+        from torch.distributed import DistError, PrefixStore
+
+        from llmtrain.distributed.rendezvous import Helpers, Rendezvous, StoppedWaitingError
+        from llmtrain.distributed.shared_folder import require_shared
+
+        run = run_folder(self._overrides)
+
+        def check_folder(store: Store, node_rank: int, num_nodes: int) -> None:
+            if needs_shared:
+                require_shared(PrefixStore("folder", store), node_rank, num_nodes, run, needs_shared)
+
+        forwarder = self._forwarder
+        helpers = Helpers(
+            end_ranks=forwarder.end_ranks,
+            is_stopping=lambda: forwarder.asked,
+            fits=self._fits,
+            check_folder=check_folder,
+            join_seconds=join_seconds(),
+        )
+        rendezvous = Rendezvous(self._hosts, self._route, self._patience, helpers)
+        restarts = Restarts(self._hosts.max_restarts, run)
+        try:
+            while True:
+                ending = self._attempt(rendezvous)
+                if not rendezvous.is_supervised:
+                    return ending.code
+                verdict = rendezvous.conclude(ending, restarts.decide)
+                if rendezvous.serves and verdict.why:
+                    self._tell(verdict, restarts, run)
+                if not verdict.restart:
+                    return verdict.code
+        except StoppedWaitingError:
+            return INTERRUPTED_EXIT_CODE
+        except LaunchError as error:
+            if not rendezvous.attempt:
+                raise
+            print(error, file=sys.stderr)  # hosts that are missing after a failure are no mistake of the user
+            return 1
+        except DistError as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if rendezvous.is_supervised and rendezvous.attempt:  # it had begun: no mistake of the user
+                print(f"llmtrain: no answer from host 0 ({reason})", file=sys.stderr)
+                return 1
+            got = f"no answer from the other hosts ({reason})"
+            raise LaunchError(Problem("start", got, remedy="see their messages")) from error
+        finally:
+            rendezvous.close()
+
+    def _tell(self, verdict: Verdict, restarts: Restarts, run: Path) -> None:
+        if not verdict.restart:
+            print(f"llmtrain: no restart: {verdict.why}", file=sys.stderr)
+            return
+        count = f"restart {restarts.made} of {restarts.most}"
+        print(f"llmtrain: {verdict.why}: {count}, from step {restarts.step:,}", file=sys.stderr)
+        note_event(run, "restart", restarts.step, number=restarts.made, why=verdict.why)
+
+    def _attempt(self, rendezvous: Rendezvous) -> Ending:
+        """Run the ranks of this host to their end, once."""
+        import torch
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        from llmtrain.distributed.rendezvous import BACKEND
+
+        if "LOGLEVEL" not in os.environ:
+            # _explain reports a failed rank in two lines, in place of the agent's long log.
+            for name in list(logging.root.manager.loggerDict):
+                if name.startswith("torch.distributed.elastic"):
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
+        num_processes = self._hosts.num_processes or max(1, torch.accelerator.device_count())
+        # By default torch uses all cores in every process.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+        # Both streams of a rank go to one file, because the agent opens a log only once.
+        merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
+        command = [sys.executable, "-u", "-m", "llmtrain", "train", *self._overrides]
+
+        def on_start() -> None:
+            os.environ[ATTEMPT] = str(rendezvous.attempt)
+            self._forwarder.ranks_start()
+
         config = LaunchConfig(
-            min_nodes=hosts.num_nodes,
-            max_nodes=hosts.num_nodes,
+            min_nodes=self._hosts.num_nodes,
+            max_nodes=self._hosts.num_nodes,
             nproc_per_node=num_processes,
-            run_id=hosts.run_id,
+            run_id=self._hosts.run_id,
             rdzv_backend=BACKEND,
-            rdzv_configs=Rendezvous(hosts, route, patience).settings(),
+            rdzv_configs=rendezvous.settings(),
             max_restarts=0,
             start_method="spawn",
-            logs_specs=_one_log_per_rank(folder, forwarder.ranks_start),
+            logs_specs=_one_log_per_rank(self._folder, on_start),
             # The forwarder handles all other signals.
             signals_to_handle="SIGQUIT",
             # An empty prefix: the console shows the lines as rank 0 wrote them.
             role="",
             log_line_prefix_template="${role_name}",
         )
-        # The agent substitutes ${local_rank} in arguments; `$$` escapes a `$` of an override.
-        elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
-    except ChildFailedError as error:
-        return _explain(error.failures, folder)
-    except DistError as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        got = f"no answer from the other hosts ({reason})"
-        raise LaunchError(Problem("start", got, remedy="see their messages")) from error
-    except SignalException as error:
-        print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
-        return 128 + int(error.sigval)
-    return 0
+        code, what = 0, ""
+        try:
+            # The agent substitutes ${local_rank} in arguments; `$$` escapes a `$` of an override.
+            elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
+        except ChildFailedError as error:
+            code, what = _explain(error.failures, self._folder)
+        except SignalException as error:
+            print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
+            return Ending(128 + int(error.sigval), error.sigval.name, asked=True)
+        asked = self._forwarder.asked
+        if asked and code == SIGTERM_CODE:  # before the rank installed its signal handlers
+            code = INTERRUPTED_EXIT_CODE
+        return Ending(code, what, asked)
 
 
-def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
+def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> tuple[int, str]:
+    """Print what failed; return the exit code and what failed in few words."""
     earliest = min(failure.timestamp for failure in failures.values())
     causes = {
         rank: failure.exitcode
@@ -225,13 +299,14 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> int:
     }
     rank = list(causes)[root_cause(list(causes.values()))]
     code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
+    what = f"rank {rank} exited with {code}{_meaning(code)}"
     if code == INTERRUPTED_EXIT_CODE:  # rank 0 has reported the stop request
-        return code
+        return code, what
     if rank or code != EXIT_CODE:
-        print(f"llmtrain: rank {rank} exited with {code}{_meaning(code)}; its log: {log}", file=sys.stderr)
+        print(f"llmtrain: {what}; its log: {log}", file=sys.stderr)
     if rank:
         print(*_tail(log), sep="\n", file=sys.stderr)
-    return code
+    return code, what
 
 
 def _meaning(code: int) -> str:

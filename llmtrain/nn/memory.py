@@ -162,7 +162,7 @@ class TransformerToken:
         model, mode = self.model, self.conditions.recompute.mode
         covers = self.conditions.recompute.covers
         windows = [(covers(step - 1), model.window_of(step - 1)) for step in steps if self._is_block(step)]
-        sizes = {window: self.block(window) for _, window in windows}
+        sizes = {window: self.block(window) for window in {window for _, window in windows}}
         kept = sum(sizes[window] for is_recomputed, window in windows if not is_recomputed)
         again = [sizes[window] for is_recomputed, window in windows if is_recomputed]
         if recomputed := len(again):
@@ -238,7 +238,7 @@ class TransformerToken:
             self.conditions.device == "cpu",
         )
         queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
-        kernel = self._kernel(window)
+        kernel = self.kernel(window)
         has_cap = model.attention_softcap is not None
         if kernel == "all_scores":
             # q, k and v, the softmax (fp32 under a GPU's autocast), the dropout mask and output, the slopes
@@ -263,7 +263,7 @@ class TransformerToken:
             kept += self._mask()  # each layer converts the mask to numbers
         return kept * compute + 4 * N
 
-    def _kernel(self, window: int | None) -> Kernel:
+    def kernel(self, window: int | None) -> Kernel:
         """Return the kernel of self-attention, assuming an A100 or later if on a GPU."""
         model, T, on_gpu = self.model, self.layout.sequence_length, self.conditions.device != "cpu"
         mask: DropoutMask = "sample_keys" if self.conditions.exact_dropout else "generator"
@@ -291,7 +291,7 @@ class TransformerToken:
         """Return what recomputed layers share: rotary tables and masks."""
         rotary = 4 * self.model.rotary_width if self.model.positions == "rope" else 0
         tables = 1 if self.model.local_rope_theta is None else 2
-        masks = sum(self._is_masked(window) and self._kernel(window) != "by_document" for window in windows)
+        masks = sum(self._is_masked(window) and self.kernel(window) != "by_document" for window in windows)
         return tables * rotary + masks * self._mask()
 
     def _is_masked(self, window: int | None) -> bool:
@@ -321,7 +321,7 @@ AnyLayers = TypeVar("AnyLayers", bound=OfLayers)
 class LayersMemory(VocabularyMemory[AnyLayers]):
     """A stack of layers over one sequence, with a language-model head."""
 
-    causal: ClassVar[bool]
+    causal: ClassVar[bool] = False
 
     @property
     def tokens(self) -> int:
@@ -333,6 +333,12 @@ class LayersMemory(VocabularyMemory[AnyLayers]):
         token = TransformerToken(layers, self.numbers, self.layout, self.conditions, self.causal)
         kept, working = token.of_steps(steps)
         return Activations(self.tokens * kept, self.tokens * working)
+
+    def attention_kernel(self) -> Kernel:
+        """Return the kernel of the first layer's self-attention."""
+        layers = self.model.blocks
+        token = TransformerToken(layers, self.numbers, self.layout, self.conditions, self.causal)
+        return token.kernel(layers.window_of(0))
 
     def between_layers(self) -> int:
         return self.tokens * self.model.hidden_size

@@ -18,6 +18,9 @@ Offload = Literal["none", "cpu", "nvme"]
 class ParallelConfig:
     """The number of processes on each axis, and what each process keeps of the model's states."""
 
+    auto: bool = False
+    """Let the planner choose the other keys, the micro-batch and recomputation: the fastest layout that
+    fits."""
     data: int | None = None
     """Data-parallel replicas, each with its own samples; null: as many as the processes allow."""
     tensor: int = 1
@@ -26,6 +29,9 @@ class ParallelConfig:
     """Pipeline stages, which divide the layers."""
     sequence: int = 1
     """Processes that divide each sequence."""
+    elastic: tuple[Literal["data", "tensor", "pipeline"], ...] = ("data",)
+    """Axes that may be smaller where a launcher with NNODES=MIN:MAX starts fewer processes than are asked
+    for: replicas are given up first, then stages, then parts of matrices. The global batch stays."""
     zero: Literal[0, 1, 2, 3] = 0
     """What the replicas shard (arXiv:1910.02054): 1 optimizer state, 2 also gradients, 3 also weights."""
     tensor_sequence: bool = False

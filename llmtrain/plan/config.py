@@ -9,6 +9,76 @@ from typing import Literal
 from llmtrain.config import require
 from llmtrain.errors import Problem
 
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "devices_per_node": (1, 10_000),
+    "memory_bytes": (1, 1e14),
+    "memory_bandwidth": (1e8, 1e15),
+    "multiprocessors": (1, 1e5),
+    "node_bandwidth": (1e7, 1e14),
+    "node_latency": (0, 1),
+    "network_bandwidth": (1e6, 1e13),
+    "network_latency": (0, 10),
+    "host_bandwidth": (1e7, 1e14),
+    "host_memory_bandwidth": (1e8, 1e14),
+    "storage_bandwidth": (1e5, 1e14),
+    "watts": (0.1, 1e5),
+    "price_per_hour": (0, 1e5),
+    "pue": (1, 5),
+}
+"""Figure → the least and the most that is taken for one: beyond, a unit is wrong."""
+PEAK_BOUNDS = (1e8, 1e18)
+"""Bounds of a peak, in FLOP/s."""
+NEEDED = (
+    "device",
+    "devices_per_node",
+    "memory_bytes",
+    "memory_bandwidth",
+    "node_bandwidth",
+    "network_bandwidth",
+)
+"""Figures that a cluster other than this machine has to have."""
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig:
+    """How much of its data sheet a device reaches: the constants of the time model.
+    `tests/bench/published.py` fits those of GPUs to published runs; `llmtrain plan calibrate` measures those
+    of this machine."""
+
+    matrix: float = 0.75
+    """Share of the peak that large matrix products reach."""
+    matrix_depth: float = 150.0
+    """Length of a product's inner dimension at which it reaches half of that."""
+    attention: float = 0.6
+    """Share of the peak that a flash attention kernel reaches in its matrix products."""
+    memory: float = 0.75
+    """Share of the memory's bandwidth that operations on each element reach."""
+    unfused: float = 1.5
+    """Memory traffic of operations on each element that are not fused, in that of fused ones."""
+    node_link: float = 0.75
+    """Share of `node_bandwidth` that collectives reach."""
+    network: float = 0.75
+    """Share of `network_bandwidth` that collectives reach."""
+    interference: float = 0.2
+    """Share of a collective's time that it costs the computation that it runs beside."""
+    kernel_seconds: float = 5e-6
+    """Time in which the host starts one operation of the device."""
+    layer_seconds: float = 0.0
+    """Time that each pass through a layer takes besides."""
+    step_seconds: float = 0.0
+    """Time that each step takes besides."""
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("matrix", "attention", "memory", "node_link", "network"):
+            value = getattr(self, name)
+            yield from require(0 < value <= 1.5, name, value, "above 0, up to 1.5")
+        yield from require(self.matrix_depth >= 0, "matrix_depth", self.matrix_depth, "0 or more")
+        yield from require(self.unfused >= 1, "unfused", self.unfused, "1 or more")
+        yield from require(0 <= self.interference <= 1, "interference", self.interference, "0 to 1")
+        for name in ("kernel_seconds", "layer_seconds", "step_seconds"):
+            value = getattr(self, name)
+            yield from require(0 <= value <= 10, name, value, "0 to 10 seconds")
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -24,13 +94,96 @@ class ClusterConfig:
     """Memory of one device; null: this machine's."""
     peak_flops: Mapping[str, float] = field(default_factory=dict)
     """Peak FLOP/s of dense matrix products of one device, by precision (fp32, bf16, fp16)."""
+    memory_bandwidth: float | None = None
+    """Bytes that a device reads and writes of its memory in a second."""
+    multiprocessors: int | None = None
+    """Parts of a device that each compute a tile of a matrix product; null: any product fills the device."""
+    node_bandwidth: float | None = None
+    """Bytes that a device can send to others of its host in a second."""
+    node_latency: float = 5e-6
+    """Seconds that a message within a host takes besides."""
+    network_bandwidth: float | None = None
+    """Bytes that a device can send to other hosts in a second: its share of the host's adapters."""
+    network_latency: float = 1.5e-5
+    """Seconds that a message between hosts takes besides."""
+    host_bandwidth: float | None = None
+    """Bytes that a device can exchange with the host's memory in a second, as offloading does; null: as fast
+    as the device's memory."""
+    host_memory_bandwidth: float | None = None
+    """Bytes that a host reads and writes of its memory in a second, for an optimizer step on it; null: as
+    host_bandwidth."""
+    storage_bandwidth: float | None = None
+    """Bytes of a checkpoint that one host writes in a second; null: unknown, and not counted."""
+    watts: float | None = None
+    """Electric power of one device with its share of the host; null: energy is not counted."""
+    pue: float = 1.2
+    """Power of the whole building in that of its computers (power usage effectiveness)."""
+    price_per_hour: float | None = None
+    """Price of one device for an hour, in dollars; null: cost is not counted."""
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("devices_per_node", "memory_bytes"):
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
-            yield from require(value is None or value >= 1, name, value, "1 or more, or null")
+            allowed = f"{least:g} to {most:g}, or null"
+            yield from require(value is None or least <= value <= most, name, value, allowed)
+        least, most = PEAK_BOUNDS
+        for precision, peak in self.peak_flops.items():
+            where = f"peak_flops.{precision}"
+            is_known = precision in ("fp32", "bf16", "fp16")
+            yield from require(is_known, where, "a precision", "fp32, bf16, fp16")
+            yield from require(least <= peak <= most, where, peak, f"{least:g} to {most:g} FLOP/s")
+        if self.has_figures:
+            for name in NEEDED:
+                if getattr(self, name) is None:
+                    remedy = f"give cluster.{name}=…, or take cluster=local for this machine"
+                    yield Problem(name, "nothing", f"a figure of the cluster {self.name}", remedy)
+            if not self.peak_flops:
+                yield Problem("peak_flops", "nothing", "FLOP/s for fp32, bf16 or fp16", "see conf/cluster/")
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether the cluster is described, so that times can be planned for it."""
+        figures = (self.memory_bytes, self.memory_bandwidth, self.node_bandwidth, self.network_bandwidth)
+        return any(figure is not None for figure in figures) or bool(self.peak_flops)
 
     @property
     def is_local(self) -> bool:
         """Whether the run is planned for this machine."""
         return self.memory_bytes is None
+
+
+@dataclass(frozen=True)
+class AssumeConfig:
+    """What the software of a planned run does, where it is not llmtrain: for runs of other programs."""
+
+    virtual_stages: int = 1
+    """Runs of layers of each pipeline stage under the interleaved schedule (arXiv:2104.04473); 1: 1F1B, which
+    llmtrain runs."""
+    attention: Literal["auto", "flash", "flash1", "all_scores"] = "auto"
+    """Attention's kernel. auto: the one that llmtrain chooses; flash: FlashAttention 2 or cuDNN's; flash1:
+    the first FlashAttention, half as fast; all_scores: scores of all pairs are written to memory, as before
+    it."""
+    even_layers: bool = False
+    """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as
+    in Megatron; false: stages are balanced with these, as in llmtrain."""
+    fused: bool = False
+    """Operations on each element are fused, by a compiler or by hand, as Megatron does; llmtrain's are
+    not."""
+    overlap_gradients: bool | None = None
+    """Gradients are reduced while the backward pass goes on; null: as llmtrain does, not in a pipeline."""
+    whole_recompute: bool | None = None
+    """Recomputation of a whole layer computes its last product again, whose output nothing needs; null: as in
+    llmtrain, in a pipeline only."""
+    gradient_bytes: Literal[2, 4] | None = None
+    """Bytes of a gradient as it is reduced; null: as in llmtrain."""
+    overlap_transfers: bool = False
+    """Pipeline stages hand micro-batches on while they compute; false: they wait for each other."""
+    overlap_tensor: bool = False
+    """Collectives of tensor and sequence parallelism run beside the products that they belong to, in
+    chunks."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(
+            1 <= self.virtual_stages <= 1000, "virtual_stages", self.virtual_stages, "1 to 1000"
+        )

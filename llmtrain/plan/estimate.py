@@ -7,7 +7,7 @@ fit.refuse_if_too_large(plan)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -20,16 +20,14 @@ from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan import machine
-from llmtrain.plan.config import ClusterConfig
-from llmtrain.plan.memory import Memory, Trainable, memory_per_process, start_bytes
+from llmtrain.plan.config import AssumeConfig, ClusterConfig
+from llmtrain.plan.memory import Memory, Trainable, memory_of_stages, start_bytes
+from llmtrain.plan.times.step import StepTime
+from llmtrain.plan.timing import step_time_of
 
 CLEARLY_OVER = 1.5
 """A run on this machine, whose memory is shared and can be swapped, is refused only where it needs this many
 times the memory; where it needs less than that, but too much, a warning is printed."""
-
-ASSUMED_MFU = 0.4
-"""The share of the devices' peak that efficient training reaches (PaLM, arXiv:2204.02311: 0.46; Llama 3,
-arXiv:2407.21783: 0.38 to 0.43)."""
 
 
 class _Steps(Protocol):
@@ -40,6 +38,8 @@ class _Steps(Protocol):
 class _Checkpoints(Protocol):
     @property
     def asynchronous(self) -> bool: ...
+    @property
+    def every(self) -> int | None: ...
 
 
 class _Transfer(Protocol):
@@ -101,6 +101,9 @@ class Plan:
     """None: all parameters train."""
     weight_copies: int = 0
     """Numbers for each weight in the optimizer's state besides those of its algorithm."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None: only after the last step."""
+    assume: AssumeConfig = field(default_factory=AssumeConfig)
 
     @cached_property
     def parameters(self) -> int:
@@ -114,8 +117,18 @@ class Plan:
 
     @cached_property
     def memory(self) -> Memory:
-        """Memory of one process."""
-        return self.memory_of(self.layout, self.conditions.recompute)
+        """Memory of one process, in the pipeline stage that holds most."""
+        return max(self.stage_memory, key=lambda memory: memory.total)
+
+    @cached_property
+    def stage_memory(self) -> list[Memory]:
+        """Memory of one process of each pipeline stage."""
+        return self.stage_memory_of(self.layout, self.conditions.recompute)
+
+    @cached_property
+    def time(self) -> StepTime | None:
+        """Time of one step; None where the cluster's figures are not known."""
+        return step_time_of(self, self.layout, self.conditions.recompute)
 
     @cached_property
     def start_bytes(self) -> int:
@@ -124,8 +137,9 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """The share of a step that pipeline stages are idle under the 1F1B schedule (arXiv:2104.04473)."""
-        idle = self.layout.pipeline - 1
+        """The share of a step that pipeline stages are idle under the 1F1B schedule, or the interleaved one
+        (arXiv:2104.04473)."""
+        idle = (self.layout.pipeline - 1) / self.assume.virtual_stages
         return idle / (self.layout.accumulation + idle)
 
     @property
@@ -154,9 +168,21 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Duration of the whole run at ASSUMED_MFU; None when the cluster's peak is unknown."""
-        peak = self.cluster.peak_flops.get(self.precision)
-        return self.total_flops / (ASSUMED_MFU * peak * self.layout.world_size) if peak else None
+        """Duration of the whole run; None when the cluster's figures are unknown."""
+        return None if self.time is None else self.time.seconds * self.steps
+
+    @property
+    def tokens_per_second_per_device(self) -> float | None:
+        """Tokens that one device trains on in a second, images or rows for models of those."""
+        if self.time is None:
+            return None
+        return self.tokens_per_step / self.time.seconds / self.layout.world_size
+
+    @property
+    def utilization(self) -> float | None:
+        """The model's FLOPs as a share of the devices' peak (MFU)."""
+        rate = self.tokens_per_second_per_device
+        return None if rate is None else rate * self.flops_per_token / self.cluster.peak_flops[self.precision]
 
     @property
     def is_too_large(self) -> bool:
@@ -171,8 +197,13 @@ class Plan:
         return self.available_bytes is not None and self.memory.total > slack * self.available_bytes
 
     def memory_of(self, layout: Layout, recompute: RecomputeConfig) -> Memory:
-        """Return the memory of one process in another layout and with other recomputation."""
-        return memory_per_process(
+        """Return the memory of one process in another layout and with other recomputation, in the stage that
+        holds most."""
+        return max(self.stage_memory_of(layout, recompute), key=lambda memory: memory.total)
+
+    def stage_memory_of(self, layout: Layout, recompute: RecomputeConfig) -> list[Memory]:
+        """Return the memory of one process of each stage in another layout and with other recomputation."""
+        return memory_of_stages(
             self.model,
             self.row,
             layout,
@@ -185,8 +216,19 @@ class Plan:
         )
 
 
+def available_bytes(cluster: ClusterConfig, device: str, world_size: int) -> int | None:
+    """Return the memory of one process; None for a GPU of unknown kind."""
+    if cluster.memory_bytes is None and device == "cpu":
+        return machine.memory_bytes() // machine.processes_here(world_size)
+    return cluster.memory_bytes
+
+
 def estimate(
-    model: ModelConfig, layout: Layout, settings: RunSettings, trainable: Trainable | None = None
+    model: ModelConfig,
+    layout: Layout,
+    settings: RunSettings,
+    trainable: Trainable | None = None,
+    assume: AssumeConfig | None = None,
 ) -> Plan:
     """Return the figures of training `model` on `layout`; this needs neither torch nor a GPU.
 
@@ -199,9 +241,6 @@ def estimate(
     cluster = settings.cluster
     device = cluster.device or launcher.likely_device(settings.device)
     document_mask = bool(getattr(settings.data, "document_mask", False))
-    available = cluster.memory_bytes
-    if available is None and device == "cpu":
-        available = machine.memory_bytes() // machine.processes_here(layout.world_size)
     return Plan(
         model=model,
         objective=settings.objective,
@@ -218,7 +257,9 @@ def estimate(
         ),
         asynchronous_checkpoints=settings.checkpoint.asynchronous,
         steps=settings.train.steps,
-        available_bytes=available,
+        available_bytes=available_bytes(cluster, device, layout.world_size),
         trainable=trainable,
         weight_copies=settings.transfer.weight_copies,
+        checkpoint_every=settings.checkpoint.every,
+        assume=assume or AssumeConfig(),
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from llmtrain.plan.estimate import ASSUMED_MFU, Plan
+from llmtrain.plan import costs
+from llmtrain.plan.estimate import Plan
 from llmtrain.plan.fit import warnings
+from llmtrain.plan.times import text as times
 from llmtrain.plan.units import duration, gib, quantity
 
 
@@ -46,7 +49,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield row(
             "pipeline",
             f"{layout.pipeline} stages, {layout.accumulation} micro-batches a step: "
-            f"{plan.bubble:.1%} of it idle (1F1B)",
+            f"{plan.bubble:.1%} of it idle ({'1F1B' if plan.assume.virtual_stages == 1 else 'interleaved'})",
         )
     yield row(
         "batch",
@@ -57,13 +60,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         "run",
         f"{plan.steps:,} steps, {plan.total_tokens:,} {plan.unit}s, {quantity(plan.total_flops, 'FLOP')}",
     )
-    if plan.seconds is not None:
-        rate = plan.total_tokens / plan.seconds
-        yield row(
-            "time",
-            f"{duration(plan.seconds)} at {ASSUMED_MFU:.0%} of {plan.cluster.name}'s peak, "
-            f"{rate:,.0f} {plan.unit}s per second",
-        )
+    yield from (row(name, words) for name, words in _time(plan))
+    if plan.time is not None:
+        yield from times.lines(plan.time)
     yield "memory of one process" + (" of the stage that holds most" if layout.pipeline > 1 else "")
     for name, size in plan.memory.terms.items():
         yield f"  {name:<15} {gib(size):>12}"
@@ -75,6 +74,50 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"  {'at start':<15} {gib(plan.start_bytes):>12}"
     for text in warnings(plan):
         yield f"warning: {text}"
+
+
+def _time(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield what the run takes: a step, all steps, energy and price, and what bounds it."""
+    if plan.time is None or plan.seconds is None:
+        how = (
+            "llmtrain plan calibrate measures this machine" if plan.cluster.is_local else "see conf/cluster/"
+        )
+        yield "time", f"unknown: {plan.cluster.name} has no figures for {plan.precision}; {how}"
+        return
+    rate, utilization = plan.tokens_per_second_per_device, plan.utilization
+    assert rate is not None
+    assert utilization is not None
+    yield (
+        "step",
+        f"{times.milliseconds(plan.time.seconds)} on {plan.cluster.name}: {rate:,.5g} {plan.unit}s per "
+        f"second and device, {utilization:.1%} of the peak",
+    )
+    whole = rate * plan.layout.world_size
+    yield "time", f"{duration(plan.seconds)}, {whole:,.0f} {plan.unit}s per second"
+    yield from costs.lines(plan)
+    yield "bound by", times.bound(plan.time)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the figures as one JSON object; null where a figure is not known."""
+    time = plan.time
+    return {
+        "parameters": plan.parameters,
+        "flops_per_token": plan.flops_per_token,
+        "world_size": plan.layout.world_size,
+        "cluster": plan.cluster.name,
+        "tokens_per_step": plan.tokens_per_step,
+        "seconds_per_step": None if time is None else time.seconds,
+        "tokens_per_second_per_device": plan.tokens_per_second_per_device,
+        "model_flops_utilization": plan.utilization,
+        "parts": {} if time is None else {name: seconds for name, seconds in time.parts.items() if seconds},
+        "memory": [{**stage.terms, "total": stage.total} for stage in plan.stage_memory],
+        "available_bytes": plan.available_bytes,
+        "fits": None if plan.available_bytes is None else not plan.is_too_large,
+        "seconds": plan.seconds,
+        "kilowatt_hours": costs.kilowatt_hours(plan),
+        "dollars": costs.dollars(plan),
+    }
 
 
 def _parameters_text(plan: Plan) -> str:

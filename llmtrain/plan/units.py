@@ -12,10 +12,23 @@ def gib(size: float) -> str:
 
 def quantity(number: float, unit: str) -> str:
     """Return a number with its unit and an SI prefix, such as 12.3 MFLOP."""
-    for letter, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for letter, size in (
+        ("Z", 1e21),
+        ("E", 1e18),
+        ("P", 1e15),
+        ("T", 1e12),
+        ("G", 1e9),
+        ("M", 1e6),
+        ("k", 1e3),
+    ):
         if number >= size:
             return f"{number / size:.4g} {letter}{unit}"
     return f"{number:.4g} {unit}"
+
+
+def billions(number: float) -> str:
+    """Return a number in billions, or in millions below one billion."""
+    return f"{number / 1e9:,.3g} billion" if number >= 1e9 else f"{number / 1e6:,.3g} million"
 
 
 def duration(seconds: float) -> str:

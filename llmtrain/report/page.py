@@ -116,6 +116,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "most memory": f"{max(memory) / 2**30:.2f} GiB" if memory else "",
         "waited for data": duration(sum(waits)) if waits else "",
         "starts": str(sum(event.kind == "start" for event in record.events)),
+        "restarts after a failure": str(sum(event.kind == "restart" for event in record.events)),
         "checkpoints kept": str(len(record.saved)),
         "steps skipped": f"{skipped:,.0f}",
         "from start to last event": duration(ends[-1] - ends[0]) if ends else "",

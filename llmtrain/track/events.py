@@ -1,4 +1,5 @@
-"""What happened to a run besides its steps: starts, checkpoints, bad steps, and how each start ended."""
+"""What happened to a run besides its steps: starts, checkpoints, bad steps, restarts, and how each start
+ended."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from llmtrain import files
 from llmtrain.reading import parse_object
 
 EVENTS = "events.jsonl"
-KINDS = ("start", "save", "upload", "skip", "rollback", "stop", "done", "fail")
+KINDS = ("start", "save", "upload", "skip", "rollback", "stop", "done", "fail", "restart")
 ENDS = ("start", "stop", "done", "fail")
 """Kinds of which the last one says in what state a run is."""
 MOST_BYTES = 64 << 20

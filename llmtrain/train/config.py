@@ -28,6 +28,8 @@ from llmtrain.train.embeddings_config import EmbeddingsConfig
 from llmtrain.train.method_config import GradualConfig, Method
 from llmtrain.train.profile_config import ProfileConfig
 from llmtrain.train.spikes_config import OnSpike, SpikesConfig
+from llmtrain.train.time_limit import ALLOWED as TIME_ALLOWED
+from llmtrain.train.time_limit import seconds_of
 from llmtrain.train.transfer_config import TransferConfig
 from llmtrain.urls import without_credentials_in
 
@@ -55,6 +57,9 @@ class StepsConfig:
     """Times that the run goes over its data, in place of `steps`; null: `steps` counts."""
     log_every: int = 10
     """Steps between progress lines when the output is not a terminal; metrics are recorded every step."""
+    time_limit: str | None = None
+    """Time from the start of the job, HH:MM:SS or seconds, before whose end the run saves and stops with exit
+    code 75; null: the job's own under Slurm, else none."""
     freeze: tuple[str, ...] = ()
     """fnmatch patterns of the names of parameters that are not trained, such as `blocks.*`. Under ZeRO in
     bf16 or fp16 they are held and saved in that type."""
@@ -71,6 +76,8 @@ class StepsConfig:
         epochs = self.epochs
         yield from require(epochs is None or 0 < epochs < 1e6, "epochs", epochs, "more than 0, or null")
         yield from require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
+        limit = self.time_limit
+        yield from require(limit is None or (seconds_of(limit) or 0) > 0, "time_limit", limit, TIME_ALLOWED)
 
 
 @dataclass(frozen=True)

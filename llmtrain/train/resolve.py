@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,14 @@ from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.objectives.reading import corpora_problems, data_of_plan, data_problems, open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.optim.config import schedule_problems
+from llmtrain.parallel.config import BatchConfig, EngineName, ParallelConfig
+from llmtrain.parallel.elastic import Fitted, fit
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.adaptation import adaptation_problems
+from llmtrain.train.auto_layout import with_auto_layout
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.embeddings import (
@@ -76,17 +79,7 @@ def resolve(
     if data_optional:
         section, without_data = data_of_plan(mapping.get("data", {}), mapping.get("objective"), NO_PATH)
         mapping = {**mapping, "data": section}
-    mapping, pretrained = expand(mapping)
-    mapping = {**mapping, "objective": objective_section(mapping)}
-    config = decode(TrainConfig, mapping, VARIANTS)
-    model = config.model
-    objective = config.objective.following(model)
-    if pretrained is not None:
-        grows = bool(getattr(objective, "new_tokens", ()))
-        pretrained = replace(pretrained, keeps_head=objective.keeps_head(model), grows=grows)
-    if model.task is not None and not objective.has_task_head:
-        model = replace(model, task=None)  # type: ignore[type-var]
-    config = replace(config, objective=objective, model=objective.fitted(model))
+    config, pretrained = _decoded(mapping)
     world_size = launcher.world_size() if world_size is None else world_size
     problems = data_problems(config.objective, config.data)
     problems += method_problems(config, is_pretrained=pretrained is not None or without_data)
@@ -103,23 +96,13 @@ def resolve(
     layout: Layout | None = None
     corpora: TextSource | None = None
     model = config.model
-    engine = config.engine
-    if engine == "auto":
-        engine = "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
+    engine = _engine_of(config)
     try:
-        layout = plan_layout(
-            config.parallel,
-            config.batch,
-            engine=engine,
-            precision=config.precision,
-            world_size=world_size,
-            device=config.cluster.device or launcher.likely_device(config.device),
-            model=shape_of(config.model),
-            max_grad_norm=config.optimizer.max_grad_norm,
-            exact_dropout=config.exact_dropout,
-            implementation=config.optimizer.implementation,
-            on_this_machine=config.cluster.is_local or not data_optional,
-        )
+        config = with_auto_layout(config, world_size, ASSUMED_VOCABULARY)
+        engine = _engine_of(config)
+        fitted = _fitted(config, world_size, on_this_machine=config.cluster.is_local or not data_optional)
+        layout = fitted.layout
+        config = replace(config, parallel=fitted.parallel, batch=fitted.batch)
     except ConfigError as error:
         problems += error.problems
     if without_data:
@@ -160,6 +143,69 @@ def resolve(
     config = with_frozen_embedding(with_method(replace(config, model=model, engine=engine)))
     config = with_features(with_unfreezing(config))
     return Resolved(config, layout, corpora, pretrained, trainable_of(config.model, config.train.freeze))
+
+
+def _decoded(mapping: Mapping[str, Any]) -> tuple[TrainConfig, Pretrained | None]:
+    """Return the configuration, and the weights that training starts from, before data tell the rest."""
+    mapping, pretrained = expand(mapping)
+    mapping = {**mapping, "objective": objective_section(mapping)}
+    config = decode(TrainConfig, mapping, VARIANTS)
+    model = config.model
+    objective = config.objective.following(model)
+    if pretrained is not None:
+        grows = bool(getattr(objective, "new_tokens", ()))
+        pretrained = replace(pretrained, keeps_head=objective.keeps_head(model), grows=grows)
+    if model.task is not None and not objective.has_task_head:
+        model = replace(model, task=None)  # type: ignore[type-var]
+    config = replace(config, objective=objective, model=objective.fitted(model))
+    return config, pretrained
+
+
+def _engine_of(config: TrainConfig) -> EngineName:
+    """Return the engine that runs the layout."""
+    if config.engine != "auto":
+        return config.engine
+    return "deepspeed" if config.parallel.zero > 0 or config.parallel.pipeline > 1 else "local"
+
+
+def _fitted(
+    config: TrainConfig, world_size: int, on_this_machine: bool, is_elastic: bool | None = None
+) -> Fitted:
+    """Return the layout on `world_size` processes. is_elastic: whether axes may shrink; None: if the launcher
+    says so. Raise ConfigError if none fits."""
+
+    def plan(parallel: ParallelConfig, batch: BatchConfig) -> Layout:
+        return plan_layout(
+            parallel,
+            batch,
+            engine=_engine_of(config),
+            precision=config.precision,
+            world_size=world_size,
+            device=config.cluster.device or launcher.likely_device(config.device),
+            model=shape_of(config.model),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            exact_dropout=config.exact_dropout,
+            implementation=config.optimizer.implementation,
+            on_this_machine=on_this_machine,
+        )
+
+    if not (launcher.is_elastic() if is_elastic is None else is_elastic):
+        return Fitted(plan(config.parallel, config.batch), config.parallel, config.batch)
+    return fit(config.parallel, config.batch, world_size, plan)
+
+
+def layout_refusals(mapping: Mapping[str, Any], sizes: Iterable[int]) -> dict[int, str]:
+    """Return, for each number of processes that has no layout within the bounds of `parallel.elastic`, why
+    the one that was asked for does not fit. Raise UserError for a wrong configuration."""
+    config, _ = _decoded(mapping)
+    refused = {}
+    for size in sizes:
+        try:
+            fitted = with_auto_layout(config, size, ASSUMED_VOCABULARY)
+            _fitted(fitted, size, on_this_machine=True, is_elastic=True)
+        except ConfigError as error:
+            refused[size] = str(error.problems[0])
+    return refused
 
 
 def _with_steps_of_epochs(config: TrainConfig, model: ModelConfig, corpora: TextSource | None) -> TrainConfig:

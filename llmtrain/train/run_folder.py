@@ -6,7 +6,7 @@ RUN/
   git.json           commit of the working folder; git.diff: its uncommitted changes
   data.json          fingerprint and size of the training data
   metrics.jsonl      one object a step
-  events.jsonl       starts, checkpoints, bad steps, and how each start ended
+  events.jsonl       starts, checkpoints, bad steps, restarts, and how each start ended
   features.json      with method=features: the strengths of regularization that were tried, with their losses
   words/             of word vectors: the vocabulary, and the text as rows of it
   loss.png           with track=[jsonl,picture]: the loss curves
@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import os
 import platform
-import stat
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -32,6 +30,7 @@ from llmtrain.distributed import launcher
 from llmtrain.errors import CheckpointError, Problem, TrainingError
 from llmtrain.git import cut, git_state
 from llmtrain.track.events import note_event
+from llmtrain.train.folder_lock import FolderLock
 from llmtrain.urls import without_credentials
 
 PACKAGES = (
@@ -50,33 +49,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._refuse_links()
-            self._lock: IO[str] = files.open_no_follow(path / ".lock", "a+")
+            self._lock = FolderLock(path)
         except OSError as error:
             raise CheckpointError(files.disk_problem(error, path, key="run.dir")) from error
-        status = os.fstat(self._lock.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            self._lock.close()
-            got = "a file with another name, or with none"
-            raise CheckpointError(Problem(str(path / ".lock"), got, "a file of the run's own", "remove it"))
-        try:
-            try:
-                files.lock(self._lock, path)
-            except BlockingIOError:
-                # `llmtrain status` tries the lock for a moment.
-                time.sleep(0.2)
-                files.lock(self._lock, path)
-        except BlockingIOError:
-            said = os.pread(self._lock.fileno(), 200, 0).decode(errors="replace").strip()
-            holder = said or "another process"
-            self._lock.close()
-            raise CheckpointError(
-                Problem(
-                    "run.dir", f"{path}, in use by {holder}", "a folder no run uses", "wait for it or stop it"
-                )
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
 
     def _refuse_links(self) -> None:
         """Raise CheckpointError for links out of the folder: whoever made it chose their targets."""

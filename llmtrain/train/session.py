@@ -41,6 +41,7 @@ from llmtrain.train.spikes import SpikeGuard
 from llmtrain.train.start import start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.suite import TrainingSuite, tasks_of
+from llmtrain.train.time_limit import TimeLimit
 from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
 from llmtrain.train.writing import ValidationWriter
@@ -85,6 +86,7 @@ class Session:
         self.record = RunRecord(self.config)
         self._say = self.record.say
         self.data = RunData(resolved, self._say)
+        self._limit = TimeLimit.of_run(self.config.train.time_limit, self.config.run.dir)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
         self.went_back = False
         """Whether the run goes on in another session, from its newest checkpoint."""
@@ -146,9 +148,9 @@ class Session:
         while True:
             hooks = self._hooks(engine, validation, start, description, observer)
             if config.method == "features":
-                outcome = conclude(engine, reading, hooks, observer, config.train.steps, stopping.asked)
+                outcome = conclude(engine, reading, hooks, observer, config.train.steps, self._asked_to_stop)
             else:
-                outcome = train(engine, watched, hooks, observer, self._schedule(start), stopping.asked)
+                outcome = train(engine, watched, hooks, observer, self._schedule(start), self._asked_to_stop)
             if outcome.went_back:
                 reading.close()
                 engine.release()
@@ -257,7 +259,10 @@ class Session:
                 "trackers": trackers,
             }
             tokenizer = self.corpora.tokenizer_path if self.corpora is not None else None
-            self._saver.save(step, engine, manifest, tokenizer, lambda path: self._on_saved(step, path))
+            began = time.monotonic()
+            self._saver.save(
+                step, engine, manifest, tokenizer, lambda path: self._on_saved(step, path, began)
+            )
 
         return Hooks(
             lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
@@ -294,9 +299,14 @@ class Session:
         if self._heap is not None:
             self._heap.after_step()
 
-    def _on_saved(self, step: int, path: Path) -> None:
+    def _asked_to_stop(self) -> bool:
+        return stopping.asked() or (processes.is_main() and self._limit.asks_to_stop())
+
+    def _on_saved(self, step: int, path: Path, began: float) -> None:
+        seconds = time.monotonic() - began
+        self._limit.saved(seconds)
         self._say(f"step {step:,}: checkpoint {path}")
-        self.record.note("save", step)
+        self.record.note("save", step, seconds=round(seconds, 3))
         self._copy.submit(path)
         self.record.keep(step, path)
         if processes.is_main():
@@ -316,10 +326,13 @@ class Session:
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 
     def _report(self, outcome: Outcome) -> None:
-        self.record.note("stop" if outcome.interrupted else "done", outcome.step)
         if outcome.interrupted:
-            self._say(f"stopped at step {outcome.step:,} as asked; run the same command to resume")
+            facts = {"why": "time limit"} if self._limit.is_over else {}
+            self.record.note("stop", outcome.step, **facts)
+            why = self._limit.why()
+            self._say(f"stopped at step {outcome.step:,} as {why}; run the same command to resume")
             return
+        self.record.note("done", outcome.step)
         for line in self._judge.closing_lines(outcome):
             self._say(line)
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"

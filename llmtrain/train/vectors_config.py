@@ -13,6 +13,8 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.parallel.config import ParallelConfig
 from llmtrain.track.config import TrackConfig
 from llmtrain.train.config import RunConfig, TrainConfig
+from llmtrain.train.time_limit import ALLOWED as TIME_ALLOWED
+from llmtrain.train.time_limit import seconds_of
 from llmtrain.vectors.config import TextsConfig, VectorsConfig, vectors_config_type
 
 
@@ -48,6 +50,9 @@ class VectorStepsConfig:
     resumes between them."""
     log_every: int = 10
     """Steps between progress lines when the output is not a terminal; metrics are recorded every step."""
+    time_limit: str | None = None
+    """Time from the start of the job, HH:MM:SS or seconds, before whose end the run saves and stops with exit
+    code 75; null: the job's own under Slurm, else none."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more, or null")
@@ -57,6 +62,8 @@ class VectorStepsConfig:
         size = self.words_per_step
         yield from require(100 <= size <= 1 << 31, "words_per_step", size, f"100 to {1 << 31:,}")
         yield from require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
+        limit = self.time_limit
+        yield from require(limit is None or (seconds_of(limit) or 0) > 0, "time_limit", limit, TIME_ALLOWED)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from llmtrain.train.changes import changed_settings
 from llmtrain.train.config import model_differences
 from llmtrain.train.resume import Located, go_on, locate
 from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.time_limit import TimeLimit
 from llmtrain.train.vectors_config import VectorRunConfig, with_steps
 from llmtrain.train.vectors_store import VectorSaver, load
 from llmtrain.urls import without_credentials_in
@@ -58,6 +59,8 @@ class _Run:
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         self._saver: VectorSaver | None = None
+        self._limit = TimeLimit.of_run(config.train.time_limit, config.run.dir)
+        self._save_began = 0.0
 
     def train(self, started: float) -> bool:
         config = self._config
@@ -86,9 +89,10 @@ class _Run:
         assert self._saver is not None
         stopping.request.save_first()
         done = self._loop(trainer, start, steps)
-        self._folder.note("stop" if done < steps else "done", done)
+        facts = {"why": "time limit"} if self._limit.is_over else {}
+        self._folder.note("stop" if done < steps else "done", done, **facts)
         if done < steps:
-            self._say(f"stopped at step {done:,} as asked; run the same command to resume")
+            self._say(f"stopped at step {done:,} as {self._limit.why()}; run the same command to resume")
             return False
         seconds = time.perf_counter() - started
         self._say(f"done: step {done:,}, {seconds:.0f} s, run folder {config.run.dir}")
@@ -215,7 +219,7 @@ class _Run:
                 raise TrainingError(Problem("loss", got, "a finite number", remedy))
             meter.add(trained.words, seconds)
             self._track(done, trained, meter, seconds)
-            stops = stopping.request.asked
+            stops = stopping.request.asked or self._limit.asks_to_stop()
             if stops or done == steps or (every is not None and done % every == 0):
                 self._save(done, trainer)
             elif self._saver.is_written():
@@ -242,6 +246,7 @@ class _Run:
         assert self._saver is not None
         assert self._trackers is not None
         self._after_save()
+        self._save_began = time.monotonic()
         self._saver.save(step, trainer, {**self._description, "trackers": self._trackers.state()})
 
     def _after_save(self) -> None:
@@ -252,7 +257,9 @@ class _Run:
             return
         step = Checkpoint.open(path).step
         self._say(f"step {step:,}: checkpoint {path}")
-        self._folder.note("save", step)
+        seconds = time.monotonic() - self._save_began
+        self._limit.saved(seconds)
+        self._folder.note("save", step, seconds=round(seconds, 3))
         keep = self._config.checkpoint
         try:
             prune(self._root, path, Rules(keep.keep_last, keep.keep_best, keep.keep_every, keep.best))

@@ -136,3 +136,24 @@ def test_a_worker_ends_with_its_parent_within_a_c_call():
         if worker.is_running():
             worker.kill()
         parent.communicate()
+
+
+def test_a_stopped_rank_ends_with_its_launcher():
+    """It runs nothing of its own: the launcher's guard ends it."""
+    program = (
+        "import subprocess, sys, time; from llmtrain.distributed import guard; guard.start(); "
+        "rank = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL); print(rank.pid, flush=True); "
+        "time.sleep(60)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    rank = psutil.Process(int(launcher.stdout.readline()))
+    try:
+        time.sleep(2)  # the guard looks every second
+        rank.suspend()
+        launcher.kill()
+        assert ends(rank, 10)
+    finally:
+        if rank.is_running():
+            rank.kill()
+        launcher.communicate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.objectives.registry import objective_config_type
+from llmtrain.plan.keys import PlanKeys
 from llmtrain.standard_streams import PIPE_CLOSED
 from llmtrain.track.config import TrackConfig
 from llmtrain.train.config import TrainConfig
@@ -226,7 +228,8 @@ def holds(whole: Any, part: Any) -> bool:
 
 def decoded(mapping: dict[str, Any]) -> TrainConfig:
     """A composed configuration of `plan`, as one process without data has it."""
-    own = {key: value for key, value in mapping.items() if key != "world_size"}
+    of_plan = {field.name for field in fields(PlanKeys)}
+    own = {key: value for key, value in mapping.items() if key not in of_plan}
     return resolve(own, 1, data_optional=True).config
 
 
@@ -341,7 +344,7 @@ def test_a_crash_is_told_as_it_is_and_other_jobs_of_its_sweep_run(
 
 @pytest.mark.parametrize("arguments", [["=3"], ["hello"], ["--multirun", "=3"], ["--cfg", "job", "a b=3"]])
 def test_words_that_are_no_override_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]):
-    assert cli.run_verb("plan", arguments) == 2
+    assert cli.run_verb("prepare", arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"llmtrain: error: override: got {arguments[-1]!r}; allowed: key=value")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.distributed import rendezvous, stores
+from llmtrain.distributed import liveness, stores
 from llmtrain.distributed.hosts import Hosts, route_to
 from llmtrain.distributed.rendezvous import Rendezvous
 from llmtrain.errors import ConfigError, LaunchError
@@ -53,7 +53,7 @@ def test_the_ranks_use_the_same_store():
     assert where is not None
     assert where.master_addr == "127.0.0.1"
     info.store.set("key", "value")
-    assert stores.connect(where.master_addr, where.master_port, SECONDS).get("agent/key") == b"value"
+    assert stores.connect(where.master_addr, where.master_port, SECONDS).get("agent/1/key") == b"value"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_launcher_that_was_started_again_is_counted_once(
     node_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ):
     """It ended before all had come, as when its host was started anew."""
-    monkeypatch.setattr(rendezvous, "ALIVE_SECONDS", 1.0)
+    monkeypatch.setattr(liveness, "ALIVE_SECONDS", 1.0)
     port = free_port()
     first = launcher(port, None if node_rank is None else 0)
     [ended] = meet([launcher(port, node_rank, seconds=0.1)])

@@ -378,7 +378,6 @@ def test_groups_compose(mode: str) -> None:
 
 
 def test_a_family_without_blocks_is_refused() -> None:
-    mapping = compose(["model=lstm", "recompute=full", "data.path=nowhere"], verb="plan")
-    mapping.pop("world_size")
+    mapping = compose(["model=lstm", "recompute=full", "data.path=nowhere"])
     with pytest.raises(ConfigError, match=r"recompute\.mode: got full with model\.family=lstm"):
         resolve(mapping, 1, data_optional=True)

@@ -130,6 +130,7 @@ def test_total_is_the_sum_and_largest_its_greatest() -> None:
     assert m.largest == "optimizer"
     assert list(m.terms) == [
         "weights", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint copy", "runtime",
+        "allocator",
     ]  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from llmtrain.cli import main as cli
-from llmtrain.report.page import MOST_POINTS, _thinned
+from llmtrain.report.page import MOST_POINTS, _thinned, page_of
 from llmtrain.report.record import Series, read_run
-from llmtrain.track.events import read_events
+from llmtrain.track.events import note_event, read_events
 from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.run_folder import RunFolder
 
@@ -169,3 +169,16 @@ def test_a_mistake_is_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert said.format(empty=tmp_path) in line
     assert not any(tmp_path.iterdir())
+
+
+def test_restarts_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: a}\ntrain: {steps: 9}\n")
+    note_event(tmp_path, "start", 0)
+    note_event(tmp_path, "fail")
+    note_event(tmp_path, "restart", 4, number=1, why="rank 1 exited with 137")
+    found = status(capsys, tmp_path)
+    assert (found["restarts"], found["state"]) == (1, "failed"), "a restart that none followed"
+    assert cli.run_verb("status", [str(tmp_path)]) == 0
+    assert "restarts        1; the last: rank 1 exited with 137\n" in capsys.readouterr().out
+    page = page_of([read_run(tmp_path)])
+    assert "<td>restart</td><td class=number>4</td><td>number 1, why rank 1 exited with 137</td>" in page

@@ -13,6 +13,7 @@ import pytest
 
 from llmtrain import git
 from llmtrain.errors import CheckpointError, TrainingError
+from llmtrain.train import folder_lock
 from llmtrain.train.run_folder import RunFolder
 
 
@@ -140,3 +141,23 @@ def test_links_inside_a_folder_and_to_it_are_taken(tmp_path: Path):
     (tmp_path / "run/latest").symlink_to("checkpoints")
     (tmp_path / "other name").symlink_to("run")
     RunFolder(tmp_path / "other name").close()
+
+
+def test_a_folder_that_another_host_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where locks end at the host, the note tells: it is renewed, or its process has ended."""
+    monkeypatch.setattr(folder_lock, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(folder_lock, "RENEW_SECONDS", 0.2)
+    elsewhere = RunFolder(tmp_path)
+    lock = tmp_path / ".lock"
+    lock.write_text("process 7 on elsewhere")
+    monkeypatch.setattr("llmtrain.files.fcntl.flock", lambda *_: None)
+    with pytest.raises(CheckpointError, match="in use by process 7 on elsewhere; allowed"):
+        RunFolder(tmp_path)
+    elsewhere._lock._is_over.set()  # as if that process had been killed
+    lock.write_text("process 7 on elsewhere")
+    RunFolder(tmp_path).close()
+    lock.write_text("process 7 on elsewhere")
+    os.utime(lock, (0, 0))
+    monkeypatch.setattr(folder_lock, "WATCH_SECONDS", 1e6)  # an old note is not watched
+    RunFolder(tmp_path).close()
+    assert lock.read_text() == "", "a folder that was left in order has no holder"

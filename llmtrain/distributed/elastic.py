@@ -1,0 +1,48 @@
+"""With how many hosts an elastic job can go on, asked before anything is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from llmtrain.distributed.hosts import Hosts
+from llmtrain.errors import ConfigError, Problem
+
+PROGRAM = "llmtrain.cli.elastic"
+"""What composes the configuration, which a launcher does not."""
+
+
+def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bool]:
+    """Return a function that tells whether a job on so many hosts has a layout. All hosts are taken to have
+    as many processes as this one.
+
+    Raise ConfigError if the configuration is wrong, or the least number of hosts has no layout.
+    """
+    if not hosts.is_elastic:
+        return lambda num_nodes: True
+    import torch
+
+    each = hosts.num_processes or max(1, torch.accelerator.device_count())
+    sizes = {num_nodes: num_nodes * each for num_nodes in range(hosts.least, hosts.num_nodes + 1)}
+    command = [sys.executable, "-m", PROGRAM, ",".join(map(str, sizes.values())), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        got = f"a configuration that cannot be read ({' '.join(done.stderr.split())[-300:]})"
+        raise ConfigError(
+            Problem("NNODES", got, remedy="see the lines of llmtrain train with these overrides")
+        )
+    said = json.loads(done.stdout)
+    if said["problems"]:
+        raise ConfigError(Problem(**problem) for problem in said["problems"])
+    refused: dict[str, str] = said["refused"]
+    fitting = [num_nodes for num_nodes, size in sizes.items() if str(size) not in refused]
+    if hosts.least not in fitting:
+        size = sizes[hosts.least]
+        plural = "process" if size == 1 else "processes"
+        got = f"{hosts.least}:{hosts.num_nodes}, but no layout fits {size} {plural}"
+        allowed = f"MIN among {', '.join(map(str, fitting))}" if fitting else "bounds with a layout; none has"
+        remedy = f"name the axes that may shrink in parallel.elastic ({refused[str(size)]})"
+        raise ConfigError(Problem("NNODES", got, allowed, remedy))
+    return lambda num_nodes: num_nodes in fitting

@@ -1,0 +1,40 @@
+"""One device as the time model sees it: what it can compute and move in a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtrain.parallel.config import Precision
+from llmtrain.plan.config import ClusterConfig, EfficiencyConfig
+
+
+@dataclass(frozen=True)
+class Device:
+    """Figures of one device in one precision."""
+
+    peak: float
+    """FLOP/s of dense matrix products."""
+    bandwidth: float
+    """Bytes of memory a second."""
+    multiprocessors: int | None
+    number_bytes: int
+    """Bytes of a number in matrix products."""
+    efficiency: EfficiencyConfig
+
+    def traffic_seconds(self, size: float) -> float:
+        """Return the time to read and write `size` bytes of memory."""
+        return size / (self.bandwidth * self.efficiency.memory)
+
+
+def device_of(cluster: ClusterConfig, precision: Precision) -> Device | None:
+    """Return the device of a cluster; None if the cluster lacks its figures for this precision."""
+    peak = cluster.peak_flops.get(precision)
+    if peak is None or cluster.memory_bandwidth is None:
+        return None
+    return Device(
+        peak,
+        cluster.memory_bandwidth,
+        cluster.multiprocessors,
+        4 if precision == "fp32" else 2,
+        cluster.efficiency,
+    )

@@ -1,0 +1,262 @@
+"""Time of one optimizer step, part by part: what each part takes, and how much of it the step waits for.
+
+Layers, head and collectives of a micro-batch (`layer.py`) pass through the pipeline's schedule
+(`pipeline.py`); once a step come the reduction of gradients, the optimizer, and what ZeRO gathers
+(arXiv:1910.02054) and offloads (arXiv:2101.06840).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llmtrain.models.registry import family_of
+from llmtrain.nn.layer_config import LayerConfig
+from llmtrain.nn.model_config import ModelConfig
+from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.parallel.layout import Layout
+from llmtrain.plan.memory import held_parameter_count, stage_steps
+from llmtrain.plan.times.collectives import (
+    Group,
+    exposed,
+    gather_seconds,
+    reduce_seconds,
+    send_seconds,
+)
+from llmtrain.plan.times.layer import (
+    Pass,
+    Setting,
+    embedding_passes,
+    head_passes,
+    layer_passes,
+    mean_keys,
+    single_passes,
+)
+from llmtrain.plan.times.pipeline import estimated_seconds, simulated_seconds
+
+OPTIMIZER_BYTES = 12
+"""Bytes of each weight's gradient that clipping and the optimizer read, and of zeroing it."""
+SLOT_BYTES = 8
+"""Bytes read and written of each fp32 number of the optimizer's state, and of the fp32 weight."""
+SIMULATED_WORK = 400_000
+"""Passes of a schedule that are simulated; longer ones are estimated."""
+
+Schedule = Callable[[Sequence[float], Sequence[float], int, float, int], float]
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a step needs of the host's links, in bytes per second."""
+
+    link: float
+    """Between a device and its host's memory."""
+    memory: float
+    """Of the host's memory, for each of its devices."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One micro-batch's passes in one stage."""
+
+    forward: Pass
+    backward: Pass
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of one optimizer step."""
+
+    busy: dict[str, float]
+    """Part → seconds that it takes on the slowest stage, whatever runs beside it."""
+    parts: dict[str, float]
+    """Part → seconds that the step is longer for it; they sum up to the step."""
+
+    @cached_property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def step_time(
+    model: ModelConfig,
+    setting: Setting,
+    recompute: RecomputeConfig,
+    slots: int,
+    host: Host,
+    *,
+    is_exact: bool = True,
+) -> StepTime:
+    """Return the time of one step.
+
+    slots: numbers of the optimizer's state for each weight.
+    is_exact: simulate the pipeline's schedule rather than estimate its length.
+    """
+    layout, assume = setting.layout, setting.assume
+    runs = even_runs(model, layout) if assume.even_layers else stage_steps(model, layout)
+    stages = stage_passes(model, setting, recompute, runs)
+    transfer = _transfer(model, setting)
+    chunks = assume.virtual_stages if layout.pipeline > 1 else 1
+    forward = [stage.forward.seconds for stage in stages]
+    backward = [stage.backward.seconds for stage in stages]
+    slowest = max(range(len(stages)), key=lambda stage: forward[stage] + backward[stage])
+    step = Pass()
+    for of_pass in (stages[slowest].forward, stages[slowest].backward):
+        step.include(of_pass, layout.accumulation)
+    if layout.pipeline > 1:
+        waits = 0.0 if assume.overlap_transfers else transfer * chunks
+        step.add(
+            "pipeline transfers", 2 * transfer * chunks * layout.accumulation, 2 * waits * layout.accumulation
+        )
+        work = 2 * layout.pipeline * layout.accumulation * chunks
+        run: Schedule = simulated_seconds if is_exact and work <= SIMULATED_WORK else estimated_seconds
+        total = run(
+            [seconds + waits for seconds in forward],
+            [seconds + waits for seconds in backward],
+            layout.accumulation,
+            transfer,
+            chunks,
+        )
+        step.add("pipeline bubble", max(0.0, total - step.seconds))
+    parameters = max(held_parameter_count(model, layout, run_of_steps) for run_of_steps in runs)
+    _once_a_step(step, setting, stages[slowest], parameters, slots, host)
+    step.add("other", setting.device.efficiency.step_seconds)
+    return StepTime(step.busy, step.waited)
+
+
+def even_runs(model: ModelConfig, layout: Layout) -> list[range]:
+    """Return the steps of each stage where all have as many layers, but for the first ones, which have the
+    remainder."""
+    steps = len(model.step_parameter_counts(layout.tensor))
+    each, more = divmod(steps - 2, layout.pipeline)
+    bounds = [1 + stage * each + min(stage, more) for stage in range(layout.pipeline + 1)]
+    bounds[0], bounds[-1] = 0, steps
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def stage_passes(
+    model: ModelConfig, setting: Setting, recompute: RecomputeConfig, runs: Sequence[range]
+) -> list[Stage]:
+    """Return the passes of each stage of the pipeline, with what ZeRO gathers around them."""
+    layout = setting.layout
+    config: Any = model
+    if not family_of(model).has_stages or not isinstance(config.blocks, LayerConfig):
+        forward, backward = single_passes(model, setting)
+        _gather_weights(setting, forward, backward, model.parameter_count())
+        part, part_back = Pass(), Pass()
+        part.include(forward, 1 / (len(runs) * layout.tensor))
+        part_back.include(backward, 1 / (len(runs) * layout.tensor))
+        return [Stage(part, part_back)] * len(runs)
+    plain, plain_back, again = layer_passes(model, setting, recompute)
+    counts = model.step_parameter_counts(layout.tensor)
+    of_layer = config.blocks.layer_parameter_count(layout.tensor)
+    weight = _correction(model, setting, len(counts) - 2)
+    kinds = {False: (Pass(), Pass()), True: (Pass(), Pass())}
+    for is_recomputed, (layer, layer_back) in kinds.items():
+        layer.include(plain)
+        layer_back.include(plain_back)
+        if is_recomputed:
+            layer_back.include(again, under="recomputation")
+        _gather_weights(setting, layer, layer_back, of_layer)
+    stages = []
+    ends = {0: embedding_passes(model, setting), len(counts) - 1: head_passes(model, setting)}
+    for run in runs:
+        forward, backward = Pass(), Pass()
+        layers = [step - 1 for step in run if 0 < step < len(counts) - 1]
+        recomputed = sum(map(recompute.covers, layers))
+        for is_recomputed, number in ((True, recomputed), (False, len(layers) - recomputed)):
+            if number:
+                layer, layer_back = kinds[is_recomputed]
+                forward.include(layer, weight * number)
+                backward.include(layer_back, weight * number)
+        for step in {run.start, run.stop - 1} & ends.keys():
+            there, back = ends[step]
+            forward.include(there)
+            backward.include(back)
+        stages.append(Stage(forward, backward))
+    return stages
+
+
+def _correction(model: ModelConfig, setting: Setting, layers: int) -> float:
+    """Return the work of the model's layers in that of its plain ones: 1 for a decoder; layers with attention
+    to a source, or of two streams, do more."""
+    config: Any = model
+    row = setting.row
+    plain = 6.0 * config.blocks.layer_matrix_count()
+    width = config.blocks.num_heads * config.blocks.head_width
+    plain += 12.0 * width * mean_keys(model, config.blocks, row.tokens)
+    share = min(1.0, row.predicted / row.tokens) if row.predicted else 1.0
+    head = 6.0 * share * config.head_matrix_count()
+    return max(0.1, (model.flops_per_token(row) - head) / (plain * layers))
+
+
+def _gather_weights(setting: Setting, forward: Pass, backward: Pass, parameters: int) -> None:
+    """Add what ZeRO 3 gathers before both passes of a layer, and what ZeRO 2 and 3 reduce after the backward
+    pass; the layers before and after are computed meanwhile (arXiv:1910.02054, 2304.11277). ZeRO++
+    (arXiv:2306.10209) sends numbers of fewer bits, and gathers within a host before the backward pass."""
+    layout, device = setting.layout, setting.device
+    if layout.zero < 2 or setting.replicas.size == 1:
+        return
+    links, replicas = setting.links, setting.replicas
+    number = setting.assume.gradient_bytes or device.number_bytes
+    size = parameters * (1 if layout.quantized_weights else device.number_bytes)
+    gathered = gather_seconds(links, replicas, size)
+    near = Group(layout.hierarchical_partition, replicas.stride)
+    gathered_back = gathered if near.size == 1 else gather_seconds(links, near, size)
+    reduced = gather_seconds(links, replicas, parameters * (0.5 if layout.quantized_gradients else number))
+    interference = device.efficiency.interference
+    there, back = forward.computing, backward.computing
+    if layout.zero == 3:
+        forward.add("weight gathers", gathered, exposed(gathered, there, interference))
+        both = gathered_back + reduced
+        waited = exposed(both, back, interference)
+        backward.add("weight gathers", gathered_back, waited * gathered_back / both)
+        backward.add("gradient reduction", reduced, waited * reduced / both)
+    else:
+        backward.add("gradient reduction", reduced, exposed(reduced, back, interference))
+
+
+def _transfer(model: ModelConfig, setting: Setting) -> float:
+    """Return the time to hand one micro-batch's hidden states on to the next stage."""
+    layout = setting.layout
+    if layout.pipeline == 1:
+        return 0.0
+    size = float(setting.tokens * int(getattr(model, "hidden_size", 1)) * setting.device.number_bytes)
+    if layout.tensor_sequence:
+        size /= layout.tensor
+    return send_seconds(setting.links, layout.data * layout.sequence * layout.tensor, size)
+
+
+def _once_a_step(step: Pass, setting: Setting, stage: Stage, parameters: int, slots: int, host: Host) -> None:
+    """Add the reduction of gradients, the optimizer and the gathers after it, of the fullest stage."""
+    layout, device, replicas = setting.layout, setting.device, setting.replicas
+    overlaps = setting.assume.overlap_gradients
+    if overlaps is None:
+        overlaps = layout.pipeline == 1
+    number = device.number_bytes
+    if replicas.size > 1 and layout.zero < 2:
+        size = parameters * (setting.assume.gradient_bytes or (4 if layout.zero == 0 else number))
+        # DeepSpeed's pipeline reduces whole gradients on all ranks, which then take their shares.
+        is_whole = layout.zero == 0 or (layout.pipeline > 1 and not overlaps)
+        reduce = reduce_seconds if is_whole else gather_seconds
+        seconds = reduce(setting.links, replicas, size)
+        beside = stage.backward.seconds if overlaps else 0.0
+        step.add("gradient reduction", seconds, exposed(seconds, beside, device.efficiency.interference))
+    owned = parameters / (replicas.size if layout.zero > 0 else 1)
+    if layout.offload_optimizer != "none":
+        moved = owned * (4 + number) / host.link
+        computed = owned * (OPTIMIZER_BYTES + SLOT_BYTES * (1 + slots)) / host.memory
+        step.add("offload", moved)
+        step.add("optimizer", computed)
+    else:
+        touched = owned * (OPTIMIZER_BYTES + SLOT_BYTES * (1 + slots))
+        step.add("optimizer", device.traffic_seconds(touched))
+    if layout.offload_parameters != "none":
+        passes = 2 * layout.accumulation
+        moved = owned * number / host.link * passes
+        step.add("offload", moved, exposed(moved, step.computing, device.efficiency.interference))
+    if layout.zero in (1, 2) and replicas.size > 1:
+        seconds = gather_seconds(setting.links, replicas, parameters * number)
+        beside = stage.forward.seconds if setting.assume.overlap_gradients else 0.0
+        step.add("weight gathers", seconds, exposed(seconds, beside, device.efficiency.interference))

@@ -1,0 +1,84 @@
+"""The time of a plan's step: what the time model of `times/` needs of a plan, and what a run does besides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.nn.memory import Numbers
+from llmtrain.nn.recompute_config import RecomputeConfig
+from llmtrain.parallel.layout import Layout
+from llmtrain.plan.memory import model_memory, optimizer_slots, weight_bytes
+from llmtrain.plan.times.collectives import links_of
+from llmtrain.plan.times.device import device_of
+from llmtrain.plan.times.layer import Setting
+from llmtrain.plan.times.step import Host, StepTime, step_time
+
+if TYPE_CHECKING:
+    from llmtrain.plan.estimate import Plan
+
+FLASH = ("by_document", "torch")
+"""Kernels of llmtrain that are flash attention."""
+TOKEN_BYTES = 4
+"""Bytes of a token in a corpus."""
+
+
+def step_time_of(
+    plan: Plan, layout: Layout, recompute: RecomputeConfig, *, is_exact: bool = True
+) -> StepTime | None:
+    """Return the time of a plan's step in some layout; None if the cluster lacks the figures for it.
+
+    is_exact: simulate the pipeline's schedule rather than estimate its length.
+    """
+    cluster = plan.cluster
+    device = device_of(cluster, plan.precision)
+    if device is None:
+        return None
+    residual = 2 if plan.assume.fused and plan.precision != "fp32" else weight_bytes(plan.precision, layout)
+    setting = Setting(
+        device=device,
+        links=links_of(cluster, layout.world_size),
+        layout=layout,
+        row=plan.row,
+        assume=plan.assume,
+        kernel=_kernel(plan, layout, residual),
+        residual_bytes=residual,
+    )
+    per_node = cluster.devices_per_node or layout.world_size
+    link = cluster.host_bandwidth or cluster.memory_bandwidth or float("inf")
+    host = Host(link, (cluster.host_memory_bandwidth or link * per_node) / per_node)
+    slots = optimizer_slots(plan.optimizer) + plan.weight_copies
+    step = step_time(plan.model, setting, recompute, slots, host, is_exact=is_exact)
+    return _with_storage(plan, layout, step, slots, link)
+
+
+def _kernel(plan: Plan, layout: Layout, residual: int) -> str:
+    """Return attention's kernel as the time model names it."""
+    if plan.assume.attention != "auto":
+        return plan.assume.attention
+    numbers = Numbers(4 if plan.precision == "fp32" else 2, residual)
+    memory: Any = model_memory(plan.model, plan.row, numbers, layout, plan.conditions)
+    choose = getattr(memory, "attention_kernel", None)
+    kernel = "all_scores" if choose is None else choose()
+    return "flash" if kernel in FLASH else str(kernel)
+
+
+def _with_storage(plan: Plan, layout: Layout, step: StepTime, slots: int, link: float) -> StepTime:
+    """Return the time with the share of the input stream, which is read beside the computation, and of
+    checkpoints: a copy to the host's memory, and what of the writing the steps between do not hide."""
+    bandwidth = plan.cluster.storage_bandwidth
+    if bandwidth is None:
+        return step
+    per_node = plan.cluster.devices_per_node or layout.world_size
+    hosts = max(1, layout.world_size // per_node)
+    busy, parts, seconds = dict(step.busy), dict(step.parts), step.seconds
+    read = layout.tokens_per_step * TOKEN_BYTES / hosts / bandwidth
+    busy["input"], parts["input"] = read, max(0.0, read - seconds)
+    if plan.checkpoint_every is not None:
+        size = 4.0 * (1 + slots) * plan.parameters
+        written = size / hosts / bandwidth
+        every = plan.checkpoint_every
+        waited = written
+        if plan.asynchronous_checkpoints:
+            waited = size / layout.world_size / link + max(0.0, written - every * seconds)
+        busy["checkpoint"], parts["checkpoint"] = written / every, waited / every
+    return StepTime(busy, parts)

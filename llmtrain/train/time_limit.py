@@ -1,0 +1,131 @@
+"""Stop a run before its time is up, early enough that its save is complete.
+
+A scheduler ends a job without asking what a save takes. So the run measures it, and how long it may be before
+the loop next asks whether to stop: a step, or what else lies between two questions.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtrain.distributed import job_time
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.track.events import EVENTS, Event, read_events
+from llmtrain.track.progress import duration
+
+KEY = "train.time_limit"
+ALLOWED = "HH:MM:SS, D-HH:MM:SS or seconds, more than 0; or null"
+SAVES = 2
+"""Saves that are left time for: a save that is being written when the run is asked to stop comes first."""
+CLOSING_SECONDS = 5.0
+"""What is left for the rest: ranks agree, trackers are closed, processes end."""
+FIRST_SAVE_SECONDS = 300.0
+"""What a save is taken to last until one is measured, but at most FIRST_SAVE_SHARE of the time left."""
+FIRST_SAVE_SHARE = 0.25
+
+_FORM = re.compile(r"(?:(?:(\d{1,4})-)?(\d{1,5}):([0-5]?\d):([0-5]?\d)|(\d{1,9}(?:\.\d*)?))", re.ASCII)
+
+
+def seconds_of(text: str) -> float | None:
+    """Return the seconds of HH:MM:SS, D-HH:MM:SS or a number of seconds; None for anything else."""
+    found = _FORM.fullmatch(text.strip())
+    if found is None:
+        return None
+    days, hours, minutes, seconds, plain = found.groups()
+    if plain is not None:
+        return float(plain)
+    return float((int(days or 0) * 24 + int(hours)) * 3600 + int(minutes) * 60 + int(seconds))
+
+
+def end_of(limit: str | None) -> float | None:
+    """Return when the run's time is up, in seconds since 1970: so long after the start of the job, or where
+    nothing is set, when Slurm ends it; None: never."""
+    seconds = None if limit is None else seconds_of(limit)
+    return job_time.scheduled_end() if seconds is None else job_time.started() + seconds
+
+
+def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int | None) -> None:
+    """Raise ConfigError if what is left of the time is less than the run's last save took.
+
+    steps: those of the whole run, after which nothing is left to do; None: not known yet."""
+    end = end_of(limit)
+    last = last_save(read_events(run_folder / EVENTS)) if end is not None else None
+    if end is None or last is None or (steps is not None and (last.step or 0) >= steps):
+        return
+    took, left = float(last.facts["seconds"]), end - time.time()
+    needed = SAVES * took + CLOSING_SECONDS
+    if left < needed:
+        given = "of Slurm" if limit is None else limit
+        left = max(0.0, left)
+        raise ConfigError(
+            Problem(
+                KEY,
+                f"{given}, of which {left:.1f} s are left, while a save of this run took {took:.1f} s",
+                f"more than {needed:.1f} s after the start",
+                f"give the job more time, or set {KEY} to what it has",
+            )
+        )
+
+
+def last_save(events: list[Event]) -> Event | None:
+    """Return the last save whose duration was recorded."""
+    timed = (e for e in reversed(events) if e.kind == "save" and type(e.facts.get("seconds")) in (int, float))
+    return next(timed, None)
+
+
+class TimeLimit:
+    """Tells when to stop. Only one process may ask: clocks differ."""
+
+    def __init__(
+        self, end: float | None, save_seconds: float | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        """end: when the time is up, by `clock`; None: never. save_seconds: what a save took before."""
+        self._end, self._clock = end, clock
+        self._save_seconds = save_seconds
+        self._assumed = 0.0
+        self._longest_gap = 0.0
+        self._asked_at: float | None = None
+        self._questions = 0
+        self.is_over = False
+        """Whether it has told to stop."""
+        if end is not None and save_seconds is None:
+            self._assumed = min(FIRST_SAVE_SECONDS, max(0.0, FIRST_SAVE_SHARE * (end - clock())))
+
+    @classmethod
+    def of_run(cls, limit: str | None, run_folder: Path) -> TimeLimit:
+        """Return the limit of a run whose earlier saves are recorded in its folder."""
+        last = last_save(read_events(run_folder / EVENTS))
+        return cls(end_of(limit), None if last is None else float(last.facts["seconds"]))
+
+    def saved(self, seconds: float) -> None:
+        """Take note of what a save took, from its begin until it was complete."""
+        self._save_seconds = max(seconds, self._save_seconds or 0.0)
+
+    def asks_to_stop(self) -> bool:
+        """Return whether to stop now. The time between two calls counts as what cannot be interrupted."""
+        if self._end is None or self.is_over:
+            return self.is_over
+        now = self._clock()
+        if self._asked_at is not None:
+            self._questions += 1
+            if self._questions > 1:  # the first step also warms up
+                self._longest_gap = max(self._longest_gap, now - self._asked_at)
+        self._asked_at = now
+        self.is_over = self._end - now <= self.needed_seconds
+        return self.is_over
+
+    @property
+    def needed_seconds(self) -> float:
+        """How long before the end of its time the run has to stop."""
+        save = self._assumed if self._save_seconds is None else SAVES * self._save_seconds
+        return save + self._longest_gap + CLOSING_SECONDS
+
+    def why(self) -> str:
+        """Say why the run stopped: because the time is up soon, or else because it was asked to."""
+        if not self.is_over or self._end is None:
+            return "asked"
+        left = duration(max(0.0, self._end - self._clock()))
+        return f"its time is up in {left}, of which saving and ending may take {self.needed_seconds:.0f} s"
