@@ -1,9 +1,9 @@
 """Launch `llmtrain train` on the processes of this host, configured by environment variables as torchrun is.
 
-`launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's elastic agent, as `torchrun` does, and
-adds three things: the exit code of the rank that failed (torchrun always returns 1), one log per global rank,
-and ports on one network interface only: the loopback for one host, the interface that reaches the other hosts
-for several.
+`launch/torchrun.sh` and `launch/slurm.sbatch` call it, `launch/preflight.sh` with another verb. It runs
+torch's elastic agent, as `torchrun` does, and adds three things: the exit code of the rank that failed
+(torchrun always returns 1), one log per global rank, and ports on one network interface only: the loopback
+for one host, the interface that reaches the other hosts for several.
 
 Environment:
   NPROC_PER_NODE           number of processes on this host; default: one per accelerator, or 1
@@ -122,8 +122,8 @@ def job_exit_code(folder: Path) -> int:
     return codes[root_cause(codes)] if any(codes) else 0
 
 
-def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `python -m llmtrain train OVERRIDES` on every rank of this host.
+def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str = "train") -> int:
+    """Run `python -m llmtrain VERB OVERRIDES` on every rank of this host.
 
     Return 0, INTERRUPTED_EXIT_CODE after a stop request, or the exit code of the rank that failed, as a shell
     reports it.
@@ -149,7 +149,7 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
 
     restrict_to_interface(route.interface)
     with forwarder.listening():
-        code = _run_agent(hosts, route, folder, overrides, patience, forwarder)
+        code = _run_agent(hosts, route, folder, [verb, *overrides], patience, forwarder)
     if forwarder.asked and code == _SIGTERM:  # before the rank installed its signal handlers
         code = INTERRUPTED_EXIT_CODE
     if code and hosts.num_nodes > 1:
@@ -161,7 +161,7 @@ def _run_agent(
     hosts: Hosts,
     route: Route,
     folder: Path,
-    overrides: Sequence[str],
+    arguments: Sequence[str],
     patience: int,
     forwarder: Forwarder,
 ) -> int:
@@ -184,7 +184,7 @@ def _run_agent(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     # Both streams of a rank go to one file, because the agent opens a log only once.
     merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
-    command = [sys.executable, "-u", "-m", "llmtrain", "train", *overrides]
+    command = [sys.executable, "-u", "-m", "llmtrain", *arguments]
     try:
         config = LaunchConfig(
             min_nodes=hosts.num_nodes,
@@ -278,8 +278,8 @@ def _one_log_per_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Launch with the given overrides, or with `--job-exit-code FOLDER` print the exit code in its
-    reports."""
+    """Launch with the given overrides, with `--verb VERB` another verb than train; or with
+    `--job-exit-code FOLDER` print the exit code in its reports."""
     standard_streams.replace_streams()
     standard_streams.tolerate_lost_output()
     # The agent copies rank 0's log to this stream: print each line at once.
@@ -289,8 +289,11 @@ def main(arguments: Sequence[str]) -> int:
         print(job_exit_code(Path(arguments[1])))
         return 0
     end_with_launcher()
+    verb = "train"
+    if arguments[:1] == ["--verb"]:
+        verb, arguments = arguments[1], arguments[2:]
     try:
-        return launch(arguments, os.environ)
+        return launch(arguments, os.environ, verb)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_CODE
