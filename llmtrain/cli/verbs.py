@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
 SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "plan": {
         "search": ("", "all legal layouts of a model on a cluster → the best, as overrides to paste"),
+        "calibrate": ("", "measure this machine → a cluster file output=FILE.yaml"),
     },
     "checkpoint": {
         "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
@@ -91,6 +92,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {
         "llmtrain.train.pretrained:PretrainedKeys",
         "llmtrain.plan.keys:SearchKeys",
     ),
+    "plan_calibrate": ("llmtrain.preflight.config:CalibrateConfig",),
     "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
     "predict": ("llmtrain.commands.predict:PredictConfig",),
     "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
@@ -123,6 +125,7 @@ DOES_MORE_THAN_PRINT = {
     "finetune",
     "import",
     "export",
+    "plan_calibrate",
     "preflight",
     "report",
     "checkpoint_export",

@@ -37,6 +37,13 @@ def run(mapping: Mapping[str, Any]) -> None:
             found = report.as_object()
             write_output(paths["output"], lambda path: files.write_json_atomically(path, found))
             print_note(f"wrote {paths['output']}")
+        if "cluster_output" in paths and report.figures:
+            from llmtrain.preflight.cluster_file import cluster_of, text_of
+
+            place = paths["cluster_output"]
+            text = text_of(cluster_of(report, place.stem), "Measured by llmtrain preflight.")
+            write_output(place, lambda path: files.write_atomically(path, text), "cluster_output")
+            print_note(f"wrote {place}")
     if report.problems:
         failure = LaunchError(report.problems)
         failure.everywhere = True

@@ -64,3 +64,26 @@ class PreflightConfig:
         yield from require(self.clock_seconds > 0, "clock_seconds", self.clock_seconds, "more than 0")
         named = self.cluster_output is None or self.cluster_output.suffix == ".yaml"
         yield from require(named, "cluster_output", str(self.cluster_output), "a name with .yaml")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    output: Path
+    """The cluster file, NAME.yaml. In a folder FOLDER/cluster it is chosen by `--config-dir FOLDER
+    cluster=NAME`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What is measured: auto takes a GPU where there is one."""
+    processes: int | None = None
+    """Processes that compute at once on this machine, as those of a run do; null: one for each GPU, or 1. The
+    links are measured between two at least."""
+    seconds: float = 0.5
+    """Seconds that one measurement takes; there are about fifteen."""
+    overwrite: bool = False
+    """Replace a file."""
+
+    def problems(self) -> Iterator[Problem]:
+        named = self.output.suffix == ".yaml"
+        yield from require(named, "output", str(self.output), "a name with .yaml")
+        count = self.processes
+        yield from require(count is None or 1 <= count <= 1024, "processes", count, "1 to 1024, or null")
+        yield from require(0 < self.seconds <= 5, "seconds", self.seconds, "more than 0, at most 5")

@@ -64,7 +64,8 @@ def _device(device: torch.device) -> dict[str, Any]:
         return {"type": device.type, "name": platform.processor() or platform.machine()}
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
-    return {"type": "cuda", "name": name, "memory_bytes": total, "free_bytes": free}
+    parts = torch.cuda.get_device_properties(device).multi_processor_count
+    return {"type": "cuda", "name": name, "memory_bytes": total, "free_bytes": free, "multiprocessors": parts}
 
 
 def _free_memory() -> int:
