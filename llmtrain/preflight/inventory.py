@@ -61,11 +61,20 @@ def _device(device: torch.device) -> dict[str, Any]:
     import torch
 
     if device.type != "cuda":
-        return {"type": device.type, "name": platform.processor() or platform.machine()}
+        return {"type": device.type, "name": _processor()}
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
     parts = torch.cuda.get_device_properties(device).multi_processor_count
     return {"type": "cuda", "name": name, "memory_bytes": total, "free_bytes": free, "multiprocessors": parts}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _free_memory() -> int:

@@ -52,12 +52,12 @@ def settings(own: tuple[str, ...], corpus: Path) -> list[str]:
 
 def measured(words: list[str], folder: Path, steps: int) -> float:
     """Seconds of a step: the tokens of a step over the tokens a second of each."""
+    batch = dict(word.split("=", 1) for word in words)
+    tokens = int(batch["batch.global_size"]) * int(batch["batch.sequence_length"])
     llmtrain("train", *words, *TRAINING, f"run.dir={folder}", f"train.steps={steps}")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     times = [
-        record["num_tokens"] / record["step_tokens_per_second"]
-        for record in records
-        if "step_tokens_per_second" in record
+        tokens / record["step_tokens_per_second"] for record in records if "step_tokens_per_second" in record
     ]
     return median(times[2:])
 
