@@ -37,6 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "launch/huggingface.md": ("corpora/small", "exported/first"),
     "launch/images.md": (),
     "launch/plan.md": (),
+    "launch/preflight.md": (),
     "launch/prepare.md": ("corpora/small",),
     "launch/recurrent.md": (),
     "launch/stream.md": ("corpora/small",),
