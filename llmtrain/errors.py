@@ -23,7 +23,7 @@ launcher may start it again."""
 
 FEW = 8
 """Up to this many known names are always listed in a message."""
-MANY = 32
+MANY = 40
 """Up to this many known names are listed if none is similar."""
 LONGEST_PART = 1000
 """Maximum characters of a part of a problem, which may contain a name or value from a foreign file."""

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmtrain.config import require
+from llmtrain.corpus.transport_source import is_http
 from llmtrain.errors import Problem
+from llmtrain.urls import without_credentials
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,19 @@ class CheckpointConfig:
     resume: str = "auto"
     """Checkpoint to resume from. auto: the newest undamaged one of the run folder, if any; never: none, and
     refuse a run folder with checkpoints; a path: that run folder or checkpoint."""
+    remote: str | None = None
+    """URL of a folder where checkpoints, metrics and events of the run are copied behind training: s3://…,
+    gs://…, file:///… or another scheme of fsspec. A run whose own folder has none, or an older one, goes on
+    with the newest checkpoint there. null: none."""
+    remote_verify: bool = True
+    """Whether each uploaded file is read back and its checksum compared; false: its size alone."""
 
     def problems(self) -> Iterator[Problem]:
+        is_url = self.remote is None or ("://" in self.remote and not is_http(self.remote))
+        shown = None if self.remote is None else without_credentials(self.remote)
+        yield from require(
+            is_url, "remote", shown, "a URL such as s3://bucket/run, file:///disk/run, or null"
+        )
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
         yield from require(self.keep_last >= 1, "keep_last", self.keep_last, "1 or more")
         yield from require(self.keep_best >= 0, "keep_best", self.keep_best, "0 or more")

@@ -140,6 +140,16 @@ class _Evaluations:
 
 
 @dataclass(frozen=True)
+class _Spikes:
+    """What a run knows of its bad steps; see train/spikes.py."""
+
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    in_a_row: int = 0
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True)
 class _Manifest:
     """All fields but the tensors, which may have a million boxes. Fields with a default may be missing."""
 
@@ -161,6 +171,7 @@ class _Manifest:
     validation: Mapping[str, float | None] | None = None
     """Figures of the evaluation at this step; null: none was made, or the checkpoint is older than this."""
     evaluations: _Evaluations | None = None
+    spikes: _Spikes | None = None
     trackers: Mapping[str, _Tracker] | None = None
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +35,15 @@ class Best(NamedTuple):
     """The figure by which it is."""
 
 
+def is_name(name: str) -> bool:
+    """Return whether a folder of this name may be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_steps(root: Path) -> list[Path]:
     """Return the committed checkpoint folders under `root`, oldest first."""
     return sorted(
-        path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and os.path.exists(path / MANIFEST)
+        path for path in root.glob("step-*") if is_name(path.name) and os.path.exists(path / MANIFEST)
     )
 
 
@@ -106,11 +111,15 @@ def list_held(path: Path) -> list[Path]:
     return list_steps(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 
 
-def newest_good(root: Path, say: Say) -> tuple[Checkpoint | None, list[str]]:
+def newest_good(root: Path, say: Say, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest undamaged checkpoint under `root`, and the problems of newer ones, which are also
-    reported. Ranks share the checks and agree on the result."""
+    reported. Ranks share the checks and agree on the result.
+
+    at_most: its last step; None: any."""
     rejected: list[str] = []
     for path in reversed(processes.from_main(list_steps(root))):
+        if at_most is not None and path.name > step_folder(at_most):
+            continue
         try:
             checkpoint = Checkpoint.open(path)
             damage = checkpoint.damage(processes.rank(), processes.world_size())
@@ -153,11 +162,12 @@ class Rules(NamedTuple):
     """Figure by which checkpoints are the best; None: the one that the run judged them by."""
 
 
-def prune(root: Path, current: Path, rules: Rules) -> None:
-    """Delete the checkpoints that no rule keeps, but never `current`, the one just written. Call it on one
-    rank only."""
+def prune(root: Path, current: Path, rules: Rules, held: Collection[Path] = ()) -> None:
+    """Delete the checkpoints that no rule keeps, but never `current`, the one just written, nor those that
+    are `held` for now. Call it on one rank only."""
     for path in unkept(root, current, rules):
-        remove(path)
+        if path not in held:
+            remove(path)
 
 
 def unkept(root: Path, current: Path, rules: Rules) -> list[Path]:

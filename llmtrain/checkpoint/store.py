@@ -266,8 +266,12 @@ def assemble(
 
 def note_evaluation(path: Path, said: Mapping[str, Any]) -> None:
     """Add what an evaluation after saving gave to a checkpoint; call it on one rank."""
-    manifest = Checkpoint.open(path).manifest
-    manifest |= {**said, "evaluation_owed": False}
+    amend(path, {**said, "evaluation_owed": False})
+
+
+def amend(path: Path, changes: Mapping[str, Any]) -> None:
+    """Replace fields of a checkpoint's manifest, atomically; call it on one rank."""
+    manifest = {**Checkpoint.open(path).manifest, **changes}
     manifest["checksum"] = files.checksum_of_json(manifest)
     files.write_json_atomically(path / MANIFEST, manifest, indent=None)
 

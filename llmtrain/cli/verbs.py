@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "import": ("llmtrain.commands.import_", "Hugging Face folder or GGUF file → checkpoint"),
     "export": ("llmtrain.commands.export", "trained model → Hugging Face folder"),
     "checkpoint": ("llmtrain.commands.checkpoint", "verify, show, compare, export or prune checkpoints"),
+    "preflight": ("llmtrain.commands.preflight", "before a run: is any host, GPU or link broken or slow"),
     "status": ("llmtrain.commands.status", "where a run is, in a second"),
     "report": ("llmtrain.commands.report", "runs → one HTML page: curves, events, differences"),
     "data": ("llmtrain.commands.data", "which documents made a step, what they say, one hash over a run's"),
@@ -35,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
 SECOND_VERBS: dict[str, dict[str, tuple[str, str]]] = {
     "plan": {
         "search": ("", "all legal layouts of a model on a cluster → the best, as overrides to paste"),
+        "calibrate": ("", "measure this machine → a cluster file output=FILE.yaml"),
     },
     "checkpoint": {
         "verify": ("PATH", "files by size and checksum, tensors whole; exits with 2 when one is damaged"),
@@ -90,11 +92,13 @@ CONFIGS: dict[str, tuple[str, ...]] = {
         "llmtrain.train.pretrained:PretrainedKeys",
         "llmtrain.plan.keys:SearchKeys",
     ),
+    "plan_calibrate": ("llmtrain.preflight.config:CalibrateConfig",),
     "evaluate": ("llmtrain.commands.evaluate:EvaluateConfig",),
     "predict": ("llmtrain.commands.predict:PredictConfig",),
     "generate": ("llmtrain.commands.generate:GenerateCommandConfig",),
     "import": ("llmtrain.commands.import_:ImportConfig",),
     "export": ("llmtrain.commands.export:ExportConfig",),
+    "preflight": ("llmtrain.preflight.config:PreflightConfig",),
     "status": ("llmtrain.commands.status:StatusConfig",),
     "report": ("llmtrain.commands.report:ReportConfig",),
     "checkpoint_verify": ("llmtrain.commands.checkpoint:VerifyConfig",),
@@ -121,6 +125,8 @@ DOES_MORE_THAN_PRINT = {
     "finetune",
     "import",
     "export",
+    "plan_calibrate",
+    "preflight",
     "report",
     "checkpoint_export",
     "checkpoint_prune",

@@ -69,7 +69,12 @@ def trace(mapping: Mapping[str, Any]) -> int:
         else:
             verdict += f"recorded was {recorded}: these are not the data that the run read"
             code = DIFFERENT
+        if left_out := run.left_out_before(step):
+            first, last = left_out.start, left_out.stop - 1
+            verdicts.append(f"step {step}: samples {first} to {last} before it were left out")
         verdicts.append(verdict)
+        if step in run.skipped:
+            verdicts.append(f"step {step}: not taken: {run.skipped[step]}")
     if config.output is not None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:

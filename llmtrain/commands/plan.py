@@ -1,16 +1,21 @@
-"""`llmtrain plan`: what a run will need, without starting it; `llmtrain plan search`: the best layout."""
+"""`llmtrain plan`: what a run will need, without starting it; `llmtrain plan search`: the best layout;
+`llmtrain plan calibrate`: this machine as a cluster."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import socket
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from llmtrain import files
 from llmtrain.config import decode
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.files import expand_home
+from llmtrain.output import check_output, write_output
 from llmtrain.plan import budget as budgets
 from llmtrain.plan import report, search_report
 from llmtrain.plan.advice import best_change, slower_because
@@ -20,6 +25,8 @@ from llmtrain.plan.keys import PlanKeys, SearchKeys
 from llmtrain.plan.search import Found
 from llmtrain.plan.search import search as search_space
 from llmtrain.plan.space import Choice, Space
+from llmtrain.preflight.config import CalibrateConfig
+from llmtrain.standard_streams import print_note
 from llmtrain.train.auto_layout import space_of
 from llmtrain.train.resolve import Resolved, resolve
 from llmtrain.train.vectors_config import refuse_word_vectors
@@ -54,6 +61,27 @@ def run(mapping: Mapping[str, Any]) -> None:
     ):
         print(f"what helps most: {help_}")
     refuse_if_too_large(plan)
+
+
+def calibrate(mapping: Mapping[str, Any]) -> None:
+    """Measure this machine and write it as a cluster file."""
+    config = decode(CalibrateConfig, mapping)
+    output = expand_home(config.output)
+    if output.exists() and not config.overwrite:
+        got = f"{output}, which is there already"
+        raise ConfigError(Problem("output", got, "a new file", "or set overwrite=true"))
+    check_output(output)
+
+    from llmtrain.preflight.calibrate import calibrate as measured
+    from llmtrain.preflight.cluster_file import text_of
+
+    text = text_of(measured(config), f"Measured by llmtrain plan calibrate on {socket.gethostname()}.")
+    write_output(output, lambda path: files.write_atomically(path, text))
+    print(text, end="")
+    chosen = f"--config-dir {output.absolute().parent.parent} cluster={output.stem}"
+    if output.absolute().parent.name != "cluster":
+        chosen = f"--config-dir FOLDER cluster={output.stem} once it lies in FOLDER/cluster"
+    print_note(f"wrote {output}; choose it by {chosen}")
 
 
 def search(mapping: Mapping[str, Any]) -> None:

@@ -62,6 +62,13 @@ def _parts(url: str) -> SplitResult:
     return parts
 
 
+def next_wait(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row."""
+    # Jitter, so that clients that failed together do not retry together; not a secret.
+    jitter = random.uniform(0.5, 1.0)  # noqa: S311
+    return min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * jitter
+
+
 class Transport:
     """Reads and downloads by URL. Safe from several threads.
 
@@ -170,10 +177,7 @@ class Transport:
             remedy = "see that the server is well, or raise data.cache.retries and data.cache.timeout"
             raise TarFileError(Problem(without_credentials(url), got, "", remedy)) from again
         self._on_retry()
-        # Jitter, so that clients that failed together do not retry together; not a secret.
-        jitter = random.uniform(0.5, 1.0)  # noqa: S311
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * jitter
-        wait = max(wait, min(again.wait, 5 * LONGEST_WAIT))
+        wait = max(next_wait(failures), min(again.wait, 5 * LONGEST_WAIT))
         if wait >= TOLD_WAIT:
             where, left = without_credentials(url), self._retries + 1 - failures
             told = f"{where}: {printable(again.reason)}: trying again in {wait:.0f} s, {left} times at most"

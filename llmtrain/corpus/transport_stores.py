@@ -38,7 +38,7 @@ class StoreFile:
         try:
             size, version, _ = self._look()
         except Exception as error:
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         return size, version
 
     def chunks(self, offset: int, size: int | None, at_most: int) -> Iterator[tuple[int, bytes]]:
@@ -67,7 +67,7 @@ class StoreFile:
             raise
         except Exception as error:
             # Each store has its own errors, most of them direct subclasses of Exception.
-            raise self._failure(error) from error
+            raise self.failure(error) from error
         if end is not None and position < end:
             raise PassingError(f"the file ended after {position:,} of {end:,} bytes")
 
@@ -83,7 +83,14 @@ class StoreFile:
             raise IsADirectoryError("a folder")
         return info.get("size"), str(info), lambda: system.open(path, "rb", cache_type="none")
 
-    def _failure(self, error: Exception) -> Exception:
+    def open_store(self) -> tuple[Any, str]:
+        """Return the file system of fsspec that holds the file, and its path there."""
+        import fsspec
+
+        system, path = fsspec.url_to_fs(self._url)
+        return system, str(path)
+
+    def failure(self, error: Exception) -> Exception:
         """Return the error to raise for one of the store."""
         where, text = without_credentials(self._url), scrubbed(str(error), self._url)
         if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
@@ -132,17 +139,27 @@ class S3File(StoreFile):
             retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),
         )
 
-    def _failure(self, error: Exception) -> Exception:
+    def open_store(self) -> tuple[Any, str]:
+        from fsspec.implementations.arrow import ArrowFSWrapper
+
+        path = self._url.partition("://")[2]
+        if not path.partition("/")[0]:
+            raise IsADirectoryError("no bucket")
+        return ArrowFSWrapper(self._store(), skip_instance_cache=True), path
+
+    def failure(self, error: Exception) -> Exception:
         """Return the error to raise for one of pyarrow: an OSError whose message contains Amazon's error
         code."""
         where, text = without_credentials(self._url), scrubbed(" ".join(str(error).split()), self._url)
         if any(code in text for code in _S3_REFUSES):
             remedy = "give credentials that may read it, as Amazon's own tools take them (AWS_PROFILE, say)"
             return DataError(Problem(where, f"access refused ({text})", "", remedy))
+        if "NO_SUCH_BUCKET" in text:
+            return DataError(Problem(where, f"no such bucket ({text})", "", "create it, or check the URL"))
         if "HTTP status 301" in text or "HTTP status 400" in text:
             remedy = "check the URL, and give the region of the bucket in AWS_REGION"
             return DataError(Problem(where, text, "", remedy))
         if isinstance(error, ImportError):
             got = f"a pyarrow that was built without S3 ({text})"
             return DataError(Problem(where, got, "", "pip install pyarrow"))
-        return super()._failure(error)
+        return super().failure(error)

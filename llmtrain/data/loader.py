@@ -107,7 +107,7 @@ class Loader:
         self._workers = workers
         self._pin_memory = pin_memory
 
-    def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
+    def steps(self, start_step: int = 0) -> Generator[StepBatches, None, None]:
         """Yield the steps from `start_step` on, without end. Any start is found in constant time.
 
         Closing or dropping the iterator stops its threads. An error of a thread is raised here, unchanged, at
@@ -170,7 +170,12 @@ class OneReading:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._steps: Iterator[StepBatches] | None = None
+        self._steps: Generator[StepBatches, None, None] | None = None
+
+    def close(self) -> None:
+        """Stop the threads that read ahead."""
+        if self._steps is not None:
+            self._steps.close()
 
     def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
         """Return the same iterator each time; `start_step` counts the first time."""

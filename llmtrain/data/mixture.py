@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -92,6 +92,11 @@ class Segment:
         mine, theirs = ((s.global_size, list(s.shares.items()), s.settings) for s in (self, other))
         return mine == theirs
 
+    def follows(self, other: Segment) -> bool:
+        """Return whether the segment begins where the segment before would go on."""
+        is_next = self.sample == other.first_sample(self.step)
+        return is_next and self.positions == other.positions_at(self.sample)
+
     def encode(self) -> dict[str, Any]:
         """Return the segment as JSON values."""
         return {
@@ -142,9 +147,30 @@ class Timeline:
         first = now.first_sample(step)
         segment = Segment(step, first, global_size, shares, now.positions_at(first), settings)
         kept = [earlier for earlier in self.segments if earlier.step < step]
-        if kept and segment.draws_alike(kept[-1]) and segment.positions == kept[-1].positions_at(first):
+        if kept and segment.draws_alike(kept[-1]) and segment.follows(kept[-1]):
             return Timeline(kept)
         return Timeline([*kept, segment])
+
+    def leaving_out(self, step: int, count: int) -> Timeline:
+        """Return this timeline without the samples of `count` steps from `step` on: `step` draws those that
+        come after them. Later changes stay at their steps."""
+        now, after = self.at(step), self.at(step + count)
+        first = after.first_sample(step + count)
+        kept = [earlier for earlier in self.segments if earlier.step < step]
+        jump = replace(now, step=step, sample=first, positions=after.positions_at(first))
+        timeline = Timeline([*kept, jump])
+        for later in self.segments:
+            if later.step > step:
+                timeline = timeline.changed(later.step, later.global_size, later.shares, later.settings)
+        return timeline
+
+    def left_out_before(self, step: int) -> range:
+        """Return the global numbers of the samples that were left out just before `step`; mostly none."""
+        segment = self.at(step)
+        earlier = [before for before in self.segments if before.step < segment.step]
+        if segment.step != step or not earlier:
+            return range(0)
+        return range(earlier[-1].first_sample(step), segment.sample)
 
     def rescaled(self, step: int, factors: Mapping[str, float]) -> Timeline:
         """Return this timeline up to `step`, followed by a segment in which the positions of sources are

@@ -69,6 +69,7 @@ def start(
     single_process_group: bool = False,
     timeout_minutes: float = 10.0,
     facts: Mapping[str, Fact] | None = None,
+    store: dist.Store | None = None,
 ) -> None:
     """Join the process group that the launcher's environment describes (torchrun, Slurm).
 
@@ -76,6 +77,7 @@ def start(
     the loopback only.
 
     facts: must be equal on all ranks.
+    store: what `open_store` returned, if it was called before.
     Raise LaunchError if ranks are missing or their facts differ, ConfigError if there is no route to rank 0.
     """
     if dist.is_initialized():
@@ -84,7 +86,7 @@ def start(
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launcher.world_size() > 1:
         rank, size, seconds = launcher.rank(), launcher.world_size(), launcher.start_seconds()
-        store = _open_store(rank, seconds)
+        store = store or open_store(rank, seconds)
         # The store of a launcher outlives the ranks that it starts anew.
         variables = (ATTEMPT, "TORCHELASTIC_RESTART_COUNT")
         attempt = ".".join(os.environ.get(name, "0") for name in variables)
@@ -108,7 +110,7 @@ def start(
     atexit.register(_destroy)
 
 
-def _open_store(rank: int, seconds: float) -> dist.TCPStore:
+def open_store(rank: int, seconds: float) -> dist.TCPStore:
     """Return the store that the launcher's environment names, served by torchrun's agent or by rank 0.
     Restrict this process to the network interface that reaches it.
 

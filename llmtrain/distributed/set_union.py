@@ -6,6 +6,7 @@ have no common order.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +18,16 @@ from llmtrain.errors import LaunchError, Problem
 POLL_SECONDS = 0.01, 0.5
 TIMEOUT_SECONDS = 3600.0
 """How long to wait for the sets of the other ranks."""
+_numbers = itertools.count()
 
 
 class SetUnion:
     """Computes the union of one set of integers per rank."""
 
-    def __init__(self, store: dist.Store, size: int) -> None:
+    def __init__(self, store: dist.Store, size: int, number: int = 0) -> None:
+        """number: tells apart those of one process, whose keys may be the same."""
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"union/{attempt}", store)
+        self._store = dist.PrefixStore(f"union/{attempt}/{number}", store)
         self._size = size
 
     def __call__(
@@ -56,7 +59,8 @@ class SetUnion:
 
 
 def of_all_ranks() -> SetUnion | None:
-    """Return the union over all ranks of the process group; None for a single process."""
+    """Return a union over all ranks of the process group, which call this equally often; None for a single
+    process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return SetUnion(dist.distributed_c10d._get_default_store(), dist.get_world_size())
+    return SetUnion(dist.distributed_c10d._get_default_store(), dist.get_world_size(), next(_numbers))

@@ -1,9 +1,10 @@
 """Launch `llmtrain train` on the processes of this host, configured by environment variables as torchrun is.
 
-`launch/torchrun.sh` and `launch/slurm.sbatch` call it. It runs torch's elastic agent, as `torchrun` does, and
-adds: the exit code of the rank that failed (torchrun always returns 1), one log per global rank, ports on
-one network interface only (the loopback for one host, the interface that reaches the other hosts for
-several), and restarts that tell what failed and go on with the hosts that are left.
+`launch/torchrun.sh` and `launch/slurm.sbatch` call it, `launch/preflight.sh` with another verb. It runs
+torch's elastic agent, as `torchrun` does, and adds: the exit code of the rank that failed (torchrun always
+returns 1), one log per global rank, ports on one network interface only (the loopback for one host, the
+interface that reaches the other hosts for several), and restarts that tell what failed and go on with the
+hosts that are left.
 
 Environment:
   NPROC_PER_NODE           number of processes on this host; default: one per accelerator, or 1
@@ -108,15 +109,17 @@ def job_exit_code(folder: Path) -> int:
     return codes[root_cause(codes)] if any(codes) else 0
 
 
-def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `python -m llmtrain train OVERRIDES` on every rank of this host, anew after a failure where
-    MAX_RESTARTS allows it.
+def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str = "train") -> int:
+    """Run `python -m llmtrain VERB OVERRIDES` on every rank of this host; training anew after a failure where
+    MAX_RESTARTS allows it, any other verb once on all hosts.
 
     Return 0, INTERRUPTED_EXIT_CODE after a stop request, or the exit code of the rank that failed, as a shell
     reports it.
 
     Raise ConfigError if the environment or the log folder is invalid, LaunchError if hosts are missing.
     """
+    if verb != "train":
+        environment = once_on_all_hosts(environment)
     hosts = hosts_from_environment(environment)
     patience = math.ceil(start_seconds())
     forwarder = Forwarder(stop_seconds())
@@ -139,12 +142,20 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     job_time.tell_ranks()
     if hosts.is_elastic:
         os.environ[ELASTIC] = "1"
-    job = _Job(hosts, route, folder, overrides, forwarder, fits, patience)
+    job = _Job(hosts, route, folder, [verb, *overrides], forwarder, fits, patience)
     with forwarder.listening():
         code = job.run(needs_shared_folder(hosts, environment))
     if code and hosts.num_nodes > 1:
         write_atomically(exit_report, f"{code}\n")
     return code
+
+
+def once_on_all_hosts(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a job that neither restarts nor goes on with fewer hosts."""
+    kept = {name: value for name, value in environment.items() if name not in ("MAX_RESTARTS", "REQUEUE")}
+    if "NNODES" in kept:
+        kept["NNODES"] = kept["NNODES"].rpartition(":")[2]
+    return kept
 
 
 def needs_shared_folder(hosts: Hosts, environment: Mapping[str, str]) -> str:
@@ -167,12 +178,12 @@ class _Job:
         hosts: Hosts,
         route: Route,
         folder: Path,
-        overrides: Sequence[str],
+        words: Sequence[str],
         forwarder: Forwarder,
         fits: Callable[[int], bool],
         patience: int,
     ) -> None:
-        self._hosts, self._route, self._folder, self._overrides = hosts, route, folder, overrides
+        self._hosts, self._route, self._folder, self._words = hosts, route, folder, words
         self._forwarder, self._fits, self._patience = forwarder, fits, patience
 
     def run(self, needs_shared: str) -> int:
@@ -182,7 +193,7 @@ class _Job:
         from llmtrain.distributed.rendezvous import Helpers, Rendezvous, StoppedWaitingError
         from llmtrain.distributed.shared_folder import require_shared
 
-        run = run_folder(self._overrides)
+        run = run_folder(self._words)
 
         def check_folder(store: Store, node_rank: int, num_nodes: int) -> None:
             if needs_shared:
@@ -253,7 +264,7 @@ class _Job:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
         # Both streams of a rank go to one file, because the agent opens a log only once.
         merge_streams = ("-c", 'exec "$0" "$@" 2>&1')
-        command = [sys.executable, "-u", "-m", "llmtrain", "train", *self._overrides]
+        command = [sys.executable, "-u", "-m", "llmtrain", *self._words]
 
         def on_start() -> None:
             os.environ[ATTEMPT] = str(rendezvous.attempt)
@@ -367,8 +378,8 @@ def _one_log_per_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Launch with the given overrides, or with `--job-exit-code FOLDER` print the exit code in its
-    reports."""
+    """Launch with the given overrides, with `--verb VERB` another verb than train; or with
+    `--job-exit-code FOLDER` print the exit code in its reports."""
     standard_streams.replace_streams()
     standard_streams.tolerate_lost_output()
     # The agent copies rank 0's log to this stream: print each line at once.
@@ -377,9 +388,12 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--job-exit-code"]:
         print(job_exit_code(Path(arguments[1])))
         return 0
+    verb = "train"
+    if arguments[:1] == ["--verb"]:
+        verb, arguments = arguments[1], arguments[2:]
     end_with_launcher()
     try:
-        return launch(arguments, os.environ)
+        return launch(arguments, os.environ, verb)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_CODE

@@ -20,6 +20,7 @@ from llmtrain.engine.carried import with_lanes
 from llmtrain.engine.counting import count, weighed
 from llmtrain.engine.dropout import dropout_seed, seed_dropout
 from llmtrain.engine.evaluation import NamedSums, Totals, sum_over_batches, with_terms
+from llmtrain.engine.gate import Accepts, Gate, NonFiniteError, samples_of
 from llmtrain.engine.modules import to_device
 from llmtrain.engine.statistics import Statistics
 from llmtrain.nn.dropout import sample_keys
@@ -44,9 +45,9 @@ class StepResult:
 
     `loss`: mean over all targets of the global batch, in nats; `grad_norm`: Euclidean norm of the gradient
     before clipping; `metrics`: means; `skipped`: whether the weights were left unchanged, because fp16
-    gradients overflowed or no sample had a target; `stop`: whether a rank was asked to stop;
-    `data_digest`: hash of the content and order of all samples; `num_skipped`: number of samples that were
-    left empty.
+    gradients overflowed, no sample had a target or the step was rejected; `stop`: whether a rank was asked to
+    stop; `data_digest`: hash of the content and order of all samples; `num_skipped`: number of samples that
+    were left empty; `rejected`: whether `accepts` refused the step.
     """
 
     loss: float
@@ -57,19 +58,7 @@ class StepResult:
     stop: bool = False
     data_digest: int = 0
     num_skipped: int = 0
-
-
-class NonFiniteError(Exception):
-    """The loss or the gradient norm is NaN or infinite; the weights after this step must not be kept.
-
-    `what` says which, with its value; `samples` are the global sample numbers of the affected
-    micro-batches, or of the whole step if they cannot be determined.
-    """
-
-    def __init__(self, what: str, samples: Sequence[int]) -> None:
-        super().__init__(what)
-        self.what = what
-        self.samples = tuple(samples)
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +147,7 @@ class Engine(ABC):
         lr: float,
         stop_requested: Callable[[], bool] = lambda: False,
         between: Callable[[], None] = lambda: None,
+        accepts: Accepts | None = None,
     ) -> StepResult:
         """Run one optimizer step over this rank's share of the global batch.
 
@@ -168,9 +158,12 @@ class Engine(ABC):
         between: called by all ranks alike between micro-batches, except in a pipeline, where several are in
             flight. If it raises, the step ends with weights and optimizer unchanged; the state can be saved,
             but training cannot go on.
+        accepts: asked by all ranks alike about the loss and the gradient norm, finite or not, before anything
+            changes. Where it says no, weights, optimizer, loss scale, statistics and carried states stay what
+            they were, and training can go on.
 
-        Raise NonFiniteError on all ranks: for the loss before weights change; for the gradient norm
-        possibly after, unless fp16's scaler skips the step.
+        Without `accepts`, raise NonFiniteError on all ranks: for the loss before weights change; for the
+        gradient norm possibly after, unless fp16's scaler skips the step.
         """
         assert len(micro_batches) == self.layout.accumulation
         batches = [self._prepared(micro) for micro in micro_batches]
@@ -195,7 +188,7 @@ class Engine(ABC):
 
         losses: list[torch.Tensor] = []
         metrics: dict[str, torch.Tensor] = {}
-        with self.statistics.kept_on_failure():
+        with self.statistics.kept_on_failure() as put_back:
             all_terms = self._accumulate(len(batches), run, scale)
             self.statistics.average()
         for terms in all_terms:
@@ -208,14 +201,21 @@ class Engine(ABC):
         sums = self._sums.over_ranks({_LOSS_AND_STOP: torch.stack([per_micro.sum(), stop]), **metrics})
         loss_sum, num_asked = sums.pop(_LOSS_AND_STOP)
         loss = loss_sum / num_targets
-        if not math.isfinite(loss):
+        gate = None if accepts is None else Gate(accepts, loss, self.device)
+        if gate is None and not math.isfinite(loss):
             finite = per_micro.isfinite().tolist()
             bad = [micro for micro, ok in zip(micro_batches, finite, strict=True) if not ok]
-            raise NonFiniteError(f"loss {loss}", _samples_of(bad) or _samples_of(micro_batches))
+            raise NonFiniteError(f"loss {loss}", samples_of(bad) or samples_of(micro_batches))
+        scaler = self.scaler_state()
         with phases.OPTIMIZER:
-            grad_norm, skipped = self._update(lr)
-        if not math.isfinite(grad_norm) and not self.scaler_state():
-            raise NonFiniteError(f"gradient norm {grad_norm}", _samples_of(micro_batches))
+            grad_norm, skipped = self._update(lr, gate)
+        if gate is not None:
+            grad_norm = gate.conclude(grad_norm, scales_loss=bool(scaler))
+            if gate.rejected:
+                put_back()
+                self.load_scaler_state(scaler)
+        elif not math.isfinite(grad_norm) and not scaler:
+            raise NonFiniteError(f"gradient norm {grad_norm}", samples_of(micro_batches))
         return StepResult(
             loss=loss,
             num_targets=num_targets,
@@ -225,6 +225,7 @@ class Engine(ABC):
             stop=num_asked > 0,
             data_digest=data_digest,
             num_skipped=num_skipped,
+            rejected=gate is not None and gate.rejected,
         )
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Totals:
@@ -264,9 +265,9 @@ class Engine(ABC):
         replicas at the end. `batch(i)` is called just before the forward pass of micro-batch i."""
 
     @abstractmethod
-    def _update(self, lr: float) -> tuple[float, bool]:
-        """Clip, step the optimizer with `lr` and clear gradients. Return (gradient norm, whether the step
-        was skipped)."""
+    def _update(self, lr: float, gate: Gate | None) -> tuple[float, bool]:
+        """Clip, step the optimizer with `lr` unless `gate` refuses, and clear gradients. Return (gradient
+        norm, whether the step was skipped). A step whose gradient is not finite may be skipped unasked."""
 
     def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], dict[str, Group]]:
         """Return the parameters that the optimizer updates, by name, and the group of each name."""
@@ -347,12 +348,6 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         for piece in (gradient.reshape(-1).split(2**14) if gradient.device.type == "cpu" else (gradient,))
     ]
     return torch.nn.utils.get_total_norm(pieces)
-
-
-def _samples_of(micro_batches: Sequence[MicroBatch]) -> list[int]:
-    """Return the global sample numbers of all ranks' `micro_batches`."""
-    gathered = processes.gather([int(sample) for micro in micro_batches for sample in micro.samples])
-    return sorted({sample for of_rank in gathered for sample in of_rank})
 
 
 def fill_fragments(engine: Engine, source: Source) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmtrain.engine.base import Engine, Fragment, Setup
+from llmtrain.engine.gate import Gate
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.config import OptimizerConfig
@@ -171,17 +172,29 @@ class DeepSpeedEngine(Engine):
             all_terms.append(terms)
         return all_terms
 
-    def _update(self, lr: float) -> tuple[float, bool]:
+    def _update(self, lr: float, gate: Gate | None) -> tuple[float, bool]:
         set_lr(self.optimizer, lr)
-        # Without ZeRO, DeepSpeed reports no norm, so clip here.
-        norm = self._clip(self.setup.optimizer.max_grad_norm) if self.layout.zero == 0 else None
-        self._step()
-        if norm is None:
+        if self.layout.zero == 0:
+            # Without ZeRO, DeepSpeed reports no norm, so clip here.
+            norm = self._clip(self.setup.optimizer.max_grad_norm)
+            if gate is not None and not gate(norm):
+                self._drop()
+                return norm, True
+            self._step()
+        else:
+            with upstream.asking_before_step(self._engine.optimizer, gate):
+                self._step()
             norm = self._engine.get_global_grad_norm()
         return float(norm), not self._engine.was_step_applied()
 
     def _step(self) -> None:
         self._engine.step()
+
+    def _drop(self) -> None:
+        """Drop the gradients of a step that is not taken, without ZeRO."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._engine.step()  # counts the micro-batch
+        self._engine.zero_grad()
 
     def held_fragments(self) -> list[Fragment]:
         if self.layout.zero == 0:

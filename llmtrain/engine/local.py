@@ -7,6 +7,7 @@ only on the order of parameters, and still overlap with the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llmtrain.engine.base import Engine, Fragment, Setup
+from llmtrain.engine.gate import Gate
 from llmtrain.engine.modules import ObjectiveModule, autocast
 from llmtrain.objectives.base import Batch, Terms
 from llmtrain.optim.optimizers import set_lr
@@ -114,21 +116,24 @@ class LocalEngine(Engine):
                 self._averager.finish()
         return all_terms
 
-    def _update(self, lr: float) -> tuple[float, bool]:
+    def _update(self, lr: float, gate: Gate | None) -> tuple[float, bool]:
         set_lr(self._optimizer, lr)
         scale_before = 1.0
         if self._scaler is not None:
             scale_before = self._scaler.get_scale()
             self._scaler.unscale_(self._optimizer)
         norm = self._clip(self.setup.optimizer.max_grad_norm)
+        overflows = self._scaler is not None and not math.isfinite(norm)
+        is_taken = gate is None or overflows or gate(norm)
         if self._scaler is not None:
-            self._scaler.step(self._optimizer)
+            if is_taken:
+                self._scaler.step(self._optimizer)
             self._scaler.update()
-        else:
+        elif is_taken:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        skipped = self._scaler is not None and self._scaler.get_scale() < scale_before
-        return norm, skipped
+        is_too_large = self._scaler is not None and self._scaler.get_scale() < scale_before
+        return norm, is_too_large or not is_taken
 
     def held_fragments(self) -> list[Fragment]:
         return [*self._whole_fragments(self.setup.parameters.items()), *self._statistics()]

@@ -92,6 +92,9 @@ class PipelineEngine(DeepSpeedEngine):
     def _step(self) -> None:
         self._make_step()
 
+    def _drop(self) -> None:
+        self._engine.zero_grad()
+
     def _answers_for(self, name: str) -> bool:
         is_first = name not in self._shared or self._stage.number == self._shared[name].stages[0]
         return super()._answers_for(name) and is_first

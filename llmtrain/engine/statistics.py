@@ -1,18 +1,20 @@
-"""The statistics of a model, such as the running averages of batch norm, over the steps of an engine.
+"""What forward passes change of a model: its statistics, such as the running averages of batch norm, and the
+states that rows hand on from step to step.
 
-All replicas hold the same: after each step they are averaged, so that a checkpoint needs one copy and a
-resumed run goes on exactly.
+All replicas hold the same statistics: after each step they are averaged, so that a checkpoint needs one copy
+and a resumed run goes on exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from llmtrain.engine.carried import carried_by
 from llmtrain.nn.state import named_statistics
 from llmtrain.parallel.mesh import Mesh
 
@@ -23,17 +25,26 @@ class Statistics:
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.by_name = named_statistics(model)
         self._mesh = mesh
+        self._model = model
 
     @contextmanager
-    def kept_on_failure(self) -> Iterator[None]:
-        """Inside, forward passes change them; an exception puts back what they were before, as weights that a
-        step did not reach are."""
+    def kept_on_failure(self) -> Iterator[Callable[[], None]]:
+        """Inside, forward passes change them and the carried states. Yield a function that puts back what
+        they were before. An exception does so too: they go with the weights, which a step may not reach."""
         before = [values.clone() for values in self.by_name.values()]
-        try:
-            yield
-        except BaseException:
+        states = carried_by(self._model)
+        packed = None if states is None else states.packed()
+
+        def put_back() -> None:
             for values, were in zip(self.by_name.values(), before, strict=True):
                 values.copy_(were)
+            if states is not None and packed is not None:
+                states.unpack(packed)
+
+        try:
+            yield put_back
+        except BaseException:
+            put_back()
             raise
 
     def average(self) -> None:

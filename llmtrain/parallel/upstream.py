@@ -44,13 +44,21 @@ UNDOCUMENTED = {
         "fp16_partitioned_groups_flat",
         "fp32_partitioned_groups_flat",
         "_unflatten_partitioned_parameters",
+        "_get_norm_groups",
         "invalidate_secondary_tensor",
     ),
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "optimizer",
         "single_partition_of_fp32_groups",
+        "scaled_global_norm",
+        "loss_scale",
     ),
-    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": ("optimizer", "fp32_groups_flat_partition"),
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": (
+        "optimizer",
+        "fp32_groups_flat_partition",
+        "get_grads_for_norm",
+        "norm_type",
+    ),
     "deepspeed.utils.tensor_fragment.tensor_fragment": (
         "lp_fragment_address",
         "hp_fragment_address",
@@ -71,7 +79,12 @@ UNDOCUMENTED = {
         "num_stages",
         "stage_id",
     ),
-    "deepspeed.runtime.utils": ("ds_pipe_replicated",),
+    "deepspeed.runtime.utils": (
+        "ds_pipe_replicated",
+        "combine_grad_norm_groups",
+        "get_global_norm_of_tensors",
+        "is_invalid_grad_norm",
+    ),
     "deepspeed.ops.adam.DeepSpeedCPUAdam": ("ds_opt_adam", "opt_id"),
 }
 """Module or class → names that stand in its source."""
@@ -246,6 +259,61 @@ def refresh_zero_3(zero: Any, frozen: Iterable[nn.Parameter]) -> None:
     zero.invalidate_secondary_tensor()
     for parameter in frozen:
         parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def asking_before_step(zero: Any, ask: Callable[[float], bool] | None) -> Iterator[None]:
+    """Inside, `zero.step` asks with the gradient's norm before it changes anything, unless the gradient is
+    not finite.
+
+    Where the answer is no, or the gradient is not finite, the step ends as after an overflow of fp16: it
+    drops the gradients and changes nothing else but the loss scale. All ranks step together. ask: None
+    changes nothing.
+    """
+    if ask is None:
+        yield
+        return
+    from deepspeed.runtime import utils
+
+    def refuses(norm: torch.Tensor) -> bool:
+        return not utils.is_invalid_grad_norm(norm) and not ask(float(norm) / float(_loss_scale(zero)))
+
+    # An attribute of the object hides the method of the class until it is deleted.
+    if hasattr(zero, "_get_norm_groups"):  # ZeRO 3
+        name, groups_of = "_get_norm_groups", zero._get_norm_groups
+
+        def norm_groups() -> Any:
+            groups = groups_of()
+            return [torch.tensor(-1.0)] if refuses(utils.combine_grad_norm_groups(groups)) else groups
+
+        zero._get_norm_groups = norm_groups
+    elif hasattr(zero, "get_grads_for_norm"):  # ZeRO 1 in bf16
+        name, gradients_of = "get_grads_for_norm", zero.get_grads_for_norm
+
+        def gradients(for_clipping: bool = False) -> Any:
+            found = gradients_of(for_clipping)
+            if for_clipping:
+                return found
+            norm = utils.get_global_norm_of_tensors(found[0], mpu=zero.mpu, norm_type=zero.norm_type)
+            return ([torch.full_like(norm, torch.inf)], {}) if refuses(norm) else found
+
+        zero.get_grads_for_norm = gradients
+    else:  # ZeRO 1 and 2
+        name, norm_of = "scaled_global_norm", zero.scaled_global_norm
+
+        def norm(*arguments: Any) -> Any:
+            found = norm_of(*arguments)
+            return torch.full_like(found, -1.0) if refuses(found) else found
+
+        zero.scaled_global_norm = norm
+    try:
+        yield
+    finally:
+        delattr(zero, name)
+
+
+def _loss_scale(zero: Any) -> float:
+    return getattr(zero, "loss_scale", 1.0)
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

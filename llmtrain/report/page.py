@@ -29,6 +29,8 @@ CHARTS = {
 MOST_POINTS = 1500
 """Points of a curve; neighbours are averaged beyond."""
 SCALE = {"memory_bytes": 2.0**-30}
+FROM_ZERO = ("tokens_per_second", "memory_bytes", "data_wait_seconds")
+"""Metrics whose charts begin at zero, since their size matters and not only their change."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
@@ -36,7 +38,10 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; }
 svg { max-width: 100%; height: auto; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+th, td:first-child { white-space: nowrap; }
+td { overflow-wrap: anywhere; }
+td:not(:first-child):last-child { min-width: 9rem; }
 """
 
 
@@ -49,6 +54,7 @@ def page_of(records: Sequence[RunRecord]) -> str:
         "<h2>Runs</h2>",
         _summary(records),
         "<h2>Curves</h2>",
+        "<p>Dotted lines: the run was started again. Of many steps neighbours are averaged.</p>",
         '<div class="charts">',
         *_charts(records),
         "</div>",
@@ -59,7 +65,8 @@ def page_of(records: Sequence[RunRecord]) -> str:
         "<h2>Data</h2>",
         _data(records),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
         + "\n".join(parts)
@@ -76,12 +83,13 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def table_of(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Return a table. Cells that are numbers as text, such as 1,234, stand to the right."""
+def table_of(head: Iterable[str], rows: Iterable[Iterable[Any]], *, aligned: bool = True) -> str:
+    """Return a table. If columns are `aligned`, cells that are numbers as text, such as 1,234, stand to the
+    right."""
 
     def cell(value: Any) -> str:
         text = str(value)
-        is_number = text.replace(",", "").replace(".", "").replace("%", "").strip().isdigit()
+        is_number = aligned and text.replace(",", "").replace(".", "").replace("%", "").strip().isdigit()
         return f"<td{' class=number' if is_number else ''}>{escape(text)}</td>"
 
     lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
@@ -94,7 +102,8 @@ def _summary(records: Sequence[RunRecord]) -> str:
     for record in records:
         for name, value in _facts(record).items():
             facts.setdefault(name, []).append(value)
-    return table_of(["", *_names(records)], ([name, *values] for name, values in facts.items()))
+    rows = ([name, *values] for name, values in facts.items())
+    return table_of(["", *_names(records)], rows, aligned=False)
 
 
 def _facts(record: RunRecord) -> dict[str, str]:
@@ -142,7 +151,14 @@ def _charts(records: Sequence[RunRecord]) -> Iterator[str]:
         for name in record.series
         if name.startswith("validation_") and name not in CHARTS and not name.endswith("seconds")
     ]
-    titles = {**CHARTS, **{name: name.replace("_", " ") for name in dict.fromkeys(others)}}
+    # Times of the phases of a step, where the run took them.
+    others += [
+        name
+        for record in records
+        for name in record.series
+        if name.startswith("seconds/") and not name.endswith("_max")
+    ]
+    titles = {**CHARTS, **{name: name.replace("_", " ").replace("/", " of a step: ") for name in others}}
     for name, title in titles.items():
         if any(record.series.get(name) for record in records):
             yield _chart(records, name, title)
@@ -172,6 +188,11 @@ def _chart(records: Sequence[RunRecord], name: str, title: str) -> str:
                     axes.axvline(event.step, linewidth=0.7, linestyle=":", color=color)
         axes.set(title=title, xlabel="optimizer steps")
         axes.grid(alpha=0.3)
+        if name in FROM_ZERO:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(
+                lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+            )
         if len(records) > 1:
             axes.legend(fontsize="small")
         drawn = io.StringIO()
@@ -215,7 +236,7 @@ def _settings(records: Sequence[RunRecord]) -> Iterator[str]:
         keys = dict.fromkeys(key for settings in flat for key in settings)
         rows = [[key, *(settings.get(key, "") for settings in flat)] for key in keys]
         different = [row for row in rows if len({str(value) for value in row[1:]}) > 1]
-        yield table_of(["key that differs", *_names(records)], different)
+        yield table_of(["key that differs", *_names(records)], different, aligned=False)
     for name, record in zip(_names(records), records, strict=True):
         text = yaml.safe_dump(dict(record.config), sort_keys=False)
         yield f"<details><summary>all settings of {escape(name)}</summary><pre>{escape(text)}</pre></details>"

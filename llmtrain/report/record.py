@@ -16,7 +16,7 @@ from llmtrain.checkpoint.names import MANIFEST
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.files import open_regular
 from llmtrain.reading import parse_object, parse_yaml, read_bytes
-from llmtrain.track.events import EVENTS, Event, read_events
+from llmtrain.track.events import ENDS, EVENTS, Event, read_events
 from llmtrain.track.jsonl import read_metrics
 
 RECORD_BYTES = 1 << 20
@@ -84,7 +84,7 @@ class RunRecord:
     @property
     def state(self) -> str:
         """Return one of starting, running, silent, finished, failed, stopped."""
-        last = next((e.kind for e in reversed(self.events) if e.kind not in ("save", "restart")), None)
+        last = next((event.kind for event in reversed(self.events) if event.kind in ENDS), None)
         if self.holder is not None:
             if last != "start" or self.silent_for is None:
                 return "starting"

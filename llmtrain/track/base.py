@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 Metrics = Mapping[str, float]
@@ -20,6 +21,12 @@ class Tracker(Protocol):
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores, so that a resumed run continues this record: JSON
         values."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell people of something, if the tracker can."""
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        """Keep a checkpoint, if the tracker is to."""
 
     def close(self, failed: bool) -> None:
         """Write buffered metrics. failed: mark the run as failed, if the tracker supports that."""

@@ -43,6 +43,8 @@ class WandbConfig:
     """Tags of the run."""
     notes: str | None = field(default=None, metadata={MAY_BE_EMPTY: True})
     """Description of the run; null: none."""
+    artifacts: bool = False
+    """Whether each checkpoint becomes a version of an artifact of the run; it is copied first."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class TrackConfig:
     """Weights & Biases."""
     picture: PictureConfig | None = None
     """loss.png; needs jsonl."""
+    alerts: bool = False
+    """Whether W&B alerts whoever the account names of restarts, bad steps, rollbacks, hangs and failures."""
 
     def problems(self) -> Iterator[Problem]:
         is_alone = self.picture is not None and self.jsonl is None

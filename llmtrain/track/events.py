@@ -1,11 +1,12 @@
-"""What happened to a run besides its steps: starts, checkpoints, restarts, and how each start ended."""
+"""What happened to a run besides its steps: starts, checkpoints, bad steps, restarts, and how each start
+ended."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,12 @@ from llmtrain import files
 from llmtrain.reading import parse_object
 
 EVENTS = "events.jsonl"
-KINDS = ("start", "save", "stop", "done", "fail", "restart", "hang", "divergence", "straggler")
+KINDS = (
+    *("start", "save", "upload", "skip", "rollback", "stop", "done", "fail", "restart"),
+    *("hang", "divergence", "straggler"),
+)
+ENDS = ("start", "stop", "done", "fail")
+"""Kinds of which the last one says in what state a run is."""
 MOST_BYTES = 64 << 20
 """Bytes at the end of a file of events that are read."""
 
@@ -59,4 +65,18 @@ def read_events(path: Path) -> list[Event]:
             kind, at, step = record.pop("event", None), record.pop("at", None), record.pop("step", None)
             if kind in KINDS and type(at) in (int, float):
                 found.append(Event(kind, float(at), step if type(step) is int else None, record))
+    return found
+
+
+def skipped_steps(events: Iterable[Event]) -> dict[int, str]:
+    """Return step → why it was not taken, of the steps that the run still stands on: a start or a rollback
+    undoes what came after its step."""
+    found: dict[int, str] = {}
+    for event in events:
+        if event.step is None:
+            continue
+        if event.kind in ("start", "rollback"):
+            found = {step: why for step, why in found.items() if step <= event.step}
+        elif event.kind == "skip":
+            found[event.step] = str(event.facts.get("why", ""))
     return found

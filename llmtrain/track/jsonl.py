@@ -55,6 +55,12 @@ class JsonlTracker:
         os.fsync(self._file)
         return {}
 
+    def alert(self, title: str, text: str) -> None:
+        """Do nothing: no one is there to be told."""
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        """Do nothing: checkpoints lie in the run folder."""
+
     def close(self, failed: bool) -> None:
         os.fsync(self._file)
         os.close(self._file)

@@ -30,6 +30,12 @@ class PictureTracker:
     def state(self) -> dict[str, Any]:
         return {}
 
+    def alert(self, title: str, text: str) -> None:
+        """Do nothing: no one is there to be told."""
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        """Do nothing: checkpoints lie in the run folder."""
+
     def close(self, failed: bool) -> None:
         title = f"{self._run_name} (failed)" if failed else self._run_name
         files.write_atomically(self._path, draw_losses(read_curves(self._metrics_file), title))

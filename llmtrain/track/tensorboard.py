@@ -51,5 +51,11 @@ class TensorBoardTracker:
         self._writer.flush()
         return {}
 
+    def alert(self, title: str, text: str) -> None:
+        """Do nothing: no one is there to be told."""
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        """Do nothing: checkpoints lie in the run folder."""
+
     def close(self, failed: bool) -> None:
         self._writer.close()

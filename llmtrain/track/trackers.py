@@ -50,6 +50,14 @@ class Trackers:
         for name, tracker in self._trackers.items():
             self._guard(name, partial(tracker.show, step, pictures), None)
 
+    def alert(self, title: str, text: str) -> None:
+        for name, tracker in self._trackers.items():
+            self._guard(name, partial(tracker.alert, title, text), None)
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        for name, tracker in self._trackers.items():
+            self._guard(name, partial(tracker.keep, step, checkpoint), None)
+
     def state(self) -> dict[str, Any]:
         for name, tracker in self._trackers.items():
             self._earlier[name] = self._guard(name, tracker.state, self._earlier.get(name, {}))

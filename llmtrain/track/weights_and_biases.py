@@ -50,6 +50,7 @@ class WandbTracker:
         self._run = _init(config, run_dir, run_name, resolved_config, run_id)
         self._run_id = run_id if self._run.disabled else self._run.id
         self._first_step = 0
+        self._keeps = config.artifacts
         if run_id is None or self._run.disabled:
             return
         self._first_step = last_logged_step(run_dir, run_id) + 1 if self._run.offline else self._run.step
@@ -72,6 +73,18 @@ class WandbTracker:
 
     def state(self) -> dict[str, Any]:
         return {"run_id": self._run_id}
+
+    def alert(self, title: str, text: str) -> None:
+        # Of several with one title within a minute W&B sends the first.
+        self._run.alert(title=title, text=text, level="WARN")
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        import wandb
+
+        if self._keeps:
+            artifact = wandb.Artifact(f"checkpoint-{self._run_id}", type="model", metadata={"step": step})
+            artifact.add_dir(str(checkpoint))
+            self._run.log_artifact(artifact, aliases=["latest", checkpoint.name])
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)

@@ -26,6 +26,8 @@ from llmtrain.track.config import TrackConfig
 from llmtrain.train.early_stopping import EarlyStoppingConfig
 from llmtrain.train.embeddings_config import EmbeddingsConfig
 from llmtrain.train.method_config import GradualConfig, Method
+from llmtrain.train.profile_config import ProfileConfig
+from llmtrain.train.spikes_config import OnSpike, SpikesConfig
 from llmtrain.train.time_limit import ALLOWED as TIME_ALLOWED
 from llmtrain.train.time_limit import seconds_of
 from llmtrain.train.transfer_config import TransferConfig
@@ -62,6 +64,13 @@ class StepsConfig:
     freeze: tuple[str, ...] = ()
     """fnmatch patterns of the names of parameters that are not trained, such as `blocks.*`. Under ZeRO in
     bf16 or fp16 they are held and saved in that type."""
+    on_spike: OnSpike | None = None
+    """What is done about a step whose loss or gradient norm is not finite, or far above those before. skip:
+    the step is left out; rollback: so it is, but after several in a row the run goes back to the last
+    checkpoint before them and leaves out the samples since; stop: the run stops before it. null: it stops
+    where they are not finite."""
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    """Which steps those are."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps >= 1, "steps", self.steps, "1 or more")
@@ -133,6 +142,7 @@ class TrainConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     freeze: int = 0

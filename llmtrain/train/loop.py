@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from llmtrain.data.loader import Reading
 from llmtrain.distributed import processes
 from llmtrain.distributed.stop_checks import StopCheck, StoppedError
-from llmtrain.engine.base import Engine, NonFiniteError, StepResult
+from llmtrain.engine.base import Engine, StepResult
 from llmtrain.engine.evaluation import Totals
+from llmtrain.engine.gate import Accepts, NonFiniteError
 from llmtrain.errors import Problem, TrainingError
 from llmtrain.watch import phases
 
@@ -60,6 +62,11 @@ class Hooks:
     """Wait until the last checkpoint is complete."""
     judge: Callable[[int, Totals], Verdict] = lambda step, totals: Verdict()
     """Take note of an evaluation, and say what follows from it, the same on all ranks."""
+    accepts: Accepts | None = None
+    """Say whether a step may be taken, given its loss and gradient norm; None: every finite one."""
+    rejected: Callable[[int], bool] = lambda step: False
+    """Take note, given the completed steps, that the last was not taken; return whether the run has gone
+    back. It raises TrainingError to end the run."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Outcome:
     interrupted: bool
     ended_early: bool = False
     """An evaluation ended it before the last step."""
+    went_back: bool = False
+    """The run goes on from its newest checkpoint, with another engine and other samples."""
 
 
 def train(
@@ -102,7 +111,7 @@ def train(
     When any rank is asked to stop, the loop ends after the current step; so it does after an evaluation that
     ends the run. A step or an evaluation that takes long is abandoned as if it had not begun. A checkpoint is
     saved first, and everything begun is complete on return. Raise TrainingError for a loss or gradient that
-    is not finite; the last checkpoint stays.
+    is not finite, unless `hooks.accepts` decides about it; the last checkpoint stays.
     """
     start_step, steps = schedule.start_step, schedule.steps
     until = steps if schedule.pause_at is None else schedule.pause_at
@@ -143,7 +152,10 @@ def train(
         return Outcome(start_step, None, interrupted=True)
     if verdict.ends:
         return Outcome(start_step, validation_loss, interrupted=False, ended_early=True)
-    stopped = False
+    stopped = went_back = False
+    train_step = engine.train_step
+    if hooks.accepts is not None:
+        train_step = partial(train_step, accepts=hooks.accepts)
     batches = loader.steps(start_step)
     for step in range(start_step, until):
         started = time.perf_counter()
@@ -153,7 +165,7 @@ def train(
         lr = hooks.lr(step)
         stop_check.begin()
         try:
-            result = engine.train_step(
+            result = train_step(
                 batch.micro_batches, lr=lr, stop_requested=stop_requested, between=stop_check.check
             )
         except StoppedError:
@@ -169,6 +181,8 @@ def train(
         data = {"data_wait_seconds": batch.wait_seconds, **batch.progress}
         observer.on_step(done, result, lr, time.perf_counter() - started, data)
         hooks.after_step()
+        if result.rejected and (went_back := hooks.rejected(done)):
+            break
         evaluation_is_due, verdict = is_due(done, schedule.evaluate_every, steps), Verdict()
         if evaluation_is_due and not stopped:
             try:
@@ -188,6 +202,8 @@ def train(
     phases.end_steps()
     with phases.SAVE:
         hooks.finish_save()
+    if went_back:
+        return Outcome(done, None, interrupted=False, went_back=True)
     return Outcome(done, validation_loss, interrupted=stopped, ended_early=verdict.ends and done < steps)
 
 

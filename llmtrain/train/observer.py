@@ -80,6 +80,8 @@ class RunObserver:
             metrics |= {} if used is None else {"mfu": used}
         if result.skipped:
             metrics["skipped"] = 1
+        if result.rejected:
+            metrics["rejected"] = 1
         if result.num_targets == 0:
             # Nothing was computed; zeros in the curves would be false.
             del metrics["loss"], metrics["grad_norm"]

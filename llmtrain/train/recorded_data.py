@@ -26,6 +26,7 @@ from llmtrain.objectives.reading import open_data
 from llmtrain.objectives.registry import objective_config_type
 from llmtrain.reading import parse_object, parse_yaml, read_decoded
 from llmtrain.report.record import METRICS, RECORD_BYTES
+from llmtrain.track.events import EVENTS, read_events, skipped_steps
 from llmtrain.track.jsonl import read_metrics
 from llmtrain.train.streaming import Order, open_stream
 
@@ -114,7 +115,14 @@ class Run:
             raise CheckpointError(Problem(str(path / "data.json"), got, "a timeline"))
         self._timeline = Timeline(self._data.timeline)
         self.digests = recorded_digests(path)
+        self.skipped = skipped_steps(read_events(path / EVENTS))
+        """Step → why it was not taken."""
         self._opened: tuple[Segment, Opened] | None = None
+
+    def left_out_before(self, step: int) -> range:
+        """Return the samples that were left out between the step before and `step`, which the run went back
+        to; mostly none."""
+        return self._timeline.left_out_before(step - 1)
 
     def check_reached(self, steps: range) -> None:
         """Raise ConfigError unless the run has made all of these steps."""

@@ -37,6 +37,8 @@ from llmtrain.train.embeddings import (
 )
 from llmtrain.train.methods import method_problems, trainable_of, with_features, with_method
 from llmtrain.train.pretrained import Pretrained, expand
+from llmtrain.train.profile_config import profile_problems
+from llmtrain.train.spikes_config import spike_problems
 from llmtrain.train.suite_rules import suite_problems
 from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
@@ -132,6 +134,9 @@ def resolve(
     problems += metric_problems(config, corpora)
     problems += writing_problems(config)
     problems += suite_problems(config)
+    problems += spike_problems(config)
+    size = None if layout is None else layout.world_size
+    problems += profile_problems(config.profile, config.train.steps, size)
     if problems:
         raise ConfigError(problems)
     assert layout is not None

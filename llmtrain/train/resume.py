@@ -55,6 +55,11 @@ class Resume:
         processes.on_main(lambda: store.note_evaluation(self.checkpoint.path, said))
 
     @property
+    def spikes(self) -> Mapping[str, Any] | None:
+        """What the run knew of its bad steps; None of a fork, and where it did not look for them."""
+        return self.checkpoint.manifest.get("spikes") if self.is_own else None
+
+    @property
     def evaluations(self) -> Mapping[str, Any] | None:
         """The run's record of its evaluations until then; None of a fork, and in old checkpoints."""
         return self.checkpoint.manifest.get("evaluations") if self.is_own else None

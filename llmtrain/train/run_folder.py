@@ -6,12 +6,13 @@ RUN/
   git.json           commit of the working folder; git.diff: its uncommitted changes
   data.json          fingerprint and size of the training data
   metrics.jsonl      one object a step
-  events.jsonl       starts, checkpoints, restarts, and how each start ended
+  events.jsonl       starts, checkpoints, bad steps, restarts, and how each start ended
   logs/              output of ranks under launch/torchrun.sh, and reports of hangs
   features.json      with method=features: the strengths of regularization that were tried, with their losses
   words/             of word vectors: the vocabulary, and the text as rows of it
   loss.png           with track=[jsonl,picture]: the loss curves
-  checkpoints/       step-00000500/ …
+  profile/           with profile.steps: traces of torch's profiler
+  checkpoints/       step-00000500/ …; with checkpoint.remote, .remote/: the manifests that are there
 """
 
 from __future__ import annotations

@@ -5,15 +5,21 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.distributed import launcher, processes
 from llmtrain.standard_streams import print_note
+from llmtrain.track.alerts import alert_of, alert_of_restart
+from llmtrain.track.events import EVENTS, read_events
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers, open_trackers
 from llmtrain.train.config import TrainConfig, recorded
 from llmtrain.train.run_folder import RunFolder
+from llmtrain.urls import without_credentials
+
+LONGEST_REASON = 500
 
 
 class RunRecord:
@@ -49,7 +55,10 @@ class RunRecord:
             resume_step=continued.step if continued is not None else None,
             state=continued.manifest.get("trackers") if continued is not None else None,
         )
+        before = read_events(config.run.dir / EVENTS)
         self.note("start", step, host=platform.node(), processes=processes.world_size())
+        if config.track.alerts and step:
+            self.trackers.alert(*alert_of_restart(config.run.name, step, before))
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self.progress = Progress(config.train.steps, start_step=step, every=every)
 
@@ -62,17 +71,36 @@ class RunRecord:
                 print_note(text)
 
     def note(self, kind: str, step: int | None = None, **facts: Any) -> None:
-        """Append an event to the run folder, on rank 0."""
-        if self._folder is not None:
-            self._folder.note(kind, step, **facts)
+        """Append an event to the run folder, on rank 0, and tell people of it where that is asked for."""
+        if self._folder is None:
+            return
+        self._folder.note(kind, step, **facts)
+        if self._config.track.alerts and self.trackers is not None:
+            alert = alert_of(self._config.run.name, kind, step, facts)
+            if alert is not None:
+                self.trackers.alert(*alert)
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        """Give a checkpoint to the trackers that keep them."""
+        if self.trackers is not None:
+            self.trackers.keep(step, checkpoint)
 
     def close(self, failed: bool) -> None:
         """Release the run folder; `failed` is how trackers mark the run."""
         if failed:
-            self.note("fail")
+            facts: dict[str, Any] = _reason()
+            self.note("fail", **facts)
         if self.progress is not None:
             self.progress.close()
         if self.trackers is not None:
             self.trackers.close(failed)
         if self._folder is not None:
             self._folder.close()
+
+
+def _reason() -> dict[str, str]:
+    """Return what the exception that is being handled says, as facts of an event."""
+    error = sys.exc_info()[1]
+    if error is None:
+        return {}
+    return {"why": without_credentials(str(error) or type(error).__name__)[:LONGEST_REASON]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from llmtrain.checkpoint.manifest import step_folder
 from llmtrain.checkpoint.reader import Checkpoint
-from llmtrain.checkpoint.retention import prune
+from llmtrain.checkpoint.retention import list_steps, prune
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import encode
 from llmtrain.data.datasets.base import Dataset, mean_length
@@ -28,12 +29,15 @@ from llmtrain.train.examiner import give_classifier
 from llmtrain.train.judging import Judge
 from llmtrain.train.loop import Hooks, Outcome, Schedule, Verdict, train
 from llmtrain.train.observer import RunObserver
+from llmtrain.train.profiling import Profile
 from llmtrain.train.reference import give_reference
+from llmtrain.train.remote import RemoteCopy
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.resume import Resume, check_same_validation, find_resume
 from llmtrain.train.run_data import RunData
 from llmtrain.train.run_record import RunRecord
 from llmtrain.train.solved import build_solved_engine, conclude
+from llmtrain.train.spikes import SpikeGuard
 from llmtrain.train.start import same_work, start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.suite import TrainingSuite, tasks_of
@@ -56,6 +60,12 @@ def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
     start_ranks(resolved, device)
     config = resolved.config
     with watched(config.watch, config.debug, config.run.dir, device, same_work(resolved.layout)):
+        return _train(resolved, device, heap, started)
+
+
+def _train(resolved: Resolved, device: torch.device, heap: Heap | None, started: float) -> bool:
+    """Train, again from the last good checkpoint after each step back; see train_run."""
+    while True:
         session = Session(resolved, device, heap, started)
         try:
             is_complete = session.train()
@@ -63,7 +73,11 @@ def train_run(resolved: Resolved, forecast_bytes: int, started: float) -> bool:
             session.close(failed=True)
             raise
         session.close(failed=False)
-    return is_complete
+        if not session.went_back:
+            return is_complete
+        # As a start after a kill, whatever checkpoint the first one was to resume from.
+        checkpoint = replace(resolved.config.checkpoint, resume="auto")
+        resolved = replace(resolved, config=replace(resolved.config, checkpoint=checkpoint))
 
 
 class Session:
@@ -84,7 +98,11 @@ class Session:
         self.data = RunData(resolved, self._say)
         self._limit = TimeLimit.of_run(self.config.train.time_limit, self.config.run.dir)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
+        self.went_back = False
+        """Whether the run goes on in another session, from its newest checkpoint."""
         processes.on_main(self.record.hold_folder)
+        self._profile = Profile(self.config.profile, self.config.run.dir, device, self._say)
+        self._copy = RemoteCopy(self.config.checkpoint, self.config.run.dir, self._say, self.record.note)
 
     @property
     def root(self) -> Path:
@@ -95,20 +113,27 @@ class Session:
         """Open everything in order, train, and return whether all steps are done."""
         config = self.config
         # Check everything that may be refused before building anything.
+        self._copy.open()
         training = self.data.open()
         validation = self.data.validation
         tasks = None if validation is None else processes.agree(lambda: tasks_of(config))
         start = self._find_start(has_validation=validation is not None)
+        judge = self._judge = Judge(config, None if start.resume is None else start.resume.evaluations)
+        self._copy.begin(start.step, lambda: judge.rules)
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
+            self._finish_copy()
             return True
-        judge = self._judge = Judge(config, None if start.resume is None else start.resume.evaluations)
         if judge.ended and not start.evaluation_owed:
             self._say(f"{judge.why_ended()}; nothing to train")
+            self._finish_copy()
             return True
         stream = self.data.open_stream(training, start)
         if start.resume is not None and start.resume.is_own:
             check_same_validation(config, start.resume.checkpoint, self.data.facts())
+        spikes = None if start.resume is None else start.resume.spikes
+        note, finish = self.record.note, self._saver.finish
+        self._guard = SpikeGuard(config.train, spikes, self.root, stream.timeline, self._say, note, finish)
         objective = config.objective.build(config.model, config.data, self.corpora)
         if config.method == "features":
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
@@ -127,6 +152,7 @@ class Session:
         loader = self.data.open_loader(stream, objective, self.rank, self.device.type == "cuda")
         description = self._describe(stream, start, weights)
         reading = OneReading(loader)
+        watched = self._profile.watching(reading)
         stopping.request.save_first()
 
         while True:
@@ -134,7 +160,12 @@ class Session:
             if config.method == "features":
                 outcome = conclude(engine, reading, hooks, observer, config.train.steps, self._asked_to_stop)
             else:
-                outcome = train(engine, reading, hooks, observer, self._schedule(start), self._asked_to_stop)
+                outcome = train(engine, watched, hooks, observer, self._schedule(start), self._asked_to_stop)
+            if outcome.went_back:
+                reading.close()
+                engine.release()
+                self.went_back = True
+                return False
             if outcome.interrupted or outcome.ended_early or outcome.step >= config.train.steps:
                 break
             engine.release()
@@ -142,13 +173,17 @@ class Session:
             start = self._at_step(outcome.step)
             engine, _ = build_run_engine(self._resolved, self.device, objective, start, self._say)
         processes.on_main(observer.raise_failure)
+        self._finish_copy()
         self._report(outcome)
         return not outcome.interrupted
 
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
+        self._profile.close()
         self._saver.abandon()
-        self.data.close()
+        self._copy.close()
+        if not self.went_back:
+            self.data.close()
         self.record.close(failed)
 
     # What a start opens, in order
@@ -224,6 +259,7 @@ class Session:
         def evaluated_late(loss: float | None) -> None:
             if start.resume is not None:
                 start.resume.note_evaluation({"validation_loss": loss, **judge.recorded(start.step)})
+                self._copy.submit(start.resume.checkpoint.path)
 
         def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
             trackers = processes.from_main(record.trackers.state() if record.trackers is not None else None)
@@ -231,6 +267,7 @@ class Session:
                 **description,
                 "validation_loss": validation_loss,
                 **judge.recorded(step),
+                **self._guard.recorded(),
                 "evaluation_owed": evaluation_owed,
                 "trackers": trackers,
             }
@@ -248,6 +285,8 @@ class Session:
             after_step=self._after_step,
             finish_save=self._saver.finish,
             judge=verdict,
+            accepts=self._guard.accepts,
+            rejected=self._guard.rejected,
         )
 
     def _at_step(self, step: int) -> StartingPoint:
@@ -267,7 +306,9 @@ class Session:
         )
 
     def _after_step(self) -> None:
+        self._profile.after_step()
         self._saver.poll()
+        self._copy.poll()
         watch.after_step()
         if self._heap is not None:
             self._heap.after_step()
@@ -280,12 +321,21 @@ class Session:
         self._limit.saved(seconds)
         self._say(f"step {step:,}: checkpoint {path}")
         self.record.note("save", step, seconds=round(seconds, 3))
+        self._copy.submit(path)
+        self.record.keep(step, path)
         if processes.is_main():
             self._prune(path)
 
+    def _finish_copy(self) -> None:
+        """Wait for the copy elsewhere, and delete what had to be kept for it."""
+        self._copy.finish()
+        if processes.is_main() and self.config.checkpoint.remote is not None:
+            for newest in list_steps(self.root)[-1:]:
+                self._prune(newest)
+
     def _prune(self, current: Path) -> None:
         try:
-            prune(self.root, current, self._judge.rules)
+            prune(self.root, current, self._judge.rules, self._copy.held)
         except OSError as error:  # training needs none of this
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 

@@ -90,6 +90,8 @@ class VectorRunConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more")
+        remote = self.checkpoint.remote
+        yield from require(remote is None, "checkpoint.remote", remote, "null with word vectors")
         given, usual = self.parallel, ParallelConfig()
         for field in fields(given):
             value, alone = getattr(given, field.name), getattr(usual, field.name)
@@ -128,8 +130,8 @@ def decode_run(mapping: Mapping[str, Any]) -> VectorRunConfig:
 
     Raise ConfigError for a section or a layout that it cannot have, and as `decode` does."""
     section = dict(mapping.get("train") or {})
-    if section.get("freeze") is None:
-        section.pop("freeze", None)
+    steps = {field.name for field in fields(VectorStepsConfig)}
+    section = {key: value for key, value in section.items() if value is not None or key in steps}
     family = mapping["model"]["family"]
     own = {field.name for field in fields(VectorRunConfig)}
     others = {field.name for field in fields(TrainConfig)} - own

@@ -29,6 +29,7 @@ __all__ = ["one_process"]
 pytestmark = pytest.mark.slow
 
 PROGRAMS = ("llmtrain", "python")
+PREFLIGHT = "seconds=0.05 link_bytes=4096 room.shm_bytes=0"
 SBATCH = REPOSITORY / "launch/slurm.sbatch"
 TWO_NODES = REPOSITORY / "cluster/slurm/two_nodes.sh"
 
@@ -152,12 +153,25 @@ def test_two_nodes_train_as_one_process(
     folder = tmp_path / "a folder of the user's"
     folder.mkdir()
     arguments = [*TRAINING, f"data.path={corpus}", "run.dir=the run", "train.steps=4", *overrides]
-    job = Job(request.getfixturevalue(environment), folder, *arguments)
+    checked_first = {"PREFLIGHT": f"factor=1000 {PREFLIGHT}"} if environment == "warm" else {}
+    job = Job(request.getfixturevalue(environment), folder, *arguments, **checked_first)
     assert job.exit_code() == 0, job.output()
     np.testing.assert_allclose(losses(folder / "the run"), one_process, rtol=1e-5)
     assert "step 4" in job.output()
     assert "step 4" in (job.logs / "rank0.log").read_text()
     assert (job.logs / "rank1.log").exists()
+    assert ("messages between hosts" in job.output()) == (environment == "warm")
+    assert (job.logs / "preflight/rank1.log").exists() == (environment == "warm")
+
+
+def test_a_node_that_is_off_ends_the_job_before_training(
+    warm: Mapping[str, str], corpus: Path, tmp_path: Path
+):
+    too_much = f"room.run_bytes=1_000_000_000_000_000_000 {PREFLIGHT}"
+    job = Job(warm, tmp_path, *TRAINING, f"data.path={corpus}", "run.dir=run", PREFLIGHT=too_much)
+    assert job.exit_code() == 2, job.output()
+    assert "disk of run: got" in job.output()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_fails_the_job_with_code_2(warm: Mapping[str, str], corpus: Path, tmp_path: Path):

@@ -27,11 +27,20 @@ def check(device: str, folder: Path) -> Iterator[Row]:
     yield judged("scaler", "a step in fp16", not first.skipped, detail)
 
     before = [p.detach().clone() for p in engine.model.parameters()]
+    refused = engine.train_step(next(steps).micro_batches, lr=1e-3, accepts=lambda loss, norm: False)
+    kept = all(torch.equal(p, was) for p, was in zip(engine.model.parameters(), before, strict=True))
+    good = refused.rejected and kept and engine.scaler_state() == usual
+    yield judged("scaler", "a step that is refused", good, f"weights and scale as they were: {good}")
+
     engine.load_scaler_state({**usual, "scale": TOO_LARGE})
-    overflowed = engine.train_step(next(steps).micro_batches, lr=1e-3)
+    asked: list[float] = []
+    overflowed = engine.train_step(
+        next(steps).micro_batches, lr=1e-3, accepts=lambda loss, norm: bool(asked.append(norm))
+    )
     kept = all(torch.equal(p, was) for p, was in zip(engine.model.parameters(), before, strict=True))
     scale = engine.scaler_state()["scale"]
-    good = overflowed.skipped and kept and scale == TOO_LARGE / 2
+    # An overflow is part of finding the scale: no one is asked about it.
+    good = overflowed.skipped and not asked and kept and scale == TOO_LARGE / 2
     detail = f"skipped: {overflowed.skipped}, weights as they were: {kept}, scale times {scale / TOO_LARGE:g}"
     yield judged("scaler", "an overflow", good, detail)
 

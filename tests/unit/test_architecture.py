@@ -31,7 +31,7 @@ ORDER = (
     {"engine"},
     {"checkpoint"},
     {"interchange"},
-    {"features", "generation", "output", "report"},
+    {"features", "generation", "output", "preflight", "report"},
     {"harness"},
     {"train"},
     {"commands"},

@@ -23,7 +23,14 @@ from llmtrain.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/torchrun.sh", "launch/slurm.sbatch"]
-SCRIPTS += ["launch/setup.sh", "launch/lock.sh", "launch/verses.sh", "cluster/slurm/two_nodes.sh", ".ci/run"]
+SCRIPTS += [
+    "launch/setup.sh",
+    "launch/lock.sh",
+    "launch/verses.sh",
+    "launch/preflight.sh",
+    "cluster/slurm/two_nodes.sh",
+    ".ci/run",
+]
 
 
 def mistakes(**environment: str) -> list[str]:

@@ -145,7 +145,7 @@ def test_every_field_can_be_given_though_its_yaml_lacks_it():
 
 def test_no_tracker_at_all():
     assert decoded(compose(["track=[]"], "plan")).track == TrackConfig()
-    assert set(compose([], "plan")["track"]) == {"jsonl"}
+    assert set(compose([], "plan")["track"]) == {"alerts", "jsonl"}
 
 
 def test_the_command_is_remembered_as_typed(monkeypatch: pytest.MonkeyPatch):

@@ -133,6 +133,28 @@ def test_rescaled_sources_stay_at_their_share():
     assert drawn(timeline, 0, 8) == [("a", n) for n in range(80)]
 
 
+@pytest.mark.parametrize("step", [3, 5, 9])
+def test_samples_that_are_left_out(step: int):
+    """Also over a change of weights; and a resumed run that plans the same again keeps the gap."""
+    shares = shares_of({"a": 3.0, "b": 1.0})
+    timeline = begin(4, shares, {}).changed(6, 4, {"a": 1.0}, {})
+    later = timeline.leaving_out(step, 2)
+    assert [later.samples(s) for s in range(step)] == [timeline.samples(s) for s in range(step)]
+    assert later.samples(step) == timeline.samples(step + 2)
+    assert later.left_out_before(step) == range(
+        timeline.samples(step).start, timeline.samples(step + 2).start
+    )
+    assert not later.left_out_before(step + 1)
+    before, after = later.at(step), timeline.at(step + 2)
+    first = later.samples(step).start
+    assert before.positions_at(first) == after.positions_at(first)
+    assert later.at(6).shares == timeline.at(6).shares
+    same = Timeline.decode(json.loads(json.dumps(later.encode())))
+    assert same.changed(step, 4, same.at(step).shares, {}).encode() == [
+        segment.encode() for segment in later.segments if segment.step <= step
+    ]
+
+
 def test_a_timeline_begins_with_step_0():
     with pytest.raises(ValueError, match="must begin with step 0"):
         Timeline([])

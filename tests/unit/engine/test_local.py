@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from llmtrain.data.loader import MicroBatch
-from llmtrain.engine.base import NonFiniteError, total_norm
+from llmtrain.engine.base import total_norm
 from llmtrain.engine.dropout import dropout_seed
+from llmtrain.engine.gate import NonFiniteError
 from llmtrain.engine.local import LocalEngine
 from llmtrain.objectives.causal_lm import CausalLM
 from llmtrain.optim.config import OptimizerConfig
@@ -98,6 +99,34 @@ def test_a_loss_that_is_not_finite_names_its_samples(batch):
     assert set(caught.value.samples) <= set(with_nan)
     assert 2 in caught.value.samples
     torch.testing.assert_close(model.table, before, equal_nan=True)
+
+
+def test_a_step_that_is_not_accepted_leaves_statistics_too(batch):
+    class Normed(Bigram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(VOCAB)
+
+        def forward(self, tokens_BT, *, labels_BT=None, **_):
+            logits = self.norm(self.table[tokens_BT].flatten(0, 1))
+            return nn.functional.cross_entropy(logits, labels_BT.flatten(), reduction="sum")
+
+    rows, documents = batch
+    model, asked = Normed(), []
+    trained = engine(model, 2, 4)
+    trained.train_step(micro_batches(rows, documents, 2), lr=0.5)
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    with torch.no_grad():
+        model.table[0] = float("inf")
+    result = trained.train_step(
+        micro_batches(rows, documents, 2), lr=0.5, accepts=lambda *found: bool(asked.append(found))
+    )
+    assert result.rejected
+    assert result.skipped
+    assert asked == [(pytest.approx(result.loss, nan_ok=True), pytest.approx(result.grad_norm, nan_ok=True))]
+    before["table"][0] = float("inf")
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, before[name]), name
 
 
 def test_the_norm_of_large_gradients_is_exact():

@@ -48,6 +48,12 @@ class Recorder:
     def state(self) -> dict[str, Any]:
         return self._call()
 
+    def alert(self, title: str, text: str) -> None:
+        self._call(title, text)
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        self._call(step, checkpoint)
+
     def close(self, failed: bool) -> None:
         self._call(failed)
 

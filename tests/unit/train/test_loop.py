@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llmtrain.distributed import processes, stop_checks
-from llmtrain.engine.base import NonFiniteError, StepResult
+from llmtrain.engine.base import StepResult
 from llmtrain.engine.evaluation import Totals
+from llmtrain.engine.gate import NonFiniteError
 from llmtrain.errors import TrainingError
 from llmtrain.train.loop import Hooks, Outcome, Schedule, train
 from tests.support import ranks

@@ -13,7 +13,7 @@ import pytest
 
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
-from llmtrain.engine.base import NonFiniteError
+from llmtrain.engine.gate import NonFiniteError
 from llmtrain.errors import CheckpointError, Problem, TrainingError
 from llmtrain.track.trackers import Trackers
 from llmtrain.train import run_record
@@ -141,6 +141,9 @@ class FailsAt:
 
     def state(self) -> dict[str, Any]:
         return {}
+
+    def keep(self, step: int, checkpoint: Path) -> None:
+        pass
 
     def close(self, failed: bool) -> None:
         pass
