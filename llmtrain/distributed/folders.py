@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llmtrain.files import expand_home
+from llmtrain.reading import read_bytes
 
 
 def run_folder(overrides: Iterable[str]) -> Path:
@@ -19,3 +20,13 @@ def log_folder(environment: Mapping[str, str], overrides: Iterable[str]) -> Path
     if environment.get("LOG_DIR"):
         return expand_home(environment["LOG_DIR"]).absolute()
     return run_folder(overrides) / "logs"
+
+
+def last_report(folder: Path, since: float) -> str:
+    """Return the first line of the newest report of a watch among the logs, and its path; "" without one
+    since then, in seconds since 1970."""
+    reports = sorted((path.stat().st_mtime, path) for path in folder.glob("watch.*.txt"))
+    if not reports or reports[-1][0] < since:
+        return ""
+    first = read_bytes(reports[-1][1], 1 << 20).decode(errors="replace").partition("\n")[0]
+    return f"{first.removeprefix('llmtrain: error: ')}; the report: {reports[-1][1]}"

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 from llmtrain import standard_streams
 from llmtrain.distributed import job_time
 from llmtrain.distributed.elastic import elastic_bounds
-from llmtrain.distributed.folders import log_folder, run_folder
+from llmtrain.distributed.folders import last_report, log_folder, run_folder
 from llmtrain.distributed.forwarding import Forwarder
 from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, restrict_to_interface, route_to
 from llmtrain.distributed.launcher import join_seconds, start_seconds, stop_seconds
@@ -322,16 +322,6 @@ def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> tuple[int,
     if rank:
         print(*_tail(log), sep="\n", file=sys.stderr)
     return code, what
-
-
-def last_report(folder: Path, since: float) -> str:
-    """Return the first line of the newest report of a watch among the logs, and its path; "" without one
-    since then, in seconds since 1970."""
-    reports = sorted((path.stat().st_mtime, path) for path in folder.glob("watch.*.txt"))
-    if not reports or reports[-1][0] < since:
-        return ""
-    first = read_bytes(reports[-1][1], 1 << 20).decode(errors="replace").partition("\n")[0]
-    return f"{first.removeprefix('llmtrain: error: ')}; the report: {reports[-1][1]}"
 
 
 def _meaning(code: int) -> str:

@@ -44,7 +44,7 @@ def tell(run: Path, kind: str, problem: Problem, text: str, report: Path | None,
         os.write(
             2, f"\nllmtrain: {text.rstrip()}{saved}\nllmtrain: error: {problem}\n".encode(errors="replace")
         )
-    note_event(run, kind, step, what=str(problem), report=None if report is None else str(report))
+    note_event(run, kind, step, why=str(problem), report=None if report is None else str(report))
 
 
 def write_flight_recorder(folder: Path, rank: int) -> None:
