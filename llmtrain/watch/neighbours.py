@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import tempfile
 import time
 from contextlib import suppress
@@ -144,7 +145,7 @@ def _prefix() -> str:
 def _remove_leftovers(root: Path) -> None:
     """Remove the folders of runs of this user whose processes have all ended: killed ranks leave them."""
     for folder in root.glob(f"{_prefix()}*"):
-        with suppress(OSError):
+        with suppress(OSError, struct.error):  # a file that was just made is empty
             files = [*folder.glob("rank*[0-9]")]
             heads = [layout.HEAD.unpack_from(file.read_bytes()) for file in files]
             ended = [kernel.state_of(pid, started) == kernel.ENDED for _, pid, _, started in heads if pid]

@@ -158,3 +158,25 @@ def test_collectives_are_noted_and_compared(tmp_path: Path):
     assert "in step 2" in said
     assert "as number 2 among its ranks" in said
     assert first_divergence([of_ranks[0], Calls(1, "node1", of_ranks[0].records, of_ranks[0].places)]) is None
+
+
+def test_folders_of_ended_processes_are_removed_and_no_others():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    folders = {name: Folder(f"test-{os.getpid()}-{name}", "here", 0, [0]) for name in ("ended", "new", "own")}
+    left = Recorder(folders["ended"].file_of(0), 0)
+    layout.HEAD.pack_into(left.buffer, layout.HEAD_AT, layout.MAGIC, ended.pid, 0, 1)
+    folders["new"].file_of(0).touch()  # as between its making and its first byte
+    own = Recorder(folders["own"].file_of(0), 0)
+    last = Folder(f"test-{os.getpid()}-last", "here", 0, [0])
+    try:
+        assert {name: folder.path.exists() for name, folder in folders.items()} == {
+            "ended": False,
+            "new": True,
+            "own": True,
+        }
+    finally:
+        own.close()
+        for folder in (*folders.values(), last):
+            folder.close()
+    assert not last.path.exists()
