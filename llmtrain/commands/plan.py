@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from llmtrain import files
 from llmtrain.config import decode
 from llmtrain.distributed import launcher
+from llmtrain.dry_run import report as dry_run_report
+from llmtrain.dry_run.record import Rehearsal
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home
 from llmtrain.output import check_output, write_output
@@ -45,15 +47,20 @@ def run(mapping: Mapping[str, Any]) -> None:
     resolved = resolve(settings, keys.world_size, data_optional=True)
     plan = _plan(resolved, keys)
     bought = budgets.budgeted(keys.budget, plan) if keys.budget.is_given else None
+    rehearsal = _rehearse(resolved, keys.rank) if keys.dry_run else None
     if keys.format == "json":
         found = report.as_json(plan)
         if bought is not None:
             found["budget"] = {field.name: getattr(bought, field.name) for field in fields(bought)}
+        if rehearsal is not None:
+            found["dry_run"] = dry_run_report.as_json(rehearsal, plan)
         print(json.dumps(found, indent=2))
         return
     print(report.table(plan))
     if resolved.config.parallel.auto:
         print(f"parallel=auto chose {' '.join(own_choice(resolved).overrides())}")
+    if rehearsal is not None:
+        print("\n".join(dry_run_report.lines(rehearsal, plan)))
     if bought is not None:
         print("\n".join(budgets.lines(bought, plan)))
     if plan.time is not None and (
@@ -117,6 +124,12 @@ def _on_one_process(settings: Mapping[str, Any]) -> Resolved:
     return resolve(
         {**settings, "parallel": {}, "recompute": {}, "batch": batch, "engine": "auto"}, 1, data_optional=True
     )
+
+
+def _rehearse(resolved: Resolved, rank: int) -> Rehearsal:
+    from llmtrain.dry_run.rehearsal import rehearse
+
+    return rehearse(resolved, rank)
 
 
 def own_choice(resolved: Resolved) -> Choice:

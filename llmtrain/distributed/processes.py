@@ -25,6 +25,9 @@ T = TypeVar("T")
 _store_at: tuple[str, int] | None = None
 """Where the store of the ranks is served."""
 
+_IMAGINED = False
+"""Whether all other ranks are imagined: see `imagine`."""
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -107,6 +110,20 @@ def start(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         return
+    atexit.register(_destroy)
+
+
+def imagine(rank: int, size: int) -> None:
+    """Be the rank `rank` of `size` processes of which no other exists.
+
+    Collectives return at once. What the others would say is what this rank says; a count that is summed over
+    ranks is at least 1, since work that others have is not to be taken for none.
+    """
+    global _IMAGINED
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _IMAGINED = True
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     atexit.register(_destroy)
 
 
@@ -194,13 +211,15 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum `values` over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
+    if _IMAGINED and not values.is_floating_point():
+        values.clamp_(min=1)
     return values
 
 
 def gather(value: T) -> list[T]:
     """Return the values of all ranks, in rank order, on every rank. For small picklable values."""
-    if world_size() == 1:
-        return [value]
+    if world_size() == 1 or _IMAGINED:
+        return [value] * world_size()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -208,8 +227,8 @@ def gather(value: T) -> list[T]:
 
 def gather_to_main(value: T) -> list[T]:
     """Return the values of all ranks, in rank order, on rank 0; an empty list on the others."""
-    if world_size() == 1:
-        return [value]
+    if world_size() == 1 or _IMAGINED:
+        return [value] * world_size() if is_main() else []
     values: list[Any] | None = [None] * world_size() if is_main() else None
     dist.gather_object(value, values, dst=0)
     return values or []
@@ -217,7 +236,7 @@ def gather_to_main(value: T) -> list[T]:
 
 def from_main(value: T) -> T:
     """Return the value of rank 0 on every rank. For small picklable values."""
-    if world_size() == 1:
+    if world_size() == 1 or _IMAGINED:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)

@@ -37,6 +37,7 @@ class PipelineEngine(DeepSpeedEngine):
             setup.objective.pad_fully()
         self._stage = stage
         self._shared = shared
+        self._imagines = False
         self._replay = _Replay(stage, setup)
         super().__init__(setup)
         precision = setup.precision if self.layout.zero == 0 else "fp32"
@@ -71,6 +72,11 @@ class PipelineEngine(DeepSpeedEngine):
         self._make_step = upstream.step_apart(engine)
         return engine
 
+    def imagine_neighbours(self) -> None:
+        """Take hidden states of neighbouring stages to have the shape that this stage's batch gives them, in
+        place of asking these stages: in a rehearsal there are none."""
+        self._imagines = True
+
     def _optimized(self) -> tuple[list[tuple[str, nn.Parameter]], dict[str, Group]]:
         named, groups = super()._optimized()
         anchors = {f"anchor.{i}": anchor for i, anchor in enumerate(self._replay.anchors)}
@@ -83,6 +89,8 @@ class PipelineEngine(DeepSpeedEngine):
     def _accumulate(self, count: int, batch: Callable[[int], Batch], scale: float) -> list[Terms]:
         # DeepSpeed divides by the number of micro-batches.
         self._replay.begin(batch, scale * count)
+        if self._imagines:
+            upstream.expect_from_neighbours(self._engine, self._replay.hidden_state(batch(0)))
         dummy = torch.zeros(1, device=self.device)
         # The forward passes within say so themselves.
         with phases.BACKWARD:
@@ -136,6 +144,11 @@ class _Replay(nn.Module):
             return y
         self._losses.append(y.detach())
         return y * self._scale
+
+    def hidden_state(self, batch: Batch) -> Tensor:
+        """Return a tensor of the shape and type of the hidden states that stages pass on."""
+        shape = self.stage.hidden_shape(**self._objective.arguments(batch))
+        return next(self.stage.parameters()).new_empty(shape)
 
     def terms(self, count: int) -> list[Terms]:
         """Return the terms of each micro-batch since `begin`; losses are 0 before the last stage."""

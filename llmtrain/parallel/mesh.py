@@ -80,8 +80,10 @@ class Mesh:
         return sorted(ranks)
 
     def _group(self, *axes: str, among: set[int] | None = None) -> Any:
-        coordinates = (self.layout.coordinates(rank) for rank in range(self.layout.world_size))
-        partition = tuple(sorted({tuple(self._ranks(*axes, among=among, of=each)) for each in coordinates}))
+        others = [axis for axis in Coordinates._fields if axis not in axes]
+        fixed = product(*(range(getattr(self.layout, axis)) for axis in others))
+        origins = (self.coordinates._replace(**dict(zip(others, values, strict=True))) for values in fixed)
+        partition = tuple(sorted(tuple(self._ranks(*axes, among=among, of=origin)) for origin in origins))
         if partition not in _GROUPS:
             # torch requires that all ranks create all groups in the same order.
             for ranks in partition:

@@ -115,6 +115,13 @@ class PipelineStage(nn.Module):
         """
         return self._through(x, tokens_BT, self._make_context(tokens_BT, **arguments))
 
+    def hidden_shape(self, *, tokens_BT: Tensor, **arguments: Any) -> tuple[int, int, int]:
+        """Return the shape of the hidden states that stages pass on for one batch."""
+        return self._hidden_shape(len(tokens_BT), self._make_context(tokens_BT, **arguments))
+
+    def _hidden_shape(self, B: int, context: Context) -> tuple[int, int, int]:
+        return B, context.num_states // self._token_parts, self.config.hidden_size
+
     def _through(self, x: Tensor | None, tokens_BT: Tensor, context: Context) -> Any:
         if x is None:
             x = tokens_BT
@@ -136,7 +143,7 @@ class PipelineStage(nn.Module):
         weight = next(self.parameters())
         x: Tensor | None = None
         if not mesh.is_first_stage:
-            x = weight.new_empty(B, context.num_states // self._token_parts, self.config.hidden_size)
+            x = weight.new_empty(self._hidden_shape(B, context))
             dist.recv(x, mesh.stage_rank(stage - 1))
         y = self._through(x, tokens_BT, context)
         cache: KVCache | None = arguments.get("cache")

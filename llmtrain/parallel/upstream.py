@@ -24,70 +24,7 @@ from torch import nn
 
 from llmtrain.distributed import launcher, toolchain
 from llmtrain.errors import Problem, TrainingError
-
-VERSION = "0.19.8"
-UNDOCUMENTED = {
-    "deepspeed.ops": ("__compatible_ops__",),
-    "deepspeed.utils.groups": ("_ZERO_PARAM_INTRA_PARALLEL_GROUP",),
-    "deepspeed.runtime.zero.partition_parameters.Init": (
-        "_convert_to_deepspeed_param",
-        "partition",
-        "ds_numel",
-        "ds_tensor",
-        "ds_secondary_tensor",
-    ),
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
-        "optimizer",
-        "grad_position",
-        "get_param_id",
-        "fp16_groups",
-        "fp16_partitioned_groups_flat",
-        "fp32_partitioned_groups_flat",
-        "_unflatten_partitioned_parameters",
-        "_get_norm_groups",
-        "invalidate_secondary_tensor",
-    ),
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
-        "optimizer",
-        "single_partition_of_fp32_groups",
-        "scaled_global_norm",
-        "loss_scale",
-    ),
-    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": (
-        "optimizer",
-        "fp32_groups_flat_partition",
-        "get_grads_for_norm",
-        "norm_type",
-    ),
-    "deepspeed.utils.tensor_fragment.tensor_fragment": (
-        "lp_fragment_address",
-        "hp_fragment_address",
-        "param_group_index",
-    ),
-    "deepspeed.utils.mixed_precision_linkage": ("_hp_mapping",),
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": (
-        "cur_scale",
-        "cur_iter",
-        "last_overflow_iter",
-        "cur_hysteresis",
-    ),
-    "deepspeed.runtime.pipe.module.PipelineModule": ("tied_modules", "tied_comms", "weight_attr"),
-    "deepspeed.runtime.pipe.engine.PipelineEngine": (
-        "_train_schedule",
-        "_exec_optimizer_step",
-        "micro_batches",
-        "num_stages",
-        "stage_id",
-    ),
-    "deepspeed.runtime.utils": (
-        "ds_pipe_replicated",
-        "combine_grad_norm_groups",
-        "get_global_norm_of_tensors",
-        "is_invalid_grad_norm",
-    ),
-    "deepspeed.ops.adam.DeepSpeedCPUAdam": ("ds_opt_adam", "opt_id"),
-}
-"""Module or class → names that stand in its source."""
+from llmtrain.parallel.undocumented import UNDOCUMENTED, VERSION
 
 
 def missing() -> list[str]:
@@ -349,6 +286,36 @@ def tie_over_stages(
         "module": holder,
     }
     holder.weight.ds_pipe_replicated = not counted  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def imagined_peers() -> Iterator[None]:
+    """Leave out ZeRO 3's question whether rank 0 has the same order of modules: there is no rank 0."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    compare = coordinator.assert_ints_same_as_other_ranks
+    coordinator.assert_ints_same_as_other_ranks = lambda ours: None
+    try:
+        yield
+    finally:
+        coordinator.assert_ints_same_as_other_ranks = compare
+
+
+def expect_from_neighbours(engine: Any, hidden: torch.Tensor) -> None:
+    """Have a PipelineEngine take `hidden` for what the stages beside it send, in place of asking them for the
+    shape."""
+    from deepspeed.runtime.utils import PartitionedTensor
+
+    sent: tuple[torch.Tensor, ...] = (hidden,)
+    if engine.is_pipe_partitioned:
+        part = PartitionedTensor(hidden, engine.grid.get_slice_parallel_group())
+        sent = (part.to_meta(), part.data())
+        engine.pipe_partition_input_meta_cache = engine.grad_partition_grad_layer_meta_cache = sent[0]
+    buffers = tuple(
+        engine._allocate_or_extend_buffers(i, list(tensor.size()), tensor.dtype)
+        for i, tensor in enumerate(sent)
+    )
+    engine.pipe_recv_buf = buffers if engine.is_pipe_partitioned else buffers[0]
 
 
 def step_apart(engine: Any) -> Callable[[], None]:

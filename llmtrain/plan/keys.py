@@ -53,6 +53,11 @@ class PlanKeys:
     """Number of processes; null: as many as the launcher started, else 1."""
     format: Literal["text", "json"] = "text"
     """A table, or one JSON object."""
+    dry_run: bool = False
+    """Also build the engine of one rank, and take a step, over tensors without values: what its groups,
+    collectives and bytes truly are. Needs torch, and no GPU."""
+    rank: int = 0
+    """The rank of the dry run."""
     assume: AssumeConfig = field(default_factory=AssumeConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
@@ -74,3 +79,4 @@ class SearchKeys(PlanKeys):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from require(1 <= self.top <= 1000, "top", self.top, "1 to 1000")
+        yield from require(not self.dry_run, "dry_run", "true", "false in a search", "use llmtrain plan")

@@ -34,6 +34,7 @@ ORDER = (
     {"features", "generation", "output", "preflight", "report"},
     {"harness"},
     {"train"},
+    {"dry_run"},
     {"commands"},
     {"cli"},
     {"__main__"},

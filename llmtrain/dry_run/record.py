@@ -1,0 +1,40 @@
+"""What a rehearsal found, free of torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llmtrain.parallel.layout import Coordinates
+
+
+@dataclass
+class Traffic:
+    """The collectives of one rank: (kind, size of the group) → number, and bytes of the tensors given."""
+
+    calls: Counter[tuple[str, int]] = field(default_factory=Counter)
+    sizes: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank did."""
+
+    rank: int
+    coordinates: Coordinates
+    micro_batches: int
+    """Of the step that was made."""
+    layers: int
+    """Repeated layers that it holds."""
+    parameters: int
+    """Elements of the weights that it holds, as its forward pass sees them."""
+    start_bytes: int
+    """Bytes of tensors once the engine stands."""
+    held_bytes: int
+    """The same after the step."""
+    peak_bytes: int
+    """The most during the step."""
+    setup: Traffic
+    step: Traffic
+    setup_seconds: float
+    step_seconds: float

@@ -1,0 +1,128 @@
+"""Rehearse one rank of a run: build its engine, and take one step."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtrain.data.loader import MicroBatch
+from llmtrain.distributed import processes
+from llmtrain.dry_run.imagined import Imagination, modules_stay
+from llmtrain.dry_run.record import Rehearsal, Traffic
+from llmtrain.errors import ConfigError, Problem
+from llmtrain.standard_streams import print_note
+from llmtrain.train.resolve import Resolved
+from llmtrain.train.run_data import RunData
+from llmtrain.train.starting import StartingPoint
+
+FEWEST_WORDS = 5
+"""Token ids below are special in most vocabularies."""
+
+
+def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
+    """Be the rank `rank` of the run, alone, without memory for its model, for one step.
+
+    A step of many micro-batches is cut to those that a pipeline holds at once and one more: later ones repeat
+    these.
+
+    Raise ConfigError for a rank that the run has not, and for an objective whose rows cannot be made up."""
+    from llmtrain.engine.build import build_engine
+
+    resolved = _cut(resolved)
+    config, layout = resolved.config, resolved.layout
+    if not 0 <= rank < layout.world_size:
+        allowed = f"0 to {layout.world_size - 1}, below world_size"
+        raise ConfigError(Problem("rank", str(rank), allowed))
+    started = time.perf_counter()
+    if layout.world_size > 1 or config.engine == "deepspeed":
+        processes.imagine(rank, layout.world_size)
+    if resolved.corpora is not None:
+        objective = config.objective.build(config.model, config.data, resolved.corpora)
+        batches = _read(resolved, objective)
+    else:
+        objective, batches = _made_up(resolved)
+    device = torch.device("cpu")
+    with ExitStack() as pretended:
+        imagination = pretended.enter_context(Imagination())
+        pretended.enter_context(modules_stay())
+        if config.engine == "deepspeed":
+            from llmtrain.parallel import upstream
+
+            upstream.import_deepspeed()
+            pretended.enter_context(upstream.imagined_peers())
+        engine = build_engine(config, layout, device, objective, None, lambda *_: None)
+        if layout.pipeline > 1:
+            engine.imagine_neighbours()  # type: ignore[attr-defined]
+        setup, imagination.traffic = imagination.traffic, Traffic()
+        start_bytes = imagination.peak_bytes = imagination.held_bytes
+        built = time.perf_counter()
+        engine.train_step(batches, lr=config.optimizer.lr)
+        done = time.perf_counter()
+        return Rehearsal(
+            rank=rank,
+            micro_batches=layout.accumulation,
+            coordinates=layout.coordinates(rank),
+            layers=len(
+                {name.split(".")[1] for name in engine.setup.parameters if name.startswith("blocks.")}
+            ),
+            parameters=sum(shard.numel for shard in engine.setup.shards.values()),
+            start_bytes=start_bytes,
+            held_bytes=imagination.held_bytes,
+            peak_bytes=imagination.peak_bytes,
+            setup=setup,
+            step=imagination.traffic,
+            setup_seconds=built - started,
+            step_seconds=done - built,
+        )
+
+
+def _cut(resolved: Resolved) -> Resolved:
+    layout = resolved.layout
+    made = min(layout.accumulation, layout.pipeline + 1)
+    size = made * layout.micro_size * layout.data
+    batch = replace(resolved.config.batch, global_size=size)
+    return replace(
+        resolved,
+        config=replace(resolved.config, batch=batch),
+        layout=replace(layout, accumulation=made, global_size=size),
+    )
+
+
+def _read(resolved: Resolved, objective: Any) -> list[MicroBatch]:
+    """Return the micro-batches of the rank's first step from its corpora."""
+    data = RunData(resolved, print_note)
+    stream = data.open_stream(data.open(), StartingPoint(None))
+    rank = resolved.layout.coordinates(processes.rank()).data
+    loader = data.open_loader(stream, objective, rank, pin_memory=False)
+    return next(iter(loader.steps(0))).micro_batches
+
+
+def _made_up(resolved: Resolved) -> tuple[Any, list[MicroBatch]]:
+    """Return the objective, and micro-batches of random tokens, each row one document."""
+    config, layout = resolved.config, resolved.layout
+    B, W = layout.micro_size, config.batch.sequence_length + 1
+    words: int = getattr(config.model, "vocab_size", 0)
+    generator = np.random.default_rng(config.seed)
+    found = []
+    try:
+        objective = config.objective.build(config.model, config.data, None)
+        for i in range(layout.accumulation):
+            first = (layout.coordinates(processes.rank()).data * layout.accumulation + i) * B
+            raw = {
+                "tokens": generator.integers(FEWEST_WORDS, words, (B, W)),
+                "documents": np.zeros((B, W), np.int64),
+                "keys": generator.integers(0, 1 << 62, B),
+            }
+            batch = objective.collate(raw)
+            found.append(MicroBatch(batch, range(first, first + B), np.arange(first, first + B)))
+    except (KeyError, ValueError):  # it reads other arrays, or ids that a tokenizer has
+        got = f"objective={config.objective.kind} without data"
+        remedy = "give data.path=…, whose first rows are used"
+        allowed = "an objective over rows of tokens alone, such as causal_lm"
+        raise ConfigError(Problem("dry_run", got, allowed, remedy)) from None
+    return objective, found

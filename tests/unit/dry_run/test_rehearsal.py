@@ -1,0 +1,77 @@
+"""A rank of any run is rehearsed in one process: what it holds, and what it sends."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.warm import llmtrain
+
+SMALL = ("model=gpt_tiny", "batch.micro_size=1", "batch.sequence_length=64", "cluster=h100_80g")
+LAYERS, PARAMETERS = 6, 7_098_368
+
+
+def rehearsed(*overrides: str) -> dict[str, Any]:
+    done = llmtrain("plan", "dry_run=true", "format=json", *SMALL, *overrides)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)["dry_run"]
+    return found
+
+
+def sent(found: dict[str, Any], kind: str, ranks: int) -> tuple[int, int]:
+    """Number and bytes of the collectives of a kind over so many ranks."""
+    named = [c for c in found["collectives"] if (c["kind"], c["ranks"]) == (kind, ranks)]
+    return sum(c["number"] for c in named), sum(c["bytes"] for c in named)
+
+
+def test_zero_1_reduces_each_gradient_and_gathers_each_weight_once() -> None:
+    found = rehearsed("world_size=8", "rank=7", "batch.global_size=16", "parallel.zero=1")
+    assert (found["coordinates"]["data"], found["layers"], found["parameters"]) == (7, LAYERS, PARAMETERS)
+    _, gathered = sent(found, "all-gather", 8)
+    _, reduced = sent(found, "all-reduce", 8)
+    assert gathered == 4 * PARAMETERS
+    assert 4 * PARAMETERS <= reduced < 4 * PARAMETERS + 1024  # and counts, the loss and the norm
+    # Weights, and an eighth of their masters and of two moments.
+    assert found["kept_bytes"] == pytest.approx(4 * PARAMETERS * (1 + 3 / 8), rel=0.01)
+    assert found["peak_bytes"] == pytest.approx(found["planned_peak_bytes"], rel=0.3)
+
+
+def test_zero_3_holds_an_eighth_and_gathers_the_rest() -> None:
+    found = rehearsed("world_size=8", "rank=5", "batch.global_size=8", "parallel.zero=3", "precision=bf16")
+    assert found["parameters"] == PARAMETERS
+    # In two bytes for the forward pass, and again for the backward pass.
+    assert sent(found, "all-gather", 8)[1] >= 2 * 2 * 0.8 * PARAMETERS
+    assert sent(found, "reduce-scatter", 8)[1] == pytest.approx(2 * PARAMETERS, rel=0.01)
+
+
+def test_ranks_of_a_pipeline_hold_their_stages_and_pass_hidden_states_on() -> None:
+    layout = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "precision=bf16")
+    sizes = ("world_size=4096", "batch.global_size=4096")
+    first, last = (rehearsed(*sizes, *layout, f"rank={rank}") for rank in (0, 4095))
+    assert (first["coordinates"]["pipeline"], last["coordinates"]["pipeline"]) == (0, 1)
+    assert first["layers"] + last["layers"] == LAYERS
+    # Each of three micro-batches passes a hidden state on, half from each rank of a tensor group.
+    hidden = 64 * 256 * 2 // 2
+    assert first["micro_batches"] == 3
+    for found, kind in ((first, "send"), (first, "receive"), (last, "send"), (last, "receive")):
+        number, size = sent(found, kind, 4096)
+        assert number >= 3, (kind, found["collectives"])
+        assert 3 * hidden <= size < 3 * hidden + 8192, (kind, found["collectives"])
+    # Forward and backward, a layer's attention and its MLP each end in a sum over the tensor group.
+    assert sent(first, "all-reduce", 2)[0] >= 3 * 4 * first["layers"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (("world_size=4", "rank=4"), "rank: got 4; allowed: 0 to 3"),
+        (("world_size=4", "model=bert_tiny"), "give data.path"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_one_line(overrides: tuple[str, ...], complaint: str) -> None:
+    done = llmtrain("plan", "dry_run=true", *SMALL, "batch.global_size=4", *overrides)
+    assert done.returncode == 2, done.stderr
+    assert complaint in done.stderr
+    assert len(done.stderr.splitlines()) == 1
