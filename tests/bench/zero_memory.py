@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import product
+from typing import Any
 
 from tests.support import ranks
 
@@ -58,7 +59,7 @@ def held_bytes(overrides: tuple[str, ...]) -> tuple[int, int, int, int]:
     engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), CausalLM(), None)
     update, found = engine._update, {}
 
-    def measured_update(lr: float) -> tuple[float, bool]:
+    def measured_update(*arguments: Any) -> tuple[float, bool]:
         weights = storages([getattr(p, "ds_tensor", p).detach() for _, p in engine.setup.parameters.items()])
         holders = [fragment.holder for fragment in engine.held_fragments()]
         state = [v for s in engine.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
@@ -67,7 +68,7 @@ def held_bytes(overrides: tuple[str, ...]) -> tuple[int, int, int, int]:
         everything = {k: v for k, v in storages(alive()).items() if k not in before}
         rest = sum(everything.values()) - sum(weights.values()) - sum(optimizer.values())
         found.update(weights=sum(weights.values()), optimizer=sum(optimizer.values()), gradients=rest)
-        return update(lr)
+        return update(*arguments)
 
     engine._update = measured_update  # type: ignore[method-assign]
     tokens = torch.zeros(1, 16, dtype=torch.long)

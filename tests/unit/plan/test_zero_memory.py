@@ -58,10 +58,10 @@ def live_and_planned(overrides: tuple[str, ...]) -> tuple[int, int, int]:
     found = 0
     update = engine._update
 
-    def measured_update(lr: float) -> tuple[float, bool]:
+    def measured_update(*arguments: Any) -> tuple[float, bool]:
         nonlocal found
         found = live_bytes()
-        return update(lr)
+        return update(*arguments)
 
     engine._update = measured_update  # type: ignore[method-assign]
     tokens = torch.zeros(1, 16, dtype=torch.long)
@@ -117,12 +117,12 @@ def gathered_and_held() -> tuple[int, int, int]:
     engine = build_engine(resolved.config, resolved.layout, torch.device("cpu"), CausalLM(), None)
     update, found = engine._update, (0, 0, 0)
 
-    def measured_update(lr: float) -> tuple[float, bool]:
+    def measured_update(*arguments: Any) -> tuple[float, bool]:
         nonlocal found
         large = [p for _, p in engine.frozen if p.ds_numel > 10**5]  # type: ignore[attr-defined]
         held = sum(p.ds_tensor.numel() for p in large)  # type: ignore[attr-defined]
         found = sum(p.numel() for p in large), held, sum(p.ds_numel for p in large)  # type: ignore[attr-defined]
-        return update(lr)
+        return update(*arguments)
 
     engine._update = measured_update  # type: ignore[method-assign]
     tokens = torch.zeros(1, 16, dtype=torch.long)
