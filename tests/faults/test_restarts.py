@@ -157,6 +157,7 @@ def test_one_of_three_hosts_is_gone_for_good(corpus: Path, tmp_path: Path) -> No
         assert spare.stdout is not None
         while "the job runs without this host, which waits" not in spare.stdout.readline():
             assert spare.poll() is None
+        wait_until(lambda: events(run, "save")[-1] > events(run, "start")[-1])
         kill_rank(1, disturbed.host_of(1))
         stop_in_start(3, disturbed, run)
         ended = disturbed.finish()
