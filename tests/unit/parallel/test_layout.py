@@ -151,7 +151,7 @@ def test_coordinates_by_table() -> None:
 @pytest.mark.parametrize("path", sorted((CONF / "parallel").glob("*.yaml")), ids=lambda p: p.stem)
 def test_presets_decode(path: Path) -> None:
     config = decode(ParallelConfig, yaml.safe_load(path.read_text()))
-    assert path.stem == (f"zero{config.zero}" if config.zero else "data")
+    assert path.stem == ("auto" if config.auto else f"zero{config.zero}" if config.zero else "data")
 
 
 def test_all_axes_together() -> None:
