@@ -47,7 +47,7 @@ def step_time_of(
     link = cluster.host_bandwidth or cluster.memory_bandwidth or float("inf")
     host = Host(link, (cluster.host_memory_bandwidth or link * per_node) / per_node)
     slots = optimizer_slots(plan.optimizer) + plan.weight_copies
-    step = step_time(plan.model, setting, recompute, slots, host, is_exact=is_exact)
+    step = step_time(plan.model, setting, recompute, slots, host, trainable=plan.trainable, is_exact=is_exact)
     return _with_storage(plan, layout, step, slots, link)
 
 
@@ -74,7 +74,11 @@ def _with_storage(plan: Plan, layout: Layout, step: StepTime, slots: int, link: 
     read = layout.tokens_per_step * TOKEN_BYTES / hosts / bandwidth
     busy["input"], parts["input"] = read, max(0.0, read - seconds)
     if plan.checkpoint_every is not None:
-        size = 4.0 * (1 + slots) * plan.parameters
+        trainable, weights = plan.trainable, plan.parameters
+        trained = weights if trainable is None else trainable.parameters
+        if trainable is not None and trainable.added:
+            weights = trained  # the base of an adaptation has the others
+        size = 4.0 * (weights + slots * trained)
         written = size / hosts / bandwidth
         every = plan.checkpoint_every
         waited = written

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from llmtrain.distributed import launcher
 from llmtrain.errors import ConfigError, Problem
-from llmtrain.nn.model_config import ModelConfig
 from llmtrain.parallel.config import ParallelConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.estimate import Plan, available_bytes, estimate
+from llmtrain.plan.memory import Trainable
 from llmtrain.plan.search import search
 from llmtrain.plan.space import Choice, Space
 from llmtrain.train.config import TrainConfig
@@ -27,31 +27,38 @@ def space_of(plan: Plan, config: TrainConfig) -> Space:
     return Space(plan, config.batch, optimizer.max_grad_norm, config.exact_dropout, optimizer.implementation)
 
 
-def with_auto_layout(config: TrainConfig, world_size: int, assumed_vocabulary: int) -> TrainConfig:
-    """Return the configuration with the fastest layout if it asks for `parallel=auto`: with its axes, ZeRO
-    stage, micro-batch and recomputation.
+def fastest_choice(config: TrainConfig, trainable: Trainable | None, world_size: int) -> Choice:
+    """Return the fastest layout of a run, with its micro-batch and recomputation. The model's sizes must be
+    known.
 
-    assumed_vocabulary: size of a vocabulary that only the data tell.
-    Raise ConfigError when no layout fits, and for a GPU of unknown kind.
+    Raise ConfigError when no layout fits, for a GPU of unknown kind, and for keys that contradict the
+    choice.
     """
-    if not config.parallel.auto:
-        return config
-    model: ModelConfig = config.model
-    if model.lacks_vocab_size:
-        model = replace(model, vocab_size=assumed_vocabulary)  # type: ignore[type-var]
+    _refuse_axes(config.parallel)
     cluster, device = config.cluster, config.cluster.device or launcher.likely_device(config.device)
     if cluster.memory_bandwidth is None or config.precision not in cluster.peak_flops:
         cluster = _ordinary(cluster, device, world_size)
-    config = replace(config, parallel=ParallelConfig(auto=True))
-    plan = estimate(model, single_layout(config), replace(config, cluster=cluster))
+    plan = estimate(config.model, single_layout(config), replace(config, cluster=cluster), trainable)
     plan = replace(plan, available_bytes=available_bytes(config.cluster, device, world_size))
-    found = search(space_of(plan, config), world_size, "time", 1)
-    return with_choice(config, found.best[0].choice)
+    return search(space_of(plan, config), world_size, "time", 1).best[0].choice
+
+
+def _refuse_axes(parallel: ParallelConfig) -> None:
+    """Raise ConfigError for what a user asks of the layout beside `parallel=auto`."""
+    usual = ParallelConfig()
+    names = [name for name in usual.__dataclass_fields__ if name not in ("auto", "elastic")]
+    given = [name for name in names if getattr(parallel, name) != getattr(usual, name)]
+    if given:
+        name = given[0]
+        got = f"{getattr(parallel, name)} with parallel=auto"
+        allowed = f"{getattr(usual, name)}: the planner chooses it".replace("None", "null")
+        remedy = f"leave {', '.join(f'parallel.{each}' for each in given)} out, or parallel=auto"
+        raise ConfigError(Problem(f"parallel.{name}", got, allowed, remedy))
 
 
 def with_choice(config: TrainConfig, choice: Choice) -> TrainConfig:
     """Return the configuration with a choice of a search."""
-    parallel = replace(choice.parallel, auto=config.parallel.auto)
+    parallel = replace(choice.parallel, auto=config.parallel.auto, elastic=config.parallel.elastic)
     return replace(config, parallel=parallel, batch=choice.batch, recompute=choice.recompute)
 
 

@@ -26,7 +26,7 @@ from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.memory import Trainable
 from llmtrain.train.adaptation import adaptation_problems
-from llmtrain.train.auto_layout import with_auto_layout
+from llmtrain.train.auto_layout import fastest_choice, with_choice
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import metric_problems
 from llmtrain.train.embeddings import (
@@ -98,7 +98,7 @@ def resolve(
     model = config.model
     engine = _engine_of(config)
     try:
-        config = with_auto_layout(config, world_size, ASSUMED_VOCABULARY)
+        config = _with_auto_layout(config, world_size)
         engine = _engine_of(config)
         fitted = _fitted(config, world_size, on_this_machine=config.cluster.is_local or not data_optional)
         layout = fitted.layout
@@ -106,10 +106,7 @@ def resolve(
     except ConfigError as error:
         problems += error.problems
     if without_data:
-        if model.lacks_vocab_size:
-            model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
-        if model.task is not None:
-            model = replace(model, task=model.task.assuming(ASSUMED_OUTPUTS))  # type: ignore[type-var]
+        model = _assumed(model)
     elif fits_data:
         try:
             tokenizer = tokenizer_of_words(config) if pretrained is None else pretrained.tokenizer
@@ -140,9 +137,32 @@ def resolve(
     if problems:
         raise ConfigError(problems)
     assert layout is not None
-    config = with_frozen_embedding(with_method(replace(config, model=model, engine=engine)))
-    config = with_features(with_unfreezing(config))
+    config = _with_what_trains(replace(config, model=model, engine=engine))
     return Resolved(config, layout, corpora, pretrained, trainable_of(config.model, config.train.freeze))
+
+
+def _assumed(model: ModelConfig) -> ModelConfig:
+    """Return the model with sizes that only data tell."""
+    if model.lacks_vocab_size:
+        model = replace(model, vocab_size=ASSUMED_VOCABULARY)  # type: ignore[type-var]
+    if model.task is not None:
+        model = replace(model, task=model.task.assuming(ASSUMED_OUTPUTS))  # type: ignore[type-var]
+    return model
+
+
+def _with_what_trains(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with what its method adds and freezes. The model's sizes must be known."""
+    config = with_frozen_embedding(with_method(config))
+    return with_features(with_unfreezing(config))
+
+
+def _with_auto_layout(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Return the configuration with the fastest layout, if it asks for `parallel=auto`."""
+    if not config.parallel.auto:
+        return config
+    whole = _with_what_trains(replace(config, model=_assumed(config.model)))
+    trainable = trainable_of(whole.model, whole.train.freeze)
+    return with_choice(config, fastest_choice(whole, trainable, world_size))
 
 
 def _decoded(mapping: Mapping[str, Any]) -> tuple[TrainConfig, Pretrained | None]:
@@ -201,7 +221,7 @@ def layout_refusals(mapping: Mapping[str, Any], sizes: Iterable[int]) -> dict[in
     refused = {}
     for size in sizes:
         try:
-            fitted = with_auto_layout(config, size, ASSUMED_VOCABULARY)
+            fitted = _with_auto_layout(config, size)
             _fitted(fitted, size, on_this_machine=True, is_elastic=True)
         except ConfigError as error:
             refused[size] = str(error.problems[0])

@@ -91,14 +91,19 @@ class Setting:
         return Group(self.layout.data * self.layout.sequence, self.layout.tensor)
 
 
-def layer_passes(model: ModelConfig, setting: Setting, recompute: RecomputeConfig) -> tuple[Pass, Pass, Pass]:
+def layer_passes(
+    model: ModelConfig, setting: Setting, recompute: RecomputeConfig, trained: float = 1.0
+) -> tuple[Pass, Pass, Pass]:
     """Return the forward pass of a layer, its backward pass without recomputation, and what recomputation
     computes again: all (arXiv:1604.06174), or with `selective` all but the matrix products
-    (arXiv:2205.05198)."""
+    (arXiv:2205.05198).
+
+    trained: share of the layer's weights that trains.
+    """
     config: Any = model
     blocks: LayerConfig = config.blocks
     forward, backward, again = Pass(), Pass(), Pass()
-    last_product = _products(blocks, setting, forward, backward)
+    last_product = _products(blocks, setting, forward, backward, trained)
     _attention(model, blocks, setting, forward, backward, again)
     _elements(blocks, setting, forward, backward, again)
     _collectives(blocks, setting, forward, backward)
@@ -120,7 +125,7 @@ def layer_passes(model: ModelConfig, setting: Setting, recompute: RecomputeConfi
     return forward, backward, again
 
 
-def _products(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pass) -> float:
+def _products(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pass, trained: float) -> float:
     """Time the layer's matrices, of which each rank of the tensor group holds a part. Return the forward time
     of the last."""
     D, tensor = blocks.hidden_size, setting.layout.tensor
@@ -130,7 +135,9 @@ def _products(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pa
     shapes.append(shapes.pop(2))
     there = 0.0
     for columns, depth in shapes:
-        there, back = layer_product_seconds(setting.device, setting.tokens, max(1, columns), max(1, depth))
+        there, back = layer_product_seconds(
+            setting.device, setting.tokens, max(1, columns), max(1, depth), trained
+        )
         forward.add("matrix products", there)
         backward.add("matrix products", back)
     return there
@@ -236,8 +243,14 @@ def embedding_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
     return forward, backward
 
 
-def head_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
-    """Return the passes of the output layer and its loss."""
+def head_passes(
+    model: ModelConfig, setting: Setting, trained: float = 1.0, *, passes_on: bool = True
+) -> tuple[Pass, Pass]:
+    """Return the passes of the output layer and its loss.
+
+    trained: share of its weights that trains.
+    passes_on: whether something before it trains.
+    """
     matrices = getattr(model, "head_matrix_count", None)
     forward, backward = Pass(), Pass()
     if matrices is None:
@@ -247,7 +260,7 @@ def head_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
     predicts_all = getattr(model, "task", None) is None and not setting.row.predicted
     share = 1.0 if predicts_all else min(1.0, setting.row.predicted / setting.row.tokens)
     tokens = max(1, round(setting.tokens * share))
-    there, back = layer_product_seconds(device, tokens, columns, width)
+    there, back = layer_product_seconds(device, tokens, columns, width, trained, passes_on=passes_on)
     loss = device.traffic_seconds(tokens * columns * LOSS_BYTES / 2)
     forward.add("embedding and head", there + loss)
     backward.add("embedding and head", back + loss)
@@ -257,9 +270,9 @@ def head_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
     return forward, backward
 
 
-def single_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
+def single_passes(model: ModelConfig, setting: Setting, trained: float = 1.0) -> tuple[Pass, Pass]:
     """Return the passes of a model that is not a stack of layers: its FLOPs, at half the rate of large
-    matrix products, and its weights' traffic."""
+    matrix products, and its weights' traffic. trained: share of its weights that trains."""
     device, rows = setting.device, setting.layout.micro_size
     units = rows * setting.row.tokens
     flops = model.flops_per_token(setting.row) * units / 3
@@ -267,5 +280,5 @@ def single_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
     moved = device.traffic_seconds(model.parameter_count() * device.number_bytes)
     forward, backward = Pass(), Pass()
     forward.add("matrix products", max(flops / rate, moved))
-    backward.add("matrix products", 2 * max(flops / rate, moved))
+    backward.add("matrix products", (1 + trained) * max(flops / rate, moved))
     return forward, backward

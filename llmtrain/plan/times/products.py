@@ -51,9 +51,15 @@ def _area(rows: int, columns: int, count: int, multiprocessors: int) -> float:
     return best
 
 
-def layer_product_seconds(device: Device, rows: int, columns: int, depth: int) -> tuple[float, float]:
+def layer_product_seconds(
+    device: Device, rows: int, columns: int, depth: int, trained: float = 1.0, *, passes_on: bool = True
+) -> tuple[float, float]:
     """Return the time of a linear layer's forward pass over `rows` tokens, and of its backward pass, which
-    has two products: the gradients of the input and of the weight."""
+    has two products: the gradients of the input and of the weight.
+
+    trained: share of the weight that trains.
+    passes_on: whether something before the layer trains, which needs the gradients of the input.
+    """
     forward = product_seconds(device, rows, columns, depth)
-    backward = product_seconds(device, rows, depth, columns) + product_seconds(device, depth, columns, rows)
-    return forward, backward
+    of_input = product_seconds(device, rows, depth, columns) if passes_on else 0.0
+    return forward, of_input + trained * product_seconds(device, depth, columns, rows)

@@ -8,6 +8,7 @@ Layers, head and collectives of a micro-batch (`layer.py`) pass through the pipe
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
-from llmtrain.plan.memory import held_parameter_count, stage_steps
+from llmtrain.plan.memory import Trainable, held_parameter_count, stage_steps
 from llmtrain.plan.times.collectives import (
     Group,
     exposed,
@@ -86,16 +87,18 @@ def step_time(
     slots: int,
     host: Host,
     *,
+    trainable: Trainable | None = None,
     is_exact: bool = True,
 ) -> StepTime:
     """Return the time of one step.
 
-    slots: numbers of the optimizer's state for each weight.
+    slots: numbers of the optimizer's state for each weight that trains.
+    trainable: what trains; None: all.
     is_exact: simulate the pipeline's schedule rather than estimate its length.
     """
     layout, assume = setting.layout, setting.assume
     runs = even_runs(model, layout) if assume.even_layers else stage_steps(model, layout)
-    stages = stage_passes(model, setting, recompute, runs)
+    stages = stage_passes(model, setting, recompute, runs, trainable)
     transfer = _transfer(model, setting)
     chunks = assume.virtual_stages if layout.pipeline > 1 else 1
     forward = [stage.forward.seconds for stage in stages]
@@ -120,7 +123,10 @@ def step_time(
         )
         step.add("pipeline bubble", max(0.0, total - step.seconds))
     parameters = max(held_parameter_count(model, layout, run_of_steps) for run_of_steps in runs)
-    _once_a_step(step, setting, stages[slowest], parameters, slots, host)
+    trained = parameters
+    if trainable is not None:
+        trained = max(trainable.count(model, layout, run_of_steps) for run_of_steps in runs)
+    _once_a_step(step, setting, stages[slowest], parameters, trained, slots, host)
     step.add("other", setting.device.efficiency.step_seconds)
     return StepTime(step.busy, step.waited)
 
@@ -136,46 +142,74 @@ def even_runs(model: ModelConfig, layout: Layout) -> list[range]:
 
 
 def stage_passes(
-    model: ModelConfig, setting: Setting, recompute: RecomputeConfig, runs: Sequence[range]
+    model: ModelConfig,
+    setting: Setting,
+    recompute: RecomputeConfig,
+    runs: Sequence[range],
+    trainable: Trainable | None = None,
 ) -> list[Stage]:
-    """Return the passes of each stage of the pipeline, with what ZeRO gathers around them."""
+    """Return the passes of each stage of the pipeline, with what ZeRO gathers around them.
+
+    Without a pipeline the backward pass ends at the lowest step that trains; a stage of a pipeline sends
+    gradients to the one before it. Weights that do not train have no gradients.
+    """
     layout = setting.layout
     config: Any = model
     if not family_of(model).has_stages or not isinstance(config.blocks, LayerConfig):
-        forward, backward = single_passes(model, setting)
-        _gather_weights(setting, forward, backward, model.parameter_count())
+        parameters, share = model.parameter_count(), 1.0
+        if trainable is not None:
+            share = min(1.0, trainable.parameters / parameters)
+        forward, backward = single_passes(model, setting, share)
+        _gather_weights(setting, forward, backward, parameters, share)
         part, part_back = Pass(), Pass()
         part.include(forward, 1 / (len(runs) * layout.tensor))
         part_back.include(backward, 1 / (len(runs) * layout.tensor))
         return [Stage(part, part_back)] * len(runs)
-    plain, plain_back, again = layer_passes(model, setting, recompute)
-    counts = model.step_parameter_counts(layout.tensor)
-    of_layer = config.blocks.layer_parameter_count(layout.tensor)
-    weight = _correction(model, setting, len(counts) - 2)
-    kinds = {False: (Pass(), Pass()), True: (Pass(), Pass())}
-    for is_recomputed, (layer, layer_back) in kinds.items():
-        layer.include(plain)
-        layer_back.include(plain_back)
-        if is_recomputed:
-            layer_back.include(again, under="recomputation")
-        _gather_weights(setting, layer, layer_back, of_layer)
+    steps = len(model.step_parameter_counts(layout.tensor))
+    shares = (1.0,) * steps if trainable is None else trainable.shares
+    kept = range(steps)
+    if trainable is not None and layout.pipeline == 1:
+        kept = trainable.kept(kept)
+    weight = _correction(model, setting, steps - 2)
+    kinds: dict[tuple[bool, float], tuple[Pass, Pass]] = {}
+    last = min(1.0, shares[-1])
+    ends = {
+        0: embedding_passes(model, setting),
+        steps - 1: head_passes(model, setting, last, passes_on=kept.start < steps - 1),
+    }
     stages = []
-    ends = {0: embedding_passes(model, setting), len(counts) - 1: head_passes(model, setting)}
     for run in runs:
         forward, backward = Pass(), Pass()
-        layers = [step - 1 for step in run if 0 < step < len(counts) - 1]
-        recomputed = sum(map(recompute.covers, layers))
-        for is_recomputed, number in ((True, recomputed), (False, len(layers) - recomputed)):
-            if number:
-                layer, layer_back = kinds[is_recomputed]
-                forward.include(layer, weight * number)
+        layers = [step for step in run if 0 < step < steps - 1]
+        found = [(recompute.covers(step - 1), min(1.0, shares[step]), step in kept) for step in layers]
+        for (is_recomputed, share, runs_back), number in Counter(found).items():
+            if (is_recomputed, share) not in kinds:
+                kinds[is_recomputed, share] = _kind(model, setting, recompute, is_recomputed, share)
+            layer, layer_back = kinds[is_recomputed, share]
+            forward.include(layer, weight * number)
+            if runs_back:
                 backward.include(layer_back, weight * number)
         for step in {run.start, run.stop - 1} & ends.keys():
             there, back = ends[step]
             forward.include(there)
-            backward.include(back)
+            if step > 0 or shares[0] > 0:
+                backward.include(back)
         stages.append(Stage(forward, backward))
     return stages
+
+
+def _kind(
+    model: ModelConfig, setting: Setting, recompute: RecomputeConfig, is_recomputed: bool, share: float
+) -> tuple[Pass, Pass]:
+    """Return both passes of a layer of whose weights a share trains."""
+    config: Any = model
+    forward, backward, again = layer_passes(model, setting, recompute, share)
+    if is_recomputed:
+        backward.include(again, under="recomputation")
+    _gather_weights(
+        setting, forward, backward, config.blocks.layer_parameter_count(setting.layout.tensor), share
+    )
+    return forward, backward
 
 
 def _correction(model: ModelConfig, setting: Setting, layers: int) -> float:
@@ -191,10 +225,11 @@ def _correction(model: ModelConfig, setting: Setting, layers: int) -> float:
     return max(0.1, (model.flops_per_token(row) - head) / (plain * layers))
 
 
-def _gather_weights(setting: Setting, forward: Pass, backward: Pass, parameters: int) -> None:
-    """Add what ZeRO 3 gathers before both passes of a layer, and what ZeRO 2 and 3 reduce after the backward
-    pass; the layers before and after are computed meanwhile (arXiv:1910.02054, 2304.11277). ZeRO++
-    (arXiv:2306.10209) sends numbers of fewer bits, and gathers within a host before the backward pass."""
+def _gather_weights(setting: Setting, forward: Pass, backward: Pass, parameters: int, trained: float) -> None:
+    """Add what ZeRO 3 gathers before both passes of a layer, and what ZeRO 2 and 3 reduce, of the share that
+    trains, after the backward pass; the layers before and after are computed meanwhile (arXiv:1910.02054,
+    2304.11277). ZeRO++ (arXiv:2306.10209) sends numbers of fewer bits, and gathers within a host before the
+    backward pass."""
     layout, device = setting.layout, setting.device
     if layout.zero < 2 or setting.replicas.size == 1:
         return
@@ -204,7 +239,8 @@ def _gather_weights(setting: Setting, forward: Pass, backward: Pass, parameters:
     gathered = gather_seconds(links, replicas, size)
     near = Group(layout.hierarchical_partition, replicas.stride)
     gathered_back = gathered if near.size == 1 else gather_seconds(links, near, size)
-    reduced = gather_seconds(links, replicas, parameters * (0.5 if layout.quantized_gradients else number))
+    of_gradient = 0.5 if layout.quantized_gradients else number
+    reduced = gather_seconds(links, replicas, trained * parameters * of_gradient)
     interference = device.efficiency.interference
     there, back = forward.computing, backward.computing
     if layout.zero == 3:
@@ -228,22 +264,26 @@ def _transfer(model: ModelConfig, setting: Setting) -> float:
     return send_seconds(setting.links, layout.data * layout.sequence * layout.tensor, size)
 
 
-def _once_a_step(step: Pass, setting: Setting, stage: Stage, parameters: int, slots: int, host: Host) -> None:
-    """Add the reduction of gradients, the optimizer and the gathers after it, of the fullest stage."""
+def _once_a_step(
+    step: Pass, setting: Setting, stage: Stage, parameters: int, trained: int, slots: int, host: Host
+) -> None:
+    """Add the reduction of gradients, the optimizer and the gathers after it, of the fullest stage, which
+    holds so many parameters, and trains so many."""
     layout, device, replicas = setting.layout, setting.device, setting.replicas
     overlaps = setting.assume.overlap_gradients
     if overlaps is None:
         overlaps = layout.pipeline == 1
     number = device.number_bytes
     if replicas.size > 1 and layout.zero < 2:
-        size = parameters * (setting.assume.gradient_bytes or (4 if layout.zero == 0 else number))
+        size = trained * (setting.assume.gradient_bytes or (4 if layout.zero == 0 else number))
         # DeepSpeed's pipeline reduces whole gradients on all ranks, which then take their shares.
         is_whole = layout.zero == 0 or (layout.pipeline > 1 and not overlaps)
         reduce = reduce_seconds if is_whole else gather_seconds
         seconds = reduce(setting.links, replicas, size)
         beside = stage.backward.seconds if overlaps else 0.0
         step.add("gradient reduction", seconds, exposed(seconds, beside, device.efficiency.interference))
-    owned = parameters / (replicas.size if layout.zero > 0 else 1)
+    owners = replicas.size if layout.zero > 0 else 1
+    owned = trained / owners
     if layout.offload_optimizer != "none":
         moved = owned * (4 + number) / host.link
         computed = owned * (OPTIMIZER_BYTES + SLOT_BYTES * (1 + slots)) / host.memory
@@ -254,9 +294,9 @@ def _once_a_step(step: Pass, setting: Setting, stage: Stage, parameters: int, sl
         step.add("optimizer", device.traffic_seconds(touched))
     if layout.offload_parameters != "none":
         passes = 2 * layout.accumulation
-        moved = owned * number / host.link * passes
+        moved = parameters / owners * number / host.link * passes
         step.add("offload", moved, exposed(moved, step.computing, device.efficiency.interference))
     if layout.zero in (1, 2) and replicas.size > 1:
-        seconds = gather_seconds(setting.links, replicas, parameters * number)
+        seconds = gather_seconds(setting.links, replicas, trained * number)
         beside = stage.forward.seconds if setting.assume.overlap_gradients else 0.0
         step.add("weight gathers", seconds, exposed(seconds, beside, device.efficiency.interference))

@@ -118,6 +118,10 @@ def test_the_text_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         ([*SMALL, "cluster.network_bandwidth=25"], "cluster.network_bandwidth: got 25.0; allowed: 1e+06 to"),
         ([*SMALL, "cluster.peak_flops.bf16=312"], "cluster.peak_flops.bf16: got 312"),
         (["serch", *SMALL], "llmtrain plan: got 'serch'"),
+        (
+            [*SMALL, "parallel=auto", "parallel.tensor=2"],
+            "parallel.tensor: got 2 with parallel=auto; allowed: 1: the planner chooses it",
+        ),
         ([*SMALL, "assume.virtual_stages=1000"], "assume.virtual_stages: got 1000; allowed: 1 to "),
     ],
 )
@@ -135,6 +139,15 @@ def test_parallel_auto_is_the_first_of_a_search(capsys: pytest.CaptureFixture[st
     for name in ("data", "tensor", "pipeline", "sequence", "zero", "micro_size"):
         assert getattr(layout, name) == first[name], name
     assert resolved.config.recompute.mode == first["recompute"]
+
+
+def test_parallel_auto_keeps_what_may_shrink_and_heeds_what_trains() -> None:
+    words = [*SMALL, "parallel=auto", "device=cpu"]
+    whole = resolve(compose([*words, "parallel.elastic=[data,tensor]"], "train"), 8, data_optional=True)
+    assert whole.config.parallel.elastic == ("data", "tensor")
+    frozen = resolve(compose([*words, "train.freeze=[blocks.*]"], "train"), 8, data_optional=True)
+    assert frozen.trainable is not None
+    assert frozen.layout != whole.layout, "what has few gradients to reduce is divided otherwise"
 
 
 def test_parallel_auto_on_a_machine_that_nobody_measured() -> None:

@@ -12,6 +12,7 @@ from llmtrain.nn.model_config import Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.config import AssumeConfig, ClusterConfig
+from llmtrain.plan.memory import Trainable
 from llmtrain.plan.times.attention import Call, attention_seconds
 from llmtrain.plan.times.collectives import Group, gather_seconds, links_of, reduce_seconds, send_seconds
 from llmtrain.plan.times.device import Device, device_of
@@ -170,3 +171,25 @@ def test_even_layers_leave_the_head_to_the_last_stage() -> None:
     assert runs[-1].stop == 50
     uneven = even_runs(replace(MEGATRON_22B, num_layers=6), layout(pipeline=4))
     assert [list(run) for run in uneven] == [[0, 1, 2], [3, 4], [5], [6, 7]]
+
+
+def test_what_does_not_train_takes_no_gradients() -> None:
+    """Of 50 steps, embedding and 24 layers are frozen; or all but a thousandth of each layer."""
+    model, of = MEGATRON_22B, layout(data=16, micro_size=4)
+    count = model.parameter_count()
+    upper = Trainable(count // 2, (0.0,) * 25 + (1.0,) * 25)
+    beside = Trainable(count // 1000, (0.0, *(0.001,) * 48, 0.0))
+    at, host = setting(of), Host(25e9, 30e9)
+
+    def taken(trainable: Trainable | None) -> dict[str, float]:
+        return step_time(model, at, RecomputeConfig("none"), 2, host, trainable=trainable).busy
+
+    whole, half, little = taken(None), taken(upper), taken(beside)
+    for part in ("optimizer", "gradient reduction"):
+        assert half[part] == pytest.approx(whole[part] / 2, rel=0.01)
+        assert little[part] < whole[part] / 500
+    # Half of the layers have no backward pass; or all have that of their inputs alone.
+    assert half["matrix products"] == pytest.approx(2 / 3 * whole["matrix products"], rel=0.05)
+    assert little["matrix products"] == pytest.approx(2 / 3 * whole["matrix products"], rel=0.05)
+    assert half["attention"] < 0.7 * little["attention"]
+    assert little["attention"] == pytest.approx(whole["attention"])
