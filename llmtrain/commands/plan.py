@@ -7,7 +7,7 @@ import json
 import shlex
 import socket
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from llmtrain import files
@@ -20,13 +20,13 @@ from llmtrain.files import expand_home
 from llmtrain.output import check_output, write_output
 from llmtrain.plan import budget as budgets
 from llmtrain.plan import report, search_report
-from llmtrain.plan.advice import best_change, slower_because
+from llmtrain.plan.advice import best_change, compared
 from llmtrain.plan.estimate import Plan, available_bytes, estimate
 from llmtrain.plan.fit import refuse_if_too_large
+from llmtrain.plan.interleaving import interleaving_problem
 from llmtrain.plan.keys import PlanKeys, SearchKeys
-from llmtrain.plan.search import Found
 from llmtrain.plan.search import search as search_space
-from llmtrain.plan.space import Choice, Space
+from llmtrain.plan.space import Choice
 from llmtrain.preflight.config import CalibrateConfig
 from llmtrain.standard_streams import print_note
 from llmtrain.train.auto_layout import space_of
@@ -51,7 +51,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if keys.format == "json":
         found = report.as_json(plan)
         if bought is not None:
-            found["budget"] = {field.name: getattr(bought, field.name) for field in fields(bought)}
+            found["budget"] = asdict(bought)
         if rehearsal is not None:
             found["dry_run"] = dry_run_report.as_json(rehearsal, plan)
         print(json.dumps(found, indent=2))
@@ -64,7 +64,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if bought is not None:
         print("\n".join(budgets.lines(bought, plan)))
     if plan.time is not None and (
-        help_ := best_change(space_of(plan, resolved.config), own_choice(resolved))
+        help_ := best_change(space_of(plan, resolved.config, settings["engine"]), own_choice(resolved))
     ):
         print(f"what helps most: {help_}")
     refuse_if_too_large(plan)
@@ -97,25 +97,44 @@ def search(mapping: Mapping[str, Any]) -> None:
     keys, settings = _divided(mapping, SearchKeys)
     world_size = keys.world_size or launcher.world_size()
     own: Choice | None = None
-    refusal: str | None = None
+    why: str | None = None
+    whose = "your own choice" if _chooses() else "the default layout"
     try:
         resolved = resolve(settings, world_size, data_optional=True)
         own = own_choice(resolved)
+        plan = _plan(resolved, keys)
     except ConfigError as error:
         # The settings may be right but for the layout, which is what is sought.
+        own = None
         resolved = _on_one_process(settings)
-        refusal = f"your own choice cannot run: {str(error).splitlines()[0]}"
-    plan = _plan(resolved, keys)
+        plan = _estimate(resolved, keys)
+        why = f"{whose} cannot run: {str(error).splitlines()[0]}"
     available = available_bytes(plan.cluster, plan.conditions.device, world_size)
     plan = replace(plan, available_bytes=available)
-    space = space_of(plan, resolved.config)
+    is_here = resolved.config.cluster.is_local
+    space = space_of(plan, resolved.config, settings["engine"], on_this_machine=is_here)
     found = search_space(space, world_size, keys.rank_by, keys.top, own)
-    why = refusal or _why(space, found)
+    if found.own is not None:
+        fits = available is None or found.own.memory_bytes <= available
+        why = compared(space, found.own, found.best[0], keys.rank_by, whose) if fits else None
+        why = why or f"{whose} does not fit into memory"
+    first = _with_choice(plan, found.best[0].choice)
+    bought = budgets.budgeted(keys.budget, first) if keys.budget.is_given else None
     command = _command()
     if keys.format == "json":
-        print(json.dumps(search_report.as_json(found, command, why), indent=2))
+        as_json = search_report.as_json(found, command, why)
+        if bought is not None:
+            as_json["budget"] = asdict(bought)
+        print(json.dumps(as_json, indent=2))
     else:
         print("\n".join(search_report.lines(found, command, why)))
+        if bought is not None:
+            print("\n".join(budgets.lines(bought, first)))
+
+
+def _with_choice(plan: Plan, choice: Choice) -> Plan:
+    conditions = replace(plan.conditions, recompute=choice.recompute)
+    return replace(plan, layout=choice.layout, conditions=conditions)
 
 
 def _on_one_process(settings: Mapping[str, Any]) -> Resolved:
@@ -138,22 +157,16 @@ def own_choice(resolved: Resolved) -> Choice:
     return Choice(config.parallel, config.batch, config.recompute, resolved.layout)
 
 
-def _why(space: Space, found: Found) -> str | None:
-    own = found.own
-    if own is None:
-        return None
-    available = space.plan.available_bytes
-    if available is not None and own.memory_bytes > available:
-        return "your own choice does not fit into memory"
-    return slower_because(space, own, found.best[0])
-
-
 def _plan(resolved: Resolved, keys: PlanKeys) -> Plan:
-    layers, stages = len(resolved.config.model.step_parameter_counts()) - 2, resolved.layout.pipeline
+    """Return the plan. Raise ConfigError where the assumed schedule does not suit the layout."""
     chunks = keys.assume.virtual_stages
-    if chunks > 1 and chunks * stages > layers:
-        allowed = f"1 to {max(1, layers // stages)}: {layers} layers in {stages} pipeline stages"
-        raise ConfigError(Problem("assume.virtual_stages", str(chunks), allowed))
+    if problem := interleaving_problem(resolved.config.model, resolved.layout, chunks):
+        raise ConfigError(problem)
+    return _estimate(resolved, keys)
+
+
+def _estimate(resolved: Resolved, keys: PlanKeys) -> Plan:
+    """Return the plan of a run with the assumptions of the keys."""
     return estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable, keys.assume)
 
 
@@ -164,9 +177,22 @@ def _divided(mapping: Mapping[str, Any], cls: type[Keys]) -> tuple[Keys, dict[st
     return keys, {name: value for name, value in mapping.items() if name not in names}
 
 
+def _words() -> list[str]:
+    """Return the overrides of this command."""
+    words = launcher.command()[2:]  # without the program and the verb
+    return words[1:] if words[:1] == ["search"] else words
+
+
+def _chooses() -> bool:
+    """Return whether an override says something of the layout."""
+    return any(word.lstrip("+").startswith(CHOSEN[:-1]) for word in _words())
+
+
 def _command() -> list[str]:
     """Return `llmtrain plan` with the overrides of this command that a search does not choose."""
-    words = launcher.command()[2:]  # without the program and the verb
-    given = words[1:] if words[:1] == ["search"] else words
-    kept = [word for word in given if not word.lstrip("+").startswith((*CHOSEN, *OF_SEARCH))]
+    kept = [
+        word
+        for word in _words()
+        if word.startswith("parallel.elastic=") or not word.lstrip("+").startswith((*CHOSEN, *OF_SEARCH))
+    ]
     return ["llmtrain", "plan", *map(shlex.quote, kept)]

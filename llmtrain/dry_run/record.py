@@ -28,13 +28,10 @@ class Rehearsal:
     """Repeated layers that it holds."""
     parameters: int
     """Elements of the weights that it holds, as its forward pass sees them."""
-    start_bytes: int
-    """Bytes of tensors once the engine stands."""
     held_bytes: int
-    """The same after the step."""
+    """Bytes of tensors after the step."""
     peak_bytes: int
     """The most during the step."""
-    setup: Traffic
     step: Traffic
     setup_seconds: float
     step_seconds: float

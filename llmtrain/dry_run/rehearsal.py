@@ -20,6 +20,7 @@ from llmtrain.train.resolve import Resolved
 from llmtrain.train.run_data import RunData
 from llmtrain.train.starting import StartingPoint
 
+NAME_DATA = "give data.path=…, whose first rows are used"
 FEWEST_WORDS = 5
 """Token ids below are special in most vocabularies."""
 
@@ -58,8 +59,8 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
         engine = build_engine(config, layout, device, objective, None, lambda *_: None)
         if layout.pipeline > 1:
             engine.imagine_neighbours()  # type: ignore[attr-defined]
-        setup, imagination.traffic = imagination.traffic, Traffic()
-        start_bytes = imagination.peak_bytes = imagination.held_bytes
+        imagination.traffic = Traffic()
+        imagination.peak_bytes = imagination.held_bytes
         built = time.perf_counter()
         engine.train_step(batches, lr=config.optimizer.lr)
         done = time.perf_counter()
@@ -71,10 +72,8 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
                 {name.split(".")[1] for name in engine.setup.parameters if name.startswith("blocks.")}
             ),
             parameters=sum(shard.numel for shard in engine.setup.shards.values()),
-            start_bytes=start_bytes,
             held_bytes=imagination.held_bytes,
             peak_bytes=imagination.peak_bytes,
-            setup=setup,
             step=imagination.traffic,
             setup_seconds=built - started,
             step_seconds=done - built,
@@ -107,22 +106,31 @@ def _made_up(resolved: Resolved) -> tuple[Any, list[MicroBatch]]:
     config, layout = resolved.config, resolved.layout
     B, W = layout.micro_size, config.batch.sequence_length + 1
     words: int = getattr(config.model, "vocab_size", 0)
+    if (read := config.objective.data) != "tokens":
+        has_rows = read in ("table", "tasks")
+        got = f"objective={config.objective.kind} over {read}, whose rows cannot be made up"
+        raise ConfigError(_not_made_up(got, NAME_DATA if has_rows else "leave dry_run out"))
+    without = f"objective={config.objective.kind} without data"
     generator = np.random.default_rng(config.seed)
     found = []
     try:
         objective = config.objective.build(config.model, config.data, None)
-        for i in range(layout.accumulation):
-            first = (layout.coordinates(processes.rank()).data * layout.accumulation + i) * B
-            raw = {
-                "tokens": generator.integers(FEWEST_WORDS, words, (B, W)),
-                "documents": np.zeros((B, W), np.int64),
-                "keys": generator.integers(0, 1 << 62, B),
-            }
+    except ValueError:  # it needs ids that a tokenizer has
+        raise ConfigError(_not_made_up(without, NAME_DATA)) from None
+    for i in range(layout.accumulation):
+        first = (layout.coordinates(processes.rank()).data * layout.accumulation + i) * B
+        raw = {
+            "tokens": generator.integers(FEWEST_WORDS, words, (B, W)),
+            "documents": np.zeros((B, W), np.int64),
+            "keys": generator.integers(0, 1 << 62, B),
+        }
+        try:
             batch = objective.collate(raw)
-            found.append(MicroBatch(batch, range(first, first + B), np.arange(first, first + B)))
-    except (KeyError, ValueError):  # it reads other arrays, or ids that a tokenizer has
-        got = f"objective={config.objective.kind} without data"
-        remedy = "give data.path=…, whose first rows are used"
-        allowed = "an objective over rows of tokens alone, such as causal_lm"
-        raise ConfigError(Problem("dry_run", got, allowed, remedy)) from None
+        except KeyError:  # it reads other arrays
+            raise ConfigError(_not_made_up(without, NAME_DATA)) from None
+        found.append(MicroBatch(batch, range(first, first + B), np.arange(first, first + B)))
     return objective, found
+
+
+def _not_made_up(got: str, remedy: str) -> Problem:
+    return Problem("dry_run", got, "an objective over rows of tokens alone, such as causal_lm", remedy)

@@ -1,4 +1,4 @@
-"""The one change of a run's settings that would help most, and why one choice is slower than another."""
+"""The one change of a run's settings that would help most, and how one choice compares with another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llmtrain.nn.recompute_config import RecomputeConfig
-from llmtrain.plan.search import Candidate, candidate
+from llmtrain.plan.search import Candidate, RankBy, candidate
 from llmtrain.plan.space import MODES, Choice, Space
 from llmtrain.plan.times.text import milliseconds
 from llmtrain.plan.timing import step_time_of
@@ -31,21 +31,45 @@ def best_change(space: Space, own: Choice) -> str | None:
     return f"{' '.join(_differences(own, best))}, which takes {1 - least / now:.0%} less"
 
 
-def slower_because(space: Space, own: Candidate, best: Candidate) -> str:
-    """Return why the user's own choice takes longer than the best one: the parts that take longer."""
-    plan = space.plan
-    times = [step_time_of(plan, each.choice.layout, each.choice.recompute) for each in (own, best)]
+def compared(space: Space, own: Candidate, best: Candidate, rank_by: RankBy, whose: str) -> str:
+    """Return how the user's own choice compares with the best one in what is sought, and why. whose: how that
+    choice is called."""
+    if own.choice.key == best.choice.key:
+        return f"{whose} is the first"
+    mine, least = own.rank(rank_by)[0], best.rank(rank_by)[0]
+    share, of_time = mine / least - 1, own.seconds / best.seconds - 1
+    if rank_by == "memory":
+        text = (
+            "takes as much memory as the first" if share < WORTH_TELLING else f"takes {share:.0%} more memory"
+        )
+        than = " than the first" if share >= WORTH_TELLING else ""
+        return f"{whose} {text}{than}, and {_time_text(of_time)}"
+    if rank_by == "cost":
+        if share < WORTH_TELLING:
+            return f"{whose} costs as much as the first, and {_time_text(of_time)}"
+        return f"{whose} costs {share:.0%} more than the first, and {_time_text(of_time)}"
+    if share < WORTH_TELLING:
+        return f"{whose} is as fast as the first"
+    return f"{whose} takes {share:.0%} longer than the first: {_parts_text(space, own, best)}"
+
+
+def _time_text(share: float) -> str:
+    """Return a difference in time from the first choice in words."""
+    if abs(share) < WORTH_TELLING:
+        return "is as fast"
+    return f"takes {share:.0%} longer" if share > 0 else f"takes {-share:.0%} less time"
+
+
+def _parts_text(space: Space, own: Candidate, best: Candidate) -> str:
+    """Return the parts of a step that take longer than in the best choice."""
+    times = [step_time_of(space.plan, each.choice.layout, each.choice.recompute) for each in (own, best)]
     mine, other = times
     assert mine is not None
     assert other is not None
     more = {name: seconds - other.parts.get(name, 0.0) for name, seconds in mine.parts.items()}
     parts = sorted(more, key=more.__getitem__, reverse=True)[:3]
     named = [f"{name} +{milliseconds(more[name])}" for name in parts if more[name] > 0.005 * own.seconds]
-    share = own.seconds / best.seconds - 1
-    if share < WORTH_TELLING:
-        return "your own choice is as fast as the first"
-    parts_text = ", ".join(named) or "little of each part"
-    return f"your own choice takes {share:.0%} longer than the first: {parts_text}"
+    return ", ".join(named) or "little of each part"
 
 
 def _neighbours(space: Space, own: Choice, world_size: int) -> Iterator[Choice]:

@@ -54,8 +54,14 @@ def optimum(budget: BudgetConfig, flops: float) -> tuple[float, float]:
 def budgeted(budget: BudgetConfig, plan: Plan) -> Budgeted:
     """Return what a budget buys at the speed of a plan.
 
-    Raise ConfigError if the plan's time is not known, and for less than one step.
+    Raise ConfigError if the plan's time is not known, for less than one step, and for what the law does not
+    describe.
     """
+    key = "device_hours" if budget.device_hours is not None else "days"
+    if other := _beside_the_law(plan):
+        got = f"{getattr(budget, key):g} with {other}"
+        allowed = "null: the law is of language models that learn all their weights from tokens"
+        raise ConfigError(Problem(f"budget.{key}", got, allowed, f"leave budget.{key} out"))
     if plan.time is None or plan.utilization is None:
         got = f"{plan.cluster.name}, whose figures are not known"
         raise ConfigError(
@@ -66,7 +72,6 @@ def budgeted(budget: BudgetConfig, plan: Plan) -> Budgeted:
     of_step = devices * plan.time.seconds / 3600
     steps = int(hours / of_step)
     if steps < 1:
-        key = "device_hours" if budget.device_hours is not None else "days"
         least = of_step if key == "device_hours" else of_step / devices / 24
         got, allowed = f"{getattr(budget, key):g}", f"{least:.3g} or more, which one step takes"
         raise ConfigError(Problem(f"budget.{key}", got, allowed, "give more, or a smaller batch.global_size"))
@@ -84,6 +89,15 @@ def budgeted(budget: BudgetConfig, plan: Plan) -> Budgeted:
         tokens,
         loss(budget, plan.parameters, tokens),
     )
+
+
+def _beside_the_law(plan: Plan) -> str | None:
+    """Return what about a plan the law does not describe; None if it describes it."""
+    if plan.unit != "token":
+        return f"a model of {plan.unit}s"
+    if getattr(plan.model, "task", None) is not None or plan.objective.data != "tokens":
+        return f"objective={getattr(plan.objective, 'kind', plan.objective.data)}"
+    return None if plan.trainable is None else "frozen parameters"
 
 
 def lines(found: Budgeted, plan: Plan) -> list[str]:

@@ -134,12 +134,14 @@ class ClusterConfig:
             yield from require(is_known, where, "a precision", "fp32, bf16, fp16")
             yield from require(least <= peak <= most, where, peak, f"{least:g} to {most:g} FLOP/s")
         if self.has_figures:
-            for name in NEEDED:
-                if getattr(self, name) is None:
-                    remedy = f"give cluster.{name}=…, or take cluster=local for this machine"
-                    yield Problem(name, "nothing", f"a figure of the cluster {self.name}", remedy)
-            if not self.peak_flops:
-                yield Problem("peak_flops", "nothing", "FLOP/s for fp32, bf16 or fp16", "see conf/cluster/")
+            missing = [name for name in NEEDED if getattr(self, name) is None]
+            missing += [] if self.peak_flops else ["peak_flops"]
+            if missing:
+                others = f" and of {', '.join(missing[1:])}" if missing[1:] else ""
+                remedy = "give all, or take cluster=local without figures"
+                if self.name == "local":
+                    remedy = "llmtrain plan calibrate measures all figures of this machine"
+                yield Problem(missing[0], "nothing", f"a figure of it{others}, as of the others", remedy)
 
     @property
     def has_figures(self) -> bool:

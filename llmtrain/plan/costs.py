@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtrain.plan.estimate import Plan
+from llmtrain.plan.units import digits
 
 
 def kilowatt_hours(plan: Plan) -> float | None:
@@ -29,8 +30,8 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     if energy is not None:
         yield (
             "energy",
-            f"{energy:,.4g} kWh, if a device with its share of a host draws {cluster.watts:g} W, "
+            f"{digits(energy, 4)} kWh, if a device with its share of a host draws {cluster.watts:g} W, "
             f"and the building {cluster.pue:g} times that",
         )
     if price is not None:
-        yield "price", f"${price:,.4g}, at ${cluster.price_per_hour:g} an hour for a device"
+        yield "price", f"${digits(price, 4)}, at ${cluster.price_per_hour:g} an hour for a device"

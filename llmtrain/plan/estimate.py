@@ -137,8 +137,10 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """The share of a step that pipeline stages are idle under the 1F1B schedule, or the interleaved one
-        (arXiv:2104.04473)."""
+        """The share of a step that pipeline stages are idle: as the step's time has it, or, where that is not
+        known, of equal stages under the 1F1B schedule, or the interleaved one (arXiv:2104.04473)."""
+        if self.time is not None:
+            return self.time.parts.get("pipeline bubble", 0.0) / self.time.seconds
         idle = (self.layout.pipeline - 1) / self.assume.virtual_stages
         return idle / (self.layout.accumulation + idle)
 

@@ -37,8 +37,11 @@ class BudgetConfig:
             yield from require(value is None or value > 0, name, value, "more than 0, or null")
         both = self.device_hours is not None and self.days is not None
         yield from require(not both, "days", self.days, "null beside budget.device_hours", "give one of them")
-        for name in ("size_factor", "size_exponent", "token_factor", "token_exponent"):
+        for name in ("size_factor", "token_factor"):
             yield from require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        for name in ("size_exponent", "token_exponent"):
+            value = getattr(self, name)
+            yield from require(0.05 <= value <= 1, name, value, "0.05 to 1")
 
     @property
     def is_given(self) -> bool:

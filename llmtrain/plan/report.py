@@ -9,7 +9,7 @@ from llmtrain.plan import costs
 from llmtrain.plan.estimate import Plan
 from llmtrain.plan.fit import warnings
 from llmtrain.plan.times import text as times
-from llmtrain.plan.units import duration, gib, quantity
+from llmtrain.plan.units import digits, duration, gib, quantity
 
 
 def summary(plan: Plan) -> str:
@@ -89,7 +89,7 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
     assert utilization is not None
     yield (
         "step",
-        f"{times.milliseconds(plan.time.seconds)} on {plan.cluster.name}: {rate:,.5g} {plan.unit}s per "
+        f"{times.milliseconds(plan.time.seconds)} on {plan.cluster.name}: {digits(rate, 5)} {plan.unit}s per "
         f"second and device, {utilization:.1%} of the peak",
     )
     whole = rate * plan.layout.world_size
@@ -105,6 +105,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "flops_per_token": plan.flops_per_token,
         "world_size": plan.layout.world_size,
+        "layout": {axis: getattr(plan.layout, axis) for axis in ("data", "tensor", "pipeline", "sequence")}
+        | {"zero": plan.layout.zero, "tensor_sequence": plan.layout.tensor_sequence},
+        "micro_size": plan.layout.micro_size,
+        "accumulation": plan.layout.accumulation,
+        "recompute": plan.conditions.recompute.mode,
         "cluster": plan.cluster.name,
         "tokens_per_step": plan.tokens_per_step,
         "seconds_per_step": None if time is None else time.seconds,

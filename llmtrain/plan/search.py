@@ -6,14 +6,15 @@ model of `times/`, with the pipeline's length estimated, and exactly for the bes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.plan.config import ClusterConfig
 from llmtrain.plan.estimate import Plan
-from llmtrain.plan.space import Choice, Space
+from llmtrain.plan.space import MODES, Choice, Space
 from llmtrain.plan.timing import step_time_of
 from llmtrain.plan.units import gib
 
@@ -61,40 +62,47 @@ class Found:
 
 
 def search(space: Space, world_size: int, rank_by: RankBy, top: int, own: Choice | None = None) -> Found:
-    """Return the best choices for `world_size` processes; for the least cost, for fewer of them too.
+    """Return the best choices for `world_size` processes; for the least cost, for fewer of them too. The
+    user's own choice is among those that are compared, whatever the space has.
 
     Raise ConfigError when no layout has that number of processes, when none fits into memory, and where the
     cluster's figures are not known.
     """
     refuse_without_figures(space.plan.cluster, space.plan.precision)
     tried, found, least = 0, [], 0
+    keys = set()
     for size in _sizes(world_size, space) if rank_by == "cost" else [world_size]:
-        fits_alone: set[tuple[object, int]] = set()
-        for choice in space.choices(size):
+        for choice in itertools.chain(space.choices(size), [own] if own and size == world_size else []):
+            if choice is own and own.key in keys:
+                continue
+            keys.add(choice.key)
             tried += 1
-            parallel, mode = choice.parallel, choice.recompute.mode
-            key = (replace(parallel, offload_optimizer="none"), choice.batch.micro_size)
-            if parallel.offload_optimizer != "none" and key in fits_alone:
-                continue  # what fits on the device gains nothing from the host
             memory = space.plan.memory_of(choice.layout, choice.recompute).total
             least = min(least or memory, memory)
-            if not _fits(space.plan, memory):
-                continue
-            if parallel.offload_optimizer == "none" and mode == "none":
-                fits_alone.add(key)
-            found.append(candidate(space.plan, choice, memory, is_exact=False))
+            if _fits(space.plan, memory):
+                found.append(candidate(space.plan, choice, memory, is_exact=False))
     if not tried:
         raise ConfigError(_no_layout(space, world_size))
     if not found:
         raise ConfigError(_too_large(space, world_size, least))
     ranked = sorted(found, key=lambda each: each.rank(rank_by))[: max(top, 10)]
-    exact = [candidate(space.plan, each.choice, each.memory_bytes) for each in ranked]
+    if own is not None and all(each.choice.key != own.key for each in ranked):
+        ranked += [each for each in found if each.choice.key == own.key]
+    exact = [_exactly(space.plan, each) for each in ranked]
     exact.sort(key=lambda each: each.rank(rank_by))
     own_found = None
     if own is not None:
         memory = space.plan.memory_of(own.layout, own.recompute).total
         own_found = candidate(space.plan, own, memory)
-    return Found(exact[:top], _front(found), tried, len(found), own_found)
+    front = _front([_exactly(space.plan, each) for each in _front(found)])
+    return Found(exact[:top], front, tried, len(found), own_found)
+
+
+def _exactly(plan: Plan, found: Candidate) -> Candidate:
+    """Return a candidate with its pipeline's schedule simulated."""
+    if found.choice.layout.pipeline == 1:
+        return found
+    return candidate(plan, found.choice, found.memory_bytes)
 
 
 def candidate(plan: Plan, choice: Choice, memory: int, *, is_exact: bool = True) -> Candidate:
@@ -122,10 +130,11 @@ def refuse_without_figures(cluster: ClusterConfig, precision: str) -> None:
 
 
 def _sizes(world_size: int, space: Space) -> list[int]:
-    """Return the numbers of processes that a search for the least cost tries: whole hosts."""
+    """Return the numbers of processes that a search for the least cost tries: halves of world_size, as long
+    as they are whole hosts."""
     host = space.host or 1
     sizes = [world_size]
-    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= host:
+    while sizes[-1] % (2 * host) == 0:
         sizes.append(sizes[-1] // 2)
     return sizes
 
@@ -160,7 +169,7 @@ def _too_large(space: Space, world_size: int, least: int) -> Problem:
     plan = space.plan
     assert plan.available_bytes is not None
     remedy = "shorten batch.sequence_length, or use a smaller model or devices with more memory"
-    factor = 2
+    factor = WIDER + 1 if plan.cluster.is_local else 2  # this machine has no more processes' memory
     while factor <= WIDER:
         if _any_fits(space, factor * world_size):
             remedy = f"take {factor * world_size} processes, with which a layout fits"
@@ -178,5 +187,6 @@ def _any_fits(space: Space, world_size: int) -> bool:
     return any(
         _fits(space.plan, space.plan.memory_of(choice.layout, choice.recompute).total)
         for choice in space.choices(world_size)
-        if choice.batch.micro_size == 1 and choice.recompute.mode == "full"
+        if choice.batch.micro_size == 1
+        and choice.recompute.mode == (MODES[-1] if space.recomputes else MODES[0])
     )

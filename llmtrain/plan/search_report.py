@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtrain.plan.search import Candidate, Found
 from llmtrain.plan.times.text import milliseconds
-from llmtrain.plan.units import gib
+from llmtrain.plan.units import digits, gib
 
 WIDTH, HEIGHT = 64, 12
 """Characters of the picture of times and memories."""
@@ -19,7 +19,7 @@ def lines(found: Found, command: Sequence[str], why: str | None) -> Iterator[str
     yield f"{'step':>11} {'tokens/s':>10} {'memory':>11}  command"
     for each in found.best:
         yield (
-            f"{milliseconds(each.seconds):>11} {each.tokens_per_second_per_device:>10,.5g} "
+            f"{milliseconds(each.seconds):>11} {digits(each.tokens_per_second_per_device, 5):>10} "
             f"{gib(each.memory_bytes):>11}  {' '.join([*command, *_overrides(each)])}"
         )
     if why is not None:

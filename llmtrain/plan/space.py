@@ -10,11 +10,12 @@ from typing import Any
 from llmtrain.errors import ConfigError
 from llmtrain.models.registry import family_of
 from llmtrain.nn.recompute_config import RecomputeConfig
-from llmtrain.parallel.config import BatchConfig, EngineName, ParallelConfig
+from llmtrain.parallel.config import BatchConfig, ParallelConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.parallel.model_shape import shape_of
 from llmtrain.parallel.planning import plan_layout
 from llmtrain.plan.estimate import Plan
+from llmtrain.plan.interleaving import interleaving_problem
 
 LARGEST_MICRO = 64
 """Largest micro-batch that is tried, in rows."""
@@ -30,10 +31,17 @@ class Choice:
     recompute: RecomputeConfig
     layout: Layout = field(compare=False)
 
+    @property
+    def key(self) -> object:
+        """What tells it from other choices."""
+        usual = ParallelConfig()
+        parallel = replace(self.parallel, data=None, auto=usual.auto, elastic=usual.elastic)
+        return parallel, self.batch, self.recompute, self.layout.world_size
+
     def overrides(self) -> list[str]:
         """Return the overrides that choose it, without those that say what is the default."""
         parallel, default = self.parallel, ParallelConfig()
-        names = [name for name in parallel.__dataclass_fields__ if name not in ("data", "auto")]
+        names = [name for name in parallel.__dataclass_fields__ if name not in ("data", "auto", "elastic")]
         changed = [name for name in names if getattr(parallel, name) != getattr(default, name)]
         found = [f"parallel.{name}={_word(getattr(parallel, name))}" for name in changed]
         found.append(f"batch.micro_size={self.batch.micro_size}")
@@ -53,6 +61,10 @@ class Space:
     exact_dropout: bool
     implementation: Any
     """That of the optimizer."""
+    engine: str = "auto"
+    """The engine that the user named; auto: the one that a layout needs."""
+    on_this_machine: bool = False
+    """Whether the run starts here, so that it may need only what this machine has."""
 
     @cached_property
     def shape(self) -> Any:
@@ -65,9 +77,11 @@ class Space:
 
     def layout(self, parallel: ParallelConfig, batch: BatchConfig, world_size: int) -> Layout | None:
         """Return the layout; None if a rule refuses it."""
-        engine: EngineName = "deepspeed" if parallel.zero > 0 or parallel.pipeline > 1 else "local"
+        engine: Any = self.engine
+        if engine == "auto":
+            engine = "deepspeed" if parallel.zero > 0 or parallel.pipeline > 1 else "local"
         try:
-            return plan_layout(
+            layout = plan_layout(
                 parallel,
                 batch,
                 engine=engine,
@@ -78,10 +92,14 @@ class Space:
                 max_grad_norm=self.max_grad_norm,
                 exact_dropout=self.exact_dropout,
                 implementation=self.implementation,
-                on_this_machine=False,
+                on_this_machine=self.on_this_machine,
             )
         except ConfigError:
             return None
+        chunks = self.plan.assume.virtual_stages
+        if layout.pipeline > 1 and interleaving_problem(self.plan.model, layout, chunks):
+            return None
+        return layout
 
     def choices(self, world_size: int) -> Iterator[Choice]:
         """Yield all choices, those of one layout with the least recomputation first."""
@@ -90,14 +108,13 @@ class Space:
             replica, rest = divmod(self.batch.global_size, data)
             if rest or replica == 0:
                 continue
-            micro = 1
-            while micro <= min(replica, LARGEST_MICRO):
-                if replica % micro == 0:
-                    batch = replace(self.batch, micro_size=micro)
-                    if layout := self.layout(parallel, batch, world_size):
-                        for mode in MODES if self._recomputes else MODES[:1]:
-                            yield Choice(parallel, batch, RecomputeConfig(mode), layout)  # type: ignore[arg-type]
-                micro *= 2
+            for micro in _divisors(replica):
+                if micro > LARGEST_MICRO:
+                    break
+                batch = replace(self.batch, micro_size=micro)
+                if layout := self.layout(parallel, batch, world_size):
+                    for mode in MODES if self.recomputes else MODES[:1]:
+                        yield Choice(parallel, batch, RecomputeConfig(mode), layout)  # type: ignore[arg-type]
 
     def parallels(self, world_size: int) -> Iterator[ParallelConfig]:
         """Yield ways to divide the processes and the states, with the data axis left to the rest."""
@@ -146,7 +163,8 @@ class Space:
                 yield replace(base, offload_optimizer="cpu")
 
     @cached_property
-    def _recomputes(self) -> bool:
+    def recomputes(self) -> bool:
+        """Whether the model has layers that can be computed again."""
         return family_of(self.plan.model).has_stages
 
 

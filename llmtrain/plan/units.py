@@ -37,3 +37,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {name}"
     return f"{seconds:.3g} seconds"
+
+
+def digits(number: float, count: int) -> str:
+    """Return a number with so many digits, or all before the point, such as 97.123 or 108,650."""
+    return f"{number:,.0f}" if number >= 10**count else f"{number:,.{count}g}"

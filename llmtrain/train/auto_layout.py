@@ -21,13 +21,25 @@ ORDINARY_PEAKS = {"fp32": 1e11, "bf16": 2e11, "fp16": 1e11}
 say no times."""
 
 
-def space_of(plan: Plan, config: TrainConfig) -> Space:
-    """Return the legal layouts of a run."""
+def space_of(
+    plan: Plan, config: TrainConfig, engine: str = "auto", *, on_this_machine: bool = False
+) -> Space:
+    """Return the legal layouts of a run. engine: the one that the user named."""
     optimizer = config.optimizer
-    return Space(plan, config.batch, optimizer.max_grad_norm, config.exact_dropout, optimizer.implementation)
+    return Space(
+        plan,
+        config.batch,
+        optimizer.max_grad_norm,
+        config.exact_dropout,
+        optimizer.implementation,
+        engine,
+        on_this_machine,
+    )
 
 
-def fastest_choice(config: TrainConfig, trainable: Trainable | None, world_size: int) -> Choice:
+def fastest_choice(
+    config: TrainConfig, trainable: Trainable | None, world_size: int, *, on_this_machine: bool
+) -> Choice:
     """Return the fastest layout of a run, with its micro-batch and recomputation. The model's sizes must be
     known.
 
@@ -40,7 +52,8 @@ def fastest_choice(config: TrainConfig, trainable: Trainable | None, world_size:
         cluster = _ordinary(cluster, device, world_size)
     plan = estimate(config.model, single_layout(config), replace(config, cluster=cluster), trainable)
     plan = replace(plan, available_bytes=available_bytes(config.cluster, device, world_size))
-    return search(space_of(plan, config), world_size, "time", 1).best[0].choice
+    space = space_of(plan, config, config.engine, on_this_machine=on_this_machine)
+    return search(space, world_size, "time", 1).best[0].choice
 
 
 def _refuse_axes(parallel: ParallelConfig) -> None:

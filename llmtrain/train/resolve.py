@@ -98,9 +98,10 @@ def resolve(
     model = config.model
     engine = _engine_of(config)
     try:
-        config = _with_auto_layout(config, world_size)
+        is_here = config.cluster.is_local or not data_optional
+        config = _with_auto_layout(config, world_size, on_this_machine=is_here)
         engine = _engine_of(config)
-        fitted = _fitted(config, world_size, on_this_machine=config.cluster.is_local or not data_optional)
+        fitted = _fitted(config, world_size, on_this_machine=is_here)
         layout = fitted.layout
         config = replace(config, parallel=fitted.parallel, batch=fitted.batch)
     except ConfigError as error:
@@ -156,13 +157,14 @@ def _with_what_trains(config: TrainConfig) -> TrainConfig:
     return with_features(with_unfreezing(config))
 
 
-def _with_auto_layout(config: TrainConfig, world_size: int) -> TrainConfig:
+def _with_auto_layout(config: TrainConfig, world_size: int, *, on_this_machine: bool) -> TrainConfig:
     """Return the configuration with the fastest layout, if it asks for `parallel=auto`."""
     if not config.parallel.auto:
         return config
     whole = _with_what_trains(replace(config, model=_assumed(config.model)))
     trainable = trainable_of(whole.model, whole.train.freeze)
-    return with_choice(config, fastest_choice(whole, trainable, world_size))
+    choice = fastest_choice(whole, trainable, world_size, on_this_machine=on_this_machine)
+    return with_choice(config, choice)
 
 
 def _decoded(mapping: Mapping[str, Any]) -> tuple[TrainConfig, Pretrained | None]:
@@ -221,7 +223,7 @@ def layout_refusals(mapping: Mapping[str, Any], sizes: Iterable[int]) -> dict[in
     refused = {}
     for size in sizes:
         try:
-            fitted = _with_auto_layout(config, size)
+            fitted = _with_auto_layout(config, size, on_this_machine=True)
             _fitted(fitted, size, on_this_machine=True, is_elastic=True)
         except ConfigError as error:
             refused[size] = str(error.problems[0])

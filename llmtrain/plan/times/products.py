@@ -22,8 +22,8 @@ UNALIGNED = 0.3
 """Share of the rate of a product whose rows do not begin at multiples of ALIGNED_BYTES (the same guide)."""
 UNALIGNED_BATCH = 0.1
 """The same of many products at once, as those of attention's heads: heads of 108 dims made layers of 13,824 a
-third slower in BLOOM's trials than heads of 144 did (bigscience-workshop/bigscience, tr11-176B-ml). Set by hand
-after these trials."""
+third slower in BLOOM's trials than heads of 144 did (bigscience-workshop/bigscience, tr11-176B-ml). Set by
+hand after these trials."""
 
 
 @lru_cache(maxsize=65536)

@@ -19,6 +19,10 @@ LLAMA = ["cluster=h100_80g", "precision=bf16", "batch.sequence_length=8192"]
 ON_64 = ["model=llama3_8b", *LLAMA, "batch.global_size=128", "batch.micro_size=1", "world_size=64"]
 SMALL = ["model=gpt_tiny", "model.vocab_size=1000", "cluster=a100_40g", "precision=bf16"]
 
+PIPED = ["world_size=2", "parallel=zero1", "parallel.pipeline=2"]
+MEASURED = ["cluster.device=cpu", "cluster.devices_per_node=1", "cluster.memory_bytes=1000000000"]
+MEASURED += [f"cluster.{name}=1e10" for name in ("memory_bandwidth", "node_bandwidth", "network_bandwidth")]
+
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     launcher.set_command(["llmtrain", "plan", *arguments])
@@ -78,6 +82,21 @@ def test_the_best_layouts_are_commands_that_do_what_they_say(capsys: pytest.Capt
     assert [size for _, size in front] == sorted((size for _, size in front), reverse=True)
 
 
+def test_a_search_compares_what_the_user_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    on_8 = ["search", *SMALL, "batch.global_size=96", "world_size=8"]
+    own = printed(capsys, *on_8, "batch.micro_size=12", "parallel.balance=time", "top=1000")
+    assert any(each["micro_size"] == 12 for each in own["best"]), "micro-batches that are no power of 2"
+    assert own["own"]["seconds_per_step"] >= own["best"][0]["seconds_per_step"]
+    local = printed(capsys, *on_8, "engine=local", "batch.micro_size=2", "top=1000")
+    assert {(each["zero"], each["pipeline"]) for each in local["best"]} == {(0, 1)}
+    aim = ["objective=memory", "batch.micro_size=2", "model.num_layers=12"]
+    least = printed(capsys, "search", *SMALL, "batch.global_size=96", "world_size=8", *aim)
+    assert "more memory than the first, and takes " in least["why"]
+    assert least["best"][0]["offload_optimizer"] == "cpu"
+    piped = printed(capsys, *on_8, "batch.micro_size=2", "assume.virtual_stages=3", "top=1000")
+    assert {each["pipeline"] for each in piped["best"]} == {1, 2}, "six layers have no 12 runs"
+
+
 def test_other_aims(capsys: pytest.CaptureFixture[str]) -> None:
     on_16 = ["model=llama3_8b", *LLAMA, "batch.global_size=32", "world_size=16", "top=1"]
     by_time = printed(capsys, "search", *on_16)["best"][0]
@@ -90,10 +109,13 @@ def test_other_aims(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_text_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_verb("plan", ["search", *SMALL, "batch.global_size=64", "world_size=8", "top=2"]) == 0
+    words = ["search", *SMALL, "batch.global_size=64", "world_size=8", "top=2", "budget.days=1"]
+    launcher.set_command(["llmtrain", "plan", *words])
+    assert run_verb("plan", words) == 0
     text = capsys.readouterr().out
     assert text.count("llmtrain plan") == 2
-    assert "your own choice" in text
+    assert "the default layout " in text
+    assert "  this model" in text
     assert "|o" in text
 
 
@@ -121,6 +143,23 @@ def test_the_text_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         (
             [*SMALL, "parallel=auto", "parallel.tensor=2"],
             "parallel.tensor: got 2 with parallel=auto; allowed: 1: the planner chooses it",
+        ),
+        (
+            ["model=simple_cnn", "data=mnist", "cluster=a100_40g", "budget.days=1"],
+            "budget.days: got 1 with a model of images; allowed: null",
+        ),
+        ([*SMALL, "budget.size_exponent=0.001"], "budget.size_exponent: got 0.001; allowed: 0.05 to 1"),
+        (
+            ["model=gpt_tiny", "cluster.memory_bandwidth=1e11"],
+            "cluster.device: got nothing; allowed: a figure of it and of devices_per_node, ",
+        ),
+        (
+            [*SMALL, *PIPED, "batch.micro_size=32", "assume.virtual_stages=2"],
+            "assume.virtual_stages: got 2 with 1 micro-batches a step; allowed: 1, or ",
+        ),
+        (
+            ["search", "model=llama3_8b", "world_size=1", "cluster.peak_flops.fp32=1e12", *MEASURED],
+            "shorten batch",
         ),
         ([*SMALL, "assume.virtual_stages=1000"], "assume.virtual_stages: got 1000; allowed: 1 to "),
     ],

@@ -68,10 +68,13 @@ def test_ranks_of_a_pipeline_hold_their_stages_and_pass_hidden_states_on() -> No
     [
         (("world_size=4", "rank=4"), "rank: got 4; allowed: 0 to 3"),
         (("world_size=4", "model=bert_tiny"), "give data.path"),
+        (("world_size=4", "model=simple_cnn", "data=mnist"), "over images, whose rows cannot be made up"),
     ],
 )
 def test_what_cannot_be_rehearsed_is_one_line(overrides: tuple[str, ...], complaint: str) -> None:
-    done = llmtrain("plan", "dry_run=true", *SMALL, "batch.global_size=4", *overrides)
+    names = {word.split("=")[0] for word in overrides}
+    usual = [word for word in (*SMALL, "batch.global_size=4") if word.split("=")[0] not in names]
+    done = llmtrain("plan", "dry_run=true", *usual, *overrides)
     assert done.returncode == 2, done.stderr
     assert complaint in done.stderr
     assert len(done.stderr.splitlines()) == 1
