@@ -49,7 +49,7 @@ def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bo
 
 
 def composed_run_folder(overrides: Sequence[str]) -> Path:
-    """Return the run folder that the composed configuration has, as a preset or an interpolation may set it.
+    """Return the run folder that the composed configuration has, as a preset may set it.
 
     Where nothing can be composed, return what the text of the overrides selects: the ranks tell the mistake.
     """

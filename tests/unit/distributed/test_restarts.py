@@ -134,9 +134,8 @@ def test_a_host_that_waits_while_the_job_ends_gets_its_exit_code() -> None:
         one.close()
 
 
-def test_the_run_folder_that_an_interpolation_sets() -> None:
-    found = composed_run_folder(["model=gpt_tiny", "run.name=first", "run.dir=elsewhere/${run.name}"])
-    assert found == Path("elsewhere/first").absolute()
+def test_the_run_folder_that_a_preset_sets() -> None:
+    assert composed_run_folder(["experiment=verses"]) == Path("runs/verses").absolute()
     assert composed_run_folder(["model=none", "run.dir=elsewhere"]) == Path("elsewhere").absolute()
 
 
