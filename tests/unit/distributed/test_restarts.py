@@ -10,6 +10,7 @@ import pytest
 
 from llmtrain.distributed import liveness, requeue
 from llmtrain.distributed.elastic import composed_run_folder
+from llmtrain.distributed.failures import explain
 from llmtrain.distributed.hosts import Hosts, hosts_from_environment, route_to
 from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous
 from llmtrain.distributed.restarts import Ending, Restarts, Verdict
@@ -202,3 +203,18 @@ def test_a_job_is_requeued_until_starts_bring_no_new_step(tmp_path: Path) -> Non
     assert requeue.begin(logs, run, 2, "8") == ""
     assert requeue.begin(logs, run, 2, "8").startswith("2 starts")
     assert requeue.main(["begin", f"run.dir={run}"], {"MAX_STARTS": "x"}) == 2
+
+
+def test_ranks_that_follow_those_of_another_host_are_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    killed = {1: ProcessFailure(local_rank=0, pid=1, exitcode=-9, error_file="")}
+    assert explain(killed, tmp_path, followed=True)[0] == 137
+    assert capsys.readouterr().err == "llmtrain: ended this host's ranks, as those of another host failed\n"
+    explain(killed, tmp_path, followed=False)
+    assert (
+        "rank 1 exited with 137 (killed by SIGKILL, as when memory runs out); its log"
+        in capsys.readouterr().err
+    )
