@@ -6,8 +6,8 @@
 #   NPROC_PER_NODE=8 launch/preflight.sh …                                  eight processes
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/preflight.sh …            on host 0 of two, and so on
 #
-# The environment is that of launch/torchrun.sh. The exit code is 0 if nothing is off, 2 if something is. Each rank R
-# writes rankR.log to LOG_DIR, by default a new folder for temporary files.
+# The environment is that of launch/torchrun.sh. The exit code is 0 if nothing is off, 2 if something is, 1 if hosts do
+# not come. Each rank R writes rankR.log to LOG_DIR, by default a new folder for temporary files.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

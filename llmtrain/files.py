@@ -157,9 +157,9 @@ def replace_folder(partial: Path, output: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
+def lock(file: IO[str] | int, path: Path, shared: bool = False) -> bool:
     """Lock the open `file`, exclusively or `shared`, until it is closed or the process ends. Locking it again
-    converts the lock.
+    converts the lock. Return whether the file system supports locks.
 
     path: name of the file in the warning that is logged if the file system does not support locks.
     Raise BlockingIOError if another process holds a conflicting lock.
@@ -172,6 +172,8 @@ def lock(file: IO[str] | int, path: Path, shared: bool = False) -> None:
         logger.warning(
             "%s cannot be locked (%s): make sure that no other process uses it", path, error.strerror
         )
+        return False
+    return True
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""Which numbers of processes have a layout, for a launcher whose job may go on with fewer hosts:
+"""What a launcher asks of the configuration, which it does not compose: the run folder, and which numbers of
+processes have a layout, for a job that may go on with fewer hosts:
 
     python -m llmtrain.cli.elastic 2,4,6 OVERRIDES…
 
-prints {"problems": […], "refused": {"2": why no layout fits}} as JSON. It imports no torch.
+prints {"run_dir": folder, "problems": […], "refused": {"2": why no layout fits}} as JSON; with "" in place of
+the numbers no layout is asked for. It imports no torch.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from llmtrain.train.resolve import layout_refusals
 def main(arguments: Sequence[str]) -> None:
     """Print what does not fit."""
     sizes, *overrides = arguments
-    said: dict[str, Any]
+    said: dict[str, Any] = {"run_dir": None, "problems": [], "refused": {}}
     try:
-        refused = layout_refusals(composed("train", overrides), map(int, sizes.split(",")))
-        said = {"problems": [], "refused": refused}
+        configuration = composed("train", overrides)
+        said["run_dir"] = str(configuration["run"]["dir"])
+        if sizes:
+            said["refused"] = layout_refusals(configuration, map(int, sizes.split(",")))
     except UserError as error:
-        said = {"problems": [asdict(problem) for problem in error.problems], "refused": {}}
+        said["problems"] = [asdict(problem) for problem in error.problems]
     print(json.dumps(said), flush=True)
 
 

@@ -6,9 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from llmtrain.distributed.folders import run_folder
 from llmtrain.distributed.hosts import Hosts
 from llmtrain.errors import ConfigError, Problem
+from llmtrain.files import expand_home
 
 PROGRAM = "llmtrain.cli.elastic"
 """What composes the configuration, which a launcher does not."""
@@ -26,13 +29,10 @@ def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bo
 
     each = hosts.num_processes or max(1, torch.accelerator.device_count())
     sizes = {num_nodes: num_nodes * each for num_nodes in range(hosts.least, hosts.num_nodes + 1)}
-    command = [sys.executable, "-m", PROGRAM, ",".join(map(str, sizes.values())), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    done = _compose(",".join(map(str, sizes.values())), overrides)
     if done.returncode:
         got = f"a configuration that cannot be read ({' '.join(done.stderr.split())[-300:]})"
-        raise ConfigError(
-            Problem("NNODES", got, remedy="see the lines of llmtrain train with these overrides")
-        )
+        raise ConfigError(Problem("NNODES", got, remedy="run llmtrain train with these overrides to see why"))
     said = json.loads(done.stdout)
     if said["problems"]:
         raise ConfigError(Problem(**problem) for problem in said["problems"])
@@ -46,3 +46,18 @@ def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bo
         remedy = f"name the axes that may shrink in parallel.elastic ({refused[str(size)]})"
         raise ConfigError(Problem("NNODES", got, allowed, remedy))
     return lambda num_nodes: num_nodes in fitting
+
+
+def composed_run_folder(overrides: Sequence[str]) -> Path:
+    """Return the run folder that the composed configuration has, as a preset may set it.
+
+    Where nothing can be composed, return what the text of the overrides selects: the ranks tell the mistake.
+    """
+    done = _compose("", overrides)
+    said = json.loads(done.stdout) if done.returncode == 0 else {"run_dir": None}
+    return run_folder(overrides) if said["run_dir"] is None else expand_home(said["run_dir"]).absolute()
+
+
+def _compose(sizes: str, overrides: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", PROGRAM, sizes, *overrides]
+    return subprocess.run(command, capture_output=True, text=True)  # noqa: S603

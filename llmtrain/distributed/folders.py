@@ -1,4 +1,4 @@
-"""The folders of a run, from the overrides of its command: a launcher composes no configuration."""
+"""The folders of a run, from the text of its overrides: a launcher composes no configuration."""
 
 from __future__ import annotations
 

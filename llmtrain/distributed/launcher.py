@@ -24,6 +24,11 @@ JOIN_SECONDS = 30.0
 _command: list[str] | None = None
 
 
+class MissingHostsError(LaunchError):
+    """Hosts that did not come, or gave no answer: no mistake in the settings, as they may come to the next
+    start."""
+
+
 def set_command(command: Sequence[str]) -> None:
     """Record the command line as typed, because Hydra needs a different sys.argv."""
     global _command
@@ -76,7 +81,7 @@ def await_host(address: str, port: int, seconds: float, peer: str = "rank 0") ->
     """Wait until something listens at `address` and `port`, without the log lines of torch's own wait.
 
     peer: name of the peer in the error message.
-    Raise LaunchError if nothing listens within `seconds`.
+    Raise MissingHostsError if nothing listens within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -87,7 +92,7 @@ def await_host(address: str, port: int, seconds: float, peer: str = "rank 0") ->
             if time.monotonic() > deadline:
                 got = f"no answer from {peer} at {address}:{port} within {seconds:g} s ({error})"
                 remedy = f"see the messages of {peer}, or wait longer with START_TIMEOUT=seconds"
-                failure = LaunchError(Problem("start", got, remedy=remedy))
+                failure = MissingHostsError(Problem("start", got, remedy=remedy))
                 failure.everywhere = False  # rank 0, which prints common errors, is not there
                 raise failure from None
             time.sleep(0.2)

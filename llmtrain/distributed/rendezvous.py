@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from llmtrain.distributed import stores
 from llmtrain.distributed.hosts import Hosts, Route, require_store
-from llmtrain.distributed.launcher import await_host
+from llmtrain.distributed.launcher import MissingHostsError, await_host
 from llmtrain.distributed.liveness import Heartbeats, Pulse, beat
 from llmtrain.distributed.restarts import Ending, Verdict
 from llmtrain.errors import ConfigError, LaunchError, Problem
@@ -44,6 +44,15 @@ GOODBYE_SECONDS = 5.0
 
 class StoppedWaitingError(Exception):
     """This launcher was asked to stop while it waited for others."""
+
+
+class JobOverError(Exception):
+    """The job ended while this launcher waited for a restart."""
+
+    def __init__(self, code: int) -> None:
+        """code: the exit code of the job."""
+        super().__init__(f"the job ended with exit code {code}")
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Rendezvous(RendezvousHandler):
         """Serve the store if this is the serving host, else connect to it.
 
         seconds: timeout for the store, and again for the other hosts.
-        Raise ConfigError if this host cannot listen, or another program uses the port; LaunchError if host 0
-        does not answer.
+        Raise ConfigError if this host cannot listen, or another program uses the port; MissingHostsError if
+        host 0 does not answer.
         """
         self._hosts, self._seconds = hosts, seconds
         self._helpers = helpers or Helpers()
@@ -96,6 +105,11 @@ class Rendezvous(RendezvousHandler):
         return self._serves
 
     @property
+    def followed(self) -> bool:
+        """Return whether this host ended its ranks in the attempt because those of another had failed."""
+        return self._followed
+
+    @property
     def num_nodes(self) -> int:
         """Return the number of hosts of the attempt."""
         return len(self._members)
@@ -108,8 +122,8 @@ class Rendezvous(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the hosts; return the node rank of this host and the store, which the ranks use too.
 
-        Raise LaunchError if hosts are missing, or this host does not belong to the run; StoppedWaitingError
-        if this launcher is asked to stop meanwhile.
+        Raise MissingHostsError if hosts are missing; LaunchError if this host does not belong to the run;
+        StoppedWaitingError if this launcher is asked to stop meanwhile, JobOverError if the job ends.
         """
         node_rank = self._node_rank()
         ranks_store = RendezvousStoreInfo(self._address, self._store.port)
@@ -173,7 +187,7 @@ class Rendezvous(RendezvousHandler):
                     wanted = f"{self._hosts.least} to {wanted}"
                 got = f"not all {wanted} within {self._seconds:g} s ({missing})"
                 remedy = "see the messages of the other hosts, or wait longer with START_TIMEOUT=seconds"
-                raise LaunchError(Problem("start", got, remedy=remedy))
+                raise MissingHostsError(Problem("start", got, remedy=remedy))
             time.sleep(POLL_SECONDS)
         admitted: list[int] = json.loads(own.get("admitted"))
         if self._name not in admitted or own.add(f"taken {self._name}", 1) > 1:
@@ -192,8 +206,10 @@ class Rendezvous(RendezvousHandler):
             if self._helpers.is_stopping():
                 raise StoppedWaitingError
             if self._launchers.check(["over"]):
-                got = "a job that has ended while this host waited"
-                raise LaunchError(Problem("start", got, remedy="nothing is left to do here"))
+                code = int(self._launchers.get("over"))
+                PrefixStore(f"attempt {attempt}", self._launchers).add("read", 1)
+                print("llmtrain: the job ended while this host waited", file=sys.stderr)
+                raise JobOverError(code)
             time.sleep(POLL_SECONDS)
 
     # The end of an attempt
@@ -224,7 +240,7 @@ class Rendezvous(RendezvousHandler):
         own.set("verdict", json.dumps(asdict(verdict)))
         if not verdict.restart:
             deadline = time.monotonic() + GOODBYE_SECONDS
-            others = len(self._heartbeats.alive(self._members)) - 1
+            others = len(self._heartbeats.alive(self._names())) - 1  # those that wait read it too
             while own.add("read", 0) < others and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
         return verdict
@@ -315,7 +331,9 @@ class _Admission:
         ready = [name for name in alive if self._store.check([f"ready {name}"])]
         if len(ready) > self._most_ready:
             self._most_ready, self._since = len(ready), time.monotonic()
-        if len(ready) >= wanted or (len(ready) >= self._hosts.least and self._comes_nobody(ready, alive)):
+        if len(ready) >= wanted or (
+            len(ready) >= self._hosts.least and self._nobody_else_comes(ready, alive)
+        ):
             count = self._fitting(min(wanted, len(ready)))
             if count:
                 self._store.set("admitted", json.dumps(ready[:count]))
@@ -324,7 +342,7 @@ class _Admission:
             return joined
         return f"{joined}, not NODE_RANK {', '.join(str(name) for name in names if name not in ready)}"
 
-    def _comes_nobody(self, ready: list[int], alive: list[int]) -> bool:
+    def _nobody_else_comes(self, ready: list[int], alive: list[int]) -> bool:
         """Return whether no other host is to be expected soon."""
         return ready == alive and time.monotonic() - self._since >= self._patience
 

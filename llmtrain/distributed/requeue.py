@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llmtrain.distributed.folders import log_folder, run_folder
+from llmtrain.distributed.elastic import composed_run_folder
+from llmtrain.distributed.folders import log_folder
 from llmtrain.distributed.restarts import newest_step
 from llmtrain.errors import EXIT_CODE, ConfigError, Problem, UserError
 from llmtrain.files import write_json_atomically
@@ -33,19 +34,23 @@ class Starts:
     """Step of the newest checkpoint at the last start."""
     starts: int = 0
     """Starts of the job from that step, the last one included."""
+    job: str = ""
+    """Number of the job, which a requeue keeps."""
 
 
-def begin(folder: Path, run: Path, most: int) -> str:
+def begin(folder: Path, run: Path, most: int, job: str = "") -> str:
     """Count a start of the job. Return "", or why it must not start once more: a start that was cut down, as
     by a node that failed, told nothing at its end.
 
-    folder: where the count is kept; run: the run folder.
+    folder: where the count is kept; run: the run folder; job: whose starts count.
     """
     before = _read(folder)
+    if before.job != job:  # submitted anew, perhaps after what failed was mended
+        before = Starts()
     step = newest_step(run)
     starts = before.starts + 1 if step <= before.step and before.starts else 1
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(folder / STARTS, asdict(Starts(step, starts)))
+    write_json_atomically(folder / STARTS, asdict(Starts(step, starts, job)))
     return _too_many(starts - 1, step) if starts > most else ""
 
 
@@ -84,9 +89,9 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     what, *overrides = arguments
     try:
         most = most_starts(environment)
-        folder, run = log_folder(environment, overrides), run_folder(overrides)
+        folder, run = log_folder(environment, overrides), composed_run_folder(overrides)
         if what == "begin":
-            reason = begin(folder, run, most)
+            reason = begin(folder, run, most, environment.get("SLURM_JOB_ID", ""))
         else:
             reason = end(int(what.removeprefix("end=")), folder, run, most)
     except UserError as error:

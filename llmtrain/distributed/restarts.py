@@ -95,7 +95,7 @@ class Restarts:
         if code == 0:
             return Verdict(False, 0)
         if any(ending.asked for ending in ended) or code == INTERRUPTED_EXIT_CODE:
-            return Verdict(False, INTERRUPTED_EXIT_CODE)
+            return Verdict(False, code)  # a failure stays one, such as a save that failed
         if code == EXIT_CODE:  # a mistake of the user stays one
             return Verdict(False, code)
         step = newest_step(self._run_folder)

@@ -28,20 +28,21 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrain import standard_streams
 from llmtrain.distributed import job_time
-from llmtrain.distributed.elastic import elastic_bounds
-from llmtrain.distributed.folders import last_report, log_folder, run_folder
+from llmtrain.distributed.elastic import composed_run_folder, elastic_bounds
+from llmtrain.distributed.failures import explain
+from llmtrain.distributed.folders import log_folder, run_folder
 from llmtrain.distributed.forwarding import Forwarder
 from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, restrict_to_interface, route_to
-from llmtrain.distributed.launcher import join_seconds, start_seconds, stop_seconds
+from llmtrain.distributed.launcher import MissingHostsError, join_seconds, start_seconds, stop_seconds
 from llmtrain.distributed.restarts import (
     ATTEMPT,
     ELASTIC,
@@ -50,12 +51,10 @@ from llmtrain.distributed.restarts import (
     Restarts,
     Verdict,
     root_cause,
-    shell_code,
 )
 from llmtrain.errors import (
     EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
-    WATCH_EXIT_CODE,
     ConfigError,
     LaunchError,
     Problem,
@@ -69,14 +68,8 @@ from llmtrain.track.events import note_event
 if TYPE_CHECKING:
     from torch.distributed import Store
     from torch.distributed.elastic.multiprocessing.api import LogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from llmtrain.distributed.rendezvous import Rendezvous
-
-SHOWN_LOG_LINES = 20
-
-# torch's agent waits 30 s before it kills the peers of a failed rank; later exit codes are consequences.
-_SAME_FAILURE_SECONDS = 5
 
 
 def keep_previous(log: Path) -> None:
@@ -87,15 +80,6 @@ def keep_previous(log: Path) -> None:
         while os.path.lexists(kept := log.with_suffix(f".{number}{log.suffix}")):
             number += 1
         log.rename(kept)
-
-
-def _tail(log: Path) -> Iterator[str]:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 65536))
-            yield from file.read().decode(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
-    except OSError as error:
-        yield f"({error})"
 
 
 def _exit_report(node: object) -> str:
@@ -116,15 +100,12 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str =
     Return 0, INTERRUPTED_EXIT_CODE after a stop request, or the exit code of the rank that failed, as a shell
     reports it.
 
-    Raise ConfigError if the environment or the log folder is invalid, LaunchError if hosts are missing.
+    Raise ConfigError if the environment or the log folder is invalid, LaunchError for a host too many or of
+    another run, MissingHostsError if hosts are missing.
     """
     if verb != "train":
         environment = once_on_all_hosts(environment)
     hosts = hosts_from_environment(environment)
-    patience = math.ceil(start_seconds())
-    forwarder = Forwarder(stop_seconds())
-    fits = elastic_bounds(hosts, overrides)
-    route = route_to(hosts.address, hosts.address_variable)
     folder = log_folder(environment, overrides)
     exit_report = folder / _exit_report(socket.gethostname() if hosts.node_rank is None else hosts.node_rank)
     if folder.is_symlink() and "LOG_DIR" not in environment:
@@ -132,9 +113,14 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str =
         got = f"a link to {os.readlink(folder)}"
         remedy = "remove it, or name the folder in LOG_DIR"
         raise ConfigError(Problem(str(folder), got, "a folder, not a link", remedy))
+    with suppress(OSError):
+        exit_report.unlink()  # of an earlier launch, whatever this one refuses
+    patience = math.ceil(start_seconds())
+    forwarder = Forwarder(stop_seconds())
+    fits = elastic_bounds(hosts, overrides)
+    route = route_to(hosts.address, hosts.address_variable)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        exit_report.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(Problem("LOG_DIR", repr(str(folder)), f"a writable folder ({error})")) from None
 
@@ -190,10 +176,10 @@ class _Job:
         """Return the exit code of the job. needs_shared: why all hosts must share the run folder, if so."""
         from torch.distributed import DistError, PrefixStore
 
-        from llmtrain.distributed.rendezvous import Helpers, Rendezvous, StoppedWaitingError
+        from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous, StoppedWaitingError
         from llmtrain.distributed.shared_folder import require_shared
 
-        run = run_folder(self._words)
+        run = composed_run_folder(self._words[1:]) if needs_shared else run_folder(self._words)
 
         def check_folder(store: Store, node_rank: int, num_nodes: int) -> None:
             if needs_shared:
@@ -221,18 +207,22 @@ class _Job:
                     return verdict.code
         except StoppedWaitingError:
             return INTERRUPTED_EXIT_CODE
-        except LaunchError as error:
-            if not rendezvous.attempt:
+        except JobOverError as over:
+            return over.code
+        except (ConfigError, LaunchError) as error:
+            if rendezvous.attempt < (2 if isinstance(error, ConfigError) else 1):
                 raise
-            print(error, file=sys.stderr)  # hosts that are missing after a failure are no mistake of the user
+            print(error, file=sys.stderr)  # what worked before the failure is no mistake of the user
             return 1
         except DistError as error:
+            if self._forwarder.asked:  # host 0, which was asked too, serves no longer
+                return INTERRUPTED_EXIT_CODE
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if rendezvous.is_supervised and rendezvous.attempt:  # it had begun: no mistake of the user
                 print(f"llmtrain: no answer from host 0 ({reason})", file=sys.stderr)
                 return 1
             got = f"no answer from the other hosts ({reason})"
-            raise LaunchError(Problem("start", got, remedy="see their messages")) from error
+            raise MissingHostsError(Problem("start", got, remedy="see their messages")) from error
         finally:
             rendezvous.close()
 
@@ -254,7 +244,7 @@ class _Job:
         from llmtrain.distributed.rendezvous import BACKEND
 
         if "LOGLEVEL" not in os.environ:
-            # _explain reports a failed rank in two lines, in place of the agent's long log.
+            # explain() reports a failed rank in two lines, in place of the agent's long log.
             for name in list(logging.root.manager.loggerDict):
                 if name.startswith("torch.distributed.elastic"):
                     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -291,7 +281,7 @@ class _Job:
             # The agent substitutes ${local_rank} in arguments; `$$` escapes a `$` of an override.
             elastic_launch(config, "/bin/sh")(*merge_streams, *(word.replace("$", "$$") for word in command))
         except ChildFailedError as error:
-            code, what = _explain(error.failures, self._folder)
+            code, what = explain(error.failures, self._folder, rendezvous.followed)
         except SignalException as error:
             print(f"llmtrain: stopped by {error.sigval.name}", file=sys.stderr)
             return Ending(128 + int(error.sigval), error.sigval.name, asked=True)
@@ -299,38 +289,6 @@ class _Job:
         if asked and code == SIGTERM_CODE:  # before the rank installed its signal handlers
             code = INTERRUPTED_EXIT_CODE
         return Ending(code, what, asked)
-
-
-def _explain(failures: Mapping[int, ProcessFailure], folder: Path) -> tuple[int, str]:
-    """Print what failed; return the exit code and what failed in few words."""
-    earliest = min(failure.timestamp for failure in failures.values())
-    causes = {
-        rank: failure.exitcode
-        for rank, failure in sorted(failures.items())
-        if failure.timestamp - earliest <= _SAME_FAILURE_SECONDS
-    }
-    if said := last_report(folder, earliest - _SAME_FAILURE_SECONDS):
-        print(f"llmtrain: the watch ended this job ({WATCH_EXIT_CODE}): {said}", file=sys.stderr)
-        return WATCH_EXIT_CODE, said.partition(";")[0]
-    rank = list(causes)[root_cause(list(causes.values()))]
-    code, log = shell_code(causes[rank]), folder / f"rank{rank}.log"
-    what = f"rank {rank} exited with {code}{_meaning(code)}"
-    if code == INTERRUPTED_EXIT_CODE:  # rank 0 has reported the stop request
-        return code, what
-    if rank or code != EXIT_CODE:
-        print(f"llmtrain: {what}; its log: {log}", file=sys.stderr)
-    if rank:
-        print(*_tail(log), sep="\n", file=sys.stderr)
-    return code, what
-
-
-def _meaning(code: int) -> str:
-    """Describe the signal behind a shell's exit code; return "" for any other code."""
-    try:
-        name = signal.Signals(code - 128).name
-    except ValueError:
-        return ""
-    return f" (killed by {name}{', as when memory runs out' if name == 'SIGKILL' else ''})"
 
 
 def _one_log_per_rank(folder: Path, on_start: Callable[[], None]) -> LogsSpecs:
@@ -384,6 +342,9 @@ def main(arguments: Sequence[str]) -> int:
     end_with_launcher()
     try:
         return launch(arguments, os.environ, verb)
+    except MissingHostsError as error:  # they may come to the next start
+        print(error, file=sys.stderr)
+        return 1
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_CODE

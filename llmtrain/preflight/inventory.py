@@ -84,6 +84,8 @@ def _free_memory() -> int:
     available: int = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(statistics.get("inactive_file", 0))  # cached files, which the kernel drops at need
     except (OSError, ValueError):  # no such limit, or "max"
         return available
     return min(available, max(0, limit - used))

@@ -2,7 +2,8 @@
 
 The kernel's lock is free as soon as its holder has ended. But some network file systems have none, and some
 keep it to one host. So the holder also renews the time of the file, and who finds another host's name in it
-watches for a while whether it is renewed.
+watches for a while whether it is renewed. Where several hosts may write at once, each reads again what it
+wrote.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import stat
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,6 +27,10 @@ WATCH_SECONDS = 25.0
 """A note of another host that is not renewed for so long is of a process that has ended."""
 OLD_SECONDS = 120.0
 """A note that is older needs no watching."""
+SETTLE_SECONDS = 2.0
+"""How long a host that starts at once may take to write its note, where the lock tells nothing of it."""
+NETWORK = re.compile(r"nfs|lustre|cifs|smb|beegfs|gpfs|ceph|gluster|afs|fuse\.")
+"""How the names of file systems begin whose locks may end at the host."""
 _NOTE = re.compile(r"process (\d+) on (.+)")
 
 
@@ -40,12 +46,10 @@ class FolderLock:
             self._refuse_strange_file()
             self._lock(folder)
             self._refuse_other_host(folder)
+            self._take(folder)
         except BaseException:
             self._file.close()
             raise
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}")
-        self._file.flush()
         self._is_over = threading.Event()
         threading.Thread(target=self._renew, name="run folder", daemon=True).start()
 
@@ -65,11 +69,11 @@ class FolderLock:
     def _lock(self, folder: Path) -> None:
         try:
             try:
-                files.lock(self._file, folder)
+                self._is_locked = files.lock(self._file, folder)
             except BlockingIOError:
                 # `llmtrain status` tries the lock for a moment.
                 time.sleep(0.2)
-                files.lock(self._file, folder)
+                self._is_locked = files.lock(self._file, folder)
         except BlockingIOError:
             raise _refusal(folder, self._note() or "another process") from None
 
@@ -84,13 +88,29 @@ class FolderLock:
         if found is None or found[2] == platform.node():
             return  # on this host the lock is to be trusted
         renewed = _changed(self._path)
-        if time.time() - renewed > OLD_SECONDS:
+        if _now(folder) - renewed > OLD_SECONDS:
             return
         deadline = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(1.0, WATCH_SECONDS / 10))
             if _changed(self._path) != renewed:
                 raise _refusal(folder, note)
+
+    def _take(self, folder: Path) -> None:
+        """Write the note of this process. Raise CheckpointError if another host, which started at once, wrote
+        its own."""
+        own = f"process {os.getpid()} on {platform.node()}"
+        self._file.truncate(0)
+        self._file.write(own)
+        self._file.flush()
+        if self._is_locked and not NETWORK.match(_file_system(folder)):
+            return
+        os.fsync(self._file.fileno())
+        time.sleep(SETTLE_SECONDS)
+        with open(self._path, "rb", opener=files.open_regular) as file:
+            found = file.read(200).decode(errors="replace").strip()
+        if found != own:
+            raise _refusal(folder, found or "another process")
 
     def _renew(self) -> None:
         while not self._is_over.wait(RENEW_SECONDS):
@@ -109,3 +129,19 @@ def _changed(path: Path) -> float:
     """Return when a file was last changed. It is opened, or a network file system might tell what it knew."""
     with open(path, "rb", opener=files.open_regular) as file:
         return os.fstat(file.fileno()).st_mtime
+
+
+def _now(folder: Path) -> float:
+    """Return the time by the clock of the file system, as a new file in the folder has it: that of this host
+    may differ."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _file_system(folder: Path) -> str:
+    """Return the name of the file system of a folder, "" if it is unknown."""
+    import psutil
+
+    place = folder.resolve()
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[path] for path in (place, *place.parents) if path in mounts), "")

@@ -6,12 +6,14 @@ the loop next asks whether to stop: a step, or what else lies between two questi
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.distributed import job_time
+from llmtrain.distributed.restarts import ATTEMPT
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.track.events import EVENTS, Event, read_events
 from llmtrain.track.progress import duration
@@ -48,18 +50,22 @@ def end_of(limit: str | None) -> float | None:
 
 
 def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int | None) -> None:
-    """Raise ConfigError if what is left of the time is less than the run's last save took.
+    """Raise ConfigError if the time of the job is too short for two saves of this run and the end.
+
+    Where it is long enough but nearly over, as after a restart, nothing is refused: the run stops at its
+    first question, which one process alone asks.
 
     steps: those of the whole run, after which nothing is left to do; None: not known yet."""
     end = end_of(limit)
     last = last_save(read_events(run_folder / EVENTS)) if end is not None else None
     if end is None or last is None or (steps is not None and (last.step or 0) >= steps):
         return
-    took, left = float(last.facts["seconds"]), end - time.time()
+    took, total = float(last.facts["seconds"]), end - job_time.started()
     needed = SAVES * took + CLOSING_SECONDS
-    if left < needed:
+    is_restart = os.environ.get(ATTEMPT, "1") != "1"
+    if total < needed and not is_restart:
         given = "of Slurm" if limit is None else limit
-        left = max(0.0, left)
+        left = max(0.0, end - time.time())
         raise ConfigError(
             Problem(
                 KEY,

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.distributed import hosts, torchrun
+from llmtrain.distributed import hosts, restarts, torchrun
 from llmtrain.distributed.hosts import Hosts
 from llmtrain.errors import ConfigError
 
@@ -169,19 +169,19 @@ def test_a_port_that_another_program_answers_on_is_refused(greeting: bytes, monk
     ],
 )
 def test_root_cause(codes: list[int], cause: int):
-    assert codes[torchrun.root_cause(codes)] == cause
+    assert codes[restarts.root_cause(codes)] == cause
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 75, -6, -9, -15, 134, 143]), min_size=1).filter(any), st.randoms())
 def test_root_cause_is_a_failure_and_knows_no_order(codes: list[int], random):
-    cause = codes[torchrun.root_cause(codes)]
+    cause = codes[restarts.root_cause(codes)]
     assert cause
     shuffled = random.sample(codes, len(codes))
     own = {1, 75, 134, 143}
-    if torchrun.shell_code(cause) in own:
-        found = shuffled[torchrun.root_cause(shuffled)]
-        assert torchrun.shell_code(found) == torchrun.shell_code(cause)
-    assert (torchrun.shell_code(cause) in own) == all(torchrun.shell_code(c) in own | {0} for c in codes)
+    if restarts.shell_code(cause) in own:
+        found = shuffled[restarts.root_cause(shuffled)]
+        assert restarts.shell_code(found) == restarts.shell_code(cause)
+    assert (restarts.shell_code(cause) in own) == all(restarts.shell_code(c) in own | {0} for c in codes)
 
 
 def test_job_exit_code_comes_from_all_hosts(tmp_path: Path):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from llmtrain.distributed import liveness, requeue
+from llmtrain.distributed.elastic import composed_run_folder
+from llmtrain.distributed.failures import explain
 from llmtrain.distributed.hosts import Hosts, hosts_from_environment, route_to
-from llmtrain.distributed.rendezvous import Helpers, Rendezvous
+from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous
 from llmtrain.distributed.restarts import Ending, Restarts, Verdict
 from llmtrain.distributed.shared_folder import require_shared
 from llmtrain.errors import ConfigError, UserError
@@ -34,7 +36,7 @@ def save(run: Path, step: int) -> None:
         ([Ending(1, "rank 0 …"), None], Verdict(True, 1, "host 1 gave no sign of life")),
         ([Ending(1, "rank 0 …"), Ending(2, "rank 1 …")], Verdict(False, 2)),
         ([Ending(75), Ending(75)], Verdict(False, 75)),
-        ([Ending(1, "rank 0 …", asked=True), Ending(1)], Verdict(False, 75)),
+        ([Ending(1, "rank 0 …", asked=True), Ending(75)], Verdict(False, 1)),
     ],
 )
 def test_what_follows(endings: list[Ending | None], expected: Verdict, tmp_path: Path) -> None:
@@ -119,6 +121,25 @@ def test_only_as_many_hosts_as_a_layout_fits_are_taken() -> None:
     both[0].close()
 
 
+def test_a_host_that_waits_while_the_job_ends_gets_its_exit_code() -> None:
+    port = free_port()
+    both = [launcher(port, 1, 2, fits=lambda num_nodes: num_nodes == 1) for _ in range(2)]
+    both[0].next_rendezvous()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(both[1].next_rendezvous)
+        both[0].conclude(Ending(1), lambda _: Verdict(False, 9))
+        over = waiting.exception()
+    assert isinstance(over, JobOverError)
+    assert over.code == 9
+    for one in both:
+        one.close()
+
+
+def test_the_run_folder_that_a_preset_sets() -> None:
+    assert composed_run_folder(["experiment=verses"]) == Path("runs/verses").absolute()
+    assert composed_run_folder(["model=none", "run.dir=elsewhere"]) == Path("elsewhere").absolute()
+
+
 def test_a_run_folder_that_hosts_do_not_share_is_refused(tmp_path: Path) -> None:
     from torch.distributed import HashStore, PrefixStore
 
@@ -178,4 +199,22 @@ def test_a_job_is_requeued_until_starts_bring_no_new_step(tmp_path: Path) -> Non
     assert requeue.begin(logs, run, 2).startswith("2 starts"), "also where it was cut down before its end"
     assert "mistake" in requeue.end(2, logs, run, 2)
     assert requeue.end(0, logs, run, 2) == "all steps are done"
+    assert requeue.begin(logs, run, 2, "8") == "", "another job"
+    assert requeue.begin(logs, run, 2, "8") == ""
+    assert requeue.begin(logs, run, 2, "8").startswith("2 starts")
     assert requeue.main(["begin", f"run.dir={run}"], {"MAX_STARTS": "x"}) == 2
+
+
+def test_ranks_that_follow_those_of_another_host_are_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    killed = {1: ProcessFailure(local_rank=0, pid=1, exitcode=-9, error_file="")}
+    assert explain(killed, tmp_path, followed=True)[0] == 137
+    assert capsys.readouterr().err == "llmtrain: ended this host's ranks, as those of another host failed\n"
+    explain(killed, tmp_path, followed=False)
+    assert (
+        "rank 1 exited with 137 (killed by SIGKILL, as when memory runs out); its log"
+        in capsys.readouterr().err
+    )

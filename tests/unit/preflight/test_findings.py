@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmtrain.preflight import findings, gpus
+from llmtrain.preflight import findings, gpus, inventory
 from llmtrain.preflight.config import PreflightConfig
 from llmtrain.preflight.links import Link, ring_turns, turns
 from llmtrain.preflight.places import Places
@@ -133,3 +134,11 @@ def test_speeds_and_sizes_as_text():
         "312 TFLOP/s", "1.00 TFLOP/s", "5.00 FLOP/s",
     ]  # fmt: skip
     assert (size_text(64 << 20), size_text(3 << 29)) == ("64 MiB", "1.5 GiB")
+
+
+def test_cached_files_count_as_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "CGROUP", tmp_path)
+    parts = {"max": "1000", "current": "900", "stat": "anon 300\ninactive_file 500\n"}
+    for name, text in parts.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert inventory._free_memory() == 600

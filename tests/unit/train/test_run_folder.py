@@ -76,6 +76,7 @@ def test_a_file_system_without_locks_is_taken_without(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", 0.0)
     RunFolder(tmp_path / "run").close()
     assert "cannot be locked (No locks available)" in caplog.text
 
@@ -161,3 +162,23 @@ def test_a_folder_that_another_host_holds(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(folder_lock, "WATCH_SECONDS", 1e6)  # an old note is not watched
     RunFolder(tmp_path).close()
     assert lock.read_text() == "", "a folder that was left in order has no holder"
+    with pytest.MonkeyPatch.context() as other_clock:
+        lock.write_text("process 7 on elsewhere")
+        other_clock.setattr(folder_lock.time, "time", lambda: 1e12)  # that of this host tells nothing
+        other_clock.setattr(folder_lock, "WATCH_SECONDS", 1.0)
+        other_clock.setattr(folder_lock.time, "sleep", lambda _: os.utime(lock))
+        with pytest.raises(CheckpointError, match="in use by process 7 on elsewhere"):
+            RunFolder(tmp_path)
+
+
+def test_two_hosts_that_start_at_once_where_locks_end_at_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lock = tmp_path / ".lock"
+    monkeypatch.setattr("llmtrain.train.folder_lock._file_system", lambda _: "nfs4")
+    monkeypatch.setattr(folder_lock.time, "sleep", lambda _: lock.write_text("process 7 on elsewhere"))
+    with pytest.raises(CheckpointError, match="in use by process 7 on elsewhere; allowed"):
+        RunFolder(tmp_path)
+    lock.write_text("")
+    monkeypatch.setattr(folder_lock.time, "sleep", lambda _: None)
+    RunFolder(tmp_path).close()

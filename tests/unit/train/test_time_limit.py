@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.distributed import job_time
+from llmtrain.distributed.restarts import ATTEMPT
 from llmtrain.errors import ConfigError
 from llmtrain.track.events import note_event, read_events
 from llmtrain.train import time_limit
@@ -73,6 +74,11 @@ def test_a_limit_shorter_than_a_save_is_refused(tmp_path: Path, monkeypatch: pyt
     )
     with pytest.raises(ConfigError, match=told):
         refuse_if_too_short("3", tmp_path, 10)
+    monkeypatch.setenv(ATTEMPT, "2")
+    refuse_if_too_short("3", tmp_path, 10)  # it stops, to go on in another job
+    monkeypatch.delenv(ATTEMPT)
+    monkeypatch.setenv(job_time.STARTED, "1000")
+    refuse_if_too_short("60", tmp_path, 10)  # over long since, but no mistake
 
 
 def test_a_run_stops_by_itself_and_goes_on(
