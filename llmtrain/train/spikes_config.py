@@ -25,8 +25,8 @@ class SpikesConfig:
     """Standard deviations above its mean from which on a loss or gradient norm is a spike. A deviation counts
     as 1 % of the mean at least."""
     window: int = 50
-    """Number of the last steps taken over which means and deviations are. Until there are so many, only what
-    is not finite is bad."""
+    """How many of the last taken steps the mean and deviation are computed over. Until there are so many,
+    only what is not finite is bad."""
     in_a_row: int = 5
     """Bad steps in a row after which on_spike=rollback goes back, and on_spike=skip stops the run."""
     rollbacks: int = 3
