@@ -15,7 +15,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 from llmtrain import files
 from llmtrain.checkpoint import retention
-from llmtrain.checkpoint.manifest import MANIFEST, MANIFEST_BYTES, read_manifest, step_folder
+from llmtrain.checkpoint.manifest import MANIFEST, MANIFEST_BYTES, MANIFEST_VALUES, read_manifest, step_folder
 from llmtrain.corpus.remote_folder import RemoteFolder
 from llmtrain.errors import CheckpointError, DataError, Problem
 from llmtrain.reading import parse_object, read_bytes
@@ -130,10 +131,18 @@ class RemoteRun:
                 if there.get(f"{remote}/{entry['file']}") != entry["bytes"]
                 or done.get(entry["file"]) != entry["xxh3_128"]
             ]
-            with ThreadPoolExecutor(PARALLEL, thread_name_prefix="upload") as pool:
-                for entry in pool.map(lambda entry: self._put(path, remote, entry), left):
+            changes = threading.Lock()
+
+            def put(entry: dict[str, Any]) -> None:
+                self._put(path, remote, entry)
+                # Here, not in the order of the files: one that fails must not hide what others have done.
+                with changes:
                     done[entry["file"]] = entry["xxh3_128"]
                     self._write_progress(step, done)
+
+            with ThreadPoolExecutor(PARALLEL, thread_name_prefix="upload") as pool:
+                for _ in pool.map(put, left):
+                    continue
         self._put_record()
         self.folder.write(f"{remote}/{MANIFEST}", content)
         if self.folder.read(f"{remote}/{MANIFEST}", MANIFEST_BYTES) != content:
@@ -169,12 +178,36 @@ class RemoteRun:
         found: list[dict[str, Any]] = self._manifest(step)["files"]
         return found
 
+    def set_aside(self, steps: Iterable[str]) -> list[str]:
+        """Return those of the whole checkpoints there that the run folder has set aside since, when the run
+        went back to an earlier one."""
+        return [step for step in steps if self._is_set_aside(step)]
+
+    def _is_set_aside(self, step: str) -> bool:
+        for path in (self._run_dir / CHECKPOINTS / retention.SUPERSEDED).glob(f"{step}-*"):
+            with suppress(CheckpointError, OSError, ValueError):
+                # Not by read_manifest, which takes a folder of another name for an altered one.
+                content = read_bytes(path / MANIFEST, MANIFEST_BYTES)
+                own, there = parse_object(content, most=MANIFEST_VALUES), self._manifest(step)
+                # A later evaluation changes a manifest, but neither of these; a run that comes to the same
+                # weights once more saves them at another time.
+                if all(own.get(key) == there.get(key) for key in ("saved_at", "files")):
+                    return True
+        return False
+
     def fetch_file(self, step: str, entry: Mapping[str, Any], folder: Path) -> str | None:
-        """Copy one file of a checkpoint there into `folder`. Return what is wrong with it, or None."""
+        """Copy one file of a checkpoint there into `folder`. Return what is wrong with it, or None.
+
+        Raise DataError for a store that refuses or fails, and OSError if `folder` cannot be written: neither
+        says anything of the checkpoint.
+        """
+        name = f"{CHECKPOINTS}/{step}/{entry['file']}"
         try:
-            found = self.folder.get(f"{CHECKPOINTS}/{step}/{entry['file']}", folder / entry["file"])
-        except DataError as error:
-            return str(error)
+            found = self.folder.get(name, folder / entry["file"])
+        except DataError:
+            if name in self.folder.sizes(f"{CHECKPOINTS}/{step}"):
+                raise
+            return f"{entry['file']}: nothing there"
         return None if found == entry["xxh3_128"] else f"{entry['file']}: another checksum"
 
     def settle(self, step: str, folder: Path) -> Path:
@@ -195,7 +228,7 @@ class RemoteRun:
                 self.folder.get(name, fetched)
                 os.replace(fetched, self._run_dir / name)
 
-    def _put(self, path: Path, remote: str, entry: dict[str, Any]) -> dict[str, Any]:
+    def _put(self, path: Path, remote: str, entry: dict[str, Any]) -> None:
         name = f"{remote}/{entry['file']}"
         self.folder.put(name, path / entry["file"])
         if self._verify:
@@ -206,7 +239,6 @@ class RemoteRun:
             self.folder.delete([name])
             got = f"other bytes than those of {path / entry['file']}"
             raise DataError(Problem(f"{self.folder.url}/{name}", got, "", "verify the local checkpoint"))
-        return entry
 
     def _put_record(self) -> None:
         for name in RECORD:

@@ -21,6 +21,8 @@ from llmtrain.scoring.direction import goes_down
 from llmtrain.standard_streams import Say
 
 LOSS = "loss"
+SUPERSEDED = "superseded"
+"""Folder in that of the checkpoints: those that were set aside."""
 BEST = "best"
 """RUN/best stands for the best checkpoint of a run."""
 _NAME = re.compile(r"step-[0-9]{8,18}(-[0-9]{1,20})?")
@@ -186,7 +188,7 @@ def set_aside_after(root: Path, step: int, say: Say) -> None:
     """Rename checkpoints later than `step`, from which a run resumes; delete none."""
     for path in list_steps(root):
         if path.name > step_folder(step):
-            aside = root / "superseded" / f"{path.name}-{time.time_ns()}"
+            aside = root / SUPERSEDED / f"{path.name}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
             shutil.move(path, aside)
             say(f"set aside {path.name} as {aside}")

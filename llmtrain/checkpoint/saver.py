@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +20,8 @@ from llmtrain.checkpoint.store import Part, Share
 from llmtrain.distributed import processes
 from llmtrain.engine.base import Engine
 
-Then = Callable[[Path], None]
+Then = Callable[[Path, float], None]
+"""Called with the path of a checkpoint and the seconds that saving it took, without waits for training."""
 
 
 class Copier:
@@ -69,6 +71,8 @@ class Pending:
         self._description = store.describe(engine, step, description)
         self._tokenizer = tokenizer
         self._then = then
+        self._began = time.monotonic()
+        self._seconds = 0.0
         self._written: dict[str, Any] | None = None
         self._problem: tuple[str, str] | None = None
         self._is_handed_in = False
@@ -93,6 +97,7 @@ class Pending:
             self._written = store.write_share(
                 self.partial, processes.rank(), copied, go_on=lambda: not self._is_called_off.is_set()
             )
+            self._written["seconds"] = time.monotonic() - self._began
         except Exception as error:  # hand_in reports it to all ranks
             self._problem = store.why(error, self.partial)
         finally:
@@ -117,18 +122,22 @@ class Pending:
         if not self._is_handed_in:
             shares = store.hand_in(self.partial, self._written, self._problem)
             self._is_handed_in = True
+            # The slowest rank's; the others' values are of no use.
+            self._seconds = max((share["seconds"] for share in shares), default=0.0)
             if processes.is_main():
                 self._thread = threading.Thread(target=self._assemble, args=(shares,), daemon=True)
                 self._thread.start()
             return False
         path = store.conclude(self.partial, self._step, self._problem)
         if self._then is not None:
-            self._then(path)
+            self._then(path, self._seconds)
         return True
 
     def _assemble(self, shares: list[dict[str, Any]]) -> None:
+        began = time.monotonic()
         try:
             store.assemble(self.partial, self._step, shares, self._description, self._tokenizer)
+            self._seconds += time.monotonic() - began
         except Exception as error:
             self._problem = store.why(error, self.partial)
 
@@ -169,15 +178,16 @@ class Saver:
     ) -> None:
         """Save the engine's current state, after finishing the previous checkpoint.
 
-        `then` is called on each rank with the path once the checkpoint is committed. `description` is JSON
-        for the manifest. Raise TrainingError on all ranks if the folder cannot be made, or as `finish`
-        does.
+        `then` is called on each rank once the checkpoint is committed; the seconds that it is told are those
+        of all ranks on rank 0 alone. `description` is JSON for the manifest. Raise TrainingError on all ranks
+        if the folder cannot be made, or as `finish` does.
         """
         self.finish()
         if not self._asynchronous:
+            began = time.monotonic()
             path = store.save(self._root, step, engine, description, tokenizer, self.left_out)
             if then is not None:
-                then(path)
+                then(path, time.monotonic() - began)
             return
         partial = store.begin(self._root, step)
         self._pending = Pending(

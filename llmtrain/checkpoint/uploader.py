@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 
 from llmtrain.checkpoint.remote import RemoteRun
 from llmtrain.checkpoint.retention import Rules
-from llmtrain.errors import CheckpointError, DataError, UserError
+from llmtrain.errors import DataError, Problem, UserError
 
 CLOSING_SECONDS = 10.0
 """How long the end of a run waits for a request that a store does not answer."""
@@ -91,18 +91,28 @@ class Uploader:
     def _prune(self, current: Path) -> None:
         try:
             self._remote.prune(current, self._rules())
-        except DataError as error:  # training needs none of this
+        except InterruptedError:
+            raise
+        except (UserError, OSError) as error:  # training needs none of this
             self._notes.append(f"warning: old remote checkpoints could not be deleted: {error}")
 
     def _upload(self, path: Path) -> UserError | None:
-        # An older checkpoint that retention has deleted meanwhile is none to upload.
-        with suppress(FileNotFoundError, InterruptedError, CheckpointError):
-            try:
-                if self._remote.upload(path):
-                    self._on_uploaded(path)
-                    self._prune(path)
-            except UserError as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                return error
+        """Upload a checkpoint. Return why that failed; None if it did not, or there is nothing to upload."""
+        try:
+            if self._remote.upload(path):
+                self._on_uploaded(path)
+                self._prune(path)
+        except InterruptedError:  # the run ends
+            return None
+        except Exception as error:  # the thread must live: the end of the run waits for it
+            # An older checkpoint that retention has deleted meanwhile is none to upload.
+            return _failure(error, path) if os.path.isdir(path) else None
         return None
+
+
+def _failure(error: Exception, path: Path) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    name = getattr(error, "filename", None) or path
+    return DataError(Problem(str(name), f"{type(error).__name__}: {reason}"))

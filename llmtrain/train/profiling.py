@@ -52,11 +52,11 @@ class Profile:
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
-        profiler.stop()
         trace = self._folder / f"rank{processes.rank()}.json.gz"
         # The name of the temporary file tells the profiler to compress.
         temporary = trace.with_name(f".{trace.name.removesuffix('.json.gz')}.{os.getpid()}.json.gz")
         try:
+            profiler.stop()
             self._folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(temporary))
             os.replace(temporary, trace)

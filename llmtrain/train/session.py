@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Session:
         self._say = self.record.say
         watch.say_by(self._say)
         self.data = RunData(resolved, self._say)
-        self._limit = TimeLimit.of_run(self.config.train.time_limit, self.config.run.dir)
+        has_copy = self.config.checkpoint.remote is not None
+        self._limit = TimeLimit.of_run(self.config.train.time_limit, self.config.run.dir, has_copy)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
         self.went_back = False
         """Whether the run goes on in another session, from its newest checkpoint."""
@@ -122,12 +124,10 @@ class Session:
         self._copy.begin(start.step, lambda: judge.rules)
         if start.step >= config.train.steps and not start.evaluation_owed:
             self._say(f"already at step {start.step:,} of {config.train.steps:,}: nothing to train")
-            self._finish_copy()
-            return True
+            return self._finish_copy()
         if judge.ended and not start.evaluation_owed:
             self._say(f"{judge.why_ended()}; nothing to train")
-            self._finish_copy()
-            return True
+            return self._finish_copy()
         stream = self.data.open_stream(training, start)
         if start.resume is not None and start.resume.is_own:
             check_same_validation(config, start.resume.checkpoint, self.data.facts())
@@ -173,9 +173,9 @@ class Session:
             start = self._at_step(outcome.step)
             engine, _ = build_run_engine(self._resolved, self.device, objective, start, self._say)
         processes.on_main(observer.raise_failure)
-        self._finish_copy()
+        is_copied = self._finish_copy(outcome.interrupted)
         self._report(outcome)
-        return not outcome.interrupted
+        return is_copied and not outcome.interrupted
 
     def close(self, failed: bool) -> None:
         """Release everything; `failed` is how trackers mark the run."""
@@ -272,10 +272,7 @@ class Session:
                 "trackers": trackers,
             }
             tokenizer = self.corpora.tokenizer_path if self.corpora is not None else None
-            began = time.monotonic()
-            self._saver.save(
-                step, engine, manifest, tokenizer, lambda path: self._on_saved(step, path, began)
-            )
+            self._saver.save(step, engine, manifest, tokenizer, partial(self._on_saved, step))
 
         return Hooks(
             lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
@@ -316,8 +313,7 @@ class Session:
     def _asked_to_stop(self) -> bool:
         return stopping.asked() or (processes.is_main() and self._limit.asks_to_stop())
 
-    def _on_saved(self, step: int, path: Path, began: float) -> None:
-        seconds = time.monotonic() - began
+    def _on_saved(self, step: int, path: Path, seconds: float) -> None:
         self._limit.saved(seconds)
         self._say(f"step {step:,}: checkpoint {path}")
         self.record.note("save", step, seconds=round(seconds, 3))
@@ -326,12 +322,16 @@ class Session:
         if processes.is_main():
             self._prune(path)
 
-    def _finish_copy(self) -> None:
-        """Wait for the copy elsewhere, and delete what had to be kept for it."""
-        self._copy.finish()
+    def _finish_copy(self, interrupted: bool = False) -> bool:
+        """Wait for the copy elsewhere, not for long after a request to stop, and delete what had to be kept
+        for it. Return whether it is complete."""
+        is_complete = self._copy.finish(
+            lambda: interrupted or self._asked_to_stop(), self._limit.upload_seconds
+        )
         if processes.is_main() and self.config.checkpoint.remote is not None:
             for newest in list_steps(self.root)[-1:]:
                 self._prune(newest)
+        return is_complete
 
     def _prune(self, current: Path) -> None:
         try:

@@ -24,6 +24,8 @@ SAVES = 2
 """Saves that are left time for: a save that is being written when the run is asked to stop comes first."""
 CLOSING_SECONDS = 5.0
 """What is left for the rest: ranks agree, trackers are closed, processes end."""
+UPLOAD_SECONDS = 10.0
+"""How long a run that stops waits for its copy elsewhere (checkpoint.remote)."""
 FIRST_SAVE_SECONDS = 300.0
 """What a save is taken to last until one is measured, but at most FIRST_SAVE_SHARE of the time left."""
 FIRST_SAVE_SHARE = 0.25
@@ -86,25 +88,36 @@ class TimeLimit:
     """Tells when to stop. Only one process may ask: clocks differ."""
 
     def __init__(
-        self, end: float | None, save_seconds: float | None = None, clock: Callable[[], float] = time.time
+        self,
+        end: float | None,
+        save_seconds: float | None = None,
+        clock: Callable[[], float] = time.time,
+        *,
+        uploads: bool = False,
     ) -> None:
-        """end: when the time is up, by `clock`; None: never. save_seconds: what a save took before."""
+        """end: when the time is up, by `clock`; None: never. save_seconds: what a save took before. uploads:
+        whether the run has a copy elsewhere."""
         self._end, self._clock = end, clock
         self._save_seconds = save_seconds
         self._assumed = 0.0
+        self._upload = UPLOAD_SECONDS if uploads else 0.0
         self._longest_gap = 0.0
         self._asked_at: float | None = None
         self._questions = 0
         self.is_over = False
         """Whether it has told to stop."""
-        if end is not None and save_seconds is None:
-            self._assumed = min(FIRST_SAVE_SECONDS, max(0.0, FIRST_SAVE_SHARE * (end - clock())))
+        if end is not None:
+            share = max(0.0, FIRST_SAVE_SHARE * (end - clock()))
+            self._upload = min(self._upload, share)
+            if save_seconds is None:
+                self._assumed = min(FIRST_SAVE_SECONDS, share)
 
     @classmethod
-    def of_run(cls, limit: str | None, run_folder: Path) -> TimeLimit:
+    def of_run(cls, limit: str | None, run_folder: Path, uploads: bool = False) -> TimeLimit:
         """Return the limit of a run whose earlier saves are recorded in its folder."""
         last = last_save(read_events(run_folder / EVENTS))
-        return cls(end_of(limit), None if last is None else float(last.facts["seconds"]))
+        took = None if last is None else float(last.facts["seconds"])
+        return cls(end_of(limit), took, uploads=uploads)
 
     def saved(self, seconds: float) -> None:
         """Take note of what a save took, from its begin until it was complete."""
@@ -127,7 +140,13 @@ class TimeLimit:
     def needed_seconds(self) -> float:
         """How long before the end of its time the run has to stop."""
         save = self._assumed if self._save_seconds is None else SAVES * self._save_seconds
-        return save + self._longest_gap + CLOSING_SECONDS
+        return save + self._longest_gap + self._upload + CLOSING_SECONDS
+
+    def upload_seconds(self) -> float:
+        """Return how long a run that stops now may wait for its copy elsewhere."""
+        if self._end is None:
+            return self._upload
+        return max(0.0, min(self._upload, self._end - self._clock() - CLOSING_SECONDS))
 
     def why(self) -> str:
         """Say why the run stopped: because the time is up soon, or else because it was asked to."""

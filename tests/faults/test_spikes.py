@@ -40,6 +40,19 @@ for kind in (LocalEngine, DeepSpeedEngine):
 """
 """A prelude: the gradients of some samples are ten thousand times what they are."""
 
+UPLOADS_AT_ONCE = """
+from llmtrain.checkpoint.uploader import Uploader
+
+submit = Uploader.submit
+
+def at_once(self, path):
+    submit(self, path)
+    assert self.wait(60)
+
+Uploader.submit = at_once
+"""
+"""A prelude: training waits for each upload."""
+
 
 def arguments(corpus: Path, run: Path, *overrides: str) -> list[str]:
     return [
@@ -131,6 +144,24 @@ def test_a_run_goes_back(
     assert traced.returncode == 0, traced.stdout  # as recorded
     assert "step 7: samples 48 to 71 before it were left out" in traced.stdout
     assert "not taken" not in traced.stdout
+
+
+def test_a_run_that_goes_back_takes_its_copy_with_it(corpus: Path, tmp_path: Path, spoiled: dict[str, str]):
+    """Also where a checkpoint that was saved between the bad steps is elsewhere already."""
+    with open(spoiled[PRELUDE], "a") as prelude:
+        prelude.write(UPLOADS_AT_ONCE)
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    back = ("train.on_spike=rollback", "checkpoint.every=2", "checkpoint.keep_last=9")
+    said = run_ranks(1, arguments(corpus, run, *back, f"checkpoint.remote=file://{copy}"), spoiled)
+    assert "step 9: back to the checkpoint of step 6, without samples 48 to 71" in said
+    assert "set aside step-00000008" in said
+    assert "fetching" not in said
+    assert said.count(": back to the checkpoint of step") == 1
+    steps = [Checkpoint.open(path).step for path in list_steps(copy / "checkpoints")]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    assert last_files(copy) == last_files(run)
+    manifest = Checkpoint.open(list_steps(copy / "checkpoints")[3]).manifest
+    assert manifest["spikes"]["rollbacks"] == 1
 
 
 @pytest.mark.in_turns(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from llmtrain.checkpoint.retention import Rules
 from llmtrain.checkpoint.store import amend
 from llmtrain.checkpoint.uploader import Uploader
 from llmtrain.corpus.remote_folder import RemoteFolder
-from llmtrain.errors import DataError
+from llmtrain.errors import CheckpointError, DataError, Problem
 from tests.support.owners import MATRIX, Owner, save
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -175,6 +176,44 @@ def test_a_failing_store_is_said_and_tried_again(run: Path, url: str, monkeypatc
     assert uploader.wait(20)
     assert uploader.failure is None
     uploader.close()
+
+
+def test_whatever_fails_the_thread_that_uploads_lives(run: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    """A full disk, a damaged checkpoint, a mistake; but a checkpoint that is gone is nothing to report."""
+    remote = RemoteRun(url, run)
+    uploader = Uploader(remote, Rules, lambda path: None)
+    damage = CheckpointError(Problem("manifest.json", "another checksum"))
+    for error in (OSError(errno.ENOSPC, "No space left on device"), damage, ZeroDivisionError("a mistake")):
+
+        def fails(path: Path, error: Exception = error) -> bool:
+            raise error
+
+        monkeypatch.setattr(remote, "upload", fails)
+        uploader.submit(step(run))
+        assert uploader.wait(20)
+        assert str(getattr(error, "strerror", error)) in str(uploader.failure)
+        uploader.submit(step(run, 9))
+        assert uploader.wait(20)
+        assert uploader.failure is None
+    uploader.close()
+
+
+def test_a_store_that_fails_says_nothing_of_a_checkpoint(
+    run: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    remote = RemoteRun(url, run)
+    remote.upload(step(run))
+    entry, _ = remote.listed(step(run).name)
+
+    def fails(self: RemoteFolder, name: str, target: Path) -> str:
+        raise DataError(Problem(name, "no success in 9 attempts"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RemoteFolder, "get", fails)
+        with pytest.raises(DataError, match="no success"):
+            remote.fetch_file(step(run).name, entry, tmp_path)
+    remote.folder.delete([f"checkpoints/{step(run).name}/{entry['file']}"])
+    assert remote.fetch_file(step(run).name, entry, tmp_path) == f"{entry['file']}: nothing there"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):

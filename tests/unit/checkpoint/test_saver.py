@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypatch: py
     saver, owner = Saver(tmp_path), Owner(TENSORS)
     before = owner.state()
     said: list[Path] = []
-    saver.save(1, owner, {}, None, said.append)  # type: ignore[arg-type]
+    saver.save(1, owner, {}, None, lambda path, seconds: said.append(path))  # type: ignore[arg-type]
     assert gate.reached.wait(60)
     for _ in range(3):
         owner.step()
@@ -119,6 +120,26 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypatch: py
     saver.finish()
     saver.poll()
     assert len(said) == 1
+
+
+def test_what_training_does_meanwhile_is_no_part_of_what_a_save_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = [10.0]
+    took: list[float] = []
+    monkeypatch.setattr(saver_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    gate = Gate(monkeypatch, Copier, "copy")
+    saver, owner = Saver(tmp_path), Owner(TENSORS)
+    saver.save(1, owner, {}, None, lambda path, seconds: took.append(seconds))  # type: ignore[arg-type]
+    assert gate.reached.wait(60)
+    now[0] += 3.0
+    gate.open()
+    assert saver._pending is not None
+    saver._pending.wait()
+    now[0] += 100.0  # a long step
+    saver.poll()
+    saver.finish()
+    assert took == [3.0]
 
 
 def test_a_save_finishes_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -160,7 +181,7 @@ def test_a_full_disk(tmp_path: Path, asynchronous: bool, ends_by: str):
     said: list[Path] = []
 
     def save_and_end() -> None:
-        saver.save(2, owner, {}, None, said.append)  # type: ignore[arg-type]
+        saver.save(2, owner, {}, None, lambda path, seconds: said.append(path))  # type: ignore[arg-type]
         assert saver._pending is not None
         saver._pending.wait()
         if ends_by == "save":
@@ -221,7 +242,7 @@ def save_on_ranks(root: str, fails_on: int | None) -> tuple[str, int, bool]:
     owner = Owner(TENSORS, cuts)
     saver = Saver(Path(root))
     whole: list[Path] = []
-    saver.save(1, owner, {}, None, whole.append)  # type: ignore[arg-type]
+    saver.save(1, owner, {}, None, lambda path, seconds: whole.append(path))  # type: ignore[arg-type]
     polls = 0
     while not whole:
         saver.poll()
