@@ -36,7 +36,7 @@ class CheckpointConfig:
     gs://…, file:///… or another scheme of fsspec. A run whose own folder has none, or an older one, goes on
     with the newest checkpoint there. null: none."""
     remote_verify: bool = True
-    """Whether each uploaded file is read back and its checksum compared; false: its size alone."""
+    """Read each uploaded file back and compare its checksum; false: compare its size alone."""
 
     def problems(self) -> Iterator[Problem]:
         is_url = self.remote is None or ("://" in self.remote and not is_http(self.remote))

@@ -141,7 +141,7 @@ class _Evaluations:
 
 @dataclass(frozen=True)
 class _Spikes:
-    """What a run knows of its bad steps; see train/spikes.py."""
+    """Recent losses and norms of a run, and its counts of bad steps and rollbacks; see train/spikes.py."""
 
     losses: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()

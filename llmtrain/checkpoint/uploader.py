@@ -13,7 +13,7 @@ from llmtrain.checkpoint.retention import Rules
 from llmtrain.errors import DataError, Problem, UserError
 
 CLOSING_SECONDS = 10.0
-"""How long the end of a run waits for a request that a store does not answer."""
+"""Seconds to wait, at the end of a run, for a request that the store does not answer."""
 
 
 class Uploader:

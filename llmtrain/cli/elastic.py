@@ -1,5 +1,5 @@
-"""What a launcher asks of the configuration, which it does not compose: the run folder, and which numbers of
-processes have a layout, for a job that may go on with fewer hosts:
+"""Answer a launcher's questions about a configuration: the run folder, and which numbers of processes have a
+layout, for a job that may go on with fewer hosts. A launcher composes no configuration by itself.
 
     python -m llmtrain.cli.elastic 2,4,6 OVERRIDES…
 

@@ -14,7 +14,7 @@ from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import expand_home
 
 PROGRAM = "llmtrain.cli.elastic"
-"""What composes the configuration, which a launcher does not."""
+"""Module that composes the configuration for a launcher."""
 
 
 def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bool]:

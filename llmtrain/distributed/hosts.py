@@ -49,7 +49,7 @@ class Hosts:
     least_nodes: int | None = None
     """Number of hosts with which the job still goes on; None: `num_nodes`."""
     max_restarts: int = 0
-    """How often ranks are started anew after a failure."""
+    """Most restarts of the ranks after failures."""
 
     @property
     def least(self) -> int:
