@@ -9,7 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain import files
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, Problem
+
+
+def check_new_output(output: Path, overwrite: bool) -> None:
+    """Raise ConfigError unless a file can be written there, and none is there that may not be replaced."""
+    if output.exists() and not overwrite:
+        got = f"{output}, which is there already"
+        raise ConfigError(Problem("output", got, "a new file", "or set overwrite=true"))
+    check_output(output)
 
 
 def check_output(output: Path, key: str = "output") -> None:

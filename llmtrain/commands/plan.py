@@ -15,9 +15,9 @@ from llmtrain.config import decode
 from llmtrain.distributed import launcher
 from llmtrain.dry_run import report as dry_run_report
 from llmtrain.dry_run.record import Rehearsal
-from llmtrain.errors import ConfigError, Problem
+from llmtrain.errors import ConfigError
 from llmtrain.files import expand_home
-from llmtrain.output import check_output, write_output
+from llmtrain.output import check_new_output, write_output
 from llmtrain.plan import budget as budgets
 from llmtrain.plan import report, search_report
 from llmtrain.plan.advice import best_change, compared
@@ -29,7 +29,7 @@ from llmtrain.plan.search import search as search_space
 from llmtrain.plan.space import Choice
 from llmtrain.preflight.config import CalibrateConfig
 from llmtrain.standard_streams import print_note
-from llmtrain.train.auto_layout import space_of
+from llmtrain.train.auto_layout import choice_of, space_of
 from llmtrain.train.resolve import Resolved, resolve
 from llmtrain.train.vectors_config import refuse_word_vectors
 
@@ -74,10 +74,7 @@ def calibrate(mapping: Mapping[str, Any]) -> None:
     """Measure this machine and write it as a cluster file."""
     config = decode(CalibrateConfig, mapping)
     output = expand_home(config.output)
-    if output.exists() and not config.overwrite:
-        got = f"{output}, which is there already"
-        raise ConfigError(Problem("output", got, "a new file", "or set overwrite=true"))
-    check_output(output)
+    check_new_output(output, config.overwrite)
 
     from llmtrain.preflight.calibrate import calibrate as measured
     from llmtrain.preflight.cluster_file import text_of
@@ -153,8 +150,7 @@ def _rehearse(resolved: Resolved, rank: int) -> Rehearsal:
 
 def own_choice(resolved: Resolved) -> Choice:
     """Return the choice that the user made."""
-    config = resolved.config
-    return Choice(config.parallel, config.batch, config.recompute, resolved.layout)
+    return choice_of(resolved.config, resolved.layout)
 
 
 def _plan(resolved: Resolved, keys: PlanKeys) -> Plan:

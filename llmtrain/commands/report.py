@@ -9,9 +9,9 @@ from typing import Any
 
 from llmtrain import files
 from llmtrain.config import decode, require
-from llmtrain.errors import ConfigError, Problem
+from llmtrain.errors import Problem
 from llmtrain.files import expand_home
-from llmtrain.output import check_output, write_output
+from llmtrain.output import check_new_output, write_output
 from llmtrain.report.record import read_run
 from llmtrain.standard_streams import print_note
 
@@ -35,10 +35,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     """Write the page. Raise UserError for whatever a user can fix."""
     config = decode(ReportConfig, mapping)
     output = expand_home(config.output)
-    if output.exists() and not config.overwrite:
-        got = f"{output}, which is there already"
-        raise ConfigError(Problem("output", got, "a new file", "or set overwrite=true"))
-    check_output(output)
+    check_new_output(output, config.overwrite)
     records = [read_run(expand_home(path)) for path in config.runs]
 
     from llmtrain.report.page import page_of

@@ -11,8 +11,8 @@ from llmtrain.errors import INTERRUPTED_EXIT_CODE
 from llmtrain.plan.estimate import estimate
 from llmtrain.plan.fit import refuse_if_too_large
 from llmtrain.plan.report import summary
-from llmtrain.plan.space import Choice
 from llmtrain.standard_streams import print_note
+from llmtrain.train.auto_layout import choice_of
 from llmtrain.train.resolve import resolve
 from llmtrain.train.time_limit import refuse_if_too_short
 from llmtrain.train.vectors_config import decode_run, is_word_vectors
@@ -28,15 +28,14 @@ def run(mapping: Mapping[str, Any]) -> int:
         if is_word_vectors(mapping):
             return _train_vectors(mapping)
         resolved = resolve(mapping)
-        wanted = resolved.config
-        refuse_if_too_short(wanted.train.time_limit, wanted.run.dir, wanted.train.steps)
-        plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
+        config = resolved.config
+        refuse_if_too_short(config.train.time_limit, config.run.dir, config.train.steps)
+        plan = estimate(config.model, resolved.layout, config, resolved.trainable)
         if launcher.rank() == 0:
             print_note(summary(plan))
-            if resolved.config.parallel.auto:
-                config = resolved.config
-                choice = Choice(config.parallel, config.batch, config.recompute, resolved.layout)
-                print_note(f"parallel=auto chose {' '.join(choice.overrides())}")
+            if config.parallel.auto:
+                chosen = choice_of(config, resolved.layout).overrides()
+                print_note(f"parallel=auto chose {' '.join(chosen)}")
         refuse_if_too_large(plan)
 
         # Everything above answers without importing torch.

@@ -23,7 +23,7 @@ from llmtrain.corpus.transport import next_wait
 from llmtrain.corpus.transport_source import PassingError, is_http
 from llmtrain.corpus.transport_stores import S3File, StoreFile
 from llmtrain.errors import DataError, Problem
-from llmtrain.files import no_follow_opener, open_regular, sync_folder
+from llmtrain.files import atomic_writer, no_follow_opener, open_regular
 from llmtrain.urls import without_credentials
 
 T = TypeVar("T")
@@ -216,17 +216,8 @@ def _written(system: Any, path: str) -> Iterator[Any]:
         return
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb", opener=no_follow_opener) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(final.parent)
+    with atomic_writer(final) as file:
+        yield file
 
 
 def _files_below(system: Any, folder: str) -> Iterator[tuple[str, int]]:

@@ -18,9 +18,11 @@ from contextlib import suppress
 
 import psutil
 
+from llmtrain.orphans import is_running
+
 LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 7.0
-"""How long ranks have to end by themselves, and say why."""
+"""Seconds that ranks have to end by themselves and say why."""
 
 
 def start() -> int:
@@ -50,20 +52,12 @@ def watch(launcher: psutil.Process) -> None:
             children = {child for child in launcher.children() if child.pid != os.getpid()}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while children and time.monotonic() < deadline:
-        # A process that took the number of one that has ended is not running, to psutil.
-        children = {child for child in children if child.is_running() and not _is_zombie(child)}
+        children = {child for child in children if is_running(child)}
         time.sleep(0.2)
     for child in children:
         with suppress(psutil.Error):
             for process in (*child.children(recursive=True), child):
                 process.kill()
-
-
-def _is_zombie(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return True
 
 
 def main(number: int) -> None:

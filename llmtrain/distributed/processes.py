@@ -23,7 +23,7 @@ from llmtrain.errors import INTERRUPTED_EXIT_CODE, ConfigError, LaunchError, Pro
 
 T = TypeVar("T")
 _store_at: tuple[str, int] | None = None
-"""Where the store of the ranks is served."""
+"""Address of the store through which the ranks meet."""
 
 _IMAGINED = False
 """Whether all other ranks are imagined: see `imagine`."""
@@ -35,6 +35,10 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _has_peers() -> bool:
+    return world_size() > 1 and not _IMAGINED
 
 
 def is_main() -> bool:
@@ -218,7 +222,7 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
 
 def gather(value: T) -> list[T]:
     """Return the values of all ranks, in rank order, on every rank. For small picklable values."""
-    if world_size() == 1 or _IMAGINED:
+    if not _has_peers():
         return [value] * world_size()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
@@ -227,7 +231,7 @@ def gather(value: T) -> list[T]:
 
 def gather_to_main(value: T) -> list[T]:
     """Return the values of all ranks, in rank order, on rank 0; an empty list on the others."""
-    if world_size() == 1 or _IMAGINED:
+    if not _has_peers():
         return [value] * world_size() if is_main() else []
     values: list[Any] | None = [None] * world_size() if is_main() else None
     dist.gather_object(value, values, dst=0)
@@ -236,7 +240,7 @@ def gather_to_main(value: T) -> list[T]:
 
 def from_main(value: T) -> T:
     """Return the value of rank 0 on every rank. For small picklable values."""
-    if world_size() == 1 or _IMAGINED:
+    if not _has_peers():
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)

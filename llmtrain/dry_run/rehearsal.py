@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +21,8 @@ from llmtrain.train.resolve import Resolved
 from llmtrain.train.run_data import RunData
 from llmtrain.train.starting import StartingPoint
 
+LAYER = re.compile(r".*?\.\d+(?=\.)")
+"""Beginning of a parameter's name that says its layer, such as blocks.3 or encoder.0."""
 NAME_DATA = "give data.path=…, whose first rows are used"
 FEWEST_WORDS = 5
 """Token ids below are special in most vocabularies."""
@@ -68,9 +71,7 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
             rank=rank,
             micro_batches=layout.accumulation,
             coordinates=layout.coordinates(rank),
-            layers=len(
-                {name.split(".")[1] for name in engine.setup.parameters if name.startswith("blocks.")}
-            ),
+            layers=len({found[0] for name in engine.setup.parameters if (found := LAYER.match(name))}),
             parameters=sum(shard.numel for shard in engine.setup.shards.values()),
             held_bytes=imagination.held_bytes,
             peak_bytes=imagination.peak_bytes,

@@ -69,6 +69,11 @@ def _refuse_axes(parallel: ParallelConfig) -> None:
         raise ConfigError(Problem(f"parallel.{name}", got, allowed, remedy))
 
 
+def choice_of(config: TrainConfig, layout: Layout) -> Choice:
+    """Return what a run has chosen, by itself or by its user, of that which a search chooses."""
+    return Choice(config.parallel, config.batch, config.recompute, layout)
+
+
 def with_choice(config: TrainConfig, choice: Choice) -> TrainConfig:
     """Return the configuration with a choice of a search."""
     parallel = replace(choice.parallel, auto=config.parallel.auto, elastic=config.parallel.elastic)

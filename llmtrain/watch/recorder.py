@@ -140,9 +140,9 @@ class Recorder:
         place, key, of_ranks = self._place_of(group, kind.name, peer)
         self._counts[place] = number = self._counts[place] + 1
         size = tensors[0].nbytes if len(tensors) == 1 else sum(tensor.nbytes for tensor in tensors)
-        self._last = (place, KIND_NUMBERS[kind.name], number, size, peer)
+        number_of_kind = KIND_NUMBERS[kind.name]
+        self._last = (place, number_of_kind, number, size, peer)
         if self._ring is not None:
-            number_of_kind = KIND_NUMBERS[kind.name]
             self._ring.add(of_ranks, number_of_kind, kind, tensors, arguments, self.step, self.micro)
         layout.COUNT.pack_into(self.buffer, layout.COUNTS_AT + place * layout.COUNT.size, key, number)
         self.thread = threading.get_ident()
