@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves
 
-from llmtrain.dry_run.record import Traffic
+from llmtrain.dry_run.record import BETWEEN, Collective, Traffic, name_of
+from llmtrain.parallel.layout import Layout
 
 _TO_HOST = torch.ops.aten._local_scalar_dense.default
 _LITERAL = torch.ops.aten.lift_fresh.default
@@ -46,8 +47,10 @@ class Imagination(FakeTensorMode):
     Operations over integers alone are computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._layout = layout
+        self._names: dict[str, str] = {}
         self.traffic = Traffic()
         self.held_bytes = 0
         """Bytes of the imagined tensors that are alive."""
@@ -98,19 +101,30 @@ class Imagination(FakeTensorMode):
     def _record(self, func: Any, leaves: list[Any]) -> None:
         name = func._schema.name.partition("::")[2].rstrip("_")
         kind = _KINDS.get(name, name)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        # Of gathers and scatters the largest tensor is the whole; of all others each tensor counts once.
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-        moved = max(sizes, default=0) if "gather" in kind or "scatter" in kind else sum(sizes)
+        given = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
         # The type of a group's object is known by its text alone.
         groups = [
             dist.ProcessGroup.unbox(leaf)
             for leaf in leaves
             if isinstance(leaf, torch.ScriptObject) and str(leaf._type()).endswith("ProcessGroup")
         ]
-        size = groups[0].size() if groups else 0
-        self.traffic.calls[kind, size] += 1
-        self.traffic.sizes[kind, size] += moved
+        size = groups[0].size() if groups else 1
+        if kind in ("all-gather", "reduce-scatter"):
+            given = given * size // (size + 1)  # the whole, and a part
+        elif kind == "all-to-all":
+            given //= 2  # what goes out, and what comes in
+        group = BETWEEN if kind in ("send", "receive") else self._name(groups)
+        collective = Collective(kind, group, 2 if group == BETWEEN else size)
+        self.traffic.calls[collective] += 1
+        self.traffic.sizes[collective] += given
+
+    def _name(self, groups: list[Any]) -> str:
+        if not groups:
+            return BETWEEN
+        key = groups[0].group_name
+        if key not in self._names:
+            self._names[key] = name_of(self._layout, dist.get_process_group_ranks(groups[0]))
+        return self._names[key]
 
 
 def _is_real(func: Any, leaves: list[Any], kwargs: Mapping[str, Any]) -> bool:

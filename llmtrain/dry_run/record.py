@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from llmtrain.parallel.layout import Coordinates
+from llmtrain.parallel.layout import Coordinates, Layout
+from llmtrain.plan.times.collectives import Along, Group
+
+BETWEEN = "two ranks"
+"""Group of sends and receives."""
+
+
+class Collective(NamedTuple):
+    """A kind of collective over the ranks of a group."""
+
+    kind: str
+    group: str
+    """Axes of the layout along which the group's ranks differ, such as data · sequence; or BETWEEN."""
+    size: int
+    """Ranks of the group."""
+
+    def sent_bytes(self, size: float) -> float:
+        """Return the bytes that a rank sends for `size` bytes of the whole tensor, in a ring."""
+        passed = Group(max(1, self.size), 1).passed(size)
+        match self.kind:
+            case "receive":
+                return 0.0
+            case "all-reduce":
+                return 2 * passed
+            case "all-gather" | "reduce-scatter" | "all-to-all":
+                return passed
+        return size
+
+    def along(self, layout: Layout) -> Along | None:
+        """Return what a plan counts its bytes as; None for what it counts none of."""
+        if self.kind == "send":
+            return "pipeline"
+        axes = self.group.split(" · ")
+        if axes == ["pipeline"]:
+            return "pipeline"
+        if axes == ["tensor"]:
+            return "tensor"
+        if self.kind == "all-to-all" and axes == ["sequence"]:
+            return "sequence"
+        if set(axes) <= {"data", "sequence"}:
+            return "weights" if self.kind == "all-gather" else "gradients"
+        return None
 
 
 @dataclass
 class Traffic:
-    """The collectives of one rank: (kind, size of the group) → number, and bytes of the tensors given."""
+    """The collectives of one rank: how many of each, and the bytes of the whole tensors."""
 
-    calls: Counter[tuple[str, int]] = field(default_factory=Counter)
-    sizes: Counter[tuple[str, int]] = field(default_factory=Counter)
+    calls: Counter[Collective] = field(default_factory=Counter)
+    sizes: Counter[Collective] = field(default_factory=Counter)
+
+    def sent(self, layout: Layout) -> dict[Along | None, float]:
+        """Return the bytes that the rank sends along each axis; None: what a plan counts none of."""
+        found: dict[Along | None, float] = {}
+        for collective, size in self.sizes.items():
+            along = collective.along(layout)
+            found[along] = found.get(along, 0.0) + collective.sent_bytes(size)
+        return found
+
+
+def name_of(layout: Layout, ranks: Sequence[int]) -> str:
+    """Return the axes along which these ranks differ."""
+    return " · ".join(_axes(layout, ranks)) or BETWEEN
+
+
+def _axes(layout: Layout, ranks: Sequence[int]) -> Iterator[str]:
+    places = [layout.coordinates(rank) for rank in ranks]
+    for axis in Coordinates._fields:
+        if len({getattr(place, axis) for place in places}) > 1:
+            yield axis
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
         objective, batches = _made_up(resolved)
     device = torch.device("cpu")
     with ExitStack() as pretended:
-        imagination = pretended.enter_context(Imagination())
+        imagination = pretended.enter_context(Imagination(layout))
         pretended.enter_context(modules_stay())
         if config.engine == "deepspeed":
             from llmtrain.parallel import upstream
@@ -62,6 +62,8 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
         engine = build_engine(config, layout, device, objective, None, lambda *_: None)
         if layout.pipeline > 1:
             engine.imagine_neighbours()  # type: ignore[attr-defined]
+        if layout.zero == 3:  # its first step learns the order of modules, which all others go by
+            engine.train_step(batches, lr=config.optimizer.lr)
         imagination.traffic = Traffic()
         imagination.peak_bytes = imagination.held_bytes
         built = time.perf_counter()

@@ -7,10 +7,20 @@ from typing import Any
 
 from llmtrain.dry_run.record import Rehearsal, Traffic
 from llmtrain.plan.estimate import Plan
+from llmtrain.plan.times.collectives import Along
+from llmtrain.plan.timing import sent_bytes_of
 from llmtrain.plan.units import gib
 
 OF_TENSORS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 """Terms of the plan's memory that tensors of a step take; the others are no tensors of the engine."""
+NAMES: dict[Along, str] = {
+    "tensor": "in the tensor group",
+    "sequence": "in the sequence group",
+    "pipeline": "between stages",
+    "weights": "weights, to replicas",
+    "gradients": "gradients, to replicas",
+}
+OTHERS = "counts, norms and others"
 
 
 def lines(rehearsal: Rehearsal, plan: Plan) -> Iterator[str]:
@@ -29,12 +39,14 @@ def lines(rehearsal: Rehearsal, plan: Plan) -> Iterator[str]:
     yield f"{'kept between steps':<28}{gib(rehearsal.held_bytes):>14}"
     planned = gib(planned_peak(rehearsal, plan))
     yield f"{'most during a step':<28}{gib(rehearsal.peak_bytes):>14}, where the plan says {planned}"
-    yield f"{'collectives of a step':<28}{'ranks':>8}{'number':>10}{'bytes':>22}"
+    yield f"{'collectives of a step':<28}{'along':<18}{'ranks':>8}{'number':>10}{'bytes':>22}"
     yield from _traffic(rehearsal.step)
+    yield from _comparison(rehearsal, plan)
 
 
 def as_json(rehearsal: Rehearsal, plan: Plan) -> dict[str, Any]:
     """Return the same as one JSON object."""
+    calls, sizes = rehearsal.step.calls, rehearsal.step.sizes
     return {
         "rank": rehearsal.rank,
         "coordinates": rehearsal.coordinates._asdict(),
@@ -44,11 +56,34 @@ def as_json(rehearsal: Rehearsal, plan: Plan) -> dict[str, Any]:
         "kept_bytes": rehearsal.held_bytes,
         "peak_bytes": rehearsal.peak_bytes,
         "planned_peak_bytes": planned_peak(rehearsal, plan),
+        "seconds": rehearsal.setup_seconds + rehearsal.step_seconds,
         "collectives": [
-            {"kind": kind, "ranks": size, "number": number, "bytes": rehearsal.step.sizes[kind, size]}
-            for (kind, size), number in sorted(rehearsal.step.calls.items())
+            {
+                "kind": each.kind,
+                "along": each.group,
+                "ranks": each.size,
+                "number": calls[each],
+                "bytes": sizes[each],
+            }
+            for each in sorted(calls)
         ],
+        "sent_bytes": {
+            name: {"dry_run": ours, "plan": theirs} for name, ours, theirs in sent(rehearsal, plan)
+        },
     }
+
+
+def sent(rehearsal: Rehearsal, plan: Plan) -> Iterator[tuple[str, float, float | None]]:
+    """Yield what the rank sent, in bytes, and what the plan says: along each axis, and at last what the plan
+    counts none of. None: the plan has no figures."""
+    layout = plan.layout
+    ours = rehearsal.step.sent(layout)
+    theirs = sent_bytes_of(plan, rehearsal.coordinates.pipeline, rehearsal.micro_batches)
+    for along, name in NAMES.items():
+        planned = None if theirs is None else theirs.get(along, 0.0)
+        if ours.get(along, 0.0) or planned:
+            yield name, ours.get(along, 0.0), planned
+    yield OTHERS, ours.get(None, 0.0), None if theirs is None else 0.0
 
 
 def planned_peak(rehearsal: Rehearsal, plan: Plan) -> int:
@@ -58,5 +93,15 @@ def planned_peak(rehearsal: Rehearsal, plan: Plan) -> int:
 
 
 def _traffic(traffic: Traffic) -> Iterator[str]:
-    for (kind, size), number in sorted(traffic.calls.items()):
-        yield f"  {kind:<26}{size:>8,}{number:>10,}{traffic.sizes[kind, size]:>22,}"
+    for each, number in sorted(traffic.calls.items()):
+        yield f"  {each.kind:<26}{each.group:<18}{each.size:>8,}{number:>10,}{traffic.sizes[each]:>22,}"
+
+
+def _comparison(rehearsal: Rehearsal, plan: Plan) -> Iterator[str]:
+    yield f"{'bytes that the rank sends':<28}{'dry run':>22}{'plan':>22}{'difference':>12}"
+    for name, ours, theirs in sent(rehearsal, plan):
+        if theirs is None:
+            yield f"  {name:<26}{ours:>22,.0f}{'unknown':>22}"
+            continue
+        difference = f"{theirs / ours - 1:>+12.2%}" if ours and theirs else ""
+        yield f"  {name:<26}{ours:>22,.0f}{theirs:>22,.0f}{difference}"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import Kinds, require
 from llmtrain.errors import Problem
 from llmtrain.nn.task_config import TaskHeadConfig
+
+if TYPE_CHECKING:
+    from llmtrain.nn.layer_config import LayerConfig
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class ModelConfig(Kinds):
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""
         yield from ()
+
+    @property
+    def blocks(self) -> LayerConfig | None:
+        """Return the config of its layers, where each step but the first and the last is attention and an
+        MLP; None: plans know the model's FLOPs alone."""
+        return None
 
     @property
     def carries_states(self) -> bool:

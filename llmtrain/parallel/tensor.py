@@ -366,7 +366,7 @@ def _gather_tokens(x: Tensor) -> Tensor:
 
 def _sum_and_cut_tokens(x: Tensor) -> Tensor:
     x = x.contiguous().clone()
-    if dist.get_backend(_tensor_group()) == "nccl":
+    if dist.get_backend(_tensor_group()) != "gloo":
         parts = [part.contiguous() for part in x.chunk(_tensor_size(), dim=1)]
         out = torch.empty_like(parts[0])
         dist.reduce_scatter(out, parts, group=_tensor_group())

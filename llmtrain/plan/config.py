@@ -170,15 +170,24 @@ class AssumeConfig:
     """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as
     in Megatron; false: stages are balanced with these, as in llmtrain."""
     fused: bool = False
-    """Operations on each element are fused, by a compiler or by hand, as Megatron does; llmtrain's are
-    not."""
+    """Operations on each element are fused, by a compiler or by hand, as Megatron does, and so are the two
+    matrices of a gated MLP that read its input; llmtrain's are not."""
     overlap_gradients: bool | None = None
     """Gradients are reduced while the backward pass goes on; null: as llmtrain does, not in a pipeline."""
-    whole_recompute: bool | None = None
-    """Recomputation of a whole layer computes its last product again, whose output nothing needs; null: as in
-    llmtrain, in a pipeline only."""
+    whole_recompute: bool = False
+    """Recomputation of a whole layer computes its last product again, whose output nothing needs; false: as
+    in llmtrain."""
+    kept_collectives: bool = False
+    """Selective recomputation keeps what collectives of tensor parallelism gave, as Megatron and torchtitan
+    do; false: they are repeated, as in llmtrain."""
     gradient_bytes: Literal[2, 4] | None = None
     """Bytes of a gradient as it is reduced; null: as in llmtrain."""
+    scatter_gradients: bool = False
+    """Below ZeRO 3 a rank receives the sums of those gradients alone whose optimizer state it holds, as in
+    Megatron and NeMo; false: of all, which is twice the bytes, as in DeepSpeed."""
+    regather: bool = False
+    """ZeRO 3 gathers all weights again for the backward pass, as FSDP does; false: but for the last ones of
+    the forward pass, which DeepSpeed keeps."""
     overlap_transfers: bool = False
     """Pipeline stages hand micro-batches on while they compute; false: they wait for each other."""
     overlap_tensor: bool = False

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.nn.memory import Numbers
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.memory import model_memory, optimizer_slots, weight_bytes
-from llmtrain.plan.times.collectives import links_of
+from llmtrain.plan.times.collectives import Along, links_of
 from llmtrain.plan.times.device import device_of
 from llmtrain.plan.times.layer import Setting
-from llmtrain.plan.times.step import Host, StepTime, step_time
+from llmtrain.plan.times.step import Host, StepTime, sent_bytes, step_time
 
 if TYPE_CHECKING:
     from llmtrain.plan.estimate import Plan
@@ -29,12 +30,34 @@ def step_time_of(
 
     is_exact: simulate the pipeline's schedule rather than estimate its length.
     """
+    cluster, setting = plan.cluster, _setting(plan, layout)
+    if setting is None:
+        return None
+    per_node = cluster.devices_per_node or layout.world_size
+    link = cluster.host_bandwidth or cluster.memory_bandwidth or float("inf")
+    host = Host(link, (cluster.host_memory_bandwidth or link * per_node) / per_node)
+    slots = optimizer_slots(plan.optimizer) + plan.weight_copies
+    step = step_time(plan.model, setting, recompute, slots, host, trainable=plan.trainable, is_exact=is_exact)
+    return _with_storage(plan, layout, step, slots, link)
+
+
+def sent_bytes_of(plan: Plan, stage: int, micro_batches: int) -> Mapping[Along, float] | None:
+    """Return what a rank of a stage sends in a step of so many micro-batches, in bytes along each axis; None
+    if the cluster lacks the figures for its precision."""
+    setting = _setting(plan, plan.layout)
+    if setting is None:
+        return None
+    return sent_bytes(plan.model, setting, plan.conditions.recompute, stage, micro_batches, plan.trainable)
+
+
+def _setting(plan: Plan, layout: Layout) -> Setting | None:
+    """Return what the times of a plan depend on; None if the cluster lacks the figures for its precision."""
     cluster = plan.cluster
     device = device_of(cluster, plan.precision)
     if device is None:
         return None
     residual = 2 if plan.assume.fused and plan.precision != "fp32" else weight_bytes(plan.precision, layout)
-    setting = Setting(
+    return Setting(
         device=device,
         links=links_of(cluster, layout.world_size),
         layout=layout,
@@ -42,13 +65,8 @@ def step_time_of(
         assume=plan.assume,
         kernel=_kernel(plan, layout, residual),
         residual_bytes=residual,
+        keyed_masks=plan.conditions.exact_dropout,
     )
-    per_node = cluster.devices_per_node or layout.world_size
-    link = cluster.host_bandwidth or cluster.memory_bandwidth or float("inf")
-    host = Host(link, (cluster.host_memory_bandwidth or link * per_node) / per_node)
-    slots = optimizer_slots(plan.optimizer) + plan.weight_copies
-    step = step_time(plan.model, setting, recompute, slots, host, trainable=plan.trainable, is_exact=is_exact)
-    return _with_storage(plan, layout, step, slots, link)
 
 
 def _kernel(plan: Plan, layout: Layout, residual: int) -> str:

@@ -194,10 +194,13 @@ def write(constants: Constants) -> None:
         values = {name: float(f"{getattr(found, name):.3g}") for name in found.__dataclass_fields__}
         lines = [f"  {name}: {value}{note_of(name, value, path.stem)}" for name, value in values.items()]
         kind = KIND.get(path.stem)
-        note = f" of the {kind} kind" if kind else ""
-        path.write_text(
-            f"{head}efficiency:\n  # fitted by tests/bench/published.py{note}\n" + "\n".join(lines) + "\n"
-        )
+        borrowed = [name for name in OF_KIND if f"{path.stem}.{name}" not in constants]
+        note = "  # fitted by tests/bench/published.py\n"
+        if kind:
+            names = ", ".join(borrowed)
+            note += f"  # {names}: of the {kind.upper()}, since no published run tells this device's own\n"
+            note += "  # the others: shared by all devices\n"
+        path.write_text(f"{head}efficiency:\n{note}" + "\n".join(lines) + "\n")
 
 
 def main() -> None:

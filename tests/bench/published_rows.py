@@ -174,6 +174,9 @@ def _run(row: dict[str, str]) -> Run:
         gradient_bytes=4 if "mixed_precision DEFAULT" in row["note"] else None,
         fused=framework in FUSED or row["compile"] == "yes",
         overlap_gradients=True if modern else None,
+        scatter_gradients=modern,
+        regather=True,
+        kept_collectives=True,
         overlap_transfers=modern,
         overlap_tensor=modern or "async TP" in row["note"],
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import os
 import socket
 import sys
@@ -47,6 +48,7 @@ class Pool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        function = _by_name(function)
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results, failures = [], []
@@ -68,6 +70,17 @@ class Pool:
             process.kill()
             process.wait()
         _POOLS.pop(len(self._processes), None)
+
+
+def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of the module that runs as a program (`python -m`), which ranks import by its
+    name."""
+    if function.__module__ != "__main__":
+        return function
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "start it with python -m"
+    found: Callable[..., Any] = getattr(importlib.import_module(spec.name), function.__name__)
+    return found
 
 
 def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -25,6 +25,10 @@ figures 4 and 5 of arXiv:2307.08691."""
 LENGTH_OF_HALF = 256
 """Sequence length at which it reaches half its rate; as in the same figures."""
 
+MASK_BYTES = 13 * 8
+"""Bytes that the operations of a hash in 32 bits read and write for each element of a mask (`keep` of
+nn/dropout.py)."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,6 +45,10 @@ class Call:
     kernel: str
     """flash, flash1, blockwise or all_scores."""
     causal: bool = True
+    fused: bool = True
+    """Whether scaling, mask and softmax of all scores are one operation."""
+    keyed_masks: bool = False
+    """Whether dropout's masks are hashes of keys, each operation of which goes over all elements."""
 
 
 def attention_seconds(device: Device, call: Call) -> tuple[float, float]:
@@ -78,4 +86,7 @@ def _all_scores(device: Device, call: Call) -> tuple[float, float]:
     # The softmax reads scores and writes probabilities; dropout reads, writes and keeps a mask of bytes.
     passes = 2 * device.number_bytes + (2 * device.number_bytes + 1 if call.dropout else 0)
     softmax = device.traffic_seconds(batch * length * length * passes)
+    softmax *= 1.0 if call.fused else device.efficiency.unfused
+    if call.dropout and call.keyed_masks:
+        context += device.traffic_seconds(batch * length * length * MASK_BYTES)
     return scores + context + softmax, scores + context + 2 * gradients + 1.5 * softmax

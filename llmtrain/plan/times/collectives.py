@@ -8,8 +8,13 @@ NCCL, "Operation-wise bus bandwidth" of nccl-tests' PERFORMANCE.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmtrain.plan.config import ClusterConfig
+
+Along = Literal["tensor", "sequence", "pipeline", "weights", "gradients"]
+"""What bytes are sent along: an axis of the layout; or, among ranks that hold the same weights, for gathers
+of weights, or to reduce gradients."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,12 @@ class Group:
     def on_one_node(self, links: Links) -> int:
         """Return how many of the group share a host."""
         return max(1, min(self.size, links.per_node // self.stride))
+
+    def passed(self, size: float) -> float:
+        """Return the bytes that each rank sends in a gather of `size` bytes in all, of which each has a part,
+        in the reverse of it, or in an all-to-all of `size` bytes of each rank; an all-reduce sends twice as
+        many."""
+        return size * (self.size - 1) / self.size
 
 
 def links_of(cluster: ClusterConfig, world_size: int) -> Links:

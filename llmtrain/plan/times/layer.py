@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from llmtrain.models.registry import family_of
 from llmtrain.nn.layer_config import LayerConfig
@@ -12,14 +11,25 @@ from llmtrain.nn.model_config import ModelConfig, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.config import AssumeConfig
-from llmtrain.plan.times.attention import Call, attention_seconds
-from llmtrain.plan.times.collectives import Group, Links, exchange_seconds, exposed, reduce_seconds
+from llmtrain.plan.times.attention import MASK_BYTES, Call, attention_seconds
+from llmtrain.plan.times.collectives import (
+    Along,
+    Group,
+    Links,
+    exchange_seconds,
+    exposed,
+    gather_seconds,
+    reduce_seconds,
+)
 from llmtrain.plan.times.device import Device
 from llmtrain.plan.times.products import layer_product_seconds
 
 LOSS_BYTES = 20
 """Bytes that the loss reads and writes for each logit, both ways: the logits in two precisions, their softmax
 and their gradient."""
+SOFTMAX_SUMS = 3
+"""fp32 numbers of each token that ranks which divide the vocabulary add up: the largest logit, the label's,
+and the sum of exponentials."""
 KERNELS = {True: 14, False: 28}
 """Operations of a layer's forward pass that the host starts, fused or not; the backward pass has twice as
 many."""
@@ -31,21 +41,24 @@ class Pass:
 
     busy: dict[str, float] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=dict)
+    sent: dict[Along, float] = field(default_factory=dict)
+    """Axis → bytes that a rank sends along it."""
 
     def add(self, part: str, seconds: float, waited: float | None = None) -> None:
         """Add a part's time. waited: the share of it that adds to the step; None: all."""
         self.busy[part] = self.busy.get(part, 0.0) + seconds
         self.waited[part] = self.waited.get(part, 0.0) + (seconds if waited is None else waited)
 
+    def send(self, along: Along, size: float) -> None:
+        """Add bytes that a rank sends."""
+        self.sent[along] = self.sent.get(along, 0.0) + size
+
     def include(self, other: Pass, factor: float = 1.0, under: str | None = None) -> None:
         """Add another pass `factor` times, under one name if that is given."""
         for part, seconds in other.busy.items():
             self.add(under or part, factor * seconds, factor * other.waited[part])
-
-    def scale(self, part: str, factor: float) -> None:
-        """Multiply the time of a part."""
-        self.busy[part] *= factor
-        self.waited[part] *= factor
+        for along, size in other.sent.items():
+            self.send(along, factor * size)
 
     @property
     def seconds(self) -> float:
@@ -71,6 +84,8 @@ class Setting:
     """Attention's kernel: flash, flash1, blockwise or all_scores."""
     residual_bytes: int
     """Bytes of a number between layers."""
+    keyed_masks: bool = False
+    """Whether dropout's masks are made of keys."""
 
     @property
     def tokens(self) -> int:
@@ -100,27 +115,31 @@ def layer_passes(
 
     trained: share of the layer's weights that trains.
     """
-    config: Any = model
-    blocks: LayerConfig = config.blocks
+    blocks = model.blocks
+    assert blocks is not None
     forward, backward, again = Pass(), Pass(), Pass()
     last_product = _products(blocks, setting, forward, backward, trained)
     _attention(model, blocks, setting, forward, backward, again)
     _elements(blocks, setting, forward, backward, again)
     _collectives(blocks, setting, forward, backward)
+    if setting.layout.tensor > 1 and setting.layout.tensor_sequence:
+        _sum_shared(blocks, setting, backward)
     if recompute.mode != "selective":
         again = Pass()
         again.include(forward)
-        is_whole = setting.assume.whole_recompute
-        if not (setting.layout.pipeline > 1 if is_whole is None else is_whole):
+        if not setting.assume.whole_recompute:
             # torch stops once it has what the backward pass reads: the last product's output is not.
             again.add("matrix products", -last_product)
-            if setting.layout.tensor > 1:
-                again.scale("tensor parallelism", 0.5)
+            _enter_and_leave(blocks, setting, again, leaves=-1, enters=0)
+    elif not setting.assume.kept_collectives:
+        _enter_and_leave(blocks, setting, again, leaves=1, enters=entries(blocks, setting))
     efficiency = setting.device.efficiency
     kernels = KERNELS[setting.assume.fused]
     for of_pass, count in ((forward, kernels), (backward, 2 * kernels)):
         started = count * efficiency.kernel_seconds
-        of_pass.add("starting operations", started, max(0.0, started - of_pass.computing))
+        # A GPU computes while the host starts the next operations; a processor does one after the other.
+        hidden = of_pass.computing if setting.device.multiprocessors is not None else 0.0
+        of_pass.add("starting operations", started, max(0.0, started - hidden))
         of_pass.add("other", efficiency.layer_seconds)
     return forward, backward, again
 
@@ -157,6 +176,8 @@ def _attention(
         dropout=blocks.dropout > 0,
         kernel=setting.kernel,
         causal=is_causal(model),
+        fused=setting.assume.fused,
+        keyed_masks=setting.keyed_masks,
     )
     there, back = attention_seconds(setting.device, call)
     forward.add("attention", there)
@@ -194,38 +215,84 @@ def _elements(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pa
     size += heads * compute * (4 if blocks.positions == "rope" else 2)
     seconds = setting.device.traffic_seconds(size * setting.tokens)
     seconds *= 1.0 if setting.assume.fused else setting.device.efficiency.unfused
+    if residual > compute and not setting.assume.fused:
+        # Autocast: weights and what norms give are converted for products, and gradients back.
+        cast = blocks.layer_matrix_count(layout.tensor) + setting.tokens * between * blocks.norms_per_block
+        seconds += setting.device.traffic_seconds(cast * (residual + compute))
     forward.add("element operations", seconds)
     backward.add("element operations", 2 * seconds)
+    if blocks.dropout > 0 and setting.keyed_masks:
+        masks = setting.device.traffic_seconds(2 * between * setting.tokens * MASK_BYTES)
+        forward.add("element operations", masks)
+        seconds += masks
     again.add("element operations", seconds)
 
 
+def _sum_shared(blocks: LayerConfig, setting: Setting, backward: Pass) -> None:
+    """Add the sums, over the tensor group, of the gradients of norms and biases that each rank has for its
+    tokens alone."""
+    group = setting.tensor_group
+    held = blocks.layer_parameter_count(group.size)
+    whole = (group.size * held - blocks.layer_parameter_count()) / (group.size - 1)
+    size = whole * setting.device.number_bytes
+    backward.add("tensor parallelism", reduce_seconds(setting.links, group, size))
+    backward.send("tensor", 2 * group.passed(size))
+
+
+def entries(blocks: LayerConfig, setting: Setting) -> int:
+    """Return how often a layer's input is given to matrices that tensor parallelism divides by outputs. The
+    two of a gated MLP, unless they are fused, each take it for themselves."""
+    return 3 if blocks.gated_mlp and not setting.assume.fused else 2
+
+
 def _collectives(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pass) -> None:
-    """Time the collectives of tensor parallelism (two all-reduces each way, or as many bytes of gathers and
-    reduce-scatters: arXiv:1909.08053, 2205.05198) and the exchanges of sequence parallelism
-    (arXiv:2309.14509)."""
-    layout, compute = setting.layout, setting.device.number_bytes
-    interference = setting.device.efficiency.interference
+    """Time the collectives of tensor parallelism, and the exchanges of sequence parallelism
+    (arXiv:2309.14509).
+
+    The former are an all-reduce of each output, and backward of the gradient of each input
+    (arXiv:1909.08053); or gathers of inputs and reduce-scatters of outputs, and the reverse backward
+    (arXiv:2205.05198).
+    """
+    layout = setting.layout
+    enters = entries(blocks, setting)
+    _enter_and_leave(blocks, setting, forward, leaves=2, enters=enters)
+    _enter_and_leave(blocks, setting, backward, leaves=2, enters=enters, is_backward=True)
     for of_pass in (forward, backward):
-        computing = of_pass.computing
-        if layout.tensor > 1:
-            size = setting.tokens * blocks.hidden_size * compute
-            seconds = 2 * reduce_seconds(setting.links, setting.tensor_group, size)
-            overlapped = setting.assume.overlap_tensor
-            of_pass.add(
-                "tensor parallelism",
-                seconds,
-                exposed(seconds, computing, interference) if overlapped else seconds,
-            )
         if layout.sequence > 1:
             width = (blocks.qkv_width + blocks.num_heads * blocks.head_width) // layout.tensor
-            size = setting.tokens * width * compute
+            size = setting.tokens * width * setting.device.number_bytes
             seconds = exchange_seconds(setting.links, setting.sequence_group, size)
-            overlapped = setting.assume.overlap_tensor
-            of_pass.add(
-                "sequence parallelism",
-                seconds,
-                exposed(seconds, computing, interference) if overlapped else seconds,
-            )
+            of_pass.add("sequence parallelism", seconds, _waited(setting, of_pass, seconds))
+            of_pass.send("sequence", setting.sequence_group.passed(size))
+
+
+def _enter_and_leave(
+    blocks: LayerConfig,
+    setting: Setting,
+    of_pass: Pass,
+    *,
+    leaves: int,
+    enters: int,
+    is_backward: bool = False,
+) -> None:
+    """Add the collectives of so many inputs and outputs of divided matrices. An all-reduce counts as a
+    reduce-scatter and a gather: without shared tokens outputs have one, and backward the gradients of
+    inputs."""
+    if setting.layout.tensor == 1:
+        return
+    of_one_way = enters if is_backward else leaves
+    halves = leaves + enters if setting.layout.tensor_sequence else 2 * of_one_way
+    size = setting.tokens * blocks.hidden_size * setting.device.number_bytes
+    seconds = halves * gather_seconds(setting.links, setting.tensor_group, size)
+    of_pass.add("tensor parallelism", seconds, _waited(setting, of_pass, seconds))
+    of_pass.send("tensor", halves * setting.tensor_group.passed(size))
+
+
+def _waited(setting: Setting, of_pass: Pass, seconds: float) -> float:
+    """Return how much longer a pass is for collectives that stand between its products, or run beside."""
+    if not setting.assume.overlap_tensor:
+        return seconds
+    return exposed(seconds, of_pass.computing, setting.device.efficiency.interference)
 
 
 def embedding_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
@@ -236,8 +303,12 @@ def embedding_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
         setting.tokens * width * (setting.device.number_bytes + setting.residual_bytes)
     )
     if setting.layout.tensor > 1:
-        size = setting.tokens * width * setting.device.number_bytes
-        forward.add("tensor parallelism", reduce_seconds(setting.links, setting.tensor_group, size))
+        size, group = setting.tokens * width * setting.device.number_bytes, setting.tensor_group
+        forward.add("tensor parallelism", reduce_seconds(setting.links, group, size))
+        forward.send("tensor", 2 * group.passed(size))
+        if setting.layout.tensor_sequence:  # the gradients of all tokens are gathered
+            backward.add("tensor parallelism", gather_seconds(setting.links, group, size))
+            backward.send("tensor", group.passed(size))
     forward.add("embedding and head", seconds)
     backward.add("embedding and head", 2 * seconds)
     return forward, backward
@@ -265,8 +336,12 @@ def head_passes(
     forward.add("embedding and head", there + loss)
     backward.add("embedding and head", back + loss)
     if setting.layout.tensor > 1:
-        size = tokens * width * device.number_bytes
-        backward.add("tensor parallelism", reduce_seconds(setting.links, setting.tensor_group, size))
+        size, group = tokens * width * device.number_bytes, setting.tensor_group
+        of_softmax = SOFTMAX_SUMS * 4 * tokens
+        forward.add("tensor parallelism", reduce_seconds(setting.links, group, of_softmax))
+        forward.send("tensor", 2 * group.passed(of_softmax))
+        backward.add("tensor parallelism", reduce_seconds(setting.links, group, size))
+        backward.send("tensor", 2 * group.passed(size))
     return forward, backward
 
 

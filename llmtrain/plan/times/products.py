@@ -37,8 +37,11 @@ def product_seconds(device: Device, rows: int, columns: int, depth: int, count: 
         computing = 2 * depth * _area(rows, columns, count, device.multiprocessors) / rate
     else:
         computing = 2.0 * rows * columns * depth * count / rate
-    moved = count * device.number_bytes * (rows * depth + depth * columns + rows * columns)
-    return max(computing, device.traffic_seconds(moved))
+    moving = device.traffic_seconds(
+        count * device.number_bytes * (rows * depth + depth * columns + rows * columns)
+    )
+    # A processor packs its operands first (Goto and van de Geijn 2008); a GPU loads them while it multiplies.
+    return computing + moving if device.multiprocessors is None else max(computing, moving)
 
 
 def _area(rows: int, columns: int, count: int, multiprocessors: int) -> float:

@@ -8,24 +8,24 @@ Layers, head and collectives of a micro-batch (`layer.py`) pass through the pipe
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llmtrain.models.registry import family_of
-from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan.memory import Trainable, held_parameter_count, stage_steps
-from llmtrain.plan.times.collectives import (
-    Group,
-    exposed,
-    gather_seconds,
-    reduce_seconds,
-    send_seconds,
+from llmtrain.plan.times.collectives import Along, exposed, gather_seconds, reduce_seconds
+from llmtrain.plan.times.exchanges import (
+    gather_weights,
+    hidden_bytes,
+    reduce_shared,
+    stays_gathered,
+    transfer_seconds,
 )
 from llmtrain.plan.times.layer import (
     Pass,
@@ -97,9 +97,9 @@ def step_time(
     is_exact: simulate the pipeline's schedule rather than estimate its length.
     """
     layout, assume = setting.layout, setting.assume
-    runs = even_runs(model, layout) if assume.even_layers else stage_steps(model, layout)
+    runs = _runs(model, setting)
     stages = stage_passes(model, setting, recompute, runs, trainable)
-    transfer = _transfer(model, setting)
+    transfer = transfer_seconds(model, setting)
     chunks = assume.virtual_stages if layout.pipeline > 1 else 1
     forward = [stage.forward.seconds for stage in stages]
     backward = [stage.backward.seconds for stage in stages]
@@ -123,12 +123,58 @@ def step_time(
         )
         step.add("pipeline bubble", max(0.0, total - step.seconds))
     parameters = max(held_parameter_count(model, layout, run_of_steps) for run_of_steps in runs)
-    trained = parameters
-    if trainable is not None:
-        trained = max(trainable.count(model, layout, run_of_steps) for run_of_steps in runs)
+    trained = max(_trained(model, layout, run_of_steps, trainable) for run_of_steps in runs)
+    if layout.pipeline > 1:
+        reduce_shared(step, model, setting)
     _once_a_step(step, setting, stages[slowest], parameters, trained, slots, host)
     step.add("other", setting.device.efficiency.step_seconds)
     return StepTime(step.busy, step.waited)
+
+
+def sent_bytes(
+    model: ModelConfig,
+    setting: Setting,
+    recompute: RecomputeConfig,
+    stage: int,
+    micro_batches: int,
+    trainable: Trainable | None = None,
+) -> Mapping[Along, float]:
+    """Return what a rank of a pipeline stage sends in a step of so many micro-batches, in bytes along each
+    axis: what the times of collectives are of."""
+    layout = setting.layout
+    runs = _runs(model, setting)
+    passes = stage_passes(model, setting, recompute, runs, trainable)[stage]
+    step = Pass()
+    for of_pass in (passes.forward, passes.backward):
+        step.include(of_pass, micro_batches)
+    if layout.pipeline > 1:
+        neighbours = (stage > 0) + (stage < layout.pipeline - 1)
+        if setting.assume.virtual_stages > 1:
+            neighbours = 2
+        handed_on = neighbours * micro_batches * setting.assume.virtual_stages * hidden_bytes(model, setting)
+        step.send("pipeline", handed_on / layout.tensor)
+        if not layout.tensor_sequence:
+            handed_on *= 1 + (stage < layout.pipeline - 1) / neighbours  # its own output a second time
+            step.send("tensor", setting.tensor_group.passed(handed_on))
+        if stage in (0, layout.pipeline - 1):
+            reduce_shared(step, model, setting)
+    parameters = held_parameter_count(model, layout, runs[stage])
+    trained = _trained(model, layout, runs[stage], trainable)
+    _once_a_step(step, setting, passes, parameters, trained, 0, Host(math.inf, math.inf))
+    return step.sent
+
+
+def _runs(model: ModelConfig, setting: Setting) -> list[range]:
+    """Return the steps of the forward pass that each stage runs."""
+    layout = setting.layout
+    return even_runs(model, layout) if setting.assume.even_layers else stage_steps(model, layout)
+
+
+def _trained(model: ModelConfig, layout: Layout, steps: range, trainable: Trainable | None) -> int:
+    """Return the parameters that train of those that a process holds which runs `steps`."""
+    if trainable is None:
+        return held_parameter_count(model, layout, steps)
+    return trainable.count(model, layout, steps)
 
 
 def even_runs(model: ModelConfig, layout: Layout) -> list[range]:
@@ -153,39 +199,51 @@ def stage_passes(
     Without a pipeline the backward pass ends at the lowest step that trains; a stage of a pipeline sends
     gradients to the one before it. Weights that do not train have no gradients.
     """
-    layout = setting.layout
-    config: Any = model
-    if not family_of(model).has_stages or not isinstance(config.blocks, LayerConfig):
+    layout, blocks = setting.layout, model.blocks
+    if blocks is None:
         parameters, share = model.parameter_count(), 1.0
         if trainable is not None:
             share = min(1.0, trainable.parameters / parameters)
         forward, backward = single_passes(model, setting, share)
-        _gather_weights(setting, forward, backward, parameters, share)
+        gather_weights(
+            setting, forward, backward, parameters, share, stays_gathered([parameters], setting)[0]
+        )
         part, part_back = Pass(), Pass()
         part.include(forward, 1 / (len(runs) * layout.tensor))
         part_back.include(backward, 1 / (len(runs) * layout.tensor))
         return [Stage(part, part_back)] * len(runs)
-    steps = len(model.step_parameter_counts(layout.tensor))
+    counts = model.step_parameter_counts(layout.tensor)
+    steps = len(counts)
     shares = (1.0,) * steps if trainable is None else trainable.shares
     kept = range(steps)
     if trainable is not None and layout.pipeline == 1:
         kept = trainable.kept(kept)
     weight = _correction(model, setting, steps - 2)
-    kinds: dict[tuple[bool, float], tuple[Pass, Pass]] = {}
-    last = min(1.0, shares[-1])
+    kinds: dict[tuple[bool, float, bool], tuple[Pass, Pass]] = {}
+    first, last = (min(1.0, shares[step]) for step in (0, -1))
     ends = {
         0: embedding_passes(model, setting),
         steps - 1: head_passes(model, setting, last, passes_on=kept.start < steps - 1),
     }
+    stays = stays_gathered(counts, setting)
+    gather_weights(setting, *ends[0], counts[0], first, stays[0])
+    # A weight that the head shares with the embedding is reduced once, and gathered for both if too much lies
+    # between.
+    shared = model.repeated_count(range(steps), layout.tensor)
+    head = counts[-1] - (shared if stays[0] else 0)
+    gather_weights(setting, *ends[steps - 1], head, last * (counts[-1] - shared) / max(1, head), stays[-1])
     stages = []
     for run in runs:
         forward, backward = Pass(), Pass()
         layers = [step for step in run if 0 < step < steps - 1]
-        found = [(recompute.covers(step - 1), min(1.0, shares[step]), step in kept) for step in layers]
-        for (is_recomputed, share, runs_back), number in Counter(found).items():
-            if (is_recomputed, share) not in kinds:
-                kinds[is_recomputed, share] = _kind(model, setting, recompute, is_recomputed, share)
-            layer, layer_back = kinds[is_recomputed, share]
+        found = [
+            ((recompute.covers(step - 1), min(1.0, shares[step]), stays[step]), step in kept)
+            for step in layers
+        ]
+        for (kind, runs_back), number in Counter(found).items():
+            if kind not in kinds:
+                kinds[kind] = _kind(model, setting, recompute, *kind)
+            layer, layer_back = kinds[kind]
             forward.include(layer, weight * number)
             if runs_back:
                 backward.include(layer_back, weight * number)
@@ -199,16 +257,21 @@ def stage_passes(
 
 
 def _kind(
-    model: ModelConfig, setting: Setting, recompute: RecomputeConfig, is_recomputed: bool, share: float
+    model: ModelConfig,
+    setting: Setting,
+    recompute: RecomputeConfig,
+    is_recomputed: bool,
+    share: float,
+    stays: bool,
 ) -> tuple[Pass, Pass]:
-    """Return both passes of a layer of whose weights a share trains."""
-    config: Any = model
+    """Return both passes of a layer of whose weights a share trains. stays: whether its weights stay gathered
+    between them."""
     forward, backward, again = layer_passes(model, setting, recompute, share)
     if is_recomputed:
         backward.include(again, under="recomputation")
-    _gather_weights(
-        setting, forward, backward, config.blocks.layer_parameter_count(setting.layout.tensor), share
-    )
+    assert model.blocks is not None
+    parameters = model.blocks.layer_parameter_count(setting.layout.tensor)
+    gather_weights(setting, forward, backward, parameters, share, stays)
     return forward, backward
 
 
@@ -216,52 +279,13 @@ def _correction(model: ModelConfig, setting: Setting, layers: int) -> float:
     """Return the work of the model's layers in that of its plain ones: 1 for a decoder; layers with attention
     to a source, or of two streams, do more."""
     config: Any = model
-    row = setting.row
-    plain = 6.0 * config.blocks.layer_matrix_count()
-    width = config.blocks.num_heads * config.blocks.head_width
-    plain += 12.0 * width * mean_keys(model, config.blocks, row.tokens)
+    row, blocks = setting.row, model.blocks
+    assert blocks is not None
+    plain = 6.0 * blocks.layer_matrix_count()
+    plain += 12.0 * blocks.num_heads * blocks.head_width * mean_keys(model, blocks, row.tokens)
     share = min(1.0, row.predicted / row.tokens) if row.predicted else 1.0
     head = 6.0 * share * config.head_matrix_count()
     return max(0.1, (model.flops_per_token(row) - head) / (plain * layers))
-
-
-def _gather_weights(setting: Setting, forward: Pass, backward: Pass, parameters: int, trained: float) -> None:
-    """Add what ZeRO 3 gathers before both passes of a layer, and what ZeRO 2 and 3 reduce, of the share that
-    trains, after the backward pass; the layers before and after are computed meanwhile (arXiv:1910.02054,
-    2304.11277). ZeRO++ (arXiv:2306.10209) sends numbers of fewer bits, and gathers within a host before the
-    backward pass."""
-    layout, device = setting.layout, setting.device
-    if layout.zero < 2 or setting.replicas.size == 1:
-        return
-    links, replicas = setting.links, setting.replicas
-    number = setting.assume.gradient_bytes or device.number_bytes
-    size = parameters * (1 if layout.quantized_weights else device.number_bytes)
-    gathered = gather_seconds(links, replicas, size)
-    near = Group(layout.hierarchical_partition, replicas.stride)
-    gathered_back = gathered if near.size == 1 else gather_seconds(links, near, size)
-    of_gradient = 0.5 if layout.quantized_gradients else number
-    reduced = gather_seconds(links, replicas, trained * parameters * of_gradient)
-    interference = device.efficiency.interference
-    there, back = forward.computing, backward.computing
-    if layout.zero == 3:
-        forward.add("weight gathers", gathered, exposed(gathered, there, interference))
-        both = gathered_back + reduced
-        waited = exposed(both, back, interference)
-        backward.add("weight gathers", gathered_back, waited * gathered_back / both)
-        backward.add("gradient reduction", reduced, waited * reduced / both)
-    else:
-        backward.add("gradient reduction", reduced, exposed(reduced, back, interference))
-
-
-def _transfer(model: ModelConfig, setting: Setting) -> float:
-    """Return the time to hand one micro-batch's hidden states on to the next stage."""
-    layout = setting.layout
-    if layout.pipeline == 1:
-        return 0.0
-    size = float(setting.tokens * int(getattr(model, "hidden_size", 1)) * setting.device.number_bytes)
-    if layout.tensor_sequence:
-        size /= layout.tensor
-    return send_seconds(setting.links, layout.data * layout.sequence * layout.tensor, size)
 
 
 def _once_a_step(
@@ -276,10 +300,11 @@ def _once_a_step(
     number = device.number_bytes
     if replicas.size > 1 and layout.zero < 2:
         size = trained * (setting.assume.gradient_bytes or (4 if layout.zero == 0 else number))
-        # DeepSpeed's pipeline reduces whole gradients on all ranks, which then take their shares.
-        is_whole = layout.zero == 0 or (layout.pipeline > 1 and not overlaps)
+        # DeepSpeed reduces whole gradients on all ranks, which then take their shares.
+        is_whole = layout.zero == 0 or not setting.assume.scatter_gradients
         reduce = reduce_seconds if is_whole else gather_seconds
         seconds = reduce(setting.links, replicas, size)
+        step.send("gradients", (2 if is_whole else 1) * replicas.passed(size))
         beside = stage.backward.seconds if overlaps else 0.0
         step.add("gradient reduction", seconds, exposed(seconds, beside, device.efficiency.interference))
     owners = replicas.size if layout.zero > 0 else 1
@@ -298,5 +323,6 @@ def _once_a_step(
         step.add("offload", moved, exposed(moved, step.computing, device.efficiency.interference))
     if layout.zero in (1, 2) and replicas.size > 1:
         seconds = gather_seconds(setting.links, replicas, trained * number)
+        step.send("weights", replicas.passed(trained * number))
         beside = stage.forward.seconds if setting.assume.overlap_gradients else 0.0
         step.add("weight gathers", seconds, exposed(seconds, beside, device.efficiency.interference))

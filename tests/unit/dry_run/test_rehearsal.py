@@ -56,11 +56,31 @@ def test_ranks_of_a_pipeline_hold_their_stages_and_pass_hidden_states_on() -> No
     hidden = 64 * 256 * 2 // 2
     assert first["micro_batches"] == 3
     for found, kind in ((first, "send"), (first, "receive"), (last, "send"), (last, "receive")):
-        number, size = sent(found, kind, 4096)
+        number, size = sent(found, kind, 2)
         assert number >= 3, (kind, found["collectives"])
         assert 3 * hidden <= size < 3 * hidden + 8192, (kind, found["collectives"])
     # Forward and backward, a layer's attention and its MLP each end in a sum over the tensor group.
     assert sent(first, "all-reduce", 2)[0] >= 3 * 4 * first["layers"]
+
+
+@pytest.mark.parametrize("rank", [0, 15])
+@pytest.mark.parametrize("shares", ["false", "true"])
+def test_the_plan_says_what_a_rank_of_a_3d_layout_sends(rank: int, shares: str) -> None:
+    """To a percent: the plan leaves out the shapes that stages tell each other, and the sums of the last
+    norm's gradients; of so small a model these are the most."""
+    layout = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "precision=bf16")
+    own = (f"rank={rank}", f"parallel.tensor_sequence={shares}", "recompute=full")
+    found = rehearsed("world_size=16", "batch.global_size=16", *layout, *own)
+    sent_bytes = found["sent_bytes"]
+    assert sent_bytes.pop("counts, norms and others")["dry_run"] < 1024
+    assert set(sent_bytes) == {
+        "in the tensor group",
+        "between stages",
+        "weights, to replicas",
+        "gradients, to replicas",
+    }
+    for name, of in sent_bytes.items():
+        assert of["plan"] == pytest.approx(of["dry_run"], rel=0.01), name
 
 
 @pytest.mark.parametrize(

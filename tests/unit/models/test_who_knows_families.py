@@ -10,13 +10,14 @@ import llmtrain
 from llmtrain.config import kinds_of
 from llmtrain.data.config import DATA_CONFIGS
 from llmtrain.models.registry import FAMILIES
+from llmtrain.nn.layer_config import LayerConfig, OfLayers
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.registry import OBJECTIVES
 
 PACKAGE = Path(llmtrain.__file__).parent
 CONFIGS = {cls.__name__ for base in (ModelConfig, ObjectiveConfig) for cls in kinds_of(base)}
-CONFIGS |= {cls.__name__ for cls in DATA_CONFIGS.values()}
+CONFIGS |= {cls.__name__ for cls in DATA_CONFIGS.values()} | {LayerConfig.__name__, OfLayers.__name__}
 NAMES = {family.name for family in FAMILIES} | set(OBJECTIVES)
 OPEN = {f"llmtrain.models.{name}" for name in ("registry", "family", "skeleton", "huggingface")}
 """What of models/ speaks of all families alike."""

@@ -54,7 +54,7 @@ def layout(**changed: Any) -> Layout:
 def setting(of: Layout, at: ClusterConfig = A100, **assumed: Any) -> Setting:
     device = device_of(at, "bf16")
     assert device is not None
-    assume = AssumeConfig(**({"fused": True, "whole_recompute": True} | assumed))
+    assume = AssumeConfig(**({"fused": True, "whole_recompute": True, "kept_collectives": True} | assumed))
     kernel = "flash" if assume.attention == "auto" else assume.attention
     row = Row(of.sequence_length, predicted=of.sequence_length)
     return Setting(device, links_of(at, of.world_size), of, row, assume, kernel, 2)
