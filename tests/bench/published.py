@@ -8,8 +8,8 @@
 published.csv has 296 runs of 8 to 3,072 A100 and H100, with the page of each. Seven constants are shared by
 all devices; four more belong to a kind of device, and one to the H100 of 500 W, which torchtitan's nine rows
 alone are of. Runs of one model on one device in one source (a group) weigh together as much as one run.
-Constants that the runs do not determine stay near what the literature says (PRIORS): kernel_seconds,
-layer_seconds and step_seconds do, and the memory of the A100 and node_link lie at their bounds, so these five
+Constants that the runs do not determine stay near what the literature says (PRIORS); kernel_seconds,
+layer_seconds and step_seconds are left as assumed, and conf/cluster/ marks those that lie at a bound: these
 are no measurements. `UNALIGNED_BATCH` (plan/times/products.py) is no constant of the fit: it was set by hand,
 after BLOOM's trials. Published peaks of memory are of other programs; those of llmtrain were not compared
 with peaks of CPU runs over a table of 40 cells, but for a few shapes in tests/unit/plan.
@@ -56,7 +56,7 @@ PRIORS: dict[str, tuple[float, float, float]] = {
 """Constant → what it is before a fit, and its bounds. FlashAttention 2 reaches 225 of 312 TFLOP/s on an A100
 (arXiv:2307.08691, section 4.1); cuBLAS reaches about 270 on it; nccl-tests about 235 of NVLink's 300 GB/s."""
 UNTOLD = ("kernel_seconds", "layer_seconds", "step_seconds")
-"""Constants that the fit leaves where they start."""
+"""Constants that no run tells, and the fit leaves as they are assumed."""
 PRIOR_WEIGHT = 0.1
 """Error of one run that a constant off by a factor of e counts as."""
 LINEAR_UP_TO = 0.05
@@ -96,14 +96,15 @@ def errors(runs: Sequence[Run], constants: Constants | None, *, is_exact: bool) 
 
 def fit(runs: Sequence[Run], rounds: int = 12) -> Constants:
     """Return the constants with which the planner is nearest to `runs`."""
-    names = list(PRIORS)
+    names = [name for name in PRIORS if name not in UNTOLD]
+    kept = {name: PRIORS[name][0] for name in UNTOLD}
     low, high = (np.log([PRIORS[name][place] for name in names]) for place in (1, 2))
     priors = np.log([PRIORS[name][0] for name in names])
     sizes = Counter(run.group for run in runs)
     weights = np.array([1 / math.sqrt(sizes[run.group]) for run in runs])
 
     def residuals(logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        constants = dict(zip(names, np.exp(logs).tolist(), strict=True))
+        constants = kept | dict(zip(names, np.exp(logs).tolist(), strict=True))
         of_runs = weights * errors(runs, constants, is_exact=False)
         return np.concatenate([of_runs, PRIOR_WEIGHT * (logs - priors)])
 
@@ -116,7 +117,7 @@ def fit(runs: Sequence[Run], rounds: int = 12) -> Constants:
         diff_step=1e-3,
         max_nfev=rounds,
     )
-    return dict(zip(names, np.exp(solution.x).tolist(), strict=True))
+    return dict(zip(names, np.exp(solution.x).tolist(), strict=True)) | kept
 
 
 def table(title: str, rows: Sequence[tuple[str, Sequence[Run], npt.NDArray[np.float64]]]) -> str:
@@ -180,7 +181,7 @@ def note_of(name: str, value: float, cluster: str) -> str:
     if known[0] == f"{cluster}.{name}":
         return "  # of the rows of torchtitan alone"
     if name in UNTOLD:
-        return "  # about as assumed before the fit: the runs do not tell it"
+        return "  # assumed: the runs do not tell it"
     return "" if 1.01 * least < value < 0.99 * most else "  # at the bound of the fit"
 
 
