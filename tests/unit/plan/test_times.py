@@ -148,6 +148,13 @@ def test_parts_sum_up_and_answer_for_what_they_are() -> None:
     assert step(layout(tensor=8), mode="full").parts["recomputation"] > 0
     sharded = step(layout(data=16, zero=3))
     assert 0 < sharded.parts["weight gathers"] < sharded.busy["weight gathers"], "layers hide most of it"
+    anew = step(layout(data=16, zero=3), regather=True).busy["weight gathers"]
+    assert anew > sharded.busy["weight gathers"], "the last billion weights stay gathered"
+    whole, own = (
+        step(layout(data=16, zero=2), scatter_gradients=scatters).busy["gradient reduction"]
+        for scatters in (False, True)
+    )
+    assert whole == pytest.approx(2 * own)
     away = step(layout(data=16, zero=1, offload_optimizer="cpu"))
     kept = step(layout(data=16, zero=1))
     assert away.parts["optimizer"] > kept.parts["optimizer"]
