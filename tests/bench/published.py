@@ -55,7 +55,8 @@ PRIORS: dict[str, tuple[float, float, float]] = {
 }
 """Constant → what it is before a fit, and its bounds. FlashAttention 2 reaches 225 of 312 TFLOP/s on an A100
 (arXiv:2307.08691, section 4.1); cuBLAS reaches about 270 on it; nccl-tests about 235 of NVLink's 300 GB/s,
-and more than 0.7 of a network. Left free, it would go to 0.5 for BLOOM's trials over Omni-Path, and to 0.95 without them."""
+and more than 0.7 of a network. Left free, that would go to 0.5 for BLOOM's trials over Omni-Path, and to 0.95
+without them."""
 UNTOLD = ("kernel_seconds", "layer_seconds", "step_seconds")
 """Constants that no run tells, and the fit leaves as they are assumed."""
 PRIOR_WEIGHT = 0.1
