@@ -11,7 +11,7 @@ from llmtrain.plan.times.collectives import Along
 from llmtrain.plan.timing import sent_bytes_of
 from llmtrain.plan.units import gib
 
-OF_TENSORS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+OF_TENSORS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "not at once")
 """Terms of the plan's memory that tensors of a step take; the others are no tensors of the engine."""
 NAMES: dict[Along, str] = {
     "tensor": "in the tensor group",

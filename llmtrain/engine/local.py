@@ -58,22 +58,24 @@ class GradientAverager:
             self._send()
 
     def _send(self) -> None:
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._buckets[self._next]]
+        bucket = self._buckets[self._next]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
         flat = torch.cat([g.reshape(-1) for g in gradients])
+        # The bucket takes the gradients' place at once, so that no more than one is held twice.
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         assert work is not None
         self._sent.append((flat, work))
         self._next += 1
 
     def finish(self) -> None:
-        """Wait for all buckets and store the averages in the gradients."""
+        """Wait until all buckets, of which the gradients are parts, hold the averages."""
         while self._next < len(self._buckets):  # parameters that did not take part in the loss
             self._send()
-        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+        for flat, work in self._sent:
             work.wait()
             flat.div_(dist.get_world_size(self._group))
-            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = part.view_as(parameter)
         self._ready = [0] * len(self._buckets)
         self._next = 0
         self._sent.clear()

@@ -19,7 +19,12 @@ from llmtrain.nn.model_config import ModelConfig, OfVocabulary, Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 
 LOGITS_PER_CHUNK = 2**23
+CACHED_LOGITS = 2**20
 """As in nn/head.py, which a test checks."""
+
+WHOLE_LOGITS_BYTES = 12
+"""Bytes of each logit where all are held: the logit, those that bear a loss, and their log-probabilities; or
+the latter with their gradient and the logit's."""
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 AnyVocabulary = TypeVar("AnyVocabulary", bound=OfVocabulary)
@@ -101,6 +106,10 @@ class ModelMemory(ABC, Generic[AnyConfig]):
         """Return an upper estimate of the peak bytes of head and loss."""
         return 0
 
+    def head_backward_bytes(self) -> int:
+        """Return the bytes of the gradients of head and loss when the backward pass begins."""
+        return 0
+
     def layers_of(self, steps: range, count: int) -> Iterator[tuple[int, bool]]:
         """Yield the layers, from 0, among `steps` of a model of `count` layers, and whether each is
         recomputed."""
@@ -123,8 +132,8 @@ class VocabularyMemory(ModelMemory[AnyVocabulary]):
         return False
 
     def head_bytes(self) -> int:
-        """Return an upper estimate of the peak bytes of head and loss: chunks of logits, the gradients of the
-        hidden states and of the head's weight, and, in low precision, copies of both."""
+        """Return the peak bytes of head and loss: chunks of logits, the gradients of the hidden states and of
+        the head's weight, and, in low precision, copies of both."""
         model, numbers, tensor = self.model, self.numbers, self.layout.tensor
         if not model.predicts_tokens:
             of_weight = model.head_matrix_count() * (4 + numbers.compute)
@@ -132,20 +141,43 @@ class VocabularyMemory(ModelMemory[AnyVocabulary]):
         assert model.vocab_size is not None
         V, D = -(-model.vocab_size // tensor), model.hidden_size
         tokens = self.head_tokens
-        chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V))
-        is_last = chunk == tokens
-        # With several ranks, fairscale's softmax keeps copies, exponentials and a gradient, in fp32.
-        besides = 16 if tensor > 1 else 0
+        if self.row.whole_logits:
+            return tokens * V * WHOLE_LOGITS_BYTES
+        chunk = min(tokens, max(1, LOGITS_PER_CHUNK // V)) * V
+        # Beside its own logits a chunk may have those of the one before.
+        logits = chunk * numbers.compute * (1 if tokens * V == chunk else 2)
         if self.has_softcap:
-            besides += 2 * numbers.compute  # slopes of the cap, and the tanh squared
+            logits += 2 * chunk * numbers.compute  # slopes of the cap, and the tanh squared
+        held = tokens * D * 4 + V * D * 4
         if numbers.compute == 4:
-            # Logits and log-probabilities, besides the previous chunk's.
-            softmax = chunk * V * (4 * (2 if is_last else 3) + besides)
-            return softmax + tokens * D * 4 + V * D * 4
-        softmax = chunk * V * ((10 if is_last else 16) + besides)
-        # A chunk's weight gradient is computed in low precision, and added on a CPU through an fp32 copy.
-        addition = chunk * V * 6 + V * D * (2 + (4 if self.conditions.device == "cpu" else 0))
-        return max(softmax, addition) + tokens * D * 4 + V * D * (4 + 2)
+            return held + logits + self._softmax_bytes(chunk)
+        held += V * D * 2 if numbers.residual > numbers.compute else 0  # autocast's copy
+        if self.conditions.has_bf16:
+            # A chunk's weight gradient is computed in low precision, and added on a CPU through an fp32 copy.
+            product = V * D * (2 + (4 if self.conditions.device == "cpu" else 0))
+        else:
+            product = 4 * (chunk + V * D)  # of logits and weight, in fp32
+        return held + logits + max(self._softmax_bytes(chunk), product)
+
+    def _softmax_bytes(self, logits: int) -> int:
+        """Return the bytes of the loss of so many logits beside these: copies and log-probabilities in fp32.
+        A CPU computes them in parts, of which two meet; with several ranks fairscale keeps exponentials."""
+        is_low = self.numbers.compute < 4
+        if self.layout.tensor > 1:
+            return 8 * logits
+        if self.conditions.device == "cpu":
+            return 4 * (2 + is_low) * min(logits, CACHED_LOGITS)
+        return 4 * (1 + is_low) * logits
+
+    def head_backward_bytes(self) -> int:
+        """Return the bytes of the gradients that the loss computed, of the hidden states and the head's
+        weight, and of their products with the gradient of the loss."""
+        model, numbers = self.model, self.numbers
+        if not model.predicts_tokens or self.row.whole_logits:
+            return self.head_bytes()
+        hidden, weights = self.head_tokens * model.hidden_size, model.embedding_count(self.layout.tensor)
+        of_hidden = 2 * numbers.compute + (numbers.residual if numbers.residual != numbers.compute else 0)
+        return hidden * of_hidden + weights * (8 + (2 if numbers.residual == 2 else 0))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Row:
     """Tokens that the decoder of an encoder-decoder reads."""
     predicted: float = 0.0
     """Mean number of tokens whose labels bear a loss."""
+    whole_logits: bool = False
+    """Whether the objective computes its loss from the logits of all tokens, held at once."""
 
 
 class ModelConfig(Kinds):

@@ -65,8 +65,8 @@ class PreferenceConfig(ChatConfig):
         return ("accuracy", "margin")
 
     def row(self, sequence_length: int) -> Row:
-        """Count two rows of each pair."""
-        return Row(2 * sequence_length, predicted=2 * sequence_length)
+        """Count two rows of each pair. The reference's logits are computed before training, and not kept."""
+        return Row(2 * sequence_length, predicted=2 * sequence_length, whole_logits=True)
 
     def build(self, model: Any, data: Any, corpora: Any = None) -> Preference:
         return Preference(self.beta)

@@ -21,6 +21,7 @@ from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import AssumeConfig, ClusterConfig
+from llmtrain.plan.flops import training_flops
 from llmtrain.plan.memory import Memory, Trainable, memory_of_stages, start_bytes
 from llmtrain.plan.times.step import StepTime
 from llmtrain.plan.timing import step_time_of
@@ -112,8 +113,9 @@ class Plan:
 
     @cached_property
     def flops_per_token(self) -> float:
-        """FLOPs of the forward and backward pass of one token; an image counts as one token."""
-        return self.model.flops_per_token(self.row)
+        """FLOPs of the forward and backward pass of one token, without those that frozen weights save; an
+        image counts as one token."""
+        return training_flops(self.model, self.row, self.trainable)
 
     @cached_property
     def memory(self) -> Memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -13,13 +13,9 @@ from llmtrain.optim.config import OptimizerConfig
 from llmtrain.parallel.balance import stage_runs
 from llmtrain.parallel.config import Precision
 from llmtrain.parallel.layout import Layout
+from llmtrain.plan.moments import Moment, Passes, Share, moments
 
 GIB = 2**30
-
-DEEPSPEED_BUCKET_ELEMENTS = 200_000_000
-DEEPSPEED_LIVE_ELEMENTS = 1_000_000_000
-"""Largest gradient bucket, and weights that ZeRO 3 keeps gathered; a test
-compares them with engine/deepspeed.py."""
 
 RUNTIME_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB // 2}
 """Memory of the libraries of one process; on a GPU, of its context and of communication buffers."""
@@ -68,7 +64,7 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process, by term. Their peaks need not coincide, so `total` is an upper estimate."""
+    """Bytes of one process: the most of each term, and `total`, the most of all at one time."""
 
     weights: int
     gradients: int
@@ -85,6 +81,8 @@ class Memory:
     runtime: int
     allocator: int = 0
     """Memory that the allocator of a GPU holds in pieces that nothing fits into."""
+    not_at_once: int = 0
+    """What to subtract (a negative number), since not all terms have their most at the same time."""
 
     @property
     def terms(self) -> dict[str, int]:
@@ -145,58 +143,44 @@ def _of_stage(
     asynchronous_checkpoints: bool,
     trainable: Trainable | None,
 ) -> Memory:
-    P, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
-    trained = P if trainable is None else trainable.count(model, layout, steps)
-    P += 0 if trainable is None else trainable.added_count(steps)
-    is_low = precision != "fp32"
-    stored = weight_bytes(precision, layout)
-    numbers = Numbers(compute=2 if is_low else 4, residual=stored)
+    held, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
+    trained = held if trainable is None else trainable.count(model, layout, steps)
+    held += 0 if trainable is None else trainable.added_count(steps)
+    stored, is_cast = weight_bytes(precision, layout), layout.zero == 0 and precision != "fp32"
+    numbers = Numbers(compute=4 if precision == "fp32" else 2, residual=stored)
     memory = model_memory(model, row, numbers, layout, conditions)
-    state = slots * 4 * trained
-    # bf16 gradients are accumulated in fp32; ZeRO 1 keeps both.
-    gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
-
-    if layout.zero == 0:
-        copies = memory.low_precision_copies(steps) if is_low and memory is not None else 0
-        weights = 4 * P + 2 * copies
-        gradients, masters, buffers = 4 * trained, 0, (4 * trained if replicas > 1 else 0)
-        owned = _share(trained, replicas)
-        if replicas > 1:  # whole parameters are assigned to ranks
-            owned = min(trained, max(owned, largest_parameter_count(model, layout)))
-    else:
-        weights = stored * (_share(P, replicas) if layout.zero == 3 else P)
-        gradients = gradient * (trained if layout.zero == 1 else _share(trained, replicas))
-        owned = _share(trained, replicas)
-        masters, state = 4 * owned, _share(state, replicas)
-        buffers = stored * min(trained, DEEPSPEED_BUCKET_ELEMENTS) * (2 if conditions.device == "cuda" else 1)
-        if layout.zero == 3:
-            buffers += stored * min(P, max(DEEPSPEED_LIVE_ELEMENTS, largest_parameter_count(model, layout)))
-
-        if layout.hierarchical_partition > 1:
-            weights += stored * _share(P, layout.hierarchical_partition)
-        if _is_away(layout.offload_optimizer, conditions.device):
-            masters, state = 0, 0
-            gradients = gradients if layout.zero == 1 else 0  # held only in buckets, while they are sent
-        if _is_away(layout.offload_parameters, conditions.device):
-            weights -= stored * _share(P, replicas)
-
+    largest = largest_parameter_count(model, layout)
+    share = Share(held, trained, _share(trained, replicas), min(trained, largest), slots)
     of_micro_batch = Activations(0, 0) if memory is None else _activations(memory, steps, layout, trainable)
     in_flight = min(layout.pipeline - stage, layout.accumulation)
-    has_head = stage == layout.pipeline - 1
-    handed_on = 0 if memory is None or has_head else memory.between_layers() * numbers.residual
-    is_copied = asynchronous_checkpoints and conditions.device == "cpu"
-    found = Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=masters + state,
-        activations=in_flight * (of_micro_batch.kept + handed_on) + of_micro_batch.working,
-        logits=memory.head_bytes() if memory is not None and has_head else 0,
-        buffers=buffers,
-        checkpoint_copy=4 * (1 + slots) * owned if is_copied else 0,
-        runtime=RUNTIME_BYTES[conditions.device],
+    has_head = stage == layout.pipeline - 1 and memory is not None
+    handed_on = 0 if memory is None or has_head else memory.between_layers() * stored
+    tied = model.repeated_count(steps, layout.tensor) if trained == held else 0
+    passes = Passes(
+        activations=in_flight * (of_micro_batch.kept + handed_on),
+        working=of_micro_batch.working,
+        copies=2 * memory.low_precision_copies(steps) if is_cast and memory is not None else 0,
+        head=memory.head_bytes() if has_head else 0,
+        head_backward=memory.head_backward_bytes() if has_head else 0,
+        waiting=stored * tied if layout.accumulation > 1 else 0,
+        embedding=stored * (share.largest if layout.accumulation > 1 else tied),
     )
-    lost = ALLOCATOR_SHARE[conditions.device] * (found.total - found.runtime)
-    return replace(found, allocator=round(lost))
+    found = list(moments(share, passes, layout, precision, conditions.device))
+    most = {f.name: max(getattr(moment, f.name) for moment in found) for f in fields(Moment)}
+    peak = max(moment.total for moment in found)
+    is_copied = asynchronous_checkpoints and conditions.device == "cpu"
+    copied = _share(trained, replicas)
+    if layout.zero == 0 and replicas > 1:  # whole parameters are assigned to ranks
+        copied = min(trained, max(copied, largest))
+    checkpoint_copy = 4 * (1 + slots) * copied if is_copied else 0
+    lost = ALLOCATOR_SHARE[conditions.device] * (peak + checkpoint_copy)
+    return Memory(
+        **most,
+        checkpoint_copy=checkpoint_copy,
+        runtime=RUNTIME_BYTES[conditions.device],
+        allocator=round(lost),
+        not_at_once=peak - sum(most.values()),
+    )
 
 
 def _activations(
@@ -223,11 +207,6 @@ def model_memory(
         layout.micro_size, layout.sequence_length, layout.tensor, layout.sequence, layout.tensor_sequence
     )
     return None if memory is None else memory(model, row, numbers, division, conditions)
-
-
-def _is_away(offload: str, device: str) -> bool:
-    """Return whether offloading frees memory of the device; offloading a CPU's data to the CPU does not."""
-    return offload == "nvme" or (offload == "cpu" and device != "cpu")
 
 
 def start_bytes(model: ModelConfig, layout: Layout, precision: Precision, device: str) -> int:

@@ -12,6 +12,8 @@ from llmtrain.errors import UserError
 from llmtrain.harness.results import OF_TASKS
 from llmtrain.nn.linear import product
 from llmtrain.parallel.layout import Layout
+from llmtrain.plan.flops import training_flops
+from llmtrain.plan.memory import Trainable
 from llmtrain.track import throughput
 from llmtrain.track.base import Metrics
 from llmtrain.track.peak import Peak, PeakKeeper
@@ -35,9 +37,11 @@ class RunObserver:
         progress: Progress | None,
         counters: Callable[[], Mapping[str, float]] = dict,
         tokens_per_sample: float | None = None,
+        trainable: Trainable | None = None,
     ) -> None:
         """counters: returns further metrics of the data that was read; called at each step.
-        tokens_per_sample: mean length of a sample, if samples have different ones."""
+        tokens_per_sample: mean length of a sample, if samples have different ones.
+        trainable: what trains; None: all parameters."""
         self._trackers, self._progress, self._counters = trackers, progress, counters
         self._failure: UserError | None = None
         self._device_type = device.type
@@ -45,7 +49,7 @@ class RunObserver:
         row = config.objective.row(config.batch.sequence_length)
         usual = 1 if config.objective.data in ("images", "columns") else config.batch.sequence_length
         self._units = usual if tokens_per_sample is None else tokens_per_sample
-        self._flops = config.model.flops_per_token(row)
+        self._flops = training_flops(config.model, row, trainable)
         self._global_size = layout.global_size
         self._processes = layout.world_size
         self._peak: PeakKeeper | None = None
@@ -75,7 +79,8 @@ class RunObserver:
             **result.metrics,
         }
         if self._peak is not None:
-            # MFU (PaLM, arXiv:2204.02311) counts the model's own FLOPs, without recomputation.
+            # MFU (PaLM, arXiv:2204.02311) counts the model's own FLOPs, without recomputation; of frozen
+            # weights those that are computed.
             used = self._peak.utilization(rate * self._flops / self._processes)
             metrics |= {} if used is None else {"mfu": used}
         if result.skipped:

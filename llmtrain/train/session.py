@@ -204,9 +204,9 @@ class Session:
         own = start.checkpoint if start.resume is not None and start.resume.is_own else None
         self.record.begin(start.step, own)
         self._say(stream.describe(self.layout.micro_size if self.layout.pipeline == 1 else None))
-        layout, device = self.layout, self.device
-        record = self.record
-        return RunObserver(config, layout, device, record.trackers, record.progress, self._counters, length)
+        record, trainable = self.record, self._resolved.trainable
+        seen = record.trackers, record.progress, self._counters, length, trainable
+        return RunObserver(config, self.layout, self.device, *seen)
 
     def _counters(self) -> dict[str, float]:
         """Return metrics that other parts of the run count; new ones at each step."""

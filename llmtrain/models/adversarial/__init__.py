@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtrain.models.adversarial.config import GANConfig
+from llmtrain.models.adversarial.memory import GANMemory
 from llmtrain.models.family import Family
 
 if TYPE_CHECKING:
@@ -17,4 +18,4 @@ def _gan(config: GANConfig) -> nn.Module:
     return GAN(config)
 
 
-FAMILIES = (Family(GANConfig, "generator", _gan, lambda config: {"kind": "adversarial"}),)
+FAMILIES = (Family(GANConfig, "generator", _gan, lambda config: {"kind": "adversarial"}, memory=GANMemory),)

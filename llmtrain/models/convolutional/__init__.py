@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.convolutional.memory import SimpleCNNMemory
 from llmtrain.models.convolutional.resnet_config import ResNetConfig
+from llmtrain.models.convolutional.resnet_memory import ResNetMemory
 from llmtrain.models.family import Family
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ FAMILIES = (
         "classifier",
         _resnet,
         lambda config: {"kind": "image_classification"},
+        memory=ResNetMemory,
         huggingface=_resnet_forms,
     ),
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmtrain.models.family import Family
 from llmtrain.models.feedforward.config import MLPConfig
+from llmtrain.models.feedforward.memory import MLPMemory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,4 +18,6 @@ def _mlp(config: MLPConfig) -> nn.Module:
     return MLP(config)
 
 
-FAMILIES = (Family(MLPConfig, "classifier", _mlp, lambda config: {"kind": "image_classification"}),)
+FAMILIES = (
+    Family(MLPConfig, "classifier", _mlp, lambda config: {"kind": "image_classification"}, memory=MLPMemory),
+)

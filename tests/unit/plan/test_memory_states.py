@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmtrain.engine import deepspeed as deepspeed_engine
+from llmtrain.engine import local as local_engine
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
 from llmtrain.nn import head
@@ -20,7 +21,7 @@ from llmtrain.optim.config import OptimizerConfig
 from llmtrain.optim.freezing import freeze
 from llmtrain.optim.optimizers import build_optimizer
 from llmtrain.parallel.layout import Layout
-from llmtrain.plan import memory
+from llmtrain.plan import memory, moments
 from llmtrain.plan.memory import (
     Memory,
     Trainable,
@@ -62,12 +63,16 @@ def test_optimizer_state(name: str, momentum: float) -> None:
 
 def test_constants_are_those_of_the_models_and_the_engine() -> None:
     assert nn_memory.LOGITS_PER_CHUNK == head.LOGITS_PER_CHUNK
-    assert memory.DEEPSPEED_BUCKET_ELEMENTS == deepspeed_engine.MAX_BUCKET_ELEMENTS
+    assert nn_memory.CACHED_LOGITS == head.CACHED_LOGITS
+    assert moments.LOCAL_BUCKET_BYTES == local_engine.BUCKET_BYTES
+    assert moments.DEEPSPEED_BUCKET_ELEMENTS == deepspeed_engine.MAX_BUCKET_ELEMENTS
     config = deepspeed_engine.deepspeed_config(
         layout(zero=3, data=4), "bf16", OptimizerConfig(), 10**12, "cuda"
     )
-    assert config["zero_optimization"]["reduce_bucket_size"] == memory.DEEPSPEED_BUCKET_ELEMENTS
-    assert config["zero_optimization"]["stage3_max_live_parameters"] == memory.DEEPSPEED_LIVE_ELEMENTS
+    zero = config["zero_optimization"]
+    assert zero["reduce_bucket_size"] == moments.DEEPSPEED_BUCKET_ELEMENTS
+    assert zero["stage3_max_live_parameters"] == moments.DEEPSPEED_LIVE_ELEMENTS
+    assert zero["stage3_prefetch_bucket_size"] == moments.DEEPSPEED_PREFETCH_ELEMENTS
 
 
 def planned(model: ModelConfig, precision: str = "bf16", **settings: int) -> Memory:
@@ -124,13 +129,14 @@ def test_fp32_and_fp16() -> None:
 
 def test_total_is_the_sum_and_largest_its_greatest() -> None:
     m = Memory(
-        weights=1, gradients=2, optimizer=9, activations=3, logits=4, buffers=5, checkpoint_copy=0, runtime=6
-    )
-    assert m.total == 30
+        weights=1, gradients=2, optimizer=9, activations=3, logits=4, buffers=5, checkpoint_copy=0, runtime=6,
+        not_at_once=-4,
+    )  # fmt: skip
+    assert m.total == 26
     assert m.largest == "optimizer"
     assert list(m.terms) == [
         "weights", "gradients", "optimizer", "activations", "logits", "buffers", "checkpoint copy", "runtime",
-        "allocator",
+        "allocator", "not at once",
     ]  # fmt: skip
 
 
