@@ -64,6 +64,8 @@ class Conditions:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     has_bf16: bool = True
     """Whether the CPU has bf16; without it autocast leaves LSTM cells in fp32."""
+    trains_head: bool = True
+    """Whether the head's weight has a gradient."""
 
 
 class Activations(NamedTuple):
@@ -148,13 +150,14 @@ class VocabularyMemory(ModelMemory[AnyVocabulary]):
         logits = chunk * numbers.compute * (1 if tokens * V == chunk else 2)
         if self.has_softcap:
             logits += 2 * chunk * numbers.compute  # slopes of the cap, and the tanh squared
-        held = tokens * D * 4 + V * D * 4
+        trained = V * D if self.conditions.trains_head else 0
+        held = tokens * D * 4 + trained * 4
         if numbers.compute == 4:
             return held + logits + self._softmax_bytes(chunk)
         held += V * D * 2 if numbers.residual > numbers.compute else 0  # autocast's copy
         if self.conditions.has_bf16:
             # A chunk's weight gradient is computed in low precision, and added on a CPU through an fp32 copy.
-            product = V * D * (2 + (4 if self.conditions.device == "cpu" else 0))
+            product = trained * (2 + (4 if self.conditions.device == "cpu" else 0))
         else:
             product = 4 * (chunk + V * D)  # of logits and weight, in fp32
         return held + logits + max(self._softmax_bytes(chunk), product)
@@ -175,7 +178,9 @@ class VocabularyMemory(ModelMemory[AnyVocabulary]):
         model, numbers = self.model, self.numbers
         if not model.predicts_tokens or self.row.whole_logits:
             return self.head_bytes()
-        hidden, weights = self.head_tokens * model.hidden_size, model.embedding_count(self.layout.tensor)
+        hidden, weights = self.head_tokens * model.hidden_size, 0
+        if self.conditions.trains_head:
+            weights = model.embedding_count(self.layout.tensor)
         of_hidden = 2 * numbers.compute + (numbers.residual if numbers.residual != numbers.compute else 0)
         return hidden * of_hidden + weights * (8 + (2 if numbers.residual == 2 else 0))
 

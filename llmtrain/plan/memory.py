@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,11 @@ class Trainable:
     share for a model without steps."""
     added: tuple[int, ...] = ()
     """Parameters of each step beside the model's own, which an adaptation added; empty: none."""
+
+    @property
+    def trains_last(self) -> bool:
+        """Return whether the weight of the last step trains, which is most of its parameters."""
+        return self.shares[-1] > 0.5
 
     def added_count(self, steps: range) -> int:
         """Return the parameters that were added to `steps`, as if the tensor axis did not divide them."""
@@ -82,7 +87,8 @@ class Memory:
     allocator: int = 0
     """Memory that the allocator of a GPU holds in pieces that nothing fits into."""
     not_at_once: int = 0
-    """What to subtract (a negative number), since not all terms have their most at the same time."""
+    """What to subtract (a negative number), since not all terms have their most at the same time; 0 on a GPU,
+    whose allocator keeps what one moment needed."""
 
     @property
     def terms(self) -> dict[str, int]:
@@ -148,7 +154,9 @@ def _of_stage(
     held += 0 if trainable is None else trainable.added_count(steps)
     stored, is_cast = weight_bytes(precision, layout), layout.zero == 0 and precision != "fp32"
     numbers = Numbers(compute=4 if precision == "fp32" else 2, residual=stored)
-    memory = model_memory(model, row, numbers, layout, conditions)
+    trains_head = trainable is None or trainable.trains_last
+    with_head = replace(conditions, trains_head=trains_head)
+    memory = model_memory(model, row, numbers, layout, with_head)
     largest = largest_parameter_count(model, layout)
     share = Share(held, trained, _share(trained, replicas), min(trained, largest), slots)
     of_micro_batch = Activations(0, 0) if memory is None else _activations(memory, steps, layout, trainable)
@@ -167,7 +175,9 @@ def _of_stage(
     )
     found = list(moments(share, passes, layout, precision, conditions.device))
     most = {f.name: max(getattr(moment, f.name) for moment in found) for f in fields(Moment)}
-    peak = max(moment.total for moment in found)
+    # A GPU's caching allocator keeps the blocks of one moment, which seldom fit another's.
+    on_gpu = conditions.device == "cuda"
+    peak = sum(most.values()) if on_gpu else max(moment.total for moment in found)
     is_copied = asynchronous_checkpoints and conditions.device == "cpu"
     copied = _share(trained, replicas)
     if layout.zero == 0 and replicas > 1:  # whole parameters are assigned to ranks

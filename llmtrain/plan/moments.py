@@ -143,14 +143,11 @@ def _zero_1_and_2(
         held += Moment(gradients=4 * share.owned, buffers=copies)
     bucket = Moment(buffers=stored * share.bucket * (2 if device == "cuda" else 1))
     before, after = held, held + bucket
-    if layout.accumulation > 1 and layout.zero == 1:
-        before += Moment(gradients=stored * share.trained)
-        before += bucket if layout.pipeline == 1 else Moment()
-    elif layout.accumulation > 1:
-        before += Moment(gradients=partition)
+    if layout.accumulation > 1:
+        before += Moment(gradients=stored * share.trained if layout.zero == 1 else partition)
     yield from _passes(passes, before, after)
     reducing = after + Moment(buffers=stored * share.bucket)
-    if layout.zero == 1 or layout.accumulation > 1 or precision == "bf16":
+    if layout.zero == 2 and (layout.accumulation > 1 or precision == "bf16"):
         reducing += Moment(gradients=partition)
     if precision == "bf16":
         reducing += Moment(buffers=4 * min(share.largest, share.owned))

@@ -46,19 +46,26 @@ def forecasts(mapping: dict[str, Any], size: int) -> list[dict[str, int]]:
     from llmtrain.plan.estimate import estimate
     from llmtrain.train.resolve import resolve
 
-    resolved = resolve(mapping, size)
+    resolved = resolve(mapping, size, data_optional=True)
     plan = estimate(resolved.config.model, resolved.layout, resolved.config, resolved.trainable)
     stages = [resolved.layout.coordinates(rank).pipeline for rank in range(size)]
     return [{n: b for n, b in plan.stage_memory[stage].terms.items() if n != "runtime"} for stage in stages]
 
 
-def warm_up(corpus: str) -> None:
-    from llmtrain.distributed import processes
-    from tests.support.training import compose
-
+def keep_no_freed_blocks() -> None:
+    """Let glibc give each large block back when it is freed. Call it first: blocks that were freed before are
+    kept, and used again."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK_BYTES)
     libc.mallopt(_M_TRIM_THRESHOLD, _BLOCK_BYTES)
+
+
+def warm_up(corpus: str) -> None:
+    """Run a tiny model in each way, in a process that has run nothing else."""
+    from llmtrain.distributed import processes
+    from tests.support.training import compose
+
+    keep_no_freed_blocks()
     size = processes.world_size()
     for overrides in WARMING:
         if size == 1 and any("zero" in word for word in overrides):

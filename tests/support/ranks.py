@@ -93,6 +93,12 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     return _POOLS[size].run(function, *arguments)
 
 
+def renew(size: int) -> None:
+    """Let the next run on `size` ranks have new processes, which have freed nothing yet."""
+    if size in _POOLS:
+        _POOLS[size].close()
+
+
 @functools.cache
 def _environment() -> dict[str, str]:
     """That of the first pool: what a later test sets is not for pools that outlive it."""
