@@ -161,15 +161,15 @@ def _of_stage(
     share = Share(held, trained, _share(trained, replicas), min(trained, largest), slots)
     of_micro_batch = Activations(0, 0) if memory is None else _activations(memory, steps, layout, trainable)
     in_flight = min(layout.pipeline - stage, layout.accumulation)
-    has_head = stage == layout.pipeline - 1 and memory is not None
-    handed_on = 0 if memory is None or has_head else memory.between_layers() * stored
+    head = memory if stage == layout.pipeline - 1 else None
+    handed_on = 0 if memory is None or head is not None else memory.between_layers() * stored
     tied = model.repeated_count(steps, layout.tensor) if trained == held else 0
     passes = Passes(
         activations=in_flight * (of_micro_batch.kept + handed_on),
         working=of_micro_batch.working,
         copies=2 * memory.low_precision_copies(steps) if is_cast and memory is not None else 0,
-        head=memory.head_bytes() if has_head else 0,
-        head_backward=memory.head_backward_bytes() if has_head else 0,
+        head=0 if head is None else head.head_bytes(),
+        head_backward=0 if head is None else head.head_backward_bytes(),
         waiting=stored * tied if layout.accumulation > 1 else 0,
         embedding=stored * (share.largest if layout.accumulation > 1 else tied),
     )

@@ -11,6 +11,9 @@ from llmtrain.plan.fit import warnings
 from llmtrain.plan.times import text as times
 from llmtrain.plan.units import digits, duration, gib, quantity
 
+NOT_AT_ONCE = "not at once"
+"""The term that is left out of the table where it is 0."""
+
 
 def summary(plan: Plan) -> str:
     """Return two lines, and one more for each warning."""
@@ -65,7 +68,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from times.lines(plan.time)
     yield "memory of one process" + (" of the stage that holds most" if layout.pipeline > 1 else "")
     for name, size in plan.memory.terms.items():
-        yield f"  {name:<15} {gib(size):>12}"
+        if size or name != NOT_AT_ONCE:
+            yield f"  {name:<15} {gib(size):>12}"
     verdict = ""
     if plan.available_bytes is not None:
         verdict = f" of {gib(plan.available_bytes)}, {plan.cluster.name}: "

@@ -7,7 +7,7 @@ from llmtrain.plan.memory import GIB
 
 def gib(size: float) -> str:
     """Return a size such as 1.23 GiB, in MiB below a tenth of a GiB."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+    return f"{size / GIB:,.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def quantity(number: float, unit: str) -> str:

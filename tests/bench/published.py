@@ -11,8 +11,8 @@ alone are of. Runs of one model on one device in one source (a group) weigh toge
 Constants that the runs do not determine stay near what the literature says (PRIORS); kernel_seconds,
 layer_seconds and step_seconds are left as assumed, and conf/cluster/ marks those that lie at a bound: these
 are no measurements. `UNALIGNED_BATCH` (plan/times/products.py) is no constant of the fit: it was set by hand,
-after BLOOM's trials. Published peaks of memory are of other programs; those of llmtrain were not compared
-with peaks of CPU runs over a table of 40 cells, but for a few shapes in tests/unit/plan.
+after BLOOM's trials. Published peaks of memory are of other programs, and most by nvidia-smi, which counts
+contexts, NCCL's buffers and what an allocator has cached; llmtrain's own are in plan_memory.py.
 """
 
 from __future__ import annotations
