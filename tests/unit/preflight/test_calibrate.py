@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from llmtrain.config import decode
+from llmtrain.errors import LaunchError
 from llmtrain.plan.config import ClusterConfig
+from llmtrain.preflight.calibrate import _measure_together
 from llmtrain.preflight.cluster_file import cluster_of, text_of
 from llmtrain.preflight.config import PreflightConfig
 from llmtrain.preflight.links import Link
@@ -50,6 +53,17 @@ def test_figures_of_hosts_become_a_cluster():
     assert decode(ClusterConfig, yaml.safe_load(text_of(cluster, "Measured."))) == cluster
     alone = cluster_of(report(1, 2), "alone")
     assert alone.network_bandwidth == alone.node_bandwidth, "hosts that were not tried"
+
+
+@pytest.mark.slow
+def test_all_processes_measure_at_once():
+    found = _measure_together(torch.device("cpu"), 2, 0.01, 1e10, None)
+    assert [set(each.peaks) for each in found] == [{"fp32 products", "bf16 products"}] * 2
+    for each in found:
+        assert set(each.constants) == {"matrix_depth", "unfused", "attention", "kernel_seconds"}
+        assert min(each.constants["kernel_seconds"], *each.peaks.values()) > 0
+    with pytest.raises(LaunchError, match="some of which failed"):
+        _measure_together(torch.device("cpu"), 2, 0.01, "not a number", None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
