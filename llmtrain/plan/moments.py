@@ -121,8 +121,8 @@ def _zero_1_in_bf16(share: Share, passes: Passes, layout: Layout) -> Iterator[Mo
     held = Moment(weights=2 * share.held, gradients=4 * share.trained, optimizer=optimizer)
     both = held + Moment(gradients=2 * share.trained)
     yield from _passes(passes, both if layout.accumulation > 1 else held, both)
-    if layout.pipeline == 1 or layout.data > 1:  # alone it sums as well
-        yield both + Moment(buffers=6 * min(share.trained, DEEPSPEED_MESSAGE_ELEMENTS))
+    # A rank without others sums its gradients too.
+    yield both + Moment(buffers=6 * min(share.trained, DEEPSPEED_MESSAGE_ELEMENTS))
 
 
 def _zero_1_and_2(

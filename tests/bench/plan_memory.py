@@ -65,6 +65,7 @@ AXES = """
 1 GPT       model.tie_embeddings=false
 1 GPT       model.vocab_size=32768
 1 GPT       optimizer=sgd
+1 GPT       checkpoint.asynchronous=true
 1 GPT       method=lora
 1 GPT       train.freeze=[embedding.*,blocks.0.*,blocks.1.*]
 1 Llama
@@ -84,6 +85,7 @@ AXES = """
 2 GPT       parallel.zero=3
 2 GPT       parallel.zero=1 precision=bf16
 2 GPT       parallel.zero=2 precision=bf16
+2 GPT       parallel.zero=2 checkpoint.asynchronous=true
 2 GPT       parallel.zero=3 precision=bf16
 2 GPT       parallel.zero=2 precision=bf16 batch.global_size=8
 2 GPT       parallel.zero=3 precision=bf16 recompute=full

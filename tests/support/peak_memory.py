@@ -75,9 +75,11 @@ def warm_up(corpus: str) -> None:
 
 
 def measure(mapping: dict[str, Any], by_phase: bool = False) -> Held:
-    """Build the engine of a composed run, take its first steps on its own data, and return the peak."""
+    """Build the engine of a composed run, take its first steps on its own data, with a checkpoint after each
+    where these are asynchronous, and return the peak."""
     import torch
 
+    from llmtrain.checkpoint.saver import Saver
     from llmtrain.distributed import processes
     from llmtrain.engine.build import build_engine
     from llmtrain.train.resolve import resolve
@@ -89,6 +91,7 @@ def measure(mapping: dict[str, Any], by_phase: bool = False) -> Held:
     objective = config.objective.build(config.model, config.data, resolved.corpora)
     steps = iter(open_loader(resolved, objective=objective).steps(0))
     batches = [next(steps).micro_batches for _ in range(STEPS)]
+    saver = Saver(Path(str(config.data.path)) / "saved")
     before, phases = _settled(), _PhasePeaks()
     most = 0
     engine = build_engine(config, layout, torch.device("cpu"), objective, None)
@@ -97,8 +100,11 @@ def measure(mapping: dict[str, Any], by_phase: bool = False) -> Held:
     if by_phase:
         recorder.current = phases  # type: ignore[assignment]
     try:
-        for micro_batches in batches:
+        for step, micro_batches in enumerate(batches, start=1):
             engine.train_step(micro_batches, lr=1e-4)
+            if config.checkpoint.asynchronous:
+                saver.save(step, engine, {}, None)
+        saver.finish()
     finally:
         recorder.current = None
     most = max(most, phases.note("end"))
