@@ -105,7 +105,7 @@ class ModelMemory(ABC, Generic[AnyConfig]):
         return 0
 
     def head_bytes(self) -> int:
-        """Return an upper estimate of the peak bytes of head and loss."""
+        """Return the peak bytes of head and loss."""
         return 0
 
     def head_backward_bytes(self) -> int:

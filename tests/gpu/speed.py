@@ -29,8 +29,8 @@ STEPS, WARM_STEPS = 12, 4
 SLOWEST = 0.9
 """Of the Trainer's tokens per second, on a GPU."""
 PLANNED = {"cuda": (0.5, 1.05), "cpu": (0.0, 2.0)}
-"""Least and most of the planned bytes that a run may hold: a plan is an upper estimate. On a CPU what else is
-imported counts too."""
+"""Least and most of the planned bytes that a run may hold: on a GPU a plan adds up what is not there at once,
+and what the allocator loses. On a CPU what else is imported counts too."""
 GIB = 2**30
 
 COMMON = (
