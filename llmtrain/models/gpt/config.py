@@ -21,8 +21,8 @@ from llmtrain.nn.task_config import TaskHeadConfig
 
 @dataclass(frozen=True)
 class GPTConfig(LayerConfig, OfLayers):
-    """A causal decoder; covers GPT-2 (Radford et al. 2019), Llama (arXiv:2302.13971, 2407.21783), Mistral
-    (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3 (arXiv:2403.08295,
+    """A causal decoder; covers GPT-2 (Radford et al. 2019), OPT (arXiv:2205.01068), Llama (arXiv:2302.13971,
+    2407.21783), Mistral (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3 (arXiv:2403.08295,
     2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
 
     family: Literal["gpt"] = "gpt"
@@ -31,6 +31,8 @@ class GPTConfig(LayerConfig, OfLayers):
     """Rows of the embedding; null: the corpus' vocabulary."""
     max_sequence_length: int = 1024
     """Maximum sequence length, in tokens; the number of learned positions."""
+    position_offset: int = 0
+    """Learned positions begin at this index, and as many rows before it are not used: 2 in OPT."""
     scale_embedding: bool = False
     """Multiply embeddings by sqrt(hidden_size) (Gemma)."""
     logit_softcap: float | None = None
@@ -52,17 +54,23 @@ class GPTConfig(LayerConfig, OfLayers):
     def problems(self) -> Iterator[Problem]:
         length = self.max_sequence_length
         yield from require(length >= 1, "max_sequence_length", length, "1 or more")
+        offset = self.position_offset
+        yield from require(offset >= 0, "position_offset", offset, "0 or more")
         yield from LayerConfig.problems(self)
         yield from self.vocabulary_problems()
         cap = self.logit_softcap
         yield from require(cap is None or cap > 0, "logit_softcap", cap, "more than 0, or null")
+
+    def _position_count(self) -> int:
+        """Return the rows of the table of learned positions."""
+        return self.max_sequence_length + self.position_offset if self.positions == "learned" else 0
 
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Return the parameters of each step of a forward (embedding, each layer, norm with head) on one
         of `tensor` ranks, with the vocabulary padded to a multiple of it. A tied head is counted in the
         first and the last."""
         vocabulary = -(-self._vocab() // tensor) * self.hidden_size
-        positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
+        positions = self._position_count() * self.hidden_size
         return [
             vocabulary + positions,
             *[self.layer_parameter_count(tensor)] * self.num_layers,
@@ -71,7 +79,7 @@ class GPTConfig(LayerConfig, OfLayers):
 
     def largest_parameter_count(self, tensor: int = 1) -> int:
         """Return the elements of the largest single parameter on one of `tensor` ranks."""
-        positions = self.max_sequence_length * self.hidden_size if self.positions == "learned" else 0
+        positions = self._position_count() * self.hidden_size
         return max(self.largest_layer_parameter_count(tensor), self.embedding_count(tensor), positions)
 
     def flops_per_token(self, row: Row) -> float:

@@ -40,7 +40,9 @@ class GPT(StagedModel):
         D = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.positions = (
-            nn.Embedding(config.max_sequence_length, D) if config.positions == "learned" else None
+            nn.Embedding(config.position_offset + config.max_sequence_length, D)
+            if config.positions == "learned"
+            else None
         )
         self.dropout = Dropout(config.dropout, -1, HIDDEN)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -165,7 +167,7 @@ class GPT(StagedModel):
             # Round the factor to the embedding's dtype, including bf16.
             x_BTD = x_BTD * torch.tensor(self.config.hidden_size**0.5).to(x_BTD.dtype).item()
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions(context.positions)
+            x_BTD = x_BTD + self.positions(context.positions + self.config.position_offset)
         return self.dropout(x_BTD, context.dropout_keys)
 
     def _finish(self, x_BTD: Tensor, context: Context) -> Any:

@@ -57,6 +57,7 @@ OF_OTHERS: dict[str, Any] = {
     for key in (
         "norm_place",
         "norm_adds_one",
+        "position_offset",
         "local_rope_theta",
         "full_attention_layers",
         "query_pre_attn_scalar",
