@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from llmtrain.dry_run.record import Rehearsal, Traffic
@@ -87,8 +88,10 @@ def sent(rehearsal: Rehearsal, plan: Plan) -> Iterator[tuple[str, float, float |
 
 
 def planned_peak(rehearsal: Rehearsal, plan: Plan) -> int:
-    """Return the bytes that the plan's terms say of the tensors of the same stage."""
-    terms = plan.stage_memory[rehearsal.coordinates.pipeline].terms
+    """Return the bytes that the plan's terms say of the tensors of the same stage, on the CPU ranks that a
+    rehearsal imagines."""
+    on_cpu = replace(plan, conditions=replace(plan.conditions, device="cpu"))
+    terms = on_cpu.stage_memory[rehearsal.coordinates.pipeline].terms
     return sum(terms.get(name, 0) for name in OF_TENSORS)
 
 

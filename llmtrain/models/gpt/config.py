@@ -22,8 +22,8 @@ from llmtrain.nn.task_config import TaskHeadConfig
 @dataclass(frozen=True)
 class GPTConfig(LayerConfig, OfLayers):
     """A causal decoder; covers GPT-2 (Radford et al. 2019), OPT (arXiv:2205.01068), Llama (arXiv:2302.13971,
-    2407.21783), Mistral (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3 (arXiv:2403.08295,
-    2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
+    2407.21783), Mistral (arXiv:2310.06825), Qwen 2 and 3 (arXiv:2407.10671, 2505.09388), SmolLM, Gemma 1 to 3
+    (arXiv:2403.08295, 2408.00118, 2503.19786) and OLMo 2 and 3 (arXiv:2501.00656, 2512.13961)."""
 
     family: Literal["gpt"] = "gpt"
     """Decoder."""
