@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llmtrain.config import INTERNAL, require
 from llmtrain.errors import Problem
@@ -13,6 +13,11 @@ from llmtrain.nn.sharding import Table
 
 class Addition:
     """Base of the configs."""
+
+    fits_into_matrices: ClassVar = False
+    """Whether what it adds can be summed into matrices of the model."""
+    is_in_rows: ClassVar = False
+    """Whether its virtual tokens are tokens of the rows, beside those of the text."""
 
     @property
     def sharding(self) -> Table:
@@ -29,6 +34,8 @@ class Addition:
 @dataclass(frozen=True)
 class LoraConfig(Addition):
     """LoRA (arXiv:2106.09685): W·x + scale·B·A·x, with W frozen."""
+
+    fits_into_matrices: ClassVar = True
 
     method: Literal["lora"] = field(default="lora", metadata={INTERNAL: True})
     rank: int = 8
@@ -97,6 +104,8 @@ class PrefixConfig(Addition):
 @dataclass(frozen=True)
 class PromptConfig(Addition):
     """Prompt tuning (arXiv:2104.08691): learned vectors before the embeddings of each row's tokens."""
+
+    is_in_rows: ClassVar = True
 
     method: Literal["prompt"] = field(default="prompt", metadata={INTERNAL: True})
     length: int = 20

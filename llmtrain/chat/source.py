@@ -11,11 +11,11 @@ from llmtrain.chat.error import ChatError
 from llmtrain.tokenizers.base import ROLES, Tokenizer
 from llmtrain.tokenizers.huggingface import (
     SPECIAL_TOKENS_MAP,
+    TEMPLATE_FILE,
     TOKENIZER_CONFIG,
     JsonTokenizer,
 )
 
-TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_BYTES = 1 << 20
 """Maximum size of a chat template."""
 PLAIN = (
@@ -57,8 +57,6 @@ class ChatTemplate:
 
 def own_source(tokenizer: Tokenizer) -> str | None:
     """Return the template that came with a tokenizer. Raise ChatError for one that cannot be read."""
-    if not isinstance(tokenizer, JsonTokenizer):
-        return None
     if TEMPLATE_FILE in tokenizer.files:
         return tokenizer.files[TEMPLATE_FILE]
     found = _object(tokenizer, TOKENIZER_CONFIG).get("chat_template")
@@ -107,7 +105,7 @@ def matched_tokens(tokenizer: Tokenizer) -> list[str]:
     return sorted({pieces[i] for i in tokenizer.special_ids.values()} | {*tokenizer.added_tokens()})
 
 
-def _object(tokenizer: JsonTokenizer, name: str) -> dict[str, Any]:
+def _object(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     # The tokenizer has checked that its files are JSON objects.
     content: dict[str, Any] = json.loads(tokenizer.files.get(name, "{}"))
     return content

@@ -67,6 +67,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         check_output(output)
 
     from llmtrain.interchange.additions import with_additions, without_additions
+    from llmtrain.interchange.base import Given
     from llmtrain.interchange.trained import load_trained
 
     trained = load_trained(config.checkpoint)
@@ -74,8 +75,10 @@ def run(mapping: Mapping[str, Any]) -> None:
         trained = without_additions(trained)
     if not config.adapters:
         _generate(config, trained, prompts, output)
+        return
+    base = Given.of(trained.source)
     for name, path in config.adapters.items():
-        adapted = with_additions(trained, name, expand_home(path))
+        adapted = with_additions(base, name, expand_home(path))
         if len(config.adapters) > 1:
             print_text(f"[{name}]")
         _generate(config, adapted, prompts, output)

@@ -1,7 +1,8 @@
 """`llmtrain predict`: what a fine-tuned model says of each row of a file, beside the row's own columns.
 
-Rows are read, tokenized and predicted in chunks. A rank writes each of its chunks into a folder beside the
-output, so that a killed job goes on where it was; at the end they are joined in the order of the input.
+Rows are read, tokenized and predicted in chunks, of which the next one is tokenized while the model works. A
+rank writes each of its chunks into a folder beside the output, so that a killed job goes on where it was; at
+the end they are joined in the order of the input.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.config import decode, encode, require
+from llmtrain.data.loader import in_order
 from llmtrain.data.order import batches_by_length
 from llmtrain.engine.sharing import SharingConfig, stage_problems, start_sharing
 from llmtrain.errors import ConfigError, DataError, Problem
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from llmtrain.prepare.source_file import SourceFile
     from llmtrain.tokenizers.base import Tokenizer
 
+Chunk = Sequence[tuple[str, Record]]
+"""Rows, each with where it is."""
 ROWS_AT_A_TIME = 2048
 CPU_TOKENS = 1024
 """Tokens of a forward pass on a CPU, if `micro_size` is not given."""
@@ -226,11 +230,19 @@ class _Work:
     def run(self, files: Sequence[SourceFile], folder: Path, rank: int, size: int, writes: bool) -> int:
         """Write the chunks of this rank that are not there yet; return the number of all chunks."""
         started, rows, number = time.perf_counter(), 0, -1
-        for number, chunk in enumerate(self._chunks(files)):
-            path = folder / f"{number:08d}.jsonl"
-            if number % size != rank or path.exists():
-                continue
-            records = self._predicted(chunk)
+
+        def own() -> Iterator[tuple[Path, Chunk]]:
+            nonlocal number
+            for number, chunk in enumerate(self._chunks(files)):
+                path = folder / f"{number:08d}.jsonl"
+                if number % size == rank and not path.exists():
+                    yield path, chunk
+
+        def tokenized(place: tuple[Path, Chunk]) -> tuple[Path, Chunk, Examples]:
+            return *place, self._tokenized(place[1])
+
+        for path, chunk, examples in in_order(tokenized, own(), workers=1):
+            records = self._predicted(chunk, examples)
             if writes:
                 write_chunk(path, records)
             rows += len(chunk)
@@ -240,7 +252,7 @@ class _Work:
             raise DataError(Problem("input", "no row", "rows with text"))
         return number + 1
 
-    def _chunks(self, files: Sequence[SourceFile]) -> Iterator[list[tuple[str, Record]]]:
+    def _chunks(self, files: Sequence[SourceFile]) -> Iterator[Chunk]:
         def rows() -> Iterator[tuple[str, Record]]:
             for file in files:
                 for record in read_records(file, quoting=self.data.quoting, header=self.data.header):
@@ -253,7 +265,7 @@ class _Work:
     def drawing(self, files: Sequence[SourceFile], suffix: str) -> bytes:
         """Return the weights of the first rows, as HTML or PNG."""
         chunk = next(self._chunks(files))[: self.config.attention_rows]
-        said = self._predicted(chunk)
+        said = self._predicted(chunk, self._tokenized(chunk))
         texts = [self.objective.content(record.values, self.data)[0] for _, record in chunk]
         columns = self.objective.encode_texts([(text,) for text in texts], self.tokenizer)
         columns |= self.objective.blank_labels(texts)
@@ -285,8 +297,8 @@ class _Work:
         sure = f" ({values['probability']:.3f})" if "probability" in values else ""
         return f"{given}prediction {values['prediction']}{sure}"
 
-    def _predicted(self, chunk: Sequence[tuple[str, Record]]) -> list[dict[str, Any]]:
-        """Return the rows with what the model says of them."""
+    def _tokenized(self, chunk: Chunk) -> Examples:
+        """Return the rows as the model reads them."""
         contents = []
         for where, record in chunk:
             try:
@@ -295,7 +307,10 @@ class _Work:
                 raise DataError(Problem(where, *phrases(error))) from error
         columns = self.objective.encode_texts(contents, self.tokenizer)
         columns |= self.objective.blank_labels(contents)
-        examples = self._examples(TableSplit("input", columns, ""))
+        return self._examples(TableSplit("input", columns, ""))
+
+    def _predicted(self, chunk: Chunk, examples: Examples) -> list[dict[str, Any]]:
+        """Return the rows with what the model says of them."""
         said = self._said(examples, len(chunk))
         return [{**record.values, **of_row} for (_, record), of_row in zip(chunk, said, strict=True)]
 

@@ -15,11 +15,11 @@ from llmtrain import files
 from llmtrain.config import decode, require
 from llmtrain.corpus.packages import resolve_package_path
 from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.interchange.word_vectors import read_vectors
 from llmtrain.standard_streams import print_note, print_text
 from llmtrain.vectors.files_in import FileFormat, facts, read_file
 from llmtrain.vectors.files_out import WrittenFormat, write_file
 from llmtrain.vectors.keyed import WordVectors
-from llmtrain.vectors.reading import read_vectors
 
 
 @dataclass(frozen=True)

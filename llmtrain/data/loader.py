@@ -114,7 +114,7 @@ class Loader:
         its step.
         """
         ended = threading.Event()
-        fetched = _in_order(lambda step: self._fetch(step, ended), itertools.count(start_step), self._workers)
+        fetched = in_order(lambda step: self._fetch(step, ended), itertools.count(start_step), self._workers)
         try:
             for step in itertools.count(start_step):
                 started = time.perf_counter()
@@ -220,7 +220,7 @@ def evaluation_batches(
         return MicroBatch(_tensors(raw, collate, pin_memory), samples, indices, source=source)
 
     steps = -(-len(parts) // data_size)
-    yield from _in_order(fetch, iter(range(data_rank, steps * data_size, data_size)), workers)
+    yield from in_order(fetch, iter(range(data_rank, steps * data_size, data_size)), workers)
 
 
 def _tensors(raw: dict[str, np.ndarray], collate: Collate, pin_memory: bool) -> Batch:
@@ -228,7 +228,7 @@ def _tensors(raw: dict[str, np.ndarray], collate: Collate, pin_memory: bool) -> 
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
 
 
-def _in_order(fetch: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:
+def in_order(fetch: Callable[[K], V], keys: Iterable[K], workers: int) -> Generator[V, None, None]:
     """Yield map(fetch, keys), computed ahead by threads; at most workers + 1 results are pending at a
     time."""
     if workers == 0:

@@ -10,7 +10,7 @@ import torch
 
 from llmtrain.checkpoint import retention
 from llmtrain.errors import CheckpointError, ConfigError, Problem
-from llmtrain.interchange.base import base_of, digest_of
+from llmtrain.interchange.base import Given, base_of
 from llmtrain.interchange.trained import TrainedModel, load_trained
 from llmtrain.models.skeleton import skeleton_of
 from llmtrain.standard_streams import print_note
@@ -30,8 +30,8 @@ def without_additions(trained: TrainedModel) -> TrainedModel:
     return replace(trained, config=config, weights=_Some(trained.weights, names))
 
 
-def with_additions(base: TrainedModel, name: str, path: Path) -> TrainedModel:
-    """Return the model with the additions of the run or checkpoint `path`.
+def with_additions(base: Given, name: str, path: Path) -> TrainedModel:
+    """Return the model of the folder `base` with the additions of the run or checkpoint `path`.
 
     Raise CheckpointError if that has none, or was trained over another base."""
     checkpoint = retention.find(path, print_note)
@@ -42,10 +42,10 @@ def with_additions(base: TrainedModel, name: str, path: Path) -> TrainedModel:
         raise CheckpointError(
             Problem(where, got, "a run with method=lora, adapter, prefix, prompt or bitfit")
         )
-    if record.digest != digest_of(base.source):
+    if record.digest != base.digest:
         got = f"{path}, which was trained over {record.path}"
-        raise CheckpointError(Problem(where, got, f"one that was trained over {base.source}"))
-    return load_trained(path, base.source)
+        raise CheckpointError(Problem(where, got, f"one that was trained over {base.path}"))
+    return load_trained(path, base)
 
 
 class _Some(Mapping[str, torch.Tensor]):

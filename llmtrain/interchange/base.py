@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -18,6 +19,18 @@ from llmtrain.errors import CheckpointError, Problem
 from llmtrain.interchange import huggingface
 
 MERGE = "llmtrain export form=merged makes a folder that needs no base"
+
+
+class Given(NamedTuple):
+    """A folder of weights that may be a base."""
+
+    path: Path
+    digest: str
+    """Of its weights, which takes a reading of all of them."""
+
+    @classmethod
+    def of(cls, path: Path) -> Given:
+        return cls(path, digest_of(path))
 
 
 def record_of(folder: Path, checkpoints: Path) -> Base:
@@ -37,16 +50,18 @@ def base_of(checkpoint: Checkpoint) -> Base | None:
     return None if said is None else decode_json(Base, said)
 
 
-def with_base(checkpoint: Checkpoint, given: Path | None = None) -> Checkpoint:
+def with_base(checkpoint: Checkpoint, given: Path | Given | None = None) -> Checkpoint:
     """Return the checkpoint with the weights that it leaves out at hand. Return any other unchanged.
 
-    given: where to look first.
+    given: where to look first; its weights are not read again for a digest that is there.
     Raise CheckpointError if the base is gone, or has other weights by now.
     """
     base = base_of(checkpoint)
     if base is None or checkpoint.base is not None:
         return checkpoint
-    places = [path for path in (given, Path(base.path), checkpoint.path / base.relative) if path is not None]
+    known = {given.path: given.digest} if isinstance(given, Given) else {}
+    first = given.path if isinstance(given, Given) else given
+    places = [path for path in (first, Path(base.path), checkpoint.path / base.relative) if path is not None]
     found = [path for path in dict.fromkeys(places) if _holds_weights(path)]
     where = f"{checkpoint.path}: base"
     if not found:
@@ -54,7 +69,7 @@ def with_base(checkpoint: Checkpoint, given: Path | None = None) -> Checkpoint:
         allowed = "the folder that it was trained over, whose weights it does not repeat"
         raise CheckpointError(Problem(where, got, allowed, f"put it back; {MERGE}"))
     for path in found:
-        if digest_of(path) == base.digest:
+        if (known.get(path) or digest_of(path)) == base.digest:
             return replace(checkpoint, base=_weights_of(path))
     got = f"{found[0]}, whose weights have changed since"
     raise CheckpointError(Problem(where, got, "those that it was trained over", f"restore them; {MERGE}"))

@@ -17,8 +17,8 @@ from llmtrain.errors import CheckpointError, DataError, Problem
 from llmtrain.interchange.gguf import GgufFile
 from llmtrain.tokenizers.base import Tokenizer
 from llmtrain.tokenizers.checks import library_errors
-from llmtrain.tokenizers.huggingface import TOKENIZER, TOKENIZER_CONFIG, JsonTokenizer
-from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer
+from llmtrain.tokenizers.huggingface import TEMPLATE_FILE, TOKENIZER, TOKENIZER_CONFIG, JsonTokenizer
+from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer, with_files
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, numbered as in sentencepiece."""
@@ -138,7 +138,9 @@ def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int], roles: d
     )
     normalizer.add_dummy_prefix = True if prefix is None else prefix
     normalizer.remove_extra_whitespaces = bool(strip)
-    return SentencePieceTokenizer(spec.SerializeToString(), str(file.path))
+    template = file.said.text("tokenizer.chat_template")
+    content = with_files(spec.SerializeToString(), {TEMPLATE_FILE: template} if template else {})
+    return SentencePieceTokenizer(content, str(file.path))
 
 
 def _refusal(file: GgufFile, key: str, got: str, allowed: str) -> CheckpointError:

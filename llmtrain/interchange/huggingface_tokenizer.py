@@ -12,17 +12,19 @@ one token in
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llmtrain.chat.source import TEMPLATE_FILE, own_source
+from llmtrain.chat.source import own_source
 from llmtrain.errors import DataError, Problem
 from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Frame, Template, Tokenizer
 from llmtrain.tokenizers.folder import load_tokenizer
-from llmtrain.tokenizers.huggingface import TOKENIZER_CONFIG, JsonTokenizer
+from llmtrain.tokenizers.huggingface import TEMPLATE_FILE, TOKENIZER_CONFIG, JsonTokenizer
+from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer
 
 SPACE = "▁"
 
@@ -46,7 +48,7 @@ def tokenizer_files(
     if isinstance(tokenizer, JsonTokenizer):
         return dict(tokenizer.files)
     return {
-        SENTENCEPIECE_FILE: tokenizer.content,
+        SENTENCEPIECE_FILE: _model_of(tokenizer),
         **_json_of_sentencepiece(tokenizer, max_length, where, model_ids, frame),
     }
 
@@ -54,15 +56,26 @@ def tokenizer_files(
 def chat_files(
     contents: Mapping[str, Any], tokenizer: Tokenizer, template: str | None
 ) -> dict[str, bytes | str | Any]:
-    """Return the files that change for a chat template which the tokenizer does not have itself.
-    contents: its other files."""
-    if template is None or (isinstance(tokenizer, JsonTokenizer) and own_source(tokenizer) == template):
-        return {}
+    """Return the files that a chat template adds or changes.
+
+    contents: the tokenizer's other files. template: of the conversations that the model was trained on; None:
+    the tokenizer's own.
+    """
+    if isinstance(tokenizer, JsonTokenizer) and (template is None or own_source(tokenizer) == template):
+        return {}  # it is among the contents
     found: dict[str, Any] = {TEMPLATE_FILE: template}
-    if isinstance(config := contents.get(TOKENIZER_CONFIG), dict):
+    if template is None:
+        files = tokenizer.files.items()
+        found = {name: json.loads(text) if name == TOKENIZER_CONFIG else text for name, text in files}
+    if found and isinstance(config := contents.get(TOKENIZER_CONFIG), dict):
         # What the template spells must become the special tokens.
-        found[TOKENIZER_CONFIG] = {**config, "split_special_tokens": False}
+        found[TOKENIZER_CONFIG] = {**config, **found.get(TOKENIZER_CONFIG, {}), "split_special_tokens": False}
     return found
+
+
+def _model_of(tokenizer: Tokenizer) -> bytes:
+    """Return the file of a sentencepiece model, as other programs have it."""
+    return tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else tokenizer.content
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -97,7 +110,7 @@ def _json_of_sentencepiece(
     frame: Frame | None,
 ) -> dict[str, Any]:
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")
-    spec = proto.ModelProto.FromString(tokenizer.content)
+    spec = proto.ModelProto.FromString(_model_of(tokenizer))
     kinds = {proto.TrainerSpec.UNIGRAM: _unigram, proto.TrainerSpec.BPE: _bpe}
     kind = spec.trainer_spec.model_type
     if kind not in kinds or spec.trainer_spec.treat_whitespace_as_suffix:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from llmtrain.adapt.config import LoraConfig
 from llmtrain.adapt.modules import LowRank
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.interchange.products import filled, products_in
@@ -23,7 +22,7 @@ def merged(trained: TrainedModel) -> TrainedModel:
     adaptation = getattr(trained.config, "adaptation", None)
     if adaptation is None:
         return replace(trained, base=None, left_out=frozenset())
-    if not isinstance(adaptation, LoraConfig):
+    if not adaptation.fits_into_matrices:
         got = f"{trained.source}, trained with method={adaptation.method}"
         allowed = "a model trained with lora, bitfit, or without such a method"
         remedy = "use it here: evaluate, predict and generate take it as it is"

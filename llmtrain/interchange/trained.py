@@ -20,7 +20,7 @@ from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, printable
 from llmtrain.files import expand_home
 from llmtrain.interchange import huggingface
-from llmtrain.interchange.base import base_of, with_base
+from llmtrain.interchange.base import Given, base_of, with_base
 from llmtrain.interchange.generation_settings import check_generation
 from llmtrain.models.huggingface.form import Settings
 from llmtrain.models.huggingface.origin import Origin
@@ -139,7 +139,7 @@ class TrainedModel:
         return load_tokenizer(self.tokenizer_path)
 
 
-def load_trained(path: Path, base: Path | None = None) -> TrainedModel:
+def load_trained(path: Path, base: Given | None = None) -> TrainedModel:
     """What a user means by `path`. Raises CheckpointError when it is none of these or is damaged.
 
     base: where to look first for the weights that a checkpoint leaves out."""

@@ -19,6 +19,7 @@ from llmtrain.nn.model_config import Row
 from llmtrain.objectives.base import DROPOUT_KEYS, Batch, Shown, Terms, ratio, tensors
 from llmtrain.objectives.chat_config import ChatConfig, columns_of
 from llmtrain.objectives.conversations import Conversation, preference_of
+from llmtrain.scoring.preferences import PREFERENCE_FIGURES, preference_figures
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llmtrain.data.datasets.base import Dataset
     from llmtrain.data.trace import Part
     from llmtrain.objectives.text import Spelling
+    from llmtrain.scoring.figure import Figure
+    from llmtrain.scoring.report import Report
     from llmtrain.tables.build import Example
     from llmtrain.tables.config import TableDataConfig
     from llmtrain.tables.ragged import Column
@@ -62,7 +65,7 @@ class PreferenceConfig(ChatConfig):
         yield from require(self.beta > 0, "beta", self.beta, "more than 0")
 
     def measures(self) -> tuple[str, ...]:
-        return ("accuracy", "margin")
+        return PREFERENCE_FIGURES
 
     def row(self, sequence_length: int) -> Row:
         """Count two rows of each pair. The reference's logits are computed before training, and not kept."""
@@ -99,7 +102,6 @@ class Preference:
 
     def __init__(self, beta: float) -> None:
         self._beta = beta
-        self._pads_fully = False
         self.references: dict[bool, np.ndarray] | None = None
         """Whether the rows are held out → log-probabilities of both answers of each pair under the reference,
         fp32 (pairs, 2). None: they are not known yet, and are computed by `evaluate`."""
@@ -174,6 +176,18 @@ class Preference:
         self, loss: float, num_targets: int, metrics: Mapping[str, float], num_bytes: int
     ) -> dict[str, float]:
         return {}
+
+    def scores(
+        self, dataset: Any, rows: Mapping[int, np.ndarray], intervals: bool = True
+    ) -> dict[str, Figure]:
+        """Return "accuracy" and "margin" with their intervals."""
+        if self.references is None:
+            return {}
+        gains_N2 = np.stack(list(rows.values())) - self.references[True][list(rows)]
+        return preference_figures(self._beta * (gains_N2[:, 0] - gains_N2[:, 1]), intervals)
+
+    def report(self, dataset: Any, rows: Mapping[int, np.ndarray]) -> Report | None:
+        return None
 
     def show(
         self,

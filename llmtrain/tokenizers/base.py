@@ -72,6 +72,8 @@ class Tokenizer(ABC):
     """Contents of that file."""
     vocab_size: int
     """Largest id + 1."""
+    files: Mapping[str, str]
+    """Name → text, of the files of its folder that go on with it, the chat template among them."""
     special_ids: Mapping[str, int]
     """Role → id of the special tokens; a subset of ROLES."""
     eos_id: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from llmtrain.tokenizers.base import BUNDLE_FILE, SENTENCEPIECE_FILE, Tokenizer
 from llmtrain.tokenizers.checks import TOKENIZER_BYTES, VOCABULARY_BYTES, library_errors
 from llmtrain.tokenizers.huggingface import (
     COMPANIONS,
+    TEMPLATE_FILE,
     TOKENIZER,
     TOKENIZER_CONFIG,
     JsonTokenizer,
     Token,
     text_of,
 )
-from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer, extended
+from llmtrain.tokenizers.sentencepiece import SentencePieceTokenizer, extended, with_files
 
 VOCABULARY, MERGES, WORDPIECES = "vocab.json", "merges.txt", "vocab.txt"
 SENTENCEPIECE_FILES = (SENTENCEPIECE_FILE, "spiece.model")
@@ -72,13 +74,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         content = _text(_read(path), path)
         bundled = tokenizer_json.unbundle(content, str(path))
         return _complete({TOKENIZER: content}, path) if bundled is None else bundled
-    model = _read(path)
-    if path.name in SENTENCEPIECE_FILES:
-        # Only these names belong to the adjacent tokenizer_config.json.
-        tokenizer = SentencePieceTokenizer(model, str(path))
-        if added := _added_tokens(path.parent, tokenizer.pieces()):
-            model = extended(model, added, str(path))
-    return SentencePieceTokenizer(model, str(path))
+    tokenizer = SentencePieceTokenizer(_read(path), str(path))
+    if path.name not in SENTENCEPIECE_FILES:
+        return tokenizer
+    # Only these names belong to the adjacent tokenizer_config.json.
+    added = _added_tokens(path.parent, tokenizer.pieces())
+    model = extended(tokenizer.model, added, str(path)) if added else tokenizer.model
+    whole = with_files(model, {**tokenizer.files, **_chat_files(path.parent)})
+    return tokenizer if whole == tokenizer.content else SentencePieceTokenizer(whole, str(path))
+
+
+def _chat_files(folder: Path) -> dict[str, str]:
+    """Return the file with the chat template of a folder, in the one form of those that it may have."""
+    if os.path.exists(path := folder / TEMPLATE_FILE):
+        return {TEMPLATE_FILE: _text(_read(path), path)}
+    template = _json(folder / TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(template, str):
+        return {TEMPLATE_FILE: template}
+    return {} if template is None else {TOKENIZER_CONFIG: json.dumps({"chat_template": template})}
 
 
 def _complete(files: dict[str, str], path: Path) -> JsonTokenizer:

@@ -34,7 +34,8 @@ FORMAT = "llmtrain-tokenizer"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", "chat_template.jinja")
+TEMPLATE_FILE = "chat_template.jinja"
+COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", TEMPLATE_FILE)
 """Files that accompany tokenizer.json."""
 _ALLOWED = "tokenizer.json of the tokenizers library"
 MOST_VALUES = 8_000_000

@@ -7,8 +7,9 @@ sentencepiece marks a space. Characters without a piece are encoded as bytes.
 from __future__ import annotations
 
 import io
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from itertools import chain
@@ -18,6 +19,7 @@ import numpy as np
 import sentencepiece
 
 from llmtrain.errors import DataError, Problem
+from llmtrain.reading import parse_object
 from llmtrain.tokenizers.base import SENTENCEPIECE_FILE, Tokenizer
 from llmtrain.tokenizers.checks import check_charsmap
 from llmtrain.tokenizers.config import SPECIAL_TOKENS, TokenizerConfig
@@ -29,6 +31,9 @@ TRAINING_THREADS = 8
 SENTENCE_BYTES = 4096
 LONGEST_UNIGRAM_BYTES = 16 << 20
 """Longest text encoded at once by a unigram model, which needs 11 bytes of memory per byte."""
+_FILES_TAG = b"\xa2\xaa\x0d"
+"""Begins a model that holds files of its folder: field 27,300 of the message ModelProto, a text. Its fields
+from 200 on are for others than sentencepiece, which passes over them."""
 _KNOWN = {
     "mask": ("<mask>", "[MASK]"),
     "cls": ("<cls>", "[CLS]"),
@@ -39,13 +44,19 @@ _KNOWN = {
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model."""
+    """A sentencepiece model, with the files of its folder that go on with it."""
 
     file_name = SENTENCEPIECE_FILE
 
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
-        """Raise DataError if `model` is not a valid sentencepiece model, or has no token to separate
-        documents."""
+        """model: contents of a model file, or what `with_files` returns.
+
+        Raise DataError if it is not a valid sentencepiece model, or has no token to separate documents.
+        """
+        content = model
+        self.files, model = _without_files(content, where)
+        self.model = model
+        """Contents of the model file alone."""
         try:
             # The library accepts empty input and returns an unusable processor.
             if not model:
@@ -64,13 +75,13 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(
                 Problem(where, f"an invalid sentencepiece model ({reason})", "a .model file of sentencepiece")
             ) from error
-        super().__init__(model, _roles(self._processor), where)
+        super().__init__(content, _roles(self._processor), where)
 
     @cached_property
     def longest_text_bytes(self) -> int:  # type: ignore[override]
         """Larger for unigram models: their scores are float32 sums from the first piece on, so encoding in
         parts may round differently and choose other pieces."""
-        spec = _spec(self.content, "tokenizer")
+        spec = _spec(self.model, "tokenizer")
         is_unigram = spec.trainer_spec.model_type == spec.trainer_spec.UNIGRAM
         return LONGEST_UNIGRAM_BYTES if is_unigram else super().longest_text_bytes
 
@@ -80,13 +91,13 @@ class SentencePieceTokenizer(Tokenizer):
         return [pieces[i] for i in sorted(special) if _is_user_defined(self._processor, i)]
 
     def added_tokens(self) -> list[str]:
-        spec = _spec(self.content, "tokenizer")
+        spec = _spec(self.model, "tokenizer")
         return [piece.piece for piece in spec.pieces if piece.type == spec.SentencePiece.USER_DEFINED]
 
     def with_tokens(self, tokens: Sequence[str]) -> SentencePieceTokenizer:
         if {*tokens} <= {*self.added_tokens()}:
             return self
-        spec, known = _spec(self.content, "tokenizer"), {*self.pieces()}
+        spec, known = _spec(self.model, "tokenizer"), {*self.pieces()}
         kind = spec.SentencePiece.USER_DEFINED
         for piece in spec.pieces:
             if piece.piece in tokens:
@@ -94,10 +105,10 @@ class SentencePieceTokenizer(Tokenizer):
         for token in tokens:
             if token not in known:
                 spec.pieces.add(piece=token, score=0.0, type=kind)
-        return SentencePieceTokenizer(spec.SerializeToString())
+        return SentencePieceTokenizer(with_files(spec.SerializeToString(), self.files))
 
     def encode_specials_as_text(self) -> None:
-        spec, typed = _spec(self.content, "tokenizer"), {*self.typed_specials()}
+        spec, typed = _spec(self.model, "tokenizer"), {*self.typed_specials()}
         for piece in spec.pieces:
             if piece.piece in typed:
                 piece.type = spec.SentencePiece.CONTROL
@@ -176,6 +187,43 @@ def extended(model: bytes, added: Sequence[str], where: str) -> bytes:
         kind = spec.SentencePiece.USER_DEFINED if "extra_id" in token else spec.SentencePiece.CONTROL
         spec.pieces.add(piece=token, score=0.0, type=kind)
     return spec.SerializeToString()
+
+
+def with_files(model: bytes, files: Mapping[str, str]) -> bytes:
+    """Return `model` with files of its folder, name → text. Programs of sentencepiece read it as before."""
+    if not files:
+        return model
+    text = json.dumps(files, sort_keys=True, ensure_ascii=False).encode()
+    return _FILES_TAG + _varint(len(text)) + text + model
+
+
+def _without_files(content: bytes, where: str) -> tuple[dict[str, str], bytes]:
+    """Return the files that a model holds, and the model without them. Raise DataError for damaged ones."""
+    if not content.startswith(_FILES_TAG):
+        return {}, content
+    size, shift, at = 0, 0, len(_FILES_TAG)
+    while at < len(content) and shift < 35:
+        size |= (content[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+        if content[at - 1] < 0x80:
+            break
+    try:
+        files = parse_object(content[at : at + size], utf8=True)
+        if not all(isinstance(text, str) for text in files.values()):
+            raise ValueError("files that are no text")
+    except ValueError as error:
+        got = f"an invalid sentencepiece model (the files that it holds: {error})"
+        raise DataError(Problem(where, got, "a .model file of sentencepiece")) from None
+    return files, content[at + size :]
+
+
+def _varint(number: int) -> bytes:
+    """Return a number as protobuf writes it: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while number >= 0x80:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def train(documents: Iterable[str], config: TokenizerConfig) -> bytes:

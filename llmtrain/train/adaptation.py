@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 
-from llmtrain.adapt.config import Adaptation, PrefixConfig, PromptConfig
+from llmtrain.adapt.config import Adaptation
 from llmtrain.config import require
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.skeleton import of_vocabulary, skeleton_of
@@ -69,7 +69,7 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
 def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
     """Yield a problem for each key that does not go with the method; known before the data are read."""
     wanted = _wanted(config)
-    if not isinstance(wanted, PrefixConfig | PromptConfig):
+    if wanted is None or not wanted.virtual_tokens:
         return
     if config.objective.data != "table":
         got = f"{config.objective.kind} with method={wanted.method}, whose rows hold several documents"
@@ -78,10 +78,10 @@ def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
         got = f"true with method={wanted.method}, whose virtual tokens belong to one text"
         yield Problem("objective.packing", got, "false")
     positions, longest = config.model.max_sequence_length, config.batch.sequence_length
-    if positions is not None and longest + wanted.length > positions:
-        got = f"{longest}, with {wanted.length} virtual tokens before them"
-        yield Problem("batch.sequence_length", got, f"1 to {max(1, positions - wanted.length)}")
-    if isinstance(wanted, PromptConfig):
+    if positions is not None and longest + wanted.virtual_tokens > positions:
+        got = f"{longest}, with {wanted.virtual_tokens} virtual tokens before them"
+        yield Problem("batch.sequence_length", got, f"1 to {max(1, positions - wanted.virtual_tokens)}")
+    if wanted.is_in_rows:
         parallel, allowed = config.parallel, f"with method={wanted.method}, whose rows begin on one rank"
         yield from require(parallel.sequence == 1, "parallel.sequence", parallel.sequence, f"1 {allowed}")
         yield from require(

@@ -13,10 +13,10 @@ import numpy as np
 from llmtrain.config import require
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, expand_home
+from llmtrain.interchange.word_vectors import read_vectors
 from llmtrain.nn.model_config import ModelConfig
 from llmtrain.train.config import TrainConfig
 from llmtrain.vectors.keyed import WordVectors
-from llmtrain.vectors.reading import read_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,7 @@ from llmtrain.config import decode, encode
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.tensor_boxes import Shard, whole
 from llmtrain.vectors.config import vectors_config_type
-from llmtrain.vectors.keyed import WordVectors
-from llmtrain.vectors.reading import GRAMS, VECTORS
+from llmtrain.vectors.keyed import GRAMS, VECTORS, WordVectors
 from llmtrain.vectors.trainer import Trainer
 from llmtrain.vectors.vocabulary import VOCABULARY, write_vocabulary
 

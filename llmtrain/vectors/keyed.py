@@ -11,6 +11,8 @@ import numpy as np
 from llmtrain.errors import DataError, Problem, nearest
 from llmtrain.vectors.ngrams import Subwords
 
+VECTORS, GRAMS = "vectors", "grams"
+"""Tensors of imports: vectors as their file has them, and those of n-grams."""
 BLOCK_ELEMENTS = 1 << 24
 """Similarities that are held at once."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import pytest
 from llmtrain.checkpoint.reader import Checkpoint
 from tests.parity.matrix import TOLERANCES, deviation
 from tests.support import ranks
+from tests.support.tables import rows
 from tests.support.training import Trace, composed, open_loader, train
 
 pytestmark = pytest.mark.slow
 
+__all__ = ["rows"]
 STEPS = 4
 SIZE = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0.1")
 MODELS = {
@@ -73,20 +74,6 @@ FIELDS = {
     "tagging": ("data.text_field=words", "data.label_field=tags"),
     "seq2seq": ("data.label_field=short", "objective.target_length=40"),
 }
-WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with open(path, "w") as file:
-        for number in range(120):
-            words = [str(word) for word in draw.choice(WORDS, draw.integers(2, 30))]
-            row = {"text": " ".join(words), "label": number % 3, "short": " ".join(words[::-2])}
-            row |= {"words": words, "tags": ["B-X" if word == "film" else "O" for word in words]}
-            file.write(json.dumps(row) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")

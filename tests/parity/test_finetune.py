@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests.parity.matrix import TOLERANCES, deviation
+from tests.support.tables import rows
 from tests.support.training import Trace, train
 
+__all__ = ["rows"]
 STEPS = 4
-WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 SIZE = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0.1")
 MODELS = {
     "BERT": ("model=bert_tiny", *SIZE),
@@ -33,20 +33,6 @@ LAYOUTS = {
     "ZeRO 2, bf16": (2, ("parallel.zero=2", "precision=bf16")),
     "tensor, pipeline": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.zero=1")),
 }
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with open(path, "w") as file:
-        for number in range(160):
-            words = [str(word) for word in draw.choice(WORDS, draw.integers(2, 30))]
-            tags = ["B-X" if word == "film" else "O" for word in words]
-            row = {"text": " ".join(words), "label": number % 3, "words": words, "tags": tags}
-            row["short"] = " ".join(words[::-2])
-            file.write(json.dumps(row) + "\n")
-    return path
 
 
 def settings(model: str, task: str, rows: Path, corpus: Path, cache: Path) -> tuple[str, ...]:

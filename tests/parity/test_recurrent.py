@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.engine.carried import CARRIED
 from llmtrain.tensor_boxes import Box
 from tests.parity.matrix import TOLERANCES, deviation
+from tests.support.tables import rows
 from tests.support.training import train
 
+__all__ = ["rows"]
 STEPS = 4
-WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 SIZE = ("model.hidden_size=16", "model.num_layers=2", "model.dropout=0.2")
 BATCH = ("batch.global_size=8", "batch.micro_size=2", "batch.sequence_length=32", "train.steps=20", "seed=7")
 GOES_ON = ("data.continued=true", "data.drop_last=true")
@@ -29,19 +29,6 @@ KINDS = {
     "encoder-decoder": ("model=seq2seq_lstm", "data.label_field=short", "objective.target_length=24"),
     "packed pairs": ("model=seq2seq_lstm", "model.cell=gru"),
 }
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with open(path, "w") as file:
-        for number in range(120):
-            words = [str(word) for word in draw.choice(WORDS, draw.integers(2, 20))]
-            tags = ["B-X" if word == "film" else "O" for word in words]
-            row = {"text": " ".join(words), "label": number % 3, "words": words, "tags": tags}
-            file.write(json.dumps({**row, "short": " ".join(words[::-2])}) + "\n")
-    return path
 
 
 def settings(kind: str, rows: Path, corpus: Path, pairs: Path, cache: Path) -> tuple[str, ...]:
@@ -73,3 +60,18 @@ def test_two_processes_equal_one_and_a_resume_is_bit_exact(
     for trace in train(2, words, STEPS):
         found = deviation(trace, whole)
         assert found.within(TOLERANCES["fp32"]), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_states_are_carried_under_zero(zero: int, corpus: Path, tmp_path: Path) -> None:
+    """And a checkpoint of two ranks is gone on with by one."""
+    words = settings("carried state", tmp_path, corpus, corpus, tmp_path)
+    [whole] = train(1, words, STEPS)
+    layout = (*words, f"parallel.zero={zero}")
+    for trace in train(2, layout, STEPS, save_to=tmp_path, save_at=2):
+        found = deviation(trace, whole)
+        assert found.within(TOLERANCES["fp32"]), found
+    [step] = tmp_path.glob("step-*2")
+    [rest] = train(1, words, STEPS, resume_from=step)
+    assert np.allclose(rest.losses, whole.losses[2:], rtol=1e-5)

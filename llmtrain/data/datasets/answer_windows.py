@@ -10,13 +10,13 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY
-from llmtrain.data.datasets.examples import padded_width
+from llmtrain.data.datasets.examples import PaddedRows
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.tables.table import TableSplit
 from llmtrain.tokenizers.base import Frame
 
 
-class AnswerWindows:
+class AnswerWindows(PaddedRows):
     """The windows of all rows of a split, in order."""
 
     def __init__(
@@ -66,13 +66,6 @@ class AnswerWindows:
         said = f"{self.split.fingerprint}/{self.sequence_length}/{self._template}/{len(self)}"
         return xxhash.xxh3_128_hexdigest(said.encode())
 
-    @property
-    def tar_sizes(self) -> np.ndarray:
-        return np.array([len(self)])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def describe(self) -> str:
         windows = f"{len(self):,} windows of {self.lengths.mean():.1f} tokens"
         return f"{self.split.describe()}, {windows}"
@@ -81,9 +74,6 @@ class AnswerWindows:
         """Return the position in a window's sequence of its first token of the context."""
         asked = int(self._asked[self.rows[window]])
         return len(self._template.first) + asked + len(self._template.between)
-
-    def batch_tokens(self, rows: np.ndarray) -> int:
-        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
     def get(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return "tokens", "segments" and "lengths" as Examples does; "context" int64 (M, 2), the positions

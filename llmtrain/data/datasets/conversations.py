@@ -9,13 +9,13 @@ import numpy as np
 import xxhash
 
 from llmtrain.data.datasets.base import EMPTY, PADDING_DOCUMENT
-from llmtrain.data.datasets.examples import padded_width
+from llmtrain.data.datasets.examples import PaddedRows
 from llmtrain.data.datasets.packing import best_fit
 from llmtrain.errors import DataError, Problem
 from llmtrain.tables.table import TableSplit
 
 
-class Conversations:
+class Conversations(PaddedRows):
     """The conversations of one split, one in each row. Each ends with an answer: later ones that do not fit
     are cut off, and conversations whose first does not fit are left out."""
 
@@ -35,6 +35,8 @@ class Conversations:
         self._rows = np.flatnonzero(kept)
         """Row of the table of each conversation, (C,)."""
         self._kept = kept[self._rows]
+        # Of each conversation those that are predicted from or predicted.
+        self.lengths = np.minimum(self._kept, sequence_length)
         self.cut, self.left_out = cut, len(split) - len(self._rows)
         """Conversations that are cut, and those that are left out."""
         if not len(self._rows):
@@ -47,21 +49,6 @@ class Conversations:
     def fingerprint(self) -> str:
         said = f"{self.split.fingerprint}/{self.sequence_length}/{type(self).__name__}"
         return xxhash.xxh3_128_hexdigest(said.encode())
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each conversation that are predicted from or predicted, int64 (C,)."""
-        return np.minimum(self._kept, self.sequence_length)
-
-    @property
-    def tar_sizes(self) -> np.ndarray:
-        return np.array([len(self)])
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch_tokens(self, rows: np.ndarray) -> int:
-        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
     def describe(self) -> str:
         tokens = int(self._kept.sum())

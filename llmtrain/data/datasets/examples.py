@@ -21,7 +21,24 @@ def padded_width(longest: int) -> int:
     return -(-longest // step) * step
 
 
-class CutRows:
+class PaddedRows:
+    """Base of datasets whose batches are as wide as their longest sample (see OrdersByLength)."""
+
+    lengths: np.ndarray
+    """Tokens of each sample, int64 (N,)."""
+
+    @property
+    def tar_sizes(self) -> np.ndarray:
+        return np.array([len(self)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch_tokens(self, rows: np.ndarray) -> int:
+        return len(rows) * padded_width(int(self.lengths[rows].max()))
+
+
+class CutRows(PaddedRows):
     """Base of datasets with a sample for each row of a table, cut to a maximum length."""
 
     split: TableSplit
@@ -29,22 +46,10 @@ class CutRows:
     """Tokens of the longest row."""
     truncated: int
     """Rows that are cut."""
-    lengths: np.ndarray
-    """Tokens of each row, int64 (N,)."""
-
-    @property
-    def tar_sizes(self) -> np.ndarray:
-        return np.array([len(self)])
-
-    def __len__(self) -> int:
-        return len(self.split)
 
     def describe(self) -> str:
         cut = f", {self.truncated:,} cut to {self.sequence_length} tokens" if self.truncated else ""
         return f"{self.split.describe()}, {self.lengths.mean():.1f} tokens a row{cut}"
-
-    def batch_tokens(self, rows: np.ndarray) -> int:
-        return len(rows) * padded_width(int(self.lengths[rows].max()))
 
 
 class Examples(CutRows):

@@ -79,6 +79,9 @@ def test_preferences_are_learned_and_a_resume_is_exact(
     found = json.loads(capsys.readouterr().out)
     said = [row for row in metrics(other) if "validation_loss" in row][-1]
     assert found["margin"] == pytest.approx(said["validation_margin"], rel=1e-5)
+    low, high = found["margin_interval"]
+    assert low < found["margin"] < high
+    assert found["accuracy_interval"] == [1.0, 1.0]
 
     [file] = other.glob("reference-*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\1")

@@ -20,8 +20,8 @@ import yaml
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps
 from llmtrain.cli import main as cli
+from llmtrain.interchange.word_vectors import read_vectors, read_words_and_matrix
 from llmtrain.track.jsonl import read_metrics
-from llmtrain.vectors.reading import read_vectors, read_words_and_matrix
 from tests.support.warm import llmtrain, start
 
 GROUPS = [["cat", "dog", "horse", "cow"], ["red", "blue", "green", "white"], ["run", "walk", "jump", "swim"]]
@@ -297,7 +297,9 @@ def test_a_damaged_checkpoint_is_told(
     newest = list_steps(run / "checkpoints")[-1]
     content = (newest / "vocabulary.tsv").read_text()
     (newest / "vocabulary.tsv").write_text(content.replace("cat", "bat"))
-    assert "another checksum" in told(capsys, "vectors", "nearest", str(run), "word=cat")
+    assert "another checksum" in told(capsys, "vectors", "nearest", str(newest), "word=cat")
+    assert cli.run_verb("vectors_nearest", [f"checkpoint={run}", "word=cat"]) == 0
+    assert f"damaged checkpoint passed over: {newest.name}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
