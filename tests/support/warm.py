@@ -46,7 +46,7 @@ _SERVER: _Server | None = None
 _SERVER_LOCK = threading.Lock()
 _COLD = subprocess.Popen
 TORCHRUN = "llmtrain.distributed.torchrun"
-LAUNCHERS = (TORCHRUN, "torch.distributed.run", "tests.gpu")
+LAUNCHERS = (TORCHRUN, "torch.distributed.run", "tests.gpu", "tests.gpu.work")
 """Programs that start others, which are warm too."""
 
 
