@@ -49,7 +49,7 @@ def figures(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[s
     return found
 
 
-@pytest.mark.in_turns(2)
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "xlnet_tiny", "t5_tiny", "bart_tiny", *RECURRENT])
 def test_a_label_is_learned_and_scored(
     model: str, reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
