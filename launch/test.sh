@@ -13,8 +13,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up test
 cd "$repository"
 say "running the tests"
-# Run test files in parallel, those with slow tests first; the tests of a file share fixtures. Use one process more
-# than cores, since a third of the time tests wait for ranks, servers and time limits, and one thread per process:
+# Run test files in parallel, those with slow tests first; the tests of a file share fixtures. Use two processes
+# more than cores, since a third of the time tests wait for ranks, servers and time limits, and one thread per process:
 # more threads than cores would slow each other down.
 if (($# == 0)); then
     export OMP_NUM_THREADS=1
@@ -22,7 +22,7 @@ if (($# == 0)); then
     unset PYTHONDONTWRITEBYTECODE
     # DeepSpeed's CPU optimizer takes minutes to compile, once: beside the tests that do without.
     "$python" -m tests.support.kernel >/dev/null 2>&1 &
-    processes=$("$python" -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+    processes=$("$python" -c "import os; print(min(4, (os.cpu_count() or 1) + 2))")
     set -- --numprocesses "$processes" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,16 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first, which tell most in a minute; of several processes slow ones, files with the longest
-    first, so that none is left with a long file when the others have done."""
+    """Fast tests first, which tell most in a minute; of several processes slow ones, files with the most long
+    ones first, so that none is left with a long file when the others have done."""
     time_limit.check(items)
     turns.take_part(config, items)
-    files_of_long = {item.path for item in items if item.get_closest_marker("long")}
+    long_tests = Counter(item.path for item in items if item.get_closest_marker("long"))
 
     def slowness(item: pytest.Item) -> int:
-        if item.get_closest_marker("slow") is None:
-            return 0
-        return 2 if item.path in files_of_long else 1
+        return 0 if item.get_closest_marker("slow") is None else 1 + long_tests[item.path]
 
     items.sort(key=slowness, reverse=hasattr(config, "workerinput"))
 

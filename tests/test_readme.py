@@ -2,6 +2,7 @@
 
 The README's tour is run once; what it leaves behind is copied for the pages that build on it. Blocks marked
 `sh` and `python` are run, each page's in one folder and in order; the `text` after a block is what it shows.
+The other pages take turns, half of them at each commit.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def test_the_tour(tour: Path):
 
 
 @pytest.mark.long("the first page that runs waits for the tour")
+@pytest.mark.in_turns(2)
 @pytest.mark.parametrize("page", sorted(NEEDS))
 def test_page(page: str, request: pytest.FixtureRequest, programs: Path, tmp_path: Path):
     for name in NEEDS[page]:

@@ -17,6 +17,9 @@ MOST_CELLS_NAMED = 20
 """Classes up to which the cells of a confusion matrix hold their counts."""
 MOST_NAMES = 40
 """Names of classes along a side of a confusion matrix; of more classes some are left unnamed."""
+CHARACTER = 0.09
+"""Inches that a character of a name takes at most, on average. Margins follow from it: matplotlib's layouts
+measure every text several times, which takes as long as all the drawing."""
 
 
 def draw(report: Report, title: str) -> dict[str, bytes]:
@@ -58,16 +61,22 @@ def _confusion(matrix: np.ndarray, names: tuple[str, ...], title: str) -> Figure
     from matplotlib.figure import Figure
 
     count = len(names)
-    size = float(np.clip(3 + 0.45 * count, 4.5, 14))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.add_subplot()
+    ticks = range(0, count, -(-count // MOST_NAMES))
+    shown = [shortened(names[tick]) for tick in ticks]
+    side = float(np.clip(2 + 0.45 * count, 3.5, 13))
+    longest = CHARACTER * max(map(len, shown))
+    are_turned = longest > 0.9 * side / len(shown)
+    left, bottom, top, right = 0.6 + longest, 0.6 + (longest if are_turned else 0.1), 0.5, 1.2
+    width, height = left + side + right, bottom + side + top
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    beside = figure.add_axes(((left + side + 0.2) / width, bottom / height, 0.2 / width, side / height))
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the label's rows", fraction=0.046)
-    ticks = range(0, count, -(-count // MOST_NAMES))
+    figure.colorbar(image, cax=beside, label="share of the label's rows")
     # A dollar sign would begin a formula.
-    labels = [shortened(names[tick]).replace("$", r"\$") for tick in ticks]
-    axes.set_xticks(ticks, labels, rotation=90 if count > 5 else 0)
+    labels = [name.replace("$", r"\$") for name in shown]
+    axes.set_xticks(ticks, labels, rotation=90 if are_turned else 0)
     axes.set_yticks(ticks, labels)
     axes.set(title=title.replace("$", r"\$"), xlabel="predicted", ylabel="label")
     if count <= MOST_CELLS_NAMED:
@@ -86,7 +95,8 @@ def _calibration(curve: Reliability, title: str) -> Figure:
     confidence, accuracy = (
         values[filled] / curve.rows[filled] for values in (curve.confidence, curve.correct)
     )
-    figure = Figure(figsize=(6, 6), layout="constrained")
+    figure = Figure(figsize=(6, 6))
+    figure.subplots_adjust(left=0.12, right=0.96, bottom=0.09, top=0.93, hspace=0.08)
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     above.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle="--", label="perfectly calibrated")
     above.plot(confidence, accuracy, linewidth=0.8, color="tab:blue", alpha=0.5)
@@ -108,16 +118,19 @@ def _mistakes(worst: Mistakes, names: tuple[str, ...], title: str) -> Figure:
     """Draw the pictures, each with its label, and what was said with which probability."""
     from matplotlib.figure import Figure
 
-    columns = 5
+    columns, beside, above = 5, 0.1, 0.32
     rows = -(-len(worst.rows) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.5), layout="constrained")
-    figure.suptitle(title.replace("$", r"\$"))
-    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).reshape(-1)):
-        axes.set_axis_off()
-        if i < len(worst.rows):
-            label, said = (
-                shortened(names[of[i]]).replace("$", r"\$") for of in (worst.labels, worst.predicted)
-            )
-            axes.imshow(worst.pictures[i].squeeze(), cmap="gray", vmin=0, vmax=255)
-            axes.set_title(f"{label}\nnot {said} ({worst.confidence[i]:.0%})", fontsize=8)
+    figure = Figure(figsize=(1.9 * columns, 1.9 * rows * (1 + above) / (1 + beside) + 0.5))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.5 / figure.get_figheight())
+    # Axes of its own for each picture would take three times as long.
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    for i, picture in enumerate(worst.pictures):
+        label, said = (shortened(names[of[i]]).replace("$", r"\$") for of in (worst.labels, worst.predicted))
+        x, y = i % columns * (1 + beside), i // columns * (1 + above) + above
+        axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, extent=(x, x + 1, y + 1, y))
+        told = f"{label}\nnot {said} ({worst.confidence[i]:.0%})"
+        axes.text(x + 0.5, y - 0.03, told, ha="center", va="bottom", fontsize=8)
+    title = title.replace("$", r"\$")
+    axes.set(title=title, xlim=(-beside, columns * (1 + beside)), ylim=(rows * (1 + above), 0))
     return figure

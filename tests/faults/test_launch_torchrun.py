@@ -36,7 +36,9 @@ TORCHRUN = REPOSITORY / "launch/torchrun.sh"
 OPTIONS: dict[str, Any] = {
     "cwd": "/", "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
 }  # fmt: skip
-TRAINING = (*TINY_GPT, "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0")
+TRAINING = (
+    *TINY_GPT, "optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=0", "evaluation.max_samples=16",
+)  # fmt: skip
 
 
 def unavailable(reason: str) -> None:

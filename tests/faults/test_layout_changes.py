@@ -122,6 +122,7 @@ def test_generation_and_evaluation_on_many_processes(
     assert run(size, *prompts, f"parallel.{axis}={size}") == alone.stdout
 
     figures = ("evaluate", f"checkpoint={moved}", f"data.path={corpus}", "device=cpu", "data.workers=0")
+    figures = (*figures, "max_samples=30")
     done = llmtrain(*figures, f"output={tmp_path / 'alone.json'}")
     assert done.returncode == 0, done.stderr
     run(4, *figures, f"parallel.{axis}={size}", f"output={tmp_path / 'many.json'}")

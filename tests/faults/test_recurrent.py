@@ -15,7 +15,7 @@ from tests.support.warm import llmtrain
 
 pytestmark = pytest.mark.slow
 __all__ = ["rows"]
-SAVING = ("train.steps=12", "checkpoint.every=3", "evaluation.every=6")
+SAVING = ("train.steps=12", "checkpoint.every=3", "evaluation.every=6", "evaluation.max_samples=16")
 
 
 @pytest.mark.in_turns(3)

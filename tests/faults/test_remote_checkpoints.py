@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 def arguments(corpus: Path, run: Path, remote: str, *overrides: str) -> list[str]:
     return [
         *("train", *TINY_GPT, "train.steps=12", "checkpoint.every=2", "evaluation.every=6"),
+        "evaluation.max_samples=16",
         *(f"checkpoint.remote={remote}", f"data.path={corpus}", f"run.dir={run}", *overrides),
     ]
 

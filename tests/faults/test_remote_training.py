@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("short_waits")
 
 def train(path: str, run: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = [*TINY_GPT, "train.steps=12", "checkpoint.every=6", "evaluation.every=6"]
+    settings += ["evaluation.max_samples=16"]
     options = [f"data.path={path}", f"run.dir={run}", *overrides]
     return llmtrain("train", *settings, *options, **environment)
 

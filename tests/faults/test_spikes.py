@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ Uploader.submit = at_once
 def arguments(corpus: Path, run: Path, *overrides: str) -> list[str]:
     return [
         *("train", *TINY_GPT, "train.steps=12", "checkpoint.every=3", "evaluation.every=6"),
+        "evaluation.max_samples=16",
         *("train.spikes.window=4", "train.spikes.deviations=50", "train.spikes.in_a_row=2"),
         *(f"data.path={corpus}", f"run.dir={run}", *overrides),
     ]
@@ -104,6 +106,7 @@ def killed_and_resumed(size: int, command: list[str], run: Path, environment: di
     ):
         if ranks[0].poll() is not None:
             break
+        time.sleep(0.002)
     for rank in ranks:
         rank.kill()
     finish(ranks)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 def arguments(corpus: Path, run: Path, *overrides: str) -> list[str]:
     settings = [*TINY_GPT, "train.steps=12", "checkpoint.every=3", "evaluation.every=6", "model.dropout=0.1"]
+    settings += ["evaluation.max_samples=16"]
     return ["train", *settings, f"data.path={corpus}", f"run.dir={run}", *overrides]
 
 

@@ -72,6 +72,7 @@ def test_it_trains_from_another_folder(installed: Path, corpus: Path, tmp_path: 
         "train",
         *TINY_GPT,
         "train.steps=3",
+        "evaluation.max_samples=16",
         f"data.path={corpus}",
         "run.dir=run",
         folder=tmp_path,

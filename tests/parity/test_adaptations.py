@@ -101,7 +101,7 @@ def references() -> dict[tuple[str, str], Trace]:
     return {}
 
 
-@pytest.mark.in_turns(4)
+@pytest.mark.in_turns(6)
 @pytest.mark.parametrize(
     ("layout", "model", "method"),
     [

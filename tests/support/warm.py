@@ -48,6 +48,8 @@ _COLD = subprocess.Popen
 TORCHRUN = "llmtrain.distributed.torchrun"
 LAUNCHERS = (TORCHRUN, "torch.distributed.run", "tests.gpu")
 """Programs that start others, which are warm too."""
+PART_WITH_RUNS = "tests.gpu.resume:check"
+"""An argument of a program that does so."""
 
 
 def llmtrain(
@@ -313,7 +315,7 @@ def _end(code: object) -> NoReturn:
 
 def _main(connection: socket.socket) -> None:
     request = _serve(connection)
-    if request["program"] in LAUNCHERS:
+    if request["program"] in LAUNCHERS or PART_WITH_RUNS in request["arguments"]:
         name_this_process("launcher")
         request = _serve_ranks() or request
     sys.argv = [request["program"], *request["arguments"]]

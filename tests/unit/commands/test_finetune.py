@@ -16,7 +16,7 @@ from llmtrain.cli import main as cli
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 TINY = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0")
 RECURRENT = ("rnn", "gru", "lstm", "bilstm", "attention_lstm")
-SHORT = ("batch.global_size=16", "batch.micro_size=8", "batch.sequence_length=32", "optimizer.lr=3e-3")
+SHORT = ("batch.global_size=16", "batch.micro_size=16", "batch.sequence_length=32", "optimizer.lr=3e-3")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def figures(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[s
     return found
 
 
-@pytest.mark.in_turns(2)
+@pytest.mark.in_turns(3)
 @pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "xlnet_tiny", "t5_tiny", "bart_tiny", *RECURRENT])
 def test_a_label_is_learned_and_scored(
     model: str, reviews: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,7 +84,7 @@ def test_the_padding_that_is_said_is_that_of_the_batches(reviews: Path, corpus: 
     ]
     tokens = sum(int(batch["lengths"].sum()) for batch in micro_batches)
     positions = sum(batch["tokens"].numel() for batch in micro_batches)
-    [said] = re.findall(r"([0-9.]+)% of a batch is padding", loader.stream.describe(8))
+    [said] = re.findall(r"([0-9.]+)% of a batch is padding", loader.stream.describe(16))
     assert float(said) / 100 == pytest.approx(1 - tokens / positions, abs=0.02)
 
 

@@ -15,7 +15,7 @@ from llmtrain.cli import main as cli
 
 WORDS = ["the", "film", "was", "a", "fine", "old", "tale", "of", "two", "men", "and", "one", "dog"]
 TINY = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0")
-SHORT = ("batch.global_size=16", "batch.micro_size=8", "batch.sequence_length=48", "optimizer.lr=3e-3")
+SHORT = ("batch.global_size=16", "batch.micro_size=16", "batch.sequence_length=48", "optimizer.lr=3e-3")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import operator
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,7 @@ def test_a_killed_run_resumes_bit_by_bit(
     process = start(*arguments(run))
     while not list_steps(run / "checkpoints"):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.001)
     process.send_signal(sent)
     process.wait(60)
     assert process.returncode == (-9 if sent == signal.SIGKILL else 75)

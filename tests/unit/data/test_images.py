@@ -69,6 +69,13 @@ def test_an_image_is_its_row(tmp_path: Path):
     assert pixels.sum() == pytest.approx(1.2, abs=1e-3)
 
 
+def test_numbers_may_be_written_with_zeros_and_spaces(tmp_path: Path):
+    rows = image_rows(40)
+    plain = Images.open(write_images(tmp_path, rows), "train")
+    padded = [", ".join(value.zfill(3) for value in row.split(",")) for row in rows]
+    assert Images.open(write_images(tmp_path, padded), "train").fingerprint == plain.fingerprint
+
+
 def test_a_split_that_gets_no_row_is_refused(tmp_path: Path):
     path = write_images(tmp_path, image_rows(1))
     refused = 0

@@ -43,7 +43,7 @@ def lines(texts: list[str]) -> str:
 
 
 BREAKS = {
-    "words": [prose(49), prose(100_100)],
+    "words": [prose(49), " ".join([prose(100)] * 1_001)],
     "mean_word_length": ["a b the and " * 20, " ".join(f"{word}abcdefgh" for word in prose(60).split())],
     "hashes": [prose(60) + " #" * 8],
     "ellipses": [prose(60) + " ..." * 8, prose(60) + " so…" * 9],

@@ -13,35 +13,7 @@ import pytest
 from llmtrain.errors import ConfigError
 from llmtrain.track.config import WandbConfig
 from llmtrain.track.weights_and_biases import WandbTracker, last_logged_step
-
-RUN = """
-import json, os, signal, sys, time
-PICTURED = 12
-from pathlib import Path
-from llmtrain.track.config import JsonlConfig, TrackConfig, WandbConfig
-from llmtrain.track.trackers import open_trackers
-
-run_dir, resume_step, state, last_step, seconds_before_kill = json.loads(sys.argv[1])
-trackers = open_trackers(
-    TrackConfig(jsonl=JsonlConfig(), wandb=WandbConfig(project="test", tags=("a", "b"))),
-    run_dir=Path(run_dir), run_name="the-run", resolved_config={"seed": 1, "model": {"hidden_size": 8}},
-    resume_step=resume_step, state=state,
-)
-for step in range((resume_step or 0) + 1, last_step + 1):
-    trackers.log(step, {"loss": float("nan") if step == 2 else 1.0 / step})
-    if step % 2 == 0:
-        trackers.log(step, {"validation_loss": 10.0 * step})
-if last_step == PICTURED:
-    import numpy as np
-    from llmtrain.scoring.classification import class_report
-    from llmtrain.scoring.pictures import draw
-    trackers.show(last_step, draw(class_report(np.eye(2)[[0, 1, 1]], np.array([0, 1, 0]), "ab"), "title"))
-print(json.dumps(trackers.state()), flush=True)
-if seconds_before_kill is not None:
-    time.sleep(seconds_before_kill)
-    os.kill(os.getpid(), signal.SIGKILL)
-trackers.close(failed=False)
-"""
+from tests.support.warm import finish, start
 
 
 def run(
@@ -55,16 +27,12 @@ def run(
 ) -> dict[str, Any]:
     """One process' life; returns the trackers' state."""
     arguments = json.dumps([str(run_dir), resume_step, state, last_step, seconds_before_kill])
-    process = subprocess.run(
-        [sys.executable, "-c", RUN, arguments],
-        env={**os.environ, "WANDB_MODE": "offline", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    process = start(
+        arguments, program="tests.support.tracked_run", **{"WANDB_MODE": "offline", **environment}
     )
-    expected = 0 if seconds_before_kill is None else -signal.SIGKILL
-    assert process.returncode == expected, process.stderr
-    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("{")))
+    [done] = finish([process], timeout=120)
+    assert done.returncode == (0 if seconds_before_kill is None else -signal.SIGKILL), done.stderr
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -83,7 +51,12 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    items = [r["history"] for r in records(run_dir) if r["type"] == "history"]
+    return history_of(records(run_dir))
+
+
+def history_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics of each step that records hold."""
+    items = [r["history"] for r in found if r["type"] == "history"]
     return [
         {"step": item["step"]["num"]} | {k: v for k, v in item["item"].items() if k[0] != "_"}
         for item in items
@@ -108,8 +81,9 @@ def test_a_killed_run_goes_on_under_its_id_with_every_step_once(tmp_path: Path) 
 
     resumed_state = run(tmp_path, last_step=10, resume_step=5, state=state)
     assert resumed_state == state
-    assert history(tmp_path) == expected(range(1, 11))
-    runs = [r["run"] for r in records(tmp_path) if r["type"] == "run"]
+    found = records(tmp_path)
+    assert history_of(found) == expected(range(1, 11))
+    runs = [r["run"] for r in found if r["type"] == "run"]
     assert {r["run_id"] for r in runs} == {run_id}
     assert {r["display_name"] for r in runs} == {"the-run"}
     assert last_logged_step(tmp_path, run_id) == 10

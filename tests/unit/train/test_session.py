@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,20 @@ def run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRu
     return FakeRun(corpus, tmp_path / "run", monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+    with pytest.MonkeyPatch.context() as patch:
+        run = FakeRun(corpus, tmp_path_factory.mktemp("finished"), patch)
+        assert run.start()
+    return run
+
+
 @pytest.fixture
-def whole(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
-    """A run that nothing disturbed."""
+def whole(finished: FakeRun, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    """A run that nothing disturbed, to do with as a test likes."""
     run = FakeRun(corpus, tmp_path / "whole", monkeypatch)
-    assert run.start()
+    shutil.copytree(finished.folder, run.folder, symlinks=True)
+    run.calls += finished.calls
     return run
 
 
