@@ -29,7 +29,8 @@ def run(mapping: Mapping[str, Any]) -> int:
             return _train_vectors(mapping)
         resolved = resolve(mapping)
         config = resolved.config
-        refuse_if_too_short(config.train.time_limit, config.run.dir, config.train.steps)
+        has_copy = config.checkpoint.remote is not None
+        refuse_if_too_short(config.train.time_limit, config.run.dir, config.train.steps, has_copy)
         plan = estimate(config.model, resolved.layout, config, resolved.trainable)
         if launcher.rank() == 0:
             print_note(summary(plan))

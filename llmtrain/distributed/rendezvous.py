@@ -139,8 +139,6 @@ class Rendezvous(RendezvousHandler):
             raise LaunchError(Problem(self._hosts.port_variable, got, remedy=remedy))
         if self._name is None:
             self._name = self._new_name()
-            if self.is_supervised:
-                self._pulse = Pulse(self._address, self._store.port, self._name, self._helpers.end_ranks)
         while True:
             attempt = int(store.compare_set("attempt", "", "1"))
             node_rank = self._join(attempt)
@@ -155,6 +153,11 @@ class Rendezvous(RendezvousHandler):
                 raise LaunchError(Problem("start", got, remedy=remedy))
             print("llmtrain: the job runs without this host, which waits for a restart", file=sys.stderr)
             self._await_attempt_after(attempt)
+
+    def _give_signs_of_life(self) -> None:
+        if self.is_supervised and self._pulse is None:
+            assert self._name is not None
+            self._pulse = Pulse(self._address, self._store.port, self._name, self._helpers.end_ranks)
 
     @property
     def _of_attempt(self) -> Store:
@@ -172,6 +175,7 @@ class Rendezvous(RendezvousHandler):
         own = PrefixStore(f"attempt {attempt}", self._launchers)
         if self.is_supervised and own.check(["admitted"]):
             return None  # it began without this host, which may have come in the place of one that is gone
+        self._give_signs_of_life()
         own.set(f"ready {self._name}", "")
         deadline = time.monotonic() + self._seconds
         admission = _Admission(self._hosts, self._heartbeats, own, self._helpers, is_first=attempt == 1)
@@ -202,12 +206,22 @@ class Rendezvous(RendezvousHandler):
         return range(self._hosts.num_nodes)
 
     def _await_attempt_after(self, attempt: int) -> None:
+        assert self._name is not None
+        own, predecessor = PrefixStore(f"attempt {attempt}", self._launchers), Heartbeats(self._launchers)
+        has_predecessor = self._name in json.loads(own.get("admitted"))
         while int(self._launchers.get("attempt")) <= attempt:
+            # Host 0 knows hosts by their names alone: a sign of life of this launcher would be taken for one
+            # of the launcher that it replaces, and the end of that one's ranks be waited for.
+            if not has_predecessor:
+                self._give_signs_of_life()
+            elif not predecessor.alive([self._name]):
+                own.set(f"gone {self._name}", "")
+                has_predecessor = False
             if self._helpers.is_stopping():
                 raise StoppedWaitingError
             if self._launchers.check(["over"]):
                 code = int(self._launchers.get("over"))
-                PrefixStore(f"attempt {attempt}", self._launchers).add("read", 1)
+                own.add("read", 1)
                 print("llmtrain: the job ended while this host waited", file=sys.stderr)
                 raise JobOverError(code)
             time.sleep(POLL_SECONDS)
@@ -253,7 +267,7 @@ class Rendezvous(RendezvousHandler):
             for name in self._members:
                 if own.check([f"ending {name}"]):
                     found[name] = Ending(**json.loads(own.get(f"ending {name}")))
-                elif name not in alive:
+                elif name not in alive or own.check([f"gone {name}"]):
                     found[name] = None
             time.sleep(POLL_SECONDS)
         return {str(self._members.index(name)): found[name] for name in self._members}

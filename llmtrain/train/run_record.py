@@ -55,9 +55,10 @@ class RunRecord:
             resume_step=continued.step if continued is not None else None,
             state=continued.manifest.get("trackers") if continued is not None else None,
         )
-        before = read_events(config.run.dir / EVENTS)
+        alerts = config.track.alerts and step > 0
+        before = read_events(config.run.dir / EVENTS) if alerts else []
         self.note("start", step, host=platform.node(), processes=processes.world_size())
-        if config.track.alerts and step:
+        if alerts:
             self.trackers.alert(*alert_of_restart(config.run.name, step, before))
         every = 1 if sys.stderr.isatty() else config.train.log_every
         self.progress = Progress(config.train.steps, start_step=step, every=every)

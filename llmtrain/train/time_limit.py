@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from llmtrain.distributed import job_time
@@ -51,19 +52,22 @@ def end_of(limit: str | None) -> float | None:
     return job_time.scheduled_end() if seconds is None else job_time.started() + seconds
 
 
-def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int | None) -> None:
+def refuse_if_too_short(
+    limit: str | None, run_folder: Path, steps: int | None, uploads: bool = False
+) -> None:
     """Raise ConfigError if the time of the job is too short for two saves of this run and the end.
 
     Where it is long enough but nearly over, as after a restart, nothing is refused: the run stops at its
     first question, which one process alone asks.
 
-    steps: those of the whole run, after which nothing is left to do; None: not known yet."""
+    steps: those of the whole run, after which nothing is left to do; None: not known yet. uploads: whether
+    the run has a copy elsewhere."""
     end = end_of(limit)
-    last = last_save(read_events(run_folder / EVENTS)) if end is not None else None
+    last = last_save(run_folder) if end is not None else None
     if end is None or last is None or (steps is not None and (last.step or 0) >= steps):
         return
     took, total = float(last.facts["seconds"]), end - job_time.started()
-    needed = SAVES * took + CLOSING_SECONDS
+    needed = SAVES * took + CLOSING_SECONDS + (UPLOAD_SECONDS if uploads else 0.0)
     is_restart = os.environ.get(ATTEMPT, "1") != "1"
     if total < needed and not is_restart:
         given = "of Slurm" if limit is None else limit
@@ -78,9 +82,24 @@ def refuse_if_too_short(limit: str | None, run_folder: Path, steps: int | None) 
         )
 
 
-def last_save(events: list[Event]) -> Event | None:
-    """Return the last save whose duration was recorded."""
-    timed = (e for e in reversed(events) if e.kind == "save" and type(e.facts.get("seconds")) in (int, float))
+def last_save(run_folder: Path) -> Event | None:
+    """Return the last save of a run whose duration was recorded."""
+    path = run_folder / EVENTS
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return _last_save(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _last_save(path: Path, _size: int, _changed: int) -> Event | None:
+    """Read a file of events once for the questions of one start; it may have millions of lines."""
+    timed = (
+        event
+        for event in reversed(read_events(path))
+        if event.kind == "save" and type(event.facts.get("seconds")) in (int, float)
+    )
     return next(timed, None)
 
 
@@ -115,9 +134,10 @@ class TimeLimit:
     @classmethod
     def of_run(cls, limit: str | None, run_folder: Path, uploads: bool = False) -> TimeLimit:
         """Return the limit of a run whose earlier saves are recorded in its folder."""
-        last = last_save(read_events(run_folder / EVENTS))
+        end = end_of(limit)
+        last = None if end is None else last_save(run_folder)
         took = None if last is None else float(last.facts["seconds"])
-        return cls(end_of(limit), took, uploads=uploads)
+        return cls(end, took, uploads=uploads)
 
     def saved(self, seconds: float) -> None:
         """Take note of what a save took, from its begin until it was complete."""

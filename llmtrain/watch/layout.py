@@ -272,7 +272,14 @@ def read_ring(path: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def create(path: Path, with_ring: bool) -> int:
-    """Create a rank's file, full of zeros, for this user alone; return its descriptor."""
+    """Create a rank's file, full of zeros, for this user alone; return its descriptor. Raise OSError if the
+    memory is full."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    os.ftruncate(file, size_of(with_ring))
+    try:
+        # Its memory is taken now: a page that cannot be had later would end the process by SIGBUS.
+        os.posix_fallocate(file, 0, size_of(with_ring))
+    except BaseException:
+        os.close(file)
+        path.unlink()
+        raise
     return file

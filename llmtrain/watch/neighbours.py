@@ -37,12 +37,18 @@ class Brief(NamedTuple):
     silence: float
 
 
+def memory() -> Path:
+    """Return the folder in memory below which the files of this host lie; without one, that of temporary
+    files."""
+    return MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+
+
 class Folder:
     """The folder of one run's ranks on this host."""
 
     def __init__(self, token: str, host: str, own: int, ranks: list[int]) -> None:
         """token: random, the same on all ranks. own: this rank. ranks: those of this host."""
-        root = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+        root = memory()
         _remove_leftovers(root)
         self.path = root / f"{_prefix()}{token}"
         self.path.mkdir(mode=0o700, exist_ok=True)

@@ -13,20 +13,24 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.distributed import processes
-from llmtrain.files import expand_home
+from llmtrain.errors import TrainingError
+from llmtrain.files import disk_problem, expand_home
 from llmtrain.track.events import note_event
 from llmtrain.watch import calls, recorder
 from llmtrain.watch.board import Board
 from llmtrain.watch.clock import CudaClock, WallClock
 from llmtrain.watch.comparing import Comparing
 from llmtrain.watch.config import DebugConfig, WatchConfig
-from llmtrain.watch.neighbours import Folder
+from llmtrain.watch.neighbours import Folder, memory
 from llmtrain.watch.recorder import Recorder
 from llmtrain.watch.stragglers import Slow, Stragglers
 from llmtrain.watch.watcher import Places, Watcher
 
 STORE_SECONDS = 5.0
 """Timeout of the watch's own requests to the store."""
+
+WITHOUT = "watch.hang_seconds=0 watch.stragglers=false debug.collectives=false"
+"""What switches the watch off."""
 
 _current: Watch | None = None
 
@@ -42,7 +46,8 @@ class Watch:
         device: torch.device,
         peers: Sequence[Sequence[int]],
     ) -> None:
-        """Start watching. All ranks call it together.
+        """Start watching. All ranks call it together. Raise TrainingError on all of them if the memory of a
+        host has no room for the files.
 
         run: the run folder; peers: groups of ranks that do the same work.
         """
@@ -58,12 +63,23 @@ class Watch:
         own = processes.rank()
         number = list(by_host).index(gathered[own])
         self._hosts = [host for host, _ in gathered]
-        self._folder = Folder(f"{token}-{number}", name, own, by_host[gathered[own]])
         clock = None
         if config.stragglers:
             clock = CudaClock() if device.type == "cuda" else WallClock()
         compares = debug.collectives and processes.world_size() > 1
-        self._recorder = Recorder(self._folder.file_of(own), own, with_ring=compares, clock=clock)
+
+        def open_files() -> tuple[Folder, Recorder]:
+            folder = None
+            try:
+                folder = Folder(f"{token}-{number}", name, own, by_host[gathered[own]])
+                return folder, Recorder(folder.file_of(own), own, with_ring=compares, clock=clock)
+            except OSError as error:
+                if folder is not None:
+                    folder.close()
+                remedy = f"make room there, or train without: {WITHOUT}"
+                raise TrainingError(disk_problem(error, memory(), if_full=remedy)) from error
+
+        self._folder, self._recorder = processes.agree(open_files)
         self._folder.open_traces()
         self.stragglers: Stragglers | None = None
         if clock is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -248,16 +247,14 @@ def test_a_host_whose_network_is_cut_is_left_behind(hosts: Hosts, corpus: Path, 
         unavailable("it needs hosts with addresses of their own")
     run = tmp_path / "run"
     training = [*LONG, f"data.path={corpus}", f"run.dir={run}", "train.steps=80"]
-    ip, _, _, name = hosts.prefixes[1]
-    cable = [ip, "-n", name, "link", "set", f"lt{os.getpid()}b"]
     meeting = {"RDZV_ENDPOINT": f"{hosts.address}:29621", "NNODES": "1:2", "NPROC_PER_NODE": "1"}
     launchers = start_on(hosts, *training, **meeting)
     try:
         wait_until(lambda: events(run, "save"))
-        subprocess.run([*cable, "down"], check=True)
+        hosts.plug(1, "down")
         (code, output), (cut_code, cut) = finish(launchers)
     finally:
-        subprocess.run([*cable, "up"], check=True)
+        hosts.plug(1, "up")
     assert code == 0, output
     assert "llmtrain: host 1 gave no sign of life: restart 1 of 100, from step " in output
     assert len(losses(run)) == 80

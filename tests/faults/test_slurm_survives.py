@@ -151,3 +151,15 @@ def test_a_mistake_is_not_requeued(warm: Mapping[str, str], corpus: Path, tmp_pa
     )
     assert job.exit_code() == 2, job.output()
     assert "not requeued: exit code 2 is a mistake in its settings" in job.output()
+
+
+def test_a_job_that_only_crashes_is_requeued_no_more(
+    warm: Mapping[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    prelude = tmp_path / "prelude.py"
+    prelude.write_text("import os\nif 'RANK' in os.environ:\n    os._exit(9)\n")
+    crashes = {"REQUEUE": "1", "MAX_STARTS": "2", PRELUDE: str(prelude)}
+    job = Job(warm, tmp_path, *ENDLESS, f"data.path={corpus}", "run.dir=run", **crashes)
+    assert job.exit_code() == 9, job.output()
+    assert job.output().count("exit code 9: requeued") == 1
+    assert job.output().count("not requeued: 2 starts of the job saved no step beyond 0 (MAX_STARTS)") == 1

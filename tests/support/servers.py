@@ -69,14 +69,20 @@ class Faults:
 class FileServer:
     """Serves the files of a folder over HTTP with ranges. `log` holds every request with its answer."""
 
-    def __init__(self, folder: Path, faults: Faults | None = None, certificate: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        faults: Faults | None = None,
+        certificate: Path | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
         """certificate: a PEM file with certificate and key, for https."""
         self.folder = folder
         self.faults = faults or Faults()
         self.log: list[Request] = []
         self.lock = threading.Lock()
         self.answers = 0
-        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        self._server = _Server((address, 0), _handler(self))
         self._scheme = "http"
         if certificate is not None:
             self._scheme = "https"
@@ -87,7 +93,8 @@ class FileServer:
 
     @property
     def url(self) -> str:
-        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
+        address, port = self._server.server_address[:2]
+        return f"{self._scheme}://{address}:{port}"
 
     def content(self, path: str) -> bytes | None:
         faults = self.faults

@@ -14,6 +14,7 @@ import pytest
 from llmtrain.distributed import liveness, stores
 from llmtrain.distributed.hosts import Hosts, route_to
 from llmtrain.distributed.rendezvous import Rendezvous
+from llmtrain.distributed.restarts import Ending, Verdict
 from llmtrain.errors import ConfigError, LaunchError
 from tests.support.ranks import free_port
 from tests.support.sockets import listeners
@@ -106,6 +107,40 @@ def test_a_launcher_that_was_started_again_is_counted_once(
         again = [launcher(port, node_rank), launcher(port, node_rank and 2)]
         places = [pool.submit(each.next_rendezvous) for each in again]
         assert sorted(each.result().rank for each in (waiting, *places)) == [0, 1, 2]
+
+
+def test_a_launcher_that_takes_the_place_of_one_that_was_killed_waits_until_that_one_counts_as_gone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Of two with the same NODE_RANK, as when a scheduler starts a host anew at once. Signs of life of the
+    second are none of the first, or the job would wait for ever for the ranks of the first."""
+    monkeypatch.setattr(liveness, "ALIVE_SECONDS", 1.5)
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.2)
+    port = free_port()
+
+    def start(node_rank: int) -> Rendezvous:
+        hosts = Hosts(1, 2, node_rank, port=port, max_restarts=1)
+        return Rendezvous(hosts, route_to("127.0.0.1"), 10 * SECONDS)
+
+    first, second = start(0), start(1)
+    assert [place.result() for place in meet([first, second])] == [0, 1]
+    second.close()  # as its end does
+    third = start(1)
+    endings: dict[str, Ending | None] = {}
+
+    def decide(found: dict[str, Ending | None]) -> Verdict:
+        endings.update(found)
+        return Verdict(True, 1, "host 1 is gone")
+
+    with ThreadPoolExecutor(2) as pool:
+        comes = pool.submit(third.next_rendezvous)
+        time.sleep(2)  # the first looks only now: the third has counted the second as gone, and gives signs
+        assert pool.submit(first.conclude, Ending(1, "rank 0"), decide).result(SECONDS).restart
+        again = pool.submit(first.next_rendezvous)
+        assert (again.result(SECONDS).rank, comes.result(SECONDS).rank) == (0, 1)
+    assert endings == {"0": Ending(1, "rank 0"), "1": None}
+    for each in (first, third):
+        each.close()
 
 
 class Bomb:

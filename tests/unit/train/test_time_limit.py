@@ -74,6 +74,9 @@ def test_a_limit_shorter_than_a_save_is_refused(tmp_path: Path, monkeypatch: pyt
     )
     with pytest.raises(ConfigError, match=told):
         refuse_if_too_short("3", tmp_path, 10)
+    refuse_if_too_short("50", tmp_path, 10)
+    with pytest.raises(ConfigError, match=r"allowed: more than 55\.0 s after the start"):
+        refuse_if_too_short("50", tmp_path, 10, uploads=True)
     monkeypatch.setenv(ATTEMPT, "2")
     refuse_if_too_short("3", tmp_path, 10)  # it stops, to go on in another job
     monkeypatch.delenv(ATTEMPT)
