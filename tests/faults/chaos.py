@@ -208,6 +208,7 @@ class Storm:
         with self._curve_locks[layout.name]:
             if key not in self._curves:
                 folder = self._folder / f"undisturbed {layout.name}"
+                shutil.rmtree(folder, ignore_errors=True)  # of a storm that was stopped
                 self._curves[key] = layouts.undisturbed(layout, self.seed, self.corpus, folder)
                 shutil.rmtree(folder)
             return self._curves[key]

@@ -35,7 +35,7 @@ def test_a_job_goes_on_after_each_fault_and_its_curve_is_the_undisturbed_one(tmp
     assert struck[0].outcome == chaos.BY_ITSELF
     assert "rank 1 exited with 137 (killed by SIGKILL" in struck[0].line
     assert [outcome.outcome for outcome in struck[2:]] == [chaos.NO_RESTART, chaos.BY_SCHEDULER]
-    assert [nan.line[:18] for nan in (first, second, third)] == ["gradient norm nan "] * 3
+    assert [nan.line for nan in (first, second, third)] == ["gradient norm nan"] * 3
     records, jobs, ends = chaos.known(tmp_path / "chaos.jsonl", 0)
     assert jobs == {0}
     assert [end["curve"] for end in ends] == ["equal"]
