@@ -67,6 +67,8 @@ class Helpers:
     """Whether a job on so many hosts has a layout."""
     check_folder: Callable[[Store, int, int], None] = lambda store, node_rank, num_nodes: None
     """Raise ConfigError unless all admitted hosts see the same run folder."""
+    left_out: Callable[[], None] = lambda: None
+    """Called when the job goes on without this host, which waits for a restart."""
     join_seconds: float = 30.0
     """How long an elastic job that could run waits for more hosts at its start."""
 
@@ -153,6 +155,7 @@ class Rendezvous(RendezvousHandler):
                 got = f"too many hosts: all {self._hosts.num_nodes} have joined without this one"
                 remedy = "give each host its own NODE_RANK, or wait for the earlier launch to end"
                 raise LaunchError(Problem("start", got, remedy=remedy))
+            self._helpers.left_out()
             print("llmtrain: the job runs without this host, which waits for a restart", file=sys.stderr)
             self._await_attempt_after(attempt)
 

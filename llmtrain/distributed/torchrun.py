@@ -37,12 +37,13 @@ from typing import TYPE_CHECKING
 
 from llmtrain import standard_streams
 from llmtrain.distributed import job_time
-from llmtrain.distributed.elastic import composed_run_folder, elastic_bounds
+from llmtrain.distributed.elastic import Folders, composed_folders, elastic_bounds
 from llmtrain.distributed.failures import explain
 from llmtrain.distributed.folders import log_folder, run_folder
 from llmtrain.distributed.forwarding import Forwarder
 from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, restrict_to_interface, route_to
 from llmtrain.distributed.launcher import MissingHostsError, join_seconds, start_seconds, stop_seconds
+from llmtrain.distributed.memory_folder import MEMORY, empty, memory_folder
 from llmtrain.distributed.restarts import (
     ATTEMPT,
     ELASTIC,
@@ -174,12 +175,18 @@ class _Job:
 
     def run(self, needs_shared: str) -> int:
         """Return the exit code of the job. needs_shared: why all hosts must share the run folder, if so."""
+        folders = Folders(run_folder(self._words), None)
+        if needs_shared:
+            folders = composed_folders(self._words[1:])
+        place = folders.memory if self._hosts.max_restarts else None
+        with memory_folder(place, folders.run) as memory:
+            return self._run(needs_shared, folders.run, memory)
+
+    def _run(self, needs_shared: str, run: Path, memory: Path | None) -> int:
         from torch.distributed import DistError, PrefixStore
 
         from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous, StoppedWaitingError
         from llmtrain.distributed.shared_folder import require_shared
-
-        run = composed_run_folder(self._words[1:]) if needs_shared else run_folder(self._words)
 
         def check_folder(store: Store, node_rank: int, num_nodes: int) -> None:
             if needs_shared:
@@ -191,10 +198,11 @@ class _Job:
             is_stopping=lambda: forwarder.asked,
             fits=self._fits,
             check_folder=check_folder,
+            left_out=lambda: empty(memory),
             join_seconds=join_seconds(),
         )
         rendezvous = Rendezvous(self._hosts, self._route, self._patience, helpers)
-        restarts = Restarts(self._hosts.max_restarts, run)
+        restarts = Restarts(self._hosts.max_restarts, run, memory)
         try:
             while True:
                 ending = self._attempt(rendezvous)
@@ -231,7 +239,8 @@ class _Job:
             print(f"llmtrain: no restart: {verdict.why}", file=sys.stderr)
             return
         count = f"restart {restarts.made} of {restarts.most}"
-        print(f"llmtrain: {verdict.why}: {count}, from step {restarts.step:,}", file=sys.stderr)
+        later = " or a later one in memory" if MEMORY in os.environ else ""
+        print(f"llmtrain: {verdict.why}: {count}, from step {restarts.step:,}{later}", file=sys.stderr)
         note_event(run, "restart", restarts.step, number=restarts.made, why=verdict.why)
 
     def _attempt(self, rendezvous: Rendezvous) -> Ending:

@@ -81,7 +81,8 @@ class Memory:
     buffers: int
     """Communication buffers of gradients and weights."""
     checkpoint_copy: int
-    """The copy that an asynchronous checkpoint is written from; 0 on a GPU, where the host holds it."""
+    """The copy that an asynchronous checkpoint is written from, and copies of the state in memory; 0 on a
+    GPU, where the host holds them."""
     runtime: int
     allocator: int = 0
     """Memory that the allocator of a GPU holds in pieces that nothing fits into."""
@@ -112,16 +113,19 @@ def memory_of_stages(
     asynchronous_checkpoints: bool = False,
     trainable: Trainable | None = None,
     weight_copies: int = 0,
+    state_copies: int = 0,
 ) -> list[Memory]:
     """Return the memory of one process of each pipeline stage that trains `model`.
 
     Without ZeRO, weights are fp32 and autocast gives the low precision. With ZeRO, weights and activations
     are in the low precision, with sharded fp32 master weights (arXiv:1910.02054). Gradients, master weights
     and optimizer state exist for `trainable` parameters only; None: for all. weight_copies: fp32 numbers for
-    each weight that are part of the optimizer's state besides those of its algorithm.
+    each weight that are part of the optimizer's state besides those of its algorithm. state_copies: how often
+    host memory holds what a process saves, between checkpoints.
     """
     slots = optimizer_slots(optimizer) + weight_copies
-    shared = (precision, slots, conditions, asynchronous_checkpoints, trainable)
+    copies = state_copies + int(asynchronous_checkpoints)
+    shared = (precision, slots, conditions, copies, trainable)
     return [
         _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
@@ -142,7 +146,7 @@ def _of_stage(
     precision: Precision,
     slots: int,
     conditions: Conditions,
-    asynchronous_checkpoints: bool,
+    copies: int,
     trainable: Trainable | None,
 ) -> Memory:
     P, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
@@ -153,6 +157,7 @@ def _of_stage(
     numbers = Numbers(compute=2 if is_low else 4, residual=stored)
     memory = model_memory(model, row, numbers, layout, conditions)
     state = slots * 4 * trained
+    owned = _owned(model, layout, trained)
     # bf16 gradients are accumulated in fp32; ZeRO 1 keeps both.
     gradient = {"fp32": 4, "bf16": 6 if layout.zero == 1 else 4, "fp16": 2}[precision]
 
@@ -160,13 +165,9 @@ def _of_stage(
         copies = memory.low_precision_copies(steps) if is_low and memory is not None else 0
         weights = 4 * P + 2 * copies
         gradients, masters, buffers = 4 * trained, 0, (4 * trained if replicas > 1 else 0)
-        owned = _share(trained, replicas)
-        if replicas > 1:  # whole parameters are assigned to ranks
-            owned = min(trained, max(owned, largest_parameter_count(model, layout)))
     else:
         weights = stored * (_share(P, replicas) if layout.zero == 3 else P)
         gradients = gradient * (trained if layout.zero == 1 else _share(trained, replicas))
-        owned = _share(trained, replicas)
         masters, state = 4 * owned, _share(state, replicas)
         buffers = stored * min(trained, DEEPSPEED_BUCKET_ELEMENTS) * (2 if conditions.device == "cuda" else 1)
         if layout.zero == 3:
@@ -184,7 +185,6 @@ def _of_stage(
     in_flight = min(layout.pipeline - stage, layout.accumulation)
     has_head = stage == layout.pipeline - 1
     handed_on = 0 if memory is None or has_head else memory.between_layers() * numbers.residual
-    is_copied = asynchronous_checkpoints and conditions.device == "cpu"
     found = Memory(
         weights=weights,
         gradients=gradients,
@@ -192,11 +192,31 @@ def _of_stage(
         activations=in_flight * (of_micro_batch.kept + handed_on) + of_micro_batch.working,
         logits=memory.head_bytes() if memory is not None and has_head else 0,
         buffers=buffers,
-        checkpoint_copy=4 * (1 + slots) * owned if is_copied else 0,
+        checkpoint_copy=copies * 4 * (1 + slots) * owned if conditions.device == "cpu" else 0,
         runtime=RUNTIME_BYTES[conditions.device],
     )
     lost = ALLOCATOR_SHARE[conditions.device] * (found.total - found.runtime)
     return replace(found, allocator=round(lost))
+
+
+def _owned(model: ModelConfig, layout: Layout, trained: int) -> int:
+    """Return how many of the trainable parameters that a process holds it saves; the replicas share them."""
+    replicas = layout.data * layout.sequence
+    owned = _share(trained, replicas)
+    if layout.zero == 0 and replicas > 1:  # whole parameters are assigned to ranks
+        owned = min(trained, max(owned, largest_parameter_count(model, layout)))
+    return owned
+
+
+def saved_bytes(model: ModelConfig, layout: Layout, slots: int, trainable: Trainable | None) -> int:
+    """Return the bytes of a checkpoint that one process writes, in the stage that writes most; weights that
+    are frozen are not counted. slots: fp32 numbers for each weight in the optimizer's state."""
+    most = 0
+    for steps in stage_steps(model, layout):
+        held = held_parameter_count(model, layout, steps)
+        trained = held if trainable is None else trainable.count(model, layout, steps)
+        most = max(most, 4 * (1 + slots) * _owned(model, layout, trained))
+    return most
 
 
 def _activations(

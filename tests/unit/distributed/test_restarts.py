@@ -56,6 +56,18 @@ def test_failures_without_a_new_step_end_a_job(tmp_path: Path) -> None:
     assert Restarts(0, tmp_path).decide(crash).why == "rank 0 exited with 1; all 0 restarts are used up"
 
 
+def test_a_copy_in_memory_counts_as_a_new_step(tmp_path: Path) -> None:
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    restarts = Restarts(100, run, memory)
+    crash: dict[str, Ending | None] = {"0": Ending(1, "rank 0 exited with 1")}
+    for step in range(1, 4):
+        (memory / f"step-{step:08}").mkdir(parents=True)
+        (memory / f"step-{step:08}/manifest.json").write_text("{}")
+        assert [restarts.decide(crash).restart for _ in range(2)] == [True, True]
+    assert restarts.step == 0, "what the message names is on disk"
+    assert not restarts.decide(crash).restart
+
+
 def test_bounds_of_hosts() -> None:
     both = {"RDZV_ENDPOINT": "a:1"}
     elastic = hosts_from_environment({"NNODES": "2:4", **both})
