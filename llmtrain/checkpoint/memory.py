@@ -19,7 +19,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class MemoryTier:
         self.is_on = config.every is not None and MEMORY in os.environ
         self._leads = False
         """Whether this rank is the first one of its host, which alone deletes and gets files there."""
+        self.left_out: Collection[str] = ()
+        """Names of the frozen weights that copies leave out, as Saver.left_out."""
         self._saver: Saver | None = None
         self._server: memory_transfer.Server | None = None
         self._neighbour: _Neighbour | None = None
@@ -219,6 +221,7 @@ class MemoryTier:
             else:
                 self._whole = self._last
         self._delete(lambda held: held != self._whole)
+        self._saver.left_out = self.left_out
         try:
             self._saver.save(step, engine, description, None, self._on_written)
         except TrainingError as error:

@@ -142,7 +142,7 @@ class Session:
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
         else:
             engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
-        self._saver.left_out = weights.left_out
+        self._saver.left_out = self._memory.left_out = weights.left_out
         if validation is not None and self.corpora is not None and rows_to_write(config):
             judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
         if validation is not None and self.corpora is not None and config.harness.tasks:
