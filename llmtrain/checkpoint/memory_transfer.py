@@ -43,11 +43,13 @@ class NotThereError(Exception):
 class Server:
     """Serves the files of the copies in `folder` from threads."""
 
-    def __init__(self, address: str, secret: bytes, folder: Path) -> None:
-        """Listen at `address` on a free port. Raise OSError if that is impossible."""
+    def __init__(self, address: str, secret: bytes, folder: Path, patience: float = TIMEOUT_SECONDS) -> None:
+        """Listen at `address` on a free port. Raise OSError if that is impossible.
+
+        patience: seconds that a client may be silent."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family)
-        self._secret, self._folder = secret, folder
+        self._secret, self._folder, self._patience = secret, folder, patience
         self._places = threading.BoundedSemaphore(MOST_CLIENTS)
         self.address: tuple[str, int] = (address, self._listener.getsockname()[1])
         threading.Thread(target=self._accept, name="copies", daemon=True).start()
@@ -71,7 +73,7 @@ class Server:
         try:
             # A client that does not follow the protocol, or is gone, gets no answer.
             with client, suppress(OSError, ValueError):
-                client.settimeout(TIMEOUT_SECONDS)
+                client.settimeout(self._patience)
                 self._answer(client)
         finally:
             self._places.release()
