@@ -89,7 +89,8 @@ class MemoryTier:
             self._server = memory_transfer.Server(processes.own_address(), self._secret, self._folder)
         address = None if self._server is None else self._server.address
         gathered = processes.gather(address)
-        self._addresses = [gathered[ranks[0]] for ranks in self._ranks]
+        # A single host has no server, and asks none.
+        self._addresses = [gathered[ranks[0]] or ("", 0) for ranks in self._ranks]
         self._saver = Saver(self._folder, makes_folders=self._leads)
         if self._leads:
             store.tidy(self._folder)

@@ -35,7 +35,7 @@ def choose(held: Sequence[Mapping[int, Held]], at_least: int) -> tuple[Choice | 
 
     held: of each host, step → what it holds of the copy.
     """
-    passed_over = []
+    passed_over: list[tuple[int, str]] = []
     steps = {step for of_host in held for step in of_host if step >= at_least}
     for step in sorted(steps, reverse=True):
         found = {host: of_host[step] for host, of_host in enumerate(held) if step in of_host}

@@ -78,7 +78,7 @@ def find_resume(
     found = locate(config.run.dir / "checkpoints", config.checkpoint.resume, say, memory)
     if found is None:
         return None
-    checkpoint, is_own, named = found
+    checkpoint, is_own, named = found.checkpoint, found.is_own, found.named
     if checkpoint.is_imported:
         where = "checkpoint.resume" if named is not None else "run.dir"
         got = f"{named or config.run.dir}, weights without an optimizer's state"
