@@ -42,6 +42,13 @@ def start() -> int:
     return guard.pid
 
 
+def dismiss() -> None:
+    """End the guards of this process, which goes on as another program."""
+    for guard in _OPEN:
+        guard.kill()
+        guard.wait()
+
+
 _OPEN: list[subprocess.Popen[bytes]] = []
 """The guard of this process, whose standard input must stay open."""
 

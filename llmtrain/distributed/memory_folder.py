@@ -25,34 +25,51 @@ _YOUNG_SECONDS = 60.0
 
 
 @contextmanager
-def memory_folder(place: Path | None, run: Path) -> Iterator[Path | None]:
+def memory_folder(place: Path | None, run: Path, keeps: bool = False) -> Iterator[Path | None]:
     """Yield a new folder below `place`, which ranks find in MEMORY; remove it in the end. Without a place,
     yield None.
 
-    run: the run folder. What launchers of this run that were killed left at `place` is removed first.
+    run: the run folder. What launchers of this run that were killed left at `place` is removed. A launcher
+    that began anew (succession.py) `keeps` its folder.
     Raise ConfigError if it cannot be made.
     """
-    os.environ.pop(MEMORY, None)
+    before = Path(os.environ.pop(MEMORY, os.devnull))
     if place is None:
         yield None
         return
     prefix = f"llmtrain-memory-{xxhash.xxh3_64_hexdigest(os.fsencode(run))}-"
     try:
-        _remove_left(place, prefix)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))  # which only its owner may enter
-        holder = os.open(folder / _HOLDER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if keeps and before.parent == place and before.name.startswith(prefix) and before.is_dir():
+            folder = before
+        else:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))  # which only its owner may enter
+        holder = os.open(folder / _HOLDER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with suppress(OSError):  # without locks a folder that is left stays
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_left(place, prefix)
     except OSError as error:
         got = f"{place}, where no folder can be made ({error.strerror})"
         allowed = "a folder in memory or on a local disk"
         raise ConfigError(Problem("checkpoint.memory.dir", got, allowed, "name one of each host")) from None
     os.environ[MEMORY] = str(folder)
+    _HOLDERS.append(holder)
     try:
         yield folder
     finally:
         remove_own()
+        _HOLDERS.remove(holder)
         os.close(holder)
+
+
+_HOLDERS: list[int] = []
+"""The locked files of this process."""
+
+
+def hand_on() -> None:
+    """Keep the folder locked when this process goes on as another program: launchers beside it look for what
+    killed ones left."""
+    for holder in _HOLDERS:
+        os.set_inheritable(holder, True)
 
 
 def remove_own() -> None:

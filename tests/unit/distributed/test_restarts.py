@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from llmtrain.distributed import liveness, requeue
+from llmtrain.distributed.admission import Helpers
 from llmtrain.distributed.elastic import composed_run_folder
 from llmtrain.distributed.failures import explain
 from llmtrain.distributed.hosts import Hosts, hosts_from_environment, route_to
-from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous
+from llmtrain.distributed.rendezvous import JobOverError, Rendezvous
 from llmtrain.distributed.restarts import Ending, Restarts, Verdict
 from llmtrain.distributed.shared_folder import require_shared
 from llmtrain.errors import ConfigError, UserError
