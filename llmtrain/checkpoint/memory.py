@@ -43,6 +43,7 @@ from llmtrain.standard_streams import Say
 PATIENCE_SECONDS = 120.0
 """How long a host waits for the files of its neighbour."""
 RETRY_SECONDS = 0.2
+STOP_SECONDS = 5.0
 
 
 class LostCopyError(torch.distributed.DistNetworkError):
@@ -285,6 +286,8 @@ class MemoryTier:
         if self._saver is None:
             return
         self.finish()
+        if self._neighbour is not None:
+            self._neighbour.stop()
         self._delete(lambda step: True)
         self._last = self._whole = None
         processes.barrier()
@@ -323,15 +326,17 @@ class _Neighbour:
         self._thread.start()
 
     def stop(self) -> None:
-        """Get no further file."""
+        """Get no further file, and wait a while for the current one."""
         self._is_over.set()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
 
     def _work(self, where: tuple[str, int], secret: bytes, path: Path, names: set[str]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         try:
             for entry in read_manifest(path)["files"]:
                 name = entry["file"]
-                while name in names and not (path / name).exists():
+                while name in names and not (path / name).exists() and not self._is_over.is_set():
                     try:
                         remote = f"{path.name}/{name}"
                         memory_transfer.fetch(where, secret, remote, path / name, entry["xxh3_128"])
