@@ -124,8 +124,8 @@ def memory_of_stages(
     host memory holds what a process saves, between checkpoints.
     """
     slots = optimizer_slots(optimizer) + weight_copies
-    copies = state_copies + int(asynchronous_checkpoints)
-    shared = (precision, slots, conditions, copies, trainable)
+    state_copies += int(asynchronous_checkpoints)
+    shared = (precision, slots, conditions, state_copies, trainable)
     return [
         _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
@@ -146,7 +146,7 @@ def _of_stage(
     precision: Precision,
     slots: int,
     conditions: Conditions,
-    copies: int,
+    state_copies: int,
     trainable: Trainable | None,
 ) -> Memory:
     P, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
@@ -192,7 +192,7 @@ def _of_stage(
         activations=in_flight * (of_micro_batch.kept + handed_on) + of_micro_batch.working,
         logits=memory.head_bytes() if memory is not None and has_head else 0,
         buffers=buffers,
-        checkpoint_copy=copies * 4 * (1 + slots) * owned if conditions.device == "cpu" else 0,
+        checkpoint_copy=state_copies * 4 * (1 + slots) * owned if conditions.device == "cpu" else 0,
         runtime=RUNTIME_BYTES[conditions.device],
     )
     lost = ALLOCATOR_SHARE[conditions.device] * (found.total - found.runtime)
