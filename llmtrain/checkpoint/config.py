@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from llmtrain.config import require
+from llmtrain.config import require, require_utf8
 from llmtrain.corpus.transport_source import is_http
 from llmtrain.errors import Problem
 from llmtrain.urls import without_credentials
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+"""Linux' file system in memory."""
+GENERATIONS = 2
+"""Copies of the state that memory holds at most: the last whole one, and the one that is being made."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Copies of the state in the hosts' own memory and in that of their neighbours. Ranks that a launcher
+    starts anew after a failure go on from them."""
+
+    every: int | None = None
+    """Steps between two copies; null: none. They are made where a launcher restarts ranks (MAX_RESTARTS)."""
+    dir: Path = SHARED_MEMORY
+    """Folder for them on each host: of a file system in memory, or of a local NVMe disk; no shared one."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
+        yield from require_utf8("dir", self.dir)
+        yield from require(self.dir.is_absolute(), "dir", str(self.dir), "an absolute path, such as /dev/shm")
+
+    @property
+    def copies(self) -> int:
+        """Return how often host memory holds what a rank saves: the buffer that it is written from, and where
+        `dir` is in memory, its own generations and those of a neighbour."""
+        if self.every is None:
+            return 0
+        return 1 + (2 * GENERATIONS if self.dir.is_relative_to(SHARED_MEMORY) else 0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +67,8 @@ class CheckpointConfig:
     with the newest checkpoint there. null: none."""
     remote_verify: bool = True
     """Read each uploaded file back and compare its checksum; false: compare its size alone."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Copies of the state in memory, between checkpoints."""
 
     def problems(self) -> Iterator[Problem]:
         is_url = self.remote is None or ("://" in self.remote and not is_http(self.remote))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,9 +32,8 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        path = checkpoint.path
         # Functions of the module: caching a method would keep this object alive.
-        self._file = lru_cache(maxsize=MAX_OPEN_FILES)(lambda file: open_safetensors(path / file))
+        self._file = lru_cache(maxsize=MAX_OPEN_FILES)(lambda file: open_safetensors(checkpoint.local(file)))
         self._boxes_N4 = lru_cache(maxsize=KEPT_TABLES)(lambda kind, name: _table(checkpoint, kind, name))
 
     def read(self, kind: str, name: str, box: Box) -> torch.Tensor:
@@ -176,6 +175,8 @@ class Checkpoint:
     manifest: dict[str, Any]
     base: Mapping[str, torch.Tensor] | None = None
     """The weights that it left out, which interchange/base.py opens; None: not opened."""
+    fetch: Callable[[Path], None] | None = None
+    """Gets a file of it that this host lacks; None: all files are here."""
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -185,6 +186,13 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
+
+    def local(self, file: str) -> Path:
+        """Return the path of one of its files, which is fetched if this host lacks it."""
+        path = self.path / file
+        if self.fetch is not None and not path.exists():
+            self.fetch(path)
+        return path
 
     @property
     def is_imported(self) -> bool:

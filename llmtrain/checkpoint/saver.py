@@ -160,8 +160,10 @@ class Saver:
     temporary name.
     """
 
-    def __init__(self, root: Path, *, asynchronous: bool = True) -> None:
+    def __init__(self, root: Path, *, asynchronous: bool = True, makes_folders: bool | None = None) -> None:
+        """makes_folders: whether this rank creates the folders of checkpoints; None: rank 0 does, for all."""
         self._root = root
+        self._makes_folders = makes_folders
         self._asynchronous = asynchronous
         self.left_out: Collection[str] = ()
         """Names of the frozen weights that checkpoints leave out, because their base holds them."""
@@ -189,7 +191,7 @@ class Saver:
             if then is not None:
                 then(path, time.monotonic() - began)
             return
-        partial = store.begin(self._root, step)
+        partial = store.begin(self._root, step, self._makes_folders)
         self._pending = Pending(
             step, partial, engine, self._copier, description, tokenizer, then, self.left_out
         )
@@ -222,6 +224,6 @@ class Saver:
         """Abandon the pending checkpoint without a collective, for a rank that fails while others may not."""
         if self._pending is not None:
             self._pending.call_off()
-            if processes.is_main():
+            if processes.is_main() or self._makes_folders:
                 shutil.rmtree(self._pending.partial, ignore_errors=True)
             self._pending = None

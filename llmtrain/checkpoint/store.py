@@ -110,8 +110,10 @@ def collect(engine: Engine, left_out: Collection[str] = ()) -> Share:
     return Share(parts, counters, engine.scaler_state(), frozenset(frozen), frozenset(statistics))
 
 
-def begin(root: Path, step: int) -> Path:
-    """Create the temporary folder for the shares of `step` and return its path. Called by all ranks."""
+def begin(root: Path, step: int, makes: bool | None = None) -> Path:
+    """Create the temporary folder for the shares of `step` and return its path. Called by all ranks.
+
+    makes: whether this rank creates it; None: rank 0 does, for all."""
     partial = root / f".{step_folder(step)}.partial"
 
     def make() -> None:
@@ -122,7 +124,8 @@ def begin(root: Path, step: int) -> Path:
         except OSError as error:
             raise _failure(*why(error, partial), partial) from error
 
-    processes.on_main(make)
+    is_maker = processes.is_main() if makes is None else makes
+    processes.agree(lambda: make() if is_maker else None)
     return partial
 
 
@@ -218,7 +221,6 @@ def assemble(
     tokenizer: Path | None,
 ) -> None:
     """Write the manifest of all ranks' `shares`, in rank order, and rename the folder; call it on rank 0."""
-    final = partial.parent / step_folder(step)
     tensors: dict[str, dict[str, Any]] = {}
     counters: dict[str, dict[str, float]] = {}
     for share in shares:
@@ -255,6 +257,13 @@ def assemble(
     # On one line: with thousands of ranks it is tens of megabytes, and json indents in Python.
     checked = {**manifest, "checksum": files.checksum_of_json(manifest)}
     files.write_json_atomically(partial / MANIFEST, checked, indent=None)
+    settle(partial, step)
+
+
+def settle(partial: Path, step: int) -> Path:
+    """Give a folder with shares and their manifest the name of a checkpoint, and return its path; call it on
+    one rank."""
+    final = partial.parent / step_folder(step)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # the same step was saved before
         shutil.rmtree(replaced, ignore_errors=True)
@@ -262,6 +271,7 @@ def assemble(
     os.replace(partial, final)
     files.sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+    return final
 
 
 def note_evaluation(path: Path, said: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from llmtrain.checkpoint.memory_room import refuse_without_room
 from llmtrain.distributed import launcher, stopping
 from llmtrain.errors import INTERRUPTED_EXIT_CODE
 from llmtrain.plan.estimate import estimate
@@ -38,6 +39,7 @@ def run(mapping: Mapping[str, Any]) -> int:
                 chosen = choice_of(config, resolved.layout).overrides()
                 print_note(f"parallel=auto chose {' '.join(chosen)}")
         refuse_if_too_large(plan)
+        refuse_without_room(config.checkpoint.memory, plan.saved_bytes)
 
         # Everything above answers without importing torch.
         from llmtrain.train.session import train_run

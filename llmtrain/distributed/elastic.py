@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from llmtrain.distributed.folders import run_folder
 from llmtrain.distributed.hosts import Hosts
@@ -48,14 +49,31 @@ def elastic_bounds(hosts: Hosts, overrides: Sequence[str]) -> Callable[[int], bo
     return lambda num_nodes: num_nodes in fitting
 
 
+class Folders(NamedTuple):
+    """The folders of a run that a launcher needs to know."""
+
+    run: Path
+    memory: Path | None
+    """Where each host keeps copies of the state in memory; None: nowhere."""
+
+
 def composed_run_folder(overrides: Sequence[str]) -> Path:
-    """Return the run folder that the composed configuration has, as a preset may set it.
+    """Return the run folder of `composed_folders`."""
+    return composed_folders(overrides).run
+
+
+def composed_folders(overrides: Sequence[str]) -> Folders:
+    """Return the folders that the composed configuration has, as a preset may set them.
 
     Where nothing can be composed, return what the text of the overrides selects: the ranks tell the mistake.
     """
     done = _compose("", overrides)
-    said = json.loads(done.stdout) if done.returncode == 0 else {"run_dir": None}
-    return run_folder(overrides) if said["run_dir"] is None else expand_home(said["run_dir"]).absolute()
+    said = json.loads(done.stdout) if done.returncode == 0 else {"run_dir": None, "memory_dir": None}
+    run, memory = said["run_dir"], said["memory_dir"]
+    return Folders(
+        run_folder(overrides) if run is None else expand_home(run).absolute(),
+        None if memory is None else expand_home(memory).absolute(),
+    )
 
 
 def _compose(sizes: str, overrides: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,5 @@
-"""End the ranks that a launcher leaves behind and that cannot end by themselves, because they are stopped.
+"""End the ranks that a launcher leaves behind and that cannot end by themselves, as they are stopped. Free
+the memory that its copies of the state take.
 
     python -m llmtrain.distributed.guard PROCESS    of a launcher, whose end closes the standard input
 
@@ -18,6 +19,7 @@ from contextlib import suppress
 
 import psutil
 
+from llmtrain.distributed import memory_folder
 from llmtrain.orphans import is_running
 
 LOOK_SECONDS = 1.0
@@ -38,6 +40,13 @@ def start() -> int:
     )
     _OPEN.append(guard)
     return guard.pid
+
+
+def dismiss() -> None:
+    """End the guards of this process, which goes on as another program."""
+    for guard in _OPEN:
+        guard.kill()
+        guard.wait()
 
 
 _OPEN: list[subprocess.Popen[bytes]] = []
@@ -67,6 +76,7 @@ def main(number: int) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     with suppress(psutil.NoSuchProcess):
         watch(psutil.Process(number))
+    memory_folder.remove_own()
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ class Pulse:
     A call of the store may block as long as a cut network does, so another thread watches the first.
     """
 
-    def __init__(self, address: str, port: int, name: int, end_ranks: Callable[[], None]) -> None:
+    def __init__(self, address: str, port: int, name: int, on_lost: Callable[[], None]) -> None:
+        """on_lost: called, from a thread, before this process ends because the store is lost."""
         self._where = address, port
         self._name = name
-        self._end_ranks = end_ranks
+        self._on_lost = on_lost
         self._missed = 0
         self._is_over = threading.Event()
         for work in (self._beat, self._watch):
@@ -86,5 +87,5 @@ class Pulse:
                     file=sys.stderr,
                     flush=True,
                 )
-                self._end_ranks()
+                self._on_lost()
                 os._exit(1)

@@ -177,6 +177,12 @@ def connect_to_store(seconds: float) -> dist.TCPStore:
     return stores.connect(*_store_at, seconds)
 
 
+def own_address() -> str:
+    """Return the address of this host on the network of the ranks."""
+    assert _store_at is not None, "only ranks that a launcher started have a store"
+    return hosts.route_to(hosts.LOOPBACK if launcher.on_one_host() else _store_at[0]).own_address
+
+
 def lost_rank(error: BaseException) -> str | None:
     """Return the backend's message if `error` is a broken connection to another rank, else None."""
     is_torch = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))

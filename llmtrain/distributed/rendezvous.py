@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
@@ -25,10 +25,12 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from llmtrain.distributed import stores
+from llmtrain.distributed.admission import Admission, Helpers
 from llmtrain.distributed.hosts import Hosts, Route, require_store
 from llmtrain.distributed.launcher import MissingHostsError, await_host
 from llmtrain.distributed.liveness import Heartbeats, Pulse, beat
 from llmtrain.distributed.restarts import Ending, Verdict
+from llmtrain.distributed.succession import Succession, may_succeed
 from llmtrain.errors import ConfigError, LaunchError, Problem
 
 BACKEND = "llmtrain"
@@ -55,33 +57,20 @@ class JobOverError(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Helpers:
-    """What a rendezvous asks of its launcher."""
-
-    end_ranks: Callable[[], None] = lambda: None
-    """Kill the ranks of this host."""
-    is_stopping: Callable[[], bool] = lambda: False
-    """Whether this launcher was asked to stop."""
-    fits: Callable[[int], bool] = lambda num_nodes: True
-    """Whether a job on so many hosts has a layout."""
-    check_folder: Callable[[Store, int, int], None] = lambda store, node_rank, num_nodes: None
-    """Raise ConfigError unless all admitted hosts see the same run folder."""
-    join_seconds: float = 30.0
-    """How long an elastic job that could run waits for more hosts at its start."""
-
-
 class Rendezvous(RendezvousHandler):
     """The rendezvous handler of one launcher, called by torch's agent, once for each attempt of the job."""
 
-    def __init__(self, hosts: Hosts, route: Route, seconds: float, helpers: Helpers | None = None) -> None:
+    def __init__(
+        self, hosts: Hosts, route: Route, seconds: float, helpers: Helpers | None = None, first: int = 1
+    ) -> None:
         """Serve the store if this is the serving host, else connect to it.
 
-        seconds: timeout for the store, and again for the other hosts.
+        seconds: timeout for the store, and again for the other hosts. first: number of the first attempt.
         Raise ConfigError if this host cannot listen, or another program uses the port; MissingHostsError if
         host 0 does not answer.
         """
-        self._hosts, self._seconds = hosts, seconds
+        self._hosts, self._seconds, self._first = hosts, seconds, first
+        self._own_address, self._addresses = route.own_address, [""]
         self._helpers = helpers or Helpers()
         self._serves, self._address, self._store = _open_store(hosts, route, seconds)
         self._launchers = PrefixStore("launchers", self._store)
@@ -140,7 +129,7 @@ class Rendezvous(RendezvousHandler):
         if self._name is None:
             self._name = self._new_name()
         while True:
-            attempt = int(store.compare_set("attempt", "", "1"))
+            attempt = int(store.compare_set("attempt", "", str(self._first)))
             node_rank = self._join(attempt)
             if node_rank is not None:
                 self.attempt = attempt
@@ -151,13 +140,14 @@ class Rendezvous(RendezvousHandler):
                 got = f"too many hosts: all {self._hosts.num_nodes} have joined without this one"
                 remedy = "give each host its own NODE_RANK, or wait for the earlier launch to end"
                 raise LaunchError(Problem("start", got, remedy=remedy))
+            self._helpers.left_out()
             print("llmtrain: the job runs without this host, which waits for a restart", file=sys.stderr)
             self._await_attempt_after(attempt)
 
     def _give_signs_of_life(self) -> None:
         if self.is_supervised and self._pulse is None:
             assert self._name is not None
-            self._pulse = Pulse(self._address, self._store.port, self._name, self._helpers.end_ranks)
+            self._pulse = Pulse(self._address, self._store.port, self._name, self._on_lost)
 
     @property
     def _of_attempt(self) -> Store:
@@ -176,9 +166,9 @@ class Rendezvous(RendezvousHandler):
         if self.is_supervised and own.check(["admitted"]):
             return None  # it began without this host, which may have come in the place of one that is gone
         self._give_signs_of_life()
-        own.set(f"ready {self._name}", "")
+        own.set(f"ready {self._name}", self._own_address)
         deadline = time.monotonic() + self._seconds
-        admission = _Admission(self._hosts, self._heartbeats, own, self._helpers, is_first=attempt == 1)
+        admission = Admission(self._hosts, self._heartbeats, own, self._helpers, attempt == self._first)
         while not own.check(["admitted"]):
             assert self._name is not None
             beat(self._launchers, self._name)
@@ -197,6 +187,7 @@ class Rendezvous(RendezvousHandler):
         if self._name not in admitted or own.add(f"taken {self._name}", 1) > 1:
             return None
         self._members = admitted
+        self._addresses = [own.get(f"ready {name}").decode() for name in admitted]
         return admitted.index(self._name)
 
     def _names(self) -> range:
@@ -225,6 +216,20 @@ class Rendezvous(RendezvousHandler):
                 print("llmtrain: the job ended while this host waited", file=sys.stderr)
                 raise JobOverError(code)
             time.sleep(POLL_SECONDS)
+
+    @property
+    def succession(self) -> Succession | None:
+        """What is known for the case that host 0 is lost; None where the job does not go on without it."""
+        if self._serves or not self.attempt or not may_succeed(self._hosts):
+            return None
+        assert self._name is not None
+        own = self._members.index(self._name)
+        return Succession(tuple(self._addresses), own, self.attempt + 1)
+
+    def _on_lost(self) -> None:
+        self._helpers.end_ranks()
+        if (succession := self.succession) is not None:
+            self._helpers.on_lost(succession)
 
     # The end of an attempt
 
@@ -326,44 +331,6 @@ class Rendezvous(RendezvousHandler):
         """Give no further signs of life."""
         if self._pulse is not None:
             self._pulse.stop()
-
-
-class _Admission:
-    """Admits the hosts of one attempt, on host 0."""
-
-    def __init__(
-        self, hosts: Hosts, heartbeats: Heartbeats, store: Store, helpers: Helpers, is_first: bool
-    ) -> None:
-        self._hosts, self._heartbeats, self._store, self._helpers = hosts, heartbeats, store, helpers
-        self._patience = helpers.join_seconds if is_first else 0.0
-        self._most_ready, self._since = 0, time.monotonic()
-
-    def admit(self, names: range) -> str:
-        """Admit the hosts once enough have arrived; return a description of those that are missing."""
-        wanted = self._hosts.num_nodes
-        alive = self._heartbeats.alive(names)
-        ready = [name for name in alive if self._store.check([f"ready {name}"])]
-        if len(ready) > self._most_ready:
-            self._most_ready, self._since = len(ready), time.monotonic()
-        if len(ready) >= wanted or (
-            len(ready) >= self._hosts.least and self._nobody_else_comes(ready, alive)
-        ):
-            count = self._fitting(min(wanted, len(ready)))
-            if count:
-                self._store.set("admitted", json.dumps(ready[:count]))
-        joined = f"{len(ready)} of {wanted} joined"
-        if self._hosts.node_rank is None:
-            return joined
-        return f"{joined}, not NODE_RANK {', '.join(str(name) for name in names if name not in ready)}"
-
-    def _nobody_else_comes(self, ready: list[int], alive: list[int]) -> bool:
-        """Return whether no other host is to be expected soon."""
-        return ready == alive and time.monotonic() - self._since >= self._patience
-
-    def _fitting(self, count: int) -> int:
-        """Return the largest number of hosts, at most `count`, that has a layout; 0 if none has."""
-        counts = range(count, self._hosts.least - 1, -1)
-        return next((number for number in counts if self._helpers.fits(number)), 0)
 
 
 def _from_settings(parameters: RendezvousParameters) -> RendezvousHandler:

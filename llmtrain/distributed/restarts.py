@@ -71,12 +71,13 @@ class Verdict:
 class Restarts:
     """The restarts of a job so far, on the host that decides."""
 
-    def __init__(self, most: int, run_folder: Path) -> None:
-        """most: number of restarts after which the job ends."""
+    def __init__(self, most: int, run_folder: Path, memory: Path | None = None) -> None:
+        """most: number of restarts after which the job ends. memory: folder of this host for copies of the
+        state in memory; None: there are none."""
         self.most = most
         self.made = 0
-        self._run_folder = run_folder
-        self._last_step = newest_step(run_folder)
+        self._run_folder, self._memory = run_folder, memory
+        self._last_step = self._newest_step()
         self._failures_without_step = 0
 
     def decide(self, endings: Mapping[str, Ending | None]) -> Verdict:
@@ -98,7 +99,7 @@ class Restarts:
             return Verdict(False, code)  # a failure stays one, such as a save that failed
         if code == EXIT_CODE:  # a mistake of the user stays one
             return Verdict(False, code)
-        step = newest_step(self._run_folder)
+        step = self._newest_step()
         self._failures_without_step = 1 if step > self._last_step else self._failures_without_step + 1
         self._last_step = step
         if self._failures_without_step >= FAILURES_WITHOUT_STEP:
@@ -110,12 +111,21 @@ class Restarts:
 
     @property
     def step(self) -> int:
-        """Return the step from which the job goes on."""
-        return self._last_step
+        """Return the step of the newest checkpoint, from which the job goes on where memory has none."""
+        return newest_step(self._run_folder)
+
+    def _newest_step(self) -> int:
+        """Return the newest step that was saved, in the run folder or in memory."""
+        in_memory = 0 if self._memory is None else _newest_in(self._memory)
+        return max(newest_step(self._run_folder), in_memory)
 
 
 def newest_step(run_folder: Path) -> int:
     """Return the step of the newest complete checkpoint in a run folder; 0 if there is none."""
-    names = (manifest.parent.name for manifest in run_folder.glob("checkpoints/step-*/manifest.json"))
+    return _newest_in(run_folder / "checkpoints")
+
+
+def _newest_in(folder: Path) -> int:
+    names = (manifest.parent.name for manifest in folder.glob("step-*/manifest.json"))
     numbers = (name.removeprefix("step-") for name in names)
     return max((int(number) for number in numbers if number.isdecimal()), default=0)

@@ -36,13 +36,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrain import standard_streams
-from llmtrain.distributed import job_time
-from llmtrain.distributed.elastic import composed_run_folder, elastic_bounds
+from llmtrain.distributed import job_time, succession
+from llmtrain.distributed.elastic import Folders, composed_folders, elastic_bounds
 from llmtrain.distributed.failures import explain
 from llmtrain.distributed.folders import log_folder, run_folder
 from llmtrain.distributed.forwarding import Forwarder
 from llmtrain.distributed.hosts import Hosts, Route, hosts_from_environment, restrict_to_interface, route_to
 from llmtrain.distributed.launcher import MissingHostsError, join_seconds, start_seconds, stop_seconds
+from llmtrain.distributed.memory_folder import MEMORY, empty, memory_folder
 from llmtrain.distributed.restarts import (
     ATTEMPT,
     ELASTIC,
@@ -115,6 +116,9 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str =
         raise ConfigError(Problem(str(folder), got, "a folder, not a link", remedy))
     with suppress(OSError):
         exit_report.unlink()  # of an earlier launch, whatever this one refuses
+    heir = succession.inherited(os.environ)
+    if heir is not None:
+        hosts = heir.meeting_place(hosts)
     patience = math.ceil(start_seconds())
     forwarder = Forwarder(stop_seconds())
     fits = elastic_bounds(hosts, overrides)
@@ -128,7 +132,8 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str =
     job_time.tell_ranks()
     if hosts.is_elastic:
         os.environ[ELASTIC] = "1"
-    job = _Job(hosts, route, folder, [verb, *overrides], forwarder, fits, patience)
+    first = 1 if heir is None else heir.attempt
+    job = _Job(hosts, route, folder, [verb, *overrides], forwarder, fits, patience, first)
     with forwarder.listening():
         code = job.run(needs_shared_folder(hosts, environment))
     if code and hosts.num_nodes > 1:
@@ -168,18 +173,27 @@ class _Job:
         forwarder: Forwarder,
         fits: Callable[[int], bool],
         patience: int,
+        first: int,
     ) -> None:
+        """first: number of the first attempt; more than 1 if this launcher has lost host 0 before."""
         self._hosts, self._route, self._folder, self._words = hosts, route, folder, words
-        self._forwarder, self._fits, self._patience = forwarder, fits, patience
+        self._forwarder, self._fits, self._patience, self._first = forwarder, fits, patience, first
 
     def run(self, needs_shared: str) -> int:
         """Return the exit code of the job. needs_shared: why all hosts must share the run folder, if so."""
+        folders = Folders(run_folder(self._words), None)
+        if needs_shared:
+            folders = composed_folders(self._words[1:])
+        place = folders.memory if self._hosts.max_restarts else None
+        with memory_folder(place, folders.run, keeps=self._first > 1) as memory:
+            return self._run(needs_shared, folders.run, memory)
+
+    def _run(self, needs_shared: str, run: Path, memory: Path | None) -> int:
         from torch.distributed import DistError, PrefixStore
 
-        from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous, StoppedWaitingError
+        from llmtrain.distributed.admission import Helpers
+        from llmtrain.distributed.rendezvous import JobOverError, Rendezvous, StoppedWaitingError
         from llmtrain.distributed.shared_folder import require_shared
-
-        run = composed_run_folder(self._words[1:]) if needs_shared else run_folder(self._words)
 
         def check_folder(store: Store, node_rank: int, num_nodes: int) -> None:
             if needs_shared:
@@ -191,13 +205,21 @@ class _Job:
             is_stopping=lambda: forwarder.asked,
             fits=self._fits,
             check_folder=check_folder,
+            left_out=lambda: empty(memory),
+            on_lost=self._pass_on,
             join_seconds=join_seconds(),
         )
-        rendezvous = Rendezvous(self._hosts, self._route, self._patience, helpers)
-        restarts = Restarts(self._hosts.max_restarts, run)
+        rendezvous = Rendezvous(self._hosts, self._route, self._patience, helpers, self._first)
+        restarts = Restarts(self._hosts.max_restarts, run, memory)
+        restarts.made = self._first - 1
+        if rendezvous.serves and restarts.made:
+            self._tell(Verdict(True, 1, "host 0 is lost, and this host takes its place"), restarts, run)
+        is_running = True
         try:
             while True:
+                is_running = True
                 ending = self._attempt(rendezvous)
+                is_running = ending.code not in (0, EXIT_CODE, INTERRUPTED_EXIT_CODE)
                 if not rendezvous.is_supervised:
                     return ending.code
                 verdict = rendezvous.conclude(ending, restarts.decide)
@@ -217,6 +239,9 @@ class _Job:
         except DistError as error:
             if self._forwarder.asked:  # host 0, which was asked too, serves no longer
                 return INTERRUPTED_EXIT_CODE
+            if is_running and (known := rendezvous.succession) is not None:
+                forwarder.end_ranks()
+                self._pass_on(known)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if rendezvous.is_supervised and rendezvous.attempt:  # it had begun: no mistake of the user
                 print(f"llmtrain: no answer from host 0 ({reason})", file=sys.stderr)
@@ -226,12 +251,18 @@ class _Job:
         finally:
             rendezvous.close()
 
+    def _pass_on(self, known: succession.Succession) -> None:
+        """Go on without host 0, as another process; return if no restart is left."""
+        if known.attempt - 1 <= self._hosts.max_restarts and not self._forwarder.asked:
+            succession.begin_anew(known, self._words[1:])
+
     def _tell(self, verdict: Verdict, restarts: Restarts, run: Path) -> None:
         if not verdict.restart:
             print(f"llmtrain: no restart: {verdict.why}", file=sys.stderr)
             return
         count = f"restart {restarts.made} of {restarts.most}"
-        print(f"llmtrain: {verdict.why}: {count}, from step {restarts.step:,}", file=sys.stderr)
+        later = " or a later one in memory" if MEMORY in os.environ else ""
+        print(f"llmtrain: {verdict.why}: {count}, from step {restarts.step:,}{later}", file=sys.stderr)
         note_event(run, "restart", restarts.step, number=restarts.made, why=verdict.why)
 
     def _attempt(self, rendezvous: Rendezvous) -> Ending:

@@ -22,7 +22,14 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.plan import machine
 from llmtrain.plan.config import AssumeConfig, ClusterConfig
 from llmtrain.plan.flops import training_flops
-from llmtrain.plan.memory import Memory, Trainable, memory_of_stages, start_bytes
+from llmtrain.plan.memory import (
+    Memory,
+    Trainable,
+    memory_of_stages,
+    optimizer_slots,
+    saved_bytes,
+    start_bytes,
+)
 from llmtrain.plan.times.step import StepTime
 from llmtrain.plan.timing import step_time_of
 
@@ -36,11 +43,18 @@ class _Steps(Protocol):
     def steps(self) -> int: ...
 
 
+class _Copies(Protocol):
+    @property
+    def copies(self) -> int: ...
+
+
 class _Checkpoints(Protocol):
     @property
     def asynchronous(self) -> bool: ...
     @property
     def every(self) -> int | None: ...
+    @property
+    def memory(self) -> _Copies: ...
 
 
 class _Transfer(Protocol):
@@ -104,6 +118,8 @@ class Plan:
     """Numbers for each weight in the optimizer's state besides those of its algorithm."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: only after the last step."""
+    state_copies: int = 0
+    """How often host memory holds what a process saves, between checkpoints."""
     assume: AssumeConfig = field(default_factory=AssumeConfig)
 
     @cached_property
@@ -136,6 +152,12 @@ class Plan:
     def start_bytes(self) -> int:
         """Bytes that a process holds while its weights are created; never more than later."""
         return start_bytes(self.model, self.layout, self.precision, self.conditions.device)
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """Bytes of a checkpoint that one process writes, in the pipeline stage that writes most."""
+        slots = optimizer_slots(self.optimizer) + self.weight_copies
+        return saved_bytes(self.model, self.layout, slots, self.trainable)
 
     @property
     def bubble(self) -> float:
@@ -217,6 +239,7 @@ class Plan:
             asynchronous_checkpoints=self.asynchronous_checkpoints,
             trainable=self.trainable,
             weight_copies=self.weight_copies,
+            state_copies=self.state_copies,
         )
 
 
@@ -265,5 +288,6 @@ def estimate(
         trainable=trainable,
         weight_copies=settings.transfer.weight_copies,
         checkpoint_every=settings.checkpoint.every,
+        state_copies=settings.checkpoint.memory.copies,
         assume=assume or AssumeConfig(),
     )

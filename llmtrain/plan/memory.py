@@ -82,7 +82,8 @@ class Memory:
     buffers: int
     """Communication buffers of gradients and weights."""
     checkpoint_copy: int
-    """The copy that an asynchronous checkpoint is written from; 0 on a GPU, where the host holds it."""
+    """The copy that an asynchronous checkpoint is written from, and copies of the state in memory; 0 on a
+    GPU, where the host holds them."""
     runtime: int
     allocator: int = 0
     """Memory that the allocator of a GPU holds in pieces that nothing fits into."""
@@ -116,16 +117,19 @@ def memory_of_stages(
     asynchronous_checkpoints: bool = False,
     trainable: Trainable | None = None,
     weight_copies: int = 0,
+    state_copies: int = 0,
 ) -> list[Memory]:
     """Return the memory of one process of each pipeline stage that trains `model`.
 
     Without ZeRO, weights are fp32 and autocast gives the low precision. With ZeRO, weights and activations
     are in the low precision, with sharded fp32 master weights (arXiv:1910.02054). Gradients, master weights
     and optimizer state exist for `trainable` parameters only; None: for all. weight_copies: fp32 numbers for
-    each weight that are part of the optimizer's state besides those of its algorithm.
+    each weight that are part of the optimizer's state besides those of its algorithm. state_copies: how often
+    host memory holds what a process saves, between checkpoints.
     """
     slots = optimizer_slots(optimizer) + weight_copies
-    shared = (precision, slots, conditions, asynchronous_checkpoints, trainable)
+    state_copies += int(asynchronous_checkpoints)
+    shared = (precision, slots, conditions, state_copies, trainable)
     return [
         _of_stage(model, row, layout, stage, steps, *shared)
         for stage, steps in enumerate(stage_steps(model, layout))
@@ -146,7 +150,7 @@ def _of_stage(
     precision: Precision,
     slots: int,
     conditions: Conditions,
-    asynchronous_checkpoints: bool,
+    state_copies: int,
     trainable: Trainable | None,
 ) -> Memory:
     held, replicas = held_parameter_count(model, layout, steps), layout.data * layout.sequence
@@ -178,11 +182,8 @@ def _of_stage(
     # A GPU's caching allocator keeps the blocks of one moment, which seldom fit another's.
     on_gpu = conditions.device == "cuda"
     peak = sum(most.values()) if on_gpu else max(moment.total for moment in found)
-    is_copied = asynchronous_checkpoints and conditions.device == "cpu"
-    copied = _share(trained, replicas)
-    if layout.zero == 0 and replicas > 1:  # whole parameters are assigned to ranks
-        copied = min(trained, max(copied, largest))
-    checkpoint_copy = 4 * (1 + slots) * copied if is_copied else 0
+    saved = 4 * (1 + slots) * _owned(model, layout, trained)
+    checkpoint_copy = state_copies * saved if conditions.device == "cpu" else 0
     lost = ALLOCATOR_SHARE[conditions.device] * (peak + checkpoint_copy)
     return Memory(
         **most,
@@ -191,6 +192,26 @@ def _of_stage(
         allocator=round(lost),
         not_at_once=peak - sum(most.values()),
     )
+
+
+def _owned(model: ModelConfig, layout: Layout, trained: int) -> int:
+    """Return how many of the trainable parameters that a process holds it saves; the replicas share them."""
+    replicas = layout.data * layout.sequence
+    owned = _share(trained, replicas)
+    if layout.zero == 0 and replicas > 1:  # whole parameters are assigned to ranks
+        owned = min(trained, max(owned, largest_parameter_count(model, layout)))
+    return owned
+
+
+def saved_bytes(model: ModelConfig, layout: Layout, slots: int, trainable: Trainable | None) -> int:
+    """Return the bytes of a checkpoint that one process writes, in the stage that writes most; weights that
+    are frozen are not counted. slots: fp32 numbers for each weight in the optimizer's state."""
+    most = 0
+    for steps in stage_steps(model, layout):
+        held = held_parameter_count(model, layout, steps)
+        trained = held if trainable is None else trainable.count(model, layout, steps)
+        most = max(most, 4 * (1 + slots) * _owned(model, layout, trained))
+    return most
 
 
 def _activations(

@@ -76,6 +76,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         verdict += "does not fit" if plan.is_too_large else "fits"
     yield f"  {'total':<15} {gib(plan.memory.total):>12}{verdict}"
     yield f"  {'at start':<15} {gib(plan.start_bytes):>12}"
+    if plan.state_copies:
+        copies = f"{plan.state_copies} times {gib(plan.saved_bytes)}"
+        yield f"host memory for copies of one process' state: {copies} (checkpoint.memory)"
     for text in warnings(plan):
         yield f"warning: {text}"
 

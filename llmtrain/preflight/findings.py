@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median, median_high
 from typing import Any
 
+from llmtrain.checkpoint.config import SHARED_MEMORY
 from llmtrain.errors import Problem
 from llmtrain.preflight.config import PreflightConfig
-from llmtrain.preflight.inventory import SHARED_MEMORY
 from llmtrain.preflight.links import Link
 from llmtrain.preflight.places import Places
 from llmtrain.preflight.units import Unit, size_text, speed_text

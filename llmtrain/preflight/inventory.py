@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtrain.checkpoint.config import SHARED_MEMORY
 from llmtrain.distributed import launcher
 from llmtrain.preflight import gpus
 from llmtrain.preflight.config import PreflightConfig
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("llmtrain", "torch", "deepspeed", "numpy")
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 CGROUP = Path("/sys/fs/cgroup")
 
 

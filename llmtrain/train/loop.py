@@ -64,6 +64,9 @@ class Hooks:
     """Take note of an evaluation, and say what follows from it, the same on all ranks."""
     accepts: Accepts | None = None
     """Say whether a step may be taken, given its loss and gradient norm; None: every finite one."""
+    copy: Callable[[int, float | None], None] = lambda step, loss: None
+    """Begin a copy of the state in memory, if one is due, given the completed steps and the validation loss
+    if it was measured at that step."""
     rejected: Callable[[int], bool] = lambda step: False
     """Take note, given the completed steps, that the last was not taken; return whether the run has gone
     back. It raises TrainingError to end the run."""
@@ -199,6 +202,8 @@ def train(
             save(evaluated=evaluation_is_due and not stopped, owed=evaluation_is_due and stopped)
         if stopped or verdict.ends:
             break
+        if done < until:
+            hooks.copy(done, validation_loss if evaluation_is_due else None)
     phases.end_steps()
     with phases.SAVE:
         hooks.finish_save()

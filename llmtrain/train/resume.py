@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from llmtrain import files
 from llmtrain.checkpoint import retention, store
+from llmtrain.checkpoint.memory import MemoryTier
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
@@ -65,16 +66,19 @@ class Resume:
         return self.checkpoint.manifest.get("evaluations") if self.is_own else None
 
 
-def find_resume(config: TrainConfig, data: Mapping[str, Any], say: Say) -> Resume | None:
+def find_resume(
+    config: TrainConfig, data: Mapping[str, Any], say: Say, memory: MemoryTier | None = None
+) -> Resume | None:
     """Return the checkpoint that the run resumes from, the same on every rank; None for a fresh start.
 
+    memory: where ranks that were started anew look first.
     Raise CheckpointError when the one to resume from is damaged or belongs to another model, tokenizer
     or optimizer, or when `never` meets a folder with checkpoints. No file is moved before the checks.
     """
-    found = locate(config.run.dir / "checkpoints", config.checkpoint.resume, say)
+    found = locate(config.run.dir / "checkpoints", config.checkpoint.resume, say, memory)
     if found is None:
         return None
-    checkpoint, is_own, named = found
+    checkpoint, is_own, named = found.checkpoint, found.is_own, found.named
     if checkpoint.is_imported:
         where = "checkpoint.resume" if named is not None else "run.dir"
         got = f"{named or config.run.dir}, weights without an optimizer's state"
@@ -96,15 +100,21 @@ class Located(NamedTuple):
     """Whether it is of this run."""
     named: Path | None
     """The checkpoint that the user named."""
+    in_memory: bool = False
+    """Whether it is a copy in memory, which an earlier attempt of this job made."""
 
 
-def locate(root: Path, resume: str, say: Say) -> Located | None:
+def locate(root: Path, resume: str, say: Say, memory: MemoryTier | None = None) -> Located | None:
     """Return the checkpoint that a run whose checkpoints are in `root` resumes from, the same on every rank;
     None for a fresh start.
 
     resume: that of CheckpointConfig. Raise CheckpointError as find_resume does."""
     processes.on_main(lambda: store.tidy(root))
     held = processes.from_main(retention.list_steps(root))
+    if memory is not None:
+        copy = memory.newest(int(held[-1].name.split("-")[1]) if held else 0)
+        if copy is not None:  # as new as all that is on disk, of which nothing is read
+            return Located(copy, is_own=True, named=None, in_memory=True)
     if resume == "never":
         if held:
             remedy = "use checkpoint.resume=auto to go on, or another run.dir"
@@ -132,7 +142,8 @@ def go_on(root: Path, found: Located, say: Say) -> None:
     """Set aside what the run saved after its checkpoint, which fits, and say that it resumes from there."""
     if found.is_own:
         processes.on_main(lambda: _go_back(root, found.checkpoint.step, found.named, say))
-    say(f"resuming from {found.checkpoint.path} (step {found.checkpoint.step:,})")
+    where = "the copies in memory" if found.in_memory else found.checkpoint.path
+    say(f"resuming from {where} (step {found.checkpoint.step:,})")
 
 
 def _went_back_to(root: Path) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llmtrain.checkpoint.manifest import step_folder
+from llmtrain.checkpoint.memory import MemoryTier
 from llmtrain.checkpoint.reader import Checkpoint
 from llmtrain.checkpoint.retention import list_steps, prune
 from llmtrain.checkpoint.saver import Saver
@@ -47,7 +48,7 @@ from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
 from llmtrain.train.writing import ValidationWriter
 from llmtrain.train.writing_rules import rows_to_write
-from llmtrain.watch import watch
+from llmtrain.watch import phases, watch
 from llmtrain.watch.watch import watched
 
 
@@ -100,6 +101,7 @@ class Session:
         has_copy = self.config.checkpoint.remote is not None
         self._limit = TimeLimit.of_run(self.config.train.time_limit, self.config.run.dir, has_copy)
         self._saver = Saver(self.root, asynchronous=self.config.checkpoint.asynchronous)
+        self._memory = MemoryTier(self.config.checkpoint.memory, self._say)
         self.went_back = False
         """Whether the run goes on in another session, from its newest checkpoint."""
         processes.on_main(self.record.hold_folder)
@@ -116,6 +118,7 @@ class Session:
         config = self.config
         # Check everything that may be refused before building anything.
         self._copy.open()
+        self._memory.open()
         training = self.data.open()
         validation = self.data.validation
         tasks = None if validation is None else processes.agree(lambda: tasks_of(config))
@@ -132,14 +135,14 @@ class Session:
         if start.resume is not None and start.resume.is_own:
             check_same_validation(config, start.resume.checkpoint, self.data.facts())
         spikes = None if start.resume is None else start.resume.spikes
-        note, finish = self.record.note, self._saver.finish
+        note, finish = self.record.note, self._finish_before_rollback
         self._guard = SpikeGuard(config.train, spikes, self.root, stream.timeline, self._say, note, finish)
         objective = config.objective.build(config.model, config.data, self.corpora)
         if config.method == "features":
             engine, weights = build_solved_engine(self._resolved, self.device, objective, self._say)
         else:
             engine, weights = build_run_engine(self._resolved, self.device, objective, start, self._say)
-        self._saver.left_out = weights.left_out
+        self._saver.left_out = self._memory.left_out = weights.left_out
         if validation is not None and self.corpora is not None and rows_to_write(config):
             judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
         if validation is not None and self.corpora is not None and config.harness.tasks:
@@ -181,6 +184,7 @@ class Session:
         """Release everything; `failed` is how trackers mark the run."""
         self._profile.close()
         self._saver.abandon()
+        self._memory.close()
         self._copy.close()
         if not self.went_back:
             self.data.close()
@@ -189,7 +193,7 @@ class Session:
     # What a start opens, in order
 
     def _find_start(self, has_validation: bool) -> StartingPoint:
-        resume = find_resume(self.config, self.data.facts(), self._say)
+        resume = find_resume(self.config, self.data.facts(), self._say, self._memory)
         owed = resume is not None and resume.evaluation_owed and has_validation
         return StartingPoint(resume, owed)
 
@@ -261,9 +265,9 @@ class Session:
                 start.resume.note_evaluation({"validation_loss": loss, **judge.recorded(start.step)})
                 self._copy.submit(start.resume.checkpoint.path)
 
-        def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
+        def described(step: int, validation_loss: float | None, evaluation_owed: bool) -> dict[str, Any]:
             trackers = processes.from_main(record.trackers.state() if record.trackers is not None else None)
-            manifest = {
+            return {
                 **description,
                 "validation_loss": validation_loss,
                 **judge.recorded(step),
@@ -271,8 +275,16 @@ class Session:
                 "evaluation_owed": evaluation_owed,
                 "trackers": trackers,
             }
+
+        def save(step: int, validation_loss: float | None, evaluation_owed: bool) -> None:
+            manifest = described(step, validation_loss, evaluation_owed)
             tokenizer = self.corpora.tokenizer_path if self.corpora is not None else None
             self._saver.save(step, engine, manifest, tokenizer, partial(self._on_saved, step))
+
+        def copy(step: int, validation_loss: float | None) -> None:
+            if self._memory.is_due(step):
+                with phases.SAVE:
+                    self._memory.save(step, engine, described(step, validation_loss, False))
 
         return Hooks(
             lr=lambda step: config.optimizer.lr * multiplier(config.schedule, step, config.train.steps),
@@ -280,7 +292,8 @@ class Session:
             save=save,
             evaluated_late=evaluated_late,
             after_step=self._after_step,
-            finish_save=self._saver.finish,
+            finish_save=self._finish_saves,
+            copy=copy,
             judge=verdict,
             accepts=self._guard.accepts,
             rejected=self._guard.rejected,
@@ -305,10 +318,19 @@ class Session:
     def _after_step(self) -> None:
         self._profile.after_step()
         self._saver.poll()
+        self._memory.poll()
         self._copy.poll()
         watch.after_step()
         if self._heap is not None:
             self._heap.after_step()
+
+    def _finish_saves(self) -> None:
+        self._saver.finish()
+        self._memory.finish()
+
+    def _finish_before_rollback(self) -> None:
+        self._saver.finish()
+        self._memory.forget()
 
     def _asked_to_stop(self) -> bool:
         return stopping.asked() or (processes.is_main() and self._limit.asks_to_stop())

@@ -92,6 +92,8 @@ class VectorRunConfig:
         yield from require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more")
         remote = self.checkpoint.remote
         yield from require(remote is None, "checkpoint.remote", remote, "null with word vectors")
+        every = self.checkpoint.memory.every
+        yield from require(every is None, "checkpoint.memory.every", every, "null with word vectors")
         given, usual = self.parallel, ParallelConfig()
         for field in fields(given):
             value, alone = getattr(given, field.name), getattr(usual, field.name)

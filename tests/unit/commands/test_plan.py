@@ -55,13 +55,15 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_says_what_bounds_a_step_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_verb("plan", [*ON_64, "parallel.zero=3", "recompute=full", "budget.days=30"]) == 0
+    copies = "checkpoint.memory.every=20"
+    assert run_verb("plan", [*ON_64, "parallel.zero=3", "recompute=full", "budget.days=30", copies]) == 0
     text = capsys.readouterr().out
     assert "bound by          matrix products" in text
     assert "what helps most: " in text
     assert "weight gathers" in text
     assert "draws 1000 W" in text
     assert "budget            46,080 device hours at" in text
+    assert "\nhost memory for copies of one process' state: 5 times " in text
 
 
 def test_the_best_layouts_are_commands_that_do_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:

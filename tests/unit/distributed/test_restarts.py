@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from llmtrain.distributed import liveness, requeue
+from llmtrain.distributed.admission import Helpers
 from llmtrain.distributed.elastic import composed_run_folder
 from llmtrain.distributed.failures import explain
 from llmtrain.distributed.hosts import Hosts, hosts_from_environment, route_to
-from llmtrain.distributed.rendezvous import Helpers, JobOverError, Rendezvous
+from llmtrain.distributed.rendezvous import JobOverError, Rendezvous
 from llmtrain.distributed.restarts import Ending, Restarts, Verdict
 from llmtrain.distributed.shared_folder import require_shared
 from llmtrain.errors import ConfigError, UserError
@@ -54,6 +55,18 @@ def test_failures_without_a_new_step_end_a_job(tmp_path: Path) -> None:
     last = restarts.decide(crash)
     assert last == Verdict(False, 1, "rank 0 exited with 1; 3 failures without a new step")
     assert Restarts(0, tmp_path).decide(crash).why == "rank 0 exited with 1; all 0 restarts are used up"
+
+
+def test_a_copy_in_memory_counts_as_a_new_step(tmp_path: Path) -> None:
+    run, memory = tmp_path / "run", tmp_path / "memory"
+    restarts = Restarts(100, run, memory)
+    crash: dict[str, Ending | None] = {"0": Ending(1, "rank 0 exited with 1")}
+    for step in range(1, 4):
+        (memory / f"step-{step:08}").mkdir(parents=True)
+        (memory / f"step-{step:08}/manifest.json").write_text("{}")
+        assert [restarts.decide(crash).restart for _ in range(2)] == [True, True]
+    assert restarts.step == 0, "what the message names is on disk"
+    assert not restarts.decide(crash).restart
 
 
 def test_bounds_of_hosts() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from llmtrain.checkpoint.config import MemoryConfig
 from llmtrain.nn.memory import Conditions
 from llmtrain.optim.config import OptimizerConfig
-from llmtrain.plan.memory import (
-    memory_per_process,
-)
+from llmtrain.plan.memory import memory_per_process, saved_bytes
 from tests.support.planned_memory import (
     GPT_1B,
     layout,
@@ -47,7 +47,7 @@ def test_what_is_offloaded_takes_no_memory_of_a_gpu() -> None:
 
 
 def test_copy_of_an_asynchronous_checkpoint() -> None:
-    def copied(device: str, zero: int, asynchronous: bool = True) -> int:
+    def copied(device: str, zero: int, asynchronous: bool = True, in_memory: int = 0) -> int:
         return memory_per_process(
             GPT_1B,
             row_of(GPT_1B, 16),
@@ -56,8 +56,15 @@ def test_copy_of_an_asynchronous_checkpoint() -> None:
             optimizer=OptimizerConfig(),
             conditions=Conditions(device),
             asynchronous_checkpoints=asynchronous,
+            state_copies=in_memory,
         ).checkpoint_copy
 
+    of_rank = saved_bytes(GPT_1B, layout(zero=1, data=4), 2, None)
+    copies = MemoryConfig(every=5).copies
+    assert copied("cpu", 1, in_memory=copies) == (1 + 5) * of_rank
+    assert MemoryConfig(every=5, dir=Path("/nvme")).copies == 1, "the buffer alone"
+    assert MemoryConfig().copies == copied("cuda", 1, in_memory=copies) == 0
+    assert copied("cpu", 1) == of_rank
     assert copied("cpu", 1) == 12 * GPT_1B.parameter_count() // 4
     assert copied("cpu", 0) == 12 * GPT_1B.parameter_count() // 4
     assert copied("cuda", 1) == copied("cpu", 1, asynchronous=False) == 0
