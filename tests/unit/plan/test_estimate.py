@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llmtrain.checkpoint.config import MemoryConfig
 from llmtrain.config import decode
 from llmtrain.errors import ConfigError
 from llmtrain.models.convolutional.config import SimpleCNNConfig
@@ -47,6 +48,7 @@ class Data:
 class Checkpoints:
     asynchronous: bool = True
     every: int | None = None
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 @dataclass(frozen=True)
