@@ -8,7 +8,8 @@
 # After start: export SLURM_CONF=FOLDER/slurm.conf, then sbatch, squeue, … as on any cluster.
 # Everything it writes is in FOLDER (default: /tmp/llmtrain-slurm). Needs root and the Debian packages
 # slurm-wlm and munge; leaves the system's own munge and Slurm alone. SLURM_PORT (default 16817) and the
-# two ports after it must be free.
+# two ports after it must be free. The first job has the number SLURM_FIRST_JOB (default 1): launch/slurm.sbatch makes a
+# port of it, so that jobs of two such clusters on one machine need numbers of their own.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -70,7 +71,8 @@ start() {
         # munged trusts no socket or key that others could have put there.
         chmod 755 "$folder"
         sed -e "s|@FOLDER@|$folder|g" -e "s|@HOSTNAME@|$(uname -n | cut -d. -f1)|g" -e "s|@PORT@|$port|g" \
-            -e "s|@PORT1@|$((port + 1))|g" -e "s|@PORT2@|$((port + 2))|g" "$here/slurm.conf" >"$SLURM_CONF"
+            -e "s|@PORT1@|$((port + 1))|g" -e "s|@PORT2@|$((port + 2))|g" \
+            -e "s|@FIRST_JOB@|${SLURM_FIRST_JOB:-1}|g" "$here/slurm.conf" >"$SLURM_CONF"
         if [[ ! -s $folder/munge.key ]]; then
             (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
         fi

@@ -59,9 +59,12 @@ def cluster() -> Iterator[Mapping[str, str]]:
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         foreign = ("SLURM_", "SBATCH_", "MASTER_", "NPROC_PER_NODE", "NNODES", "LOG_DIR")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        port = three_free_ports()
         environment = {
             **clean,
-            "SLURM_PORT": str(three_free_ports()),
+            "SLURM_PORT": str(port),
+            # Clusters of two modules may run at once, and ports of jobs follow from their numbers.
+            "SLURM_FIRST_JOB": str(1 + 20 * (port - 17100)),
             "OMP_NUM_THREADS": "1",
             "VIRTUAL_ENV": sys.prefix,
         }
