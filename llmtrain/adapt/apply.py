@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -56,15 +56,7 @@ def adapt(model: nn.Module, config: Adaptation) -> None:
     if not sites:
         got = f"{config.method} with a model that has no layers of attention and MLPs"
         raise ConfigError(Problem("method", got, "full"))
-    match config:
-        case LoraConfig():
-            added = _add_products(model, config, sites)
-        case AdapterConfig():
-            added = _add_bottlenecks(model, config, sites)
-        case PrefixConfig():
-            added = _add_prefixes(model, config)
-        case PromptConfig():
-            added = _add_prompt(model, config)
+    added = _ADD[config.method](model, config, sites)
     model.added = {**added_to(model), **added}  # type: ignore[assignment]
 
 
@@ -169,7 +161,7 @@ def _add_bottlenecks(model: nn.Module, config: AdapterConfig, sites: list[Site])
     return added
 
 
-def _add_prefixes(model: Any, config: PrefixConfig) -> dict[str, Initializer]:
+def _add_prefixes(model: Any, config: PrefixConfig, _: list[Site]) -> dict[str, Initializer]:
     added: dict[str, Initializer] = {}
     for name, attention in _self_attentions(model, config.method).items():
         heads = attention.num_heads // attention.queries_per_kv
@@ -180,7 +172,7 @@ def _add_prefixes(model: Any, config: PrefixConfig) -> dict[str, Initializer]:
     return added
 
 
-def _add_prompt(model: Any, config: PromptConfig) -> dict[str, Initializer]:
+def _add_prompt(model: Any, config: PromptConfig, _: list[Site]) -> dict[str, Initializer]:
     _self_attentions(model, config.method)
     prompt = SoftPrompt(config.length, model.config.hidden_size)
     model.embedding = PromptedEmbedding(model.embedding, prompt)
@@ -198,3 +190,12 @@ def _self_attentions(model: nn.Module, method: str) -> dict[str, Attention]:
             Problem("method", got, "lora, adapter, full", "virtual tokens are for decoders and encoders")
         )
     return found
+
+
+_ADD: Mapping[str, Callable[[nn.Module, Any, list[Site]], dict[str, Initializer]]] = {
+    LORA: _add_products,
+    ADAPTER: _add_bottlenecks,
+    PREFIX: _add_prefixes,
+    PROMPT: _add_prompt,
+}
+"""Method → what adds its modules to a model and returns their initial values by name."""

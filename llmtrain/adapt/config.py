@@ -14,10 +14,16 @@ from llmtrain.nn.sharding import Table
 class Addition:
     """Base of the configs."""
 
+    method: str
     fits_into_matrices: ClassVar = False
     """Whether what it adds can be summed into matrices of the model."""
     is_in_rows: ClassVar = False
     """Whether its virtual tokens are tokens of the rows, beside those of the text."""
+
+    @property
+    def usual(self) -> Addition:
+        """Return the config with the default of each key."""
+        return type(self)()
 
     @property
     def sharding(self) -> Table:

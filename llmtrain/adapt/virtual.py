@@ -173,8 +173,8 @@ def _lengthened(arguments: dict[str, Any], length: int, task: Any) -> dict[str, 
     if (lengths_B := found.get("lengths_B")) is not None:
         found["lengths_B"] = lengths_B + length
     if (labels := found.get("labels_BT")) is not None:
-        if task is None or task.kind == "tags":
+        if task is None or task.labels_are == "tokens":
             found["labels_BT"] = F.pad(labels, (length, 0), value=IGNORE_INDEX)
-        elif task.kind == "span":
+        elif task.labels_are == "positions":
             found["labels_BT"] = torch.where(labels == IGNORE_INDEX, labels, labels + length)
     return found

@@ -144,7 +144,7 @@ def _open_fresh(config: OfData, section: Mapping[str, Any]) -> Opened:
     except ConfigError as error:
         where = [p if p.where.startswith("objective") else p.within("objective") for p in error.problems]
         raise ConfigError(where) from error
-    family = next(family for family in families().values() if family.kind in objective.teaches)
+    family = next(family for family in families().values() if objective.trains(family.kind))
     model = objective.fitted(family.config())
     problems = data_problems(objective, data)
     for problem in objective.length_problems(config.sequence_length, model):

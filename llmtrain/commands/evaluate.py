@@ -194,7 +194,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     batches: Iterator[MicroBatch] = batches_of(dataset, max_samples=config.max_samples)
     counter = None
     if isinstance(corpora, Corpora):
-        counter = TargetCounter(max(corpora.vocab_size, getattr(trained.config, "vocab_size", None) or 0))
+        counter = TargetCounter(max(corpora.vocab_size, trained.config.vocab_size or 0))
         batches = counter.watch(batches)
     model = trained.build_over(mesh, device)
     counted = mesh.contributes_loss
@@ -339,7 +339,7 @@ def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | 
         if ours != theirs:
             where, path = str(trained.source), trained.tokenizer_path
             problems.append(other_tokenizer(config.data, ours, theirs, where, path))
-    vocab_size = getattr(trained.config, "vocab_size", None)
+    vocab_size = trained.config.vocab_size
     if not problems and corpora is not None and vocab_size is not None:
         needed = corpora.vocab_size
         if needed > vocab_size:

@@ -47,7 +47,7 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     trained = model_of(load_trained(config.checkpoint), config.task)
     output = expand_home(config.output)
-    is_adapted = getattr(trained.config, "adaptation", None) is not None
+    is_adapted = trained.config.adaptation is not None
     if config.form == "peft":
         from llmtrain.interchange.peft import export_peft
 
@@ -69,7 +69,7 @@ def run(mapping: Mapping[str, Any]) -> None:
         overwrite=config.overwrite,
         origin=trained.origin,
         end_id=trained.own_end_id,
-        chat_template=getattr(trained.objective, "chat_template", None),
+        chat_template=trained.objective.chat_template,
     )
     # load_trained has printed their names.
     never = f"; {len(trained.fresh):,} of its parameters were never trained" if trained.fresh else ""

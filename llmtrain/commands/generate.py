@@ -92,12 +92,12 @@ def _generate(
     from llmtrain.generation.settings import resolved_for, text_ends
 
     family = family_of(trained.config)
-    if family.kind == "classifier":
+    if not family.reads_tokens:
         raise ConfigError(Problem("checkpoint", "a model of images", "a language model"))
     if trained.config.task is not None:
         got = f"a model with the head of a task ({trained.config.task.kind})"
         raise ConfigError(Problem("checkpoint", got, "a language model", "evaluate it, or give its trunk"))
-    if config.chat and family.kind != "decoder":
+    if config.chat and not family.continues_texts:
         raise ConfigError(Problem("chat", "true", f"false with model.family={trained.config.family}"))
     if family.filling is not None:
         from llmtrain.generation.blanks import fill_prompts
@@ -120,7 +120,7 @@ def _generate(
     else:
         ids, eos_id, show = _ways(trained, prompts)
     settings = resolved_for(trained, config.generate, max(map(len, ids), default=1))
-    if family.kind == "encoder_decoder":
+    if family.reads_sources:
         refuse_pipeline_of_answers(config.parallel)
         if config.prompt_file is None and config.prompt == ("",):
             remedy = "give prompt=… or prompt_file=…"
@@ -156,7 +156,7 @@ def _ways(
     trained: TrainedModel, prompts: Sequence[str]
 ) -> tuple[list[list[int]], int, Callable[[int, list[int]], str]]:
     """Return the ids of each prompt, the id that ends a text, and (prompt number, found ids) → text."""
-    if family_of(trained.config).kind == "encoder_decoder":
+    if family_of(trained.config).reads_sources:
         texts = Texts(trained)
         return (
             [texts.source(prompt) for prompt in prompts],
@@ -184,7 +184,7 @@ def _answers(
     from llmtrain.chat.source import PLAIN, template_of
 
     tokenizer = trained.tokenizer()
-    recorded = getattr(trained.objective, "chat_template", None)
+    recorded = trained.objective.chat_template
     try:
         template = template_of(tokenizer, None if recorded == PLAIN else recorded)
         with Renderer(template) as renderer:

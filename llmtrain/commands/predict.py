@@ -197,11 +197,9 @@ def refuse_without_weights(model: Any, data: TableDataConfig) -> None:
 
 def _data(config: PredictConfig, recorded: Mapping[str, Any] | None) -> TableDataConfig:
     """Return the section `data` for the input: that of the training data with what is given."""
-    if recorded is None or recorded.get("kind") != "table":
-        recorded = {}
-    section = {**recorded, "path": config.input, "train": None, "validation": None, "test": None}
-    section = {key: value for key, value in section.items() if key in TableDataConfig.__dataclass_fields__}
-    section |= {"format": config.format, "kind": "table"}
+    section = TableDataConfig.keys_of(recorded)
+    section |= {"path": config.input, "train": None, "validation": None, "test": None}
+    section |= {"format": config.format, "kind": TableDataConfig.kind}
     for name in ("text_field", "text_pair_field", "header"):
         if getattr(config, name) is not None:
             section[name] = getattr(config, name)

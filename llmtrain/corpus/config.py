@@ -57,6 +57,7 @@ class TokenDataConfig:
 
     has_text = True
     is_table = False
+    held_out_key: ClassVar[str] = "path"
 
     path: str | None = None
     """The corpus: a folder, http(s)://…, s3://… or another URL that fsspec supports; of a mixture, the folder
@@ -220,6 +221,19 @@ class OneSource:
     on_bad_shard: ClassVar[Literal["error", "skip"]] = "error"
     overlap: ClassVar[int] = 0
     curriculum: ClassVar[tuple[Stage, ...]] = ()
+    document_mask: ClassVar[bool] = False
+    held_out_key: str = "path"
+    """The key whose value says where the rows of the validation split are."""
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Return the name of each source → where it is."""
+        raise NotImplementedError
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the name of each part that has files of its own → where they are."""
+        return self.paths
 
     def shares_of(self, sizes: Mapping[str, int]) -> dict[str, float] | None:
         """Return each source's share of the samples where sizes decide it; None: `weights` does. sizes:

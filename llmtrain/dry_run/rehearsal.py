@@ -108,7 +108,7 @@ def _made_up(resolved: Resolved) -> tuple[Any, list[MicroBatch]]:
     """Return the objective, and micro-batches of random tokens, each row one document."""
     config, layout = resolved.config, resolved.layout
     B, W = layout.micro_size, config.batch.sequence_length + 1
-    words: int = getattr(config.model, "vocab_size", 0)
+    words = config.model.vocab_size or 0
     if (read := config.objective.data) != "tokens":
         has_rows = read in ("table", "tasks")
         got = f"objective={config.objective.kind} over {read}, whose rows cannot be made up"

@@ -56,7 +56,7 @@ class Solver:
 
     def solve(self, strength: float, start: Solution | None = None) -> Solution:
         """Return the solution for a strength. start: that of another strength, near which it may be."""
-        if self._head.kind == "values":
+        if self._head.loss == "squares":
             return self._ridge(strength)
         return self._logistic(strength, start)
 
@@ -72,10 +72,10 @@ class Solver:
     def _logistic(self, strength: float, start: Solution | None) -> Solution:
         """Minimize by L-BFGS in coordinates in which the Hessian at W = 0 is the identity, so that few
         iterations are needed however the vectors are correlated."""
-        outputs, kind = self._head.num_outputs, self._head.kind
+        outputs = self._head.num_outputs
         width = 1 if self._is_binary else outputs
         curvature = 0.25 if self._is_binary else (outputs - 1) / outputs**2
-        if kind == "labels":
+        if self._head.loss == "sigmoid":
             curvature = 0.25 / outputs
         factor_DD = self._cholesky(curvature, strength)
         eye_DD = torch.eye(len(factor_DD), dtype=factor_DD.dtype)
@@ -105,7 +105,7 @@ class Solver:
     @property
     def _is_binary(self) -> bool:
         """Return whether there are two classes: only the difference of their logits matters then."""
-        return self._head.kind == "classes" and self._head.num_outputs == 2
+        return self._head.loss == "softmax" and self._head.num_outputs == 2
 
     def _spread(self, columns: Tensor) -> Tensor:
         """Return the outputs (…, C) that the columns (…, K) stand for."""

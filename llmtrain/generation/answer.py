@@ -36,7 +36,7 @@ class Texts:
         # were trained on a table see what the tokenizer says.
         own_cls = self.tokenizer.special_ids.get("cls")
         self._first_ids = [] if own_cls is None or trained.sequence_length is not None else [own_cls]
-        if (first_ids := getattr(trained.objective, "first_ids", None)) is not None:
+        if (first_ids := trained.objective.first_ids) is not None:
             self._first_ids = list(first_ids)
 
     def source(self, text: str) -> list[int]:

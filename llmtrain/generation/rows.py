@@ -19,7 +19,7 @@ from llmtrain.models.registry import family_of
 def has_sources(model: nn.Module) -> bool:
     """Return whether prompts of the model are sources for an encoder, not texts for a decoder to continue."""
     config: Any = model.config
-    return family_of(config).kind == "encoder_decoder"
+    return family_of(config).reads_sources
 
 
 class Rows:
@@ -53,10 +53,10 @@ class Rows:
             self._longest = tokens_BT.shape[1] + max_new_tokens
             self._cache = model.new_cache(self._longest)  # type: ignore[operator]
             self.logits = self._forward(tokens_BT, last_only=True)
-        scaling = getattr(config, "rope_scaling", None)
-        self._context: int | None = None
-        if scaling is not None and scaling.kind == "longrope":
-            self._context, self._texts_RT = scaling.original_max_sequence_length, tokens_BT
+        scaling = config.rotary_scaling
+        self._context: int | None = None if scaling is None else scaling.changes_beyond
+        if self._context is not None:
+            self._texts_RT = tokens_BT
         self._penalty = repetition_penalty
         self._has_RV: Tensor | None = None
         if repetition_penalty != 1:

@@ -17,8 +17,7 @@ def text_ends(trained: TrainedModel, eos_id: int) -> tuple[int, ...]:
     said = () if trained.origin is None else end_ids(trained.origin.generation)
     if said and trained.own_end_id is None:
         return said
-    of_answers: tuple[int, ...] = getattr(trained.objective, "end_ids", ())
-    return tuple(dict.fromkeys((*said, eos_id, *of_answers)))
+    return tuple(dict.fromkeys((*said, eos_id, *trained.objective.end_ids)))
 
 
 def resolved_for(trained: TrainedModel, config: GenerateConfig, longest: int) -> GenerateConfig:
@@ -26,7 +25,7 @@ def resolved_for(trained: TrainedModel, config: GenerateConfig, longest: int) ->
     said = {} if trained.origin is None else trained.origin.generation
     if ignored := unsupported_settings(said):
         print_note(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
-    has_sources = family_of(trained.config).kind == "encoder_decoder"
+    has_sources = family_of(trained.config).reads_sources
     settings = config.resolved(has_sources=has_sources, folder_settings=said)
     if config.max_new_tokens is not None or not said:
         return settings

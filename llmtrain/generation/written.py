@@ -31,7 +31,7 @@ class Writer:
         """model: the trained one, built. Raise ConfigError for settings that it cannot follow."""
         self.model = model
         self._texts = Texts(trained)
-        target_length = getattr(trained.objective, "target_length", None) or trained.sequence_length
+        target_length = trained.objective.target_length or trained.sequence_length
         if config.max_new_tokens is None and target_length is not None:
             # As long as the targets that it was trained on.
             config = replace(config, max_new_tokens=target_length)

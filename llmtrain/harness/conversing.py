@@ -21,7 +21,7 @@ class Conversing:
     def __init__(self, trained: TrainedModel) -> None:
         """Raise DataError for a template that is invalid."""
         tokenizer = trained.tokenizer()
-        recorded = getattr(trained.objective, "chat_template", None)
+        recorded = trained.objective.chat_template
         try:
             template = template_of(tokenizer, None if recorded == PLAIN else recorded)
             self._renderer = Renderer(template)

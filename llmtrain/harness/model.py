@@ -77,7 +77,7 @@ class HarnessModel(TemplateLM):
         """Return a trained decoder. max_length: None: all that it reads. conversing: renders conversations,
         whose answers have ends of their own."""
         said = {} if trained.origin is None else trained.origin.generation
-        scaling = getattr(trained.config, "rope_scaling", None)
+        scaling = trained.config.rotary_scaling
         return cls(
             team,
             codec,
@@ -86,7 +86,7 @@ class HarnessModel(TemplateLM):
             [*text_ends(trained, codec.eos_id), *(() if conversing is None else conversing.end_ids)],
             None if conversing is None else conversing.render,
             # LongRoPE rotates the keys of a context by other factors where the whole is longer.
-            shares_contexts=scaling is None or scaling.kind != "longrope",
+            shares_contexts=scaling is None or scaling.changes_beyond is None,
         )
 
     @property

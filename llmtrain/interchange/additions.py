@@ -19,7 +19,7 @@ from llmtrain.standard_streams import print_note
 def without_additions(trained: TrainedModel) -> TrainedModel:
     """Return a model without what was added to it. Raise ConfigError if nothing was, or what is there now has
     values of its own, such as biases, in the place of the base's."""
-    if getattr(trained.config, "adaptation", None) is None:
+    if trained.config.adaptation is None:
         allowed = "true, or a model that was trained by lora, adapter, prefix or prompt"
         raise ConfigError(Problem("adapter", f"false, with {trained.source}", allowed))
     config = replace(trained.config, adaptation=None)  # type: ignore[type-var]

@@ -26,7 +26,7 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
     misfits = {
         name: form.misfits(config)
         for name, form in forms().items()
-        if isinstance(config, form.config) and form.part is None
+        if form.is_of(config) and form.part is None
     }
     fitting = [name for name, keys in misfits.items() if not keys]
     if fitting:

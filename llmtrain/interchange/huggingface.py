@@ -108,11 +108,10 @@ def tokenizer_of(config: Any, path: Path, chat_template: str | None) -> tuple[di
 
     Raise DataError for a tokenizer that does not fit the model."""
     tokenizer = read_tokenizer(path, config.vocab_size or 0)
-    longest = getattr(config, "max_sequence_length", None)
-    named = {role: getattr(config, f"{role}_id", None) for role in ("mask", "cls", "sep")}
-    model_ids = {role: i for role, i in named.items() if i is not None}
-    frame = None if getattr(config, "task", None) is None else frame_of(config, tokenizer)
-    contents = tokenizer_files(tokenizer, longest, str(path), model_ids, frame)
+    frame = None if config.task is None else frame_of(config, tokenizer)
+    contents = tokenizer_files(
+        tokenizer, config.max_sequence_length, str(path), config.special_token_ids, frame
+    )
     return special_ids(tokenizer), contents | chat_files(contents, tokenizer, chat_template)
 
 

@@ -19,7 +19,7 @@ def merged(trained: TrainedModel) -> TrainedModel:
 
     Raise ConfigError for bottlenecks, which no matrix can hold.
     """
-    adaptation = getattr(trained.config, "adaptation", None)
+    adaptation = trained.config.adaptation
     if adaptation is None:
         return replace(trained, base=None, left_out=frozenset())
     if not adaptation.fits_into_matrices:

@@ -68,7 +68,7 @@ def described_of(described: Described, task: str | None) -> Described:
 def _is_whole(config: ModelConfig, task: str | None) -> bool:
     """Return whether the model has one task. Raise ConfigError as `model_of` does."""
     heads = {} if config.task is None else config.task.by_name
-    names = [name for name, head in heads.items() if head.kind != "tokens"]
+    names = [name for name, head in heads.items() if not head.is_of_vocabulary]
     if not names:
         if task is not None:
             raise ConfigError(Problem("task", task, "null with a model of one task", "leave it out"))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmtrain import files
-from llmtrain.adapt.config import LoraConfig, PrefixConfig, PromptConfig
+from llmtrain.adapt.config import Addition
 from llmtrain.errors import CheckpointError, ConfigError, Problem
 from llmtrain.interchange import virtual_tokens
 from llmtrain.interchange.forms import form_of
@@ -42,12 +42,12 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
     Raise ConfigError for an addition that PEFT has no form for, and for matrices that transformers has in
     another; CheckpointError for an output that holds something else or is not writable.
     """
-    adaptation = getattr(trained.config, "adaptation", None)
+    adaptation: Addition | None = trained.config.adaptation
     _refuse_what_peft_lacks(trained)
-    if isinstance(adaptation, PrefixConfig | PromptConfig) and trained.config.task is None:
+    if adaptation is not None and adaptation.virtual_tokens and trained.config.task is None:
         _export_virtual(trained, adaptation, output.absolute(), overwrite)
         return
-    if not isinstance(adaptation, LoraConfig):
+    if adaptation is None or not adaptation.fits_into_matrices:
         method = "another method" if adaptation is None else f"method={adaptation.method}"
         got = f"peft, with {trained.source}, trained by {method}"
         allowed = "PEFT has a form for LoRA, and for prefixes and prompts of language models"
@@ -87,7 +87,7 @@ def export_peft(trained: TrainedModel, output: Path, *, overwrite: bool = False)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = product.b / scale[name]
     contents: dict[str, Any] = {}
     if vocabulary and trained.tokenizer_path is not None:
-        template = getattr(trained.objective, "chat_template", None)
+        template = trained.objective.chat_template
         _, contents = tokenizer_of(trained.config, trained.tokenizer_path, template)
     _write(output.absolute(), settings, tensors, overwrite, contents)
     if vocabulary:
@@ -110,9 +110,7 @@ def _refuse_what_peft_lacks(trained: TrainedModel) -> None:
         raise ConfigError(Problem("form", got, "merged"))
 
 
-def _export_virtual(
-    trained: TrainedModel, config: PrefixConfig | PromptConfig, output: Path, overwrite: bool
-) -> None:
+def _export_virtual(trained: TrainedModel, config: Addition, output: Path, overwrite: bool) -> None:
     model = skeleton_of(trained.config)
     settings = {
         **virtual_tokens.settings(config, model),
@@ -126,7 +124,7 @@ def _export_virtual(
 
 def _settings(
     trained: TrainedModel,
-    lora: LoraConfig,
+    lora: Any,
     added: Mapping[str, Product],
     names: list[str],
     heads: list[str],

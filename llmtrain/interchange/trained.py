@@ -77,7 +77,7 @@ class TrainedModel:
         if objective is None:
             return self
         kind, head = family_of(self.config).kind, "the head of a task" if self.config.task else "no such head"
-        if kind not in objective.teaches:
+        if not objective.trains(kind):
             got = f"{objective.kind} with a model of kind {kind}"
             raise ConfigError(Problem("objective", got, f"a model of kind {' or '.join(objective.teaches)}"))
         if objective.has_task_head != (self.config.task is not None):
@@ -125,7 +125,7 @@ class TrainedModel:
         """The id that ends the texts that it was trained on here; None where it was not."""
         if self.sequence_length is None or self.tokenizer_path is None:
             return None
-        of_answers: tuple[int, ...] = getattr(self.objective, "end_ids", ())
+        of_answers = self.objective.end_ids
         return of_answers[0] if of_answers else self.tokenizer().eos_id
 
     def tokenizer(self) -> Tokenizer:

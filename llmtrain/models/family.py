@@ -88,6 +88,21 @@ class Family:
         return str(self.config.__dataclass_fields__["family"].default)  # type: ignore[attr-defined]
 
     @property
+    def reads_tokens(self) -> bool:
+        """Return whether its models read tokens of a vocabulary."""
+        return self.kind not in ("classifier", "generator")
+
+    @property
+    def continues_texts(self) -> bool:
+        """Return whether its models predict each next token of a text."""
+        return self.kind == "decoder"
+
+    @property
+    def reads_sources(self) -> bool:
+        """Return whether its models read a source and write a target."""
+        return self.kind == "encoder_decoder"
+
+    @property
     def axes(self) -> frozenset[str]:
         """Return the axes besides data that the model can be divided along."""
         has = {

@@ -19,7 +19,7 @@ def skeleton_of(model: ModelConfig) -> nn.Module:
 
     with on_meta():
         skeleton = family_of(model).build(model)
-        adaptation = getattr(model, "adaptation", None)
+        adaptation = model.adaptation
         if adaptation is not None:
             from llmtrain.adapt.apply import adapt
 
@@ -31,7 +31,7 @@ def sharding_of(model: ModelConfig) -> Table:
     """Return how tensor parallelism divides the model, whose family can be divided."""
     table = family_of(model).sharding
     assert table is not None
-    adaptation = getattr(model, "adaptation", None)
+    adaptation = model.adaptation
     added: Table = {} if adaptation is None else adaptation.sharding
     return {**table(model), **added}
 
@@ -39,5 +39,5 @@ def sharding_of(model: ModelConfig) -> Table:
 def of_vocabulary(model: ModelConfig, skeleton: nn.Module) -> list[str]:
     """Return the names of the parameters with a row for each token: of the embedding, and of a head that is
     not tied to it."""
-    size = getattr(model, "vocab_size", None)
+    size = model.vocab_size
     return [name for name, p in skeleton.named_parameters() if p.ndim and len(p) == size]

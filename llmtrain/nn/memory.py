@@ -81,6 +81,9 @@ class Activations(NamedTuple):
 class ModelMemory(ABC, Generic[AnyConfig]):
     """Memory of one rank for one micro-batch; each family has a subclass."""
 
+    causal: ClassVar[bool] = False
+    """Whether a token sees only those before it."""
+
     model: AnyConfig
     row: Row
     numbers: Numbers
@@ -99,6 +102,10 @@ class ModelMemory(ABC, Generic[AnyConfig]):
     def low_precision_copies(self, steps: range) -> int:
         """Return `copied_weights`, or 0 on a processor without bf16, which rounds weights at each product."""
         return self.copied_weights(steps) if self.conditions.has_bf16 else 0
+
+    def attention_kernel(self) -> Kernel | None:
+        """Return the kernel of the first layer's self-attention; None: it is not known."""
+        return None
 
     def between_layers(self) -> int:
         """Return the elements that one layer passes to the next."""
@@ -358,8 +365,6 @@ AnyLayers = TypeVar("AnyLayers", bound=OfLayers)
 class LayersMemory(VocabularyMemory[AnyLayers]):
     """A stack of layers over one sequence, with a language-model head."""
 
-    causal: ClassVar[bool] = False
-
     @property
     def tokens(self) -> int:
         """Return the tokens of a micro-batch on this rank."""
@@ -372,7 +377,6 @@ class LayersMemory(VocabularyMemory[AnyLayers]):
         return Activations(self.tokens * kept, self.tokens * working)
 
     def attention_kernel(self) -> Kernel:
-        """Return the kernel of the first layer's self-attention."""
         layers = self.model.blocks
         token = TransformerToken(layers, self.numbers, self.layout, self.conditions, self.causal)
         return token.kernel(layers.window_of(0))

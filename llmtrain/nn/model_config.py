@@ -6,7 +6,7 @@ Dim names: V vocabulary, D hidden_size, L num_layers, T sequence length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config import Kinds, require
@@ -15,6 +15,7 @@ from llmtrain.nn.task_config import TaskHeadConfig
 
 if TYPE_CHECKING:
     from llmtrain.nn.layer_config import LayerConfig
+    from llmtrain.nn.rope_config import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class ModelConfig(Kinds):
     """The head of a fine-tuning task, in place of the model's own; set by the objective."""
     max_sequence_length: int | None = None
     """Maximum sequence length, in tokens; None: no limit."""
+    vocab_size: int | None = None
+    """Number of tokens of its vocabulary; None: it has none, or its size is not known yet."""
+    adaptation: Any = None
+    """The Addition (adapt/config.py) that fine-tuning made to the model; None: none."""
+
+    @property
+    def can_be_adapted(self) -> bool:
+        """Return whether `adaptation` is a key of the config."""
+        return any(each.name == "adaptation" for each in fields(self))  # type: ignore[arg-type]
 
     @property
     def has_vocabulary(self) -> bool:
@@ -58,10 +68,9 @@ class ModelConfig(Kinds):
     @property
     def longest_row(self) -> int | None:
         """Return the maximum number of tokens of a row, without virtual ones before them; None: no limit."""
-        adaptation: Any = getattr(self, "adaptation", None)
-        if self.max_sequence_length is None or adaptation is None:
+        if self.max_sequence_length is None or self.adaptation is None:
             return self.max_sequence_length
-        return self.max_sequence_length - int(adaptation.virtual_tokens)
+        return self.max_sequence_length - int(self.adaptation.virtual_tokens)
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each invalid value."""
@@ -72,6 +81,41 @@ class ModelConfig(Kinds):
         """Return the config of its layers, where each step but the first and the last is attention and an
         MLP; None: plans know the model's FLOPs alone."""
         return None
+
+    @property
+    def rotary_scaling(self) -> RopeScaling | None:
+        """Return how its layers scale rotary positions; None: they do not."""
+        return None if self.blocks is None else self.blocks.rope_scaling
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Return role → id of the special tokens that the config names."""
+        return {}
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Return size and channels of the images that it classifies; None: it classifies none."""
+        return None
+
+    @property
+    def state_width(self) -> int:
+        """Return the width of the hidden states; 1 where they are not vectors of one width."""
+        return 1
+
+    @property
+    def output_width(self) -> int:
+        """Return the width of the hidden states that a head reads."""
+        return self.state_width
+
+    @property
+    def embedding_width(self) -> int | None:
+        """Return the width of the token embedding; None: it has none."""
+        return None
+
+    @property
+    def embedding_key(self) -> str:
+        """Return the key that sets the width of the token embedding."""
+        return "hidden_size"
 
     @property
     def carries_states(self) -> bool:
@@ -95,6 +139,10 @@ class ModelConfig(Kinds):
     def step_parameter_counts(self, tensor: int = 1) -> list[int]:
         """Return the parameters of each step on one of `tensor` ranks that divide matrices and vocabulary."""
         raise NotImplementedError
+
+    def head_matrix_count(self, tensor: int = 1) -> int:
+        """Return the weights of a head over tokens or texts on one of `tensor` ranks; 0: it has none."""
+        return 0
 
     def repeated_count(self, steps: range, tensor: int = 1) -> int:
         """Return the parameters that several of `steps` share, counted once for each step but the first."""
@@ -126,7 +174,6 @@ class ModelConfig(Kinds):
 class OfVocabulary(ModelConfig):
     """Base of configs with a vocabulary, whose size may not be known yet."""
 
-    vocab_size: int | None
     hidden_size: int
     tie_embeddings: bool
 
@@ -153,13 +200,11 @@ class OfVocabulary(ModelConfig):
         yield from require(size is None or size >= 2, "vocab_size", size, "2 or more, or null")
 
     @property
-    def embedding_width(self) -> int:
-        """Return the width of the token embedding."""
+    def state_width(self) -> int:
         return self.hidden_size
 
     @property
-    def output_width(self) -> int:
-        """Return the width of the hidden states that a head reads."""
+    def embedding_width(self) -> int:
         return self.hidden_size
 
     def head_matrix_count(self, tensor: int = 1) -> int:

@@ -47,6 +47,12 @@ class RopeScaling:
         """Return whether a token's angle depends on the length of its text, not only on its position."""
         return self.kind in ("dynamic", "longrope")
 
+    @property
+    def changes_beyond(self) -> int | None:
+        """Return the length of a text, in tokens, beyond which the angles of all its tokens are others; None:
+        they never are."""
+        return self.original_max_sequence_length if self.kind == "longrope" else None
+
     def problems(self) -> Iterator[Problem]:
         yield from require(self.factor >= 1, "factor", self.factor, "1 or more")
         longest = self.original_max_sequence_length

@@ -51,6 +51,22 @@ class TaskHeadConfig:
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
     @property
+    def is_of_vocabulary(self) -> bool:
+        """Return whether it is the head of the language model, as one of several."""
+        return self.kind == "tokens"
+
+    @property
+    def loss(self) -> Literal["softmax", "sigmoid", "squares"]:
+        """Return the loss of its outputs: cross-entropy over all classes, or of each label by itself, or the
+        squared error."""
+        return {"labels": "sigmoid", "values": "squares"}.get(self.kind, "softmax")  # type: ignore[return-value]
+
+    @property
+    def labels_are(self) -> Literal["tokens", "positions", "texts"]:
+        """Return what its labels are of: one of each token, positions of tokens, or of a whole text."""
+        return {"tags": "tokens", "span": "positions"}.get(self.kind, "texts")  # type: ignore[return-value]
+
+    @property
     def num_outputs(self) -> int:
         """Return the number of outputs. Raise ValueError if it is not known yet."""
         if self.outputs is None:
@@ -100,7 +116,7 @@ class TaskHeadConfig:
         return self.matrix_count(hidden_size) + biases
 
 
-def variance_share(kind: str) -> float:
+def variance_share(head: TaskHeadConfig) -> float:
     """Return the factor of a loss over its variance: 1/2 of squared errors (Kendall et al., arXiv:1705.07115,
     equations 7 and 10)."""
-    return 0.5 if kind == "values" else 1.0
+    return 0.5 if head.loss == "squares" else 1.0

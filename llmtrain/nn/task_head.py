@@ -171,7 +171,7 @@ class SeveralHeads(TaskHead):
         weighed_K = losses_K
         if self.uncertainty is not None:
             s_K = self.uncertainty()
-            shares_K = losses_K.new_tensor([variance_share(head.kind) for head in self.config.heads])
+            shares_K = losses_K.new_tensor([variance_share(head) for head in self.config.heads])
             weighed_K = shares_K * torch.exp(-s_K) * losses_K + labels.counts * s_K / 2
         return torch.cat([(labels.factors * weighed_K).sum()[None], losses_K])
 

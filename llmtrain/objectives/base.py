@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import numpy as np
 
-from llmtrain.config import Kinds, show
+from llmtrain.config import Kinds, kinds_of, show
 from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.errors import ConfigError, Problem, nearest
@@ -100,16 +100,32 @@ class ObjectiveConfig(Kinds):
     fills_gaps: ClassVar[bool] = False
     """Whether the model learns to write the contents of masked spans, each after its own sentinel."""
 
+    packs_texts: ClassVar[bool] = False
+    """Whether a row holds several texts."""
+    new_tokens: tuple[str, ...] = ()
+    """Special tokens that the tokenizer needs besides its own."""
+    chat_template: str | None = None
+    """The template that its conversations were rendered by."""
+    end_ids: tuple[int, ...] = ()
+    """Ids any of which ends an answer."""
+    first_ids: tuple[int, ...] | None = None
+    """Ids before each source; None: it does not say."""
+    target_length: int | None = None
+    """Most tokens of a target; None: as many as of a source."""
+
     @classmethod
     def form_of(cls, section: Mapping[str, Any]) -> type:
         """Return the config class of a section by its `kind`. Raise ConfigError if it is none below this."""
-        from llmtrain.objectives.registry import OBJECTIVES
-
-        kinds = {name: config for name, config in OBJECTIVES.items() if issubclass(config, cls)}
+        kinds: dict[str, type] = {config.kind: config for config in kinds_of(cls)}  # type: ignore[attr-defined]
         kind = section.get("kind")
         if not isinstance(kind, str) or kind not in kinds:
             raise ConfigError(Problem("kind", show(kind), nearest(str(kind), list(kinds))))
         return kinds[kind]
+
+    @classmethod
+    def trains(cls, kind: str) -> bool:
+        """Return whether the objective can train a model of this kind."""
+        return kind in cls.teaches
 
     @classmethod
     def reads(cls, data: str) -> bool:

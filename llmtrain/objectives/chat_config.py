@@ -14,6 +14,7 @@ from llmtrain.errors import DataError, Problem
 from llmtrain.files import expand_home
 from llmtrain.objectives.base import ObjectiveConfig, SpecialIds
 from llmtrain.objectives.conversations import ASSISTANT, Conversation
+from llmtrain.objectives.unlabelled import Unlabelled
 from llmtrain.reading import read_bytes
 from llmtrain.standard_streams import print_note
 
@@ -28,7 +29,7 @@ SPANS_VERSION = 1
 """Of what is found to be trained: tables of another version are made anew."""
 
 
-class ChatConfig(ObjectiveConfig):
+class ChatConfig(Unlabelled, ObjectiveConfig):
     """Base of the configs of objectives over conversations, which also read the rows of their tables
     (TaskReader)."""
 
@@ -161,17 +162,6 @@ class ChatConfig(ObjectiveConfig):
         if left_out:
             print_note(f"note: the chat template leaves out the system message of {left_out:,} rows")
         return found
-
-    def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
-        if not labels:
-            raise ValueError("no row to train on", "rows of the training split")
-        return ()
-
-    def encode_labels(self, labels: Sequence[Any], names: Sequence[str]) -> dict[str, Column]:
-        return {}
-
-    def count_labels(self, labels: Sequence[Any]) -> Mapping[str, int]:
-        return {}
 
 
 def columns_of(found: Sequence[Encoded], prefix: str = "") -> dict[str, Column]:

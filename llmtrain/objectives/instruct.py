@@ -61,6 +61,10 @@ class InstructConfig(ChatConfig):
     """Ids that end an answer."""
 
     @property
+    def packs_texts(self) -> bool:  # type: ignore[override]
+        return self.packing
+
+    @property
     def divides_sequences(self) -> bool:  # type: ignore[override]
         """Rows are as wide as the longest of a batch unless they are packed."""
         return self.packing

@@ -44,7 +44,7 @@ class MultiTask:
         """weights: the factor of each task's loss."""
         self.head: TaskHeadConfig = model.task
         self._tasks, self._weights = tasks, np.array(weights, np.float64)
-        self._shares = [variance_share(head.kind) for head in self.head.heads]
+        self._shares = [variance_share(head) for head in self.head.heads]
         self._labelled = {name: task for name, task in tasks.items() if isinstance(task, Task)}
         self._labels = next(iter(self._labelled.values())).labels_argument
 

@@ -18,6 +18,7 @@ from llmtrain.files import expand_home
 from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.objectives.fields import text_of
 from llmtrain.objectives.seq2seq import Examples, Seq2Seq, SourceTargetConfig, Widths
+from llmtrain.objectives.unlabelled import Unlabelled
 from llmtrain.tables.config import TableDataConfig
 from llmtrain.tables.records import field_of
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PairedTextConfig(SourceTargetConfig):
+class PairedTextConfig(Unlabelled, SourceTargetConfig):
     """Predict targets from sources: of a corpus of paired texts, or of a table. It also reads the rows of its
     table (TaskReader)."""
 
@@ -155,18 +156,7 @@ class PairedTextConfig(SourceTargetConfig):
             "references": Ragged.of_texts([json.dumps(targets) for _, targets in contents]),
         }
 
-    def label_names(self, labels: Sequence[Any]) -> tuple[str, ...]:
-        if not labels:
-            raise ValueError("no row to train on", "rows of the training split")
-        return ()
-
-    def encode_labels(self, labels: Sequence[Any], names: Sequence[str]) -> dict[str, Column]:
-        return {}
-
     def blank_labels(self, contents: Sequence[Any]) -> dict[str, Column]:
-        return {}
-
-    def count_labels(self, labels: Sequence[Any]) -> Mapping[str, int]:
         return {}
 
 

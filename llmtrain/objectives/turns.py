@@ -43,6 +43,17 @@ class Classifies(Protocol):
 
 
 @runtime_checkable
+class HasFeatures(Protocol):
+    """A classifier that says what its last layer reads."""
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return the features of images, (B, F)."""
+
+    def logits(self, features_BF: Tensor) -> Tensor:
+        """Return the logits of the classes, (B, C)."""
+
+
+@runtime_checkable
 class DrawsSamples(Protocol):
     """An objective whose model makes images."""
 

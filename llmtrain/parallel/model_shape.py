@@ -22,7 +22,7 @@ def shape_of(model: ModelConfig) -> ModelShape:
             has_statistics=has_statistics,
         )
     config: Any = model
-    scaling = getattr(config.blocks, "rope_scaling", None)
+    scaling = model.rotary_scaling
     return ModelShape(
         model.family,
         family.axes,

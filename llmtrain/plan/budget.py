@@ -25,7 +25,7 @@ class Budgeted:
 
     device_hours: float
     flops: float
-    """Of the model: what the devices do in that time at the plan's utilization."""
+    """FLOPs of the model that the devices compute in that time at the plan's utilization."""
     parameters: float
     tokens: float
     loss: float
@@ -43,7 +43,7 @@ def loss(budget: BudgetConfig, parameters: float, tokens: float) -> float:
 
 
 def optimum(budget: BudgetConfig, flops: float) -> tuple[float, float]:
-    """Return the parameters and tokens of least loss for so many FLOPs."""
+    """Return the numbers of parameters and tokens with the least loss for this many FLOPs."""
     both = budget.size_exponent + budget.token_exponent
     ratio = (budget.size_exponent * budget.size_factor) / (budget.token_exponent * budget.token_factor)
     product = flops / FLOPS
@@ -95,13 +95,13 @@ def _beside_the_law(plan: Plan) -> str | None:
     """Return what about a plan the law does not describe; None if it describes it."""
     if plan.unit != "token":
         return f"a model of {plan.unit}s"
-    if getattr(plan.model, "task", None) is not None or plan.objective.data != "tokens":
-        return f"objective={getattr(plan.objective, 'kind', plan.objective.data)}"
+    if plan.model.task is not None or plan.objective.data != "tokens":
+        return f"objective={plan.objective.kind}"
     return None if plan.trainable is None else "frozen parameters"
 
 
 def lines(found: Budgeted, plan: Plan) -> list[str]:
-    """Return what a budget buys as lines."""
+    """Return lines that tell what a budget buys."""
     assert plan.time is not None
     of_run = found.steps * plan.time.seconds
     return [

@@ -62,9 +62,16 @@ class _Transfer(Protocol):
     def weight_copies(self) -> int: ...
 
 
+class _Documents(Protocol):
+    @property
+    def document_mask(self) -> bool: ...
+
+
 class Workload(Protocol):
     """The part of an objective's config that the estimate reads."""
 
+    @property
+    def kind(self) -> str: ...
     @property
     def data(self) -> str: ...
     def row(self, sequence_length: int) -> Row: ...
@@ -86,7 +93,7 @@ class RunSettings(Protocol):
     @property
     def train(self) -> _Steps: ...
     @property
-    def data(self) -> object: ...
+    def data(self) -> _Documents: ...
     @property
     def recompute(self) -> RecomputeConfig: ...
     @property
@@ -267,7 +274,6 @@ def estimate(
         )
     cluster = settings.cluster
     device = cluster.device or launcher.likely_device(settings.device)
-    document_mask = bool(getattr(settings.data, "document_mask", False))
     return Plan(
         model=model,
         objective=settings.objective,
@@ -277,7 +283,7 @@ def estimate(
         cluster=cluster,
         conditions=Conditions(
             device,
-            document_mask,
+            settings.data.document_mask,
             settings.exact_dropout,
             settings.recompute,
             has_bf16=device != "cpu" or machine.has_bf16(),

@@ -1,9 +1,10 @@
-"""The time of a plan's step: what the time model of `times/` needs of a plan, and what a run does besides."""
+"""The time of a plan's step: the inputs of the time model of `times/`, and what a run does beyond
+computing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtrain.nn.memory import Numbers
 from llmtrain.nn.recompute_config import RecomputeConfig
@@ -74,9 +75,10 @@ def _kernel(plan: Plan, layout: Layout, residual: int) -> str:
     if plan.assume.attention != "auto":
         return plan.assume.attention
     numbers = Numbers(4 if plan.precision == "fp32" else 2, residual)
-    memory: Any = model_memory(plan.model, plan.row, numbers, layout, plan.conditions)
-    choose = getattr(memory, "attention_kernel", None)
-    kernel = "all_scores" if choose is None else choose()
+    memory = model_memory(plan.model, plan.row, numbers, layout, plan.conditions)
+    kernel = None if memory is None else memory.attention_kernel()
+    if kernel is None:
+        return "all_scores"
     return "flash" if kernel in FLASH else str(kernel)
 
 

@@ -73,6 +73,10 @@ class TaskReader(Protocol):
         """Names of the labels that were given, in order; empty: those of the rows to train on."""
 
     @property
+    def new_tokens(self) -> tuple[str, ...]:
+        """Special tokens that the tokenizer needs besides its own."""
+
+    @property
     def paired(self) -> str:
         """Return "needed" if rows are pairs of a source and a target."""
 

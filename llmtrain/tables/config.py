@@ -55,6 +55,10 @@ class FilesOfSplits(OneSource):
         """Return "", the name of the single source, → where its rows are."""
         return {"": ", ".join(self.files.values())}
 
+    @property
+    def held_out_key(self) -> str:  # type: ignore[override]
+        return "path" if self.validation is None else "validation"
+
     @staticmethod
     def relocated(section: Mapping[str, Any], locate: Locate) -> dict[str, Any]:
         """Return the present locations of the files that the section of a run names."""
@@ -128,6 +132,13 @@ class TableDataConfig(FilesOfSplits):
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
     cache: TableCacheConfig = field(default_factory=TableCacheConfig)
     """The cache of tokens and labels."""
+
+    @classmethod
+    def keys_of(cls, section: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the keys of a section that a run recorded; none of a section of another kind."""
+        if section is None or section.get("kind") != cls.kind:
+            return {}
+        return {key: value for key, value in section.items() if key in cls.__dataclass_fields__}
 
     def order_settings(self, sequence_length: int) -> dict[str, Any]:
         """Return the settings that determine the rows and their order."""

@@ -172,7 +172,7 @@ def open_table(data: TableDataConfig, task: TaskReader, tokenizer: Path | None) 
         raise DataError(Problem("data.tokenizer", "null", allowed, "give data.tokenizer=…, or model.path=…"))
     path = find_tokenizer(given) or given if given.is_dir() else given
     loaded, grown_from = load_tokenizer(path), None
-    if new_tokens := tuple(getattr(task, "new_tokens", ())):
+    if new_tokens := task.new_tokens:
         grown_from = loaded.sha256
         loaded = loaded.with_tokens(new_tokens)
     if path.read_bytes() != loaded.content:

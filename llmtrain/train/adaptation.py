@@ -32,7 +32,7 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
     not merged.
     """
     wanted, held = _wanted(config), adaptation_of(config.model)
-    if held is not None and wanted == type(held)():
+    if held is not None and wanted == held.usual:
         wanted = held  # settings that nobody changed are those of the folder
     if held is not None and held != wanted:
         got = f"{config.method} with {_described(held)} in the model of model.path"
@@ -42,7 +42,7 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
         return config
     model = config.model
     if wanted is not None:
-        if all(field.name != "adaptation" for field in fields(model)):  # type: ignore[arg-type]
+        if not model.can_be_adapted:
             got = f"{config.method} with model.family={model.family}"
             raise ConfigError(Problem("method", got, "full", "that family cannot be adapted"))
         model = replace(model, adaptation=wanted)  # type: ignore[type-var]
@@ -56,7 +56,7 @@ def with_adaptation(config: TrainConfig) -> TrainConfig:
         if not trained:
             got = f"{BITFIT} with model.family={model.family}, this model of which has no biases"
             raise ConfigError(Problem("method", got, "lora"))
-    if getattr(config.objective, "new_tokens", ()):
+    if config.objective.new_tokens:
         # Their rows have learned nothing yet.
         trained |= set(of_vocabulary(model, skeleton))
     if model.task is not None:
@@ -74,7 +74,7 @@ def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
     if config.objective.data != "table":
         got = f"{config.objective.kind} with method={wanted.method}, whose rows hold several documents"
         yield Problem("objective", got, "a task over a table", "the virtual tokens belong to one text")
-    if getattr(config.objective, "packing", False):
+    if config.objective.packs_texts:
         got = f"true with method={wanted.method}, whose virtual tokens belong to one text"
         yield Problem("objective.packing", got, "false")
     positions, longest = config.model.max_sequence_length, config.batch.sequence_length
@@ -91,7 +91,7 @@ def adaptation_problems(config: TrainConfig) -> Iterator[Problem]:
 
 def adaptation_of(model: ModelConfig) -> Adaptation | None:
     """Return what was added to the model."""
-    found: Adaptation | None = getattr(model, "adaptation", None)
+    found: Adaptation | None = model.adaptation
     return found
 
 

@@ -65,12 +65,12 @@ class StepsConfig:
     """fnmatch patterns of the names of parameters that are not trained, such as `blocks.*`. Under ZeRO in
     bf16 or fp16 they are held and saved in that type."""
     on_spike: OnSpike | None = None
-    """What is done about a step whose loss or gradient norm is not finite, or far above those before. skip:
+    """Action on a step whose loss or gradient norm is not finite, or far above those before. skip:
     the step is left out; rollback: so it is, but after several in a row the run goes back to the last
     checkpoint before them and leaves out the samples since; stop: the run stops before it. null: it stops
     where they are not finite."""
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
-    """Which steps those are."""
+    """Which steps count as such."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.steps >= 1, "steps", self.steps, "1 or more")
@@ -197,7 +197,7 @@ class TrainConfig:
             f"shorten it or set model.max_sequence_length={self.batch.sequence_length}",
         )
         kind = family_of(self.model).kind
-        if kind in self.objective.teaches:
+        if self.objective.trains(kind):
             if self.objective.takes_turns:
                 allowed = f"with objective={self.objective.kind}, whose parts take turns"
                 is_local = self.engine != "deepspeed" and self.parallel.zero == 0
@@ -209,7 +209,7 @@ class TrainConfig:
                 yield from (problem.within("model") for problem in self.model.token_head_problems())
             return
         got = f"{self.objective.kind} with model.family={self.model.family}"
-        allowed = ", ".join(name for name, config in OBJECTIVES.items() if kind in config.teaches)
+        allowed = ", ".join(name for name, config in OBJECTIVES.items() if config.trains(kind))
         remedy = f"choose another objective=…, or a model of kind {' or '.join(self.objective.teaches)}"
         yield Problem("objective", got, allowed, remedy)
 

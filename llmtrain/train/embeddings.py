@@ -50,7 +50,7 @@ def embedding_problems(config: TrainConfig, is_pretrained: bool) -> Iterator[Pro
 
 
 def _width_problems(model: ModelConfig, path: Path) -> Iterator[Problem]:
-    width = getattr(model, "embedding_width", None)
+    width = model.embedding_width
     if width is None:
         yield Problem(
             "embeddings.path", f"{path} with model.family={model.family}", "null: it reads no words"
@@ -58,10 +58,12 @@ def _width_problems(model: ModelConfig, path: Path) -> Iterator[Problem]:
         return
     dimensions = vectors_of(path).matrix.shape[1]
     if dimensions != width:
-        key = "embedding_size" if hasattr(model, "embedding_size") else "hidden_size"
         got = f"{path}, vectors of {dimensions} numbers"
         yield Problem(
-            "embeddings.path", got, f"{width}, the width of the embedding", f"set model.{key}={dimensions}"
+            "embeddings.path",
+            got,
+            f"{width}, the width of the embedding",
+            f"set model.{model.embedding_key}={dimensions}",
         )
 
 
@@ -70,7 +72,7 @@ def tokenizer_of_words(config: TrainConfig) -> Path | None:
     the tokenizer comes from elsewhere."""
     path = config.embeddings.path
     data: Any = config.data
-    if path is None or not data.is_table or getattr(data, "tokenizer", None) is not None:
+    if path is None or not data.is_table or data.tokenizer is not None:
         return None
     from llmtrain.tokenizers.words import word_tokenizer
 
@@ -85,8 +87,7 @@ def tokenizer_of_words(config: TrainConfig) -> Path | None:
 
 
 def with_frozen_embedding(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with the embedding among what train.freeze names, where embeddings.freeze says
-    so."""
+    """Return the configuration with the embedding added to train.freeze, if embeddings.freeze is true."""
     if not config.embeddings.freeze or EMBEDDING in config.train.freeze:
         return config
     return replace(config, train=replace(config.train, freeze=(*config.train.freeze, EMBEDDING)))

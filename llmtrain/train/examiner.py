@@ -12,7 +12,7 @@ from llmtrain.config import decode
 from llmtrain.data.config import data_config_type
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.interchange.trained import describe, load_trained
-from llmtrain.objectives.turns import Classifies
+from llmtrain.objectives.turns import Classifies, HasFeatures
 
 KEY = "objective.classifier"
 
@@ -27,14 +27,14 @@ def give_classifier(objective: Any, model: Any, device: torch.device) -> None:
     path = Path(objective.classifier)
     described, trained = describe(path), load_trained(path)
     theirs: Any = described.config
-    if not hasattr(theirs, "num_classes") or not hasattr(theirs, "image_size"):
+    if theirs.image_shape is None:
         raise ConfigError(Problem(KEY, f"a model of family {theirs.family}", "a classifier of images"))
-    sizes = [(each.image_size, each.channels) for each in (theirs, model)]
+    sizes = [theirs.image_shape, (model.image_size, model.channels)]
     if sizes[0] != sizes[1]:
         got, allowed = (f"images of {size}×{size} with {channels} channels" for size, channels in sizes)
         raise ConfigError(Problem(KEY, got, allowed, "train one on images of this size"))
-    classifier: Any = trained.build(device)
-    if not hasattr(classifier, "features"):
+    classifier = trained.build(device)
+    if not isinstance(classifier, HasFeatures):
         raise ConfigError(Problem(KEY, f"a model of family {theirs.family}", "simple_cnn, resnet"))
     section = described.data or {"kind": "images"}
     read: Any = decode(data_config_type(section), section)

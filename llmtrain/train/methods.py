@@ -1,4 +1,5 @@
-"""What trains in a run, by the keys `method`, `freeze`, `train.freeze` and those of the optimizer."""
+"""Determine which parameters train in a run, by the keys `method`, `freeze`, `train.freeze` and those of the
+optimizer."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def _grown(
 ) -> dict[str, int]:
     """Return the parameters with a row for each token of a vocabulary that is larger than the folder's, and
     the number of new rows."""
-    size, needed = getattr(before, "vocab_size", None), getattr(model, "vocab_size", None)
+    size, needed = before.vocab_size, model.vocab_size
     if size is None or needed is None or needed <= size:
         return {}
     return {

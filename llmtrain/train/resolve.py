@@ -175,7 +175,7 @@ def _decoded(mapping: Mapping[str, Any]) -> tuple[TrainConfig, Pretrained | None
     model = config.model
     objective = config.objective.following(model)
     if pretrained is not None:
-        grows = bool(getattr(objective, "new_tokens", ()))
+        grows = bool(objective.new_tokens)
         pretrained = replace(pretrained, keeps_head=objective.keeps_head(model), grows=grows)
     if model.task is not None and not objective.has_task_head:
         model = replace(model, task=None)  # type: ignore[type-var]

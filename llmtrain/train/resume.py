@@ -15,6 +15,7 @@ from llmtrain.config import decode, encode
 from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, ConfigError, Problem, UserError
 from llmtrain.files import expand_home
+from llmtrain.models.registry import family_of
 from llmtrain.objectives.reading import other_tokenizer
 from llmtrain.optim.freezing import KEY, frozen_names
 from llmtrain.reading import SETTINGS_BYTES, read_decoded
@@ -52,12 +53,13 @@ class Resume:
         return self.is_own and self.checkpoint.manifest.get("evaluation_owed", False)
 
     def note_evaluation(self, said: Mapping[str, Any]) -> None:
-        """Record what the owed evaluation gave; all ranks call it."""
+        """Record the result of the owed evaluation; all ranks call it."""
         processes.on_main(lambda: store.note_evaluation(self.checkpoint.path, said))
 
     @property
     def spikes(self) -> Mapping[str, Any] | None:
-        """What the run knew of its bad steps; None of a fork, and where it did not look for them."""
+        """The recorded state of the detection of bad steps; None of a fork, and of a run without
+        detection."""
         return self.checkpoint.manifest.get("spikes") if self.is_own else None
 
     @property
@@ -171,7 +173,7 @@ def _with_defaults(config: TrainConfig, model: Mapping[str, Any]) -> Mapping[str
     if model["family"] != config.model.family:
         return model
     try:
-        return encode(decode(type(config.model), model))
+        return encode(decode(family_of(config.model).config, model))
     except ConfigError:  # keys that were removed since are differences
         return model
 
@@ -219,7 +221,7 @@ def check_same_validation(config: TrainConfig, checkpoint: Checkpoint, data: Map
     theirs = checkpoint.manifest["data"].get("validation")
     if None in (theirs, data["validation"]) or theirs == data["validation"]:
         return
-    key = "data.path" if getattr(config.data, "validation", None) is None else "data.validation"
+    key = f"data.{config.data.held_out_key}"
     got = f"rows to evaluate that have changed since step {checkpoint.step:,} of {config.run.dir}"
     remedy = f"restore them, or go on in another run.dir with model.path={checkpoint.path}"
     raise _refusal(Problem(key, got, "the rows that the run's figures are of", remedy))

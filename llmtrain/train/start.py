@@ -44,7 +44,7 @@ def _fingerprint(resolved: Resolved) -> str | None:
     if resolved.corpora is not None:
         return resolved.corpora.fingerprint
     data: Any = resolved.config.data
-    files: Mapping[str, str] = getattr(data, "files", data.paths)
+    files: Mapping[str, str] = data.files
     digest = xxhash.xxh3_128()
     try:
         for path in files.values():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def suite_problems(config: TrainConfig) -> Iterator[Problem]:
-    """Yield what hinders the tasks that `harness.tasks` names."""
+    """Yield a problem for each setting with which the tasks of `harness.tasks` cannot be done."""
     harness = config.harness
     if not harness.tasks:
         return
@@ -33,7 +33,7 @@ def suite_problems(config: TrainConfig) -> Iterator[Problem]:
 
 def _hindrances(config: TrainConfig) -> Iterator[Problem]:
     parallel = config.parallel
-    is_decoder = family_of(config.model).kind == "decoder" and config.objective.data == "tokens"
+    is_decoder = family_of(config.model).continues_texts and config.objective.data == "tokens"
     found = {
         f"model.family={config.model.family} and objective={config.objective.kind}": not is_decoder,
         f"parallel.zero={parallel.zero}": parallel.zero == 3,

@@ -191,7 +191,7 @@ class _Run:
         self._progress = Progress(steps, start_step=start, every=every)
         threads = "1 thread" if self._threads == 1 else f"{self._threads} threads"
         self._say(
-            f"{len(text.words):,} words × {getattr(config.model, 'dimensions', len(text.words)):,} "
+            f"{len(text.words):,} words × {config.model.width(len(text.words)):,} "
             f"dimensions; {trainer.steps_per_epoch:,} steps of up to {config.train.words_per_step:,} "
             f"{trainer.counts} an epoch, on {threads}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from llmtrain.config import require
 from llmtrain.errors import Problem
@@ -19,14 +19,18 @@ class VocabularyKeys:
     """What trains the family's vectors."""
 
     min_count: int = 5
-    """Least number of times that a word occurs; rarer ones are left out of the text."""
+    """Minimum number of occurrences of a word; rarer words are left out of the text."""
     max_words: int | None = None
-    """Most words, the most frequent ones; null: no limit."""
+    """Maximum number of words, of which the most frequent are kept; null: no limit."""
     phrases: int = 0
     """Passes that join pairs of words which often stand together, as new_york (Mikolov et al. 2013,
     arXiv:1310.4546, section 4); a second pass finds phrases of up to four words."""
     phrase_threshold: float = 100.0
     """Least score (n_ab − min_count) · words / (n_a · n_b) at which a pair becomes a phrase."""
+
+    def width(self, num_words: int) -> int:
+        """Return the numbers of a vector. num_words: of the vocabulary."""
+        return num_words
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.min_count >= 1, "min_count", self.min_count, "1 or more")
@@ -43,9 +47,12 @@ class VectorKeys(VocabularyKeys):
     """Size of the vectors and of the context of a word."""
 
     dimensions: int = 100
-    """Numbers of a vector."""
+    """Dimensions of a vector."""
     window: int = 5
     """Most words on each side of a word that are its context."""
+
+    def width(self, num_words: int) -> int:
+        return self.dimensions
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -61,17 +68,18 @@ class PredictionKeys(VectorKeys):
     """skip_gram: a word and each word of its context predict each other; cbow: the mean of the context
     predicts the word (Mikolov et al. 2013, arXiv:1301.3781)."""
     loss: Literal["negative_sampling", "hierarchical_softmax"] = "negative_sampling"
-    """negative_sampling: the word is told from words drawn at random; hierarchical_softmax: its path through
+    """negative_sampling: the word is discriminated from words drawn at random; hierarchical_softmax: its path
+    through
     a Huffman tree over the vocabulary is predicted (arXiv:1310.4546, sections 2.1 and 2.2)."""
     negatives: int = 5
-    """Words that are drawn for each predicted one."""
+    """Number of words drawn at random for each predicted word."""
     negative_power: float = 0.75
     """Words are drawn in proportion to count^negative_power."""
     shared_negatives: bool = True
     """With skip_gram, the words of a window share the drawn ones, which is several times as fast (Ji et al.
     2016, arXiv:1604.04661); false: each pair has its own."""
     dynamic_window: bool = True
-    """Each word's window is drawn evenly from 1 to `window`, so that near words count more; false: always
+    """Each word's window is drawn uniformly from 1 to `window`, so that near words count more; false: always
     `window`."""
     subsample: float = 1e-3
     """A word of the share f of the text is kept with the probability √(t/f) + t/f, with t = subsample; 0: all
@@ -83,6 +91,19 @@ class PredictionKeys(VectorKeys):
         power = self.negative_power
         yield from require(0 <= power <= 2, "negative_power", power, "0 to 2")
         yield from require(0 <= self.subsample < 1, "subsample", self.subsample, "0 up to, not including, 1")
+
+    @property
+    def grams(self) -> Grams | None:
+        """Return which n-grams of a word have vectors besides; None: none."""
+        return None
+
+
+class Grams(NamedTuple):
+    """Character n-grams that have vectors."""
+
+    shortest: int
+    longest: int
+    buckets: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,10 @@ class FastTextConfig(PredictionKeys):
     buckets: int = 200_000
     """Vectors of n-grams, which share them by a hash. The paper has 2,000,000, which take 800 MB with 100
     dimensions, in memory and in each checkpoint."""
+
+    @property
+    def grams(self) -> Grams:
+        return Grams(self.shortest, self.longest, self.buckets)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -148,12 +173,12 @@ MOST_ONE_HOT = 20_000
 
 @dataclass(frozen=True)
 class OneHotConfig(VocabularyKeys):
-    """One dimension for each word: what no word vectors are better than unless words resemble each other."""
+    """One dimension for each word: a baseline without any similarity between words."""
 
     family: Literal["one_hot"] = "one_hot"
     """The family of the model."""
     max_words: int | None = 10_000
-    """Most words, the most frequent ones; each is a dimension."""
+    """Maximum number of words, of which the most frequent are kept; each is a dimension."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -198,9 +223,10 @@ class TextsConfig:
     pattern: str = r"[^\W_]+(?:['’][^\W_]+)*"
     """Regular expression of a word: letters and digits, with apostrophes inside."""
     lower: bool = True
-    """Words are made lower case."""
+    """Convert words to lower case."""
     most_words: int = 10_000_000
-    """Different words that are counted at once; beyond them the rarest are forgotten."""
+    """Maximum number of different words that are counted at once; beyond it the counts of the rarest are
+    dropped."""
 
     def problems(self) -> Iterator[Problem]:
         allowed = "files, folders, globs, package:NAME/path, or a corpus"

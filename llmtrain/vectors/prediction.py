@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from llmtrain.vectors import kernel
-from llmtrain.vectors.config import FastTextConfig, PredictionKeys
+from llmtrain.vectors.config import PredictionKeys
 from llmtrain.vectors.ngrams import bucket_table
 from llmtrain.vectors.sampling import alias_table, huffman, keep_table
 from llmtrain.vectors.trainer import Setting, Trained, cut, draws, seed_of
@@ -34,9 +34,9 @@ class Prediction:
         self._alias = alias_table(text.counts, config.negative_power)
         self._paths = huffman(text.counts) if config.loss == "hierarchical_softmax" else None
         self._grams: tuple[np.ndarray, np.ndarray] | None = None
-        if isinstance(config, FastTextConfig):
-            self._grams = bucket_table(text.words, config.shortest, config.longest, config.buckets)
-            self._rows[GRAMS] = kernel.rows(config.buckets, config.dimensions)
+        if (grams := config.grams) is not None:
+            self._grams = bucket_table(text.words, grams.shortest, grams.longest, grams.buckets)
+            self._rows[GRAMS] = kernel.rows(grams.buckets, config.dimensions)
         self._begin()
 
     def _begin(self) -> None:

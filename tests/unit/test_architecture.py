@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import llmtrain
@@ -63,10 +65,15 @@ LONGER = {
 """File → why it is longer than LONGEST."""
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports() -> Iterator[tuple[Path, str]]:
     """(file, imported module) over the whole package, imports inside functions included."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Import):
                 yield from ((path, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -92,6 +99,32 @@ def test_imports_run_one_way():
         if parts[1] != room(path) and level[parts[1]] >= level[room(path)]:
             wrong.append(f"{path.relative_to(PACKAGE)} imports {module}")
     assert not wrong
+
+
+def test_no_circle_of_files():
+    """Also within a room, and by imports inside functions; those for types alone do not count."""
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    below = {name: needed_by(path, names.keys()) - {name} for name, path in names.items()}
+    TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
+
+
+def needed_by(path: Path, known: Collection[str]) -> set[str]:
+    """The modules of the package that a file imports when it runs."""
+    tree = tree_of(path)
+    checks = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]
+    for_types = {id(inner) for node in checks for inner in ast.walk(node)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in for_types:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and id(node) not in for_types:
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(known)
 
 
 def test_heavy_libraries_stay_in_their_rooms():

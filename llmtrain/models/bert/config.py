@@ -86,6 +86,11 @@ class BertConfig(OfLayers):
         mask_id, cls_id, sep_id = self.special_ids
         return mask_id if (cls_id, sep_id) == (mask_id + 1, mask_id + 2) else self._vocab()
 
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        named = {"mask": self.mask_id, "cls": self.cls_id, "sep": self.sep_id}
+        return {role: number for role, number in named.items() if number is not None}
+
     def problems(self) -> Iterator[Problem]:
         length = self.max_sequence_length
         yield from require(length >= 1, "max_sequence_length", length, "1 or more")

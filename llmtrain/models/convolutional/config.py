@@ -26,6 +26,10 @@ class SimpleCNNConfig(ModelConfig):
     """Channels of the images: 1 for grey, 3 for color."""
     dropout: float = 0.0
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        return self.image_size, self.channels
+
     def problems(self) -> Iterator[Problem]:
         yield from require(self.num_classes >= 2, "num_classes", self.num_classes, "2 or more")
         yield from require(self.image_size >= 4, "image_size", self.image_size, "4 or more")

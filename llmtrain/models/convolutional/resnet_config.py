@@ -64,6 +64,10 @@ class ResNetConfig(ModelConfig):
     dropout: float = 0.0
     """0: residual networks have none."""
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        return self.image_size, self.channels
+
     def problems(self) -> Iterator[Problem]:
         yield from require(len(self.depths) >= 1, "depths", list(self.depths), "one stage or more")
         same = len(self.depths) == len(self.widths)

@@ -123,6 +123,11 @@ class Seq2SeqConfig(OfLayers):
             return 0
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        named = {"mask": self.mask_id}
+        return {role: number for role, number in named.items() if number is not None}
+
     def problems(self) -> Iterator[Problem]:
         yield from self.vocabulary_problems()
         yield from self.blocks.problems()

@@ -55,6 +55,10 @@ class MLPConfig(ModelConfig):
         yield from require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "0 up to, not including, 1")
 
     @property
+    def image_shape(self) -> tuple[int, int] | None:
+        return None if self.inputs is not None else (self.image_size, self.channels)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Return the units of each layer, inputs and outputs included."""
         inputs = self.channels * self.image_size**2 if self.inputs is None else self.inputs

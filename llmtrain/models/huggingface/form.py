@@ -264,3 +264,7 @@ class Form:
     the form that these settings name."""
     fresh: tuple[str, ...] = ()
     """Our tensors that a folder may lack, all together: heads that are then newly initialized."""
+
+    def is_of(self, config: Any) -> bool:
+        """Return whether it is a form of the family of this config."""
+        return isinstance(config, self.config)

@@ -80,6 +80,10 @@ class RecurrentConfig(OfVocabulary):
             )
 
     @property
+    def embedding_key(self) -> str:
+        return "embedding_size"
+
+    @property
     def embedding_width(self) -> int:
         return self.hidden_size if self.embedding_size is None else self.embedding_size
 

@@ -65,6 +65,11 @@ class RecurrentSeq2SeqConfig(OfVocabulary):
     def steps_by_token(self) -> bool:
         return True
 
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        named = {"mask": self.mask_id}
+        return {role: number for role, number in named.items() if number is not None}
+
     def problems(self) -> Iterator[Problem]:
         yield from self.vocabulary_problems()
         for name in ("hidden_size", "num_layers"):
@@ -88,6 +93,10 @@ class RecurrentSeq2SeqConfig(OfVocabulary):
     @property
     def gates(self) -> int:
         return GATES[self.cell]
+
+    @property
+    def embedding_key(self) -> str:
+        return "embedding_size"
 
     @property
     def embedding_width(self) -> int:

@@ -11,7 +11,7 @@ from llmtrain.plan.times.collectives import Group, exposed, gather_seconds, redu
 from llmtrain.plan.times.layer import Pass, Setting
 
 REUSED_WITHIN = 1_000_000_000
-"""Weights within whose use DeepSpeed's ZeRO 3 does not let go of others that come again
+"""If fewer weights than this are used before a weight is used again, DeepSpeed's ZeRO 3 does not release it
 (`stage3_max_reuse_distance`, which llmtrain leaves as it is)."""
 
 
@@ -71,7 +71,7 @@ def stays_gathered(counts: Sequence[int], setting: Setting) -> list[bool]:
 
 def hidden_bytes(model: ModelConfig, setting: Setting) -> float:
     """Return the bytes of one micro-batch's hidden states."""
-    return float(setting.tokens * int(getattr(model, "hidden_size", 1)) * setting.device.number_bytes)
+    return float(setting.tokens * model.state_width * setting.device.number_bytes)
 
 
 def transfer_seconds(model: ModelConfig, setting: Setting) -> float:

@@ -37,7 +37,7 @@ many."""
 
 @dataclass
 class Pass:
-    """Seconds of one pass, by part: what it takes, and how much of that the device waits for."""
+    """Seconds of one pass, by part: how long each part takes, and how much of that the device waits for."""
 
     busy: dict[str, float] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Setting:
-    """What determines the time of a layer besides the model."""
+    """What determines the time of a layer in addition to the model."""
 
     device: Device
     links: Links
@@ -187,7 +187,8 @@ def _attention(
 
 def is_causal(model: ModelConfig) -> bool:
     """Return whether a token sees only those before it."""
-    return bool(getattr(family_of(model).memory, "causal", False))
+    memory = family_of(model).memory
+    return memory is not None and memory.causal
 
 
 def mean_keys(model: ModelConfig, blocks: LayerConfig, tokens: int) -> float:
@@ -297,7 +298,7 @@ def _waited(setting: Setting, of_pass: Pass, seconds: float) -> float:
 
 def embedding_passes(model: ModelConfig, setting: Setting) -> tuple[Pass, Pass]:
     """Return the passes of the embedding, which moves a row of its table for each token."""
-    width = int(getattr(model, "hidden_size", 1))
+    width = model.state_width
     forward, backward = Pass(), Pass()
     seconds = setting.device.traffic_seconds(
         setting.tokens * width * (setting.device.number_bytes + setting.residual_bytes)
@@ -322,13 +323,13 @@ def head_passes(
     trained: share of its weights that trains.
     passes_on: whether something before it trains.
     """
-    matrices = getattr(model, "head_matrix_count", None)
     forward, backward = Pass(), Pass()
-    if matrices is None:
+    matrices = model.head_matrix_count(setting.layout.tensor)
+    if not matrices:
         return forward, backward
-    width, device = int(getattr(model, "output_width", 1)), setting.device
-    columns = max(1, matrices(setting.layout.tensor) // width)
-    predicts_all = getattr(model, "task", None) is None and not setting.row.predicted
+    width, device = model.output_width, setting.device
+    columns = max(1, matrices // width)
+    predicts_all = model.task is None and not setting.row.predicted
     share = 1.0 if predicts_all else min(1.0, setting.row.predicted / setting.row.tokens)
     tokens = max(1, round(setting.tokens * share))
     there, back = layer_product_seconds(device, tokens, columns, width, trained, passes_on=passes_on)

@@ -92,7 +92,7 @@ ROUNDED = {
 def load(name: str) -> ModelConfig:
     config: ModelConfig = preset(PRESETS / f"{name}.yaml")
     config = usual_objective(config).fitted(config)
-    if getattr(config, "vocab_size", 0) is None:
+    if config.lacks_vocab_size:
         config = replace(config, vocab_size=8192)
     if config.task is not None:
         config = replace(config, task=config.task.assuming(2))
