@@ -1,4 +1,5 @@
-"""Copies of the state in the memory of the hosts, between checkpoints: what one host loses, another has.
+"""Copies of the state in the memory of the hosts, between checkpoints: if a host is lost, another has its
+part.
 
     FOLDER/step-00000030/      in the folder that the launcher of a host made (distributed/memory_folder.py)
       rank-00000.safetensors   of the ranks of this host, and of those of the host before it in the ring

@@ -1,4 +1,5 @@
-"""Which copy of the state in memory ranks go on from, given what each host still holds. Free of torch."""
+"""Choose the copy of the state in memory that ranks resume from, given what each host still holds. Free of
+torch."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def composed_run_folder(overrides: Sequence[str]) -> Path:
 def composed_folders(overrides: Sequence[str]) -> Folders:
     """Return the folders that the composed configuration has, as a preset may set them.
 
-    Where nothing can be composed, return what the text of the overrides selects: the ranks tell the mistake.
+    Where nothing can be composed, return what the text of the overrides selects: the ranks report the
+    mistake.
     """
     done = _compose("", overrides)
     said = json.loads(done.stdout) if done.returncode == 0 else {"run_dir": None, "memory_dir": None}

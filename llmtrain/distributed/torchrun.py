@@ -101,7 +101,7 @@ def launch(overrides: Sequence[str], environment: Mapping[str, str], verb: str =
     Return 0, INTERRUPTED_EXIT_CODE after a stop request, or the exit code of the rank that failed, as a shell
     reports it.
 
-    Raise ConfigError if the environment or the log folder is invalid, LaunchError for a host too many or of
+    Raise ConfigError if the environment or the log folder is invalid, LaunchError for one host too many or of
     another run, MissingHostsError if hosts are missing.
     """
     if verb != "train":

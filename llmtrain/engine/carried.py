@@ -1,4 +1,5 @@
-"""States that rows hand on from step to step: where each row of a batch stands, and what checkpoints keep."""
+"""States that rows carry from step to step: which row of a batch has which state, and what checkpoints
+keep."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from llmtrain.objectives.base import Batch
 
 CARRIED = "carried"
-"""Kind, in checkpoints, of the states that rows hand on; and the name of the tensor."""
+"""Kind, in checkpoints, of the states that rows carry; and the name of the tensor."""
 
 
 def carried_by(model: nn.Module) -> CarriedStates | None:

@@ -1,4 +1,4 @@
-"""What the samples of a global batch count, over all ranks, before its first forward pass."""
+"""Count the samples and targets of a global batch over all ranks, before its first forward pass."""
 
 from __future__ import annotations
 

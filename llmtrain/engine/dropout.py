@@ -17,7 +17,7 @@ def dropout_seed(seed: int, first_sample: int, stage: int = 0) -> int:
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed torch's generators. On a CPU, torch.manual_seed takes a millisecond to note who asks it."""
+    """Seed torch's generators. On a CPU, torch.manual_seed takes a millisecond to record its caller."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)

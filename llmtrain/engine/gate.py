@@ -1,4 +1,4 @@
-"""What stands between the gradient of a step and the weights: whether the step may be taken."""
+"""Decide, once the gradient of a step is known, whether the step may change the weights."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ class Gate:
         return not self.rejected
 
     def conclude(self, norm: float, *, scales_loss: bool) -> float:
-        """Ask about a step that the engine has left out by itself, and return the norm of the gradient.
-
-        norm: what the engine says; scales_loss: whether it scales the loss, as fp16 needs: a gradient that
-        overflows is then part of finding the scale, and no fault of the step.
+        """Ask about a step that the engine itself has skipped, and return the norm of the gradient. norm: as
+        the engine reports it; scales_loss: whether it scales the loss, as fp16 needs: a gradient that
+                overflows is then part of finding the scale, and no fault of the step.
         """
         overflows = not math.isfinite(norm) and not (scales_loss and math.isfinite(self._loss))
         if self._norm is None and overflows:

@@ -1,4 +1,4 @@
-"""Two parts of a model that train against each other, one in turn after the other, as one optimizer step.
+"""Two parts of a model that train against each other, alternately, within one optimizer step.
 
 The first part takes a step on each micro-batch, then the second one on the last: with batch.global_size = 5 ·
 batch.micro_size on one process the first has five turns to one of the second (arXiv:1704.00028, algorithm 1).

@@ -12,11 +12,12 @@ from llmtrain.plan.times.text import milliseconds
 from llmtrain.plan.timing import step_time_of
 
 WORTH_TELLING = 0.01
-"""Share of a step that a change saves at least."""
+"""Smallest share of a step that a suggested change must save."""
 
 
 def best_change(space: Space, own: Choice) -> str | None:
-    """Return the change that saves most of a step and fits into memory; None if none saves a percent."""
+    """Return the change that saves the most time of a step and fits into memory; None if none saves a
+    percent."""
     plan, world_size = space.plan, own.layout.world_size
     now = candidate(plan, own, 0, is_exact=False).seconds
     best, least = None, now * (1 - WORTH_TELLING)
@@ -32,8 +33,8 @@ def best_change(space: Space, own: Choice) -> str | None:
 
 
 def compared(space: Space, own: Candidate, best: Candidate, rank_by: RankBy, whose: str) -> str:
-    """Return how the user's own choice compares with the best one in what is sought, and why. whose: how that
-    choice is called."""
+    """Return how the user's own choice compares with the best one by the measure of the search, and why.
+    whose: what the message calls that choice."""
     if own.choice.key == best.choice.key:
         return f"{whose} is the first"
     mine, least = own.rank(rank_by)[0], best.rank(rank_by)[0]

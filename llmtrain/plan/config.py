@@ -25,7 +25,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "price_per_hour": (0, 1e5),
     "pue": (1, 5),
 }
-"""Figure → the least and the most that is taken for one: beyond, a unit is wrong."""
+"""Figure → the smallest and the largest value that is accepted: beyond them the unit must be wrong."""
 PEAK_BOUNDS = (1e8, 1e18)
 """Bounds of a peak, in FLOP/s."""
 NEEDED = (
@@ -36,37 +36,38 @@ NEEDED = (
     "node_bandwidth",
     "network_bandwidth",
 )
-"""Figures that a cluster other than this machine has to have."""
+"""Figures that every cluster but this machine must have."""
 
 
 @dataclass(frozen=True)
 class EfficiencyConfig:
-    """How much of its data sheet a device reaches: the constants of the time model.
+    """Fractions of the data sheet's figures that a device reaches in practice: the constants of the time
+    model.
     `tests/bench/published.py` fits those of GPUs to published runs; `llmtrain plan calibrate` measures those
     of this machine."""
 
     matrix: float = 0.75
     """Share of the peak that large matrix products reach."""
     matrix_depth: float = 150.0
-    """Length of a product's inner dimension at which it reaches half of that."""
+    """Length of the inner dimension at which a matrix product reaches half of that rate."""
     attention: float = 0.6
     """Share of the peak that a flash attention kernel reaches in its matrix products."""
     memory: float = 0.75
-    """Share of the memory's bandwidth that operations on each element reach."""
+    """Share of the memory bandwidth that elementwise operations reach."""
     unfused: float = 1.5
-    """Memory traffic of operations on each element that are not fused, in that of fused ones."""
+    """Memory traffic of unfused elementwise operations, as a multiple of that of fused ones."""
     node_link: float = 0.75
     """Share of `node_bandwidth` that collectives reach."""
     network: float = 0.75
     """Share of `network_bandwidth` that collectives reach."""
     interference: float = 0.2
-    """Share of a collective's time that it costs the computation that it runs beside."""
+    """Share of a collective's time by which it slows the computation that overlaps with it."""
     kernel_seconds: float = 5e-6
-    """Time in which the host starts one operation of the device."""
+    """Time that the host takes to launch one operation of the device."""
     layer_seconds: float = 0.0
-    """Time that each pass through a layer takes besides."""
+    """Fixed overhead of each pass through a layer."""
     step_seconds: float = 0.0
-    """Time that each step takes besides."""
+    """Fixed overhead of each step."""
 
     def problems(self) -> Iterator[Problem]:
         for name in ("matrix", "attention", "memory", "node_link", "network"):
@@ -97,15 +98,16 @@ class ClusterConfig:
     memory_bandwidth: float | None = None
     """Bytes that a device reads and writes of its memory in a second."""
     multiprocessors: int | None = None
-    """Parts of a device that each compute a tile of a matrix product; null: any product fills the device."""
+    """Multiprocessors of a device, each of which computes a tile of a matrix product; null: any product fills
+    the device."""
     node_bandwidth: float | None = None
     """Bytes that a device can send to others of its host in a second."""
     node_latency: float = 5e-6
-    """Seconds that a message within a host takes besides."""
+    """Latency of a message within a host, in seconds."""
     network_bandwidth: float | None = None
     """Bytes that a device can send to other hosts in a second: its share of the host's adapters."""
     network_latency: float = 1.5e-5
-    """Seconds that a message between hosts takes besides."""
+    """Latency of a message between hosts, in seconds."""
     host_bandwidth: float | None = None
     """Bytes that a device can exchange with the host's memory in a second, as offloading does; null: as fast
     as the device's memory."""
@@ -117,7 +119,7 @@ class ClusterConfig:
     watts: float | None = None
     """Electric power of one device with its share of the host; null: energy is not counted."""
     pue: float = 1.2
-    """Power of the whole building in that of its computers (power usage effectiveness)."""
+    """Power of the whole building divided by that of its computers (power usage effectiveness)."""
     price_per_hour: float | None = None
     """Price of one device for an hour, in dollars; null: cost is not counted."""
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
@@ -157,7 +159,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class AssumeConfig:
-    """What the software of a planned run does, where it is not llmtrain: for runs of other programs."""
+    """How the software of the planned run differs from llmtrain: for plans of runs of other programs."""
 
     virtual_stages: int = 1
     """Runs of layers of each pipeline stage under the interleaved schedule (arXiv:2104.04473); 1: 1F1B, which
@@ -167,32 +169,34 @@ class AssumeConfig:
     the first FlashAttention, half as fast; all_scores: scores of all pairs are written to memory, as before
     it."""
     even_layers: bool = False
-    """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as
-    in Megatron; false: stages are balanced with these, as in llmtrain."""
+    """All pipeline stages have the same number of layers, without regard to embedding and head, as in
+    Megatron; false: stages are balanced including these, as in llmtrain."""
     fused: bool = False
-    """Operations on each element are fused, by a compiler or by hand, as Megatron does, and so are the two
-    matrices of a gated MLP that read its input; llmtrain's are not."""
+    """Elementwise operations are fused, by a compiler or by hand, as in Megatron, and so are the two input
+    matrices of a gated MLP; llmtrain fuses neither."""
     overlap_gradients: bool | None = None
-    """Gradients are reduced while the backward pass goes on; null: as llmtrain does, not in a pipeline."""
+    """Gradients are reduced during the backward pass; null: as in llmtrain, which does so without a
+    pipeline."""
     whole_recompute: bool = False
     """Recomputation of a whole layer computes its last product again, whose output nothing needs; false: as
     in llmtrain."""
     kept_collectives: bool = False
-    """Selective recomputation keeps what collectives of tensor parallelism gave, as Megatron and torchtitan
-    do; false: they are repeated, as in llmtrain."""
+    """Selective recomputation keeps the results of tensor-parallel collectives, as in Megatron and
+    torchtitan; false: it repeats the collectives, as in llmtrain."""
     gradient_bytes: Literal[2, 4] | None = None
-    """Bytes of a gradient as it is reduced; null: as in llmtrain."""
+    """Bytes of each gradient element in reductions; null: as in llmtrain."""
     scatter_gradients: bool = False
-    """Below ZeRO 3 a rank receives the sums of those gradients alone whose optimizer state it holds, as in
-    Megatron and NeMo; false: of all, which is twice the bytes, as in DeepSpeed."""
+    """Below ZeRO 3 gradients are reduce-scattered: a rank receives the sums only for the optimizer state that
+    it holds, as in Megatron and NeMo; false: all-reduced, which is twice the bytes, as in DeepSpeed."""
     regather: bool = False
-    """ZeRO 3 gathers all weights again for the backward pass, as FSDP does; false: but for the last ones of
+    """ZeRO 3 gathers all weights again for the backward pass, as FSDP does; false: all but the last ones of
     the forward pass, which DeepSpeed keeps."""
     overlap_transfers: bool = False
-    """Pipeline stages hand micro-batches on while they compute; false: they wait for each other."""
+    """Pipeline stages send activations and gradients while they compute; false: they wait until the transfer
+    is done."""
     overlap_tensor: bool = False
-    """Collectives of tensor and sequence parallelism run beside the products that they belong to, in
-    chunks."""
+    """Collectives of tensor and sequence parallelism overlap, in chunks, with the matrix products that they
+    serve."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(

@@ -1,4 +1,4 @@
-"""Energy and price of a run, with what is assumed for them."""
+"""Energy and price of a run, with the assumptions behind them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs of training a model of which some weights may be frozen. Free of torch."""
+"""FLOPs of training a model, some of whose weights may be frozen. Free of torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llmtrain.plan.memory import Trainable
 
 
 def training_flops(model: ModelConfig, row: Row, trainable: Trainable | None) -> float:
-    """Return forward and backward FLOPs per counted token of `row`, of what is really computed.
+    """Return the forward and backward FLOPs per counted token of `row` that are really computed.
 
     A third of a whole step's is the forward pass, which all layers have. A frozen weight has no gradient of
     its own, which is a third of a matrix's FLOPs; below the lowest layer that trains there is no backward

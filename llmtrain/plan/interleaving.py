@@ -1,4 +1,4 @@
-"""What the interleaved schedule of `assume.virtual_stages` asks for (arXiv:2104.04473, section 2.2)."""
+"""Requirements of the interleaved schedule of `assume.virtual_stages` (arXiv:2104.04473, section 2.2)."""
 
 from __future__ import annotations
 

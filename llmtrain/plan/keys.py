@@ -57,8 +57,8 @@ class PlanKeys:
     format: Literal["text", "json"] = "text"
     """A table, or one JSON object."""
     dry_run: bool = False
-    """Also build the engine of one rank, and take a step, over tensors without values: what its groups,
-    collectives and bytes truly are. Needs torch, and no GPU."""
+    """Also build the engine of one rank and run a step over tensors without values, to report its real
+    process groups, collectives and bytes. Needs torch, and no GPU."""
     rank: int = 0
     """The rank of the dry run."""
     assume: AssumeConfig = field(default_factory=AssumeConfig)
@@ -74,8 +74,8 @@ class SearchKeys(PlanKeys):
     """What `llmtrain plan search` takes besides the keys of a run."""
 
     rank_by: Literal["time", "memory", "cost"] = "time"
-    """What the best layout has least of: seconds of a step, bytes of a process, or dollars of a token, for
-    which fewer processes than world_size are tried too. `objective=time` says the same."""
+    """What the best layout minimizes: seconds of a step, bytes of a process, or dollars of a token, for which
+    fewer processes than world_size are tried too. `objective=time` says the same."""
     top: int = 10
     """Number of layouts to print."""
 

@@ -22,13 +22,14 @@ RUNTIME_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB // 2}
 
 
 ALLOCATOR_SHARE = {"cpu": 0.0, "cuda": 0.1}
-"""What torch's caching allocator holds and cannot use, as a share of what it hands out: published peaks of
+"""Memory that torch's caching allocator holds and cannot use, as a share of what it hands out: published
+peaks of
 GPUs lie 4 to 40 % above the sum of the other terms (tests/bench/published.py)."""
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """The parameters that train, of a model of which some are frozen."""
+    """The trainable parameters of a model, some of whose parameters are frozen."""
 
     parameters: int
     shares: tuple[float, ...]
@@ -86,7 +87,7 @@ class Memory:
     GPU, where the host holds them."""
     runtime: int
     allocator: int = 0
-    """Memory that the allocator of a GPU holds in pieces that nothing fits into."""
+    """Fragmentation: memory that a GPU's allocator holds in pieces that are too small to use."""
     not_at_once: int = 0
     """What to subtract (a negative number), since not all terms have their most at the same time; 0 on a GPU,
     whose allocator keeps what one moment needed."""

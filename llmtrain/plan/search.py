@@ -20,9 +20,9 @@ from llmtrain.plan.units import gib
 
 RankBy = Literal["time", "memory", "cost"]
 WIDER = 64
-"""Times world_size up to which a search looks for what would fit."""
+"""Multiple of world_size up to which a search looks for a number of processes that fits."""
 NEARBY = 64
-"""Processes more or fewer up to which it looks for a number that some layout has."""
+"""Distance from world_size within which it looks for a number of processes that has a layout."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Candidate:
     """Price of a step; None without a price."""
 
     def rank(self, by: RankBy) -> tuple[float, float]:
-        """Return what a search has least of, and then the seconds."""
+        """Return the sort key of a choice: the measure that the search minimizes, then the seconds."""
         if by == "memory":
             return self.memory_bytes, self.seconds
         if by == "cost":
@@ -54,7 +54,7 @@ class Found:
 
     best: list[Candidate]
     front: list[Candidate]
-    """Those that no other beats in both time and memory, the fastest first."""
+    """The choices that no other beats in both time and memory, the fastest first."""
     tried: int
     fitting: int
     own: Candidate | None

@@ -1,4 +1,4 @@
-"""All legal layouts of a model on a number of processes: what a search goes through."""
+"""All legal layouts of a model on a number of processes, which a search goes through."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Choice:
 
     @property
     def key(self) -> object:
-        """What tells it from other choices."""
+        """What distinguishes it from other choices."""
         usual = ParallelConfig()
         parallel = replace(self.parallel, data=None, auto=usual.auto, elastic=usual.elastic)
         return parallel, self.batch, self.recompute, self.layout.world_size

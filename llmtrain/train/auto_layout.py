@@ -17,8 +17,8 @@ from llmtrain.plan.space import Choice, Space
 from llmtrain.train.config import TrainConfig
 
 ORDINARY_PEAKS = {"fp32": 1e11, "bf16": 2e11, "fp16": 1e11}
-"""Peaks of a processor that was not measured: like the other figures of `_ordinary`, they rank layouts, and
-say no times."""
+"""Peaks assumed for a processor that was not measured: like the other figures of `_ordinary`, they serve to
+rank layouts, not to predict times."""
 
 
 def space_of(
@@ -57,7 +57,7 @@ def fastest_choice(
 
 
 def _refuse_axes(parallel: ParallelConfig) -> None:
-    """Raise ConfigError for what a user asks of the layout beside `parallel=auto`."""
+    """Raise ConfigError for layout settings that a user gives beside `parallel=auto`."""
     usual = ParallelConfig()
     names = [name for name in usual.__dataclass_fields__ if name not in ("auto", "elastic")]
     given = [name for name in names if getattr(parallel, name) != getattr(usual, name)]
@@ -70,18 +70,18 @@ def _refuse_axes(parallel: ParallelConfig) -> None:
 
 
 def choice_of(config: TrainConfig, layout: Layout) -> Choice:
-    """Return what a run has chosen, by itself or by its user, of that which a search chooses."""
+    """Return the run's value of each setting that a search chooses."""
     return Choice(config.parallel, config.batch, config.recompute, layout)
 
 
 def with_choice(config: TrainConfig, choice: Choice) -> TrainConfig:
-    """Return the configuration with a choice of a search."""
+    """Return the configuration with the layout that a search chose."""
     parallel = replace(choice.parallel, auto=config.parallel.auto, elastic=config.parallel.elastic)
     return replace(config, parallel=parallel, batch=choice.batch, recompute=choice.recompute)
 
 
 def single_layout(config: TrainConfig) -> Layout:
-    """Return the layout of the run on one process, from which a search departs."""
+    """Return the layout of the run on one process, where a search begins."""
     batch = config.batch
     return Layout(
         world_size=1,

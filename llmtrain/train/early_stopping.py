@@ -1,4 +1,5 @@
-"""When held-out figures no longer get better: the best evaluation of a run, and whether the run ends early.
+"""Early stopping: the best evaluation of a run, and whether the run ends because held-out figures no longer
+improve.
 Free of torch."""
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """End a run when a figure of the validation split no longer gets better (Prechelt 1998)."""
+    """End a run when a figure of the validation split no longer improves (Prechelt 1998)."""
 
     metric: str | None = None
     """Figure of an evaluation, such as `loss` or `f1_macro`; null: a run has all its steps."""
     patience: int = 3
     """Evaluations in a row without a better value after which the run ends."""
     min_delta: float = 0.0
-    """How much better a value must be than the best before it."""
+    """How much better than the best so far a value must be to count as an improvement."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(self.patience >= 1, "patience", self.patience, "1 or more")
@@ -148,7 +149,7 @@ class History:
         return config.metric is not None and self.waited(config.min_delta) >= config.patience
 
     def why_ended(self, config: EarlyStoppingConfig) -> str:
-        """Return what a user is told of a run that ends early."""
+        """Return the message about a run that ends early."""
         waited = self.waited(config.min_delta)
         return (
             f"stopped early at step {self.steps[-1]:,}: no better {self.metric} in {waited:,} evaluations; "

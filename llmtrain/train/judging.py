@@ -1,5 +1,5 @@
-"""The evaluations of a run: their figures, its best one, whether it ends early, and what is left in the run
-folder at the end."""
+"""The evaluations of a run: their figures, the best one, whether the run ends early, and what the run folder
+keeps of them at the end."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class Judge:
     def judge(
         self, step: int, totals: Totals, objective: Any, dataset: Dataset, observer: RunObserver
     ) -> Verdict:
-        """Record an evaluation and say what follows from it; at the last one leave figures and pictures."""
+        """Record an evaluation and return what follows from it; after the last one write figures and
+        pictures."""
         self._step, self._figures = step, totals.measured
         is_best = self._history.note(step, self._figures)
         is_last = step >= self._config.train.steps
@@ -115,7 +116,7 @@ class Judge:
         return {"validation": figures, "evaluations": self._history.encode()}
 
     def closing_lines(self, outcome: Outcome) -> Iterator[str]:
-        """Yield what a user is told of the evaluations at the end of a run."""
+        """Yield the lines about the evaluations that are printed at the end of a run."""
         if outcome.ended_early:
             yield self.why_ended()
         elif self._is_asked and self._history.best is not None:
@@ -127,7 +128,8 @@ class Judge:
         return self._history.why_ended(self._config.early_stopping)
 
     def _leave_samples(self, step: int, objective: DrawsSamples, observer: RunObserver) -> None:
-        """Leave the grid of samples in the run folder and the trackers, and warn of what the figures show."""
+        """Write the grid of samples to the run folder and the trackers, and warn of failures that the figures
+        show."""
         # What a generator makes at first is alike too.
         for warning in objective.warnings(self._figures) if 4 * step >= self._config.train.steps else ():
             observer.warn(f"step {step:,}: {warning}")

@@ -34,7 +34,7 @@ class Observer(Protocol):
 
 
 class Verdict(NamedTuple):
-    """What follows from an evaluation."""
+    """What the run does after an evaluation."""
 
     saves: bool = False
     """A checkpoint is due: the evaluation is the best so far."""
@@ -61,20 +61,20 @@ class Hooks:
     finish_save: Callable[[], None]
     """Wait until the last checkpoint is complete."""
     judge: Callable[[int, Totals], Verdict] = lambda step, totals: Verdict()
-    """Take note of an evaluation, and say what follows from it, the same on all ranks."""
+    """Record an evaluation, and return what follows from it, the same on all ranks."""
     accepts: Accepts | None = None
-    """Say whether a step may be taken, given its loss and gradient norm; None: every finite one."""
+    """Return whether a step may be taken, given its loss and gradient norm; None: every finite one."""
     copy: Callable[[int, float | None], None] = lambda step, loss: None
     """Begin a copy of the state in memory, if one is due, given the completed steps and the validation loss
     if it was measured at that step."""
     rejected: Callable[[int], bool] = lambda step: False
-    """Take note, given the completed steps, that the last was not taken; return whether the run has gone
+    """Record, given the completed steps, that the last was not taken; return whether the run has gone
     back. It raises TrainingError to end the run."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the loop evaluates and saves; steps are counted over the whole run."""
+    """The schedule of evaluations and saves; steps are counted over the whole run."""
 
     start_step: int
     steps: int
@@ -82,7 +82,7 @@ class Schedule:
     evaluate_at_start: bool
     save_every: int | None
     evaluation_owed: bool = False
-    """The run was stopped where an evaluation was due: it is made first."""
+    """The run was stopped when an evaluation was due; make that evaluation first."""
     pause_at: int | None = None
     """Steps after which the loop saves and returns, to go on with another engine; None: `steps`."""
 

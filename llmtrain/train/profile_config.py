@@ -9,7 +9,7 @@ from llmtrain.config import require
 from llmtrain.errors import Problem
 
 MOST_STEPS = 100
-"""A step is some megabytes of a trace, which is in memory until the last one ends."""
+"""Each step adds some megabytes to a trace, which is in memory until the last step ends."""
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,7 @@ class Run:
         self._opened: tuple[Segment, Opened] | None = None
 
     def left_out_before(self, step: int) -> range:
-        """Return the samples that were left out between the step before and `step`, which the run went back
-        to; mostly none."""
+        """Return the samples that were left out just before `step` because the run went back; mostly none."""
         return self._timeline.left_out_before(step - 1)
 
     def check_reached(self, steps: range) -> None:
@@ -168,7 +167,7 @@ class Run:
 
     @contextmanager
     def _blames_config(self, name: str) -> Iterator[None]:
-        """Raise what is wrong with a section as a CheckpointError of config.yaml."""
+        """Raise errors of a section as a CheckpointError that names config.yaml."""
         try:
             yield
         except ConfigError as error:

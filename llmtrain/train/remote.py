@@ -26,7 +26,8 @@ from llmtrain.urls import without_credentials
 T = TypeVar("T")
 
 WAIT_SECONDS = 30.0
-"""How long one rank waits for an upload, or downloads, before it tells the others that it still does."""
+"""How long one rank waits for an upload, or downloads, before it tells the others that it is still at
+work."""
 POLL_SECONDS = 0.5
 """How often a rank that waits looks whether it is asked to stop."""
 
@@ -82,7 +83,7 @@ class RemoteCopy:
         return () if self._uploader is None else self._uploader.held
 
     def poll(self) -> None:
-        """Say what there is to say of uploads."""
+        """Report finished and failed uploads."""
         for text in () if self._uploader is None else self._uploader.notes():
             self._say(text)
 
@@ -165,7 +166,7 @@ class RemoteCopy:
         return not is_own and not retention.list_steps(self._root)
 
     def _on_store(self, action: Callable[[], T]) -> T:
-        """Return what an action gives; its error is one of checkpoint.remote."""
+        """Return the result of an action; let its error name checkpoint.remote."""
         try:
             return action()
         except DataError as error:
@@ -233,14 +234,14 @@ class RemoteCopy:
         return problems[0] if problems else None
 
     def _getting(self, action: Callable[[], T]) -> T:
-        """Return what an action gives that reads the store and writes the run folder."""
+        """Return the result of an action that reads the store and writes the run folder."""
         try:
             return self._on_store(action)
         except OSError as error:
             raise CheckpointError(files.disk_problem(error, self._run_dir, key="run.dir")) from error
 
     def _in_rounds(self, action: Callable[[], T]) -> T:
-        """Run an action of the store in a thread, however long it takes, and return what it gives. All ranks
+        """Run an action of the store in a thread, however long it takes, and return its result. All ranks
         call it; raise a UserError of one on all of them."""
         done: Future[T] = Future()
 

@@ -1,4 +1,4 @@
-"""What one start of a run reads: its training and validation data, the stream over them, and its loader."""
+"""The data of one start of a run: training and validation data, the stream over them, and the loader."""
 
 from __future__ import annotations
 

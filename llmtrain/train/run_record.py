@@ -1,4 +1,4 @@
-"""What one start of a run writes down and says: its run folder, trackers, events and lines of progress."""
+"""The record of one start of a run: its run folder, trackers, events and lines of progress."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class RunRecord:
                 print_note(text)
 
     def note(self, kind: str, step: int | None = None, **facts: Any) -> None:
-        """Append an event to the run folder, on rank 0, and tell people of it where that is asked for."""
+        """Append an event to the run folder, on rank 0, and send alerts of it if they are configured."""
         if self._folder is None:
             return
         self._folder.note(kind, step, **facts)
@@ -100,7 +100,7 @@ class RunRecord:
 
 
 def _reason() -> dict[str, str]:
-    """Return what the exception that is being handled says, as facts of an event."""
+    """Return the message of the exception that is being handled, as facts of an event."""
     error = sys.exc_info()[1]
     if error is None:
         return {}

@@ -77,7 +77,7 @@ def _train(resolved: Resolved, device: torch.device, heap: Heap | None, started:
         session.close(failed=False)
         if not session.went_back:
             return is_complete
-        # As a start after a kill, whatever checkpoint the first one was to resume from.
+        # As in a start after a kill, ignore the checkpoint that the first session was told to resume from.
         checkpoint = replace(resolved.config.checkpoint, resume="auto")
         resolved = replace(resolved, config=replace(resolved.config, checkpoint=checkpoint))
 
@@ -190,7 +190,7 @@ class Session:
             self.data.close()
         self.record.close(failed)
 
-    # What a start opens, in order
+    # Opening a start, in order
 
     def _find_start(self, has_validation: bool) -> StartingPoint:
         resume = find_resume(self.config, self.data.facts(), self._say, self._memory)
@@ -240,7 +240,7 @@ class Session:
             "base": None if weights.base is None else encode(weights.base),
         }
 
-    # What the loop calls
+    # Functions that the loop calls
 
     def _hooks(
         self,
@@ -345,8 +345,8 @@ class Session:
             self._prune(path)
 
     def _finish_copy(self, interrupted: bool = False) -> bool:
-        """Wait for the copy elsewhere, not for long after a request to stop, and delete what had to be kept
-        for it. Return whether it is complete."""
+        """Wait for the copy elsewhere, but not for long after a request to stop, and delete what was kept for
+        the upload. Return whether it is complete."""
         is_complete = self._copy.finish(
             lambda: interrupted or self._asked_to_stop(), self._limit.upload_seconds
         )

@@ -1,4 +1,4 @@
-"""Bad steps of a run: which they are, and what becomes of the run.
+"""Detect the bad steps of a run, and decide how the run goes on.
 
 A bad step changes nothing (engine/gate.py); its samples are gone. After several in a row a run with
 on_spike=rollback goes back to the last checkpoint before them, and leaves out all samples that it has drawn
@@ -77,7 +77,7 @@ class BadSteps:
         """Why the last bad step is bad."""
 
     def accepts(self, loss: float, norm: float) -> bool:
-        """Return whether a step may be taken, and take note of it."""
+        """Return whether a step may be taken, and record it."""
         deviations = self._config.deviations
         faults = (
             self._losses.fault("loss", loss, deviations),
@@ -110,7 +110,8 @@ class BadSteps:
 
 
 class SpikeGuard:
-    """The bad steps of a run folder: says them, records them, and sends the run back. All ranks call its
+    """Handles the bad steps of a run folder: reports and records them, and sends the run back. All ranks call
+    its
     methods alike."""
 
     def __init__(
@@ -138,7 +139,7 @@ class SpikeGuard:
         return {} if self._steps.on_spike is None else self._steps.recorded()
 
     def rejected(self, step: int) -> bool:
-        """Take note that the `step`-th step was not taken. Return whether the run has gone back and begins
+        """Record that the `step`-th step was not taken. Return whether the run has gone back and begins
         again from its newest checkpoint; raise TrainingError where it stops."""
         steps = self._steps
         if not steps.is_too_many:

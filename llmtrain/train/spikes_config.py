@@ -1,4 +1,4 @@
-"""What a bad step is, and what is done about it. Free of torch."""
+"""Configuration of bad steps: which steps are bad, and how the run reacts. Free of torch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class SpikesConfig:
     or far above that of the steps before."""
 
     deviations: float = 8.0
-    """Standard deviations above its mean from which on a loss or gradient norm is a spike. A deviation counts
+    """A loss or gradient norm is a spike if it is more than this many standard deviations above its mean. A
+    deviation counts
     as 1 % of the mean at least."""
     window: int = 50
-    """How many of the last taken steps the mean and deviation are computed over. Until there are so many,
+    """Number of the last taken steps over which mean and deviation are computed. Until there are so many,
     only what is not finite is bad."""
     in_a_row: int = 5
     """Bad steps in a row after which on_spike=rollback goes back, and on_spike=skip stops the run."""

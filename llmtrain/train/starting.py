@@ -1,4 +1,4 @@
-"""Where a start of a run begins, and the engine with which it does."""
+"""The point at which a start of a run begins, and its engine."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ class TrainingSuite:
         return every is None or step % every == 0 or step >= self._config.train.steps
 
     def figures(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
-        """Return each figure of each task, on all ranks. Warn and return nothing if the model cannot do them,
-        as with logits that are not finite."""
+        """Return each figure of each task, on all ranks. Warn and return nothing if the model cannot do the
+        tasks, for instance because logits are not finite."""
         config, layout = self._config, engine.layout
         team = Team(
             engine.model,

@@ -1,7 +1,7 @@
 """Stop a run before its time is up, early enough that its save is complete.
 
-A scheduler ends a job without asking what a save takes. So the run measures it, and how long it may be before
-the loop next asks whether to stop: a step, or what else lies between two questions.
+A scheduler ends a job without regard to the time that a save takes. So the run measures that time, and the
+longest time between two checks of the loop: a step, or whatever else runs between them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from llmtrain.track.progress import duration
 KEY = "train.time_limit"
 ALLOWED = "HH:MM:SS, D-HH:MM:SS or seconds, more than 0; or null"
 SAVES = 2
-"""Saves that are left time for: a save that is being written when the run is asked to stop comes first."""
+"""Number of saves that time is reserved for: one may be being written when the run is asked to stop."""
 CLOSING_SECONDS = 5.0
-"""What is left for the rest: ranks agree, trackers are closed, processes end."""
+"""Seconds reserved for the rest: ranks agree, trackers are closed, processes end."""
 UPLOAD_SECONDS = 10.0
 """How long a run that stops waits for its copy elsewhere (checkpoint.remote)."""
 FIRST_SAVE_SECONDS = 300.0
-"""What a save is taken to last until one is measured, but at most FIRST_SAVE_SHARE of the time left."""
+"""Assumed duration of a save until one is measured, but at most FIRST_SAVE_SHARE of the time left."""
 FIRST_SAVE_SHARE = 0.25
 
 _FORM = re.compile(r"(?:(?:(\d{1,4})-)?(\d{1,5}):([0-5]?\d):([0-5]?\d)|(\d{1,9}(?:\.\d*)?))", re.ASCII)
@@ -140,7 +140,7 @@ class TimeLimit:
         return cls(end, took, uploads=uploads)
 
     def saved(self, seconds: float) -> None:
-        """Take note of what a save took, from its begin until it was complete."""
+        """Record the duration of a save, from its beginning until it was complete."""
         self._save_seconds = max(seconds, self._save_seconds or 0.0)
 
     def asks_to_stop(self) -> bool:
@@ -169,7 +169,7 @@ class TimeLimit:
         return max(0.0, min(self._upload, self._end - self._clock() - CLOSING_SECONDS))
 
     def why(self) -> str:
-        """Say why the run stopped: because the time is up soon, or else because it was asked to."""
+        """Return why the run stopped: because its time is nearly up, or else because it was asked to."""
         if not self.is_over or self._end is None:
             return "asked"
         left = duration(max(0.0, self._end - self._clock()))

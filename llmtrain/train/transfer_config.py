@@ -1,4 +1,5 @@
-"""Configuration of what keeps a fine-tuned model near the one that it started from, without torch."""
+"""Configuration of the penalties that keep a fine-tuned model near the one that it started from. Free of
+torch."""
 
 from __future__ import annotations
 

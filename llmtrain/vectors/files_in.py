@@ -34,7 +34,7 @@ _FLOAT = np.dtype("<f4")
 
 
 class _FormError(ValueError):
-    """What a file has in place of what it should have; the message says what was got."""
+    """A file holds something else than its form requires; the message says what was found."""
 
 
 def read_file(path: Path, form: FileFormat = "auto") -> WordVectors:
@@ -55,7 +55,7 @@ def read_file(path: Path, form: FileFormat = "auto") -> WordVectors:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Raise what went wrong with a file as DataError."""
+    """Raise an error about a file as DataError."""
     try:
         yield
     except OSError as error:
@@ -256,7 +256,7 @@ def _vectors(
 
 
 def facts(vectors: WordVectors) -> dict[str, Any]:
-    """Return what a command says of vectors, as JSON."""
+    """Return a command's description of vectors, as JSON."""
     return {
         "source": vectors.source,
         "words": len(vectors.words),

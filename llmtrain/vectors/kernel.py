@@ -1,4 +1,4 @@
-"""The compiled kernel of word vectors: built by the machine's C compiler at first use, and kept.
+"""The compiled kernel of word vectors: compiled by the machine's C compiler at first use, and cached.
 
 A C file of one page needs nothing but a compiler, is built in a second for each width of vectors, and its
 calls hold no lock of Python, so that threads run at once."""
@@ -82,7 +82,7 @@ def rows(count: int, dimensions: int) -> np.ndarray:
 
 
 def address(array: np.ndarray | None, dtype: Any = None) -> int | None:
-    """Return the address of a contiguous array of this dtype, None of None."""
+    """Return the address of a contiguous array of this dtype; None for None."""
     if array is None:
         return None
     assert array.flags.c_contiguous
@@ -126,7 +126,7 @@ def find_compiler() -> list[str]:
 
 
 def _processor() -> str:
-    """Return what tells processors apart: the flags of the first one, where Linux says them."""
+    """Return what distinguishes processors: the flags of the first one, if Linux reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -28,8 +28,8 @@ def principal_components(matrix: np.ndarray, count: int = 2) -> np.ndarray:
 
 
 def tsne(matrix: np.ndarray, perplexity: float) -> np.ndarray:
-    """Return coordinates (words, 2) in which neighbours stay neighbours (van der Maaten and Hinton 2008),
-    from the principal components on, so that equal vectors give equal maps."""
+    """Return t-SNE coordinates, (words, 2) (van der Maaten and Hinton 2008), which start from the principal
+    components, so that equal vectors give equal maps."""
     shares = joint_probabilities(np.asarray(matrix, np.float64), perplexity)
     at = principal_components(matrix)
     at = at / max(float(np.std(at[:, 0])), 1e-12) * 1e-4
@@ -53,7 +53,7 @@ def _gradient(at: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def divergence(at: np.ndarray, shares: np.ndarray) -> float:
-    """Return what t-SNE makes small: the Kullback–Leibler divergence of the map from the joint
+    """Return the loss of t-SNE: the Kullback–Leibler divergence of the map from the joint
     probabilities."""
     near = 1 / (1 + squared_distances(at))
     np.fill_diagonal(near, 0)

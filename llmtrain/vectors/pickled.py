@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass
 class Record:
-    """What a class or function that is not looked up would make: its name, and the attributes of an
+    """Stands for the result of a class or function that is not called: its name, and the attributes of an
     object."""
 
     cls: str
@@ -105,7 +105,7 @@ def _follow(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) ->
 
 
 def _marked(stack: list[Any]) -> list[Any]:
-    """Take what lies above the last mark, and the mark."""
+    """Pop everything above the last mark, and the mark."""
     at = max(i for i, value in enumerate(stack) if value is _MARK)
     taken = stack[at + 1 :]
     del stack[at:]

@@ -73,7 +73,7 @@ def _number(cell: str) -> float | None:
 
 
 def _column_of_score(header: Sequence[str]) -> int | None:
-    """Return the column of the score that a header names: the first whose name speaks of one, else the
+    """Return the index of the score column: the first whose name contains a word for a score, else the
     third."""
     if len(header) < 3 or any(_number(cell) is not None for cell in header):
         return None
@@ -86,7 +86,7 @@ def _column_of_score(header: Sequence[str]) -> int | None:
 
 @dataclass(frozen=True)
 class Similarity:
-    """What vectors say of judged pairs."""
+    """How vectors agree with judged pairs."""
 
     rho: float
     interval: tuple[float, float]

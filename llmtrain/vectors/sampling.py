@@ -1,4 +1,4 @@
-"""Tables from the counts of words: what is kept of frequent words, which words are drawn, and the paths of
+"""Tables computed from word counts: subsampling of frequent words, random draws of words, and the paths of
 words through a Huffman tree."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The documents of `data.path`, and the text of a run: its words counted once and encoded to rows of the
-vocabulary in a file that is mapped, so that no text need fit in memory.
+vocabulary in a file that is mapped, so that the text need not fit in memory.
 
     RUN/words/
       vocabulary.tsv   words and counts

@@ -15,26 +15,26 @@ from llmtrain.vectors.text import Say, Text
 
 
 class Trained(NamedTuple):
-    """What a step came to."""
+    """The results of a step."""
 
     loss: float | None
     """Mean loss in nats of the predictions that were looked at; of GloVe, of the weighted squares. None:
     there is no loss."""
     words: int
-    """Words of the text, or pairs, that it went over."""
+    """Number of words of the text, or of pairs, that it trained on."""
     metrics: Mapping[str, float]
 
 
 class Trainer(Protocol):
-    """Vectors in training. A step is a function of (seed, number of the step, threads) and the state
-    alone."""
+    """Trains vectors. The result of a step depends only on (seed, number of the step, threads) and the
+    state."""
 
     @property
     def steps_per_epoch(self) -> int: ...
 
     @property
     def counts(self) -> str:
-        """What a step goes over: words or pairs."""
+        """What a step is measured in: words or pairs."""
 
     def weights(self) -> Mapping[str, np.ndarray]:
         """Return name → values that a checkpoint holds, (rows, dimensions) float32; views where possible."""
@@ -51,7 +51,7 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What trainers are made of."""
+    """The inputs of a trainer."""
 
     text: Text
     folder: Path

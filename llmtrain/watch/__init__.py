@@ -1,1 +1,1 @@
-"""Hangs, wrong collectives and slow ranks: found while a run goes on, and named."""
+"""Detect hangs, mismatched collectives and slow ranks while a run goes on, and name the rank."""

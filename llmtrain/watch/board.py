@@ -1,4 +1,4 @@
-"""What hosts tell each other while a run goes on, over a connection to the ranks' store of its own.
+"""Messages between hosts while a run goes on, over a separate connection to the ranks' store.
 
 One rank of each host speaks for all of it, in a message of some hundred bytes a second. The first host's
 speaker reads them all: it is the judge. Another takes over when the judge has been silent for some time.
@@ -82,7 +82,7 @@ class Board:
         self._guarded(lambda store: store.set("judge", json.dumps(self._judge)))
 
     def hosts(self) -> dict[int, tuple[dict[str, Any], float]]:
-        """Return host → what it last said, and for how many seconds it has said nothing new."""
+        """Return host → its last message, and the seconds since it last changed."""
         return self._guarded(self._hosts) or {}
 
     def _hosts(self, store: Store) -> dict[int, tuple[dict[str, Any], float]]:
@@ -113,7 +113,8 @@ class Board:
         return self._guarded(read) or {}
 
     def decide(self, end: dict[str, Any]) -> dict[str, Any]:
-        """Say how the job ends; return what was said first, if another host decided at the same time."""
+        """Announce how the job ends; return the first announcement, if another host decided at the same
+        time."""
 
         def write(store: Store) -> dict[str, Any]:
             decided: dict[str, Any] = json.loads(store.compare_set("end", "", json.dumps(end)))

@@ -1,4 +1,5 @@
-"""Have every collective of this process noted, whoever calls it: llmtrain, DeepSpeed, fairscale or torch.
+"""Record every collective of this process, whichever library calls it: llmtrain, DeepSpeed, fairscale or
+torch.
 
 All of them go through the methods of torch's class ProcessGroup, for any backend.
 """

@@ -17,7 +17,7 @@ class Clock(Protocol):
     """Sums the time of each category."""
 
     def mark(self, category: int) -> None:
-        """Say that time belongs to this category from now on."""
+        """Count time from now on for this category."""
 
     def take(self) -> list[float]:
         """Return the seconds of each category since the last call."""

@@ -21,7 +21,7 @@ from llmtrain.watch.neighbours import Folder
 
 
 class Comparing:
-    """What a host tells and finds out about collectives."""
+    """The comparison of collectives on one host."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""What watches over a run: limits on silence, slow ranks, and the sequence of collectives. Free of torch."""
+"""Config of the watch over a run: time limits, slow ranks, and comparison of collectives. Free of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the watch ends a job: the report, the event, the exit line, the processes of this host."""
+"""End a job: write the report, the event and the exit line, and end the processes of this host."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ SILENT_SECONDS = 5.0
 """A rank whose watching thread gave no sign of life for so long is silent."""
 WAITED_FOR = "for which the others wait"
 DEBUGGERS = ("/bdb.py", "/pydevd.py")
-"""Files of debuggers: a rank with a frame of theirs waits for a person."""
+"""Files of debuggers: a rank whose stack has a frame of one waits for a person."""
 LONGER = 3.0
 """A run whose ranks have paused longer than the limit before is given so many times the longest pause."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is behind, and why."""
+    """The ranks that are behind, and the reason."""
 
     behind: tuple[int, ...]
     """Ranks, ascending; empty if none can be told from the others."""

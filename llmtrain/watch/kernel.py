@@ -1,4 +1,4 @@
-"""What the kernel of Linux says of another process of this host."""
+"""Read from the Linux kernel what another process of this host is doing."""
 
 from __future__ import annotations
 

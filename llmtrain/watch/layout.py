@@ -130,7 +130,7 @@ class Call:
 
 @dataclass
 class RankState:
-    """What is known of a rank."""
+    """The known state of a rank."""
 
     rank: int
     host: str
@@ -170,7 +170,7 @@ class RankState:
 
     @staticmethod
     def decode(said: dict[str, Any]) -> RankState:
-        """Take back what `encode` gave."""
+        """Decode the result of `encode`."""
         call = said["call"]
         return RankState(
             **{

@@ -1,4 +1,4 @@
-"""The files of the ranks of one host: where they lie, and what they say."""
+"""Read the files of the ranks of one host."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class Folder:
             self.path.rmdir()
 
     def briefs(self, now: float) -> dict[int, Brief]:
-        """Return rank → what it notes, of the ranks of this host that have begun to. GONE: its file was
+        """Return rank → its state, for the ranks of this host that have begun to record it. GONE: its file
+        was
         removed."""
         found = {}
         for rank in self.ranks:
@@ -111,7 +112,7 @@ class Folder:
         return self._maps.get(rank)
 
     def states(self, now: float) -> list[RankState]:
-        """Return all that the ranks of this host note, without what the kernel says."""
+        """Return the states that the ranks of this host record, without those of the kernel."""
         found = (layout.read_state(self.file_of(rank), self.host, now) for rank in self.ranks)
         return [state for state in found if state is not None]
 

@@ -48,7 +48,7 @@ def end_steps() -> None:
 
 
 def go_on() -> None:
-    """Say that this rank gets on with long work, which has neither steps nor collectives."""
+    """Report progress of long work that has neither steps nor collectives."""
     if recorder.current is not None:
         recorder.current.go_on()
 

@@ -1,4 +1,4 @@
-"""Note what this rank does: the step, the phase, and its collectives.
+"""Record what this rank does: the step, the phase, and its collectives.
 
 Called by the main thread; in a backward pass on a GPU by the thread of autograd, for which the main thread
 waits.

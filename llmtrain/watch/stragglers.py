@@ -25,12 +25,12 @@ NEGLIGIBLE_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class Slow:
-    """A rank that has become slow, or keeps up again."""
+    """A rank that has become slow, or has caught up again."""
 
     rank: int
     is_slow: bool
     factor: float
-    """Its own work in times of the median."""
+    """Its own work, as a multiple of the median."""
     phase: str
     """Where most of the difference comes from."""
     seconds: float

@@ -1,4 +1,4 @@
-"""Open and close the watch of a run; what the rest of llmtrain asks of it meanwhile."""
+"""Open and close the watch of a run; the interface that the rest of llmtrain uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STORE_SECONDS = 5.0
 """Timeout of the watch's own requests to the store."""
 
 WITHOUT = "watch.hang_seconds=0 watch.stragglers=false debug.collectives=false"
-"""What switches the watch off."""
+"""The setting that switches the watch off."""
 
 _current: Watch | None = None
 

@@ -14,9 +14,11 @@ from llmtrain.plan.times.device import Device
 from llmtrain.plan.times.products import product_seconds
 
 FLASH_BACKWARD = 2.5
-"""FLOPs of a flash kernel's backward pass in those of its forward pass (arXiv:2307.08691, section 4.1)."""
+"""FLOPs of a flash kernel's backward pass, as a multiple of those of its forward pass (arXiv:2307.08691,
+section 4.1)."""
 FIRST_FLASH = 0.5
-"""Rate of the first FlashAttention in that of the second (arXiv:2307.08691, section 4.1: about twice)."""
+"""Rate of the first FlashAttention, as a fraction of that of the second (arXiv:2307.08691, section 4.1: about
+twice)."""
 FLASH_BLOCK = 128
 """Keys of a tile: in the causal triangle, each row of tiles computes one half of them in vain."""
 WIDTH_OF_HALF = 32

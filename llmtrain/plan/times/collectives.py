@@ -13,8 +13,8 @@ from typing import Literal
 from llmtrain.plan.config import ClusterConfig
 
 Along = Literal["tensor", "sequence", "pipeline", "weights", "gradients"]
-"""What bytes are sent along: an axis of the layout; or, among ranks that hold the same weights, for gathers
-of weights, or to reduce gradients."""
+"""Purpose of sent bytes: an axis of the layout; or, among ranks that hold the same weights, gathers of
+weights or reductions of gradients."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def send_seconds(links: Links, stride: int, size: float) -> float:
 
 
 def exposed(communication: float, computation: float, interference: float) -> float:
-    """Return the time that a collective adds to the computation that it runs beside: what is longer, and a
-    share of the rest, since both use the same multiprocessors and memory."""
+    """Return the time that a collective adds to the computation that it overlaps with: the part that does not
+    overlap, and a share of the part that does, since both use the same multiprocessors and memory."""
     beside = min(communication, computation)
     return communication - beside + interference * beside

@@ -1,4 +1,4 @@
-"""Time of one optimizer step, part by part: what each part takes, and how much of it the step waits for.
+"""Time of one optimizer step, part by part: how long each part takes, and how much of it the step waits for.
 
 Layers, head and collectives of a micro-batch (`layer.py`) pass through the pipeline's schedule
 (`pipeline.py`); once a step come the reduction of gradients, the optimizer, and what ZeRO gathers
@@ -276,7 +276,8 @@ def _kind(
 
 
 def _correction(model: ModelConfig, setting: Setting, layers: int) -> float:
-    """Return the work of the model's layers in that of its plain ones: 1 for a decoder; layers with attention
+    """Return the work of the model's layers as a multiple of that of plain ones: 1 for a decoder; layers with
+    attention
     to a source, or of two streams, do more."""
     config: Any = model
     row, blocks = setting.row, model.blocks

@@ -25,7 +25,7 @@ BOUND = {
     "checkpoint": "checkpoints",
     "other": "what each step takes besides",
 }
-"""Part → what a step is said to be bound by, where the part is the longest."""
+"""Part → the bottleneck that is reported if this part is the longest."""
 COMPUTING = ("matrix products", "attention", "embedding and head")
 SHOWN_FROM = 0.0005
 """Share of a step from which a part has a line of its own."""
