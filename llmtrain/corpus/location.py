@@ -111,7 +111,7 @@ class Folder:
         if self._seen.setdefault(entry.file, now) != now:
             found = _checksum(path)
             if found != entry.xxh3_128:
-                got = "a tar file that was changed while the job runs"
+                got = "a tar file that changed while the job ran"
                 raise TarFileError(Problem(str(path), got, f"xxh3_128 {entry.xxh3_128}", PREPARE_AGAIN))
             self._seen[entry.file] = now
 

@@ -188,7 +188,7 @@ class RemoteFolder:
         assert isinstance(failure, PassingError)
         if failures > self._retries:
             got = f"no success in {failures} attempts ({failure.reason})"
-            raise DataError(Problem(where, got, "", "see that the store is well"))
+            raise DataError(Problem(where, got, "", "check the store"))
         self._stopped.wait(next_wait(failures))
 
 

@@ -174,7 +174,7 @@ class Transport:
         if failures > self._retries:
             attempts = f"{self._retries + 1} attempts" if self._retries else "one attempt"
             got = f"no answer that can be used in {attempts} ({again.reason})"
-            remedy = "see that the server is well, or raise data.cache.retries and data.cache.timeout"
+            remedy = "check the server, or raise data.cache.retries and data.cache.timeout"
             raise TarFileError(Problem(without_credentials(url), got, "", remedy)) from again
         self._on_retry()
         wait = max(next_wait(failures), min(again.wait, 5 * LONGEST_WAIT))

@@ -179,7 +179,7 @@ class HttpFile:
         where, text = without_credentials(self._url), scrubbed(str(cause), self._url)
         is_refused = isinstance(cause, exceptions.NewConnectionError)  # a subclass of TimeoutError
         if isinstance(cause, exceptions.TimeoutError) and not is_refused:
-            return PassingError(f"no byte, or hardly any, for {self._seconds:g} s")
+            return PassingError(f"almost no bytes for {self._seconds:g} s")
         if isinstance(cause, exceptions.SSLError):
             remedy = "check the server's certificate (SSL_CERT_FILE names the authorities that are trusted)"
             return DataError(Problem(where, text, "", remedy))

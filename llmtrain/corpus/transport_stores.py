@@ -102,7 +102,7 @@ class StoreFile:
             got = f"a scheme whose package is not installed ({text})"
             return DataError(Problem(where, got, "", "install that package"))
         if isinstance(error, ValueError) and "Protocol not known" in text:
-            known = "http, https, s3, gs, az and what else fsspec knows"
+            known = "http, https, s3, gs, az or another scheme of fsspec"
             return DataError(Problem(where, "an unknown scheme", known, "check the URL"))
         return PassingError(f"{type(error).__name__}: {text}")
 

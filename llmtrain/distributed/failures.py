@@ -56,7 +56,7 @@ def _meaning(code: int) -> str:
         name = signal.Signals(code - 128).name
     except ValueError:
         return ""
-    return f" (killed by {name}{', as when memory runs out' if name == 'SIGKILL' else ''})"
+    return f" (killed by {name}{', maybe out of memory' if name == 'SIGKILL' else ''})"
 
 
 def _tail(log: Path) -> Iterator[str]:

@@ -59,7 +59,7 @@ def end(code: int, folder: Path, run: Path, most: int) -> str:
     if code == 0:
         return "all steps are done"
     if code == EXIT_CODE:
-        return f"exit code {code} is a mistake in its settings, which another start would meet again"
+        return f"exit code {code} is a mistake in its settings, which another start would repeat"
     found = _read(folder)
     step = newest_step(run)
     return "" if step > found.step or found.starts < most else _too_many(found.starts, step)

@@ -24,7 +24,7 @@ def resolved_for(trained: TrainedModel, config: GenerateConfig, longest: int) ->
     """Return `config` with what the folder says where it says nothing. longest: tokens of a prompt."""
     said = {} if trained.origin is None else trained.origin.generation
     if ignored := unsupported_settings(said):
-        print_note(f"note: not heeded of the folder's generation settings: {listed(ignored)}")
+        print_note(f"note: ignored generation settings of the folder: {listed(ignored)}")
     has_sources = family_of(trained.config).reads_sources
     settings = config.resolved(has_sources=has_sources, folder_settings=said)
     if config.max_new_tokens is not None or not said:

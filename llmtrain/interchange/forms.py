@@ -43,7 +43,7 @@ def form_of(config: Any, came_from: str | None = None) -> Form:
     raise ConfigError(
         Problem(
             "model",
-            f"{got}: a form that transformers has not",
+            f"{got}: a form that transformers does not have",
             allowed,
             f"the nearest is {nearest}; {elsewhere}",
         )

@@ -159,7 +159,7 @@ def _tensors_of(source: Path) -> dict[str, Tensor]:
     path = source / WEIGHTS
     if not path.exists():
         held = ", ".join(sorted(found.name for found in source.glob("adapter_model.*"))) or "no weights"
-        remedy = "save it anew with safe_serialization=True: pickle is not read"
+        remedy = "save it again with safe_serialization=True: pickle is not read"
         raise CheckpointError(Problem(str(source), held, WEIGHTS, remedy))
     stored = open_safetensors(path)
     return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

@@ -266,12 +266,12 @@ def _usual_objective(config: ModelConfig) -> ObjectiveConfig:
 def fresh_note(names: tuple[str, ...]) -> str:
     """What a user is told of heads that a folder lacked."""
     listed = ", ".join(names)
-    return f"note: begun anew, since the folder lacked them: {listed}; they mean nothing before training"
+    return f"note: newly initialized, since the folder lacks them: {listed}; they are random until trained"
 
 
 def frozen_note(names: tuple[str, ...]) -> str:
     """What a user is told of parameters that a run froze as the seed made them."""
-    return f"note: frozen as the seed made them, so that no training has seen them: {listed(names)}"
+    return f"note: frozen at their random initial values, which no training has changed: {listed(names)}"
 
 
 def unknown_note(keys: tuple[str, ...]) -> str:

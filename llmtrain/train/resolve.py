@@ -254,7 +254,7 @@ def _resume_problems(config: TrainConfig) -> list[Problem]:
             "checkpoint.resume",
             f"{resume}, no such folder",
             "auto, never, or a run folder or checkpoint",
-            "auto starts anew where there is nothing to resume",
+            "auto begins a new run where there is nothing to resume",
         )
     ]
 

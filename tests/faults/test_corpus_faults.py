@@ -211,7 +211,7 @@ def test_a_shard_changed_in_place_while_training(path: Path):
     assert train.read(0, 5)[0].tolist() == before.tolist()
     flip_byte(shard, 900)
     with pytest.raises(
-        TarFileError, match=r"train-000000\.tar: got a tar file that was changed while the job runs"
+        TarFileError, match=r"train-000000\.tar: got a tar file that changed while the job ran"
     ):
         train.read(0, 5)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import pytest
 
 from tests.faults.test_launch_torchrun import TRAINING, losses, one_process, unavailable, wait_for_first_step
 from tests.support.corpora import write_text
+from tests.support.ports import free_cluster_ports
 from tests.support.training import REPOSITORY
 from tests.support.warm_program import warm_program
 
@@ -32,18 +32,6 @@ PROGRAMS = ("llmtrain", "python")
 PREFLIGHT = "seconds=0.05 link_bytes=4096 room.shm_bytes=0"
 SBATCH = REPOSITORY / "launch/slurm.sbatch"
 TWO_NODES = REPOSITORY / "cluster/slurm/two_nodes.sh"
-
-
-def three_free_ports() -> int:
-    for first in range(17100, 18000, 3):
-        try:
-            for port in range(first, first + 3):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no three free ports")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +47,7 @@ def cluster() -> Iterator[Mapping[str, str]]:
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         foreign = ("SLURM_", "SBATCH_", "MASTER_", "NPROC_PER_NODE", "NNODES", "LOG_DIR")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-        port = three_free_ports()
+        port = free_cluster_ports()
         environment = {
             **clean,
             "SLURM_PORT": str(port),

@@ -72,9 +72,9 @@ def test_a_rank_ends_with_its_launcher(busy: str):
     try:
         # Nobody waits for it: it stays as a zombie, as in a container without an init.
         os.kill(launcher.pid, signal.SIGKILL)
-        assert ends(rank, 9)
+        assert ends(rank, 40)
         if busy == BUSY["sleeping"]:
-            assert ends(child, 1)
+            assert ends(child, 40)
             assert launcher.stderr is not None
             assert launcher.stderr.read() == (
                 f"llmtrain: error: rank 3: got a launcher (process {launcher.pid}, {python_name()}) that has "
@@ -101,7 +101,7 @@ def test_a_rank_behind_a_wrapper_ends_with_the_launcher():
     parent = process.parent()
     try:
         launcher.kill()
-        assert ends(process, 5)
+        assert ends(process, 40)
     finally:
         for left in (process, parent):
             if left is not None and left.is_running():
@@ -130,7 +130,7 @@ def test_a_worker_ends_with_its_parent_within_a_c_call():
     child = worker.children()[0]
     try:
         parent.kill()
-        assert ends(worker, 3)
+        assert ends(worker, 40)
     finally:
         child.kill()
         if worker.is_running():
@@ -152,7 +152,7 @@ def test_a_stopped_rank_ends_with_its_launcher():
         time.sleep(2)  # the guard looks every second
         rank.suspend()
         launcher.kill()
-        assert ends(rank, 10)
+        assert ends(rank, 40)
     finally:
         if rank.is_running():
             rank.kill()

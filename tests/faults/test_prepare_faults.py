@@ -108,7 +108,7 @@ def finish(process: Popen) -> tuple[int, str]:
 
 def wait_for_pieces(output: Path, number: int) -> None:
     """Until so many pieces of the sources are read."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while len(list((output / ".prepare" / "read").glob("*/unit.json"))) < number:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -194,7 +194,7 @@ def test_a_job_killed_in_each_stage_goes_on_with_another_number_of_processes(fol
 def test_a_job_refuses_another_and_processes_of_other_settings(folder: Path):
     slow = start_job(folder, "corpus", 2, SLOW=1)
     read = folder / "corpus" / ".prepare" / "read"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not read.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -251,7 +251,7 @@ def test_workers_end_with_their_parent(folder: Path):
     assert len(children) >= 2
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 
@@ -259,7 +259,7 @@ def test_workers_end_with_their_parent(folder: Path):
 def test_a_worker_that_the_system_kills_is_told(folder: Path):
     process = start(folder, "corpus", workers=2)
     parent = psutil.Process(process.pid)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     # Both: the library's own thread fails, in so many lines, where one dies while the other is begun.
     while len(workers := [p for p in parent.children() if "spawn_main" in " ".join(p.cmdline())]) < 2:
         assert time.monotonic() < deadline

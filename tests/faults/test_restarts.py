@@ -28,7 +28,7 @@ from tests.faults.test_launch_torchrun import (
     unavailable,
     wait_for_first_step,
 )
-from tests.support.ranks import free_port
+from tests.support.ports import free_port
 from tests.support.two_hosts import Hosts
 from tests.support.warm import TORCHRUN, Popen, on_ranks
 
@@ -134,7 +134,7 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_that_of_an_undisturbed_run(
     assert (code, other_code) == (75, 75), output + other
     said = output + other
     [restart] = [event for event in read_events(run / "events.jsonl") if event.kind == "restart"]
-    assert f"killed by SIGKILL, as when memory runs out): restart 1 of 2, from step {restart.step}\n" in said
+    assert f"killed by SIGKILL, maybe out of memory): restart 1 of 2, from step {restart.step}\n" in said
     assert events(run, "start") == [0, restart.step]
     assert (run / "logs/rank0.1.log").exists(), "the log of the first attempt is kept"
     with job(2, *training, f"run.dir={undisturbed}") as whole:
@@ -195,7 +195,7 @@ def test_what_is_not_restarted(corpus: Path, tmp_path: Path) -> None:
         [(code, output)] = looping.finish()
     assert code == 137, output
     assert events(run, "restart") == [0, 0]
-    assert "no restart: rank 0 exited with 137 (killed by SIGKILL, as when memory runs out); " in output
+    assert "no restart: rank 0 exited with 137 (killed by SIGKILL, maybe out of memory); " in output
     assert output.rstrip().endswith("3 failures without a new step")
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from tests.support import sockets, warm
-from tests.support.ranks import free_port
+from tests.support.ports import free_port
 from tests.support.training import REPOSITORY, TINY_GPT
 from tests.support.two_hosts import Hosts, entering
 

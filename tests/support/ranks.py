@@ -13,7 +13,6 @@ import atexit
 import functools
 import importlib
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -127,12 +126,6 @@ def _serve(pipe: Connection) -> None:
             pipe.send((function(*arguments), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @atexit.register

@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.support.ranks import free_port
+from tests.support.ports import free_port
 from tests.support.training import REPOSITORY
 
 _PR_SET_CHILD_SUBREAPER = 36

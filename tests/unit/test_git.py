@@ -149,7 +149,7 @@ def test_a_pipe_or_a_device_within_a_repository_costs_no_time(checkout: Path, pa
         path.symlink_to("/dev/zero")
     began = time.monotonic()
     assert git_state()[0]["commit"] is None
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 def test_a_work_tree_elsewhere_is_not_shown(checkout: Path, tmp_path: Path):

@@ -79,7 +79,7 @@ def test_a_bare_encoder_gets_heads_of_its_own(tmp_path: Path, capsys: pytest.Cap
 
     checkpoint = run(tmp_path / "theirs", tmp_path / "ours")
     said = capsys.readouterr().err
-    assert "begun anew, since the folder lacked them: head.bias, transform.bias" in said
+    assert "newly initialized, since the folder lacks them: head.bias, transform.bias" in said
     assert "left out, since our model has no use for it: pooler.dense.bias, pooler.dense.weight" in said
     assert checkpoint.manifest["left_out"] == ["pooler.dense.bias", "pooler.dense.weight"]
     trained = load_trained(tmp_path / "ours")

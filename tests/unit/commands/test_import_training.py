@@ -121,7 +121,7 @@ def test_how_it_is_to_write_travels_through_training(
     capsys.readouterr()
     settings = resolved_for(trained, GenerateConfig(), longest=30)
     assert (settings.temperature, settings.top_p, settings.max_new_tokens) == (0.6, 0.9, 34)
-    assert "not heeded of the folder's generation settings: typical_p=0.5" in capsys.readouterr().err
+    assert "ignored generation settings of the folder: typical_p=0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,10 @@ def server(running: FileServer) -> FileServer:
     return running
 
 
-def download(server: FileServer, partial: Path, name: str = "train/a.tar", retries: int = 3) -> bytes:
-    Transport(retries, timeout=0.5).download(join(server.url, name), partial, SIZE)
+def download(
+    server: FileServer, partial: Path, name: str = "train/a.tar", retries: int = 3, timeout: float = 20
+) -> bytes:
+    Transport(retries, timeout).download(join(server.url, name), partial, SIZE)
     return partial.read_bytes()
 
 
@@ -182,14 +184,14 @@ def test_the_bytes_are_the_same_whatever_is_cut(
 
 def test_a_stalled_answer_is_asked_for_again(server: FileServer, partial: Path):
     server.faults = Faults(stall=30.0, stalls=1)
-    assert download(server, partial) == CONTENT
+    assert download(server, partial, timeout=3) == CONTENT
     assert len(server.log) == 2
     assert server.log[1].range is not None
 
 
 def test_a_slow_answer_is_waited_for(server: FileServer, partial: Path):
-    server.faults.slow = 0.2
-    assert download(server, partial) == CONTENT
+    server.faults.slow = 0.6  # a piece, of which there are five: together longer than the timeout
+    assert download(server, partial, timeout=2) == CONTENT
     assert len(server.log) == 1
 
 
@@ -208,7 +210,7 @@ def test_the_time_a_server_asks_for_is_waited(
     server.faults = Faults(
         unavailable=1, retry_after=formatdate(time.time() + 40, usegmt=True) if date else "40"
     )
-    reader = Transport(timeout=0.5)
+    reader = Transport(timeout=20)
     monkeypatch.setattr(reader._closed, "wait", waits.append)
     reader.download(join(server.url, "train/a.tar"), partial, SIZE)
     assert len(waits) == 1
@@ -224,7 +226,7 @@ def test_waits_grow(server: FileServer, partial: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(transport, "FIRST_WAIT", 1.0)
     waits: list[float] = []
     server.faults.unavailable = 8
-    reader = Transport(retries=8, timeout=0.5)
+    reader = Transport(retries=8, timeout=20)
     monkeypatch.setattr(reader._closed, "wait", waits.append)
     reader.download(join(server.url, "train/a.tar"), partial, SIZE)
     assert all(low <= wait <= high for wait, (low, high) in zip(

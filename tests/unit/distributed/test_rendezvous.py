@@ -16,7 +16,7 @@ from llmtrain.distributed.hosts import Hosts, route_to
 from llmtrain.distributed.rendezvous import Rendezvous
 from llmtrain.distributed.restarts import Ending, Verdict
 from llmtrain.errors import ConfigError, LaunchError
-from tests.support.ranks import free_port
+from tests.support.ports import free_port
 from tests.support.sockets import listeners
 
 SECONDS = 5

@@ -11,7 +11,7 @@ import pytest
 from llmtrain.distributed import succession
 from llmtrain.distributed.hosts import Hosts
 from llmtrain.distributed.succession import SUCCESSION, Succession, inherited, may_succeed
-from tests.support.ranks import free_port
+from tests.support.ports import free_port
 
 ADDRESSES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 

@@ -86,10 +86,10 @@ def changed(source: Path, folder: Path, **keys: Any) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         import_folder(folder)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     (first, *_) = lines = str(caught.value).split("\n")
     assert all(str(folder) in line and line.isprintable() and len(line) < 2000 for line in lines)
     return first

@@ -75,10 +75,10 @@ def tensor(dims: tuple[int, ...], kind: int = 0, offset: int = 0, name: str = "t
     ],
 )
 def test_no_claim_is_believed(content: bytes, reason: str):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=reason):
         read_header(content, FORMATS)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_what_the_package_reads(tmp_path: Path):

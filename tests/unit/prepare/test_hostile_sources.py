@@ -268,9 +268,9 @@ def test_zero_bytes_are_looked_at_in_the_memory_that_they_take():
 def test_marks_without_end_are_put_in_order_in_linear_time():
     few = "e" + "\u0301\u0323" * (LONGEST_MARKS // 4) + "x"
     many = "a" + "\u0301" * 100_000 + "\u0323" * 100_000 + "b"
-    started = time.monotonic()
+    started = time.process_time()
     (cleaned,) = clean([many.encode()], "nfc", CleanCounts())
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert sorted(unicodedata.normalize("NFD", cleaned.decode()[:500]))[-1] == "\u0301"
     assert len(cleaned.decode()) in range(len(many) - 2, len(many) + 1)
     assert clean([few.encode()], "nfc", CleanCounts()) == [unicodedata.normalize("NFC", few).encode()]
@@ -294,9 +294,9 @@ def plain(name: str, data: bytes) -> bytes:
 def test_records_of_extended_headers_take_linear_time(tmp_path: Path):
     path = tmp_path / "a.tar"
     path.write_bytes(extended(b"6 a=b\n", 170_000) + plain("a.txt", b"text") + bytes(1024))
-    started = time.monotonic()
+    started = time.process_time()
     assert list(batches(path)) == [["text"]]
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])

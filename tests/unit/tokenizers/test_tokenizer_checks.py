@@ -26,10 +26,10 @@ Json = dict[str, Any]
 
 
 def refusal(path: Path) -> str:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError) as caught:
         load_tokenizer(path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 2000
     return str(caught.value)

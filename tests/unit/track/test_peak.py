@@ -49,9 +49,9 @@ def test_listed_peaks(device: str, precision: str, tflops: float | None) -> None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_processor_is_measured_quickly_and_the_figure_kept(precision: str) -> None:
     torch.ones(1)
-    started = time.perf_counter()
+    started = time.process_time()
     found = PeakKeeper("cpu", precision).peak
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 20
     assert found is not None
     assert 1e8 < found.flops < 1e15
     ((key, kept),) = json.loads(kept_file().read_text()).items()

@@ -78,7 +78,7 @@ def test_while_there_is_nothing_to_save_a_process_ends_at_once(number: signal.Si
         time.sleep(0.1)
         process.send_signal(number)
         try:
-            assert process.wait(5) == 75
+            assert process.wait(50) == 75
         finally:
             process.kill()
         assert "stopped on request before the first step" in process.stderr.read()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import pytest
 
+from llmtrain.watch import clock as clocks
 from llmtrain.watch import layout
 from llmtrain.watch.clock import WallClock
 from llmtrain.watch.config import WatchConfig
@@ -46,14 +47,16 @@ def test_stages_are_not_compared_with_each_other():
     assert not [comparison.add([first, first, last, last], 10) for _ in range(3)][-1]
 
 
-def test_the_clock_counts_each_phase_apart():
+def test_the_clock_counts_each_phase_apart(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     clock = WallClock()
     clock.take()
     clock.mark(layout.PHASES.index("forward"))
-    time.sleep(0.02)
+    now[0] += 0.25
     clock.mark(COMMUNICATION)
-    time.sleep(0.04)
+    now[0] += 0.5
     clock.mark(layout.PHASES.index("step"))
     taken = dict(zip(CATEGORIES, clock.take(), strict=True))
-    assert 0.02 <= taken["forward"] < 0.04 <= taken["communication"]
-    assert sum(clock.take()) < 0.02
+    assert (taken["forward"], taken["communication"]) == (0.25, 0.5)
+    assert sum(clock.take()) == 0
