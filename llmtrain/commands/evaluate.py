@@ -324,8 +324,8 @@ class TargetCounter:
         return float(-(self._counts_V @ log_probs_V) / max(1, self._counts_V.sum()))
 
 
-def _say_skipped(shard: str, samples: int) -> None:
-    text = f"warning: {shard} is bad: its {samples:,} sequences are left out"
+def _say_skipped(tar: str, samples: int) -> None:
+    text = f"warning: {tar} is bad: its {samples:,} sequences are left out"
     print_note(text)
 
 

@@ -1,4 +1,4 @@
-"""`llmtrain prepare`: raw text → tokenizer and sharded corpus."""
+"""`llmtrain prepare`: raw text → tokenizer and corpus."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Stage:
 Locate: TypeAlias = "Callable[[str, str | None], str]"
 """(name of a source, where a run read it) → where it is now."""
 
-ORDER_KEYS = ("packing", "overlap", "shuffle_shards", "drop_last")
+ORDER_KEYS = ("packing", "overlap", "shuffle_tars", "drop_last")
 """Keys of TokenDataConfig that, with the sequence length, determine a corpus' samples and their order."""
 
 
@@ -77,7 +77,7 @@ class TokenDataConfig:
     with `best_fit`."""
     document_mask: bool = True
     """Tokens attend only to their own document."""
-    shuffle_shards: int = 16
+    shuffle_tars: int = 16
     """Tar files among which sequences are shuffled; as many are in use at a time."""
     drop_last: bool = False
     """End an epoch with its last complete step; the remaining sequences are not used in it."""
@@ -88,14 +88,14 @@ class TokenDataConfig:
     """Threads that read ahead on each rank; 0 reads in the training thread. Never changes the order."""
     verify: Literal["size", "checksum"] = "checksum"
     """`checksum` reads each tar file once and records it beside the corpus; `size` compares only sizes."""
-    on_bad_shard: Literal["error", "skip"] = "error"
+    on_bad_tar: Literal["error", "skip"] = "error"
     """What a tar file that stays bad does: end the run, or leave its sequences empty on all ranks."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The cache for remote corpora."""
 
     def problems(self) -> Iterator[Problem]:
         yield from require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
-        yield from require(self.shuffle_shards >= 1, "shuffle_shards", self.shuffle_shards, "1 or more")
+        yield from require(self.shuffle_tars >= 1, "shuffle_tars", self.shuffle_tars, "1 or more")
         yield from require(self.overlap >= 0, "overlap", self.overlap, "0 or more")
         yield from require(
             self.overlap == 0 or self.packing == "best_fit",
@@ -105,7 +105,7 @@ class TokenDataConfig:
             "give data.packing=best_fit",
         )
         if self.continued:
-            wanted = {"packing": "concat", "drop_last": True, "on_bad_shard": "error", "mixture": None}
+            wanted = {"packing": "concat", "drop_last": True, "on_bad_tar": "error", "mixture": None}
             for key, value in wanted.items():
                 said, got = encode(value), getattr(self, key)
                 allowed = f"{str(said).lower() if value is not None else 'null'} with continued=true"
@@ -215,10 +215,10 @@ def _mixture_problems(where: str, mixture: Mapping[str, float]) -> Iterator[Prob
 class OneSource:
     """Base of `data` sections with a single source. Its order depends on the seed alone."""
 
-    shuffle_shards: ClassVar[int] = 1
+    shuffle_tars: ClassVar[int] = 1
     drop_last: ClassVar[bool] = False
     continued: ClassVar[bool] = False
-    on_bad_shard: ClassVar[Literal["error", "skip"]] = "error"
+    on_bad_tar: ClassVar[Literal["error", "skip"]] = "error"
     overlap: ClassVar[int] = 0
     curriculum: ClassVar[tuple[Stage, ...]] = ()
     document_mask: ClassVar[bool] = False

@@ -130,7 +130,7 @@ def open_corpora(data: TokenDataConfig) -> Corpora:
             opened[name] = Corpus.open(
                 path if remote else expand_home(path),
                 data.verify,
-                on_bad_shard=data.on_bad_shard,
+                on_bad_tar=data.on_bad_tar,
                 cache=Cache(data.cache) if remote else None,
             )
         except DataError as error:

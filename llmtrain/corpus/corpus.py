@@ -33,7 +33,7 @@ class Corpus:
         self.tokenizer_path = tokenizer_path
         """The argument of `load_tokenizer`."""
         self.bad_tars: Problems = {}
-        """Tar files found bad when the corpus was opened with on_bad_shard="skip"."""
+        """Tar files found bad when the corpus was opened with on_bad_tar="skip"."""
 
     @classmethod
     def open(
@@ -41,7 +41,7 @@ class Corpus:
         path: str | Path,
         verify: Literal["size", "checksum"] = "size",
         *,
-        on_bad_shard: Literal["error", "skip"] = "error",
+        on_bad_tar: Literal["error", "skip"] = "error",
         cache: Cache | None = None,
     ) -> Corpus:
         """Open the corpus in a folder or, given a cache, behind a URL, and check that it is complete.
@@ -63,7 +63,7 @@ class Corpus:
         corpus = cls(location, manifest, _tokenizer(location, manifest))
         tars = [tar for split in manifest.splits.values() for tar in split.shards]
         found = location.find_problems(tars, checksums=verify == "checksum")
-        if found and on_bad_shard == "error":
+        if found and on_bad_tar == "error":
             raise DataError(_shortened(list(found.values())))
         corpus.bad_tars = found
         return corpus

@@ -46,6 +46,11 @@ class Segment:
     settings: Mapping[str, Any]
     """Settings that determine the samples of a source and their order; only compared here."""
 
+    def __post_init__(self) -> None:
+        """Give a setting that an earlier version recorded its present name."""
+        settings = {"shuffle_tars" if key == "shuffle_shards" else key: v for key, v in self.settings.items()}
+        object.__setattr__(self, "settings", settings)
+
     def problems(self) -> Iterator[Problem]:
         for name, least in (("step", 0), ("sample", 0), ("global_size", 1)):
             number = getattr(self, name)

@@ -54,17 +54,17 @@ class Stream:
         timeline: Timeline,
         *,
         seed: int,
-        shuffle_shards: int,
+        shuffle_tars: int,
         drop_last: bool = False,
         continued: bool = False,
-        on_bad_shard: Literal["error", "skip"] = "error",
+        on_bad_tar: Literal["error", "skip"] = "error",
         agree: Agree | None = None,
         on_skip: Callable[[str, int], None] = lambda tar, samples: None,
     ) -> None:
-        """sources: the datasets of the timeline's sources. shuffle_shards: number of tar files among which
+        """sources: the datasets of the timeline's sources. shuffle_tars: number of tar files among which
         samples are shuffled. drop_last: whether an epoch ends with its last full step. continued: whether
             the rows of a step follow those of the step before. agree: required by
-        on_bad_shard="skip" with several ranks. on_skip: called with (name, samples) of each skipped tar file.
+        on_bad_tar="skip" with several ranks. on_skip: called with (name, samples) of each skipped tar file.
 
         Raise DataError if drop_last is set and a source is smaller than a step.
         """
@@ -72,7 +72,7 @@ class Stream:
         self.names = list(sources)
         self._datasets = list(sources.values())
         self._seed = seed
-        self._skips = on_bad_shard == "skip"
+        self._skips = on_bad_tar == "skip"
         self._agree = agree
         self._on_skip = on_skip
         self._orders: list[BlockOrder] = []
@@ -97,7 +97,7 @@ class Stream:
                 BlockOrder(
                     dataset.tar_sizes,
                     seed=source_seed,
-                    block_tars=shuffle_shards,
+                    block_tars=shuffle_tars,
                     epoch_length=epoch_length,
                 )
             )

@@ -48,7 +48,7 @@ class SetUnion:
             if gave_up() or time.monotonic() > deadline:
                 got = f"an answer from {arrived} of {self._size} ranks"
                 raise LaunchError(
-                    Problem("data.on_bad_shard=skip", got, "all ranks", "look for a rank that hangs")
+                    Problem("data.on_bad_tar=skip", got, "all ranks", "look for a rank that hangs")
                 )
             time.sleep(pause)
             pause = min(2 * pause, longest)

@@ -57,7 +57,7 @@ def export_folder(
     output: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    shard_bytes: int = SHARD_BYTES,
+    file_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     origin: Origin | None = None,
     end_id: int | None = None,
@@ -67,7 +67,7 @@ def export_folder(
 
     tensors: canonical name → tensor of the full shape, any dtype and device; may load lazily.
     tokenizer_path: file or folder for `load_tokenizer`; None: write no tokenizer.
-    shard_bytes: maximum size of a weights file; larger weights are split into several files with an index.
+    file_bytes: maximum size of a weights file; larger weights are split into several files with an index.
     overwrite: replace the folder of another model; an earlier export is always replaced.
     origin: the folder that the model was imported from; its settings are kept as far as they still apply.
     end_id: id of the end token in the training data; None: the model was not trained here.
@@ -93,7 +93,7 @@ def export_folder(
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_weights(partial, model, form.entries(config), tensors, dtype, shard_bytes)
+        _write_weights(partial, model, form.entries(config), tensors, dtype, file_bytes)
         write_contents(partial, contents)
         files.replace_folder(partial, output)
     except (OSError, SafetensorError) as error:
@@ -348,7 +348,7 @@ def _write_weights(
     entries: list[Entry],
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
-    shard_bytes: int,
+    file_bytes: int,
 ) -> None:
     """Write the weights to one file, or to several with an index; one file is in memory at a time."""
     shapes = _their_shapes(model, entries)
@@ -359,7 +359,7 @@ def _write_weights(
 
     shards: list[list[Entry]] = [[]]
     for entry in entries:
-        if shards[-1] and sum(map(size, shards[-1])) + size(entry) > shard_bytes:
+        if shards[-1] and sum(map(size, shards[-1])) + size(entry) > file_bytes:
             shards.append([])
         shards[-1].append(entry)
     weight_map: dict[str, str] = {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_PRESENT_KEYS = {"shuffle_shards": "shuffle_tars", "on_bad_shard": "on_bad_tar"}
+"""Key of the section `data` in earlier versions → its present name."""
+
 
 def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest of version 2 or 3 with the objective in a section of its own, under its present
@@ -23,12 +26,15 @@ def run_with_objective(config: Mapping[str, Any]) -> dict[str, Any]:
     if "objective" in config or not isinstance(config.get("model"), Mapping):
         return _with_present_names(config)
     model, objective = separated(config["model"])
-    return {**config, "model": model} | ({} if objective is None else {"objective": objective})
+    found = {**config, "model": model} | ({} if objective is None else {"objective": objective})
+    return _with_present_names(found)
 
 
 def _with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's configuration with the present name of the objective of images, which was
-    `classification`."""
+    """Return a run's configuration with the present names of keys of its data, and of the objective of
+    images, which was `classification`."""
+    if isinstance(data := config.get("data"), Mapping):
+        config = {**config, "data": {_PRESENT_KEYS.get(key, key): value for key, value in data.items()}}
     model, objective = config.get("model"), config.get("objective")
     if not isinstance(model, Mapping) or not isinstance(objective, Mapping):
         return dict(config)

@@ -165,12 +165,12 @@ def open_dataset(
 ) -> Dataset:
     """Return the samples of one split of all corpora, for evaluation.
 
-    on_skip: called with (file, samples) for each damaged tar file that data.on_bad_shard=skip leaves out.
+    on_skip: called with (file, samples) for each damaged tar file that data.on_bad_tar=skip leaves out.
     Raise DataError if they cannot be read.
     """
     from llmtrain.data.datasets.base import Concatenation, WithoutBadTars
 
     sources = objective.open(model, data, corpora, split, sequence_length)
-    if data.on_bad_shard == "skip":
+    if data.on_bad_tar == "skip":
         sources = {name: WithoutBadTars(dataset, on_skip) for name, dataset in sources.items()}
     return next(iter(sources.values())) if len(sources) == 1 else Concatenation(sources)

@@ -109,7 +109,7 @@ class PrepareConfig:
     sample_tokens: int = 1 << 18
     """Approximate number of tokens in a sample, the unit that is read at a time from a tar file. A sample
     holds whole documents."""
-    shard_bytes: int = 64 << 20
+    tar_bytes: int = 64 << 20
     """Approximate size of a tar file in bytes."""
     workers: int | None = None
     """Number of worker processes of each launched process; null: one per core. The corpus does not depend on
@@ -161,5 +161,5 @@ class PrepareConfig:
         yield from require(
             1 <= self.sample_tokens <= 1 << 30, "sample_tokens", self.sample_tokens, f"1 to {1 << 30}"
         )
-        yield from require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 or more")
+        yield from require(self.tar_bytes >= 1, "tar_bytes", self.tar_bytes, "1 or more")
         yield from require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 up to, not including, 2^63")

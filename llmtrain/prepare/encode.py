@@ -240,9 +240,9 @@ def plan_samples(
 
 
 def plan_tar_files(
-    samples: Iterator[SamplePieces], dtype: np.dtype, shard_bytes: int
+    samples: Iterator[SamplePieces], dtype: np.dtype, tar_bytes: int
 ) -> Iterator[list[SamplePieces]]:
-    """Yield the samples of each tar file: the fewest consecutive samples with `shard_bytes` in total."""
+    """Yield the samples of each tar file: the fewest consecutive samples with `tar_bytes` in total."""
     tar_file: list[SamplePieces] = []
     size = 0
     for sample in samples:
@@ -252,7 +252,7 @@ def plan_tar_files(
             sum(piece.document_stop - piece.document_start for piece in sample),
             dtype,
         )
-        if size >= shard_bytes:
+        if size >= tar_bytes:
             yield tar_file
             tar_file, size = [], 0
     if tar_file:

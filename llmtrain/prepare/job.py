@@ -214,7 +214,7 @@ class _Run:
                 "sentinel_ids": list(made.tokenizer.sentinel_ids),
             },
             "fingerprint": fingerprint_of(
-                (shard["xxh3_128"] for split in made.splits.values() for shard in split["shards"]),
+                (tar["xxh3_128"] for split in made.splits.values() for tar in split["shards"]),
                 made.tokenizer.sha256,
             ),
             "splits": made.splits,
@@ -335,14 +335,14 @@ def _finished(config: PrepareConfig, identity: dict[str, Any]) -> Report | None:
             )
         )
     for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            file = config.output / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+        for tar in split["shards"]:
+            file = config.output / tar["file"]
+            if not file.is_file() or file.stat().st_size != tar["bytes"]:
                 raise DataError(
                     Problem(
                         str(file),
                         "a missing or truncated tar file",
-                        f"{shard['bytes']:,} bytes",
+                        f"{tar['bytes']:,} bytes",
                         "give overwrite=true to make the corpus again",
                     )
                 )

@@ -259,7 +259,7 @@ class Phases:
                     phase.advance(done["entry"]["num_tokens"])
 
         num_tokens = sum(sum(block.num_tokens) for block in encoded)
-        with self.progress.phase("shards", num_tokens // self.peers.size) as phase:
+        with self.progress.phase("tar files", num_tokens // self.peers.size) as phase:
             work = unfinished(phase)
             for done in self.pool.map(encoding.write_planned_tar_file, work, self._tick(phase)):
                 phase.advance(done["entry"]["num_tokens"])
@@ -278,7 +278,7 @@ class Phases:
             first_sample = 0
             together = 2 if self.config.is_paired else 1
             samples = encoding.plan_samples(encoded, split, self.config.sample_tokens, together)
-            for index, planned in enumerate(encoding.plan_tar_files(samples, dtype, self.config.shard_bytes)):
+            for index, planned in enumerate(encoding.plan_tar_files(samples, dtype, self.config.tar_bytes)):
                 yield name, index, first_sample, planned
                 first_sample += len(planned)
 

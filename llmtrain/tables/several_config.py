@@ -51,9 +51,9 @@ class TasksDataConfig(OneSource):
         return of_tables | {name: corpus.paths[""] for name, corpus in self.corpora.items()}
 
     @property
-    def shuffle_shards(self) -> int:  # type: ignore[override]
+    def shuffle_tars(self) -> int:  # type: ignore[override]
         """Return the tar files among which sequences of text are shuffled."""
-        return max((corpus.shuffle_shards for corpus in self.corpora.values()), default=1)
+        return max((corpus.shuffle_tars for corpus in self.corpora.values()), default=1)
 
     def shares_of(self, sizes: Mapping[str, int]) -> dict[str, float]:
         """Return task → its share of the samples; the shares add up to 1. sizes: rows to train on."""
@@ -70,7 +70,7 @@ class TasksDataConfig(OneSource):
 
     def order_settings(self, sequence_length: int) -> dict[str, Any]:
         """Return the settings that determine the rows and their order."""
-        return {"sequence_length": sequence_length, "shuffle_shards": self.shuffle_shards}
+        return {"sequence_length": sequence_length, "shuffle_tars": self.shuffle_tars}
 
     @classmethod
     def reopened(

@@ -96,7 +96,7 @@ class Opened:
     def skipped(self, step: int) -> Skipped:
         """Return the tar files that `step` skips in their present state."""
         # Otherwise nothing but the rows of the step has to be read.
-        is_asked = self.data.on_bad_shard == "skip"
+        is_asked = self.data.on_bad_tar == "skip"
         return self.stream.enter(step - 1) if is_asked else frozenset()
 
 

@@ -46,7 +46,7 @@ class RunData:
                 timeline,
                 seed=config.seed,
                 agree=set_union.of_all_ranks(),
-                on_skip=lambda shard, samples: self._say(f"{_left_out(shard, samples)} in this epoch"),
+                on_skip=lambda tar, samples: self._say(f"{_left_out(tar, samples)} in this epoch"),
             )
         )
 
@@ -95,7 +95,7 @@ class RunData:
                 self.corpora,
                 "validation",
                 config.batch.sequence_length,
-                lambda shard, samples: self._say(_left_out(shard, samples)),
+                lambda tar, samples: self._say(_left_out(tar, samples)),
             )
         except DataError as error:
             self._say(f"no evaluation{', nor tasks' if config.harness.tasks else ''}: {error}")
@@ -107,5 +107,5 @@ class RunData:
             self._say(f"note: {', '.join(without)} has no validation split; the others are evaluated")
 
 
-def _left_out(shard: str, samples: int) -> str:
-    return f"warning: {shard} is bad: its {samples:,} sequences are left empty"
+def _left_out(tar: str, samples: int) -> str:
+    return f"warning: {tar} is bad: its {samples:,} sequences are left empty"

@@ -28,7 +28,7 @@ class Order:
     sequence_length: int = 1
     packing: str = "concat"
     overlap: int = 0
-    shuffle_shards: int = 1
+    shuffle_tars: int = 1
     drop_last: bool = False
     group: int = 64
     continued: bool = False
@@ -110,7 +110,7 @@ def open_stream(
     *,
     seed: int,
     agree: Agree | None = None,
-    on_skip: Callable[[str, int], None] = lambda shard, samples: None,
+    on_skip: Callable[[str, int], None] = lambda tar, samples: None,
     drop_last: bool | None = None,
 ) -> Stream:
     """Return the stream of a run's training samples. drop_last: None for that of the data."""
@@ -118,10 +118,10 @@ def open_stream(
         sources,
         timeline,
         seed=seed,
-        shuffle_shards=data.shuffle_shards,
+        shuffle_tars=data.shuffle_tars,
         drop_last=data.drop_last if drop_last is None else drop_last,
         continued=data.continued,
-        on_bad_shard=data.on_bad_shard,
+        on_bad_tar=data.on_bad_tar,
         agree=agree,
         on_skip=on_skip,
     )

@@ -55,7 +55,7 @@ class Steps(TorchDataset):  # type: ignore[type-arg]
 def open_stream(path: Path, sequence_length: int, global_size: int) -> Stream:
     dataset = TokenSequences(Corpus.open(path).split("train"), sequence_length)
     timeline = begin(global_size, {"corpus": 1.0}, {})
-    return Stream({"corpus": dataset}, timeline, seed=0, shuffle_shards=4)
+    return Stream({"corpus": dataset}, timeline, seed=0, shuffle_tars=4)
 
 
 def steps_per_second(steps: Iterator[Any], work: torch.Tensor | None = None) -> float:

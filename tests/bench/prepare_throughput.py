@@ -6,7 +6,7 @@
 
 Real reviews, each copy marked so that none is a duplicate, are written to a scratch folder; all are
 measured in turn, the tokenizer shared. Compared with `datasets` are tokenizing and writing by the clock
-(map; the phases of encoding and shards), and whole runs, reading included, by the processor time of all
+(map; the phases of encoding and tar files), and whole runs, reading included, by the processor time of all
 their processes, which other jobs on the machine change less. The peak of memory is that of the whole
 process tree. `datasets` stands in requirements.txt; without it that comparison is left out.
 """
@@ -188,7 +188,7 @@ def _prepare(folder: Path, script: Path, source: Path, model: Path, workers: int
     }
     cpu, peak, sizes = _run([str(script), json.dumps(config), str(folder / "report.json")])
     report = json.loads((folder / "report.json").read_text())
-    encoding = report["phases"]["encoding"] + report["phases"]["shards"]
+    encoding = report["phases"]["encoding"] + report["phases"]["tar files"]
     return Measured(encoding, report["seconds"], cpu, peak, sizes)
 
 

@@ -239,7 +239,7 @@ def _stream(corpus: Path, width: int, packing: str) -> tuple[Any, Any]:
 
     dataset = TokenSequences(Corpus.open(corpus).split("train"), width - 1, packing=packing)  # type: ignore[arg-type]
     timeline = begin(BATCH_ROWS, {"corpus": 1.0}, {})
-    return dataset, Stream({"corpus": dataset}, timeline, seed=SEED, shuffle_shards=4)
+    return dataset, Stream({"corpus": dataset}, timeline, seed=SEED, shuffle_tars=4)
 
 
 OURS, ROWS = "llmtrain", "rows"

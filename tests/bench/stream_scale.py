@@ -95,7 +95,7 @@ def open_loader(corpus: Path, packing: str = "concat") -> tuple[TokenSequences, 
     split = Corpus.open(corpus).split("train")
     dataset = TokenSequences(split, SEQUENCE_LENGTH, packing=packing, cache=corpus / "cache")  # type: ignore[arg-type]
     timeline = begin(GLOBAL_SIZE, {"corpus": 1.0}, {})
-    stream = Stream({"corpus": dataset}, timeline, seed=0, shuffle_shards=SHUFFLE_SHARDS)
+    stream = Stream({"corpus": dataset}, timeline, seed=0, shuffle_tars=SHUFFLE_SHARDS)
     return dataset, Loader(stream, CausalLM().collate, micro_size=MICRO_SIZE)
 
 
@@ -133,7 +133,7 @@ def bench_mixing(corpus: Path) -> None:
     firsts = np.cumsum(sizes) - sizes
     print(
         f"of neighbours in the order (in a step of {GLOBAL_SIZE}: shards that a step has samples of)\n"
-        f"{'shuffle_shards':>16}{'same shard':>12}{f'within {NEAR_ROWS} rows':>17}{'shards a step':>15}"
+        f"{'shuffle_tars':>16}{'same shard':>12}{f'within {NEAR_ROWS} rows':>17}{'shards a step':>15}"
     )
     for block_tars in (1, 4, 16, 64, len(sizes)):
         order = BlockOrder(sizes, seed=0, block_tars=block_tars)

@@ -25,7 +25,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer=TokenizerConfig(vocab_size=320),
             split=SplitConfig(validation=0.1, test=0.05),
             sample_tokens=500,
-            shard_bytes=8000,
+            tar_bytes=8000,
             workers=1,
         )
     )

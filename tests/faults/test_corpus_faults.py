@@ -275,7 +275,7 @@ def test_token_ids_outside_the_vocabulary(tmp_path: Path):
 def test_bad_shards_may_be_left_to_the_reader(path: Path):
     (path / "train" / "train-000001.tar").unlink()
     flip_byte(path / "train" / "train-000002.tar", 700)
-    corpus = Corpus.open(path, "checksum", on_bad_shard="skip")
+    corpus = Corpus.open(path, "checksum", on_bad_tar="skip")
     assert sorted(corpus.bad_tars) == ["train/train-000001.tar", "train/train-000002.tar"]
     assert corpus.split("train").find_bad([0, 1, 2]) == [1, 2]
 

@@ -125,7 +125,7 @@ def test_a_pipe_in_place_of_a_shard(path: Path, verify: Any):
     os.mkfifo(shard)
     with pytest.raises(DataError, match=r"train-000000\.tar: got no file"):
         Corpus.open(path, verify)
-    corpus = Corpus.open(path, verify, on_bad_shard="skip")
+    corpus = Corpus.open(path, verify, on_bad_tar="skip")
     with pytest.raises(DataError, match=r"train-000000\.tar"):
         corpus.split("train").read(0, 5)
 

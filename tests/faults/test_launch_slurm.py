@@ -201,7 +201,7 @@ def test_tasks_of_srun_prepare_one_corpus(warm: Mapping[str, str], tmp_path: Pat
     source = write_text(tmp_path / "text.jsonl")
 
     def prepare(command: list[str], source: Path, output: str) -> subprocess.CompletedProcess[str]:
-        arguments = [f"source={source}", f"output={output}", "tokenizer.vocab_size=320", "shard_bytes=20000"]
+        arguments = [f"source={source}", f"output={output}", "tokenizer.vocab_size=320", "tar_bytes=20000"]
         run = [*command, "llmtrain", "prepare", *arguments, "workers=1"]
         return subprocess.run(run, env=warm, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 

@@ -75,7 +75,7 @@ def start(folder: Path, output: str, workers: int = 1, **options: object) -> Pop
         "tokenizer": {"vocab_size": 330},
         "split": {"validation": 0.2, "test": 0.1},
         "sample_tokens": 500,
-        "shard_bytes": 15_000,
+        "tar_bytes": 15_000,
         "workers": workers,
         **{key: value for key, value in options.items() if not key.isupper()},
     }
@@ -225,7 +225,7 @@ def test_a_finished_corpus_is_left_by_a_job_too(folder: Path):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_prepare_one_corpus(folder: Path):
-    shared = [f"source={folder}/a.jsonl", "tokenizer.vocab_size=330", "shard_bytes=15000"]
+    shared = [f"source={folder}/a.jsonl", "tokenizer.vocab_size=330", "tar_bytes=15000"]
     torchrun = ["--standalone", "--nproc-per-node=2", "-m", "llmtrain"]
     for program, before, output in ((LAUNCHERS[1], torchrun, "two"), ("llmtrain", [], "one")):
         process = Popen(

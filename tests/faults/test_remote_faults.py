@@ -82,7 +82,7 @@ def test_a_bad_shard_is_left_out(prepared: Path, served: FileServer, tmp_path: P
     """All other samples are those of the whole corpus, at the same places."""
     path = shard(prepared, 4)
     served.faults = BAD[fault](path)
-    loader = loader_of(f"{served.url}/corpus", tmp_path / "cache", "data.on_bad_shard=skip")
+    loader = loader_of(f"{served.url}/corpus", tmp_path / "cache", "data.on_bad_tar=skip")
     whole = loader_of(prepared, tmp_path)
     skipped = rows = 0
     for _, found, wanted in zip(range(STEPS), loader.steps(), whole.steps(), strict=False):

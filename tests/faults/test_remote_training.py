@@ -63,7 +63,7 @@ def test_training_over_http_refuses_a_bad_shard_in_one_line(
     prepared: Path, served: FileServer, tmp_path: Path
 ):
     served.faults.truncated[shard(prepared, 2)] = 5000
-    options = [f"data.cache.dir={tmp_path}/cache", "data.shuffle_shards=17"]
+    options = [f"data.cache.dir={tmp_path}/cache", "data.shuffle_tars=17"]
     done = train(f"{served.url}/corpus", tmp_path / "run", *options)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("llmtrain: error: ")]

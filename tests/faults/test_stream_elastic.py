@@ -25,7 +25,7 @@ MODEL = ("model=gpt_tiny", "model.num_layers=1", "model.hidden_size=16", "model.
 SETTINGS = (*MODEL, "device=cpu", "batch.global_size=24", "batch.sequence_length=32")
 NO_EVALUATION = ("evaluation.every=null", "evaluation.at_start=false", "checkpoint.every=4")
 MIXTURE = "data.mixture={web: 0.5, books: 0.3, code: 0.2}"
-ORDER = ("data.shuffle_shards=2", "data.packing=best_fit", "data.overlap=4")
+ORDER = ("data.shuffle_tars=2", "data.packing=best_fit", "data.overlap=4")
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_kills_and_other_numbers_of_ranks_do_not_change_what_is_consumed(
 def test_a_new_source_and_another_batch_disturb_no_other(corpora: Path, tmp_path: Path):
     run = tmp_path / "run"
     two = "data.mixture={web: 0.6, books: 0.4}"
-    train(1, arguments(corpora, run, two, "data.shuffle_shards=2", steps=8))
-    said = train(2, arguments(corpora, run, MIXTURE, "data.shuffle_shards=2", steps=16))
+    train(1, arguments(corpora, run, two, "data.shuffle_tars=2", steps=8))
+    said = train(2, arguments(corpora, run, MIXTURE, "data.shuffle_tars=2", steps=16))
     assert "code joins the mixture at its beginning; the others continue" in said
-    smaller = ("batch.global_size=10", "data.shuffle_shards=2")
+    smaller = ("batch.global_size=10", "data.shuffle_tars=2")
     said = train(2, arguments(corpora, run, MIXTURE, *smaller, steps=24, micro=5))
     assert "batch.global_size was 24, is 10; no sample is lost by that" in said
 
@@ -159,7 +159,7 @@ def test_a_shard_that_is_bad_on_one_rank_is_skipped_by_all(corpora: Path, tmp_pa
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
-    overrides = ("data.shuffle_shards=2", "data.on_bad_shard=skip")
+    overrides = ("data.shuffle_tars=2", "data.on_bad_tar=skip")
 
     run, shared = tmp_path / "run", rank_environment(2)
     command = arguments("corpus", run, *overrides, "data.workers=1", steps=12)

@@ -607,18 +607,18 @@ def differences(architecture: Architecture, folder: Path) -> dict[str, float]:
     return {name: compare(ours, theirs) for name, compare in architecture.comparisons.items()}
 
 
-def changed_tensors(architecture: Architecture, folder: Path, shard_bytes: int) -> list[str]:
+def changed_tensors(architecture: Architecture, folder: Path, file_bytes: int) -> list[str]:
     """Names of tensors that are not bit for bit what they were after a way in and out of ours, in files of
-    `shard_bytes` at most; by way of an empty `folder`."""
+    `file_bytes` at most; by way of an empty `folder`."""
     theirs = architecture.theirs()
-    theirs.save_pretrained(folder / "theirs", max_shard_size=shard_bytes)
+    theirs.save_pretrained(folder / "theirs", max_shard_size=file_bytes)
     imported = import_folder(folder / "theirs")
     export_folder(
         imported.config,
         imported.weights,
         None,
         folder / "ours",
-        shard_bytes=shard_bytes,
+        file_bytes=file_bytes,
         origin=imported.origin,
     )
     again = type(theirs).from_pretrained(folder / "ours", dtype=torch.float32)

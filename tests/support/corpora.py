@@ -198,7 +198,7 @@ def prepare_small_pairs(folder: Path) -> Path:
         "split.validation=0.1",
         "split.test=0.05",
         "sample_tokens=2000",
-        "shard_bytes=8000",
+        "tar_bytes=8000",
         "workers=1",
     )
     assert done.returncode == 0, done.stderr

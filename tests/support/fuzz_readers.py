@@ -61,7 +61,7 @@ def read_corpus(changed: Path) -> None:
         lambda: [
             _read_split(split, cache)
             for corpora in [
-                open_corpora(TokenDataConfig(path=folder, on_bad_shard="skip", cache=CacheConfig(dir=cache)))
+                open_corpora(TokenDataConfig(path=folder, on_bad_tar="skip", cache=CacheConfig(dir=cache)))
             ]
             for split in corpora.splits("train").values()
         ],

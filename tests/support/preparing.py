@@ -34,7 +34,7 @@ def config(output: Path, *source: Path | str, **changes: Any) -> PrepareConfig:
         tokenizer=TokenizerConfig(vocab_size=340),
         split=SplitConfig(validation=0.2, test=0.1),
         sample_tokens=500,
-        shard_bytes=20_000,
+        tar_bytes=20_000,
         workers=1,
     )
     return replace(base, **changes)

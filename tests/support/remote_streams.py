@@ -29,7 +29,7 @@ def shard(prepared: Path, number: int) -> str:
 def loader_of(path: str | Path, folder: Path, *overrides: str) -> Loader:
     """Of the corpus at `path`, with its cache in `folder`."""
     cache = ("data.cache.timeout=1", "data.cache.retries=3")
-    mapping = copy.deepcopy(composed((*TINY_GPT, "data.shuffle_shards=3", *cache, *overrides)))
+    mapping = copy.deepcopy(composed((*TINY_GPT, "data.shuffle_tars=3", *cache, *overrides)))
     mapping["data"]["path"] = str(path)
     mapping["data"]["cache"]["dir"] = str(folder)
     found = open_loader(resolve(mapping))

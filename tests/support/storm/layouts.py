@@ -19,7 +19,7 @@ NAN_PARTS = ((0.15, 0.25), (0.4, 0.5), (0.6, 0.7))
 SETTINGS = (
     *TINY_GPT,
     *("optimizer.lr=3e-3", "seed=7", "device=cpu", "data.workers=1"),
-    *("data.shuffle_shards=2", "checkpoint.every=4", "evaluation.every=null", "evaluation.at_start=false"),
+    *("data.shuffle_tars=2", "checkpoint.every=4", "evaluation.every=null", "evaluation.at_start=false"),
     *("train.spikes.deviations=1000", "train.spikes.in_a_row=2"),
     *("watch.hang_seconds=6", "watch.start_seconds=40", "watch.data_seconds=40", "watch.save_seconds=20"),
 )

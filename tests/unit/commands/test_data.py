@@ -26,7 +26,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     for seed, name in enumerate(("books", "web")):
         write_corpus(folder / "data" / name, {"train": random_documents(60, seed)}, samples_per_tar=2)
-    fixed = (f"data.path={folder / 'data'}", f"run.dir={folder / 'run'}", "data.shuffle_shards=2")
+    fixed = (f"data.path={folder / 'data'}", f"run.dir={folder / 'run'}", "data.shuffle_tars=2")
     mixture = "data.mixture={books: 1, web: 2}"
     train(*fixed, mixture, "train.steps=4")
     train(*fixed, mixture, "data.packing=best_fit", "batch.global_size=4", "train.steps=6")

@@ -39,7 +39,7 @@ def test_shipped_files_hold_every_default():
         ({"kind": "tokens", "path": None}, "data.path: got nothing; allowed: a corpus; give data.path=…"),
         ({"kind": "tokens", "path": ""}, "data.path: got ''"),
         ({"path": "a", "overlap": 3}, "data.overlap: got 3; allowed: 0 with packing=concat"),
-        ({"path": "a", "shuffle_shards": 0}, "data.shuffle_shards: got 0"),
+        ({"path": "a", "shuffle_tars": 0}, "data.shuffle_tars: got 0"),
         ({"path": "a", "sources": {"web": "b"}}, "data.sources: got {'web': 'b'}; allowed: nothing without"),
         ({"path": "a", "mixture": {}}, "data.mixture: got {}; allowed: one corpus or more"),
         ({"path": "a", "mixture": {"web": -1}}, "data.mixture.web: got -1.0; allowed: 0 or more"),

@@ -173,7 +173,7 @@ def test_an_evaluation_may_leave_out_what_is_bad(tmp_path: Path):
     missing.unlink()
 
     told: list[tuple[str, int]] = []
-    split = Corpus.open(folder, "checksum", on_bad_shard="skip").split("validation")
+    split = Corpus.open(folder, "checksum", on_bad_tar="skip").split("validation")
     left = WithoutBadTars(TokenSequences(split, 16), lambda *facts: told.append(facts))
     found = left.get(np.array([*range(len(left)), EMPTY]))
     tars = np.repeat(np.arange(len(left.tar_sizes)), left.tar_sizes)
@@ -187,7 +187,7 @@ def test_an_evaluation_may_leave_out_what_is_bad(tmp_path: Path):
 def test_an_evaluation_of_nothing_that_can_be_read(tmp_path: Path):
     folder = write_corpus(tmp_path / "corpus", {"validation": TRAIN[:3]})
     (folder / "validation" / "validation-000000.tar").unlink()
-    split = Corpus.open(folder, on_bad_shard="skip").split("validation")
+    split = Corpus.open(folder, on_bad_tar="skip").split("validation")
     with pytest.raises(DataError, match="no readable one of 1 tar files"):
         WithoutBadTars(TokenSequences(split, 16), lambda tar, samples: None).get(np.arange(1))
 

@@ -50,7 +50,7 @@ def collate(raw: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def loader(dataset: Numbers, global_size: int = G, **options) -> Loader:
-    stream = Stream({"": dataset}, begin(global_size, {"": 1.0}, {}), seed=5, shuffle_shards=4)
+    stream = Stream({"": dataset}, begin(global_size, {"": 1.0}, {}), seed=5, shuffle_tars=4)
     return Loader(stream, collate, **({"micro_size": M} | options))
 
 

@@ -95,7 +95,7 @@ def test_keys_belong_to_samples_and_epochs(split: TokenSplit) -> None:
     """Whatever slice of a step is asked for; and another in each epoch."""
     dataset = Passages(split, T)
     n = len(dataset)
-    stream = Stream({"": dataset}, begin(n, {"": 1.0}, {}), seed=5, shuffle_shards=2)
+    stream = Stream({"": dataset}, begin(n, {"": 1.0}, {}), seed=5, shuffle_tars=2)
     keys = [stream.keys(stream.origins(range(e * n, e * n + n), e)) for e in (0, 1)]
     orders = [stream.origins(range(e * n, e * n + n), e).indices for e in (0, 1)]
     by_sample = [key[np.argsort(order)] for key, order in zip(keys, orders, strict=True)]
@@ -103,5 +103,5 @@ def test_keys_belong_to_samples_and_epochs(split: TokenSplit) -> None:
     assert min(key.min() for key in keys) >= 0
     part = stream.keys(stream.origins(range(3, 9), 0))
     np.testing.assert_array_equal(part, keys[0][3:9])
-    other = Stream({"b": dataset}, begin(n, {"b": 1.0}, {}), seed=5, shuffle_shards=2)
+    other = Stream({"b": dataset}, begin(n, {"b": 1.0}, {}), seed=5, shuffle_tars=2)
     assert not set(other.keys(other.origins(range(n), 0))) & set(keys[0])

@@ -18,19 +18,17 @@ from tests.support.corpora import random_documents, write_corpus
 G = 6
 
 
-def open_source(
-    path: Path, seed: int, num_documents: int = 60, on_bad_shard: str = "error"
-) -> TokenSequences:
+def open_source(path: Path, seed: int, num_documents: int = 60, on_bad_tar: str = "error") -> TokenSequences:
     if not path.exists():
         write_corpus(path, {"train": random_documents(num_documents, seed)}, samples_per_tar=2)
-    corpus = Corpus.open(path, "checksum", on_bad_shard=on_bad_shard)  # type: ignore[arg-type]
+    corpus = Corpus.open(path, "checksum", on_bad_tar=on_bad_tar)  # type: ignore[arg-type]
     return TokenSequences(corpus.split("train"), 16)
 
 
 def make_stream(sources: dict[str, TokenSequences], **options) -> Stream:
     shares = sample_shares(dict.fromkeys(sources, 1.0), dict.fromkeys(sources, 1.0))
     timeline = begin(options.pop("global_size", G), shares, {})
-    return Stream(sources, timeline, seed=3, **{"shuffle_shards": 2, **options})
+    return Stream(sources, timeline, seed=3, **{"shuffle_tars": 2, **options})
 
 
 def read(stream: Stream, step: int, data_size: int = 1) -> tuple[int, list[tuple[int, int, int]]]:
@@ -132,8 +130,8 @@ def test_a_bad_tar_may_be_skipped_without_moving_the_others(tmp_path: Path):
     whole = make_stream({"": open_source(path, 0)})
     damage(path, 2)
     told: list[tuple[str, int]] = []
-    source = open_source(path, 0, on_bad_shard="skip")
-    stream = make_stream({"": source}, on_bad_shard="skip", on_skip=lambda *facts: told.append(facts))
+    source = open_source(path, 0, on_bad_tar="skip")
+    stream = make_stream({"": source}, on_bad_tar="skip", on_skip=lambda *facts: told.append(facts))
     first = int(source.tar_sizes[:2].sum())
     bad = range(first, first + int(source.tar_sizes[2]))
     met = 0
@@ -151,7 +149,7 @@ def test_no_tar_that_can_be_read(tmp_path: Path):
     path = tmp_path / "a"
     open_source(path, 0, num_documents=8)
     damage(path, 0)
-    stream = make_stream({"": open_source(path, 0, on_bad_shard="skip")}, on_bad_shard="skip")
+    stream = make_stream({"": open_source(path, 0, on_bad_tar="skip")}, on_bad_tar="skip")
     with pytest.raises(DataError, match="no readable one of 1 tar files"):
         stream.enter(0)
 
@@ -162,8 +160,8 @@ def test_an_epoch_of_bad_tars_alone_is_refused(tmp_path: Path):
     source = open_source(path, 0, num_documents=40)
     for tar in range(len(source.tar_sizes)):
         damage(path, tar)
-    source = open_source(path, 0, on_bad_shard="skip")
-    stream = make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1)
+    source = open_source(path, 0, on_bad_tar="skip")
+    stream = make_stream({"": source}, on_bad_tar="skip", shuffle_tars=1)
     with pytest.raises(DataError, match=f"no readable one of {len(source.tar_sizes)} tar files"):
         _ = [stream.enter(step) for step in range(len(source))]
 
@@ -173,14 +171,14 @@ def test_a_source_read_fast_does_not_make_another_forget_its_blocks(tmp_path: Pa
     large, tiny = open_source(tmp_path / "a", 0), open_source(tmp_path / "b", 1, num_documents=2)
     damage(tmp_path / "a", 0)
     told: list[str] = []
-    source = open_source(tmp_path / "a", 0, on_bad_shard="skip")
+    source = open_source(tmp_path / "a", 0, on_bad_tar="skip")
     timeline = begin(100, {"a": 0.01, "b": 0.99}, {})
     stream = Stream(
         {"a": source, "b": tiny},
         timeline,
         seed=3,
-        shuffle_shards=len(large.tar_sizes),
-        on_bad_shard="skip",
+        shuffle_tars=len(large.tar_sizes),
+        on_bad_tar="skip",
         on_skip=lambda tar, _: told.append(tar),
     )
     for step in range(4):
@@ -198,8 +196,8 @@ def test_ranks_skip_alike_what_one_cannot_read(tmp_path: Path, workers: int):
         path = tmp_path / f"{rank}" / "a"
         open_source(path, 0)
         damage(path, 1 + 3 * rank)
-        source = open_source(path, 0, on_bad_shard="skip")
-        streams.append(make_stream({"": source}, on_bad_shard="skip", agree=agreement))
+        source = open_source(path, 0, on_bad_tar="skip")
+        streams.append(make_stream({"": source}, on_bad_tar="skip", agree=agreement))
     found: dict[tuple[int, int], tuple[int, list[tuple[int, int, int]]]] = {}
 
     def work(rank: int, steps: Sequence[int]) -> None:
@@ -224,10 +222,10 @@ def test_ranks_skip_alike_what_one_cannot_read(tmp_path: Path, workers: int):
 def test_a_thread_that_waits_for_other_ranks_ends_with_its_loader(tmp_path: Path):
     """Read-ahead comes to a block that the other rank, which has ended, will never ask for."""
     path = tmp_path / "a"
-    source = open_source(path, 0, on_bad_shard="skip")
+    source = open_source(path, 0, on_bad_tar="skip")
     store = HashStore()
     streams = [
-        make_stream({"": source}, on_bad_shard="skip", shuffle_shards=1, agree=SetUnion(store, 2))
+        make_stream({"": source}, on_bad_tar="skip", shuffle_tars=1, agree=SetUnion(store, 2))
         for _ in range(2)
     ]
     loaders = [Loader(stream, lambda raw: {}, micro_size=G, workers=2) for stream in streams]

@@ -38,7 +38,7 @@ def open_sources(corpora: Path, packing: str = "concat", overlap: int = 0) -> di
 
 
 def make_stream(sources: dict[str, TokenSequences]) -> Stream:
-    return Stream(sources, begin(G, SHARES, {}), seed=3, shuffle_shards=2)
+    return Stream(sources, begin(G, SHARES, {}), seed=3, shuffle_tars=2)
 
 
 def contains(whole: list[int], part: list[int]) -> bool:
@@ -98,7 +98,7 @@ def test_a_step_is_read_as_it_was_before_the_timeline_went_on(corpora: Path):
     both = first.changed(30, 35, {"": 1.0}, {})
 
     def open_stream(timeline):
-        return Stream(source, timeline, seed=3, shuffle_shards=2, drop_last=True)
+        return Stream(source, timeline, seed=3, shuffle_tars=2, drop_last=True)
 
     then, now = open_stream(first), open_stream(both)
     again = open_stream(until(both, 30))

@@ -39,7 +39,7 @@ def test_import_of_export_is_bitwise_equal(config: GPTConfig, tmp_path: Path) ->
 @BY_FORM
 def test_shards_hold_the_same(config: GPTConfig, tmp_path: Path) -> None:
     tensors = weights(config)
-    export_folder(config, tensors, None, tmp_path / "out", shard_bytes=30_000)
+    export_folder(config, tensors, None, tmp_path / "out", file_bytes=30_000)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"

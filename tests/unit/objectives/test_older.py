@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmtrain.config import decode, encode
+from llmtrain.data.mixture import Timeline
 from llmtrain.models.registry import model_config_type
 from llmtrain.objectives.older import run_with_objective, separated, with_objective
 from llmtrain.objectives.registry import objective_config_type
@@ -87,3 +88,21 @@ def test_the_objective_of_images_has_another_name_now():
     assert run_with_objective(old)["objective"] == {"kind": "image_classification"}
     ours = {"model": {"family": "bert"}, "objective": {"kind": "classification"}}
     assert run_with_objective(ours) == ours
+
+
+def test_keys_of_the_data_have_their_present_names() -> None:
+    """In runs and checkpoints, and in the order that they recorded, by which a resume draws samples."""
+    recorded = {
+        "model": {"family": "gpt"},
+        "data": {"shuffle_shards": 4, "on_bad_shard": "skip", "path": "c"},
+    }
+    wanted = {"shuffle_tars": 4, "on_bad_tar": "skip", "path": "c"}
+    assert run_with_objective(recorded)["data"] == wanted
+    assert run_with_objective({**recorded, "objective": {"kind": "causal_lm"}})["data"] == wanted
+    [segment] = Timeline.decode(
+        [
+            {"step": 0, "sample": 0, "global_size": 1, "shares": {"": 1.0}, "positions": {}}
+            | {"settings": {"seed": 1, "shuffle_shards": 4}}
+        ]
+    ).segments
+    assert segment.settings == {"seed": 1, "shuffle_tars": 4}

@@ -29,7 +29,7 @@ def test_documents_come_back_as_they_went_in(tmp_path: Path):
             tokenizer=TokenizerConfig(vocab_size=300),
             split=SplitConfig(validation=0.2, test=0.1),
             sample_tokens=500,
-            shard_bytes=8000,
+            tar_bytes=8000,
             workers=1,
         )
     )

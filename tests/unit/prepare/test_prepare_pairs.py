@@ -102,7 +102,7 @@ def test_every_form_gives_the_same_corpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sample_tokens", [1, 37, 500])
 def test_no_shard_parts_a_pair(tmp_path: Path, sample_tokens: int) -> None:
     write_tsv(tmp_path / "rows.tsv", pairs())
-    settings = {**FIELDS, "sample_tokens": sample_tokens, "shard_bytes": 3000}
+    settings = {**FIELDS, "sample_tokens": sample_tokens, "tar_bytes": 3000}
     prepare(config(tmp_path / "corpus", tmp_path / "rows.tsv", **settings))
     manifest = Corpus.open(tmp_path / "corpus").manifest
     shards = [shard for split in manifest.splits.values() for shard in split.shards]

@@ -60,7 +60,7 @@ def make(sources: list[str], output: Path, **changes: object) -> None:
         "source": sources,
         "output": str(output),
         "tokenizer": {"vocab_size": 310},
-        "shard_bytes": 5000,
+        "tar_bytes": 5000,
         "sample_tokens": 300,
         "workers": 1,
         **changes,

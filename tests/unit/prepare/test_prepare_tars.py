@@ -206,7 +206,7 @@ def test_a_corpus_of_texts_and_of_their_ids_have_the_same_tokens(tmp_path: Path)
         tokenizer=TokenizerConfig(model=model),
         split=SplitConfig(validation=0.0, test=0.0),
         sample_tokens=200,
-        shard_bytes=3000,
+        tar_bytes=3000,
         workers=1,
     )
     report = prepare(base)
