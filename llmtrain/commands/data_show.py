@@ -19,6 +19,7 @@ from llmtrain.config import decode, encode, require
 from llmtrain.corpus.config import TokenDataConfig
 from llmtrain.data.config import DataConfig, data_config_type
 from llmtrain.data.mixture import begin
+from llmtrain.data.streaming import open_stream, source_shares
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.models.registry import families
 from llmtrain.objectives.reading import corpora_problems, data_problems, open_data
@@ -26,7 +27,6 @@ from llmtrain.objectives.registry import objective_config_type
 from llmtrain.objectives.text import Spelling
 from llmtrain.standard_streams import escape_controls, unescaped
 from llmtrain.train.recorded_data import MovedConfig, Opened, Run, steps_of
-from llmtrain.train.streaming import open_stream, source_shares
 from llmtrain.train.vocabulary import resolve_vocabulary
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmtrain import files
-from llmtrain.commands import harness
 from llmtrain.config import decode, encode, require
 from llmtrain.corpus.corpora import Corpora
 from llmtrain.data.config import DataConfig, data_config_type
@@ -23,6 +22,7 @@ from llmtrain.files import expand_home
 from llmtrain.generation.bleu import check_bleu, translation_figures
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.written import check_written, written_figures
+from llmtrain.harness import suite
 from llmtrain.objectives.base import Calibrates, HasReference, ObjectiveConfig, Scores
 from llmtrain.objectives.reading import (
     corpora_problems,
@@ -127,9 +127,9 @@ def _unused_settings(generate: GenerateConfig) -> Iterator[Problem]:
 def run(mapping: Mapping[str, Any]) -> None:
     """Print the figures. Raise UserError for whatever a user can fix."""
     if mapping.get("suite") is not None:
-        harness.run(mapping, EvaluateConfig)
+        suite.run(mapping, EvaluateConfig)
         return
-    if given := [key for key in harness.KEYS if mapping.get(key) not in (None, [], False)]:
+    if given := [key for key in suite.KEYS if mapping.get(key) not in (None, [], False)]:
         problems = [Problem(key, str(mapping[key]), "with suite=lm_eval alone", "give it") for key in given]
         raise ConfigError(problems)
     output = None if mapping["output"] is None else expand_home(mapping["output"])

@@ -35,7 +35,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Mixture:
     """A mixture of a curriculum, and when it begins."""
 
     step: int
@@ -66,7 +66,7 @@ class TokenDataConfig:
     """Corpus → its weight, by tokens; null: `path` is the only corpus."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Corpus of the mixture → its path, if that is not `path`/NAME."""
-    curriculum: tuple[Stage, ...] = ()
+    curriculum: tuple[Mixture, ...] = ()
     """Other mixtures from later steps on."""
     kind: Literal["tokens"] = "tokens"
     """Tokens of text."""
@@ -118,16 +118,16 @@ class TokenDataConfig:
             return
         yield from _mixture_problems("mixture", self.mixture)
         steps = [0]
-        for number, stage in enumerate(self.curriculum):
+        for number, later in enumerate(self.curriculum):
             where = f"curriculum[{number}]"
             yield from require(
-                stage.step > steps[-1],
+                later.step > steps[-1],
                 f"{where}.step",
-                stage.step,
+                later.step,
                 f"more than {steps[-1]}: in ascending order of steps, the first at 1 or later",
             )
-            steps.append(stage.step)
-            yield from _mixture_problems(f"{where}.mixture", stage.mixture)
+            steps.append(later.step)
+            yield from _mixture_problems(f"{where}.mixture", later.mixture)
         for name in self.sources:
             if name not in self.names:
                 yield Problem(f"sources.{name}", "no corpus of the mixture", nearest(name, self.names))
@@ -147,7 +147,7 @@ class TokenDataConfig:
         """The names of the corpora, sorted; "" for a single one without a mixture."""
         if self.mixture is None:
             return [""]
-        mixtures = [self.mixture, *(stage.mixture for stage in self.curriculum)]
+        mixtures = [self.mixture, *(later.mixture for later in self.curriculum)]
         return sorted({name for mixture in mixtures for name in mixture})
 
     @property
@@ -161,7 +161,7 @@ class TokenDataConfig:
     @property
     def undrawn(self) -> list[str]:
         """The corpora whose weight is 0 at every step."""
-        steps = [0, *(stage.step for stage in self.curriculum)]
+        steps = [0, *(later.step for later in self.curriculum)]
         weights = [self.weights(step) for step in steps]
         return [name for name in self.names if not any(each[name] for each in weights)]
 
@@ -195,9 +195,9 @@ class TokenDataConfig:
         if self.mixture is None:
             return {"": 1.0}
         mixture = self.mixture
-        for stage in self.curriculum:
-            if stage.step <= step:
-                mixture = stage.mixture
+        for later in self.curriculum:
+            if later.step <= step:
+                mixture = later.mixture
         return {name: mixture.get(name, 0.0) for name in self.names}
 
 
@@ -220,7 +220,7 @@ class OneSource:
     continued: ClassVar[bool] = False
     on_bad_tar: ClassVar[Literal["error", "skip"]] = "error"
     overlap: ClassVar[int] = 0
-    curriculum: ClassVar[tuple[Stage, ...]] = ()
+    curriculum: ClassVar[tuple[Mixture, ...]] = ()
     document_mask: ClassVar[bool] = False
     held_out_key: str = "path"
     """The key whose value says where the rows of the validation split are."""

@@ -16,6 +16,7 @@ from llmtrain.corpus.config import CacheConfig
 from llmtrain.corpus.transport import is_remote
 from llmtrain.data.config import DataConfig, data_config_type
 from llmtrain.data.mixture import Segment, Timeline, timeline_problems
+from llmtrain.data.streaming import Order, open_stream
 from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.files import expand_home
 from llmtrain.models.registry import family_of, model_config_type
@@ -28,7 +29,6 @@ from llmtrain.reading import parse_object, parse_yaml, read_decoded
 from llmtrain.report.record import METRICS, RECORD_BYTES
 from llmtrain.track.events import EVENTS, read_events, skipped_steps
 from llmtrain.track.jsonl import read_metrics
-from llmtrain.train.streaming import Order, open_stream
 
 if TYPE_CHECKING:
     from llmtrain.corpus.text_source import TextSource

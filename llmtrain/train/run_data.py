@@ -8,6 +8,7 @@ from typing import Any
 from llmtrain.data.datasets.base import Dataset
 from llmtrain.data.loader import Loader
 from llmtrain.data.stream import Stream
+from llmtrain.data.streaming import open_stream, plan_timeline
 from llmtrain.distributed import processes, set_union
 from llmtrain.errors import DataError
 from llmtrain.objectives.base import Objective
@@ -15,7 +16,6 @@ from llmtrain.objectives.reading import open_dataset
 from llmtrain.standard_streams import Say
 from llmtrain.train.resolve import Resolved
 from llmtrain.train.starting import StartingPoint
-from llmtrain.train.streaming import open_stream, plan_timeline
 from llmtrain.urls import without_credentials_in
 
 

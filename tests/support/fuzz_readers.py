@@ -179,11 +179,11 @@ def _resume(resume: str) -> None:
 
     from llmtrain.config import decode
     from llmtrain.corpus.manifest import parse_manifest
+    from llmtrain.data.streaming import plan_timeline
     from llmtrain.objectives.reading import open_data
     from llmtrain.train.config import TrainConfig
     from llmtrain.train.resolve import VARIANTS
     from llmtrain.train.resume import find_resume
-    from llmtrain.train.streaming import plan_timeline
 
     mapping = yaml.safe_load(GOOD_CONFIG.read_text())
     mapping["checkpoint"]["resume"] = resume

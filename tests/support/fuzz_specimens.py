@@ -134,12 +134,12 @@ def _write_run() -> None:
     from llmtrain.checkpoint import store
     from llmtrain.config import encode
     from llmtrain.data.loader import Loader
+    from llmtrain.data.streaming import open_stream, plan_timeline
     from llmtrain.data.trace import digest_of
     from llmtrain.distributed import processes
     from llmtrain.engine.build import build_engine
     from llmtrain.train.config import recorded
     from llmtrain.train.resolve import resolve
-    from llmtrain.train.streaming import open_stream, plan_timeline
     from tests.support.training import compose
 
     resolved = resolve(compose(OVERRIDES))

@@ -76,8 +76,8 @@ def open_loader(resolved: Any, before: Any = None, start_step: int = 0, objectiv
     """What this process' rank reads of a run's training data; `before`: the encoded timeline of a checkpoint
     at `start_step`."""
     from llmtrain.data.loader import Loader
+    from llmtrain.data.streaming import open_stream, plan_timeline
     from llmtrain.distributed import processes
-    from llmtrain.train.streaming import open_stream, plan_timeline
 
     config, layout = resolved.config, resolved.layout
     length = config.batch.sequence_length

@@ -139,7 +139,7 @@ def test_all_keys_that_a_suite_heeds_are_those_of_the_verb():
     from dataclasses import fields
 
     from llmtrain.commands.evaluate import EvaluateConfig
-    from llmtrain.commands.harness import KEYS, SuiteConfig
+    from llmtrain.harness.suite import KEYS, SuiteConfig
 
     usual: dict[str, Any] = {field.name: field.default for field in fields(EvaluateConfig)}
     of_suite = {field.name: field.default for field in fields(SuiteConfig) if field.name != "suite"}

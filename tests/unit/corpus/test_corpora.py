@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.corpus.config import Stage, TokenDataConfig
+from llmtrain.corpus.config import Mixture, TokenDataConfig
 from llmtrain.corpus.corpora import open_corpora
 from llmtrain.errors import DataError
 from tests.support.corpora import random_documents, write_corpus
@@ -39,7 +39,7 @@ def test_corpora_that_none_is_drawn_of_need_no_training_text(tmp_path: Path):
     data = TokenDataConfig(str(tmp_path), mixture={"a": 1.0, "b": 0.0})
     assert data.undrawn == ["b"]
     assert list(open_corpora(data).splits("train", data.undrawn)) == ["a"]
-    later = replace(data, curriculum=(Stage(step=5, mixture={"a": 1.0, "b": 1.0}),))
+    later = replace(data, curriculum=(Mixture(step=5, mixture={"a": 1.0, "b": 1.0}),))
     assert later.undrawn == []
 
 

@@ -58,9 +58,9 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def asks_kind(node: ast.AST) -> bool:
-    """Whether an expression is `x.kind`, `x["kind"]` or `x.get("kind", …)`."""
+    """Whether an expression is `kind`, `x.kind`, `x["kind"]` or `x.get("kind", …)`."""
     match node:
-        case ast.Attribute(attr="family" | "kind" | "method"):
+        case ast.Name("family" | "kind") | ast.Attribute(attr="family" | "kind" | "method"):
             return True
         case ast.Subscript(slice=ast.Constant("family" | "kind" | "method")):
             return True

@@ -10,11 +10,11 @@ import torch
 
 from llmtrain.data.loader import KEYS, Loader
 from llmtrain.data.stream import Origins, Stream
+from llmtrain.data.streaming import open_stream, plan_timeline
 from llmtrain.interchange.trained import build_module
 from llmtrain.labels import IGNORE_INDEX
 from llmtrain.objectives.base import Batch, Objective
 from llmtrain.train.resolve import Resolved, resolve
-from llmtrain.train.streaming import open_stream, plan_timeline
 from tests.support.training import compose
 
 OBJECTIVES = {

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from llmtrain.config import decode
-from llmtrain.corpus.config import Stage, TokenDataConfig
+from llmtrain.corpus.config import Mixture, TokenDataConfig
 from llmtrain.data.mixture import Timeline
+from llmtrain.data.streaming import open_stream, plan_timeline
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.resolve import VARIANTS
-from llmtrain.train.streaming import open_stream, plan_timeline
 from tests.support.training import compose
 
 
@@ -63,7 +63,7 @@ def test_resuming_unchanged_changes_nothing():
 
 
 def test_a_curriculum_is_laid_out_ahead():
-    stages = (Stage(10, {"a": 1.0, "b": 1.0}), Stage(20, {"b": 1.0}))
+    stages = (Mixture(10, {"a": 1.0, "b": 1.0}), Mixture(20, {"b": 1.0}))
     timeline, _ = plan(config(mixture={"a": 1.0}, curriculum=stages), None, 0, a=A, b=B)
     assert [(s.step, dict(s.shares)) for s in timeline.segments] == [
         (0, {"a": 1.0}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from llmtrain.config import require
 from llmtrain.data.config import DataConfig
@@ -15,7 +15,31 @@ from llmtrain.distributed import processes
 from llmtrain.errors import CheckpointError, Problem
 from llmtrain.reading import decode_file
 from llmtrain.standard_streams import Say
-from llmtrain.train.config import TrainConfig
+
+
+class _Batch(Protocol):
+    @property
+    def global_size(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+
+
+class _Run(Protocol):
+    @property
+    def dir(self) -> object: ...
+
+
+class Draws(Protocol):
+    """The part of a run's config that determines which samples it draws."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def batch(self) -> _Batch: ...
+    @property
+    def run(self) -> _Run: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,7 @@ class Order:
 
 
 def plan_timeline(
-    config: TrainConfig,
+    config: Draws,
     sources: Mapping[str, Dataset],
     before: Sequence[Mapping[str, Any]] | None,
     start_step: int,
@@ -79,16 +103,14 @@ def plan_timeline(
         timeline = timeline.changed(
             start_step, size, source_shares(config.data, sources, start_step), settings
         )
-    for stage in config.data.curriculum:
-        if stage.step > start_step:
-            shares = source_shares(config.data, sources, stage.step)
-            timeline = timeline.changed(stage.step, size, shares, settings)
+    for entry in config.data.curriculum:
+        if entry.step > start_step:
+            shares = source_shares(config.data, sources, entry.step)
+            timeline = timeline.changed(entry.step, size, shares, settings)
     return timeline
 
 
-def _refuse_other_rows(
-    config: TrainConfig, were: Mapping[str, Any], are: Mapping[str, Any], step: int
-) -> None:
+def _refuse_other_rows(config: Draws, were: Mapping[str, Any], are: Mapping[str, Any], step: int) -> None:
     """Raise CheckpointError if the rows to train on are others under the same settings: a run of several
     epochs would be of neither file. Corpora may grow, since few runs read them twice."""
     if were["fingerprints"] == are["fingerprints"]:
@@ -127,7 +149,7 @@ def open_stream(
     )
 
 
-def order_settings(config: TrainConfig, sources: Mapping[str, Dataset]) -> dict[str, Any]:
+def order_settings(config: Draws, sources: Mapping[str, Dataset]) -> dict[str, Any]:
     """Return the settings that determine the samples and their order, besides shares and steps."""
     data = config.data
     settings: dict[str, Any] = {

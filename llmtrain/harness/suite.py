@@ -1,4 +1,4 @@
-"""`llmtrain evaluate suite=lm_eval`: tasks of EleutherAI's lm-evaluation-harness on a trained decoder."""
+"""Tasks of EleutherAI's lm-evaluation-harness on a trained decoder, as `llmtrain evaluate suite=lm_eval`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAIT_MINUTES = 120.0
 
 @dataclass(frozen=True)
 class SuiteConfig:
-    """The keys of `llmtrain evaluate` that a suite heeds; EvaluateConfig says what they are."""
+    """The keys of `llmtrain evaluate` that a suite uses; EvaluateConfig says what they are."""
 
     checkpoint: Path
     """A run folder, a checkpoint folder or an exported folder."""
@@ -78,7 +78,7 @@ def run(mapping: Mapping[str, Any], whole: type) -> None:
     Raise UserError for whatever a user can fix."""
     names = {each.name for each in fields(SuiteConfig)}
     config = decode(SuiteConfig, {key: value for key, value in mapping.items() if key in names})
-    problems = [*_unheeded(mapping, whole, names), *task_problems(config.tasks, config.tasks_path)]
+    problems = [*_unused(mapping, whole, names), *task_problems(config.tasks, config.tasks_path)]
     if problems:
         raise ConfigError(problems)
     output = None if config.output is None else expand_home(config.output)
@@ -173,10 +173,10 @@ def _load_tasks(config: SuiteConfig) -> Any:
     return load_tasks(config.tasks, config.tasks_path, config.num_fewshot)
 
 
-def _unheeded(mapping: Mapping[str, Any], whole: type, heeded: set[str]) -> Iterator[Problem]:
-    """Yield a problem for each given key that a suite does not heed."""
+def _unused(mapping: Mapping[str, Any], whole: type, used: set[str]) -> Iterator[Problem]:
+    """Yield a problem for each given key that a suite does not use."""
     for each in fields(whole):
-        if each.name in heeded or each.name not in mapping or each.name == "data":
+        if each.name in used or each.name not in mapping or each.name == "data":
             continue
         usual = each.default_factory() if callable(each.default_factory) else each.default
         value = encode(mapping[each.name])
@@ -191,10 +191,10 @@ def _unheeded(mapping: Mapping[str, Any], whole: type, heeded: set[str]) -> Iter
 def _check_model(config: SuiteConfig, described: Described) -> None:
     """Raise ConfigError for a model that continues no texts, or that has no tokenizer."""
     model = described.config
-    kind = family_of(model).kind
+    family = family_of(model)
     allowed = "a decoder, a language model that continues texts, with its tokenizer"
-    if kind != "decoder":
-        got = f"{config.checkpoint}, a model of family {model.family} ({kind.replace('_', '–')})"
+    if not family.continues_texts:
+        got = f"{config.checkpoint}, a model of family {model.family} ({family.kind.replace('_', '–')})"
         raise ConfigError(Problem("checkpoint", got, allowed))
     if model.task is not None:
         got = f"{config.checkpoint}, a model with the head of a task ({model.task.kind})"
