@@ -29,8 +29,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_text(value: Any) -> None:
-    """Raise ChatError for text, anywhere in a value of JSON, that cannot be told from what marks it here, or
-    that has no UTF-8."""
+    """Raise ChatError for text, anywhere in a value of JSON, that contains the marks used here, or that has
+    no UTF-8."""
     if isinstance(value, str):
         if _RESERVED.search(value):
             raise ChatError("a character of U+FDD0 to U+FDEF", "text without these, which Unicode reserves")

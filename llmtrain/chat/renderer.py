@@ -1,4 +1,4 @@
-"""Start the process that renders chat templates (worker.py), and ask it."""
+"""Start the process that renders chat templates (worker.py), and send it requests."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Renderer:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            # The folder where a person works is no place to import from.
+            # Nothing is imported from the folder in which the user works.
             cwd=package,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
@@ -105,5 +105,5 @@ class Renderer:
 
 
 def _placeholder(value: object) -> str:
-    """Return what a template sees of a value that is no JSON, such as a date of a parquet file."""
+    """Return the form in which a template gets a value that is not JSON, such as a date of a parquet file."""
     return f"<{type(value).__name__}>"

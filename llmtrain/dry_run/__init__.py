@@ -1,1 +1,2 @@
-"""One rank of a run of any size, rehearsed in one process: a real engine, imagined numbers and peers."""
+"""Rehearse one rank of a run of any size in one process: a real engine, tensors without values, no other
+ranks."""

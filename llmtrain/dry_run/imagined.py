@@ -1,4 +1,4 @@
-"""Tensors without numbers, and a record of what an engine does with them.
+"""Tensors without values, and a record of what an engine does with them.
 
 Numbers of a model take no memory here: they have shapes, types and devices alone, which is all that a step's
 groups, collectives and bytes depend on. Token ids, labels and counts are real, since programs branch on them.

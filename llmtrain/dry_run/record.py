@@ -1,4 +1,4 @@
-"""What a rehearsal found, free of torch."""
+"""The result of a rehearsal. Free of torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Collective(NamedTuple):
         return size
 
     def along(self, layout: Layout) -> Along | None:
-        """Return what a plan counts its bytes as; None for what it counts none of."""
+        """Return the axis for which a plan counts its bytes; None if a plan does not count them."""
         if self.kind == "send":
             return "pipeline"
         axes = self.group.split(" · ")
@@ -59,7 +59,7 @@ class Traffic:
     sizes: Counter[Collective] = field(default_factory=Counter)
 
     def sent(self, layout: Layout) -> dict[Along | None, float]:
-        """Return the bytes that the rank sends along each axis; None: what a plan counts none of."""
+        """Return the bytes that the rank sends along each axis; None: those that a plan does not count."""
         found: dict[Along | None, float] = {}
         for collective, size in self.sizes.items():
             along = collective.along(layout)
@@ -94,7 +94,7 @@ class Rehearsal:
     held_bytes: int
     """Bytes of tensors after the step."""
     peak_bytes: int
-    """The most during the step."""
+    """The maximum during the step."""
     step: Traffic
     setup_seconds: float
     step_seconds: float

@@ -29,12 +29,13 @@ FEWEST_WORDS = 5
 
 
 def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
-    """Be the rank `rank` of the run, alone, without memory for its model, for one step.
+    """Act as the rank `rank` of the run for one step, alone and without memory for its model.
 
     A step of many micro-batches is cut to those that a pipeline holds at once and one more: later ones repeat
     these.
 
-    Raise ConfigError for a rank that the run has not, and for an objective whose rows cannot be made up."""
+    Raise ConfigError for a rank that the run does not have, and for an objective whose rows cannot be made
+    up."""
     from llmtrain.engine.build import build_engine
 
     resolved = _cut(resolved)

@@ -1,4 +1,4 @@
-"""A rehearsal as text and as JSON, beside what the plan says of the same rank."""
+"""A rehearsal as text and as JSON, beside the plan's figures for the same rank."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def as_json(rehearsal: Rehearsal, plan: Plan) -> dict[str, Any]:
 
 
 def sent(rehearsal: Rehearsal, plan: Plan) -> Iterator[tuple[str, float, float | None]]:
-    """Yield what the rank sent, in bytes, and what the plan says: along each axis, and at last what the plan
-    counts none of. None: the plan has no figures."""
+    """Yield the bytes that the rank sent beside those of the plan: along each axis, and last those that the
+    plan does not count. None: the plan has no figures."""
     layout = plan.layout
     ours = rehearsal.step.sent(layout)
     theirs = sent_bytes_of(plan, rehearsal.coordinates.pipeline, rehearsal.micro_batches)

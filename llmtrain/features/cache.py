@@ -1,4 +1,4 @@
-"""The vectors of the texts of a split on a disk, in chunks of rows.
+"""A cache on disk of the vectors of a split's texts, in chunks of rows.
 
 A folder is named by a hash of all that determines the vectors. A chunk is one file, NUMBER-CHECKSUM.npy,
 written under another name and renamed: it is whole or absent, and its name tells whether it has changed.
@@ -24,7 +24,7 @@ VERSION = 1
 
 
 def vectors_key(said: Mapping[str, Any]) -> str:
-    """Return the name of the folder of vectors. said: all that determines them, as JSON."""
+    """Return the name of the folder of vectors. said: everything that determines them, as JSON."""
     text = json.dumps({"version": VERSION, **said}, sort_keys=True)
     return f"vectors-{xxhash.xxh3_128_hexdigest(text.encode())}"
 

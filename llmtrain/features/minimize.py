@@ -10,9 +10,9 @@ from torch import Tensor
 from llmtrain.watch import phases
 
 HISTORY = 10
-"""Latest steps that the estimate of the Hessian rests on."""
+"""Number of the latest steps from which the Hessian is estimated."""
 SUFFICIENT = 1e-4
-"""Share of the expected decrease with which a step is taken (Armijo's rule)."""
+"""Share of the expected decrease that a step must reach to be taken (Armijo's rule)."""
 ROUNDING = 1e-7
 """Relative error of a value in fp32."""
 SHORTEST = 2.0**-20
@@ -21,7 +21,7 @@ SHORTEST = 2.0**-20
 def minimize(
     function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, int]:
-    """Return where `function` is smallest, and the iterations that this took.
+    """Return the minimizer of `function` and the number of iterations.
 
     function: x → its value, 0-d, and its gradient; best with a Hessian near the identity, since the first
     step is the gradient itself. x: where to begin, 1-D. tolerance: largest entry of the gradient at the end.

@@ -1,4 +1,5 @@
-"""A head over the vectors of a frozen trunk, at the strength of regularization that held-out rows prefer."""
+"""A head over the vectors of a frozen trunk, with the strength of regularization that has the lowest
+validation loss."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class SolvedHead:
-    """The weights of a head, by name, and what was tried to find them."""
+    """The weights of a head, by name, and the strengths that were tried to find them."""
 
     weights: Mapping[str, Tensor]
     tried: tuple[Tried, ...]
@@ -107,6 +108,6 @@ def table(solved: SolvedHead) -> list[str]:
 
 
 def facts(solved: SolvedHead) -> dict[str, Any]:
-    """Return what was tried, as JSON."""
+    """Return the strengths that were tried, as JSON."""
     rows = [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in solved.tried]
     return {"strength": solved.best.strength, "tried": rows}

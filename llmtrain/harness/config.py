@@ -1,4 +1,5 @@
-"""Which tasks of EleutherAI's lm-evaluation-harness measure a run. Free of torch and of the harness."""
+"""Config of the tasks of EleutherAI's lm-evaluation-harness that evaluate a run. Free of torch and of the
+harness."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ class HarnessConfig:
     tasks_path: Path | None = None
     """A folder of further tasks, with a .yaml file for each, as --include_path of the harness."""
     every: int | None = None
-    """Steps from one time to the next, a multiple of evaluation.every; null: at each evaluation. The last
+    """Steps between evaluations on the tasks, a multiple of evaluation.every; null: at each evaluation. The
+    last
     step is always followed by one."""
     limit: int | None = 100
-    """Documents of each task, the first ones; null: all."""
+    """Number of documents of each task, from the first; null: all."""
     num_fewshot: int | None = None
     """Solved examples before each document; null: as the task says."""
 

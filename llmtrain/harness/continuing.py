@@ -1,4 +1,4 @@
-"""Continue texts of different lengths in one batch, until each has said what ends it.
+"""Continue texts of different lengths in one batch, until each has produced one of its ends.
 
 All rows begin with as many tokens as the shortest text has; the further tokens of longer texts are given to
 the model one by one, while it continues the others. So no row is padded, and no cache needs a mask.
@@ -137,7 +137,7 @@ def _one_by_one(
 def _forbid_early_ends(
     logits_RV: torch.Tensor, written: Sequence[Sequence[int]], settings: GenerateConfig, ends: Sequence[int]
 ) -> None:
-    """Make the ends impossible in rows that are to be longer."""
+    """Make the ends impossible in rows that are not long enough yet."""
     least = settings.min_new_tokens or 0
     early = [row for row, text in enumerate(written) if len(text) < least]
     if early and ends:

@@ -25,9 +25,9 @@ from llmtrain.harness.team import Team
 from llmtrain.interchange.trained import TrainedModel
 
 NEW_TOKENS = 256
-"""Tokens that a text has at most, where a task does not say; as the `hf` model."""
+"""Maximum number of tokens of a text where a task sets none, as in the `hf` model."""
 UNBOUNDED = 2048
-"""Tokens that a model reads which has no longest text; as the `hf` model."""
+"""Tokens that a model without a maximum length reads, as in the `hf` model."""
 Render = Callable[[Sequence[Mapping[str, str]], bool], str]
 """(messages with role and content, whether an answer is to follow) → the text of a conversation."""
 _SETTINGS = (
@@ -44,7 +44,7 @@ _SETTINGS = (
 
 
 class HarnessModel(TemplateLM):
-    """Lives on rank 0, and gives all work to the team."""
+    """Runs on rank 0, and hands all work to the team."""
 
     def __init__(
         self,

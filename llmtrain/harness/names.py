@@ -24,8 +24,7 @@ _IN_BRACKETS = re.compile(r"^(?:group|tag)[ \t]*:[ \t]*\[([^\]]*)\]", re.MULTILI
 
 
 def task_problems(tasks: Sequence[str], tasks_path: Path | None) -> Iterator[Problem]:
-    """Yield what hinders these tasks: the harness is not installed, the folder has none, or they are not
-    known."""
+    """Yield a problem if the harness is not installed, the folder has no tasks, or a task is unknown."""
     if not tasks:
         remedy = "give tasks=[…], such as tasks=[hellaswag], or those of a folder, tasks_path=…"
         yield Problem("tasks", "nothing", "names of tasks", remedy)
@@ -98,7 +97,7 @@ def files_of_package() -> Files:
 
 
 def fitting(name: str, known: Files) -> list[str]:
-    """Return the known names that a name, or a pattern, means."""
+    """Return the known names that match a name or a pattern."""
     if name in known:
         return [name]
     return sorted(fnmatch.filter(known, name)) if "*" in name else []

@@ -1,4 +1,4 @@
-"""What the harness found, as a table, as JSON, and as figures of a run."""
+"""Results of the harness as a table, as JSON, and as figures of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run loaded tasks on a model, on all processes that hold it, without a trace in the process."""
+"""Run loaded tasks on a model, on all processes that hold it, without side effects on the process."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LOGITS_AT_ONCE = 2**24
 
 
 class Row(NamedTuple):
-    """What the model reads once, and the continuations that are scored by it."""
+    """Tokens that the model reads once, and the continuations that are scored after them."""
 
     inputs: list[int]
     """All tokens but the last of a continuation, which all share."""

@@ -19,7 +19,7 @@ from llmtrain.harness.undisturbed import undisturbed
 CONNECT_SECONDS = 3.0
 HUB_OFFLINE = "HF_HUB_OFFLINE"
 OFFLINE = (HUB_OFFLINE, "HF_DATASETS_OFFLINE")
-"""Variables by which the libraries of Hugging Face do without a network."""
+"""Variables that make the libraries of Hugging Face work offline."""
 _OF_FILES = ("json", "csv", "parquet", "text", "arrow", "webdataset", "imagefolder")
 """Names of data sets that are read from files which a task names."""
 
@@ -120,7 +120,7 @@ def _refuse_unusable(task: Any) -> None:
 
 
 def said(error: BaseException) -> str:
-    """Return what an error of a library says, in one line."""
+    """Return the message of an error of a library, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
@@ -151,7 +151,7 @@ def _do_without_network() -> None:
 
 
 def _say_less() -> None:
-    """Keep the libraries from bars and from notes about what they do; errors are raised."""
+    """Silence the progress bars and notes of the libraries; errors are still raised."""
     import datasets
 
     datasets.disable_progress_bars()

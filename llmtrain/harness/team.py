@@ -97,7 +97,8 @@ class Team:
         return texts
 
     def dismiss(self) -> None:
-        """Let the others go. After an error that all of them have met, they are gone."""
+        """Release the other processes. After an error that all of them have met, they have already
+        returned."""
         self._together(None)
 
     def follow(self) -> None:

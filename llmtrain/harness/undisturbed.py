@@ -1,4 +1,4 @@
-"""Work of the harness that leaves no trace in this process."""
+"""Run the harness without side effects on this process."""
 
 from __future__ import annotations
 

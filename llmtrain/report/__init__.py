@@ -1,1 +1,1 @@
-"""What a run folder tells: where a run is, and a page about one run or several."""
+"""Reports from run folders: how far a run is, and a page about one run or several."""

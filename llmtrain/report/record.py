@@ -46,7 +46,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says of its run."""
+    """A run as its folder records it."""
 
     path: Path
     config: Mapping[str, Any]
@@ -175,7 +175,7 @@ def _saved(path: Path) -> list[Saved]:
 
 
 def _holder(path: Path) -> str | None:
-    """Return what the process that holds a run's lock wrote into it; None if no process holds it.
+    """Return the note in a run's lock by the process that holds it; None if no process holds it.
 
     The lock is tried, shared, for a moment: a run that starts then tries once more."""
     try:

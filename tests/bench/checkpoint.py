@@ -140,7 +140,7 @@ def remove(path: Path) -> None:
 
 
 def settle() -> None:
-    """What one contender left to the disk must not be the next one's burden."""
+    """Write all cached data to the disk, so that one contender does not slow the next."""
     os.sync()
     time.sleep(0.5)
 

@@ -1,4 +1,4 @@
-"""Every reader of files from elsewhere over mutations of real ones: what becomes of each.
+"""Run every reader of untrusted files on mutations of real ones, and report each outcome.
 
     OMP_NUM_THREADS=1 python -m tests.bench.fuzz [mutations=20000] [readers=gguf,bundle] [first=0]
     OMP_NUM_THREADS=1 python -m tests.bench.fuzz reader=gguf seed=17 [keep=FOLDER]

@@ -38,7 +38,7 @@ _ready: dict[str, Any] = {}
 
 
 def prepare(overrides: list[str], threads: int) -> int:
-    """Build an engine in this rank and take its first steps; → tokens of a step."""
+    """Build an engine in this rank and take its first steps; return the tokens of a step."""
     import torch
 
     from llmtrain.engine.allocator import keep_freed_memory

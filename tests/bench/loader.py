@@ -107,7 +107,7 @@ def bench_waiting(path: Path, sequence_length: int, micro_size: int) -> None:
             engine.train_step(batches.micro_batches, lr=1e-4)
             waits.append(batches.wait_seconds)
             times.append(time.perf_counter() - started + batches.wait_seconds)
-        # The first step's wait opens the shards.
+        # The first step also opens the tar files.
         wait, step = statistics.median(waits[1:]), statistics.median(times[1:])
         share = sum(waits[1:]) / sum(times[1:])
         print(

@@ -1,8 +1,8 @@
-"""How full best fit's rows are, what packing a shard costs, and what attention over packed rows costs.
+"""How full best fit's rows are, the cost of packing a tar file, and the cost of attention over packed rows.
 
     OMP_NUM_THREADS=1 python -m tests.bench.packing CORPUS [--sequence-lengths 256 512 1024 2048]
 
-Beside the padding stands what one document a row would leave. The shard has 100,000 documents of log-normal
+Beside the padding stands what one document a row would leave. The tar file has 100,000 documents of log-normal
 lengths. Attention is forward and backward over eight rows of the corpus, 12 heads of 64, against the same
 rows as one text each. Times are CPU time, the least of five, taken in turn.
 """
@@ -32,12 +32,12 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     options = parser.parse_args()
-    shards = [document_lengths(path) for path in sorted(options.corpus.glob("train/*.tar"))]
-    tokens = sum(int(lengths.sum()) for lengths in shards)
-    print(f"{tokens:,} tokens of {sum(map(len, shards)):,} documents in {len(shards)} shards\n")
+    tars = [document_lengths(path) for path in sorted(options.corpus.glob("train/*.tar"))]
+    tokens = sum(int(lengths.sum()) for lengths in tars)
+    print(f"{tokens:,} tokens of {sum(map(len, tars)):,} documents in {len(tars)} tars\n")
     print(f"{'T':>6}{'rows':>9}{'padding %':>11}{'one a row %':>13}{'split %':>9}")
     for T in options.sequence_lengths:
-        print_padding(shards, T + 1)
+        print_padding(tars, T + 1)
     print(f"\n{SHARD_LENGTHS.sum():,} tokens of {len(SHARD_LENGTHS):,} documents in a shard\n")
     print(f"{'T':>7}{'rows':>9}{'best_fit ms':>13}{'count_rows ms':>15}")
     for T in (512, 1024, 4096, 8192, 131_072):
@@ -47,23 +47,23 @@ def main() -> None:
     print(f"\n{'T':>6}{'type':>10}{'tokens a piece':>16}{'one text ms':>13}{'packed ms':>11}{'ratio':>7}")
     for T in options.sequence_lengths:
         for dtype in (torch.float32, torch.bfloat16):
-            print_attention(shards[0], T, dtype)
+            print_attention(tars[0], T, dtype)
 
 
 def document_lengths(shard: Path) -> np.ndarray:
-    """Tokens of each document of a shard, in order."""
+    """Tokens of each document of a tar file, in order."""
     with tarfile.open(shard) as tar:
         ends = [np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar if m.name.endswith(".ends.npy")]  # type: ignore[union-attr]
     return np.concatenate([np.diff(sample.astype(np.int64), prepend=0) for sample in ends])
 
 
-def print_padding(shards: list[np.ndarray], width: int) -> None:
-    packed = [best_fit(lengths, width) for lengths in shards]
+def print_padding(tars: list[np.ndarray], width: int) -> None:
+    packed = [best_fit(lengths, width) for lengths in tars]
     rows = sum(map(len, packed))
     held = sum(int(of_tar.lengths.sum()) for of_tar in packed)
     pieces = sum(len(of_tar.lengths) for of_tar in packed)
     padding, apart = (100 * (1 - held / (places * width)) for places in (rows, pieces))
-    documents = np.concatenate(shards)
+    documents = np.concatenate(tars)
     print(f"{width - 1:>6}{rows:>9,}{padding:>11.3f}{apart:>13.1f}{100 * (documents > width).mean():>9.1f}")
 
 

@@ -1,5 +1,5 @@
-"""What the plan forecasts of each rank's memory against the most that the rank really held, over cells of the
-parity matrix's axes.
+"""The plan's forecast of each rank's memory against the measured peak, over cells of the parity matrix's
+axes.
 
     python -m tests.bench.plan_memory [--only WORD] [--results FILE.json] [--phases]
 

@@ -53,12 +53,12 @@ PRIORS: dict[str, tuple[float, float, float]] = {
     "layer_seconds": (1e-5, 1e-6, 3e-4),
     "step_seconds": (1e-2, 1e-3, 0.3),
 }
-"""Constant → what it is before a fit, and its bounds. FlashAttention 2 reaches 225 of 312 TFLOP/s on an A100
+"""Constant → its value before a fit, and its bounds. FlashAttention 2 reaches 225 of 312 TFLOP/s on an A100
 (arXiv:2307.08691, section 4.1); cuBLAS reaches about 270 on it; nccl-tests about 235 of NVLink's 300 GB/s,
 and more than 0.7 of a network. Left free, that would go to 0.5 for BLOOM's trials over Omni-Path, and to 0.95
 without them."""
 UNTOLD = ("kernel_seconds", "layer_seconds", "step_seconds")
-"""Constants that no run tells, and the fit leaves as they are assumed."""
+"""Constants that no published run determines; the fit leaves them at their assumed values."""
 PRIOR_WEIGHT = 0.1
 """Error of one run that a constant off by a factor of e counts as."""
 LINEAR_UP_TO = 0.05

@@ -54,7 +54,7 @@ def of_torch(model: ResNet) -> nn.Module:
 
 
 def bare_steps(model: nn.Module, optimizer: Any, images: np.ndarray, labels: np.ndarray, steps: int) -> None:
-    """Take steps as a short script would."""
+    """Take steps in a bare torch loop."""
     order = torch.randperm(len(images))
     whole, numbers = torch.from_numpy(images), torch.from_numpy(labels)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Seconds from the death of a rank to the next step of its job, and what they are spent on.
+"""Seconds from the death of a rank to the next step of its job, part by part.
 
     python -m tests.bench.restart CORPUS [--ranks 2] [model=gpt_tiny …]
 

@@ -33,17 +33,17 @@ class Format:
     write: Callable[[Path, Path, int], None]
     """(corpus, folder, W): writes the training split's tokens into the folder."""
     readers: dict[str, Reader]
-    """By what a user would write."""
+    """Written with the arguments that a user would give."""
     forget: Callable[[], None] = lambda: None
-    """Clear away what earlier runs, ended by force, left in the system."""
+    """Remove the shared memory that killed earlier runs left in the system."""
 
 
 def samples_of(corpus: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, document ends) of the training split's samples in order: a corpus is plain webdataset."""
     import webdataset as wds
 
-    shards = json.loads((corpus / "manifest.json").read_text())["splits"]["train"]["shards"]
-    urls = [str(corpus / shard["file"]) for shard in shards]
+    tars = json.loads((corpus / "manifest.json").read_text())["splits"]["train"]["shards"]
+    urls = [str(corpus / tar["file"]) for tar in tars]
     for sample in wds.WebDataset(urls, shardshuffle=False).decode():
         yield sample["tokens.npy"], sample["ends.npy"]
 

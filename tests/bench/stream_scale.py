@@ -1,10 +1,10 @@
-"""The training stream over a corpus of very many shards: start, resume, memory, and how well it mixes.
+"""The training stream over a corpus of very many tar files: start, resume, memory, and how well it mixes.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.stream_scale CORPUS [--shards 10000]
+    OMP_NUM_THREADS=1 python -m tests.bench.stream_scale CORPUS [--tars 10000]
 
-The shards are those of CORPUS, linked over and over: of real size and content, without their room on disk.
-Memory does not count what the shards take in the page cache. With best_fit the first start on a host
-counts the rows of every shard.
+The tar files are those of CORPUS, linked many times: of real size and content, without taking space on disk.
+Memory does not count what the tar files take in the page cache. With best_fit the first start on a host
+counts the rows of every tar file.
 """
 
 from __future__ import annotations
@@ -41,38 +41,38 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--shards", type=int, default=10_000)
+    parser.add_argument("--tars", type=int, default=10_000)
     parser.add_argument("--buffers", type=int, default=100, help="shuffle buffers to stream for the memory")
     options = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.2f}")
     with tempfile.TemporaryDirectory(dir=options.corpus.parent) as folder:
-        corpus = link_corpus(options.corpus, Path(folder), options.shards)
+        corpus = link_corpus(options.corpus, Path(folder), options.tars)
         bench_start(corpus)
         for packing in ("concat", "best_fit"):
             bench_memory(corpus, options.buffers, packing)
         bench_mixing(corpus)
 
 
-def link_corpus(corpus: Path, folder: Path, num_shards: int) -> Path:
-    """A corpus whose training split has so many shards."""
+def link_corpus(corpus: Path, folder: Path, num_tars: int) -> Path:
+    """A corpus whose training split has this many tar files."""
     manifest = json.loads((corpus / "manifest.json").read_text())
     split = manifest["splits"]["train"]
-    shards, index, lengths = (
+    tars, index, lengths = (
         split["shards"],
         np.load(corpus / split["index"]),
         np.load(corpus / split["lengths"]),
     )
-    rows = [index[index["shard"] == shard] for shard in range(len(shards))]
-    documents = np.split(lengths, np.cumsum([shard["num_documents"] for shard in shards])[:-1])
+    rows = [index[index["shard"] == tar] for tar in range(len(tars))]
+    documents = np.split(lengths, np.cumsum([tar["num_documents"] for tar in tars])[:-1])
     (folder / "train").mkdir()
     linked, indices = [], []
-    sources = [shard % len(shards) for shard in range(num_shards)]
-    for shard, source in enumerate(sources):
-        file = f"train/train-{shard:06d}.tar"
-        os.link(corpus / shards[source]["file"], folder / file)
-        linked.append({**shards[source], "file": file})
+    sources = [tar % len(tars) for tar in range(num_tars)]
+    for tar, source in enumerate(sources):
+        file = f"train/train-{tar:06d}.tar"
+        os.link(corpus / tars[source]["file"], folder / file)
+        linked.append({**tars[source], "file": file})
         indices.append(rows[source].copy())
-        indices[-1]["shard"] = shard
+        indices[-1]["shard"] = tar
     for key, array in (
         ("index", np.concatenate(indices)),
         ("lengths", np.concatenate([documents[source] for source in sources])),
@@ -80,9 +80,9 @@ def link_corpus(corpus: Path, folder: Path, num_shards: int) -> Path:
         np.save(folder / split[key], array)
         split[f"{key}_xxh3_128"] = checksum(folder / split[key])
     for key in ("num_tokens", "num_documents", "num_samples"):
-        split[key] = sum(shard[key] for shard in linked)
+        split[key] = sum(tar[key] for tar in linked)
     manifest["splits"] = {"train": {**split, "shards": linked}}
-    checksums = (shard["xxh3_128"] for shard in linked)
+    checksums = (tar["xxh3_128"] for tar in linked)
     manifest["fingerprint"] = fingerprint_of(checksums, manifest["tokenizer"]["sha256"])
     write_manifest(folder, manifest)
     (folder / manifest["tokenizer"]["file"]).write_bytes(
@@ -128,20 +128,20 @@ def bench_memory(corpus: Path, buffers: int, packing: str) -> None:
 
 
 def bench_mixing(corpus: Path) -> None:
-    """How often samples that follow each other are of one shard, or near each other in it."""
+    """How often consecutive samples are of one tar file, or near each other in it."""
     sizes = TokenSequences(Corpus.open(corpus).split("train"), SEQUENCE_LENGTH).tar_sizes
     firsts = np.cumsum(sizes) - sizes
     print(
-        f"of neighbours in the order (in a step of {GLOBAL_SIZE}: shards that a step has samples of)\n"
-        f"{'shuffle_tars':>16}{'same shard':>12}{f'within {NEAR_ROWS} rows':>17}{'shards a step':>15}"
+        f"of neighbours in the order (in a step of {GLOBAL_SIZE}: tar files that a step has samples of)\n"
+        f"{'shuffle_tars':>16}{'same tar':>12}{f'within {NEAR_ROWS} rows':>17}{'tars a step':>15}"
     )
     for block_tars in (1, 4, 16, 64, len(sizes)):
         order = BlockOrder(sizes, seed=0, block_tars=block_tars)
         _, indices = order(np.arange(GLOBAL_SIZE * 10_000))
-        shards = np.searchsorted(firsts, indices, side="right") - 1
-        same = shards[1:] == shards[:-1]
+        tars = np.searchsorted(firsts, indices, side="right") - 1
+        same = tars[1:] == tars[:-1]
         near = same & (np.abs(np.diff(indices)) <= NEAR_ROWS)
-        by_step = np.sort(shards.reshape(-1, GLOBAL_SIZE), axis=1)
+        by_step = np.sort(tars.reshape(-1, GLOBAL_SIZE), axis=1)
         a_step = (np.diff(by_step, axis=1) != 0).sum(axis=1).mean() + 1
         name = "all" if block_tars == len(sizes) else block_tars
         print(f"{name:>16}{same.mean():>12.4%}{near.mean():>17.4%}{a_step:>15.1f}")

@@ -1,4 +1,4 @@
-"""Seconds of a step with all of the watch against none of it, on the same ranks, in turn.
+"""Seconds of a step with the whole watch and without it, on the same ranks, in turn.
 
     python -m tests.bench.watching CORPUS [--size 2] [--rounds 10] [--steps 20] [--collectives]
 
@@ -83,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sides = (("", False), (folder, options.collectives))
         for number in range(options.rounds):
-            # Each goes first as often as the other.
+            # Each of the two goes first equally often.
             order = sides[:: (-1) ** number]
             times = {side: pool.run(clock, options.steps, *side) for side in order}
             rounds.append([tuple(map(max, zip(*times[side], strict=True))) for side in sides])  # type: ignore[misc]
