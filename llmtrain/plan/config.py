@@ -26,6 +26,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "pue": (1, 5),
 }
 """Figure → the least and the most that is taken for one: beyond, a unit is wrong."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 PEAK_BOUNDS = (1e8, 1e18)
 """Bounds of a peak, in FLOP/s."""
 NEEDED = (
@@ -49,6 +50,11 @@ class EfficiencyConfig:
     """Share of the peak that large matrix products reach."""
     matrix_depth: float = 150.0
     """Length of a product's inner dimension at which it reaches half of that."""
+    matrix_depths: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Precision → the same of its products; a precision that is missing has matrix_depth."""
+    weight_gradients: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Precision → rate of the product that gives a weight's gradient, both of whose operands are read across
+    their rows, in that of other products; missing: 1."""
     attention: float = 0.6
     """Share of the peak that a flash attention kernel reaches in its matrix products."""
     memory: float = 0.75
@@ -73,6 +79,13 @@ class EfficiencyConfig:
             value = getattr(self, name)
             yield from require(0 < value <= 1.5, name, value, "above 0, up to 1.5")
         yield from require(self.matrix_depth >= 0, "matrix_depth", self.matrix_depth, "0 or more")
+        for name in ("matrix_depths", "weight_gradients"):
+            for precision, value in getattr(self, name).items():
+                where = f"{name}.{precision}"
+                yield from require(precision in PRECISIONS, name, precision, ", ".join(PRECISIONS))
+                is_share = name == "weight_gradients"
+                is_right = 0 < value <= 1.5 if is_share else value >= 0
+                yield from require(is_right, where, value, "above 0, up to 1.5" if is_share else "0 or more")
         yield from require(self.unfused >= 1, "unfused", self.unfused, "1 or more")
         yield from require(0 <= self.interference <= 1, "interference", self.interference, "0 to 1")
         for name in ("kernel_seconds", "layer_seconds", "step_seconds"):
@@ -130,8 +143,7 @@ class ClusterConfig:
         least, most = PEAK_BOUNDS
         for precision, peak in self.peak_flops.items():
             where = f"peak_flops.{precision}"
-            is_known = precision in ("fp32", "bf16", "fp16")
-            yield from require(is_known, where, "a precision", "fp32, bf16, fp16")
+            yield from require(precision in PRECISIONS, "peak_flops", precision, ", ".join(PRECISIONS))
             yield from require(least <= peak <= most, where, peak, f"{least:g} to {most:g} FLOP/s")
         if self.has_figures:
             missing = [name for name in NEEDED if getattr(self, name) is None]
@@ -170,16 +182,13 @@ class AssumeConfig:
     """Each pipeline stage has as many layers as the others, whatever stands before and after the layers, as
     in Megatron; false: stages are balanced with these, as in llmtrain."""
     fused: bool = False
-    """Operations on each element are fused, by a compiler or by hand, as Megatron does, and so are the two
-    matrices of a gated MLP that read its input; llmtrain's are not."""
+    """Operations on each element are fused, by a compiler or by hand, as Megatron does; llmtrain's are
+    not."""
     overlap_gradients: bool | None = None
     """Gradients are reduced while the backward pass goes on; null: as llmtrain does, not in a pipeline."""
     whole_recompute: bool = False
     """Recomputation of a whole layer computes its last product again, whose output nothing needs; false: as
     in llmtrain."""
-    kept_collectives: bool = False
-    """Selective recomputation keeps what collectives of tensor parallelism gave, as Megatron and torchtitan
-    do; false: they are repeated, as in llmtrain."""
     gradient_bytes: Literal[2, 4] | None = None
     """Bytes of a gradient as it is reduced; null: as in llmtrain."""
     scatter_gradients: bool = False

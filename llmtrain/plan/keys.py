@@ -59,8 +59,8 @@ class PlanKeys:
     dry_run: bool = False
     """Also build the engine of one rank, and take a step, over tensors without values: what its groups,
     collectives and bytes truly are. Needs torch, and no GPU."""
-    rank: int = 0
-    """The rank of the dry run."""
+    rank: tuple[str, ...] = ("0",)
+    """The rank of the dry run, or several of them: numbers, and first, middle, last."""
     assume: AssumeConfig = field(default_factory=AssumeConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 

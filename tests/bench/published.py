@@ -194,7 +194,7 @@ def write(constants: Constants) -> None:
             continue
         head = path.read_text().partition("efficiency:\n")[0]
         found = efficiency(constants, path.stem)
-        values = {name: float(f"{getattr(found, name):.3g}") for name in found.__dataclass_fields__}
+        values = {name: float(f"{value:.3g}") for name, value in vars(found).items() if value != {}}
         lines = [f"  {name}: {value}{note_of(name, value, path.stem)}" for name, value in values.items()]
         kind = KIND.get(path.stem)
         borrowed = [name for name in OF_KIND if f"{path.stem}.{name}" not in constants]
