@@ -14,7 +14,7 @@ from llmtrain import files
 from llmtrain.config import decode
 from llmtrain.distributed import launcher
 from llmtrain.dry_run import report as dry_run_report
-from llmtrain.dry_run.record import Rehearsal
+from llmtrain.dry_run.ranks import ranks_of, rehearse_each
 from llmtrain.errors import ConfigError
 from llmtrain.files import expand_home
 from llmtrain.output import check_new_output, write_output
@@ -47,20 +47,28 @@ def run(mapping: Mapping[str, Any]) -> None:
     resolved = resolve(settings, keys.world_size, data_optional=True)
     plan = _plan(resolved, keys)
     bought = budgets.budgeted(keys.budget, plan) if keys.budget.is_given else None
-    rehearsal = _rehearse(resolved, keys.rank) if keys.dry_run else None
+    ranks = ranks_of(keys.rank, resolved.layout.world_size) if keys.dry_run else []
+    rehearsals = rehearse_each(resolved, ranks) if ranks else iter(())
     if keys.format == "json":
         found = report.as_json(plan)
         if bought is not None:
             found["budget"] = asdict(bought)
-        if rehearsal is not None:
-            found["dry_run"] = dry_run_report.as_json(rehearsal, plan)
+        of_ranks = [dry_run_report.as_json(rehearsal, plan) for rehearsal in rehearsals]
+        if len(ranks) == 1:
+            [found["dry_run"]] = of_ranks
+        elif ranks:
+            found["dry_runs"] = of_ranks
         print(json.dumps(found, indent=2))
         return
     print(report.table(plan))
     if resolved.config.parallel.auto:
         print(f"parallel=auto chose {' '.join(own_choice(resolved).overrides())}")
-    if rehearsal is not None:
-        print("\n".join(dry_run_report.lines(rehearsal, plan)))
+    done = []
+    for rehearsal in rehearsals:
+        print("\n".join(dry_run_report.lines(rehearsal, plan)), flush=True)
+        done.append(rehearsal)
+    if len(ranks) > 1:
+        print("\n".join(dry_run_report.summary(done, plan)))
     if bought is not None:
         print("\n".join(budgets.lines(bought, plan)))
     if plan.time is not None and (
@@ -140,12 +148,6 @@ def _on_one_process(settings: Mapping[str, Any]) -> Resolved:
     return resolve(
         {**settings, "parallel": {}, "recompute": {}, "batch": batch, "engine": "auto"}, 1, data_optional=True
     )
-
-
-def _rehearse(resolved: Resolved, rank: int) -> Rehearsal:
-    from llmtrain.dry_run.rehearsal import rehearse
-
-    return rehearse(resolved, rank)
 
 
 def own_choice(resolved: Resolved) -> Choice:

@@ -98,3 +98,5 @@ class Rehearsal:
     step: Traffic
     setup_seconds: float
     step_seconds: float
+    processor_seconds: float
+    """Of both, over all threads."""

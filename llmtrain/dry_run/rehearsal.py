@@ -34,16 +34,12 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
     A step of many micro-batches is cut to those that a pipeline holds at once and one more: later ones repeat
     these.
 
-    Raise ConfigError for a rank that the run does not have, and for an objective whose rows cannot be made
-    up."""
+    Raise ConfigError for an objective whose rows cannot be made up."""
     from llmtrain.engine.build import build_engine
 
     resolved = _cut(resolved)
     config, layout = resolved.config, resolved.layout
-    if not 0 <= rank < layout.world_size:
-        allowed = f"0 to {layout.world_size - 1}, below world_size"
-        raise ConfigError(Problem("rank", str(rank), allowed))
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     if layout.world_size > 1 or config.engine == "deepspeed":
         processes.imagine(rank, layout.world_size)
     if resolved.corpora is not None:
@@ -81,7 +77,18 @@ def rehearse(resolved: Resolved, rank: int) -> Rehearsal:
             step=imagination.traffic,
             setup_seconds=built - started,
             step_seconds=done - built,
+            processor_seconds=time.process_time() - worked,
         )
+
+
+def prepare(resolved: Resolved) -> None:
+    """Import what rehearsals need, for processes that are forked from this one."""
+    from llmtrain.engine import build  # noqa: F401
+
+    if resolved.config.engine == "deepspeed":
+        from llmtrain.parallel import upstream
+
+        upstream.import_deepspeed()
 
 
 def _cut(resolved: Resolved) -> Resolved:

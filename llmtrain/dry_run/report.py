@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ def lines(rehearsal: Rehearsal, plan: Plan) -> Iterator[str]:
     yield (
         f"engine built in {rehearsal.setup_seconds:.1f} s, a step of {rehearsal.micro_batches} of "
         f"{plan.layout.accumulation} micro-batches made in {rehearsal.step_seconds:.1f} s, "
-        "of tensors without values"
+        f"of tensors without values; {rehearsal.processor_seconds:.1f} s of a processor"
     )
     yield f"{'kept between steps':<28}{gib(rehearsal.held_bytes):>14}"
     planned = gib(planned_peak(rehearsal, plan))
@@ -43,6 +43,24 @@ def lines(rehearsal: Rehearsal, plan: Plan) -> Iterator[str]:
     yield f"{'collectives of a step':<28}{'along':<18}{'ranks':>8}{'number':>10}{'bytes':>22}"
     yield from _traffic(rehearsal.step)
     yield from _comparison(rehearsal, plan)
+
+
+def summary(rehearsals: Sequence[Rehearsal], plan: Plan) -> Iterator[str]:
+    """Yield a table of several ranks, a row each: what they hold and send, beside the plan."""
+    yield (
+        f"{'rank':>9} {'stage':>6} {'layers':>7} {'parameters':>15} {'most':>11} {'planned':>11} "
+        f"{'error':>7} {'collectives':>12} {'sent':>11} {'planned':>11} {'processor':>10}"
+    )
+    for each in rehearsals:
+        planned, along = planned_peak(each, plan), list(sent(each, plan))
+        theirs = [size for _, _, size in along]
+        total = "unknown" if None in theirs else gib(sum(size or 0.0 for size in theirs))
+        yield (
+            f"{each.rank:>9,} {each.coordinates.pipeline:>6} {each.layers:>7} {each.parameters:>15,} "
+            f"{gib(each.peak_bytes):>11} {gib(planned):>11} {planned / each.peak_bytes - 1:>+7.1%} "
+            f"{sum(each.step.calls.values()):>12,} {gib(sum(ours for _, ours, _ in along)):>11} {total:>11} "
+            f"{each.processor_seconds:>8.1f} s"
+        )
 
 
 def as_json(rehearsal: Rehearsal, plan: Plan) -> dict[str, Any]:
@@ -58,6 +76,7 @@ def as_json(rehearsal: Rehearsal, plan: Plan) -> dict[str, Any]:
         "peak_bytes": rehearsal.peak_bytes,
         "planned_peak_bytes": planned_peak(rehearsal, plan),
         "seconds": rehearsal.setup_seconds + rehearsal.step_seconds,
+        "processor_seconds": rehearsal.processor_seconds,
         "collectives": [
             {
                 "kind": each.kind,

@@ -48,7 +48,7 @@ class PipelineEngine(DeepSpeedEngine):
         from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
         layout, mesh = self.layout, self.mesh
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), upstream.quick_grid():
             pipeline = deepspeed.PipelineModule(
                 layers=[self._replay] * layout.pipeline,  # each rank builds only its own
                 topology=PipeModelDataParallelTopology(

@@ -248,8 +248,8 @@ class TransformerToken:
         kept = D + queries + D + F + (3 * F if model.gated_mlp else F)
         if model.activation == "relu":
             kept -= F  # which keeps its output
-        if model.gated_mlp and (numbers.residual > numbers.compute or layout.tensor_sequence):
-            kept += D  # autocast copies the norm's output, and the group gathers it, for gate and for up
+        if model.gated_mlp and numbers.residual > numbers.compute:
+            kept += D  # autocast copies the norm's output for gate and for up
         if model.dropout > 0:
             kept += self._between(2 * D)  # dropout masks
         kept *= numbers.compute
@@ -325,11 +325,14 @@ class TransformerToken:
         return choose_kernel(call)
 
     def linear_outputs(self) -> int:
-        """Return the outputs that selective recomputation keeps; that of a row-parallel matrix is a whole
-        summand."""
-        model, tensor = self.model, self.layout.tensor
+        """Return what selective recomputation keeps: the outputs of the matrices, after the sum over the
+        tensor group where these are summands, and inputs that the group gathered."""
+        model, numbers, tensor = self.model, self.numbers, self.layout.tensor
         divided = model.qkv_width + model.mlp_width * (2 if model.gated_mlp else 1)
-        return (divided // tensor + 2 * model.hidden_size) * self.numbers.compute
+        summed = self._between(2 * model.hidden_size * numbers.compute)
+        shares = tensor > 1 and self.layout.tensor_sequence
+        gathered = 2 * model.hidden_size * numbers.residual if shares else 0
+        return divided // tensor * numbers.compute + summed + gathered
 
     def _context(self, windows: set[int | None]) -> int:
         """Return what recomputed layers share: rotary tables and masks."""

@@ -7,7 +7,9 @@ from typing import Literal
 
 from llmtrain.nn.model_config import OfVocabulary
 
-Role = Literal["column", "row", "embedding", "head", "heads", "all_heads", "added_heads", "shared"]
+Role = Literal[
+    "column", "row", "embedding", "head", "heads", "all_heads", "added_heads", "shared", "one_input"
+]
 """How parallel/tensor.py divides a module; its docstring has the table."""
 
 Table = Mapping[str, Role]

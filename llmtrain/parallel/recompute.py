@@ -12,7 +12,7 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,37 @@ def _keep_and_reuse() -> tuple[AbstractContextManager[Any], AbstractContextManag
     return _Keep(outputs), _Reuse(outputs)
 
 
-class _Keep(TorchDispatchMode):
-    """Appends the outputs of linear products to `outputs`, in order.
+def kept(communicate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return what `communicate` gives of x, which nothing else reads after it; in the selective recomputation
+    of a layer, what it gave in the forward pass, without communicating again."""
+    return communicate(x) if _Layer.current is None else _Layer.current.communicated(communicate, x)
+
+
+class _Layer(TorchDispatchMode):
+    """Sees the operations of a layer that is recomputed selectively."""
+
+    current: ClassVar[_Layer | None] = None
+
+    def __init__(self, outputs: deque[Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def __enter__(self) -> _Layer:
+        _Layer.current = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _Layer.current = None
+        super().__exit__(*error)
+
+    def communicated(self, communicate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return what `communicate` gives, or gave, of x."""
+        raise NotImplementedError
+
+
+class _Keep(_Layer):
+    """Appends the outputs of linear products, and what collectives give, to `outputs`, in order.
 
     Before an output is modified in place (by the bias of DeepSpeed's linear layer, or the sum over a tensor
     group), the original is cloned, because recomputation repeats the modification. torch's own selective
@@ -94,10 +123,9 @@ class _Keep(TorchDispatchMode):
     """
 
     def __init__(self, outputs: deque[Tensor]) -> None:
-        super().__init__()
-        self._outputs = outputs
+        super().__init__(outputs)
         self._numbers: dict[int, int] = {}
-        """Address of the storage of an output → its number."""
+        """Storage of an output → its number."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The schemas of collectives do not declare that they write.
@@ -107,29 +135,41 @@ class _Keep(TorchDispatchMode):
                     self._preserve(argument)
         result = func(*args, **(kwargs or {}))
         if func in LINEAR_PRODUCTS:
-            self._numbers[result.untyped_storage().data_ptr()] = len(self._outputs)
-            # Detach: the graph that autograd attaches to the result holds this list.
-            self._outputs.append(result.detach())
+            self._append(result)
         return result
+
+    def communicated(self, communicate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        number = self._numbers.pop(x.untyped_storage()._cdata, None)
+        if number is not None:
+            # A product that is communicated at once: of it the recomputation needs the shape alone.
+            summand = self._outputs[number]
+            self._outputs[number] = summand.new_empty(()).expand(summand.shape)
+        y = communicate(x)
+        self._append(y)
+        return y
+
+    def _append(self, output: Tensor) -> None:
+        self._numbers[output.untyped_storage()._cdata] = len(self._outputs)
+        # Detach: the graph that autograd attaches to the output holds this list.
+        self._outputs.append(output.detach())
 
     def _preserve(self, tensor: Tensor) -> None:
         """Clone the output with the storage of `tensor`, if any, before it is modified."""
-        number = self._numbers.pop(tensor.untyped_storage().data_ptr(), None) if self._numbers else None
+        number = self._numbers.pop(tensor.untyped_storage()._cdata, None) if self._numbers else None
         if number is not None:
             self._outputs[number] = self._outputs[number].clone()
 
 
-class _Reuse(TorchDispatchMode):
-    """Returns the kept `outputs`, in order, instead of computing linear products."""
-
-    def __init__(self, outputs: deque[Tensor]) -> None:
-        super().__init__()
-        self._outputs = outputs
+class _Reuse(_Layer):
+    """Returns the kept `outputs`, in order, instead of computing linear products and communicating."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LINEAR_PRODUCTS:
             return self._outputs.popleft()
         return func(*args, **(kwargs or {}))
+
+    def communicated(self, communicate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self._outputs.popleft()
 
 
 def _offload(block: nn.Module) -> Forward:

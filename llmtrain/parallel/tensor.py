@@ -13,9 +13,11 @@
 | all_heads | AllHeadsNorm         | heads         | sums of squares            | gradient of the sums   |
 | added_heads | Prefix             | heads         | none                       | none                   |
 | shared    | any, called by heads | nothing       | none                       | none                   |
+| one_input | around column layers | nothing       | none                       | gradient of the input  |
 
 The gradients of `shared` parameters are summed over the tensor group, since each process uses them for its
-own heads.
+own heads. The column layers right inside a module with `one_input`, such as the two of a gated MLP, read that
+module's input, which is communicated once for all of them.
 
 The layers here are thin wrappers of fairscale's groups, mappings and cross-entropy; fairscale's own layers
 allocate each full weight first. A vocabulary that is not divisible is padded; padding gets no probability and
@@ -38,7 +40,6 @@ from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entro
 from fairscale.nn.model_parallel.mappings import (
     copy_to_model_parallel_region,
     gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
 )
 from torch import Tensor, nn
 
@@ -49,7 +50,9 @@ from llmtrain.nn.head import LanguageModelHead, capped, summed_cross_entropy
 from llmtrain.nn.linear import linear
 from llmtrain.nn.norms import AllHeadsNorm
 from llmtrain.nn.sharding import Role, Table
+from llmtrain.parallel import tensor_group
 from llmtrain.parallel.mesh import Mesh, all_sum_over
+from llmtrain.parallel.tensor_group import CutTokens, GatherTokens, Sum, SumAndCutTokens
 from llmtrain.tensor_boxes import Shard
 
 _DIVIDED_DIM: dict[Role, dict[str, int]] = {
@@ -61,6 +64,7 @@ _DIVIDED_DIM: dict[Role, dict[str, int]] = {
     "all_heads": {"weight": 0},
     "added_heads": {"weight": 0},
     "shared": {},
+    "one_input": {},
 }
 """Role → parameter → divided dim; other parameters stay whole."""
 
@@ -82,7 +86,7 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
         names = [name for name in modules if fnmatchcase(name, pattern)]
         if not names:
             raise ValueError(f"tensor-parallel pattern {pattern} matches no module")
-        for name in names if role != "shared" else []:
+        for name in names if role in _LAYERS else []:
             module = modules[name]
             part = _LAYERS[role](module, layout.tensor_sequence)
             for key, child in module.named_children():
@@ -101,6 +105,10 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
             model.set_submodule(name, part)
             if role == "row" and isinstance(product := getattr(part, "lora", None), LowRank):
                 product.dropout.first_column = mesh.coordinates.tensor * product.a.shape[1]
+    for pattern in (pattern for pattern, role in table.items() if role == "one_input"):
+        for name, module in modules.items():
+            if fnmatchcase(name, pattern):
+                _enter_once(module, layout.tensor_sequence)
     for module in model.modules():
         if hasattr(module, "first_head"):
             heads = cast(int, module.num_heads)
@@ -160,17 +168,10 @@ class _TensorParallel(nn.Module):
         self.prompt: SoftPrompt | None = None
 
     def _enter(self, x_BTD: Tensor) -> Tensor:
-        x: Tensor = (
-            _GatherSequence.apply(x_BTD) if self.shares_sequence else copy_to_model_parallel_region(x_BTD)
-        )
-        return x
+        return _entered(x_BTD, self.shares_sequence)
 
     def _leave(self, x_BTD: Tensor) -> Tensor:
-        x: Tensor = (
-            _SumScatterSequence.apply(x_BTD)
-            if self.shares_sequence
-            else reduce_from_model_parallel_region(x_BTD)
-        )
+        x: Tensor = SumAndCutTokens.apply(x_BTD) if self.shares_sequence else Sum.apply(x_BTD)
         return x
 
 
@@ -179,9 +180,12 @@ class ColumnParallelLinear(_TensorParallel):
 
     weight: Tensor
     bias: Tensor | None
+    enters = True
+    """Whether it communicates its input itself: with `one_input` the module around it does."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = self._enter(x_BTD)
+        if self.enters:
+            x_BTD = self._enter(x_BTD)
         y_BTD = linear(x_BTD, self.weight, self.bias)
         return y_BTD if self.lora is None else y_BTD + self.lora(x_BTD)
 
@@ -210,11 +214,11 @@ class VocabParallelEmbedding(_TensorParallel):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         V = self.weight.shape[0]
-        local_BT = tokens_BT - _tensor_rank() * V
+        local_BT = tokens_BT - tensor_group.rank() * V
         elsewhere_BT = (local_BT < 0) | (local_BT >= V)
         x_BTD = F.embedding(local_BT.masked_fill(elsewhere_BT, 0), self.weight)
         # Also whole with sequence parallelism, because positions are added before the sequence is divided.
-        x: Tensor = reduce_from_model_parallel_region(x_BTD.masked_fill(elsewhere_BT[..., None], 0.0))
+        x: Tensor = Sum.apply(x_BTD.masked_fill(elsewhere_BT[..., None], 0.0))
         return x if self.prompt is None else self.prompt(x, tokens_BT)
 
 
@@ -252,7 +256,7 @@ class VocabParallelHead(_TensorParallel):
             logits = logits_CV.float()
             if logits is logits_CV:
                 logits = logits.clone()
-            logits[:, max(0, self.vocab_size - _tensor_rank() * V) :] = -torch.inf  # padding
+            logits[:, max(0, self.vocab_size - tensor_group.rank() * V) :] = -torch.inf  # padding
             logits.requires_grad_()
             loss: Tensor = vocab_parallel_cross_entropy(logits, labels_C1[:, 0]).sum()
             (grad,) = torch.autograd.grad(loss, logits)
@@ -266,11 +270,11 @@ class VocabParallelHead(_TensorParallel):
     def _smoothing(self, logits_CV: Tensor, labels_C1: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Return the term that label smoothing adds to the loss, share · Σ (logit of the label − mean logit),
         and its gradient with respect to the local logits."""
-        first, V = _tensor_rank() * logits_CV.shape[1], logits_CV.shape[1]
+        first, V = tensor_group.rank() * logits_CV.shape[1], logits_CV.shape[1]
         number_V = first + torch.arange(V, device=logits_CV.device)
         target_CV = (number_V == labels_C1).float() - (number_V < self.vocab_size).float() / self.vocab_size
         added = share * (logits_CV * target_CV).sum()
-        dist.all_reduce(added, group=_tensor_group())
+        dist.all_reduce(added, group=tensor_group.group())
         return added, share * target_CV
 
 
@@ -292,7 +296,7 @@ class PartOfAllHeadsNorm(AllHeadsNorm):
 
     def sum_over_heads(self, x: Tensor) -> Tensor:
         # The heads of all processes depend on the sum, so its gradient is summed as well.
-        total: Tensor = copy_to_model_parallel_region(reduce_from_model_parallel_region(x))
+        total: Tensor = copy_to_model_parallel_region(Sum.apply(x))
         return total
 
 
@@ -309,75 +313,22 @@ _LAYERS: dict[Role, Callable[[Any, bool], nn.Module]] = {
 
 def _scatter_input(_block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     x_BTD, *others = arguments
-    return (_ScatterSequence.apply(x_BTD), *others)
+    return (CutTokens.apply(x_BTD), *others)
 
 
-class _GatherSequence(torch.autograd.Function):
-    """All-gather (B, T / tensor, D) → (B, T, D); the backward pass reduce-scatters."""
+def _enter_once(module: nn.Module, shares_sequence: bool) -> None:
+    """Let a module communicate its input, in place of each of the column layers in it that read it."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _gather_tokens(x)
+    def enter(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BTD, *others = arguments
+        return (_entered(x_BTD, shares_sequence), *others)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _sum_and_cut_tokens(gradients[0])
-
-
-class _SumScatterSequence(torch.autograd.Function):
-    """Reduce-scatter (B, T, D) → (B, T / tensor, D); the backward pass all-gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _sum_and_cut_tokens(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _gather_tokens(gradients[0])
+    for child in module.children():
+        if isinstance(child, ColumnParallelLinear):
+            child.enters = False
+    module.register_forward_pre_hook(enter)
 
 
-class _ScatterSequence(torch.autograd.Function):
-    """Slice (B, T, D), equal on all processes → (B, T / tensor, D); the backward pass all-gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _own_tokens(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _gather_tokens(gradients[0])
-
-
-def _tensor_group() -> Any:
-    from fairscale.nn.model_parallel.initialize import get_model_parallel_group
-
-    return get_model_parallel_group()
-
-
-def _tensor_rank() -> int:
-    return dist.get_rank(_tensor_group())
-
-
-def _gather_tokens(x: Tensor) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(_tensor_size())]
-    dist.all_gather(parts, x.contiguous(), group=_tensor_group())
-    return torch.cat(parts, dim=1)
-
-
-def _sum_and_cut_tokens(x: Tensor) -> Tensor:
-    x = x.contiguous().clone()
-    if dist.get_backend(_tensor_group()) != "gloo":
-        parts = [part.contiguous() for part in x.chunk(_tensor_size(), dim=1)]
-        out = torch.empty_like(parts[0])
-        dist.reduce_scatter(out, parts, group=_tensor_group())
-        return out
-    dist.all_reduce(x, group=_tensor_group())  # gloo has no reduce-scatter
-    return _own_tokens(x)
-
-
-def _own_tokens(x: Tensor) -> Tensor:
-    return x.chunk(_tensor_size(), dim=1)[_tensor_rank()].contiguous()
-
-
-def _tensor_size() -> int:
-    return dist.get_world_size(_tensor_group())
+def _entered(x_BTD: Tensor, shares_sequence: bool) -> Tensor:
+    x: Tensor = GatherTokens.apply(x_BTD) if shares_sequence else copy_to_model_parallel_region(x_BTD)
+    return x

@@ -49,6 +49,7 @@ UNDOCUMENTED = {
         "cur_hysteresis",
     ),
     "deepspeed.runtime.pipe.module.PipelineModule": ("tied_modules", "tied_comms", "weight_attr"),
+    "deepspeed.runtime.pipe.topology.PipelineParallelGrid": ("_build_p2p_groups", "_topo"),
     "deepspeed.runtime.pipe.engine.PipelineEngine": (
         "_train_schedule",
         "_exec_optimizer_step",

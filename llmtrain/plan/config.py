@@ -26,6 +26,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "pue": (1, 5),
 }
 """Figure → the smallest and the largest value that is accepted: beyond them the unit must be wrong."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 PEAK_BOUNDS = (1e8, 1e18)
 """Bounds of a peak, in FLOP/s."""
 NEEDED = (
@@ -50,6 +51,11 @@ class EfficiencyConfig:
     """Share of the peak that large matrix products reach."""
     matrix_depth: float = 150.0
     """Length of the inner dimension at which a matrix product reaches half of that rate."""
+    matrix_depths: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Precision → the same of its products; a precision that is missing has matrix_depth."""
+    weight_gradients: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Precision → rate of the product that gives a weight's gradient, both of whose operands are read across
+    their rows, in that of other products; missing: 1."""
     attention: float = 0.6
     """Share of the peak that a flash attention kernel reaches in its matrix products."""
     memory: float = 0.75
@@ -74,6 +80,13 @@ class EfficiencyConfig:
             value = getattr(self, name)
             yield from require(0 < value <= 1.5, name, value, "above 0, up to 1.5")
         yield from require(self.matrix_depth >= 0, "matrix_depth", self.matrix_depth, "0 or more")
+        for name in ("matrix_depths", "weight_gradients"):
+            for precision, value in getattr(self, name).items():
+                where = f"{name}.{precision}"
+                yield from require(precision in PRECISIONS, name, precision, ", ".join(PRECISIONS))
+                is_share = name == "weight_gradients"
+                is_right = 0 < value <= 1.5 if is_share else value >= 0
+                yield from require(is_right, where, value, "above 0, up to 1.5" if is_share else "0 or more")
         yield from require(self.unfused >= 1, "unfused", self.unfused, "1 or more")
         yield from require(0 <= self.interference <= 1, "interference", self.interference, "0 to 1")
         for name in ("kernel_seconds", "layer_seconds", "step_seconds"):
@@ -132,8 +145,7 @@ class ClusterConfig:
         least, most = PEAK_BOUNDS
         for precision, peak in self.peak_flops.items():
             where = f"peak_flops.{precision}"
-            is_known = precision in ("fp32", "bf16", "fp16")
-            yield from require(is_known, where, "a precision", "fp32, bf16, fp16")
+            yield from require(precision in PRECISIONS, "peak_flops", precision, ", ".join(PRECISIONS))
             yield from require(least <= peak <= most, where, peak, f"{least:g} to {most:g} FLOP/s")
         if self.has_figures:
             missing = [name for name in NEEDED if getattr(self, name) is None]
@@ -180,9 +192,6 @@ class AssumeConfig:
     whole_recompute: bool = False
     """Recomputation of a whole layer computes its last product again, whose output nothing needs; false: as
     in llmtrain."""
-    kept_collectives: bool = False
-    """Selective recomputation keeps the results of tensor-parallel collectives, as in Megatron and
-    torchtitan; false: it repeats the collectives, as in llmtrain."""
     gradient_bytes: Literal[2, 4] | None = None
     """Bytes of each gradient element in reductions; null: as in llmtrain."""
     scatter_gradients: bool = False

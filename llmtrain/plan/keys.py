@@ -59,8 +59,8 @@ class PlanKeys:
     dry_run: bool = False
     """Also build the engine of one rank and run a step over tensors without values, to report its real
     process groups, collectives and bytes. Needs torch, and no GPU."""
-    rank: int = 0
-    """The rank of the dry run."""
+    rank: tuple[str, ...] = ("0",)
+    """The rank of the dry run, or several of them: numbers, and first, middle, last."""
     assume: AssumeConfig = field(default_factory=AssumeConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 

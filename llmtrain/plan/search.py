@@ -168,7 +168,7 @@ def _too_large(space: Space, world_size: int, least: int) -> Problem:
     """Return that nothing fits, with what would: more processes, or a larger device."""
     plan = space.plan
     assert plan.available_bytes is not None
-    remedy = "shorten batch.sequence_length, or use a smaller model or devices with more memory"
+    remedy = f"take devices with {gib(least)} or more, a shorter batch.sequence_length, or a smaller model"
     factor = WIDER + 1 if plan.cluster.is_local else 2  # this machine has no more processes' memory
     while factor <= WIDER:
         if _any_fits(space, factor * world_size):

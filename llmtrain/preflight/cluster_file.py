@@ -21,7 +21,7 @@ def cluster_of(report: Report, name: str, **constants: float) -> ClusterConfig:
     """Return the cluster that a check measured: the median of all ranks, and as many devices a host as host 0
     has ranks. Peaks and bandwidths are those that were reached, so that their efficiencies are 1.
 
-    constants: keys of `efficiency` that were measured besides.
+    constants: keys of `efficiency` that were measured besides, dotted where one holds several by precision.
     Raise ConfigError for figures that cannot be.
     """
     figures, per_node = report.figures, len(report.places.ranks[0])
@@ -57,9 +57,21 @@ def cluster_of(report: Report, name: str, **constants: float) -> ClusterConfig:
         "network_bandwidth": network[0],
         "network_latency": network[1],
         "host_bandwidth": upload,
-        "efficiency": {**efficiency, **constants},
+        "efficiency": {**efficiency, **_nested(constants)},
     }
     return decode(ClusterConfig, _rounded(found))
+
+
+def _nested(constants: Mapping[str, float]) -> dict[str, Any]:
+    """Return key.name → value as key → name → value."""
+    found: dict[str, Any] = {}
+    for key, value in constants.items():
+        section, _, name = key.partition(".")
+        if name:
+            found.setdefault(section, {})[name] = value
+        else:
+            found[key] = value
+    return found
 
 
 def text_of(cluster: ClusterConfig, origin: str) -> str:

@@ -23,7 +23,12 @@ from llmtrain.plan.config import EfficiencyConfig
 from llmtrain.plan.times.attention import Call, attention_seconds
 from llmtrain.plan.times.device import Device
 from llmtrain.preflight.cluster_file import PRODUCTS
-from llmtrain.preflight.measure import median_seconds, precisions, shaped_product_flops
+from llmtrain.preflight.measure import (
+    median_seconds,
+    precisions,
+    shaped_product_flops,
+    weight_gradient_flops,
+)
 
 PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}
 DEPTHS = (64, 256, 1024)
@@ -41,7 +46,7 @@ class Measured(NamedTuple):
     """What one process found."""
 
     constants: dict[str, float]
-    """Keys of a cluster's `efficiency`."""
+    """Keys of a cluster's `efficiency`, dotted where one holds several by precision."""
     peaks: dict[str, float]
     """FLOP/s, by the names of a check's figures."""
 
@@ -59,13 +64,13 @@ def measure_constants(
 
 
 def _product_constants(device: torch.device, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the constant of the depth, and the peaks by name of their figures.
+    """Return the constants of the depth and of weights' gradients, and the peaks by name of their figures.
 
     The time model's rate of a product of depth k is P k / (k + d): so 1 / rate is linear in 1 / k, and the
-    line through the measured points gives P and d. d is the mean over the types.
+    line through the measured points gives P and d.
     """
     rows = PRODUCT_ROWS[device.type]
-    peaks, depths = {}, []
+    peaks, constants = {}, {}
     for precision in precisions(device):
         points = [
             (1 / depth, 1 / shaped_product_flops(device, precision, (rows, depth, rows), seconds / 2))
@@ -84,8 +89,14 @@ def _product_constants(device: torch.device, seconds: float) -> tuple[dict[str, 
         if slope <= 0 or inverse <= 0:  # the shallow products are as fast
             slope, inverse = 0.0, min(y for _, y in points)
         peaks[f"{precision} products"] = 1 / inverse
-        depths.append(slope / inverse)
-    return {"matrix_depth": sum(depths) / len(depths)}, peaks
+        constants[f"matrix_depths.{precision}"] = slope / inverse
+        plain, transposed = (
+            flops(device, precision, (rows // 2, 2 * rows, rows), seconds / 2)  # few outputs of many tokens
+            for flops in (shaped_product_flops, weight_gradient_flops)
+        )
+        constants[f"weight_gradients.{precision}"] = min(1.0, transposed / plain)
+    depths = [depth for name, depth in constants.items() if name.startswith("matrix_depths.")]
+    return {**constants, "matrix_depth": sum(depths) / len(depths)}, peaks
 
 
 def _layer_constants(

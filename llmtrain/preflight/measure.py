@@ -75,6 +75,18 @@ def shaped_product_flops(
     return 2.0 * m * k * n / median_seconds(_product(device, precision, m, k, n), device, seconds)
 
 
+def weight_gradient_flops(
+    device: torch.device, precision: str, shape: tuple[int, int, int], seconds: float
+) -> float:
+    """Return the FLOP/s of such products where both operands are read across their rows, as for the gradient
+    of a weight: the first is a transposed view."""
+    m, k, n = shape
+    made = torch.Generator(device).manual_seed(0)
+    a_KM = torch.randn(k, m, generator=made, device=device).to(DTYPES[precision])
+    b_KN = torch.randn(k, n, generator=made, device=device).to(DTYPES[precision])
+    return 2.0 * m * k * n / median_seconds(lambda: a_KM.t() @ b_KN, device, seconds)
+
+
 def copy_bytes_per_second(device: torch.device, seconds: float, size: int | None = None) -> float:
     """Return the bytes a second that a copy within the device's memory reads and writes.
 

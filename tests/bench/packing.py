@@ -1,4 +1,4 @@
-"""How full best fit's rows are, the cost of packing a tar file, and the cost of attention over packed rows.
+"""How full best fit's rows are, and the costs of packing a tar file and of attention over packed rows.
 
     OMP_NUM_THREADS=1 python -m tests.bench.packing CORPUS [--sequence-lengths 256 512 1024 2048]
 

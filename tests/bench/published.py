@@ -194,7 +194,7 @@ def write(constants: Constants) -> None:
             continue
         head = path.read_text().partition("efficiency:\n")[0]
         found = efficiency(constants, path.stem)
-        values = {name: float(f"{getattr(found, name):.3g}") for name in found.__dataclass_fields__}
+        values = {name: float(f"{value:.3g}") for name, value in vars(found).items() if value != {}}
         lines = [f"  {name}: {value}{note_of(name, value, path.stem)}" for name, value in values.items()]
         kind = KIND.get(path.stem)
         borrowed = [name for name in OF_KIND if f"{path.stem}.{name}" not in constants]
@@ -210,7 +210,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, help="another file of runs with the same columns")
+    parser.add_argument(
+        "--runs", type=Path, help="another file of runs with the same columns, such as others.csv"
+    )
     parser.add_argument("--quick", action="store_true", help="leave no source out")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--write", action="store_true")
@@ -225,7 +227,8 @@ def main() -> None:
             write(constants)
         return
     show(runs, errors(runs, None, is_exact=True), "constants of conf/cluster")
-    print(f"\n{memory_table(runs)}", flush=True)
+    if any(run.memory_gib is not None for run in runs):
+        print(f"\n{memory_table(runs)}", flush=True)
     if not options.quick:
         print()
         show(runs, left_out(runs), "each source left out of the fit")

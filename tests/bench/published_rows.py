@@ -176,7 +176,6 @@ def _run(row: dict[str, str]) -> Run:
         overlap_gradients=True if modern else None,
         scatter_gradients=modern,
         regather=True,
-        kept_collectives=True,
         overlap_transfers=modern,
         overlap_tensor=modern or "async TP" in row["note"],
     )

@@ -22,7 +22,7 @@ def table(config: Seq2SeqConfig) -> Table:
             "decoder.*.cross_attention.output": "row",
         }
     if config.gated_mlp:
-        divided["*.mlp.gate"] = "column"
+        divided |= {"*.mlp.gate": "column", "*.mlp": "one_input"}
     if config.positions == "relative":
         divided["*.attention.relative"] = "heads"
     return divided

@@ -10,7 +10,7 @@ def table(config: GPTConfig) -> Table:
     """Return name pattern → role."""
     divided: dict[str, Role] = {**vocabulary(config), **LAYERS}
     if config.gated_mlp:
-        divided["blocks.*.mlp.gate"] = "column"
+        divided |= {"blocks.*.mlp.gate": "column", "blocks.*.mlp": "one_input"}
     if config.qk_norm:
         norm: Role = "shared" if config.qk_norm_over == "head" else "all_heads"
         divided["blocks.*.attention.query_norm"] = norm

@@ -86,7 +86,7 @@ def _all_scores(device: Device, call: Call) -> tuple[float, float]:
     context = product_seconds(device, length, call.head_width, length, batch)
     gradients = product_seconds(device, length, call.head_width, length, batch)
     # The softmax reads scores and writes probabilities; dropout reads, writes and keeps a mask of bytes.
-    passes = 2 * device.number_bytes + (2 * device.number_bytes + 1 if call.dropout else 0)
+    passes = 2 * device.function_bytes + (2 * device.number_bytes + 1 if call.dropout else 0)
     softmax = device.traffic_seconds(batch * length * length * passes)
     softmax *= 1.0 if call.fused else device.efficiency.unfused
     if call.dropout and call.keyed_masks:

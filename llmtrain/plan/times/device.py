@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtrain.parallel.config import Precision
 from llmtrain.plan.config import ClusterConfig, EfficiencyConfig
@@ -20,6 +20,14 @@ class Device:
     number_bytes: int
     """Bytes of a number in matrix products."""
     efficiency: EfficiencyConfig
+    weight_gradient: float = 1.0
+    """Rate of products that give a weight's gradient, in that of others."""
+
+    @property
+    def function_bytes(self) -> int:
+        """Bytes that stand for a number in activations and softmax. A processor computes these in fp32, which
+        takes it longer than their traffic, whatever the type."""
+        return 4 if self.multiprocessors is None else self.number_bytes
 
     def traffic_seconds(self, size: float) -> float:
         """Return the time to read and write `size` bytes of memory."""
@@ -28,7 +36,7 @@ class Device:
 
 def device_of(cluster: ClusterConfig, precision: Precision) -> Device | None:
     """Return the device of a cluster; None if the cluster lacks its figures for this precision."""
-    peak = cluster.peak_flops.get(precision)
+    peak, efficiency = cluster.peak_flops.get(precision), cluster.efficiency
     if peak is None or cluster.memory_bandwidth is None:
         return None
     return Device(
@@ -36,5 +44,6 @@ def device_of(cluster: ClusterConfig, precision: Precision) -> Device | None:
         cluster.memory_bandwidth,
         cluster.multiprocessors,
         4 if precision == "fp32" else 2,
-        cluster.efficiency,
+        replace(efficiency, matrix_depth=efficiency.matrix_depths.get(precision, efficiency.matrix_depth)),
+        efficiency.weight_gradients.get(precision, 1.0),
     )

@@ -110,8 +110,8 @@ def layer_passes(
     model: ModelConfig, setting: Setting, recompute: RecomputeConfig, trained: float = 1.0
 ) -> tuple[Pass, Pass, Pass]:
     """Return the forward pass of a layer, its backward pass without recomputation, and what recomputation
-    computes again: all (arXiv:1604.06174), or with `selective` all but the matrix products
-    (arXiv:2205.05198).
+    computes again: all (arXiv:1604.06174), or with `selective` all but the matrix products and the
+    collectives of tensor parallelism (arXiv:2205.05198).
 
     trained: share of the layer's weights that trains.
     """
@@ -131,8 +131,6 @@ def layer_passes(
             # torch stops once it has what the backward pass reads: the last product's output is not.
             again.add("matrix products", -last_product)
             _enter_and_leave(blocks, setting, again, leaves=-1, enters=0)
-    elif not setting.assume.kept_collectives:
-        _enter_and_leave(blocks, setting, again, leaves=1, enters=entries(blocks, setting))
     efficiency = setting.device.efficiency
     kernels = KERNELS[setting.assume.fused]
     for of_pass, count in ((forward, kernels), (backward, 2 * kernels)):
@@ -212,7 +210,7 @@ def _elements(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pa
     size += between * 2 * (2 * residual + compute)  # two residual additions
     if blocks.dropout > 0:
         size += between * 2 * (2 * compute + 1)
-    size += F * compute * (3 if blocks.gated_mlp else 2)
+    size += F * (2 * setting.device.function_bytes + (compute if blocks.gated_mlp else 0))
     size += heads * compute * (4 if blocks.positions == "rope" else 2)
     seconds = setting.device.traffic_seconds(size * setting.tokens)
     seconds *= 1.0 if setting.assume.fused else setting.device.efficiency.unfused
@@ -240,12 +238,6 @@ def _sum_shared(blocks: LayerConfig, setting: Setting, backward: Pass) -> None:
     backward.send("tensor", 2 * group.passed(size))
 
 
-def entries(blocks: LayerConfig, setting: Setting) -> int:
-    """Return how often a layer's input is given to matrices that tensor parallelism divides by outputs. The
-    two of a gated MLP, unless they are fused, each take it for themselves."""
-    return 3 if blocks.gated_mlp and not setting.assume.fused else 2
-
-
 def _collectives(blocks: LayerConfig, setting: Setting, forward: Pass, backward: Pass) -> None:
     """Time the collectives of tensor parallelism, and the exchanges of sequence parallelism
     (arXiv:2309.14509).
@@ -255,9 +247,8 @@ def _collectives(blocks: LayerConfig, setting: Setting, forward: Pass, backward:
     (arXiv:2205.05198).
     """
     layout = setting.layout
-    enters = entries(blocks, setting)
-    _enter_and_leave(blocks, setting, forward, leaves=2, enters=enters)
-    _enter_and_leave(blocks, setting, backward, leaves=2, enters=enters, is_backward=True)
+    _enter_and_leave(blocks, setting, forward, leaves=2, enters=2)
+    _enter_and_leave(blocks, setting, backward, leaves=2, enters=2, is_backward=True)
     for of_pass in (forward, backward):
         if layout.sequence > 1:
             width = (blocks.qkv_width + blocks.num_heads * blocks.head_width) // layout.tensor

@@ -66,4 +66,5 @@ def layer_product_seconds(
     """
     forward = product_seconds(device, rows, columns, depth)
     of_input = product_seconds(device, rows, depth, columns) if passes_on else 0.0
-    return forward, of_input + trained * product_seconds(device, depth, columns, rows)
+    of_weight = product_seconds(device, depth, columns, rows) / device.weight_gradient
+    return forward, of_input + trained * of_weight

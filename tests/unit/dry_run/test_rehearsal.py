@@ -14,7 +14,8 @@ LAYERS, PARAMETERS = 6, 7_098_368
 
 
 def rehearsed(*overrides: str) -> dict[str, Any]:
-    done = llmtrain("plan", "dry_run=true", "format=json", *SMALL, *overrides)
+    words = dict(word.split("=", 1) for word in (*SMALL, *overrides))
+    done = llmtrain("plan", "dry_run=true", "format=json", *(f"{k}={v}" for k, v in words.items()))
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)["dry_run"]
     return found
@@ -65,14 +66,21 @@ def test_ranks_of_a_pipeline_hold_their_stages_and_pass_hidden_states_on() -> No
     assert sent(first, "all-reduce", 2)[0] >= 3 * 4 * first["layers"]
 
 
-@pytest.mark.parametrize("rank", [0, 15])
-@pytest.mark.parametrize("shares", ["false", "true"])
-def test_the_plan_says_what_a_rank_of_a_3d_layout_sends(rank: int, shares: str) -> None:
-    """To a percent: the plan leaves out the shapes that stages tell each other, and the sums of the last
-    norm's gradients; of so small a model these are the most."""
+@pytest.mark.parametrize(
+    "own",
+    [
+        "model=gpt_tiny rank=0 recompute=full parallel.tensor_sequence=false",
+        "model=gpt_tiny rank=15 recompute=full parallel.tensor_sequence=true",
+        "model=gpt_tiny rank=15 recompute=selective parallel.tensor_sequence=false",
+        "model=llama_tiny rank=0 recompute=selective parallel.tensor_sequence=true",
+    ],
+)
+def test_the_plan_says_what_a_rank_of_a_3d_layout_sends(own: str) -> None:
+    """To a percent, or 2 KB: the plan leaves out the shapes that stages tell each other, and the sums of the
+    last norm's gradients; of so small a model these are the most. Selective recomputation communicates
+    nothing, and a gated MLP its input once."""
     layout = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.zero=1", "precision=bf16")
-    own = (f"rank={rank}", f"parallel.tensor_sequence={shares}", "recompute=full")
-    found = rehearsed("world_size=16", "batch.global_size=16", *layout, *own)
+    found = rehearsed("world_size=16", "batch.global_size=16", *layout, *own.split())
     sent_bytes = found["sent_bytes"]
     assert sent_bytes.pop("counts, norms and others")["dry_run"] < 1024
     assert set(sent_bytes) == {
@@ -82,13 +90,36 @@ def test_the_plan_says_what_a_rank_of_a_3d_layout_sends(rank: int, shares: str) 
         "gradients, to replicas",
     }
     for name, of in sent_bytes.items():
-        assert of["plan"] == pytest.approx(of["dry_run"], rel=0.01), name
+        assert of["plan"] == pytest.approx(of["dry_run"], rel=0.01, abs=2048), name
+
+
+def test_several_ranks_each_in_a_process_of_its_own() -> None:
+    layout = ("world_size=16", "batch.global_size=16", "parallel.pipeline=2", "parallel.zero=1")
+    done = llmtrain("plan", "dry_run=true", "format=json", *SMALL, *layout, "rank=middle,15,last")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["dry_runs"]
+    assert [(each["rank"], each["coordinates"]["data"]) for each in found] == [(8, 0), (15, 7)]
+    # Both are of the last stage and do the same work: nothing of one is left in the next.
+    assert found[0]["collectives"] == found[1]["collectives"]
+    assert found[0]["peak_bytes"] == found[1]["peak_bytes"]
+
+
+def test_several_ranks_are_summed_up_in_a_table() -> None:
+    sizes = ("world_size=3072", "batch.global_size=3072")
+    done = llmtrain("plan", "dry_run=true", *SMALL, *sizes, "rank=first,3071")
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("dry run of rank ") for line in lines) == 2, done.stderr
+    start = next(place for place, line in enumerate(lines) if line.split()[:2] == ["rank", "stage"])
+    for row, rank in zip(lines[start + 1 : start + 3], ("0", "3,071"), strict=True):
+        assert row.split()[:4] == [rank, "0", str(LAYERS), f"{PARAMETERS:,}"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
         (("world_size=4", "rank=4"), "rank: got 4; allowed: 0 to 3"),
+        (("world_size=4", "rank=[0,frist]"), "rank: got frist; allowed: 0 to 3"),
+        (("world_size=4", "rank=-1"), "rank: got -1; allowed: 0 to 3"),
         (("world_size=4", "model=bert_tiny"), "give data.path"),
         (("world_size=4", "model=simple_cnn", "data=mnist"), "over images, whose rows cannot be made up"),
     ],

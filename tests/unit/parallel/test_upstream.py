@@ -69,3 +69,18 @@ def test_no_other_file_names_it() -> None:
         if re.search(rf"\b{name}\b", path.read_text())
     }
     assert not named
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (4, 2, 3), (2, 8, 1)])
+def test_a_quick_grid_is_the_same(sizes: tuple[int, int, int]) -> None:
+    upstream.import_deepspeed()
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+    pipeline, tensor, data = sizes
+    grid = PipelineParallelGrid.__new__(PipelineParallelGrid)
+    grid._topo = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    grid.pipe_parallel_size, grid.world_size = pipeline, pipeline * tensor * data
+    pairs = grid._build_p2p_groups()
+    assert len(pairs) == grid.world_size
+    with upstream.quick_grid():
+        assert grid._build_p2p_groups() == pairs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.bench.published import PRIORS, efficiency, errors
-from tests.bench.published_rows import cluster_of, read
+from tests.bench.published_rows import FOLDER, cluster_of, read
 from tests.support.clusters import cluster
 
 
@@ -18,6 +18,14 @@ def test_times_are_near_published_ones() -> None:
     for source in {run.source for run in runs}:
         of_source = found[[run.source == source for run in runs]]
         assert np.median(of_source) <= 0.2, source
+
+
+def test_runs_that_nothing_was_fitted_to_are_near_too() -> None:
+    runs, known = read(FOLDER / "others.csv"), read()
+    assert not {run.source for run in runs} & {run.source for run in known}
+    found = np.abs(np.expm1(errors(runs, None, is_exact=False)))
+    assert np.median(found) <= 0.1
+    assert found.max() <= 0.2
 
 
 def test_few_constants_for_a_kind_and_none_for_a_source() -> None:

@@ -11,14 +11,14 @@ from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.nn.model_config import Row
 from llmtrain.nn.recompute_config import RecomputeConfig
 from llmtrain.parallel.layout import Layout
-from llmtrain.plan.config import AssumeConfig, ClusterConfig
+from llmtrain.plan.config import AssumeConfig, ClusterConfig, EfficiencyConfig
 from llmtrain.plan.memory import Trainable
 from llmtrain.plan.times.attention import Call, attention_seconds
 from llmtrain.plan.times.collectives import Group, gather_seconds, links_of, reduce_seconds, send_seconds
 from llmtrain.plan.times.device import Device, device_of
 from llmtrain.plan.times.layer import Setting, layer_passes
 from llmtrain.plan.times.pipeline import estimated_seconds, simulated_seconds
-from llmtrain.plan.times.products import product_seconds
+from llmtrain.plan.times.products import layer_product_seconds, product_seconds
 from llmtrain.plan.times.step import Host, StepTime, even_runs, step_time
 from tests.support.clusters import cluster
 
@@ -54,7 +54,7 @@ def layout(**changed: Any) -> Layout:
 def setting(of: Layout, at: ClusterConfig = A100, **assumed: Any) -> Setting:
     device = device_of(at, "bf16")
     assert device is not None
-    assume = AssumeConfig(**({"fused": True, "whole_recompute": True, "kept_collectives": True} | assumed))
+    assume = AssumeConfig(**({"fused": True, "whole_recompute": True} | assumed))
     kernel = "flash" if assume.attention == "auto" else assume.attention
     row = Row(of.sequence_length, predicted=of.sequence_length)
     return Setting(device, links_of(at, of.world_size), of, row, assume, kernel, 2)
@@ -75,6 +75,23 @@ def test_a_product_takes_what_its_tiles_take() -> None:
     assert product_seconds(device, 8192, 8191, 8192) > 2 * square, "rows that are not aligned"
     thin = product_seconds(device, 1, 8192, 8192)
     assert thin >= 2 * 8192**2 / device.bandwidth, "bound by reading the matrix"
+
+
+def test_a_processor_has_figures_for_each_type() -> None:
+    """Those of bf16 change nothing in fp32; a slow weight gradient is one of a layer's three products."""
+    efficiency = EfficiencyConfig(matrix_depths={"bf16": 512.0}, weight_gradients={"bf16": 0.5})
+    here = replace(A100, multiprocessors=None, peak_flops={"fp32": 1e11, "bf16": 1e12}, efficiency=efficiency)
+    times = []
+    for precision in ("fp32", "bf16"):
+        device = device_of(here, precision)  # type: ignore[arg-type]
+        assert device is not None
+        assert device.function_bytes == 4
+        times.append(layer_product_seconds(device, 512, 512, 512))
+    (forward, backward), (of_bf16, backward_of_bf16) = times
+    assert backward == pytest.approx(2 * forward)
+    assert backward_of_bf16 == pytest.approx(3 * of_bf16)
+    rate = 512 / (512 + EfficiencyConfig().matrix_depth)
+    assert of_bf16 == pytest.approx(forward * rate / 0.5 / 10, rel=0.05)
 
 
 def test_flash_attention_saves_what_is_hidden_and_the_scores_traffic() -> None:

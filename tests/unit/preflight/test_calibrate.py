@@ -42,7 +42,7 @@ def report(hosts: int, ranks: int) -> Report:
 
 
 def test_figures_of_hosts_become_a_cluster():
-    cluster = cluster_of(report(2, 2), "ours", matrix_depth=80.0)
+    cluster = cluster_of(report(2, 2), "ours", **{"matrix_depth": 80.0, "matrix_depths.bf16": 90.0})
     assert (cluster.name, cluster.device, cluster.devices_per_node) == ("ours", "cuda", 2)
     assert (cluster.memory_bytes, cluster.peak_flops["bf16"]) == (85_000_000_000, 7e14)
     assert (cluster.node_bandwidth, cluster.network_bandwidth) == (4e11, 4e10)
@@ -50,6 +50,7 @@ def test_figures_of_hosts_become_a_cluster():
     assert (cluster.host_bandwidth, cluster.memory_bandwidth) == (5e10, 3e12)
     efficiency = cluster.efficiency
     assert (efficiency.node_link, efficiency.network, efficiency.matrix_depth) == (0.75, 0.5, 80.0)
+    assert efficiency.matrix_depths == {"bf16": 90.0}
     assert decode(ClusterConfig, yaml.safe_load(text_of(cluster, "Measured."))) == cluster
     alone = cluster_of(report(1, 2), "alone")
     assert alone.network_bandwidth == alone.node_bandwidth, "hosts that were not tried"
@@ -60,7 +61,8 @@ def test_all_processes_measure_at_once():
     found = _measure_together(torch.device("cpu"), 2, 0.01, 1e10, None)
     assert [set(each.peaks) for each in found] == [{"fp32 products", "bf16 products"}] * 2
     for each in found:
-        assert set(each.constants) == {"matrix_depth", "unfused", "attention", "kernel_seconds"}
+        of_types = {f"{name}.{t}" for name in ("matrix_depths", "weight_gradients") for t in ("fp32", "bf16")}
+        assert set(each.constants) == {"matrix_depth", "unfused", "attention", "kernel_seconds"} | of_types
         assert min(each.constants["kernel_seconds"], *each.peaks.values()) > 0
     with pytest.raises(LaunchError, match="some of which failed"):
         _measure_together(torch.device("cpu"), 2, 0.01, "not a number", None)  # type: ignore[arg-type]
