@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -118,22 +118,24 @@ def data_section(
     cache = (section.get("cache") or {}).get("dir")
     has_cache = cache is not None and expand_home(cache) != expand_home(CacheConfig().dir)
     if kind == "tasks":
-        tables = {name: _with_files(table) for name, table in (section.get("tasks") or {}).items()}
+        tables = {name: _with_files(table, SPLITS) for name, table in (section.get("tasks") or {}).items()}
         return _over(recorded, {"tasks": tables, **({"cache": {"dir": cache}} if has_cache else {})})
     usual = {field.name for field in fields(TokenDataConfig)}
     given = {key: value for key, value in section.items() if key not in usual}
     if section.get("path") is not None:
         given["path"] = section["path"]
-    given = _with_files(given)
+    given = _with_files(given, [key for key in SPLITS if key in recorded])
     if has_cache:
         given["cache"] = {"dir": cache}
     return {**recorded, **{key: _within(recorded.get(key), value) for key, value in given.items()}}
 
 
-def _with_files(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a table that are given; where files are, they are the only ones."""
-    if any(given.get(key) is not None for key in ("path", *SPLITS)):
-        return {**dict.fromkeys(("path", *SPLITS)), **given}
+def _with_files(given: dict[str, Any], splits: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of a table that are given; where files are, they are the only ones.
+
+    splits: the keys of files of one split that the table has."""
+    if any(given.get(key) is not None for key in ("path", *splits)):
+        return {**dict.fromkeys(("path", *splits)), **given}
     return given
 
 

@@ -157,21 +157,25 @@ static void predict_from(const Slice *s, int32_t context, const int32_t *rows, c
     add(row, step);
 }
 
-/* Skip-gram with n-grams, in fastText's direction: the mean of the word's parts, which is made once, predicts each
-   word of the context, and the parts move by the sum of the gradients. */
+/* Skip-gram with n-grams, in fastText's direction: the word's parts predict each word of the context by their sum over
+   the number of n-grams, as in gensim, which is a little longer than their mean. All parts move by its gradient, and
+   it moves as they do; they are read and written once. */
 static void predict_context(const Slice *s, int32_t word, const int32_t *context, int count, float rate,
                             uint64_t *state, double *loss, int64_t *losses) {
-    float hidden[WIDTH] __attribute__((aligned(64))) = {0}, step[WIDTH] __attribute__((aligned(64))) = {0};
+    float hidden[WIDTH] __attribute__((aligned(64))) = {0}, moved[WIDTH] __attribute__((aligned(64))) = {0};
     int32_t rows[MOST_TARGETS];
     float labels[MOST_TARGETS];
-    const int parts = add_parts(s, word, hidden);
-    scale(hidden, 1.0f / parts);
+    const int parts = add_parts(s, word, hidden), grams = parts > 1 ? parts - 1 : 1;
+    scale(hidden, 1.0f / grams);
     for (int c = 0; c < count; c++) {
+        float step[WIDTH] __attribute__((aligned(64))) = {0};
         const int targets = targets_of(s, context[c], state, rows, labels);
         learn(hidden, step, s->out, rows, labels, targets, rate, loss);
+        add_scaled(hidden, (float)parts / grams, step);
+        add(moved, step);
         if (loss) ++*losses;
     }
-    move_parts(s, word, step);
+    move_parts(s, word, moved);
 }
 
 static void train_stretch(Slice *s, const int32_t *words, int count, float rate, uint64_t *state) {
@@ -239,11 +243,13 @@ typedef struct {
     int64_t begin, end;
     float rate, x_max, power;
     float *in, *out, *in_bias, *out_bias;                  /* rows of WIDTH, and a number for each word */
-    float *in_square, *out_square, *in_bias_square, *out_bias_square;  /* AdaGrad: sums of squared gradients */
+    float *in_square, *out_square, *in_bias_square, *out_bias_square;  /* 1 and the sums of squares of AdaGrad */
     double loss;                                           /* out: sum of f(x) (w u + b + c - log x)^2 / 2 */
 } Pairs;
 
-/* GloVe: weighted least squares by AdaGrad (Pennington et al. 2014, equation 8). */
+/* GloVe: weighted least squares by AdaGrad (Pennington et al. 2014, equation 8). As in the authors' program, the
+   squares of rows are those of rate times gradient, so that they pass their beginning, 1, late and rows keep moving;
+   biases move at a rate of 1. */
 void train_pairs(Pairs *p) {
     p->loss = 0;
     for (int64_t at = p->begin; at < p->end; at++) {
@@ -259,14 +265,14 @@ void train_pairs(Pairs *p) {
         const float g = apart * (x < p->x_max ? powf(x / p->x_max, p->power) : 1.0f);
         p->loss += 0.5 * (double)g * apart;
         for (int i = 0; i < WIDTH; i++) {
-            const float gw = g * u[i], gu = g * w[i];
-            w[i] -= p->rate * gw / sqrtf(ws[i]);
-            u[i] -= p->rate * gu / sqrtf(us[i]);
-            ws[i] += gw * gw;
-            us[i] += gu * gu;
+            const float step_w = p->rate * g * u[i], step_u = p->rate * g * w[i];
+            w[i] -= step_w / sqrtf(ws[i]);
+            u[i] -= step_u / sqrtf(us[i]);
+            ws[i] += step_w * step_w;
+            us[i] += step_u * step_u;
         }
-        p->in_bias[a] -= p->rate * g / sqrtf(p->in_bias_square[a]);
-        p->out_bias[b] -= p->rate * g / sqrtf(p->out_bias_square[b]);
+        p->in_bias[a] -= g / sqrtf(p->in_bias_square[a]);
+        p->out_bias[b] -= g / sqrtf(p->out_bias_square[b]);
         p->in_bias_square[a] += g * g;
         p->out_bias_square[b] += g * g;
     }

@@ -40,9 +40,9 @@ class Prediction:
         self._begin()
 
     def _begin(self) -> None:
-        """Draw the first vectors evenly from ±1/(2 · dimensions), as word2vec does; those of FastText from
-        ±1/dimensions. What is predicted begins at 0."""
-        reach = (1.0 if self._grams is not None else 0.5) / self.dimensions
+        """Draw the first vectors evenly from ±1/dimensions, as gensim and fastText do. What is predicted
+        begins at 0."""
+        reach = 1 / self.dimensions
         for name in {WORDS, GRAMS} & self._rows.keys():
             drawn = draws(self._setting.seed, name)
             rows = self._rows[name]

@@ -1,18 +1,24 @@
 """Words a second and Spearman's ρ of word vectors against gensim 4, on the same words, by turns.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.word_vectors reviews.csv [--words 2000000] [--seeds 5]
+    OMP_NUM_THREADS=1 python -m tests.bench.word_vectors reviews.csv [--words 2000000] [--seeds 5] \\
+        [--reference GloVe/build]
 
 Both read the same vocabulary and sentences, gensim by its fastest way (`corpus_file`), with the same
 dimensions, window, negatives, sub-sampling, learning rate, epochs and threads; FastText with the same
 buckets. A turn trains each once, timed by the CPU time of all threads and by the clock. Figures are of
 WordSim-353 and SimLex-999, which gensim carries, for each seed; the table gives means, and the standard
-deviation over the seeds. GloVe has no counterpart in gensim: its pairs a second and its ρ stand beside
-skip-gram's."""
+deviation over the seeds. gensim has no GloVe: its counterpart are the authors' programs
+(github.com/stanfordnlp/GloVe), with the same pairs, dimensions, weights, rate and epochs, where `--reference`
+names the folder that `make` built them into. Rates of GloVe are pairs a second of training alone: counting
+and shuffling of pairs are left out of both, starting and writing the vectors are in those of the programs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +29,7 @@ import numpy as np
 
 from llmtrain.corpus.packages import resolve_package_path
 from llmtrain.vectors.config import FastTextConfig, GloveConfig, TextsConfig, VectorKeys, Word2VecConfig
-from llmtrain.vectors.files_in import composed
+from llmtrain.vectors.files_in import composed, read_file
 from llmtrain.vectors.keyed import WordVectors
 from llmtrain.vectors.ngrams import Subwords
 from llmtrain.vectors.questions import judge_similarity, read_pairs
@@ -32,6 +38,8 @@ from llmtrain.vectors.text import Text, open_text
 from llmtrain.vectors.trainer import Setting
 
 FILES = ("wordsim353.tsv", "simlex999.txt")
+GLOVE_EPOCHS, GLOVE_RATE = 15, 0.05
+AUTHORS_PAIR_BYTES = 16
 KINDS: dict[str, VectorKeys] = {
     "skip-gram": Word2VecConfig(),
     "CBOW": Word2VecConfig(architecture="cbow"),
@@ -55,6 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=["skip-gram", "CBOW", "FastText", "GloVe"], choices=KINDS
     )
+    parser.add_argument("--reference", type=Path, help="folder of the programs cooccur, shuffle and glove")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = cut(
@@ -94,13 +103,15 @@ def write_sentences(text: Text, path: Path) -> None:
 
 
 def compare(kind: str, text: Text, sentences: Path, folder: Path, options: argparse.Namespace) -> None:
-    runs: dict[str, list[tuple[float, float, list[float]]]] = {"ours": [], "gensim": []}
+    config = KINDS[kind]
     systems: dict[str, Callable[[int], tuple[WordVectors, float, float]]] = {
-        "ours": lambda seed: ours(KINDS[kind], text, folder, seed, options),
-        "gensim": lambda seed: gensims(KINDS[kind], sentences, seed, options),
+        "ours": lambda seed: ours(config, text, folder, seed, options)
     }
-    if isinstance(KINDS[kind], GloveConfig):
-        del systems["gensim"], runs["gensim"]
+    if not isinstance(config, GloveConfig):
+        systems["gensim"] = lambda seed: gensims(config, sentences, seed, options)
+    elif options.reference:
+        systems["authors"] = lambda seed: authors(config, text, sentences, folder, seed, options)
+    runs: dict[str, list[tuple[float, float, list[float]]]] = {name: [] for name in systems}
     for seed in range(options.seeds):
         for name in list(systems)[:: -1 if seed % 2 else 1]:
             vectors, cpu, clock = systems[name](seed)
@@ -122,7 +133,7 @@ def compare(kind: str, text: Text, sentences: Path, folder: Path, options: argpa
                 for file, m, s in zip(FILES, found.mean(axis=0), spread, strict=False)
             )
         )
-    if "gensim" in runs:
+    if len(runs) > 1:
         ratios = [np.mean([a[i] / b[i] for a, b in zip(*runs.values(), strict=False)]) for i in (0, 1)]
         print(f"{kind:<20} ratio   {ratios[0]:.2f} by CPU time, {ratios[1]:.2f} by the clock", flush=True)
 
@@ -132,9 +143,9 @@ def ours(
 ) -> tuple[WordVectors, float, float]:
     """→ vectors, and words (of GloVe pairs) for each second of CPU time and by the clock."""
     is_glove = isinstance(config, GloveConfig)
-    rates = (0.05, 0.0) if is_glove else (0.025, 1e-4)
+    rates = (GLOVE_RATE, 0.0) if is_glove else (0.025, 1e-4)
     trainer = build_trainer(config, Setting(text, folder, seed, 1_000_000, *rates, lambda _: None))
-    epochs = 15 if is_glove else options.epochs
+    epochs = GLOVE_EPOCHS if is_glove else options.epochs
     steps, trained = trainer.steps_per_epoch * epochs, 0
     cpu, clock = time.process_time(), time.perf_counter()
     for number in range(steps):
@@ -182,6 +193,38 @@ def gensims(
     cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
     trained = words * options.epochs
     return WordVectors(model.wv.index_to_key, model.wv.vectors), trained / cpu, trained / clock
+
+
+def authors(
+    config: GloveConfig, text: Text, sentences: Path, folder: Path, seed: int, options: argparse.Namespace
+) -> tuple[WordVectors, float, float]:
+    """→ the same of GloVe's authors' programs."""
+    words, pairs, shuffled, vectors = (folder / name for name in ("words", "pairs", "shuffled", "vectors"))
+
+    def run(program: str, source: Path | None, to: Path | None, **keys: object) -> None:
+        given = [word for key, value in keys.items() for word in (f"-{key.replace('_', '-')}", str(value))]
+        with open(source or os.devnull, "rb") as stdin, open(to or os.devnull, "wb") as stdout:
+            subprocess.run(
+                [options.reference / program, "-verbose", "0", *given],
+                stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL, cwd=folder, check=True,
+            )  # fmt: skip
+
+    if not pairs.exists():
+        counts = zip(text.words, text.counts.tolist(), strict=True)
+        words.write_text("".join(f"{word} {count}\n" for word, count in counts))
+        window = {"window_size": config.window, "symmetric": int(config.symmetric)}
+        run("cooccur", sentences, pairs, vocab_file=words, memory=2.0, **window)
+    run("shuffle", pairs, shuffled, memory=2.0, seed=seed + 1)
+    before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    run(
+        "glove", None, None, input_file=shuffled, vocab_file=words, save_file=vectors, seed=seed + 1,
+        vector_size=config.dimensions, x_max=config.x_max, alpha=config.power, eta=GLOVE_RATE,
+        iter=GLOVE_EPOCHS, threads=options.threads,
+    )  # fmt: skip
+    after, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - clock
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    trained = shuffled.stat().st_size // AUTHORS_PAIR_BYTES * GLOVE_EPOCHS
+    return read_file(vectors.with_suffix(".txt")), trained / cpu, trained / clock
 
 
 def rho(vectors: WordVectors, file: str) -> float:

@@ -5,6 +5,7 @@ Dim names: B batch, C classes, D channels of the last stage; image tensors have 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,6 +93,9 @@ class ResNet(nn.Module):
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return what the last layer reads, (B, D)."""
+        # Convolutions keep this order of a pixel's channels, in which they are up to twice as fast on CPUs.
+        # It is made by a copy: torch takes images of one channel for being in both orders at once.
+        images_BCHW = torch.empty_like(images_BCHW, memory_format=torch.channels_last).copy_(images_BCHW)
         x = self.pool(F.relu(self.stem(images_BCHW)))
         for stage in self.stages:
             x = stage(x)

@@ -2,10 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from llmtrain.config import decode, encode
+from llmtrain.corpus.config import ImageDataConfig, TokenDataConfig
 from llmtrain.models.convolutional.config import SimpleCNNConfig
 from llmtrain.models.convolutional.model import SimpleCNN
 from llmtrain.nn.initialize import initialize
-from llmtrain.objectives.image_classification import ImageClassification
+from llmtrain.objectives.image_classification import ImageClassification, ImageClassificationConfig
+from llmtrain.objectives.reading import data_section
 
 
 @pytest.fixture
@@ -53,3 +56,12 @@ def test_empty_samples_add_nothing(model: SimpleCNN):
             assert found.num_targets == 2
             torch.testing.assert_close(found.loss_sum, expected.loss_sum)
     assert objective.target_count(filled) == 2
+
+
+def test_other_files_take_the_place_of_those_of_the_run() -> None:
+    """`llmtrain evaluate checkpoint=… data.path=…`, whose other keys are those of token data."""
+    recorded = encode(ImageDataConfig(path="run.npz", mean=(0.5,)))
+    section = {**encode(TokenDataConfig()), "path": "other.npz", "resize": False}
+    described = data_section(section, ImageClassificationConfig(), recorded)
+    expected = ImageDataConfig(path="other.npz", mean=(0.5,), resize=False)
+    assert decode(ImageDataConfig, described) == expected

@@ -126,6 +126,38 @@ def test_a_whole_slice_equals_the_same_steps_by_torch() -> None:
         np.testing.assert_allclose(found, state[name].numpy(), atol=2e-5, err_msg=name)
 
 
+def test_a_slice_of_fasttext_equals_steps_in_which_each_part_takes_the_gradient_of_all() -> None:
+    sentence = [0, 3, 1, 2]
+    config = FastTextConfig(
+        dimensions=12,
+        loss="hierarchical_softmax",
+        window=2,
+        dynamic_window=False,
+        subsample=0.0,
+        buckets=5000,
+    )
+    made = trainer_of(config, [*sentence, -1])
+    state = {name: torch.tensor(np.array(rows)) for name, rows in made.weights().items()}
+    starts, nodes, labels = huffman(COUNTS)
+    for at, word in enumerate(sentence):
+        grams = buckets_of(WORDS[word], 3, 6, 5000)
+        assert len(set(grams)) == len(grams)
+        for other in (*sentence[max(0, at - 2) : at], *sentence[at + 1 : at + 3]):
+            path = slice(starts[other], starts[other + 1])
+            targets = state["targets"].clone().requires_grad_(True)
+            parts = torch.cat([state["words"][word][None], state["grams"][grams]])
+            hidden = (parts.sum(0) / len(grams)).requires_grad_(True)
+            torch_step({"targets": targets}, hidden, nodes[path].tolist(), labels[path].tolist())
+            assert targets.grad is not None
+            assert hidden.grad is not None
+            state["targets"] = state["targets"] - RATE * targets.grad
+            state["words"][word] -= RATE * hidden.grad
+            state["grams"][grams] -= RATE * hidden.grad
+    made.step(0, 1, 1)
+    for name, found in made.weights().items():
+        np.testing.assert_allclose(found, state[name].numpy(), atol=2e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     "config",
     [
