@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from llmtrain.corpus import store_refusals
 from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport_source import PassingError, missing, refuse_longer, scrubbed, wrong_size
 from llmtrain.errors import DataError, Problem
@@ -75,6 +76,7 @@ class StoreFile:
         """Return the size of the file, its version, and a function that opens it."""
         import fsspec
 
+        store_refusals.be_quiet()
         system, path = fsspec.url_to_fs(self._url)
         # A cached listing would hide that the file has appeared or changed.
         system.invalidate_cache()
@@ -87,15 +89,18 @@ class StoreFile:
         """Return the file system of fsspec that holds the file, and its path there."""
         import fsspec
 
+        store_refusals.be_quiet()
         system, path = fsspec.url_to_fs(self._url)
         return system, str(path)
 
     def failure(self, error: Exception) -> Exception:
         """Return the error to raise for one of the store."""
-        where, text = without_credentials(self._url), scrubbed(str(error), self._url)
+        where, text = without_credentials(self._url), scrubbed(store_refusals.message(error), self._url)
+        if store_refusals.lacks_bucket(error):
+            return DataError(Problem(where, f"no such bucket ({text})", "", "create it, or check the URL"))
         if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
             return TarFileError(missing(self._url, text))
-        if isinstance(error, PermissionError):
+        if store_refusals.is_refusal(error):
             remedy = "give credentials that may read it, as the store's own tools take them"
             return DataError(Problem(where, f"access refused ({text})", "", remedy))
         if isinstance(error, ImportError):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.corpus import transport_stores
+from llmtrain.corpus.remote_folder import RemoteFolder
 from llmtrain.corpus.tar_files import TarFileError
 from llmtrain.corpus.transport import Transport
 from llmtrain.errors import DataError
@@ -86,6 +87,73 @@ def test_what_s3_refuses_is_not_tried_again(code: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(transport_stores.S3File, "_look", refuse)
     with pytest.raises(DataError, match=f"s3://b/a: got access refused .*{code}.*; give credentials"):
         Transport(retries=8).read("s3://b/a", SIZE)
+
+
+class HttpResponseError(Exception):
+    """As azure-core's and gcsfs's: they tell the status in a field."""
+
+    def __init__(self, text: str, **facts: object) -> None:
+        super().__init__(text)
+        self.__dict__.update(facts)
+
+
+class ClientAuthenticationError(HttpResponseError):
+    pass
+
+
+def wrapped(cause: Exception) -> Exception:
+    """As adlfs raises an error of azure-core while it uploads."""
+    error = RuntimeError(f"Failed to upload block: {cause}!")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            wrapped(HttpResponseError("Server failed\nRequestId:1\nContent: <?xml ?>", status_code=403)),
+            "access refused (Failed to upload block: Server failed); give credentials",
+        ),
+        (
+            wrapped(ClientAuthenticationError("No token.\nAttempted credentials:\n\tCLI")),
+            "access refused (Failed to upload block: No token.)",
+        ),
+        (ValueError("unable to connect to account for Must provide credentials!!"), "access refused (unable"),
+        (OSError("Forbidden: b/bucket/o\nme has no storage.objects.create"), "access refused (Forbidden: b/"),
+        (
+            HttpResponseError("Invalid Credentials, 401", code=401),
+            "access refused (Invalid Credentials, 401)",
+        ),
+        (
+            wrapped(HttpResponseError("No container.\nRequestId:1", error_code="ContainerNotFound")),
+            "no such bucket (Failed to upload block: No container.); create it",
+        ),
+    ],
+)
+def test_what_other_stores_refuse_is_not_tried_again(error: Exception, told: str):
+    """The errors are those that adlfs and gcsfs raised for servers of their protocols."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    attempts: list[str] = []
+
+    class Refusing(MemoryFileSystem):
+        protocol = "refusing"
+        cachable = False
+
+        def _open(self, path: str, *arguments: object, **named: object) -> None:
+            attempts.append(path)
+            raise error
+
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    with pytest.raises(DataError) as caught:
+        RemoteFolder("refusing://bucket/run").probe()
+    assert len(attempts) == 1
+    line = str(caught.value)
+    assert line.startswith("refusing://bucket/run/.probe-")
+    assert told in line
+    assert "RequestId" not in line
 
 
 @pytest.fixture(scope="module")
