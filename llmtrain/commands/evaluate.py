@@ -77,7 +77,8 @@ class EvaluateConfig:
     """auto, cpu or cuda; auto: a GPU if there is one."""
     bleu: bool | None = None
     """Also print BLEU of the texts that an encoder–decoder generates, with the settings of `generate`; for
-    the sources of a table ROUGE and chrF too. null: true for a table, else false."""
+    the sources of a table ROUGE and chrF too. true with a model of objective=instruct: the same of its last
+    answers. null: true for a table of an encoder–decoder, else false."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     unigram: bool = False
     """Also print the loss of the token frequencies of the training split; this reads the whole split."""
@@ -162,7 +163,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     if writes:
         check_bleu(trained.objective, config.parallel)
         if of_table:
-            check_written(config.parallel)
+            check_written(trained.objective, config.parallel)
     length = _sequence_length(config, trained)
     dataset = open_dataset(
         trained.objective, trained.config, config.data, corpora, config.split, length, _say_skipped
