@@ -145,7 +145,10 @@ def run(mapping: Mapping[str, Any]) -> None:
     described = describe(Path(mapping["checkpoint"]))
     mapping = {**mapping, "data": data_section(mapping["data"], described.objective, described.data)}
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
-    corpora = open_data(config.objective or described.objective, config.data, described.tokenizer)
+    objective_config = config.objective or described.objective
+    if problems := data_problems(objective_config, config.data):
+        raise ConfigError(problems)
+    corpora = open_data(objective_config, config.data, described.tokenizer)
 
     from llmtrain.data.loader import evaluation_batches
     from llmtrain.distributed import processes
@@ -331,8 +334,7 @@ def _say_skipped(shard: str, samples: int) -> None:
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | None) -> None:
-    problems = data_problems(trained.objective, config.data)
-    problems += corpora_problems(trained.objective, corpora)
+    problems = corpora_problems(trained.objective, corpora)
     problems += stage_problems(trained.objective, config.parallel)
     if corpora is not None and trained.tokenizer_path is not None:
         ours = corpora.tokenizer_sha256
