@@ -155,7 +155,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from llmtrain.engine.evaluation import evaluate_batches
     from llmtrain.interchange.trained import load_trained
     from llmtrain.train.examiner import give_classifier
-    from llmtrain.train.reference import reference_of
+    from llmtrain.train.reference import of_rows, reference_of, starting_model
 
     trained = load_trained(config.checkpoint).learned_by(config.objective)
     _check(config, trained, corpora)
@@ -173,8 +173,10 @@ def run(mapping: Mapping[str, Any]) -> None:
     )
     calibrating = trained.objective.calibration_rows(trained.config, corpora, length)
     objective = trained.objective.build(trained.config, config.data, corpora)
+    start = None
     if isinstance(objective, HasReference):
-        objective.references = reference_of(trained.source, dataset)
+        objective.references = reference_of(trained, dataset)
+        start = starting_model(trained) if objective.references is None else None
     device = processes.pick_device(config.device)
     give_classifier(objective, trained.config, device)
     mesh = start_sharing(
@@ -205,6 +207,12 @@ def run(mapping: Mapping[str, Any]) -> None:
     if isinstance(objective, Calibrates) and calibrating is not None:
         said = evaluate_batches(model, objective, batches_of(calibrating), device, config.precision, counted)
         objective.calibrate(said.rows)
+    if isinstance(objective, HasReference) and start is not None:
+        rows = batches_of(dataset, max_samples=config.max_samples)
+        before = start.build_over(mesh, device)
+        said = evaluate_batches(before, objective, rows, device, config.precision, counted)
+        objective.references = of_rows(said.rows, len(dataset))
+        del before  # or the memory of two would be held
     totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
     if counter is not None:
         counter.sum_over_ranks(counted, device)

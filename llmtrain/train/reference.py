@@ -22,8 +22,10 @@ from safetensors.numpy import save
 from llmtrain.data.datasets.base import Dataset
 from llmtrain.distributed import processes, stopping
 from llmtrain.engine.base import Engine
-from llmtrain.errors import CheckpointError, DataError, Problem
+from llmtrain.errors import CheckpointError, ConfigError, DataError, Problem
 from llmtrain.files import disk_problem, write_atomically
+from llmtrain.interchange.additions import without_additions
+from llmtrain.interchange.trained import TrainedModel
 from llmtrain.objectives.base import HasReference, Objective
 from llmtrain.standard_streams import Say
 from llmtrain.track.progress import duration
@@ -63,12 +65,10 @@ def give_reference(
         return
     given = {held_out: dataset for held_out, dataset in datasets.items() if dataset is not None}
     folders = [config.run.dir]
-    key = None
     if start.checkpoint is not None:
         folders.append(start.checkpoint.path.parents[1])
-    else:
-        # Before the first step the same folder may be given other weights.
-        key = _key(engine, config)
+    # Before the first step the same folder may be given other weights.
+    key = _key(engine, config) if start.step == 0 else None
     found = processes.from_main(read_reference(folders, given, key) if processes.is_main() else None)
     if found is None and start.step > 0:
         got = f"no {PATTERN} of these data, which the run computed before its first step"
@@ -84,15 +84,33 @@ def give_reference(
     objective.references = found
 
 
-def reference_of(checkpoint: Path, dataset: Dataset) -> dict[bool, np.ndarray]:
-    """Return the reference of the rows that a trained model is evaluated on. Raise DataError if its run has
-    none of them."""
+def reference_of(trained: TrainedModel, dataset: Dataset) -> dict[bool, np.ndarray] | None:
+    """Return the reference of the rows that a trained model is evaluated on; None: its run has none of
+    them."""
     for held_out in _NAMES:
-        found = read_reference([checkpoint.parents[1]], {held_out: dataset})
+        found = read_reference([trained.source.parents[1]], {held_out: dataset})
         if found is not None:
             return {True: found[held_out]}
-    allowed = "the rows that the run trained on or validated with, whose reference is in its folder"
-    raise DataError(Problem("data", "other rows, or another length", allowed, "leave data and split out"))
+    return None
+
+
+def starting_model(trained: TrainedModel) -> TrainedModel:
+    """Return the model that a run started from, whose predictions other rows are measured against: the base
+    of one that trained additions. Raise DataError for any other, whose starting weights are gone."""
+    try:
+        return without_additions(trained)
+    except ConfigError:
+        allowed = "the rows that the run trained on or validated with, whose reference is in its folder"
+        remedy = "leave data and split out; a run with method=lora can be evaluated on any rows"
+        raise DataError(Problem("data", "other rows, or another length", allowed, remedy)) from None
+
+
+def of_rows(found: Mapping[int, np.ndarray], count: int) -> dict[bool, np.ndarray]:
+    """Return the predictions of some of `count` rows, by their numbers, as an objective takes them."""
+    array = np.full((count, *next(iter(found.values())).shape), np.nan, np.float32)
+    for row, values in found.items():
+        array[row] = values
+    return {True: array}
 
 
 def read_reference(
@@ -134,7 +152,7 @@ def _key(engine: Engine, config: TrainConfig) -> str:
     for fragment in engine.fragments():
         values = fragment.view_of(fragment.holder).cpu().contiguous().view(torch.uint8)
         digest.update(f"{fragment.name}/{fragment.start}".encode())
-        digest.update(values.numpy())
+        digest.update(values.numpy().tobytes())
     return xxhash.xxh3_128_hexdigest("".join(processes.gather(digest.hexdigest())).encode())
 
 

@@ -191,3 +191,34 @@ def test_a_reference_that_is_killed_goes_on(pairs: Path, tokenizer: Path, tmp_pa
     assert [row["loss"] for row in metrics(killed) if "loss" in row] == [
         row["loss"] for row in metrics(whole) if "loss" in row
     ]
+
+
+@pytest.mark.slow
+def test_rows_without_a_reference_are_measured_against_the_base(
+    pairs: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of LoRA is there still, and gives the figures that the reference of the run gives; the weights
+    that other methods start from are not."""
+    base, run = tmp_path / "base", tmp_path / "lora"
+    assert cli.run_verb("finetune", settings(pairs, tokenizer, base, tmp_path, "train.steps=1")) == 0
+    words = [
+        w
+        for w in settings(pairs, tokenizer, run, tmp_path, "train.steps=4", "method=lora")
+        if not w.startswith(("model", "data.tokenizer"))
+    ]
+    assert cli.run_verb("finetune", [*words, f"model.path={base}", "model.dropout=0"]) == 0
+
+    def margin() -> Any:
+        capsys.readouterr()
+        assert cli.run_verb("evaluate", [f"checkpoint={run}", "format=json"]) == 0
+        return json.loads(capsys.readouterr().out)["margin"]
+
+    kept = margin()
+    for folder in (base, run):
+        [file] = folder.glob("reference-*.safetensors")
+        file.unlink()
+    assert margin() == pytest.approx(kept, rel=1e-4)
+    assert abs(kept) > 1e-3
+    capsys.readouterr()
+    assert cli.run_verb("evaluate", [f"checkpoint={base}"]) == 2
+    assert "a run with method=lora can be evaluated on any rows" in capsys.readouterr().err
