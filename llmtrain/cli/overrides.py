@@ -149,11 +149,12 @@ def quote(argument: str, keys: TextKeys, *, sweeps: bool = False) -> str:
 
     Values of `keys` are quoted, except lists, mappings and null where a key may hold one. If the command
     `sweeps`, commas separate the values of a sweep, and quotes keep a value with commas together.
-    Keys of a section get `++`, which lets Hydra add a key; decoding then refuses unknown ones.
+    Keys of a section, and mappings, get `++`, which lets Hydra add a key; decoding then refuses unknown ones.
     """
     name, separator, value = argument.partition("=")
-    prefix = "++" if SECTION_KEY.match(argument) else ""
     key = _find(keys, name.lstrip("+"))
+    takes_names = key is not None and key.is_mapping and not name.startswith("+")
+    prefix = "++" if SECTION_KEY.match(argument) or takes_names else ""
     if not separator or key is None:
         return f"{prefix}{argument}"
     start = f"{prefix}{name}="

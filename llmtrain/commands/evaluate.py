@@ -77,7 +77,8 @@ class EvaluateConfig:
     """auto, cpu or cuda; auto: a GPU if there is one."""
     bleu: bool | None = None
     """Also print BLEU of the texts that an encoder–decoder generates, with the settings of `generate`; for
-    the sources of a table ROUGE and chrF too. null: true for a table, else false."""
+    the sources of a table ROUGE and chrF too. true with a model of objective=instruct: the same of its last
+    answers. null: true for a table of an encoder–decoder, else false."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     unigram: bool = False
     """Also print the loss of the token frequencies of the training split; this reads the whole split."""
@@ -144,14 +145,17 @@ def run(mapping: Mapping[str, Any]) -> None:
     described = describe(Path(mapping["checkpoint"]))
     mapping = {**mapping, "data": data_section(mapping["data"], described.objective, described.data)}
     config = decode(EvaluateConfig, mapping, {"data": data_config_type})
-    corpora = open_data(config.objective or described.objective, config.data, described.tokenizer)
+    objective_config = config.objective or described.objective
+    if problems := data_problems(objective_config, config.data):
+        raise ConfigError(problems)
+    corpora = open_data(objective_config, config.data, described.tokenizer)
 
     from llmtrain.data.loader import evaluation_batches
     from llmtrain.distributed import processes
     from llmtrain.engine.evaluation import evaluate_batches
     from llmtrain.interchange.trained import load_trained
     from llmtrain.train.examiner import give_classifier
-    from llmtrain.train.reference import reference_of
+    from llmtrain.train.reference import of_rows, reference_of, starting_model
 
     trained = load_trained(config.checkpoint).learned_by(config.objective)
     _check(config, trained, corpora)
@@ -162,15 +166,17 @@ def run(mapping: Mapping[str, Any]) -> None:
     if writes:
         check_bleu(trained.objective, config.parallel)
         if of_table:
-            check_written(config.parallel)
+            check_written(trained.objective, config.parallel)
     length = _sequence_length(config, trained)
     dataset = open_dataset(
         trained.objective, trained.config, config.data, corpora, config.split, length, _say_skipped
     )
     calibrating = trained.objective.calibration_rows(trained.config, corpora, length)
     objective = trained.objective.build(trained.config, config.data, corpora)
+    start = None
     if isinstance(objective, HasReference):
-        objective.references = reference_of(trained.source, dataset)
+        objective.references = reference_of(trained, dataset)
+        start = starting_model(trained) if objective.references is None else None
     device = processes.pick_device(config.device)
     give_classifier(objective, trained.config, device)
     mesh = start_sharing(
@@ -201,6 +207,12 @@ def run(mapping: Mapping[str, Any]) -> None:
     if isinstance(objective, Calibrates) and calibrating is not None:
         said = evaluate_batches(model, objective, batches_of(calibrating), device, config.precision, counted)
         objective.calibrate(said.rows)
+    if isinstance(objective, HasReference) and start is not None:
+        rows = batches_of(dataset, max_samples=config.max_samples)
+        before = start.build_over(mesh, device)
+        said = evaluate_batches(before, objective, rows, device, config.precision, counted)
+        objective.references = of_rows(said.rows, len(dataset))
+        del before  # or the memory of two would be held
     totals = evaluate_batches(model, objective, batches, device, config.precision, counted)
     if counter is not None:
         counter.sum_over_ranks(counted, device)
@@ -330,8 +342,7 @@ def _say_skipped(tar: str, samples: int) -> None:
 
 
 def _check(config: EvaluateConfig, trained: TrainedModel, corpora: TextSource | None) -> None:
-    problems = data_problems(trained.objective, config.data)
-    problems += corpora_problems(trained.objective, corpora)
+    problems = corpora_problems(trained.objective, corpora)
     problems += stage_problems(trained.objective, config.parallel)
     if corpora is not None and trained.tokenizer_path is not None:
         ours = corpora.tokenizer_sha256

@@ -193,6 +193,7 @@ def evaluation_batches(
     data_size: int = 1,
     workers: int = 0,
     max_samples: int | None = None,
+    rows: range | None = None,
     pin_memory: bool = False,
 ) -> Generator[MicroBatch, None, None]:
     """Yield one pass over a dataset in its own order, each sample once over all ranks.
@@ -200,9 +201,10 @@ def evaluation_batches(
     All ranks get the same number of micro-batches of micro_size rows; rows after the last sample are EMPTY.
     A micro-batch of a Concatenation has samples of one of its datasets only.
     max_samples: use this many samples, evenly spaced, because adjacent samples come from one source.
+    rows: use these samples.
     """
     length = len(dataset) if max_samples is None else min(len(dataset), max_samples)
-    taken = np.arange(length) * len(dataset) // max(1, length)
+    taken = np.arange(length) * len(dataset) // max(1, length) if rows is None else np.array(rows, np.int64)
     cuts: list[np.ndarray] = [taken]
     if isinstance(dataset, Concatenation):
         cuts = np.split(taken, np.flatnonzero(np.diff(dataset.sources(taken))) + 1)

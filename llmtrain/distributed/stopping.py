@@ -30,11 +30,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self._saves_first = False
+        self.farewell = NOTHING_TO_SAVE
+        """What a request that ends the process at once is answered with."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Treat signals as requests to stop. Call this in the main thread."""
         self.asked = self._saves_first = False
+        self.farewell = NOTHING_TO_SAVE
         with listening(SIGNALS, on_signal=self._on_signal, at_once=self._end_at_once):
             yield
 
@@ -51,7 +54,7 @@ class StopRequest:
 
     def _end_at_once(self, _number: int) -> None:
         if not self._saves_first:
-            _say(NOTHING_TO_SAVE)
+            _say(self.farewell)
             os._exit(INTERRUPTED_EXIT_CODE)
 
 

@@ -29,11 +29,14 @@ ROWS_READ = 64
 
 
 def check_bleu(objective: ObjectiveConfig, parallel: SharingConfig) -> None:
-    """Raise ConfigError for a model that learns from no pairs, pipelines, and without sacrebleu."""
-    if objective.paired != "needed":
-        got = "true with a model that did not learn from pairs of texts"
-        raise ConfigError(Problem("bleu", got, "false", "give one that was trained with objective=seq2seq"))
-    refuse_pipeline_of_answers(parallel)
+    """Raise ConfigError for a model that learns from no pairs and no conversations, an encoder–decoder in a
+    pipeline, and without sacrebleu."""
+    if objective.paired != "needed" and not objective.writes_answers:
+        got = "true with a model that did not learn from pairs of texts, nor to answer"
+        remedy = "give one that was trained with objective=seq2seq or instruct"
+        raise ConfigError(Problem("bleu", got, "false", remedy))
+    if objective.paired == "needed":
+        refuse_pipeline_of_answers(parallel)
     if importlib.util.find_spec("sacrebleu") is None:
         install = 'pip install "llmtrain[seq2seq]"'
         raise ConfigError(Problem("bleu", "true without the package sacrebleu", "", install))

@@ -1,4 +1,5 @@
-"""Generate the targets of a table's sources with an encoder–decoder, and score them."""
+"""Generate the targets of a table's sources with an encoder–decoder, or the answers to its prompts with a
+decoder, and score them."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from llmtrain.generation.answer import Texts, refuse_pipeline_of_answers
 from llmtrain.generation.config import GenerateConfig
 from llmtrain.generation.progress import Progress
 from llmtrain.generation.settings import resolved_for, text_ends
+from llmtrain.objectives.base import ObjectiveConfig
 from llmtrain.scoring.texts import check_packages, text_figures
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmtrain.data.datasets.answers import LastAnswers
     from llmtrain.data.datasets.text_pairs import TextPairs
     from llmtrain.interchange.trained import TrainedModel
     from llmtrain.parallel.mesh import Mesh
@@ -47,14 +50,46 @@ class Writer:
         return [self._texts.target(target) for target in found]
 
 
-def check_written(parallel: SharingConfig) -> None:
-    """Raise ConfigError for pipelines, and without the packages that count."""
-    refuse_pipeline_of_answers(parallel)
+class AnswerWriter:
+    """Writes the answer to each prompt, as `llmtrain generate` does."""
+
+    def __init__(
+        self, trained: TrainedModel, model: nn.Module, config: GenerateConfig, prompts: LastAnswers
+    ) -> None:
+        """prompts: those to be answered; no answer becomes longer than the longest of theirs unless the
+        config says so. Without a temperature in the config the most likely token is taken. Raise ConfigError
+        for settings that the model cannot follow."""
+        self._model, self._tokenizer = model, trained.tokenizer()
+        if config.max_new_tokens is None:
+            config = replace(config, max_new_tokens=prompts.longest)
+        if config.temperature is None and config.top_k is None and config.top_p is None:
+            config = replace(config, temperature=0.0)
+        self._settings = resolved_for(trained, config, 1)
+        self._ends = text_ends(trained, self._tokenizer.eos_id)
+
+    def write(self, sources: Sequence[np.ndarray], on_done: Callable[[int], None] | None = None) -> list[str]:
+        """Return the answer to each prompt, given as ids."""
+        from llmtrain.generation.generate import generate
+
+        ids = [source.tolist() for source in sources]
+        found = generate(self._model, ids, self._settings, eos_ids=self._ends, on_done=on_done)
+        decode = self._tokenizer.decode_after
+        return [decode(before, answer).strip() for before, answer in zip(ids, found, strict=True)]
+
+
+def check_written(objective: ObjectiveConfig, parallel: SharingConfig) -> None:
+    """Raise ConfigError for an encoder–decoder in a pipeline, and without the packages that count."""
+    if not objective.writes_answers:
+        refuse_pipeline_of_answers(parallel)
     check_packages("bleu")
 
 
 def written_texts(
-    writer: Writer, dataset: TextPairs, mesh: Mesh, max_samples: int | None, shows_progress: bool = False
+    writer: Writer | AnswerWriter,
+    dataset: TextPairs | LastAnswers,
+    mesh: Mesh,
+    max_samples: int | None,
+    shows_progress: bool = False,
 ) -> dict[int, str]:
     """Return what the model writes for the first `max_samples` rows, by the number of a sample, on rank 0; on
     others nothing. Raise UserError on all ranks for one that any of them meets.
@@ -81,7 +116,9 @@ def written_texts(
     return {sample: text for of_rank in gathered for sample, text in of_rank.items()}
 
 
-def figures_of(texts: Mapping[int, str], dataset: TextPairs, intervals: bool = True) -> dict[str, Any]:
+def figures_of(
+    texts: Mapping[int, str], dataset: TextPairs | LastAnswers, intervals: bool = True
+) -> dict[str, Any]:
     """Return the figures of texts that were written for samples; none of none. The references are the texts
     of the table."""
     if not texts:
@@ -95,12 +132,20 @@ def figures_of(texts: Mapping[int, str], dataset: TextPairs, intervals: bool = T
 def written_figures(
     trained: TrainedModel,
     model: nn.Module,
-    dataset: TextPairs,
+    dataset: Any,
     config: GenerateConfig,
     mesh: Mesh,
     max_samples: int | None,
 ) -> dict[str, Any]:
-    """Return the figures of what a trained model writes for the first `max_samples` rows, on rank 0; on
-    others nothing."""
-    writer = Writer(trained, model, config)
+    """Return the figures of what a trained model writes for the first `max_samples` rows, or the last answers
+    of as many conversations, on rank 0; on others nothing."""
+    writer: Writer | AnswerWriter
+    if trained.objective.writes_answers:
+        from llmtrain.data.datasets.answers import LastAnswers
+
+        tokenizer = trained.tokenizer()
+        dataset = LastAnswers(dataset, tokenizer, text_ends(trained, tokenizer.eos_id))
+        writer = AnswerWriter(trained, model, config, dataset)
+    else:
+        writer = Writer(trained, model, config)
     return figures_of(written_texts(writer, dataset, mesh, max_samples, shows_progress=True), dataset)

@@ -87,6 +87,8 @@ class ObjectiveConfig(Kinds):
     """Whether the corpora must, must not or may hold paired texts; `taken`: they may, and a pair is read
     as two consecutive documents."""
 
+    writes_answers: ClassVar[bool] = False
+    """Whether the model answers prompts of a table with texts."""
     continues: ClassVar[bool] = False
     """Whether rows may begin from the state of the model after an earlier row."""
     pools: ClassVar[bool] = False

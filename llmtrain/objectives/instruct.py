@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 class InstructConfig(ChatConfig):
     """Answer as an assistant: only answers, and the token that ends each, bear a loss. It also reads the rows
     of its table (TaskReader)."""
+
+    writes_answers: ClassVar = True
 
     kind: Literal["instruct"] = "instruct"
     """Conversations and instructions."""

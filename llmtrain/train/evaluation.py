@@ -20,8 +20,10 @@ def evaluate_dataset(
     workers: int,
     max_samples: int | None,
     between: Callable[[], None] = lambda: None,
+    rows: range | None = None,
 ) -> Totals:
-    """Return loss and metric sums over the first `max_samples` of `dataset`; None: over all.
+    """Return loss and metric sums over `max_samples` of `dataset`, evenly spaced, or over `rows`; None: over
+    all.
 
     All ranks call `between` before each batch; an exception that it raises ends the evaluation.
     """
@@ -33,6 +35,7 @@ def evaluate_dataset(
         data_size=layout.data,
         workers=workers,
         max_samples=max_samples,
+        rows=rows,
     )
 
     def watched() -> Iterator[MicroBatch]:

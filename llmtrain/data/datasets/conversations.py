@@ -85,6 +85,20 @@ class Conversations(PaddedRows):
                 at += kept
         return {"tokens": tokens, "documents": documents, "contexts": contexts}
 
+    @property
+    def single(self) -> Conversations:
+        """The conversations, one by one."""
+        return self
+
+    def last_answer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all that comes before the last answer of a conversation, and those of the answer,
+        with the token that ends it; int64."""
+        row, kept = int(self._rows[number]), int(self._kept[number])
+        tokens = self._tokens[row][:kept].astype(np.int64)
+        others = np.flatnonzero(~self._trained[row][:kept].astype(bool))
+        start = int(others[-1]) + 1 if len(others) else 0
+        return tokens[:start], tokens[start:]
+
     def where(self, index: int) -> list[tuple[str, int, int]]:
         """Return (split, row of the table, tokens) for each conversation of a sample."""
         found = self._of_row(index)
@@ -102,6 +116,11 @@ class PackedConversations:
         """Raise DataError if no answer fits."""
         self._single = _Packed(split, sequence_length)
         self.sequence_length = sequence_length
+
+    @property
+    def single(self) -> Conversations:
+        """The conversations, one by one."""
+        return self._single
 
     @property
     def split(self) -> TableSplit:

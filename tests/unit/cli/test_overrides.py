@@ -174,6 +174,8 @@ def _keys_of(config: type) -> TextKeys:
         ("data.sources={web: /a=b, books:s3://x}", "++data.sources={web:'/a=b',books:'s3://x'}"),
         ("data.sources.web=/a=b", "++data.sources.web='/a=b'"),
         ("data.mixture={web:0.7}", "++data.mixture={web:0.7}"),
+        ("adapters={a: runs/a, b: 'x y'}", "++adapters={a:'runs/a',b:'x y'}"),
+        ("+adapters={a: runs/a}", "+adapters={a:'runs/a'}"),
         ("track.wandb.notes=a = b", "++track.wandb.notes='a = b'"),
         ("optimizer=adam", "optimizer=adam"),
         ("prompt=it's", r"prompt='it\'s'"),

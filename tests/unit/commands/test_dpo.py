@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llmtrain.cli import main as cli
+from llmtrain.train.reference_parts import FOLDER
 from tests.support.chat_templates import STYLES
 from tests.support.tokenizers import write_chat_tokenizer
+from tests.support.warm import PRELUDE, llmtrain
 
 TINY = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.dropout=0.1")
 WORDS = ["tell", "me", "about", "the", "colour", "please", "what", "is", "like", "now"]
+
+DIES = """
+import os
+from llmtrain.train import reference, reference_parts
+
+reference_parts.SECONDS = 0.0
+reference._BATCHES = 1
+add, calls = reference_parts.ReferenceParts.add, 0
+
+def counted(self, *arguments):
+    global calls
+    calls += 1
+    if calls == 7:
+        os.kill(os.getpid(), 9)
+    return add(self, *arguments)
+
+reference_parts.ReferenceParts.add = counted
+"""
+"""A prelude: kill -9 in the middle of the reference."""
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +157,68 @@ def test_loss_and_gradients_are_those_of_the_formula(pairs: Path, tokenizer: Pat
     assert terms.loss_sum.item() == pytest.approx(loss.item(), rel=1e-5)
     for name, p in model.named_parameters():
         assert torch.allclose(found[name], p.grad, rtol=1e-5, atol=1e-5 * float(p.grad.abs().max())), name
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_killed_goes_on(pairs: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Six parts of four pairs are kept; the next start computes the rest, and has what one without a kill
+    has. A damaged part is computed again; other weights take none."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    prelude = tmp_path / "dies.py"
+    prelude.write_text(DIES)
+
+    def words(run: Path, *more: str) -> list[str]:
+        return ["finetune", *settings(pairs, tokenizer, run, tmp_path, "train.steps=2", *more)]
+
+    for seed in ("seed=1", "seed=0"):
+        done = llmtrain(*words(killed, seed), **{PRELUDE: str(prelude)})
+        assert done.returncode == -9, done.stderr
+        assert "an earlier start" not in done.stderr
+        assert len(list((killed / FOLDER).iterdir())) == 6
+    last = max((killed / FOLDER).iterdir())
+    last.write_bytes(last.read_bytes()[:-1] + b"\1")
+    done = llmtrain(*words(killed, "seed=0"))
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"reference: 20 of (\d+) rows were computed by an earlier start", done.stderr)
+    assert said, done.stderr
+    assert f"reference: {said[1]} of {said[1]} rows, " in done.stderr
+    assert not (killed / FOLDER).exists()
+
+    assert llmtrain(*words(whole, "seed=0")).returncode == 0
+    ours, theirs = (load_file(*run.glob("reference-*.safetensors")) for run in (killed, whole))
+    assert {*ours} == {*theirs} == {"train", "validation"}
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours), "bit for bit"
+    assert [row["loss"] for row in metrics(killed) if "loss" in row] == [
+        row["loss"] for row in metrics(whole) if "loss" in row
+    ]
+
+
+@pytest.mark.slow
+def test_rows_without_a_reference_are_measured_against_the_base(
+    pairs: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of LoRA is there still, and gives the figures that the reference of the run gives; the weights
+    that other methods start from are not."""
+    base, run = tmp_path / "base", tmp_path / "lora"
+    assert cli.run_verb("finetune", settings(pairs, tokenizer, base, tmp_path, "train.steps=1")) == 0
+    words = [
+        w
+        for w in settings(pairs, tokenizer, run, tmp_path, "train.steps=4", "method=lora")
+        if not w.startswith(("model", "data.tokenizer"))
+    ]
+    assert cli.run_verb("finetune", [*words, f"model.path={base}", "model.dropout=0"]) == 0
+
+    def margin() -> Any:
+        capsys.readouterr()
+        assert cli.run_verb("evaluate", [f"checkpoint={run}", "format=json"]) == 0
+        return json.loads(capsys.readouterr().out)["margin"]
+
+    kept = margin()
+    for folder in (base, run):
+        [file] = folder.glob("reference-*.safetensors")
+        file.unlink()
+    assert margin() == pytest.approx(kept, rel=1e-4)
+    assert abs(kept) > 1e-3
+    capsys.readouterr()
+    assert cli.run_verb("evaluate", [f"checkpoint={base}"]) == 2
+    assert "a run with method=lora can be evaluated on any rows" in capsys.readouterr().err

@@ -97,6 +97,11 @@ def test_answers_are_learned_and_exported(
     found = figures(capsys, tmp_path / "run")
     assert found["token_accuracy"] > 0.97
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+    assert "written" not in found
+    found = figures(capsys, tmp_path / "run", "bleu=true", "max_samples=20")
+    assert found["written"] == 20, "conversations, of which a sequence holds several"
+    assert found["rouge1"] > 0.95, "the last answer of each, given all before it"
+    assert found["rouge1_interval"][0] <= found["rouge1"] <= found["rouge1_interval"][1]
 
     asked = ["chat=true", "prompt=tell me about red", "generate.temperature=0", "generate.max_new_tokens=20"]
     assert run(capsys, "generate", f"checkpoint={tmp_path / 'run'}", *asked) == "It is warm.\n"
