@@ -24,6 +24,7 @@ from llmtrain.cli.overrides import (
     refuse_unusable,
     swept_keys,
     text_keys,
+    with_present_keys,
 )
 from llmtrain.cli.repeated import refuse_repeated
 from llmtrain.cli.sweep_table import SweptJob
@@ -62,7 +63,7 @@ def run(name: str, arguments: list[str]) -> int:
     Raises UserError for mistakes of the user, in a sweep one error with the problems of all jobs. The first
     crash of a job is raised after the other jobs have run.
     """
-    overrides = [argument for argument in arguments if OVERRIDE.match(argument)]
+    overrides = with_present_keys([argument for argument in arguments if OVERRIDE.match(argument)])
     flags = [argument for argument in arguments if not OVERRIDE.match(argument)]
     sweeps = "hydra.mode=MULTIRUN" in overrides or any(
         flag == "-m" or (len(flag) > 3 and "--multirun".startswith(flag)) for flag in flags
@@ -99,6 +100,7 @@ def composed(name: str, overrides: list[str]) -> dict[str, Any]:
 
         search_path.extend()
     keys = text_keys(name)
+    overrides = with_present_keys(overrides)
     refuse_unusable([], overrides, keys)
     refuse_repeated(overrides)
     quoted = [quote(override, keys) for override in overrides]

@@ -30,6 +30,12 @@ PIECE = re.compile(
     r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?:,|$)|(\s*\[[^\]]*\]\s*|[^,]*)(?:,|$)""", re.DOTALL
 )
 """One of the comma-separated values of a list or sweep: quoted, or a list, or plain."""
+RENAMED = {
+    "shard_bytes": "tar_bytes",
+    "data.shuffle_shards": "data.shuffle_tars",
+    "data.on_bad_shard": "data.on_bad_tar",
+}
+"""Key of an earlier version, which users' scripts still have → its present name."""
 NAMED = re.compile(r"\s*([\w./-]+)\s*:(.*)", re.DOTALL | re.ASCII)
 """`name: value` in a mapping."""
 
@@ -94,6 +100,15 @@ def _find(keys: TextKeys, name: str) -> TextKey | None:
         return len(own) == len(parts) and all(a in ("*", b) for a, b in zip(own, parts, strict=True))
 
     return next((kind for key, kind in keys.items() if "*" in key and stands_for(key)), None)
+
+
+def with_present_keys(overrides: list[str]) -> list[str]:
+    """Return the overrides with keys of earlier versions under their present names."""
+    found = []
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+~")
+        found.append(override.replace(name, RENAMED.get(name, name), 1))
+    return found
 
 
 def refuse_unusable(flags: list[str], overrides: list[str], keys: TextKeys) -> None:

@@ -12,7 +12,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llmtrain.cli.explain import conf_folder
-from llmtrain.cli.overrides import TextKey, TextKeys, quote, text_keys
+from llmtrain.cli.hydra_app import composed
+from llmtrain.cli.overrides import TextKey, TextKeys, quote, text_keys, with_present_keys
 from llmtrain.cli.verbs import CONFIGS, SECOND_VERBS, STANDS_ALONE, VERBS, config_types
 from llmtrain.config import MAY_BE_EMPTY, leaves
 from tests.support.training import compose
@@ -216,3 +217,10 @@ def test_null_stays_null_only_where_it_is_the_default():
     composed = compose(["prompt=null", "prompt_file=null", "checkpoint=null"], "generate")
     assert (composed["prompt"], composed["prompt_file"], composed["checkpoint"]) == ("null", None, "null")
     assert compose(["prompt=[one,two]"], "generate")["prompt"] == ["one", "two"]
+
+
+def test_keys_of_earlier_versions_have_their_present_names():
+    given = ["data.on_bad_shard=skip", "++data.shuffle_shards=4", "~shard_bytes", "run.name=shard_bytes"]
+    present = ["data.on_bad_tar=skip", "++data.shuffle_tars=4", "~tar_bytes", "run.name=shard_bytes"]
+    assert with_present_keys(given) == present
+    assert composed("train", ["model=gpt_tiny", "data.on_bad_shard=skip"])["data"]["on_bad_tar"] == "skip"
