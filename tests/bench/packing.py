@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m tests.bench.packing CORPUS [--sequence-lengths 256 512 1024 2048]
 
-Beside the padding stands what one document a row would leave. The tar file has 100,000 documents of log-normal
-lengths. Attention is forward and backward over eight rows of the corpus, 12 heads of 64, against the same
-rows as one text each. Times are CPU time, the least of five, taken in turn.
+Beside the padding stands what one document a row would leave. The tar file has 100,000 documents of log-
+normal lengths. Attention is forward and backward over eight rows of the corpus, 12 heads of 64, against the
+same rows as one text each. Times are CPU time, the least of five, taken in turn.
 """
 
 from __future__ import annotations
