@@ -155,9 +155,9 @@ def encode_rows(rows: ColumnRows, columns: Sequence[Column]) -> np.ndarray:
             raise DataError(Problem("data", got, nearest(column.name, list(rows.columns))))
         values = rows.columns[column.name]
         if column.categories:
-            numbers = {category: number for number, category in enumerate(column.categories)}
+            number_of = {category: number for number, category in enumerate(column.categories)}
             part = np.zeros((len(values), len(column.categories)), np.float32)
-            known = [(row, numbers[value]) for row, value in enumerate(values) if value in numbers]
+            known = [(row, number_of[value]) for row, value in enumerate(values) if value in number_of]
             part[tuple(np.array(known, np.int64).reshape(-1, 2).T)] = 1.0
         else:
             numbers = [column.mean if not value else _number(value) for value in values]
