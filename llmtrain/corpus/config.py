@@ -57,7 +57,7 @@ class TokenDataConfig:
 
     has_text = True
     is_table = False
-    held_out_key: ClassVar[str] = "path"
+    held_out_key = "path"
 
     path: str | None = None
     """The corpus: a folder, http(s)://…, s3://… or another URL that fsspec supports; of a mixture, the folder

@@ -75,11 +75,11 @@ def deepspeed_config(
 
 def _offload_config(layout: Layout, device_type: str) -> dict[str, Any]:
     """Return ZeRO's settings for offloading and for low-precision communication."""
-    places = {"offload_optimizer": layout.offload_optimizer, "offload_param": layout.offload_parameters}
+    devices = {"offload_optimizer": layout.offload_optimizer, "offload_param": layout.offload_parameters}
     settings: dict[str, Any] = {}
-    for name, place in places.items():
-        if place != "none":
-            settings[name] = {"device": place, "pin_memory": device_type == "cuda"}
+    for name, device in devices.items():
+        if device != "none":
+            settings[name] = {"device": device, "pin_memory": device_type == "cuda"}
     if layout.zero == 3:
         settings |= {
             "zero_quantized_weights": layout.quantized_weights,

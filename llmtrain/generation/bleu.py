@@ -60,15 +60,15 @@ def translation_figures(
     texts = Texts(trained)
     num_rows = len(dataset) if max_samples is None else min(len(dataset), max_samples)
     pairs = list(pairs_of(dataset, num_rows))
-    place, places = mesh.coordinates.data, mesh.layout.data
-    own = pairs[place::places]
+    rank, size = mesh.coordinates.data, mesh.layout.data
+    own = pairs[rank::size]
     progress = Progress(len(own)) if processes.is_main() else None
     try:
         sources = [source for source, _ in own]
         settings, ends = resolved_for(trained, config, 1), text_ends(trained, texts.eos_id)
         found = generate(model, sources, settings, eos_ids=ends, on_done=progress)
     except UserError as error:  # too long a pair or a diverged model: what one rank finds, others may not
-        error.everywhere = True if places == 1 else None
+        error.everywhere = True if size == 1 else None
         raise
     # Processes that share the model wrote the same.
     speaks = mesh.coordinates.tensor == 0

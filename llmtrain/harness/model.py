@@ -141,7 +141,7 @@ class HarnessModel(TemplateLM):
         """
         answers: dict[tuple[int, ...], list[list[int]]] = {}
         contexts: dict[tuple[int, ...], int] = {}
-        places: list[tuple[tuple[int, ...], int]] = []
+        wanted: list[tuple[tuple[int, ...], int]] = []
         for texts, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 got = f"a continuation of {len(continuation):,} tokens ({_short(texts)})"
@@ -152,13 +152,13 @@ class HarnessModel(TemplateLM):
             # The last token of a context predicts the first one of a continuation.
             is_whole = len(inputs) == len(context) + len(continuation) - 1
             contexts.setdefault(inputs, len(context) - 1 if is_whole and self._shares else 0)
-            places.append((inputs, len(of_inputs)))
+            wanted.append((inputs, len(of_inputs)))
             of_inputs.append(continuation)
         if not answers:
             return []
         rows = [Row(list(inputs), each, contexts[inputs]) for inputs, each in answers.items()]
         scores = dict(zip(answers, self._team.score(rows), strict=True))
-        return [tuple(scores[inputs][place]) for inputs, place in places]  # type: ignore[misc]
+        return [tuple(scores[inputs][place]) for inputs, place in wanted]  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return what the model writes after each context, (context, generation_kwargs)."""

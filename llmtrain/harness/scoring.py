@@ -149,18 +149,18 @@ def _scores(logits_MV: Tensor, rows: Sequence[Row]) -> list[list[Score]]:
     """Return the scores, given the logits of the predicted positions of all rows, row after row."""
     device = logits_MV.device
     # Position among the logits, and token, of each token of each answer.
-    places: list[int] = []
+    positions: list[int] = []
     tokens: list[int] = []
     lengths: list[int] = []
     end = 0
     for row in rows:
         end += row.predicted
         for answer in row.answers:
-            places += range(end - len(answer), end)
+            positions += range(end - len(answer), end)
             tokens += answer
             lengths.append(len(answer))
     log_probs_M, right_M = _of_tokens(
-        logits_MV, torch.tensor(places, device=device), torch.tensor(tokens, device=device)
+        logits_MV, torch.tensor(positions, device=device), torch.tensor(tokens, device=device)
     )
     sums = torch.stack([part.sum() for part in log_probs_M.split(lengths)]).tolist()
     greedy = torch.stack([part.all() for part in right_M.split(lengths)]).tolist()

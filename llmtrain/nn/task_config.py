@@ -20,7 +20,7 @@ class TaskHeadConfig:
     kind: Literal["classes", "labels", "values", "tags", "span", "tokens", "several"]
     """What it predicts. classes: one class a text; labels: any number of labels a text; values: numbers for a
     text; tags: one class a token; span: first and last token of an answer; several: what each of several
-    heads predicts, of which one may be tokens, hidden ones, by the head of the language model."""
+    heads predicts, of which one may be tokens, masked ones, by the head of the language model."""
     outputs: int | None = None
     """Number of outputs; null until the labels of the data are known."""
     pooling: Pooling = "first"

@@ -84,7 +84,7 @@ class TaskLabels(NamedTuple):
     """The labels of a batch whose rows are of several tasks; a row has none for the tasks of others."""
 
     by_task: dict[str, Tensor]
-    """Task → labels as its head takes them; of a task over hidden tokens as the language model does."""
+    """Task → labels as its head takes them; of a task over masked tokens as the language model does."""
     counts: Tensor
     """Targets of each task in the batch, (K,) fp32."""
     factors: Tensor
@@ -151,7 +151,7 @@ class SeveralHeads(TaskHead):
         """Return the logits of each task with a head of its own; with labels, (1 + K,) fp32: the loss, which
         is Σ factor · S of the summed losses S of the tasks, and each S.
 
-        language_model: the sums of a task over hidden tokens.
+        language_model: the sums of a task over masked tokens.
         With learned variances σ² = exp(s), a task adds factor · (c · exp(−s) · S + targets · s / 2), where c
         is 1/2 for values and else 1 (Kendall et al., arXiv:1705.07115, equations 7 and 10).
         """

@@ -29,7 +29,7 @@ SPANS_VERSION = 1
 """Of what is found to be trained: tables of another version are made anew."""
 
 
-class ChatConfig(Unlabelled, ObjectiveConfig):
+class ChatConfig(ObjectiveConfig, Unlabelled):
     """Base of the configs of objectives over conversations, which also read the rows of their tables
     (TaskReader)."""
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PairedTextConfig(Unlabelled, SourceTargetConfig):
+class PairedTextConfig(SourceTargetConfig, Unlabelled):
     """Predict targets from sources: of a corpus of paired texts, or of a table. It also reads the rows of its
     table (TaskReader)."""
 

@@ -33,7 +33,7 @@ class ColumnRows:
     columns: Mapping[str, Sequence[str]]
     """Name → value of each row, "" where there is none."""
     labels: Sequence[str]
-    places: Sequence[str]
+    row_names: Sequence[str]
     """File and line of each row, for messages."""
 
 
@@ -43,11 +43,11 @@ def read_columns(data: ColumnDataConfig, split: str) -> ColumnRows:
     found = find_table_files(data)
     wanted = split if split in found else "train" if split == "validation" and "train" in found else ""
     rows: list[dict[str, Any]] = []
-    places: list[str] = []
+    row_names: list[str] = []
     for file in found.get(wanted, ()):
         for record in read_records(file, quoting=data.quoting, header=data.header):
             rows.append(record.values)
-            places.append(name_of(file, record.line))
+            row_names.append(name_of(file, record.line))
     divided = wanted == "" or (wanted == "train" and "validation" not in found)
     if divided and rows:
         test = 0.0 if wanted else data.split.test
@@ -56,14 +56,16 @@ def read_columns(data: ColumnDataConfig, split: str) -> ColumnRows:
         )
         numbers = split_of(hashes, data.split.validation, test)
         chosen = np.flatnonzero(numbers == ("train", "validation", "test").index(split))
-        rows, places = [rows[i] for i in chosen], [places[i] for i in chosen]
+        rows, row_names = [rows[i] for i in chosen], [row_names[i] for i in chosen]
     if not rows:
         where = ", ".join(data.files.values())
         raise DataError(Problem(where, f"an empty split {split!r}", "1 row or more", f"give data.{split}=…"))
-    return _of_rows(rows, places, data)
+    return _of_rows(rows, row_names, data)
 
 
-def _of_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str], data: ColumnDataConfig) -> ColumnRows:
+def _of_rows(
+    rows: Sequence[Mapping[str, Any]], row_names: Sequence[str], data: ColumnDataConfig
+) -> ColumnRows:
     names = [name for name in rows[0] if name not in (data.label_field, *data.ignored)]
     if data.numeric and data.categorical:
         names = [*data.numeric, *data.categorical]
@@ -72,7 +74,7 @@ def _of_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str], data: Col
             raise DataError(Problem("data", f"no column {name}", nearest(name, list(rows[0]))))
     columns: dict[str, list[str]] = {name: [] for name in names}
     labels = []
-    for row, where in zip(rows, places, strict=True):
+    for row, where in zip(rows, row_names, strict=True):
         try:
             label = _plain(field_of(row, data.label_field))
             for name in names:
@@ -82,7 +84,7 @@ def _of_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str], data: Col
         if not label:
             raise DataError(Problem(where, f"no value in {data.label_field}", "the row's class"))
         labels.append(label)
-    return ColumnRows(columns, labels, places)
+    return ColumnRows(columns, labels, row_names)
 
 
 def _plain(value: Any) -> str:
@@ -111,7 +113,7 @@ def _column(name: str, values: Sequence[str], rows: ColumnRows, data: ColumnData
         raise DataError(Problem(", ".join(data.files.values()), got, "values in each column", remedy))
     is_numeric = _are_numbers(given)
     if name in data.numeric:
-        for value, where in zip(values, rows.places, strict=True):
+        for value, where in zip(values, rows.row_names, strict=True):
             if value and _number(value) is None:
                 raise DataError(Problem(where, f"{short_name(value)} in {name}", "a number"))
     elif data.numeric or name in data.categorical or not is_numeric:
@@ -153,16 +155,16 @@ def encode_rows(rows: ColumnRows, columns: Sequence[Column]) -> np.ndarray:
             raise DataError(Problem("data", got, nearest(column.name, list(rows.columns))))
         values = rows.columns[column.name]
         if column.categories:
-            places = {category: place for place, category in enumerate(column.categories)}
+            number_of = {category: number for number, category in enumerate(column.categories)}
             part = np.zeros((len(values), len(column.categories)), np.float32)
-            known = [(row, places[value]) for row, value in enumerate(values) if value in places]
+            known = [(row, number_of[value]) for row, value in enumerate(values) if value in number_of]
             part[tuple(np.array(known, np.int64).reshape(-1, 2).T)] = 1.0
         else:
             numbers = [column.mean if not value else _number(value) for value in values]
             if None in numbers:
                 row = numbers.index(None)
                 got = f"{short_name(values[row])} in {short_name(column.name)}"
-                raise DataError(Problem(rows.places[row], got, "a number"))
+                raise DataError(Problem(rows.row_names[row], got, "a number"))
             part = ((np.array(numbers, np.float64) - column.mean) / column.std).astype(np.float32)[:, None]
         parts.append(part)
     return np.concatenate(parts, axis=1)
@@ -172,7 +174,7 @@ def number_labels(rows: ColumnRows, classes: Sequence[str]) -> np.ndarray:
     """Return the number of each row's class, int64 (N,). Raise DataError for a class that the training split
     lacked."""
     numbers = {name: number for number, name in enumerate(classes)}
-    for label, where in zip(rows.labels, rows.places, strict=True):
+    for label, where in zip(rows.labels, rows.row_names, strict=True):
         if label not in numbers:
             got = f"the label {short_name(label)}"
             raise DataError(
