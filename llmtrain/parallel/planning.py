@@ -48,7 +48,8 @@ def plan_layout(
         raise ConfigError(problems)
     problems += world_problems(parallel, world_size)
     problems += engine_problems(parallel, engine, precision, device)
-    problems += pipeline_problems(parallel, engine, max_grad_norm)
+    if model is None or "pipeline" in model.axes:
+        problems += pipeline_problems(parallel, engine, max_grad_norm)
     problems += sequence_problems(parallel, batch)
     problems += offload_problems(parallel, implementation, on_this_machine)
     problems += quantization_problems(parallel, precision, device, on_this_machine)

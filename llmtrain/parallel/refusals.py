@@ -159,7 +159,7 @@ def statistics_problems(parallel: ParallelConfig, model: ModelShape, engine: Eng
     """Refuse DeepSpeed, which knows no numbers besides parameters, for a model whose forward passes change
     some."""
     yield from require(
-        not model.has_statistics or engine == "local",
+        not model.has_statistics or engine == "local" or parallel.pipeline > 1,
         "parallel.zero" if parallel.zero else "engine",
         f"{parallel.zero or engine} with model.family={model.family}, whose batch norms keep averages",
         "0" if parallel.zero else "local",
@@ -243,7 +243,8 @@ def model_problems(
 def _axes_text(model: ModelShape) -> str:
     """Return what a family supports, as the end of a sentence about it."""
     if not model.axes:
-        return "runs data-parallel, with ZeRO 0 to 3"
+        zero = "0" if model.has_statistics else "0 to 2" if model.steps_by_token else "0 to 3"
+        return f"runs data-parallel, with ZeRO {zero}"
     return f"can be divided over {', '.join(sorted(model.axes))} and replicas"
 
 

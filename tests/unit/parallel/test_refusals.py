@@ -196,6 +196,17 @@ def test_refused(overrides: tuple[str, ...], processes: int, key: str, reason: s
     assert any(reason in line and remedy in line and "\n" not in line for line in lines), lines
 
 
+@pytest.mark.parametrize("model", ["resnet20", "lstm", "mlp"])
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_a_family_without_an_axis_is_told_so_in_one_line(model: str, axis: str) -> None:
+    given = (f"model={model}", *(("data=mnist",) if model != "lstm" else ()), f"parallel.{axis}=2")
+    with pytest.raises(UserError) as caught:
+        resolve(compose(given), 2, data_optional=True)
+    (problem,) = map(str, caught.value.problems)
+    assert problem.startswith(f"parallel.{axis}: got 2 with model.family={model.rstrip('20')}"), problem
+    assert "runs data-parallel, with ZeRO 0" + ("; give" if model == "resnet20" else " to 3; give") in problem
+
+
 def test_from_the_command_line_before_torch_is_there():
     """Exit code 2, one line a problem, and nothing heavy imported on the way."""
     done = llmtrain(
