@@ -291,7 +291,7 @@ class TransformerToken:
             hidden = self._mask() if self._is_masked(window) else 0
             of_pairs = compute * ((2 if model.dropout > 0 else 1) + has_cap) + softmax
             return compute * 3 * queries + of_pairs * N * T + hidden
-        if model.dropout > 0 and on_cpu:
+        if model.dropout > 0 and on_cpu and kernel == "torch":
             # The replacement of flash attention keeps fp32 copies of q, k and v, the probabilities, the mask
             # and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)
