@@ -10,6 +10,7 @@ Dim names: B batch, T sequence, D hidden width, N heads, S keys.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ def scaled_mask(
     """Return 0 with probability p and else 1 / (1 − p), as a function of (key of the row, column): (…,
     columns) for keys (…)."""
     mask = torch.empty(*row_keys.shape, columns, dtype=dtype, device=row_keys.device)
-    (scale_bits,) = torch.tensor([1.0 / (1.0 - p)]).view(torch.int32).tolist()
+    (scale_bits,) = struct.unpack("i", struct.pack("f", 1.0 / (1.0 - p)))
     for part, signs in _signs(row_keys.flatten(), columns, p, first_column):
         # All bits where kept, none where dropped.
         mask.view(-1, columns)[part] = (
