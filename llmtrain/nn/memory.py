@@ -276,11 +276,8 @@ class TransformerToken:
     def _attention(self, window: int | None) -> int:
         """Return the bytes kept between qkv's output and attention's output."""
         model, compute, T = self.model, self.numbers.compute, self.layout.sequence_length
-        N, tensor, on_cpu = (
-            model.num_heads // self.layout.tensor,
-            self.layout.tensor,
-            self.conditions.device == "cpu",
-        )
+        on_cpu, tensor = self.conditions.device == "cpu", self.layout.tensor
+        N = model.num_heads // tensor
         queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
         kernel = self.kernel(window)
         has_cap = model.attention_softcap is not None
