@@ -138,6 +138,7 @@ def _pass_keys(model: Any) -> None:
     for block in model.blocks:
         inside = [module for module in block.modules() if isinstance(module, LowRank)]
         if inside:
+            block.gives_what_is_read = False  # their masks are those of all tokens
             block.forward = _with_keys(block.forward, inside)
 
 
@@ -167,6 +168,7 @@ def _add_prefixes(model: Any, config: PrefixConfig, _: list[Site]) -> dict[str, 
         heads = attention.num_heads // attention.queries_per_kv
         attention.prefix = Prefix(heads, config.length, attention.head_dim)
         attention.attend = PrefixedAttention(attention.attend, attention.prefix)
+        model.get_submodule(name.rpartition(".")[0]).gives_what_is_read = False
         added[f"{name}.{PREFIX}.weight"] = Normal(model.config.init_std)
     count_positions_from(model, config.length)
     return added

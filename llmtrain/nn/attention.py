@@ -28,6 +28,7 @@ def attend(
     bias_NTS: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    places_BM: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(scale · q·kᵀ + bias)·v, (B, N, T, H), laid out in memory as (B, T, N, H).
 
@@ -39,7 +40,13 @@ def attend(
     window: maximum number of keys that a query sees, its own the last (Mistral, arXiv:2310.06825); needs
         `causal`.
     softcap: scaled scores s become softcap · tanh(s / softcap) (Gemma 2, arXiv:2408.00118).
+    places_BM: the tokens whose queries are given, T = M, where these are few; None: the last T.
     """
+    if places_BM is not None:
+        mask = _mask_of_places(places_BM, k_BKSH.shape[2], documents, causal, window)
+        return kernels.attend_with_all_scores(
+            q_BNTH, k_BKSH, v_BKSH, mask, dropout, causal, scale, bias_NTS, softcap
+        )
     N, T, S = q_BNTH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
     if window is not None and window < S and T == S:
         documents = _windowed(documents, window, q_BNTH)
@@ -72,7 +79,7 @@ def attend(
         else:
             blocks = list(bidirectional_blocks(q_BNTH.shape[0], T, S))
         y_BNTH: Tensor = BlockwiseAttention.apply(
-            q_BNTH, k_BNSH, v_BNSH, bias_NTS, scale, softcap, blocks, torch.is_grad_enabled()
+            q_BNTH, k_BNSH, v_BNSH, bias_NTS, scale, softcap, blocks, torch.is_grad_enabled(), dropout
         )
         return y_BNTH
     mask = None
@@ -93,6 +100,20 @@ def _windowed(documents: Documents | CrossDocuments | None, window: int, q_BNTH:
         B, _, T, _ = q_BNTH.shape
         documents = Documents(torch.zeros(B, T, dtype=torch.int32, device=q_BNTH.device))
     return documents.within(window)
+
+
+def _mask_of_places(
+    places_BM: Tensor, S: int, documents: Documents | CrossDocuments | None, causal: bool, window: int | None
+) -> Tensor:
+    """Return (B, 1, M, S), True where the query of a token sees a key."""
+    key_S, place_BM1 = torch.arange(S, device=places_BM.device), places_BM[..., None]
+    seen_BMS = key_S <= place_BM1 if causal else key_S.expand(*places_BM.shape, S) >= 0
+    if window is not None:
+        seen_BMS = seen_BMS & (key_S > place_BM1 - window)
+    if documents is not None:
+        starts_BM1, ends_BM1 = (x.gather(1, places_BM)[..., None] for x in (documents.starts, documents.ends))
+        seen_BMS = seen_BMS & (key_S >= starts_BM1) & (key_S < ends_BM1)
+    return seen_BMS[:, None]
 
 
 def _dropout_kind(dropout: AttentionDropout | None) -> DropoutMask:

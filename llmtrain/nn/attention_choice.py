@@ -53,7 +53,7 @@ def choose_kernel(call: AttentionCall) -> Kernel:
     # With a cache, the last queries see keys before the first query, which causal blocks don't handle.
     fits_blocks = call.num_queries == call.num_keys or not call.causal
     is_short = call.num_queries > 1 and longest <= LONGEST_BLOCKWISE
-    if call.device == "cpu" and call.dropout == "none" and fits_blocks and is_short:
+    if call.device == "cpu" and call.dropout != "generator" and fits_blocks and is_short:
         # torch's kernel is the faster one forward and the slower one backward.
         masks_pay = not call.has_documents or (not call.causal and longest <= LONGEST_MASKED)
         if not (call.for_inference and is_plain and masks_pay):

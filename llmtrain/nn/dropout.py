@@ -10,7 +10,8 @@ Dim names: B batch, T sequence, D hidden width, N heads, S keys.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,16 +42,21 @@ class Dropout(nn.Module):
         self.first_column = 0
         """Index in the whole activations of the first of their columns, if ranks share these."""
 
-    def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        """Drop elements by masks from the keys; without keys, by torch's generator."""
+    def forward(self, x_BTD: Tensor, keys_B: Tensor | None = None, places_BT: Tensor | None = None) -> Tensor:
+        """Drop elements by masks from the keys; without keys, by torch's generator.
+
+        places_BT: position in its sequence of each token of x; None: they are counted.
+        """
         if not self.training or self.p == 0.0:
             return x_BTD
         if keys_B is None:
             return F.dropout(x_BTD, self.p)
         T, D = x_BTD.shape[1:]
-        keys = _mixed(keys_B, self.layer, self.kind)
-        kept_BTD = keep(keys, self.sequence_part * T, T, D, self.p, self.first_column)
-        return x_BTD * kept_BTD.to(x_BTD.dtype).mul_(1.0 / (1.0 - self.p))
+        if places_BT is None:
+            first = self.sequence_part * T
+            places_BT = torch.arange(first, first + T, device=keys_B.device)
+        rows_BT = row_keys(_mixed(keys_B, self.layer, self.kind), places_BT)
+        return x_BTD * scaled_mask(rows_BT, D, self.p, x_BTD.dtype, self.first_column)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -67,44 +73,83 @@ class AttentionDropout:
     first_head: int = 0
     """Index in the whole layer of the first head held here."""
 
-    def scaled_mask(self, N: int, T: int, S: int, dtype: torch.dtype) -> Tensor:
-        """Return 0 where a probability is dropped, 1 / (1 − p) elsewhere: (B, N, T, S). Needs keys."""
+    places: Tensor | None = None
+    """Position in its sequence of each query, (B, T); None: they are counted from 0."""
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of what is kept."""
+        return 1.0 / (1.0 - self.p)
+
+    def row_keys(self, N: int, T: int) -> Tensor:
+        """Return the keys of the masks of T queries, int32 (B, N, T). Needs keys."""
         assert self.keys is not None
         heads = torch.arange(self.first_head, self.first_head + N, device=self.keys.device)
         keys_BN = _mix(_mixed(self.keys, self.layer, ATTENTION)[:, None] + heads * _STEP_ROW)
-        return keep(keys_BN, 0, T, S, self.p).to(dtype).mul_(1.0 / (1.0 - self.p))
+        places = torch.arange(T, device=self.keys.device) if self.places is None else self.places[:, None]
+        return row_keys(keys_BN, places)
+
+    def scaled_mask(self, N: int, T: int, S: int, dtype: torch.dtype) -> Tensor:
+        """Return 0 where a probability is dropped, 1 / (1 − p) elsewhere: (B, N, T, S). Needs keys."""
+        return scaled_mask(self.row_keys(N, T), S, self.p, dtype)
 
 
-def keep(keys: Tensor, first_row: int, rows: int, columns: int, p: float, first_column: int = 0) -> Tensor:
-    """Return True with probability 1 − p, as a function of (key, row, column): (…, rows, columns) for keys
-    (…)."""
-    device = keys.device
-    row = torch.arange(first_row, first_row + rows, device=device)
-    row_keys = _mix(keys[..., None] + row * _STEP_ROW).to(torch.int32)[..., None]
+def row_keys(keys: Tensor, rows: Tensor) -> Tensor:
+    """Return a key for each row of each mask, int32 (…, rows), from a key for each mask, (…), and the numbers
+    of its rows, (rows) or (…, rows)."""
+    return _mix(keys[..., None] + rows * _STEP_ROW).to(torch.int32)
+
+
+def scaled_mask(
+    row_keys: Tensor, columns: int, p: float, dtype: torch.dtype, first_column: int = 0
+) -> Tensor:
+    """Return 0 with probability p and else 1 / (1 − p), as a function of (key of the row, column): (…,
+    columns) for keys (…)."""
+    mask = torch.empty(*row_keys.shape, columns, dtype=dtype, device=row_keys.device)
+    (scale_bits,) = struct.unpack("i", struct.pack("f", 1.0 / (1.0 - p)))
+    for part, signs in _signs(row_keys.flatten(), columns, p, first_column):
+        # All bits where kept, none where dropped.
+        mask.view(-1, columns)[part] = (
+            signs.bitwise_right_shift_(31).bitwise_not_().bitwise_and_(scale_bits).view(torch.float32)
+        )
+    return mask
+
+
+def mark_dropped_(values: Tensor, row_keys: Tensor, p: float, first_column: int = 0) -> None:
+    """Give a minus to those of `values`, which are not negative, that `scaled_mask` drops, in place.
+
+    values: (M, columns), contiguous; row_keys: (M).
+    """
+    for part, signs in _signs(row_keys, values.shape[1], p, first_column):
+        values[part].copysign_(signs.view(torch.float32) if values.dtype == torch.float32 else signs)
+
+
+def _signs(row_keys_M: Tensor, columns: int, p: float, first_column: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield consecutive rows of a mask, each time with their elements in a buffer, int32 (rows, columns),
+    that are negative where the mask drops; the receiver may write to it."""
+    M, device = len(row_keys_M), row_keys_M.device
     column = torch.arange(first_column, first_column + columns, device=device)
     column = (column * _STEP_COLUMN).to(torch.int32)
-    if device.type != "cpu" or row_keys.numel() * columns <= CACHED_ELEMENTS:
-        return _is_kept(row_keys, column, p)
-    kept = torch.empty(*row_keys.shape[:-1], columns, dtype=torch.bool)
-    flat_keys, flat_kept = row_keys.reshape(-1, 1), kept.view(-1, columns)
-    size = max(1, CACHED_ELEMENTS // columns)
-    for start in range(0, len(flat_keys), size):
-        chunk = slice(start, start + size)
-        flat_kept[chunk] = _is_kept(flat_keys[chunk], column, p)
-    return kept
-
-
-def _is_kept(row_keys: Tensor, column: Tensor, p: float) -> Tensor:
-    # In place and in 32 bits, since it covers all elements; multiplications wrap.
-    x = row_keys ^ column
-    x.mul_(_FACTOR).bitwise_xor_((x >> 15) & 0x1FFFF).mul_(_SECOND_FACTOR)
-    x.bitwise_xor_((x >> 13) & 0x7FFFF).bitwise_and_(0x7FFFFFFF)
-    return x >= int(p * 2**31)
+    size = max(1, M)
+    if device.type == "cpu":
+        size = max(1, min(M, CACHED_ELEMENTS * torch.get_num_threads() // max(1, columns)))
+    signs, shifted = torch.empty(2, size, columns, dtype=torch.int32, device=device)
+    for start in range(0, M, size):
+        part = slice(start, min(start + size, M))
+        x, y = (buffer[: part.stop - start] for buffer in (signs, shifted))
+        # In place and in 32 bits, since it covers all elements; multiplications wrap.
+        torch.bitwise_xor(row_keys_M[part, None], column, out=x)
+        x.mul_(_FACTOR)
+        torch.bitwise_right_shift(x, 15, out=y)
+        x.bitwise_xor_(y.bitwise_and_(0x1FFFF)).mul_(_SECOND_FACTOR)
+        torch.bitwise_right_shift(x, 13, out=y)
+        x.bitwise_xor_(y.bitwise_and_(0x7FFFF)).bitwise_and_(0x7FFFFFFF)
+        yield part, x.sub_(int(p * 2**31))
 
 
 CACHED_ELEMENTS = 2**15
-"""Elements of a mask that a CPU computes at once, so that they stay in its cache through all operations; so
-few torch does not divide over threads."""
+"""Elements of a mask that a thread of a CPU computes at once, so that they stay in its cache through all
+operations."""
 
 _STEP_ROW, _STEP_COLUMN = 0x9E3779B1, 0x5EB5A7
 _FACTOR, _SECOND_FACTOR = 0x2C1B3C6D, 0x297A2D39

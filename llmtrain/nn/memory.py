@@ -276,11 +276,8 @@ class TransformerToken:
     def _attention(self, window: int | None) -> int:
         """Return the bytes kept between qkv's output and attention's output."""
         model, compute, T = self.model, self.numbers.compute, self.layout.sequence_length
-        N, tensor, on_cpu = (
-            model.num_heads // self.layout.tensor,
-            self.layout.tensor,
-            self.conditions.device == "cpu",
-        )
+        on_cpu, tensor = self.conditions.device == "cpu", self.layout.tensor
+        N = model.num_heads // tensor
         queries, keys = N * model.head_width, model.kv_heads * model.head_width // tensor
         kernel = self.kernel(window)
         has_cap = model.attention_softcap is not None
@@ -291,7 +288,7 @@ class TransformerToken:
             hidden = self._mask() if self._is_masked(window) else 0
             of_pairs = compute * ((2 if model.dropout > 0 else 1) + has_cap) + softmax
             return compute * 3 * queries + of_pairs * N * T + hidden
-        if model.dropout > 0 and on_cpu:
+        if model.dropout > 0 and on_cpu and kernel == "torch":
             # The replacement of flash attention keeps fp32 copies of q, k and v, the probabilities, the mask
             # and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)

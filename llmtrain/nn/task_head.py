@@ -60,8 +60,18 @@ class TaskHead(nn.Module):
             logits_BTC = logits_BTC[:, 0]
         return logits_BTC if labels is None else task_loss(logits_BTC, labels, self.config)
 
+    def read(self, lengths_B: Tensor) -> Tensor | None:
+        """Return the position of the token that stands for each text, (B, 1); None if the head reads all."""
+        if self.config.kind in ("tags", "span") or self.config.pooling == "mean":
+            return None
+        last_B = (lengths_B - 1).clamp(min=0)
+        return (last_B if self.config.pooling == "last" else torch.zeros_like(last_B))[:, None]
+
     def _pooled(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return the hidden state that stands for each text, (B, D)."""
+        """Return the hidden state that stands for each text, (B, D): the only one that the last layer gave,
+        or that of its token, or their mean."""
+        if x_BTD.shape[1] == 1:
+            return x_BTD[:, 0]
         if self.config.pooling == "first":
             return x_BTD[:, 0]
         if self.config.pooling == "last":
@@ -175,6 +185,9 @@ class SeveralHeads(TaskHead):
             weighed_K = shares_K * torch.exp(-s_K) * losses_K + labels.counts * s_K / 2
         return torch.cat([(labels.factors * weighed_K).sum()[None], losses_K])
 
+    def read(self, lengths_B: Tensor) -> None:
+        """Return None: each task reads other tokens."""
+
     def _token_sums(
         self, labels: TaskLabels | None, language_model: LanguageModel | None, with_metrics: bool
     ) -> dict[str, Tensor] | None:
@@ -196,6 +209,11 @@ class SeveralHeads(TaskHead):
 def make_task_head(config: TaskHeadConfig, hidden_size: int) -> TaskHead:
     """Return the head of one task or of several."""
     return (SeveralHeads if config.heads else TaskHead)(config, hidden_size)
+
+
+def tokens_read(head: nn.Module, lengths_B: Tensor | None) -> Tensor | None:
+    """Return the positions of each row that a model's head reads, (B, M); None: all."""
+    return head.read(lengths_B) if isinstance(head, TaskHead) and lengths_B is not None else None
 
 
 class TextVectors(TaskHead):

@@ -8,15 +8,11 @@ width.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from llmtrain.nn.attention import attend
 from llmtrain.nn.documents import CrossDocuments, Documents
@@ -24,6 +20,7 @@ from llmtrain.nn.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.nn.layer_config import LayerConfig
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.norms import make_head_norm, make_norm
+from llmtrain.nn.relative import PerHead, RelativePositions
 from llmtrain.nn.rotary import rotate
 
 
@@ -102,6 +99,9 @@ class Context:
     """Whether to return sums by name in place of the loss."""
     asked: Tensor | None = None
     """Positions of each row whose logits are returned, (B, M); None: all."""
+    read: Tensor | None = None
+    """Positions of each row that the head reads, (B, M), if these are few: the last layer may give their
+    states alone. None: all."""
 
     @property
     def num_states(self) -> int:
@@ -114,70 +114,6 @@ def asked_states(x_BTD: Tensor, asked_BM: Tensor | None) -> Tensor:
     if asked_BM is None:
         return x_BTD
     return x_BTD.gather(1, asked_BM[..., None].expand(-1, -1, x_BTD.shape[-1]))
-
-
-class PerHead(nn.Module):
-    """A learned vector for each head, (N, width): biases of positions, vectors added to queries.
-
-    Its rows are divided like the heads; forward returns those of this rank.
-    """
-
-    def __init__(self, num_heads: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, width))
-
-    def forward(self) -> Tensor:
-        """Return (N, width)."""
-        return self.weight
-
-
-@dataclass(frozen=True)
-class RelativePositions:
-    """Learned attention biases by the distance from query to key: near distances have one each, farther
-    ones share buckets (T5, arXiv:1910.10683, section 2.1)."""
-
-    num_buckets: int = 32
-    max_distance: int = 128
-    """Distance, in tokens, from which on all share the last bucket."""
-
-    def buckets(self, distances: Tensor, *, both_ways: bool) -> Tensor:
-        """Return the bucket of each distance, key − query, int64. If both_ways, the first half is for keys
-        up to the query and the second for later ones; else all are for keys up to the query."""
-        count = self.num_buckets // 2 if both_ways else self.num_buckets
-        first = (distances > 0) * count if both_ways else torch.zeros_like(distances)
-        n = distances.abs() if both_ways else (-distances).clamp(min=0)
-        exact = count // 2
-        octaves = torch.log(n.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        shared = (exact + (octaves * (count - exact)).long()).clamp(max=count - 1)
-        return first + torch.where(n < exact, n, shared)
-
-    def bias(self, weight_NR: Tensor, T: int, S: int, *, both_ways: bool) -> Tensor:
-        """Return the biases of the scores of the last T of S tokens with all of them, (N, T, S).
-        `weight_NR` holds each head's bias for each bucket."""
-        # Always on the CPU: another logarithm may round to the next bucket at a bucket's border.
-        buckets_D = self.buckets(torch.arange(1 - S, T, device="cpu"), both_ways=both_ways)
-        along_ND = weight_NR[:, buckets_D.to(weight_NR.device)]
-        bias_NTS: Tensor = _ByDistance.apply(along_ND, T)
-        return bias_NTS
-
-
-class _ByDistance(torch.autograd.Function):
-    """Expand (N, S + T − 1), values for distances from 1 − S up, to (N, T, S), values for s − (S − T + t)."""
-
-    @staticmethod
-    def forward(ctx: Any, along_ND: Tensor, T: int) -> Tensor:
-        return along_ND.unfold(1, along_ND.shape[1] - T + 1, 1).flip(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (grad_NTS,) = gradients
-        N, T, S = grad_NTS.shape
-        # Read with one column less, each row is shifted right by one, so that diagonals become columns.
-        padded = grad_NTS.new_zeros(N, T, S + T)
-        padded[:, :, :S] = grad_NTS.flip(1)
-        sheared = padded.flatten(1)[:, : T * (S + T - 1)].unflatten(1, (T, S + T - 1))
-        return sheared.sum(1), None
 
 
 class Attention(nn.Module):
@@ -228,7 +164,8 @@ class Attention(nn.Module):
             config.num_heads * self.head_dim, config.hidden_size, bias=config.has_output_bias
         )
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, places_BM: Tensor | None = None) -> Tensor:
+        """places_BM: positions whose outputs are returned, (B, M, D); None: all."""
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_kv + 2, self.head_dim))
         q_BTKGH, k_BTKH, v_BTKH = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q_BTNH = q_BTKGH.flatten(2, 3)
@@ -239,12 +176,17 @@ class Attention(nn.Module):
         rotary = context.local_rotary if self.has_local_rotary else context.rotary
         if rotary is not None and self.has_rotary:
             q_BTNH, k_BTKH = rotate(q_BTNH, *rotary), rotate(k_BTKH, *rotary)
+        some = {}
+        if places_BM is not None:
+            some["places_BM"] = places_BM
+            q_BTNH = asked_states(q_BTNH.flatten(2), places_BM).unflatten(-1, (-1, self.head_dim))
         q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         dropout = None
         if self.training and self.dropout > 0.0:
-            dropout = AttentionDropout(self.dropout, self.layer, context.dropout_keys, self.first_head)
+            keys_B = context.dropout_keys
+            dropout = AttentionDropout(self.dropout, self.layer, keys_B, self.first_head, places_BM)
         bias = {}
         if self.positions is not None and self.relative is not None:
             both_ways = not self.causal
@@ -260,6 +202,7 @@ class Attention(nn.Module):
             causal=self.causal,
             window=self.window,
             **bias,
+            **some,
         )
         return self.output(y_BNTH.transpose(1, 2).flatten(2))
 
@@ -362,15 +305,23 @@ class Block(nn.Module):
         self.mlp_output_norm = make_norm(config) if has_after else nn.Identity()
         self.attention_dropout = Dropout(config.dropout, layer, HIDDEN)
         self.mlp_dropout = Dropout(config.dropout, layer, HIDDEN + 1)
+        self.gives_what_is_read = layer == config.num_layers - 1 and relative is None
+        """Whether, where `context.read` names positions, the layer returns their states alone, (B, M, D):
+        queries, the rest of attention and the MLP are not computed for others."""
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         return self.with_mlp(self.with_attention(x_BTD, context), context)
 
-    def with_attention(self, x_BTD: Tensor, context: Context) -> Tensor:
-        def attention(x_BTD: Tensor) -> Tensor:
-            return self.attention_output_norm(self.attention(x_BTD, context))
+    def _read(self, context: Context) -> Tensor | None:
+        return context.read if self.gives_what_is_read else None
 
-        return self.add(x_BTD, attention, self.attention_norm, self.attention_dropout, context)
+    def with_attention(self, x_BTD: Tensor, context: Context) -> Tensor:
+        read_BM = self._read(context)
+
+        def attention(x_BTD: Tensor) -> Tensor:
+            return self.attention_output_norm(self.attention(x_BTD, context, read_BM))
+
+        return self.add(x_BTD, attention, self.attention_norm, self.attention_dropout, context, read_BM)
 
     def with_mlp(self, x_BTD: Tensor, context: Context) -> Tensor:
         def mlp(x_BTD: Tensor) -> Tensor:
@@ -385,8 +336,9 @@ class Block(nn.Module):
         norm: nn.Module,
         dropout: Dropout,
         context: Context,
+        read_BM: Tensor | None = None,
     ) -> Tensor:
-        """Return x + function(x), with its norm before or after."""
+        """Return x + function(x), with its norm before or after. read_BM: positions that function returns."""
         y_BTD = function(norm(x_BTD) if self.norm_first else x_BTD)
-        x_BTD = x_BTD + dropout(y_BTD, context.dropout_keys)
+        x_BTD = asked_states(x_BTD, read_BM) + dropout(y_BTD, context.dropout_keys, self._read(context))
         return x_BTD if self.norm_first else norm(x_BTD)

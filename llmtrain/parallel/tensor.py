@@ -115,6 +115,8 @@ def shard_tensors(model: nn.Module, table: Table, mesh: Mesh) -> dict[str, Shard
             module.first_head = cast(Any, mesh.coordinates.tensor * heads // layout.tensor)
     if layout.tensor_sequence:
         model.blocks[0].register_forward_pre_hook(_scatter_input)  # type: ignore[index,operator,union-attr]
+        for block in cast(Any, model.blocks):
+            block.gives_what_is_read = False  # each process has other tokens
     return shards
 
 

@@ -19,7 +19,7 @@ from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.linear import Linear
 from llmtrain.nn.stages import Stage, StagedModel
-from llmtrain.nn.task_head import SeveralHeads, TaskHead, make_task_head
+from llmtrain.nn.task_head import SeveralHeads, TaskHead, make_task_head, tokens_read
 from llmtrain.nn.transformer import ACTIVATIONS, Block, Context, asked_states
 
 
@@ -136,6 +136,7 @@ class Bert(StagedModel):
             with_metrics=with_metrics,
             lengths=lengths_B,
             asked=asked_BM,
+            read=tokens_read(self.head, lengths_B),
         )
 
     def initializers(self) -> dict[str, Initializer]:

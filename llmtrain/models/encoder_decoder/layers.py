@@ -20,12 +20,12 @@ from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
 from llmtrain.nn.documents import CrossDocuments
 from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.norms import make_norm
+from llmtrain.nn.relative import RelativePositions
 from llmtrain.nn.transformer import (
     Block,
     Context,
     CrossAttention,
     KVCache,
-    RelativePositions,
 )
 
 

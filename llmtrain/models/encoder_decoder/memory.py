@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmtrain.models.encoder_decoder.config import Seq2SeqConfig
+from llmtrain.nn import attention_choice
 from llmtrain.nn.memory import Activations, TransformerToken, VocabularyMemory
 
 
@@ -81,7 +82,8 @@ class EncoderDecoderMemory(VocabularyMemory[Seq2SeqConfig]):
         of_target = side.norm() + compute * (D + 2 * inner + (D if model.dropout > 0 else 0))
         of_source = compute * (D + 2 * inner)
         pairs = compute * N * T * S
-        if model.dropout > 0 and self.conditions.exact_dropout:
+        in_blocks = self.conditions.device == "cpu" and max(S, T) <= attention_choice.LONGEST_BLOCKWISE
+        if model.dropout > 0 and self.conditions.exact_dropout and not in_blocks:
             pairs *= 3  # softmax, dropout mask and dropout output
         elif self.conditions.device != "cpu":
             pairs = T * S if self.conditions.document_mask else 0

@@ -20,9 +20,10 @@ from llmtrain.nn.dropout import HIDDEN, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal, NormalByRow
 from llmtrain.nn.norms import make_norm
+from llmtrain.nn.relative import PerHead, RelativePositions
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.task_head import TaskHead, make_task_head
-from llmtrain.nn.transformer import Block, Context, PerHead, RelativePositions
+from llmtrain.nn.transformer import Block, Context
 
 
 class EncoderDecoder(StagedModel):

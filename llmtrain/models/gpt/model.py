@@ -20,7 +20,7 @@ from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.norms import make_norm
 from llmtrain.nn.rotary import rotary_tables
 from llmtrain.nn.stages import Stage, StagedModel
-from llmtrain.nn.task_head import TaskHead, make_task_head
+from llmtrain.nn.task_head import TaskHead, make_task_head, tokens_read
 from llmtrain.nn.transformer import (
     Block,
     Context,
@@ -121,6 +121,7 @@ class GPT(StagedModel):
             lengths_B,
             with_metrics,
             asked_BM,
+            tokens_read(self.head, lengths_B) if asked_BM is None and cache is None else None,
         )
 
     def new_cache(self, max_length: int) -> KVCache:

@@ -24,9 +24,10 @@ from llmtrain.nn.dropout import HIDDEN, AttentionDropout, Dropout
 from llmtrain.nn.head import LanguageModelHead
 from llmtrain.nn.initialize import Constant, Initializer, Normal
 from llmtrain.nn.linear import Linear, einsum
+from llmtrain.nn.relative import PerHead
 from llmtrain.nn.stages import Stage, StagedModel
 from llmtrain.nn.task_head import TaskHead, make_task_head
-from llmtrain.nn.transformer import MLP, Context, PerHead
+from llmtrain.nn.transformer import MLP, Context
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ LENGTH_OF_HALF = 256
 """Sequence length at which it reaches half its rate; as in the same figures."""
 
 MASK_BYTES = 13 * 8
-"""Bytes that the operations of a hash in 32 bits read and write for each element of a mask (`keep` of
+"""Bytes that the operations of a hash in 32 bits read and write for each element of a mask (`_signs` of
 nn/dropout.py)."""
 
 

@@ -16,8 +16,8 @@ from llmtrain.models.encoder_decoder.model import EncoderDecoder, sinusoids
 from llmtrain.nn import attention_choice
 from llmtrain.nn.dropout import Dropout, sample_keys
 from llmtrain.nn.initialize import initialize, match_initializers
+from llmtrain.nn.relative import RelativePositions
 from llmtrain.nn.task_config import TaskHeadConfig
-from llmtrain.nn.transformer import RelativePositions
 
 S, T, V = 23, 17, 40
 TRANSFORMER = Seq2SeqConfig(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmtrain.models.gpt.config import GPTConfig
 from llmtrain.models.gpt.model import GPT
-from llmtrain.nn import attention, attention_choice, attention_kernels, upstream
+from llmtrain.nn import attention, attention_blocks, attention_choice, attention_kernels, upstream
 from llmtrain.nn.attention import attend
 from llmtrain.nn.attention_choice import AttentionCall, Kernel, choose_kernel
 from llmtrain.nn.documents import Documents
@@ -246,7 +246,8 @@ PACKED = replace(GPU, has_documents=True, runs_flash=True)
         (replace(INFERENCE, has_documents=True, causal=False, num_keys=513), "blockwise"),
         (replace(INFERENCE, has_scale=True), "blockwise"),
         (replace(CPU, dropout="generator"), "torch"),
-        (replace(CPU, dropout="sample_keys"), "all_scores"),
+        (replace(CPU, dropout="sample_keys"), "blockwise"),
+        (replace(CPU, dropout="sample_keys", num_queries=2049, num_keys=2049), "all_scores"),
         (replace(CPU, dropout="generator", has_softcap=True), "all_scores"),
         (GPU, "torch"),
         (replace(GPU, has_documents=True), "torch"),
@@ -295,6 +296,48 @@ def test_dropout() -> None:
     ).mean(0)
     assert not torch.allclose(attend(q, q, q, dropout=AttentionDropout(0.5, 0, None)), attend(q, q, q))
     torch.testing.assert_close(with_dropout, attend(q, q, q), rtol=0, atol=0.8)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [[[50], [50]], [[37, 13], [50]], [[9, 3, 5, 4, 2, 8, 19], [20, 30]]])
+def test_dropout_by_keys_drops_the_same_in_blocks(
+    causal: bool, packed: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients equal those of plain operations on all scores."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (torch.randn(B, K, 50, H, generator=generator) for _ in range(4))
+    found = []
+    for longest, short in ((50, 0), (50, 20), (50, 64), (49, 0)):
+        monkeypatch.setattr(attention_choice, "LONGEST_BLOCKWISE", longest)
+        monkeypatch.setattr(attention_blocks, "SHORT", short)
+        documents = Documents(ids_of(*packed), causal=causal)
+        dropout = AttentionDropout(0.3, 2, torch.tensor([5, 77]), first_head=1)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, documents=documents, dropout=dropout, causal=causal)
+        found.append((y.detach(), *torch.autograd.grad(y, inputs, weights)))
+    for others in found[:-1]:
+        for a, b in zip(others, found[-1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_few_queries_get_what_all_of_them_get(causal: bool, packed: bool, window: int | None) -> None:
+    if window is not None and not causal:
+        return
+    places = torch.tensor([[49, 3], [0, 20]])
+    q, k, v = (torch.randn(B, K, 50, H) for _ in range(3))
+    documents = Documents(random_ids(50), causal=causal) if packed else None
+    settings = {"documents": documents, "causal": causal, "window": window}
+    for keys in (None, torch.tensor([5, 77])):
+        dropout, few = (
+            None if keys is None else AttentionDropout(0.3, 2, keys, 0, where) for where in (None, places)
+        )
+        whole = attend(q, k, v, dropout=dropout, **settings)
+        index = places[:, None, :, None].expand(-1, K, -1, H)
+        y = attend(q.gather(2, index), k, v, dropout=few, places_BM=places, **settings)
+        torch.testing.assert_close(y, whole.gather(2, index), rtol=1e-5, atol=1e-6)
 
 
 def test_the_last_queries_of_more_keys() -> None:

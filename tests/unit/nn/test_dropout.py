@@ -18,7 +18,15 @@ from llmtrain.models.gpt.model import GPT
 from llmtrain.models.recurrent.config import LSTMConfig
 from llmtrain.models.recurrent.model import RecurrentModel
 from llmtrain.nn import dropout
-from llmtrain.nn.dropout import ATTENTION, HIDDEN, AttentionDropout, Dropout, keep, sample_keys
+from llmtrain.nn.dropout import (
+    ATTENTION,
+    HIDDEN,
+    AttentionDropout,
+    Dropout,
+    row_keys,
+    sample_keys,
+    scaled_mask,
+)
 from llmtrain.nn.initialize import initialize
 from llmtrain.objectives.base import DROPOUT_KEYS
 from llmtrain.objectives.image_classification import ImageClassification
@@ -115,7 +123,8 @@ def test_keys_tell_samples_apart():
 def test_pinned_values():
     """A mask is part of what a seed means: runs of other versions and machines must find the same."""
     assert sample_keys(7, [0, 1, 10**12]).tolist() == [1722446644, 453708142, 679392964]
-    kept = keep(torch.tensor([12345]), 3, 2, 16, 0.5)[0].int()
+    rows = row_keys(torch.tensor([12345]), torch.tensor([3, 4]))
+    kept = (scaled_mask(rows, 16, 0.5, torch.float32)[0] > 0).int()
     assert ["".join(map(str, row)) for row in kept.tolist()] == ["1001110101011110", "0110001000111011"]
     x = Dropout(0.25, 2, HIDDEN)(torch.ones(1, 2, 12), sample_keys(7, [3]))[0]
     assert ["".join(map(str, row)) for row in (x > 0).int().tolist()] == ["111110000111", "001101110011"]
@@ -143,11 +152,11 @@ def test_parts_equal_the_whole():
 
 @pytest.mark.parametrize("elements", [1, 64, 100, 2**20])
 def test_chunks_of_a_mask_equal_the_whole(elements: int, monkeypatch: pytest.MonkeyPatch):
-    keys = sample_keys(3, range(6)).view(2, 3)
+    keys = row_keys(sample_keys(3, range(6)).view(2, 3), torch.arange(4, 11))
     monkeypatch.setattr(dropout, "CACHED_ELEMENTS", 2**40)
-    whole = keep(keys, 4, 7, 11, 0.3)
+    whole = scaled_mask(keys, 11, 0.3, torch.float32)
     monkeypatch.setattr(dropout, "CACHED_ELEMENTS", elements)
-    assert torch.equal(keep(keys, 4, 7, 11, 0.3), whole)
+    assert torch.equal(scaled_mask(keys, 11, 0.3, torch.float32), whole)
 
 
 def test_a_sample_keeps_its_mask_in_any_batch():

@@ -55,6 +55,33 @@ def test_padding_changes_nothing(config_type: Any, kind: Any, pooling: Any) -> N
         torch.testing.assert_close(ours, alone[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config_type", [BertConfig, GPTConfig])
+@pytest.mark.parametrize("pooling", ["first", "last"])
+def test_the_last_layer_computes_what_the_head_reads(config_type: Any, pooling: Any) -> None:
+    """Loss and gradients, with dropout, equal those over all states of the last layer."""
+    head = TaskHeadConfig("classes", 3, pooling=pooling, dense=True)
+    model = model_of(config_type, head).train()
+    for block in model.blocks:
+        block.attention.dropout = block.attention_dropout.p = block.mlp_dropout.p = 0.2
+    torch.manual_seed(0)
+    arguments = {
+        "lengths_B": (lengths := torch.tensor([8, 5, 3])),
+        "documents_BT": (torch.arange(8) >= lengths[:, None]).int(),
+        "dropout_keys_B": torch.tensor([7, 8, 9]),
+        "labels_BT": torch.tensor([0, 2, 1]),
+    }
+    tokens, shapes = torch.randint(0, 50, (3, 8)), []
+    model.blocks[-1].register_forward_hook(lambda *of: shapes.append(tuple(of[-1].shape)))
+    found = []
+    for gives in (True, False):
+        model.blocks[-1].gives_what_is_read = gives
+        loss = model(tokens, **arguments)
+        found.append((loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))))
+    assert shapes == [(3, 1, 16), (3, 8, 16)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_pooling_is_of_the_first_last_and_mean_token() -> None:
     x, lengths = torch.randn(2, 4, 3), torch.tensor([4, 2])
     expected = {"first": x[:, 0], "last": torch.stack([x[0, 3], x[1, 1]])}
