@@ -2,13 +2,15 @@
 
     python -m tests.bench.watching CORPUS [--size 2] [--rounds 40] [--steps 6] [overrides …]
 
-Blocks of steps take turns, first without and then with the watch, then the other way around, so that whatever
-else the machine does meets both alike. Each pair of blocks gives one ratio; printed are the median of the ratios
-and the interval that 95 % of its bootstrap resamples fall into. On are the watch of hangs and the times of phases,
-which are gathered ten times as often as by default; in a third kind of blocks the comparison of collectives too.
+Blocks of steps take turns, first without and then with the watch, then the other way around, so that
+whatever else the machine does meets both alike. Each pair of blocks gives one ratio; printed are the median
+of the ratios and the interval that 95 % of its bootstrap resamples fall into. On are the watch of hangs and
+the times of phases, which are gathered ten times as often as by default; in a third kind of blocks the
+comparison of collectives too.
 
-Beside the ratio stands the cost itself: the calls that a step makes, repeated a thousand times, and the processor
-time of the watching thread as the kernel counts it. Both hardly depend on what else the machine does.
+Beside the ratio stands the cost itself: the calls that a step makes, repeated a thousand times, and the
+processor time of the watching thread as the kernel counts it. Both hardly depend on what else the machine
+does.
 """
 
 from __future__ import annotations
