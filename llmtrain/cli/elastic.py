@@ -3,9 +3,9 @@ layout, for a job that may go on with fewer hosts. A launcher composes no config
 
     python -m llmtrain.cli.elastic 2,4,6 OVERRIDES…
 
-prints {"run_dir": folder, "memory_dir": folder, "problems": […], "refused": {"2": why no layout fits}} as
-JSON. memory_dir is null without copies in memory (checkpoint.memory.every); with "" in place of the numbers
-no layout is asked for. It imports no torch.
+prints {"run_dir": folder, "memory_dir": folder, "remote": URL, "problems": […], "refused": {"2": why no
+layout fits}} as JSON. memory_dir is null without copies in memory (checkpoint.memory.every), remote without
+a copy elsewhere; with "" in place of the numbers no layout is asked for. It imports no torch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ from llmtrain.train.resolve import layout_refusals
 def main(arguments: Sequence[str]) -> None:
     """Print what does not fit."""
     sizes, *overrides = arguments
-    said: dict[str, Any] = {"run_dir": None, "memory_dir": None, "problems": [], "refused": {}}
+    said: dict[str, Any] = {
+        "run_dir": None,
+        "memory_dir": None,
+        "remote": None,
+        "problems": [],
+        "refused": {},
+    }
     try:
         configuration = composed("train", overrides)
         said["run_dir"] = str(configuration["run"]["dir"])
+        said["remote"] = configuration["checkpoint"]["remote"]
         memory = configuration["checkpoint"]["memory"]
         said["memory_dir"] = None if memory["every"] is None else str(memory["dir"])
         if sizes:

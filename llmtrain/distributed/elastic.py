@@ -55,11 +55,8 @@ class Folders(NamedTuple):
     run: Path
     memory: Path | None
     """Where each host keeps copies of the state in memory; None: nowhere."""
-
-
-def composed_run_folder(overrides: Sequence[str]) -> Path:
-    """Return the run folder of `composed_folders`."""
-    return composed_folders(overrides).run
+    has_copy_elsewhere: bool = False
+    """Whether checkpoints are also copied to a store (checkpoint.remote)."""
 
 
 def composed_folders(overrides: Sequence[str]) -> Folders:
@@ -69,11 +66,12 @@ def composed_folders(overrides: Sequence[str]) -> Folders:
     mistake.
     """
     done = _compose("", overrides)
-    said = json.loads(done.stdout) if done.returncode == 0 else {"run_dir": None, "memory_dir": None}
-    run, memory = said["run_dir"], said["memory_dir"]
+    said = json.loads(done.stdout) if done.returncode == 0 else {}
+    run, memory = said.get("run_dir"), said.get("memory_dir")
     return Folders(
         run_folder(overrides) if run is None else expand_home(run).absolute(),
         None if memory is None else expand_home(memory).absolute(),
+        said.get("remote") is not None,
     )
 
 

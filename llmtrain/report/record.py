@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +27,9 @@ METRICS, CONFIG, LOCK = "metrics.jsonl", "config.yaml", ".lock"
 SILENT_SECONDS = 120.0
 """A run that holds its folder is silent if no step ends for so long, or for SILENT_STEPS of its steps."""
 SILENT_STEPS = 20
+RENEWED_SECONDS = 25.0
+"""A run renews the note in its lock each ten seconds; an older one is of a process that has ended."""
+_NOTE = re.compile(r"process \d+ on (.+)")
 
 
 @dataclass(frozen=True)
@@ -177,14 +182,19 @@ def _saved(path: Path) -> list[Saved]:
 def _holder(path: Path) -> str | None:
     """Return the note in a run's lock by the process that holds it; None if no process holds it.
 
-    The lock is tried, shared, for a moment: a run that starts then tries once more."""
+    The lock is tried, shared, for a moment: a run that starts then tries once more. Where a network file
+    system keeps locks to one host, the note that a process of another host renews tells of it."""
     try:
         with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
+            note = os.pread(file.fileno(), 200, 0).decode(errors="replace").strip()
+            age = abs(time.time() - os.fstat(file.fileno()).st_mtime)
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                    return os.pread(file.fileno(), 200, 0).decode(errors="replace").strip() or "a process"
-            return None
+                    return note or "a process"
+            found = _NOTE.fullmatch(note)
+            is_elsewhere = found is not None and found[1] != platform.node()
+            return note if is_elsewhere and age < RENEWED_SECONDS else None
     except OSError:
         return None

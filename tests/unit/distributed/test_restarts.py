@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from llmtrain.distributed import liveness, requeue
 from llmtrain.distributed.admission import Helpers
-from llmtrain.distributed.elastic import composed_run_folder
+from llmtrain.distributed.elastic import composed_folders
 from llmtrain.distributed.failures import explain
 from llmtrain.distributed.hosts import Hosts, hosts_from_environment, route_to
 from llmtrain.distributed.rendezvous import JobOverError, Rendezvous
@@ -149,8 +150,8 @@ def test_a_host_that_waits_while_the_job_ends_gets_its_exit_code() -> None:
 
 
 def test_the_run_folder_that_a_preset_sets() -> None:
-    assert composed_run_folder(["experiment=verses"]) == Path("runs/verses").absolute()
-    assert composed_run_folder(["model=none", "run.dir=elsewhere"]) == Path("elsewhere").absolute()
+    assert composed_folders(["experiment=verses"]).run == Path("runs/verses").absolute()
+    assert composed_folders(["model=none", "run.dir=elsewhere"]).run == Path("elsewhere").absolute()
 
 
 def test_a_run_folder_that_hosts_do_not_share_is_refused(tmp_path: Path) -> None:
@@ -216,6 +217,18 @@ def test_a_job_is_requeued_until_starts_bring_no_new_step(tmp_path: Path) -> Non
     assert requeue.begin(logs, run, 2, "8") == ""
     assert requeue.begin(logs, run, 2, "8").startswith("2 starts")
     assert requeue.main(["begin", f"run.dir={run}"], {"MAX_STARTS": "x"}) == 2
+
+
+def test_a_requeued_job_whose_node_lacks_the_run_folder_is_refused(tmp_path: Path) -> None:
+    logs, run = tmp_path / "logs", tmp_path / "run"
+    for has_copy in (True, False):
+        assert requeue.begin(logs, run, 3) == ""
+        save(run, 10)
+        assert requeue.end(75, logs, run, 3, has_copy) == ""
+        shutil.rmtree(run)  # as on a node that does not see it
+    with pytest.raises(ConfigError, match=r"run\.dir: got .*has no run, while this job saved step 10"):
+        requeue.begin(logs, run, 3)
+    assert requeue.begin(logs, run, 3, "another job") == ""
 
 
 def test_ranks_that_follow_those_of_another_host_are_told_so(

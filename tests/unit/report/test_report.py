@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -99,6 +100,20 @@ def test_a_run_that_a_process_holds(
     folder.note("fail")
     folder.close()
     assert status(capsys, run)["state"] == "failed"
+
+
+def test_a_run_of_another_host_whose_locks_do_not_reach_here(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    note_event(run, "start", 4)
+    (run / ".lock").write_text("process 123 on elsewhere")
+    found = status(capsys, run)
+    assert (found["state"], found["process"]) == ("running", "process 123 on elsewhere")
+    long_ago = time.time() - 60
+    os.utime(run / ".lock", (long_ago, long_ago))
+    assert status(capsys, run)["process"] is None
 
 
 def test_a_run_that_fails_says_so(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
