@@ -223,7 +223,7 @@ def _write_models() -> None:
         model = family_of(config).build(config)
         initialize(model, 0)
         weights = {key: p.detach() for key, p in model.named_parameters()}
-        many = {"tar_bytes": 20_000} if name == "gpt2" else {}
+        many = {"file_bytes": 20_000} if name == "gpt2" else {}
         tokenizer = Path("corpus/tokenizer.model") if name in ("gpt2", "llama") else None
         export_folder(config, weights, tokenizer, Path("hf", name), dtype=torch.float32, **many)
         # As others' folders are: they do not say that we wrote them.
