@@ -131,6 +131,8 @@ def layer_passes(
             # torch stops once it has what the backward pass reads: the last product's output is not.
             again.add("matrix products", -last_product)
             _enter_and_leave(blocks, setting, again, leaves=-1, enters=0)
+    else:
+        _exchange(blocks, setting, again)
     efficiency = setting.device.efficiency
     kernels = KERNELS[setting.assume.fused]
     for of_pass, count in ((forward, kernels), (backward, 2 * kernels)):
@@ -246,16 +248,21 @@ def _collectives(blocks: LayerConfig, setting: Setting, forward: Pass, backward:
     (arXiv:1909.08053); or gathers of inputs and reduce-scatters of outputs, and the reverse backward
     (arXiv:2205.05198).
     """
-    layout = setting.layout
     _enter_and_leave(blocks, setting, forward, leaves=2, enters=2)
     _enter_and_leave(blocks, setting, backward, leaves=2, enters=2, is_backward=True)
-    for of_pass in (forward, backward):
-        if layout.sequence > 1:
-            width = (blocks.qkv_width + blocks.num_heads * blocks.head_width) // layout.tensor
-            size = setting.tokens * width * setting.device.number_bytes
-            seconds = exchange_seconds(setting.links, setting.sequence_group, size)
-            of_pass.add("sequence parallelism", seconds, _waited(setting, of_pass, seconds))
-            of_pass.send("sequence", setting.sequence_group.passed(size))
+    _exchange(blocks, setting, forward)
+    _exchange(blocks, setting, backward)
+
+
+def _exchange(blocks: LayerConfig, setting: Setting, of_pass: Pass) -> None:
+    """Add the all-to-alls of sequence parallelism before and after attention."""
+    if setting.layout.sequence == 1:
+        return
+    width = (blocks.qkv_width + blocks.num_heads * blocks.head_width) // setting.layout.tensor
+    size = setting.tokens * width * setting.device.number_bytes
+    seconds = exchange_seconds(setting.links, setting.sequence_group, size)
+    of_pass.add("sequence parallelism", seconds, _waited(setting, of_pass, seconds))
+    of_pass.send("sequence", setting.sequence_group.passed(size))
 
 
 def _enter_and_leave(
