@@ -75,9 +75,9 @@ class PredictionKeys(VectorKeys):
     """Number of words drawn at random for each predicted word."""
     negative_power: float = 0.75
     """Words are drawn in proportion to count^negative_power."""
-    shared_negatives: bool = True
-    """With skip_gram, the words of a window share the drawn ones, which is several times as fast (Ji et al.
-    2016, arXiv:1604.04661); false: each pair has its own."""
+    shared_negatives: bool = False
+    """With skip_gram of word2vec, the words of a window share the drawn ones (Ji et al. 2016,
+    arXiv:1604.04661), which is a little faster; false: each pair has its own, as in word2vec."""
     dynamic_window: bool = True
     """Each word's window is drawn uniformly from 1 to `window`, so that near words count more; false: always
     `window`."""

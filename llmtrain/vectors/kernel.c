@@ -243,13 +243,11 @@ typedef struct {
     int64_t begin, end;
     float rate, x_max, power;
     float *in, *out, *in_bias, *out_bias;                  /* rows of WIDTH, and a number for each word */
-    float *in_square, *out_square, *in_bias_square, *out_bias_square;  /* 1 and the sums of squares of AdaGrad */
+    float *in_square, *out_square, *in_bias_square, *out_bias_square;  /* AdaGrad: sums of squared gradients */
     double loss;                                           /* out: sum of f(x) (w u + b + c - log x)^2 / 2 */
 } Pairs;
 
-/* GloVe: weighted least squares by AdaGrad (Pennington et al. 2014, equation 8). As in the authors' program, the
-   squares of rows are those of rate times gradient, so that they pass their beginning, 1, late and rows keep moving;
-   biases move at a rate of 1. */
+/* GloVe: weighted least squares by AdaGrad (Pennington et al. 2014, equation 8). */
 void train_pairs(Pairs *p) {
     p->loss = 0;
     for (int64_t at = p->begin; at < p->end; at++) {
@@ -265,14 +263,14 @@ void train_pairs(Pairs *p) {
         const float g = apart * (x < p->x_max ? powf(x / p->x_max, p->power) : 1.0f);
         p->loss += 0.5 * (double)g * apart;
         for (int i = 0; i < WIDTH; i++) {
-            const float step_w = p->rate * g * u[i], step_u = p->rate * g * w[i];
-            w[i] -= step_w / sqrtf(ws[i]);
-            u[i] -= step_u / sqrtf(us[i]);
-            ws[i] += step_w * step_w;
-            us[i] += step_u * step_u;
+            const float gw = g * u[i], gu = g * w[i];
+            w[i] -= p->rate * gw / sqrtf(ws[i]);
+            u[i] -= p->rate * gu / sqrtf(us[i]);
+            ws[i] += gw * gw;
+            us[i] += gu * gu;
         }
-        p->in_bias[a] -= g / sqrtf(p->in_bias_square[a]);
-        p->out_bias[b] -= g / sqrtf(p->out_bias_square[b]);
+        p->in_bias[a] -= p->rate * g / sqrtf(p->in_bias_square[a]);
+        p->out_bias[b] -= p->rate * g / sqrtf(p->out_bias_square[b]);
         p->in_bias_square[a] += g * g;
         p->out_bias_square[b] += g * g;
     }

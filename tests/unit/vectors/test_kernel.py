@@ -162,7 +162,7 @@ def test_a_slice_of_fasttext_equals_steps_in_which_each_part_takes_the_gradient_
     "config",
     [
         Word2VecConfig(dimensions=20),
-        Word2VecConfig(dimensions=20, shared_negatives=False),
+        Word2VecConfig(dimensions=20, shared_negatives=True),
         Word2VecConfig(dimensions=20, architecture="cbow"),
         Word2VecConfig(dimensions=20, architecture="cbow", loss="hierarchical_softmax"),
         FastTextConfig(dimensions=20, buckets=100),
