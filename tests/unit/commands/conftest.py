@@ -17,6 +17,6 @@ from tests.support.imports import LLAMA
 def folder(tmp_path: Path) -> Path:
     """A Llama in bf16, in several files."""
     export_folder(
-        LLAMA, random_weights(GPT(LLAMA)), None, tmp_path / "theirs", dtype=torch.bfloat16, tar_bytes=20_000
+        LLAMA, random_weights(GPT(LLAMA)), None, tmp_path / "theirs", dtype=torch.bfloat16, file_bytes=20_000
     )
     return tmp_path / "theirs"

@@ -83,14 +83,14 @@ def test_a_bare_encoder_gets_heads_of_its_own(tmp_path: Path, capsys: pytest.Cap
     assert "left out, since our model has no use for it: pooler.dense.bias, pooler.dense.weight" in said
     assert checkpoint.manifest["left_out"] == ["pooler.dense.bias", "pooler.dense.weight"]
     trained = load_trained(tmp_path / "ours")
-    assert "begun anew" in capsys.readouterr().err
+    assert "newly initialized" in capsys.readouterr().err
     assert trained.fresh == (
         "head.bias", "transform.bias", "transform.weight", "transform_norm.bias", "transform_norm.weight",
     )  # fmt: skip
     assert torch.equal(trained.weights["transform_norm.weight"], torch.ones(32))
     assert trained.weights["transform.weight"].std() == pytest.approx(0.02, rel=0.1)
 
-    # A part of the head, or of the encoder, is not begun anew.
+    # A part of the head, or of the encoder, is not newly initialized.
     for name in ("cls.predictions.transform.dense.weight", "bert.encoder.layer.1.output.dense.bias"):
         save_file({n: t for n, t in tensors.items() if n != name}, file)
         with pytest.raises(CheckpointError, match=f"no tensor {name}"):

@@ -161,7 +161,7 @@ def test_the_text_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["search", "model=llama3_8b", "world_size=1", "cluster.peak_flops.fp32=1e12", *MEASURED],
-            "shorten batch",
+            "a shorter batch",
         ),
         ([*SMALL, "assume.virtual_stages=1000"], "assume.virtual_stages: got 1000; allowed: 1 to "),
     ],
