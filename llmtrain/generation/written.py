@@ -57,8 +57,8 @@ class AnswerWriter:
         self, trained: TrainedModel, model: nn.Module, config: GenerateConfig, prompts: LastAnswers
     ) -> None:
         """prompts: those to be answered; no answer becomes longer than the longest of theirs, or than the
-        model can after the longest prompt, unless the config says so. Without a temperature in the config the most likely token is taken. Raise ConfigError
-        for settings that the model cannot follow."""
+        model has room for after the longest prompt, unless the config says so. Without a temperature in the
+        config the most likely token is taken. Raise ConfigError for settings that the model cannot follow."""
         self._model, self._tokenizer = model, trained.tokenizer()
         if config.max_new_tokens is None:
             most = trained.config.longest_row
