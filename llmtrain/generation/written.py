@@ -56,12 +56,14 @@ class AnswerWriter:
     def __init__(
         self, trained: TrainedModel, model: nn.Module, config: GenerateConfig, prompts: LastAnswers
     ) -> None:
-        """prompts: those to be answered; no answer becomes longer than the longest of theirs unless the
-        config says so. Without a temperature in the config the most likely token is taken. Raise ConfigError
-        for settings that the model cannot follow."""
+        """prompts: those to be answered; no answer becomes longer than the longest of theirs, or than the
+        model has room for after the longest prompt, unless the config says so. Without a temperature in the
+        config the most likely token is taken. Raise ConfigError for settings that the model cannot follow."""
         self._model, self._tokenizer = model, trained.tokenizer()
         if config.max_new_tokens is None:
-            config = replace(config, max_new_tokens=prompts.longest)
+            most = trained.config.longest_row
+            room = prompts.longest if most is None else most - prompts.longest_source
+            config = replace(config, max_new_tokens=max(1, min(prompts.longest, room)))
         if config.temperature is None and config.top_k is None and config.top_p is None:
             config = replace(config, temperature=0.0)
         self._settings = resolved_for(trained, config, 1)

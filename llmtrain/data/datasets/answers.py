@@ -31,6 +31,11 @@ class LastAnswers:
         """Tokens of the longest answer, with its end."""
         return max(len(self._single.last_answer(number)[1]) for number in self.rows.tolist())
 
+    @property
+    def longest_source(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(self._single.last_answer(number)[0]) for number in self.rows.tolist())
+
     def source(self, sample: int) -> np.ndarray:
         """Return the ids of all that comes before the answer."""
         return self._single.last_answer(sample)[0]
