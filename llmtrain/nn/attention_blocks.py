@@ -150,6 +150,8 @@ class BlockwiseAttention(torch.autograd.Function):
         dropout: AttentionDropout | None = None,
     ) -> Tensor:
         B, N, T, H = q_BNTH.shape
+        # Frozen layers below all that trains keep nothing.
+        with_gradients = with_gradients and any(ctx.needs_input_grad)
         ctx.scale = H**-0.5 if scale is None else scale
         q_BNTH = (q_BNTH if ctx.scale == 1 else q_BNTH * ctx.scale).contiguous()
         k_BNTH, v_BNTH = k_BNTH.contiguous(), v_BNTH.contiguous()

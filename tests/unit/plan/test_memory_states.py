@@ -181,7 +181,7 @@ def test_frozen_layers_below_what_trains_keep_no_activations() -> None:
     labels = torch.randint(V, (B, T))
 
     def logits() -> torch.Tensor:
-        context = module.context(labels)
+        context = module.context(labels, dropout_keys_B=torch.arange(B))
         x = labels
         for stage in module.stages()[:-1]:
             x = stage.run(x, context)
