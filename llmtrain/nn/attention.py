@@ -82,7 +82,7 @@ def attend(
             q_BNTH, k_BNSH, v_BNSH, bias_NTS, scale, softcap, blocks, torch.is_grad_enabled(), dropout
         )
         return y_BNTH
-    mask: Tensor | None = None
+    mask = None
     if documents is not None:
         mask = documents.mask
     elif (causal and T > 1 and (T < S or bias_NTS is not None)) or (window is not None and window < S):
