@@ -42,6 +42,7 @@ def attend(
     softcap: scaled scores s become softcap · tanh(s / softcap) (Gemma 2, arXiv:2408.00118).
     places_BM: the tokens whose queries are given, T = M, where these are few; None: the last T.
     """
+    mask: Tensor | None = None
     if places_BM is not None:
         mask = _mask_of_places(places_BM, k_BKSH.shape[2], documents, causal, window)
         return kernels.attend_with_all_scores(
@@ -82,7 +83,6 @@ def attend(
             q_BNTH, k_BNSH, v_BNSH, bias_NTS, scale, softcap, blocks, torch.is_grad_enabled(), dropout
         )
         return y_BNTH
-    mask = None
     if documents is not None:
         mask = documents.mask
     elif (causal and T > 1 and (T < S or bias_NTS is not None)) or (window is not None and window < S):
