@@ -293,8 +293,7 @@ class TransformerToken:
             # and the masked probabilities.
             return 4 * (3 * queries + 3 * N * T)
         if kernel == "blockwise":
-            # Copies of q, k and v, the probabilities of the keys that blocks of queries can see, and slopes
-            # of a cap; with short documents it is less.
+            # Copies of q, k and v, probabilities of keys that blocks can see, slopes of a cap; or less.
             in_view = self._keys_in_view(window) if self.causal else T
             return compute * (3 * queries + (1 + has_cap) * N * in_view)
         kept = queries + 2 * keys
@@ -332,10 +331,11 @@ class TransformerToken:
         return divided // tensor * numbers.compute + summed + gathered
 
     def _context(self, windows: set[int | None]) -> int:
-        """Return what recomputed layers share: rotary tables and masks."""
+        """Return what recomputed layers share: rotary tables, and masks of bytes, or of fp32 in blocks."""
         rotary = 4 * self.model.rotary_width if self.model.positions == "rope" else 0
-        tables = 1 if self.model.local_rope_theta is None else 2
-        masks = sum(self._is_masked(window) and self.kernel(window) != "by_document" for window in windows)
+        tables = (self.model.local_rope_theta is not None) + 1
+        sizes = {"by_document": 0, "blockwise": 4}
+        masks = sum(sizes.get(self.kernel(window), 1) for window in windows if self._is_masked(window))
         return tables * rotary + masks * self._mask()
 
     def _is_masked(self, window: int | None) -> bool:
