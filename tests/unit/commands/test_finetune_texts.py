@@ -82,7 +82,8 @@ def test_checkpoints_are_chosen_by_the_texts(rows: Path, corpus: Path, tmp_path:
     assert cli.run_verb("finetune", [*words, *few]) == 0
     assert json.loads((tmp_path / "run/figures.json").read_text())["best"]["metric"] == "bleu"
     samples = (tmp_path / "run/samples/step-00000006.jsonl").read_text().splitlines()
-    assert all(json.loads(sample)["beginning"] for sample in samples) and len(samples) == 2
+    assert len(samples) == 2
+    assert all(json.loads(sample)["beginning"] for sample in samples)
 
 
 def test_a_model_that_cannot_write_goes_on_training(
