@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,25 @@ if TYPE_CHECKING:
     from llmtrain.data.datasets.text_pairs import TextPairs
     from llmtrain.interchange.trained import TrainedModel
     from llmtrain.parallel.mesh import Mesh
+
+
+class WritesTexts(Protocol):
+    """Writes a text for each source, many at a time."""
+
+    def write(
+        self, sources: Sequence[np.ndarray], on_done: Callable[[int], None] | None = None
+    ) -> list[str]: ...
+
+
+class HasSources(Protocol):
+    """Samples that a model is given to write after."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Row of each sample."""
+
+    def source(self, sample: int) -> np.ndarray:
+        """Return the ids that a model is given."""
 
 
 class Writer:
@@ -87,8 +106,8 @@ def check_written(objective: ObjectiveConfig, parallel: SharingConfig) -> None:
 
 
 def written_texts(
-    writer: Writer | AnswerWriter,
-    dataset: TextPairs | LastAnswers,
+    writer: WritesTexts,
+    dataset: HasSources,
     mesh: Mesh,
     max_samples: int | None,
     shows_progress: bool = False,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Metrics = Mapping[str, float]
+
+
+class WrittenText(NamedTuple):
+    """What a model wrote."""
+
+    beginning: str
+    """What it was given."""
+    continuation: str
 
 
 class Tracker(Protocol):
@@ -17,6 +25,9 @@ class Tracker(Protocol):
 
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """Record pictures of `step`: name → PNG. Their names are those of no metric."""
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
+        """Record samples of what the model writes after `step`."""
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores, so that a resumed run continues this record: JSON

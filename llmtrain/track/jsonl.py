@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from llmtrain import files
 from llmtrain.config import LARGEST_INT
 from llmtrain.errors import TrainingError
 from llmtrain.reading import parse_object
-from llmtrain.track.base import Metrics
+from llmtrain.track.base import Metrics, WrittenText
 
 METRICS_BYTES = 4 << 30
 """Maximum size of a metrics file that is read: more than ten million steps."""
@@ -50,6 +50,9 @@ class JsonlTracker:
 
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """Record nothing: pictures lie beside the file."""
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
+        """Record nothing: texts lie beside the file."""
 
     def state(self) -> dict[str, Any]:
         os.fsync(self._file)

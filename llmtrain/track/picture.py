@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain import files
-from llmtrain.track.base import Metrics
+from llmtrain.track.base import Metrics, WrittenText
 from llmtrain.track.jsonl import read_metrics
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class PictureTracker:
         pass
 
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        pass
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
         pass
 
     def state(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtrain.track.base import Metrics
+from llmtrain.track.base import Metrics, WrittenText
 from llmtrain.track.config import TensorBoardConfig
 
 
@@ -32,7 +32,7 @@ class TensorBoardTracker:
         )
         if resume_step is None:
             text = json.dumps(resolved_config, indent=2, default=str)
-            self._writer.add_text("config", "\n".join("    " + line for line in text.splitlines()), 0)
+            self._writer.add_text("config", _verbatim(text), 0)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -45,6 +45,13 @@ class TensorBoardTracker:
         for name, png in pictures.items():
             pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
             self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
+        parts = (
+            f"beginning\n\n{_verbatim(beginning)}\n\ncontinuation\n\n{_verbatim(continuation)}"
+            for beginning, continuation in texts
+        )
+        self._writer.add_text("texts", "\n\n---\n\n".join(parts), step)
 
     def state(self) -> dict[str, Any]:
         # Metrics up to a checkpoint must be on disk, as a resumed run does not repeat these steps.
@@ -59,3 +66,8 @@ class TensorBoardTracker:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _verbatim(text: str) -> str:
+    """Return the text as a block that Markdown leaves as it is."""
+    return "\n".join("    " + line for line in text.splitlines())

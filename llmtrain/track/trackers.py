@@ -7,13 +7,13 @@ tracked after its checkpoint, so that every step appears once in every tracker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.errors import UserError
-from llmtrain.track.base import Metrics, Tracker
+from llmtrain.track.base import Metrics, Tracker, WrittenText
 from llmtrain.track.config import TrackConfig, WandbConfig
 
 T = TypeVar("T")
@@ -49,6 +49,10 @@ class Trackers:
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         for name, tracker in self._trackers.items():
             self._guard(name, partial(tracker.show, step, pictures), None)
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
+        for name, tracker in self._trackers.items():
+            self._guard(name, partial(tracker.write, step, texts), None)
 
     def alert(self, title: str, text: str) -> None:
         for name, tracker in self._trackers.items():

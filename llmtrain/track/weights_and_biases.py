@@ -13,14 +13,14 @@ import logging
 import math
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import open_regular
 from llmtrain.git import head_commit
-from llmtrain.track.base import Metrics
+from llmtrain.track.base import Metrics, WrittenText
 from llmtrain.track.config import WandbConfig
 from llmtrain.track.jsonl import read_metrics
 from llmtrain.urls import without_credentials
@@ -70,6 +70,13 @@ class WandbTracker:
         if step >= self._first_step:
             images = {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in pictures.items()}
             self._run.log(images, step=step)
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
+        import wandb
+
+        if step >= self._first_step:
+            table = wandb.Table(["step", *WrittenText._fields], [[step, *text] for text in texts])
+            self._run.log({"texts": table}, step=step)
 
     def state(self) -> dict[str, Any]:
         return {"run_id": self._run_id}

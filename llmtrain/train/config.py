@@ -94,10 +94,14 @@ class EvaluationConfig:
     written: int | None = None
     """Rows of the validation split whose targets an encoder–decoder over a table writes, for ROUGE, BLEU and
     chrF; null: 32 if the layout allows it."""
+    texts: int = 0
+    """Beginnings of the validation split, or prompts or sources of a table, after which each evaluation
+    writes 32 tokens at most, as samples for the trackers and in samples/ of the run folder; 0 to 64."""
 
     def problems(self) -> Iterator[Problem]:
         written = self.written
         yield from require(written is None or written >= 0, "written", written, "0 or more, or null")
+        yield from require(0 <= self.texts <= 64, "texts", self.texts, "0 to 64")
         yield from require(self.every is None or self.every >= 1, "every", self.every, "1 or more, or null")
         yield from require(
             self.max_samples is None or self.max_samples >= 1,

@@ -21,16 +21,18 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.scoring.pictures import draw, grid
 from llmtrain.scoring.report import Report
 from llmtrain.sweeps import FIGURES_FILE
+from llmtrain.track.base import WrittenText
 from llmtrain.train.config import TrainConfig
 from llmtrain.train.early_stopping import History, metric_of, plain
 from llmtrain.train.evaluation import evaluate_dataset
 from llmtrain.train.loop import Outcome, Verdict
 from llmtrain.train.observer import RunObserver
 from llmtrain.train.suite import TrainingSuite
+from llmtrain.train.text_samples import TextSampler, leave_texts
 from llmtrain.train.writing import ValidationWriter
 
 SAMPLES = "samples"
-"""Folder of a run with the grids of images that the model made."""
+"""Folder of a run with the grids of images that the model made, and the texts that it wrote."""
 
 
 class Judge:
@@ -43,12 +45,16 @@ class Judge:
         """Writes texts whose figures are those of an evaluation; None: none are written."""
         self.suite: TrainingSuite | None = None
         """Does tasks of the harness at evaluations; None: there are none."""
+        self.sampler: TextSampler | None = None
+        """Writes samples of text at evaluations; None: there are none."""
         self.metric = metric_of(config)
         self._history = History.of(self.metric, recorded)
         self._is_asked = config.checkpoint.best is not None or config.early_stopping.metric is not None
         self._step, self._figures = -1, dict[str, float]()
         self._grid: bytes | None = None
         """Picture of the images that the model makes; None: it makes none."""
+        self._texts: list[WrittenText] = []
+        """Samples of text of the last evaluation, on rank 0."""
 
     @property
     def rules(self) -> Rules:
@@ -74,6 +80,7 @@ class Judge:
         `step`. between: see evaluate_dataset."""
         totals = self._of_split(engine, dataset, layout, data_rank, between)
         self._grid = _grid(engine)
+        self._texts = [] if self.sampler is None else self.sampler.texts(engine, dataset)
         if self.suite is None or not self.suite.is_due(step):
             return totals
         return replace(totals, figures={**totals.figures, **self.suite.figures(engine, between)})
@@ -103,6 +110,8 @@ class Judge:
         is_last = step >= self._config.train.steps
         if isinstance(objective, DrawsSamples) and processes.is_main():
             self._leave_samples(step, objective, observer)
+        if self._texts:
+            self._leave_texts(step, observer)
         if (self.ended or is_last) and processes.is_main():
             report = None
             if isinstance(objective, Scores) and totals.rows:
@@ -142,6 +151,15 @@ class Judge:
         except OSError as error:  # training needs none of this
             observer.warn(f"the samples of step {step:,} could not be left in {folder}: {error}")
         observer.on_pictures(step, {"samples": self._grid})
+
+    def _leave_texts(self, step: int, observer: RunObserver) -> None:
+        """Write the samples of text to the run folder and the trackers."""
+        folder = self._config.run.dir / SAMPLES
+        try:
+            leave_texts(folder, step, self._texts)
+        except OSError as error:  # training needs none of this
+            observer.warn(f"the texts of step {step:,} could not be left in {folder}: {error}")
+        observer.on_texts(step, self._texts)
 
     def _leave(self, report: Report | None, observer: RunObserver) -> None:
         folder, best = self._config.run.dir, self._history.best_step

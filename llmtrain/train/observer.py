@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from llmtrain.parallel.layout import Layout
 from llmtrain.plan.flops import training_flops
 from llmtrain.plan.memory import Trainable
 from llmtrain.track import throughput
-from llmtrain.track.base import Metrics
+from llmtrain.track.base import Metrics, WrittenText
 from llmtrain.track.peak import Peak, PeakKeeper
 from llmtrain.track.progress import Progress
 from llmtrain.track.trackers import Trackers
@@ -116,6 +116,10 @@ class RunObserver:
         """pictures: name → PNG."""
         if self._trackers is not None:
             self._trackers.show(step, pictures)
+
+    def on_texts(self, step: int, texts: Sequence[WrittenText]) -> None:
+        if self._trackers is not None:
+            self._trackers.write(step, texts)
 
     def warn(self, text: str) -> None:
         if self._progress is not None:

@@ -40,6 +40,7 @@ from llmtrain.train.pretrained import Pretrained, expand
 from llmtrain.train.profile_config import profile_problems
 from llmtrain.train.spikes_config import spike_problems
 from llmtrain.train.suite_rules import suite_problems
+from llmtrain.train.text_samples_rules import text_sample_problems
 from llmtrain.train.unfreezing import with_unfreezing
 from llmtrain.train.vocabulary import resolve_vocabulary
 from llmtrain.train.writing_rules import writing_problems
@@ -131,6 +132,7 @@ def resolve(
             problems += error.problems
     problems += metric_problems(config, corpora)
     problems += writing_problems(config)
+    problems += text_sample_problems(config)
     problems += suite_problems(config)
     problems += spike_problems(config)
     size = None if layout is None else layout.world_size

@@ -43,6 +43,7 @@ from llmtrain.train.spikes import SpikeGuard
 from llmtrain.train.start import same_work, start_ranks
 from llmtrain.train.starting import StartingPoint, build_run_engine
 from llmtrain.train.suite import TrainingSuite, tasks_of
+from llmtrain.train.text_samples import TextSampler
 from llmtrain.train.time_limit import TimeLimit
 from llmtrain.train.unfreezing import unfreezing_of
 from llmtrain.train.weight_record import WeightRecord
@@ -147,6 +148,8 @@ class Session:
             judge.writer = ValidationWriter(config, self.corpora, weights.origin, self._say)
         if validation is not None and self.corpora is not None and config.harness.tasks:
             judge.suite = TrainingSuite(config, self.corpora, weights.origin, tasks, self._say)
+        if validation is not None and self.corpora is not None and config.evaluation.texts:
+            judge.sampler = TextSampler(config, self.corpora, weights.origin, self._say)
         rows = {False: next(iter(training.values())), True: validation}
         give_reference(objective, engine, rows, config, self.rank, start, self._say)
         processes.agree(lambda: give_classifier(objective, config.model, self.device))

@@ -78,9 +78,12 @@ def test_texts_are_written_and_scored_during_training(tuned: Path, capsys: Any) 
 
 def test_checkpoints_are_chosen_by_the_texts(rows: Path, corpus: Path, tmp_path: Path) -> None:
     words = settings(rows, corpus, tmp_path, *TINY, "objective.target_length=40", "train.epochs=2")
-    few = ("evaluation.every=6", "evaluation.written=4", "checkpoint.best=bleu")
+    few = ("evaluation.every=6", "evaluation.written=4", "checkpoint.best=bleu", "evaluation.texts=2")
     assert cli.run_verb("finetune", [*words, *few]) == 0
     assert json.loads((tmp_path / "run/figures.json").read_text())["best"]["metric"] == "bleu"
+    samples = (tmp_path / "run/samples/step-00000006.jsonl").read_text().splitlines()
+    assert len(samples) == 2
+    assert all(json.loads(sample)["beginning"] for sample in samples)
 
 
 def test_a_model_that_cannot_write_goes_on_training(

@@ -1,5 +1,5 @@
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llmtrain.config import decode
 from llmtrain.errors import Problem, TrainingError
+from llmtrain.track.base import WrittenText
 from llmtrain.track.config import JsonlConfig, TensorBoardConfig, TrackConfig
 from llmtrain.track.trackers import Trackers, open_trackers
 
@@ -44,6 +45,9 @@ class Recorder:
 
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         self._call(step, dict(pictures))
+
+    def write(self, step: int, texts: Sequence[WrittenText]) -> None:
+        self._call(step, list(texts))
 
     def state(self) -> dict[str, Any]:
         return self._call()
