@@ -33,8 +33,9 @@ FUSED = ("Megatron-LM", "Megatron-DeepSpeed", "NeMo")
 """Programs whose operations on each element are fused by hand."""
 FIRST_FLASH: dict[str, Any] = {"composer FSDP": "flash1"}
 """Programs of before FlashAttention 2: these runs have `attn_impl: triton` of llm-foundry (2023)."""
-OMNI_PATH = 4 * 100e9 / 8 / 8
-"""Bytes a second of one device where eight share four adapters of 100 Gb/s."""
+HOST_NETWORKS = {"4 Omni-Path": 4 * 100e9 / 8, "400 Gb/s per node": 400e9 / 8}
+"""Words of a row on its network → bytes a second that a node of eight devices shares, where `conf/cluster/`
+has others."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def read(path: Path = FOLDER / "published.csv") -> list[Run]:
 def cluster_of(run: Run) -> ClusterConfig:
     """Return the cluster of a run, with the network that its source states."""
     cluster = _cluster(CLUSTERS.get(run.gpu, run.gpu))
-    return replace(cluster, network_bandwidth=OMNI_PATH) if "Omni-Path" in run.interconnect else cluster
+    shared = next((bytes_ for words, bytes_ in HOST_NETWORKS.items() if words in run.interconnect), None)
+    return cluster if shared is None else replace(cluster, network_bandwidth=shared / 8)
 
 
 @cache
