@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from llmtrain.nn.task_config import Pooling
-from llmtrain.objectives.fields import examples_of, texts_of
+from llmtrain.objectives.fields import examples_of, kind_of, texts_of
 from llmtrain.objectives.task import Task, TaskConfig, Trunk
 from llmtrain.tables.records import field_of
 
@@ -96,8 +96,11 @@ def _number(value: Any, name: str) -> float:
         if isinstance(value, bool):
             raise ValueError
         number = float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        number = math.inf
     except (TypeError, ValueError):
-        raise ValueError(f"{str(value)[:40]!r} in the field {name}", "a number") from None
+        got = repr(value[:40]) if isinstance(value, str) else kind_of(value)
+        raise ValueError(f"{got} in the field {name}", "a number") from None
     if not math.isfinite(number) or abs(number) > LARGEST:
         raise ValueError(f"{number} in the field {name}", f"a finite number, at most {LARGEST:g} in size")
     return number

@@ -66,6 +66,12 @@ def everywhere(rows: list[dict[str, Any]], **values: Any) -> list[dict[str, Any]
         (RegressionConfig(), everywhere(GOOD, label=3), "got the same number, 3, in all"),
         (
             RegressionConfig(),
+            changed(everywhere(GOOD, label=1), label=None),
+            "line 7: got nothing in the field",
+        ),
+        (RegressionConfig(), changed(everywhere(GOOD, label=1), label=10**400), "line 7: got inf in the"),
+        (
+            RegressionConfig(),
             changed(everywhere(GOOD, label=1), label=float("nan")),
             "line 7: got nan in the",
         ),
