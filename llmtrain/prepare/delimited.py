@@ -16,6 +16,8 @@ from llmtrain.prepare.decompress import open_source
 from llmtrain.prepare.folder_scan import short_name
 from llmtrain.prepare.source_file import SourceFile, Texts, missing_field, refuse_utf16
 
+QUOTED = "give quoting=double if values are quoted, in a run data.quoting=double"
+"""The remedy for a file whose quotes were read as text."""
 LIKE_ROWS = 4
 """Minimum number of delimiters in a multi-line value, placed as in rows, at which its lines look like
 rows."""
@@ -198,7 +200,7 @@ def _columns(file: SourceFile, header: list[str], names: Sequence[str], quoted: 
         if not quoted and any(name.startswith('"') for name in header):
             got = f"no field {', '.join(names)}"
             allowed = ", ".join(map(short_name, header[:24]))
-            raise DataError(Problem(where, got, allowed, "give quoting=double if values are quoted"))
+            raise DataError(Problem(where, got, allowed, QUOTED))
         raise missing_field(where, names, header)
     for name in names:
         if header.count(name) > 1:
@@ -214,7 +216,7 @@ def other_width(file: SourceFile, line: int, row: list[str], width: int, quoted:
     got = f"{len(row)} values"
     remedy = "quote values that hold delimiters or line ends" if quoted else ""
     if not quoted and any(value.startswith('"') for value in row):
-        remedy = "give quoting=double if values are quoted"
+        remedy = QUOTED
     return DataError(Problem(where, got, f"{width}, as many as the header has", remedy))
 
 
