@@ -17,6 +17,7 @@ from typing import Any
 
 from llmtrain.cli.verbs import config_types
 from llmtrain.config import MAY_BE_EMPTY, leaves
+from llmtrain.corpus.config import PRESENT_KEYS
 from llmtrain.errors import ConfigError, Problem
 
 OVERRIDE = re.compile(r"\+{0,2}[\w./@:-]+=|~[\w./@:-]+", re.ASCII)
@@ -30,11 +31,7 @@ PIECE = re.compile(
     r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?:,|$)|(\s*\[[^\]]*\]\s*|[^,]*)(?:,|$)""", re.DOTALL
 )
 """One of the comma-separated values of a list or sweep: quoted, or a list, or plain."""
-RENAMED = {
-    "shard_bytes": "tar_bytes",
-    "data.shuffle_shards": "data.shuffle_tars",
-    "data.on_bad_shard": "data.on_bad_tar",
-}
+RENAMED = {"shard_bytes": "tar_bytes"} | {f"data.{old}": f"data.{new}" for old, new in PRESENT_KEYS.items()}
 """Key of an earlier version, which users' scripts still have → its present name."""
 NAMED = re.compile(r"\s*([\w./-]+)\s*:(.*)", re.DOTALL | re.ASCII)
 """`name: value` in a mapping."""

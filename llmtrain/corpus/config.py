@@ -47,6 +47,8 @@ class Mixture:
 Locate: TypeAlias = "Callable[[str, str | None], str]"
 """(name of a source, where a run read it) → where it is now."""
 
+PRESENT_KEYS = {"shuffle_shards": "shuffle_tars", "on_bad_shard": "on_bad_tar"}
+"""Key of TokenDataConfig in earlier versions → its present name."""
 ORDER_KEYS = ("packing", "overlap", "shuffle_tars", "drop_last")
 """Keys of TokenDataConfig that, with the sequence length, determine a corpus' samples and their order."""
 

@@ -1,5 +1,5 @@
-"""What an error of a library for an object store means. Each library has errors of its own, which are told by
-their status, their name or their text, so that none need be installed.
+"""Explain the errors of libraries for object stores. Recognize each by its status, name or text, so that no
+such library needs to be installed.
 
 Seen with adlfs 2026.8 and gcsfs 2026.10, against servers of both protocols.
 """

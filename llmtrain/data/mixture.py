@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.config import LARGEST_INT, decode_json, require
+from llmtrain.corpus.config import PRESENT_KEYS
 from llmtrain.errors import Problem
 
 _WORD = 1 << 64
@@ -48,7 +49,7 @@ class Segment:
 
     def __post_init__(self) -> None:
         """Give a setting that an earlier version recorded its present name."""
-        settings = {"shuffle_tars" if key == "shuffle_shards" else key: v for key, v in self.settings.items()}
+        settings = {PRESENT_KEYS.get(key, key): value for key, value in self.settings.items()}
         object.__setattr__(self, "settings", settings)
 
     def problems(self) -> Iterator[Problem]:

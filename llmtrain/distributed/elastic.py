@@ -56,7 +56,7 @@ class Folders(NamedTuple):
     memory: Path | None
     """Where each host keeps copies of the state in memory; None: nowhere."""
     has_copy_elsewhere: bool = False
-    """Whether checkpoints are also copied to a store (checkpoint.remote)."""
+    """True if checkpoints are also copied to a store (checkpoint.remote)."""
 
 
 def composed_folders(overrides: Sequence[str]) -> Folders:

@@ -26,7 +26,7 @@ from llmtrain.reading import SETTINGS_BYTES, read_decoded
 MAX_STARTS = 3
 STARTS = "starts.json"
 CONFIG = "config.yaml"
-"""What each run folder has from its first start on."""
+"""A file that every run folder contains from its first start on."""
 
 
 @dataclass(frozen=True)

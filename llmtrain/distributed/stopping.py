@@ -31,7 +31,7 @@ class StopRequest:
         self.asked = False
         self._saves_first = False
         self.farewell = NOTHING_TO_SAVE
-        """What a request that ends the process at once is answered with."""
+        """The line printed when a request ends the process at once."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -99,4 +99,4 @@ class Rehearsal:
     setup_seconds: float
     step_seconds: float
     processor_seconds: float
-    """Of both, over all threads."""
+    """Processor time of set-up and step together, over all threads."""

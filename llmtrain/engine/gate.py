@@ -46,9 +46,11 @@ class Gate:
         return not self.rejected
 
     def conclude(self, norm: float, *, scales_loss: bool) -> float:
-        """Ask about a step that the engine itself has skipped, and return the norm of the gradient. norm: as
-        the engine reports it; scales_loss: whether it scales the loss, as fp16 needs: a gradient that
-                overflows is then part of finding the scale, and no fault of the step.
+        """Judge a step that the engine itself has skipped, and return the norm of its gradient.
+
+        norm: as the engine reports it.
+        scales_loss: whether the engine scales the loss, as fp16 needs. A gradient that overflows is then part
+            of finding the scale, and no fault of the step.
         """
         overflows = not math.isfinite(norm) and not (scales_loss and math.isfinite(self._loss))
         if self._norm is None and overflows:

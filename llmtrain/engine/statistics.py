@@ -1,5 +1,5 @@
-"""What forward passes change in a model: its statistics, such as the running averages of batch norm, and the
-states that rows carry from step to step.
+"""State of a model that forward passes change: its statistics, such as the running averages of batch norm,
+and the states that rows carry from step to step.
 
 All replicas hold the same statistics: after each step they are averaged, so that a checkpoint needs one copy
 and a resumed run goes on exactly.

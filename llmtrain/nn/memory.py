@@ -82,7 +82,7 @@ class ModelMemory(ABC, Generic[AnyConfig]):
     """Memory of one rank for one micro-batch; each family has a subclass."""
 
     causal: ClassVar[bool] = False
-    """Whether a token sees only those before it."""
+    """True if a token attends only to itself and to earlier tokens."""
 
     model: AnyConfig
     row: Row

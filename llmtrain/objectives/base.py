@@ -88,9 +88,9 @@ class ObjectiveConfig(Kinds):
     as two consecutive documents."""
 
     writes_answers: ClassVar[bool] = False
-    """Whether the model answers prompts of a table with texts."""
+    """True if the model writes answers to the prompts of a table."""
     continues: ClassVar[bool] = False
-    """Whether rows may begin from the state of the model after an earlier row."""
+    """True if the model continues a text; rows may then begin from its state after an earlier row."""
     pools: ClassVar[bool] = False
     """Whether one vector stands for a whole text."""
     divides_sequences: ClassVar[bool] = True

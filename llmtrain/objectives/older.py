@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_PRESENT_KEYS = {"shuffle_shards": "shuffle_tars", "on_bad_shard": "on_bad_tar"}
-"""Key of the section `data` in earlier versions → its present name."""
+from llmtrain.corpus.config import PRESENT_KEYS
 
 
 def with_objective(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def _with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's configuration with the present names of keys of its data, and of the objective of
     images, which was `classification`."""
     if isinstance(data := config.get("data"), Mapping):
-        config = {**config, "data": {_PRESENT_KEYS.get(key, key): value for key, value in data.items()}}
+        config = {**config, "data": {PRESENT_KEYS.get(key, key): value for key, value in data.items()}}
     model, objective = config.get("model"), config.get("objective")
     if not isinstance(model, Mapping) or not isinstance(objective, Mapping):
         return dict(config)

@@ -9,6 +9,7 @@ from llmtrain.errors import Problem
 from llmtrain.harness.names import task_problems
 from llmtrain.models.registry import family_of
 from llmtrain.parallel.nearest import nearest_multiples
+from llmtrain.train.whole_model import divisions
 
 if TYPE_CHECKING:
     from llmtrain.train.config import TrainConfig
@@ -36,9 +37,7 @@ def _hindrances(config: TrainConfig) -> Iterator[Problem]:
     is_decoder = family_of(config.model).continues_texts and config.objective.data == "tokens"
     found = {
         f"model.family={config.model.family} and objective={config.objective.kind}": not is_decoder,
-        f"parallel.zero={parallel.zero}": parallel.zero == 3,
-        f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
-        f"parallel.sequence={parallel.sequence}": parallel.sequence > 1,
+        **divisions(parallel),
         "parallel.tensor_sequence=true": parallel.tensor_sequence,
     }
     for what, hinders in found.items():

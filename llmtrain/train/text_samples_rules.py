@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmtrain.errors import Problem
+from llmtrain.train.whole_model import divisions
 
 if TYPE_CHECKING:
     from llmtrain.train.config import TrainConfig
@@ -26,12 +27,7 @@ def text_sample_problems(config: TrainConfig) -> Iterator[Problem]:
         )
         allowed = "0, or a model that continues texts, answers, or writes the targets of a table"
         yield Problem("evaluation.texts", got, allowed)
-    found = {
-        f"parallel.zero={parallel.zero}": parallel.zero == 3,
-        f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
-        f"parallel.sequence={parallel.sequence}": parallel.sequence > 1,
-        "parallel.tensor_sequence=true": parallel.tensor_sequence,
-    }
+    found = {**divisions(parallel), "parallel.tensor_sequence=true": parallel.tensor_sequence}
     for what, hinders in found.items():
         if hinders:
             allowed = "0: texts are written by a model that each process, or a group of tensor parallelism, "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmtrain.errors import Problem
 from llmtrain.scoring.texts import missing_packages
+from llmtrain.train.whole_model import divisions
 
 if TYPE_CHECKING:
     from llmtrain.train.config import TrainConfig
@@ -38,9 +39,7 @@ def _hindrances(config: TrainConfig) -> Iterator[Problem]:
     found = {
         f"objective={config.objective.kind}": config.objective.paired != "needed",
         f"data.kind={config.data.kind}": not config.data.is_table,
-        f"parallel.zero={parallel.zero}": parallel.zero == 3,
-        f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
-        f"parallel.sequence={parallel.sequence}": parallel.sequence > 1,
+        **divisions(parallel),
     }
     for what, hinders in found.items():
         if hinders:
